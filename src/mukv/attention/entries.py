@@ -1,0 +1,36 @@
+"""A cache is a bag of entries, each with its position.
+
+What a token leaves behind for later queries: named tensors (keys and values, or a latent, or
+values alone), its position, whether it is there at all, and its document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+from mukv.core.typing import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Entries:
+    """tensors: by name, [batch kv_heads key width]: exactly what a cache must keep.
+    position: place in the document, [batch 1 key], or per KV head where they keep different ones.
+    valid: which of the places hold an entry; None for all.
+    segment: document within the row; None where there is one document per row.
+    """
+
+    tensors: dict[str, Float[Array, "batch kv_heads key width"]]
+    position: Int[Array, "batch #kv_heads key"]
+    valid: Bool[Array, "batch #kv_heads key"] | None = None
+    segment: Int[Array, "batch #kv_heads key"] | None = None
+
+    def slice(self, start: int, stop: int) -> Entries:
+        """Entries number `start` up to `stop`."""
+
+        def cut(array: Array) -> Array:
+            return jax.lax.slice_in_dim(array, start, stop, axis=2)
+
+        return jax.tree.map(cut, self)

@@ -1,0 +1,110 @@
+"""A large body that a decode loop only reads, a small tail that it writes, folded in now and then.
+
+The body of a layer is a ring of `capacity` slots: the entry of position p lies in slot p modulo
+capacity. A full cache is a ring that never wraps, a window a ring that does; positions follow
+from the number of tokens alone and need no memory. Nothing large is copied per token: only
+`fold`, once per tail, passes over the body.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from mukv.attention import Entries
+from mukv.core.typing import Array, Float, Int
+
+Tensors = dict[str, Float[Array, "batch kv_heads slot width"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slot:
+    """What is kept of one layer that writes: a ring and a tail of equal tensors."""
+
+    body: Tensors
+    tail: Tensors
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """slots: one per layer that writes, in order.
+    length: tokens of each row that have been folded into the bodies.
+    filled: tokens in the tails, the same number for all rows.
+    """
+
+    slots: tuple[Slot, ...]
+    length: Int[Array, "batch"]
+    filled: Int[Array, ""]
+
+    @property
+    def tail_size(self) -> int:
+        return next(iter(self.slots[0].tail.values())).shape[2]
+
+    def position(self) -> Int[Array, "batch"]:
+        """Position of the token that comes next in each row."""
+        return self.length + self.filled
+
+    def nbytes(self) -> int:
+        """Bytes as allocated (or as they would be, for abstract arrays)."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+def ring_position(length: Int[Array, "batch"], capacity: int) -> Int[Array, "batch slot"]:
+    """Position that each slot of a ring holds after `length` tokens; negative where empty.
+
+    It is the largest p < length with p = slot modulo capacity.
+    """
+    newest = length[:, None] - 1
+    return newest - (newest - jnp.arange(capacity)) % capacity
+
+
+def body_entries(tensors: Tensors, length: Int[Array, "batch"]) -> Entries:
+    """The ring as a bag of entries."""
+    capacity = next(iter(tensors.values())).shape[2]
+    position = ring_position(length, capacity)[:, None]
+    return Entries(tensors, position, valid=position >= 0)
+
+
+def tail_entries(
+    tensors: Tensors, length: Int[Array, "batch"], filled: Int[Array, ""]
+) -> Entries:
+    """The first `filled` places of the tail as a bag of entries."""
+    place = jnp.arange(next(iter(tensors.values())).shape[2])
+    position = length[:, None, None] + place
+    return Entries(tensors, position, valid=jnp.broadcast_to(place < filled, position.shape))
+
+
+def append(tail: Tensors, new: Tensors, filled: Int[Array, ""]) -> Tensors:
+    """Write the entries of one token behind the `filled` ones."""
+    return {
+        name: jax.lax.dynamic_update_slice_in_dim(
+            tail[name], new[name].astype(tail[name].dtype), filled, axis=2
+        )
+        for name in tail
+    }
+
+
+def fold(
+    body: Tensors,
+    new: Tensors,
+    length: Int[Array, "batch"],
+    added: Int[Array, "batch"],
+) -> Tensors:
+    """The ring after `added` more tokens per row, whose entries are the first ones of `new`.
+
+    Each slot asks which position it must hold now, and takes it from `new` if it is one of its
+    positions: a gather, so rows of different lengths and rings that wrap need nothing special.
+    """
+
+    def one(old: Array, fresh: Array) -> Array:
+        position = ring_position(length + added, old.shape[2])
+        source = position - length[:, None]
+        index = jnp.clip(source, 0, fresh.shape[2] - 1)[:, None, :, None]
+        taken = jnp.take_along_axis(fresh.astype(old.dtype), index, axis=2)
+        return jnp.where((source >= 0)[:, None, :, None], taken, old)
+
+    return {name: one(body[name], new[name]) for name in body}

@@ -1,0 +1,51 @@
+"""How a forward pass is carried out, as opposed to what it computes.
+
+`None` leaves the choice to the platform; `resolve` makes it, and `mukv describe` prints it.
+Weights and optimizer state are float32 whatever the compute type; logits, softmax, norms and
+loss are computed in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from mukv.core.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Compute:
+    """dtype: type of activations and of the weights' working copy.
+    unroll: layers one by one rather than scanned (faster on a CPU, slower to compile).
+    rematerialise: keep only the residual stream between layers for the backward pass.
+    fused: attention without a token x token tensor, where the layer allows it.
+    loss_chunk: tokens per row whose logits exist at once.
+    """
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    unroll: bool | None = None
+    rematerialise: bool = False
+    fused: bool = True
+    loss_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss_chunk is not None and self.loss_chunk < 1:
+            raise BadInput("loss_chunk", self.loss_chunk, "at least 1 token, or null")
+
+    def resolve(self, vocab_size: int, platform: str | None = None) -> Compute:
+        """The same with nothing left open."""
+        on_cpu = (platform or jax.default_backend()) == "cpu"
+        return replace(
+            self,
+            dtype=self.dtype or ("float32" if on_cpu else "bfloat16"),
+            unroll=on_cpu if self.unroll is None else self.unroll,
+            # About 4 MiB of float32 logits per row: small beside the activations of a layer.
+            loss_chunk=self.loss_chunk or max(1, (1 << 20) // vocab_size),
+        )
+
+    @property
+    def type(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype or "float32")

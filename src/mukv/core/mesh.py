@@ -1,0 +1,141 @@
+"""The device mesh and the one table that says how named dimensions lie on it.
+
+Axis `data` splits the batch and, for storage, one dimension of every large weight (FSDP); axis
+`tensor` splits heads, hidden units and the vocabulary. A dimension that its axis does not divide
+is kept whole; `mukv describe` shows where each weight ends up. The compiler's partitioner does
+the rest, so the same program runs on one device, on simulated ones and on a pod.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mukv.core.errors import BadInput
+from mukv.core.params import Param, map_params
+from mukv.core.typing import Array
+
+AXES: Mapping[str, str] = {
+    "batch": "data",
+    "embed": "data",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "hidden": "tensor",
+    "vocab": "tensor",
+}
+"""Logical dimension -> mesh axis. What is not listed is never split."""
+
+SIMULATED_LIMIT = 8
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the mesh axes; on a CPU the devices are simulated when there are too few."""
+
+    data: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in ("data", "tensor"):
+            if getattr(self, axis) < 1:
+                raise BadInput(axis, getattr(self, axis), "a mesh axis has at least one device")
+
+    @property
+    def size(self) -> int:
+        return self.data * self.tensor
+
+    def build(self) -> Mesh:
+        """The mesh over the first `size` devices.
+
+        Raises BadInput if there are not enough of them, or if processes would be left out.
+        """
+        devices = jax.devices()
+        if self.size > len(devices) or (jax.process_count() > 1 and self.size != len(devices)):
+            raise BadInput(
+                "mesh",
+                f"data {self.data} x tensor {self.tensor} = {self.size} devices",
+                f"there are {len(devices)} {devices[0].platform} devices "
+                f"in {jax.process_count()} process(es)",
+            )
+        return jax.make_mesh(
+            (self.data, self.tensor),
+            ("data", "tensor"),
+            axis_types=(AxisType.Auto, AxisType.Auto),
+            devices=devices[: self.size],
+        )
+
+
+def simulate(devices: int) -> None:
+    """Let a CPU show `devices` devices; call it before JAX first looks at them.
+
+    Does nothing where the number was set from outside (XLA_FLAGS or JAX_NUM_CPU_DEVICES), where
+    there is an accelerator, or beyond what this machine could usefully simulate:
+    `MeshShape.build` then judges what there is.
+    """
+    chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    if 1 < devices <= max(SIMULATED_LIMIT, os.cpu_count() or 1):
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def specification(dims: Mapping[str, int], mesh: Any, exclude: Sequence[str] = ()) -> PartitionSpec:
+    """How an array with these named dimensions lies on the mesh; each axis is used once."""
+    used = set(exclude)
+    parts: list[str | None] = []
+    for name, size in dims.items():
+        axis = AXES.get(name)
+        if axis in used or axis is None or mesh.shape[axis] == 1 or size % mesh.shape[axis]:
+            parts.append(None)
+        else:
+            used.add(axis)
+            parts.append(axis)
+    return PartitionSpec(*parts)
+
+
+def weight_shardings(declared: Any, mesh: Mesh) -> Any:
+    """A sharding for each declared weight."""
+
+    def shard(param: Param) -> NamedSharding:
+        return NamedSharding(mesh, specification(param.dims, mesh))
+
+    return map_params(shard, declared)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data axis."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def constrain(array: Array, *names: str | None) -> Array:
+    """Tell the partitioner how an activation lies on the current mesh, if there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return array
+    dims = {name or f"axis{i}": array.shape[i] for i, name in enumerate(names)}
+    # The residual's width is never split: in activations the data axis belongs to the batch.
+    if "batch" in dims:
+        return jax.lax.with_sharding_constraint(array, specification(dims, mesh))
+    return jax.lax.with_sharding_constraint(array, specification(dims, mesh, exclude=("data",)))
+
+
+def gather(weights: Any, declared: Any) -> Any:
+    """Collect what the data axis stores in pieces, right before use (FSDP); tensor stays split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return weights
+
+    def collect(param: Param, array: Array) -> Array:
+        spec = specification(param.dims, mesh, exclude=("data",))
+        return jax.lax.with_sharding_constraint(array, spec)
+
+    return map_params(collect, declared, weights)

@@ -1,0 +1,26 @@
+"""Names of dimensions and types, fixed once for the whole project.
+
+batch, token      rows and places of a batch of token ids
+query, key        tokens that read, entries that are read
+embed             width of the residual stream (d_model)
+heads, kv_heads   query heads; groups of heads that share one key and value
+head_dim          width of one head
+vocab, hidden     vocabulary; inner width of the MLP
+layer             leading axis of weights that are stacked over the repeats of a stage
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+Weights = Mapping[str, Any]
+"""A nested mapping from names to arrays; its leaves mirror those of the `Param` tree."""
+
+Tokens = Int[Array, "batch token"]
+Residual = Float[Array, "batch token embed"]
+
+__all__ = ["Array", "Bool", "Float", "Int", "Residual", "Tokens", "Weights"]

@@ -1,0 +1,361 @@
+"""A decoder-only transformer over a layer plan: pre-norm, residual, causal.
+
+The model is its configuration; weights are a tree that it declares and is given back. The same
+layers run in training (equal repeats scanned, or unrolled), prefill and single steps: what
+differs is only what a layer's `remember` answers, i.e. which bags of entries its queries read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from mukv.attention import AnyAttention, Entries, Grouped, Mask
+from mukv.cache import Cache, Slot
+from mukv.cache.base import append, body_entries, fold, tail_entries
+from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
+from mukv.core.mesh import constrain, gather
+from mukv.core.params import Param, map_params
+from mukv.core.tap import capturing, scope, tap
+from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
+from mukv.model.block import Gated, RMSNorm
+from mukv.model.plan import Resolved, Stage, resolve, scannable
+from mukv.scaling.parameterization import Scaling
+
+Remember = Callable[[Resolved, dict[str, Array]], tuple[Entries, ...]]
+"""Given what a layer wrote, the bags of entries that its readers see."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """vocab_size: at least the tokenizer's. plan: stages of layers; what a layer leaves open is
+    `attention` and `mlp`. readout: weights of its own, or the embedding's. context: the longest
+    sequence that the model is meant for; None if nothing limits it.
+    """
+
+    kind: Literal["decoder"] = "decoder"
+    vocab_size: int = 264
+    d_model: int = 128
+    attention: AnyAttention = field(default_factory=Grouped)
+    mlp: Gated = field(default_factory=Gated)
+    plan: tuple[Stage, ...] = (Stage(),)
+    norm: RMSNorm = field(default_factory=RMSNorm)
+    readout: Literal["linear", "tied"] = "linear"
+    context: int | None = None
+    scaling: Scaling = field(default_factory=Scaling)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model"):
+            if getattr(self, name) < 1:
+                raise BadInput(name, getattr(self, name), "at least 1")
+        if self.context is not None and self.context < 1:
+            raise BadInput("context", self.context, "at least 1 token, or null")
+        if not self.plan:
+            raise BadInput("plan", [], "at least one stage")
+        _ = self.layers
+
+    @cached_property
+    def layers(self) -> tuple[Resolved, ...]:
+        """Every layer, in order."""
+        return resolve(self.plan, self.attention, self.mlp)
+
+    @cached_property
+    def writers(self) -> tuple[Resolved, ...]:
+        """The layers that have a cache."""
+        return tuple(layer for layer in self.layers if layer.writes)
+
+    # Weights
+
+    def layer_params(self, layer: Resolved) -> dict[str, Any]:
+        declared = {
+            "attention_norm": self.norm.params(self.d_model),
+            "read": layer.attention.read_params(self.d_model),
+            "mlp_norm": self.norm.params(self.d_model),
+            "mlp": layer.mlp.params(self.d_model),
+        }
+        if layer.writes:
+            declared["write"] = layer.attention.write_params(self.d_model)
+        return declared
+
+    def params(self) -> dict[str, Any]:
+        """All weights; those of a stage's slot are stacked over its repeats, slots are named by
+        their place ("stage0.slot1")."""
+        width = {"embed": self.d_model}
+        vocab = {"vocab": self.vocab_size}
+        tied = self.readout == "tied"
+        # A tied embedding is also contracted over its width, which decides its size.
+        embedding = Param(vocab | width, role="embedding", fan_in=("embed",) if tied else ())
+        declared: dict[str, Any] = {"embedding": embedding}
+        for s, stage in enumerate(self.plan):
+            first = [layer for layer in self.layers if layer.stage == s and layer.repeat == 0]
+            declared[f"stage{s}"] = {
+                f"slot{layer.slot}": map_params(
+                    lambda param, repeats=stage.repeats: param.stacked(repeats),
+                    self.layer_params(layer),
+                )
+                for layer in first
+            }
+        declared["final_norm"] = self.norm.params(self.d_model)
+        if not tied:
+            declared["readout"] = Param(width | vocab, role="readout", fan_in=("embed",))
+        return declared
+
+    def unstack(self, weights: Weights) -> dict[str, Any]:
+        """The same weights with one entry per layer ("layers", in order): what decoding takes,
+        so that no step slices a stack."""
+        outer = {name: value for name, value in weights.items() if not name.startswith("stage")}
+        layers = [
+            jax.tree.map(
+                lambda leaf, repeat=layer.repeat: leaf[repeat],
+                weights[f"stage{layer.stage}"][f"slot{layer.slot}"],
+            )
+            for layer in self.layers
+        ]
+        return {**outer, "layers": layers}
+
+    # Forward pass
+
+    def hidden(
+        self,
+        weights: Weights,
+        tokens: Tokens,
+        position: Int[Array, "batch token"] | None = None,
+        segment: Int[Array, "batch token"] | None = None,
+        compute: Compute | None = None,
+    ) -> Residual:
+        """The residual stream after the last layer and norm.
+
+        position: place in the document, counted from 0 (default: place in the row). segment:
+        number of the document; tokens see only their own (default: one per row).
+        """
+        compute = (compute or Compute()).resolve(self.vocab_size)
+        if position is None:
+            position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        mask_segment = segment
+
+        def remember(layer: Resolved, written: dict[str, Array]) -> tuple[Entries, ...]:
+            group_segment = None if segment is None else segment[:, None]
+            return (Entries(written, position[:, None], segment=group_segment),)
+
+        x = self._embed(weights, tokens, compute)
+        run = _Run(self, compute, position, mask_segment, remember, aligned=True)
+        known: dict[int, tuple[Entries, ...]] = {}
+        for s, stage in enumerate(self.plan):
+            stacked = weights[f"stage{s}"]
+            here = [layer for layer in self.layers if layer.stage == s]
+            if compute.unroll or capturing() or stage.repeats == 1 or not scannable(s, self.layers):
+                for layer in here:
+                    own = jax.tree.map(lambda leaf, r=layer.repeat: leaf[r], stacked)
+                    x = run.layer(layer, own[f"slot{layer.slot}"], x, known)
+            else:
+                first = here[: len(stage.pattern)]
+
+                def repeat(x: Residual, own: Any, first: Any = first) -> tuple[Residual, None]:
+                    inner = dict(known)
+                    for layer in first:
+                        x = run.layer(layer, own[f"slot{layer.slot}"], x, inner)
+                    return x, None
+
+                x, _ = jax.lax.scan(repeat, x, stacked)
+        return self.norm.apply(weights["final_norm"], x)
+
+    def logits(self, weights: Weights, hidden: Residual) -> Float[Array, "batch token vocab"]:
+        """Float32 scores of the next token."""
+        if self.readout == "tied":
+            table = weights["embedding"].astype(hidden.dtype)
+            out = jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
+        else:
+            table = weights["readout"].astype(hidden.dtype)
+            out = jnp.einsum("bte,ev->btv", hidden, table, preferred_element_type=jnp.float32)
+        return tap("logits", constrain(out, "batch", None, "vocab"))
+
+    def _embed(self, weights: Weights, tokens: Tokens, compute: Compute) -> Residual:
+        x = jnp.take(weights["embedding"], tokens, axis=0).astype(compute.type)
+        return tap("embedding", constrain(x, "batch", None, None))
+
+    # Decoding
+
+    def empty_cache(
+        self, batch: int, length: int, tail: int = 64, dtype: jnp.dtype | None = None
+    ) -> Cache:
+        """Room for `length` tokens a row in the bodies and `tail` behind them."""
+        dtype = dtype or Compute().resolve(self.vocab_size).type
+
+        def zeros(layer: Resolved, slots: int) -> dict[str, Array]:
+            shapes = layer.attention.written(self.d_model, batch, slots, dtype)
+            return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+
+        return Cache(
+            slots=tuple(
+                Slot(zeros(layer, min(length, layer.window or length)), zeros(layer, tail))
+                for layer in self.writers
+            ),
+            length=jnp.zeros(batch, jnp.int32),
+            filled=jnp.zeros((), jnp.int32),
+        )
+
+    def prefill(
+        self,
+        weights: Weights,
+        cache: Cache,
+        tokens: Tokens,
+        count: Int[Array, "batch"],
+        fresh: bool = True,
+        compute: Compute | None = None,
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Read `count` tokens of each row at once; logits of what follows, and the cache.
+
+        weights: unstacked. tokens: padded behind. The tail must be empty. fresh: the cache is
+        known to be empty, so that only the new tokens are read.
+        """
+        compute = (compute or Compute()).resolve(self.vocab_size)
+        position = cache.length[:, None] + jnp.arange(tokens.shape[1])
+        bodies: dict[int, dict[str, Array]] = {}
+
+        def remember(layer: Resolved, written: dict[str, Array]) -> tuple[Entries, ...]:
+            body = cache.slots[self.writers.index(layer)].body
+            bodies[layer.index] = fold(body, written, cache.length, count)
+            new = Entries(written, position[:, None])
+            return (new,) if fresh else (body_entries(body, cache.length), new)
+
+        x = self._embed(weights, tokens, compute)
+        x = _Run(self, compute, position, None, remember, aligned=fresh).all(weights, x)
+        last = jnp.take_along_axis(x, (count - 1)[:, None, None], axis=1)
+        slots = tuple(
+            Slot(bodies[layer.index], slot.tail)
+            for layer, slot in zip(self.writers, cache.slots, strict=True)
+        )
+        logits = self.logits(weights, self.norm.apply(weights["final_norm"], last))[:, 0]
+        return logits, Cache(slots, cache.length + count, cache.filled)
+
+    def step(
+        self,
+        weights: Weights,
+        cache: Cache,
+        token: Int[Array, "batch"],
+        compute: Compute | None = None,
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Read one token per row: logits of what follows, and the cache, one token fuller.
+
+        weights: unstacked. The bodies come back as they are: leave them out of a loop's carry.
+        """
+        compute = (compute or Compute()).resolve(self.vocab_size)
+        position = cache.position()[:, None]
+        tails: dict[int, dict[str, Array]] = {}
+
+        def remember(layer: Resolved, written: dict[str, Array]) -> tuple[Entries, ...]:
+            slot = cache.slots[self.writers.index(layer)]
+            tails[layer.index] = append(slot.tail, written, cache.filled)
+            return (
+                body_entries(slot.body, cache.length),
+                tail_entries(tails[layer.index], cache.length, cache.filled + 1),
+            )
+
+        x = self._embed(weights, token[:, None], compute)
+        x = _Run(self, compute, position, None, remember, aligned=False).all(weights, x)
+        slots = tuple(
+            Slot(slot.body, tails[layer.index])
+            for layer, slot in zip(self.writers, cache.slots, strict=True)
+        )
+        logits = self.logits(weights, self.norm.apply(weights["final_norm"], x))[:, 0]
+        return logits, Cache(slots, cache.length, cache.filled + 1)
+
+    def fold(self, cache: Cache) -> Cache:
+        """Move the tails into the bodies."""
+        added = jnp.broadcast_to(cache.filled, cache.length.shape)
+        slots = tuple(
+            Slot(fold(slot.body, slot.tail, cache.length, added), slot.tail)
+            for slot in cache.slots
+        )
+        return Cache(slots, cache.length + added, jnp.zeros_like(cache.filled))
+
+    # Counting
+
+    def cache_bytes_per_token(self, layer: Resolved, dtype: jnp.dtype) -> int:
+        """Bytes that one more token costs in this layer, from what `write` returns."""
+        if not layer.writes:
+            return 0
+        written = layer.attention.written(self.d_model, 1, 1, dtype)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in written.values())
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of training per token at this sequence length: products
+        only, backward counted twice the forward pass, attention as the mask leaves it."""
+        products = sum(
+            2 * param.size
+            for param in jax.tree.leaves(
+                self.params(), is_leaf=lambda leaf: isinstance(leaf, Param)
+            )
+            if param.fan_in
+        )
+        attention = sum(
+            layer.attention.read_flops() * _mean_visible(length, layer.window)
+            for layer in self.layers
+        )
+        return round(3 * (products + attention))
+
+
+def _mean_visible(length: int, window: int | None) -> float:
+    """Entries that a query sees on average, in a sequence of this length."""
+    window = min(window or length, length)
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass through the layers: what all of them share."""
+
+    model: Decoder
+    compute: Compute
+    position: Int[Array, "batch token"]
+    segment: Int[Array, "batch token"] | None
+    remember: Remember
+    aligned: bool
+
+    def all(self, weights: Weights, x: Residual) -> Residual:
+        """Through every layer, weights unstacked."""
+        known: dict[int, tuple[Entries, ...]] = {}
+        for layer, own in zip(self.model.layers, weights["layers"], strict=True):
+            x = self.layer(layer, own, x, known)
+        return x
+
+    def layer(
+        self, layer: Resolved, weights: Any, x: Residual, known: dict[int, Sequence[Entries]]
+    ) -> Residual:
+        """Through one layer; adds to `known` what it wrote."""
+
+        def apply(weights: Any, x: Residual, inherited: Any) -> tuple[Residual, Any]:
+            model, attention = self.model, layer.attention
+            weights = jax.tree.map(lambda leaf: leaf.astype(self.compute.type), weights)
+            weights = gather(weights, model.layer_params(layer))
+            with scope(f"layer{layer.index}"):
+                normed = model.norm.apply(weights["attention_norm"], x)
+                parts = inherited
+                if layer.writes:
+                    written = attention.write(weights["write"], normed, self.position)
+                    parts = self.remember(layer, written)
+                mask = Mask(self.segment, layer.window, self.aligned)
+                read = attention.read(
+                    weights["read"], normed, self.position, parts, mask, self.fused(layer)
+                )
+                x = tap("attention", constrain(x + read, "batch", None, None))
+                normed = model.norm.apply(weights["mlp_norm"], x)
+                mlp = layer.mlp.apply(weights["mlp"], normed)
+                x = tap("mlp", constrain(x + mlp, "batch", None, None))
+            return x, parts
+
+        if self.compute.rematerialise and self.aligned:
+            apply = jax.checkpoint(apply)
+        x, known[layer.index] = apply(weights, x, known.get(layer.source))
+        return x
+
+    def fused(self, layer: Resolved) -> bool:
+        return (
+            self.compute.fused and self.aligned and layer.attention.fusable and not capturing()
+        )

@@ -1,0 +1,50 @@
+"""Cross-entropy of the next token, with only a chunk of the logits in memory at once."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mukv.core.compute import Compute
+from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
+from mukv.model.decoder import Decoder
+
+
+def token_losses(
+    model: Decoder, weights: Weights, hidden: Residual, targets: Tokens
+) -> Float[Array, "batch token"]:
+    """-log p(target) in nats, float32."""
+    logits = model.logits(weights, hidden)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def summed_loss(
+    model: Decoder,
+    weights: Weights,
+    tokens: Tokens,
+    targets: Tokens,
+    weight: Float[Array, "batch token"],
+    position: Int[Array, "batch token"] | None = None,
+    segment: Int[Array, "batch token"] | None = None,
+    compute: Compute | None = None,
+) -> Float[Array, ""]:
+    """Weighted sum of token losses over the batch, in nats.
+
+    The logits of a chunk of tokens are made, used and dropped, and made again for the backward
+    pass, so that batch x token x vocab numbers never exist together.
+    """
+    compute = (compute or Compute()).resolve(model.vocab_size)
+    hidden = model.hidden(weights, tokens, position, segment, compute)
+    chunk = compute.loss_chunk or hidden.shape[1]
+
+    def part(hidden: Array, targets: Array, weight: Array) -> Float[Array, ""]:
+        return jnp.sum(token_losses(model, weights, hidden, targets) * weight)
+
+    if hidden.shape[1] <= chunk:
+        return part(hidden, targets, weight)
+    total = jnp.zeros((), jnp.float32)
+    for start in range(0, hidden.shape[1], chunk):
+        piece = slice(start, start + chunk)
+        total += jax.checkpoint(part)(hidden[:, piece], targets[:, piece], weight[:, piece])
+    return total
