@@ -17,6 +17,7 @@ from mukv.attention.base import Attention
 from mukv.attention.entries import Entries
 from mukv.attention.mask import Mask
 from mukv.core.errors import BadInput
+from mukv.core.linear import project
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 
@@ -62,8 +63,8 @@ class Grouped(Attention):
     def write(
         self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
     ) -> dict[str, Float[Array, "batch kv_heads token head_dim"]]:
-        key = jnp.einsum("bte,egd->bgtd", x, weights["key"])
-        value = jnp.einsum("bte,egd->bgtd", x, weights["value"])
+        key = project(x, weights["key"]).swapaxes(1, 2)
+        value = project(x, weights["value"]).swapaxes(1, 2)
         return {"key": self.position.rotate(key, position[:, None]), "value": value}
 
     def read(
@@ -75,7 +76,7 @@ class Grouped(Attention):
         mask: Mask,
         fused: bool = False,
     ) -> Float[Array, "batch query embed"]:
-        query = jnp.einsum("bte,ehd->bhtd", x, weights["query"])
+        query = project(x, weights["query"]).swapaxes(1, 2)
         query = self.position.rotate(query, position[:, None])
         batch, _, length, _ = query.shape
         query = query.reshape(batch, self.kv_heads, -1, length, self.head_dim)
@@ -91,7 +92,7 @@ class Grouped(Attention):
             ]
             out = cores.plain(query, shown, scale, self._bias(weights, query, position, parts))
         out = out.reshape(batch, self.heads, length, self.head_dim)
-        return jnp.einsum("bhtd,hde->bte", out, weights["output"])
+        return project(out.swapaxes(1, 2), weights["output"], contracted=2)
 
     def _bias(
         self,

@@ -8,17 +8,19 @@ loss are computed in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from mukv.core.errors import BadInput
+from mukv.core.params import map_params
 
 
 @dataclass(frozen=True)
 class Compute:
-    """dtype: type of activations and of the weights' working copy.
+    """dtype: type of activations.
+    operands: type that products with weights round their operands to; sums are float32.
     unroll: layers one by one rather than scanned (faster on a CPU, slower to compile).
     rematerialise: keep only the residual stream between layers for the backward pass.
     fused: attention without a token x token tensor, where the layer allows it.
@@ -26,6 +28,7 @@ class Compute:
     """
 
     dtype: Literal["float32", "bfloat16"] | None = None
+    operands: Literal["float32", "bfloat16"] | None = None
     unroll: bool | None = None
     rematerialise: bool = False
     fused: bool = True
@@ -38,9 +41,11 @@ class Compute:
     def resolve(self, vocab_size: int, platform: str | None = None) -> Compute:
         """The same with nothing left open."""
         on_cpu = (platform or jax.default_backend()) == "cpu"
+        dtype = self.dtype or ("float32" if on_cpu else "bfloat16")
         return replace(
             self,
-            dtype=self.dtype or ("float32" if on_cpu else "bfloat16"),
+            dtype=dtype,
+            operands=self.operands or dtype,
             unroll=on_cpu if self.unroll is None else self.unroll,
             # About 4 MiB of float32 logits per row: small beside the activations of a layer.
             loss_chunk=self.loss_chunk or max(1, (1 << 20) // vocab_size),
@@ -48,4 +53,14 @@ class Compute:
 
     @property
     def type(self) -> jnp.dtype:
+        """Of activations and cache entries."""
         return jnp.dtype(self.dtype or "float32")
+
+    def working_copy(self, declared: Any, weights: Any) -> Any:
+        """The weights as the forward pass multiplies with them; gains stay as they are."""
+        operand = jnp.dtype(self.operands or "float32")
+        return map_params(
+            lambda param, weight: weight.astype(operand) if param.fan_in else weight,
+            declared,
+            weights,
+        )

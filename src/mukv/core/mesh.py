@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mukv.core.errors import BadInput
 from mukv.core.params import Param, map_params
@@ -73,9 +73,8 @@ class MeshShape:
 def simulate(devices: int) -> None:
     """Let a CPU show `devices` devices; call it before JAX first looks at them.
 
-    Does nothing where the number was set from outside (XLA_FLAGS or JAX_NUM_CPU_DEVICES), where
-    there is an accelerator, or beyond what this machine could usefully simulate:
-    `MeshShape.build` then judges what there is.
+    The number stays where it was set from outside (XLA_FLAGS or JAX_NUM_CPU_DEVICES), and beyond
+    what this machine could usefully simulate: `MeshShape.build` then judges what there is.
     """
     chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
@@ -116,10 +115,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def _partitioned_mesh() -> AbstractMesh | None:
+    """The current mesh, where the compiler's partitioner works on it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual else mesh
+
+
 def constrain(array: Array, *names: str | None) -> Array:
     """Tell the partitioner how an activation lies on the current mesh, if there is one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = _partitioned_mesh()
+    if mesh is None:
         return array
     dims = {name or f"axis{i}": array.shape[i] for i, name in enumerate(names)}
     # The residual's width is never split: in activations the data axis belongs to the batch.
@@ -130,8 +135,8 @@ def constrain(array: Array, *names: str | None) -> Array:
 
 def gather(weights: Any, declared: Any) -> Any:
     """Collect what the data axis stores in pieces, right before use (FSDP); tensor stays split."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = _partitioned_mesh()
+    if mesh is None:
         return weights
 
     def collect(param: Param, array: Array) -> Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.core.errors import BadInput
+from mukv.core.linear import project
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Residual, Weights
 
@@ -33,8 +34,8 @@ class Gated:
         return {"gate": up, "up": up, "down": down}
 
     def apply(self, weights: Weights, x: Residual) -> Residual:
-        gate = ACTIVATIONS[self.activation](x @ weights["gate"])
-        return (gate * (x @ weights["up"])) @ weights["down"]
+        gate = ACTIVATIONS[self.activation](project(x, weights["gate"]))
+        return project(gate * project(x, weights["up"]), weights["down"])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mukv.cache import Cache, Slot
 from mukv.cache.base import append, body_entries, fold, tail_entries
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
+from mukv.core.linear import project
 from mukv.core.mesh import constrain, gather
 from mukv.core.params import Param, map_params
 from mukv.core.tap import capturing, scope, tap
@@ -165,14 +166,14 @@ class Decoder:
                 x, _ = jax.lax.scan(repeat, x, stacked)
         return self.norm.apply(weights["final_norm"], x)
 
-    def logits(self, weights: Weights, hidden: Residual) -> Float[Array, "batch token vocab"]:
+    def logits(
+        self, weights: Weights, hidden: Residual, compute: Compute | None = None
+    ) -> Float[Array, "batch token vocab"]:
         """Float32 scores of the next token."""
-        if self.readout == "tied":
-            table = weights["embedding"].astype(hidden.dtype)
-            out = jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
-        else:
-            table = weights["readout"].astype(hidden.dtype)
-            out = jnp.einsum("bte,ev->btv", hidden, table, preferred_element_type=jnp.float32)
+        compute = (compute or Compute()).resolve(self.vocab_size)
+        table = weights["embedding"].T if self.readout == "tied" else weights["readout"]
+        operand = compute.operands or hidden.dtype
+        out = project(hidden, table.astype(operand), out=jnp.dtype("float32"))
         return tap("logits", constrain(out, "batch", None, "vocab"))
 
     def _embed(self, weights: Weights, tokens: Tokens, compute: Compute) -> Residual:
@@ -231,7 +232,7 @@ class Decoder:
             Slot(bodies[layer.index], slot.tail)
             for layer, slot in zip(self.writers, cache.slots, strict=True)
         )
-        logits = self.logits(weights, self.norm.apply(weights["final_norm"], last))[:, 0]
+        logits = self.logits(weights, self.norm.apply(weights["final_norm"], last), compute)[:, 0]
         return logits, Cache(slots, cache.length + count, cache.filled)
 
     def step(
@@ -263,7 +264,7 @@ class Decoder:
             Slot(slot.body, tails[layer.index])
             for layer, slot in zip(self.writers, cache.slots, strict=True)
         )
-        logits = self.logits(weights, self.norm.apply(weights["final_norm"], x))[:, 0]
+        logits = self.logits(weights, self.norm.apply(weights["final_norm"], x), compute)[:, 0]
         return logits, Cache(slots, cache.length, cache.filled + 1)
 
     def fold(self, cache: Cache) -> Cache:
@@ -283,6 +284,15 @@ class Decoder:
             return 0
         written = layer.attention.written(self.d_model, 1, 1, dtype)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in written.values())
+
+    def cache_bytes(self, batch: int, length: int, tail: int, dtype: jnp.dtype) -> int:
+        """Bytes of `empty_cache` with these sizes, without allocating it."""
+        entries = sum(
+            self.cache_bytes_per_token(layer, dtype) * (min(length, layer.window or length) + tail)
+            for layer in self.writers
+        )
+        counters = 4 * batch + 4
+        return batch * entries + counters
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of training per token at this sequence length: products
@@ -332,8 +342,8 @@ class _Run:
 
         def apply(weights: Any, x: Residual, inherited: Any) -> tuple[Residual, Any]:
             model, attention = self.model, layer.attention
-            weights = jax.tree.map(lambda leaf: leaf.astype(self.compute.type), weights)
-            weights = gather(weights, model.layer_params(layer))
+            declared = model.layer_params(layer)
+            weights = gather(self.compute.working_copy(declared, weights), declared)
             with scope(f"layer{layer.index}"):
                 normed = model.norm.apply(weights["attention_norm"], x)
                 parts = inherited

@@ -11,10 +11,10 @@ from mukv.model.decoder import Decoder
 
 
 def token_losses(
-    model: Decoder, weights: Weights, hidden: Residual, targets: Tokens
+    model: Decoder, weights: Weights, hidden: Residual, targets: Tokens, compute: Compute
 ) -> Float[Array, "batch token"]:
     """-log p(target) in nats, float32."""
-    logits = model.logits(weights, hidden)
+    logits = model.logits(weights, hidden, compute)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
@@ -39,7 +39,7 @@ def summed_loss(
     chunk = compute.loss_chunk or hidden.shape[1]
 
     def part(hidden: Array, targets: Array, weight: Array) -> Float[Array, ""]:
-        return jnp.sum(token_losses(model, weights, hidden, targets) * weight)
+        return jnp.sum(token_losses(model, weights, hidden, targets, compute) * weight)
 
     if hidden.shape[1] <= chunk:
         return part(hidden, targets, weight)

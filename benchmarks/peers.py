@@ -1,0 +1,299 @@
+"""The other side of the speed comparisons: plain torch and transformers, as a worker process.
+
+Needs torch and transformers only (nothing of mukv, no JAX). Two ways in:
+- `python peers.py '{"op": "setup", ...}'`: one job, `rounds` rounds, one JSON line out.
+- `python peers.py`: one JSON request per line of stdin, one JSON answer per line of stdout, so
+  that a benchmark alternates rounds with a peer kept warm. See `answer` for the protocol.
+Weights and tokens are random: the figures are speed, never quality.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to time; the keys of a `setup` request.
+
+    task: `train` (forward, backward, clipping, AdamW) or `decode` (greedy, one token at a time).
+    peer: `plain` (a GPT-2-class decoder in bare torch; trains only) or `transformers` (Llama).
+    precision: `float32`, or `bfloat16`: autocast in training, bfloat16 weights in decoding.
+    compile: through torch.compile; the first round is then the compilation, see `warmup`.
+    length: tokens per row in training, context already in the cache in decoding.
+    new_tokens: decoded per round.
+    cache: `dynamic` or `static`; decoding only.
+    threads: of torch; None leaves its default.
+    """
+
+    task: str = "train"
+    peer: str = "plain"
+    precision: str = "float32"
+    compile: bool = False
+    d_model: int = 384
+    layers: int = 6
+    heads: int = 6
+    kv_heads: int | None = None
+    hidden: int | None = None
+    vocab_size: int = 256
+    batch: int = 16
+    length: int = 256
+    new_tokens: int = 32
+    cache: str = "static"
+    threads: int | None = None
+    warmup: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "task": ("train", "decode"),
+            "peer": ("plain", "transformers"),
+            "precision": ("float32", "bfloat16"),
+            "cache": ("dynamic", "static"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: {getattr(self, name)!r}; allowed: {', '.join(values)}")
+        if self.task == "decode" and self.peer == "plain":
+            raise ValueError("peer: 'plain' has no cache; decode with 'transformers'")
+        if self.peer == "plain" and self.kv_heads not in (None, self.heads):
+            raise ValueError(f"kv_heads: {self.kv_heads}; 'plain' has as many as heads")
+
+    @property
+    def amp(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16")
+
+
+class PlainBlock(nn.Module):
+    """Layer norm, causal self-attention, layer norm, GELU; no biases."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.hidden_norm = nn.LayerNorm(width, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = joined.permute(2, 0, 3, 1, 4)
+        read = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(read.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.hidden_norm(x))))
+
+
+class PlainDecoder(nn.Module):
+    """Learnt positions, tied embedding: the class of model that nanoGPT trains."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(job.vocab_size, job.d_model)
+        self.position = nn.Embedding(job.length, job.d_model)
+        hidden = job.hidden or 4 * job.d_model
+        self.blocks = nn.ModuleList(
+            PlainBlock(job.d_model, job.heads, hidden) for _ in range(job.layers)
+        )
+        self.norm = nn.LayerNorm(job.d_model, bias=False)
+        for weight in (self.embedding.weight, self.position.weight):
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embedding.weight)
+
+
+def llama(job: Job) -> transformers.LlamaForCausalLM:
+    hidden = job.hidden or 64 * round(8 * job.d_model / 3 / 64)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=job.vocab_size,
+            hidden_size=job.d_model,
+            intermediate_size=hidden,
+            num_hidden_layers=job.layers,
+            num_attention_heads=job.heads,
+            num_key_value_heads=job.kv_heads or job.heads,
+            max_position_embeddings=1 << 20,
+        )
+    )
+
+
+Round = Callable[[], float]
+
+
+def training(job: Job) -> tuple[nn.Module, Round]:
+    """A round is one step; fused AdamW, clipping at norm 1, the loss read back."""
+    model = PlainDecoder(job) if job.peer == "plain" else llama(job)
+    run: Any = torch.compile(model) if job.compile else model
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    tokens = torch.randint(job.vocab_size, (job.batch, job.length + 1))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
+
+    def step() -> float:
+        start = time.perf_counter()
+        with job.amp:
+            logits = run(inputs) if job.peer == "plain" else run(inputs, use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        return time.perf_counter() - start
+
+    return model, step
+
+
+def decoding(job: Job) -> tuple[nn.Module, Round]:
+    """A round decodes `new_tokens` per row from a cache put back to exactly `length` tokens."""
+    model = llama(job).eval()
+    if job.precision == "bfloat16":
+        model = model.bfloat16()
+    run: Any = torch.compile(model) if job.compile else model
+    prompt = torch.randint(job.vocab_size, (job.batch, job.length))
+    if job.cache == "static":
+        # Written slots past the cursor are masked, so that rounds may reuse one cache.
+        room = job.length + job.new_tokens
+        cache: Any = transformers.StaticCache(config=model.config, max_cache_len=room)
+    else:
+        cache = transformers.DynamicCache(config=model.config)
+
+    def feed(tokens: Tensor) -> Tensor:
+        logits = run(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1:].argmax(-1)
+
+    @torch.inference_mode()
+    def rewind() -> None:
+        surplus = int(cache.get_seq_length()) - job.length
+        if surplus and job.cache == "dynamic":
+            cache.crop(-surplus)
+        elif surplus:
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(job.length)
+        if int(cache.get_seq_length()) != job.length:
+            raise RuntimeError("this transformers cannot put its cache back; try another version")
+
+    @torch.inference_mode()
+    def prefill() -> Tensor:
+        token = prompt[:, :1]
+        for chunk in prompt.split(1024, dim=1):
+            token = feed(chunk)
+        return token
+
+    first = prefill()
+
+    @torch.inference_mode()
+    def decode() -> float:
+        rewind()
+        token = first
+        start = time.perf_counter()
+        for _ in range(job.new_tokens):
+            token = feed(token)
+        return time.perf_counter() - start
+
+    return model, decode
+
+
+class Worker:
+    """Holds one job at a time."""
+
+    def __init__(self) -> None:
+        self.step: Round | None = None
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """{"op": "setup", **Job fields} -> {"parameters", "tokens", "torch", "transformers",
+            "threads", "warmup_seconds"}: builds, warms up; `tokens`: tokens per round, all rows.
+        {"op": "round"} -> {"seconds"}: one training step, or `new_tokens` decoded per row.
+        Any failure -> {"error": "one line"}, and the worker lives on. End of input ends it.
+        """
+        request = dict(request)
+        op = request.pop("op", None)
+        if op == "setup":
+            return self.setup(request)
+        if op == "round":
+            if self.step is None:
+                raise ValueError("round: nothing is set up; send a setup first")
+            return {"seconds": self.step()}
+        raise ValueError(f"op: {op!r}; allowed: setup, round")
+
+    def setup(self, request: dict[str, Any]) -> dict[str, Any]:
+        names = [field.name for field in fields(Job)]
+        for name in request:
+            if name not in names:
+                raise ValueError(f"setup: no field {name!r}; allowed: {', '.join(names)}")
+        self.step = None
+        job = Job(**request)
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        torch.manual_seed(job.seed)
+        start = time.perf_counter()
+        model, step = training(job) if job.task == "train" else decoding(job)
+        for _ in range(job.warmup):
+            step()
+        self.step = step
+        return {
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "tokens": job.batch * (job.length if job.task == "train" else job.new_tokens),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+            "warmup_seconds": time.perf_counter() - start,
+        }
+
+
+def serve() -> None:
+    """Answer until the input ends; only answers go to stdout."""
+    out, sys.stdout = sys.stdout, sys.stderr
+    worker = Worker()
+    for line in sys.stdin:
+        if not line.strip():
+            continue
+        try:
+            reply = worker.answer(json.loads(line))
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}".replace("\n", " ")}
+        print(json.dumps(reply), file=out, flush=True)
+
+
+def once(request: dict[str, Any]) -> dict[str, Any]:
+    """Set up, time `rounds` rounds (5 unless given), and say how it went."""
+    worker, rounds = Worker(), int(request.pop("rounds", 5))
+    told = worker.answer({"op": "setup", **request})
+    seconds = [worker.answer({"op": "round"})["seconds"] for _ in range(rounds)]
+    speed = told["tokens"] / statistics.median(seconds)
+    return {**told, "seconds": seconds, "tokens_per_second": speed}
+
+
+def main() -> int:
+    if len(sys.argv) == 1:
+        serve()
+        return 0
+    try:
+        request = json.loads(sys.argv[1])
+        request.pop("op", None)
+        print(json.dumps(once(request)))
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, TypeError)) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+from mukv.cli import main
+
+main()

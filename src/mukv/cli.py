@@ -1,0 +1,287 @@
+"""The command `mukv`: subcommands that read as sentences.
+
+Standard output is for results, one JSON object as the last line with `--json`; progress and errors
+go to standard error. Exit status 0, 1 (failed) or 2 (bad input).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from mukv import launch
+from mukv.core.errors import BadInput, Failed, unknown_name
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A JAX laboratory for transformers with a small memory.",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="For instance train.steps=50")
+]
+POLICIES = ("full",)
+
+
+def main() -> NoReturn:
+    """Run the command line; every error that we know ends in one clear line."""
+    launch.restart_with_allocator()
+    try:
+        code = app(standalone_mode=False)
+    except (BadInput, Failed) as error:
+        _complain(str(error), error.status)
+    except typer.Exit as exit:
+        code = exit.exit_code
+    except typer.Abort:
+        code = 1
+    except KeyboardInterrupt:
+        _complain("interrupted", 1)
+    except Exception as error:
+        # Wrong options: click knows best how to say it.
+        if hasattr(error, "format_message"):
+            _complain(error.format_message(), 2)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(error, OSError):
+            _complain(str(error), 1)
+        raise
+    raise SystemExit(code or 0)
+
+
+def _complain(message: str, status: int) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(
+        f"[bold red]error:[/] {_plain(message)}", highlight=False
+    )
+    raise SystemExit(status)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _print_json(facts: Any) -> None:
+    sys.stdout.write(json.dumps(facts, default=str) + "\n")
+    sys.stdout.flush()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for runs, plot and table.")] = Path("runs/demo"),
+    fast: Annotated[bool, typer.Option("--fast", help="A shorter demonstration.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train small models that remember differently; show quality against cache bytes.
+
+    Example: `mukv demo --fast`
+    """
+    launch.prepare()
+    from mukv.demo import demonstrate
+
+    facts = demonstrate(out, fast, Console(stderr=as_json))
+    if as_json:
+        _print_json(facts)
+
+
+@app.command()
+def data(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="A file or folder (text, .jsonl, .parquet), `stdlib`, `package:NAME` or `hf:NAME`.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the token file.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="`bytes`, `bpe:SIZE` (trained on the text) or a tokenizer.json.")
+    ] = "bytes",
+    field: Annotated[str, typer.Option(help="Name of the text in JSONL and Parquet.")] = "text",
+    validation: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.05,
+    invalid: Annotated[str, typer.Option(help="Text that is not UTF-8: strict, replace, skip.")] = (
+        "strict"
+    ),
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn texts into a token file to train on.
+
+    Example: `mukv data stdlib --out data/stdlib`
+    """
+    raise NotImplementedError
+
+
+@app.command()
+def train(
+    source: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A preset, a YAML file, or a run to continue.")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run directory; default: runs/NAME-HASH.")
+    ] = None,
+    distributed: Annotated[
+        str | None, typer.Option(help="auto, or HOST:PORT,PROCESSES,NUMBER.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model, or continue a run.
+
+    Example: `mukv train tiny train.steps=200 train.learning_rate=1e-3`
+    """
+    from mukv import runs
+
+    run, folder = runs.resolve(source, overrides or [], out)
+    launch.prepare(run.mesh.size, distributed)
+    outcome = runs.train(run, folder, title=folder.path.name)
+    facts = runs.summary(outcome, folder)
+    if as_json:
+        _print_json(facts)
+        return
+    console = Console()
+    bits = outcome.validation_bits_per_byte
+    console.print(
+        f"step {outcome.step}  loss {outcome.loss:.4f}  "
+        + (f"{bits:.4f} bits per byte  " if bits is not None else "")
+        + f"{outcome.tokens_per_second:,.0f} tokens/s"
+    )
+    console.print(f"run: {folder.path}", highlight=False, soft_wrap=True)
+    if not outcome.finished:
+        console.print(f"to continue: mukv train {folder.path}", highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory.")],
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text file.")] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Token ids: .npy, [token] or [row token].")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Window in tokens; default: as in training.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte of a model on a text.
+
+    Example: `mukv eval runs/demo/mha --text README.md`
+    """
+    launch.prepare()
+    from mukv import inputs, runs
+
+    if (text is None) == (tokens is None):
+        raise BadInput("eval", "--text and --tokens", "exactly one of the two")
+    loaded = runs.load(model)
+    if text is not None:
+        rows = inputs.rows_of_text(loaded, text)
+    else:
+        assert tokens is not None
+        rows = inputs.rows_of_ids(tokens)
+    if length is not None and length < 1:
+        raise BadInput("--length", length, "at least 1 token")
+    found = loaded.evaluate(rows, length)
+    facts = {
+        "tokens": found.tokens,
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        Console().print(f"{name}: {value}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    token_ids: Annotated[str | None, typer.Option(help="Ids to continue, as 1,2,3.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    stop: Annotated[str | None, typer.Option(help="Ids that end the text, as 1,2.")] = None,
+    copies: Annotated[int, typer.Option(help="Continuations, decoded together.")] = 1,
+    cache: Annotated[str, typer.Option(help="Cache policy.")] = "full",
+    as_json: Json = False,
+) -> None:
+    """Continue a text; reports speed and cache bytes.
+
+    Example: `mukv generate runs/demo/mha --prompt "def main(" --max-tokens 64`
+    """
+    launch.prepare()
+    from mukv import inputs, runs
+    from mukv.decode import Sampling
+
+    if (prompt is None) == (token_ids is None):
+        raise BadInput("generate", "--prompt and --token-ids", "exactly one of the two")
+    if cache not in POLICIES:
+        raise unknown_name("--cache", cache, POLICIES)
+    if copies < 1:
+        raise BadInput("--copies", copies, "at least 1")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    ends = inputs.ids(stop, "--stop") if stop else ()
+    loaded = runs.load(model)
+    given = loaded.encode(prompt) if prompt is not None else inputs.ids(token_ids or "", "--token-ids")
+    console = Console(highlight=False, soft_wrap=True)
+    stream = None
+    if not as_json and copies == 1:
+        console.print(f"[dim]{_plain(prompt or str(given))}[/]", end="")
+        stream = inputs.Stream(loaded.tokenizer, sys.stdout).show
+    made = loaded.generate_ids([given] * copies, max_tokens, sampling, ends, stream)
+    texts = [loaded.tokenizer.decode(row) for row in made.tokens]
+    if as_json:
+        facts = {
+            "token_ids": made.tokens[0],
+            "text": texts[0],
+            "cache_bytes": made.cache_bytes,
+            "prefill_seconds": made.prefill_seconds,
+            "tokens_per_second": made.tokens_per_second,
+        }
+        if copies > 1:
+            facts["all_token_ids"] = made.tokens
+        _print_json(facts)
+        return
+    console.print()
+    for number, text in enumerate(texts if copies > 1 else []):
+        console.print(f"[bold]--- {number}[/]\n{_plain(text)}")
+    Console(stderr=True).print(
+        f"[dim]{made.tokens_per_second:,.0f} tokens/s, first token after "
+        f"{made.prefill_seconds:.3f} s, cache {made.cache_bytes:,} bytes[/]"
+    )
+
+
+@app.command()
+def describe(
+    source: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A preset, a YAML file or a run directory.")
+    ],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Parameters, FLOPs, cache bytes and shardings; allocates nothing.
+
+    Example: `mukv describe llama-3.1-70b`
+    """
+    launch.prepare()
+    from mukv import runs
+    from mukv.describe import describe as facts_of
+    from mukv.describe import show
+
+    run, _ = runs.resolve(source, overrides or [], None)
+    facts = facts_of(run)
+    if as_json:
+        _print_json(facts)
+    else:
+        show(facts, run, Console())
+

@@ -1,0 +1,63 @@
+"""The root configuration: what a YAML file or preset says, as objects.
+
+Sections are `model`, `data`, `train` and `mesh`; each object's fields are its keys. Loading is
+strict, and complete before anything is compiled or allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mukv.core import schema
+from mukv.core.errors import BadInput
+from mukv.core.mesh import MeshShape
+from mukv.model import AnyModel, Decoder
+from mukv.train import Training
+
+
+@dataclass(frozen=True)
+class Data:
+    """path: a token file; None for the Python library's own source, built once. packing: tokens
+    see only their own document ("packed"), or all that is in the row ("contiguous")."""
+
+    path: str | None = None
+    packing: Literal["packed", "contiguous"] = "packed"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a training run depends on."""
+
+    model: AnyModel = field(default_factory=Decoder)
+    data: Data = field(default_factory=Data)
+    train: Training = field(default_factory=Training)
+    mesh: MeshShape = field(default_factory=MeshShape)
+
+    def __post_init__(self) -> None:
+        context = self.model.context
+        if context is not None and self.train.length > context:
+            raise BadInput(
+                "train.length", self.train.length, f"at most model.context ({context})"
+            )
+
+
+def presets_folder() -> Path:
+    """Where the presets are: inside the installed package, or beside its source."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parents[1] / "configs"
+
+
+def presets() -> list[str]:
+    """Names of all presets."""
+    return sorted(path.stem for path in presets_folder().rglob("*.yaml"))
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """A preset's name or a YAML file, with `a.b=c` overrides. Raises BadInput."""
+    mapping = schema.resolve_preset(str(source), presets_folder())
+    mapping = schema.apply_overrides(Run, mapping, overrides)
+    return schema.build(Run, mapping)

@@ -1,0 +1,67 @@
+"""Files that are whole or not there: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mukv.core.errors import BadInput, Failed
+
+
+@contextmanager
+def telling_disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one clear line about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Failed(f"{path}: the disk is full; nothing was left half-written") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise BadInput(str(path), "a folder that can't be written", "choose another") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise BadInput(str(path), "a file in the way", "choose another path") from error
+        raise
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step, durably."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with telling_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `path` when the block ends well, and vanishes otherwise.
+
+    What was at `path` before is replaced.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with telling_disk_errors(path):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if path.exists():
+                old = path.with_name(f".{path.name}.{os.getpid()}.old")
+                os.replace(path, old)
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

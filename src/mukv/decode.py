@@ -1,0 +1,262 @@
+"""Decoding: prefill in one pass, then a compiled loop over a cache of static shape.
+
+The loop carries only the small tails; the large bodies are read where they are, and the tails are
+folded into them when full. Text can be shown while it is made. Times exclude compilation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.cache import Cache, Slot
+from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
+from mukv.core.typing import Array, Float, Int, Weights
+from mukv.model.decoder import Decoder
+
+BLOCK = 16
+"""Steps per call of the compiled loop: how often text is shown and stop tokens are looked for."""
+TAIL = 64
+"""Largest tail. A larger one is read more often for nothing, a smaller one folded more often."""
+PROMPT_MULTIPLE = 64
+"""Prompts are padded to a multiple of this, so that few lengths are compiled."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. temperature 0 is greedy; top_k and top_p keep the likeliest
+    tokens, by number and by probability mass."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise BadInput("temperature", self.temperature, "at least 0 (0 is greedy)")
+        if self.top_k is not None and self.top_k < 1:
+            raise BadInput("top_k", self.top_k, "at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise BadInput("top_p", self.top_p, "above 0 and at most 1")
+
+    def draw(self, logits: Float[Array, "batch vocab"], keys: Array) -> Int[Array, "batch"]:
+        """One token per row; `keys` has one per row, so a row does not depend on its batch."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.top_p is not None and self.top_p < 1:
+            ordered = jnp.sort(logits, axis=-1, descending=True)
+            before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+            before -= jax.nn.softmax(ordered, axis=-1)
+            # The likeliest token always stays: nothing comes before it.
+            least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), -1, keepdims=True)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """tokens: the new ones of each row, a stop token included. cache_bytes: as allocated.
+    prefill_seconds: until the first token; tokens_per_second: over all rows, after the first.
+    """
+
+    tokens: list[list[int]]
+    cache_bytes: int
+    prefill_seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Static shapes of one generation."""
+
+    batch: int
+    prompt: int
+    body: int
+    tail: int
+
+    @classmethod
+    def plan(cls, batch: int, longest_prompt: int, max_tokens: int) -> Sizes:
+        """The smallest cache that holds the prompt and all tokens that will be read back."""
+        prompt = _round_up(longest_prompt, PROMPT_MULTIPLE)
+        read_back = _round_up(max(max_tokens - 1, 1), BLOCK)
+        tails = math.ceil(read_back / TAIL)
+        tail = _round_up(math.ceil(read_back / tails), BLOCK)
+        return cls(batch, prompt, prompt + (tails - 1) * tail, tail)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def decoding_weights(model: Decoder, weights: Weights, compute: Compute | None = None) -> Any:
+    """Weights as decoding takes them: scaled, in the compute type, one entry per layer."""
+    compute = (compute or Compute()).resolve(model.vocab_size)
+    declared = model.params()
+    scaled = model.scaling.scale(declared, weights)
+    return model.unstack(compute.working_copy(declared, scaled))
+
+
+@lru_cache(maxsize=32)
+def _functions(model: Decoder, sampling: Sampling, compute: Compute) -> tuple[Any, Any, Any]:
+    """prefill, block and fold of a model, to be compiled for the shapes that come."""
+
+    def rows(key: Array, number: Array, batch: int) -> Array:
+        step = jax.random.fold_in(key, number)
+        return jax.vmap(partial(jax.random.fold_in, step))(jnp.arange(batch))
+
+    def prefill(
+        weights: Any, cache: Cache, tokens: Array, count: Array, key: Array
+    ) -> tuple[Array, Cache]:
+        logits, cache = model.prefill(weights, cache, tokens, count, compute=compute)
+        return sampling.draw(logits, rows(key, jnp.zeros((), jnp.int32), len(count))), cache
+
+    def block(
+        weights: Any, bodies: Any, tails: Any, state: tuple[Array, ...], key: Array
+    ) -> tuple[Array, Any, tuple[Array, ...]]:
+        length = state[0]
+
+        def step(carry: Any, _: None) -> tuple[Any, Array]:
+            tails, filled, token, number = carry
+            slots = tuple(Slot(body, tail) for body, tail in zip(bodies, tails, strict=True))
+            cache = Cache(slots, length, filled)
+            logits, cache = model.step(weights, cache, token, compute=compute)
+            token = sampling.draw(logits, rows(key, number, len(token)))
+            return (tuple(s.tail for s in cache.slots), cache.filled, token, number + 1), token
+
+        carry, tokens = jax.lax.scan(step, (tails, *state[1:]), length=BLOCK)
+        return tokens.T, carry[0], (length, *carry[1:])
+
+    return (
+        jax.jit(prefill, donate_argnums=1),
+        jax.jit(block, donate_argnums=2),
+        jax.jit(model.fold, donate_argnums=0),
+    )
+
+
+def generate(
+    model: Decoder,
+    weights: Any,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Collection[int] = (),
+    compute: Compute | None = None,
+    show: Callable[[list[list[int]]], None] | None = None,
+) -> Generation:
+    """Continue each prompt by up to `max_tokens` tokens.
+
+    weights: from `decoding_weights`. stop: ids after which a row ends. show: is given the new
+    tokens of every row as they come. Raises BadInput for prompts that the model can't read.
+    """
+    _check(model, prompts, max_tokens)
+    sampling = sampling or Sampling()
+    compute = (compute or Compute()).resolve(model.vocab_size)
+    sizes = Sizes.plan(len(prompts), max(map(len, prompts)), max_tokens)
+    prefill, block, fold = _functions(model, sampling, compute)
+
+    padded = np.zeros((sizes.batch, sizes.prompt), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    count = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+    key = jax.random.key(sampling.seed)
+    cache = model.empty_cache(sizes.batch, sizes.body, sizes.tail, compute.type)
+    cache_bytes = cache.nbytes()
+
+    prefill = prefill.lower(weights, cache, padded, count, key).compile()
+    start = time.perf_counter()
+    token, cache = prefill(weights, cache, padded, count, key)
+    rows = _Rows(stop, max_tokens, show)
+    rows.add(np.asarray(token)[:, None])
+    prefill_seconds = time.perf_counter() - start
+    if rows.done:
+        return Generation(rows.tokens, cache_bytes, prefill_seconds, 0.0)
+
+    bodies, tails = _split(cache)
+    state = (cache.length, cache.filled, token, jnp.ones((), jnp.int32))
+    block = block.lower(weights, bodies, tails, state, key).compile()
+    start = time.perf_counter()
+    steps = 0
+    while not rows.done:
+        if steps and steps % sizes.tail == 0:
+            cache = fold(_join(bodies, tails, state))
+            bodies, tails = _split(cache)
+            state = (cache.length, cache.filled, *state[2:])
+        new, tails, state = block(weights, bodies, tails, state, key)
+        rows.add(np.asarray(new))
+        steps += BLOCK
+    seconds = time.perf_counter() - start
+    return Generation(rows.tokens, cache_bytes, prefill_seconds, steps * len(prompts) / seconds)
+
+
+def _split(cache: Cache) -> tuple[Any, Any]:
+    return tuple(slot.body for slot in cache.slots), tuple(slot.tail for slot in cache.slots)
+
+
+def _join(bodies: Any, tails: Any, state: tuple[Array, ...]) -> Cache:
+    slots = tuple(Slot(body, tail) for body, tail in zip(bodies, tails, strict=True))
+    return Cache(slots, state[0], state[1])
+
+
+class _Rows:
+    """The new tokens of each row, cut at stop tokens and at the limit."""
+
+    def __init__(
+        self, stop: Collection[int], limit: int, show: Callable[[list[list[int]]], None] | None
+    ):
+        self.stop, self.limit, self.show = frozenset(stop), limit, show
+        self.tokens: list[list[int]] = []
+        self.ended: list[bool] = []
+
+    @property
+    def done(self) -> bool:
+        return all(self.ended)
+
+    def add(self, new: np.ndarray) -> None:
+        """new: int [batch token]."""
+        if not self.tokens:
+            self.tokens = [[] for _ in new]
+            self.ended = [False] * len(new)
+        fresh: list[list[int]] = [[] for _ in new]
+        for row, ids in enumerate(new.tolist()):
+            for token in ids:
+                if self.ended[row]:
+                    break
+                fresh[row].append(token)
+                length = len(self.tokens[row]) + len(fresh[row])
+                self.ended[row] = token in self.stop or length == self.limit
+            self.tokens[row] += fresh[row]
+        if self.show:
+            self.show(fresh)
+
+
+def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    if max_tokens < 1:
+        raise BadInput("max_tokens", max_tokens, "at least 1")
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise BadInput("prompt", "", "at least one token")
+    for prompt in prompts:
+        worst = max(prompt, key=lambda token: abs(token - model.vocab_size / 2))
+        if not 0 <= worst < model.vocab_size:
+            raise BadInput("prompt", worst, f"token ids go from 0 to {model.vocab_size - 1}")
+    longest = max(map(len, prompts))
+    if model.context is not None and longest + max_tokens > model.context:
+        raise BadInput(
+            "max_tokens",
+            max_tokens,
+            f"the model's context is {model.context} tokens and the prompt has {longest}: "
+            f"at most {max(model.context - longest, 0)}",
+        )

@@ -1,0 +1,92 @@
+"""Loss, perplexity and bits per byte of a model on a text or on token ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
+from mukv.core.typing import Array, Float
+from mukv.model.decoder import Decoder
+from mukv.model.loss import token_losses
+
+BATCH_TOKENS = 8192
+"""Tokens that are worked on at once."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """tokens: those predicted. loss: nats per token. bits_per_byte: None where the number of
+    bytes is not known."""
+
+    tokens: int
+    loss: float
+    bits_per_byte: float | None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+@lru_cache(maxsize=8)
+def _losses(model: Decoder, compute: Compute) -> Any:
+    def losses(weights: Any, tokens: Array, targets: Array) -> Float[Array, "batch token"]:
+        hidden = model.hidden(weights, tokens, compute=compute)
+        return token_losses(model, weights, hidden, targets, compute)
+
+    return jax.jit(losses)
+
+
+def evaluate(
+    model: Decoder,
+    weights: Any,
+    rows: Sequence[np.ndarray],
+    length: int,
+    token_bytes: np.ndarray | None = None,
+    compute: Compute | None = None,
+) -> Evaluation:
+    """Predict every token of each row but its first.
+
+    weights: stacked and scaled. A row longer than `length` is cut into windows; each window is
+    read anew and overlaps its neighbour by the one token that it predicts from. token_bytes:
+    UTF-8 bytes of each id [vocab]. Raises BadInput for ids out of range and rows of one token.
+    """
+    compute = (compute or Compute()).resolve(model.vocab_size)
+    if model.context is not None and length > model.context:
+        raise BadInput("length", length, f"the model's context is {model.context} tokens")
+    for row in rows:
+        if len(row) < 2:
+            raise BadInput("tokens", len(row), "at least 2 tokens: one to read, one to predict")
+        if row.min() < 0 or row.max() >= model.vocab_size:
+            worst = int(row.min() if row.min() < 0 else row.max())
+            raise BadInput("tokens", worst, f"token ids go from 0 to {model.vocab_size - 1}")
+    longest = min(length, max(map(len, rows)) - 1)
+    windows = [
+        row[start : start + longest + 1]
+        for row in rows
+        for start in range(0, len(row) - 1, longest)
+    ]
+    batch = max(1, BATCH_TOKENS // longest)
+    losses = _losses(model, compute)
+    nats, tokens, read = 0.0, 0, 0
+    for first in range(0, len(windows), batch):
+        padded = np.zeros((min(batch, len(windows)), longest + 1), np.int32)
+        counted = np.zeros((len(padded), longest), bool)
+        for place, window in enumerate(windows[first : first + batch]):
+            padded[place, : len(window)] = window
+            counted[place, : len(window) - 1] = True
+        table = losses(weights, jnp.asarray(padded[:, :-1]), jnp.asarray(padded[:, 1:]))
+        nats += float(np.asarray(table, np.float64)[counted].sum())
+        tokens += int(counted.sum())
+        if token_bytes is not None:
+            read += int(token_bytes[padded[:, 1:][counted]].sum())
+    bits = nats / math.log(2) / read if read else None
+    return Evaluation(tokens, nats / tokens, bits)

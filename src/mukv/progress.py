@@ -1,0 +1,76 @@
+"""What a person sees while something takes long: rate, time left, loss.
+
+On a terminal a live line; elsewhere (a log file, CI) a plain line now and then. Everything goes
+to standard error, so that standard output stays for results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+QUIET_SECONDS = 10.0
+
+
+class Bar:
+    """Progress of one task of known size, with changing numbers beside it."""
+
+    def __init__(self, title: str, total: int, start: int = 0, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self.title, self.total, self.start = title, total, start
+        self.began, self.last_line = time.monotonic(), 0.0
+        self.live: Progress | None = None
+        self.task = TaskID(0)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.live = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.live.start()
+            self.task = self.live.add_task(
+                self.title, total=self.total, completed=self.start, numbers=""
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.live.stop()
+
+    def show(self, done: int, numbers: Mapping[str, str]) -> None:
+        """done: how much of the total; numbers: by name, ready to print."""
+        text = "  ".join(f"{name} {value}" for name, value in numbers.items())
+        if self.live:
+            self.live.update(self.task, completed=done, numbers=text)
+            return
+        now = time.monotonic()
+        if now - self.last_line < QUIET_SECONDS and done < self.total:
+            return
+        rate = (done - self.start) / max(now - self.began, 1e-9)
+        left = (self.total - done) / rate if rate > 0 else float("inf")
+        self.console.print(f"{self.title} {done}/{self.total}  {left:.0f} s left  {text}")
+        self.last_line = now
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False)

@@ -1,0 +1,275 @@
+"""One training step, and what it needs: the state, the optimizer, the sharding of both.
+
+A step is a pure function of (state, batch): gradients of the summed loss over all pieces of the
+batch, divided by its weight, clipped, applied. A step whose loss or gradient is not finite leaves
+the state as it was, and so do all after it, so that the failure can be looked at where it
+happened. `loop.py` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from mukv.core import params
+from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
+from mukv.core.mesh import batch_sharding, replicated, weight_shardings
+from mukv.core.tap import capture
+from mukv.core.typing import Array, Float, Int
+from mukv.model.decoder import Decoder
+from mukv.model.loss import summed_loss
+from mukv.scaling.optimizers import AdamW, AnyOptimizer
+from mukv.scaling.schedules import AnySchedule, Cosine
+
+BATCH_FIELDS = ("tokens", "targets", "weight", "position", "segment")
+Batch = Mapping[str, Array]
+"""tokens, targets, position, segment: int32 [batch token]; weight: float32 [batch token]."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    batch: rows per step over all devices. length: tokens per row. learning_rate: the peak.
+    clip_norm: largest norm of the whole gradient; None for no limit. accumulate: pieces that a
+    batch is worked through in. *_every: in steps, None for only at the end. keep_last,
+    keep_best: checkpoints. validation_batches: how much of the validation text is looked at,
+    None for all. profile: write a profile of the steps 10 to 15. trackers: where metrics go
+    besides metrics.jsonl.
+    """
+
+    steps: int = 100
+    seed: int = 0
+    batch: int = 8
+    length: int = 256
+    learning_rate: float = 3e-3
+    schedule: AnySchedule = field(default_factory=Cosine)
+    optimizer: AnyOptimizer = field(default_factory=AdamW)
+    clip_norm: float | None = 1.0
+    accumulate: int = 1
+    compute: Compute = field(default_factory=Compute)
+    log_every: int = 10
+    evaluate_every: int | None = None
+    validation_batches: int | None = 16
+    checkpoint_every: int | None = None
+    keep_last: int = 2
+    keep_best: int = 1
+    profile: bool = False
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "length", "accumulate", "log_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise BadInput(name, getattr(self, name), "at least 1")
+        for name in ("evaluate_every", "checkpoint_every", "validation_batches"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise BadInput(name, getattr(self, name), "at least 1, or null")
+        for name in ("seed", "keep_best"):
+            if getattr(self, name) < 0:
+                raise BadInput(name, getattr(self, name), "at least 0")
+        if self.learning_rate <= 0:
+            raise BadInput("learning_rate", self.learning_rate, "greater than 0")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise BadInput("clip_norm", self.clip_norm, "greater than 0, or null")
+        if self.batch % self.accumulate:
+            raise BadInput("accumulate", self.accumulate, f"must divide batch ({self.batch})")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """weights and optimizer state in float32; step: updates done."""
+
+    weights: Any
+    optimizer: Any
+    step: Int[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """Of one step. loss: nats per token before the update."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+class Trainer:
+    """The compiled functions of one model, training plan and mesh."""
+
+    def __init__(self, model: Decoder, training: Training, mesh: Mesh):
+        """Raises BadInput if the batch can't be split over the mesh."""
+        rows = training.batch // training.accumulate
+        if rows % mesh.shape["data"]:
+            raise BadInput(
+                "train.batch",
+                training.batch,
+                f"batch / accumulate ({rows}) must be a multiple of mesh.data "
+                f"({mesh.shape['data']})",
+            )
+        self.model, self.training, self.mesh = model, training, mesh
+        self.compute = training.compute.resolve(model.vocab_size)
+        self.declared = model.params()
+        self.resolved = model.scaling.resolve_all(self.declared)
+        self.optimizer = training.optimizer.transform(self.resolved)
+        self._compiled_step = jax.jit(
+            self._step,
+            donate_argnums=0,
+            out_shardings=(self.shardings(), replicated(mesh)),
+        )
+        self.validate = jax.jit(self._validate, out_shardings=replicated(mesh))
+
+    def step(self, state: State, step: int, batch: Batch) -> tuple[State, Metrics]:
+        """The update number `step`, counted from 0; the given state is used up."""
+        result = self._compiled_step(state, step, batch)
+        if jax.default_backend() == "cpu" and self.mesh.size > 1:
+            # Simulated devices share one pool of threads. A second program in flight can hold
+            # the threads that the first needs to finish a collective: a deadlock.
+            jax.block_until_ready(result)
+        return result
+
+    def abstract_state(self) -> State:
+        """Shapes and shardings of the state, nothing allocated."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self._initial, jax.random.key(0)),
+            self.shardings(),
+        )
+
+    def initial_state(self) -> State:
+        """Weights drawn from the seed, each device its own part."""
+        with jax.set_mesh(self.mesh):
+            key = jax.random.key(self.training.seed)
+            return jax.jit(self._initial, out_shardings=self.shardings())(key)
+
+    def shardings(self) -> State:
+        """Where each part of the state lies."""
+        weights = weight_shardings(self.declared, self.mesh)
+        optimizer = optax.tree_map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(self.optimizer.init, params.abstract(self.declared)),
+            weights,
+            transform_non_params=lambda _: replicated(self.mesh),
+        )
+        return State(weights, optimizer, replicated(self.mesh))
+
+    def put(self, batch: Any) -> Batch:
+        """This process's rows of a batch (numpy) as part of the global arrays on the mesh."""
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(sharding, getattr(batch, name))
+            for name in BATCH_FIELDS
+        }
+
+    def learning_rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        training = self.training
+        return training.learning_rate * training.schedule.factor(step, training.steps)
+
+    def blame(self, state: State, batch: Batch) -> str:
+        """Where the first number that is not finite appears, forward and then backward."""
+        with jax.set_mesh(self.mesh):
+            seen = jax.jit(self._finite)(state.weights, batch)
+            for name, finite in seen.items():
+                if not finite:
+                    return f"the output of {name}"
+            gradient = jax.jit(jax.grad(self._summed_loss))(state.weights, batch)
+            # Gradients flow from the last layer to the first: the last bad one is the cause.
+            broken = [
+                name for name, leaf in params.named(gradient).items() if not jnp.isfinite(leaf).all()
+            ]
+        return f"the gradient of {broken[-1]}" if broken else "the norm of the gradient"
+
+    # Traced
+
+    def _initial(self, key: Array) -> State:
+        deviations = params.map_params(
+            lambda param: self.model.scaling.resolve(param).deviation, self.declared
+        )
+        weights = params.initialise(self.declared, deviations, key)
+        return State(weights, self.optimizer.init(weights), jnp.zeros((), jnp.int32))
+
+    def _summed_loss(self, weights: Any, batch: Batch) -> Float[Array, ""]:
+        scaled = self.model.scaling.scale(self.declared, weights)
+        return summed_loss(
+            self.model,
+            scaled,
+            *(batch[name] for name in BATCH_FIELDS),
+            compute=self.compute,
+        )
+
+    def _validate(
+        self, weights: Any, batch: Batch, token_bytes: Int[Array, "vocab"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+        """Summed loss in nats, number of tokens, number of bytes that they stand for."""
+        counted = batch["weight"] > 0
+        read = jnp.where(counted, token_bytes[batch["targets"]], 0)
+        # Float32 counts exactly up to 2**24, far beyond one batch.
+        return self._summed_loss(weights, batch), jnp.sum(batch["weight"]), jnp.sum(read * 1.0)
+
+    def _finite(self, weights: Any, batch: Batch) -> dict[str, Array]:
+        with capture() as taps:
+            self._summed_loss(weights, batch)
+        return {name: jnp.isfinite(value).all() for name, value in taps.items()}
+
+    def _gradient(self, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Any]:
+        """Summed loss of the whole batch and its gradient.
+
+        On a CPU whose devices only split the batch, each works through its rows by itself and
+        the sums are added up: the layouts that make products fast there (core/linear.py) are
+        opaque to the partitioner. 1.4 times faster; elsewhere the partitioner does it all.
+        """
+        mesh = self.mesh
+        if jax.default_backend() != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
+            return self._accumulated(weights, batch)
+
+        def local(weights: Any, batch: Batch) -> tuple[Float[Array, ""], Any]:
+            return jax.lax.psum(self._accumulated(weights, batch), "data")
+
+        whole = PartitionSpec()
+        split = {name: PartitionSpec("data") for name in batch}
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False
+        )(weights, dict(batch))
+
+    def _accumulated(self, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Any]:
+        """The same, piece after piece of the batch."""
+        pieces = self.training.accumulate
+        value_and_gradient = jax.value_and_grad(self._summed_loss)
+        if pieces == 1:
+            return value_and_gradient(weights, batch)
+
+        def split(array: Array) -> Array:
+            # Row r goes to piece r modulo pieces: every device keeps the rows that it has.
+            return array.reshape(-1, pieces, *array.shape[1:]).swapaxes(0, 1)
+
+        def add(total: Any, piece: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_gradient(weights, piece)), None
+
+        start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights))
+        total, _ = jax.lax.scan(add, start, jax.tree.map(split, dict(batch)))
+        return total
+
+    def _step(self, state: State, step: Int[Array, ""], batch: Batch) -> tuple[State, Metrics]:
+        """The update number `step` (counted from 0); does nothing unless it is the next one."""
+        training = self.training
+        loss, gradient = self._gradient(state.weights, batch)
+        weight = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
+        loss, gradient = loss / weight, jax.tree.map(lambda leaf: leaf / weight, gradient)
+        norm = optax.global_norm(gradient)
+        if training.clip_norm is not None:
+            factor = jnp.minimum(1.0, training.clip_norm / jnp.maximum(norm, 1e-12))
+            gradient = jax.tree.map(lambda leaf: leaf * factor, gradient)
+        rate = self.learning_rate(state.step)
+        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.weights)
+        weights = jax.tree.map(lambda leaf, update: leaf + rate * update, state.weights, updates)
+        sound = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.step == step)
+        updated = State(weights, optimizer, state.step + 1)
+        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, state)
+        return kept, Metrics(loss, norm, rate)
