@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mukv.checkpoint import Checkpoints, _checksum
+from mukv.checkpoint import Checkpoints
 from mukv.core.errors import BadInput, Failed
+from mukv.core.manifest import checksum
 
 
 class Moments(NamedTuple):
@@ -42,7 +43,7 @@ class State:
 def state(step: int = 0, width: int = 32) -> State:
     weights = {
         "w": jax.random.normal(jax.random.key(step), (width, 64)),
-        "gain": {"half": jnp.linspace(0, 1, 24).astype(jnp.bfloat16), "empty": jnp.zeros((0, 2))},
+        "gain": {"half": jnp.linspace(0, 1, 24).astype(jnp.bfloat16)},
     }
     moments = Moments(jax.tree.map(lambda leaf: leaf * 2, weights), jnp.int32(step))
     return State(weights, (moments, ()), jnp.int32(step))
@@ -133,16 +134,16 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
         assert_equal(checkpoints.restore(None, anywhere), placed(1))
 
 
-def test_any_flipped_bit_changes_the_checksum():
+def test_any_flipped_bit_changes_thechecksum():
     rng = np.random.default_rng(0)
     for dtype in (np.float32, jnp.bfloat16, np.int32, np.int8, np.bool_):
         array = rng.integers(0, 2, (5, 7)).astype(dtype)
-        before = int(_checksum(array))
+        before = int(checksum(array))
         for place in range(array.nbytes):
             flipped = bytearray(array.tobytes())
             flipped[place] ^= 1 if dtype is np.bool_ else 1 << int(rng.integers(8))
-            assert int(_checksum(np.frombuffer(flipped, dtype).reshape(5, 7))) != before
-    assert int(_checksum(jnp.array([1.0, 2.0]))) != int(_checksum(jnp.array([2.0, 1.0])))
+            assert int(checksum(np.frombuffer(flipped, dtype).reshape(5, 7))) != before
+    assert int(checksum(jnp.array([1.0, 2.0]))) != int(checksum(jnp.array([2.0, 1.0])))
 
 
 # Damage
@@ -196,11 +197,8 @@ def test_no_damage_passes_unseen(saved, tmp_path):
         for how in ("truncate", "flip"):
             shutil.copytree(saved, folder)
             damage(folder / path, how)
-            with Checkpoints(folder) as checkpoints:
-                try:
-                    assert_equal(checkpoints.restore(5, like(state())), state(5))
-                except (Failed, BadInput):
-                    pass
+            with Checkpoints(folder) as checkpoints, suppress(Failed, BadInput):
+                assert_equal(checkpoints.restore(5, like(state())), state(5))
             shutil.rmtree(folder)
 
 
@@ -232,9 +230,16 @@ def test_what_is_no_checkpoint_is_told(saved, tmp_path):
         checkpoints.restore(None, like(state()))
     with Checkpoints(saved, read_only=True) as checkpoints, pytest.raises(BadInput, match="4, 5"):
         checkpoints.restore(7, like(state()))
-    (tmp_path / "3").mkdir()
+    (tmp_path / "3").mkdir()  # what is left of a deletion
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == []
+    (tmp_path / "3" / "photograph").touch()
     with pytest.raises(BadInput, match="no checkpoint of mukv"):
         Checkpoints(tmp_path)
+    missing = tmp_path / "missing"
+    with Checkpoints(missing, read_only=True) as checkpoints, pytest.raises(BadInput):
+        checkpoints.restore(None, like(state()))
+    assert not missing.exists()
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):
         with pytest.raises(BadInput, match="folder"):
@@ -247,13 +252,24 @@ def test_a_full_disk_is_told_and_the_old_step_stays(tmp_path, asynchronous):
     with Checkpoints(tmp_path, keep_last=1, asynchronous=asynchronous) as checkpoints:
         checkpoints.save(1, big)
         checkpoints.wait()
-        with full_disk(100_000), pytest.raises(Failed, match="step 2.*step 1 is safe") as caught:
+
+        def save_and_wait() -> None:
             checkpoints.save(2, big)
             checkpoints.wait()
+
+        with full_disk(100_000), pytest.raises(Failed, match=r"step 2.*step 1 is safe") as caught:
+            save_and_wait()
         assert "\n" not in str(caught.value)
         assert_equal(checkpoints.restore(None, like(big)), big)
         checkpoints.save(3, big)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir())[-1] == "3"
+
+
+def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(Failed, match="the disk is full"):
+        checkpoints.save(1, state(1))
+    assert list(tmp_path.iterdir()) == []
 
 
 KILLED = """

@@ -2,46 +2,44 @@
 
 Orbax writes every array in pieces from the devices that hold them, commits by one rename, and
 reads them back onto another mesh. It does not notice flipped bits (tried: it returns other numbers
-without a word), nor say in one line what does not fit. So each step also carries a manifest: name,
-shape, type and checksum of every leaf, computed on the devices before saving and after restoring.
+without a word), nor say in one line what does not fit. So each step also carries a manifest, with
+which what is read is compared. Arrays without elements can't be saved.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from mukv.core import manifest
 from mukv.core.errors import BadInput, Failed
-from mukv.core.params import named
-from mukv.core.typing import Array, Int
+from mukv.core.manifest import Damaged, reason
 
 STATE, MANIFEST = "state", "manifest"
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Which steps stay: the last ones, and those with the lowest metric."""
+    """Which steps stay: the last ones, and those with the lowest score."""
 
-    folder: Path
     last: int
     best: int
+    scores: dict[int, float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax asks this when a new step is complete, and deletes the others."""
-        steps = [checkpoint.step_number for checkpoint in checkpoints]
-        scores = metrics(self.folder, steps)
-        kept = {*sorted(steps)[-self.last :], *sorted(scores, key=scores.__getitem__)[: self.best]}
+        """Orbax asks this when a save begins, and deletes the others once it is complete."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        scored = sorted(self.scores.keys() & steps, key=lambda step: (self.scores[step], step))
+        kept = {*sorted(steps)[-self.last :], *scored[: self.best]}
         return [step in kept for step in steps]
 
 
@@ -63,26 +61,26 @@ class Checkpoints:
     ):
         """Raises BadInput if the folder can't be used, or holds something else."""
         self.folder = Path(folder).absolute()
-        foreign = [step for step in _numbered(self.folder) if not _ours(self.folder / str(step))]
+        foreign = [step for step in _numbered(self.folder) if _foreign(self.folder / str(step))]
         if foreign:
             raise BadInput(
                 str(self.folder / str(foreign[0])), "no checkpoint of mukv", "choose another folder"
             )
         self.saving: int | None = None
+        self.scores = self._read_scores()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=Keep(self.folder, keep_last, keep_best),
+            preservation_policy=Keep(keep_last, keep_best, self.scores),
             enable_async_checkpointing=asynchronous,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
-            read_only=read_only,
         )
         try:
             if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
-            reason = error.strerror or _first_line(error)
-            raise BadInput(str(self.folder), reason, "a folder that can be written") from error
+            problem = error.strerror or str(error)
+            raise BadInput(str(self.folder), problem, "a folder that can be written") from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -102,8 +100,8 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the lowest metric, the earlier one of equals."""
-        scores = metrics(self.folder, self.steps())
-        return min(scores, key=scores.__getitem__, default=None)
+        scored = self.scores.keys() & self.steps()
+        return min(scored, key=lambda step: (self.scores[step], step), default=None)
 
     def save(self, step: int, state: Any, metric: float | None = None) -> None:
         """Save a pytree of jax arrays; does nothing if the step is there already.
@@ -114,16 +112,14 @@ class Checkpoints:
         if step == self.saving or step in self.steps():
             return
         self.wait()
-        leaves = named(state)
-        manifest = {
-            "metric": float(metric) if metric is not None and math.isfinite(metric) else None,
-            "leaves": {name: _signature(leaf) for name, leaf in leaves.items()},
-            "checksums": _checksums(leaves),
-        }
+        self._require_space(state)
+        if metric is not None and math.isfinite(metric):
+            self.scores[step] = float(metric)
+        described = manifest.describe(state, self.scores.get(step))
         self.saving = step
         arguments = {
             STATE: ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
-            MANIFEST: ocp.args.JsonSave(manifest),  # pyright: ignore[reportCallIssue]
+            MANIFEST: ocp.args.JsonSave(described),  # pyright: ignore[reportCallIssue]
         }
         with self._telling_failure():
             # Forced, since Orbax otherwise skips, without a word, a step older than the latest.
@@ -161,8 +157,11 @@ class Checkpoints:
         except Damaged as error:
             path = self.folder / str(step)
             good = self._newest_good(steps[: steps.index(step)], like)
-            advice = "no earlier one is whole" if good is None else f"the last good one is {good}"
-            raise Failed(f"{path}: damaged: {error}; {advice}: delete it to go on") from error
+            if good is None:
+                advice = "no earlier one is whole: delete the damaged folder to begin anew"
+            else:
+                advice = f"the last good one is {good}: delete the damaged folder to go on from it"
+            raise Failed(f"{path}: {error}; {advice}") from error
 
     def _newest_good(self, steps: Sequence[int], like: Any) -> int | None:
         for step in reversed(steps):
@@ -174,22 +173,34 @@ class Checkpoints:
     def _read(self, step: int, like: Any) -> Any:
         """Raises Damaged, or BadInput if it is another model's."""
         path = self.folder / str(step)
-        try:
-            manifest = json.loads((path / MANIFEST / "metadata").read_bytes())
-            saved, checksums = dict(manifest["leaves"]), dict(manifest["checksums"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"its manifest can't be read ({_first_line(error)})") from error
-        _require_same({name: _signature(leaf) for name, leaf in named(like).items()}, saved, path)
+        saved = manifest.read(path / MANIFEST / "metadata")
+        manifest.require_same_tree(saved, like, path)
         placed = jax.tree.map(_placed, like)
         wanted = ocp.args.StandardRestore(placed)  # pyright: ignore[reportCallIssue]
         try:
             state = self.manager.restore(step, args=ocp.args.Composite(**{STATE: wanted}))[STATE]
         except Exception as error:  # Orbax and TensorStore raise a dozen types
-            raise Damaged(f"it can't be read ({_first_line(error)})") from error
-        for name, checksum in _checksums(named(state)).items():
-            if checksum != checksums.get(name):
-                raise Damaged(f"{name} is not what was saved")
+            raise Damaged(f"it can't be read ({reason(error)})") from error
+        manifest.require_same_numbers(saved, state)
         return state
+
+    def _read_scores(self) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for step in self.steps():
+            with contextlib.suppress(Damaged):
+                metric = manifest.read(self.folder / str(step) / MANIFEST / "metadata")["metric"]
+                found |= {} if metric is None else {step: metric}
+        return found
+
+    def _require_space(self, state: Any) -> None:
+        # Orbax's threads would also tell of a full disk, in a hundred lines.
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise Failed(
+                f"{self.folder}: the disk is full: a checkpoint needs {needed / 1e6:,.0f} MB and "
+                f"{free / 1e6:,.0f} MB are free; the checkpoints that are there are safe"
+            )
 
     @contextlib.contextmanager
     def _telling_failure(self) -> Any:
@@ -199,24 +210,12 @@ class Checkpoints:
             step, self.saving = self.saving, None
             text = str(error)
             full = any(sign in text for sign in ("No space left", "os_error_code='28'"))
-            reason = "the disk is full" if full else _first_line(error)
+            problem = "the disk is full" if full else reason(error)
             good = self.latest()
             advice = "nothing is saved" if good is None else f"step {good} is safe"
-            raise Failed(f"{self.folder}: step {step} was not saved: {reason}; {advice}") from error
-
-
-class Damaged(Exception):
-    """A checkpoint that is not what was saved: the message says where."""
-
-
-def metrics(folder: Path, steps: Sequence[int]) -> dict[int, float]:
-    """The metric of each step that has one; a manifest that can't be read has none."""
-    found: dict[int, float] = {}
-    for step in steps:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            metric = json.loads((folder / str(step) / MANIFEST / "metadata").read_bytes())["metric"]
-            found |= {} if metric is None else {step: float(metric)}
-    return found
+            raise Failed(
+                f"{self.folder}: step {step} was not saved: {problem}; {advice}"
+            ) from error
 
 
 def _numbered(folder: Path) -> list[int]:
@@ -231,48 +230,12 @@ def _ours(path: Path) -> bool:
     return (path / STATE).is_dir() or (path / MANIFEST).is_dir()
 
 
-def _require_same(wanted: dict[str, str], saved: dict[str, str], path: Path) -> None:
-    for name in [*wanted, *saved]:
-        want, have = wanted.get(name, "nothing of this name"), saved.get(name, "nothing")
-        if name not in wanted or want != have:
-            allowed = f"the model wants {want}: it is another model's checkpoint"
-            raise BadInput(f"{path}: {name}", have, allowed)
+def _foreign(path: Path) -> bool:
+    """Not even what is left of a checkpoint that was being deleted when the process was killed."""
+    names = {entry.name for entry in path.iterdir()}
+    return bool(names) and not names & {STATE, MANIFEST, "_CHECKPOINT_METADATA"}
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _signature(leaf: Any) -> str:
-    return f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
-
-
-def _checksums(leaves: dict[str, Any]) -> dict[str, int]:
-    sums = {name: _checksum(leaf) for name, leaf in leaves.items()}
-    return {name: int(np.asarray(number)) for name, number in sums.items()}
-
-
-@jax.jit
-def _checksum(array: Array) -> Int[Array, ""]:
-    """Sum modulo 2**32 of all bits, each element times an odd number of its own: whatever the
-    sharding, any single flipped bit changes it, and so do elements that change places."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        array = jnp.stack([array.real, array.imag])
-    if array.dtype.itemsize == 8:
-        bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
-    elif jnp.issubdtype(array.dtype, jnp.floating):
-        unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-    else:
-        bits = array.astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -107,7 +108,7 @@ def data(
     invalid: Annotated[str, typer.Option(help="Text that is not UTF-8: strict, replace, skip.")] = (
         "strict"
     ),
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads; default: one per core.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -115,7 +116,29 @@ def data(
 
     Example: `mukv data stdlib --out data/stdlib`
     """
-    raise NotImplementedError
+    from mukv.data.build import build_tokens, speed_meter
+    from mukv.data.tokens import SPLITS
+
+    began = time.monotonic()
+    with speed_meter("reading") as report:
+        tokens = build_tokens(
+            sources, out, tokenizer, field, validation, invalid, workers, overwrite, report
+        )
+    seconds = time.monotonic() - began
+    facts = {
+        "path": str(tokens.path),
+        "tokens": sum(len(tokens.split(name).tokens) for name in SPLITS),
+        "documents": sum(len(tokens.split(name).starts) for name in SPLITS),
+        "bytes": tokens.bytes,
+        "vocab_size": tokens.vocab_size,
+        "fingerprint": tokens.fingerprint,
+        "megabytes_per_second": tokens.bytes / seconds / 1e6,
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        Console(highlight=False, soft_wrap=True).print(f"{name}: {value}")
 
 
 @app.command()

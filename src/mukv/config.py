@@ -14,6 +14,7 @@ from typing import Literal
 from mukv.core import schema
 from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
+from mukv.core.presets import apply_overrides, resolve_preset
 from mukv.model import AnyModel, Decoder
 from mukv.train import Training
 
@@ -53,11 +54,10 @@ def presets_folder() -> Path:
 
 def presets() -> list[str]:
     """Names of all presets."""
-    return sorted(path.stem for path in presets_folder().rglob("*.yaml"))
+    return sorted(path.stem for path in presets_folder().glob("*.yaml"))
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Run:
     """A preset's name or a YAML file, with `a.b=c` overrides. Raises BadInput."""
-    mapping = schema.resolve_preset(str(source), presets_folder())
-    mapping = schema.apply_overrides(Run, mapping, overrides)
-    return schema.build(Run, mapping)
+    mapping = resolve_preset(Run, source, presets_folder())
+    return schema.build(Run, apply_overrides(Run, mapping, overrides))

@@ -28,16 +28,18 @@ from mukv.config import Run
 from mukv.core import schema
 from mukv.core.errors import BadInput, nearest_name
 from mukv.core.files import write_atomic
-from mukv.core.mesh import replicated
 from mukv.core.params import abstract, named
+from mukv.core.presets import apply_overrides
 from mukv.core.typing import Array, Float
 from mukv.core.weights import load_weights, save_weights
+from mukv.core.yaml_text import read_yaml
 from mukv.data.batches import Batches
 from mukv.data.build import default_corpus
 from mukv.data.tokenizer import AnyTokenizer, load_tokenizer
 from mukv.data.tokens import TokenFile, open_tokens
 from mukv.decode import Generation, Sampling, decoding_weights, generate
 from mukv.evaluate import Evaluation, evaluate
+from mukv.launch import cache_folder
 from mukv.loop import Loop, Outcome
 from mukv.model.decoder import Decoder
 from mukv.train import Trainer
@@ -74,7 +76,7 @@ class RunDirectory:
         return self.config.is_file()
 
     def load_config(self) -> Run:
-        return schema.build(Run, schema.read_yaml(self.config))
+        return schema.build(Run, read_yaml(self.config))
 
 
 def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Run, RunDirectory]:
@@ -85,7 +87,7 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
     """
     given = RunDirectory(Path(source))
     if given.exists:
-        mapping = schema.apply_overrides(Run, schema.read_yaml(given.config), overrides)
+        mapping = apply_overrides(Run, read_yaml(given.config), overrides)
         return schema.build(Run, mapping), RunDirectory(out) if out else given
     run = config.load(source, overrides)
     if out is None:
@@ -96,7 +98,7 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
 
 def open_corpus(run: Run) -> TokenFile:
     """The token file that a run trains on, checked against its vocabulary."""
-    tokens = default_corpus() if run.data.path is None else open_tokens(Path(run.data.path))
+    tokens = default_corpus(cache_folder()) if run.data.path is None else open_tokens(Path(run.data.path))
     if tokens.vocab_size > run.model.vocab_size:
         raise BadInput(
             "model.vocab_size",
@@ -137,9 +139,7 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
             title=title,
         )
         outcome = loop.run()
-    whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(outcome.state.weights)
-    if jax.process_index() == 0:
-        save_weights(folder.weights, whole, {"step": str(outcome.step)})
+    save_weights(folder.weights, outcome.state.weights, {"step": str(outcome.step)})
     return outcome
 
 
@@ -300,7 +300,7 @@ def _latest_weights(run: Run, folder: RunDirectory) -> Any:
     if folder.weights.exists():
         exported, metadata = load_weights(folder.weights)
     if folder.checkpoints.exists():
-        with Checkpoints(folder.checkpoints) as checkpoints:
+        with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
             latest = checkpoints.latest()
             if latest is not None and (exported is None or latest > int(metadata.get("step", 0))):
                 single = replace(run.mesh, data=1, tensor=1).build()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mukv.core.errors import BadInput
@@ -167,6 +167,7 @@ runs = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(runs)
 def test_survives_the_way_through_yaml(run):
     assert build(Run, parse_yaml(to_yaml(run), "test")) == run
@@ -182,6 +183,7 @@ plain = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(keys, plain) | plain)
 def test_a_random_mapping_is_at_worst_bad_input(mapping):
     with suppress(BadInput):
@@ -204,6 +206,8 @@ def test_a_random_mapping_is_at_worst_bad_input(mapping):
         ("'1e-3'", "1e-3"),
         ("=", "="),
         ("", None),
+        ('"a\\N\\L\\P"', "a\x85\u2028\u2029"),
+        ("é", "é"),
         ("[true, ~]", [True, None]),
     ],
 )
@@ -244,6 +248,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
             read_yaml(path)
 
 
+@settings(deadline=None)
 @given(st.binary() | st.text("[]{}:,-&*!|>'\"%@ \n\tab01.<=~?#").map(str.encode))
 def test_random_bytes_are_at_worst_bad_input(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "random.yaml"

@@ -6,16 +6,20 @@ fails in test_matrix.py.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mukv.attention import AnyAttention, Grouped
 from mukv.core import params
 from mukv.core.compute import Compute
 from mukv.model import Decoder, Layer, Stage
 from mukv.model.block import Gated
+from mukv.model.loss import summed_loss
 from mukv.position import AnyPosition, Llama3, NoPE, RoPE
 
 D_MODEL, VOCAB, LENGTH = 16, 31, 12
@@ -45,8 +49,6 @@ COMBINATIONS = list(itertools.product(ATTENTIONS, POSITIONS, PLANS))
 
 def build(attention: str, position: str, plan: str, **changes: object) -> Decoder:
     """The model of one combination."""
-    import dataclasses
-
     chosen = dataclasses.replace(ATTENTIONS[attention], position=POSITIONS[position])
     model = Decoder(
         vocab_size=VOCAB,
@@ -60,28 +62,37 @@ def build(attention: str, position: str, plan: str, **changes: object) -> Decode
 
 def weights(model: Decoder, seed: int = 0) -> dict:
     """Random weights, gains included, so that nothing is hidden by a one or a zero."""
-    declared = model.params()
-    drawn = params.initialise(
-        declared,
-        params.map_params(lambda p: model.scaling.resolve(p).deviation, declared),
-        jax.random.key(seed),
-    )
-    shake = params.initialise(
-        params.map_params(lambda p: params.Param(p.dims), declared),
-        params.map_params(lambda p: 0.1, declared),
-        jax.random.key(seed + 1),
-    )
-    return jax.tree.map(jnp.add, drawn, shake)
+    random = np.random.default_rng(seed)
+
+    def draw(param: params.Param) -> np.ndarray:
+        size = param.fan_in_size**-0.5
+        drawn = size * random.standard_normal(param.shape) + (param.init == "ones")
+        return drawn.astype(np.float32)
+
+    return params.map_params(draw, model.params())
 
 
-def tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> jax.Array:
-    return jax.random.randint(jax.random.key(100 + seed), (rows, length), 0, VOCAB)
+def tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> np.ndarray:
+    drawn = np.random.default_rng(100 + seed).integers(0, VOCAB, (rows, length))
+    return drawn.astype(np.int32)
 
 
-def logits(model: Decoder, tree: dict, ids: jax.Array, compute: Compute = EXACT, **more) -> jax.Array:
-    """The forward pass of training, compiled."""
+def logits(model: Decoder, compute: Compute = EXACT) -> Callable[..., jax.Array]:
+    """The forward pass of training, compiled: (weights, tokens, position, segment) -> logits."""
 
-    def forward(tree: dict, ids: jax.Array) -> jax.Array:
-        return model.logits(tree, model.hidden(tree, ids, compute=compute, **more), compute)
+    @jax.jit
+    def forward(tree: dict, ids: jax.Array, position: jax.Array, segment: jax.Array) -> jax.Array:
+        hidden = model.hidden(tree, ids, position, segment, compute)
+        return model.logits(tree, hidden, compute)
 
-    return jax.jit(forward)(tree, ids)
+    return forward
+
+
+def loss_and_gradient(model: Decoder, compute: Compute) -> Callable[..., tuple[jax.Array, dict]]:
+    """(weights, tokens) -> summed loss and its gradient, compiled."""
+
+    def loss(tree: dict, ids: jax.Array) -> jax.Array:
+        ones = jnp.ones(ids.shape)
+        return summed_loss(model, tree, ids, jnp.roll(ids, -1, axis=1), ones, compute=compute)
+
+    return jax.jit(jax.value_and_grad(loss))

@@ -1,7 +1,7 @@
 """Laws 1 to 5 of the house over every combination that exists.
 
-One test per combination: all its laws share the weights and the compiled forward pass, which
-keeps the whole matrix in seconds.
+The forward passes of all laws on a combination are rows of one batch, which is compiled once:
+the whole matrix stays in about a minute.
 """
 
 from __future__ import annotations
@@ -13,110 +13,106 @@ import pytest
 
 from mukv.core.compute import Compute
 from mukv.core.params import named
-from mukv.model.loss import summed_loss
 from tests.laws import matrix
-from tests.laws.matrix import COMBINATIONS, EXACT, LENGTH
+from tests.laws.matrix import COMBINATIONS, EXACT, LENGTH, VOCAB
+
+CUTS = [0, 4, 5, LENGTH]
+PLAIN = Compute("float32", "float32", unroll=True, fused=False)
+OTHER = Compute("float32", "float32", unroll=False, rematerialise=True, loss_chunk=5)
 
 
-@pytest.fixture(params=COMBINATIONS, ids="-".join)
-def model(request):
-    return matrix.build(*request.param)
+class Case:
+    """One combination: its model, weights, and logits of the rows that the laws compare."""
+
+    def __init__(self, combination):
+        self.model = model = matrix.build(*combination)
+        self.weights = matrix.weights(model)
+        self.ids = ids = matrix.tokens(2)
+        changed = np.repeat(ids[:1], LENGTH, axis=0)
+        changed[np.diag_indices(LENGTH)] = (ids[0] + 1) % VOCAB
+        alone = np.zeros((len(CUTS) - 1, LENGTH), np.int32)
+        for row, start, stop in zip(alone, CUTS[:-1], CUTS[1:], strict=True):
+            row[: stop - start] = ids[0, start:stop]
+        rows = np.concatenate([ids, changed, alone, ids[:1]])
+        segment, position = np.zeros_like(rows), np.tile(np.arange(LENGTH), (len(rows), 1))
+        lengths = np.diff(CUTS)
+        segment[-1] = np.repeat(np.arange(len(lengths)), lengths)
+        position[-1] = np.concatenate([np.arange(n) for n in lengths])
+        out = np.asarray(matrix.logits(model)(self.weights, rows, position, segment))
+        self.whole, self.changed = out[:2], out[2 : 2 + LENGTH]
+        self.alone, self.packed = out[2 + LENGTH : -1], out[-1]
+        self.loss, self.gradient = matrix.loss_and_gradient(model, PLAIN)(self.weights, ids)
 
 
-@pytest.fixture
-def tree(model):
-    return matrix.weights(model)
+@pytest.fixture(scope="module", params=COMBINATIONS, ids="-".join)
+def case(request):
+    return Case(request.param)
 
 
-def test_causality_is_exact(model, tree):
+def test_causality_is_exact(case):
     """Law 1: changing token t changes no logit before t, to the bit, and changes that at t."""
-    ids = matrix.tokens(1)
-    changed = jnp.stack([ids[0].at[t].set((ids[0, t] + 1) % matrix.VOCAB) for t in range(LENGTH)])
-    rows = np.asarray(matrix.logits(model, tree, jnp.concatenate([ids, changed])))
-    for t in range(LENGTH):
-        np.testing.assert_array_equal(rows[t + 1, :t], rows[0, :t])
-        assert (rows[t + 1, t] != rows[0, t]).any()
+    for t, row in enumerate(case.changed):
+        np.testing.assert_array_equal(row[:t], case.whole[0, :t])
+        assert (row[t] != case.whole[0, t]).any()
 
 
-def test_decode_is_prefill(model, tree):
+def test_decode_is_prefill(case):
     """Law 2: token by token, over tails that fold and rings that wrap, rows of unequal length."""
-    ids = matrix.tokens()
-    whole = np.asarray(matrix.logits(model, tree, ids))
-    count = np.array([3, 6])
-    unstacked = model.unstack(tree)
+    model, count = case.model, np.array([3, 6])
+    weights = model.unstack(case.weights)
     cache = model.empty_cache(2, LENGTH, tail=2, dtype=EXACT.type)
     prefill = jax.jit(lambda w, c, t, n: model.prefill(w, c, t, n, compute=EXACT))
     step = jax.jit(lambda w, c, t: model.step(w, c, t, compute=EXACT))
-    scores, cache = prefill(unstacked, cache, ids[:, : count.max()], jnp.asarray(count))
-    for _ in range(LENGTH - count.max()):
-        np.testing.assert_allclose(scores, whole[[0, 1], count - 1], atol=2e-5)
+    fold = jax.jit(model.fold)
+    scores, cache = prefill(weights, cache, case.ids[:, :6], jnp.asarray(count))
+    for _ in range(LENGTH - 6):
+        np.testing.assert_allclose(scores, case.whole[[0, 1], count - 1], atol=2e-5)
         if cache.filled == cache.tail_size:
-            cache = model.fold(cache)
-        scores, cache = step(unstacked, cache, ids[jnp.arange(2), count])
+            cache = fold(cache)
+        scores, cache = step(weights, cache, case.ids[[0, 1], count])
         count += 1
-    np.testing.assert_allclose(scores, whole[[0, 1], count - 1], atol=2e-5)
+    np.testing.assert_allclose(scores, case.whole[[0, 1], count - 1], atol=2e-5)
 
 
-def test_prefill_continues(model, tree):
+def test_prefill_continues(case):
     """Law 2: a text read in two prefills equals the text read in one."""
-    ids = matrix.tokens()
-    whole = np.asarray(matrix.logits(model, tree, ids))
-    unstacked, count = model.unstack(tree), jnp.array([5, 5])
-    cache = model.empty_cache(2, LENGTH, tail=2, dtype=EXACT.type)
-    _, cache = model.prefill(unstacked, cache, ids[:, :5], count, compute=EXACT)
-    rest = jnp.array([LENGTH - 5] * 2)
-    scores, _ = model.prefill(unstacked, cache, ids[:, 5:], rest, fresh=False, compute=EXACT)
-    np.testing.assert_allclose(scores, whole[:, -1], atol=2e-5)
+    model, half = case.model, LENGTH // 2
+
+    @jax.jit
+    def read(weights, ids):
+        cache = model.empty_cache(2, LENGTH, tail=2, dtype=EXACT.type)
+        count = jnp.array([half, half])
+        _, cache = model.prefill(weights, cache, ids[:, :half], count, compute=EXACT)
+        return model.prefill(weights, cache, ids[:, half:], count, fresh=False, compute=EXACT)[0]
+
+    scores = read(model.unstack(case.weights), case.ids)
+    np.testing.assert_allclose(scores, case.whole[:, -1], atol=2e-5)
 
 
-def test_every_weight_learns(model, tree):
+def test_every_weight_learns(case):
     """Law 3: each weight, in each layer, gets a gradient that is not zero."""
-    ids = matrix.tokens()
-    targets = jnp.roll(ids, -1, axis=1)
-
-    def loss(tree):
-        return summed_loss(model, tree, ids, targets, jnp.ones(ids.shape), compute=EXACT)
-
-    for name, gradient in named(jax.jit(jax.grad(loss))(tree)).items():
-        by_layer = gradient if name.startswith("stage") else gradient[None]
-        for layer in by_layer:
-            assert float(jnp.abs(layer).max()) > 0, name
+    for name, gradient in named(case.gradient).items():
+        for layer in gradient if name.startswith("stage") else [gradient]:
+            assert float(np.abs(layer).max()) > 0, name
 
 
-def test_bytes_are_true(model):
+def test_bytes_are_true(case):
     """Law 4: the cache as allocated weighs what is computed from `write`."""
     for batch, length, tail in ((1, 2, 1), (3, LENGTH, 4)):
-        cache = model.empty_cache(batch, length, tail, EXACT.type)
-        assert cache.nbytes() == model.cache_bytes(batch, length, tail, EXACT.type)
-    writers = [slot for slot in cache.slots]
-    assert len(writers) == sum(layer.reads is None for layer in model.layers)
+        cache = case.model.empty_cache(batch, length, tail, EXACT.type)
+        assert cache.nbytes() == case.model.cache_bytes(batch, length, tail, EXACT.type)
+        assert len(cache.slots) == sum(layer.reads is None for layer in case.model.layers)
 
 
-def test_packing_isolates(model, tree):
+def test_packing_isolates(case):
     """Law 5: documents packed in one row equal the same documents alone."""
-    ids = matrix.tokens(1)
-    cuts = [0, 4, 5, LENGTH]
-    lengths = np.diff(cuts)
-    segment = jnp.asarray(np.repeat(np.arange(len(lengths)), lengths))[None]
-    position = jnp.asarray(np.concatenate([np.arange(n) for n in lengths]))[None]
-    packed = matrix.logits(model, tree, ids, position=position, segment=segment)
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
-        alone = matrix.logits(model, tree, ids[:, start:stop])
-        np.testing.assert_allclose(packed[:, start:stop], alone, atol=2e-5)
+    for alone, start, stop in zip(case.alone, CUTS[:-1], CUTS[1:], strict=True):
+        np.testing.assert_allclose(case.packed[start:stop], alone[: stop - start], atol=2e-5)
 
 
-def test_ways_of_computing_agree(model, tree):
+def test_ways_of_computing_agree(case):
     """Scan = unrolled, fused core = plain core, chunked loss = whole loss; gradients too."""
-    ids = matrix.tokens()
-    targets = jnp.roll(ids, -1, axis=1)
-
-    def both(compute):
-        def loss(tree):
-            return summed_loss(model, tree, ids, targets, jnp.ones(ids.shape), compute=compute)
-
-        return jax.jit(jax.value_and_grad(loss))(tree)
-
-    plain = Compute("float32", "float32", unroll=True, fused=False)
-    other = Compute("float32", "float32", unroll=False, rematerialise=True, loss_chunk=5)
-    for one, two in zip(jax.tree.leaves(both(plain)), jax.tree.leaves(both(other)), strict=True):
+    loss, gradient = matrix.loss_and_gradient(case.model, OTHER)(case.weights, case.ids)
+    np.testing.assert_allclose(loss, case.loss, rtol=1e-5)
+    for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(case.gradient), strict=True):
         np.testing.assert_allclose(one, two, rtol=2e-4, atol=2e-4)

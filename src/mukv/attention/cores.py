@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mukv.attention.entries import Entries
 from mukv.attention.mask import Mask
-from mukv.core.tap import tap
+from mukv.core.tap import capturing, tap
 from mukv.core.typing import Array, Bool, Float, Int
 
 CHUNK = 256
@@ -34,15 +34,6 @@ class Part:
 Logits = Float[Array, "batch kv_heads group query key"]
 
 
-def softmax(logits: Logits, visible: Bool[Array, "batch #kv_heads 1 query key"]) -> Logits:
-    """Weights over the visible keys, float32; all zero where none is visible."""
-    masked = jnp.where(visible, logits, -jnp.inf)
-    top = jnp.max(masked, axis=-1, keepdims=True)
-    weight = jnp.where(visible, jnp.exp(masked - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
-    total = jnp.sum(weight, axis=-1, keepdims=True)
-    return weight / jnp.where(total > 0, total, 1.0)
-
-
 def plain(
     query: Float[Array, "batch kv_heads group query head_dim"],
     parts: Sequence[Part],
@@ -51,18 +42,24 @@ def plain(
 ) -> Float[Array, "batch kv_heads group query width"]:
     """One softmax over all parts, which are never joined: a decode step reads a large body and a
     small tail without copying either."""
+    query = query * jnp.asarray(scale, query.dtype)
     logits = jnp.concatenate(
         [
-            jnp.einsum(
-                "bgrqd,bgkd->bgrqk", query, part.key, preferred_element_type=jnp.float32
-            )
+            jnp.einsum("bgrqd,bgkd->bgrqk", query, part.key, preferred_element_type=jnp.float32)
             for part in parts
         ],
         axis=-1,
     )
-    logits = tap("logits", logits * scale if bias is None else bias(logits * scale))
-    visible = jnp.concatenate([part.visible for part in parts], axis=-1)
-    weights = tap("weights", softmax(logits, visible[:, :, None]))
+    logits = tap("logits", logits if bias is None else bias(logits))
+    visible = jnp.concatenate([part.visible for part in parts], axis=-1)[:, :, None]
+    # Division by the sum waits until the values are added up: the smaller of the two tensors.
+    masked = jnp.where(visible, logits, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(masked, axis=-1, keepdims=True))
+    weights = jnp.exp(masked - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    total = jnp.where(total > 0, total, 1.0)
+    if capturing():
+        tap("weights", weights / total)
     out, start = None, 0
     for part in parts:
         stop = start + part.key.shape[2]
@@ -74,7 +71,7 @@ def plain(
         )
         out, start = share if out is None else out + share, stop
     assert out is not None
-    return out.astype(query.dtype)
+    return (out / total).astype(query.dtype)
 
 
 def fused(

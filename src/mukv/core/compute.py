@@ -47,8 +47,8 @@ class Compute:
             dtype=dtype,
             operands=self.operands or dtype,
             unroll=on_cpu if self.unroll is None else self.unroll,
-            # About 4 MiB of float32 logits per row: small beside the activations of a layer.
-            loss_chunk=self.loss_chunk or max(1, (1 << 20) // vocab_size),
+            # At most 32 MiB of float32 logits per row; smaller chunks only cost time.
+            loss_chunk=self.loss_chunk or max(128, (1 << 23) // vocab_size),
         )
 
     @property

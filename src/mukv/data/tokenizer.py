@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
-from mukv.data.text import pieces
 
 BEGIN = "<|begin|>"
 """Stands before every document; its id in the byte tokenizer is 256."""
@@ -39,11 +38,11 @@ def byte_alphabet() -> list[str]:
 class JsonTokenizer:
     """What a tokenizer.json says. Safe to share between threads."""
 
-    json: str
+    content: str
 
     @cached_property
     def inner(self) -> Tokenizer:
-        inner = Tokenizer.from_str(self.json)
+        inner = Tokenizer.from_str(self.content)
         inner.no_padding()
         inner.no_truncation()
         # A text that spells <|begin|> must not begin a document.
@@ -76,7 +75,7 @@ class JsonTokenizer:
     @cached_property
     def _data(self) -> list[bytes]:
         inner = self.inner
-        spell = _spelling(inner)
+        spell = _spelling(self)
         added = inner.get_added_tokens_decoder()
         data = [b""] * self.vocab_size
         for text, token in inner.get_vocab(with_added_tokens=True).items():
@@ -97,7 +96,7 @@ class JsonTokenizer:
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json."""
-        write_atomic(path, self.json)
+        write_atomic(path, self.content)
 
 
 class ByteTokenizer(JsonTokenizer):
@@ -127,31 +126,30 @@ def _finished(inner: Tokenizer, use_regex: bool = True) -> Tokenizer:
     return inner
 
 
-def _spelling(inner: Tokenizer):
-    """How a token's text becomes bytes, by what the decoder says."""
-    decoder = inner.decoder.__getstate__().decode() if inner.decoder else ""
+def _spelling(tokenizer: JsonTokenizer) -> Callable[[int, str], bytes]:
+    """How the text of a token becomes bytes, by what the decoder says."""
+    decoder = json.dumps(json.loads(tokenizer.content)["decoder"], ensure_ascii=False)
+    values = {shown: byte for byte, shown in enumerate(byte_alphabet())}
+
+    def byte_level(token: int, text: str) -> bytes:
+        return bytes(values[c] for c in text) if values.keys() >= set(text) else text.encode()
+
+    def sentence_piece(token: int, text: str) -> bytes:
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", text)
+        return bytes.fromhex(byte[1]) if byte else text.replace("▁", " ").encode()
+
+    def other(token: int, text: str) -> bytes:
+        return tokenizer.inner.decode([token]).encode()
+
     if '"ByteLevel"' in decoder:
-        values = {shown: byte for byte, shown in enumerate(byte_alphabet())}
-
-        def spell(token: int, text: str) -> bytes:
-            return bytes(values[c] for c in text) if values.keys() >= set(text) else text.encode()
-    elif "▁" in decoder:
-
-        def spell(token: int, text: str) -> bytes:
-            byte = re.fullmatch("<0x([0-9A-F]{2})>", text)
-            return bytes.fromhex(byte[1]) if byte else text.replace("▁", " ").encode()
-    else:
-
-        def spell(token: int, text: str) -> bytes:
-            return inner.decode([token]).encode()
-
-    return spell
+        return byte_level
+    return sentence_piece if "▁" in decoder else other
 
 
 def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
     """From the content of a tokenizer.json; `where` names it in messages. Raises BadInput."""
     byte_level = ByteTokenizer()
-    if text == byte_level.json:
+    if text == byte_level.content:
         return byte_level
     allowed = "a tokenizer.json of Hugging Face's tokenizers"
     try:
@@ -201,16 +199,3 @@ def _first(texts: Iterable[str], size: int) -> Iterator[str]:
         read += len(text)
         if read >= size:
             return
-
-
-def make_tokenizer(spec: str, sources: Sequence[str], field: str, on_invalid: str) -> AnyTokenizer:
-    """From `bytes`, `bpe:SIZE` (learnt from the sources), or the path of a tokenizer.json."""
-    if spec == "bytes":
-        return ByteTokenizer()
-    kind, _, size = spec.partition(":")
-    if kind != "bpe":
-        return load_tokenizer(Path(spec))
-    if not size.isdecimal():
-        raise BadInput("tokenizer", spec, "bytes, bpe:SIZE such as bpe:8192, or a tokenizer.json")
-    texts = (piece.data.decode() for piece in pieces(sources, field, on_invalid))
-    return train_bpe(texts, int(size))

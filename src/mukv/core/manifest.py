@@ -1,0 +1,108 @@
+"""What a saved state was: name, shape, type and checksum of every leaf, sealed by one of its own.
+
+Checksums are computed on the devices, so that they do not depend on the sharding and cost one
+pass over the state; they hold what was in memory, not what some file format made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.core.errors import BadInput
+from mukv.core.params import named
+from mukv.core.typing import Array, Int
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was saved: the message says where."""
+
+
+def describe(state: Any, metric: float | None) -> dict[str, Any]:
+    """The manifest of a pytree of arrays, as JSON has it."""
+    return _sealed(
+        {
+            "metric": metric,
+            "leaves": {name: _signature(leaf) for name, leaf in named(state).items()},
+            "checksums": _checksums(state),
+        }
+    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The manifest in a file. Raises Damaged."""
+    try:
+        sealed = json.loads(path.read_bytes())
+        manifest = {key: value for key, value in sealed.items() if key != "seal"}
+    except (OSError, ValueError, AttributeError) as error:
+        raise Damaged(f"its manifest can't be read ({reason(error)})") from error
+    if sealed != _sealed(manifest):
+        raise Damaged("its manifest is not what was saved")
+    return manifest
+
+
+def require_same_tree(manifest: dict[str, Any], like: Any, path: Path) -> None:
+    """Raise BadInput with the first leaf by which the saved state differs from `like`."""
+    wanted = {name: _signature(leaf) for name, leaf in named(like).items()}
+    saved = manifest["leaves"]
+    for name in [*wanted, *saved]:
+        want, have = wanted.get(name, "nothing of this name"), saved.get(name, "nothing")
+        if want != have:
+            allowed = f"the model wants {want}: it is another model's checkpoint"
+            raise BadInput(f"{path}: {name}", have, allowed)
+
+
+def require_same_numbers(manifest: dict[str, Any], state: Any) -> None:
+    """Raise Damaged if a leaf is not what was saved."""
+    for name, checksum in _checksums(state).items():
+        if checksum != manifest["checksums"][name]:
+            raise Damaged(f"{name} is not what was saved")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error was caused by."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(manifest, sort_keys=True)
+    return {**manifest, "seal": zlib.crc32(text.encode())}
+
+
+def _signature(leaf: Any) -> str:
+    return f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
+
+
+def _checksums(state: Any) -> dict[str, int]:
+    # All are started before the first is waited for.
+    sums = {name: checksum(leaf) for name, leaf in named(state).items()}
+    return {name: int(np.asarray(number)) for name, number in sums.items()}
+
+
+@jax.jit
+def checksum(array: Array) -> Int[Array, ""]:
+    """Sum modulo 2**32 of all bits, each element times an odd number of its own: whatever the
+    sharding, any single flipped bit changes it, and so do elements that change places."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag])
+    if array.dtype.itemsize == 8:
+        bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
+    elif jnp.issubdtype(array.dtype, jnp.floating):
+        unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    else:
+        bits = array.astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)

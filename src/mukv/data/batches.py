@@ -1,0 +1,192 @@
+"""Batches as a pure function of (seed, step, row): resuming needs the step alone.
+
+A stream is read in windows of `length` + 1 tokens that overlap by one, so that an epoch predicts
+every token once. An epoch is a keyed permutation of the windows, computed, not stored: a Feistel
+network over the next power of four, walked until it lands inside (Black and Rogaway, "Ciphers
+with arbitrary finite domains", 2002).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from types import TracebackType
+from typing import Generic, Literal, NamedTuple, Self, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mukv.core.errors import BadInput, unknown_name
+from mukv.data.tokens import SPLITS, Stream, TokenFile, check_ids
+
+PACKINGS = ("packed", "contiguous")
+ROUNDS = 6
+T = TypeVar("T")
+
+
+class Batch(NamedTuple):
+    """Rows of tokens and what is to be predicted after each.
+
+    position: place in the document, counted from where the window cuts it. segment: 1, 2, ... by
+    document, 0 for padding. weight: 0 where the target is padding or begins a document.
+    """
+
+    tokens: Int[np.ndarray, "batch token"]
+    targets: Int[np.ndarray, "batch token"]
+    position: Int[np.ndarray, "batch token"]
+    segment: Int[np.ndarray, "batch token"]
+    weight: Float[np.ndarray, "batch token"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """One split of a token file, cut into rows.
+
+    batch: rows over all hosts. length: tokens per row. packing: "packed" keeps documents apart by
+    segment and counts positions in each; "contiguous" makes a row one segment. Raises BadInput.
+    """
+
+    tokens: TokenFile
+    seed: int
+    batch: int
+    length: int
+    split: Literal["train", "validation"] = "train"
+    packing: Literal["packed", "contiguous"] = "packed"
+
+    def __post_init__(self) -> None:
+        for name, names in (("split", SPLITS), ("packing", PACKINGS)):
+            if getattr(self, name) not in names:
+                raise unknown_name(name, getattr(self, name), names)
+        for name in ("batch", "length"):
+            if getattr(self, name) < 1:
+                raise BadInput(name, getattr(self, name), "at least 1")
+        if len(self.stream.tokens) < 2:
+            raise BadInput(str(self.tokens.path), f"{self.split} of 1 token", "at least 2")
+
+    @cached_property
+    def stream(self) -> Stream:
+        return self.tokens.split(self.split)
+
+    @property
+    def windows(self) -> int:
+        """Rows in one epoch; the last may be partly padding."""
+        return -(-(len(self.stream.tokens) - 1) // self.length)
+
+    def at(self, step: int, host: int = 0, hosts: int = 1) -> Batch:
+        """This host's rows of the training batch of a step; the batch of all is independent of
+        the number of hosts."""
+        epoch, place = np.divmod(self._rows(step, host, hosts), self.windows)
+        return self._read(permuted(place, epoch, self.windows, self.seed))
+
+    def once(self, limit: int | None = None, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
+        """Each window once, in order; the last batch is filled up with rows of weight 0.
+
+        limit: at most so many batches, of windows spread evenly over the stream.
+        """
+        steps = -(-self.windows // self.batch)
+        rows, of = self.windows, self.windows
+        if limit is not None and limit < steps:
+            steps, rows = limit, limit * self.batch
+        for step in range(steps):
+            row = self._rows(step, host, hosts)
+            yield self._read(np.where(row < rows, row * of // rows, of))
+
+    def _rows(self, step: int, host: int, hosts: int) -> Int[np.ndarray, " row"]:
+        """Numbers of this host's rows, counted from the beginning of training."""
+        if self.batch % hosts:
+            raise BadInput("batch", self.batch, f"a multiple of the number of hosts ({hosts})")
+        share = self.batch // hosts
+        return step * self.batch + host * share + np.arange(share)
+
+    def _read(self, windows: Int[np.ndarray, " row"]) -> Batch:
+        stream, length = self.stream, self.length
+        count = len(stream.tokens)
+        first = windows * length
+        rows = np.zeros((len(windows), length + 1), stream.tokens.dtype)
+        begins = np.zeros(rows.shape, bool)
+        edges = np.searchsorted(stream.starts, np.stack([first, first + length + 1]))
+        for row, start in enumerate(first.tolist()):
+            piece = stream.tokens[start : start + length + 1]
+            rows[row, : len(piece)] = piece
+            begins[row, stream.starts[edges[0, row] : edges[1, row]] - start] = True
+        check_ids(self.tokens, rows)
+        place = np.arange(length + 1)
+        real = first[:, None] + place < count
+        learned = (real & ~begins)[:, 1:]
+        begins = begins if self.packing == "packed" else np.zeros_like(begins)
+        begins[:, 0] = True
+        position = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+        segment = np.where(real, np.cumsum(begins, axis=1), 0)
+        return Batch(
+            tokens=rows[:, :-1].astype(np.int32),
+            targets=rows[:, 1:].astype(np.int32),
+            position=position[:, :-1].astype(np.int32),
+            segment=segment[:, :-1].astype(np.int32),
+            weight=learned.astype(np.float32),
+        )
+
+
+def permuted(
+    place: Int[np.ndarray, " row"], epoch: Int[np.ndarray, " row"], size: int, seed: int
+) -> Int[np.ndarray, " row"]:
+    """What stands at each place (0 <= place < size) of the shuffled numbers below `size`."""
+    half = np.uint64(max(1, (size - 1).bit_length() + 1 >> 1))
+    low = np.uint64((1 << int(half)) - 1)
+    key = _mixed(_mixed(np.uint64(seed % 2**64)) ^ epoch.astype(np.uint64))
+    found = place.astype(np.uint64)
+    outside = np.ones(len(found), bool)
+    while outside.any():
+        left, right, keys = found[outside] >> half, found[outside] & low, key[outside]
+        for number in range(ROUNDS):
+            mixed = _mixed(keys + np.uint64(number) ^ right << np.uint64(32))
+            left, right = right, left ^ mixed & low
+        found[outside] = left << half | right
+        outside = found >= np.uint64(size)
+    return found.astype(np.int64)
+
+
+def _mixed(x: np.ndarray | np.uint64) -> np.ndarray:
+    """A bijection of 64-bit numbers without visible pattern (the finaliser of SplitMix64)."""
+    x = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)  # wraps around, as it should
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+class Prefetch(Generic[T]):
+    """Makes the next few batches in a thread while the device works on this one.
+
+    Iterating yields `make(step)` for each step, in order. wait_seconds: how long the caller
+    waited for them. What `make` raises is raised where its batch would have come.
+    """
+
+    def __init__(self, make: Callable[[int], T], steps: Iterable[int], depth: int = 2):
+        self.make, self.steps, self.depth = make, steps, depth
+        self.wait_seconds = 0.0
+        self.pool = ThreadPoolExecutor(1, "prefetch")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[T]:
+        coming = (self.pool.submit(self.make, step) for step in self.steps)
+        pending: deque[Future[T]] = deque(islice(coming, self.depth))
+        while pending:
+            began = time.monotonic()
+            batch = pending.popleft().result()
+            self.wait_seconds += time.monotonic() - began
+            pending.extend(islice(coming, 1))
+            yield batch

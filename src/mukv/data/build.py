@@ -1,0 +1,290 @@
+"""Sources become a token file: read in order, tokenised in parallel, written as a stream.
+
+A document belongs to validation when a hash of its text falls below the held-out share, whatever
+else is in the corpus; of a text beyond 1 MiB each block of 64 KiB decides for itself, and
+neighbours that agree stay one document. Where that leaves a split empty (few documents), the end
+of the tokens is held out instead. Threads suffice: `tokenizers` works outside Python's lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+
+import mukv
+from mukv.core.errors import BadInput, nearest_name
+from mukv.core.files import new_folder, telling_disk_errors, write_atomic
+from mukv.data import tokens as layout
+from mukv.data.text import Piece, pieces
+from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer, load_tokenizer, train_bpe
+from mukv.data.tokens import TokenFile, is_token_file, open_tokens
+
+TASK_BYTES = 1 << 18
+"""Text that a thread tokenises at once."""
+Report = Callable[[int], None]
+"""Called now and then with the bytes of text written so far."""
+
+
+def build_tokens(
+    sources: Sequence[str],
+    out: Path,
+    tokenizer: str = "bytes",
+    field: str = "text",
+    validation: float = 0.05,
+    on_invalid: str = "strict",
+    workers: int | None = None,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> TokenFile:
+    """Write the token file `out` and open it. Its content does not depend on `workers`.
+
+    sources: see `mukv.data.text`. tokenizer: `bytes`, `bpe:SIZE` (learnt from the sources) or the
+    path of a tokenizer.json. validation: share of the text that is held out. workers: threads,
+    one per core if None. A token file of the same content that is already there is kept; another
+    is refused unless `overwrite`. Raises BadInput and Failed, and then leaves nothing behind.
+    """
+    if not 0 < validation < 1:
+        raise BadInput("validation", validation, "a share between 0 and 1")
+    if workers is not None and workers < 1:
+        raise BadInput("workers", workers, "at least 1")
+    with telling_disk_errors(out):
+        _check_free(out)
+
+    def read() -> Iterator[Piece]:
+        return pieces(sources, field, on_invalid)
+
+    try:
+        with new_folder(out) as folder:
+            chosen = make_tokenizer(tokenizer, read)
+            encoded = _encoded(read(), chosen, validation, workers or os.cpu_count() or 1)
+            counts = _write(folder, chosen, encoded, validation, report)
+            write_atomic(folder / "tokenizer.json", chosen.content)
+            stamp = layout.fingerprint(folder)
+            meta = {
+                "format": layout.FORMAT,
+                "version": layout.VERSION,
+                "dtype": layout.dtype_name(chosen.vocab_size),
+                "vocab_size": chosen.vocab_size,
+                **{name: vars(count) for name, count in counts.items()},
+                "fingerprint": stamp,
+                "sources": list(sources),
+                "validation_share": validation,
+                "created_by": f"mukv {mukv.__version__}",
+            }
+            write_atomic(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+            _check_same(out, stamp, overwrite)
+    except _AlreadyThere:
+        pass
+    return open_tokens(out)
+
+
+def default_corpus(cache: Path) -> TokenFile:
+    """The Python library's own source as bytes, built in the folder `cache` when first asked."""
+    path = cache / f"stdlib-{platform.python_version()}"
+    if not is_token_file(path):
+        # Processes that start together may build it together; the first to finish wins.
+        with suppress(OSError):
+            build_tokens(["stdlib"], path)
+    return open_tokens(path)
+
+
+def make_tokenizer(spec: str, read: Callable[[], Iterable[Piece]]) -> AnyTokenizer:
+    """From `bytes`, `bpe:SIZE` (learnt from what `read` gives) or the path of a tokenizer.json."""
+    if spec == "bytes":
+        return ByteTokenizer()
+    kind, _, size = spec.partition(":")
+    if kind != "bpe" and Path(spec).exists():
+        return load_tokenizer(Path(spec))
+    if kind != "bpe" or not size.isdecimal():
+        allowed = "bytes, bpe:SIZE such as bpe:8192, or the path of a tokenizer.json"
+        raise BadInput("tokenizer", spec, allowed, nearest_name(spec, ["bytes", "bpe:8192"]))
+    return train_bpe((piece.data.decode() for piece in read()), int(size))
+
+
+@contextmanager
+def speed_meter(title: str, console: Console | None = None) -> Iterator[Report]:
+    """Megabytes and megabytes per second on a terminal, for `build_tokens(report=...)`."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn()
+    progress = Progress(
+        *columns, TransferSpeedColumn(), console=console or Console(stderr=True), transient=True
+    )
+    with progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done: progress.update(task, completed=done)
+
+
+class _AlreadyThere(Exception):
+    """The same token file is at the target: keep it."""
+
+
+def _check_free(out: Path) -> None:
+    if out.is_dir() and not is_token_file(out) and any(out.iterdir()):
+        raise BadInput(str(out), "a folder in use", "a new path, or a token file to replace")
+    if out.exists() and not out.is_dir():
+        raise BadInput(str(out), "a file in the way", "a new path, or a token file to replace")
+
+
+def _check_same(out: Path, stamp: str, overwrite: bool) -> None:
+    if not is_token_file(out):
+        return
+    with suppress(BadInput):  # a damaged one is never the same
+        if open_tokens(out).fingerprint == stamp:
+            raise _AlreadyThere
+    if not overwrite:
+        raise BadInput(
+            str(out), "a token file of other content", "another path, or overwrite to replace it"
+        )
+
+
+class _Encoded(NamedTuple):
+    """A piece as ids."""
+
+    ids: np.ndarray
+    bytes: int
+    first: bool
+    held_out: bool
+
+
+def _encoded(
+    texts: Iterable[Piece], tokenizer: AnyTokenizer, share: float, workers: int
+) -> Iterator[_Encoded]:
+    """In the order of the texts, with a few tasks per thread under way."""
+    dtype = layout.DTYPES[layout.dtype_name(tokenizer.vocab_size)]
+
+    def encode(task: list[Piece]) -> list[_Encoded]:
+        return [
+            _Encoded(
+                tokenizer.encode(piece.data.decode()).astype(dtype),
+                len(piece.data),
+                piece.first,
+                held_out(piece.data, share),
+            )
+            for piece in task
+        ]
+
+    pool = ThreadPoolExecutor(workers)
+    pending: deque[Future[list[_Encoded]]] = deque()
+    try:
+        for task in _tasks(texts):
+            pending.append(pool.submit(encode, task))
+            if len(pending) > 3 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tasks(texts: Iterable[Piece]) -> Iterator[list[Piece]]:
+    task: list[Piece] = []
+    size = 0
+    for piece in texts:
+        task.append(piece)
+        size += len(piece.data)
+        if size >= TASK_BYTES:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
+
+
+def held_out(data: bytes, share: float) -> bool:
+    """Whether a text belongs to validation: a function of nothing but the text and the share."""
+    digest = hashlib.blake2b(data, digest_size=8, person=b"mukv split").digest()
+    return int.from_bytes(digest, "little") < share * 2**64
+
+
+@dataclass
+class _Count:
+    """What one stream holds; the keys of meta.json."""
+
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+
+
+def _write(
+    folder: Path,
+    tokenizer: AnyTokenizer,
+    encoded: Iterable[_Encoded],
+    share: float,
+    report: Report | None,
+) -> dict[str, _Count]:
+    """Both streams, piece by piece."""
+    dtype = layout.DTYPES[layout.dtype_name(tokenizer.vocab_size)]
+    begin = np.array(tokenizer.start, dtype)
+    counts = {name: _Count() for name in layout.SPLITS}
+    ids = {name: (folder / f"{name}.bin").open("wb") for name in layout.SPLITS}
+    starts = {name: (folder / f"{name}.starts").open("wb") for name in layout.SPLITS}
+    previous = None
+    try:
+        for piece in encoded:
+            if not len(piece.ids):
+                continue
+            name = layout.SPLITS[piece.held_out]
+            count = counts[name]
+            if piece.first or name != previous:
+                starts[name].write(np.array(count.tokens, layout.START_DTYPE).tobytes())
+                ids[name].write(begin.tobytes())
+                count.tokens += len(begin)
+                count.documents += 1
+            ids[name].write(piece.ids.tobytes())
+            count.tokens += len(piece.ids)
+            count.bytes += piece.bytes
+            previous = name
+            if report:
+                report(sum(each.bytes for each in counts.values()))
+    finally:
+        for file in (*ids.values(), *starts.values()):
+            file.close()
+    if not all(count.tokens for count in counts.values()):
+        counts = _hold_out_end(folder, tokenizer, counts, share)
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return counts
+
+
+def _hold_out_end(
+    folder: Path, tokenizer: AnyTokenizer, counts: dict[str, _Count], share: float
+) -> dict[str, _Count]:
+    """Cut the only stream that is not empty in two."""
+    train, validation = layout.SPLITS
+    if counts[validation].tokens:
+        for kind in ("bin", "starts"):
+            os.replace(folder / f"{validation}.{kind}", folder / f"{train}.{kind}")
+    full = counts[train] if counts[train].tokens else counts[validation]
+    begin = list(tokenizer.start)
+    if full.tokens < len(begin) + 2:
+        raise BadInput("SOURCE", f"{full.bytes} bytes of text", "at least two tokens of text")
+    dtype = layout.DTYPES[layout.dtype_name(tokenizer.vocab_size)]
+    cut = min(max(round(full.tokens * (1 - share)), len(begin) + 1), full.tokens - 1)
+    starts = np.fromfile(folder / f"{train}.starts", layout.START_DTYPE)
+    end: np.ndarray = np.fromfile(folder / f"{train}.bin", dtype, offset=cut * dtype.itemsize)
+    kept = int(np.searchsorted(starts, cut))
+    end_bytes = int(tokenizer.token_bytes()[end].sum(dtype=np.int64))
+    end_starts = starts[kept:] - cut
+    if not len(end_starts) or end_starts[0]:
+        end = np.concatenate([np.array(begin, dtype), end])
+        end_starts = np.concatenate([np.zeros(1, layout.START_DTYPE), end_starts + len(begin)])
+    (folder / f"{validation}.bin").write_bytes(end.tobytes())
+    (folder / f"{validation}.starts").write_bytes(end_starts.astype(layout.START_DTYPE).tobytes())
+    os.truncate(folder / f"{train}.bin", cut * dtype.itemsize)
+    os.truncate(folder / f"{train}.starts", kept * layout.START_DTYPE.itemsize)
+    return {
+        train: _Count(cut, kept, full.bytes - end_bytes),
+        validation: _Count(len(end), len(end_starts), end_bytes),
+    }

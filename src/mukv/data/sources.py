@@ -1,0 +1,234 @@
+"""Where text comes from: files, folders, Python packages, data sets.
+
+A source is a string: a path, or `kind:name` with a kind of the table at the end. A source function
+yields documents as open binary files. To add a source: one function, one table line. The order is
+deterministic: sorted paths, rows as they come.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import pkgutil
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mukv.core.errors import BadInput, nearest_name, unknown_name
+
+TESTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
+"""Folders that are not the standard library itself."""
+SAVED_DATA_SET = ("dataset_dict.json", "dataset_info.json")
+Source = Iterator[tuple[str, BinaryIO]]
+"""Names (for messages) and contents of documents."""
+
+
+def open_source(source: str, field: str) -> Source:
+    """The documents of a source, with the text of records in `field`. Raises BadInput, for a name
+    of nothing at once and for what can't be read when it comes to it."""
+    kind, _, name = source.partition(":")
+    if kind in SOURCES:
+        return SOURCES[kind](name, field)
+    return _path(source, field)
+
+
+@contextmanager
+def telling_read_errors(name: str) -> Iterator[None]:
+    """What the file system refuses while reading, in one line about `name`."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(name, error.strerror or str(error), "a text that can be read") from error
+
+
+def nearest_path(path: Path) -> str | None:
+    """What lies beside a path that is not there and was most likely meant."""
+    try:
+        return nearest_name(str(path), (str(each) for each in path.parent.iterdir()))
+    except OSError:
+        return None
+
+
+def _path(source: str, field: str) -> Source:
+    """A file by its suffix, or all of a folder: hidden and binary files are left out."""
+    path = Path(source)
+    if not path.exists():
+        near = nearest_name(source, SOURCES) or nearest_path(path)
+        allowed = "a file or folder, stdlib, package:NAME or hf:NAME"
+        raise BadInput("SOURCE", source, allowed, near)
+    if not path.is_dir():
+        return _file(path, field)
+    if any((path / name).is_file() for name in SAVED_DATA_SET):
+        return _hugging_face(source, field)
+    return _folder(path, field)
+
+
+def _folder(path: Path, field: str) -> Source:
+    for file in _walk(path):
+        if file.suffix in FORMATS or not _binary(file):
+            yield from _file(file, field)
+
+
+def _file(path: Path, field: str) -> Source:
+    with telling_read_errors(str(path)):
+        yield from FORMATS.get(path.suffix, _text)(path, field)
+
+
+def _walk(folder: Path, leave_out: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Regular files in sorted order, without hidden ones and __pycache__."""
+
+    def stop(error: OSError) -> None:
+        raise BadInput(error.filename, error.strerror, "a folder that can be read")
+
+    for parent, folders, files in os.walk(folder, onerror=stop):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and name != "__pycache__" and name not in leave_out
+        )
+        for name in sorted(files):
+            path = Path(parent, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
+
+
+def _binary(path: Path) -> bool:
+    """Whether the file begins as no text does, by the rule of git: a NUL in its first 8 KiB."""
+    with telling_read_errors(str(path)), path.open("rb") as file:
+        return b"\0" in file.read(8192)
+
+
+def _text(path: Path, field: str) -> Source:
+    with path.open("rb") as file:
+        yield str(path), file
+
+
+def _jsonl(path: Path, field: str) -> Source:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                # Bytes that are not UTF-8 pass through to where they are judged.
+                record = json.loads(line.decode(errors="surrogateescape"))
+            except (ValueError, RecursionError) as error:
+                raise BadInput(where, _start(line), f"one JSON object a line ({error})") from None
+            if not isinstance(record, dict):
+                raise BadInput(where, _start(line), "one JSON object a line")
+            if field not in record:
+                raise unknown_name(f"{where}: field", field, map(str, record))
+            yield _record(where, field, record[field])
+
+
+def _start(line: bytes) -> str:
+    return line[:40].decode(errors="replace").strip()
+
+
+def _record(where: str, field: str, value: object) -> tuple[str, BinaryIO]:
+    if value is None:
+        return where, io.BytesIO()
+    if not isinstance(value, str):
+        raise BadInput(f"{where}: {field}", value, "text")
+    try:
+        data = value.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # a lone surrogate that JSON spelt out: \ud800
+        data = value.encode(errors="surrogatepass")
+    return where, io.BytesIO(data)
+
+
+def _parquet(path: Path, field: str) -> Source:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise BadInput(str(path), "Parquet", "pip install 'mukv[parquet]' first") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise unknown_name(f"{path}: field", field, file.schema_arrow.names)
+            batches = file.iter_batches(columns=[field])
+            values = (value for batch in batches for value in batch.column(0).to_pylist())
+            for number, value in enumerate(values, start=1):
+                yield _record(f"{path}:{number}", field, value)
+    except pyarrow.ArrowException as error:
+        raise BadInput(str(path), "a file that Parquet can't read", str(error)) from None
+
+
+def _stdlib(name: str, field: str) -> Source:
+    """The Python library's own source, without its tests."""
+    if name:
+        raise BadInput("SOURCE", f"stdlib:{name}", "just stdlib")
+    folder = Path(sysconfig.get_path("stdlib"))
+    return _python(_walk(folder, TESTS), field)
+
+
+def _package(name: str, field: str) -> Source:
+    """The source of an importable package or module, found without importing it."""
+    top, _, inner = name.partition(".")
+    try:
+        spec = importlib.util.find_spec(top) if top else None
+    except ValueError:
+        spec = None
+    if spec is None:
+        known = {*sys.stdlib_module_names, *(module.name for module in pkgutil.iter_modules())}
+        raise BadInput("package", name, "an importable package", nearest_name(name, known))
+    if not inner and spec.origin and not spec.submodule_search_locations:
+        return _python([Path(spec.origin)], field)
+    for location in spec.submodule_search_locations or ():
+        path = Path(location, *inner.split(".")) if inner else Path(location)
+        if path.is_dir():
+            return _python(_walk(path), field)
+        if path.with_suffix(".py").is_file():
+            return _python([path.with_suffix(".py")], field)
+    raise BadInput("package", name, "a package with Python source")
+
+
+def _python(paths: Iterable[Path], field: str) -> Source:
+    for path in paths:
+        if path.suffix == ".py":
+            yield from _file(path, field)
+
+
+def _hugging_face(name: str, field: str) -> Source:
+    """NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; a hub data set or a folder; split `train` if none."""
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise BadInput("hf", name, "pip install 'mukv[huggingface]' first") from None
+    return _rows(datasets, name, field)
+
+
+def _rows(datasets: Any, name: str, field: str) -> Source:
+    path, *rest = name.split(":")
+    split = rest[-1] if rest else "train"
+    config = rest[0] if len(rest) > 1 else None
+    try:
+        if (Path(path) / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(path)[split]
+        elif (Path(path) / "dataset_info.json").is_file():
+            rows = datasets.load_from_disk(path)
+        else:
+            rows = datasets.load_dataset(path, config, split=split, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            if field not in row:
+                raise unknown_name(f"hf:{name}: field", field, row)
+            yield _record(f"hf:{name}:{number}", field, row[field])
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput("hf", name, f"NAME, NAME:SPLIT or NAME:CONFIG:SPLIT ({error})") from error
+
+
+SOURCES: dict[str, Callable[[str, str], Source]] = {
+    "stdlib": _stdlib,
+    "package": _package,
+    "hf": _hugging_face,
+}
+FORMATS: dict[str, Callable[[Path, str], Source]] = {".jsonl": _jsonl, ".parquet": _parquet}
+"""By suffix; all else is text."""

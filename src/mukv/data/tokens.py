@@ -1,0 +1,177 @@
+"""A token file: a folder with two memory-mapped streams of tokens, training and validation.
+
+`train.bin` and `validation.bin` hold ids, `*.starts` where documents begin, tokenizer.json what
+the ids mean, meta.json the counts and the fingerprint; docs/formats.md has the details. Opening
+checks all sizes and document starts, but not every id: `verify` does, and `Batches` looks at
+those that it hands out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mukv.core.errors import BadInput
+from mukv.data.sources import nearest_path
+from mukv.data.tokenizer import AnyTokenizer, load_tokenizer
+
+FORMAT, VERSION = "mukv-tokens", 1
+SPLITS = ("train", "validation")
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+COUNTS = ("tokens", "documents", "bytes")
+START_DTYPE = np.dtype("<i8")
+
+
+def dtype_name(vocab_size: int) -> str:
+    """The smallest dtype that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """One split: documents one after another, each with the tokenizer's `start` before it.
+
+    tokens: ids [token], memory-mapped. starts: where documents begin, int64 [document], ascending
+    from 0. bytes: UTF-8 bytes of the text.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """An opened token file. sources: what it was made from, as given."""
+
+    path: Path
+    train: Stream
+    validation: Stream
+    tokenizer: AnyTokenizer
+    fingerprint: str
+    sources: tuple[str, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of all text."""
+        return self.train.bytes + self.validation.bytes
+
+    def split(self, name: str) -> Stream:
+        """The stream called "train" or "validation"."""
+        return {"train": self.train, "validation": self.validation}[name]
+
+    def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
+        """UTF-8 bytes of each id, int32 [vocab], for a model of at least as large a vocabulary."""
+        return self.tokenizer.token_bytes(vocab_size)
+
+    def verify(self) -> None:
+        """Read everything: raise BadInput unless all is as it was written."""
+        found = fingerprint(self.path)
+        if found != self.fingerprint:
+            raise BadInput(
+                str(self.path), f"content {found[:12]}", f"meta.json says {self.fingerprint[:12]}"
+            )
+        for name in SPLITS:
+            for start in range(0, len(self.split(name).tokens), 1 << 24):
+                check_ids(self, self.split(name).tokens[start : start + (1 << 24)])
+
+
+def check_ids(file: TokenFile, ids: np.ndarray) -> None:
+    """Raise BadInput for ids that the tokenizer does not have."""
+    if ids.size and ids.max() >= file.vocab_size:
+        raise BadInput(
+            str(file.path), f"id {ids.max()}", f"the tokenizer's go up to {file.vocab_size - 1}"
+        )
+
+
+def open_tokens(path: Path) -> TokenFile:
+    """Open a token file. Raises BadInput where it is missing, truncated or foreign."""
+    meta = _read_meta(path)
+    tokenizer = load_tokenizer(path / "tokenizer.json")
+    dtype, sources, stamp = dtype_name(tokenizer.vocab_size), meta["sources"], meta["fingerprint"]
+    right = {
+        "vocab_size": meta["vocab_size"] == tokenizer.vocab_size,
+        "dtype": meta["dtype"] == dtype,
+        "fingerprint": isinstance(stamp, str),
+        "sources": isinstance(sources, list) and all(isinstance(each, str) for each in sources),
+        **{split: _are_counts(meta[split]) for split in SPLITS},
+    }
+    for key, fits in right.items():
+        if not fits:
+            raise BadInput(f"{path}/meta.json: {key}", meta[key], "a value that fits the rest")
+    streams = {name: _open_stream(path, name, DTYPES[dtype], meta[name]) for name in SPLITS}
+    return TokenFile(path, **streams, tokenizer=tokenizer, fingerprint=stamp, sources=(*sources,))
+
+
+def is_token_file(path: Path) -> bool:
+    """Whether a folder says that it is one; `open_tokens` says whether it is right."""
+    try:
+        _read_meta(path)
+    except BadInput:
+        return False
+    return True
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of the content: ids, starts and tokenizer, in a fixed order."""
+    total = hashlib.sha256()
+    for name in (*(f"{s}.{kind}" for s in SPLITS for kind in ("bin", "starts")), "tokenizer.json"):
+        with (folder / name).open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / "meta.json").read_text("utf-8"))
+    except OSError:
+        near = None if path.exists() else nearest_path(path)
+        allowed = "a token file: a folder that `mukv data` wrote"
+        raise BadInput("data.path", str(path), allowed, near) from None
+    except (ValueError, RecursionError):
+        raise BadInput(f"{path}/meta.json", "no JSON", "what `mukv data` wrote") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise BadInput(f"{path}/meta.json", "another format", f"format must be {FORMAT!r}")
+    if meta.get("version") != VERSION:
+        raise BadInput(f"{path}/meta.json", meta.get("version"), f"version must be {VERSION}")
+    for key in ("dtype", "vocab_size", "fingerprint", "sources", *SPLITS):
+        if key not in meta:
+            raise BadInput(f"{path}/meta.json: {key}", None, "this key can't be missing")
+    return meta
+
+
+def _are_counts(found: Any) -> bool:
+    """Whether these are the counts of a stream, as numbers of at least 0."""
+    return isinstance(found, dict) and all(
+        type(found.get(key)) is int and found[key] >= 0 for key in COUNTS
+    )
+
+
+def _open_stream(path: Path, name: str, dtype: np.dtype, counts: dict[str, int]) -> Stream:
+    tokens = _map(path / f"{name}.bin", dtype, counts["tokens"])
+    starts = _map(path / f"{name}.starts", START_DTYPE, counts["documents"])
+    ascending = len(starts) and starts[0] == 0 and starts[-1] < len(tokens)
+    if not ascending or not np.all(starts[1:] > starts[:-1]):
+        raise BadInput(f"{path}/{name}.starts", "a damaged file", "starts ascend from 0")
+    return Stream(tokens, starts, counts["bytes"])
+
+
+def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+        if size != count * dtype.itemsize:
+            expected = f"meta.json says {count * dtype.itemsize}: truncated, or of another file"
+            raise BadInput(str(path), f"{size} bytes", expected)
+        # An empty file can't be mapped. As a plain array: slicing a memmap object is slow.
+        return np.asarray(np.memmap(path, dtype, "r")) if count else np.zeros(0, dtype)
+    except OSError as error:
+        raise BadInput(str(path), error.strerror, "a file that can be read") from None
