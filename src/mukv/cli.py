@@ -255,7 +255,9 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     ends = inputs.ids(stop, "--stop") if stop else ()
     loaded = runs.load(model)
-    given = loaded.encode(prompt) if prompt is not None else inputs.ids(token_ids or "", "--token-ids")
+    given = (
+        loaded.encode(prompt) if prompt is not None else inputs.ids(token_ids or "", "--token-ids")
+    )
     console = Console(highlight=False, soft_wrap=True)
     stream = None
     if not as_json and copies == 1:
@@ -307,4 +309,3 @@ def describe(
         _print_json(facts)
     else:
         show(facts, run, Console())
-

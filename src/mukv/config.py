@@ -40,9 +40,7 @@ class Run:
     def __post_init__(self) -> None:
         context = self.model.context
         if context is not None and self.train.length > context:
-            raise BadInput(
-                "train.length", self.train.length, f"at most model.context ({context})"
-            )
+            raise BadInput("train.length", self.train.length, f"at most model.context ({context})")
 
 
 def presets_folder() -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mukv.config import Run
 from mukv.core import params
@@ -65,8 +65,7 @@ def weights(run: Run) -> list[dict[str, Any]]:
                 "learning_rate": resolved.learning_rate,
                 "decays": resolved.decays,
                 "sharding": [
-                    None if axis is None else str(axis)
-                    for axis in specification(param.dims, mesh)
+                    None if axis is None else str(axis) for axis in specification(param.dims, mesh)
                 ],
             }
         )
@@ -76,12 +75,14 @@ def weights(run: Run) -> list[dict[str, Any]]:
 def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     """The same for a person."""
     console.print(
-        f"[bold]{facts['parameters']:,}[/] parameters, "
-        f"[bold]{facts['flops_per_token']:,}[/] training FLOPs per token at "
-        f"{run.train.length:,} tokens, cache [bold]{facts['cache_bytes_per_token']:,}[/] bytes "
-        f"per token + {facts['cache_bytes_constant']:,} ({facts['dtype']})"
+        f"parameters  [bold]{facts['parameters']:,}[/]\n"
+        f"training    [bold]{facts['flops_per_token']:,}[/] FLOPs per token at "
+        f"{run.train.length:,} tokens\n"
+        f"cache       [bold]{facts['cache_bytes_per_token']:,}[/] bytes per token and "
+        f"{facts['cache_bytes_constant']:,} besides ({facts['dtype']})\n"
     )
-    layers = Table("layer", "attention", "position", "window", "reads", "core", "cache bytes/token")
+    columns = ("layer", "attention", "position", "window", "reads", "core", "cache bytes/token")
+    layers = Table(*columns, box=None, pad_edge=False)
     for group in _alike(facts["layers"]):
         first, last = group[0], group[-1]
         number = str(first["layer"])
@@ -95,25 +96,40 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
             first["core"],
             f"{first['cache_bytes_per_token']:,}{constant}",
         )
-    console.print(layers)
-    table = Table("weight", "dims", "role", "deviation", "multiplier", "rate x", "decays", "split")
-    for row in facts["weights"]:
-        split = [
-            f"{name}/{axis}"
-            for name, axis in zip(row["dims"], row["sharding"], strict=True)
-            if axis is not None
-        ]
+    console.print(layers, "", sep="\n")
+    table = Table(
+        Column("weight", no_wrap=True),
+        Column("shape / mesh axis", no_wrap=True),
+        *("init", "mult", "rate", "decay"),
+        box=None,
+        pad_edge=False,
+    )
+    for name, row in _merged(facts["weights"]):
+        axes = zip(row["dims"].values(), row["sharding"], strict=True)
         table.add_row(
-            row["weight"],
-            " ".join(f"{name}={size}" for name, size in row["dims"].items()),
-            row["role"],
-            f"{row['deviation']:.4g}",
-            f"{row['multiplier']:.4g}",
-            f"{row['learning_rate']:.4g}",
+            name,
+            " x ".join(str(size) if axis is None else f"{size}/{axis}" for size, axis in axes),
+            f"{row['deviation']:.3g}",
+            f"{row['multiplier']:.3g}",
+            f"{row['learning_rate']:.3g}",
             "yes" if row["decays"] else "no",
-            " ".join(split) or "whole",
         )
     console.print(table)
+
+
+def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Rows that differ only in their slot become one, its name followed by how many they are."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in weights:
+        facts = {name: value for name, value in row.items() if name != "weight"}
+        inside = row["weight"].split(".", 2)[-1]
+        groups.setdefault(f"{inside} {facts}", []).append(row)
+    merged = []
+    for rows in groups.values():
+        stages = rows[0]["weight"].startswith("stage")
+        name = rows[0]["weight"].split(".", 2)[-1] if stages else rows[0]["weight"]
+        merged.append((f"{len(rows)} x {name}" if len(rows) > 1 else name, rows[0]))
+    return merged
 
 
 def _alike(layers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -130,6 +146,3 @@ def _alike(layers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         else:
             groups.append([layer])
     return groups
-
-
-

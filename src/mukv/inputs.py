@@ -44,7 +44,11 @@ def rows_of_ids(path: Path) -> list[np.ndarray]:
         raise BadInput("--tokens", str(path), f"a readable file ({error})") from None
     except (ValueError, EOFError) as error:
         raise BadInput("--tokens", str(path), f"an array written by numpy.save ({error})") from None
-    if not isinstance(found, np.ndarray) or found.ndim not in (1, 2) or found.dtype.kind not in "iu":
+    if (
+        not isinstance(found, np.ndarray)
+        or found.ndim not in (1, 2)
+        or found.dtype.kind not in "iu"
+    ):
         shape = getattr(found, "shape", None)
         raise BadInput("--tokens", shape, "whole numbers of shape [token] or [row token]")
     return list(np.atleast_2d(found))

@@ -38,9 +38,14 @@ def prepare(devices: int = 1, distributed: str | None = None) -> None:
     find each other, "auto" or "HOST:PORT,PROCESSES,NUMBER"; None for a process alone. Raises
     BadInput if that can't be read.
     """
+    import logging
+
     import jax
 
     from mukv.core.mesh import simulate
+
+    # Orbax logs a traceback from its thread before the error reaches us as one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     compiled = cache_folder() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(compiled))
@@ -67,5 +72,7 @@ def parse_distributed(text: str) -> tuple[str, int, int]:
         )
     processes, number = int(parts[1]), int(parts[2])
     if not 0 <= number < processes:
-        raise BadInput("--distributed", text, f"NUMBER goes from 0 to PROCESSES - 1 ({processes - 1})")
+        raise BadInput(
+            "--distributed", text, f"NUMBER goes from 0 to PROCESSES - 1 ({processes - 1})"
+        )
     return parts[0], processes, number

@@ -26,7 +26,7 @@ from mukv.checkpoint import Checkpoints
 from mukv.core.device import peak_flops
 from mukv.core.errors import Failed
 from mukv.data.batches import Batches, Prefetch
-from mukv.metrics import Trackers
+from mukv.metrics import Trackers, read_metrics
 from mukv.progress import Bar
 from mukv.train import Metrics, State, Trainer
 
@@ -130,6 +130,7 @@ class Loop:
         peak = peak_flops(trainer.mesh.size)
         flops = trainer.model.flops_per_token(training.length)
         step, finished = start, True
+        self.last = known_so_far(self.folder / "metrics.jsonl", start)
         with ExitStack() as stack:
             stack.enter_context(jax.set_mesh(trainer.mesh))
             stop = stack.enter_context(StopSignal())
@@ -184,7 +185,7 @@ class Loop:
             loss=self.last.get("loss", float("nan")),
             validation_loss=self.last.get("validation_loss"),
             validation_bits_per_byte=self.last.get("validation_bits_per_byte"),
-            tokens_per_second=clock.tokens_per_second,
+            tokens_per_second=self.last.get("tokens_per_second", 0.0),
             wait_fraction=self.last.get("wait_fraction", 0.0),
             finished=finished,
         )
@@ -220,6 +221,16 @@ class Loop:
             sums = self.trainer.validate(state.weights, self.trainer.put(batch), table)
             total += np.asarray([float(number) for number in sums])
         return validation_metrics(*total)
+
+
+def known_so_far(path: Path, step: int) -> dict[str, float]:
+    """The latest value of each number that was logged up to a step."""
+    known: dict[str, float] = {}
+    for record in read_metrics(path):
+        if record["step"] <= step:
+            known |= record
+    known.pop("step", None)
+    return known
 
 
 def validation_metrics(nats: float, tokens: float, read: float) -> dict[str, float]:

@@ -98,7 +98,11 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
 
 def open_corpus(run: Run) -> TokenFile:
     """The token file that a run trains on, checked against its vocabulary."""
-    tokens = default_corpus(cache_folder()) if run.data.path is None else open_tokens(Path(run.data.path))
+    tokens = (
+        default_corpus(cache_folder())
+        if run.data.path is None
+        else open_tokens(Path(run.data.path))
+    )
     if tokens.vocab_size > run.model.vocab_size:
         raise BadInput(
             "model.vocab_size",

@@ -182,7 +182,9 @@ class Trainer:
             gradient = jax.jit(jax.grad(self._summed_loss))(state.weights, batch)
             # Gradients flow from the last layer to the first: the last bad one is the cause.
             broken = [
-                name for name, leaf in params.named(gradient).items() if not jnp.isfinite(leaf).all()
+                name
+                for name, leaf in params.named(gradient).items()
+                if not jnp.isfinite(leaf).all()
             ]
         return f"the gradient of {broken[-1]}" if broken else "the norm of the gradient"
 
@@ -205,7 +207,7 @@ class Trainer:
         )
 
     def _validate(
-        self, weights: Any, batch: Batch, token_bytes: Int[Array, "vocab"]
+        self, weights: Any, batch: Batch, token_bytes: Int[Array, vocab]
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
         """Summed loss in nats, number of tokens, number of bytes that they stand for."""
         counted = batch["weight"] > 0

@@ -44,7 +44,13 @@ class Case:
         self.loss, self.gradient = matrix.loss_and_gradient(model, PLAIN)(self.weights, ids)
 
 
-@pytest.fixture(scope="module", params=COMBINATIONS, ids="-".join)
+def grouped(combination):
+    """Keeps the tests of one combination in one process, where they share its compilation."""
+    name = "-".join(combination)
+    return pytest.param(combination, id=name, marks=pytest.mark.xdist_group(name))
+
+
+@pytest.fixture(scope="module", params=map(grouped, COMBINATIONS))
 def case(request):
     return Case(request.param)
 

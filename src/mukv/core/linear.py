@@ -18,9 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from mukv.core.typing import Array, Float
 
 
-def project(
-    x: Array, weight: Array, contracted: int = 1, out: jnp.dtype | None = None
-) -> Array:
+def project(x: Array, weight: Array, contracted: int = 1, out: jnp.dtype | None = None) -> Array:
     """Contract the last `contracted` axes of x with the first ones of the weight.
 
     out: type of the result; that of x if None.

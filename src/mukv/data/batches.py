@@ -25,7 +25,7 @@ from mukv.core.errors import BadInput, unknown_name
 from mukv.data.tokens import SPLITS, Stream, TokenFile, check_ids
 
 PACKINGS = ("packed", "contiguous")
-ROUNDS = 6
+ROUNDS = 4
 T = TypeVar("T")
 
 
@@ -115,18 +115,20 @@ class Batches:
             rows[row, : len(piece)] = piece
             begins[row, stream.starts[edges[0, row] : edges[1, row]] - start] = True
         check_ids(self.tokens, rows)
-        place = np.arange(length + 1)
-        real = first[:, None] + place < count
+        # int32 throughout: these passes over the whole batch are what a batch costs.
+        place = np.arange(length + 1, dtype=np.int32)
+        real = place < (count - first)[:, None]
         learned = (real & ~begins)[:, 1:]
-        begins = begins if self.packing == "packed" else np.zeros_like(begins)
+        if self.packing == "contiguous":
+            begins[:] = False
         begins[:, 0] = True
-        position = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
-        segment = np.where(real, np.cumsum(begins, axis=1), 0)
+        latest = np.maximum.accumulate(begins[:, :-1] * place[:-1], axis=1)
+        segment = np.cumsum(begins[:, :-1], axis=1, dtype=np.int32)
         return Batch(
             tokens=rows[:, :-1].astype(np.int32),
             targets=rows[:, 1:].astype(np.int32),
-            position=position[:, :-1].astype(np.int32),
-            segment=segment[:, :-1].astype(np.int32),
+            position=place[:-1] - latest,
+            segment=segment * real[:, :-1],
             weight=learned.astype(np.float32),
         )
 

@@ -233,6 +233,7 @@ def _write(
     try:
         for piece in encoded:
             if not len(piece.ids):
+                previous = None
                 continue
             name = layout.SPLITS[piece.held_out]
             count = counts[name]

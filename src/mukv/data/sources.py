@@ -178,8 +178,8 @@ def _package(name: str, field: str) -> Source:
     if spec is None:
         known = {*sys.stdlib_module_names, *(module.name for module in pkgutil.iter_modules())}
         raise BadInput("package", name, "an importable package", nearest_name(name, known))
-    if not inner and spec.origin and not spec.submodule_search_locations:
-        return _python([Path(spec.origin)], field)
+    if not inner and str(spec.origin).endswith(".py") and not spec.submodule_search_locations:
+        return _python([Path(str(spec.origin))], field)
     for location in spec.submodule_search_locations or ():
         path = Path(location, *inner.split(".")) if inner else Path(location)
         if path.is_dir():
@@ -196,7 +196,8 @@ def _python(paths: Iterable[Path], field: str) -> Source:
 
 
 def _hugging_face(name: str, field: str) -> Source:
-    """NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; a hub data set or a folder; split `train` if none."""
+    """NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, on the hub or a folder; the split is `train` if none
+    is given."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -209,20 +210,23 @@ def _rows(datasets: Any, name: str, field: str) -> Source:
     split = rest[-1] if rest else "train"
     config = rest[0] if len(rest) > 1 else None
     try:
-        if (Path(path) / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(path)[split]
-        elif (Path(path) / "dataset_info.json").is_file():
+        if any((Path(path) / saved).is_file() for saved in SAVED_DATA_SET):
             rows = datasets.load_from_disk(path)
+            if isinstance(rows, datasets.DatasetDict):
+                rows = rows[split]
+            elif rest:
+                raise BadInput("hf", name, f"{path} alone: a saved data set without splits")
         else:
             rows = datasets.load_dataset(path, config, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
             if field not in row:
                 raise unknown_name(f"hf:{name}: field", field, row)
             yield _record(f"hf:{name}:{number}", field, row[field])
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput("hf", name, f"NAME, NAME:SPLIT or NAME:CONFIG:SPLIT ({error})") from error
+    except BadInput:
+        raise
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput("hf", name, f"NAME, NAME:SPLIT or NAME:CONFIG:SPLIT ({reason})") from error
 
 
 SOURCES: dict[str, Callable[[str, str], Source]] = {

@@ -206,7 +206,7 @@ class Decoder:
         weights: Weights,
         cache: Cache,
         tokens: Tokens,
-        count: Int[Array, "batch"],
+        count: Int[Array, batch],
         fresh: bool = True,
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
@@ -239,7 +239,7 @@ class Decoder:
         self,
         weights: Weights,
         cache: Cache,
-        token: Int[Array, "batch"],
+        token: Int[Array, batch],
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
         """Read one token per row: logits of what follows, and the cache, one token fuller.
@@ -271,8 +271,7 @@ class Decoder:
         """Move the tails into the bodies."""
         added = jnp.broadcast_to(cache.filled, cache.length.shape)
         slots = tuple(
-            Slot(fold(slot.body, slot.tail, cache.length, added), slot.tail)
-            for slot in cache.slots
+            Slot(fold(slot.body, slot.tail, cache.length, added), slot.tail) for slot in cache.slots
         )
         return Cache(slots, cache.length + added, jnp.zeros_like(cache.filled))
 
@@ -366,6 +365,4 @@ class _Run:
         return x
 
     def fused(self, layer: Resolved) -> bool:
-        return (
-            self.compute.fused and self.aligned and layer.attention.fusable and not capturing()
-        )
+        return self.compute.fused and self.aligned and layer.attention.fusable and not capturing()

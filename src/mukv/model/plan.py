@@ -64,9 +64,7 @@ class Resolved:
         return self.source == self.index
 
 
-def resolve(
-    stages: Sequence[Stage], attention: AnyAttention, mlp: Gated
-) -> tuple[Resolved, ...]:
+def resolve(stages: Sequence[Stage], attention: AnyAttention, mlp: Gated) -> tuple[Resolved, ...]:
     """All layers in order, checked. Raises BadInput with the layer's number."""
     layers: list[Resolved] = []
     for s, stage in enumerate(stages):

@@ -73,13 +73,16 @@ class RoPE(Position):
     def rotate(
         self,
         x: Float[Array, "batch heads token head_dim"],
-        position: Int[Array, "batch #heads token"],
+        position: Int[
+            Array,
+            (
+                batch  # heads token
+            ),
+        ],
     ) -> Float[Array, "batch heads token head_dim"]:
         frequency = jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32)
         angle = position[..., None].astype(jnp.float32) * frequency
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        rotated = jnp.concatenate(
-            [first * cos - second * sin, second * cos + first * sin], axis=-1
-        )
+        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
         return rotated.astype(x.dtype)

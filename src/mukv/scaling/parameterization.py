@@ -68,9 +68,9 @@ class Scaling:
     def scale(self, declared: Any, weights: Any) -> Any:
         """The weights as the forward pass sees them."""
         return map_params(
-            lambda param, weight: weight
-            if (factor := self.resolve(param).multiplier) == 1
-            else weight * factor,
+            lambda param, weight: (
+                weight if (factor := self.resolve(param).multiplier) == 1 else weight * factor
+            ),
             declared,
             weights,
         )

@@ -32,7 +32,9 @@ class Cosine:
         """For the update after `step` completed ones, of `steps` in all."""
         rise = (step + 1) / max(self.warmup, 1)
         progress = (step - self.warmup) / max(steps - self.warmup, 1)
-        fall = self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        fall = self.final + (1 - self.final) * 0.5 * (
+            1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1))
+        )
         return jnp.where(step < self.warmup, rise, fall).astype(jnp.float32)
 
 

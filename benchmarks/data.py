@@ -1,0 +1,113 @@
+"""How fast text becomes tokens and tokens become batches, beside plain code for the same.
+
+Run: python benchmarks/data.py [--json]
+
+Building reads, tokenises on all cores, hashes and writes the Python library's source; its peer is
+`tokenizers` alone on one thread, with the text already in memory. Batches are shuffled epochs with
+segments, positions and weights; their peer is the usual loop over random windows of a memory map,
+which has none of these. Best of several alternating runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mukv.data.batches import Batches
+from mukv.data.build import build_tokens
+from mukv.data.text import pieces
+from mukv.data.tokens import TokenFile
+
+REPEATS = 5
+SHAPES = ((8, 256), (64, 1024), (4, 16384))
+TOKENS = 1 << 22
+"""Read per timed run of batches."""
+
+
+def fastest(*runs: Callable[[], object]) -> list[float]:
+    """Seconds of each, its best of several, taking turns so that noise meets all."""
+    seconds = [float("inf")] * len(runs)
+    for _ in range(REPEATS):
+        for number, run in enumerate(runs):
+            began = time.perf_counter()
+            run()
+            seconds[number] = min(seconds[number], time.perf_counter() - began)
+    return seconds
+
+
+def building(spec: str, folder: Path) -> tuple[TokenFile, float, float]:
+    """MB/s of a whole build, and of `tokenizers` on one thread."""
+    file = build_tokens(["stdlib"], folder / spec.replace(":", ""), spec)
+    texts = [piece.data.decode() for piece in pieces(["stdlib"])]
+    inner, out = file.tokenizer.inner, folder / "out"
+    learnt = str(file.path / "tokenizer.json") if spec != "bytes" else spec
+
+    def ours() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        build_tokens(["stdlib"], out, learnt)
+
+    def peer() -> None:
+        for text in texts:
+            np.array(inner.encode(text, add_special_tokens=False).ids, np.uint16)
+
+    ours_seconds, peer_seconds = fastest(ours, peer)
+    return file, file.bytes / 1e6 / ours_seconds, file.bytes / 1e6 / peer_seconds
+
+
+def batching(file: TokenFile, batch: int, length: int) -> tuple[float, float]:
+    """Million tokens per second of our batches, and of random windows."""
+    steps = TOKENS // (batch * length)
+    batches = Batches(file, seed=0, batch=batch, length=length)
+    generator = np.random.default_rng(0)
+
+    def ours() -> None:
+        for step in range(steps):
+            batches.at(step)
+
+    def peer() -> None:
+        for _ in range(steps):
+            data = np.memmap(file.path / "train.bin", "<u2", "r")
+            starts = generator.integers(len(data) - length, size=batch)
+            np.stack([data[start : start + length].astype(np.int64) for start in starts])
+            np.stack([data[start + 1 : start + 1 + length].astype(np.int64) for start in starts])
+
+    ours_seconds, peer_seconds = fastest(ours, peer)
+    return TOKENS / 1e6 / ours_seconds, TOKENS / 1e6 / peer_seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of building and reading data")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    as_json = parser.parse_args().json
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for spec in ("bytes", "bpe:8192"):
+            file, ours, peer = building(spec, Path(folder))
+            rows.append((f"build stdlib, {spec}", "MB/s", ours, peer))
+        for batch, length in SHAPES:
+            ours, peer = batching(file, batch, length)
+            rows.append((f"batches of {batch} x {length}", "M tokens/s", ours, peer))
+    if as_json:
+        keys = ("what", "unit", "mukv", "peer")
+        print(json.dumps({"rows": [dict(zip(keys, row, strict=True)) for row in rows]}))
+        return
+    table = Table(title=f"data, {os.cpu_count()} cores")
+    for name in ("what", "unit", "mukv", "peer", "mukv / peer"):
+        table.add_column(name, justify="left" if name in ("what", "unit") else "right")
+    for what, unit, ours, peer in rows:
+        table.add_row(what, unit, f"{ours:.1f}", f"{peer:.1f}", f"{ours / peer:.1f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
