@@ -96,7 +96,7 @@ def data(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="A file or folder (text, .jsonl, .parquet), `stdlib`, `package:NAME` or `hf:NAME`.",
+            help="Files or folders (text, .jsonl, .parquet), `stdlib`, `package:NAME`, `hf:NAME`.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the token file.")],

@@ -49,7 +49,7 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise BadInput("top_p", self.top_p, "above 0 and at most 1")
 
-    def draw(self, logits: Float[Array, "batch vocab"], keys: Array) -> Int[Array, batch]:
+    def draw(self, logits: Float[Array, "batch vocab"], keys: Array) -> Int[Array, " batch"]:
         """One token per row; `keys` has one per row, so a row does not depend on its batch."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)

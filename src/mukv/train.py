@@ -89,7 +89,7 @@ class State:
 
     weights: Any
     optimizer: Any
-    step: Int[Array, ""]
+    step: Any
 
 
 class Metrics(NamedTuple):
@@ -207,7 +207,7 @@ class Trainer:
         )
 
     def _validate(
-        self, weights: Any, batch: Batch, token_bytes: Int[Array, vocab]
+        self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"]
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
         """Summed loss in nats, number of tokens, number of bytes that they stand for."""
         counted = batch["weight"] > 0

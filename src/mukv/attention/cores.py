@@ -28,12 +28,7 @@ class Part:
 
     key: Float[Array, "batch kv_heads key head_dim"]
     value: Float[Array, "batch kv_heads key width"]
-    visible: Bool[
-        Array,
-        (
-            batch  # kv_heads query key
-        ),
-    ]
+    visible: Bool[Array, "batch #kv_heads query key"]
 
 
 Logits = Float[Array, "batch kv_heads group query key"]

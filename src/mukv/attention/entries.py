@@ -23,30 +23,9 @@ class Entries:
     """
 
     tensors: dict[str, Float[Array, "batch kv_heads key width"]]
-    position: Int[
-        Array,
-        (
-            batch  # kv_heads key
-        ),
-    ]
-    valid: (
-        Bool[
-            Array,
-            (
-                batch  # kv_heads key
-            ),
-        ]
-        | None
-    ) = None
-    segment: (
-        Int[
-            Array,
-            (
-                batch  # kv_heads key
-            ),
-        ]
-        | None
-    ) = None
+    position: Int[Array, "batch #kv_heads key"]
+    valid: Bool[Array, "batch #kv_heads key"] | None = None
+    segment: Int[Array, "batch #kv_heads key"] | None = None
 
     def slice(self, start: int, stop: int) -> Entries:
         """Entries number `start` up to `stop`."""

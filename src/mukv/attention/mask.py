@@ -26,12 +26,7 @@ class Mask:
 
     def visible(
         self, position: Int[Array, "batch query"], entries: Entries
-    ) -> Bool[
-        Array,
-        (
-            batch  # kv_heads query key
-        ),
-    ]:
+    ) -> Bool[Array, "batch #kv_heads query key"]:
         """Whether each query (at `position`) sees each entry."""
         distance = position[:, None, :, None] - entries.position[:, :, None, :]
         seen = distance >= 0

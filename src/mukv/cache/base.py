@@ -37,14 +37,14 @@ class Cache:
     """
 
     slots: tuple[Slot, ...]
-    length: Int[Array, batch]
+    length: Int[Array, " batch"]
     filled: Int[Array, ""]
 
     @property
     def tail_size(self) -> int:
         return next(iter(self.slots[0].tail.values())).shape[2]
 
-    def position(self) -> Int[Array, batch]:
+    def position(self) -> Int[Array, " batch"]:
         """Position of the token that comes next in each row."""
         return self.length + self.filled
 
@@ -53,7 +53,7 @@ class Cache:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-def ring_position(length: Int[Array, batch], capacity: int) -> Int[Array, "batch slot"]:
+def ring_position(length: Int[Array, " batch"], capacity: int) -> Int[Array, "batch slot"]:
     """Position that each slot of a ring holds after `length` tokens; negative where empty.
 
     It is the largest p < length with p = slot modulo capacity.
@@ -62,14 +62,14 @@ def ring_position(length: Int[Array, batch], capacity: int) -> Int[Array, "batch
     return newest - (newest - jnp.arange(capacity)) % capacity
 
 
-def body_entries(tensors: Tensors, length: Int[Array, batch]) -> Entries:
+def body_entries(tensors: Tensors, length: Int[Array, " batch"]) -> Entries:
     """The ring as a bag of entries."""
     capacity = next(iter(tensors.values())).shape[2]
     position = ring_position(length, capacity)[:, None]
     return Entries(tensors, position, valid=position >= 0)
 
 
-def tail_entries(tensors: Tensors, length: Int[Array, batch], filled: Int[Array, ""]) -> Entries:
+def tail_entries(tensors: Tensors, length: Int[Array, " batch"], filled: Int[Array, ""]) -> Entries:
     """The first `filled` places of the tail as a bag of entries."""
     place = jnp.arange(next(iter(tensors.values())).shape[2])
     position = length[:, None, None] + place
@@ -89,8 +89,8 @@ def append(tail: Tensors, new: Tensors, filled: Int[Array, ""]) -> Tensors:
 def fold(
     body: Tensors,
     new: Tensors,
-    length: Int[Array, batch],
-    added: Int[Array, batch],
+    length: Int[Array, " batch"],
+    added: Int[Array, " batch"],
 ) -> Tensors:
     """The ring after `added` more tokens per row, whose entries are the first ones of `new`.
 

@@ -25,7 +25,9 @@ def project(x: Array, weight: Array, contracted: int = 1, out: jnp.dtype | None 
     """
     rows, columns = x.shape[: x.ndim - contracted], weight.shape[contracted:]
     inner = math.prod(weight.shape[:contracted])
-    flat = _product(x.reshape(-1, inner), weight.reshape(inner, -1), jnp.dtype(out or x.dtype))
+    flat: Array = _product(
+        x.reshape(-1, inner), weight.reshape(inner, -1), jnp.dtype(out or x.dtype)
+    )
     return flat.reshape(*rows, *columns)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mukv.core.typing import Array
 
@@ -69,7 +70,7 @@ def count(declared: Any) -> int:
     return sum(param.size for param in named(declared).values())
 
 
-def abstract(declared: Any, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
+def abstract(declared: Any, dtype: DTypeLike = "float32") -> Any:
     """Shapes and types of the weights, nothing allocated."""
     return map_params(lambda param: jax.ShapeDtypeStruct(param.shape, dtype), declared)
 

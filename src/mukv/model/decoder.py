@@ -7,7 +7,7 @@ differs is only what a layer's `remember` answers, i.e. which bags of entries it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -206,7 +206,7 @@ class Decoder:
         weights: Weights,
         cache: Cache,
         tokens: Tokens,
-        count: Int[Array, batch],
+        count: Int[Array, " batch"],
         fresh: bool = True,
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
@@ -239,7 +239,7 @@ class Decoder:
         self,
         weights: Weights,
         cache: Cache,
-        token: Int[Array, batch],
+        token: Int[Array, " batch"],
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
         """Read one token per row: logits of what follows, and the cache, one token fuller.
@@ -335,7 +335,7 @@ class _Run:
         return x
 
     def layer(
-        self, layer: Resolved, weights: Any, x: Residual, known: dict[int, Sequence[Entries]]
+        self, layer: Resolved, weights: Any, x: Residual, known: dict[int, tuple[Entries, ...]]
     ) -> Residual:
         """Through one layer; adds to `known` what it wrote."""
 

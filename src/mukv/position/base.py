@@ -31,12 +31,7 @@ class Position:
     def rotate(
         self,
         x: Float[Array, "batch heads token head_dim"],
-        position: Int[
-            Array,
-            (
-                batch  # heads token
-            ),
-        ],
+        position: Int[Array, "batch #heads token"],
     ) -> Float[Array, "batch heads token head_dim"]:
         """Queries or keys as seen from their positions; the type of x is kept."""
         return x
@@ -47,12 +42,7 @@ class Position:
         logits: Float[Array, "batch kv_heads group query key"],
         query: Float[Array, "batch kv_heads group query head_dim"],
         query_position: Int[Array, "batch 1 query"],
-        key_position: Int[
-            Array,
-            (
-                batch  # kv_heads key
-            ),
-        ],
+        key_position: Int[Array, "batch #kv_heads key"],
     ) -> Float[Array, "batch kv_heads group query key"]:
         """The scaled logits with what the distance adds to them."""
         return logits

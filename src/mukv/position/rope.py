@@ -73,12 +73,7 @@ class RoPE(Position):
     def rotate(
         self,
         x: Float[Array, "batch heads token head_dim"],
-        position: Int[
-            Array,
-            (
-                batch  # heads token
-            ),
-        ],
+        position: Int[Array, "batch #heads token"],
     ) -> Float[Array, "batch heads token head_dim"]:
         frequency = jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32)
         angle = position[..., None].astype(jnp.float32) * frequency

@@ -52,7 +52,10 @@ def scale_by_tree(factors: Any) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return jax.tree.map(lambda update, factor: update * factor, updates, factors), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    def init(params: Any) -> optax.EmptyState:
+        return optax.EmptyState()
+
+    return optax.GradientTransformation(init, update)
 
 
 OPTIMIZERS = {"adamw": AdamW}
