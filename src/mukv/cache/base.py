@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from mukv.attention import Entries
 from mukv.core.typing import Array, Float, Int
 
-Tensors = dict[str, Float[Array, "batch kv_heads slot width"]]
+Body = dict[str, Float[Array, "batch kv_heads slot width"]]
+Token = dict[str, Float[Array, "batch kv_heads 1 width"]]
+Tail = dict[str, Float[Array, "batch kv_heads place width"]]
 
 
 @jax.tree_util.register_dataclass
@@ -24,8 +26,8 @@ Tensors = dict[str, Float[Array, "batch kv_heads slot width"]]
 class Slot:
     """What is kept of one layer that writes: a ring and a tail of equal tensors."""
 
-    body: Tensors
-    tail: Tensors
+    body: Body
+    tail: Tail
 
 
 @jax.tree_util.register_dataclass
@@ -62,21 +64,21 @@ def ring_position(length: Int[Array, " batch"], capacity: int) -> Int[Array, "ba
     return newest - (newest - jnp.arange(capacity)) % capacity
 
 
-def body_entries(tensors: Tensors, length: Int[Array, " batch"]) -> Entries:
+def body_entries(tensors: Body, length: Int[Array, " batch"]) -> Entries:
     """The ring as a bag of entries."""
     capacity = next(iter(tensors.values())).shape[2]
     position = ring_position(length, capacity)[:, None]
     return Entries(tensors, position, valid=position >= 0)
 
 
-def tail_entries(tensors: Tensors, length: Int[Array, " batch"], filled: Int[Array, ""]) -> Entries:
+def tail_entries(tensors: Tail, length: Int[Array, " batch"], filled: Int[Array, ""]) -> Entries:
     """The first `filled` places of the tail as a bag of entries."""
     place = jnp.arange(next(iter(tensors.values())).shape[2])
     position = length[:, None, None] + place
     return Entries(tensors, position, valid=jnp.broadcast_to(place < filled, position.shape))
 
 
-def append(tail: Tensors, new: Tensors, filled: Int[Array, ""]) -> Tensors:
+def append(tail: Tail, new: Token, filled: Int[Array, ""]) -> Tail:
     """Write the entries of one token behind the `filled` ones."""
     return {
         name: jax.lax.dynamic_update_slice_in_dim(
@@ -87,11 +89,11 @@ def append(tail: Tensors, new: Tensors, filled: Int[Array, ""]) -> Tensors:
 
 
 def fold(
-    body: Tensors,
-    new: Tensors,
+    body: Body,
+    new: Tail,
     length: Int[Array, " batch"],
     added: Int[Array, " batch"],
-) -> Tensors:
+) -> Body:
     """The ring after `added` more tokens per row, whose entries are the first ones of `new`.
 
     Each slot asks which position it must hold now, and takes it from `new` if it is one of its
