@@ -40,7 +40,7 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
     steps = 80 if fast else 300
     rows = []
     for contestant in CONTESTANTS:
-        overrides = [f"train.steps={steps}", "train.validation_batches=32"]
+        overrides = [f"train.steps={steps}", "train.batch=16", "train.validation_batches=32"]
         run = config.load(contestant.preset, overrides)
         folder = runs.RunDirectory(out / f"{contestant.preset}-{steps}")
         console.print(f"[bold]{contestant.name}[/]: {run.model.attention.describe()}")

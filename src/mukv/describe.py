@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from mukv.config import Run
 from mukv.core import params
 from mukv.core.mesh import specification
+from mukv.model.counting import cache_bytes_per_token, flops_per_token
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def describe(run: Run) -> dict[str, Any]:
     compute = run.train.compute.resolve(model.vocab_size)
     layers = []
     for layer in model.layers:
-        entry = model.cache_bytes_per_token(layer, compute.type)
+        entry = cache_bytes_per_token(model, layer, compute.type)
         fused = compute.fused and layer.attention.fusable
         layers.append(
             {
@@ -40,7 +41,7 @@ def describe(run: Run) -> dict[str, Any]:
         )
     return {
         "parameters": params.count(model.params()),
-        "flops_per_token": model.flops_per_token(run.train.length),
+        "flops_per_token": flops_per_token(model, run.train.length),
         "cache_bytes_per_token": sum(layer["cache_bytes_per_token"] for layer in layers),
         "cache_bytes_constant": sum(layer["cache_bytes_constant"] for layer in layers),
         "dtype": compute.dtype,

@@ -27,6 +27,7 @@ from mukv.core.device import peak_flops
 from mukv.core.errors import Failed
 from mukv.data.batches import Batches, Prefetch
 from mukv.metrics import Trackers, read_metrics
+from mukv.model.counting import flops_per_token
 from mukv.progress import Bar
 from mukv.train import Metrics, State, Trainer
 
@@ -128,7 +129,7 @@ class Loop:
         clock = Clock(training.batch * training.length)
         rows = {"host": jax.process_index(), "hosts": jax.process_count()}
         peak = peak_flops(trainer.mesh.size)
-        flops = trainer.model.flops_per_token(training.length)
+        flops = flops_per_token(trainer.model, training.length)
         step, finished = start, True
         self.last = known_so_far(self.folder / "metrics.jsonl", start)
         with ExitStack() as stack:

@@ -13,6 +13,7 @@ import pytest
 
 from mukv.core.compute import Compute
 from mukv.core.params import named
+from mukv.model.counting import cache_bytes
 from tests.laws import matrix
 from tests.laws.matrix import COMBINATIONS, EXACT, LENGTH, VOCAB
 
@@ -106,7 +107,7 @@ def test_bytes_are_true(case):
     """Law 4: the cache as allocated weighs what is computed from `write`."""
     for batch, length, tail in ((1, 2, 1), (3, LENGTH, 4)):
         cache = case.model.empty_cache(batch, length, tail, EXACT.type)
-        assert cache.nbytes() == case.model.cache_bytes(batch, length, tail, EXACT.type)
+        assert cache.nbytes() == cache_bytes(case.model, batch, length, tail, EXACT.type)
         assert len(cache.slots) == sum(layer.reads is None for layer in case.model.layers)
 
 

@@ -7,7 +7,6 @@ differs is only what a layer's `remember` answers, i.e. which bags of entries it
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -15,22 +14,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Entries, Grouped, Mask
+from mukv.attention import AnyAttention, Entries, Grouped
 from mukv.cache import Cache, Slot
 from mukv.cache.base import append, body_entries, fold, tail_entries
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
-from mukv.core.mesh import constrain, gather
+from mukv.core.mesh import constrain
 from mukv.core.params import Param, map_params
-from mukv.core.tap import capturing, scope, tap
+from mukv.core.tap import capturing, tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.block import Gated, RMSNorm
+from mukv.model.passes import Pass, Remember, layer_params
 from mukv.model.plan import Resolved, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
-
-Remember = Callable[[Resolved, dict[str, Array]], tuple[Entries, ...]]
-"""Given what a layer wrote, the bags of entries that its readers see."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +70,6 @@ class Decoder:
 
     # Weights
 
-    def layer_params(self, layer: Resolved) -> dict[str, Any]:
-        declared = {
-            "attention_norm": self.norm.params(self.d_model),
-            "read": layer.attention.read_params(self.d_model),
-            "mlp_norm": self.norm.params(self.d_model),
-            "mlp": layer.mlp.params(self.d_model),
-        }
-        if layer.writes:
-            declared["write"] = layer.attention.write_params(self.d_model)
-        return declared
-
     def params(self) -> dict[str, Any]:
         """All weights; those of a stage's slot are stacked over its repeats, slots are named by
         their place ("stage0.slot1")."""
@@ -98,7 +84,7 @@ class Decoder:
             declared[f"stage{s}"] = {
                 f"slot{layer.slot}": map_params(
                     lambda param, repeats=stage.repeats: param.stacked(repeats),
-                    self.layer_params(layer),
+                    layer_params(layer, self.norm, self.d_model),
                 )
                 for layer in first
             }
@@ -138,14 +124,13 @@ class Decoder:
         compute = (compute or Compute()).resolve(self.vocab_size)
         if position is None:
             position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        mask_segment = segment
 
         def remember(layer: Resolved, written: dict[str, Array]) -> tuple[Entries, ...]:
             group_segment = None if segment is None else segment[:, None]
             return (Entries(written, position[:, None], segment=group_segment),)
 
         x = self._embed(weights, tokens, compute)
-        run = _Run(self, compute, position, mask_segment, remember, aligned=True)
+        run = self._pass(compute, position, remember, aligned=True, segment=segment)
         known: dict[int, tuple[Entries, ...]] = {}
         for s, stage in enumerate(self.plan):
             stacked = weights[f"stage{s}"]
@@ -179,6 +164,18 @@ class Decoder:
     def _embed(self, weights: Weights, tokens: Tokens, compute: Compute) -> Residual:
         x = jnp.take(weights["embedding"], tokens, axis=0).astype(compute.type)
         return tap("embedding", constrain(x, "batch", None, None))
+
+    def _pass(
+        self,
+        compute: Compute,
+        position: Int[Array, "batch token"],
+        remember: Remember,
+        aligned: bool,
+        segment: Int[Array, "batch token"] | None = None,
+    ) -> Pass:
+        return Pass(
+            self.layers, self.norm, self.d_model, compute, position, segment, remember, aligned
+        )
 
     # Decoding
 
@@ -226,7 +223,7 @@ class Decoder:
             return (new,) if fresh else (body_entries(body, cache.length), new)
 
         x = self._embed(weights, tokens, compute)
-        x = _Run(self, compute, position, None, remember, aligned=fresh).all(weights, x)
+        x = self._pass(compute, position, remember, aligned=fresh).all(weights, x)
         last = jnp.take_along_axis(x, (count - 1)[:, None, None], axis=1)
         slots = tuple(
             Slot(bodies[layer.index], slot.tail)
@@ -259,7 +256,7 @@ class Decoder:
             )
 
         x = self._embed(weights, token[:, None], compute)
-        x = _Run(self, compute, position, None, remember, aligned=False).all(weights, x)
+        x = self._pass(compute, position, remember, aligned=False).all(weights, x)
         slots = tuple(
             Slot(slot.body, tails[layer.index])
             for layer, slot in zip(self.writers, cache.slots, strict=True)
@@ -274,95 +271,3 @@ class Decoder:
             Slot(fold(slot.body, slot.tail, cache.length, added), slot.tail) for slot in cache.slots
         )
         return Cache(slots, cache.length + added, jnp.zeros_like(cache.filled))
-
-    # Counting
-
-    def cache_bytes_per_token(self, layer: Resolved, dtype: jnp.dtype) -> int:
-        """Bytes that one more token costs in this layer, from what `write` returns."""
-        if not layer.writes:
-            return 0
-        written = layer.attention.written(self.d_model, 1, 1, dtype)
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in written.values())
-
-    def cache_bytes(self, batch: int, length: int, tail: int, dtype: jnp.dtype) -> int:
-        """Bytes of `empty_cache` with these sizes, without allocating it."""
-        entries = sum(
-            self.cache_bytes_per_token(layer, dtype) * (min(length, layer.window or length) + tail)
-            for layer in self.writers
-        )
-        counters = 4 * batch + 4
-        return batch * entries + counters
-
-    def flops_per_token(self, length: int) -> int:
-        """Floating-point operations of training per token at this sequence length: products
-        only, backward counted twice the forward pass, attention as the mask leaves it."""
-        products = sum(
-            2 * param.size
-            for param in jax.tree.leaves(
-                self.params(), is_leaf=lambda leaf: isinstance(leaf, Param)
-            )
-            if param.fan_in
-        )
-        attention = sum(
-            layer.attention.read_flops() * _mean_visible(length, layer.window)
-            for layer in self.layers
-        )
-        return round(3 * (products + attention))
-
-
-def _mean_visible(length: int, window: int | None) -> float:
-    """Entries that a query sees on average, in a sequence of this length."""
-    window = min(window or length, length)
-    return (window * (window + 1) / 2 + (length - window) * window) / length
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One pass through the layers: what all of them share."""
-
-    model: Decoder
-    compute: Compute
-    position: Int[Array, "batch token"]
-    segment: Int[Array, "batch token"] | None
-    remember: Remember
-    aligned: bool
-
-    def all(self, weights: Weights, x: Residual) -> Residual:
-        """Through every layer, weights unstacked."""
-        known: dict[int, tuple[Entries, ...]] = {}
-        for layer, own in zip(self.model.layers, weights["layers"], strict=True):
-            x = self.layer(layer, own, x, known)
-        return x
-
-    def layer(
-        self, layer: Resolved, weights: Any, x: Residual, known: dict[int, tuple[Entries, ...]]
-    ) -> Residual:
-        """Through one layer; adds to `known` what it wrote."""
-
-        def apply(weights: Any, x: Residual, inherited: Any) -> tuple[Residual, Any]:
-            model, attention = self.model, layer.attention
-            declared = model.layer_params(layer)
-            weights = gather(self.compute.working_copy(declared, weights), declared)
-            with scope(f"layer{layer.index}"):
-                normed = model.norm.apply(weights["attention_norm"], x)
-                parts = inherited
-                if layer.writes:
-                    written = attention.write(weights["write"], normed, self.position)
-                    parts = self.remember(layer, written)
-                mask = Mask(self.segment, layer.window, self.aligned)
-                read = attention.read(
-                    weights["read"], normed, self.position, parts, mask, self.fused(layer)
-                )
-                x = tap("attention", constrain(x + read, "batch", None, None))
-                normed = model.norm.apply(weights["mlp_norm"], x)
-                mlp = layer.mlp.apply(weights["mlp"], normed)
-                x = tap("mlp", constrain(x + mlp, "batch", None, None))
-            return x, parts
-
-        if self.compute.rematerialise and self.aligned:
-            apply = jax.checkpoint(apply)
-        x, known[layer.index] = apply(weights, x, known.get(layer.source))
-        return x
-
-    def fused(self, layer: Resolved) -> bool:
-        return self.compute.fused and self.aligned and layer.attention.fusable and not capturing()

@@ -1,0 +1,91 @@
+"""One pass through the layers, whatever it is for: training, prefill or a single step.
+
+What differs is only what a layer's `remember` answers, i.e. which bags of entries its queries
+read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from mukv.attention import Entries, Mask
+from mukv.core.compute import Compute
+from mukv.core.mesh import constrain, gather
+from mukv.core.tap import capturing, scope, tap
+from mukv.core.typing import Array, Int, Residual, Weights
+from mukv.model.block import RMSNorm
+from mukv.model.plan import Resolved
+
+Remember = Callable[[Resolved, dict[str, Array]], tuple[Entries, ...]]
+"""Given what a layer wrote, the bags of entries that its readers see."""
+
+
+def layer_params(layer: Resolved, norm: RMSNorm, d_model: int) -> dict[str, Any]:
+    """Weights of one layer; one that reads another's entries has none to write with."""
+    declared = {
+        "attention_norm": norm.params(d_model),
+        "read": layer.attention.read_params(d_model),
+        "mlp_norm": norm.params(d_model),
+        "mlp": layer.mlp.params(d_model),
+    }
+    if layer.writes:
+        declared["write"] = layer.attention.write_params(d_model)
+    return declared
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass through the layers: what all of them share."""
+
+    layers: tuple[Resolved, ...]
+    norm: RMSNorm
+    d_model: int
+    compute: Compute
+    position: Int[Array, "batch token"]
+    segment: Int[Array, "batch token"] | None
+    remember: Remember
+    aligned: bool
+
+    def all(self, weights: Weights, x: Residual) -> Residual:
+        """Through every layer, weights unstacked."""
+        known: dict[int, tuple[Entries, ...]] = {}
+        for layer, own in zip(self.layers, weights["layers"], strict=True):
+            x = self.layer(layer, own, x, known)
+        return x
+
+    def layer(
+        self, layer: Resolved, weights: Any, x: Residual, known: dict[int, tuple[Entries, ...]]
+    ) -> Residual:
+        """Through one layer; adds to `known` what it wrote."""
+
+        def apply(weights: Any, x: Residual, inherited: Any) -> tuple[Residual, Any]:
+            attention = layer.attention
+            declared = layer_params(layer, self.norm, self.d_model)
+            weights = gather(self.compute.working_copy(declared, weights), declared)
+            with scope(f"layer{layer.index}"):
+                normed = self.norm.apply(weights["attention_norm"], x)
+                parts = inherited
+                if layer.writes:
+                    written = attention.write(weights["write"], normed, self.position)
+                    parts = self.remember(layer, written)
+                mask = Mask(self.segment, layer.window, self.aligned)
+                read = attention.read(
+                    weights["read"], normed, self.position, parts, mask, self.fused(layer)
+                )
+                x = tap("attention", constrain(x + read, "batch", None, None))
+                normed = self.norm.apply(weights["mlp_norm"], x)
+                mlp = layer.mlp.apply(weights["mlp"], normed)
+                x = tap("mlp", constrain(x + mlp, "batch", None, None))
+            return x, parts
+
+        if self.compute.rematerialise and self.aligned:
+            apply = jax.checkpoint(apply)
+        x, known[layer.index] = apply(weights, x, known.get(layer.source))
+        return x
+
+    def fused(self, layer: Resolved) -> bool:
+        return self.compute.fused and self.aligned and layer.attention.fusable and not capturing()
