@@ -197,19 +197,19 @@ def evaluate(
     Example: `mukv eval runs/demo/mha --text README.md`
     """
     launch.prepare()
-    from mukv import inputs, runs
+    from mukv import inputs, loaded
 
     if (text is None) == (tokens is None):
         raise BadInput("eval", "--text and --tokens", "exactly one of the two")
-    loaded = runs.load(model)
+    speaker = loaded.load(model)
     if text is not None:
-        rows = inputs.rows_of_text(loaded, text)
+        rows = inputs.rows_of_text(speaker, text)
     else:
         assert tokens is not None
         rows = inputs.rows_of_ids(tokens)
     if length is not None and length < 1:
         raise BadInput("--length", length, "at least 1 token")
-    found = loaded.evaluate(rows, length)
+    found = speaker.evaluate(rows, length)
     facts = {
         "tokens": found.tokens,
         "loss": found.loss,
@@ -243,7 +243,7 @@ def generate(
     Example: `mukv generate runs/demo/mha --prompt "def main(" --max-tokens 64`
     """
     launch.prepare()
-    from mukv import inputs, runs
+    from mukv import inputs, loaded
     from mukv.decode import Sampling
 
     if (prompt is None) == (token_ids is None):
@@ -254,17 +254,15 @@ def generate(
         raise BadInput("--copies", copies, "at least 1")
     sampling = Sampling(temperature, top_k, top_p, seed)
     ends = inputs.ids(stop, "--stop") if stop else ()
-    loaded = runs.load(model)
-    given = (
-        loaded.encode(prompt) if prompt is not None else inputs.ids(token_ids or "", "--token-ids")
-    )
+    speaker = loaded.load(model)
+    given = inputs.ids(token_ids, "--token-ids") if token_ids else speaker.encode(prompt or "")
     console = Console(highlight=False, soft_wrap=True)
     stream = None
     if not as_json and copies == 1:
         console.print(f"[dim]{_plain(prompt or str(given))}[/]", end="")
-        stream = inputs.Stream(loaded.tokenizer, sys.stdout).show
-    made = loaded.generate_ids([given] * copies, max_tokens, sampling, ends, stream)
-    texts = [loaded.tokenizer.decode(row) for row in made.tokens]
+        stream = inputs.Stream(speaker.tokenizer, sys.stdout).show
+    made = speaker.generate_ids([given] * copies, max_tokens, sampling, ends, stream)
+    texts = [speaker.tokenizer.decode(row) for row in made.tokens]
     if as_json:
         facts = {
             "token_ids": made.tokens[0],

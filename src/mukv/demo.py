@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mukv import config, runs
+from mukv import config, loaded, runs
 from mukv.core.files import write_atomic
 from mukv.decode import Sampling
 from mukv.describe import describe
@@ -46,7 +46,7 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
         console.print(f"[bold]{contestant.name}[/]: {run.model.attention.describe()}")
         outcome = runs.train(run, folder, title=contestant.name)
         facts = describe(run)
-        model = runs.load(folder.path)
+        model = loaded.load(folder.path)
         made = model.generate_ids([model.encode(PROMPT)], CONTINUATION, SAMPLING)
         rows.append(
             {

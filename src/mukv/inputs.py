@@ -10,7 +10,7 @@ import numpy as np
 
 from mukv.core.errors import BadInput
 from mukv.data.tokenizer import AnyTokenizer
-from mukv.runs import Model
+from mukv.loaded import Model
 
 
 def ids(text: str, where: str) -> list[int]:
