@@ -37,7 +37,7 @@ CONTESTANTS = (Contestant("MHA", "tiny-mha"), Contestant("MQA", "tiny-mqa"))
 
 def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
     """Train, compare, plot; returns the table as data and the paths of what was written."""
-    steps = 80 if fast else 300
+    steps = 80 if fast else 400
     rows = []
     for contestant in CONTESTANTS:
         overrides = [f"train.steps={steps}", "train.batch=16", "train.validation_batches=32"]

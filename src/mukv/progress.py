@@ -30,7 +30,8 @@ class Bar:
     def __init__(self, title: str, total: int, start: int = 0, console: Console | None = None):
         self.console = console or Console(stderr=True)
         self.title, self.total, self.start = title, total, start
-        self.began, self.last_line = time.monotonic(), 0.0
+        self.began: tuple[float, int] | None = None
+        self.last_line = 0.0
         self.live: Progress | None = None
         self.task = TaskID(0)
 
@@ -69,9 +70,11 @@ class Bar:
         now = time.monotonic()
         if now - self.last_line < QUIET_SECONDS and done < self.total:
             return
-        rate = (done - self.start) / max(now - self.began, 1e-9)
-        left = (self.total - done) / rate if rate > 0 else float("inf")
-        self.console.print(f"{self.title} {done}/{self.total}  {left:.0f} s left  {text}")
+        # From the first report on: what came before was compilation.
+        self.began = self.began or (now, done)
+        seconds, steps = now - self.began[0], done - self.began[1]
+        left = f"{(self.total - done) * seconds / steps:.0f} s left  " if steps else ""
+        self.console.print(f"{self.title} {done}/{self.total}  {left}{text}")
         self.last_line = now
 
     def say(self, text: str) -> None:
