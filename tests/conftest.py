@@ -2,10 +2,104 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/jax")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+MINUSCULE = (
+    "model.d_model=32",
+    "model.attention.heads=2",
+    "model.attention.kv_heads=1",
+    "model.attention.head_dim=16",
+    "model.mlp.hidden=48",
+    "model.plan=[{repeats: 2}]",
+    "train.steps=3",
+    "train.batch=2",
+    "train.length=32",
+    "train.validation_batches=2",
+)
+"""Makes of the preset tiny what trains in a second."""
+
+
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    """What `mukv ARGS` does, in this process, since starting another costs seconds."""
+    from mukv import cli, launch
+
+    given = ["mukv", *map(str, args)]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", given),
+        mock.patch.object(launch, "restart_with_allocator"),
+        mock.patch.object(launch, "prepare"),
+    ):
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = exit.code
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(given, code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def mukv() -> Command:
+    """mukv("train", "tiny") -> CompletedProcess."""
+    return command
+
+
+@pytest.fixture(scope="session")
+def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short texts as bytes."""
+    from mukv.data.build import build_tokens
+
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(40):
+        text = f"Déjà vu number {number}. " * (1 + number % 5)
+        (folder / f"{number:02}.txt").write_text(text)
+    return build_tokens([str(folder)], tmp_path_factory.mktemp("tokens") / "t", validation=0.3).path
+
+
+@pytest.fixture(scope="session")
+def trained(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a minuscule model; not to be written to."""
+    out = tmp_path_factory.mktemp("runs") / "minuscule"
+    done = command("train", "tiny", *MINUSCULE, f"data.path={token_file}", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(limit):` no file may grow beyond `limit` bytes in this block."""
+
+    @contextmanager
+    def limited(limit: int) -> Iterator[None]:
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited

@@ -6,16 +6,16 @@ go to standard error. Exit status 0, 1 (failed) or 2 (bad input).
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from mukv import launch
+from mukv import launch, output
 from mukv.core.errors import BadInput, Failed, unknown_name
 
 app = typer.Typer(
@@ -37,39 +37,28 @@ def main() -> NoReturn:
     """Run the command line; every error that we know ends in one clear line."""
     launch.restart_with_allocator()
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="mukv", standalone_mode=False)
     except (BadInput, Failed) as error:
-        _complain(str(error), error.status)
+        output.complain(str(error), error.status)
     except typer.Exit as exit:
         code = exit.exit_code
     except typer.Abort:
         code = 1
     except KeyboardInterrupt:
-        _complain("interrupted", 1)
+        output.complain("interrupted", 1)
     except Exception as error:
-        # Wrong options: click knows best how to say it.
+        # Wrong options: click knows best how to say it; where it showed the help it is silent.
         if hasattr(error, "format_message"):
-            _complain(error.format_message(), 2)  # pyright: ignore[reportAttributeAccessIssue]
+            message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+            if message:
+                output.complain(message, 2)
+            raise SystemExit(2) from None
         if isinstance(error, OSError):
-            _complain(str(error), 1)
+            output.complain(str(error), 1)
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            output.complain(f"not enough memory ({str(error).splitlines()[0]})", 1)
         raise
     raise SystemExit(code or 0)
-
-
-def _complain(message: str, status: int) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(
-        f"[bold red]error:[/] {_plain(message)}", highlight=False
-    )
-    raise SystemExit(status)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def _print_json(facts: Any) -> None:
-    sys.stdout.write(json.dumps(facts, default=str) + "\n")
-    sys.stdout.flush()
 
 
 @app.command()
@@ -87,7 +76,7 @@ def demo(
 
     facts = demonstrate(out, fast, Console(stderr=as_json))
     if as_json:
-        _print_json(facts)
+        output.print_json(facts)
 
 
 @app.command()
@@ -134,11 +123,7 @@ def data(
         "fingerprint": tokens.fingerprint,
         "megabytes_per_second": tokens.bytes / seconds / 1e6,
     }
-    if as_json:
-        _print_json(facts)
-        return
-    for name, value in facts.items():
-        Console(highlight=False, soft_wrap=True).print(f"{name}: {value}")
+    output.print_facts(facts, as_json)
 
 
 @app.command()
@@ -166,7 +151,7 @@ def train(
     outcome = runs.train(run, folder, title=folder.path.name)
     facts = runs.summary(outcome, folder)
     if as_json:
-        _print_json(facts)
+        output.print_json(facts)
         return
     console = Console()
     bits = outcome.validation_bits_per_byte
@@ -216,11 +201,7 @@ def evaluate(
         "perplexity": found.perplexity,
         "bits_per_byte": found.bits_per_byte,
     }
-    if as_json:
-        _print_json(facts)
-        return
-    for name, value in facts.items():
-        Console().print(f"{name}: {value}")
+    output.print_facts(facts, as_json)
 
 
 @app.command()
@@ -255,13 +236,17 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     ends = inputs.ids(stop, "--stop") if stop else ()
     speaker = loaded.load(model)
-    given = inputs.ids(token_ids, "--token-ids") if token_ids else speaker.encode(prompt or "")
-    console = Console(highlight=False, soft_wrap=True)
+    given = speaker.encode(prompt or "")
+    if token_ids is not None:
+        given = inputs.ids(token_ids, "--token-ids")
     stream = None
     if not as_json and copies == 1:
-        console.print(f"[dim]{_plain(prompt or str(given))}[/]", end="")
-        stream = inputs.Stream(speaker.tokenizer, sys.stdout).show
-    made = speaker.generate_ids([given] * copies, max_tokens, sampling, ends, stream)
+        stream = output.Stream(speaker.tokenizer, sys.stdout)
+        shown = Text(str(given) if prompt is None else prompt, "dim")
+        Console(soft_wrap=True).print(shown, end="")
+    made = speaker.generate_ids(
+        [given] * copies, max_tokens, sampling, ends, stream.show if stream else None
+    )
     texts = [speaker.tokenizer.decode(row) for row in made.tokens]
     if as_json:
         facts = {
@@ -273,11 +258,13 @@ def generate(
         }
         if copies > 1:
             facts["all_token_ids"] = made.tokens
-        _print_json(facts)
+        output.print_json(facts)
         return
-    console.print()
-    for number, text in enumerate(texts if copies > 1 else []):
-        console.print(f"[bold]--- {number}[/]\n{_plain(text)}")
+    if stream:
+        stream.end()
+    for number, text in enumerate(() if stream else texts):
+        Console().print(f"[bold]--- {number}[/]")
+        sys.stdout.write(text + "\n")
     Console(stderr=True).print(
         f"[dim]{made.tokens_per_second:,.0f} tokens/s, first token after "
         f"{made.prefill_seconds:.3f} s, cache {made.cache_bytes:,} bytes[/]"
@@ -304,6 +291,6 @@ def describe(
     run, _ = runs.resolve(source, overrides or [], None)
     facts = facts_of(run)
     if as_json:
-        _print_json(facts)
+        output.print_json(facts)
     else:
         show(facts, run, Console())

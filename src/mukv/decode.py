@@ -42,12 +42,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise BadInput("temperature", self.temperature, "at least 0 (0 is greedy)")
         if self.top_k is not None and self.top_k < 1:
             raise BadInput("top_k", self.top_k, "at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise BadInput("top_p", self.top_p, "above 0 and at most 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise BadInput("seed", self.seed, "0 to 4294967295 (32 bits)")
 
     def draw(self, logits: Float[Array, "batch vocab"], keys: Array) -> Int[Array, " batch"]:
         """One token per row; `keys` has one per row, so a row does not depend on its batch."""
@@ -244,12 +246,12 @@ class _Rows:
 
 
 def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-    if max_tokens < 1:
-        raise BadInput("max_tokens", max_tokens, "at least 1")
+    if not 1 <= max_tokens < 1 << 31:
+        raise BadInput("max_tokens", max_tokens, "at least 1, and positions have 32 bits")
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise BadInput("prompt", "", "at least one token")
     for prompt in prompts:
-        worst = max(prompt, key=lambda token: abs(token - model.vocab_size / 2))
+        worst = max(prompt, key=lambda token: abs(2 * token - model.vocab_size))
         if not 0 <= worst < model.vocab_size:
             raise BadInput("prompt", worst, f"token ids go from 0 to {model.vocab_size - 1}")
     longest = max(map(len, prompts))

@@ -1,15 +1,12 @@
-"""What a command line gives a model to read, and how its answer is shown while it comes."""
+"""What a command line gives a model to read."""
 
 from __future__ import annotations
 
-import codecs
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
 from mukv.core.errors import BadInput
-from mukv.data.tokenizer import AnyTokenizer
 from mukv.loaded import Model
 
 
@@ -42,27 +39,12 @@ def rows_of_ids(path: Path) -> list[np.ndarray]:
         found = np.load(path, allow_pickle=False)
     except OSError as error:
         raise BadInput("--tokens", str(path), f"a readable file ({error})") from None
-    except (ValueError, EOFError) as error:
+    except Exception as error:
+        # A foreign file takes numpy's parsers to errors of any kind, lack of memory among them.
         raise BadInput("--tokens", str(path), f"an array written by numpy.save ({error})") from None
-    if (
-        not isinstance(found, np.ndarray)
-        or found.ndim not in (1, 2)
-        or found.dtype.kind not in "iu"
-    ):
-        shape = getattr(found, "shape", None)
-        raise BadInput("--tokens", shape, "whole numbers of shape [token] or [row token]")
+    if not isinstance(found, np.ndarray):
+        raise BadInput("--tokens", str(path), "one array, written by numpy.save")
+    if found.ndim not in (1, 2) or found.dtype.kind not in "iu" or not found.size:
+        given = f"{found.dtype} of shape {found.shape}"
+        raise BadInput("--tokens", given, "whole numbers of shape [token] or [row token]")
     return list(np.atleast_2d(found))
-
-
-class Stream:
-    """Prints tokens as they come, holding back the bytes of a character that is not complete."""
-
-    def __init__(self, tokenizer: AnyTokenizer, out: TextIO):
-        self.tokenizer, self.out = tokenizer, out
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def show(self, fresh: list[list[int]]) -> None:
-        """New tokens of each row; the first row is shown."""
-        data = b"".join(self.tokenizer.token_data(token) for token in fresh[0])
-        self.out.write(self.decoder.decode(data))
-        self.out.flush()

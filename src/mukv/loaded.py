@@ -115,7 +115,7 @@ def load(source: str | Path) -> Model:
     folder = RunDirectory(Path(source))
     if not folder.exists:
         parent = folder.path.parent
-        siblings = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        siblings = [path.parent.name for path in parent.glob("*/config.yaml")]
         near = nearest_name(folder.path.name, siblings)
         raise BadInput(
             "MODEL",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,15 +53,17 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict) and type(record.get("step")) is int:
             yield record
 
 
 class TensorBoard:
     """Scalars for TensorBoard, through tensorboardX (extra `tensorboard`)."""
 
+    package = "tensorboardX"
+
     def __init__(self, folder: Path, name: str):
-        self.writer = _package("tensorboardX", "tensorboard").SummaryWriter(str(folder))
+        self.writer = import_module(self.package).SummaryWriter(str(folder))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -74,8 +76,10 @@ class TensorBoard:
 class WeightsAndBiases:
     """A Weights & Biases run (extra `wandb`)."""
 
+    package = "wandb"
+
     def __init__(self, folder: Path, name: str):
-        self.run = _package("wandb", "wandb").init(
+        self.run = import_module(self.package).init(
             project="mukv", name=name, id=name, dir=str(folder), resume="allow"
         )
 
@@ -89,22 +93,23 @@ class WeightsAndBiases:
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
-def _package(name: str, extra: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError:
-        raise BadInput(
-            "train.trackers", extra, f"needs an extra: pip install 'mukv[{extra}]'"
-        ) from None
+def require(names: Iterable[str]) -> None:
+    """Raise BadInput for a tracker that is not in the table, or whose package is missing."""
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown_name("train.trackers", name, TRACKERS)
+        try:
+            import_module(TRACKERS[name].package)
+        except ImportError:
+            allowed = f"needs an extra: pip install 'mukv[{name}]'"
+            raise BadInput("train.trackers", name, allowed) from None
 
 
 class Trackers:
     """All of them at once."""
 
     def __init__(self, folder: Path, names: Sequence[str], keep_until: int | None):
-        for name in names:
-            if name not in TRACKERS:
-                raise unknown_name("train.trackers", name, TRACKERS)
+        require(names)
         others = [TRACKERS[name](folder / name, folder.name) for name in names]
         self.all: list[Tracker] = [MetricsFile(folder / "metrics.jsonl", keep_until), *others]
 

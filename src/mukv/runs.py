@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 import mukv
-from mukv import config
+from mukv import config, metrics
 from mukv.checkpoint import Checkpoints
 from mukv.config import Run
 from mukv.core import schema
@@ -34,6 +34,12 @@ from mukv.data.tokens import TokenFile, open_tokens
 from mukv.launch import cache_folder
 from mukv.loop import Loop, Outcome
 from mukv.train import Trainer
+
+FREE = (
+    *("steps", "schedule", "compute", "profile", "trackers", "keep_last", "keep_best"),
+    *("log_every", "evaluate_every", "validation_batches", "checkpoint_every"),
+)
+"""Keys of `train` that may change when a run is continued."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
     tokens = open_corpus(run)
     run = replace(run, data=replace(run.data, path=str(tokens.path.resolve())))
     _check_same(run, folder)
+    metrics.require(run.train.trackers)
     mesh = run.mesh.build()
     trainer = Trainer(run.model, run.train, mesh)
     training = run.train
@@ -144,23 +151,25 @@ def _check_same(run: Run, folder: RunDirectory) -> None:
         if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
             raise BadInput(str(folder.path), "a path in use", "a run directory or a new path")
         return
-    before, now = folder.load_config(), run
-    free = ("steps", "evaluate_every", "log_every", "checkpoint_every", "validation_batches")
-    free += ("keep_last", "keep_best", "profile", "trackers", "compute", "schedule")
-    pairs = {
-        "model": (before.model, now.model),
-        "data": (before.data, now.data),
-        **{
-            f"train.{name}": (getattr(before.train, name), value)
-            for name, value in vars(now.train).items()
-            if name not in free
-        },
-    }
-    for name, (old, new) in pairs.items():
-        if old != new:
+    before, now = (_leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
+    for name in [*now, *before]:
+        section, key = name.split(".")[:2]
+        old, new = before.get(name), now.get(name)
+        if old != new and section != "mesh" and (section != "train" or key not in FREE):
             raise BadInput(
                 name, new, f"the run in {folder.path} has {old!r}; give another folder with --out"
             )
+
+
+def _leaves(mapping: Any, where: str = "") -> dict[str, Any]:
+    """The values in a nested mapping, by dotted path."""
+    if not isinstance(mapping, dict | list):
+        return {where: mapping}
+    pairs = mapping.items() if isinstance(mapping, dict) else enumerate(mapping)
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        found |= _leaves(value, schema.join(where, str(key)))
+    return found
 
 
 def _provenance(tokens: TokenFile) -> dict[str, Any]:

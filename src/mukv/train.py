@@ -71,9 +71,10 @@ class Training:
         for name in ("evaluate_every", "checkpoint_every", "validation_batches"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise BadInput(name, getattr(self, name), "at least 1, or null")
-        for name in ("seed", "keep_best"):
-            if getattr(self, name) < 0:
-                raise BadInput(name, getattr(self, name), "at least 0")
+        if self.keep_best < 0:
+            raise BadInput("keep_best", self.keep_best, "at least 0")
+        if not 0 <= self.seed < 1 << 32:
+            raise BadInput("seed", self.seed, "0 to 4294967295 (32 bits)")
         if self.learning_rate <= 0:
             raise BadInput("learning_rate", self.learning_rate, "greater than 0")
         if self.clip_norm is not None and self.clip_norm <= 0:

@@ -141,17 +141,17 @@ def test_says_what_a_leaf_needs():
 
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
+whole = st.integers(-(2**53), 2**53)
 layers = st.builds(
     Layer,
-    st.none() | st.builds(Latent, heads=st.integers()) | st.builds(Grouped, scale=numbers),
-    st.none() | st.integers(),
+    st.none() | st.builds(Latent, heads=whole) | st.builds(Grouped, scale=numbers),
+    st.none() | whole,
 )
 runs = st.builds(
     Run,
     st.builds(
         Model,
-        st.builds(Latent, rank=st.integers())
-        | st.builds(Grouped, kv_heads=st.sampled_from((1, 2))),
+        st.builds(Latent, rank=whole) | st.builds(Grouped, kv_heads=st.sampled_from((1, 2))),
         st.lists(layers).map(tuple),
     ),
     st.builds(

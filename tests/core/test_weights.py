@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import signal
-from contextlib import contextmanager
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,19 +15,6 @@ TREE = {
     "empty": jnp.zeros((0, 2)),
     "turned": np.arange(6.0, dtype=np.float32).reshape(2, 3).T,
 }
-
-
-@contextmanager
-def full_disk(limit: int):
-    """No file may grow beyond `limit` bytes in this block."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_weights_come_back_with_names_types_and_metadata(tmp_path):
@@ -75,7 +58,7 @@ def test_what_can_not_be_read_or_written_is_told(tmp_path):
         save_weights(tmp_path, {"a": {"b.c": jnp.ones(1)}}, {})
 
 
-def test_a_full_disk_leaves_nothing(tmp_path):
+def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
     with full_disk(1000), pytest.raises(Failed):
         save_weights(tmp_path, {"a": jnp.ones(10_000)}, {})
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from the number of tokens alone and need no memory. Nothing large is copied per 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ Token = dict[str, Float[Array, "batch kv_heads 1 width"]]
 Tail = dict[str, Float[Array, "batch kv_heads place width"]]
 
 
+# JAX also rebuilds a pytree with things that are no arrays: shapes can't be checked here.
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slot:
@@ -30,6 +33,7 @@ class Slot:
     tail: Tail
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:

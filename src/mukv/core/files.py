@@ -22,8 +22,8 @@ def telling_disk_errors(path: Path) -> Iterator[None]:
             raise Failed(f"{path}: the disk is full; nothing was left half-written") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
             raise BadInput(str(path), "a folder that can't be written", "choose another") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY):
-            raise BadInput(str(path), "a file in the way", "choose another path") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR):
+            raise BadInput(str(path), "something in the way", "choose another path") from error
         raise
 
 

@@ -231,6 +231,9 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def _leaf(hint: Any, given: Any, where: str, errors: list[BadInput]) -> Any:
+    if type(given) is int and abs(given) > 1 << 53:
+        errors.append(BadInput(where, given, "needs a whole number that JSON has, up to 2**53"))
+        return None
     try:
         # By way of JSON, since only there does pydantic's strictness take a list for a tuple.
         return _adapter(hint).validate_json(json.dumps(given, allow_nan=False), strict=True)

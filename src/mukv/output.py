@@ -1,0 +1,59 @@
+"""What a command says: results on standard output, errors as one line on standard error.
+
+Imports nothing heavy, so that a wrong command line is answered at once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from mukv.data.tokenizer import AnyTokenizer
+
+
+def complain(message: str, status: int) -> NoReturn:
+    """Say what went wrong on one line, and leave."""
+    text = Text.assemble(("error: ", "bold red"), " ".join(message.split()))
+    Console(stderr=True, soft_wrap=True).print(text)
+    raise SystemExit(status)
+
+
+def print_json(facts: Any) -> None:
+    """One object, as the last line."""
+    sys.stdout.write(json.dumps(facts, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Named values, one a line or as one object."""
+    if as_json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        Console(highlight=False, soft_wrap=True, markup=False).print(f"{name}: {value}")
+
+
+class Stream:
+    """Prints tokens as they come, holding back the bytes of a character that is not complete."""
+
+    def __init__(self, tokenizer: AnyTokenizer, out: TextIO):
+        self.tokenizer, self.out = tokenizer, out
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def show(self, fresh: list[list[int]]) -> None:
+        """New tokens of each row; the first row is shown."""
+        data = b"".join(self.tokenizer.token_data(token) for token in fresh[0])
+        self.out.write(self.decoder.decode(data))
+        self.out.flush()
+
+    def end(self) -> None:
+        """Show what is still held back, as what it is."""
+        self.out.write(self.decoder.decode(b"", final=True) + "\n")
+        self.out.flush()

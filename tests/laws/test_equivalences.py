@@ -1,0 +1,118 @@
+"""Law 10, the grouped part: configurations that say the same in other words do the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mukv.model import Layer, Stage
+from mukv.position import NoPE
+from tests.laws import matrix
+from tests.laws.matrix import EXACT, LENGTH
+
+IDS = matrix.tokens()
+
+
+def trained(model, weights, shift=0):
+    """Logits of the forward pass of training."""
+    position = np.tile(np.arange(LENGTH) + shift, (len(IDS), 1))
+    out = matrix.logits(model)(weights, IDS, position, np.zeros_like(IDS))
+    return np.asarray(out)
+
+
+def decoded(model, weights):
+    """Logits of decoding: half at once, the rest one by one, over small tails."""
+
+    @jax.jit
+    def read(weights, ids):
+        half = LENGTH // 2
+        cache = model.empty_cache(len(ids), LENGTH, tail=2, dtype=EXACT.type)
+        count = jnp.full(len(ids), half)
+        scores, cache = model.prefill(weights, cache, ids[:, :half], count, compute=EXACT)
+        found = [scores]
+        for place in range(half, LENGTH):
+            if (place - half) % 2 == 0:
+                cache = model.fold(cache)
+            scores, cache = model.step(weights, cache, ids[:, place], compute=EXACT)
+            found.append(scores)
+        return jnp.stack(found, axis=1)
+
+    return np.asarray(read(model.unstack(weights), IDS))
+
+
+def assert_equal(one, two, tolerance=2e-5):
+    for run in (trained, decoded):
+        np.testing.assert_allclose(run(*one), run(*two), atol=tolerance)
+
+
+@pytest.mark.parametrize(("few", "many"), [("mqa", "gqa"), ("mqa", "mha"), ("gqa", "mha")])
+def test_fewer_kv_heads_are_equal_kv_heads(few, many):
+    """MQA is GQA whose keys and values are the same in every group, and GQA such MHA."""
+    small, large = (matrix.build(name, "rope", "plain") for name in (few, many))
+    weights = matrix.weights(small)
+    copies = large.attention.kv_heads // small.attention.kv_heads
+    write = weights["stage0"]["slot0"]["write"]
+    assert all(leaf.shape[2] == small.attention.kv_heads for leaf in write.values())
+    tiled = {name: np.repeat(leaf, copies, axis=2) for name, leaf in write.items()}
+    slot = {**weights["stage0"]["slot0"], "write": tiled}
+    assert_equal((small, weights), (large, {**weights, "stage0": {"slot0": slot}}))
+
+
+@pytest.mark.parametrize("window", [LENGTH, LENGTH + 1, 10**6])
+def test_a_window_of_the_whole_length_is_none(window):
+    model = matrix.build("gqa", "rope", "plain")
+    weights = matrix.weights(model)
+    wide = replace(model, plan=(Stage((Layer(window=window),), repeats=2),))
+    assert_equal((model, weights), (wide, weights))
+    narrow = replace(model, plan=(Stage((Layer(window=LENGTH - 1),), repeats=2),))
+    difference = np.abs(trained(model, weights) - trained(narrow, weights)).max(axis=(0, 2))
+    assert (difference[:-1] == 0).all()
+    assert difference[-1] > 1e-4
+
+
+@pytest.mark.parametrize("position", ["rope", "rope-llama3", "nope"])
+@pytest.mark.parametrize("plan", ["plain", "window", "reuse"])
+def test_only_distances_matter(position, plan):
+    model = matrix.build("gqa", position, plan)
+    weights = matrix.weights(model)
+    shifted = trained(model, weights, shift=1000)
+    np.testing.assert_allclose(shifted, trained(model, weights), atol=1e-3)
+
+
+def test_positions_matter():
+    rope, nope = (matrix.build("gqa", name, "plain") for name in ("rope", "nope"))
+    weights = matrix.weights(rope)
+    difference = np.abs(trained(rope, weights) - trained(nope, weights)).max(axis=(0, 2))
+    assert difference[0] < 1e-5  # one entry: nothing to tell apart
+    assert difference[1:].min() > 1e-3
+
+
+@pytest.mark.parametrize("reads", [(-1, -1), (0, 0), (-1, 0), (0, -2)])
+def test_reuse_by_distance_by_number_and_through_others(reads):
+    model = matrix.build("gqa", "rope", "plain")
+    plans = [
+        (Stage((Layer(), Layer(reads=first), Layer(reads=second))),)
+        for first, second in (reads, (-1, -1))
+    ]
+    weights = matrix.weights(replace(model, plan=plans[0]))
+    assert_equal(*((replace(model, plan=plan), weights) for plan in plans))
+
+
+def test_layers_written_out_are_repeats():
+    model = matrix.build("gqa", "rope", "plain")
+    weights = matrix.weights(model)
+    plan = (Stage((Layer(), Layer())),)
+    stacked = weights["stage0"]["slot0"]
+    slots = {f"slot{n}": jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], stacked) for n in range(2)}
+    assert_equal((model, weights), (replace(model, plan=plan), {**weights, "stage0": slots}))
+
+
+def test_a_layer_with_its_own_position_is_a_model_with_it():
+    model = matrix.build("gqa", "rope", "plain")
+    weights = matrix.weights(model)
+    other = replace(model, plan=(Stage((Layer(position=NoPE()),), repeats=2),))
+    assert_equal((other, weights), (matrix.build("gqa", "nope", "plain"), weights))

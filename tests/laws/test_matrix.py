@@ -1,0 +1,55 @@
+"""A part that is in a table of the house is in the matrix that the laws walk."""
+
+from __future__ import annotations
+
+from typing import get_args, get_type_hints
+
+import pytest
+
+from mukv.attention import ATTENTIONS, AnyAttention
+from mukv.position import POSITIONS, AnyPosition
+from mukv.scaling.optimizers import OPTIMIZERS, AnyOptimizer
+from mukv.scaling.parameterization import PARAMETERIZATIONS, Scaling
+from mukv.scaling.schedules import SCHEDULES, AnySchedule
+from tests.laws import matrix, test_fields
+
+TABLES = {
+    "attention": (ATTENTIONS, AnyAttention),
+    "position": (POSITIONS, AnyPosition),
+    "optimizer": (OPTIMIZERS, AnyOptimizer),
+    "schedule": (SCHEDULES, AnySchedule),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_and_annotation_agree(name):
+    table, annotation = TABLES[name]
+    assert set(table.values()) == set(get_args(annotation) or [annotation])
+    for kind, cls in table.items():
+        assert cls().kind == kind
+
+
+@pytest.mark.parametrize(
+    ("table", "parts"), [(ATTENTIONS, matrix.ATTENTIONS), (POSITIONS, matrix.POSITIONS)]
+)
+def test_the_laws_walk_every_part(table, parts):
+    assert set(table.values()) == {type(part) for part in parts.values()}
+
+
+@pytest.mark.parametrize("table", [OPTIMIZERS, SCHEDULES])
+def test_the_fields_of_every_part_are_changed(table):
+    assert set(table.values()) <= test_fields.classes()
+
+
+def test_every_parameterization_can_be_chosen():
+    assert set(PARAMETERIZATIONS) == set(get_args(get_type_hints(Scaling)["kind"]))
+
+
+def test_plans_have_windows_reuse_and_both():
+    seen = {
+        (layer.window is not None, layer.reads is not None)
+        for stages in matrix.PLANS.values()
+        for stage in stages
+        for layer in stage.pattern
+    }
+    assert len(seen) == 4

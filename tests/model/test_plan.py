@@ -1,0 +1,101 @@
+"""A layer plan is resolved to what each layer is, or refused with the layer's number."""
+
+from __future__ import annotations
+
+import pytest
+
+from mukv.attention import Grouped
+from mukv.core.errors import BadInput
+from mukv.model.block import Gated
+from mukv.model.plan import Layer, Stage, resolve, scannable
+from mukv.position import NoPE, RoPE
+
+ATTENTION, MLP = Grouped(heads=2, kv_heads=1, head_dim=4), Gated(hidden=8)
+OTHER = Grouped(heads=2, kv_heads=2, head_dim=4)
+
+
+def layers(*stages):
+    return resolve(stages, ATTENTION, MLP)
+
+
+def test_places():
+    found = layers(Stage((Layer(), Layer(window=3)), repeats=2), Stage())
+    places = [(layer.index, layer.stage, layer.repeat, layer.slot) for layer in found]
+    assert places == [(0, 0, 0, 0), (1, 0, 0, 1), (2, 0, 1, 0), (3, 0, 1, 1), (4, 1, 0, 0)]
+    assert [layer.window for layer in found] == [None, 3, None, 3, None]
+    assert all(layer.writes and layer.reads is None for layer in found)
+
+
+def test_a_layer_takes_from_the_model_what_it_leaves_open():
+    wide = Gated(hidden=16)
+    first, second, third = layers(
+        Stage((Layer(), Layer(attention=OTHER, position=RoPE()), Layer(mlp=wide)))
+    )
+    assert (first.attention, first.mlp) == (ATTENTION, MLP)
+    assert (second.attention.kv_heads, second.attention.position) == (2, RoPE())
+    assert (third.attention, third.mlp) == (ATTENTION, wide)
+
+
+@pytest.mark.parametrize(
+    ("reads", "targets", "sources"),
+    [
+        ([None, -1, -1, -3], [None, 0, 1, 0], [0, 0, 0, 0]),
+        ([None, 0, None, 2], [None, 0, None, 2], [0, 0, 2, 2]),
+        ([None, None, 0, -2], [None, None, 0, 1], [0, 1, 0, 1]),
+    ],
+)
+def test_reads_and_their_sources(reads, targets, sources):
+    found = layers(Stage(tuple(Layer(reads=number) for number in reads)))
+    assert [layer.reads for layer in found] == targets
+    assert [layer.source for layer in found] == sources
+    assert [layer.writes for layer in found] == [number is None for number in reads]
+
+
+def pattern(*pattern: Layer, repeats: int = 1) -> Stage:
+    return Stage(pattern, repeats)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([pattern(Layer(reads=-1))], "reads -1.*layer 0.*it is the first"),
+        ([pattern(Layer(), Layer(reads=1))], "reads 1.*layer 1.*0 to 0, or -1 to -1"),
+        ([pattern(Layer(), Layer(reads=-2))], "reads -2.*layer 1"),
+        ([pattern(Layer()), pattern(Layer(reads=5))], "reads 5.*layer 1"),
+        ([pattern(Layer(window=0))], "window 0.*layer 0.*at least 1"),
+        ([pattern(Layer(window=4), Layer(reads=0))], "layer 1 reads layer 0, whose window is 4"),
+        ([pattern(Layer(), Layer(window=4, reads=0))], "window 4.*whose window is None"),
+        ([pattern(Layer(), Layer(attention=OTHER, reads=0))], "kv_heads 2.*other entries.*1"),
+        ([pattern(Layer(), Layer(position=RoPE(), reads=0))], "layer 1.*other entries"),
+    ],
+)
+def test_a_plan_that_can_not_work(stages, message):
+    with pytest.raises(BadInput, match=message):
+        layers(*stages)
+
+
+def test_empty_plans():
+    with pytest.raises(BadInput, match="pattern"):
+        Stage(())
+    with pytest.raises(BadInput, match="repeats: got 0"):
+        Stage(repeats=0)
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ([pattern(Layer(), repeats=3)], [True]),
+        ([pattern(Layer(), Layer(position=NoPE()), repeats=2)], [True]),
+        ([pattern(Layer(), Layer(reads=-1), repeats=2)], [True]),  # inside its repeat
+        ([pattern(Layer()), pattern(Layer(reads=0), repeats=2)], [False, True]),  # one fixed layer
+        ([pattern(Layer(), Layer(reads=0), repeats=2)], [False]),  # crosses a repeat
+        (
+            [pattern(Layer(), repeats=2), pattern(Layer(reads=1))],
+            [False, True],
+        ),  # read from outside
+        ([pattern(Layer(), repeats=2), pattern(Layer(reads=-2), repeats=2)], [False, False]),
+    ],
+)
+def test_scannable(stages, expected):
+    found = layers(*stages)
+    assert [scannable(number, found) for number in range(len(stages))] == expected

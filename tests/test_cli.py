@@ -1,0 +1,129 @@
+"""The command line: what it says, and that its results are those of the library."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mukv as package
+from mukv.data.tokenizer import ByteTokenizer
+
+pytestmark = pytest.mark.xdist_group("trained")
+COMMANDS = ("demo", "data", "train", "eval", "generate", "describe")
+DESCRIBED = {"parameters", "flops_per_token", "cache_bytes_per_token", "cache_bytes_constant"}
+LAYER = {"attention", "position", "window", "reads", "cache_bytes_per_token"}
+EVALUATED = {"tokens", "loss", "perplexity", "bits_per_byte"}
+GENERATED = {"token_ids", "text", "cache_bytes", "prefill_seconds", "tokens_per_second"}
+TRAINED = {"run", "step", "loss", "validation_bits_per_byte", "tokens_per_second"}
+PROMPT = "Déjà"
+
+
+@pytest.fixture(scope="module")
+def facts(mukv):
+    """The object that a command prints with --json."""
+
+    def run(*args):
+        done = mukv(*args, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(mukv, name):
+    done = mukv(name, "--help")
+    assert done.returncode == 0
+    assert re.search(rf"Example:\s+mukv {name} ", done.stdout)
+
+
+def test_help_names_every_command(mukv):
+    listed = mukv("--help").stdout
+    assert [name for name in COMMANDS if f" {name} " not in listed] == []
+
+
+def test_train(facts, token_file, trained, mukv):
+    made = facts("train", trained)
+    assert made.keys() >= TRAINED
+    assert (made["run"], made["step"], made["finished"]) == (str(trained), 3, True)
+    assert 0 < made["loss"] < 10
+    names = {path.name for path in trained.iterdir()}
+    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "tokenizer.json", "weights"}
+    assert names == expected | {"provenance.json"}
+    assert f"run: {trained}" in mukv("train", trained).stdout
+
+
+def test_data(facts, mukv, tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 9)
+    made = facts("data", tmp_path / "a.txt", "--out", tmp_path / "t")
+    assert made["bytes"] == 90
+    assert made["vocab_size"] == 257
+    assert Path(made["path"]) == tmp_path / "t"
+    again = mukv("data", tmp_path / "a.txt", "--out", tmp_path / "t")
+    assert f"fingerprint: {made['fingerprint']}" in again.stdout
+
+
+def test_eval_of_text_is_eval_of_its_ids(facts, mukv, trained, tmp_path):
+    text = "Déjà vu number 3. " * 5
+    (tmp_path / "a.txt").write_text(text)
+    np.save(tmp_path / "a.npy", np.array([256, *text.encode()]))
+    of_text = facts("eval", trained, "--text", tmp_path / "a.txt")
+    assert of_text.keys() == EVALUATED
+    assert of_text == facts("eval", trained, "--tokens", tmp_path / "a.npy")
+    assert of_text["tokens"] == len(text.encode())
+    assert f"loss: {of_text['loss']}" in mukv(
+        "eval", trained, "--text", tmp_path / "a.txt"
+    ).stdout.replace("\n", " ")
+    short = facts("eval", trained, "--text", tmp_path / "a.txt", "--length", 5)
+    assert short["tokens"] == of_text["tokens"]
+    assert short["loss"] != of_text["loss"]
+
+
+def generate(facts, trained, *args):
+    made = facts("generate", trained, "--max-tokens", 6, *args)
+    return made["token_ids"]
+
+
+def test_generate(facts, trained):
+    made = facts("generate", trained, "--prompt", PROMPT, "--max-tokens", 6)
+    assert made.keys() == GENERATED
+    assert made["text"] == ByteTokenizer().decode(made["token_ids"])
+    ids = ",".join(map(str, [256, *PROMPT.encode()]))
+    assert generate(facts, trained, "--token-ids", ids) == made["token_ids"]
+    loaded = package.load(trained)
+    assert loaded.generate(PROMPT, 6).token_ids == made["token_ids"]
+
+
+def test_seeds_stops_and_copies(facts, trained):
+    base = ("--prompt", PROMPT, "--temperature", 2)
+    drawn = {seed: generate(facts, trained, *base, "--seed", seed) for seed in (0, 1)}
+    assert drawn[0] != drawn[1]
+    assert generate(facts, trained, *base, "--seed", 0) == drawn[0]
+    stop = drawn[0][2]
+    stopped = generate(facts, trained, *base, "--stop", f"{stop},999")
+    assert stopped == drawn[0][: drawn[0].index(stop) + 1]
+    made = facts("generate", trained, *base, "--max-tokens", 6, "--copies", 3)
+    copies = made["all_token_ids"]
+    assert copies[0] == made["token_ids"] == drawn[0]
+    assert len({tuple(ids) for ids in copies}) == 3
+
+
+def test_text_streams(mukv, facts, trained):
+    text = facts("generate", trained, "--prompt", "[1]", "--max-tokens", 40)["text"]
+    done = mukv("generate", trained, "--prompt", "[1]", "--max-tokens", 40)
+    # Without line ends: rich counts \r and the like as such.
+    assert done.stdout.split() == f"[1]{text}".split()
+    assert re.search(r"tokens/s, first token after .* cache [\d,]+ bytes", done.stderr)
+
+
+def test_describe(facts, mukv, trained):
+    of_preset = facts("describe", "tiny")
+    assert of_preset.keys() >= DESCRIBED
+    assert len(of_preset["layers"]) == 4
+    assert all(layer.keys() >= LAYER for layer in of_preset["layers"])
+    assert facts("describe", trained)["parameters"] < of_preset["parameters"]
+    assert f"{of_preset['parameters']:,}" in mukv("describe", "tiny").stdout
