@@ -149,6 +149,8 @@ def train(
     run, folder = runs.resolve(source, overrides or [], out)
     launch.prepare(run.mesh.size, distributed)
     outcome = runs.train(run, folder, title=folder.path.name)
+    if not launch.speaks():
+        return
     facts = runs.summary(outcome, folder)
     if as_json:
         output.print_json(facts)

@@ -61,6 +61,13 @@ def prepare(devices: int = 1, distributed: str | None = None) -> None:
     jax.distributed.initialize(address, processes, number)
 
 
+def speaks() -> bool:
+    """Whether this process says what all that share a run have to say."""
+    import jax
+
+    return jax.process_index() == 0
+
+
 def parse_distributed(text: str) -> tuple[str, int, int]:
     """Address of process 0, number of processes, number of this one."""
     from mukv.core.errors import BadInput

@@ -135,9 +135,10 @@ class Loop:
         with ExitStack() as stack:
             stack.enter_context(jax.set_mesh(trainer.mesh))
             stop = stack.enter_context(StopSignal())
-            trackers = Trackers(self.folder, training.trackers, keep_until=start)
+            silent = jax.process_index() > 0
+            trackers = Trackers(self.folder, training.trackers, start, silent)
             stack.callback(trackers.close)
-            bar = stack.enter_context(Bar(self.title, training.steps, start))
+            bar = stack.enter_context(Bar(self.title, training.steps, start, silent))
             prefetch = Prefetch(
                 lambda step: self.batches.at(step, **rows), range(start, training.steps)
             )

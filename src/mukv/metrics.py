@@ -108,10 +108,16 @@ def require(names: Iterable[str]) -> None:
 class Trackers:
     """All of them at once."""
 
-    def __init__(self, folder: Path, names: Sequence[str], keep_until: int | None):
+    def __init__(
+        self, folder: Path, names: Sequence[str], keep_until: int | None, silent: bool = False
+    ):
+        """silent: log nothing, as all processes of a run do but the first."""
         require(names)
+        self.all: list[Tracker] = []
+        if silent:
+            return
         others = [TRACKERS[name](folder / name, folder.name) for name in names]
-        self.all: list[Tracker] = [MetricsFile(folder / "metrics.jsonl", keep_until), *others]
+        self.all = [MetricsFile(folder / "metrics.jsonl", keep_until), *others]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for tracker in self.all:

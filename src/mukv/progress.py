@@ -27,8 +27,9 @@ QUIET_SECONDS = 10.0
 class Bar:
     """Progress of one task of known size, with changing numbers beside it."""
 
-    def __init__(self, title: str, total: int, start: int = 0, console: Console | None = None):
-        self.console = console or Console(stderr=True)
+    def __init__(self, title: str, total: int, start: int = 0, silent: bool = False):
+        """start: what is done already. silent: show nothing."""
+        self.console = Console(stderr=True, quiet=silent)
         self.title, self.total, self.start = title, total, start
         self.began: tuple[float, int] | None = None
         self.last_line = 0.0

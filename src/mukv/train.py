@@ -265,7 +265,7 @@ class Trainer:
         loss, gradient = self._gradient(state.weights, batch)
         weight = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
         loss, gradient = loss / weight, jax.tree.map(lambda leaf: leaf / weight, gradient)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         if training.clip_norm is not None:
             factor = jnp.minimum(1.0, training.clip_norm / jnp.maximum(norm, 1e-12))
             gradient = jax.tree.map(lambda leaf: leaf * factor, gradient)

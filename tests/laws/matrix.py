@@ -14,28 +14,73 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.attention import AnyAttention, Grouped
+from mukv.attention import (
+    AnyAttention,
+    Grouped,
+    GroupedTied,
+    Latent,
+    SharedKV,
+    TensorProduct,
+)
 from mukv.core import params
 from mukv.core.compute import Compute
+from mukv.core.norm import RMSNorm
 from mukv.model import Decoder, Layer, Stage
 from mukv.model.block import Gated
 from mukv.model.loss import summed_loss
-from mukv.position import AnyPosition, Llama3, NoPE, RoPE
+from mukv.position import (
+    FIRE,
+    KERPLE,
+    ALiBi,
+    AnyPosition,
+    CoPE,
+    Llama3,
+    LogLength,
+    NoPE,
+    RoPE,
+    YaRN,
+)
 
 D_MODEL, VOCAB, LENGTH = 16, 31, 12
 EXACT = Compute(dtype="float32", operands="float32", unroll=True)
 
 ATTENTIONS: dict[str, AnyAttention] = {
-    "mha": Grouped(heads=4, kv_heads=4, head_dim=8),
     "gqa": Grouped(heads=4, kv_heads=2, head_dim=8),
     "mqa": Grouped(heads=4, kv_heads=1, head_dim=8),
+    "gqa-dressed": Grouped(
+        heads=4, kv_heads=2, head_dim=8, norm=RMSNorm(), softcap=2.0, scale=0.5, sinks="learned"
+    ),
+    "shared-kv": SharedKV(heads=4, kv_heads=2, head_dim=8),
+    "shared-kv-normed": SharedKV(heads=4, kv_heads=1, head_dim=8, norm=RMSNorm()),
+    "latent": Latent(heads=4, rank=12, head_dim=6, rope_dim=4, head_value_dim=5, query_rank=10),
+    "tied": GroupedTied(heads=4, kv_heads=2, head_dim=8),
+    "tensor-product": TensorProduct(heads=4, head_dim=8, query_rank=3, rank=2),
 }
 POSITIONS: dict[str, AnyPosition] = {
     "nope": NoPE(),
     "rope": RoPE(),
     "rope-llama3": RoPE(base=100.0, scaling=Llama3(factor=4.0, original_length=8)),
+    "rope-yarn": RoPE(
+        base=100.0, scaling=YaRN(factor=4.0, original_length=16, fast=2.0), pairing="interleaved"
+    ),
+    "p-rope": RoPE(base=100.0, p=0.5),
+    "nope-tempered": NoPE(temperature=LogLength(typical=8)),
+    "alibi": ALiBi(),
+    "cope": CoPE(positions=5),
+    "kerple": KERPLE(),
+    "fire": FIRE(hidden=6, threshold=99),
 }
+MIXED = Stage(
+    (
+        Layer(),
+        Layer(window=3),
+        Layer(window=3, reads=-1),
+        Layer(reads=0),
+        Layer(position=NoPE()),
+    )
+)
 PLANS: dict[str, tuple[Stage, ...]] = {
+    "mixed": (MIXED,),
     "plain": (Stage(repeats=2),),
     "window": (Stage((Layer(window=3),), repeats=2),),
     "local-global": (Stage((Layer(window=3), Layer()), repeats=2),),
@@ -44,7 +89,30 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "last-layers": (Stage(repeats=2), Stage((Layer(reads=1),), repeats=2)),
     "hybrid": (Stage((Layer(window=5), Layer(position=NoPE())), repeats=1), Stage()),
 }
-COMBINATIONS = list(itertools.product(ATTENTIONS, POSITIONS, PLANS))
+
+
+def combinations() -> list[tuple[str, str, str]]:
+    """Every attention with every position, in one plan that has all there is in plans; and every
+    attention and every position in each plan by itself."""
+    whole = [(*pair, "mixed") for pair in itertools.product(ATTENTIONS, POSITIONS)]
+    positions = list(POSITIONS)
+    alone = [
+        (attention, positions[(a + p) % len(positions)], plan)
+        for p, plan in enumerate(PLANS)
+        for a, attention in enumerate(ATTENTIONS)
+        if plan != "mixed"
+    ]
+    return whole + alone
+
+
+COMBINATIONS = combinations()
+
+TURNS = range(max(len(ATTENTIONS), len(POSITIONS), len(PLANS)))
+SAMPLE = [
+    tuple(list(table)[turn % len(table)] for table in (ATTENTIONS, POSITIONS, PLANS))
+    for turn in TURNS
+]
+"""Every part at least once, for what is too dear to do with every combination."""
 
 
 def build(attention: str, position: str, plan: str, **changes: object) -> Decoder:

@@ -1,0 +1,38 @@
+"""Law 8: stopped at any step and resumed, a run ends in the same bits."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from mukv.checkpoint import Checkpoints
+from tests.laws import matrix
+from tests.training import run, steps, trainer
+
+LAST = 4
+
+
+def resumed(model, stop, folder):
+    """The state at the end of a run that another process could have taken over at `stop`."""
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(stop, run(trainer(model), stop)[0])
+    fresh = trainer(model)
+    with Checkpoints(folder) as checkpoints:
+        state = checkpoints.restore(None, fresh.abstract_state())
+    return steps(fresh, state, stop, LAST)[0]
+
+
+def assert_same_bits(one, two):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(
+    ("combination", "stop"),
+    [(combination, 1 + number % (LAST - 1)) for number, combination in enumerate(matrix.SAMPLE)],
+)
+def test_resume_is_bit_equal(combination, stop, tmp_path):
+    model = matrix.build(*combination)
+    whole, _ = run(trainer(model), LAST)
+    assert_same_bits(resumed(model, stop, tmp_path), whole)

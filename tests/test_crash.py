@@ -1,0 +1,59 @@
+"""A run that is killed at any moment resumes, and ends in the same bits as one that was not."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MINUSCULE
+from tests.processes import contents, finish, start
+
+KILLS = 10
+STEPS = 60
+
+
+def arguments(token_file: Path, out: Path) -> list[object]:
+    changes = (f"train.steps={STEPS}", "train.checkpoint_every=2", "train.log_every=1")
+    return ["train", "tiny", *MINUSCULE, *changes, f"data.path={token_file}", "--out", out]
+
+
+def wait_for(folder: Path, pattern: str, beyond: set[Path], process) -> bool:
+    """Until something new of this name appears; False if the process ended before."""
+    while process.poll() is None:
+        if set(folder.glob(pattern)) - beyond:
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+@pytest.mark.slow
+def test_killed_ten_times(token_file, tmp_path):
+    """Half of the kills hit while a checkpoint is being written, half just after one or at any
+    moment of the steps that follow."""
+    undisturbed = start(*arguments(token_file, tmp_path / "undisturbed"))
+    out, moments = tmp_path / "killed", random.Random(0)
+    checkpoints = out / "checkpoints"
+    killed = 0
+    for kill in range(KILLS):
+        process = start(*arguments(token_file, out))
+        # Orbax writes under a temporary name until a checkpoint is complete.
+        pattern = "*orbax-checkpoint-tmp*" if kill % 2 else "[0-9]*"
+        before = set(checkpoints.glob(pattern))
+        if wait_for(checkpoints, pattern, before, process):
+            time.sleep(moments.uniform(0, 0.05))
+            process.kill()
+            killed += process.wait() == -9
+        process.communicate()
+    status, _, error = finish(start(*arguments(token_file, out)))
+    assert status == 0, error
+    assert killed == KILLS
+    status, _, error = finish(undisturbed)
+    assert status == 0, error
+    assert contents(out / "weights") == contents(tmp_path / "undisturbed" / "weights")
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["step"] for record in logged if "loss" in record]
+    assert losses == list(range(1, STEPS + 1))

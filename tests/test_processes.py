@@ -1,0 +1,79 @@
+"""Two processes joined by jax.distributed train as one does, and their checkpoints move on."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mukv.core.params import named
+from mukv.core.weights import load_weights
+from tests.conftest import MINUSCULE
+from tests.processes import finish, start
+
+
+def arguments(token_file: Path, out: Path, *changes: str) -> list[object]:
+    given = (*MINUSCULE, "train.steps=6", "train.checkpoint_every=2", *changes)
+    return ["train", "tiny", *given, f"data.path={token_file}", "--out", out, "--json"]
+
+
+def alone(*args: object) -> dict:
+    status, out, error = finish(start(*args))
+    assert status == 0, error
+    return json.loads(out.splitlines()[-1])
+
+
+def together(token_file: Path, out: Path, *changes: str) -> list[str]:
+    """Standard output of two processes that share a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        start(*arguments(token_file, out, *changes), "--distributed", f"{address},2,{number}")
+        for number in range(2)
+    ]
+    ended = [finish(process) for process in processes]
+    for status, _, error in ended:
+        assert status == 0, error
+    return [out for _, out, _ in ended]
+
+
+@pytest.fixture(scope="module")
+def single(token_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("single") / "run"
+    return out, alone(*arguments(token_file, out))
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    """Up to float32 sums in another order: see laws/test_sharding.py."""
+    (first, _), (second, _) = (load_weights(folder / "weights") for folder in (one, two))
+    for name, leaf in named(first).items():
+        np.testing.assert_allclose(named(second)[name], leaf, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [("mesh.data=2",), ("mesh.data=2", "mesh.tensor=2")])
+def test_two_processes_are_one(token_file, tmp_path, single, mesh):
+    """Over two devices, then four; process 0 alone writes and speaks."""
+    run, facts = single
+    first, second = together(token_file, tmp_path / "run", *mesh)
+    assert "{" not in second
+    np.testing.assert_allclose(json.loads(first.splitlines()[-1])["loss"], facts["loss"], rtol=2e-5)
+    assert_same_weights(tmp_path / "run", run)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [record["step"] for record in map(json.loads, lines) if "loss" in record]
+    assert steps == [1, 6]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_to_other_meshes(token_file, tmp_path):
+    """Begun by two processes, continued by one on one device, ended on 2 x 2 devices."""
+    out = tmp_path / "run"
+    together(token_file, out, "mesh.data=2", "train.steps=2")
+    alone(*arguments(token_file, out, "mesh.data=1", "train.steps=4"))
+    ended = alone(*arguments(token_file, out, "mesh.data=2", "mesh.tensor=2"))
+    assert ended["step"] == 6
+    assert np.isfinite(ended["loss"])

@@ -1,0 +1,104 @@
+"""One training step: what must not change it, and what stops it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
+from tests.laws import matrix
+from tests.training import batch, run, steps, trainer
+
+MODEL = matrix.build("gqa", "rope", "plain")
+
+
+def weights_of(state):
+    return jax.tree.map(np.asarray, state.weights)
+
+
+def test_pieces_of_a_batch_make_the_batch():
+    """Accumulation changes the order of sums alone, though pieces differ in weight."""
+    (one, seen), (four, others) = (run(trainer(MODEL, accumulate=n), 2) for n in (1, 4))
+    np.testing.assert_allclose([m.loss for m in others], [m.loss for m in seen], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), weights_of(four), weights_of(one)
+    )
+
+
+def test_the_gradient_is_clipped():
+    """With plain norms below the limit nothing happens; a tiny limit bounds what Adam sees."""
+    free, loose, tight = (run(trainer(MODEL, clip_norm=limit), 1) for limit in (None, 1e6, 1e-3))
+    jax.tree.map(np.testing.assert_array_equal, weights_of(free[0]), weights_of(loose[0]))
+    assert free[1][0].gradient_norm == tight[1][0].gradient_norm > 1e-3
+    moment = sum(float(jnp.sum(leaf**2)) for leaf in _first_moments(tight[0]))
+    expected = (0.1 * 1e-3) ** 2
+    np.testing.assert_allclose(moment, expected, rtol=1e-3)
+
+
+def _first_moments(state):
+    (adam,) = (part for part in state.optimizer if hasattr(part, "mu"))
+    return jax.tree.leaves(adam.mu)
+
+
+def test_bfloat16_operands_stay_close():
+    """Eight bits of mantissa: products move by up to 2^-8, the loss by far less."""
+    rounded = Compute("float32", "bfloat16", unroll=True)
+    exact, close = run(trainer(MODEL), 3)[1], run(trainer(MODEL, compute=rounded), 3)[1]
+    for one, two in zip(exact, close, strict=True):
+        np.testing.assert_allclose(two.loss, one.loss, rtol=2**-8)
+        assert one.loss != two.loss
+
+
+def test_a_bad_step_freezes_the_state():
+    train = trainer(MODEL)
+    state, _ = run(train, 1)
+    before = jax.tree.map(np.asarray, state)
+    poisoned = batch(1)._replace(weight=np.full_like(batch(1).weight, np.inf))
+    with jax.set_mesh(train.mesh):
+        state, metrics = train.step(state, 1, train.put(poisoned))
+        assert not np.isfinite(metrics.loss)
+    state, _ = steps(train, state, 2, 4)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), before)
+
+
+@pytest.mark.parametrize(
+    ("poison", "blamed"),
+    [("stage0.slot0.mlp.up", "layer1.mlp"), ("readout", "logits")],
+)
+def test_the_layer_that_went_wrong_is_named(poison, blamed):
+    train = trainer(MODEL)
+    state = train.initial_state()
+
+    def spoil(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name != poison:
+            return leaf
+        # Of a stack of layers, the last.
+        return leaf.at[-1].set(jnp.nan)
+
+    spoilt = jax.tree_util.tree_map_with_path(spoil, state.weights)
+    state = dataclasses.replace(state, weights=spoilt)
+    assert train.blame(state, train.put(batch(0))) == f"the output of {blamed}"
+
+
+def test_a_batch_must_fit_the_mesh():
+    with pytest.raises(BadInput, match=r"train.batch: got 8.*multiple of mesh.data \(8\)"):
+        trainer(MODEL, data=8, accumulate=2)
+
+
+def test_it_learns():
+    """A fixed batch is learnt by heart."""
+    train = trainer(MODEL, steps=60, learning_rate=1e-2)
+    state = train.initial_state()
+    with jax.set_mesh(train.mesh):
+        fixed = train.put(batch(0))
+        for step in range(60):
+            state, metrics = train.step(state, step, fixed)
+            if step == 0:
+                first = float(metrics.loss)
+    assert float(metrics.loss) < first / 3
