@@ -31,7 +31,8 @@ class Job:
     peer: `plain` (a GPT-2-class decoder in bare torch; trains only) or `transformers` (Llama).
     precision: `float32`, or `bfloat16`: autocast in training, bfloat16 weights in decoding.
     compile: through torch.compile; the first round is then the compilation, see `warmup`.
-    length: tokens per row in training, context already in the cache in decoding.
+    length: tokens per row in training, read before the first new one in decoding.
+    hidden: units of Llama's three products; None for what its class of model usually has.
     new_tokens: decoded per round.
     cache: `dynamic` or `static`; decoding only.
     threads: of torch; None leaves its default.
@@ -71,8 +72,18 @@ class Job:
             raise ValueError(f"kv_heads: {self.kv_heads}; 'plain' has as many as heads")
 
     @property
+    def device(self) -> str:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
     def amp(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16")
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def now(self) -> float:
+        """Seconds, once the device has done all that it was asked for."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 class PlainBlock(nn.Module):
@@ -97,17 +108,20 @@ class PlainBlock(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """Learnt positions, tied embedding: the class of model that nanoGPT trains."""
+    """Learnt positions, as in GPT-2: the class of model that nanoGPT trains. The readout has
+    weights of its own, so that all sides have as many."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
         self.embedding = nn.Embedding(job.vocab_size, job.d_model)
         self.position = nn.Embedding(job.length, job.d_model)
-        hidden = job.hidden or 4 * job.d_model
+        # Two products where Llama has three: as many weights with 1.5 times the hidden units.
+        hidden = job.hidden * 3 // 2 if job.hidden else 4 * job.d_model
         self.blocks = nn.ModuleList(
             PlainBlock(job.d_model, job.heads, hidden) for _ in range(job.layers)
         )
         self.norm = nn.LayerNorm(job.d_model, bias=False)
+        self.readout = nn.Linear(job.d_model, job.vocab_size, bias=False)
         for weight in (self.embedding.weight, self.position.weight):
             nn.init.normal_(weight, std=0.02)
 
@@ -115,7 +129,7 @@ class PlainDecoder(nn.Module):
         x = self.embedding(tokens) + self.position.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.norm(x), self.embedding.weight)
+        return self.readout(self.norm(x))
 
 
 def llama(job: Job) -> transformers.LlamaForCausalLM:
@@ -133,21 +147,21 @@ def llama(job: Job) -> transformers.LlamaForCausalLM:
     )
 
 
-Round = Callable[[], float]
+Round = Callable[[], dict[str, float]]
 
 
 def training(job: Job) -> tuple[nn.Module, Round]:
     """A round is one step; fused AdamW, clipping at norm 1, the loss read back."""
-    model = PlainDecoder(job) if job.peer == "plain" else llama(job)
+    model = (PlainDecoder(job) if job.peer == "plain" else llama(job)).to(job.device)
     run: Any = torch.compile(model) if job.compile else model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    tokens = torch.randint(job.vocab_size, (job.batch, job.length + 1))
+    tokens = torch.randint(job.vocab_size, (job.batch, job.length + 1), device=job.device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
 
-    def step() -> float:
-        start = time.perf_counter()
+    def step() -> dict[str, float]:
+        start = job.now()
         with job.amp:
             logits = run(inputs) if job.peer == "plain" else run(inputs, use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets)
@@ -156,57 +170,38 @@ def training(job: Job) -> tuple[nn.Module, Round]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
-        return time.perf_counter() - start
+        return {"seconds": job.now() - start}
 
     return model, step
 
 
 def decoding(job: Job) -> tuple[nn.Module, Round]:
-    """A round decodes `new_tokens` per row from a cache put back to exactly `length` tokens."""
-    model = llama(job).eval()
+    """A round reads `length` tokens per row into an empty cache and decodes `new_tokens` more."""
+    model = llama(job).to(job.device).eval()
     if job.precision == "bfloat16":
         model = model.bfloat16()
     run: Any = torch.compile(model) if job.compile else model
-    prompt = torch.randint(job.vocab_size, (job.batch, job.length))
-    if job.cache == "static":
-        # Written slots past the cursor are masked, so that rounds may reuse one cache.
-        room = job.length + job.new_tokens
-        cache: Any = transformers.StaticCache(config=model.config, max_cache_len=room)
-    else:
-        cache = transformers.DynamicCache(config=model.config)
-
-    def feed(tokens: Tensor) -> Tensor:
-        logits = run(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits[:, -1:].argmax(-1)
+    prompt = torch.randint(job.vocab_size, (job.batch, job.length), device=job.device)
+    static = transformers.StaticCache(
+        config=model.config, max_cache_len=job.length + job.new_tokens
+    )
 
     @torch.inference_mode()
-    def rewind() -> None:
-        surplus = int(cache.get_seq_length()) - job.length
-        if surplus and job.cache == "dynamic":
-            cache.crop(-surplus)
-        elif surplus:
-            for layer in cache.layers:
-                layer.cumulative_length.fill_(job.length)
-        if int(cache.get_seq_length()) != job.length:
-            raise RuntimeError("this transformers cannot put its cache back; try another version")
+    def decode() -> dict[str, float]:
+        static.reset()
+        dynamic = transformers.DynamicCache(config=model.config)
+        cache: Any = static if job.cache == "static" else dynamic
 
-    @torch.inference_mode()
-    def prefill() -> Tensor:
-        token = prompt[:, :1]
-        for chunk in prompt.split(1024, dim=1):
-            token = feed(chunk)
-        return token
+        def feed(tokens: Tensor) -> Tensor:
+            logits = run(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return logits[:, -1:].argmax(-1)
 
-    first = prefill()
-
-    @torch.inference_mode()
-    def decode() -> float:
-        rewind()
-        token = first
-        start = time.perf_counter()
+        start = job.now()
+        token = feed(prompt)
+        filled = job.now()
         for _ in range(job.new_tokens):
             token = feed(token)
-        return time.perf_counter() - start
+        return {"seconds": job.now() - filled, "prefill_seconds": filled - start}
 
     return model, decode
 
@@ -220,7 +215,8 @@ class Worker:
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """{"op": "setup", **Job fields} -> {"parameters", "tokens", "torch", "transformers",
             "threads", "warmup_seconds"}: builds, warms up; `tokens`: tokens per round, all rows.
-        {"op": "round"} -> {"seconds"}: one training step, or `new_tokens` decoded per row.
+        {"op": "round"} -> {"seconds"}: one training step, or `new_tokens` decoded per row; in
+            decoding also "prefill_seconds".
         Any failure -> {"error": "one line"}, and the worker lives on. End of input ends it.
         """
         request = dict(request)
@@ -230,7 +226,7 @@ class Worker:
         if op == "round":
             if self.step is None:
                 raise ValueError("round: nothing is set up; send a setup first")
-            return {"seconds": self.step()}
+            return self.step()
         raise ValueError(f"op: {op!r}; allowed: setup, round")
 
     def setup(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +235,7 @@ class Worker:
             if name not in names:
                 raise ValueError(f"setup: no field {name!r}; allowed: {', '.join(names)}")
         self.step = None
+        torch.compiler.reset()
         job = Job(**request)
         if job.threads is not None:
             torch.set_num_threads(job.threads)

@@ -1,12 +1,14 @@
 """The demonstration: small models that remember differently, on text that every machine has.
 
+All have the same number of parameters: what a smaller memory saves in weights goes to the MLP.
 Each is trained on the Python library's own source, then quality (bits per byte of held-out text)
-is set against what its memory costs (cache bytes per token).
+and decoding speed far into a text are set against what the memory costs (cache bytes per token).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,70 +17,111 @@ from rich.console import Console
 from rich.table import Table
 
 from mukv import config, loaded, runs
+from mukv.config import Run
 from mukv.core.files import write_atomic
+from mukv.core.params import count
 from mukv.decode import Sampling
 from mukv.describe import describe
 
 PROMPT = "def __init__(self, "
 CONTINUATION = 160
 SAMPLING = Sampling(temperature=0.7, top_p=0.9)
+CONTEXT = 4096
+"""Tokens that a decoding step looks back on where its speed is measured."""
+MEASURED = 64
+MLP_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way of remembering: its name in tables, and the preset that has it."""
+    """One way of remembering: its name in tables, the preset that has it, and a few words."""
 
     name: str
     preset: str
+    words: str
 
 
-CONTESTANTS = (Contestant("MHA", "tiny-mha"), Contestant("MQA", "tiny-mqa"))
+CONTESTANTS = (
+    Contestant("MHA", "tiny-mha", "a key and a value per head"),
+    Contestant("GQA", "tiny", "two heads share them"),
+    Contestant("MQA", "tiny-mqa", "all heads share them"),
+    Contestant("shared KV", "tiny-shared-kv", "keys are the rotated values"),
+    Contestant("MLA", "tiny-mla", "a latent and one rotated key"),
+    Contestant("cross-layer", "tiny-reuse", "every second layer reads the one before it"),
+)
 
 
 def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
     """Train, compare, plot; returns the table as data and the paths of what was written."""
-    steps = 80 if fast else 400
+    steps = 25 if fast else 150
+    target = count(config.load(CONTESTANTS[0].preset).model.params())
     rows = []
     for contestant in CONTESTANTS:
-        overrides = [f"train.steps={steps}", "train.batch=16", "train.validation_batches=32"]
-        run = config.load(contestant.preset, overrides)
+        run = equal_size(contestant.preset, target, [f"train.steps={steps}", "train.batch=16"])
         folder = runs.RunDirectory(out / f"{contestant.preset}-{steps}")
-        console.print(f"[bold]{contestant.name}[/]: {run.model.attention.describe()}")
+        console.print(f"[bold]{contestant.name}[/]: {contestant.words}")
         outcome = runs.train(run, folder, title=contestant.name)
-        facts = describe(run)
-        model = loaded.load(folder.path)
+        facts, model = describe(run), loaded.load(folder.path)
         made = model.generate_ids([model.encode(PROMPT)], CONTINUATION, SAMPLING)
         rows.append(
             {
                 "name": contestant.name,
                 "run": str(folder.path),
                 "parameters": facts["parameters"],
+                "mlp_hidden": run.model.mlp.hidden,
                 "cache_bytes_per_token": facts["cache_bytes_per_token"],
                 "bits_per_byte": outcome.validation_bits_per_byte,
-                "training_tokens_per_second": outcome.tokens_per_second,
-                "decoding_tokens_per_second": made.tokens_per_second,
+                "decoding_context": CONTEXT,
+                "decoding_tokens_per_second": decoding_speed(run, model),
                 "continuation": model.tokenizer.decode(made.tokens[0]),
             }
         )
-    plot = out / "quality-against-memory.png"
+    plot, table = out / "quality-against-memory.png", out / "results.json"
     draw(rows, plot)
-    table = out / "results.json"
     write_atomic(table, json.dumps(rows, indent=2))
     show(rows, console)
-    paths = {"plot": str(plot), "table": str(table), "runs": [row["run"] for row in rows]}
     console.print(f"plot:  {plot}\ntable: {table}", highlight=False, soft_wrap=True)
     for row in rows:
-        console.print(f"{row['name']:6} {row['run']}", highlight=False, soft_wrap=True)
-    return {"rows": rows, **paths}
+        console.print(f"{row['name']:12} {row['run']}", highlight=False, soft_wrap=True)
+    return {
+        "rows": rows,
+        "plot": str(plot),
+        "table": str(table),
+        "runs": [row["run"] for row in rows],
+    }
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
+def equal_size(preset: str, target: int, overrides: Sequence[str]) -> Run:
+    """A preset with its MLP as wide as brings it nearest to `target` parameters."""
+
+    def sized(hidden: int) -> Run:
+        return config.load(preset, [*overrides, f"model.mlp.hidden={hidden}"])
+
+    def parameters(hidden: int) -> int:
+        return count(sized(hidden).model.params())
+
+    own = config.load(preset).model.mlp.hidden
+    per_unit = parameters(own + 1) - parameters(own)
+    wanted = own + (target - parameters(own)) / per_unit
+    return sized(MLP_MULTIPLE * round(wanted / MLP_MULTIPLE))
+
+
+def decoding_speed(run: Run, model: loaded.Model) -> float:
+    """Tokens per second that follow CONTEXT tokens of held-out text."""
+    text = runs.open_corpus(run).split("validation").tokens[:CONTEXT].tolist()
+    return model.generate_ids([text], MEASURED).tokens_per_second
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The comparison, and a continuation from each."""
-    table = Table("", "parameters", "cache bytes/token", "bits/byte", "decoding tokens/s")
+    columns = ("parameters", "MLP width", "cache bytes/token", "bits/byte", "decoding tokens/s")
+    table = Table("", *columns, caption=f"decoding after {CONTEXT:,} tokens")
     for row in rows:
+        difference = row["parameters"] / rows[0]["parameters"] - 1
         table.add_row(
             row["name"],
-            f"{row['parameters']:,}",
+            f"{row['parameters']:,} ({difference:+.1%})",
+            f"{row['mlp_hidden']}",
             f"{row['cache_bytes_per_token']:,}",
             f"{row['bits_per_byte']:.3f}",
             f"{row['decoding_tokens_per_second']:,.0f}",
@@ -89,27 +132,35 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         console.print(row["continuation"], markup=False, highlight=False)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bits per byte against cache bytes per token; down and to the left is better."""
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bits per byte, and decoding speed, against cache bytes per token."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    panels = (
+        ("bits_per_byte", "bits per byte, held-out text", "Quality (down and left is better)"),
+        (
+            "decoding_tokens_per_second",
+            f"decoding tokens/s after {CONTEXT:,} tokens",
+            "Speed (up and left is better)",
+        ),
+    )
+    markers = "osD^vP"
     with mpl.rc_context({"font.size": 11}):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        figure = Figure(figsize=(10, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        for row in rows:
-            point = row["cache_bytes_per_token"], row["bits_per_byte"]
-            axes.scatter(*point, s=70, zorder=3)
-            axes.annotate(row["name"], point, xytext=(9, 6), textcoords="offset points")
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.margins(0.25)
-        axes.grid(alpha=0.3, zorder=0)
-        axes.set_xlabel("cache bytes per token")
-        axes.set_ylabel("bits per byte, held-out text")
-        axes.set_title("Quality against memory (down and left is better)")
+        left, right = figure.subplots(1, 2)
+        for axes, (key, label, title) in zip((left, right), panels, strict=True):
+            for row, marker in zip(rows, markers, strict=False):
+                point = row["cache_bytes_per_token"], row[key]
+                axes.scatter(*point, s=70, marker=marker, zorder=3, label=row["name"], alpha=0.85)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.margins(0.2)
+            axes.grid(alpha=0.3, zorder=0)
+            axes.set(xlabel="cache bytes per token", ylabel=label, title=title)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial.png")
         figure.savefig(partial, dpi=150)

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from mukv.config import Run
 from mukv.core import params
 from mukv.core.mesh import specification
-from mukv.model.counting import cache_bytes_per_token, flops_per_token
+from mukv.model.counting import cache_bytes_per_token, cached, flops_per_token
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def describe(run: Run) -> dict[str, Any]:
     layers = []
     for layer in model.layers:
         entry = cache_bytes_per_token(model, layer, compute.type)
-        fused = compute.fused and layer.attention.fusable
+        fused = compute.fused
         layers.append(
             {
                 "layer": layer.index,
@@ -35,6 +35,7 @@ def describe(run: Run) -> dict[str, Any]:
                 "window": layer.window,
                 "reads": layer.reads,
                 "core": "fused" if fused else "plain",
+                "cached": cached(model, layer),
                 "cache_bytes_per_token": 0 if layer.window else entry,
                 "cache_bytes_constant": entry * (layer.window or 0),
             }
@@ -80,22 +81,26 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
         f"training    [bold]{facts['flops_per_token']:,}[/] FLOPs per token at "
         f"{run.train.length:,} tokens\n"
         f"cache       [bold]{facts['cache_bytes_per_token']:,}[/] bytes per token and "
-        f"{facts['cache_bytes_constant']:,} besides ({facts['dtype']})\n"
+        f"{facts['cache_bytes_constant']:,} besides ({facts['dtype']})"
     )
-    columns = ("layer", "attention", "position", "window", "reads", "core", "cache bytes/token")
+    for words in dict.fromkeys(layer["attention"] for layer in facts["layers"]):
+        console.print(f"attention   {words}", highlight=False)
+    console.print()
+    columns = ("layer", "attention", "position", "window", "reads", "core", "cached", "bytes/token")
     layers = Table(*columns, box=None, pad_edge=False)
     for group in _alike(facts["layers"]):
         first, last = group[0], group[-1]
         number = str(first["layer"])
-        constant = f" (ring of {first['cache_bytes_constant']:,})" if first["window"] else ""
+        ring = first["cache_bytes_constant"]
         layers.add_row(
             number if first is last else f"{number}-{last['layer']}",
-            first["attention"],
+            first["attention"].split(" ")[0],
             first["position"],
             str(first["window"] or "all"),
             "own" if first["reads"] is None else ", ".join(str(g["reads"]) for g in group),
             first["core"],
-            f"{first['cache_bytes_per_token']:,}{constant}",
+            ", ".join(f"{name} {h}x{width}" for name, (h, width) in first["cached"].items()),
+            f"{first['cache_bytes_per_token']:,}" + (f" (ring of {ring:,})" if ring else ""),
         )
     console.print(layers, "", sep="\n")
     table = Table(

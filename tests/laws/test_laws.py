@@ -19,7 +19,9 @@ from tests.laws.matrix import COMBINATIONS, EXACT, LENGTH, VOCAB
 
 CUTS = [0, 4, 5, LENGTH]
 PLAIN = Compute("float32", "float32", unroll=True, fused=False)
-OTHER = Compute("float32", "float32", unroll=False, rematerialise=True, loss_chunk=5)
+OTHER = Compute(
+    "float32", "float32", unroll=False, rematerialise=True, attention_chunk=4, loss_chunk=5
+)
 
 
 class Case:

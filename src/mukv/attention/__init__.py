@@ -1,11 +1,32 @@
-"""Attention variants. To add one: a file with a class (params, write, read), a line here."""
+"""Attention variants. To add one: a file with a class, a line here."""
 
 from mukv.attention.base import Attention
 from mukv.attention.entries import Entries
 from mukv.attention.grouped import Grouped
+from mukv.attention.grouped_tied import GroupedTied
+from mukv.attention.latent import Latent
 from mukv.attention.mask import Mask
+from mukv.attention.shared_kv import SharedKV
+from mukv.attention.tensor_product import TensorProduct
 
-ATTENTIONS: dict[str, type[Attention]] = {"grouped": Grouped}
-AnyAttention = Grouped
+ATTENTIONS: dict[str, type[Attention]] = {
+    "grouped": Grouped,
+    "shared_kv": SharedKV,
+    "latent": Latent,
+    "grouped_tied": GroupedTied,
+    "tensor_product": TensorProduct,
+}
+AnyAttention = Grouped | SharedKV | Latent | GroupedTied | TensorProduct
 
-__all__ = ["ATTENTIONS", "AnyAttention", "Attention", "Entries", "Grouped", "Mask"]
+__all__ = [
+    "ATTENTIONS",
+    "AnyAttention",
+    "Attention",
+    "Entries",
+    "Grouped",
+    "GroupedTied",
+    "Latent",
+    "Mask",
+    "SharedKV",
+    "TensorProduct",
+]

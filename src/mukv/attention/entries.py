@@ -6,7 +6,7 @@ values alone), its position, whether it is there at all, and its document.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 
@@ -16,16 +16,18 @@ from mukv.core.typing import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Entries:
-    """tensors: by name, [batch kv_heads key width]: exactly what a cache must keep.
+    """tensors: by name, [batch heads key width]: exactly what a cache must keep.
     position: place in the document, [batch 1 key], or per KV head where they keep different ones.
     valid: which of the places hold an entry; None for all.
     segment: document within the row; None where there is one document per row.
+    ordered: entries stand in the order of their positions (a ring that wraps does not).
     """
 
-    tensors: dict[str, Float[Array, "batch kv_heads key width"]]
+    tensors: dict[str, Float[Array, "batch _ key _"]]
     position: Int[Array, "batch #kv_heads key"]
     valid: Bool[Array, "batch #kv_heads key"] | None = None
     segment: Int[Array, "batch #kv_heads key"] | None = None
+    ordered: bool = field(default=True, metadata={"static": True})
 
     def slice(self, start: int, stop: int) -> Entries:
         """Entries number `start` up to `stop`."""

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from mukv.attention import Entries
 from mukv.core.typing import Array, Float, Int
 
-Body = dict[str, Float[Array, "batch kv_heads slot width"]]
-Token = dict[str, Float[Array, "batch kv_heads 1 width"]]
-Tail = dict[str, Float[Array, "batch kv_heads place width"]]
+Body = dict[str, Float[Array, "batch _ slot _"]]
+Token = dict[str, Float[Array, "batch _ 1 _"]]
+Tail = dict[str, Float[Array, "batch _ place _"]]
 
 
 # JAX also rebuilds a pytree with things that are no arrays: shapes can't be checked here.
@@ -68,11 +68,11 @@ def ring_position(length: Int[Array, " batch"], capacity: int) -> Int[Array, "ba
     return newest - (newest - jnp.arange(capacity)) % capacity
 
 
-def body_entries(tensors: Body, length: Int[Array, " batch"]) -> Entries:
-    """The ring as a bag of entries."""
+def body_entries(tensors: Body, length: Int[Array, " batch"], wraps: bool) -> Entries:
+    """The ring as a bag of entries. wraps: it may have seen more tokens than it has slots."""
     capacity = next(iter(tensors.values())).shape[2]
     position = ring_position(length, capacity)[:, None]
-    return Entries(tensors, position, valid=position >= 0)
+    return Entries(tensors, position, valid=position >= 0, ordered=not wraps)
 
 
 def tail_entries(tensors: Tail, length: Int[Array, " batch"], filled: Int[Array, ""]) -> Entries:

@@ -23,7 +23,8 @@ class Compute:
     operands: type that products with weights round their operands to; sums are float32.
     unroll: layers one by one rather than scanned (faster on a CPU, slower to compile).
     rematerialise: keep only the residual stream between layers for the backward pass.
-    fused: attention without a token x token tensor, where the layer allows it.
+    fused: attention without a token x token tensor.
+    attention_chunk: queries that the fused core takes at once.
     loss_chunk: tokens per row whose logits exist at once.
     """
 
@@ -32,11 +33,13 @@ class Compute:
     unroll: bool | None = None
     rematerialise: bool = False
     fused: bool = True
+    attention_chunk: int | None = None
     loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if self.loss_chunk is not None and self.loss_chunk < 1:
-            raise BadInput("loss_chunk", self.loss_chunk, "at least 1 token, or null")
+        for name in ("attention_chunk", "loss_chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise BadInput(name, getattr(self, name), "at least 1 token, or null")
 
     def resolve(self, vocab_size: int, platform: str | None = None) -> Compute:
         """The same with nothing left open."""

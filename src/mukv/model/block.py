@@ -1,17 +1,16 @@
-"""What surrounds attention in a layer: normalisation, the MLP, the residual stream."""
+"""What a layer has besides attention: the MLP."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.params import Param
-from mukv.core.typing import Array, Float, Residual, Weights
+from mukv.core.typing import Residual, Weights
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=True)}
 
@@ -36,25 +35,3 @@ class Gated:
     def apply(self, weights: Weights, x: Residual) -> Residual:
         gate = ACTIVATIONS[self.activation](project(x, weights["gate"]))
         return project(gate * project(x, weights["up"]), weights["down"])
-
-
-@dataclass(frozen=True)
-class RMSNorm:
-    """Division by the root of the mean square, times a gain (Zhang and Sennrich 2019)."""
-
-    epsilon: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.epsilon <= 0:
-            raise BadInput("epsilon", self.epsilon, "greater than 0")
-
-    def params(self, width: int, axis: str = "embed") -> dict[str, Param]:
-        return {"gain": Param({axis: width}, role="vector", init="ones")}
-
-    def apply(
-        self, weights: dict[str, Any], x: Float[Array, "*batch width"]
-    ) -> Float[Array, "*batch width"]:
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (normed * weights["gain"].astype(jnp.float32)).astype(x.dtype)

@@ -9,12 +9,17 @@ from mukv.model.decoder import Decoder
 from mukv.model.plan import Resolved
 
 
-def cache_bytes_per_token(model: Decoder, layer: Resolved, dtype: jnp.dtype) -> int:
-    """Bytes that one more token costs in this layer, from what `write` returns."""
+def cached(model: Decoder, layer: Resolved) -> dict[str, tuple[int, int]]:
+    """What a token leaves in this layer: heads and width of each tensor, from `write` itself."""
     if not layer.writes:
-        return 0
-    written = layer.attention.written(model.d_model, 1, 1, dtype)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in written.values())
+        return {}
+    written = layer.attention.written(model.d_model, 1, 1, jnp.dtype("float32"))
+    return {name: (leaf.shape[1], leaf.shape[3]) for name, leaf in written.items()}
+
+
+def cache_bytes_per_token(model: Decoder, layer: Resolved, dtype: jnp.dtype) -> int:
+    """Bytes that one more token costs in this layer."""
+    return dtype.itemsize * sum(heads * width for heads, width in cached(model, layer).values())
 
 
 def cache_bytes(model: Decoder, batch: int, length: int, tail: int, dtype: jnp.dtype) -> int:

@@ -21,10 +21,11 @@ from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.mesh import constrain
+from mukv.core.norm import RMSNorm
 from mukv.core.params import Param, map_params
 from mukv.core.tap import capturing, tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
-from mukv.model.block import Gated, RMSNorm
+from mukv.model.block import Gated
 from mukv.model.passes import Pass, Remember, layer_params
 from mukv.model.plan import Resolved, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
@@ -220,7 +221,9 @@ class Decoder:
             body = cache.slots[self.writers.index(layer)].body
             bodies[layer.index] = fold(body, written, cache.length, count)
             new = Entries(written, position[:, None])
-            return (new,) if fresh else (body_entries(body, cache.length), new)
+            if fresh:
+                return (new,)
+            return body_entries(body, cache.length, layer.window is not None), new
 
         x = self._embed(weights, tokens, compute)
         x = self._pass(compute, position, remember, aligned=fresh).all(weights, x)
@@ -251,7 +254,7 @@ class Decoder:
             slot = cache.slots[self.writers.index(layer)]
             tails[layer.index] = append(slot.tail, written, cache.filled)
             return (
-                body_entries(slot.body, cache.length),
+                body_entries(slot.body, cache.length, layer.window is not None),
                 tail_entries(tails[layer.index], cache.length, cache.filled + 1),
             )
 

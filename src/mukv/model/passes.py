@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 
-from mukv.attention import Entries, Mask
+from mukv.attention import Entries, Mask, cores
 from mukv.core.compute import Compute
 from mukv.core.mesh import constrain, gather
+from mukv.core.norm import RMSNorm
 from mukv.core.tap import capturing, scope, tap
 from mukv.core.typing import Array, Int, Residual, Weights
-from mukv.model.block import RMSNorm
 from mukv.model.plan import Resolved
 
 Remember = Callable[[Resolved, dict[str, Array]], tuple[Entries, ...]]
@@ -74,7 +74,7 @@ class Pass:
                     parts = self.remember(layer, written)
                 mask = Mask(self.segment, layer.window, self.aligned)
                 read = attention.read(
-                    weights["read"], normed, self.position, parts, mask, self.fused(layer)
+                    weights["read"], normed, self.position, parts, mask, self.chunk()
                 )
                 x = tap("attention", constrain(x + read, "batch", None, None))
                 normed = self.norm.apply(weights["mlp_norm"], x)
@@ -87,5 +87,8 @@ class Pass:
         x, known[layer.index] = apply(weights, x, known.get(layer.source))
         return x
 
-    def fused(self, layer: Resolved) -> bool:
-        return self.compute.fused and self.aligned and layer.attention.fusable and not capturing()
+    def chunk(self) -> int | None:
+        """Queries that the fused core takes at once; None for the plain core."""
+        if not self.compute.fused or not self.aligned or capturing():
+            return None
+        return self.compute.attention_chunk or cores.chunk_size(self.position.shape[1])

@@ -1,10 +1,39 @@
 """Position encodings. To add one: a file with a class, a line here."""
 
-from mukv.position.base import Position
-from mukv.position.nope import NoPE
-from mukv.position.rope import Llama3, RoPE
+from mukv.position.alibi import ALiBi
+from mukv.position.base import Pairs, Position
+from mukv.position.cope import CoPE
+from mukv.position.fire import FIRE
+from mukv.position.kerple import KERPLE
+from mukv.position.nope import LogLength, NoPE, StepLength
+from mukv.position.rope import RoPE
+from mukv.position.rope_scaling import NTK, Linear, Llama3, YaRN
 
-POSITIONS: dict[str, type[Position]] = {"nope": NoPE, "rope": RoPE}
-AnyPosition = NoPE | RoPE
+POSITIONS: dict[str, type[Position]] = {
+    "nope": NoPE,
+    "rope": RoPE,
+    "alibi": ALiBi,
+    "cope": CoPE,
+    "fire": FIRE,
+    "kerple": KERPLE,
+}
+AnyPosition = NoPE | RoPE | ALiBi | CoPE | FIRE | KERPLE
 
-__all__ = ["POSITIONS", "AnyPosition", "Llama3", "NoPE", "Position", "RoPE"]
+__all__ = [
+    "FIRE",
+    "KERPLE",
+    "NTK",
+    "POSITIONS",
+    "ALiBi",
+    "AnyPosition",
+    "CoPE",
+    "Linear",
+    "Llama3",
+    "LogLength",
+    "NoPE",
+    "Pairs",
+    "Position",
+    "RoPE",
+    "StepLength",
+    "YaRN",
+]

@@ -1,12 +1,13 @@
 """RoPE: queries and keys are rotated by angles proportional to their position (Su et al. 2021).
 
-Pairs are (x[m], x[m + head_dim/2]), as in GPT-NeoX and Hugging Face's Llama; angles are computed
-in float32. `Llama3` slows the low frequencies for contexts beyond those of training (Llama 3.1).
+`pairing` says which dimensions form a pair: "half" is (x[m], x[m + d/2]) (GPT-NeoX, Hugging
+Face), "interleaved" (x[2m], x[2m + 1]) (Meta's Llama, DeepSeek): the same model up to a fixed
+order of each head's dimensions. Angles are computed in float32.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,68 +17,79 @@ import numpy as np
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int
 from mukv.position.base import Position
-
-
-@dataclass(frozen=True)
-class Llama3:
-    """Wavelengths beyond original_length / low_frequency_factor are stretched by `factor`, those
-    below original_length / high_frequency_factor are kept; linear in frequency between."""
-
-    kind: Literal["llama3"] = "llama3"
-    factor: float = 8.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_length: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise BadInput("factor", self.factor, "at least 1")
-        if not 0 < self.low_frequency_factor < self.high_frequency_factor:
-            raise BadInput(
-                "low_frequency_factor",
-                self.low_frequency_factor,
-                f"between 0 and high_frequency_factor ({self.high_frequency_factor})",
-            )
-        if self.original_length < 1:
-            raise BadInput("original_length", self.original_length, "at least 1 token")
-
-    def scale(self, frequency: np.ndarray) -> np.ndarray:
-        """Radians per token, float64, before and after."""
-        turns = self.original_length * frequency / (2 * math.pi)
-        blend = (turns - self.low_frequency_factor) / (
-            self.high_frequency_factor - self.low_frequency_factor
-        )
-        kept = np.clip(blend, 0, 1)
-        return kept * frequency + (1 - kept) * frequency / self.factor
+from mukv.position.rope_scaling import AnyScaling
 
 
 @dataclass(frozen=True)
 class RoPE(Position):
+    """partial: share of the dimensions that is rotated at all, as if the head were that small
+    (GPT-NeoX). p: share of the pairs, fastest first, that turns; the others stand still (p-RoPE,
+    Barbero et al. 2024; Gemma 4)."""
+
     kind: Literal["rope"] = "rope"
     base: float = 10_000.0
-    scaling: Llama3 | None = None
+    scaling: AnyScaling | None = None
+    pairing: Literal["half", "interleaved"] = "half"
+    partial: float = 1.0
+    p: float = 1.0
 
     def __post_init__(self) -> None:
         if self.base <= 1:
             raise BadInput("base", self.base, "greater than 1")
+        for name in ("partial", "p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(name, getattr(self, name), "between 0 and 1")
 
-    def check(self, head_dim: int, heads: int) -> None:
-        if head_dim % 2:
-            raise BadInput("head_dim", head_dim, "rope rotates pairs: an even number")
+    @property
+    def logit_factor(self) -> float:
+        return self.scaling.logit_factor if self.scaling else 1.0
+
+    def rotation(self) -> Hashable:
+        return self
+
+    def check(self, rotated_dim: int, heads: int) -> None:
+        if self._width(rotated_dim) % 2:
+            raise BadInput(
+                "head_dim",
+                rotated_dim,
+                "rope rotates pairs: an even number"
+                + (f" of dimensions, {self.partial} of them" if self.partial < 1 else ""),
+            )
+
+    def _width(self, head_dim: int) -> int:
+        """Dimensions that are rotated."""
+        return int(self.partial * head_dim)
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians per token of each pair, fastest first: float64 [head_dim / 2]."""
-        frequency = self.base ** -(np.arange(0, head_dim, 2) / head_dim)
-        return self.scaling.scale(frequency) if self.scaling else frequency
+        """Radians per token of each pair, fastest first: float64 [pair]."""
+        width = self._width(head_dim)
+        frequency = self.base ** -(np.arange(0, width, 2) / max(width, 1))
+        if self.scaling:
+            frequency = self.scaling.scale(frequency, self.base)
+        turning = np.arange(len(frequency)) < int(self.p * width / 2)
+        return np.where(turning, frequency, 0.0)
 
     def rotate(
         self,
-        x: Float[Array, "batch heads token head_dim"],
+        x: Float[Array, "batch heads token rotated_dim"],
         position: Int[Array, "batch #heads token"],
-    ) -> Float[Array, "batch heads token head_dim"]:
-        frequency = jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32)
-        angle = position[..., None].astype(jnp.float32) * frequency
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return rotated.astype(x.dtype)
+    ) -> Float[Array, "batch heads token rotated_dim"]:
+        frequency = self.frequencies(x.shape[-1])
+        if not frequency.any():
+            return x
+        factor = self.scaling.rotation_factor if self.scaling else 1.0
+        angle = position[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
+        cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
+        width = 2 * len(frequency)
+        wide, rest = x[..., :width].astype(jnp.float32), x[..., width:]
+        if self.pairing == "half":
+            first, second = jnp.split(wide, 2, axis=-1)
+        else:
+            first, second = wide[..., 0::2], wide[..., 1::2]
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        if self.pairing == "half":
+            rotated = jnp.concatenate(turned, axis=-1)
+        else:
+            rotated = jnp.stack(turned, axis=-1).reshape(wide.shape)
+        rotated = rotated.astype(x.dtype)
+        return rotated if width == x.shape[-1] else jnp.concatenate([rotated, rest], axis=-1)

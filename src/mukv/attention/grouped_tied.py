@@ -1,0 +1,78 @@
+"""Grouped tied attention (Zadouri et al. 2025): each KV head's state is the value and, with its
+first half, half of the key; the other half of all keys is one rotated key that all heads share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+
+from mukv.attention.base import Attention, Queries, by_group, check_groups
+from mukv.attention.entries import Entries
+from mukv.attention.recalled import Dense, Query
+from mukv.core.errors import BadInput
+from mukv.core.linear import project
+from mukv.core.params import Param
+from mukv.core.typing import Array, Float, Int, Residual, Weights
+
+
+@dataclass(frozen=True)
+class GroupedTied(Attention):
+    kind: Literal["grouped_tied"] = "grouped_tied"
+    kv_heads: int = 4
+    head_dim: int = 32
+
+    sizes: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim")
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 2:
+            raise BadInput("head_dim", self.head_dim, "an even number: half a key is tied")
+        super().__post_init__()
+        check_groups(self.heads, self.kv_heads)
+
+    @property
+    def query_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def rotated_dim(self) -> int:
+        return self.head_dim // 2
+
+    def write_params(self, d_model: int) -> dict[str, Param]:
+        state = {"embed": d_model, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        key = {"embed": d_model, "rope_dim": self.rotated_dim}
+        return {"state": Param(state, fan_in=("embed",)), "key": Param(key, fan_in=("embed",))}
+
+    def read_params(self, d_model: int) -> dict[str, Any]:
+        dims = {"embed": d_model, "heads": self.heads, "head_dim": self.head_dim}
+        return {"query": Param(dims, fan_in=("embed",)), **super().read_params(d_model)}
+
+    def write(
+        self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
+    ) -> dict[str, Float[Array, "batch _ token _"]]:
+        key = project(x, weights["key"])[:, None]
+        return {
+            "state": project(x, weights["state"]).swapaxes(1, 2),
+            "key": self.position.rotate(key, position[:, None]),
+        }
+
+    def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
+        """The half for the tied state, then the rotated half."""
+        still, turning = jnp.split(project(x, weights["query"]).swapaxes(1, 2), 2, axis=-1)
+        rotated = self.position.rotate(turning, position[:, None])
+        return by_group(jnp.concatenate([still, rotated], axis=-1), self.kv_heads)
+
+    def address(self, weights: Weights, query: Queries) -> Query:
+        still, turning = jnp.split(query, 2, axis=-1)
+        # Zeros against the untied half: the state is read as it lies, not copied in halves.
+        return jnp.concatenate([still, jnp.zeros_like(still)], axis=-1), turning
+
+    def recall(self, weights: Weights, entries: Entries) -> Dense:
+        state = entries.tensors["state"]
+        return Dense((state, entries.tensors["key"]), state)
+
+    def memory(self) -> Hashable:
+        return self.kind, self.kv_heads, self.head_dim, self.position.rotation()

@@ -1,0 +1,157 @@
+"""Multi-head latent attention (DeepSeek-V2, 2024, section 2.1; V3's inference code).
+
+A token leaves a normed latent, from which each head's key and value are projected, and one
+rotated key that all heads share. Two forms of one function: training and prefill expand the
+latent into keys and values; decoding absorbs the projections into query and output, so that it
+reads the latent itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+
+from mukv.attention.base import Attention, Queries
+from mukv.attention.entries import Entries
+from mukv.attention.mask import Mask
+from mukv.attention.recalled import Dense, Query
+from mukv.core.errors import BadInput
+from mukv.core.linear import project
+from mukv.core.norm import RMSNorm
+from mukv.core.params import Param
+from mukv.core.typing import Array, Float, Int, Residual, Weights
+
+
+@dataclass(frozen=True)
+class Latent(Attention):
+    """rank: width of the latent. head_dim: of a key's part that comes from the latent. rope_dim:
+    of the rotated part. head_value_dim: of a value; head_dim if None. query_rank: queries come
+    from a normed latent of their own; None for none.
+    """
+
+    kind: Literal["latent"] = "latent"
+    rank: int = 64
+    head_dim: int = 32
+    rope_dim: int = 16
+    head_value_dim: int | None = None
+    query_rank: int | None = None
+    norm: RMSNorm = field(default_factory=RMSNorm)
+
+    sizes: ClassVar[tuple[str, ...]] = ("heads", "rank", "head_dim", "rope_dim")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("head_value_dim", "query_rank"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise BadInput(name, getattr(self, name), "at least 1, or null")
+
+    @property
+    def query_dim(self) -> int:
+        return self.head_dim + self.rope_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_value_dim or self.head_dim
+
+    @property
+    def rotated_dim(self) -> int:
+        return self.rope_dim
+
+    def write_params(self, d_model: int) -> dict[str, Any]:
+        return {
+            "latent": Param({"embed": d_model, "latent": self.rank}, fan_in=("embed",)),
+            "key": Param({"embed": d_model, "rope_dim": self.rope_dim}, fan_in=("embed",)),
+            "norm": self.norm.params(self.rank, "latent"),
+        }
+
+    def read_params(self, d_model: int) -> dict[str, Any]:
+        source = {"embed": d_model}
+        declared = super().read_params(d_model)
+        if self.query_rank is not None:
+            source = {"query_latent": self.query_rank}
+            declared["query_latent"] = Param({"embed": d_model, **source}, fan_in=("embed",))
+            declared["query_norm"] = self.norm.params(self.query_rank, "query_latent")
+        heads, latent = {"heads": self.heads}, {"latent": self.rank}
+        return {
+            **declared,
+            "query": Param(source | heads | {"query_dim": self.query_dim}, fan_in=tuple(source)),
+            "key_up": Param(latent | heads | {"head_dim": self.head_dim}, fan_in=("latent",)),
+            "value_up": Param(latent | heads | {"value_dim": self.value_dim}, fan_in=("latent",)),
+        }
+
+    def write(
+        self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
+    ) -> dict[str, Float[Array, "batch 1 token _"]]:
+        latent = self.norm.apply(weights["norm"], project(x, weights["latent"]))
+        key = project(x, weights["key"])[:, None]
+        return {"latent": latent[:, None], "key": self.position.rotate(key, position[:, None])}
+
+    def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
+        """Each head's part for the latent, then its rotated part; every head a group of its own."""
+        if self.query_rank is not None:
+            x = self.norm.apply(weights["query_norm"], project(x, weights["query_latent"]))
+        query = project(x, weights["query"]).swapaxes(1, 2)
+        still, turning = jnp.split(query, [self.head_dim], axis=-1)
+        rotated = self.position.rotate(turning, position[:, None])
+        return jnp.concatenate([still, rotated], axis=-1)[:, :, None]
+
+    def address(self, weights: Weights, query: Queries) -> Query:
+        still, turning = jnp.split(query, [self.head_dim], axis=-1)
+        return still, turning
+
+    def recall(self, weights: Weights, entries: Entries) -> Dense:
+        latent = entries.tensors["latent"][:, 0]
+        key = project(latent, weights["key_up"]).swapaxes(1, 2)
+        value = project(latent, weights["value_up"]).swapaxes(1, 2)
+        return Dense((key, entries.tensors["key"]), value)
+
+    def read(
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        parts: Sequence[Entries],
+        mask: Mask,
+        chunk: int | None = None,
+    ) -> Residual:
+        """Expanded where every entry was written just now, absorbed where a cache is read."""
+        form = self if mask.aligned else self.absorbed()
+        return Attention.read(form, weights, x, position, parts, mask, chunk)
+
+    def absorbed(self) -> Absorbed:
+        return Absorbed(**{f.name: getattr(self, f.name) for f in fields(self)})
+
+    def memory(self) -> Hashable:
+        return self.kind, self.rank, self.rope_dim, self.position.rotation()
+
+
+@dataclass(frozen=True)
+class Absorbed(Latent):
+    """The same function with the projections moved from the entries to query and output: q (W c)
+    = (q W) c, so that all heads read one latent."""
+
+    def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
+        """All heads in the group of the one latent."""
+        return super().query(weights, x, position).swapaxes(1, 2)
+
+    def address(self, weights: Weights, query: Queries) -> Query:
+        still, turning = jnp.split(query, [self.head_dim], axis=-1)
+        toward = jnp.einsum(
+            "bghqd,lhd->bghql",
+            still,
+            weights["key_up"].astype(query.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return toward.astype(query.dtype), turning
+
+    def recall(self, weights: Weights, entries: Entries) -> Dense:
+        latent = entries.tensors["latent"]
+        return Dense((latent, entries.tensors["key"]), latent)
+
+    def output(self, weights: Weights, out: Float[Array, "batch 1 heads query latent"]) -> Residual:
+        up = weights["value_up"].astype(out.dtype)
+        value = jnp.einsum("bghql,lhv->bhqv", out, up, preferred_element_type=jnp.float32)
+        return super().output(weights, value.astype(out.dtype)[:, :, None])

@@ -1,0 +1,72 @@
+"""Keys and values as a core takes them: products with queries, mixtures by weights.
+
+`Dense` has them in full, or keys in pieces whose products add up, so that pieces which lie apart
+in the cache are never joined. All tensors are [batch heads key width], so that a core can cut
+out a range of keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from mukv.core.typing import Array, Float
+from mukv.position.base import Logits
+
+Query = tuple[Float[Array, "batch kv_heads group query _"], ...]
+"""A query in as many pieces as the keys have."""
+
+
+class Recalled:
+    """The contract; a variant is a pytree of tensors with keys along axis 2."""
+
+    def products(self, query: Query) -> Logits:
+        """query . key, float32."""
+        raise NotImplementedError
+
+    def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
+        """Sum of the values times their weights, float32."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """Of a value."""
+        raise NotImplementedError
+
+    def slice(self, start: int, stop: int) -> Recalled:
+        """Keys and values number `start` up to `stop`."""
+        return jax.tree.map(lambda array: jax.lax.slice_in_dim(array, start, stop, axis=2), self)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dense(Recalled):
+    """A piece of the key with a single KV head is shared by all of them."""
+
+    keys: tuple[Float[Array, "batch _ key _"], ...]
+    value: Float[Array, "batch kv_heads key width"]
+
+    def products(self, query: Query) -> Logits:
+        pairs = zip(query, self.keys, strict=True)
+        return sum((_product(*pair) for pair in pairs), start=jnp.zeros((), jnp.float32))
+
+    def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
+        return jnp.einsum(
+            "bgrqk,bgkd->bgrqd",
+            weights.astype(self.value.dtype),
+            self.value,
+            preferred_element_type=jnp.float32,
+        )
+
+    @property
+    def width(self) -> int:
+        return self.value.shape[-1]
+
+
+def _product(query: Array, key: Array) -> Logits:
+    batch, kv_heads, group, length, width = query.shape
+    shared = query.reshape(batch, key.shape[1], -1, length, width)
+    product = jnp.einsum("bgrqd,bgkd->bgrqk", shared, key, preferred_element_type=jnp.float32)
+    return product.reshape(batch, kv_heads, group, length, -1)

@@ -1,0 +1,39 @@
+"""ALiBi: each head looks less far back than the one before it (Press et al. 2021).
+
+Head h of n, counted from 1, subtracts 2 ** (-8 h / n) per token of distance. Where n is no power
+of two, the slopes of the largest power below are followed by every second one of twice as many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.core.typing import Weights
+from mukv.position.base import Logits, Pairs, Position
+
+
+def slopes(heads: int) -> np.ndarray:
+    """Of each query head, float64 [heads]."""
+    power = 1 << (heads.bit_length() - 1)
+    first = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    if power == heads:
+        return first
+    return np.concatenate([first, slopes(2 * power)[::2][: heads - power]])
+
+
+@dataclass(frozen=True)
+class ALiBi(Position):
+    kind: Literal["alibi"] = "alibi"
+
+    @property
+    def biases(self) -> bool:
+        return True
+
+    def bias(self, weights: Weights, logits: Logits, pairs: Pairs) -> Logits:
+        _, kv_heads, group, _, _ = logits.shape
+        slope = jnp.asarray(slopes(kv_heads * group), jnp.float32).reshape(kv_heads, group, 1, 1)
+        return logits - slope * pairs.distance().astype(jnp.float32)

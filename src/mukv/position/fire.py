@@ -1,0 +1,76 @@
+"""FIRE: a small network maps relative distance to a bias (Li et al. 2023).
+
+bias = MLP(psi(distance) / psi(max(query position, threshold))) with psi(x) = ln(|c| x + 1); the
+threshold and c are trained. Distances become shares of the text, so that longer texts than those
+of training look familiar.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from mukv.core.errors import BadInput
+from mukv.core.params import Param
+from mukv.core.typing import Array, Float, Weights
+from mukv.position.base import Logits, Pairs, Position
+
+EPSILON = 1e-6
+CURVE = 0.1
+"""c at the start; the weight `curve` multiplies it."""
+
+
+@dataclass(frozen=True)
+class FIRE(Position):
+    """hidden: width of the network. threshold: tokens below which distance counts as such, at
+    the start."""
+
+    kind: Literal["fire"] = "fire"
+    hidden: int = 32
+    threshold: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "threshold"):
+            if getattr(self, name) < 1:
+                raise BadInput(name, getattr(self, name), "at least 1")
+
+    @property
+    def biases(self) -> bool:
+        return True
+
+    def params(self, query_dim: int, heads: int) -> dict[str, Param]:
+        scalar = Param({"scalar": 1}, role="vector", init="ones")
+        return {
+            "curve": scalar,
+            "threshold": scalar,
+            "into": Param({"scalar": 1, "position_hidden": self.hidden}, fan_in=("scalar",)),
+            "into_bias": Param({"position_hidden": self.hidden}, role="vector", init="zeros"),
+            "out": Param(
+                {"position_hidden": self.hidden, "heads": heads}, fan_in=("position_hidden",)
+            ),
+        }
+
+    def bias(self, weights: Weights, logits: Logits, pairs: Pairs) -> Logits:
+        wide = {name: weight.astype(jnp.float32) for name, weight in weights.items()}
+
+        def psi(tokens: Array) -> Array:
+            return jnp.log1p(jnp.abs(CURVE * wide["curve"]) * tokens)
+
+        distance = jnp.maximum(pairs.distance(), 0).astype(jnp.float32)[:, :, 0]
+        least = jnp.abs(wide["threshold"] * self.threshold)
+        position = pairs.query_position[:, None, :, None].astype(jnp.float32)
+        share = psi(distance) / (psi(jnp.maximum(position, least)) + EPSILON)
+        inner = jax.nn.relu(share[..., None] * wide["into"][0] + wide["into_bias"])
+        per_head: Float[Array, "batch #kv_heads query key heads"] = inner @ wide["out"]
+        _, kv_heads, group, _, _ = logits.shape
+        if per_head.shape[1] == 1:
+            grouped = jnp.moveaxis(per_head[:, 0], -1, 1)
+            grouped = grouped.reshape(-1, kv_heads, group, *grouped.shape[2:])
+        else:
+            # Each KV head keeps entries of its own: take its own heads' biases.
+            split = per_head.reshape(*per_head.shape[:-1], kv_heads, group)
+            grouped = jnp.einsum("bgqkgr->bgrqk", split)
+        return logits + grouped
