@@ -35,13 +35,26 @@ BASE = (
     "train.schedule.warmup=2",
 )
 LAYER = "model.plan.0.pattern.0"
-ROPE = "model.attention.position"
+PLACE = "model.attention.position"
+SHARED = "model.attention={kind: shared_kv, heads: 2, kv_heads: 1, head_dim: 4}"
+LATENT = "model.attention={kind: latent, heads: 2, rank: 5, head_dim: 4, rope_dim: 2}"
+TIED = "model.attention={kind: grouped_tied, heads: 2, kv_heads: 1, head_dim: 4}"
+PRODUCT = "model.attention={kind: tensor_product, heads: 2, head_dim: 4, query_rank: 2, rank: 1}"
+NOPE, COPE, FIRE = (f"{PLACE}={{kind: {kind}}}" for kind in ("nope", "cope", "fire"))
+LOG = "{kind: log_length, typical: 16}"
+STEP = "{kind: step_length, every: 4, strength: 1}"
+LINEAR = f"{PLACE}={{kind: rope, scaling: {{kind: linear, factor: 2}}}}"
+YARN = (
+    f"{PLACE}={{kind: rope, base: 100, scaling: "
+    "{kind: yarn, factor: 2, original_length: 16, fast: 2, slow: 0.1}}"
+)
 
 CHANGES = {
     "Data.path": "data.path={other}",
     "Data.packing": "data.packing=contiguous",
     "Decoder.vocab_size": "model.vocab_size=272",
     "Decoder.d_model": "model.d_model=16",
+    "Decoder.attention": SHARED,
     "Decoder.plan": "model.plan=[{repeats: 3}]",
     "Decoder.readout": "model.readout=tied",
     "Stage.pattern": "model.plan=[{pattern: [{}, {}], repeats: 2}]",
@@ -51,17 +64,61 @@ CHANGES = {
     "Layer.mlp": f"{LAYER}.mlp={{kind: gated, hidden: 8}}",
     "Layer.window": f"{LAYER}.window=3",
     "Layer.reads": "model.plan=[{}, {pattern: [{reads: 0}]}]",
-    "Grouped.heads": "model.attention.heads=4",
+    "Attention.heads": "model.attention.heads=4",
+    "Attention.scale": "model.attention.scale=0.9",
+    "Attention.softcap": "model.attention.softcap=0.1",
+    "Attention.sinks": "model.attention.sinks=learned",
+    "Attention.position": "model.attention.position={kind: nope}",
     "Grouped.kv_heads": "model.attention.kv_heads=2",
     "Grouped.head_dim": "model.attention.head_dim=8",
-    "Grouped.scale": "model.attention.scale=0.9",
-    "Grouped.position": "model.attention.position={kind: nope}",
-    "RoPE.base": f"{ROPE}.base=50",
-    "RoPE.scaling": f"{ROPE}.scaling=null",
-    "Llama3.factor": f"{ROPE}.scaling.factor=2",
-    "Llama3.low_frequency_factor": f"{ROPE}.scaling.low_frequency_factor=0.001",
-    "Llama3.high_frequency_factor": f"{ROPE}.scaling.high_frequency_factor=1.1",
-    "Llama3.original_length": f"{ROPE}.scaling.original_length=64",
+    "Grouped.norm": "model.attention.norm={}",
+    "SharedKV.kv_heads": (SHARED, "model.attention.kv_heads=2"),
+    "SharedKV.head_dim": (SHARED, "model.attention.head_dim=8"),
+    "SharedKV.norm": (SHARED, "model.attention.norm={}"),
+    "Latent.rank": (LATENT, "model.attention.rank=6"),
+    "Latent.head_dim": (LATENT, "model.attention.head_dim=3"),
+    "Latent.rope_dim": (LATENT, "model.attention.rope_dim=4"),
+    "Latent.head_value_dim": (LATENT, "model.attention.head_value_dim=3"),
+    "Latent.query_rank": (LATENT, "model.attention.query_rank=3"),
+    "Latent.norm": (LATENT, "model.attention.norm.epsilon=0.01"),
+    "GroupedTied.kv_heads": (TIED, "model.attention.kv_heads=2"),
+    "GroupedTied.head_dim": (TIED, "model.attention.head_dim=8"),
+    "TensorProduct.head_dim": (PRODUCT, "model.attention.head_dim=8"),
+    "TensorProduct.query_rank": (PRODUCT, "model.attention.query_rank=3"),
+    "TensorProduct.rank": (PRODUCT, "model.attention.rank=2"),
+    "NoPE.temperature": (NOPE, f"{PLACE}.temperature={{kind: log_length}}"),
+    "LogLength.typical": (
+        f"{PLACE}={{kind: nope, temperature: {LOG}}}",
+        f"{PLACE}.temperature.typical=9",
+    ),
+    "StepLength.every": (
+        f"{PLACE}={{kind: nope, temperature: {STEP}}}",
+        f"{PLACE}.temperature.every=5",
+    ),
+    "StepLength.strength": (
+        f"{PLACE}={{kind: nope, temperature: {STEP}}}",
+        f"{PLACE}.temperature.strength=2",
+    ),
+    "CoPE.positions": (COPE, f"{PLACE}.positions=5"),
+    "CoPE.scaled": (COPE, f"{PLACE}.scaled=false"),
+    "FIRE.hidden": (FIRE, f"{PLACE}.hidden=5"),
+    "FIRE.threshold": (FIRE, f"{PLACE}.threshold=4"),
+    "RoPE.base": f"{PLACE}.base=50",
+    "RoPE.scaling": f"{PLACE}.scaling=null",
+    "RoPE.pairing": f"{PLACE}.pairing=interleaved",
+    "RoPE.partial": f"{PLACE}.partial=0.5",
+    "RoPE.p": f"{PLACE}.p=0.5",
+    "Slower.factor": (LINEAR, f"{PLACE}.scaling.factor=3"),
+    "YaRN.factor": (YARN, f"{PLACE}.scaling.factor=3"),
+    "YaRN.original_length": (YARN, f"{PLACE}.scaling.original_length=64"),
+    "YaRN.fast": (YARN, f"{PLACE}.scaling.rounded=false", f"{PLACE}.scaling.fast=1.5"),
+    "YaRN.slow": (YARN, f"{PLACE}.scaling.slow=0.01"),
+    "YaRN.rounded": (YARN, f"{PLACE}.scaling.rounded=false"),
+    "YaRN.temperature": (YARN, f"{PLACE}.scaling.temperature=none"),
+    "Llama3.factor": f"{PLACE}.scaling.factor=2",
+    "Llama3.low_frequency_factor": f"{PLACE}.scaling.low_frequency_factor=0.001",
+    "Llama3.high_frequency_factor": f"{PLACE}.scaling.high_frequency_factor=1.1",
+    "Llama3.original_length": f"{PLACE}.scaling.original_length=64",
     "Gated.hidden": "model.mlp.hidden=16",
     "Gated.activation": "model.mlp.activation=gelu",
     "RMSNorm.epsilon": "model.norm.epsilon=0.01",
@@ -98,6 +155,7 @@ SAME = {
     "Compute.unroll": "train.compute.unroll=false",
     "Compute.rematerialise": "train.compute.rematerialise=true",
     "Compute.fused": "train.compute.fused=false",
+    "Compute.attention_chunk": "train.compute.attention_chunk=5",
     "Compute.loss_chunk": "train.compute.loss_chunk=5",
     "Training.accumulate": "train.accumulate=2",
 }
@@ -112,22 +170,23 @@ ELSEWHERE = {
 
 
 @cache
-def walked() -> dict[str, type]:
-    """Class of each field, by "Class.field". `kind` only names the class; a field of one class
-    and nothing else is what its own fields are."""
-    found: dict[str, type] = {}
-    waiting: list[Any] = [Run]
-    while waiting:
-        cls = waiting.pop()
+def walked() -> set[str]:
+    """Every field as "Class.field", by the class that declares it. `kind` only names the class; a
+    field of one class and nothing else is what its own fields are."""
+    found = set()
+    for cls in classes():
         hints = get_type_hints(cls)
         for field in fields(cls):
-            name, inner = f"{cls.__name__}.{field.name}", inside(hints[field.name])
-            new = [each for each in inner if f"{each.__name__}." not in "".join(found)]
-            waiting += new
-            chosen = len(inner) != 1 or get_args(hints[field.name])
-            if chosen and not (field.name == "kind" and get_origin(hints["kind"]) is Literal):
-                found[name] = cls
+            hint = hints[field.name]
+            chosen = len(inside(hint)) != 1 or get_args(hint)
+            if chosen and not (field.name == "kind" and get_origin(hint) is Literal):
+                found.add(f"{declaring(cls, field.name)}.{field.name}")
     return found
+
+
+def declaring(cls: type, field: str) -> str:
+    """The class that a field is inherited from."""
+    return next(base.__name__ for base in cls.__mro__ if field in base.__annotations__)
 
 
 def inside(hint: Any) -> list[type]:
@@ -138,7 +197,14 @@ def inside(hint: Any) -> list[type]:
 
 
 def classes() -> set[type]:
-    return set(walked().values())
+    """All that a configuration is made of."""
+    found, waiting = set(), [Run]
+    while waiting:
+        cls = waiting.pop()
+        found.add(cls)
+        inner = {each for hint in get_type_hints(cls).values() for each in inside(hint)}
+        waiting += inner - found
+    return found
 
 
 def test_every_field_is_in_one_table():
@@ -174,26 +240,36 @@ def trained(run: Run) -> tuple[list[float], dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def base(load):
-    run = load()
-    return describe.weights(run), trained(run)
+def outcome(load):
+    """What describes the weights, and what four steps do, by overrides."""
+
+    @cache
+    def known(*overrides: str) -> Any:
+        run = load(*overrides)
+        return describe.weights(run), trained(run)
+
+    return known
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_it_changes_something(load, base, name):
-    run = load(CHANGES[name])
-    if describe.weights(run) != base[0]:
+def test_it_changes_something(load, outcome, name):
+    change = CHANGES[name]
+    *before, last = [change] if isinstance(change, str) else change
+    if describe.weights(load(*before, last)) != describe.weights(load(*before)):
         return
-    seen, weights = trained(run)
-    assert seen != base[1][0]
-    assert any((leaf != base[1][1][name]).any() for name, leaf in weights.items())
+    (_, (seen, weights)), (_, (base_seen, base_weights)) = (
+        outcome(*before, last),
+        outcome(*before),
+    )
+    assert seen != base_seen
+    assert any((leaf != base_weights[name]).any() for name, leaf in weights.items())
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_it_says_how_and_not_what(load, base, name):
+def test_it_says_how_and_not_what(load, outcome, name):
     run = load(SAME[name])
     assert run != load()
-    np.testing.assert_allclose(trained(run)[0], base[1][0], rtol=1e-4)
+    np.testing.assert_allclose(outcome(SAME[name])[1][0], outcome()[1][0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", REFUSED)
