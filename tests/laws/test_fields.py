@@ -80,7 +80,6 @@ CHANGES = {
     "Latent.rope_dim": (LATENT, "model.attention.rope_dim=4"),
     "Latent.head_value_dim": (LATENT, "model.attention.head_value_dim=3"),
     "Latent.query_rank": (LATENT, "model.attention.query_rank=3"),
-    "Latent.norm": (LATENT, "model.attention.norm.epsilon=0.01"),
     "GroupedTied.kv_heads": (TIED, "model.attention.kv_heads=2"),
     "GroupedTied.head_dim": (TIED, "model.attention.head_dim=8"),
     "TensorProduct.head_dim": (PRODUCT, "model.attention.head_dim=8"),
