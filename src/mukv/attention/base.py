@@ -148,7 +148,12 @@ class Attention:
         address = self.address(weights, query)
         recalled = [self.recall(weights, part) for part in parts]
         if chunk:
-            out = cores.fused(address, recalled[0], parts[0], scores, mask, chunk)
+            # Products in the type that those with weights have.
+            operand = weights["output"].dtype
+            address, keys = jax.tree.map(
+                lambda array: array.astype(operand), (address, recalled[0])
+            )
+            out = cores.fused(address, keys, parts[0], scores, mask, chunk).astype(x.dtype)
         else:
             pairs = zip(recalled, parts, strict=True)
             shown = [cores.Part.of(keys, part, position, mask) for keys, part in pairs]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from mukv.core.linear import mixture, similarity
 from mukv.core.typing import Array, Float
 from mukv.position.base import Logits
 
@@ -53,12 +54,9 @@ class Dense(Recalled):
         return sum((_product(*pair) for pair in pairs), start=jnp.zeros((), jnp.float32))
 
     def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
-        return jnp.einsum(
-            "bgrqk,bgkd->bgrqd",
-            weights.astype(self.value.dtype),
-            self.value,
-            preferred_element_type=jnp.float32,
-        )
+        batch, kv_heads, group, length, keys = weights.shape
+        mixed = mixture(weights.reshape(batch, kv_heads, group * length, keys), self.value)
+        return mixed.reshape(batch, kv_heads, group, length, -1)
 
     @property
     def width(self) -> int:
@@ -67,6 +65,5 @@ class Dense(Recalled):
 
 def _product(query: Array, key: Array) -> Logits:
     batch, kv_heads, group, length, width = query.shape
-    shared = query.reshape(batch, key.shape[1], -1, length, width)
-    product = jnp.einsum("bgrqd,bgkd->bgrqk", shared, key, preferred_element_type=jnp.float32)
+    product = similarity(query.reshape(batch, key.shape[1], -1, width), key)
     return product.reshape(batch, kv_heads, group, length, -1)

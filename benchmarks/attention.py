@@ -1,0 +1,137 @@
+"""The fused attention core against the plain one: time and memory of a layer's gradient.
+
+    python benchmarks/attention.py                      # RoPE, ALiBi and CoPE at 1,024 to 8,192
+
+Memory is what the compiler plans for temporaries, and the peak resident size of a process that
+does nothing else. Both cores compute the same (tests/laws); rounds alternate between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from mukv.attention import Entries, Grouped, Mask
+from mukv.attention.cores import chunk_size
+from mukv.core.errors import unknown_name
+from mukv.core.params import map_params
+from mukv.position import POSITIONS
+
+D_MODEL, HEADS, KV_HEADS, HEAD_DIM = 512, 8, 2, 64
+CORES = ("plain", "fused")
+
+
+def layer(position: str, length: int, core: str) -> tuple[Any, tuple[Any, ...]]:
+    """A compiled gradient of one attention layer, and its arguments."""
+    attention = Grouped(POSITIONS[position](), heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    declared = (attention.write_params(D_MODEL), attention.read_params(D_MODEL))
+    key = jax.random.key(0)
+    weights = map_params(lambda p: 0.02 * jax.random.normal(key, p.shape), declared)
+    x = jax.random.normal(key, (1, length, D_MODEL))
+    place = jnp.arange(length)[None]
+    chunk = chunk_size(length) if core == "fused" else None
+
+    def loss(weights: Any, x: jax.Array) -> jax.Array:
+        write, read = weights
+        entries = Entries(attention.write(write, x, place), place[:, None])
+        mask = Mask(aligned=True)
+        return jnp.sum(attention.read(read, x, place, (entries,), mask, chunk=chunk) ** 2)
+
+    return jax.jit(jax.grad(loss, (0, 1))).lower(weights, x).compile(), (weights, x)
+
+
+def measure(position: str, length: int, rounds: int) -> dict[str, Any]:
+    """Medians of alternating rounds."""
+    compiled = {core: layer(position, length, core) for core in CORES}
+    row: dict[str, Any] = {"position": position, "length": length}
+    for core, (step, _) in compiled.items():
+        row[f"{core}_planned_bytes"] = step.memory_analysis().temp_size_in_bytes
+    seconds: dict[str, list[float]] = {core: [] for core in CORES}
+    for number in range(rounds + 1):
+        for core in CORES:
+            step, arguments = compiled[core]
+            begin = time.perf_counter()
+            jax.block_until_ready(step(*arguments))
+            if number:
+                seconds[core].append(time.perf_counter() - begin)
+    return row | {f"{core}_seconds": statistics.median(times) for core, times in seconds.items()}
+
+
+def resident(position: str, length: int, core: str) -> int:
+    """Peak resident bytes that one gradient adds to a fresh process."""
+    command = [sys.executable, __file__, "--resident", position, str(length), core]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def report_resident(position: str, length: int, core: str) -> None:
+    step, arguments = layer(position, length, core)
+    # Linux forgets the peak so far, that of the compiler, when 5 is written here.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    jax.block_until_ready(step(*arguments))
+    print(memory("VmHWM") - before)
+
+
+def memory(field: str) -> int:
+    """Bytes of this process, as the kernel counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    columns = ("tokens", "plain s", "fused s", "speed", "plain MiB", "fused MiB", "memory")
+    table = Table("", *columns, title=f"{jax.devices()[0].device_kind}: gradient of one layer")
+    for row in rows:
+        memory = [row[f"{core}_resident_bytes"] for core in CORES]
+        table.add_row(
+            row["position"],
+            f"{row['length']:,}",
+            *(f"{row[f'{core}_seconds']:.3f}" for core in CORES),
+            f"{row['plain_seconds'] / row['fused_seconds']:.1f} x",
+            *(f"{number / 2**20:,.0f}" for number in memory),
+            f"1 / {memory[0] / max(memory[1], 1):.1f}",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--positions", default="rope,alibi,cope")
+    parser.add_argument("--lengths", default="1024,4096,8192")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="rows as JSON")
+    parser.add_argument("--resident", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.resident:
+        position, length, core = given.resident
+        report_resident(position, int(length), core)
+        return
+    rows = []
+    for position in given.positions.split(","):
+        if position not in POSITIONS:
+            raise SystemExit(f"error: {unknown_name('--positions', position, POSITIONS)}")
+        for length in map(int, given.lengths.split(",")):
+            row = measure(position, length, given.rounds)
+            for core in CORES:
+                row[f"{core}_resident_bytes"] = resident(position, length, core)
+            rows.append(row)
+            show(rows[-1:])
+    show(rows)
+    if given.out:
+        given.out.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Our side of the speed comparisons, as a worker process: the same protocol as peers.py.
+
+`python ours.py`: one JSON request per line of stdin, one JSON answer per line of stdout. Goes
+through what `mukv train` and `mukv generate` go through. The number of simulated devices and the
+allocator are settled at birth: `rounds.py` starts one worker for each number of devices, with
+the environment that `mukv` gives itself. Weights and tokens are random: speed, never quality.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from mukv import launch
+from mukv.attention import Grouped
+from mukv.core import params
+from mukv.core.compute import Compute
+from mukv.core.device import peak_flops
+from mukv.core.mesh import MeshShape
+from mukv.data.batches import Batch
+from mukv.decode import decoding_weights, generate
+from mukv.model import Decoder, Stage
+from mukv.model.block import Gated
+from mukv.model.counting import flops_per_token
+from mukv.position.rope import RoPE
+from mukv.train import Trainer, Training
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to time; the keys of a `setup` request mean the same as in peers.py.
+
+    precision: of products with weights, and except on a CPU of activations. devices: the batch
+    is split over so many, in training.
+    """
+
+    task: str = "train"
+    precision: str = "float32"
+    d_model: int = 384
+    layers: int = 6
+    heads: int = 6
+    kv_heads: int | None = None
+    hidden: int = 1024
+    vocab_size: int = 256
+    batch: int = 16
+    length: int = 256
+    new_tokens: int = 32
+    devices: int = 1
+    rematerialise: bool = False
+    warmup: int = 2
+
+    def model(self) -> Decoder:
+        attention = Grouped(
+            heads=self.heads,
+            kv_heads=self.kv_heads or self.heads,
+            head_dim=self.d_model // self.heads,
+            position=RoPE(),
+        )
+        return Decoder(
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            attention=attention,
+            mlp=Gated(hidden=self.hidden),
+            plan=(Stage(repeats=self.layers),),
+        )
+
+    def compute(self) -> Compute:
+        on_cpu = jax.default_backend() == "cpu"
+        bfloat16 = self.precision == "bfloat16"
+        return Compute(
+            dtype="bfloat16" if bfloat16 and not on_cpu else "float32",
+            operands="bfloat16" if bfloat16 else "float32",
+            rematerialise=self.rematerialise,
+        )
+
+    def tokens(self, rows: int, length: int) -> np.ndarray:
+        return np.random.default_rng(0).integers(self.vocab_size, size=(rows, length), dtype="i4")
+
+
+Round = Callable[[], dict[str, float]]
+
+
+def training(job: Job) -> Round:
+    """A round is one step, its loss read back."""
+    mesh = MeshShape(data=job.devices).build()
+    trainer = Trainer(
+        job.model(), Training(batch=job.batch, length=job.length, compute=job.compute()), mesh
+    )
+    ids = job.tokens(job.batch, job.length + 1)
+    position = np.broadcast_to(np.arange(job.length, dtype="i4"), (job.batch, job.length))
+    ones = np.ones((job.batch, job.length))
+    batch = trainer.put(
+        Batch(ids[:, :-1], ids[:, 1:], position, ones.astype("i4"), ones.astype("f4"))
+    )
+    state, number = trainer.initial_state(), 0
+
+    def step() -> dict[str, float]:
+        nonlocal state, number
+        start = time.perf_counter()
+        with jax.set_mesh(mesh):
+            state, metrics = trainer.step(state, number, batch)
+            loss = float(metrics.loss)
+        seconds = time.perf_counter() - start
+        number += 1
+        if not np.isfinite(loss):
+            raise ArithmeticError(f"the loss is {loss} in step {number}")
+        return {"seconds": seconds}
+
+    return step
+
+
+def decoding(job: Job) -> Round:
+    """A round reads `length` tokens per row and decodes `new_tokens` more, greedily."""
+    model = job.model()
+    declared = model.params()
+    deviations = params.map_params(lambda param: model.scaling.resolve(param).deviation, declared)
+    weights = params.initialise(declared, deviations, jax.random.key(0))
+    ready = decoding_weights(model, weights, job.compute())
+    prompts = job.tokens(job.batch, job.length).tolist()
+
+    def decode() -> dict[str, float]:
+        # The first of the new tokens comes out of prefill.
+        made = generate(model, ready, prompts, job.new_tokens + 1, compute=job.compute())
+        return {
+            "seconds": job.batch * job.new_tokens / made.tokens_per_second,
+            "prefill_seconds": made.prefill_seconds,
+        }
+
+    return decode
+
+
+class Worker:
+    """Holds one job at a time."""
+
+    def __init__(self) -> None:
+        self.step: Round | None = None
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """{"op": "setup", **Job fields} -> {"parameters", "tokens", "jax", "device",
+            "flops_per_token", "peak_flops", "warmup_seconds"}: builds, compiles, warms up.
+        {"op": "round"} -> {"seconds"}, and "prefill_seconds" in decoding.
+        {"op": "device"} -> {"platform"}: cpu, gpu or tpu.
+        Any failure -> {"error": "one line"}, and the worker lives on. End of input ends it.
+        """
+        request = dict(request)
+        op = request.pop("op", None)
+        if op == "setup":
+            return self.setup(Job(**request))
+        if op == "round":
+            if self.step is None:
+                raise ValueError("round: nothing is set up; send a setup first")
+            return self.step()
+        if op == "device":
+            return {"platform": jax.default_backend()}
+        raise ValueError(f"op: {op!r}; allowed: setup, round, device")
+
+    def setup(self, job: Job) -> dict[str, Any]:
+        self.step = None
+        gc.collect()
+        launch.prepare(job.devices)
+        start = time.perf_counter()
+        step = training(job) if job.task == "train" else decoding(job)
+        for _ in range(job.warmup):
+            step()
+        self.step = step
+        model = job.model()
+        return {
+            "parameters": params.count(model.params()),
+            "tokens": job.batch * (job.length if job.task == "train" else job.new_tokens),
+            "jax": jax.__version__,
+            "device": f"{jax.default_backend()}, {jax.devices()[0].device_kind}",
+            "flops_per_token": flops_per_token(model, job.length),
+            "peak_flops": peak_flops(job.devices),
+            "warmup_seconds": time.perf_counter() - start,
+        }
+
+
+def main() -> None:
+    """Answer until the input ends; only answers go to stdout."""
+    out, sys.stdout = sys.stdout, sys.stderr
+    worker = Worker()
+    for line in sys.stdin:
+        if not line.strip():
+            continue
+        try:
+            reply = worker.answer(json.loads(line))
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}".replace("\n", " ")}
+        print(json.dumps(reply), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

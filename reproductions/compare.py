@@ -1,0 +1,229 @@
+"""Train variants of a model with every learning rate and seed, and say which is better by how much.
+
+    python reproductions/compare.py reproductions/shared-kv/cpu.yaml
+
+Every point is a run directory, so that an interrupted comparison goes on where it was. Each
+variant is judged at its own best learning rate, by bits per byte of held-out text: mean over
+seeds, and the steps that it needs to reach what the reference reaches. Writes results.json and
+figure.png beside the configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mukv import config
+from mukv.core.files import write_atomic
+from mukv.core.params import count
+from mukv.demo import equal_size
+from mukv.describe import describe
+from mukv.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: a variant with a learning rate and a seed."""
+
+    variant: str
+    learning_rate: float
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        name = self.variant.replace(" ", "-").replace("/", "-")
+        return root / f"{name}-{self.learning_rate:g}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a YAML file asks for. variants: overrides of `base` by name; all have the parameters
+    of `reference`, by the width of their MLPs."""
+
+    base: str
+    overrides: list[str]
+    variants: dict[str, list[str]]
+    reference: str
+    learning_rates: list[float]
+    seeds: list[int]
+
+    @property
+    def points(self) -> list[Point]:
+        return [Point(*p) for p in product(self.variants, self.learning_rates, self.seeds)]
+
+    def sized(self, variant: str) -> list[str]:
+        """All overrides of a variant, the width of its MLP included."""
+        target = count(
+            config.load(self.base, self.overrides + self.variants[self.reference]).model.params()
+        )
+        given = self.overrides + self.variants[variant]
+        run = equal_size(self.base, target, given)
+        return [*given, f"model.mlp.hidden={run.model.mlp.hidden}"]
+
+
+def train(comparison: Comparison, root: Path, processes: int) -> None:
+    """Every point that is not finished, each process with cores of its own."""
+    steps = config.load(comparison.base, comparison.overrides).train.steps
+    todo = [p for p in comparison.points if not finished(p.folder(root), steps)]
+    cores: Queue[set[int]] = Queue()
+    for mine in np.array_split(sorted(os.sched_getaffinity(0)), processes):
+        cores.put(set(mine.tolist()))
+    sized = {variant: comparison.sized(variant) for variant in comparison.variants}
+
+    def run(point: Point) -> None:
+        mine = cores.get()
+        try:
+            numbers = [
+                f"train.learning_rate={point.learning_rate}",
+                f"train.seed={point.seed}",
+            ]
+            out = ["--out", str(point.folder(root)), "--json"]
+            command = [sys.executable, "-m", "mukv", "train", comparison.base]
+            done = subprocess.run(
+                [*command, *sized[point.variant], *numbers, *out],
+                capture_output=True,
+                text=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, mine),
+            )
+            if done.returncode:
+                raise SystemExit(f"{point}: {done.stderr[-2000:]}")
+        finally:
+            cores.put(mine)
+            bar.advance(task)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with (
+        Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar,
+        ThreadPoolExecutor(processes) as pool,
+    ):
+        task = bar.add_task(root.name, total=len(todo))
+        list(pool.map(run, todo))
+
+
+def curve(folder: Path) -> dict[int, float]:
+    """Bits per byte of held-out text by step."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    key = "validation_bits_per_byte"
+    return {record["step"]: record[key] for record in read_metrics(path) if key in record}
+
+
+def finished(folder: Path, steps: int) -> bool:
+    return steps in curve(folder) and (folder / "weights").exists()
+
+
+def judge(comparison: Comparison, root: Path) -> dict[str, Any]:
+    """Each variant at its best learning rate, against the reference."""
+    best: dict[str, dict[str, Any]] = {}
+    for variant in comparison.variants:
+        for rate in comparison.learning_rates:
+            curves = [curve(Point(variant, rate, s).folder(root)) for s in comparison.seeds]
+            steps = sorted(curves[0])
+            mean = {step: statistics.mean(c[step] for c in curves) for step in steps}
+            last = [c[steps[-1]] for c in curves]
+            found = {
+                "learning_rate": rate,
+                "bits_per_byte": mean[steps[-1]],
+                "deviation": statistics.stdev(last) if len(last) > 1 else 0.0,
+                "by_seed": last,
+                "curve": mean,
+            }
+            if variant not in best or found["bits_per_byte"] < best[variant]["bits_per_byte"]:
+                best[variant] = found
+    for variant, row in best.items():
+        facts = describe(config.load(comparison.base, comparison.sized(variant)))
+        row["parameters"] = facts["parameters"]
+        row["cache_bytes_per_token"] = facts["cache_bytes_per_token"]
+        row["more_steps_than"] = {
+            other: extra_steps(row["curve"], best[other]["curve"])
+            for other in best
+            if other != variant
+        }
+        edge = row["learning_rate"] in (comparison.learning_rates[0], comparison.learning_rates[-1])
+        row["rate_at_edge_of_sweep"] = edge
+    return best
+
+
+def extra_steps(mine: dict[int, float], other: dict[int, float]) -> float | None:
+    """Share of steps that `mine` needs beyond `other` for the same loss, at the later of the
+    losses that both reach; None if it can't be told from the curves."""
+    goal = max(min(mine.values()), min(other.values()))
+
+    def steps_to(curve: dict[int, float]) -> float | None:
+        steps = np.array(sorted(curve))
+        values = np.minimum.accumulate([curve[step] for step in steps])
+        if values[-1] > goal or values[0] < goal:
+            return None
+        # Loss falls with the logarithm of steps.
+        return float(np.exp(np.interp(-goal, -values, np.log(steps))))
+
+    here, there = steps_to(mine), steps_to(other)
+    return None if here is None or there is None else here / there - 1
+
+
+def show(best: dict[str, dict[str, Any]], reference: str) -> None:
+    columns = ("parameters", "cache bytes/token", "best rate", "bits/byte", "steps to equal loss")
+    table = Table("", *columns)
+    for variant, row in best.items():
+        more = row["more_steps_than"].get(reference)
+        table.add_row(
+            variant,
+            f"{row['parameters']:,}",
+            f"{row['cache_bytes_per_token']:,}",
+            f"{row['learning_rate']:g}" + (" (edge)" if row["rate_at_edge_of_sweep"] else ""),
+            f"{row['bits_per_byte']:.4f} ± {row['deviation']:.4f}",
+            "" if more is None else f"{more:+.1%}",
+        )
+    Console().print(table)
+
+
+def draw(best: dict[str, dict[str, Any]], path: Path, title: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.6, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for variant, row in best.items():
+        steps = sorted(row["curve"])
+        label = f"{variant} ({row['cache_bytes_per_token']:,} bytes/token)"
+        axes.plot(steps, [row["curve"][step] for step in steps], marker=".", label=label)
+    axes.set(xlabel="steps", ylabel="bits per byte, held-out text", title=title, xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("comparison", type=Path)
+    parser.add_argument("--runs", type=Path, help="default: runs/NAME")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    given = parser.parse_args()
+    comparison = Comparison(**yaml.safe_load(given.comparison.read_text()))
+    root = given.runs or Path("runs") / given.comparison.parent.name
+    train(comparison, root, given.processes)
+    best = judge(comparison, root)
+    write_atomic(given.comparison.with_name("results.json"), json.dumps(best, indent=2) + "\n")
+    draw(best, given.comparison.with_name("figure.png"), given.comparison.parent.name)
+    show(best, comparison.reference)
+
+
+if __name__ == "__main__":
+    main()
