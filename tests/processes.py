@@ -9,8 +9,9 @@ from pathlib import Path
 
 
 def environment() -> dict[str, str]:
-    """One device unless it asks for more; compiled programs are shared with the other tests."""
-    kept = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    """As a user's, but for a cache of compiled programs that is shared with the other tests."""
+    ours = {"JAX_NUM_CPU_DEVICES", "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
     return kept | {"GLIBC_TUNABLES": "", "MUKV_CACHE": str(Path(".cache/mukv").absolute())}
 
 

@@ -144,8 +144,9 @@ class Loop:
             )
             stack.enter_context(prefetch)
             for step, batch in enumerate(prefetch, start=start + 1):
-                _profile(training.profile, step - start, self.folder)
                 state, metrics = trainer.step(state, step - 1, trainer.put(batch))
+                if training.profile:
+                    _profile(step - start, training.steps - start, self.folder)
                 clock.tick()
                 ends = step == training.steps
                 logs = ends or step % training.log_every == 0 or step == start + 1
@@ -256,9 +257,9 @@ def _shown(last: Mapping[str, float]) -> dict[str, str]:
     return shown
 
 
-def _profile(wanted: bool, step: int, folder: Path) -> None:
+def _profile(done: int, steps: int, folder: Path) -> None:
     """Trace a few steps, once compiled and warm, for TensorBoard's or Perfetto's profiler."""
-    if wanted and step == PROFILED_STEPS.start:
+    if done == PROFILED_STEPS.start < steps:
         jax.profiler.start_trace(str(folder / "profile"))
-    if wanted and step == PROFILED_STEPS.stop:
+    if PROFILED_STEPS.start < done == min(PROFILED_STEPS.stop, steps):
         jax.profiler.stop_trace()

@@ -71,16 +71,21 @@ def _turned(x: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch colu
 def similarity(
     x: Float[Array, "*batch rows width"], y: Float[Array, "*batch columns width"]
 ) -> Float[Array, "*batch rows columns"]:
-    """x . y of all pairs of rows; operands in the type that they have, float32 sums."""
-    return jnp.einsum("...xd,...yd->...xy", x, y, preferred_element_type=jnp.float32)
+    """x . y of all pairs of rows; operands in the type that they have, float32 sums.
+
+    Here and below only thin matrices are turned, never what has a number for each pair.
+    """
+    if x.shape[-2] < y.shape[-1]:
+        # A few rows against many, as in decoding: turning the many would be most of the work.
+        return jnp.einsum("...xd,...yd->...xy", x, y, preferred_element_type=jnp.float32)
+    return _sums(x, _turned(y))
 
 
 def _similarity_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, y = saved
     narrow = gradient.astype(x.dtype)
-    to_x = jnp.matmul(narrow, y, preferred_element_type=jnp.float32)
-    to_y = jnp.matmul(_turned(narrow), x, preferred_element_type=jnp.float32)
-    return to_x.astype(x.dtype), to_y.astype(y.dtype)
+    to_y = jnp.swapaxes(_sums(_turned(x), narrow), -1, -2)
+    return _sums(narrow, y).astype(x.dtype), to_y.astype(y.dtype)
 
 
 similarity.defvjp(lambda x, y: (similarity(x, y), (x, y)), _similarity_backward)
@@ -91,19 +96,26 @@ def mixture(
     weights: Float[Array, "*batch rows columns"], y: Float[Array, "*batch columns width"]
 ) -> Float[Array, "*batch rows width"]:
     """Sums of the rows of y by weights, which are rounded to its type; float32 sums."""
-    return jnp.matmul(weights.astype(y.dtype), y, preferred_element_type=jnp.float32)
+    return _sums(weights.astype(y.dtype), y)
+
+
+def _mixture_forward(weights: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
+    narrow = weights.astype(y.dtype)
+    return _sums(narrow, y), (narrow, y)
 
 
 def _mixture_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     weights, y = saved
     narrow = gradient.astype(y.dtype)
-    to_weights = similarity(narrow, y)
-    to_y = jnp.matmul(_turned(weights), narrow, preferred_element_type=jnp.float32)
-    return to_weights, to_y.astype(y.dtype)
-
-
-def _mixture_forward(weights: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
-    return mixture(weights, y), (weights.astype(y.dtype), y)
+    to_y = jnp.swapaxes(_sums(_turned(narrow), weights), -1, -2)
+    return similarity(narrow, y), to_y.astype(y.dtype)
 
 
 mixture.defvjp(_mixture_forward, _mixture_backward)
+
+
+def _sums(x: Array, y: Array) -> Array:
+    """Products of matrices, one batch axis at most: XLA's fast ones on a CPU know no more."""
+    flat = (array.reshape(-1, *array.shape[-2:]) for array in (x, y))
+    product = jnp.matmul(*flat, preferred_element_type=jnp.float32)
+    return product.reshape(*x.shape[:-1], y.shape[-1])

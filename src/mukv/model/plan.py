@@ -15,6 +15,9 @@ from mukv.core.errors import BadInput
 from mukv.model.block import Gated
 from mukv.position import AnyPosition
 
+MOST_REPEATS = 10_000
+"""A slip of the finger, not a model, is beyond it; every layer is resolved by itself."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -41,8 +44,8 @@ class Stage:
     def __post_init__(self) -> None:
         if not self.pattern:
             raise BadInput("pattern", [], "at least one layer")
-        if self.repeats < 1:
-            raise BadInput("repeats", self.repeats, "at least 1")
+        if not 1 <= self.repeats <= MOST_REPEATS:
+            raise BadInput("repeats", self.repeats, f"1 to {MOST_REPEATS:,}")
 
 
 @dataclass(frozen=True)
