@@ -46,7 +46,7 @@ class Point:
     seed: int
 
     def folder(self, root: Path) -> Path:
-        name = self.variant.replace(" ", "-").replace("/", "-")
+        name = self.variant.replace(" ", "-").replace(",", "").replace("/", "-")
         return root / f"{name}-{self.learning_rate:g}-{self.seed}"
 
 

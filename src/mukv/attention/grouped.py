@@ -19,10 +19,12 @@ from mukv.core.typing import Array, Float, Int, Residual, Weights
 
 
 @dataclass(frozen=True)
-class Grouped(Attention):
-    """norm: of queries and keys, per head, before they are rotated (QK norm); None for none."""
+class Groups(Attention):
+    """Query heads that share KV heads, whatever these remember.
 
-    kind: Literal["grouped"] = "grouped"
+    norm: of queries and keys, per head, before they are rotated (QK norm); None for none.
+    """
+
     kv_heads: int = 4
     head_dim: int = 32
     norm: RMSNorm | None = None
@@ -37,6 +39,25 @@ class Grouped(Attention):
     def query_dim(self) -> int:
         return self.head_dim
 
+    def read_params(self, d_model: int) -> dict[str, Any]:
+        dims = {"embed": d_model, "heads": self.heads, "head_dim": self.head_dim}
+        declared = {"query": Param(dims, fan_in=("embed",)), **super().read_params(d_model)}
+        if self.norm:
+            declared["query_norm"] = self.norm.params(self.head_dim, "head_dim")
+        return declared
+
+    def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
+        query = project(x, weights["query"])
+        if self.norm:
+            query = self.norm.apply(weights["query_norm"], query)
+        rotated = self.position.rotate(query.swapaxes(1, 2), position[:, None])
+        return by_group(rotated, self.kv_heads)
+
+
+@dataclass(frozen=True)
+class Grouped(Groups):
+    kind: Literal["grouped"] = "grouped"
+
     def write_params(self, d_model: int) -> dict[str, Any]:
         dims = {"embed": d_model, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
         declared: dict[str, Any] = {
@@ -44,13 +65,6 @@ class Grouped(Attention):
         }
         if self.norm:
             declared["key_norm"] = self.norm.params(self.head_dim, "head_dim")
-        return declared
-
-    def read_params(self, d_model: int) -> dict[str, Any]:
-        dims = {"embed": d_model, "heads": self.heads, "head_dim": self.head_dim}
-        declared = {"query": Param(dims, fan_in=("embed",)), **super().read_params(d_model)}
-        if self.norm:
-            declared["query_norm"] = self.norm.params(self.head_dim, "head_dim")
         return declared
 
     def write(
@@ -61,13 +75,6 @@ class Grouped(Attention):
         if self.norm:
             key = self.norm.apply(weights["key_norm"], key)
         return {"key": self.position.rotate(key, position[:, None]), "value": value}
-
-    def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
-        query = project(x, weights["query"])
-        if self.norm:
-            query = self.norm.apply(weights["query_norm"], query)
-        rotated = self.position.rotate(query.swapaxes(1, 2), position[:, None])
-        return by_group(rotated, self.kv_heads)
 
     def recall(self, weights: Weights, entries: Entries) -> Dense:
         return Dense((entries.tensors["key"],), entries.tensors["value"])
