@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -114,6 +115,11 @@ def train(point: tuple[str, float, int]) -> dict[str, Any]:
     return {"position": position, "learning_rate": rate, "seed": seed, "wrong": wrong}
 
 
+def settle(cores: Any) -> None:
+    """Keep this process to a core of its own: small models do not fill more."""
+    os.sched_setaffinity(0, {cores.get()})
+
+
 def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of each position, the rate with the fewest wrong answers at the length of training."""
     best = {}
@@ -167,7 +173,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
     points = list(product(POSITIONS, RATES, SEEDS))
-    with ProcessPoolExecutor(given.processes) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    cores = spawn.Queue()
+    for core in sorted(os.sched_getaffinity(0)):
+        cores.put(core)
+    with ProcessPoolExecutor(given.processes, spawn, settle, (cores,)) as pool:
         rows = list(track(pool.map(train, points), "training", total=len(points)))
     best, here = judge(rows), Path(__file__).parent
     (here / "results.json").write_text(json.dumps({"best": best, "rows": rows}, indent=2) + "\n")
