@@ -5,8 +5,8 @@ Run: python benchmarks/data.py [--json]
 Building reads, tokenises on all cores, hashes and writes the Python library's source; its peer is
 `tokenizers` alone on one thread, with the text already in memory. Batches are shuffled epochs with
 segments, positions and weights; their peer is the usual loop over random windows of a memory map,
-which has none of these. Best of several alternating runs. Last, a real training run of the preset tiny
-says which share of its time steps waited for their batch.
+which has none of these. Best of several alternating runs. Last, a real training run of the preset
+tiny says which share of its time steps waited for their batch.
 """
 
 from __future__ import annotations
