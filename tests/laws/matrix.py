@@ -75,7 +75,6 @@ MIXED = Stage(
         Layer(),
         Layer(window=3),
         Layer(window=3, reads=-1),
-        Layer(reads=0),
         Layer(position=NoPE()),
     )
 )
@@ -90,28 +89,28 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "hybrid": (Stage((Layer(window=5), Layer(position=NoPE())), repeats=1), Stage()),
 }
 
-
-def combinations() -> list[tuple[str, str, str]]:
-    """Every attention with every position, in one plan that has all there is in plans; and every
-    attention and every position in each plan by itself."""
-    whole = [(*pair, "mixed") for pair in itertools.product(ATTENTIONS, POSITIONS)]
-    positions = list(POSITIONS)
-    alone = [
-        (attention, positions[(a + p) % len(positions)], plan)
-        for p, plan in enumerate(PLANS)
-        for a, attention in enumerate(ATTENTIONS)
-        if plan != "mixed"
-    ]
-    return whole + alone
-
-
-COMBINATIONS = combinations()
-
 TURNS = range(max(len(ATTENTIONS), len(POSITIONS), len(PLANS)))
-SAMPLE = [
-    tuple(list(table)[turn % len(table)] for table in (ATTENTIONS, POSITIONS, PLANS))
+
+
+def drawn(turn: int, plan: str, shift: int) -> tuple[str, str, str]:
+    """One of as many combinations as it takes to have every attention and position with a plan."""
+    attentions, positions = list(ATTENTIONS), list(POSITIONS)
+    place = (turn + shift) % len(positions)
+    return attentions[turn % len(attentions)], positions[place], plan
+
+
+WHOLE = [(*pair, "mixed") for pair in itertools.product(ATTENTIONS, POSITIONS)]
+"""Every attention with every position, in a plan that has windows, reuse and a layer with a
+position of its own."""
+ALONE = [
+    drawn(turn, plan, shift)
+    for shift, plan in enumerate(PLANS)
     for turn in TURNS
+    if plan != "mixed"
 ]
+"""Every attention and every position in each plan by itself."""
+COMBINATIONS = WHOLE + ALONE
+SAMPLE = [drawn(turn, list(PLANS)[turn % len(PLANS)], 0) for turn in TURNS]
 """Every part at least once, for what is too dear to do with every combination."""
 
 

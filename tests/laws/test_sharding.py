@@ -17,7 +17,8 @@ from tests.laws import matrix
 from tests.training import run, trainer
 
 RATE, STEPS = 1e-3, 3
-MESHES = {"data": (8, 1, 1), "tensor": (1, 8, 1), "both": (4, 2, 1), "accumulated": (2, 2, 2)}
+MESHES = {"data": (8, 1, 1), "tensor": (1, 8, 1), "both": (2, 4, 2)}
+"""data, tensor, accumulate"""
 
 
 @pytest.fixture(scope="module", params=matrix.SAMPLE, ids="-".join)
