@@ -73,7 +73,7 @@ def parse_distributed(text: str) -> tuple[str, int, int]:
     from mukv.core.errors import BadInput
 
     parts = text.split(",")
-    if len(parts) != 3 or ":" not in parts[0] or not all(part.isdigit() for part in parts[1:]):
+    if len(parts) != 3 or ":" not in parts[0] or not all(part.isdecimal() for part in parts[1:]):
         raise BadInput(
             "--distributed", text, "auto, or HOST:PORT,PROCESSES,NUMBER such as 10.0.0.1:9000,2,0"
         )

@@ -127,7 +127,6 @@ class Loop:
         start = self.checkpoints.latest() or 0
         state = self.restore()
         clock = Clock(training.batch * training.length)
-        rows = {"host": jax.process_index(), "hosts": jax.process_count()}
         peak = peak_flops(trainer.mesh.size)
         flops = flops_per_token(trainer.model, training.length)
         step, finished = start, True
@@ -140,7 +139,7 @@ class Loop:
             stack.callback(trackers.close)
             bar = stack.enter_context(Bar(self.title, training.steps, start, silent))
             prefetch = Prefetch(
-                lambda step: self.batches.at(step, **rows), range(start, training.steps)
+                lambda step: self.batches.at(step, **trainer.share), range(start, training.steps)
             )
             stack.enter_context(prefetch)
             for step, batch in enumerate(prefetch, start=start + 1):
@@ -150,14 +149,15 @@ class Loop:
                 clock.tick()
                 ends = step == training.steps
                 logs = ends or step % training.log_every == 0 or step == start + 1
-                leaves = logs and stop.agreed()
+                # Asking the other processes costs a collective: only now and then.
+                leaves = (logs or jax.process_count() == 1) and stop.agreed()
                 evaluates = ends or _due(step, training.evaluate_every)
                 saves = ends or leaves or _due(step, training.checkpoint_every)
                 if logs or evaluates or saves:
                     self.require_sound(state, step, metrics)
                 if logs:
                     rate = clock.tokens_per_second
-                    self.last |= {
+                    numbers = {
                         "loss": float(metrics.loss),
                         "gradient_norm": float(metrics.gradient_norm),
                         "learning_rate": float(metrics.learning_rate),
@@ -166,7 +166,8 @@ class Loop:
                         "mfu": rate * flops / peak,
                         "wait_fraction": prefetch.wait_seconds / max(clock.seconds, 1e-9),
                     }
-                    trackers.log(step, {k: v for k, v in self.last.items() if math.isfinite(v)})
+                    self.last |= numbers
+                    trackers.log(step, numbers)
                     bar.show(step, _shown(self.last))
                 if evaluates:
                     with clock.pause():
@@ -204,11 +205,12 @@ class Loop:
         sound = int(state.step)
         if sound == step:
             return
-        batch = self.batches.at(sound, host=jax.process_index(), hosts=jax.process_count())
+        batch = self.batches.at(sound, **self.trainer.share)
         culprit = self.trainer.blame(state, self.trainer.put(batch))
         self.checkpoints.wait()
-        good = self.checkpoints.latest()
-        saved = "no checkpoint was saved" if good is None else f"the last good checkpoint is {good}"
+        # One of this very step would fail again: it holds the weights that failed.
+        good = [str(saved) for saved in self.checkpoints.steps() if saved < sound]
+        saved = f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"
         raise Failed(
             f"step {sound + 1}: not a finite number in {culprit}; {saved} in {self.folder}"
         )
@@ -216,8 +218,9 @@ class Loop:
     def evaluate(self, state: State) -> dict[str, float]:
         """Loss on the validation windows: nats per token and bits per byte."""
         training = self.trainer.training
-        share = {"host": jax.process_index(), "hosts": jax.process_count()}
-        windows: Iterable[Any] = self.validation.once(training.validation_batches, **share)
+        windows: Iterable[Any] = self.validation.once(
+            training.validation_batches, **self.trainer.share
+        )
         total = np.zeros(3)
         table = jnp.asarray(self.token_bytes, jnp.int32)
         for batch in windows:

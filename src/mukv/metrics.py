@@ -7,6 +7,7 @@ One line of JSON per record, appended and flushed at once. A tracker is a class 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -120,8 +121,10 @@ class Trackers:
         self.all = [MetricsFile(folder / "metrics.jsonl", keep_until), *others]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """What is not finite is left out: JSON has no word for it."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         for tracker in self.all:
-            tracker.log(step, values)
+            tracker.log(step, finite)
 
     def close(self) -> None:
         for tracker in self.all:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 import mukv
 from mukv import config, metrics
@@ -126,6 +127,8 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
     packing = run.data.packing
     batches = Batches(tokens, split="train", packing=packing, **common)
     validation = Batches(tokens, split="validation", packing=packing, **common)
+    # Until all have looked: what the first writes must not be taken for another run.
+    multihost_utils.sync_global_devices("checked")
     if jax.process_index() == 0:
         write_atomic(folder.config, schema.to_yaml(run))
         tokens.tokenizer.save(folder.tokenizer)

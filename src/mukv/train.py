@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -101,8 +102,31 @@ class Metrics(NamedTuple):
     learning_rate: Float[Array, ""]
 
 
+def share_of_batch(mesh: Mesh) -> dict[str, int]:
+    """Which of how many shares of a batch this process reads, as `Batches` takes them.
+
+    Processes that split only weights between them read the same rows. Raises BadInput where a
+    process would hold parts of several shares.
+    """
+    places: dict[int, set[int]] = {}
+    for (place, _), device in np.ndenumerate(mesh.devices):
+        places.setdefault(device.process_index, set()).add(place)
+    shares = sorted({tuple(sorted(held)) for held in places.values()})
+    if any(len(held) * len(shares) != mesh.shape["data"] for held in shares):
+        raise BadInput(
+            "mesh.tensor",
+            mesh.shape["tensor"],
+            f"must divide the {jax.local_device_count()} devices of a process, or be a multiple",
+        )
+    mine = tuple(sorted(places[jax.process_index()]))
+    return {"host": shares.index(mine), "hosts": len(shares)}
+
+
 class Trainer:
-    """The compiled functions of one model, training plan and mesh."""
+    """The compiled functions of one model, training plan and mesh.
+
+    share: which of how many shares of each batch this process reads (`host`, `hosts`).
+    """
 
     def __init__(self, model: Decoder, training: Training, mesh: Mesh):
         """Raises BadInput if the batch can't be split over the mesh."""
@@ -115,6 +139,7 @@ class Trainer:
                 f"({mesh.shape['data']})",
             )
         self.model, self.training, self.mesh = model, training, mesh
+        self.share = share_of_batch(mesh)
         self.compute = training.compute.resolve(model.vocab_size)
         self.declared = model.params()
         self.resolved = model.scaling.resolve_all(self.declared)
@@ -162,7 +187,7 @@ class Trainer:
         return State(weights, optimizer, replicated(self.mesh))
 
     def put(self, batch: Any) -> Batch:
-        """This process's rows of a batch (numpy) as part of the global arrays on the mesh."""
+        """This process's `share` of a batch (numpy) as part of the global arrays on the mesh."""
         sharding = batch_sharding(self.mesh)
         return {
             name: jax.make_array_from_process_local_data(sharding, getattr(batch, name))

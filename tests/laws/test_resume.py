@@ -13,11 +13,11 @@ from tests.training import run, steps, trainer
 LAST = 4
 
 
-def resumed(model, stop, folder):
+def resumed(model, stop, folder, **settings):
     """The state at the end of a run that another process could have taken over at `stop`."""
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(stop, run(trainer(model), stop)[0])
-    fresh = trainer(model)
+        checkpoints.save(stop, run(trainer(model, **settings), stop)[0])
+    fresh = trainer(model, **settings)
     with Checkpoints(folder) as checkpoints:
         state = checkpoints.restore(None, fresh.abstract_state())
     return steps(fresh, state, stop, LAST)[0]
@@ -36,3 +36,16 @@ def test_resume_is_bit_equal(combination, stop, tmp_path):
     model = matrix.build(*combination)
     whole, _ = run(trainer(model), LAST)
     assert_same_bits(resumed(model, stop, tmp_path), whole)
+
+
+def test_at_any_step(tmp_path):
+    model = matrix.build(*matrix.SAMPLE[0])
+    whole, _ = run(trainer(model), LAST)
+    for stop in range(LAST + 1):
+        assert_same_bits(resumed(model, stop, tmp_path / str(stop)), whole)
+
+
+def test_on_a_mesh(tmp_path):
+    model, mesh = matrix.build(*matrix.SAMPLE[0]), {"data": 2, "tensor": 2, "accumulate": 2}
+    whole, _ = run(trainer(model, **mesh), LAST)
+    assert_same_bits(resumed(model, 2, tmp_path, **mesh), whole)
