@@ -2,8 +2,9 @@
 
     python benchmarks/attention.py                      # RoPE, ALiBi and CoPE at 1,024 to 8,192
 
-Memory is what the compiler plans for temporaries, and the peak resident size of a process that
-does nothing else. Both cores compute the same (tests/laws); rounds alternate between them.
+Memory is what the compiler plans for temporaries and, where that fits the machine, what a process
+that does nothing else really takes; what does not fit is not run. Both cores compute the same
+(tests/laws); rounds alternate between them.
 """
 
 from __future__ import annotations
@@ -52,20 +53,29 @@ def layer(position: str, length: int, core: str) -> tuple[Any, tuple[Any, ...]]:
 
 
 def measure(position: str, length: int, rounds: int) -> dict[str, Any]:
-    """Medians of alternating rounds."""
+    """Medians of alternating rounds, and bytes, of each core that fits."""
     compiled = {core: layer(position, length, core) for core in CORES}
     row: dict[str, Any] = {"position": position, "length": length}
     for core, (step, _) in compiled.items():
         row[f"{core}_planned_bytes"] = step.memory_analysis().temp_size_in_bytes
-    seconds: dict[str, list[float]] = {core: [] for core in CORES}
+    fitting = [core for core in CORES if row[f"{core}_planned_bytes"] < 0.6 * free_bytes()]
+    seconds: dict[str, list[float]] = {core: [] for core in fitting}
     for number in range(rounds + 1):
-        for core in CORES:
+        for core in fitting:
             step, arguments = compiled[core]
             begin = time.perf_counter()
             jax.block_until_ready(step(*arguments))
             if number:
                 seconds[core].append(time.perf_counter() - begin)
-    return row | {f"{core}_seconds": statistics.median(times) for core, times in seconds.items()}
+    for core, times in seconds.items():
+        row[f"{core}_seconds"] = statistics.median(times)
+        row[f"{core}_resident_bytes"] = resident(position, length, core)
+    return row
+
+
+def free_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
 
 
 def resident(position: str, length: int, core: str) -> int:
@@ -91,17 +101,33 @@ def memory(field: str) -> int:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    columns = ("tokens", "plain s", "fused s", "speed", "plain MiB", "fused MiB", "memory")
+    columns = (
+        "tokens",
+        "plain s",
+        "fused s",
+        "speed",
+        "plain MiB",
+        "fused MiB",
+        "resident",
+        "memory",
+    )
     table = Table("", *columns, title=f"{jax.devices()[0].device_kind}: gradient of one layer")
+
+    def both(row: dict[str, Any], what: str, form: str, unit: float = 1) -> list[str]:
+        found = [row.get(f"{core}_{what}") for core in CORES]
+        return ["-" if number is None else format(number / unit, form) for number in found]
+
     for row in rows:
-        memory = [row[f"{core}_resident_bytes"] for core in CORES]
+        planned = [row[f"{core}_planned_bytes"] for core in CORES]
+        faster = row["plain_seconds"] / row["fused_seconds"] if "plain_seconds" in row else None
         table.add_row(
             row["position"],
             f"{row['length']:,}",
-            *(f"{row[f'{core}_seconds']:.3f}" for core in CORES),
-            f"{row['plain_seconds'] / row['fused_seconds']:.1f} x",
-            *(f"{number / 2**20:,.0f}" for number in memory),
-            f"1 / {memory[0] / max(memory[1], 1):.1f}",
+            *both(row, "seconds", ".3f"),
+            f"{faster:.1f} x" if faster else "-",
+            *both(row, "planned_bytes", ",.0f", 2**20),
+            " / ".join(both(row, "resident_bytes", ",.0f", 2**20)),
+            f"1 / {planned[0] / planned[1]:.1f}",
         )
     Console().print(table)
 
@@ -123,11 +149,8 @@ def main() -> None:
         if position not in POSITIONS:
             raise SystemExit(f"error: {unknown_name('--positions', position, POSITIONS)}")
         for length in map(int, given.lengths.split(",")):
-            row = measure(position, length, given.rounds)
-            for core in CORES:
-                row[f"{core}_resident_bytes"] = resident(position, length, core)
-            rows.append(row)
-            show(rows[-1:])
+            rows.append(measure(position, length, given.rounds))
+            Console(stderr=True).print(f"[dim]{position} at {length:,}: done[/]")
     show(rows)
     if given.out:
         given.out.write_text(json.dumps(rows, indent=2) + "\n")

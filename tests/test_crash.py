@@ -30,27 +30,32 @@ def wait_for(folder: Path, pattern: str, beyond: set[Path], process) -> bool:
     return False
 
 
+UNFINISHED = "*orbax-checkpoint-tmp*"
+"""Orbax writes under a temporary name until a checkpoint is complete."""
+
+
 @pytest.mark.slow
 def test_killed_ten_times(token_file, tmp_path):
-    """Half of the kills hit while a checkpoint is being written, half just after one or at any
-    moment of the steps that follow."""
+    """Half of the kills aim at the writing of a checkpoint, half at any moment after one."""
     undisturbed = start(*arguments(token_file, tmp_path / "undisturbed"))
     out, moments = tmp_path / "killed", random.Random(0)
     checkpoints = out / "checkpoints"
-    killed = 0
+    killed = torn = 0
     for kill in range(KILLS):
-        process = start(*arguments(token_file, out))
-        # Orbax writes under a temporary name until a checkpoint is complete.
-        pattern = "*orbax-checkpoint-tmp*" if kill % 2 else "[0-9]*"
+        pattern = UNFINISHED if kill % 2 else "[0-9]*"
         before = set(checkpoints.glob(pattern))
+        process = start(*arguments(token_file, out))
         if wait_for(checkpoints, pattern, before, process):
-            time.sleep(moments.uniform(0, 0.05))
+            time.sleep(moments.uniform(0, 0.004 if kill % 2 else 0.05))
             process.kill()
             killed += process.wait() == -9
+            torn += any(checkpoints.glob(UNFINISHED))
         process.communicate()
     status, _, error = finish(start(*arguments(token_file, out)))
     assert status == 0, error
     assert killed == KILLS
+    assert torn > 1
+    assert not list(checkpoints.glob(UNFINISHED))
     status, _, error = finish(undisturbed)
     assert status == 0, error
     assert contents(out / "weights") == contents(tmp_path / "undisturbed" / "weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from mukv.core.errors import BadInput
+from mukv.train import share_of_batch
 from tests.conftest import MINUSCULE
 from tests.laws import matrix
 from tests.processes import finish, start
@@ -97,6 +99,32 @@ def test_the_layer_that_went_wrong_is_named(poison, blamed):
 def test_a_batch_must_fit_the_mesh():
     with pytest.raises(BadInput, match=r"train.batch: got 8.*multiple of mesh.data \(8\)"):
         trainer(MODEL, data=8, accumulate=2)
+
+
+def placed(*owners):
+    """A mesh whose devices belong to these processes."""
+    table = np.array([[SimpleNamespace(process_index=owner) for owner in row] for row in owners])
+    return SimpleNamespace(devices=table, shape={"data": len(owners), "tensor": len(owners[0])})
+
+
+@pytest.mark.parametrize(
+    ("owners", "host", "hosts"),
+    [
+        ([[0, 0], [0, 0]], 0, 1),
+        ([[0, 0], [1, 1]], 0, 2),
+        ([[1], [1], [0], [0]], 1, 2),
+        ([[1], [0], [1], [0]], 1, 2),
+        ([[0, 1]], 0, 1),
+        ([[2, 3], [0, 1]], 1, 2),
+    ],
+)
+def test_processes_that_split_only_weights_read_the_same_rows(owners, host, hosts):
+    assert share_of_batch(placed(*owners)) == {"host": host, "hosts": hosts}
+
+
+def test_a_process_holds_whole_shares():
+    with pytest.raises(BadInput, match=r"mesh.tensor: got 3"):
+        share_of_batch(placed([0, 0, 1], [1, 2, 2]))
 
 
 def test_it_learns():

@@ -40,9 +40,16 @@ def test_resume_is_bit_equal(combination, stop, tmp_path):
 
 def test_at_any_step(tmp_path):
     model = matrix.build(*matrix.SAMPLE[0])
-    whole, _ = run(trainer(model), LAST)
-    for stop in range(LAST + 1):
-        assert_same_bits(resumed(model, stop, tmp_path / str(stop)), whole)
+    train = trainer(model)
+    whole = train.initial_state()
+    with Checkpoints(tmp_path, keep_last=LAST) as checkpoints:
+        for stop in range(LAST):
+            checkpoints.save(stop, whole)
+            whole, _ = steps(train, whole, stop, stop + 1)
+        for stop in range(LAST):
+            fresh = trainer(model)
+            state = checkpoints.restore(stop, fresh.abstract_state())
+            assert_same_bits(steps(fresh, state, stop, LAST)[0], whole)
 
 
 def test_on_a_mesh(tmp_path):
