@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 from mukv.core.params import named
 from mukv.core.weights import load_weights
 from tests.conftest import MINUSCULE
-from tests.processes import finish, start
+from tests.processes import contents, finish, start
 
 
 def arguments(token_file: Path, out: Path, *changes: str) -> list[object]:
@@ -27,16 +30,20 @@ def alone(*args: object) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
-def together(token_file: Path, out: Path, *changes: str) -> list[str]:
-    """Standard output of two processes that share a run."""
+def launched(token_file: Path, out: Path, *changes: str) -> list[subprocess.Popen[str]]:
+    """Two processes that share a run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = [
+    return [
         start(*arguments(token_file, out, *changes), "--distributed", f"{address},2,{number}")
         for number in range(2)
     ]
-    ended = [finish(process) for process in processes]
+
+
+def together(token_file: Path, out: Path, *changes: str) -> list[str]:
+    """What two processes that share a run say at its end."""
+    ended = [finish(process) for process in launched(token_file, out, *changes)]
     for status, _, error in ended:
         assert status == 0, error
     return [out for _, out, _ in ended]
@@ -84,3 +91,31 @@ def test_a_checkpoint_moves_to_other_meshes(token_file, tmp_path, single):
         ended = alone(*arguments(token_file, out, *mesh))
         np.testing.assert_allclose(ended["loss"], facts["loss"], rtol=2e-5)
         assert_same_weights(out, run)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all(token_file, tmp_path):
+    """They agree on the step to save, at one that is logged."""
+    out = tmp_path / "run"
+    processes = launched(token_file, out, "mesh.data=2", "train.steps=100000")
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    (first, said, error), (second, _, _) = map(finish, processes)
+    assert (first, second) == (0, 0), error
+    facts = json.loads(said.splitlines()[-1])
+    assert not facts["finished"]
+    assert (out / "checkpoints" / str(facts["step"])).is_dir()
+
+
+@pytest.mark.slow
+def test_bad_input_ends_all(token_file, tmp_path, single):
+    """Before anything is compiled or written: nobody waits for a process that has left."""
+    run, _ = single
+    before = contents(run)
+    for status, _, error in map(finish, launched(token_file, run, "mesh.data=2", "train.seed=1")):
+        assert status == 2
+        assert "error: train.seed: got 1" in error
+    assert contents(run) == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from mukv.core.errors import BadInput
-from mukv.train import share_of_batch
+from mukv.core.mesh import share_of_batch
 from tests.conftest import MINUSCULE
 from tests.laws import matrix
 from tests.processes import finish, start
@@ -101,7 +102,7 @@ def test_a_batch_must_fit_the_mesh():
         trainer(MODEL, data=8, accumulate=2)
 
 
-def placed(*owners):
+def placed(*owners: list[int]) -> Any:
     """A mesh whose devices belong to these processes."""
     table = np.array([[SimpleNamespace(process_index=owner) for owner in row] for row in owners])
     return SimpleNamespace(devices=table, shape={"data": len(owners), "tensor": len(owners[0])})

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from mukv.core import params
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
-from mukv.core.mesh import batch_sharding, replicated, weight_shardings
+from mukv.core.mesh import batch_sharding, replicated, share_of_batch, weight_shardings
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Float, Int
 from mukv.model.decoder import Decoder
@@ -100,26 +99,6 @@ class Metrics(NamedTuple):
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
-
-
-def share_of_batch(mesh: Mesh) -> dict[str, int]:
-    """Which of how many shares of a batch this process reads, as `Batches` takes them.
-
-    Processes that split only weights between them read the same rows. Raises BadInput where a
-    process would hold parts of several shares.
-    """
-    places: dict[int, set[int]] = {}
-    for (place, _), device in np.ndenumerate(mesh.devices):
-        places.setdefault(device.process_index, set()).add(place)
-    shares = sorted({tuple(sorted(held)) for held in places.values()})
-    if any(len(held) * len(shares) != mesh.shape["data"] for held in shares):
-        raise BadInput(
-            "mesh.tensor",
-            mesh.shape["tensor"],
-            f"must divide the {jax.local_device_count()} devices of a process, or be a multiple",
-        )
-    mine = tuple(sorted(places[jax.process_index()]))
-    return {"host": shares.index(mine), "hosts": len(shares)}
 
 
 class Trainer:

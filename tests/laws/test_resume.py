@@ -38,6 +38,7 @@ def test_resume_is_bit_equal(combination, stop, tmp_path):
     assert_same_bits(resumed(model, stop, tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_at_any_step(tmp_path):
     model = matrix.build(*matrix.SAMPLE[0])
     train = trainer(model)
@@ -52,6 +53,7 @@ def test_at_any_step(tmp_path):
             assert_same_bits(steps(fresh, state, stop, LAST)[0], whole)
 
 
+@pytest.mark.slow
 def test_on_a_mesh(tmp_path):
     model, mesh = matrix.build(*matrix.SAMPLE[0]), {"data": 2, "tensor": 2, "accumulate": 2}
     whole, _ = run(trainer(model, **mesh), LAST)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mukv.core.errors import BadInput
@@ -113,6 +114,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data axis."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def share_of_batch(mesh: Mesh) -> dict[str, int]:
+    """Which of how many shares of a batch this process reads, as `Batches` takes them.
+
+    Processes that split only weights between them read the same rows. Raises BadInput where a
+    process would hold parts of several shares.
+    """
+    places: dict[int, set[int]] = {}
+    for (place, _), device in np.ndenumerate(mesh.devices):
+        places.setdefault(device.process_index, set()).add(place)
+    shares = sorted({tuple(sorted(held)) for held in places.values()})
+    if any(len(held) * len(shares) != mesh.shape["data"] for held in shares):
+        raise BadInput(
+            "mesh.tensor",
+            mesh.shape["tensor"],
+            f"must divide the {jax.local_device_count()} devices of a process, or be a multiple",
+        )
+    mine = tuple(sorted(places[jax.process_index()]))
+    return {"host": shares.index(mine), "hosts": len(shares)}
 
 
 def _partitioned_mesh() -> AbstractMesh | None:
