@@ -148,8 +148,12 @@ def fused(
     mask: Mask,
     chunk: int,
 ) -> Out:
-    """Aligned self-attention by chunks of queries; memory grows with chunk x token, or with
-    chunk x chunk where a bias is sequential."""
+    """Aligned self-attention by chunks of queries, each of which holds chunk x token numbers, or
+    chunk x chunk where a bias is sequential.
+
+    XLA works on several chunks at once on a CPU, so that memory falls by less than that: 1.8 times
+    at 8,192 tokens, 14 times for a sequential bias (benchmarks/attention.py).
+    """
     length = query[0].shape[3]
     outputs = []
     for start in range(0, length, chunk):
