@@ -56,11 +56,11 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
 
     fast: every second contestant, and fewer steps.
     """
-    steps, contestants = (40, CONTESTANTS[::2]) if fast else (150, CONTESTANTS)
+    steps, contestants = (40, CONTESTANTS[::2]) if fast else (120, CONTESTANTS)
     target = count(config.load(CONTESTANTS[0].preset).model.params())
     rows = []
     for contestant in contestants:
-        run = equal_size(contestant.preset, target, [f"train.steps={steps}", "train.batch=16"])
+        run = equal_size(contestant.preset, target, [f"train.steps={steps}"])
         folder = runs.RunDirectory(out / f"{contestant.preset}-{steps}")
         console.print(f"[bold]{contestant.name}[/]: {contestant.words}")
         outcome = runs.train(run, folder, title=contestant.name)
