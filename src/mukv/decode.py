@@ -108,8 +108,7 @@ def decoding_weights(model: Decoder, weights: Weights, compute: Compute | None =
     """Weights as decoding takes them: scaled, in the compute type, one entry per layer."""
     compute = (compute or Compute()).resolve(model.vocab_size)
     declared = model.params()
-    scaled = model.scaling.scale(declared, weights)
-    return model.unstack(compute.working_copy(declared, scaled))
+    return model.unstack(compute.working_copy(declared, model.scaled(weights)))
 
 
 @lru_cache(maxsize=32)

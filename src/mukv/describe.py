@@ -55,8 +55,9 @@ def weights(run: Run) -> list[dict[str, Any]]:
     """Each weight with its role, scaling and place on the mesh that the configuration asks for."""
     mesh = jax.sharding.AbstractMesh((run.mesh.data, run.mesh.tensor), ("data", "tensor"))
     rows = []
+    scaling = params.named(run.model.resolved(run.train.optimizer.family))
     for name, param in params.named(run.model.params()).items():
-        resolved = run.model.scaling.resolve(param)
+        resolved = scaling[name]
         rows.append(
             {
                 "weight": name,
@@ -65,6 +66,7 @@ def weights(run: Run) -> list[dict[str, Any]]:
                 "deviation": 0.0 if param.init != "normal" else resolved.deviation,
                 "multiplier": resolved.multiplier,
                 "learning_rate": resolved.learning_rate,
+                "epsilon": resolved.epsilon,
                 "decays": resolved.decays,
                 "sharding": [
                     None if axis is None else str(axis) for axis in specification(param.dims, mesh)

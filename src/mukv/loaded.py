@@ -53,7 +53,7 @@ class Model:
     @cached_property
     def scaled(self) -> Any:
         """Weights as the forward pass sees them."""
-        return self.decoder.scaling.scale(self.decoder.params(), self.weights)
+        return self.decoder.scaled(self.weights)
 
     @cached_property
     def decoding(self) -> Any:

@@ -26,7 +26,7 @@ from mukv.core.typing import Array, Float, Int
 from mukv.model.decoder import Decoder
 from mukv.model.loss import summed_loss
 from mukv.scaling.optimizers import AdamW, AnyOptimizer
-from mukv.scaling.schedules import AnySchedule, Cosine
+from mukv.scaling.schedules import AnySchedule, Cosine, Plan
 
 BATCH_FIELDS = ("tokens", "targets", "weight", "position", "segment")
 Batch = Mapping[str, Array]
@@ -121,8 +121,8 @@ class Trainer:
         self.share = share_of_batch(mesh)
         self.compute = training.compute.resolve(model.vocab_size)
         self.declared = model.params()
-        self.resolved = model.scaling.resolve_all(self.declared)
-        self.optimizer = training.optimizer.transform(self.resolved)
+        self.resolved = model.resolved(training.optimizer.family)
+        self.optimizer = training.optimizer.transform(self.declared, self.resolved)
         self._compiled_step = jax.jit(
             self._step,
             donate_argnums=0,
@@ -155,15 +155,21 @@ class Trainer:
 
     def shardings(self) -> State:
         """Where each part of the state lies."""
-        weights = weight_shardings(self.declared, self.mesh)
-        optimizer = optax.tree_map_params(
-            self.optimizer,
-            lambda _, sharding: sharding,
-            jax.eval_shape(self.optimizer.init, params.abstract(self.declared)),
-            weights,
-            transform_non_params=lambda _: replicated(self.mesh),
-        )
-        return State(weights, optimizer, replicated(self.mesh))
+        weights, whole = weight_shardings(self.declared, self.mesh), replicated(self.mesh)
+        shapes = params.abstract(self.declared)
+        shaped = {name: leaf.shape for name, leaf in params.named(shapes).items()}
+        placed = params.named(weights)
+
+        def place(path: Any, leaf: Any) -> Any:
+            # A part of the optimizer's state belongs to the weight that its path ends with.
+            for start in range(len(path)):
+                name = jax.tree_util.keystr(path[start:], simple=True, separator=".")
+                if shaped.get(name) == leaf.shape:
+                    return placed[name]
+            return whole
+
+        state = jax.eval_shape(self.optimizer.init, shapes)
+        return State(weights, jax.tree.map_with_path(place, state), whole)
 
     def put(self, batch: Any) -> Batch:
         """This process's `share` of a batch (numpy) as part of the global arrays on the mesh."""
@@ -175,7 +181,9 @@ class Trainer:
 
     def learning_rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
         training = self.training
-        return training.learning_rate * training.schedule.factor(step, training.steps)
+        tokens = training.batch * training.length
+        plan = Plan(training.learning_rate, training.steps, tokens)
+        return training.schedule.rate(step, plan)
 
     def blame(self, state: State, batch: Batch) -> str:
         """Where the first number that is not finite appears, forward and then backward."""
@@ -196,17 +204,14 @@ class Trainer:
     # Traced
 
     def _initial(self, key: Array) -> State:
-        deviations = params.map_params(
-            lambda param: self.model.scaling.resolve(param).deviation, self.declared
-        )
+        deviations = jax.tree.map(lambda weight: weight.deviation, self.resolved)
         weights = params.initialise(self.declared, deviations, key)
         return State(weights, self.optimizer.init(weights), jnp.zeros((), jnp.int32))
 
     def _summed_loss(self, weights: Any, batch: Batch) -> Float[Array, ""]:
-        scaled = self.model.scaling.scale(self.declared, weights)
         return summed_loss(
             self.model,
-            scaled,
+            self.model.scaled(weights),
             *(batch[name] for name in BATCH_FIELDS),
             compute=self.compute,
         )

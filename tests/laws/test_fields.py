@@ -40,6 +40,16 @@ SHARED = "model.attention={kind: shared_kv, heads: 2, kv_heads: 1, head_dim: 4}"
 LATENT = "model.attention={kind: latent, heads: 2, rank: 5, head_dim: 4, rope_dim: 2}"
 TIED = "model.attention={kind: grouped_tied, heads: 2, kv_heads: 1, head_dim: 4}"
 PRODUCT = "model.attention={kind: tensor_product, heads: 2, head_dim: 4, query_rank: 2, rank: 1}"
+BASED = "model.scaling.base={embed: 4, heads: 1, head_dim: 4, value_dim: 4, hidden: 6, layer: 1}"
+MEASURED = (BASED, "model.scaling.alignment={hidden: {}, readout: {}}")
+READOUT = "model.scaling.alignment.readout"
+OPTIMIZER = "train.optimizer"
+MUON, ATAN2, SGD, ADAFACTOR, LION = (
+    f"{OPTIMIZER}={{kind: {kind}}}" for kind in ("muon", "adam_atan2", "sgd", "adafactor", "lion")
+)
+SCHEDULE = "train.schedule"
+WSD, ROOT = (f"{SCHEDULE}={{kind: {kind}, warmup: 1}}" for kind in ("wsd", "inverse_sqrt"))
+POWER = f"{SCHEDULE}={{kind: power, warmup: 1, amplitude: 1}}"
 NOPE, COPE, FIRE = (f"{PLACE}={{kind: {kind}}}" for kind in ("nope", "cope", "fire"))
 LOG = "{kind: log_length, typical: 16}"
 STEP = "{kind: step_length, every: 4, strength: 1}"
@@ -124,12 +134,62 @@ CHANGES = {
     "Training.length": "train.length=8",
     "Training.learning_rate": "train.learning_rate=0.02",
     "Training.clip_norm": "train.clip_norm=0.01",
-    "Cosine.warmup": "train.schedule.warmup=1",
-    "Cosine.final": "train.schedule.final=0.5",
-    "AdamW.beta1": "train.optimizer.beta1=0.5",
-    "AdamW.beta2": "train.optimizer.beta2=0.5",
-    "AdamW.epsilon": "train.optimizer.epsilon=0.1",
-    "AdamW.weight_decay": "train.optimizer.weight_decay=0",
+    "Scaling.base": BASED,
+    "Scaling.alignment": (BASED, "model.scaling.alignment=none"),
+    "Scaling.exponents": (
+        BASED,
+        "model.scaling={kind: custom, exponents: "
+        "{embedding: [0, 0], hidden: [0.25, 0.25], readout: [0, 1]}}",
+    ),
+    "Scaling.depth": (BASED, "model.scaling.depth=0.5"),
+    "Scaling.zeros": "model.scaling.zeros=[query]",
+    "Constants.embedding": "model.scaling.rate.embedding=2",
+    "Constants.hidden": "model.scaling.multiplier.hidden=2",
+    "Constants.readout": "model.scaling.deviation.readout=2",
+    "Constants.vector": "model.scaling.rate.vector=2",
+    "Alignment.alpha": (*MEASURED, f"{READOUT}.both=0.5", f"{READOUT}.alpha=0.6"),
+    "Alignment.omega": (*MEASURED, "model.scaling.alignment.readout.omega=0.6"),
+    "Alignment.both": (
+        *MEASURED,
+        "model.scaling.alignment.hidden.alpha=0.5",
+        "model.scaling.alignment.hidden.both=0.6",
+    ),
+    "Training.schedule": f"{SCHEDULE}={{kind: linear}}",
+    "Training.optimizer": LION,
+    "Schedule.warmup": f"{SCHEDULE}.warmup=1",
+    "Falling.final": f"{SCHEDULE}.final=0.5",
+    "Prolongable.decay": (WSD, f"{SCHEDULE}.decay=0.5"),
+    "Prolongable.shape": (WSD, f"{SCHEDULE}.decay=0.9", f"{SCHEDULE}.shape=linear"),
+    "InverseSqrt.reference": (ROOT, f"{SCHEDULE}.reference=1"),
+    "Power.amplitude": (POWER, f"{SCHEDULE}.amplitude=2"),
+    "Power.exponent": (POWER, f"{SCHEDULE}.exponent=-0.6"),
+    "Optimizer.weight_decay": f"{OPTIMIZER}.weight_decay=0",
+    "Optimizer.decay": (
+        BASED,
+        f"{OPTIMIZER}.weight_decay=1",
+        f"{OPTIMIZER}.decay=coupled",
+    ),
+    "AdamW.beta1": f"{OPTIMIZER}.beta1=0.5",
+    "AdamW.beta2": f"{OPTIMIZER}.beta2=0.5",
+    "AdamW.epsilon": f"{OPTIMIZER}.epsilon=0.1",
+    "AdamW.epsilon_by": (BASED, f"{OPTIMIZER}.epsilon=0.1", f"{OPTIMIZER}.epsilon_by=layer"),
+    "AdamAtan2.beta1": (ATAN2, f"{OPTIMIZER}.beta1=0.5"),
+    "AdamAtan2.beta2": (ATAN2, f"{OPTIMIZER}.beta2=0.5"),
+    "AdamAtan2.outer": (ATAN2, f"{OPTIMIZER}.outer=2"),
+    "AdamAtan2.inner": (ATAN2, f"{OPTIMIZER}.inner=2"),
+    "Lion.beta1": (LION, f"{OPTIMIZER}.beta1=0.1"),
+    "Lion.beta2": (LION, f"{OPTIMIZER}.beta2=0.1"),
+    "SGD.momentum": (SGD, f"{OPTIMIZER}.momentum=0.5"),
+    "SGD.weight_decay": (SGD, f"{OPTIMIZER}.weight_decay=0.5"),
+    "Adafactor.decay_rate": (ADAFACTOR, f"{OPTIMIZER}.decay_rate=0.3"),
+    "Adafactor.clip_threshold": (ADAFACTOR, f"{OPTIMIZER}.clip_threshold=0.1"),
+    "Adafactor.weight_decay": (ADAFACTOR, f"{OPTIMIZER}.weight_decay=0.5"),
+    "Muon.momentum": (MUON, f"{OPTIMIZER}.momentum=0.5"),
+    "Muon.iterations": (MUON, f"{OPTIMIZER}.iterations=2"),
+    "Muon.rate": (MUON, f"{OPTIMIZER}.rate=0.5"),
+    "Muon.beta1": (MUON, f"{OPTIMIZER}.beta1=0.5"),
+    "Muon.beta2": (MUON, f"{OPTIMIZER}.beta2=0.5"),
+    "Muon.epsilon": (MUON, f"{OPTIMIZER}.epsilon=0.1"),
     "Compute.dtype": "train.compute.dtype=bfloat16",
     "Compute.operands": "train.compute.operands=bfloat16",
     "MeshShape.data": "mesh.data=2",

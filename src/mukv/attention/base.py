@@ -49,6 +49,8 @@ class Attention:
 
     sizes: ClassVar[tuple[str, ...]] = ("heads",)
     """Fields that are numbers of something."""
+    grows: ClassVar[tuple[str, ...]] = ("heads",)
+    """Fields that go with the width of the model."""
 
     def __post_init__(self) -> None:
         for name in self.sizes:
@@ -86,7 +88,8 @@ class Attention:
         A variant adds its own to these.
         """
         out = {"heads": self.heads, "value_dim": self.value_dim, "embed": d_model}
-        declared: dict[str, Any] = {"output": Param(out, fan_in=("heads", "value_dim"))}
+        fan_in = ("heads", "value_dim")
+        declared: dict[str, Any] = {"output": Param(out, fan_in=fan_in, ends_branch=True)}
         if position := self.position.params(self.query_dim, self.heads):
             declared["position"] = position
         if self.sinks:

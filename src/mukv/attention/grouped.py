@@ -30,6 +30,7 @@ class Groups(Attention):
     norm: RMSNorm | None = None
 
     sizes: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim")
+    grows: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,6 +26,7 @@ class GroupedTied(Attention):
     head_dim: int = 32
 
     sizes: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim")
+    grows: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:

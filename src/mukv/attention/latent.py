@@ -41,6 +41,7 @@ class Latent(Attention):
     norm: RMSNorm = field(default_factory=RMSNorm)
 
     sizes: ClassVar[tuple[str, ...]] = ("heads", "rank", "head_dim", "rope_dim")
+    grows: ClassVar[tuple[str, ...]] = ("heads", "rank", "query_rank")
 
     def __post_init__(self) -> None:
         super().__post_init__()

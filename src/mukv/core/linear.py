@@ -77,7 +77,9 @@ def similarity(
     """
     if x.shape[-2] < y.shape[-1]:
         # A few rows against many, as in decoding: turning the many would be most of the work.
-        return jnp.einsum("...xd,...yd->...xy", x, y, preferred_element_type=jnp.float32)
+        # The many come first: XLA's product on a CPU is slow with few rows on its left.
+        product = jnp.einsum("...yd,...xd->...yx", y, x, preferred_element_type=jnp.float32)
+        return jnp.swapaxes(product, -1, -2)
     return _sums(x, _turned(y))
 
 

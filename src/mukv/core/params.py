@@ -30,12 +30,14 @@ class Param:
     dims: name and size of each axis, in order. fan_in: the axes that a forward pass contracts.
     role: what a parameterisation needs to know of it (vectors are gains and biases).
     init: the distribution; its standard deviation is the parameterisation's to choose.
+    ends_branch: what it gives is added to the residual stream.
     """
 
     dims: Mapping[str, int]
     role: Role = "hidden"
     fan_in: tuple[str, ...] = ()
     init: Literal["normal", "zeros", "ones"] = "normal"
+    ends_branch: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -181,6 +181,9 @@ def _value(hint: Any, given: Any, where: str, errors: list[BadInput]) -> Any:
         )
     if given is None and type(None) in _options(hint):
         return None
+    words = [o for o in _options(hint) if get_origin(o) is Literal]
+    if isinstance(given, str) and any(given in get_args(option) for option in words):
+        return given
     if _holds_classes(hint):
         errors.append(BadInput(where or "configuration", given, f"needs {_phrase(hint)}"))
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 
@@ -23,13 +23,18 @@ class Gated:
     hidden: int = 128
     activation: Literal["silu", "gelu"] = "silu"
 
+    grows: ClassVar[tuple[str, ...]] = ("hidden",)
+    """Fields that go with the width of the model."""
+
     def __post_init__(self) -> None:
         if self.hidden < 1:
             raise BadInput("hidden", self.hidden, "at least 1")
 
     def params(self, d_model: int) -> dict[str, Param]:
         up = Param({"embed": d_model, "hidden": self.hidden}, fan_in=("embed",))
-        down = Param({"hidden": self.hidden, "embed": d_model}, fan_in=("hidden",))
+        down = Param(
+            {"hidden": self.hidden, "embed": d_model}, fan_in=("hidden",), ends_branch=True
+        )
         return {"gate": up, "up": up, "down": down}
 
     def apply(self, weights: Weights, x: Residual) -> Residual:

@@ -7,7 +7,7 @@ differs is only what a layer's `remember` answers, i.e. which bags of entries it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from mukv.model.block import Gated
 from mukv.model.passes import Pass, Remember, layer_params
 from mukv.model.plan import Resolved, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
+from mukv.scaling.stability import Family
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,20 @@ class Decoder:
             raise BadInput("context", self.context, "at least 1 token, or null")
         if not self.plan:
             raise BadInput("plan", [], "at least one stage")
-        _ = self.layers
+        self.scaling.check(self.params())
 
     @cached_property
     def layers(self) -> tuple[Resolved, ...]:
         """Every layer, in order."""
-        return resolve(self.plan, self.attention, self.mlp)
+        layers = resolve(self.plan, self.attention, self.mlp)
+        return tuple(replace(layer, attention=self._scaled(layer.attention)) for layer in layers)
+
+    def _scaled(self, attention: AnyAttention) -> AnyAttention:
+        """With its logits as the parameterisation wants them at this width."""
+        factor = self.scaling.logit_factor(attention.read_params(self.d_model)["query"])
+        if factor == 1:
+            return attention
+        return replace(attention, scale=factor * (attention.scale or attention.query_dim**-0.5))
 
     @cached_property
     def writers(self) -> tuple[Resolved, ...]:
@@ -93,6 +102,14 @@ class Decoder:
         if not tied:
             declared["readout"] = Param(width | vocab, role="readout", fan_in=("embed",))
         return declared
+
+    def resolved(self, family: Family = "adam") -> Any:
+        """For each weight what its parameterisation gives it, for a family of optimizers."""
+        return self.scaling.resolve(self.params(), len(self.layers), family)
+
+    def scaled(self, weights: Weights) -> Any:
+        """The weights as the forward pass sees them; every function below takes these."""
+        return self.scaling.scale(self.params(), weights, len(self.layers))
 
     def unstack(self, weights: Weights) -> dict[str, Any]:
         """The same weights with one entry per layer ("layers", in order): what decoding takes,
@@ -157,7 +174,11 @@ class Decoder:
     ) -> Float[Array, "batch token vocab"]:
         """Float32 scores of the next token."""
         compute = (compute or Compute()).resolve(self.vocab_size)
-        table = weights["embedding"].T if self.readout == "tied" else weights["readout"]
+        if self.readout == "tied":
+            hidden = hidden * self.scaling.tied_factor(self.params()["embedding"])
+            table = weights["embedding"].T
+        else:
+            table = weights["readout"]
         operand = compute.operands or hidden.dtype
         out = project(hidden, table.astype(operand), out=jnp.dtype("float32"))
         return tap("logits", constrain(out, "batch", None, "vocab"))

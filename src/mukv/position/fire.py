@@ -46,7 +46,7 @@ class FIRE(Position):
         return {
             "curve": scalar,
             "threshold": scalar,
-            "into": Param({"scalar": 1, "position_hidden": self.hidden}, fan_in=("scalar",)),
+            "into": Param({"scalar": 1, "position_hidden": self.hidden}),
             "into_bias": Param({"position_hidden": self.hidden}, role="vector", init="zeros"),
             "out": Param(
                 {"position_hidden": self.hidden, "heads": heads}, fan_in=("position_hidden",)

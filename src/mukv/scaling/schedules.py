@@ -1,42 +1,189 @@
-"""How the learning rate goes with the step, as a factor of its peak."""
+"""How the learning rate goes with the step.
+
+A schedule answers `rate(step, plan)`; to add one: a class, a line in the table. One whose rate
+does not depend on the number of steps until its final decay says where that begins, so that a run
+can be prolonged from there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int
 
+Rate = Float[Array, ""]
+Share = Float[Array, ""]
+
+
+class Plan(NamedTuple):
+    """What a schedule may look at: the peak learning rate, steps in all, and tokens per step."""
+
+    peak: float
+    steps: int
+    tokens: int
+
 
 @dataclass(frozen=True)
-class Cosine:
-    """Linear warm-up, then half a cosine down to a fraction (Loshchilov and Hutter 2016).
+class Schedule:
+    """The contract. warmup: steps of a linear rise."""
 
-    warmup: steps until the peak. final: fraction of the peak that is left at the last step.
-    """
-
-    kind: Literal["cosine"] = "cosine"
     warmup: int = 0
-    final: float = 0.1
 
     def __post_init__(self) -> None:
         if self.warmup < 0:
             raise BadInput("warmup", self.warmup, "at least 0 steps")
+
+    def rate(self, step: Int[Array, ""], plan: Plan) -> Rate:
+        """Of the update that follows `step` completed ones."""
+        rise = (step + 1) / jnp.maximum(self.warmup, 1)
+        risen = self.after(jnp.maximum(step, self.warmup), plan)
+        return (jnp.where(step < self.warmup, rise, 1.0) * risen).astype(jnp.float32)
+
+    def after(self, step: Int[Array, ""], plan: Plan) -> Rate:
+        """The same after the warm-up; what it is at the end of it, the warm-up rises to."""
+        raise NotImplementedError
+
+    def stable_until(self, steps: int) -> int | None:
+        """The step up to which a longer run does the same; None if there is none."""
+        return None
+
+    def _progress(self, step: Int[Array, ""], plan: Plan) -> Share:
+        span = jnp.maximum(plan.steps - self.warmup, 1)
+        return jnp.clip((step - self.warmup) / span, 0, 1)
+
+
+@dataclass(frozen=True)
+class Falling(Schedule):
+    """From the peak at once. final: fraction of the peak that is left at the last step."""
+
+    final: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.final <= 1:
             raise BadInput("final", self.final, "a fraction between 0 and 1")
 
-    def factor(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
-        """For the update after `step` completed ones, of `steps` in all."""
-        rise = (step + 1) / max(self.warmup, 1)
-        progress = (step - self.warmup) / max(steps - self.warmup, 1)
-        fall = self.final + (1 - self.final) * 0.5 * (
-            1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1))
-        )
-        return jnp.where(step < self.warmup, rise, fall).astype(jnp.float32)
+
+@dataclass(frozen=True)
+class Cosine(Falling):
+    """Half a cosine (Loshchilov and Hutter 2016)."""
+
+    kind: Literal["cosine"] = "cosine"
+
+    def after(self, step: Int[Array, ""], plan: Plan) -> Rate:
+        fall = 0.5 * (1 + jnp.cos(jnp.pi * self._progress(step, plan)))
+        return plan.peak * (self.final + (1 - self.final) * fall)
 
 
-SCHEDULES = {"cosine": Cosine}
-AnySchedule = Cosine
+@dataclass(frozen=True)
+class Linear(Falling):
+    kind: Literal["linear"] = "linear"
+
+    def after(self, step: Int[Array, ""], plan: Plan) -> Rate:
+        return plan.peak * (1 - (1 - self.final) * self._progress(step, plan))
+
+
+DECAYS: dict[str, Callable[[Share], Share]] = {
+    # A hundredth of what is left is reached at the end, and taken off everywhere: 1 to 0.
+    "exponential": lambda share: (0.01**share - 0.01) / 0.99,
+    "linear": lambda share: 1 - share,
+    "root": lambda share: 1 - jnp.sqrt(share),
+}
+"""From 1 to 0 over the final decay, by the share of it that is past."""
+
+
+@dataclass(frozen=True)
+class Prolongable(Schedule):
+    """A phase that knows nothing of the end, then a decay to zero.
+
+    decay: share of all steps that the final decay takes. shape: how it falls.
+    """
+
+    decay: float = 0.1
+    shape: Literal["exponential", "linear", "root"] = "exponential"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.decay <= 1:
+            raise BadInput("decay", self.decay, "a fraction between 0 and 1")
+
+    def stable(self, step: Int[Array, ""], plan: Plan) -> Rate:
+        """The rate as if there were no end."""
+        raise NotImplementedError
+
+    def stable_until(self, steps: int) -> int | None:
+        return steps - round(self.decay * steps)
+
+    def after(self, step: Int[Array, ""], plan: Plan) -> Rate:
+        start = plan.steps - jnp.round(self.decay * plan.steps).astype(jnp.int32)
+        share = jnp.clip((step - start) / jnp.maximum(plan.steps - start, 1), 0, 1)
+        return self.stable(jnp.minimum(step, start), plan) * DECAYS[self.shape](share)
+
+
+@dataclass(frozen=True)
+class WSD(Prolongable):
+    """Warm-up, stable, decay (Hu et al. 2024)."""
+
+    kind: Literal["wsd"] = "wsd"
+
+    def stable(self, step: Int[Array, ""], plan: Plan) -> Rate:
+        return jnp.asarray(plan.peak)
+
+
+@dataclass(frozen=True)
+class InverseSqrt(Prolongable):
+    """The peak times the root of `reference` / step, from there on (Vaswani et al. 2017)."""
+
+    kind: Literal["inverse_sqrt"] = "inverse_sqrt"
+    reference: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference < 1:
+            raise BadInput("reference", self.reference, "at least 1 step")
+
+    def stable(self, step: Int[Array, ""], plan: Plan) -> Rate:
+        return plan.peak * jnp.sqrt(jnp.minimum(1.0, self.reference / jnp.maximum(step, 1)))
+
+
+TOKENS_PER_SEQUENCE = 4096
+"""The unit in which the power scheduler's paper counts a batch."""
+
+
+@dataclass(frozen=True)
+class Power(Prolongable):
+    """min(peak, batch * amplitude * tokens ** exponent), with the batch in units of 4,096 tokens
+    and the tokens seen so far (Shen et al. 2024, equations 7 and 8): one setting for any budget
+    of tokens and size of batch. The final decay goes to zero.
+    """
+
+    kind: Literal["power"] = "power"
+    amplitude: float = 4.0
+    exponent: float = -0.51
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.amplitude <= 0:
+            raise BadInput("amplitude", self.amplitude, "greater than 0")
+        if self.exponent > 0:
+            raise BadInput("exponent", self.exponent, "at most 0")
+
+    def stable(self, step: Int[Array, ""], plan: Plan) -> Rate:
+        batch = plan.tokens / TOKENS_PER_SEQUENCE
+        seen = plan.tokens * jnp.maximum(step, 1).astype(jnp.float32)
+        return jnp.minimum(plan.peak, batch * self.amplitude * seen**self.exponent)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "cosine": Cosine,
+    "linear": Linear,
+    "wsd": WSD,
+    "inverse_sqrt": InverseSqrt,
+    "power": Power,
+}
+AnySchedule = Cosine | Linear | WSD | InverseSqrt | Power

@@ -1,0 +1,108 @@
+"""Learning-rate exponents from the constraints of stability (Everett et al. 2024, section 3).
+
+How features and logits grow with the width n follows from a parameterisation, the optimizer and
+how much updates align with what they act on. The largest stable learning rates are those that
+keep every activation's change from growing: a linear programme, solved for one embedding, one
+hidden layer and one readout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from mukv.core.errors import BadInput
+
+Family = Literal["sgd", "adam", "adafactor"]
+SCALED = ("embedding", "hidden", "readout")
+"""Roles whose sizes grow with the width."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Exponents of n in the norm of a product beyond that of its factors' roots of mean squares.
+
+    alpha: an update and an old activation. omega: an old weight and a change of an activation.
+    both: an update and a change of an activation (u in the paper). 1/2 is none, 1 is full.
+    """
+
+    alpha: float = 1.0
+    omega: float = 0.5
+    both: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "omega", "both"):
+            if not 0.5 <= getattr(self, name) <= 1:
+                raise BadInput(name, getattr(self, name), "0.5 (no alignment) to 1 (full)")
+
+
+FULL = Alignment()
+NONE = Alignment(0.5, 0.5, 0.5)
+
+
+def check_start(exponents: Mapping[str, tuple[float, float]]) -> None:
+    """Raise BadInput unless activations start at one size at every width, and logits no larger."""
+    if sorted(exponents) != sorted(SCALED):
+        raise BadInput("exponents", dict(exponents), f"needs (a, b) of {', '.join(SCALED)}")
+    sums = {role: sum(exponents[role]) for role in SCALED}
+    for role, needed in (("embedding", 0.0), ("hidden", 0.5)):
+        if sums[role] != needed:
+            raise BadInput(f"exponents.{role}", exponents[role], f"a + b must be {needed}")
+    if sums["readout"] < 0.5:
+        raise BadInput("exponents.readout", exponents["readout"], "a + b must be at least 0.5")
+
+
+def learning_rate_powers(
+    exponents: Mapping[str, tuple[float, float]],
+    family: Family,
+    hidden: Alignment,
+    readout: Alignment,
+) -> dict[str, float]:
+    """The power of n that each role's learning rate may grow with.
+
+    exponents: (a, b) of embedding, hidden and readout; multipliers go with n ** -a, deviations
+    with n ** -b. Raises BadInput where activations don't start at one size.
+    """
+    check_start(exponents)
+    # Importing scipy takes a while, and most runs look their exponents up.
+    from scipy.optimize import linprog
+
+    (a_e, _), (a_h, b_h), (a_o, b_o) = (exponents[role] for role in SCALED)
+    # Variables: c of the three roles (learning rates go with n ** -c), r of embedding and hidden
+    # (their changes go with n ** -r), and g (gradients go with n ** -g times n ** -a).
+    rows, bounds = [], []
+
+    def at_least(bound: float, **terms: int) -> None:
+        names = ("c_e", "c_h", "c_o", "r_e", "r_h", "g")
+        rows.append([-terms.get(name, 0) for name in names])
+        bounds.append(-bound)
+
+    # What an update adds to a weight's effect, besides c: Adam's is as large as the learning rate,
+    # SGD's as the gradient, Adafactor's as the weight.
+    own = {
+        "adam": (a_e, a_h, a_o),
+        "sgd": (2 * a_e, 2 * a_h, 2 * a_o),
+        "adafactor": (0.0, a_h + b_h, a_o + b_o),
+    }[family]
+    g = {"g": 1} if family == "sgd" else {}
+    at_least(-own[0], c_e=1, r_e=-1, **g)
+    at_least(hidden.alpha - own[1], c_h=1, r_h=-1, **g)
+    at_least(hidden.both - own[1], c_h=1, r_h=-1, r_e=1, **g)
+    at_least(hidden.omega - (a_h + b_h), r_e=1, r_h=-1)
+    at_least(readout.omega - (a_o + b_o), r_h=1)
+    at_least(readout.alpha - own[2], c_o=1)
+    at_least(readout.both - own[2], c_o=1, r_h=1)
+    at_least(-(a_o + b_o), g=-1)
+    at_least(-2 * a_o, c_o=1, g=-1)
+    least = 0 if family == "adafactor" else None
+    # Where changes could as well shrink, they are kept: the small costs of r decide ties.
+    found = linprog(
+        [1, 1, 1, 1e-3, 1e-3, 0],
+        rows,
+        bounds,
+        bounds=[(least, None)] * 3 + [(0, None)] * 2 + [(None, None)],
+    )
+    assert found.success, "c may be as large as it takes"
+    powers = [0.0 - round(float(c), 9) for c in found.x[:3]]
+    return dict(zip(SCALED, powers, strict=True))

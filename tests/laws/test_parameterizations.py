@@ -1,0 +1,166 @@
+"""Law 9: parameterisations agree at the base width, and away from it follow their table."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from mukv.core.errors import BadInput
+from mukv.core.params import named
+from mukv.model.width import widened
+from mukv.scaling.optimizers import OPTIMIZERS, AdamAtan2, AdamW, Muon
+from mukv.scaling.parameterization import EXPONENTS, LEARNING_RATES, Constants, Scaling, widths
+from tests.laws import matrix
+from tests.laws.matrix import D_MODEL, SAMPLE
+from tests.training import run, trainer
+
+KINDS = list(EXPONENTS)
+MODEL = matrix.build("gqa", "rope", "plain")
+
+
+def scaled(model, **fields):
+    return dataclasses.replace(model, scaling=dataclasses.replace(model.scaling, **fields))
+
+
+@functools.cache
+def losses(kind, ratio=1, optimizer=None, **fields):
+    optimizer = optimizer or AdamAtan2(weight_decay=0.1)
+    model = widened(scaled(MODEL, kind=kind, **fields), D_MODEL * ratio)
+    train = trainer(model, optimizer=optimizer, clip_norm=None, learning_rate=0.02)
+    state, seen = run(train, 6)
+    assert int(state.step) == 6
+    return np.asarray([metrics.loss for metrics in seen])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alignment", ["full", "none", "ignored"])
+@pytest.mark.parametrize("combination", SAMPLE, ids="-".join)
+def test_all_agree_at_the_base_width(combination, kind, alignment):
+    """To the bit: the same numbers follow for every weight."""
+    model = matrix.build(*combination)
+    chosen = widened(scaled(model, kind=kind, alignment=alignment), model.d_model)
+    for optimizer in OPTIMIZERS.values():
+        assert chosen.resolved(optimizer.family) == model.resolved(optimizer.family)
+    assert [each.attention for each in chosen.layers] == [each.attention for each in model.layers]
+
+
+@pytest.mark.parametrize("combination", SAMPLE, ids="-".join)
+@pytest.mark.parametrize("kind", KINDS)
+def test_powers_of_each_weight_are_the_table_s(combination, kind):
+    narrow = scaled(matrix.build(*combination), kind=kind)
+    wide, base = widened(narrow, 4 * D_MODEL), widened(narrow, D_MODEL)
+    rows = zip(("embedding", "hidden", "readout"), EXPONENTS[kind], strict=True)
+    exponents = dict(rows)
+    rates = dict(zip(exponents, LEARNING_RATES["adam", "full"][kind], strict=True))
+    pairs = zip(named(wide.resolved()).items(), named(base.resolved()).values(), strict=True)
+    declared = zip(named(wide.params()).values(), named(base.params()).values(), strict=True)
+    grown = 0
+    for ((name, big), small), (param, before) in zip(pairs, declared, strict=True):
+        ratio = math.prod(param.dims[axis] / before.dims[axis] for axis in widths(param))
+        a, b = exponents.get(param.role, (0, 0))
+        found = (
+            big.multiplier / small.multiplier,
+            big.deviation / small.deviation,
+            big.learning_rate / small.learning_rate,
+        )
+        expected = (ratio**-a, ratio**-b, ratio ** rates.get(param.role, 0))
+        assert found == pytest.approx(expected), name
+        grown += ratio > 1
+    assert grown >= 5
+
+
+@pytest.mark.parametrize("pair", [("sp", "ntk"), ("mup", "mean_field")])
+@pytest.mark.parametrize("ratio", [4, 16])
+def test_symmetric_ones_train_the_same_without_epsilon(pair, ratio):
+    """To the bit where the ratio is a power of four: all factors are powers of two."""
+    one, other = (losses(kind, ratio) for kind in pair)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_epsilon_breaks_the_symmetry_and_by_layer_mends_it():
+    def gap(**fields):
+        optimizer = AdamW(epsilon=1e-3, **fields)
+        return np.abs(losses("mup", 4, optimizer) - losses("mean_field", 4, optimizer)).max()
+
+    assert gap() > 1e-3
+    assert gap(epsilon_by="layer") < 1e-5
+
+
+def test_muon_moves_matrices_alike_under_all():
+    """What hidden matrices become does not depend on how their factors are split."""
+    optimizer = Muon(weight_decay=0.0)
+    one, other = losses("sp", 4, optimizer), losses("ntk", 4, optimizer)
+    np.testing.assert_allclose(one, other, atol=2e-3)
+
+
+def test_everything_else_changes_training():
+    kinds = {kind: losses(kind, 4) for kind in ("sp", "mup")}
+    ignored = losses("sp", 4, alignment="ignored")
+    assert not np.array_equal(kinds["sp"], kinds["mup"])
+    assert not np.array_equal(kinds["sp"], ignored)
+
+
+def test_depth_follows_completep():
+    """Branches shrink as 1 / depth under alpha = 1, learning rates inside stay (table 1)."""
+    base = {**_base(MODEL), "layer": 1}
+    one = scaled(MODEL, base=base, depth=1.0)
+    half = scaled(MODEL, base=base, depth=0.5)
+    for model, alpha in ((one, 1.0), (half, 0.5)):
+        found = named(model.resolved())
+        for name, param in named(model.params()).items():
+            inside = "layer" in param.dims
+            ends = name.endswith(("output", "down"))
+            assert found[name].multiplier == pytest.approx(2**-alpha if ends else 1)
+            assert found[name].learning_rate == pytest.approx(2 ** (alpha - 1) if inside else 1)
+            assert found[name].epsilon == pytest.approx(2**-alpha if inside else 1)
+
+
+def test_zeros_and_constants():
+    model = scaled(MODEL, zeros=("query", "readout"), rate=Constants(embedding=5.0))
+    weights = named(jax.device_get(trainer(model).initial_state().weights))
+    zero = {name for name, leaf in weights.items() if not leaf.any()}
+    assert zero == {"readout", "stage0.slot0.read.query"}
+    assert named(model.resolved())["embedding"].learning_rate == 5
+
+
+def test_wider_heads_sharpen_less_under_full_alignment():
+    """1 / head_dim from the base on, rather than its root."""
+    attention = dataclasses.replace(MODEL.attention, head_dim=16)
+    wide = dataclasses.replace(
+        MODEL, attention=attention, scaling=Scaling(kind="mup", base=_base(MODEL))
+    )
+    assert wide.layers[0].attention.scale == pytest.approx(8**0.5 / 16)
+    loose = scaled(wide, alignment="none")
+    assert loose.layers[0].attention.scale is None
+
+
+def _base(model):
+    return widened(model, model.d_model).scaling.base
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base": {"embed": 8}}, r"base: .*lacks hidden: needs embed.*heads"),
+        ({"base": {**_base(MODEL), "wide": 3}}, r"base\.wide"),
+        ({"base": {**_base(MODEL), "embed": 0}}, r"base\.embed: got 0"),
+        ({"base": _base(MODEL), "depth": 1.0}, "lacks layer"),
+        ({"kind": "custom"}, "exponents"),
+        ({"kind": "sp", "exponents": {"hidden": (0.0, 0.5)}}, "exponents"),
+        ({"kind": "custom", "exponents": {"hidden": (0.0, 0.5)}}, "needs embedding"),
+        ({"depth": 0.2}, "depth: got 0.2"),
+    ],
+)
+def test_bad_scaling_is_refused(fields, message):
+    with pytest.raises(BadInput, match=message):
+        scaled(MODEL, **fields)
+
+
+def test_widths_that_break_sizes_are_refused():
+    with pytest.raises(BadInput, match=r"widths: got 24; kv_heads would be 3|would be"):
+        widened(MODEL, 20)
