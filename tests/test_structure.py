@@ -21,7 +21,7 @@ FLOORS = (
     {"cache"},
     {"model"},
     {"checkpoint", "decode", "evaluate", "metrics", "progress", "train"},
-    {"loop"},
+    {"coordinates", "loop"},
     {"config", "launch"},
     {"describe", "runs"},
     {"loaded"},

@@ -147,10 +147,10 @@ class Trainer:
             self.shardings(),
         )
 
-    def initial_state(self) -> State:
-        """Weights drawn from the seed, each device its own part."""
+    def initial_state(self, seed: int | None = None) -> State:
+        """Weights drawn from the seed (default: that of the training), each device its own part."""
         with jax.set_mesh(self.mesh):
-            key = jax.random.key(self.training.seed)
+            key = jax.random.key(self.training.seed if seed is None else seed)
             return jax.jit(self._initial, out_shardings=self.shardings())(key)
 
     def shardings(self) -> State:

@@ -1,0 +1,148 @@
+"""Commands that use a model, or say what it is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from mukv import launch, output
+from mukv.cli.app import Json, Overrides, app
+from mukv.core.errors import BadInput, unknown_name
+
+POLICIES = ("full",)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory.")],
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text file.")] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Token ids: .npy, [token] or [row token].")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Window in tokens; default: as in training.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte of a model on a text.
+
+    Example: `mukv eval runs/demo/mha --text README.md`
+    """
+    launch.prepare()
+    from mukv import inputs, loaded
+
+    if (text is None) == (tokens is None):
+        raise BadInput("eval", "--text and --tokens", "exactly one of the two")
+    speaker = loaded.load(model)
+    if text is not None:
+        rows = inputs.rows_of_text(speaker, text)
+    else:
+        assert tokens is not None
+        rows = inputs.rows_of_ids(tokens)
+    if length is not None and length < 1:
+        raise BadInput("--length", length, "at least 1 token")
+    found = speaker.evaluate(rows, length)
+    facts = {
+        "tokens": found.tokens,
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+    }
+    output.print_facts(facts, as_json)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    token_ids: Annotated[str | None, typer.Option(help="Ids to continue, as 1,2,3.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    stop: Annotated[str | None, typer.Option(help="Ids that end the text, as 1,2.")] = None,
+    copies: Annotated[int, typer.Option(help="Continuations, decoded together.")] = 1,
+    cache: Annotated[str, typer.Option(help="Cache policy.")] = "full",
+    as_json: Json = False,
+) -> None:
+    """Continue a text; reports speed and cache bytes.
+
+    Example: `mukv generate runs/demo/mha --prompt "def main(" --max-tokens 64`
+    """
+    launch.prepare()
+    from mukv import inputs, loaded
+    from mukv.decode import Sampling
+
+    if (prompt is None) == (token_ids is None):
+        raise BadInput("generate", "--prompt and --token-ids", "exactly one of the two")
+    if cache not in POLICIES:
+        raise unknown_name("--cache", cache, POLICIES)
+    if copies < 1:
+        raise BadInput("--copies", copies, "at least 1")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    ends = inputs.ids(stop, "--stop") if stop else ()
+    speaker = loaded.load(model)
+    given = speaker.encode(prompt or "")
+    if token_ids is not None:
+        given = inputs.ids(token_ids, "--token-ids")
+    stream = None
+    if not as_json and copies == 1:
+        stream = output.Stream(speaker.tokenizer, sys.stdout)
+        shown = Text(str(given) if prompt is None else prompt, "dim")
+        Console(soft_wrap=True).print(shown, end="")
+    made = speaker.generate_ids(
+        [given] * copies, max_tokens, sampling, ends, stream.show if stream else None
+    )
+    texts = [speaker.tokenizer.decode(row) for row in made.tokens]
+    if as_json:
+        facts = {
+            "token_ids": made.tokens[0],
+            "text": texts[0],
+            "cache_bytes": made.cache_bytes,
+            "prefill_seconds": made.prefill_seconds,
+            "tokens_per_second": made.tokens_per_second,
+        }
+        if copies > 1:
+            facts["all_token_ids"] = made.tokens
+        output.print_json(facts)
+        return
+    if stream:
+        stream.end()
+    for number, text in enumerate(() if stream else texts):
+        Console().print(f"[bold]--- {number}[/]")
+        sys.stdout.write(text + "\n")
+    Console(stderr=True).print(
+        f"[dim]{made.tokens_per_second:,.0f} tokens/s, first token after "
+        f"{made.prefill_seconds:.3f} s, cache {made.cache_bytes:,} bytes[/]"
+    )
+
+
+@app.command()
+def describe(
+    source: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A preset, a YAML file or a run directory.")
+    ],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Parameters, FLOPs, cache bytes and shardings; allocates nothing.
+
+    Example: `mukv describe llama-3.1-70b`
+    """
+    launch.prepare()
+    from mukv import runs
+    from mukv.describe import describe as facts_of
+    from mukv.describe import show
+
+    run, _ = runs.resolve(source, overrides or [], None)
+    facts = facts_of(run)
+    if as_json:
+        output.print_json(facts)
+    else:
+        show(facts, run, Console())

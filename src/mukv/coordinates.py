@@ -1,0 +1,178 @@
+"""The coordinate check: how fast activations change in the first steps, against the width.
+
+Where a parameterisation lets hyperparameters transfer, the change of every activation since the
+start is as large in a wide model as in a narrow one: the slope of its logarithm against that of
+the width is near zero (Yang et al. 2022, appendix D.1; bounds and slopes with their uncertainty
+are ours). One batch is repeated, at a constant and large learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.core.errors import BadInput
+from mukv.core.mesh import MeshShape
+from mukv.core.tap import capture
+from mukv.core.typing import Array
+from mukv.model import Decoder
+from mukv.model.width import widened
+from mukv.progress import Bar
+from mukv.scaling.schedules import Cosine
+from mukv.train import Trainer, Training
+
+LIMIT = 0.2
+LOGITS_LIMIT = 0.35
+"""Largest slopes that pass; logits start smaller than they become."""
+SIGMAS = 2.0
+"""Half the width of a slope's interval, in standard errors."""
+LEARNING_RATE = 2.0**-6
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Of one activation: d log2 change / d log2 width after the last step, with its interval,
+    and the root mean square of the change by width (mean over seeds)."""
+
+    name: str
+    slope: float
+    low: float
+    high: float
+    limit: float
+    changes: Mapping[int, float]
+
+    @property
+    def passed(self) -> bool:
+        return abs(self.slope) <= self.limit
+
+
+def check(
+    model: Decoder,
+    training: Training,
+    batch: Any,
+    widths: Sequence[int],
+    seeds: int = 3,
+    steps: int = 10,
+    learning_rate: float = LEARNING_RATE,
+) -> list[Slope]:
+    """Train at each width and seed, and fit. batch: of `training.batch` rows.
+
+    The base is the model's, or else the narrowest of the widths: there the learning rate is what
+    it says, and no width has a larger one.
+
+    Raises BadInput for widths that can't be compared or that break a size of the model.
+    """
+    if len(set(widths)) < 2:
+        raise BadInput("widths", list(widths), "at least two different ones")
+    if min(widths) < 1:
+        raise BadInput("widths", min(widths), "at least 1")
+    for name, number in (("seeds", seeds), ("steps", steps)):
+        if number < 1:
+            raise BadInput(name, number, "at least 1")
+    training = replace(
+        training, steps=steps, learning_rate=learning_rate, schedule=Cosine(final=1.0)
+    )
+    narrow = replace(widened(model, min(widths)), scaling=model.scaling)
+    models = {width: widened(narrow, width) for width in sorted(set(widths))}
+    seen: dict[int, list[dict[str, float]]] = {}
+    with Bar("coordinate check", len(models) * seeds) as bar:
+        for width, wide in models.items():
+            seen[width] = []
+            trainer = Trainer(wide, training, MeshShape().build())
+            put = trainer.put(batch)
+            for seed in range(seeds):
+                seen[width].append(changes(trainer, put, seed))
+                bar.show(sum(map(len, seen.values())), {"width": str(width)})
+    return [fit(name, seen) for name in seen[min(widths)][0]]
+
+
+def changes(trainer: Trainer, batch: Any, seed: int) -> dict[str, float]:
+    """Root mean square of what each activation became minus what it was, by name."""
+    look = jax.jit(lambda weights: _activations(trainer, weights, batch))
+    distance = jax.jit(lambda after, before: jax.tree.map(_distance, after, before))
+    with jax.set_mesh(trainer.mesh):
+        state = trainer.initial_state(seed)
+        before = look(state.weights)
+        for step in range(trainer.training.steps):
+            state, _ = trainer.step(state, step, batch)
+        found = distance(look(state.weights), before)
+    return {name: float(value) for name, value in found.items()}
+
+
+def fit(name: str, seen: Mapping[int, Sequence[Mapping[str, float]]]) -> Slope:
+    """Least squares over all widths and seeds."""
+    points = [(width, row[name]) for width, rows in seen.items() for row in rows]
+    x, y = np.log2(np.array(points, float)).T
+    x = x - x.mean()
+    slope = float(x @ y / (x @ x))
+    residual = y - y.mean() - slope * x
+    error = float(np.sqrt(residual @ residual / max(len(points) - 2, 1) / (x @ x)))
+    return Slope(
+        name,
+        slope,
+        slope - SIGMAS * error,
+        slope + SIGMAS * error,
+        LOGITS_LIMIT if name == "logits" else LIMIT,
+        {width: float(np.mean([row[name] for row in rows])) for width, rows in seen.items()},
+    )
+
+
+def _activations(trainer: Trainer, weights: Any, batch: Any) -> dict[str, Array]:
+    model, compute = trainer.model, trainer.compute
+    scaled = model.scaled(weights)
+    with capture() as taps:
+        place = batch["position"], batch["segment"]
+        hidden = model.hidden(scaled, batch["tokens"], *place, compute)
+        model.logits(scaled, hidden, compute)
+    return {name: value for name, value in taps.items() if not name.endswith(".weights")}
+
+
+def _distance(after: Array, before: Array) -> Array:
+    # Masked pairs have infinite logits, before and after.
+    seen = jnp.isfinite(before)
+    change = jnp.where(seen, after, 0.0).astype(jnp.float32) - jnp.where(seen, before, 0.0)
+    return jnp.sqrt(jnp.sum(change**2) / jnp.sum(seen))
+
+
+def draw(slopes: Sequence[Slope], path: Path, title: str) -> None:
+    """Change against width, a panel for each kind of activation."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds: dict[str, list[Slope]] = {}
+    for each in slopes:
+        kind = each.name.split(".")[-1]
+        inside = "attention logits" if kind == "logits" and "." in each.name else kind
+        kinds.setdefault(inside, []).append(each)
+    with mpl.rc_context({"font.size": 10}):
+        figure = Figure(figsize=(3.2 * len(kinds), 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+        for axes, (kind, group) in zip(panels, kinds.items(), strict=True):
+            for each in group:
+                label = f"{each.name.split('.')[0] if '.' in each.name else kind} {each.slope:+.2f}"
+                style = "-" if each.passed else "--"
+                axes.plot(*zip(*each.changes.items(), strict=True), style, marker="o", label=label)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+            # A flat line must look flat: never less than a few octaves.
+            middle = np.sqrt(np.prod(axes.get_ylim()))
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, middle / 4), max(high, middle * 4))
+            axes.set(title=kind, xlabel="width")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+        panels[0].set_ylabel("RMS change since the start")
+        figure.suptitle(title)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial.png")
+        figure.savefig(partial, dpi=150)
+        partial.replace(path)

@@ -1,0 +1,77 @@
+"""The coordinate check passes what transfers and catches what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from mukv import coordinates
+from mukv.core.errors import BadInput
+from mukv.scaling.optimizers import AdamAtan2
+from mukv.train import Training
+from tests.laws import matrix
+from tests.training import EXACT, batch
+
+MODEL = matrix.build("gqa", "rope", "plain")
+TRAINING = Training(
+    batch=8, length=matrix.LENGTH, compute=EXACT, optimizer=AdamAtan2(weight_decay=0.0)
+)
+
+
+def steepest(**scaling):
+    model = dataclasses.replace(MODEL, scaling=dataclasses.replace(MODEL.scaling, **scaling))
+    slopes = coordinates.check(model, TRAINING, batch(0), (16, 64), seeds=2, steps=6)
+    return max(each.slope for each in slopes if each.name.endswith(("attention", "mlp")))
+
+
+@pytest.mark.parametrize("kind", ["sp", "mup"])
+def test_full_alignment_is_flat(kind):
+    assert abs(steepest(kind=kind)) < 0.25
+
+
+def test_one_rate_and_a_planted_error_are_caught():
+    assert steepest(alignment="ignored") > 1
+    assert steepest(kind="sp", alignment="none") > 0.3
+
+
+def test_a_slope_is_fitted_with_its_interval():
+    seen = {width: [{"x": width**0.5 * noise} for noise in (0.9, 1.1)] for width in (4, 8, 16)}
+    found = coordinates.fit("x", seen)
+    assert found.slope == pytest.approx(0.5)
+    assert found.low < 0.5 < found.high
+    assert not found.passed
+
+
+def test_the_command(mukv, token_file, tmp_path):
+    plot = tmp_path / "plot.png"
+    changes = ("train.batch=2", "train.length=16", "model.plan=[{}]", f"data.path={token_file}")
+    done = mukv(
+        *("transfer", "tiny", *changes, "model.scaling.kind=mup", "--check", "--widths", "64,128"),
+        *("--seeds", 1, "--steps", 1, "--out", plot, "--json"),
+    )
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == (0 if facts["passed"] else 1)
+    assert {"slope", "low", "high"} <= facts["slopes"]["layer0.mlp"].keys()
+    assert plot.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--widths", "64,x", "--check"], "--widths: got '64,x'; whole numbers"),
+        (["--widths", "64", "--check"], "at least two"),
+        (["--widths", "100,200", "--check"], "heads would be"),
+        (["--widths", "64,128"], "needs --check"),
+    ],
+)
+def test_bad_input(mukv, token_file, changes, message):
+    done = mukv("transfer", "tiny", f"data.path={token_file}", *changes)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_widths_are_checked():
+    with pytest.raises(BadInput, match="seeds: got 0"):
+        coordinates.check(MODEL, TRAINING, batch(0), (16, 32), seeds=0)
