@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +14,9 @@ from rich.table import Table
 from mukv import launch, output
 from mukv.cli.app import Json, Overrides, app
 from mukv.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from mukv.coordinates import Slope
 
 
 @app.command()
@@ -35,7 +39,8 @@ def transfer(
 ) -> None:
     """Whether hyperparameters hold as a model widens; exits 1 where they would not.
 
-    CONFIG's sizes are the base of `model.scaling`; heads, KV heads, ranks and MLPs go with the width.
+    Heads, KV heads, ranks and MLPs go with the width. The base is `model.scaling.base`, or else
+    the narrowest width.
 
     Example: `mukv transfer tiny model.scaling.kind=mup --check --widths 64,128,256`
     """
@@ -48,13 +53,8 @@ def transfer(
     run, _ = runs.resolve(source, overrides or [], None)
     launch.prepare()
     training = run.train
-    batches = Batches(
-        runs.open_corpus(run),
-        training.seed,
-        training.batch,
-        training.length,
-        packing=run.data.packing,
-    )
+    tokens, packing = runs.open_corpus(run), run.data.packing
+    batches = Batches(tokens, training.seed, training.batch, training.length, packing=packing)
     slopes = coordinates.check(
         run.model, training, batches.at(0), numbers, seeds, steps, learning_rate
     )
@@ -87,20 +87,17 @@ def parse_widths(text: str) -> list[int]:
         raise BadInput("--widths", text, "whole numbers separated by commas") from None
 
 
-def show(slopes: list, console: Console) -> None:
+def show(slopes: Sequence[Slope], console: Console) -> None:
     """A verdict for each activation."""
     columns = ("slope", "interval", "limit", "verdict")
     table = Table("change of", *columns, box=None, pad_edge=False)
     for each in slopes:
+        verdict = "[bold red]grows[/]" if each.slope > 0 else "[bold red]shrinks[/]"
         table.add_row(
             each.name,
             f"{each.slope:+.2f}",
             f"{each.low:+.2f} to {each.high:+.2f}",
             f"{each.limit:.2f}",
-            "flat"
-            if each.passed
-            else "[bold red]grows[/]"
-            if each.slope > 0
-            else "[bold red]shrinks[/]",
+            "flat" if each.passed else verdict,
         )
     console.print(table)

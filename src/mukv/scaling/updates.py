@@ -1,0 +1,110 @@
+"""What optimizers have in common: the contract, decay, moments, and numbers for each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mukv.core.errors import BadInput
+from mukv.core.typing import Array
+from mukv.scaling.stability import Family
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The contract, and decay.
+
+    weight_decay: share of a weight, times the schedule's learning rate, that each step takes
+    off; gains and biases never decay. decay: "independent" of a weight's own learning rate, so
+    that the product of rate and decay is the same at every width (Wortsman et al. 2023; Kosson
+    et al. 2025), or "coupled" to it.
+    """
+
+    family: ClassVar[Family] = "adam"
+
+    weight_decay: float = 0.1
+    decay: Literal["independent", "coupled"] = "independent"
+
+    def __post_init__(self) -> None:
+        if self.weight_decay < 0:
+            raise BadInput("weight_decay", self.weight_decay, "at least 0")
+        for name in ("beta1", "beta2", "momentum"):
+            if hasattr(self, name) and not 0 <= getattr(self, name) < 1:
+                raise BadInput(name, getattr(self, name), "at least 0 and below 1")
+        for name in ("epsilon", "outer", "inner", "clip_threshold"):
+            if getattr(self, name, 1) <= 0:
+                raise BadInput(name, getattr(self, name), "greater than 0")
+
+    def direction(self, declared: Any, resolved: Any) -> optax.GradientTransformation:
+        """Gradients to updates, before learning rates of the weights and decay."""
+        raise NotImplementedError
+
+    def transform(self, declared: Any, resolved: Any) -> optax.GradientTransformation:
+        """declared: each weight's `Param`; resolved: its `scaling.parameterization.Resolved`."""
+        rates = jax.tree.map(lambda weight: weight.learning_rate, resolved)
+        coupled = self.decay == "coupled"
+        decays = jax.tree.map(
+            lambda weight: weight.decays * (weight.learning_rate if coupled else 1.0), resolved
+        )
+        return optax.chain(
+            self.direction(declared, resolved),
+            scale_by_tree(rates),
+            decay_by_tree(jax.tree.map(lambda share: share * self.weight_decay, decays)),
+            optax.scale(-1.0),
+        )
+
+
+class Moments(NamedTuple):
+    """Updates done, and averages of gradients and of their squares."""
+
+    steps: Array
+    mean: Any
+    square: Any
+
+
+def adam(
+    beta1: float, beta2: float, ratio: Callable[..., Array], epsilons: Any
+) -> optax.GradientTransformation:
+    """`ratio` of unbiased mean, unbiased mean square and each weight's epsilon."""
+
+    def init(params: Any) -> Moments:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return Moments(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Moments]:
+        steps = state.steps + 1
+        mean = optax.tree.update_moment(updates, state.mean, beta1, 1)
+        square = optax.tree.update_moment(updates, state.square, beta2, 2)
+        updates = jax.tree.map(
+            ratio,
+            optax.tree.bias_correction(mean, beta1, steps),
+            optax.tree.bias_correction(square, beta2, steps),
+            epsilons,
+        )
+        return updates, Moments(steps, mean, square)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_tree(factors: Any) -> optax.GradientTransformation:
+    """Multiply each update by its own number."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda update, factor: update * factor, updates, factors), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def decay_by_tree(shares: Any) -> optax.GradientTransformation:
+    """Add to each update its own share of the weight."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        added = jax.tree.map(lambda u, share, weight: u + share * weight, updates, shares, params)
+        return added, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
