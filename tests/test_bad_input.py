@@ -110,7 +110,7 @@ BAD = [
     (("describe", "tiny", "model.attention.kind=groupd"), ["kind", "groupd", "grouped"]),
     (("describe", "tiny", "model.plan=[{pattern: [{reads: 3}]}]"), ["plan", "reads 3", "layer 0"]),
     (("describe", "tiny", "model.plan=[]"), ["model.plan", "at least one stage"]),
-    (("describe", "tiny", "model.context=8"), ["train.length", "256", "model.context (8)"]),
+    (("describe", "tiny", "model.context=8"), ["train.length", "128", "model.context (8)"]),
     (("describe", "tiny", "train.compute.dtype=float16"), ["dtype", "float16", "bfloat16"]),
     # Training.
     ((*TRAIN, "model.vocab_size=100"), ["model.vocab_size", "100", "at least the 257", "tokens"]),

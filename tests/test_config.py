@@ -47,12 +47,14 @@ def test_public_keys():
             "checkpoint_every": 7,
         },
         "mesh": {"data": 2, "tensor": 2},
-        "model": {"scaling": {"kind": "sp"}},
     }
     run = schema.build(Run, mapping)
     for section, keys in mapping.items():
         found = schema.to_mapping(getattr(run, section))
         assert {key: found[key] for key in keys} == keys
+    for kind in ("sp", "mup", "ntk", "mean_field"):
+        scaling = schema.build(Run, {"model": {"scaling": {"kind": kind}}}).model.scaling
+        assert scaling.kind == kind
 
 
 def leaves(mapping, path=""):
