@@ -32,7 +32,7 @@ LOGITS_LIMIT = 0.35
 """Largest slopes that pass; logits start smaller than they become."""
 SIGMAS = 2.0
 """Half the width of a slope's interval, in standard errors."""
-LEARNING_RATE = 2.0**-6
+LEARNING_RATE = 2.0**-7
 
 
 @dataclass(frozen=True)

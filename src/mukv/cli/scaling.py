@@ -33,7 +33,7 @@ def transfer(
     steps: Annotated[int, typer.Option(help="Steps before activations are compared.")] = 10,
     learning_rate: Annotated[
         float, typer.Option(help="Constant, and larger than for training.")
-    ] = 2.0**-6,
+    ] = 2.0**-7,
     out: Annotated[Path | None, typer.Option("--out", help="The plot.")] = None,
     as_json: Json = False,
 ) -> None:
