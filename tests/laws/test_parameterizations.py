@@ -152,7 +152,7 @@ def _base(model):
         ({"base": _base(MODEL), "depth": 1.0}, "lacks layer"),
         ({"kind": "custom"}, "exponents"),
         ({"kind": "sp", "exponents": {"hidden": (0.0, 0.5)}}, "exponents"),
-        ({"kind": "custom", "exponents": {"hidden": (0.0, 0.5)}}, "needs embedding"),
+        ({"kind": "custom", "exponents": {"hidden": (0.0, 0.5)}}, "of embedding"),
         ({"depth": 0.2}, "depth: got 0.2"),
     ],
 )
