@@ -31,7 +31,8 @@ from mukv.model import Decoder, Stage
 from mukv.model.block import Gated
 from mukv.model.counting import flops_per_token
 from mukv.position.rope import RoPE
-from mukv.train import Trainer, Training
+from mukv.train import Trainer
+from mukv.training import Training
 
 
 @dataclass(frozen=True)

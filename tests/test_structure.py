@@ -15,16 +15,17 @@ import mukv
 SOURCE = Path(mukv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
-    {"core"},
+    {"core", "figures"},
     {"position", "scaling", "data", "tasks"},
     {"attention"},
     {"cache"},
-    {"model"},
+    {"model", "training"},
     {"checkpoint", "decode", "evaluate", "metrics", "progress", "train"},
     {"coordinates", "loop"},
     {"config", "launch"},
     {"describe", "runs"},
-    {"loaded"},
+    {"loaded", "search"},
+    {"transfer"},
     {"demo", "inputs", "output"},
     {"cli"},
     {"__main__"},

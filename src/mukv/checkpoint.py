@@ -29,17 +29,18 @@ STATE, MANIFEST = "state", "manifest"
 
 @dataclass(frozen=True)
 class Keep:
-    """Which steps stay: the last ones, and those with the lowest score."""
+    """Which steps stay: the last ones, those with the lowest score, and a step that is pinned."""
 
     last: int
     best: int
     scores: dict[int, float]
+    pinned: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax asks this when a save begins, and deletes the others once it is complete."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         scored = sorted(self.scores.keys() & steps, key=lambda step: (self.scores[step], step))
-        kept = {*sorted(steps)[-self.last :], *scored[: self.best]}
+        kept = {*sorted(steps)[-self.last :], *scored[: self.best], self.pinned}
         return [step in kept for step in steps]
 
 
@@ -47,8 +48,9 @@ class Checkpoints:
     """The checkpoints of one run, in folder/STEP. A context manager; all processes use it alike.
 
     keep_last: newest steps to keep, at least 1. keep_best: steps with the lowest metric to keep
-    besides. asynchronous: `save` returns once the state is copied to the host. read_only: create,
-    delete and clean nothing, so that a run in progress may be looked at.
+    besides. pinned: a step to keep whatever else. asynchronous: `save` returns once the state is
+    copied to the host. read_only: create, delete and clean nothing, so that a run in progress may
+    be looked at.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Checkpoints:
         folder: Path,
         keep_last: int = 2,
         keep_best: int = 1,
+        pinned: int | None = None,
         asynchronous: bool = True,
         read_only: bool = False,
     ):
@@ -69,7 +72,7 @@ class Checkpoints:
         self.saving: int | None = None
         self.scores = self._read_scores()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=Keep(keep_last, keep_best, self.scores),
+            preservation_policy=Keep(keep_last, keep_best, self.scores, pinned),
             enable_async_checkpointing=asynchronous,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
@@ -124,6 +127,13 @@ class Checkpoints:
         with self._telling_failure():
             # Forced, since Orbax otherwise skips, without a word, a step older than the latest.
             self.manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+
+    def forget_after(self, step: int) -> None:
+        """Delete what is newer than a step."""
+        for later in reversed(self.steps()):
+            if later > step:
+                self.manager.delete(later)
+                self.scores.pop(later, None)
 
     def wait(self) -> None:
         """Until everything is on disk. Raises Failed if it can't be written."""

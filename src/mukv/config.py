@@ -16,7 +16,7 @@ from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
 from mukv.core.presets import apply_overrides, resolve_preset
 from mukv.model import AnyModel, Decoder
-from mukv.train import Training
+from mukv.training import Training
 
 
 @dataclass(frozen=True)

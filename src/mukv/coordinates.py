@@ -17,15 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mukv.core import fits
 from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
 from mukv.core.tap import capture
 from mukv.core.typing import Array
+from mukv.figures import saved_figure
 from mukv.model import Decoder
 from mukv.model.width import widened
 from mukv.progress import Bar
 from mukv.scaling.schedules import Cosine
-from mukv.train import Trainer, Training
+from mukv.train import Trainer
+from mukv.training import Training
 
 LIMIT = 0.2
 LOGITS_LIMIT = 0.35
@@ -107,12 +110,8 @@ def changes(trainer: Trainer, batch: Any, seed: int) -> dict[str, float]:
 
 def fit(name: str, seen: Mapping[int, Sequence[Mapping[str, float]]]) -> Slope:
     """Least squares over all widths and seeds."""
-    points = [(width, row[name]) for width, rows in seen.items() for row in rows]
-    x, y = np.log2(np.array(points, float)).T
-    x = x - x.mean()
-    slope = float(x @ y / (x @ x))
-    residual = y - y.mean() - slope * x
-    error = float(np.sqrt(residual @ residual / max(len(points) - 2, 1) / (x @ x)))
+    points = [(np.log2(width), np.log2(row[name])) for width, rows in seen.items() for row in rows]
+    slope, error = fits.line(points)
     return Slope(
         name,
         slope,
@@ -142,18 +141,12 @@ def _distance(after: Array, before: Array) -> Array:
 
 def draw(slopes: Sequence[Slope], path: Path, title: str) -> None:
     """Change against width, a panel for each kind of activation."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     kinds: dict[str, list[Slope]] = {}
     for each in slopes:
         kind = each.name.split(".")[-1]
         inside = "attention logits" if kind == "logits" and "." in each.name else kind
         kinds.setdefault(inside, []).append(each)
-    with mpl.rc_context({"font.size": 10}):
-        figure = Figure(figsize=(3.2 * len(kinds), 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
+    with saved_figure(path, (3.2 * len(kinds), 3.6), title) as figure:
         panels = figure.subplots(1, len(kinds), squeeze=False)[0]
         for axes, (kind, group) in zip(panels, kinds.items(), strict=True):
             for each in group:
@@ -171,8 +164,3 @@ def draw(slopes: Sequence[Slope], path: Path, title: str) -> None:
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
         panels[0].set_ylabel("RMS change since the start")
-        figure.suptitle(title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial.png")
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)

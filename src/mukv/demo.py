@@ -22,6 +22,7 @@ from mukv.core.files import write_atomic
 from mukv.core.params import count
 from mukv.decode import Sampling
 from mukv.describe import describe
+from mukv.figures import saved_figure
 
 PROMPT = "def __init__(self, "
 CONTINUATION = 160
@@ -56,11 +57,11 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
 
     fast: every second contestant, and fewer steps.
     """
-    steps, contestants = (40, CONTESTANTS[::2]) if fast else (150, CONTESTANTS)
+    steps, contestants = (40, CONTESTANTS[::2]) if fast else (140, CONTESTANTS)
     target = count(config.load(CONTESTANTS[0].preset).model.params())
     rows = []
     for contestant in contestants:
-        run = equal_size(contestant.preset, target, [f"train.steps={steps}", "train.length=256"])
+        run = equal_size(contestant.preset, target, [f"train.steps={steps}"])
         folder = runs.RunDirectory(out / f"{contestant.preset}-{steps}")
         console.print(f"[bold]{contestant.name}[/]: {contestant.words}")
         outcome = runs.train(run, folder, title=contestant.name)
@@ -138,10 +139,6 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bits per byte, and decoding speed, against cache bytes per token."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = (
         ("bits_per_byte", "bits per byte, held-out text", "Quality (down and left is better)"),
         (
@@ -151,9 +148,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ),
     )
     markers = "osD^vP"
-    with mpl.rc_context({"font.size": 11}):
-        figure = Figure(figsize=(10, 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
+    with saved_figure(path, (10, 4.4)) as figure:
         left, right = figure.subplots(1, 2)
         for axes, (key, label, title) in zip((left, right), panels, strict=True):
             for row, marker in zip(rows, markers, strict=False):
@@ -165,7 +160,3 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.grid(alpha=0.3, zorder=0)
             axes.set(xlabel="cache bytes per token", ylabel=label, title=title)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial.png")
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)

@@ -130,6 +130,7 @@ class Loop:
         peak = peak_flops(trainer.mesh.size)
         flops = flops_per_token(trainer.model, training.length)
         step, finished = start, True
+        stable = training.schedule.stable_until(training.steps)
         self.last = known_so_far(self.folder / "metrics.jsonl", start)
         with ExitStack() as stack:
             stack.enter_context(jax.set_mesh(trainer.mesh))
@@ -152,7 +153,7 @@ class Loop:
                 # Asking the other processes costs a collective: only now and then.
                 leaves = (logs or jax.process_count() == 1) and stop.agreed()
                 evaluates = ends or _due(step, training.evaluate_every)
-                saves = ends or leaves or _due(step, training.checkpoint_every)
+                saves = ends or leaves or _due(step, training.checkpoint_every) or step == stable
                 if logs or evaluates or saves:
                     self.require_sound(state, step, metrics)
                 if logs:

@@ -26,6 +26,7 @@ from mukv.config import Run
 from mukv.core import schema
 from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
+from mukv.core.numbers import leaves
 from mukv.core.presets import apply_overrides
 from mukv.core.weights import save_weights
 from mukv.core.yaml_text import read_yaml
@@ -119,6 +120,7 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
     tokens = open_corpus(run)
     run = replace(run, data=replace(run.data, path=str(tokens.path.resolve())))
     _check_same(run, folder)
+    begin = _prolonged_from(run, folder)
     metrics.require(run.train.trackers)
     mesh = run.mesh.build()
     trainer = Trainer(run.model, run.train, mesh)
@@ -129,11 +131,14 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
     validation = Batches(tokens, split="validation", packing=packing, **common)
     # Until all have looked: what the first writes must not be taken for another run.
     multihost_utils.sync_global_devices("checked")
-    if jax.process_index() == 0:
-        write_atomic(folder.config, schema.to_yaml(run))
-        tokens.tokenizer.save(folder.tokenizer)
-        write_atomic(folder.path / "provenance.json", json.dumps(_provenance(tokens), indent=2))
-    with Checkpoints(folder.checkpoints, training.keep_last, training.keep_best) as checkpoints:
+    stable = training.schedule.stable_until(training.steps)
+    keep = (training.keep_last, training.keep_best, stable)
+    with Checkpoints(folder.checkpoints, *keep) as checkpoints:
+        # Before the configuration tells of the new end: a kill in between loses nothing.
+        if begin is not None:
+            checkpoints.forget_after(begin)
+        if jax.process_index() == 0:
+            describe_run(run, folder, tokens)
         loop = Loop(
             trainer=trainer,
             batches=batches,
@@ -148,31 +153,58 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
     return outcome
 
 
+def _prolonged_from(run: Run, folder: RunDirectory) -> int | None:
+    """The step from which a run goes on where it is to have more steps than it had: before the
+    final decay, which the longer run does not make there. None for where it stopped.
+
+    Raises BadInput if that checkpoint is gone, or the schedule knows its end from the start.
+    """
+    if not folder.exists:
+        return None
+    before = folder.load_config().train
+    if (before.steps, before.schedule) == (run.train.steps, run.train.schedule):
+        return None
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        steps = checkpoints.steps()
+    stable = before.schedule.stable_until(before.steps)
+    if stable is None or before.schedule != run.train.schedule:
+        return None
+    until = min(stable, run.train.schedule.stable_until(run.train.steps) or 0)
+    if not steps or steps[-1] <= until:
+        return None
+    good = [step for step in steps if step <= until]
+    if not good:
+        raise BadInput(
+            "train.steps",
+            run.train.steps,
+            f"{before.steps}: the run in {folder.path} has no checkpoint from before its decay "
+            f"(step {until}); its checkpoints: {', '.join(map(str, steps))}",
+        )
+    return good[-1]
+
+
+def describe_run(run: Run, folder: RunDirectory, tokens: TokenFile) -> None:
+    """Write what a run directory says of a run before its first step."""
+    write_atomic(folder.config, schema.to_yaml(run))
+    tokens.tokenizer.save(folder.tokenizer)
+    write_atomic(folder.path / "provenance.json", json.dumps(_provenance(tokens), indent=2))
+
+
 def _check_same(run: Run, folder: RunDirectory) -> None:
     """Raise BadInput where a folder holds another run."""
     if not folder.exists:
         if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
             raise BadInput(str(folder.path), "a path in use", "a run directory or a new path")
         return
-    before, now = (_leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
+    before, now = (leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
     for name in [*now, *before]:
         section, key = name.split(".")[:2]
         old, new = before.get(name), now.get(name)
-        if old != new and section != "mesh" and (section != "train" or key not in FREE):
+        free = key in FREE and not (key == "steps" and run.train.budget is not None)
+        if old != new and section != "mesh" and (section != "train" or not free):
             raise BadInput(
                 name, new, f"the run in {folder.path} has {old!r}; give another folder with --out"
             )
-
-
-def _leaves(mapping: Any, where: str = "") -> dict[str, Any]:
-    """The values in a nested mapping, by dotted path."""
-    if not isinstance(mapping, dict | list):
-        return {where: mapping}
-    pairs = mapping.items() if isinstance(mapping, dict) else enumerate(mapping)
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        found |= _leaves(value, schema.join(where, str(key)))
-    return found
 
 
 def _provenance(tokens: TokenFile) -> dict[str, Any]:

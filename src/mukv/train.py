@@ -9,7 +9,7 @@ happened. `loop.py` runs it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,69 +18,18 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from mukv.core import params
-from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.mesh import batch_sharding, replicated, share_of_batch, weight_shardings
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Float, Int
 from mukv.model.decoder import Decoder
 from mukv.model.loss import summed_loss
-from mukv.scaling.optimizers import AdamW, AnyOptimizer
-from mukv.scaling.schedules import AnySchedule, Cosine, Plan
+from mukv.scaling.schedules import Plan
+from mukv.training import Training
 
 BATCH_FIELDS = ("tokens", "targets", "weight", "position", "segment")
 Batch = Mapping[str, Array]
 """tokens, targets, position, segment: int32 [batch token]; weight: float32 [batch token]."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a model is trained.
-
-    batch: rows per step over all devices. length: tokens per row. learning_rate: the peak.
-    clip_norm: largest norm of the whole gradient; None for no limit. accumulate: pieces that a
-    batch is worked through in. *_every: in steps, None for only at the end. keep_last,
-    keep_best: checkpoints. validation_batches: how much of the validation text is looked at,
-    None for all. profile: write a profile of the steps 10 to 15. trackers: where metrics go
-    besides metrics.jsonl.
-    """
-
-    steps: int = 100
-    seed: int = 0
-    batch: int = 8
-    length: int = 256
-    learning_rate: float = 3e-3
-    schedule: AnySchedule = field(default_factory=Cosine)
-    optimizer: AnyOptimizer = field(default_factory=AdamW)
-    clip_norm: float | None = 1.0
-    accumulate: int = 1
-    compute: Compute = field(default_factory=Compute)
-    log_every: int = 10
-    evaluate_every: int | None = None
-    validation_batches: int | None = 16
-    checkpoint_every: int | None = None
-    keep_last: int = 2
-    keep_best: int = 1
-    profile: bool = False
-    trackers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "length", "accumulate", "log_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "at least 1")
-        for name in ("evaluate_every", "checkpoint_every", "validation_batches"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "at least 1, or null")
-        if self.keep_best < 0:
-            raise BadInput("keep_best", self.keep_best, "at least 0")
-        if not 0 <= self.seed < 1 << 32:
-            raise BadInput("seed", self.seed, "0 to 4294967295 (32 bits)")
-        if self.learning_rate <= 0:
-            raise BadInput("learning_rate", self.learning_rate, "greater than 0")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise BadInput("clip_norm", self.clip_norm, "greater than 0, or null")
-        if self.batch % self.accumulate:
-            raise BadInput("accumulate", self.accumulate, f"must divide batch ({self.batch})")
 
 
 @jax.tree_util.register_dataclass
@@ -117,6 +66,7 @@ class Trainer:
                 f"batch / accumulate ({rows}) must be a multiple of mesh.data "
                 f"({mesh.shape['data']})",
             )
+        training = training.effective
         self.model, self.training, self.mesh = model, training, mesh
         self.share = share_of_batch(mesh)
         self.compute = training.compute.resolve(model.vocab_size)
@@ -124,11 +74,11 @@ class Trainer:
         self.resolved = model.resolved(training.optimizer.family)
         self.optimizer = training.optimizer.transform(self.declared, self.resolved)
         self._compiled_step = jax.jit(
-            self._step,
+            self.update,
             donate_argnums=0,
             out_shardings=(self.shardings(), replicated(mesh)),
         )
-        self.validate = jax.jit(self._validate, out_shardings=replicated(mesh))
+        self.validate = jax.jit(self.validation_sums, out_shardings=replicated(mesh))
 
     def step(self, state: State, step: int, batch: Batch) -> tuple[State, Metrics]:
         """The update number `step`, counted from 0; the given state is used up."""
@@ -143,7 +93,7 @@ class Trainer:
         """Shapes and shardings of the state, nothing allocated."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(self._initial, jax.random.key(0)),
+            jax.eval_shape(self.draw, jax.random.key(0)),
             self.shardings(),
         )
 
@@ -151,7 +101,7 @@ class Trainer:
         """Weights drawn from the seed (default: that of the training), each device its own part."""
         with jax.set_mesh(self.mesh):
             key = jax.random.key(self.training.seed if seed is None else seed)
-            return jax.jit(self._initial, out_shardings=self.shardings())(key)
+            return jax.jit(self.draw, out_shardings=self.shardings())(key)
 
     def shardings(self) -> State:
         """Where each part of the state lies."""
@@ -203,7 +153,8 @@ class Trainer:
 
     # Traced
 
-    def _initial(self, key: Array) -> State:
+    def draw(self, key: Array) -> State:
+        """A state before the first update."""
         deviations = jax.tree.map(lambda weight: weight.deviation, self.resolved)
         weights = params.initialise(self.declared, deviations, key)
         return State(weights, self.optimizer.init(weights), jnp.zeros((), jnp.int32))
@@ -216,7 +167,7 @@ class Trainer:
             compute=self.compute,
         )
 
-    def _validate(
+    def validation_sums(
         self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"]
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
         """Summed loss in nats, number of tokens, number of bytes that they stand for."""
@@ -268,7 +219,7 @@ class Trainer:
         total, _ = jax.lax.scan(add, start, jax.tree.map(split, dict(batch)))
         return total
 
-    def _step(self, state: State, step: Int[Array, ""], batch: Batch) -> tuple[State, Metrics]:
+    def update(self, state: State, step: Int[Array, ""], batch: Batch) -> tuple[State, Metrics]:
         """The update number `step` (counted from 0); does nothing unless it is the next one."""
         training = self.training
         loss, gradient = self._gradient(state.weights, batch)

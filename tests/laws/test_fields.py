@@ -50,6 +50,7 @@ MUON, ATAN2, SGD, ADAFACTOR, LION = (
 SCHEDULE = "train.schedule"
 WSD, ROOT = (f"{SCHEDULE}={{kind: {kind}, warmup: 1}}" for kind in ("wsd", "inverse_sqrt"))
 POWER = f"{SCHEDULE}={{kind: power, warmup: 1, amplitude: 1}}"
+BUDGET = "train.budget={kind: sde, batch: 64, tokens: 1024}"
 NOPE, COPE, FIRE = (f"{PLACE}={{kind: {kind}}}" for kind in ("nope", "cope", "fire"))
 LOG = "{kind: log_length, typical: 16}"
 STEP = "{kind: step_length, every: 4, strength: 1}"
@@ -156,6 +157,10 @@ CHANGES = {
     ),
     "Training.schedule": f"{SCHEDULE}={{kind: linear}}",
     "Training.optimizer": LION,
+    "Training.budget": BUDGET,
+    "Budget.batch": (BUDGET, "train.budget.batch=128"),
+    "Budget.tokens": (BUDGET, "train.budget.tokens=512"),
+    "PowerLaw.exponent": (BUDGET.replace("sde", "power"), "train.budget.exponent=-1"),
     "Schedule.warmup": f"{SCHEDULE}.warmup=1",
     "Falling.final": f"{SCHEDULE}.final=0.5",
     "Prolongable.decay": (WSD, f"{SCHEDULE}.decay=0.5"),

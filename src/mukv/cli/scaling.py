@@ -1,11 +1,11 @@
-"""Commands about hyperparameters that hold at every width."""
+"""Commands about numbers: whether they hold at every width, and searching for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +16,14 @@ from mukv.cli.app import Json, Overrides, app
 from mukv.core.errors import BadInput
 
 if TYPE_CHECKING:
+    from mukv.config import Run
     from mukv.coordinates import Slope
+    from mukv.transfer import Transfer
+
+GIGABYTE = 10**9
+Memory = Annotated[
+    float | None, typer.Option(help="Gigabytes that one program may take; default: what is free.")
+]
 
 
 @app.command()
@@ -24,59 +31,174 @@ def transfer(
     source: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset or a YAML file.")],
     overrides: Overrides = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Coordinate check: changes of activations.")
+        bool, typer.Option("--check", help="Only the coordinate check: changes of activations.")
     ] = False,
     widths: Annotated[
         str, typer.Option(help="Values of model.d_model, separated by commas.")
     ] = "64,128,256,512",
     seeds: Annotated[int, typer.Option(help="Runs at each width.")] = 3,
-    steps: Annotated[int, typer.Option(help="Steps before activations are compared.")] = 10,
+    steps: Annotated[int, typer.Option(help="Steps of the check.")] = 10,
     learning_rate: Annotated[
-        float, typer.Option(help="Constant, and larger than for training.")
+        float, typer.Option(help="Of the check: constant, and larger than for training.")
     ] = 2.0**-7,
-    out: Annotated[Path | None, typer.Option("--out", help="The plot.")] = None,
+    octaves: Annotated[
+        int, typer.Option(help="Learning rates to begin with: to each side of the configured one.")
+    ] = 2,
+    memory: Memory = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The check's plot, or the folder of the search.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Whether hyperparameters hold as a model widens; exits 1 where they would not.
+    """Whether learning rates hold as a model widens; exits 1 where they would not.
 
-    Heads, KV heads, ranks and MLPs go with the width. The base is `model.scaling.base`, or else
-    the narrowest width.
+    Sweeps the learning rate at every width and shows how far its optimum drifts; an interrupted
+    search goes on where it was. Heads, KV heads, ranks and MLPs go with the width. The base is
+    `model.scaling.base`, or else the narrowest width.
 
     Example: `mukv transfer tiny model.scaling.kind=mup --check --widths 64,128,256`
     """
-    from mukv import coordinates, runs
-    from mukv.data.batches import Batches
+    from mukv import runs
 
-    if not check:
-        raise BadInput("--check", "nothing", "needs --check: what is to be looked at")
     numbers = parse_widths(widths)
     run, _ = runs.resolve(source, overrides or [], None)
     launch.prepare()
+    name = f"{Path(source).stem}-{run.model.scaling.kind}"
+    if check:
+        plot = out or Path("runs") / f"coordinates-{name}.png"
+        passed = _check(run, numbers, seeds, steps, learning_rate, plot, name, as_json)
+    else:
+        folder = out or Path("runs") / f"transfer-{name}"
+        passed = _search(run, numbers, seeds, octaves, memory, folder, name, as_json)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _check(
+    run: Run,
+    widths: list[int],
+    seeds: int,
+    steps: int,
+    learning_rate: float,
+    plot: Path,
+    name: str,
+    as_json: bool,
+) -> bool:
+    from mukv import coordinates, runs
+    from mukv.data.batches import Batches
+
     training = run.train
     tokens, packing = runs.open_corpus(run), run.data.packing
     batches = Batches(tokens, training.seed, training.batch, training.length, packing=packing)
     slopes = coordinates.check(
-        run.model, training, batches.at(0), numbers, seeds, steps, learning_rate
+        run.model, training, batches.at(0), widths, seeds, steps, learning_rate
     )
     passed = all(each.passed for each in slopes)
-    scaling = run.model.scaling
-    plot = out or Path("runs") / f"coordinates-{Path(source).stem}-{scaling.kind}.png"
-    coordinates.draw(
-        slopes, plot, f"{Path(source).stem}, {scaling.kind}: change after {steps} steps"
-    )
+    coordinates.draw(slopes, plot, f"{name}: change after {steps} steps")
     if as_json:
-        output.print_json(
-            {
-                "slopes": {each.name: {**asdict(each), "passed": each.passed} for each in slopes},
-                "passed": passed,
-                "plot": str(plot),
-            }
-        )
+        rows = {each.name: {**asdict(each), "passed": each.passed} for each in slopes}
+        output.print_json({"slopes": rows, "passed": passed, "plot": str(plot)})
     else:
-        show(slopes, Console())
+        show_slopes(slopes, Console())
         Console().print(f"plot: {plot}", highlight=False, soft_wrap=True)
-    if not passed:
-        raise typer.Exit(1)
+    return passed
+
+
+def _search(
+    run: Run,
+    widths: list[int],
+    seeds: int,
+    octaves: int,
+    memory: float | None,
+    folder: Path,
+    name: str,
+    as_json: bool,
+) -> bool:
+    from mukv import runs, transfer
+
+    search = transfer.Search(
+        run.model,
+        run.train,
+        runs.open_corpus(run),
+        run.data.packing,
+        widths,
+        seeds,
+        folder,
+        octaves,
+        None if memory is None else int(memory * GIGABYTE),
+    )
+    found = search.run()
+    transfer.draw(search, found, folder / "transfer.png", name)
+    if as_json:
+        output.print_json({**transfer.facts(search, found), "folder": str(folder)})
+    else:
+        show_transfer(found, Console())
+        Console().print(f"losses and plot: {folder}", highlight=False, soft_wrap=True)
+    return found.passed
+
+
+@app.command()
+def sweep(
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset or a YAML file.")],
+    given: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="key=RANGE...",
+            help="LOW..HIGH[:log][:COUNT] or A,B,C; anything else holds for every trial.",
+        ),
+    ],
+    sampler: Annotated[
+        str | None, typer.Option(help="grid, random, tpe, gp; default: grid if ranges are, or tpe.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Of random, tpe and gp.")] = 16,
+    pruner: Annotated[str, typer.Option(help="none, median, halving.")] = "none",
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    together: Annotated[
+        int, typer.Option(help="Points that this process takes from the queue at a time.")
+    ] = 16,
+    memory: Memory = None,
+    patience: Annotated[
+        float, typer.Option(help="Seconds without life after which a trial counts as killed.")
+    ] = 60.0,
+    storage: Annotated[
+        str | None, typer.Option(help="A database's URL; default: a file in the folder.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder; the same one joins the study.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search for numbers; the same command in another process or on another machine joins.
+
+    Points that differ only in numbers are trained in one program. Trials are run directories.
+
+    Example: `mukv sweep tiny train.learning_rate=1e-3..3e-2:log:6 train.seed=0,1`
+    """
+    from mukv.search.space import split
+
+    space, overrides = split(given)
+    gridded = all(part.values is not None for part in space.values())
+    launch.prepare()
+    from mukv.search.study import Settings
+    from mukv.search.sweep import Sweep
+
+    settings = Settings(sampler or ("grid" if gridded else "tpe"), pruner, trials, seed, patience)
+    swept = Sweep(
+        source,
+        overrides,
+        space,
+        settings,
+        out or Path("runs") / f"sweep-{Path(source).stem}",
+        storage,
+        together,
+        None if memory is None else int(memory * GIGABYTE),
+    )
+    swept.work()
+    results = swept.results()
+    if as_json:
+        output.print_json(results)
+    else:
+        show_sweep(results, list(space), Console())
 
 
 def parse_widths(text: str) -> list[int]:
@@ -87,7 +209,7 @@ def parse_widths(text: str) -> list[int]:
         raise BadInput("--widths", text, "whole numbers separated by commas") from None
 
 
-def show(slopes: Sequence[Slope], console: Console) -> None:
+def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
     """A verdict for each activation."""
     columns = ("slope", "interval", "limit", "verdict")
     table = Table("change of", *columns, box=None, pad_edge=False)
@@ -101,3 +223,39 @@ def show(slopes: Sequence[Slope], console: Console) -> None:
             "flat" if each.passed else verdict,
         )
     console.print(table)
+
+
+def show_transfer(found: Transfer, console: Console) -> None:
+    """The optimum of each width, and the verdict."""
+    table = Table("width", "best learning rate", "interval", "loss", box=None, pad_edge=False)
+    for width, each in found.optima.items():
+        table.add_row(
+            str(width),
+            f"{2**each.rate:.3g}" + ("" if each.inside else " (at the edge)"),
+            f"{2**each.low:.3g} to {2**each.high:.3g}",
+            f"{each.loss:.4f}",
+        )
+    console.print(table)
+    verdict = "[bold green]transfers[/]" if found.passed else "[bold red]does not transfer[/]"
+    console.print(
+        f"drift {found.drift:+.2f} ({found.low:+.2f} to {found.high:+.2f}) octaves per octave of "
+        f"width; the narrowest one's rate costs the widest {found.gap:.3f} nats: {verdict}",
+        soft_wrap=True,
+    )
+
+
+def show_sweep(results: dict[str, Any], names: Sequence[str], console: Console) -> None:
+    """The best trials."""
+    table = Table(*names, "validation loss", "run", box=None, pad_edge=False)
+    for row in results["rows"][:10]:
+        loss = row["validation_loss"]
+        end = f"{loss:.4f}" if loss is not None else str(row["reason"] or row["state"])
+        values = [f"{v:.4g}" if isinstance(v := row.get(n), float) else str(v) for n in names]
+        table.add_row(*values, end, row["run"])
+    console.print(table)
+    console.print(
+        f"{results['complete']} of {results['trials']} trials complete; all of them, with a plot: "
+        f"{results['study']}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -23,4 +23,7 @@ Weights = Mapping[str, Any]
 Tokens = Int[Array, "batch token"]
 Residual = Float[Array, "batch token embed"]
 
-__all__ = ["Array", "Bool", "Float", "Int", "Residual", "Tokens", "Weights"]
+Number = float | Array
+"""Of a configuration: an ordinary one, or traced where many runs are trained in one program."""
+
+__all__ = ["Array", "Bool", "Float", "Int", "Number", "Residual", "Tokens", "Weights"]

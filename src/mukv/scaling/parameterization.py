@@ -18,6 +18,7 @@ import jax
 
 from mukv.core.errors import BadInput
 from mukv.core.params import LAYER, Param, Role, map_params, named
+from mukv.core.typing import Array, Number
 from mukv.scaling.stability import (
     FULL,
     NONE,
@@ -106,10 +107,10 @@ class Resolved:
     """What a weight is given: deviation of its initial values; factors of its values in the
     forward pass, of the learning rate and of Adam's epsilon; and whether it decays."""
 
-    deviation: float
-    multiplier: float
-    learning_rate: float
-    epsilon: float
+    deviation: Number
+    multiplier: Number
+    learning_rate: Number
+    epsilon: Number
     decays: bool
 
 
@@ -182,7 +183,7 @@ class Scaling:
         """The weights as the forward pass sees them."""
         return map_params(
             lambda _, resolved, weight: (
-                weight if resolved.multiplier == 1 else weight * resolved.multiplier
+                weight * resolved.multiplier if changes(resolved.multiplier) else weight
             ),
             declared,
             self.resolve(declared, layers),
@@ -253,7 +254,7 @@ class Scaling:
         (a, _), (a_out, b_out) = self._exponents[role], self._exponents["readout"]
         return -a_out if role == "readout" else -(a_out + b_out) - a
 
-    def _constant(self, field: str, role: Role) -> float:
+    def _constant(self, field: str, role: Role) -> Number:
         return getattr(getattr(self, field), role)
 
     def _ratio(self, param: Param) -> float:
@@ -264,6 +265,11 @@ class Scaling:
     def _widths(self, param: Param, of_base: bool = False) -> list[tuple[str, int]]:
         base = self.base if of_base and self.base is not None else {}
         return [(name, base.get(name, param.dims[name])) for name in widths(param)]
+
+
+def changes(factor: Number) -> bool:
+    """Whether multiplying by it does anything; a traced one may."""
+    return isinstance(factor, Array) or factor != 1
 
 
 def widths(param: Param) -> tuple[str, ...]:

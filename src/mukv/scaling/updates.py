@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from mukv.core.errors import BadInput
-from mukv.core.typing import Array
+from mukv.core.typing import Array, Number
+from mukv.scaling.budget import Change
 from mukv.scaling.stability import Family
+
+AVERAGES = ("beta1", "beta2", "momentum")
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,23 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.weight_decay < 0:
             raise BadInput("weight_decay", self.weight_decay, "at least 0")
-        for name in ("beta1", "beta2", "momentum"):
+        for name in AVERAGES:
             if hasattr(self, name) and not 0 <= getattr(self, name) < 1:
                 raise BadInput(name, getattr(self, name), "at least 0 and below 1")
         for name in ("epsilon", "outer", "inner", "clip_threshold"):
             if getattr(self, name, 1) <= 0:
                 raise BadInput(name, getattr(self, name), "greater than 0")
+
+    def changed(self, change: Change) -> Any:
+        """For another batch or number of tokens. Raises BadInput where an average would have to
+        forget more than all."""
+        rules: dict[str, Callable[[float], float]] = {
+            "weight_decay": lambda decay: decay * change.decay,
+            "epsilon": lambda epsilon: epsilon * change.epsilon,
+            **dict.fromkeys(AVERAGES, lambda beta: 1 - (1 - beta) * change.forgetting),
+        }
+        there = {name: rule for name, rule in rules.items() if hasattr(self, name)}
+        return replace(self, **{name: rule(getattr(self, name)) for name, rule in there.items()})
 
     def direction(self, declared: Any, resolved: Any) -> optax.GradientTransformation:
         """Gradients to updates, before learning rates of the weights and decay."""
@@ -68,7 +82,7 @@ class Moments(NamedTuple):
 
 
 def adam(
-    beta1: float, beta2: float, ratio: Callable[..., Array], epsilons: Any
+    beta1: Number, beta2: Number, ratio: Callable[..., Array], epsilons: Any
 ) -> optax.GradientTransformation:
     """`ratio` of unbiased mean, unbiased mean square and each weight's epsilon."""
 

@@ -1,0 +1,170 @@
+"""One setting of the power scheduler for any horizon and batch, against cosine tuned for each.
+
+    python reproductions/power-scheduler/run.py
+
+Amplitude and exponent are fitted at two short horizons and one batch. They are then used as they
+are at four and eight times the longer one and at half and twice the batch, where cosine is swept
+over learning rates each time. Losses of finished points are kept in runs/power-scheduler. Writes
+results.json and figure.png beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mukv import config, launch, runs
+from mukv.core.files import write_atomic
+from mukv.data.tokens import TokenFile
+from mukv.figures import saved_figure
+from mukv.search.together import Point, Together
+
+Setting = tuple[str, str]
+HERE = Path(__file__).parent
+LENGTH, BATCH = 64, 16
+SHORT = (50, 100)
+EXPONENTS = (0.0, -0.25, -0.51, -0.75)
+RATES = tuple(2.0**-power for power in (8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5))
+"""Of cosine's peak, and of the power scheduler at the longer of the short horizons."""
+TARGETS = {"4 x tokens": (16, 400), "8 x tokens": (16, 800), "half batch": (8, 800),
+           "twice the batch": (32, 200)}  # fmt: skip
+"""Rows and steps; the last two have four times the tokens."""
+SEEDS = (0, 1, 2)
+MODEL = (
+    "model.d_model=64",
+    "model.attention={heads: 2, kv_heads: 2, head_dim: 32}",
+    "model.mlp.hidden=192",
+    "model.plan=[{repeats: 2}]",
+    f"train.length={LENGTH}",
+    "train.optimizer={kind: adam_atan2, weight_decay: 0}",
+    "train.validation_batches=64",
+)
+
+
+@dataclass
+class Bench:
+    """Losses by the overrides that gave them."""
+
+    path: Path
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path.exists():
+            self.losses = json.loads(self.path.read_text())
+        self.tokens: TokenFile = runs.open_corpus(config.load("tiny", MODEL))
+
+    def measure(
+        self, rows: int, steps: int, settings: Sequence[Setting], title: str
+    ) -> list[float]:
+        """Mean loss over seeds of each setting of the schedule."""
+        size = (f"train.batch={rows}", f"train.steps={steps}")
+        given = [(*size, *each) for each in settings]
+        keys = [(*each, f"train.seed={seed}") for each in given for seed in SEEDS]
+        todo = [key for key in keys if " ".join(key) not in self.losses]
+        for start in range(0, len(todo), 24):
+            part = todo[start : start + 24]
+            loaded = [config.load("tiny", [*MODEL, *key]) for key in part]
+            group = Together([Point(run.model, run.train) for run in loaded], self.tokens)
+            *_, last = group.run(title)
+            for key, row in zip(part, last.numbers, strict=True):
+                self.losses[" ".join(key)] = row["validation_loss"]
+            write_atomic(self.path, json.dumps(self.losses, indent=1))
+        values = [self.losses[" ".join(key)] for key in keys]
+        seeds = len(SEEDS)
+        return [statistics.mean(values[i : i + seeds]) for i in range(0, len(values), seeds)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/power-scheduler"))
+    given = parser.parse_args()
+    launch.prepare()
+    bench = Bench(given.runs / "losses.json")
+    seen = SHORT[-1] * BATCH * LENGTH
+    unit = BATCH * LENGTH / 4096
+
+    def power(rate: float, exponent: float) -> Setting:
+        """The setting whose rate is `rate` after the tokens of the longer short horizon."""
+        amplitude = rate / unit / seen**exponent
+        numbers = f"warmup: 10, decay: 0.2, amplitude: {amplitude}, exponent: {exponent}"
+        return "train.learning_rate=0.06", f"train.schedule={{kind: power, {numbers}}}"
+
+    results: dict[str, Any] = fit(bench, power)
+    fitted = power(results["rate"], results["exponent"])
+    short = bench.measure(BATCH, SHORT[-1], [peak(rate) for rate in RATES], "cosine, short")
+    results["cosine_short_rate"] = carried = RATES[short.index(min(short))]
+    results["targets"] = {}
+    for name, (rows, steps) in TARGETS.items():
+        swept = bench.measure(rows, steps, [peak(rate) for rate in RATES], f"cosine, {name}")
+        best = min(swept)
+        results["targets"][name] = {
+            "power": bench.measure(rows, steps, [fitted], f"power, {name}")[0],
+            "cosine_tuned": best,
+            "cosine_tuned_rate": RATES[swept.index(best)],
+            "cosine_at_edge": swept.index(best) in (0, len(RATES) - 1),
+            "cosine_not_tuned": swept[RATES.index(carried)],
+        }
+    write_atomic(HERE / "results.json", json.dumps(results, indent=1) + "\n")
+    show(results)
+    draw(results["targets"])
+
+
+def peak(rate: float) -> Setting:
+    schedule = "train.schedule={kind: cosine, warmup: 10, final: 0}"
+    return f"train.learning_rate={rate}", schedule
+
+
+def fit(bench: Bench, power: Any) -> dict[str, Any]:
+    """The setting with the lowest sum of losses over the short horizons."""
+    grid = [(rate, exponent) for exponent in EXPONENTS for rate in RATES[1:-1]]
+    settings = [power(*each) for each in grid]
+    by_horizon = [bench.measure(BATCH, steps, settings, f"{steps} steps") for steps in SHORT]
+    total = [sum(each) for each in zip(*by_horizon, strict=True)]
+    rate, exponent = grid[total.index(min(total))]
+    return {
+        "rate": rate,
+        "exponent": exponent,
+        "short": dict(zip(map(str, grid), total, strict=True)),
+    }
+
+
+def show(results: Mapping[str, Any]) -> None:
+    title = f"fitted: {results['rate']:.4f} after the short horizon, exponent {results['exponent']}"
+    table = Table("", "power, as fitted", "cosine, tuned", "at", "cosine, not tuned", title=title)
+    for name, row in results["targets"].items():
+        table.add_row(
+            name,
+            f"{row['power']:.4f}",
+            f"{row['cosine_tuned']:.4f}",
+            f"{row['cosine_tuned_rate']:.4f}" + (" (edge)" if row["cosine_at_edge"] else ""),
+            f"{row['cosine_not_tuned']:.4f}",
+        )
+    Console(width=110).print(table)
+
+
+def draw(targets: Mapping[str, Mapping[str, float]]) -> None:
+    with saved_figure(HERE / "figure.png", (7, 3.6), "Loss beyond cosine tuned for each") as figure:
+        axes = figure.subplots()
+        names = list(targets)
+        for shift, (key, label) in enumerate(
+            [("power", "power, as fitted"), ("cosine_not_tuned", "cosine at the short best rate")]
+        ):
+            gaps = [targets[name][key] - targets[name]["cosine_tuned"] for name in names]
+            axes.bar([i + 0.4 * shift - 0.2 for i in range(len(names))], gaps, 0.38, label=label)
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_ylabel("nats per token")
+        axes.grid(alpha=0.3, axis="y")
+        axes.legend()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""A study: nothing is lost or repeated, whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+import mukv as package
+from mukv.core.errors import BadInput
+from mukv.search.space import Choice
+from mukv.search.study import Settings, Study, storage_of
+from tests.conftest import MINUSCULE
+from tests.processes import finish, start
+
+SPACE = {"x": Choice((1, 2, 3, 4))}
+
+
+def study(folder, patience=60.0, sampler="grid", **facts):
+    return Study(
+        storage_of(folder), "s", SPACE, Settings(sampler, trials=4, patience=patience), facts
+    )
+
+
+def arguments(token_file, out, *more):
+    return ["sweep", "tiny", *MINUSCULE, f"data.path={token_file}", "--out", out, *more]
+
+
+def test_a_sweep(mukv, token_file, tmp_path):
+    given = arguments(
+        token_file, tmp_path / "s", "train.learning_rate=1e-3..1e-2:log:2", "train.seed=0,1"
+    )
+    done = mukv(*given, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["trials"] == facts["complete"] == 4
+    assert facts["best"] == min(facts["rows"], key=lambda row: row["validation_loss"])
+    assert (tmp_path / "s" / "sweep.png").stat().st_size > 5_000
+    trial = package.load(facts["best"]["run"])
+    assert trial.decoder.d_model == 32
+    # Nothing is left to do: at once, and the same.
+    again = json.loads(mukv(*given, "--json").stdout.splitlines()[-1])
+    assert again == facts
+    other = mukv(*given, "train.steps=4")
+    assert other.returncode == 2
+    assert "train.steps: got 4; the study" in other.stderr
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_samplers_and_pruning(mukv, token_file, tmp_path, sampler):
+    more = ("train.evaluate_every=1", "train.learning_rate=1e-4..1e30:log", "--sampler", sampler)
+    done = mukv(
+        *arguments(
+            token_file,
+            tmp_path / "s",
+            *more,
+            "--trials",
+            6,
+            "--pruner",
+            "median",
+            "--together",
+            3,
+            "--json",
+        )
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["trials"] == 6
+    assert facts["complete"] > 0
+    for row in facts["rows"]:
+        assert row["state"] == ("complete" if row["validation_loss"] is not None else "pruned")
+        assert row["validation_loss"] is not None or row["reason"]
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+def test_who_is_killed_gives_back_the_same_point(tmp_path, sampler):
+    one, two = study(tmp_path, sampler=sampler), study(tmp_path, patience=0.01, sampler=sampler)
+    one.heal()
+    two.heal()
+    ((killed, values),) = one.take(1)
+    time.sleep(0.05)
+    two.heal()
+    taken = dict(Counter())
+    for trial, found in two.take(9):
+        taken[trial.user_attrs["point"]] = found
+        two.tell(trial, 0.0)
+    assert sorted(taken) == [0, 1, 2, 3]
+    assert taken[killed.user_attrs["point"]] == values
+    assert two.finished()
+
+
+def test_of_two_trials_of_one_point_one_is_done(tmp_path):
+    one = study(tmp_path)
+    one.heal()
+    one.study.enqueue_trial({"x": 1}, user_attrs={"point": 0})
+    assert len(one.take(9)) == 4
+    states = Counter(trial.state for trial in one.study.get_trials())
+    assert states == {TrialState.RUNNING: 4, TrialState.FAIL: 1}
+
+
+def test_a_study_of_something_else_is_refused(tmp_path):
+    study(tmp_path, steps=3)
+    with pytest.raises(BadInput, match=r"steps: got 4; the study s in .* has 3"):
+        study(tmp_path, steps=4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["train.learning_rate=1e-2..1e-3"], "did you mean 0.001..0.01"),
+        (["train.learning_rat=1,2"], "learning_rate"),
+        (["train.learning_rate=-1,1"], "train.learning_rate: got -1"),
+        (["train.seed=0,1", "--sampler", "grud"], "grid"),
+        (["train.seed=0,1", "--trials", 0, "--sampler", "tpe"], "--trials: got 0"),
+        (["train.seed=0,1", "--storage", "nonsense"], "--storage: got 'nonsense'; a database"),
+        (["train.steps=3"], "sweep: got"),
+    ],
+)
+def test_bad_input(mukv, token_file, tmp_path, given, message):
+    done = mukv(*arguments(token_file, tmp_path / "s", *given))
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_four_workers_of_which_one_is_killed(token_file, tmp_path):
+    out = tmp_path / "s"
+    given = arguments(
+        token_file, out, "train.steps=40", "train.learning_rate=1e-3..1e-2:log:8", "train.seed=0,1",
+        "--together", 1, "--patience", 5,
+    )  # fmt: skip
+    workers = [start(*given) for _ in range(4)]
+    victim = workers[0]
+    started = out / "trials"
+    while len(list(started.glob("*/metrics.jsonl"))) < 4 and victim.poll() is None:
+        time.sleep(0.02)
+    victim.kill()
+    victim.communicate()
+    for worker in workers[1:]:
+        status, _, error = finish(worker)
+        assert status == 0, error
+    found = optuna.load_study(study_name="s", storage=storage_of(out)).get_trials()
+    complete = Counter(t.user_attrs["point"] for t in found if t.state == TrialState.COMPLETE)
+    assert complete == dict.fromkeys(range(16), 1)
+    assert {t.state for t in found} <= {TrialState.COMPLETE, TrialState.FAIL}
+    assert json.loads((out / "results.json").read_text())["complete"] == 16
