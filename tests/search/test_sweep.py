@@ -131,7 +131,7 @@ def test_four_workers_of_which_one_is_killed(token_file, tmp_path):
     out = tmp_path / "s"
     given = arguments(
         token_file, out, "train.steps=40", "train.learning_rate=1e-3..1e-2:log:8", "train.seed=0,1",
-        "--together", 1, "--patience", 5,
+        "--together", 1, "--patience", 30,
     )  # fmt: skip
     workers = [start(*given) for _ in range(4)]
     victim = workers[0]
@@ -141,7 +141,7 @@ def test_four_workers_of_which_one_is_killed(token_file, tmp_path):
     victim.kill()
     victim.communicate()
     for worker in workers[1:]:
-        status, _, error = finish(worker)
+        status, _, error = finish(worker, 300)
         assert status == 0, error
     found = optuna.load_study(study_name="s", storage=storage_of(out)).get_trials()
     complete = Counter(t.user_attrs["point"] for t in found if t.state == TrialState.COMPLETE)

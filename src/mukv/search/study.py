@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import DBAPIError
 
 from mukv.core.errors import BadInput, unknown_name
 from mukv.search.space import Space, grid, random
@@ -33,6 +35,7 @@ PRUNERS = {
 POINT, ALIVE, FACTS = "point", "alive", "sweep"
 """Names of what is kept with a trial (the point that it tries; when it last showed life) and with
 a study (what it is of)."""
+ATTEMPTS = 6
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -81,24 +84,34 @@ class Study:
         """Raises BadInput for a database that can't be used, or a study of something else."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.points = self.settings.points(self.space)
-        lite = self.storage.startswith("sqlite:")
-        # Writers of one file wait for each other.
-        waiting = {"connect_args": {"timeout": 120}} if lite else {}
         try:
-            storage = optuna.storages.RDBStorage(self.storage, engine_kwargs=waiting)
-            self.study = optuna.create_study(
-                storage=storage,
-                study_name=self.name,
-                sampler=self._sampler(0),
-                pruner=PRUNERS[self.settings.pruner](),
-                load_if_exists=True,
-            )
+            self.study = self._joined()
         except ImportError as error:
             raise BadInput("--storage", self.storage, f"needs a package: {error}") from error
         except Exception as error:  # SQLAlchemy's many
             reason = str(error).splitlines()[0]
             raise BadInput("--storage", self.storage, f"a database ({reason})") from error
         self._require_same()
+
+    def _joined(self) -> optuna.Study:
+        # Writers of one file wait for each other.
+        lite = self.storage.startswith("sqlite:")
+        waiting = {"connect_args": {"timeout": 120}} if lite else {}
+        for attempt in range(ATTEMPTS):
+            try:
+                return optuna.create_study(
+                    storage=optuna.storages.RDBStorage(self.storage, engine_kwargs=waiting),
+                    study_name=self.name,
+                    sampler=self._sampler(0),
+                    pruner=PRUNERS[self.settings.pruner](),
+                    load_if_exists=True,
+                )
+            except DBAPIError:
+                # Workers that begin together all create the tables; all but one are refused.
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(0.2 * 2**attempt)
+        raise AssertionError
 
     def _require_same(self) -> None:
         now = json.loads(json.dumps(self.facts, default=str))
@@ -170,12 +183,25 @@ class Study:
             taken.append((trial, values))
         return taken
 
+    def report(self, trial: Trial, value: float, step: int) -> bool:
+        """Tell of a trial in progress; whether it should go on: it may lag, or have been taken
+        over by another who saw no life in it."""
+        try:
+            trial.report(value, step)
+        except UpdateFinishedTrialError:
+            return False
+        return not trial.should_prune()
+
     def tell(self, trial: Trial, value: float | None, why: str | None = None) -> None:
-        """How a trial ended: with a value, or with none and the reason."""
-        if why is not None:
-            trial.set_user_attr("reason", why)
-        state = TrialState.COMPLETE if value is not None else TrialState.PRUNED
-        self.study.tell(trial, value, state=state, skip_if_finished=True)
+        """How a trial ended: with a value, or with none and the reason. Nothing if another has
+        taken it over."""
+        try:
+            if why is not None:
+                trial.set_user_attr("reason", why)
+            state = TrialState.COMPLETE if value is not None else TrialState.PRUNED
+            self.study.tell(trial, value, state=state, skip_if_finished=True)
+        except UpdateFinishedTrialError:
+            pass
         self.mine.pop(trial.number, None)
 
     def finished(self) -> bool:

@@ -129,8 +129,8 @@ class Sweep:
                     group.stopped.add(index)
                 elif OBJECTIVE in numbers:
                     last[index] = numbers[OBJECTIVE]
-                    trial.report(numbers[OBJECTIVE], report.step)
-                    if report.step < group.training.steps and trial.should_prune():
+                    on = self.study.report(trial, numbers[OBJECTIVE], report.step)
+                    if report.step < group.training.steps and not on:
                         self.study.tell(trial, None, f"pruned at step {report.step}")
                         group.stopped.add(index)
         for index, (trial, _) in enumerate(members):
