@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,6 @@ def saved_figure(path: Path, size: tuple[float, float], title: str | None = None
         if title:
             figure.suptitle(title)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial.png")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial.png")
         figure.savefig(partial, dpi=150)
         partial.replace(path)
