@@ -22,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mukv.core import manifest
 from mukv.core.errors import BadInput, Failed
+from mukv.core.files import telling_disk_errors
 from mukv.core.manifest import Damaged, reason
 
 STATE, MANIFEST = "state", "manifest"
@@ -77,13 +78,10 @@ class Checkpoints:
             create=not read_only,
             cleanup_tmp_directories=not read_only,
         )
-        try:
+        with telling_disk_errors(self.folder):
             if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.manager = ocp.CheckpointManager(self.folder, options=options)
-        except OSError as error:
-            problem = error.strerror or str(error)
-            raise BadInput(str(self.folder), problem, "a folder that can be written") from error
 
     def __enter__(self) -> Checkpoints:
         return self
