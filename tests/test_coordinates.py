@@ -9,6 +9,7 @@ import pytest
 
 from mukv import coordinates
 from mukv.core.errors import BadInput
+from mukv.scaling import parameterization
 from mukv.scaling.optimizers import AdamAtan2
 from mukv.training import Training
 from tests.laws import matrix
@@ -20,19 +21,40 @@ TRAINING = Training(
 )
 
 
-def steepest(**scaling):
-    model = dataclasses.replace(MODEL, scaling=dataclasses.replace(MODEL.scaling, **scaling))
-    slopes = coordinates.check(model, TRAINING, batch(0), (16, 64), seeds=2, steps=6)
-    return max(each.slope for each in slopes if each.name.endswith(("attention", "mlp")))
+def slopes(model=MODEL, **scaling):
+    """Of what attention and MLP give, sorted."""
+    model = dataclasses.replace(model, scaling=dataclasses.replace(model.scaling, **scaling))
+    found = coordinates.check(model, TRAINING, batch(0), (16, 64), seeds=2, steps=6)
+    return sorted(each.slope for each in found if each.name.endswith(("attention", "mlp")))
 
 
 @pytest.mark.parametrize("kind", ["sp", "mup"])
 def test_full_alignment_is_flat(kind):
-    assert abs(steepest(kind=kind)) < 0.25
+    found = slopes(kind=kind)
+    assert max(map(abs, found)) < coordinates.LIMIT
+
+
+@pytest.mark.parametrize("attention", [*matrix.ATTENTIONS][1:])
+def test_every_attention_is_flat(attention):
+    found = slopes(matrix.build(attention, "rope", "plain"), kind="mup")
+    assert max(map(abs, found)) < coordinates.LIMIT
 
 
 def test_one_rate_for_all_widths_is_caught():
-    assert steepest(alignment="ignored") > 0.4
+    assert slopes(alignment="ignored")[-1] > coordinates.LIMIT
+
+
+def test_a_rate_half_an_exponent_off_is_caught(monkeypatch):
+    rates = parameterization.LEARNING_RATES["adam", "full"]
+    embedding, hidden, readout = rates["sp"]
+    monkeypatch.setitem(rates, "sp", (embedding, hidden + 0.5, readout))
+    assert slopes()[-1] > coordinates.LIMIT
+
+
+def test_a_deviation_that_was_meant_as_a_variance_is_caught(monkeypatch):
+    embedding, (a, b), readout = parameterization.EXPONENTS["sp"]
+    monkeypatch.setitem(parameterization.EXPONENTS, "sp", (embedding, (a, 2 * b), readout))
+    assert slopes()[0] < -coordinates.LIMIT
 
 
 def test_a_slope_is_fitted_with_its_interval():

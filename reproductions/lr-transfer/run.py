@@ -98,7 +98,7 @@ def draw(found: dict[str, tuple[transfer.Search, transfer.Transfer]]) -> None:
             axes.set(title=f"{name}\ndrift {each.drift:+.2f}", xlabel="log2 learning rate")
             axes.grid(alpha=0.3)
         lowest = min(o.loss for _, each in found.values() for o in each.optima.values())
-        panels[0].set(ylabel="validation loss, nats per token", ylim=(lowest - 0.05, lowest + 1.0))
+        panels[0].set(ylabel="validation loss, nats per token", ylim=(lowest - 0.05, lowest + 0.6))
         panels[0].legend(title="width")
 
 
