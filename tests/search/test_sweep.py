@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 import mukv as package
 from mukv.core.errors import BadInput
-from mukv.search.space import Choice
+from mukv.search.space import Choice, Interval
 from mukv.search.study import Settings, Study, storage_of
 from tests.conftest import MINUSCULE
 from tests.processes import finish, start
@@ -91,6 +91,21 @@ def test_who_is_killed_gives_back_the_same_point(tmp_path, sampler):
     assert sorted(taken) == [0, 1, 2, 3]
     assert taken[killed.user_attrs["point"]] == values
     assert two.finished()
+
+
+def test_a_sampler_that_learns_is_asked_in_rounds(tmp_path):
+    settings = Settings("tpe", trials=24)
+    space = {"x": Interval(0.0, 1.0)}
+    learning = Study(storage_of(tmp_path), "s", space, settings, {})
+    learning.heal()
+    losses = []
+    while taken := learning.take(settings.at_once):
+        for trial, values in taken:
+            losses.append((values["x"] - 0.3) ** 2)
+            learning.tell(trial, losses[-1])
+    assert len(losses) == 24
+    assert sum(losses[-8:]) < 0.3 * sum(losses[:8])
+    assert [Settings(name, trials=24).at_once for name in ("grid", "gp")] == [16, 3]
 
 
 def test_of_two_trials_of_one_point_one_is_done(tmp_path):

@@ -154,8 +154,12 @@ def sweep(
     pruner: Annotated[str, typer.Option(help="none, median, halving.")] = "none",
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     together: Annotated[
-        int, typer.Option(help="Points that this process takes from the queue at a time.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            help="Points that this process takes from the queue at a time; default: 16, or an "
+            "eighth of the trials for samplers that learn (tpe, gp)."
+        ),
+    ] = None,
     memory: Memory = None,
     patience: Annotated[
         float, typer.Option(help="Seconds without life after which a trial counts as killed.")

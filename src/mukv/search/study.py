@@ -36,6 +36,8 @@ POINT, ALIVE, FACTS = "point", "alive", "sweep"
 """Names of what is kept with a trial (the point that it tries; when it last showed life) and with
 a study (what it is of)."""
 ATTEMPTS = 6
+AT_ONCE, ROUNDS = 16, 8
+"""Points that a worker takes at a time; of a sampler that learns, in how many rounds at least."""
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -59,6 +61,16 @@ class Settings:
             raise BadInput("--trials", self.trials, "at least 1")
         if self.patience <= 0:
             raise BadInput("--patience", self.patience, "more than 0 seconds")
+
+    @property
+    def at_once(self) -> int:
+        """Points that a worker takes from the queue at a time: few of a sampler that learns from
+        what came of those before."""
+        return min(AT_ONCE, max(1, self.trials // ROUNDS)) if self.learns else AT_ONCE
+
+    @property
+    def learns(self) -> bool:
+        return self.sampler in ("tpe", "gp")
 
     def points(self, space: Space) -> list[dict[str, Any]]:
         """What the queue begins with; nothing of a point that is left to the sampler."""
@@ -130,12 +142,15 @@ class Study:
 
     def _sampler(self, point: int) -> optuna.samplers.BaseSampler:
         seed = self.settings.seed + point
+        # Drawn at random before the sampler has something to learn from; Optuna's 10 would be
+        # most of a short study.
+        first = min(10, max(2, self.settings.trials // 3))
         if self.settings.sampler == "tpe":
-            return optuna.samplers.TPESampler(seed=seed)
+            return optuna.samplers.TPESampler(n_startup_trials=first, seed=seed)
         if self.settings.sampler == "gp":
             if not all(map(find_spec, ("scipy", "torch"))):
                 raise BadInput("--sampler", "gp", "needs an extra: pip install 'mukv[gp]'")
-            return optuna.samplers.GPSampler(seed=seed)
+            return optuna.samplers.GPSampler(n_startup_trials=first, seed=seed)
         return optuna.samplers.RandomSampler(seed=seed)
 
     # The queue

@@ -38,8 +38,9 @@ OBJECTIVE = "validation_loss"
 
 @dataclass
 class Sweep:
-    """source, overrides: as of `mukv train`. together: points that a worker takes at a time.
-    memory: bytes that a program may take; None for `free_memory`."""
+    """source, overrides: as of `mukv train`. together: points that a worker takes at a
+    time; None for the settings' own number. memory: bytes that a program may take; None for
+    `free_memory`."""
 
     source: str
     overrides: Sequence[str]
@@ -47,12 +48,12 @@ class Sweep:
     settings: Settings
     folder: Path
     storage: str | None = None
-    together: int = 16
+    together: int | None = None
     memory: int | None = None
 
     def __post_init__(self) -> None:
         """Raises BadInput where a point of the space makes no run, before any is trained."""
-        if self.together < 1:
+        if self.together is not None and self.together < 1:
             raise BadInput("--together", self.together, "at least 1")
         self.base = config.load(self.source, self.overrides)
         points = self.settings.points(self.space)
@@ -81,7 +82,7 @@ class Sweep:
         with self.study.alive():
             while True:
                 self.study.heal()
-                taken = self.study.take(self.together)
+                taken = self.study.take(self.together or self.settings.at_once)
                 if taken:
                     self._train(taken)
                 elif self.study.finished():
