@@ -4,8 +4,9 @@
 
 Amplitude and exponent are fitted at two short horizons and one batch. They are then used as they
 are at four and eight times the longer one and at half and twice the batch, where cosine is swept
-over learning rates each time. Losses of finished points are kept in runs/power-scheduler. Writes
-results.json and figure.png beside this file.
+over learning rates each time. Beside it cosine with the rate of the short horizon, as it is and as
+either rule of `train.budget` changes it. Losses of finished points are kept in
+runs/power-scheduler. Writes results.json and figure.png beside this file.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from mukv import config, launch, runs
 from mukv.core.files import write_atomic
 from mukv.data.tokens import TokenFile
 from mukv.figures import saved_figure
+from mukv.scaling.budget import BUDGETS
 from mukv.search.together import Point, Together
 
-Setting = tuple[str, str]
+Setting = tuple[str, ...]
 HERE = Path(__file__).parent
 LENGTH, BATCH = 64, 16
 SHORT = (50, 100)
@@ -38,6 +40,13 @@ TARGETS = {"4 x tokens": (16, 400), "8 x tokens": (16, 800), "half batch": (8, 8
            "twice the batch": (32, 200)}  # fmt: skip
 """Rows and steps; the last two have four times the tokens."""
 SEEDS = (0, 1, 2)
+LABELS = {
+    "cosine_tuned": "cosine, tuned here",
+    "power": "power scheduler, as fitted",
+    "cosine_not_tuned": "cosine at the short rate",
+    "cosine_sde": "the same, by the sde rule",
+    "cosine_power": "the same, by the power rule",
+}
 MODEL = (
     "model.d_model=64",
     "model.attention={heads: 2, kv_heads: 2, head_dim: 32}",
@@ -111,6 +120,12 @@ def main() -> None:
             "cosine_tuned_rate": RATES[swept.index(best)],
             "cosine_at_edge": swept.index(best) in (0, len(RATES) - 1),
             "cosine_not_tuned": swept[RATES.index(carried)],
+            **{
+                f"cosine_{kind}": bench.measure(
+                    rows, steps, [(*peak(carried), rule(kind))], f"{kind}, {name}"
+                )[0]
+                for kind in BUDGETS
+            },
         }
     write_atomic(HERE / "results.json", json.dumps(results, indent=1) + "\n")
     show(results)
@@ -120,6 +135,11 @@ def main() -> None:
 def peak(rate: float) -> Setting:
     schedule = "train.schedule={kind: cosine, warmup: 10, final: 0}"
     return f"train.learning_rate={rate}", schedule
+
+
+def rule(kind: str) -> str:
+    tuned = f"batch: {BATCH * LENGTH}, tokens: {BATCH * LENGTH * SHORT[-1]}"
+    return f"train.budget={{kind: {kind}, {tuned}}}"
 
 
 def fit(bench: Bench, power: Any) -> dict[str, Any]:
@@ -138,27 +158,23 @@ def fit(bench: Bench, power: Any) -> dict[str, Any]:
 
 def show(results: Mapping[str, Any]) -> None:
     title = f"fitted: {results['rate']:.4f} after the short horizon, exponent {results['exponent']}"
-    table = Table("", "power, as fitted", "cosine, tuned", "at", "cosine, not tuned", title=title)
+    table = Table("", *LABELS.values(), "tuned at", title=title)
     for name, row in results["targets"].items():
-        table.add_row(
-            name,
-            f"{row['power']:.4f}",
-            f"{row['cosine_tuned']:.4f}",
-            f"{row['cosine_tuned_rate']:.4f}" + (" (edge)" if row["cosine_at_edge"] else ""),
-            f"{row['cosine_not_tuned']:.4f}",
-        )
-    Console(width=110).print(table)
+        edge = " (edge)" if row["cosine_at_edge"] else ""
+        losses = (f"{row[key]:.4f}" for key in LABELS)
+        table.add_row(name, *losses, f"{row['cosine_tuned_rate']:.4f}{edge}")
+    Console(width=140).print(table)
 
 
 def draw(targets: Mapping[str, Mapping[str, float]]) -> None:
     with saved_figure(HERE / "figure.png", (7, 3.6), "Loss beyond cosine tuned for each") as figure:
         axes = figure.subplots()
         names = list(targets)
-        for shift, (key, label) in enumerate(
-            [("power", "power, as fitted"), ("cosine_not_tuned", "cosine at the short best rate")]
-        ):
+        compared = [key for key in LABELS if key != "cosine_tuned"]
+        for shift, key in enumerate(compared):
             gaps = [targets[name][key] - targets[name]["cosine_tuned"] for name in names]
-            axes.bar([i + 0.4 * shift - 0.2 for i in range(len(names))], gaps, 0.38, label=label)
+            places = [i + 0.2 * (shift - 1.5) for i in range(len(names))]
+            axes.bar(places, gaps, 0.19, label=LABELS[key])
         axes.axhline(0, color="black", lw=0.8)
         axes.set_xticks(range(len(names)), names)
         axes.set_ylabel("nats per token")
