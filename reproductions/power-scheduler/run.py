@@ -3,10 +3,11 @@
     python reproductions/power-scheduler/run.py
 
 Amplitude and exponent are fitted at two short horizons and one batch. They are then used as they
-are at four and eight times the longer one and at half and twice the batch, where cosine is swept
-over learning rates each time. Beside it cosine with the rate of the short horizon, as it is and as
-either rule of `train.budget` changes it. Losses of finished points are kept in
-runs/power-scheduler. Writes results.json and figure.png beside this file.
+are at four and eight times the longer one and at half and twice the batch, where cosine is tuned
+each time. Beside it cosine with the rate of the short horizon, as it is and as either rule of
+`train.budget` changes it. Rates are tuned in half octaves, until those beside the best are worse.
+Losses of finished points are kept in runs/power-scheduler. Writes results.json and figure.png
+beside this file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ HERE = Path(__file__).parent
 LENGTH, BATCH = 64, 16
 SHORT = (50, 100)
 EXPONENTS = (0.0, -0.25, -0.51, -0.75)
-RATES = tuple(2.0**-power for power in (8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5))
-"""Of cosine's peak, and of the power scheduler at the longer of the short horizons."""
+FIRST = -7.0
+"""log2 of the rate that tuning begins at."""
 TARGETS = {"4 x tokens": (16, 400), "8 x tokens": (16, 800), "half batch": (8, 800),
            "twice the batch": (32, 200)}  # fmt: skip
 """Rows and steps; the last two have four times the tokens."""
@@ -108,21 +109,28 @@ def main() -> None:
 
     results: dict[str, Any] = fit(bench, power)
     fitted = power(results["rate"], results["exponent"])
-    short = bench.measure(BATCH, SHORT[-1], [peak(rate) for rate in RATES], "cosine, short")
-    results["cosine_short_rate"] = carried = RATES[short.index(min(short))]
+
+    def cosine(rows: int, steps: int, title: str, start: float) -> dict[float, float]:
+        """Losses by log2 of the rate."""
+        return tuned(
+            lambda rates: bench.measure(rows, steps, [peak(2**rate) for rate in rates], title),
+            start,
+        )
+
+    carried = best_of(cosine(BATCH, SHORT[-1], "cosine, short", FIRST))
+    results["cosine_short_rate"] = 2**carried
     results["targets"] = {}
     for name, (rows, steps) in TARGETS.items():
-        swept = bench.measure(rows, steps, [peak(rate) for rate in RATES], f"cosine, {name}")
-        best = min(swept)
+        swept = cosine(rows, steps, f"cosine, {name}", carried)
+        best = best_of(swept)
         results["targets"][name] = {
             "power": bench.measure(rows, steps, [fitted], f"power, {name}")[0],
-            "cosine_tuned": best,
-            "cosine_tuned_rate": RATES[swept.index(best)],
-            "cosine_at_edge": swept.index(best) in (0, len(RATES) - 1),
-            "cosine_not_tuned": swept[RATES.index(carried)],
+            "cosine_tuned": swept[best],
+            "cosine_tuned_rate": 2**best,
+            "cosine_not_tuned": swept[carried],
             **{
                 f"cosine_{kind}": bench.measure(
-                    rows, steps, [(*peak(carried), rule(kind))], f"{kind}, {name}"
+                    rows, steps, [(*peak(2**carried), rule(kind))], f"{kind}, {name}"
                 )[0]
                 for kind in BUDGETS
             },
@@ -137,32 +145,51 @@ def peak(rate: float) -> Setting:
     return f"train.learning_rate={rate}", schedule
 
 
+def tuned(measure: Callable[[list[float]], list[float]], start: float) -> dict[float, float]:
+    """Losses by log2 of the rate, from `start` on, until the best has neighbours on both sides."""
+    losses: dict[float, float] = {}
+    best = start
+    while new := [rate for rate in (best - 0.5, best, best + 0.5) if rate not in losses]:
+        losses |= dict(zip(new, measure(new), strict=True))
+        best = best_of(losses)
+    return losses
+
+
+def best_of(losses: Mapping[Any, float]) -> Any:
+    return min(losses, key=lambda key: losses[key])
+
+
 def rule(kind: str) -> str:
     tuned = f"batch: {BATCH * LENGTH}, tokens: {BATCH * LENGTH * SHORT[-1]}"
     return f"train.budget={{kind: {kind}, {tuned}}}"
 
 
-def fit(bench: Bench, power: Any) -> dict[str, Any]:
+def fit(bench: Bench, power: Callable[[float, float], Setting]) -> dict[str, Any]:
     """The setting with the lowest sum of losses over the short horizons."""
-    grid = [(rate, exponent) for exponent in EXPONENTS for rate in RATES[1:-1]]
-    settings = [power(*each) for each in grid]
-    by_horizon = [bench.measure(BATCH, steps, settings, f"{steps} steps") for steps in SHORT]
-    total = [sum(each) for each in zip(*by_horizon, strict=True)]
-    rate, exponent = grid[total.index(min(total))]
-    return {
-        "rate": rate,
-        "exponent": exponent,
-        "short": dict(zip(map(str, grid), total, strict=True)),
-    }
+    sums: dict[tuple[float, float], float] = {}
+    for exponent in EXPONENTS:
+
+        def both(rates: list[float], exponent: float = exponent) -> list[float]:
+            settings = [power(2**rate, exponent) for rate in rates]
+            title = f"power, exponent {exponent}"
+            by_horizon = [bench.measure(BATCH, steps, settings, title) for steps in SHORT]
+            return [sum(each) for each in zip(*by_horizon, strict=True)]
+
+        sums |= {(rate, exponent): loss for rate, loss in tuned(both, FIRST).items()}
+    rate, exponent = best_of(sums)
+    short = [
+        {"log2_rate": rate, "exponent": exponent, "sum": loss}
+        for (rate, exponent), loss in sums.items()
+    ]
+    return {"rate": 2**rate, "exponent": exponent, "short": short}
 
 
 def show(results: Mapping[str, Any]) -> None:
     title = f"fitted: {results['rate']:.4f} after the short horizon, exponent {results['exponent']}"
     table = Table("", *LABELS.values(), "tuned at", title=title)
     for name, row in results["targets"].items():
-        edge = " (edge)" if row["cosine_at_edge"] else ""
         losses = (f"{row[key]:.4f}" for key in LABELS)
-        table.add_row(name, *losses, f"{row['cosine_tuned_rate']:.4f}{edge}")
+        table.add_row(name, *losses, f"{row['cosine_tuned_rate']:.4f}")
     Console(width=140).print(table)
 
 
