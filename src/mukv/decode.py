@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.cache import Cache, Slot
+from mukv.cache import Cache
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int, Weights
@@ -126,20 +126,17 @@ def _functions(model: Decoder, sampling: Sampling, compute: Compute) -> tuple[An
         return sampling.draw(logits, rows(key, jnp.zeros((), jnp.int32), len(count))), cache
 
     def block(
-        weights: Any, bodies: Any, tails: Any, state: tuple[Array, ...], key: Array
-    ) -> tuple[Array, Any, tuple[Array, ...]]:
-        length = state[0]
-
+        weights: Any, frozen: Any, live: Any, token: Array, number: Array, key: Array
+    ) -> tuple[Array, Any, Array, Array]:
         def step(carry: Any, _: None) -> tuple[Any, Array]:
-            tails, filled, token, number = carry
-            slots = tuple(Slot(body, tail) for body, tail in zip(bodies, tails, strict=True))
-            cache = Cache(slots, length, filled)
+            live, token, number = carry
+            cache = Cache.join(frozen, live)
             logits, cache = model.step(weights, cache, token, compute=compute)
             token = sampling.draw(logits, rows(key, number, len(token)))
-            return (tuple(s.tail for s in cache.slots), cache.filled, token, number + 1), token
+            return (cache.split()[1], token, number + 1), token
 
-        carry, tokens = jax.lax.scan(step, (tails, *state[1:]), length=BLOCK)
-        return tokens.T, carry[0], (length, *carry[1:])
+        (live, token, number), tokens = jax.lax.scan(step, (live, token, number), length=BLOCK)
+        return tokens.T, live, token, number
 
     return (
         jax.jit(prefill, donate_argnums=1),
@@ -186,30 +183,19 @@ def generate(
     if rows.done:
         return Generation(rows.tokens, cache_bytes, prefill_seconds, 0.0)
 
-    bodies, tails = _split(cache)
-    state = (cache.length, cache.filled, token, jnp.ones((), jnp.int32))
-    block = block.lower(weights, bodies, tails, state, key).compile()
+    frozen, live = cache.split()
+    number = jnp.ones((), jnp.int32)
+    block = block.lower(weights, frozen, live, token, number, key).compile()
     start = time.perf_counter()
     steps = 0
     while not rows.done:
         if steps and steps % sizes.tail == 0:
-            cache = fold(_join(bodies, tails, state))
-            bodies, tails = _split(cache)
-            state = (cache.length, cache.filled, *state[2:])
-        new, tails, state = block(weights, bodies, tails, state, key)
+            frozen, live = fold(Cache.join(frozen, live)).split()
+        new, live, token, number = block(weights, frozen, live, token, number, key)
         rows.add(np.asarray(new))
         steps += BLOCK
     seconds = time.perf_counter() - start
     return Generation(rows.tokens, cache_bytes, prefill_seconds, steps * len(prompts) / seconds)
-
-
-def _split(cache: Cache) -> tuple[Any, Any]:
-    return tuple(slot.body for slot in cache.slots), tuple(slot.tail for slot in cache.slots)
-
-
-def _join(bodies: Any, tails: Any, state: tuple[Array, ...]) -> Cache:
-    slots = tuple(Slot(body, tail) for body, tail in zip(bodies, tails, strict=True))
-    return Cache(slots, state[0], state[1])
 
 
 class _Rows:

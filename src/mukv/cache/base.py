@@ -9,7 +9,7 @@ from the number of tokens alone and need no memory. Nothing large is copied per 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,17 @@ class Cache:
     def position(self) -> Int[Array, " batch"]:
         """Position of the token that comes next in each row."""
         return self.length + self.filled
+
+    def split(self) -> tuple[Any, Any]:
+        """What a decode loop only reads, and what its steps write: the loop carries the latter."""
+        frozen = tuple(slot.body for slot in self.slots), self.length
+        return frozen, (tuple(slot.tail for slot in self.slots), self.filled)
+
+    @classmethod
+    def join(cls, frozen: Any, live: Any) -> Cache:
+        """The inverse of `split`."""
+        (bodies, length), (tails, filled) = frozen, live
+        return cls(tuple(map(Slot, bodies, tails)), length, filled)
 
     def nbytes(self) -> int:
         """Bytes as allocated (or as they would be, for abstract arrays)."""
