@@ -35,6 +35,8 @@ LOGITS_LIMIT = 0.35
 """Largest slopes that pass; logits start smaller than they become."""
 SIGMAS = 2.0
 """Half the width of a slope's interval, in standard errors."""
+INSIDE_A_HEAD = (".weights", ".query", ".key", ".value")
+"""Taps that are not checked: the logits tell of queries and keys, what is read of the values."""
 LEARNING_RATE = 2.0**-7
 
 
@@ -129,7 +131,7 @@ def _activations(trainer: Trainer, weights: Any, batch: Any) -> dict[str, Array]
         place = batch["position"], batch["segment"]
         hidden = model.hidden(scaled, batch["tokens"], *place, compute)
         model.logits(scaled, hidden, compute)
-    return {name: value for name, value in taps.items() if not name.endswith(".weights")}
+    return {name: value for name, value in taps.items() if not name.endswith(INSIDE_A_HEAD)}
 
 
 def _distance(after: Array, before: Array) -> Array:

@@ -132,12 +132,22 @@ def plain(query: Query, parts: Sequence[Part], scores: Scores) -> Out:
     total = jnp.where(total > 0, total, 1.0)
     if capturing():
         tap("weights", weights / total)
+        _show(query, parts)
     out, start = jnp.zeros((), jnp.float32), 0
     for part in parts:
         stop = start + part.position.shape[-1]
         share = jax.lax.slice_in_dim(weights, start, stop, axis=4)
         out, start = out + part.recalled.mixture(share), stop
     return (out / total).astype(query[0].dtype)
+
+
+def _show(query: Query, parts: Sequence[Part]) -> None:
+    """Tap what was multiplied and mixed, whatever form the variant keeps it in."""
+    heads = query[0].shape[1]
+    tap("query", jnp.concatenate(query, axis=-1))
+    keys, values = zip(*(part.recalled.dense(heads) for part in parts), strict=True)
+    tap("key", jnp.concatenate(keys, axis=2))
+    tap("value", jnp.concatenate(values, axis=2))
 
 
 def fused(

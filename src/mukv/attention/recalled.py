@@ -18,6 +18,7 @@ from mukv.position.base import Logits
 
 Query = tuple[Float[Array, "batch kv_heads group query _"], ...]
 """A query in as many pieces as the keys have."""
+Whole = Float[Array, "batch kv_heads key _"]
 
 
 class Recalled:
@@ -29,6 +30,10 @@ class Recalled:
 
     def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
         """Sum of the values times their weights, float32."""
+        raise NotImplementedError
+
+    def dense(self, heads: int) -> tuple[Whole, Whole]:
+        """Keys, their pieces joined, and values, of each of the KV heads that queries have."""
         raise NotImplementedError
 
     @property
@@ -57,6 +62,12 @@ class Dense(Recalled):
         batch, kv_heads, group, length, keys = weights.shape
         mixed = mixture(weights.reshape(batch, kv_heads, group * length, keys), self.value)
         return mixed.reshape(batch, kv_heads, group, length, -1)
+
+    def dense(self, heads: int) -> tuple[Whole, Whole]:
+        def each(piece: Array) -> Array:
+            return jnp.broadcast_to(piece, (len(piece), heads, *piece.shape[2:]))
+
+        return jnp.concatenate([each(key) for key in self.keys], axis=-1), each(self.value)
 
     @property
     def width(self) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mukv.attention.base import Attention, Queries
 from mukv.attention.entries import Entries
-from mukv.attention.recalled import Query, Recalled
+from mukv.attention.recalled import Query, Recalled, Whole
 from mukv.core.linear import project
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
@@ -102,6 +102,15 @@ class Factored(Recalled):
             preferred_element_type=jnp.float32,
         )
 
+    def dense(self, heads: int) -> tuple[Whole, Whole]:
+        return _joined(self.key_heads, self.key), _joined(self.value_heads, self.value)
+
     @property
     def width(self) -> int:
         return self.value.shape[-1]
+
+
+def _joined(
+    heads: Float[Array, "batch rank key heads"], vectors: Float[Array, "batch rank key head_dim"]
+) -> Whole:
+    return jnp.einsum("bnkh,bnkd->bhkd", heads, vectors) / vectors.shape[1]

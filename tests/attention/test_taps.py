@@ -1,0 +1,33 @@
+"""What analysis sees of a head is what the core computes with."""
+
+from __future__ import annotations
+
+
+import jax
+import numpy as np
+import pytest
+
+from mukv.core.tap import capture
+from tests.laws import matrix
+
+NAMES = [name for name in matrix.ATTENTIONS if name != "gqa-dressed"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_queries_keys_and_weights_fit_together(name):
+    """Without biases, caps and sinks: logits = query . key; causal weights sum to 1."""
+    model = matrix.build(name, "rope", "plain")
+
+    @jax.jit
+    def look(weights, ids):
+        with capture() as taps:
+            model.hidden(weights, ids, compute=matrix.EXACT)
+        return dict(taps)
+
+    taps = look(matrix.weights(model), matrix.tokens(2))
+    for layer in range(2):
+        seen = {key: taps[f"layer{layer}.{key}"] for key in ("query", "key", "value", "weights")}
+        logits = np.einsum("bhgqd,bhkd->bhgqk", seen["query"], seen["key"])
+        np.testing.assert_allclose(logits, taps[f"layer{layer}.logits"], atol=1e-5)
+        np.testing.assert_allclose(seen["weights"].sum(-1), 1, atol=1e-5)
+        assert seen["value"].shape[:3] == seen["key"].shape[:3]
