@@ -89,28 +89,23 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "hybrid": (Stage((Layer(window=5), Layer(position=NoPE())), repeats=1), Stage()),
 }
 
-TURNS = range(max(len(ATTENTIONS), len(POSITIONS), len(PLANS)))
+PAIRS = max(len(ATTENTIONS), len(POSITIONS))
 
 
-def drawn(turn: int, plan: str, shift: int) -> tuple[str, str, str]:
-    """One of as many combinations as it takes to have every attention and position with a plan."""
-    attentions, positions = list(ATTENTIONS), list(POSITIONS)
-    place = (turn + shift) % len(positions)
-    return attentions[turn % len(attentions)], positions[place], plan
+def drawn(turn: int) -> tuple[str, str, str]:
+    """A combination that shares no part with the ones next to it."""
+    attentions, positions, plans = list(ATTENTIONS), list(POSITIONS), list(PLANS)[1:]
+    position = positions[(turn + turn // PAIRS) % len(positions)]
+    return attentions[turn % len(attentions)], position, plans[turn % len(plans)]
 
 
 WHOLE = [(*pair, "mixed") for pair in itertools.product(ATTENTIONS, POSITIONS)]
 """Every attention with every position, in a plan that has windows, reuse and a layer with a
 position of its own."""
-ALONE = [
-    drawn(turn, plan, shift)
-    for shift, plan in enumerate(PLANS)
-    for turn in TURNS
-    if plan != "mixed"
-]
-"""Every attention and every position in each plan by itself."""
+ALONE = [drawn(turn) for turn in range(2 * PAIRS)]
+"""Every attention, every position and every other plan at least twice, each time with others."""
 COMBINATIONS = WHOLE + ALONE
-SAMPLE = [drawn(turn, list(PLANS)[turn % len(PLANS)], 0) for turn in TURNS]
+SAMPLE = ALONE[:PAIRS]
 """Every part at least once, for what is too dear to do with every combination."""
 
 
