@@ -161,10 +161,14 @@ class Scaling:
             needed[LAYER] = 1
         for name in needed:
             if name not in self.base:
-                raise BadInput("base", self.base, f"lacks {name}: needs {', '.join(needed)}")
+                raise BadInput(
+                    "scaling.base", self.base, f"lacks {name}: needs {', '.join(needed)}"
+                )
         for name in self.base:
             if name not in needed and name != LAYER:
-                raise BadInput(f"base.{name}", self.base[name], f"needs {', '.join(needed)}")
+                raise BadInput(
+                    f"scaling.base.{name}", self.base[name], f"needs {', '.join(needed)}"
+                )
 
     # What follows for a weight
 
