@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from mukv.core import params
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
 from mukv.model import Decoder, Layer, Stage
-from mukv.model.block import Gated
+from mukv.model.block import Gated, SandwichNorm
 from mukv.model.loss import summed_loss
 from mukv.position import (
     FIRE,
@@ -48,7 +49,14 @@ ATTENTIONS: dict[str, AnyAttention] = {
     "gqa": Grouped(heads=4, kv_heads=2, head_dim=8),
     "mqa": Grouped(heads=4, kv_heads=1, head_dim=8),
     "gqa-dressed": Grouped(
-        heads=4, kv_heads=2, head_dim=8, norm=RMSNorm(), softcap=2.0, scale=0.5, sinks="learned"
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        norm=RMSNorm(stored="offset"),
+        softcap=2.0,
+        scale=0.5,
+        sinks="learned",
+        biases=("query", "key", "value", "output"),
     ),
     "shared-kv": SharedKV(heads=4, kv_heads=2, head_dim=8),
     "shared-kv-normed": SharedKV(heads=4, kv_heads=1, head_dim=8, norm=RMSNorm()),
@@ -70,6 +78,15 @@ POSITIONS: dict[str, AnyPosition] = {
     "kerple": KERPLE(),
     "fire": FIRE(hidden=6, threshold=99),
 }
+DRESSES: dict[str, dict[str, Any]] = {
+    "gqa-dressed": {
+        "norm": RMSNorm(stored="offset"),
+        "residual": SandwichNorm(),
+        "embedding_scale": "root_width",
+        "logit_softcap": 3.0,
+    }
+}
+"""What a model with such an attention has besides."""
 MIXED = Stage(
     (
         Layer(),
@@ -118,6 +135,7 @@ def build(attention: str, position: str, plan: str, **changes: object) -> Decode
         attention=chosen,
         mlp=Gated(hidden=24),
         plan=PLANS[plan],
+        **DRESSES.get(attention, {}),
     )
     return dataclasses.replace(model, **changes)  # pyright: ignore[reportArgumentType]
 

@@ -6,7 +6,7 @@ multi-query attention (Shazeer 2019). Keys are cached rotated.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from mukv.attention.base import Attention, Queries, by_group, check_groups
@@ -48,16 +48,32 @@ class Groups(Attention):
         return declared
 
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
-        query = project(x, weights["query"])
+        query = self.project_query(weights, x)
         if self.norm:
             query = self.norm.apply(weights["query_norm"], query)
         rotated = self.position.rotate(query.swapaxes(1, 2), position[:, None])
         return by_group(rotated, self.kv_heads)
 
+    def project_query(
+        self, weights: Weights, x: Residual
+    ) -> Float[Array, "batch token heads head_dim"]:
+        return project(x, weights["query"])
+
 
 @dataclass(frozen=True)
 class Grouped(Groups):
+    """biases: what a bias is added to after its projection (Qwen 2: query, key and value)."""
+
     kind: Literal["grouped"] = "grouped"
+    biases: tuple[Literal["query", "key", "value", "output"], ...] = ()
+
+    def read_params(self, d_model: int) -> dict[str, Any]:
+        declared = super().read_params(d_model)
+        if "query" in self.biases:
+            declared["query_bias"] = _bias({"heads": self.heads, "head_dim": self.head_dim})
+        if "output" in self.biases:
+            declared["output_bias"] = replace(_bias({"embed": d_model}), ends_branch=True)
+        return declared
 
     def write_params(self, d_model: int) -> dict[str, Any]:
         dims = {"embed": d_model, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
@@ -66,13 +82,27 @@ class Grouped(Groups):
         }
         if self.norm:
             declared["key_norm"] = self.norm.params(self.head_dim, "head_dim")
+        for name in ("key", "value"):
+            if name in self.biases:
+                bias = _bias({"kv_heads": self.kv_heads, "head_dim": self.head_dim})
+                declared[f"{name}_bias"] = bias
         return declared
+
+    def project_query(self, weights: Weights, x: Residual) -> Array:
+        return _added(super().project_query(weights, x), weights, "query_bias")
+
+    def output(
+        self, weights: Weights, out: Float[Array, "batch kv_heads group query width"]
+    ) -> Residual:
+        return _added(super().output(weights, out), weights, "output_bias")
 
     def write(
         self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
     ) -> dict[str, Float[Array, "batch kv_heads token head_dim"]]:
-        key = project(x, weights["key"]).swapaxes(1, 2)
-        value = project(x, weights["value"]).swapaxes(1, 2)
+        key, value = (
+            _added(project(x, weights[name]), weights, f"{name}_bias").swapaxes(1, 2)
+            for name in ("key", "value")
+        )
         if self.norm:
             key = self.norm.apply(weights["key_norm"], key)
         return {"key": self.position.rotate(key, position[:, None]), "value": value}
@@ -82,3 +112,12 @@ class Grouped(Groups):
 
     def memory(self) -> Hashable:
         return self.kind, self.kv_heads, self.head_dim, self.position.rotation()
+
+
+def _bias(dims: dict[str, int]) -> Param:
+    return Param(dims, role="vector", init="zeros")
+
+
+def _added(x: Array, weights: Weights, name: str) -> Array:
+    """With a bias, if there is one of this name."""
+    return x + weights[name].astype(x.dtype) if name in weights else x

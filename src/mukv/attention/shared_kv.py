@@ -43,7 +43,9 @@ class SharedKV(Groups):
 
     def recall(self, weights: Weights, entries: Entries) -> Dense:
         value = entries.tensors["value"]
-        key = value * weights["key_norm"]["gain"].astype(value.dtype) if self.norm else value
+        key = value
+        if self.norm:
+            key = value * self.norm.gain(weights["key_norm"]).astype(value.dtype)
         return Dense((self.position.rotate(key, entries.position),), value)
 
     def memory(self) -> Hashable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,31 @@ from mukv.core.typing import Array, Float
 
 @dataclass(frozen=True)
 class RMSNorm:
+    """stored: what the weight is: the gain, or its offset from one (Gemma)."""
+
     epsilon: float = 1e-6
+    stored: Literal["gain", "offset"] = "gain"
 
     def __post_init__(self) -> None:
         if self.epsilon <= 0:
             raise BadInput("epsilon", self.epsilon, "greater than 0")
 
     def params(self, width: int, axis: str = "embed") -> dict[str, Param]:
-        return {"gain": Param({axis: width}, role="vector", init="ones")}
+        """One weight, called as it is stored; the gain begins as one."""
+        begins: dict[str, Literal["ones", "zeros"]] = {"gain": "ones", "offset": "zeros"}
+        init = begins[self.stored]
+        return {self.stored: Param({axis: width}, role="vector", init=init)}
 
     def apply(
         self, weights: dict[str, Any], x: Float[Array, "*batch width"]
     ) -> Float[Array, "*batch width"]:
         normed = self.unit(x.astype(jnp.float32))
-        return (normed * weights["gain"].astype(jnp.float32)).astype(x.dtype)
+        return (normed * self.gain(weights)).astype(x.dtype)
+
+    def gain(self, weights: dict[str, Any]) -> Float[Array, " width"]:
+        """What `apply` multiplies with; float32."""
+        stored = weights[self.stored].astype(jnp.float32)
+        return stored if self.stored == "gain" else 1 + stored
 
     def unit(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """The same without a gain; computed in float32, the type of x is kept."""

@@ -1,15 +1,16 @@
-"""What a layer has besides attention: the MLP."""
+"""What a layer has besides attention: the MLP, and how both join the residual stream."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import jax
 
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
-from mukv.core.params import Param
+from mukv.core.norm import RMSNorm
+from mukv.core.params import Param, map_params
 from mukv.core.typing import Residual, Weights
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=True)}
@@ -40,3 +41,43 @@ class Gated:
     def apply(self, weights: Weights, x: Residual) -> Residual:
         gate = ACTIVATIONS[self.activation](project(x, weights["gate"]))
         return project(gate * project(x, weights["up"]), weights["down"])
+
+
+@dataclass(frozen=True)
+class Branching:
+    """A branch (attention, MLP) reads the normed stream: x + branch(norm x)."""
+
+    def params(self, name: str, norm: RMSNorm, d_model: int) -> dict[str, Any]:
+        """Weights of the branch called `name`."""
+        return {f"{name}_norm": norm.params(d_model)}
+
+    def enter(self, weights: Weights, name: str, norm: RMSNorm, x: Residual) -> Residual:
+        """What the branch reads."""
+        return norm.apply(weights[f"{name}_norm"], x)
+
+    def leave(self, weights: Weights, name: str, norm: RMSNorm, branch: Residual) -> Residual:
+        """What is added to the stream."""
+        return branch
+
+
+@dataclass(frozen=True)
+class PreNorm(Branching):
+    kind: Literal["pre"] = "pre"
+
+
+@dataclass(frozen=True)
+class SandwichNorm(Branching):
+    """What a branch gives is normed too: x + norm branch(norm x) (Gemma 2)."""
+
+    kind: Literal["sandwich"] = "sandwich"
+
+    def params(self, name: str, norm: RMSNorm, d_model: int) -> dict[str, Any]:
+        # Only the outer gain says how much a branch adds.
+        after = map_params(lambda p: replace(p, ends_branch=True), norm.params(d_model))
+        return {**super().params(name, norm, d_model), f"{name}_post_norm": after}
+
+    def leave(self, weights: Weights, name: str, norm: RMSNorm, branch: Residual) -> Residual:
+        return norm.apply(weights[f"{name}_post_norm"], branch)
+
+
+AnyResidual = PreNorm | SandwichNorm

@@ -25,8 +25,8 @@ from mukv.core.norm import RMSNorm
 from mukv.core.params import Param, map_params
 from mukv.core.tap import capturing, tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
-from mukv.model.block import Gated
-from mukv.model.passes import Pass, Remember, layer_params
+from mukv.model.block import AnyResidual, Gated, PreNorm
+from mukv.model.passes import Pass, Remember, layer_params, unstacked
 from mukv.model.plan import Resolved, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
 from mukv.scaling.stability import Family
@@ -35,8 +35,10 @@ from mukv.scaling.stability import Family
 @dataclass(frozen=True)
 class Decoder:
     """vocab_size: at least the tokenizer's. plan: stages of layers; what a layer leaves open is
-    `attention` and `mlp`. readout: weights of its own, or the embedding's. context: the longest
-    sequence that the model is meant for; None if nothing limits it.
+    `attention` and `mlp`. residual: where the norms stand. embedding_scale: "root_width" multiplies
+    embeddings by the root of their width. readout: weights of its own, or the embedding's.
+    logit_softcap: bound of the logits, by tanh. context: the longest sequence that the model is
+    meant for; None if nothing limits it.
     """
 
     kind: Literal["decoder"] = "decoder"
@@ -46,7 +48,10 @@ class Decoder:
     mlp: Gated = field(default_factory=Gated)
     plan: tuple[Stage, ...] = (Stage(),)
     norm: RMSNorm = field(default_factory=RMSNorm)
+    residual: AnyResidual = field(default_factory=PreNorm)
+    embedding_scale: Literal["root_width"] | None = None
     readout: Literal["linear", "tied"] = "linear"
+    logit_softcap: float | None = None
     context: int | None = None
     scaling: Scaling = field(default_factory=Scaling)
 
@@ -56,6 +61,8 @@ class Decoder:
                 raise BadInput(name, getattr(self, name), "at least 1")
         if self.context is not None and self.context < 1:
             raise BadInput("context", self.context, "at least 1 token, or null")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise BadInput("logit_softcap", self.logit_softcap, "greater than 0, or null")
         if not self.plan:
             raise BadInput("plan", [], "at least one stage")
         self.scaling.check(self.params())
@@ -94,7 +101,7 @@ class Decoder:
             declared[f"stage{s}"] = {
                 f"slot{layer.slot}": map_params(
                     lambda param, repeats=stage.repeats: param.stacked(repeats),
-                    layer_params(layer, self.norm, self.d_model),
+                    layer_params(layer, self.norm, self.d_model, self.residual),
                 )
                 for layer in first
             }
@@ -112,17 +119,8 @@ class Decoder:
         return self.scaling.scale(self.params(), weights, len(self.layers))
 
     def unstack(self, weights: Weights) -> dict[str, Any]:
-        """The same weights with one entry per layer ("layers", in order): what decoding takes,
-        so that no step slices a stack."""
-        outer = {name: value for name, value in weights.items() if not name.startswith("stage")}
-        layers = [
-            jax.tree.map(
-                lambda leaf, repeat=layer.repeat: leaf[repeat],
-                weights[f"stage{layer.stage}"][f"slot{layer.slot}"],
-            )
-            for layer in self.layers
-        ]
-        return {**outer, "layers": layers}
+        """The same with one entry per layer: what decoding takes, so that no step slices."""
+        return unstacked(self.layers, weights)
 
     # Forward pass
 
@@ -181,10 +179,16 @@ class Decoder:
             table = weights["readout"]
         operand = compute.operands or hidden.dtype
         out = project(hidden, table.astype(operand), out=jnp.dtype("float32"))
+        if self.logit_softcap is not None:
+            out = self.logit_softcap * jnp.tanh(out / self.logit_softcap)
         return tap("logits", constrain(out, "batch", None, "vocab"))
 
     def _embed(self, weights: Weights, tokens: Tokens, compute: Compute) -> Residual:
         x = jnp.take(weights["embedding"], tokens, axis=0).astype(compute.type)
+        if self.embedding_scale is not None:
+            # Of the base: initialisation and multiplier see to other widths. Rounded as in Gemma.
+            width = (self.scaling.base or {}).get("embed", self.d_model)
+            x = x * jnp.asarray(width**0.5, x.dtype)
         return tap("embedding", constrain(x, "batch", None, None))
 
     def _pass(
@@ -195,9 +199,8 @@ class Decoder:
         aligned: bool,
         segment: Int[Array, "batch token"] | None = None,
     ) -> Pass:
-        return Pass(
-            self.layers, self.norm, self.d_model, compute, position, segment, remember, aligned
-        )
+        shared = (self.layers, self.norm, self.d_model, compute, position, segment)
+        return Pass(*shared, remember, aligned, self.residual)
 
     # Decoding
 

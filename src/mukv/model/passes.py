@@ -6,7 +6,7 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,23 +18,38 @@ from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
 from mukv.core.tap import capturing, scope, tap
 from mukv.core.typing import Array, Int, Residual, Weights
+from mukv.model.block import AnyResidual, PreNorm
 from mukv.model.plan import Resolved
 
 Remember = Callable[[Resolved, dict[str, Array]], tuple[Entries, ...]]
 """Given what a layer wrote, the bags of entries that its readers see."""
+PRE_NORM = PreNorm()
 
 
-def layer_params(layer: Resolved, norm: RMSNorm, d_model: int) -> dict[str, Any]:
+def layer_params(
+    layer: Resolved, norm: RMSNorm, d_model: int, residual: AnyResidual = PRE_NORM
+) -> dict[str, Any]:
     """Weights of one layer; one that reads another's entries has none to write with."""
     declared = {
-        "attention_norm": norm.params(d_model),
+        **residual.params("attention", norm, d_model),
         "read": layer.attention.read_params(d_model),
-        "mlp_norm": norm.params(d_model),
+        **residual.params("mlp", norm, d_model),
         "mlp": layer.mlp.params(d_model),
     }
     if layer.writes:
         declared["write"] = layer.attention.write_params(d_model)
     return declared
+
+
+def unstacked(layers: Sequence[Resolved], weights: Weights) -> dict[str, Any]:
+    """Stacked weights with one entry per layer instead, in order, called "layers"."""
+    outer = {name: value for name, value in weights.items() if not name.startswith("stage")}
+
+    def own(layer: Resolved) -> Any:
+        stacked = weights[f"stage{layer.stage}"][f"slot{layer.slot}"]
+        return jax.tree.map(lambda leaf: leaf[layer.repeat], stacked)
+
+    return {**outer, "layers": list(map(own, layers))}
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class Pass:
     segment: Int[Array, "batch token"] | None
     remember: Remember
     aligned: bool
+    residual: AnyResidual = PRE_NORM
 
     def all(self, weights: Weights, x: Residual) -> Residual:
         """Through every layer, weights unstacked."""
@@ -64,10 +80,11 @@ class Pass:
 
         def apply(weights: Any, x: Residual, inherited: Any) -> tuple[Residual, Any]:
             attention = layer.attention
-            declared = layer_params(layer, self.norm, self.d_model)
+            residual, norm = self.residual, self.norm
+            declared = layer_params(layer, norm, self.d_model, residual)
             weights = gather(self.compute.working_copy(declared, weights), declared)
             with scope(f"layer{layer.index}"):
-                normed = self.norm.apply(weights["attention_norm"], x)
+                normed = residual.enter(weights, "attention", norm, x)
                 parts = inherited
                 if layer.writes:
                     written = attention.write(weights["write"], normed, self.position)
@@ -76,9 +93,11 @@ class Pass:
                 read = attention.read(
                     weights["read"], normed, self.position, parts, mask, self.chunk()
                 )
+                read = residual.leave(weights, "attention", norm, read)
                 x = tap("attention", constrain(x + read, "batch", None, None))
-                normed = self.norm.apply(weights["mlp_norm"], x)
+                normed = residual.enter(weights, "mlp", norm, x)
                 mlp = layer.mlp.apply(weights["mlp"], normed)
+                mlp = residual.leave(weights, "mlp", norm, mlp)
                 x = tap("mlp", constrain(x + mlp, "batch", None, None))
             return x, parts
 
