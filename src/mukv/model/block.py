@@ -12,6 +12,7 @@ from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param, map_params
 from mukv.core.typing import Residual, Weights
+from mukv.scaling.parameterization import Scaling
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=True)}
 
@@ -47,6 +48,9 @@ class Gated:
 class Branching:
     """A branch (attention, MLP) reads the normed stream: x + branch(norm x)."""
 
+    def check(self, norm: RMSNorm, scaling: Scaling) -> None:
+        """Raise BadInput if these can't work together."""
+
     def params(self, name: str, norm: RMSNorm, d_model: int) -> dict[str, Any]:
         """Weights of the branch called `name`."""
         return {f"{name}_norm": norm.params(d_model)}
@@ -70,6 +74,11 @@ class SandwichNorm(Branching):
     """What a branch gives is normed too: x + norm branch(norm x) (Gemma 2)."""
 
     kind: Literal["sandwich"] = "sandwich"
+
+    def check(self, norm: RMSNorm, scaling: Scaling) -> None:
+        if scaling.depth is not None and norm.stored == "offset":
+            allowed = "null: what a branch adds is a gain, stored as offset from one"
+            raise BadInput("scaling.depth", scaling.depth, allowed)
 
     def params(self, name: str, norm: RMSNorm, d_model: int) -> dict[str, Any]:
         # Only the outer gain says how much a branch adds.

@@ -56,16 +56,15 @@ class Decoder:
     scaling: Scaling = field(default_factory=Scaling)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model"):
-            if getattr(self, name) < 1:
+        for name in ("vocab_size", "d_model", "context"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise BadInput(name, getattr(self, name), "at least 1")
-        if self.context is not None and self.context < 1:
-            raise BadInput("context", self.context, "at least 1 token, or null")
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise BadInput("logit_softcap", self.logit_softcap, "greater than 0, or null")
         if not self.plan:
             raise BadInput("plan", [], "at least one stage")
         self.scaling.check(self.params())
+        self.residual.check(self.norm, self.scaling)
 
     @cached_property
     def layers(self) -> tuple[Resolved, ...]:

@@ -154,9 +154,6 @@ class Scaling:
 
     def check(self, declared: Any) -> None:
         """Raise BadInput unless the base has every dimension that the weights depend on."""
-        offsets = [name for name, p in named(declared).items() if p.ends_branch and not p.fan_in]
-        if self.depth is not None and any(name.endswith(".offset") for name in offsets):
-            raise BadInput("depth", self.depth, "null: an offset from one can't be scaled")
         if self.base is None:
             return
         needed = sizes(declared)
