@@ -16,8 +16,8 @@ SOURCE = Path(mukv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
     {"core", "figures"},
-    {"position", "scaling", "data", "tasks"},
-    {"attention"},
+    {"position", "scaling", "data"},
+    {"attention", "tasks"},
     {"cache"},
     {"model", "training"},
     {"checkpoint", "decode", "evaluate", "metrics", "progress", "train"},

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mukv.core.errors import BadInput
-from mukv.data.batches import Batch, Batches, Prefetch, permuted
+from mukv.core.mixing import permuted
+from mukv.data.batches import Batch, Batches, Prefetch
 from mukv.data.tokens import TokenFile
 
 

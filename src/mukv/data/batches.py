@@ -1,9 +1,7 @@
 """Batches as a pure function of (seed, step, row): resuming needs the step alone.
 
 A stream is read in windows of `length` + 1 tokens that overlap by one, so that an epoch predicts
-every token once. An epoch is a keyed permutation of the windows, computed, not stored: a Feistel
-network over the next power of four, walked until it lands inside (Black and Rogaway, "Ciphers
-with arbitrary finite domains", 2002).
+every token once. An epoch is a keyed permutation of the windows, computed, not stored.
 """
 
 from __future__ import annotations
@@ -22,10 +20,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mukv.core.errors import BadInput, unknown_name
+from mukv.core.mixing import permuted
 from mukv.data.tokens import SPLITS, Stream, TokenFile, check_ids
 
 PACKINGS = ("packed", "contiguous")
-ROUNDS = 4
 T = TypeVar("T")
 
 
@@ -131,33 +129,6 @@ class Batches:
             segment=segment * real[:, :-1],
             weight=learned.astype(np.float32),
         )
-
-
-def permuted(
-    place: Int[np.ndarray, " row"], epoch: Int[np.ndarray, " row"], size: int, seed: int
-) -> Int[np.ndarray, " row"]:
-    """What stands at each place (0 <= place < size) of the shuffled numbers below `size`."""
-    half = np.uint64(max(1, (size - 1).bit_length() + 1 >> 1))
-    low = np.uint64((1 << int(half)) - 1)
-    key = _mixed(_mixed(np.uint64(seed % 2**64)) ^ epoch.astype(np.uint64))
-    found = place.astype(np.uint64)
-    outside = np.ones(len(found), bool)
-    while outside.any():
-        left, right, keys = found[outside] >> half, found[outside] & low, key[outside]
-        for number in range(ROUNDS):
-            mixed = _mixed(keys + np.uint64(number) ^ right << np.uint64(32))
-            left, right = right, left ^ mixed & low
-        found[outside] = left << half | right
-        outside = found >= np.uint64(size)
-    return found.astype(np.int64)
-
-
-def _mixed(x: np.ndarray | np.uint64) -> np.ndarray:
-    """A bijection of 64-bit numbers without visible pattern (the finaliser of SplitMix64)."""
-    x = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)  # wraps around, as it should
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
 
 
 class Prefetch(Generic[T]):

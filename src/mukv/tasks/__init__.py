@@ -1,0 +1,72 @@
+"""Synthetic tasks that ask what a model remembers; `docs/benchmark.md` shows a sample of each."""
+
+from mukv.tasks.base import SPLITS, Samples, Split, Task
+from mukv.tasks.copying import IndirectIndexing, SelectiveCopy
+from mukv.tasks.draws import Draws
+from mukv.tasks.frequency import CommonWords, FrequentWords
+from mukv.tasks.needle import Needle, NoLiteral
+from mukv.tasks.program import Program
+from mukv.tasks.recall import FuzzyRecall, Mqar, NoisyRecall
+from mukv.tasks.states import Counting, FlipFlop
+from mukv.tasks.tracking import VariableTracking
+
+AnyTask = (
+    Mqar
+    | NoisyRecall
+    | FuzzyRecall
+    | Needle
+    | NoLiteral
+    | VariableTracking
+    | CommonWords
+    | FrequentWords
+    | SelectiveCopy
+    | FlipFlop
+    | Counting
+    | IndirectIndexing
+    | Program
+)
+
+TASKS: dict[str, AnyTask] = {
+    "mqar": Mqar(),
+    "compositional_mqar": Mqar(parts=2),
+    "forgetting_mqar": Mqar(updates=2),
+    "noisy_recall": NoisyRecall(),
+    "fuzzy_recall": FuzzyRecall(),
+    "needle": Needle(),
+    "needle_multi_key": Needle(distractors=6),
+    "needle_multi_value": Needle(values=3, distractors=3),
+    "needle_multi_query": Needle(facts=3, distractors=3),
+    "no_literal": NoLiteral(),
+    "variable_tracking": VariableTracking(),
+    "common_words": CommonWords(),
+    "frequent_words": FrequentWords(),
+    "selective_copy": SelectiveCopy(),
+    "flip_flop": FlipFlop(),
+    "counting": Counting(),
+    "indirect_indexing": IndirectIndexing(),
+    "program": Program(),
+}
+"""The benchmark: each task with the knobs that it has unless told otherwise."""
+
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "AnyTask",
+    "CommonWords",
+    "Counting",
+    "Draws",
+    "FlipFlop",
+    "FrequentWords",
+    "FuzzyRecall",
+    "IndirectIndexing",
+    "Mqar",
+    "Needle",
+    "NoLiteral",
+    "NoisyRecall",
+    "Program",
+    "Samples",
+    "SelectiveCopy",
+    "Split",
+    "Task",
+    "VariableTracking",
+]

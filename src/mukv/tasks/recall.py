@@ -1,0 +1,189 @@
+"""Associative recall: pairs of key and value are shown, then keys, whose values are asked.
+
+Multi-query associative recall with its compositional and forgetting forms (Arora et al. 2024,
+"Zoology"; their code), and the noisy and fuzzy recall of MAD (Poli et al. 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from mukv.core.errors import BadInput
+from mukv.tasks.base import ABSENT, Puzzle, Task, consecutive
+from mukv.tasks.draws import Draws
+from mukv.tasks.words import invented
+
+
+@dataclass(frozen=True)
+class Pairs(Task):
+    """Keys of one or two tokens, values of one.
+
+    facts: pairs that are asked. distractors: pairs that are not. updates: facts whose key is
+    given another value later; the last one counts. parts: tokens of a key; a key of two lies on a
+    grid, so that no half of it tells which. keys, values: how many different ones there are.
+    """
+
+    distractors: int = 0
+    updates: int = 0
+    parts: int = 1
+    keys: int = 64
+    values: int = 64
+
+    fewest: ClassVar = {"distractors": 0, "updates": 0, "parts": 1, "keys": 1, "values": 2}
+
+    def check(self) -> None:
+        shown = self.facts + self.distractors
+        if shown > self.keys:
+            raise BadInput("keys", self.keys, f"at least facts + distractors ({shown})")
+        if self.updates > self.facts:
+            raise BadInput("updates", self.updates, f"at most facts ({self.facts})")
+        if self.parts > 2:
+            raise BadInput("parts", self.parts, "1, or 2 for keys on a grid")
+        if self.parts == 2 and self.side**2 != self.keys:
+            raise BadInput("keys", self.keys, "a square number where parts is 2")
+
+    @property
+    def side(self) -> int:
+        """Different tokens at each place of a key."""
+        return math.isqrt(self.keys) if self.parts == 2 else self.keys
+
+    def symbols(self) -> dict[str, Sequence[str]]:
+        words = invented(self.side * self.parts)
+        first = [f"\n{word}" for word in words[: self.side]]
+        last = [f" {word} =" for word in words[self.side :]]
+        if self.parts == 1:
+            return {"key": [f"{word} =" for word in first], "value": numbers(self.values)}
+        return {"key": [*first, *last], "value": numbers(self.values)}
+
+    @property
+    def choices(self) -> Int[np.ndarray, " choice"]:
+        return self.vocabulary.value + np.arange(self.values)
+
+    def puzzle(self, draws: Draws) -> Puzzle:
+        shown, width = self.facts + self.distractors, self.parts + 1
+        key = self._key_tokens(draws.distinct(shown, self.keys))
+        value = self.vocabulary.value + draws.integers(self.values, shown + self.updates)
+        # Which of the shown are asked and rewritten is random, for keys and values are.
+        asked = draws.order(shown)[:, : self.facts]
+        source = np.concatenate(
+            [np.tile(np.arange(shown), (draws.rows, 1)), asked[:, : self.updates]], axis=1
+        )
+        row = np.arange(draws.rows)[:, None]
+        pairs = np.concatenate([key[row, source], value[:, :, None]], axis=2)
+        latest = asked.copy()
+        latest[:, : self.updates] = shown + np.arange(self.updates)
+        turn = draws.order(self.facts)
+        asked, latest = asked[row, turn], latest[row, turn]
+        questions = np.concatenate([key[row, asked], value[row, latest][:, :, None]], axis=2)
+        tokens = np.concatenate([pairs, questions], axis=1).reshape(draws.rows, -1)
+        begins, at = consecutive([width] * (shown + self.updates + self.facts))
+        answers = np.array(at[-self.facts :]) + self.parts
+        return Puzzle(tokens, begins, answers, answers + 1, latest * width)
+
+    def _key_tokens(self, number: Int[np.ndarray, "row key"]) -> Int[np.ndarray, "row key part"]:
+        if self.parts == 1:
+            return self.vocabulary.key + number[..., None]
+        halves = np.stack([number // self.side, self.side + number % self.side], axis=-1)
+        return self.vocabulary.key + halves
+
+
+@dataclass(frozen=True)
+class Mqar(Pairs):
+    """Pairs first, then each asked key at a distance whose density falls as one over itself."""
+
+    kind: Literal["mqar"] = "mqar"
+
+    def gaps(
+        self, draws: Draws, items: int, free: Int[np.ndarray, "row 1"]
+    ) -> Int[np.ndarray, "row item"]:
+        front = np.zeros((draws.rows, items - self.facts), np.int64)
+        far = np.sort((free + 1.0) ** draws.uniform(self.facts) - 1, axis=1).astype(np.int64)
+        return np.concatenate([front, far], axis=1)
+
+
+@dataclass(frozen=True)
+class NoisyRecall(Pairs):
+    """The same with noise anywhere between the pairs and the questions."""
+
+    kind: Literal["noisy_recall"] = "noisy_recall"
+
+
+@dataclass(frozen=True)
+class FuzzyRecall(Task):
+    """Keys and values of one to `motif` symbols each; the end of a value is asked as well.
+
+    facts: pairs that are asked. distractors: pairs that are not. keys, values: different symbols
+    of keys and of values.
+    """
+
+    kind: Literal["fuzzy_recall"] = "fuzzy_recall"
+    distractors: int = 4
+    motif: int = 3
+    keys: int = 6
+    values: int = 16
+
+    fewest: ClassVar = {"distractors": 0, "motif": 1, "keys": 2, "values": 1}
+    ends: ClassVar = 1
+
+    def check(self) -> None:
+        if self.keys > 26:
+            raise BadInput("keys", self.keys, "at most 26 letters")
+        if self.facts + self.distractors > self.different:
+            raise BadInput(
+                "facts",
+                self.facts,
+                f"with distractors ({self.distractors}) at most the {self.different} different "
+                f"keys of up to {self.motif} of {self.keys} symbols",
+            )
+
+    @property
+    def different(self) -> int:
+        """Keys that there are."""
+        return sum(self.keys**length for length in range(1, self.motif + 1))
+
+    def symbols(self) -> dict[str, Sequence[str]]:
+        letters = [f" {chr(ord('A') + number)}" for number in range(self.keys)]
+        return {"key": letters, "equals": [" ="], "value": numbers(self.values), "end": [";\n"]}
+
+    @property
+    def choices(self) -> Int[np.ndarray, " choice"]:
+        return self.vocabulary.value + np.arange(self.values)
+
+    def puzzle(self, draws: Draws) -> Puzzle:
+        shown, width = self.facts + self.distractors, 2 * self.motif + 2
+        place = np.arange(self.motif)
+        number = draws.distinct(shown, self.different)
+        # Keys of one symbol have the first numbers, those of two the next ...
+        edges = np.cumsum([0, *(self.keys**length for length in range(1, self.motif + 1))])
+        size = np.searchsorted(edges, number, side="right")
+        digits = (number - edges[size - 1])[..., None] // self.keys**place % self.keys
+        key = np.where(place < size[..., None], self.vocabulary.key + digits, ABSENT)
+        drawn = self.vocabulary.value + draws.integers(self.values, shown, self.motif)
+        size = 1 + draws.integers(self.motif, shown)
+        value = np.where(place < size[..., None], drawn, ABSENT)
+        mark, end = (
+            np.full((draws.rows, shown, 1), token)
+            for token in (self.vocabulary.equals, self.vocabulary.end)
+        )
+        pairs = np.concatenate([key, mark, value, end], axis=2)
+        row = np.arange(draws.rows)[:, None]
+        asked = draws.order(shown)[:, : self.facts]
+        tokens = np.concatenate([pairs, pairs[row, asked]], axis=1).reshape(draws.rows, -1)
+        widths = [width] * shown + [width] * self.facts
+        begins, at = consecutive(widths)
+        # The questions stand together at the end.
+        begins[at[shown + 1 :]] = False
+        answers = np.array(at[shown:]) + self.motif + 1
+        return Puzzle(tokens, begins, answers, answers + self.motif + 1, asked * width)
+
+
+def numbers(count: int) -> list[str]:
+    """Of equal width, for text."""
+    first = 10 ** max(2, len(str(count)))
+    return [f" {first + number}" for number in range(count)]

@@ -1,0 +1,28 @@
+"""Independent solvers: the answers to a task's questions, from its text alone.
+
+They share nothing with the generators, so that what they answer follows from the text. A solver
+is given the text with " ?" for each answer, and returns the answers in order.
+"""
+
+from collections.abc import Callable
+
+from mukv.tasks.solvers import copying, frequency, needle, program, recall, states, tracking
+
+SOLVERS: dict[str, Callable[[str], list[str]]] = {
+    "mqar": recall.pairs,
+    "noisy_recall": recall.pairs,
+    "fuzzy_recall": recall.motifs,
+    "needle": needle.numbers,
+    "no_literal": needle.numbers,
+    "variable_tracking": tracking.values,
+    "common_words": frequency.most,
+    "frequent_words": frequency.most,
+    "selective_copy": copying.capitals,
+    "indirect_indexing": copying.neighbours,
+    "flip_flop": states.flip_flop,
+    "counting": states.counts,
+    "program": program.comments,
+}
+"""By the kind of the task."""
+
+__all__ = ["SOLVERS"]

@@ -1,0 +1,23 @@
+"""Selective copying and indirect indexing, from the text."""
+
+import re
+
+CAPITALS = re.compile(r"\b[A-Z]{4,}\b")
+LIST = re.compile(r"^The list:((?: [A-Z]+)+)", re.MULTILINE)
+QUESTION = re.compile(r"^From ([A-Z]+) (\d+) (on|back): \?", re.MULTILINE)
+
+
+def capitals(text: str) -> list[str]:
+    """All words in capitals, in order."""
+    return [" ".join(CAPITALS.findall(text))]
+
+
+def neighbours(text: str) -> list[str]:
+    """So many places on or back in the list."""
+    found = LIST.search(text)
+    assert found
+    listed = found[1].split()
+    return [
+        listed[listed.index(word) + (int(by) if way == "on" else -int(by))]
+        for word, by, way in QUESTION.findall(text)
+    ]

@@ -1,0 +1,25 @@
+"""Needles, from the text: all numbers that a name was said to have."""
+
+import re
+
+FACT = re.compile(r"^The number of (\w+) is ([\d ]+)\.", re.MULTILINE)
+QUESTION = re.compile(r"^Asked again, the number of (\w+) is \?", re.MULTILINE)
+CAPITALS = """
+Paris France, Rome Italy, Madrid Spain, Lisbon Portugal, Vienna Austria, Berlin Germany,
+Athens Greece, Dublin Ireland, Oslo Norway, Stockholm Sweden, Helsinki Finland, Warsaw Poland,
+Prague Czechia, Budapest Hungary, Cairo Egypt, Nairobi Kenya, Tokyo Japan, Beijing China,
+Seoul Korea, Hanoi Vietnam, Bangkok Thailand, Delhi India, Tehran Iran, Baghdad Iraq,
+Ankara Turkey, Ottawa Canada, Havana Cuba, Lima Peru, Santiago Chile, Bogota Colombia,
+Quito Ecuador, Kyiv Ukraine
+"""
+CAPITAL: dict[str, str] = {
+    land: city for city, land in (pair.split() for pair in CAPITALS.split(","))
+}
+
+
+def numbers(text: str) -> list[str]:
+    """A question names what facts name, or the country that it is the capital of."""
+    known: dict[str, list[str]] = {}
+    for key, number in FACT.findall(text):
+        known.setdefault(key, []).append(number)
+    return [" ".join(known[CAPITAL.get(key) or key]) for key in QUESTION.findall(text)]

@@ -1,0 +1,194 @@
+"""Law 12: an oracle that reads the text scores 1 on every task, a guesser chance, position alone
+chance; splits can't meet; a sample is a function of its number alone."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mukv import tasks
+from mukv.core.errors import BadInput
+from mukv.tasks import SPLITS, TASKS
+from mukv.tasks.draws import Draws
+from mukv.tasks.solvers import SOLVERS
+
+COUNT = 1000
+EVERY = pytest.mark.parametrize("name", TASKS)
+KNOBS = ("facts", "distractors", "updates", "hops", "resets", "statements", "writes", "values")
+"""Of those that a task has, each is changed by one; all may be, independently."""
+
+
+def samples(name, split="test", count=COUNT, extra=40):
+    task = TASKS[name]
+    return task, task.batch(task.smallest + extra, 3, split, np.arange(count))
+
+
+def words(texts):
+    return [" ".join(text.split()) for text in texts]
+
+
+def right(found, predicted):
+    """Which answers a row of predicted tokens gets as a whole, of those that are there."""
+    wrong = np.cumsum(np.pad((predicted != found.tokens) & found.graded, ((0, 0), (1, 0))), axis=1)
+    row = np.arange(len(found.tokens))[:, None]
+    return (wrong[row, found.stop] == wrong[row, found.start])[found.present]
+
+
+def within(rate, chance, count):
+    """Not further from chance than four standard errors, and a Poisson's handful."""
+    return abs(rate - chance) <= 4 * (chance * (1 - chance) / count) ** 0.5 + 4 / count
+
+
+@EVERY
+def test_an_oracle_scores_one(name):
+    task, found = samples(name)
+    solve = SOLVERS[task.kind]
+    for row in range(COUNT):
+        text, answers = task.questions(found, row)
+        assert words(solve(text)) == words(answers), text
+
+
+@EVERY
+def test_a_guesser_scores_chance(name):
+    task, found = samples(name)
+    hits = right(found, task.guess(found, Draws.of(9, 0, np.arange(COUNT))))
+    assert within(hits.mean(), task.chance(found), hits.size)
+
+
+@EVERY
+def test_position_alone_scores_chance(name):
+    """The commonest token at each place of the training samples, and at each answer's number."""
+    task, found = samples(name)
+    _, seen = samples(name, "train")
+    places = [np.bincount(column, minlength=task.vocab_size) for column in seen.tokens.T]
+    by_place = np.broadcast_to(np.argmax(places, axis=1), found.tokens.shape)
+    hits = right(found, by_place)
+    assert hits.mean() <= task.chance(found) + 4 / np.sqrt(hits.size) * 0.5
+    if task.ends:
+        return
+    # Knowing as well which answer of the row it is.
+    predicted = found.tokens.copy()
+    for number in range(found.start.shape[1]):
+        width = int((found.stop - found.start)[0, number])
+        for place in range(width):
+            at, to = (s.start[:, number] + place for s in (seen, found))
+            counts = np.bincount(seen.tokens[np.arange(COUNT), at])
+            predicted[np.arange(COUNT), to] = counts.argmax()
+    hits = right(found, predicted)
+    assert hits.mean() <= task.chance(found) + 2 / np.sqrt(hits.size)
+
+
+@EVERY
+def test_splits_can_not_meet(name):
+    task = TASKS[name]
+    for number, split in enumerate(SPLITS):
+        for length in (task.smallest, task.smallest + 31):
+            found = task.batch(length, 3, split, np.arange(50))
+            for row in found.tokens:
+                assert (row[0] + task.content(row).sum()) % len(SPLITS) == number
+    salts = [np.bincount(samples(name, split)[1].tokens[:, 0], minlength=3) for split in SPLITS]
+    # A salt tells nothing of the split: all are as frequent in each.
+    assert np.min(salts) > COUNT / 3 - 4 * np.sqrt(COUNT * 2 / 9)
+
+
+@EVERY
+def test_a_sample_depends_on_its_number_alone(name):
+    task, whole = samples(name, count=40)
+    length = whole.tokens.shape[1]
+    shuffled = np.random.default_rng(0).permutation(40)
+    parts = [task.batch(length, 3, "test", part) for part in np.split(shuffled, 4)]
+    for field in whole._fields:
+        joined = np.concatenate([getattr(part, field) for part in parts])
+        np.testing.assert_array_equal(joined, getattr(whole, field)[shuffled])
+    assert not np.array_equal(whole.tokens, task.batch(length, 4, "test", np.arange(40)).tokens)
+
+
+@EVERY
+def test_the_same_puzzle_at_another_length(name):
+    task = TASKS[name]
+    lengths = task.smallest, task.smallest + 77
+    short, long = (task.batch(length, 1, "train", np.arange(30)) for length in lengths)
+    for row in range(30):
+        np.testing.assert_array_equal(
+            task.content(short.tokens[row]), task.content(long.tokens[row])
+        )
+        assert short.tokens[row, 0] == long.tokens[row, 0]
+        answers = [each.tokens[row][each.graded[row]].tolist() for each in (short, long)]
+        assert answers[0] == answers[1]
+
+
+@EVERY
+def test_samples_are_what_they_say(name):
+    task, found = samples(name, extra=9)
+    assert found.tokens.dtype == np.int32
+    assert found.tokens.shape == (COUNT, task.smallest + 9)
+    assert found.tokens.min() >= 0
+    assert found.tokens.max() < task.vocab_size
+    assert found.present.any(axis=1).all()
+    assert (found.distance > 0).all()
+    assert ((found.depth > 0) & (found.depth < 1)).all()
+    # Every answer's facts lie before it, in the text that asks it.
+    assert (np.diff(found.start, axis=1) > 0).all()
+    assert len(np.unique(found.tokens, axis=0)) == COUNT
+
+
+@EVERY
+def test_knobs_are_independent(name):
+    task = TASKS[name]
+    for knob in KNOBS:
+        if hasattr(task, knob):
+            other = replace(task, **{knob: getattr(task, knob) + 1})
+            found = other.batch(other.smallest + 5, 0, "test", np.arange(20))
+            solve = SOLVERS[task.kind]
+            for row in range(20):
+                text, answers = other.questions(found, row)
+                assert words(solve(text)) == words(answers), (knob, text)
+
+
+@EVERY
+def test_too_short_a_length_names_the_smallest(name):
+    task = TASKS[name]
+    with pytest.raises(BadInput, match=f"at least {task.smallest} "):
+        task.batch(task.smallest - 1, 0, "test", np.arange(2))
+    assert task.batch(task.smallest, 0, "test", np.arange(200)).tokens.shape[1] == task.smallest
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: tasks.Mqar(facts=100), "keys"),
+        (lambda: tasks.Mqar(updates=9), "updates"),
+        (lambda: tasks.Mqar(parts=2, keys=50), "keys"),
+        (lambda: tasks.Mqar(facts=0), "facts"),
+        (lambda: tasks.FlipFlop(filler=2), "filler"),
+        (lambda: tasks.Needle(filler=99), "filler"),
+        (lambda: tasks.NoLiteral(keys=40), "keys"),
+        (lambda: tasks.VariableTracking(hops=40), "names"),
+        (lambda: tasks.CommonWords(often=2, seldom=2), "seldom"),
+        (lambda: tasks.FrequentWords(often=2), "often"),
+        (lambda: tasks.IndirectIndexing(farthest=16), "farthest"),
+        (lambda: tasks.FuzzyRecall(facts=300), "facts"),
+        (lambda: tasks.Program(shortest=4), "shortest"),
+    ],
+)
+def test_knobs_that_contradict(make, field):
+    with pytest.raises(BadInput) as caught:
+        make()
+    assert caught.value.where == field
+
+
+def test_solvers_and_generators_share_no_code():
+    folder = Path(tasks.__file__).parent
+    for path in (folder / "solvers").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert re.match(r"mukv\.tasks\.solvers$|collections", node.module or "")
+            elif isinstance(node, ast.Import):
+                assert {alias.name for alias in node.names} <= {"re"}
+    for path in folder.glob("*.py"):
+        assert "solvers" not in path.read_text().replace("Independent solvers", ""), path
