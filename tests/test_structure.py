@@ -15,7 +15,7 @@ import mukv
 SOURCE = Path(mukv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
-    {"core", "figures"},
+    {"core", "figures", "page"},
     {"position", "scaling", "data"},
     {"attention", "tasks"},
     {"cache"},
@@ -26,7 +26,7 @@ FLOORS = (
     {"describe", "runs"},
     {"loaded", "search"},
     {"transfer"},
-    {"demo", "inputs", "output"},
+    {"analysis", "demo", "inputs", "output"},
     {"cli"},
     {"__main__"},
 )

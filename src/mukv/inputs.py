@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from mukv.core.errors import BadInput
+from mukv.data.tokens import TokenFile
 from mukv.loaded import Model
+from mukv.runs import open_corpus
 
 
 def ids(text: str, where: str) -> list[int]:
@@ -48,3 +50,31 @@ def rows_of_ids(path: Path) -> list[np.ndarray]:
         given = f"{found.dtype} of shape {found.shape}"
         raise BadInput("--tokens", given, "whole numbers of shape [token] or [row token]")
     return list(np.atleast_2d(found))
+
+
+def window(model: Model, length: int | None) -> int:
+    """Tokens that are read at once: as asked for, or as in training."""
+    if length is None:
+        return min(model.run.train.length, model.decoder.context or model.run.train.length)
+    if length < 2:
+        raise BadInput("--length", length, "at least 2 tokens")
+    if model.decoder.context is not None and length > model.decoder.context:
+        raise BadInput("--length", length, f"the model's context is {model.decoder.context} tokens")
+    return length
+
+
+def corpus(model: Model) -> TokenFile:
+    """What a model was trained on. Raises BadInput where it is not here."""
+    try:
+        return open_corpus(model.run)
+    except BadInput as error:
+        raise BadInput(
+            "MODEL", str(model.run.data.path), f"{error}; give a text with --text or --tokens"
+        ) from None
+
+
+def check_ids(model: Model, ids: np.ndarray) -> None:
+    """Raise BadInput for ids that the model does not have."""
+    worst = int(ids.min() if ids.min() < 0 else ids.max())
+    if not 0 <= worst < model.decoder.vocab_size:
+        raise BadInput("tokens", worst, f"token ids go from 0 to {model.decoder.vocab_size - 1}")

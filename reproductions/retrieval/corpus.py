@@ -1,0 +1,96 @@
+"""Documents with facts to be recalled: lines of a text, and between them lines such as `@K:qzv`.
+
+A key is a capital letter, its value a few random small letters. The line comes once as a fact,
+which nobody can guess, and later again, where all of the value can be known. Everything is ordinary
+text, so that training, evaluation and compression know nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+MARK = "@"
+VALUE = 3
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """A text with facts, and questions that it answers. keys, values: of the facts, in order."""
+
+    text: str
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+
+
+def fact(key: str, value: str) -> str:
+    return f"{MARK}{key}:{value}\n"
+
+
+def drawn_facts(random: np.random.Generator, count: int) -> dict[str, str]:
+    """As many different keys with values."""
+    keys = random.choice(list(string.ascii_uppercase), count, replace=False)
+    letters = random.choice(list(string.ascii_lowercase), (count, VALUE))
+    return {str(key): "".join(row) for key, row in zip(keys, letters, strict=True)}
+
+
+def lines_of(text: bytes, random: np.random.Generator, size: int) -> list[str]:
+    """Whole lines of a text from a random place on, about `size` bytes of them."""
+    start = int(random.integers(0, max(len(text) - 2 * size, 1)))
+    piece = text[start : start + size + 80].decode("utf-8", "ignore").replace(MARK, "#")
+    lines, taken = [], 0
+    for line in piece.splitlines(keepends=True)[1:]:
+        if taken >= size:
+            break
+        lines.append(line.rstrip("\n")[:100] + "\n")
+        taken += len(lines[-1].encode())
+    return lines
+
+
+def document(text: bytes, random: np.random.Generator, length: int) -> str:
+    """To train on: facts, each asked for one to three times somewhere after it."""
+    dense = random.random() < 0.4
+    each = len(fact("K", "v" * VALUE))
+    asked = int(random.integers(1, 4))
+    count = int(random.integers(2, 13))
+    if dense:
+        count, asked = min(26, max(2, length // (each * (asked + 1)))), asked
+    room = 0 if dense else max(0, length - count * each * (asked + 1))
+    pieces = lines_of(text, random, room) if room else []
+    placed = [(float(place), line) for place, line in enumerate(pieces)]
+    end = max(len(pieces), 1)
+    for key, value in drawn_facts(random, count).items():
+        first = random.uniform(-1, end)
+        placed.append((first, fact(key, value)))
+        placed += [(random.uniform(first, end), fact(key, value)) for _ in range(asked)]
+    return "".join(line for _, line in sorted(placed, key=lambda pair: pair[0]))
+
+
+def puzzle(text: bytes, random: np.random.Generator, length: int, facts: int) -> Puzzle:
+    """To test with: `length` bytes of text with facts in it, none asked for yet."""
+    drawn = drawn_facts(random, facts)
+    size = len(fact("K", "v" * VALUE)) * facts
+    pieces = lines_of(text, random, length - size)
+    placed = [(float(place), line) for place, line in enumerate(pieces)]
+    order = sorted(random.uniform(-1, len(pieces) - 1, facts))
+    placed += [(place, fact(*pair)) for place, pair in zip(order, drawn.items(), strict=True)]
+    lines = [line for _, line in sorted(placed, key=lambda pair: pair[0])]
+    whole = "".join(lines).encode()[-length:].decode("utf-8", "ignore")
+    kept = [key for key, value in drawn.items() if fact(key, value) in whole]
+    return Puzzle(whole, tuple(kept), tuple(drawn[key] for key in kept))
+
+
+def write_documents(text: bytes, path: Path, count: int, length: int, seed: int = 0) -> None:
+    """A JSONL file of documents; one of the same name is kept."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    lines = [json.dumps({"text": document(text, random, length)}) for _ in range(count)]
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n")
+    partial.replace(path)

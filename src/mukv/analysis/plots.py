@@ -1,0 +1,178 @@
+"""Pictures of what `sparsity` measures: curves, heat maps, texts side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mukv.analysis.sparsity import MASSES, NEAR, NEEDED, SHARES, SINKS, Sparsity
+from mukv.figures import saved_figure
+
+PANEL = (3.3, 3.0)
+MOST_PANELS = 6
+"""Layers with a panel of their own; of more, so many spread evenly."""
+ColourMap = "viridis"
+
+
+def some(layers: Sequence[Sparsity]) -> list[Sparsity]:
+    chosen = np.unique(np.linspace(0, len(layers) - 1, min(MOST_PANELS, len(layers))).astype(int))
+    return [layers[index] for index in chosen]
+
+
+def curves(layers: Sequence[Sparsity], path: Path) -> str:
+    """Mass against the number of largest weights, at the longest context."""
+    shown = some(layers)
+    with saved_figure(path, (PANEL[0] * len(shown), PANEL[1])) as figure:
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, layer in zip(panels, shown, strict=True):
+            last = layer.longest
+            for head, mean in enumerate(layer.curve["mean"][:, last]):
+                axes.plot(layer.ranks, mean, lw=1, alpha=0.8, label=f"head {head}")
+            low = np.nanmin(layer.curve["low"][:, last], axis=0)
+            high = np.nanmax(layer.curve["high"][:, last], axis=0)
+            axes.fill_between(layer.ranks, low, high, color="grey", alpha=0.18, lw=0)
+            axes.set(xscale="log", title=f"layer {layer.layer}", xlabel="largest weights")
+            axes.grid(alpha=0.3)
+        panels[0].set(ylabel="attention mass", ylim=(0, 1.02))
+        if len(layers[0].curve["mean"]) <= 8:
+            panels[0].legend(fontsize=7, loc="lower right")
+    return (
+        "Sorted attention mass of each head: mean over queries of the longest context; the shade "
+        "goes from the worst query of any head to the best."
+    )
+
+
+def needed(layers: Sequence[Sparsity], path: Path) -> str:
+    """Entries for a share of the mass against the context."""
+    shown = (0.8, 0.95, 0.99)
+    with saved_figure(path, (PANEL[0] * len(shown), PANEL[1])) as figure:
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, mass in zip(panels, shown, strict=True):
+            place = MASSES.index(mass)
+            for layer in layers:
+                with_queries = np.flatnonzero(layer.queries)
+                mean = np.nanmean(layer.needed["mean"][:, with_queries, place], axis=0)
+                axes.plot(2.0**with_queries, mean, marker=".", label=f"layer {layer.layer}")
+            context = 2.0 ** np.arange(layers[0].longest + 1)
+            axes.plot(context, context, color="grey", ls=":", lw=1)
+            axes.set(xscale="log", yscale="log", title=f"{mass:.0%} of the mass")
+            axes.set(xlabel="context (up to)")
+            axes.grid(alpha=0.3)
+        panels[0].set(ylabel="entries needed")
+        if len(layers) <= 12:
+            panels[0].legend(fontsize=7)
+    return "Entries that hold a share of the mass, by context: mean over heads. Dotted: all."
+
+
+def heads(layers: Sequence[Sparsity], path: Path) -> str:
+    """Heat maps of layers and heads at the longest context."""
+    place = MASSES.index(0.95)
+    maps = {
+        "entries for 95 % of the mass": lambda x: x.needed["mean"][:, x.longest, place],
+        f"mass on the first {SINKS}": lambda x: x.sinks[:, x.longest],
+        f"mass on the last {NEAR}": lambda x: x.near[:, x.longest],
+        "distance from the mean head": lambda x: x.far_from_mean[:, x.longest],
+    }
+    tall = 1.6 + 0.32 * len(layers)
+    with saved_figure(path, (PANEL[0] * len(maps), max(2.4, tall))) as figure:
+        panels = figure.subplots(1, len(maps), squeeze=False)[0]
+        for axes, (title, of) in zip(panels, maps.items(), strict=True):
+            heat(figure, axes, padded([of(layer) for layer in layers]), title)
+            axes.set(xlabel="head")
+        panels[0].set(ylabel="layer")
+    return "By layer and head, at the longest context."
+
+
+def errors(layers: Sequence[Sparsity], path: Path) -> str:
+    """What is lost of the output against what is lost of the mass."""
+    sides = (("error", "values dropped"), ("renormalised", "and renormalised"))
+    with saved_figure(path, (2 * 1.3 * PANEL[0], 1.15 * PANEL[1])) as figure:
+        panels = figure.subplots(1, 2, sharex=True, sharey=True, squeeze=False)[0]
+        for axes, (name, title) in zip(panels, sides, strict=True):
+            for place, share in enumerate(SHARES):
+                lost = [1 - x.top[:, x.longest, place] for x in layers]
+                error = [getattr(x, name)[:, x.longest, place] for x in layers]
+                axes.scatter(
+                    np.concatenate(lost),
+                    np.concatenate(error),
+                    s=14,
+                    alpha=0.7,
+                    label=f"largest {share:.0%}",
+                )
+            axes.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
+            axes.set(title=title, xlabel="mass lost")
+            axes.grid(alpha=0.3)
+        panels[0].set(ylabel="relative error of the output")
+        panels[0].legend(fontsize=8)
+    return (
+        "Each point is a head: mass lost and error of its output when only the values of the "
+        "largest weights are read. Dotted: equal."
+    )
+
+
+def agreement(layers: Sequence[Sparsity], path: Path) -> str:
+    """Which heads need the same entries."""
+    shown = some(layers)
+    with saved_figure(path, (PANEL[0] * len(shown), PANEL[1])) as figure:
+        panels = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axes, layer in zip(panels, shown, strict=True):
+            heat(figure, axes, layer.agreement, f"layer {layer.layer}", (0, 1))
+            axes.set(xlabel="head")
+        panels[0].set(ylabel="head")
+    return f"Of the entries with {NEEDED:.0%} of the mass of either head, the share that both need."
+
+
+def texts(found: Mapping[str, Sequence[Sparsity]], path: Path) -> str:
+    """The same model on different texts."""
+    place = MASSES.index(0.95)
+    panels_of = {
+        "entries for 95 % of the mass": lambda x: x.needed["mean"][:, x.longest, place],
+        f"mass on the first {SINKS}": lambda x: x.sinks[:, x.longest],
+        f"mass on the last {NEAR}": lambda x: x.near[:, x.longest],
+        f"output error, largest {SHARES[2]:.0%}": lambda x: x.error[:, x.longest, 2],
+    }
+    with saved_figure(path, (PANEL[0] * len(panels_of), PANEL[1])) as figure:
+        panels = figure.subplots(1, len(panels_of), squeeze=False)[0]
+        for axes, (title, of) in zip(panels, panels_of.items(), strict=True):
+            for name, layers in found.items():
+                means = [float(np.mean(of(layer))) for layer in layers]
+                axes.plot([layer.layer for layer in layers], means, marker=".", label=name)
+            axes.set(title=title, xlabel="layer")
+            axes.grid(alpha=0.3)
+        panels[0].legend(fontsize=8)
+    return "Texts side by side: means over heads, at the longest context."
+
+
+def heat(
+    figure: Any,
+    axes: Any,
+    values: np.ndarray,
+    title: str,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """A matrix as colours, with its numbers where there is room."""
+    low, high = limits or (None, None)
+    image = axes.imshow(values, aspect="auto", cmap=ColourMap, vmin=low, vmax=high)
+    figure.colorbar(image, ax=axes, shrink=0.85)
+    axes.set_title(title, fontsize=9)
+    axes.set_xticks(range(values.shape[1]) if values.shape[1] <= 16 else [])
+    axes.set_yticks(range(values.shape[0]) if values.shape[0] <= 40 else [])
+    if values.size > 64:
+        return
+    middle = image.norm(values)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "white" if middle[row, column] < 0.6 else "black"
+            shown = f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
+            axes.text(column, row, shown, ha="center", va="center", color=colour, fontsize=7)
+
+
+def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Layers may have different numbers of heads: what is not there is NaN."""
+    table = np.full((len(rows), max(map(len, rows))), np.nan)
+    for row, values in zip(table, rows, strict=True):
+        row[: len(values)] = values
+    return table

@@ -1,0 +1,57 @@
+"""Which pieces of which texts are looked at: windows of one length, spread evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mukv.analysis.capture import Rows
+from mukv.core.errors import BadInput
+from mukv.data.batches import Batches
+from mukv.data.tokens import TokenFile
+
+
+def windows(name: str, texts: Sequence[np.ndarray], length: int, samples: int) -> Rows:
+    """At most `samples` windows of token ids, each read as the beginning of a document.
+
+    Raises BadInput if no text is as long as a window.
+    """
+    starts = [
+        (number, start)
+        for number, text in enumerate(texts)
+        for start in range(0, len(text) - length + 1, length)
+    ]
+    if not starts:
+        longest = max(map(len, texts))
+        raise BadInput("--length", length, f"at most {longest}: {name} has no more tokens")
+    chosen = np.unique(np.linspace(0, len(starts) - 1, min(samples, len(starts))).astype(int))
+    rows = [texts[starts[i][0]][starts[i][1] : starts[i][1] + length] for i in chosen]
+    tokens = np.stack(rows).astype(np.int32)
+    position = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    return Rows(tokens, position, np.ones_like(tokens))
+
+
+def held_out(corpus: TokenFile, length: int, samples: int) -> Rows:
+    """Windows of a token file's validation stream; documents in them are apart, as in training."""
+    batches = Batches(corpus, seed=0, batch=samples, length=length, split="validation")
+    batch = next(iter(batches.once(limit=1)))
+    real = batch.segment.any(axis=1)
+    return Rows(batch.tokens[real], batch.position[real], batch.segment[real])
+
+
+def calibration(corpus: TokenFile, length: int, batch: int, count: int) -> Iterator[Rows]:
+    """Batches of the training stream."""
+    batches = Batches(corpus, seed=0, batch=batch, length=length)
+    for step in range(-(-count // batch)):
+        found = batches.at(step)
+        yield Rows(found.tokens, found.position, found.segment)
+
+
+def batched(rows: Rows, size: int) -> Iterator[Rows]:
+    """Batches of one shape: the last is filled up with rows that are no document."""
+    size = min(size, len(rows.tokens))
+    for start in range(0, len(rows.tokens), size):
+        part = Rows(*(array[start : start + size] for array in rows))
+        missing = size - len(part.tokens)
+        yield Rows(*(np.pad(array, ((0, missing), (0, 0))) for array in part))

@@ -1,0 +1,166 @@
+"""`mukv analyze`: measures a model on texts and writes tables, pictures and a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mukv.analysis import plots, samples
+from mukv.analysis.capture import Rows, batch_rows
+from mukv.analysis.sparsity import MASSES, PARTS, SHARES, Sparsity, measure
+from mukv.core.compute import Compute
+from mukv.core.files import write_atomic
+from mukv.model.decoder import Decoder
+from mukv.page import Page
+from mukv.progress import Bar
+
+Found = Mapping[str, Sequence[Sparsity]]
+"""What was measured, by name of the text."""
+
+
+def look(
+    model: Decoder, weights: Any, texts: Mapping[str, Rows], compute: Compute | None = None
+) -> dict[str, list[Sparsity]]:
+    """Measure a model on windows of each text. weights: stacked and scaled."""
+    found: dict[str, list[Sparsity]] = {}
+    total = sum(len(rows.tokens) for rows in texts.values())
+    with Bar("looking", total) as bar:
+        done = 0
+        for name, rows in texts.items():
+            length = rows.tokens.shape[1]
+
+            def shown(rows: Rows = rows, length: int = length, name: str = name) -> Iterable[Rows]:
+                nonlocal done
+                for batch in samples.batched(rows, batch_rows(model, length)):
+                    yield batch
+                    done = min(done + len(batch.tokens), total)
+                    bar.show(done, {"text": name})
+
+            found[name] = measure(model, weights, shown(), length, compute)
+    return found
+
+
+def write(found: Found, out: Path, title: str, about: Mapping[str, str]) -> Page:
+    """Tables and pictures into a folder; the page that shows them, not yet saved."""
+    for name, rows in tables(found).items():
+        write_atomic(out / f"{name}.csv", csv_text(rows))
+    page = Page(title)
+    page.table(("", ""), about.items())
+    if len(found) > 1:
+        page.heading("Texts side by side")
+        page.picture(out / "texts.png", plots.texts(found, out / "texts.png"))
+    for name, layers in found.items():
+        prefix = f"{name}-" if len(found) > 1 else ""
+        page.heading(f"Text: {name}")
+        page.table(COLUMNS, (summary(layer) for layer in layers))
+        for draw in (plots.heads, plots.curves, plots.needed, plots.errors, plots.agreement):
+            path = out / f"{prefix}{draw.__name__}.png"
+            page.picture(path, draw(layers, path))
+    return page
+
+
+COLUMNS = (
+    "layer",
+    *(f"entries for {mass:.3g}" for mass in MASSES),
+    *(f"mass of top {share:.0%}" for share in SHARES),
+    *(f"error at top {share:.0%}" for share in SHARES),
+    *PARTS,
+)
+SHORT = ("layer", "80 %", "95 %", "99 %", "mass", "error", *PARTS)
+"""Of a terminal: entries for a mass, mass and error of the largest tenth."""
+
+
+def summary(layer: Sparsity) -> list[str]:
+    """Means over heads at the longest context, as they are shown."""
+    last = layer.longest
+    needed = [f"{value:.1f}" for value in layer.needed["mean"][:, last].mean(axis=0)]
+    top = [f"{value:.3f}" for value in layer.top[:, last].mean(axis=0)]
+    error = [f"{value:.3f}" for value in layer.error[:, last].mean(axis=0)]
+    parts = [f"{getattr(layer, name)[:, last].mean():.3g}" for name in PARTS]
+    return [f"{layer.layer}", *needed, *top, *error, *parts]
+
+
+def short(layer: Sparsity) -> list[str]:
+    """What of the summary a terminal has room for."""
+    shown = dict(zip(COLUMNS, summary(layer), strict=True))
+    names = (*(f"entries for {mass}" for mass in (0.8, 0.95, 0.99)), "mass of top 10%")
+    return [shown[name] for name in ("layer", *names, "error at top 10%", *PARTS)]
+
+
+def facts(found: Found) -> dict[str, Any]:
+    """What `--json` prints: means over heads at the longest context."""
+
+    def of(layer: Sparsity) -> dict[str, Any]:
+        last = layer.longest
+
+        def by(keys: Sequence[float], x: np.ndarray) -> dict[str, float]:
+            means = x[:, last].mean(axis=0)
+            return {f"{key:g}": float(value) for key, value in zip(keys, means, strict=True)}
+
+        off = layer.agreement[~np.eye(len(layer.agreement), dtype=bool)]
+        return {
+            "layer": layer.layer,
+            "context": 2**last,
+            "needed": by(MASSES, layer.needed["mean"]),
+            "top": by(SHARES, layer.top),
+            "error": by(SHARES, layer.error),
+            "error_renormalised": by(SHARES, layer.renormalised),
+            **{name: float(getattr(layer, name)[:, last].mean()) for name in PARTS},
+            "far_from_mean": float(layer.far_from_mean[:, last].mean()),
+            "agreement": float(off.mean()) if off.size else 1.0,
+        }
+
+    return {name: [of(layer) for layer in layers] for name, layers in found.items()}
+
+
+def tables(found: Found) -> dict[str, list[dict[str, Any]]]:
+    """Every number that was measured, one table for each file."""
+    by_context: list[dict[str, Any]] = []
+    curve: list[dict[str, Any]] = []
+    agreement: list[dict[str, Any]] = []
+    for text, layers in found.items():
+        for layer in layers:
+            for head, row in enumerate(layer.agreement):
+                where = {"text": text, "layer": layer.layer, "head": head}
+                agreement += [
+                    {**where, "other": other, "share": share} for other, share in enumerate(row)
+                ]
+                for octave in np.flatnonzero(layer.queries):
+                    here = {**where, "context": 2**octave}
+                    by_context.append({**here, **_numbers(layer, head, int(octave))})
+                    for place, rank in enumerate(layer.ranks):
+                        ends = {
+                            name: layer.curve[end][head, octave, place]
+                            for name, end in (("mean", "mean"), ("worst", "low"), ("best", "high"))
+                        }
+                        curve.append({**here, "largest": int(rank), **ends})
+    return {"sparsity": by_context, "curve": curve, "agreement": agreement}
+
+
+def _numbers(layer: Sparsity, head: int, octave: int) -> dict[str, float]:
+    numbers: dict[str, float] = {"queries": layer.queries[octave]}
+    for place, mass in enumerate(MASSES):
+        for name, end in (("", "mean"), ("_best", "low"), ("_worst", "high")):
+            numbers[f"needed_{mass:g}{name}"] = layer.needed[end][head, octave, place]
+    for place, share in enumerate(SHARES):
+        numbers[f"top_{share:g}"] = layer.top[head, octave, place]
+        numbers[f"error_{share:g}"] = layer.error[head, octave, place]
+        numbers[f"error_renormalised_{share:g}"] = layer.renormalised[head, octave, place]
+    for name in (*PARTS, "far_from_mean"):
+        numbers[name] = getattr(layer, name)[head, octave]
+    return numbers
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table with its names on the first line, numbers with six digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()
