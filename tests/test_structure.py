@@ -15,8 +15,8 @@ import mukv
 SOURCE = Path(mukv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
-    {"core", "figures", "page"},
-    {"position", "scaling", "data"},
+    {"core", "figures"},
+    {"data", "page", "position", "scaling"},
     {"attention", "tasks"},
     {"cache"},
     {"model", "training"},
