@@ -25,7 +25,7 @@ FLOORS = (
     {"config", "launch"},
     {"describe", "runs"},
     {"loaded", "search"},
-    {"transfer"},
+    {"bench", "transfer"},
     {"analysis", "demo", "inputs", "output"},
     {"cli"},
     {"__main__"},

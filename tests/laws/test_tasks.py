@@ -32,13 +32,6 @@ def words(texts):
     return [" ".join(text.split()) for text in texts]
 
 
-def right(found, predicted):
-    """Which answers a row of predicted tokens gets as a whole, of those that are there."""
-    wrong = np.cumsum(np.pad((predicted != found.tokens) & found.graded, ((0, 0), (1, 0))), axis=1)
-    row = np.arange(len(found.tokens))[:, None]
-    return (wrong[row, found.stop] == wrong[row, found.start])[found.present]
-
-
 def within(rate, chance, count):
     """Not further from chance than four standard errors, and a Poisson's handful."""
     return abs(rate - chance) <= 4 * (chance * (1 - chance) / count) ** 0.5 + 4 / count
@@ -56,7 +49,7 @@ def test_an_oracle_scores_one(name):
 @EVERY
 def test_a_guesser_scores_chance(name):
     task, found = samples(name)
-    hits = right(found, task.guess(found, Draws.of(9, 0, np.arange(COUNT))))
+    hits = found.right(task.guess(found, Draws.of(9, 0, np.arange(COUNT))))[found.present]
     assert within(hits.mean(), task.chance(found), hits.size)
 
 
@@ -67,7 +60,7 @@ def test_position_alone_scores_chance(name):
     _, seen = samples(name, "train")
     places = [np.bincount(column, minlength=task.vocab_size) for column in seen.tokens.T]
     by_place = np.broadcast_to(np.argmax(places, axis=1), found.tokens.shape)
-    hits = right(found, by_place)
+    hits = found.right(by_place)[found.present]
     assert hits.mean() <= task.chance(found) + 4 / np.sqrt(hits.size) * 0.5
     if task.ends:
         return
@@ -79,7 +72,7 @@ def test_position_alone_scores_chance(name):
             at, to = (s.start[:, number] + place for s in (seen, found))
             counts = np.bincount(seen.tokens[np.arange(COUNT), at])
             predicted[np.arange(COUNT), to] = counts.argmax()
-    hits = right(found, predicted)
+    hits = found.right(predicted)[found.present]
     assert hits.mean() <= task.chance(found) + 2 / np.sqrt(hits.size)
 
 

@@ -70,6 +70,13 @@ class Samples(NamedTuple):
     def present(self) -> Bool[np.ndarray, "row answer"]:
         return self.stop > self.start
 
+    def right(self, predicted: Int[np.ndarray, "row token"]) -> Bool[np.ndarray, "row answer"]:
+        """Which answers are right as a whole, where `predicted` says what stands at each place."""
+        wrong = (predicted != self.tokens) & self.graded
+        before = np.cumsum(np.pad(wrong, ((0, 0), (1, 0))), axis=1)
+        row = np.arange(len(self.tokens))[:, None]
+        return (before[row, self.stop] == before[row, self.start]) & self.present
+
     @property
     def distance(self) -> Int[np.ndarray, "row answer"]:
         """Tokens from a fact to its answer."""
@@ -165,7 +172,9 @@ class Task(ABC):
     def check_length(self, length: int) -> None:
         """Raises BadInput where not every puzzle would fit."""
         if not self.smallest <= length <= LONGEST:
-            allowed = f"at least {self.smallest} tokens for {self.facts} facts"
+            allowed = (
+                f"at least {self.smallest} tokens for {type(self).__name__} with {self.facts} facts"
+            )
             raise BadInput("length", length, allowed)
 
     def sample(self, length: int, seed: int, split: Split, i: int) -> Samples:

@@ -1,0 +1,58 @@
+"""Shares of right answers, and how far they can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+BASE_SHARE = 0.85
+"""Of the score at the shortest length, that a length must keep to count as mastered: RULER's
+threshold (Hsieh et al. 2024) is its baseline's 85.6 %."""
+SURE = 1.959964
+"""Standard deviations of a two-sided interval of 95 %."""
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    if not count:
+        return 0.0, 1.0
+    share, z = right / count, SURE**2 / count
+    middle = (share + z / 2) / (1 + z)
+    reach = SURE * math.sqrt(share * (1 - share) / count + z / count / 4) / (1 + z)
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def effective_length(scores: Mapping[int, float], chance: float) -> int:
+    """The longest length up to which every score is at least 85 % of that at the shortest one;
+    0 where that one is no better than chance.
+
+    scores: by length.
+    """
+    lengths = sorted(scores)
+    base = scores[lengths[0]]
+    if base <= 2 * chance:
+        return 0
+    mastered = 0
+    for length in lengths:
+        if scores[length] < BASE_SHARE * base:
+            break
+        mastered = length
+    return mastered
+
+
+def shares(
+    right: np.ndarray, value: np.ndarray, edges: list[float] | np.ndarray
+) -> list[dict[str, float]]:
+    """Share of right answers by bucket of a value. right: bool [answer]; edges: of the buckets,
+    the last one open."""
+    bucket = np.searchsorted(edges, value, side="right") - 1
+    rows = []
+    for number, low in enumerate(edges):
+        inside = right[bucket == number]
+        if len(inside):
+            rows.append(
+                {"from": float(low), "answers": len(inside), "exact_match": float(inside.mean())}
+            )
+    return rows

@@ -1,0 +1,66 @@
+"""The benchmark without a model: what a reader, a guesser and a clock would score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mukv.bench.grading import wilson
+from mukv.tasks import TASKS, AnyTask, Draws, Samples
+from mukv.tasks.solvers import SOLVERS
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two texts differ at most in their white space."""
+    return one.split() == other.split()
+
+
+def solved(task: AnyTask, samples: Samples) -> np.ndarray:
+    """Whether the task's independent solver answers right from the text, bool [answer]."""
+    solve = SOLVERS[task.kind]
+    right: list[bool] = []
+    for row in range(len(samples.tokens)):
+        text, answers = task.questions(samples, row)
+        found = solve(text)
+        right += [same(*pair) for pair in zip(answers, found, strict=True)]
+    return np.array(right)
+
+
+def by_position(seen: Samples, samples: Samples) -> np.ndarray:
+    """Whether the commonest token at each place of other samples is right, bool [answer]."""
+    columns = seen.tokens.T
+    common = [np.bincount(column).argmax() for column in columns]
+    return samples.right(np.broadcast_to(common, samples.tokens.shape))[samples.present]
+
+
+def check(names: Sequence[str], lengths: Sequence[int], count: int, seed: int) -> list[dict]:
+    """A row for each task and length. count: samples of each. Raises BadInput for a length that
+    is too short for a task, before any work."""
+    for name in names:
+        for length in lengths:
+            TASKS[name].check_length(length)
+    return [row(name, length, count, seed) for name in names for length in lengths]
+
+
+def row(name: str, length: int, count: int, seed: int) -> dict[str, Any]:
+    """One task at one length; the reader takes the model's place."""
+    task, indices = TASKS[name], np.arange(count)
+    samples = task.batch(length, seed, "test", indices)
+    oracle = solved(task, samples)
+    guessed = samples.right(task.guess(samples, Draws.of(seed + 1, 0, indices)))[samples.present]
+    placed = by_position(task.batch(length, seed, "train", indices), samples)
+    return {
+        "task": name,
+        "length": length,
+        "exact_match": float(oracle.mean()),
+        "interval": wilson(int(oracle.sum()), len(oracle)),
+        "chance": task.chance(samples),
+        "oracle": float(oracle.mean()),
+        "guesser": float(guessed.mean()),
+        "position_only": float(placed.mean()),
+        "cache_bytes_per_token": 0,
+        "samples": count,
+        "answers": len(oracle),
+    }

@@ -1,0 +1,62 @@
+"""The benchmark without a model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mukv.bench.grading import effective_length, shares, wilson
+from mukv.tasks import TASKS
+
+
+def test_all_tasks_are_shown(mukv):
+    done = mukv("bench", "--oracle", "--lengths", "256", "--samples", "40", "--json")
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["task"] for row in rows] == list(TASKS)
+    for row in rows:
+        assert row["length"] == 256
+        assert row["oracle"] == row["exact_match"] == 1.0
+        assert 0 < row["chance"] <= 0.5
+        assert row["cache_bytes_per_token"] == 0
+
+
+def test_for_people(mukv):
+    done = mukv("bench", "--oracle", "--tasks", "needle,mqar", "--lengths", "64,32")
+    assert done.returncode == 0
+    assert done.stdout.count("1.000") == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--tasks", "mqr"), "did you mean 'mqar'"),
+        (("--lengths", "64"), "at least 97 tokens for FuzzyRecall"),
+        (("--lengths", "many"), "whole numbers"),
+        (("--lengths", "0"), "at least 1"),
+        (("--samples", "0"), "at least 1"),
+    ],
+)
+def test_bad_input(mukv, given, said):
+    done = mukv("bench", "--oracle", *given)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
+
+
+def test_wilson():
+    # Newcombe (1998), table I: 81 of 263.
+    low, high = wilson(81, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson(0, 10)[0] == 0
+    assert wilson(10, 10)[1] == pytest.approx(1)
+
+
+def test_effective_length():
+    assert effective_length({64: 1.0, 128: 0.86, 256: 0.84, 512: 1.0}, 0.01) == 128
+    assert effective_length({64: 0.02, 128: 0.02}, 0.02) == 0
+
+
+def test_shares():
+    rows = shares(np.array([True, False, True]), np.array([1, 5, 9]), [0, 4, 8])
+    assert [row["exact_match"] for row in rows] == [1, 0, 1]
