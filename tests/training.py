@@ -10,7 +10,7 @@ import numpy as np
 from mukv.core.compute import Compute
 from mukv.core.mesh import MeshShape
 from mukv.data.batches import Batch
-from mukv.model import Decoder
+from mukv.model import LanguageModel
 from mukv.train import Metrics, State, Trainer
 from mukv.training import Training
 from tests.laws import matrix
@@ -18,7 +18,7 @@ from tests.laws import matrix
 EXACT = Compute("float32", "float32", unroll=True)
 
 
-def trainer(model: Decoder, data: int = 1, tensor: int = 1, **changes: Any) -> Trainer:
+def trainer(model: LanguageModel, data: int = 1, tensor: int = 1, **changes: Any) -> Trainer:
     """On a mesh of simulated devices."""
     settings = {"steps": 8, "batch": 8, "length": matrix.LENGTH, "compute": EXACT, **changes}
     return Trainer(model, Training(**settings), MeshShape(data, tensor).build())

@@ -23,7 +23,7 @@ from mukv.core.mesh import MeshShape
 from mukv.core.tap import capture
 from mukv.core.typing import Array
 from mukv.figures import saved_figure
-from mukv.model import Decoder
+from mukv.model import LanguageModel
 from mukv.model.width import widened
 from mukv.progress import Bar
 from mukv.scaling.schedules import Cosine
@@ -58,7 +58,7 @@ class Slope:
 
 
 def check(
-    model: Decoder,
+    model: LanguageModel,
     training: Training,
     batch: Any,
     widths: Sequence[int],

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.cache import Cache
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int, Weights
-from mukv.model.decoder import Decoder
+from mukv.model.base import LanguageModel
 
 BLOCK = 16
 """Steps per call of the compiled loop: how often text is shown and stop tokens are looked for."""
@@ -104,7 +103,7 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def decoding_weights(model: Decoder, weights: Weights, compute: Compute | None = None) -> Any:
+def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | None = None) -> Any:
     """Weights as decoding takes them: scaled, in the compute type, one entry per layer."""
     compute = (compute or Compute()).resolve(model.vocab_size)
     declared = model.params()
@@ -112,7 +111,7 @@ def decoding_weights(model: Decoder, weights: Weights, compute: Compute | None =
 
 
 @lru_cache(maxsize=32)
-def _functions(model: Decoder, sampling: Sampling, compute: Compute) -> tuple[Any, Any, Any]:
+def _functions(model: LanguageModel, sampling: Sampling, compute: Compute) -> tuple[Any, Any, Any]:
     """prefill, block and fold of a model, to be compiled for the shapes that come."""
 
     def rows(key: Array, number: Array, batch: int) -> Array:
@@ -120,8 +119,8 @@ def _functions(model: Decoder, sampling: Sampling, compute: Compute) -> tuple[An
         return jax.vmap(partial(jax.random.fold_in, step))(jnp.arange(batch))
 
     def prefill(
-        weights: Any, cache: Cache, tokens: Array, count: Array, key: Array
-    ) -> tuple[Array, Cache]:
+        weights: Any, cache: Any, tokens: Array, count: Array, key: Array
+    ) -> tuple[Array, Any]:
         logits, cache = model.prefill(weights, cache, tokens, count, compute=compute)
         return sampling.draw(logits, rows(key, jnp.zeros((), jnp.int32), len(count))), cache
 
@@ -130,7 +129,7 @@ def _functions(model: Decoder, sampling: Sampling, compute: Compute) -> tuple[An
     ) -> tuple[Array, Any, Array, Array]:
         def step(carry: Any, _: None) -> tuple[Any, Array]:
             live, token, number = carry
-            cache = Cache.join(frozen, live)
+            cache = model.cache_class.join(frozen, live)
             logits, cache = model.step(weights, cache, token, compute=compute)
             token = sampling.draw(logits, rows(key, number, len(token)))
             return (cache.split()[1], token, number + 1), token
@@ -146,7 +145,7 @@ def _functions(model: Decoder, sampling: Sampling, compute: Compute) -> tuple[An
 
 
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     weights: Any,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
@@ -190,7 +189,7 @@ def generate(
     steps = 0
     while not rows.done:
         if steps and steps % sizes.tail == 0:
-            frozen, live = fold(Cache.join(frozen, live)).split()
+            frozen, live = fold(model.cache_class.join(frozen, live)).split()
         new, live, token, number = block(weights, frozen, live, token, number, key)
         rows.add(np.asarray(new))
         steps += BLOCK
@@ -230,7 +229,7 @@ class _Rows:
             self.show(fresh)
 
 
-def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
     if not 1 <= max_tokens < 1 << 31:
         raise BadInput("max_tokens", max_tokens, "at least 1, and positions have 32 bits")
     if not prompts or not all(len(prompt) for prompt in prompts):

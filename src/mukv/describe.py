@@ -12,43 +12,51 @@ from rich.table import Column, Table
 from mukv.config import Run
 from mukv.core import params
 from mukv.core.mesh import specification
-from mukv.model.counting import cache_bytes_per_token, cached, flops_per_token
+from mukv.model.counting import cached, entry_bytes, flops_per_token
 
 
 def describe(run: Run) -> dict[str, Any]:
     """Parameters, FLOPs and cache bytes as plain data; the field names are public.
 
     Bytes are those of the compute type. A layer with a window costs a constant, any other an
-    amount per token; one that reads another layer's entries costs nothing.
+    amount per token; one that reads another layer's entries costs nothing. What decoding keeps
+    besides the layers is part of the constant.
     """
     model = run.model
     compute = run.train.compute.resolve(model.vocab_size)
     layers = []
-    for layer in model.layers:
-        entry = cache_bytes_per_token(model, layer, compute.type)
-        fused = compute.fused
-        layers.append(
-            {
-                "layer": layer.index,
-                "attention": layer.attention.describe(),
-                "position": layer.attention.position.kind,
-                "window": layer.window,
-                "reads": layer.reads,
-                "core": "fused" if fused else "plain",
-                "cached": cached(model, layer),
-                "cache_bytes_per_token": 0 if layer.window else entry,
-                "cache_bytes_constant": entry * (layer.window or 0),
-            }
-        )
+    for stack in model.stacks:
+        for layer in stack.layers:
+            entry = entry_bytes(stack, layer, compute.type)
+            layers.append(
+                {
+                    "layer": stack.first + layer.index,
+                    "attention": layer.attention.describe(),
+                    "position": layer.attention.position.kind,
+                    "window": layer.window,
+                    "reads": None if layer.reads is None else stack.first + layer.reads,
+                    "tokens_per_entry": stack.every,
+                    "core": "fused" if compute.fused else "plain",
+                    "cached": cached(stack, layer),
+                    "cache_bytes_per_token": 0 if layer.window else per_token(entry, stack.every),
+                    "cache_bytes_constant": entry * (layer.window or 0),
+                }
+            )
     return {
         "parameters": params.count(model.params()),
         "flops_per_token": flops_per_token(model, run.train.length),
         "cache_bytes_per_token": sum(layer["cache_bytes_per_token"] for layer in layers),
-        "cache_bytes_constant": sum(layer["cache_bytes_constant"] for layer in layers),
+        "cache_bytes_constant": sum(layer["cache_bytes_constant"] for layer in layers)
+        + model.state_bytes(compute.type),
         "dtype": compute.dtype,
         "layers": layers,
         "weights": weights(run),
     }
+
+
+def per_token(entry: int, every: int) -> int | float:
+    """Bytes of an entry shared by so many tokens; a whole number where it is one."""
+    return entry // every if entry % every == 0 else entry / every
 
 
 def weights(run: Run) -> list[dict[str, Any]]:

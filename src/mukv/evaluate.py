@@ -15,7 +15,7 @@ import numpy as np
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float
-from mukv.model.decoder import Decoder
+from mukv.model.base import LanguageModel
 from mukv.model.loss import token_losses
 
 BATCH_TOKENS = 8192
@@ -37,7 +37,7 @@ class Evaluation:
 
 
 @lru_cache(maxsize=8)
-def _losses(model: Decoder, compute: Compute) -> Any:
+def _losses(model: LanguageModel, compute: Compute) -> Any:
     def losses(weights: Any, tokens: Array, targets: Array) -> Float[Array, "batch token"]:
         hidden = model.hidden(weights, tokens, compute=compute)
         return token_losses(model, weights, hidden, targets, compute)
@@ -46,7 +46,7 @@ def _losses(model: Decoder, compute: Compute) -> Any:
 
 
 def evaluate(
-    model: Decoder,
+    model: LanguageModel,
     weights: Any,
     rows: Sequence[np.ndarray],
     length: int,

@@ -25,7 +25,7 @@ from mukv.core.weights import load_weights
 from mukv.data.tokenizer import AnyTokenizer, load_tokenizer
 from mukv.decode import Generation, Sampling, decoding_weights, generate
 from mukv.evaluate import Evaluation, evaluate
-from mukv.model.decoder import Decoder
+from mukv.model.base import LanguageModel
 from mukv.runs import RunDirectory
 from mukv.train import Trainer
 
@@ -47,7 +47,7 @@ class Model:
     tokenizer: AnyTokenizer
 
     @property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> LanguageModel:
         return self.run.model
 
     @cached_property

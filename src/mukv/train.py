@@ -22,7 +22,7 @@ from mukv.core.errors import BadInput
 from mukv.core.mesh import batch_sharding, replicated, share_of_batch, weight_shardings
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Float, Int
-from mukv.model.decoder import Decoder
+from mukv.model.base import LanguageModel
 from mukv.model.loss import summed_loss
 from mukv.scaling.schedules import Plan
 from mukv.training import Training
@@ -56,7 +56,7 @@ class Trainer:
     share: which of how many shares of each batch this process reads (`host`, `hosts`).
     """
 
-    def __init__(self, model: Decoder, training: Training, mesh: Mesh):
+    def __init__(self, model: LanguageModel, training: Training, mesh: Mesh):
         """Raises BadInput if the batch can't be split over the mesh."""
         rows = training.batch // training.accumulate
         if rows % mesh.shape["data"]:

@@ -24,7 +24,7 @@ from mukv.core.files import write_atomic
 from mukv.core.numbers import leaves
 from mukv.data.tokens import TokenFile
 from mukv.figures import saved_figure
-from mukv.model import Decoder
+from mukv.model import LanguageModel
 from mukv.model.width import widened
 from mukv.search.together import Point, Together, free_memory, grouped
 from mukv.training import Training
@@ -73,7 +73,7 @@ class Search:
     """losses: of held-out text after the last step by (width, log2 rate, seed); infinite where a
     run diverged."""
 
-    model: Decoder
+    model: LanguageModel
     training: Training
     tokens: TokenFile
     packing: Literal["packed", "contiguous"]

@@ -63,14 +63,14 @@ YARN = (
 CHANGES = {
     "Data.path": "data.path={other}",
     "Data.packing": "data.packing=contiguous",
-    "Decoder.vocab_size": "model.vocab_size=272",
-    "Decoder.d_model": "model.d_model=16",
-    "Decoder.attention": SHARED,
+    "LanguageModel.vocab_size": "model.vocab_size=272",
+    "LanguageModel.d_model": "model.d_model=16",
+    "LanguageModel.attention": SHARED,
     "Decoder.plan": "model.plan=[{repeats: 3}]",
-    "Decoder.residual": "model.residual={kind: sandwich}",
-    "Decoder.embedding_scale": "model.embedding_scale=root_width",
-    "Decoder.readout": "model.readout=tied",
-    "Decoder.logit_softcap": "model.logit_softcap=0.1",
+    "LanguageModel.residual": "model.residual={kind: sandwich}",
+    "LanguageModel.embedding_scale": "model.embedding_scale=root_width",
+    "LanguageModel.readout": "model.readout=tied",
+    "LanguageModel.logit_softcap": "model.logit_softcap=0.1",
     "Stage.pattern": "model.plan=[{pattern: [{}, {}], repeats: 2}]",
     "Stage.repeats": "model.plan.0.repeats=1",
     "Layer.attention": f"{LAYER}.attention={{kind: grouped, heads: 1, kv_heads: 1, head_dim: 4}}",
@@ -227,7 +227,9 @@ SAME = {
 }
 """These say how, not what: memory and time differ, the numbers must not."""
 
-REFUSED = {"Decoder.context": ("model.context=8", r"train\.length: got 16; at most model.context")}
+REFUSED = {
+    "LanguageModel.context": ("model.context=8", r"train\.length: got 16; at most model.context")
+}
 
 ELSEWHERE = {
     "Training.profile": "writes a profile beside the run",

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import Entries
-from mukv.core.typing import Array, Float, Int
+from mukv.core.typing import Array, Bool, Float, Int
 
 Body = dict[str, Float[Array, "batch _ slot _"]]
 Token = dict[str, Float[Array, "batch _ 1 _"]]
@@ -39,12 +39,12 @@ class Slot:
 class Cache:
     """slots: one per layer that writes, in order.
     length: tokens of each row that have been folded into the bodies.
-    filled: tokens in the tails, the same number for all rows.
+    filled: tokens in the tails: one number for all rows, or one for each.
     """
 
     slots: tuple[Slot, ...]
     length: Int[Array, " batch"]
-    filled: Int[Array, ""]
+    filled: Int[Array, "*row"]
 
     @property
     def tail_size(self) -> int:
@@ -86,11 +86,15 @@ def body_entries(tensors: Body, length: Int[Array, " batch"], wraps: bool) -> En
     return Entries(tensors, position, valid=position >= 0, ordered=not wraps)
 
 
-def tail_entries(tensors: Tail, length: Int[Array, " batch"], filled: Int[Array, ""]) -> Entries:
+def tail_entries(
+    tensors: Tail, length: Int[Array, " batch"], filled: Int[Array, "*row"]
+) -> Entries:
     """The first `filled` places of the tail as a bag of entries."""
     place = jnp.arange(next(iter(tensors.values())).shape[2])
     position = length[:, None, None] + place
-    return Entries(tensors, position, valid=jnp.broadcast_to(place < filled, position.shape))
+    return Entries(
+        tensors, position, valid=jnp.broadcast_to(place < filled[..., None, None], position.shape)
+    )
 
 
 def append(tail: Tail, new: Token, filled: Int[Array, ""]) -> Tail:
@@ -101,6 +105,20 @@ def append(tail: Tail, new: Token, filled: Int[Array, ""]) -> Tail:
         )
         for name in tail
     }
+
+
+def append_some(
+    tail: Tail, new: Token, filled: Int[Array, " batch"], which: Bool[Array, " batch"]
+) -> Tail:
+    """The same where rows have tails of their own length, and only some go on."""
+    rows = jnp.arange(len(filled))
+
+    def one(old: Array, fresh: Array) -> Array:
+        # A place that there isn't is one that nothing is written to.
+        place = jnp.where(which, filled, old.shape[2])
+        return old.at[rows, :, place].set(fresh[:, :, 0].astype(old.dtype), mode="drop")
+
+    return {name: one(tail[name], new[name]) for name in tail}
 
 
 def fold(

@@ -45,6 +45,7 @@ def analyze(
     from mukv import inputs, loaded
     from mukv.analysis import study
     from mukv.analysis.samples import held_out, windows
+    from mukv.model import Decoder
 
     if samples < 1:
         raise BadInput("--samples", samples, "at least 1")
@@ -61,6 +62,8 @@ def analyze(
         texts = {"validation": held_out(inputs.corpus(speaker), length, samples)}
     for rows in texts.values():
         inputs.check_ids(speaker, rows.tokens)
+    if not isinstance(speaker.decoder, Decoder):
+        raise BadInput("MODEL", speaker.decoder.kind, "a model of kind decoder")
     found = study.look(speaker.decoder, speaker.scaled, texts, speaker.run.train.compute)
     folder = out or Path(model) / "analysis"
     about = {

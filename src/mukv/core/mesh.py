@@ -28,6 +28,10 @@ AXES: Mapping[str, str] = {
     "kv_heads": "tensor",
     "hidden": "tensor",
     "vocab": "tensor",
+    "concept_embed": "data",
+    "concept_heads": "tensor",
+    "concept_kv_heads": "tensor",
+    "concept_hidden": "tensor",
 }
 """Logical dimension -> mesh axis. What is not listed is never split."""
 

@@ -55,6 +55,11 @@ class Param:
         """The same weight for `repeats` equal layers, along a leading axis."""
         return replace(self, dims={LAYER: repeats, **self.dims})
 
+    def prefixed(self, prefix: str) -> Param:
+        """The same weight with the names of its dimensions told apart from another width's."""
+        dims = {prefix + name: size for name, size in self.dims.items()}
+        return replace(self, dims=dims, fan_in=tuple(prefix + name for name in self.fan_in))
+
 
 def map_params(function: Callable[..., Any], declared: Any, *others: Any) -> Any:
     """Apply `function(param, ...)` to each declared weight; `others` have the same keys."""

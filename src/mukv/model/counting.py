@@ -5,39 +5,49 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from mukv.core.params import named
-from mukv.model.decoder import Decoder
+from mukv.model.base import LanguageModel
 from mukv.model.plan import Resolved
+from mukv.model.stack import Stack
 
 
-def cached(model: Decoder, layer: Resolved) -> dict[str, tuple[int, int]]:
-    """What a token leaves in this layer: heads and width of each tensor, from `write` itself."""
+def cached(stack: Stack, layer: Resolved) -> dict[str, tuple[int, int]]:
+    """What an entry is made of in this layer: heads and width of each tensor, from `write`."""
     if not layer.writes:
         return {}
-    written = layer.attention.written(model.d_model, 1, 1, jnp.dtype("float32"))
+    written = layer.attention.written(stack.d_model, 1, 1, jnp.dtype("float32"))
     return {name: (leaf.shape[1], leaf.shape[3]) for name, leaf in written.items()}
 
 
-def cache_bytes_per_token(model: Decoder, layer: Resolved, dtype: jnp.dtype) -> int:
-    """Bytes that one more token costs in this layer."""
-    return dtype.itemsize * sum(heads * width for heads, width in cached(model, layer).values())
+def entry_bytes(stack: Stack, layer: Resolved, dtype: jnp.dtype) -> int:
+    """Bytes of one entry in this layer."""
+    return dtype.itemsize * sum(heads * width for heads, width in cached(stack, layer).values())
 
 
-def cache_bytes(model: Decoder, batch: int, length: int, tail: int, dtype: jnp.dtype) -> int:
+def cache_bytes(model: LanguageModel, batch: int, length: int, tail: int, dtype: jnp.dtype) -> int:
     """Bytes of `empty_cache` with these sizes, without allocating it."""
-    entries = sum(
-        cache_bytes_per_token(model, layer, dtype) * (min(length, layer.window or length) + tail)
-        for layer in model.writers
-    )
-    counters = 4 * batch + 4
-    return batch * entries + counters
+    total = batch * model.state_bytes(dtype)
+    for memory in model.memories(length, tail):
+        for layer in memory.stack.writers:
+            kept = min(memory.length, layer.window or memory.length) + memory.tail
+            total += batch * kept * entry_bytes(memory.stack, layer, dtype)
+        total += 4 * (batch + (batch if memory.by_row else 1))
+    return total
 
 
-def flops_per_token(model: Decoder, length: int) -> int:
+def flops_per_token(model: LanguageModel, length: int) -> int:
     """Floating-point operations of training per token at this sequence length: products
     only, backward counted twice the forward pass, attention as the mask leaves it."""
-    products = sum(2 * param.size for param in named(model.params()).values() if param.fan_in)
+    products = sum(
+        2 * param.size / model.every(name.split(".")[0])
+        for name, param in named(model.params()).items()
+        if param.fan_in
+    )
     attention = sum(
-        layer.attention.read_flops() * _mean_visible(length, layer.window) for layer in model.layers
+        layer.attention.read_flops()
+        * _mean_visible(max(length // stack.every, 1), layer.window)
+        / stack.every
+        for stack in model.stacks
+        for layer in stack.layers
     )
     return round(3 * (products + attention))
 

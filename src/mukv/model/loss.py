@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from mukv.core.compute import Compute
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
-from mukv.model.decoder import Decoder
+from mukv.model.base import LanguageModel
 
 
 def token_losses(
-    model: Decoder, weights: Weights, hidden: Residual, targets: Tokens, compute: Compute
+    model: LanguageModel, weights: Weights, hidden: Residual, targets: Tokens, compute: Compute
 ) -> Float[Array, "batch token"]:
     """-log p(target) in nats, float32."""
     logits = model.logits(weights, hidden, compute)
@@ -20,7 +20,7 @@ def token_losses(
 
 
 def summed_loss(
-    model: Decoder,
+    model: LanguageModel,
     weights: Weights,
     tokens: Tokens,
     targets: Tokens,

@@ -17,17 +17,16 @@ from mukv.core.compute import Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
 from mukv.core.tap import capturing, scope, tap
-from mukv.core.typing import Array, Int, Residual, Weights
-from mukv.model.block import AnyResidual, PreNorm
+from mukv.core.typing import Array, Int, Residual
+from mukv.model.block import AnyResidual
 from mukv.model.plan import Resolved
 
 Remember = Callable[[Resolved, dict[str, Array]], tuple[Entries, ...]]
 """Given what a layer wrote, the bags of entries that its readers see."""
-PRE_NORM = PreNorm()
 
 
 def layer_params(
-    layer: Resolved, norm: RMSNorm, d_model: int, residual: AnyResidual = PRE_NORM
+    layer: Resolved, norm: RMSNorm, residual: AnyResidual, d_model: int
 ) -> dict[str, Any]:
     """Weights of one layer; one that reads another's entries has none to write with."""
     declared = {
@@ -41,35 +40,25 @@ def layer_params(
     return declared
 
 
-def unstacked(layers: Sequence[Resolved], weights: Weights) -> dict[str, Any]:
-    """Stacked weights with one entry per layer instead, in order, called "layers"."""
-    outer = {name: value for name, value in weights.items() if not name.startswith("stage")}
-
-    def own(layer: Resolved) -> Any:
-        stacked = weights[f"stage{layer.stage}"][f"slot{layer.slot}"]
-        return jax.tree.map(lambda leaf: leaf[layer.repeat], stacked)
-
-    return {**outer, "layers": list(map(own, layers))}
-
-
 @dataclass(frozen=True)
 class Pass:
-    """One pass through the layers: what all of them share."""
+    """One pass through the layers: what all of them share. first: number of the first of them."""
 
     layers: tuple[Resolved, ...]
     norm: RMSNorm
+    residual: AnyResidual
     d_model: int
+    first: int
     compute: Compute
     position: Int[Array, "batch token"]
     segment: Int[Array, "batch token"] | None
     remember: Remember
     aligned: bool
-    residual: AnyResidual = PRE_NORM
 
-    def all(self, weights: Weights, x: Residual) -> Residual:
-        """Through every layer, weights unstacked."""
+    def all(self, weights: Sequence[Any], x: Residual) -> Residual:
+        """Through every layer, each with its own weights."""
         known: dict[int, tuple[Entries, ...]] = {}
-        for layer, own in zip(self.layers, weights["layers"], strict=True):
+        for layer, own in zip(self.layers, weights, strict=True):
             x = self.layer(layer, own, x, known)
         return x
 
@@ -81,9 +70,9 @@ class Pass:
         def apply(weights: Any, x: Residual, inherited: Any) -> tuple[Residual, Any]:
             attention = layer.attention
             residual, norm = self.residual, self.norm
-            declared = layer_params(layer, norm, self.d_model, residual)
+            declared = layer_params(layer, norm, residual, self.d_model)
             weights = gather(self.compute.working_copy(declared, weights), declared)
-            with scope(f"layer{layer.index}"):
+            with scope(f"layer{self.first + layer.index}"):
                 normed = residual.enter(weights, "attention", norm, x)
                 parts = inherited
                 if layer.writes:

@@ -7,17 +7,18 @@ all share stays single. The narrow model's sizes become the base of the wide one
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from mukv.core.errors import BadInput
-from mukv.model.decoder import Decoder
-from mukv.model.plan import Layer, Stage
+from mukv.model.base import LanguageModel
 from mukv.scaling.parameterization import sizes
 
+Model = TypeVar("Model", bound=LanguageModel)
 
-def widened(model: Decoder, d_model: int) -> Decoder:
+
+def widened(model: Model, d_model: int) -> Model:
     """Raises BadInput where a size would be no whole number."""
     ratio = Fraction(d_model, model.d_model)
 
@@ -33,27 +34,20 @@ def widened(model: Decoder, d_model: int) -> Decoder:
         return int(wide)
 
     def wider(part: Any) -> Any:
-        """An attention or MLP."""
-        if part is None:
-            return None
-        grown = {
-            field: times(field, size)
-            for field in part.grows
-            if (size := getattr(part, field)) is not None
-            and not (field == "kv_heads" and size == 1)
-        }
-        return replace(part, **grown)
+        """A model or a part of one: what it names in `grows`, and what is inside."""
+        if isinstance(part, tuple):
+            return tuple(map(wider, part))
+        if not is_dataclass(part) or isinstance(part, type):
+            return part
+        grows = getattr(part, "grows", ())
+        changes: dict[str, Any] = {}
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if field.name not in grows:
+                changes[field.name] = wider(value)
+            elif value is not None and not (field.name == "kv_heads" and value == 1):
+                changes[field.name] = times(field.name, value)
+        return replace(part, **changes)
 
-    def layer(given: Layer) -> Layer:
-        return replace(given, attention=wider(given.attention), mlp=wider(given.mlp))
-
-    plan = tuple(Stage(tuple(map(layer, stage.pattern)), stage.repeats) for stage in model.plan)
     base = model.scaling.base or sizes(model.params())
-    return replace(
-        model,
-        d_model=d_model,
-        attention=wider(model.attention),
-        mlp=wider(model.mlp),
-        plan=plan,
-        scaling=replace(model.scaling, base=base),
-    )
+    return wider(replace(model, scaling=replace(model.scaling, base=base)))

@@ -23,7 +23,7 @@ from mukv.core.numbers import leaves, substituted
 from mukv.core.typing import Array
 from mukv.data.batches import Batches, Prefetch
 from mukv.data.tokens import TokenFile
-from mukv.model import Decoder
+from mukv.model import LanguageModel
 from mukv.progress import Bar
 from mukv.train import BATCH_FIELDS, Metrics, State, Trainer
 from mukv.training import Training
@@ -47,7 +47,7 @@ PATHS = frozenset(f"{where}.{name}" for where, names in TRACED.items() for name 
 class Point(NamedTuple):
     """One run."""
 
-    model: Decoder
+    model: LanguageModel
     training: Training
 
     def leaves(self) -> dict[str, Any]:

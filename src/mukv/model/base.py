@@ -1,0 +1,250 @@
+"""What every model has: an embedding, something between, a readout; and what it is asked.
+
+The model is its configuration; weights are a tree that it declares and is given back. Training,
+evaluation, decoding and everything after know a model by this contract alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from mukv.attention import AnyAttention, Grouped
+from mukv.cache import Cache
+from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
+from mukv.core.linear import project
+from mukv.core.mesh import constrain
+from mukv.core.norm import RMSNorm
+from mukv.core.params import Param
+from mukv.core.tap import tap
+from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
+from mukv.model.block import AnyResidual, Gated, PreNorm
+from mukv.model.plan import Resolved, Stage
+from mukv.model.stack import Stack
+from mukv.scaling.parameterization import Scaling
+from mukv.scaling.stability import Family
+
+
+class Memory(NamedTuple):
+    """What a stack is given to remember in: entries a row in the bodies, and in the tails; by_row:
+    rows go on at steps of their own."""
+
+    stack: Stack
+    length: int
+    tail: int
+    by_row: bool = False
+
+
+class Reading(NamedTuple):
+    """What a forward pass gives. hidden: the residual stream after the last layer and norm.
+    penalty: what training minimises besides the cross-entropy, in nats per token of each row; None
+    for nothing. counts: numbers to be reported, summed over the row.
+    """
+
+    hidden: Residual
+    penalty: Float[Array, " batch"] | None = None
+    counts: dict[str, Float[Array, " batch"]] = {}  # noqa: RUF012 (never changed)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """The contract; fields are the YAML keys.
+
+    vocab_size: at least the tokenizer's. attention, mlp: those of layers that name none.
+    residual: where the norms stand. embedding_scale: "root_width" multiplies embeddings by the
+    root of their width. readout: weights of its own, or the embedding's. logit_softcap: bound of
+    the logits, by tanh. context: the longest sequence that the model is meant for; None if
+    nothing limits it.
+    """
+
+    kind: str = ""
+    vocab_size: int = 264
+    d_model: int = 128
+    attention: AnyAttention = field(default_factory=Grouped)
+    mlp: Gated = field(default_factory=Gated)
+    norm: RMSNorm = field(default_factory=RMSNorm)
+    residual: AnyResidual = field(default_factory=PreNorm)
+    embedding_scale: Literal["root_width"] | None = None
+    readout: Literal["linear", "tied"] = "linear"
+    logit_softcap: float | None = None
+    context: int | None = None
+    scaling: Scaling = field(default_factory=Scaling)
+
+    cache_class: ClassVar[type[Any]] = Cache
+    """Has `split`, `join`, `nbytes`, `filled` and `tail_size`, as `Cache` does."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "context"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise BadInput(name, getattr(self, name), "at least 1")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise BadInput("logit_softcap", self.logit_softcap, "greater than 0, or null")
+        self.scaling.check(self.params())
+        self.residual.check(self.norm, self.scaling)
+
+    # What a model answers
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Its layers, by width and memory."""
+        raise NotImplementedError
+
+    def body_params(self) -> dict[str, Any]:
+        """The weights between embedding and readout."""
+        raise NotImplementedError
+
+    def unstack(self, weights: Weights) -> dict[str, Any]:
+        """The same weights with one entry per layer: what decoding takes, so that no step slices a
+        stack."""
+        raise NotImplementedError
+
+    def read(
+        self,
+        weights: Weights,
+        tokens: Tokens,
+        position: Int[Array, "batch token"] | None = None,
+        segment: Int[Array, "batch token"] | None = None,
+        compute: Compute | None = None,
+    ) -> Reading:
+        """One forward pass, weights scaled and stacked.
+
+        position: place in the document, counted from 0 (default: place in the row). segment:
+        number of the document; tokens see only their own (default: one per row).
+        """
+        raise NotImplementedError
+
+    def empty_cache(
+        self, batch: int, length: int, tail: int = 64, dtype: jnp.dtype | None = None
+    ) -> Any:
+        """Room for `length` tokens a row, and for `tail` more before `fold` is called."""
+        raise NotImplementedError
+
+    def prefill(
+        self,
+        weights: Weights,
+        cache: Any,
+        tokens: Tokens,
+        count: Int[Array, " batch"],
+        fresh: bool = True,
+        compute: Compute | None = None,
+    ) -> tuple[Float[Array, "batch vocab"], Any]:
+        """Read `count` tokens of each row at once; logits of what follows, and the cache.
+
+        weights: unstacked. tokens: padded behind. The tail must be empty. fresh: the cache is
+        known to be empty, so that only the new tokens are read.
+        """
+        raise NotImplementedError
+
+    def step(
+        self,
+        weights: Weights,
+        cache: Any,
+        token: Int[Array, " batch"],
+        compute: Compute | None = None,
+    ) -> tuple[Float[Array, "batch vocab"], Any]:
+        """Read one token per row: logits of what follows, and the cache, one token fuller.
+
+        weights: unstacked. What a cache's `split` calls frozen comes back as it is.
+        """
+        raise NotImplementedError
+
+    def fold(self, cache: Any) -> Any:
+        """Move the tails into the bodies."""
+        raise NotImplementedError
+
+    # What most answer alike
+
+    def memories(self, length: int, tail: int) -> tuple[Memory, ...]:
+        """What `empty_cache` has for these numbers of tokens."""
+        return tuple(Memory(stack, length, tail) for stack in self.stacks)
+
+    def state_bytes(self, dtype: jnp.dtype) -> int:
+        """Bytes a row of what decoding keeps besides."""
+        return 0
+
+    def every(self, part: str) -> int:
+        """Tokens, at least, that one use of the weights under this name is for."""
+        return 1
+
+    # What all have in common
+
+    @cached_property
+    def layers(self) -> tuple[Resolved, ...]:
+        """Every layer, in order."""
+        return tuple(layer for stack in self.stacks for layer in stack.layers)
+
+    def stack_of(self, plan: tuple[Stage, ...], first: int = 0) -> Stack:
+        """These layers at the model's own width. first: number of the first of them."""
+        shared = (self.norm, self.residual, self.scaling)
+        return Stack(self.d_model, self.attention, self.mlp, plan, *shared, first)
+
+    def params(self) -> dict[str, Any]:
+        """All weights."""
+        width = {"embed": self.d_model}
+        vocab = {"vocab": self.vocab_size}
+        tied = self.readout == "tied"
+        # A tied embedding is also contracted over its width, which decides its size.
+        embedding = Param(vocab | width, role="embedding", fan_in=("embed",) if tied else ())
+        declared = {"embedding": embedding, **self.body_params()}
+        declared["final_norm"] = self.norm.params(self.d_model)
+        if not tied:
+            declared["readout"] = Param(width | vocab, role="readout", fan_in=("embed",))
+        return declared
+
+    def resolved(self, family: Family = "adam") -> Any:
+        """For each weight what its parameterisation gives it, for a family of optimizers."""
+        return self.scaling.resolve(self.params(), len(self.layers), family)
+
+    def scaled(self, weights: Weights) -> Any:
+        """The weights as the forward pass sees them; every function below takes these."""
+        return self.scaling.scale(self.params(), weights, len(self.layers))
+
+    def hidden(
+        self,
+        weights: Weights,
+        tokens: Tokens,
+        position: Int[Array, "batch token"] | None = None,
+        segment: Int[Array, "batch token"] | None = None,
+        compute: Compute | None = None,
+    ) -> Residual:
+        """The residual stream after the last layer and norm; see `read`."""
+        return self.read(weights, tokens, position, segment, compute).hidden
+
+    def logits(
+        self, weights: Weights, hidden: Residual, compute: Compute | None = None
+    ) -> Float[Array, "batch token vocab"]:
+        """Float32 scores of the next token."""
+        compute = (compute or Compute()).resolve(self.vocab_size)
+        if self.readout == "tied":
+            hidden = hidden * self.scaling.tied_factor(self.params()["embedding"])
+            table = weights["embedding"].T
+        else:
+            table = weights["readout"]
+        operand = compute.operands or hidden.dtype
+        out = project(hidden, table.astype(operand), out=jnp.dtype("float32"))
+        if self.logit_softcap is not None:
+            out = self.logit_softcap * jnp.tanh(out / self.logit_softcap)
+        return tap("logits", constrain(out, "batch", None, "vocab"))
+
+    def embed(self, weights: Weights, tokens: Tokens, compute: Compute) -> Residual:
+        x = jnp.take(weights["embedding"], tokens, axis=0).astype(compute.type)
+        if self.embedding_scale is not None:
+            # Of the base: initialisation and multiplier see to other widths. Rounded as in Gemma.
+            width = (self.scaling.base or {}).get("embed", self.d_model)
+            x = x * jnp.asarray(width**0.5, x.dtype)
+        return tap("embedding", constrain(x, "batch", None, None))
+
+    def normed(self, weights: Weights, x: Residual) -> Residual:
+        """After the last layer."""
+        return self.norm.apply(weights["final_norm"], x)
+
+    def last_logits(
+        self, weights: Weights, x: Residual, last: Int[Array, " batch"], compute: Compute
+    ) -> Float[Array, "batch vocab"]:
+        """Scores of what follows place `last` of each row."""
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+        return self.logits(weights, self.normed(weights, x), compute)[:, 0]
