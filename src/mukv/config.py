@@ -16,16 +16,23 @@ from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
 from mukv.core.presets import apply_overrides, resolve_preset
 from mukv.model import AnyModel, Decoder
+from mukv.tasks import AnyTask
 from mukv.training import Training
 
 
 @dataclass(frozen=True)
 class Data:
     """path: a token file; None for the Python library's own source, built once. packing: tokens
-    see only their own document ("packed"), or all that is in the row ("contiguous")."""
+    see only their own document ("packed"), or all that is in the row ("contiguous"). task: a
+    synthetic task instead."""
 
     path: str | None = None
     packing: Literal["packed", "contiguous"] = "packed"
+    task: AnyTask | None = None
+
+    def __post_init__(self) -> None:
+        if self.task is not None and self.path is not None:
+            raise BadInput("path", self.path, "null where data.task is given: one of the two")
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,10 @@ class Run:
         context = self.model.context
         if context is not None and self.train.length > context:
             raise BadInput("train.length", self.train.length, f"at most model.context ({context})")
+        task = self.data.task
+        if task is not None and self.train.length < task.smallest:
+            allowed = f"at least the {task.smallest} tokens of data.task"
+            raise BadInput("train.length", self.train.length, allowed)
 
 
 def presets_folder() -> Path:

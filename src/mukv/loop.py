@@ -25,7 +25,8 @@ from jax.experimental import multihost_utils
 from mukv.checkpoint import Checkpoints
 from mukv.core.device import peak_flops
 from mukv.core.errors import Failed
-from mukv.data.batches import Batches, Prefetch
+from mukv.data.batches import Prefetch
+from mukv.data.feed import Source
 from mukv.metrics import Trackers, read_metrics
 from mukv.model.counting import flops_per_token
 from mukv.progress import Bar
@@ -113,8 +114,8 @@ class Loop:
     """One run of one trainer in one folder."""
 
     trainer: Trainer
-    batches: Batches
-    validation: Batches
+    batches: Source
+    validation: Source
     token_bytes: np.ndarray
     checkpoints: Checkpoints
     folder: Path

@@ -30,11 +30,12 @@ from mukv.core.numbers import leaves
 from mukv.core.presets import apply_overrides
 from mukv.core.weights import save_weights
 from mukv.core.yaml_text import read_yaml
-from mukv.data.batches import Batches
 from mukv.data.build import default_corpus
+from mukv.data.feed import Feed, Origin, TextFeed
 from mukv.data.tokens import TokenFile, open_tokens
 from mukv.launch import cache_folder
 from mukv.loop import Loop, Outcome
+from mukv.tasks.feed import TaskFeed
 from mukv.train import Trainer
 
 FREE = (
@@ -97,18 +98,32 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
 
 def open_corpus(run: Run) -> TokenFile:
     """The token file that a run trains on, checked against its vocabulary."""
+    if run.data.task is not None:
+        raise BadInput("data.task", run.data.task.kind, "null: text is needed here")
     tokens = (
         default_corpus(cache_folder())
         if run.data.path is None
         else open_tokens(Path(run.data.path))
     )
-    if tokens.vocab_size > run.model.vocab_size:
-        raise BadInput(
-            "model.vocab_size",
-            run.model.vocab_size,
-            f"at least the {tokens.vocab_size} of the tokenizer of {tokens.path}",
-        )
+    _check_vocabulary(run, tokens.vocab_size, f"the tokenizer of {tokens.path}")
     return tokens
+
+
+def open_feed(run: Run) -> tuple[Run, Feed]:
+    """What a run trains on, and the run with the place where that is."""
+    task = run.data.task
+    if task is None:
+        tokens = open_corpus(run)
+        data = replace(run.data, path=str(tokens.path.resolve()))
+        return replace(run, data=data), TextFeed(tokens, run.data.packing)
+    _check_vocabulary(run, task.vocab_size, "data.task")
+    return run, TaskFeed(task)
+
+
+def _check_vocabulary(run: Run, needed: int, whose: str) -> None:
+    if needed > run.model.vocab_size:
+        allowed = f"at least the {needed} of {whose}"
+        raise BadInput("model.vocab_size", run.model.vocab_size, allowed)
 
 
 def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
@@ -117,8 +132,7 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
     A folder may be continued with other steps, evaluation, logging or mesh; with another model,
     data, seed or optimizer it is another run and is refused.
     """
-    tokens = open_corpus(run)
-    run = replace(run, data=replace(run.data, path=str(tokens.path.resolve())))
+    run, feed = open_feed(run)
     _check_same(run, folder)
     begin = _prolonged_from(run, folder)
     metrics.require(run.train.trackers)
@@ -126,9 +140,6 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
     trainer = Trainer(run.model, run.train, mesh)
     training = run.train
     common = {"seed": training.seed, "batch": training.batch, "length": training.length}
-    packing = run.data.packing
-    batches = Batches(tokens, split="train", packing=packing, **common)
-    validation = Batches(tokens, split="validation", packing=packing, **common)
     # Until all have looked: what the first writes must not be taken for another run.
     multihost_utils.sync_global_devices("checked")
     stable = training.schedule.stable_until(training.steps)
@@ -138,12 +149,12 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
         if begin is not None:
             checkpoints.forget_after(begin)
         if jax.process_index() == 0:
-            describe_run(run, folder, tokens)
+            describe_run(run, folder, feed)
         loop = Loop(
             trainer=trainer,
-            batches=batches,
-            validation=validation,
-            token_bytes=tokens.token_bytes(run.model.vocab_size),
+            batches=feed.source("train", **common),
+            validation=feed.source("validation", **common),
+            token_bytes=feed.tokenizer.token_bytes(run.model.vocab_size),
             checkpoints=checkpoints,
             folder=folder.path,
             title=title,
@@ -183,11 +194,11 @@ def _prolonged_from(run: Run, folder: RunDirectory) -> int | None:
     return good[-1]
 
 
-def describe_run(run: Run, folder: RunDirectory, tokens: TokenFile) -> None:
+def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
     """Write what a run directory says of a run before its first step."""
     write_atomic(folder.config, schema.to_yaml(run))
-    tokens.tokenizer.save(folder.tokenizer)
-    write_atomic(folder.path / "provenance.json", json.dumps(_provenance(tokens), indent=2))
+    origin.tokenizer.save(folder.tokenizer)
+    write_atomic(folder.path / "provenance.json", json.dumps(_provenance(origin), indent=2))
 
 
 def _check_same(run: Run, folder: RunDirectory) -> None:
@@ -207,7 +218,7 @@ def _check_same(run: Run, folder: RunDirectory) -> None:
             )
 
 
-def _provenance(tokens: TokenFile) -> dict[str, Any]:
+def _provenance(origin: Origin) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "mukv": mukv.__version__,
@@ -216,7 +227,7 @@ def _provenance(tokens: TokenFile) -> dict[str, Any]:
         "python": platform.python_version(),
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "processes": jax.process_count(),
-        "data_fingerprint": tokens.fingerprint,
+        "data_fingerprint": origin.fingerprint,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from mukv import tasks
 from mukv.core.errors import BadInput
 from mukv.tasks import SPLITS, TASKS
 from mukv.tasks.draws import Draws
+from mukv.tasks.feed import tokenizer
 from mukv.tasks.solvers import SOLVERS
 
 COUNT = 1000
@@ -144,6 +145,36 @@ def test_knobs_are_independent(name):
 
 
 @EVERY
+def test_every_knob_changes_something_or_is_refused(name):
+    task = TASKS[name]
+    _, before = samples(name, count=5)
+    for field in fields(task):
+        if field.name == "kind":
+            continue
+        value = getattr(task, field.name)
+        for other in (value + 1, value - 1):
+            try:
+                changed = replace(task, **{field.name: other})
+            except BadInput:
+                continue
+            length = max(before.tokens.shape[1], changed.smallest)
+            after = changed.batch(length, 3, "test", np.arange(5)).tokens
+            assert changed.vocab_size != task.vocab_size or not np.array_equal(
+                after, task.batch(length, 3, "test", np.arange(5)).tokens
+            ), field.name
+
+
+@EVERY
+def test_its_tokenizer_reads_its_text(name):
+    task, found = samples(name, count=20)
+    assert len(set(task.vocabulary.spelling)) == task.vocab_size
+    for row in found.tokens:
+        text = task.render(row)
+        np.testing.assert_array_equal(tokenizer(task).encode(text), row)
+        assert tokenizer(task).decode(row) == text
+
+
+@EVERY
 def test_too_short_a_length_names_the_smallest(name):
     task = TASKS[name]
     with pytest.raises(BadInput, match=f"at least {task.smallest} "):
@@ -184,4 +215,4 @@ def test_solvers_and_generators_share_no_code():
             elif isinstance(node, ast.Import):
                 assert {alias.name for alias in node.names} <= {"re"}
     for path in folder.glob("*.py"):
-        assert "solvers" not in path.read_text().replace("Independent solvers", ""), path
+        assert "tasks.solvers" not in path.read_text(), path

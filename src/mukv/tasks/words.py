@@ -9,7 +9,7 @@ from itertools import islice, product
 SALTS = ("Note A.", "Note B.", "Note C.")
 """The first token of every sequence; see `base.py`."""
 LINES = """
-and the grass is green here while that old river runs on past our quiet mill
+and the grass grows green here while that old river runs on past our quiet mill
 where birds sing all day until some cloud comes over a hill with rain for
 every field then wind turns back so they rest under trees as night falls
 """

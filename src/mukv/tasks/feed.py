@@ -1,0 +1,83 @@
+"""A task as something to train on: batches, a tokenizer, a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, models
+
+from mukv.core.errors import BadInput
+from mukv.core.schema import to_yaml
+from mukv.data.batches import Batch
+from mukv.data.feed import Half, Source
+from mukv.data.tokenizer import JsonTokenizer
+from mukv.tasks.base import Samples, Task
+
+VALIDATION_BATCHES = 16
+"""Where no number is asked for: a task has no end."""
+
+
+def as_batch(samples: Samples) -> Batch:
+    """Samples to be learnt: only answers have weight."""
+    tokens, graded = samples.tokens, samples.graded
+    return Batch(
+        tokens=tokens,
+        targets=np.roll(tokens, -1, axis=1),
+        position=np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)),
+        segment=np.ones_like(tokens),
+        weight=np.pad(graded[:, 1:], ((0, 0), (0, 1))).astype(np.float32),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TaskBatches:
+    """One split of a task: batch number `step` holds the samples from step x batch on."""
+
+    task: Task
+    seed: int
+    batch: int
+    length: int
+    split: Half
+
+    def at(self, step: int, host: int = 0, hosts: int = 1) -> Batch:
+        """This host's rows of a batch."""
+        if self.batch % hosts:
+            raise BadInput("batch", self.batch, f"a multiple of the number of hosts ({hosts})")
+        share = self.batch // hosts
+        rows = step * self.batch + host * share + np.arange(share)
+        return as_batch(self.task.batch(self.length, self.seed, self.split, rows))
+
+    def once(self, limit: int | None = None, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
+        """The first batches."""
+        for step in range(limit or VALIDATION_BATCHES):
+            yield self.at(step, host, hosts)
+
+
+@dataclass(frozen=True)
+class TaskFeed:
+    """A task as a run's feed."""
+
+    task: Task
+
+    @property
+    def tokenizer(self) -> JsonTokenizer:
+        return tokenizer(self.task)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(to_yaml(self.task).encode()).hexdigest()
+
+    def source(self, split: Half, seed: int, batch: int, length: int) -> Source:
+        return TaskBatches(self.task, seed, batch, length, split)
+
+
+@lru_cache
+def tokenizer(task: Task) -> JsonTokenizer:
+    """One that turns the task's text into its ids, and back."""
+    inner = Tokenizer(models.WordLevel({}, unk_token=""))
+    inner.add_tokens([AddedToken(word, normalized=False) for word in task.vocabulary.spelling])
+    return JsonTokenizer(inner.to_str())
