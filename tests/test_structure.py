@@ -23,16 +23,20 @@ FLOORS = (
     {"checkpoint", "decode", "evaluate", "metrics", "progress", "train"},
     {"coordinates", "loop"},
     {"config", "launch"},
+    {"hub"},
     {"describe", "runs"},
     {"loaded", "search"},
-    {"bench", "transfer"},
+    {"bench", "convert", "transfer"},
     {"analysis", "demo", "inputs", "output"},
     {"cli"},
     {"__main__"},
 )
 """Rooms from the ground up. One imports from itself and from the floors below."""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-OPTIONAL = {"torch", "transformers", "wandb", "tensorboardX", "pyarrow", "datasets"}
+OPTIONAL = {
+    *("torch", "transformers", "huggingface_hub", "jinja2", "lm_eval", "sklearn"),
+    *("wandb", "tensorboardX", "pyarrow", "datasets"),
+}
 
 
 def name_of(path: Path) -> str:

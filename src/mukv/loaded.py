@@ -19,12 +19,14 @@ import numpy as np
 from mukv.checkpoint import Checkpoints
 from mukv.config import Run
 from mukv.core.errors import BadInput, nearest_name
-from mukv.core.params import abstract, named
+from mukv.core.mesh import MeshShape, weight_shardings
 from mukv.core.typing import Array, Float
-from mukv.core.weights import load_weights
-from mukv.data.tokenizer import AnyTokenizer, load_tokenizer
+from mukv.core.weights import load_weights, require_weights
+from mukv.data.tokenizer import AnyTokenizer, find_tokenizer, load_tokenizer
 from mukv.decode import Generation, Sampling, decoding_weights, generate
 from mukv.evaluate import Evaluation, evaluate
+from mukv.hub import checkpoint
+from mukv.hub.settings import read_json
 from mukv.model.base import LanguageModel
 from mukv.runs import RunDirectory
 from mukv.train import Trainer
@@ -45,6 +47,8 @@ class Model:
     run: Run
     weights: Any
     tokenizer: AnyTokenizer
+    ends: tuple[int, ...] = ()
+    """Ids after which a text is over, where the model came with any."""
 
     @property
     def decoder(self) -> LanguageModel:
@@ -60,18 +64,26 @@ class Model:
         """Weights as decoding takes them."""
         return decoding_weights(self.decoder, self.weights, self.run.train.compute)
 
-    def logits(self, tokens: Any) -> Float[Array, "batch token vocab"]:
+    def logits(
+        self, tokens: Any, position: Any = None, segment: Any = None
+    ) -> Float[Array, "batch token vocab"]:
         """Float32 scores of the next token after each of `tokens` (ids, [batch token] or
-        [token])."""
-        ids = jnp.atleast_2d(jnp.asarray(tokens, jnp.int32))
+        [token]).
 
-        def forward(weights: Any, ids: Array) -> Array:
-            compute = self.run.train.compute
-            return self.decoder.logits(
-                weights, self.decoder.hidden(weights, ids, compute=compute), compute
-            )
+        position: place in the document (default: in the row). segment: number of the document;
+        tokens see only their own, so that padding is a document of its own.
+        """
+        ids, position, segment = (
+            None if given is None else jnp.atleast_2d(jnp.asarray(given, jnp.int32))
+            for given in (tokens, position, segment)
+        )
+        compute = self.run.train.compute
 
-        return jax.jit(forward)(self.scaled, ids)
+        def forward(weights: Any, ids: Array, *places: Array | None) -> Array:
+            hidden = self.decoder.hidden(weights, ids, *places, compute=compute)
+            return self.decoder.logits(weights, hidden, compute)
+
+        return jax.jit(forward)(self.scaled, ids, position, segment)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as the beginning of a document."""
@@ -82,11 +94,12 @@ class Model:
         prompts: Sequence[Sequence[int]],
         max_tokens: int = 128,
         sampling: Sampling | None = None,
-        stop: Collection[int] = (),
+        stop: Collection[int] | None = None,
         show: Any = None,
     ) -> Generation:
-        """Continue token ids; see `mukv.decode.generate`."""
+        """Continue token ids; see `mukv.decode.generate`. stop: default: the model's `ends`."""
         compute = self.run.train.compute
+        stop = self.ends if stop is None else stop
         return generate(
             self.decoder, self.decoding, prompts, max_tokens, sampling, stop, compute, show
         )
@@ -110,21 +123,38 @@ class Model:
         )
 
 
-def load(source: str | Path) -> Model:
-    """A run directory as a model: its exported weights, or its latest checkpoint if newer."""
+def load(source: str | Path, mesh: MeshShape | None = None) -> Model:
+    """A run directory as a model: its exported weights, or its latest checkpoint if newer. Or a
+    Hugging Face folder or hub id, whose weights stream to their places.
+
+    mesh: that the weights are split over; one device if None. Raises BadInput.
+    """
+    mesh = mesh or MeshShape()
     folder = RunDirectory(Path(source))
     if not folder.exists:
+        found = checkpoint.find(source)
+        if found is not None:
+            run = replace(checkpoint.imported_run(found), mesh=mesh)
+            ends = checkpoint.end_ids(found.special)
+            return Model(run, found.place(mesh.build()), found.tokenizer, ends)
         parent = folder.path.parent
         siblings = [path.parent.name for path in parent.glob("*/config.yaml")]
         near = nearest_name(folder.path.name, siblings)
         raise BadInput(
             "MODEL",
             str(source),
-            "a run directory (with a config.yaml)",
+            "a run directory (with a config.yaml), a Hugging Face folder (with a config.json) or "
+            "a hub id",
             str(parent / near) if near else None,
         )
     run = folder.load_config()
-    return Model(run, _latest_weights(run, folder), load_tokenizer(folder.tokenizer))
+    weights = _latest_weights(run, folder)
+    if mesh.size > 1:
+        weights = jax.device_put(weights, weight_shardings(run.model.params(), mesh.build()))
+    if not folder.generation.exists():
+        return Model(run, weights, load_tokenizer(folder.tokenizer))
+    ends = checkpoint.end_ids(read_json(folder.generation))
+    return Model(run, weights, find_tokenizer(folder.tokenizer), ends)
 
 
 def _latest_weights(run: Run, folder: RunDirectory) -> Any:
@@ -140,18 +170,5 @@ def _latest_weights(run: Run, folder: RunDirectory) -> Any:
                 return checkpoints.restore(latest, trainer.abstract_state()).weights
     if exported is None:
         raise BadInput("MODEL", str(folder.path), "a run with weights; this one has none yet")
-    _check_weights(run, exported, folder.weights)
+    require_weights(run.model.params(), exported, folder.weights)
     return jax.tree.map(jnp.asarray, exported)
-
-
-def _check_weights(run: Run, found: Any, path: Path) -> None:
-    """Raise BadInput where the weights are not those of the configuration."""
-    wanted = {name: leaf.shape for name, leaf in named(abstract(run.model.params())).items()}
-    shapes = {name: leaf.shape for name, leaf in named(found).items()}
-    for name in sorted(wanted.keys() | shapes.keys()):
-        if wanted.get(name) != shapes.get(name):
-            raise BadInput(
-                f"{path}: {name}",
-                shapes.get(name, "missing"),
-                f"the configuration asks for {wanted.get(name, 'no such weight')}",
-            )

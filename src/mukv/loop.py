@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +120,8 @@ class Loop:
     checkpoints: Checkpoints
     folder: Path
     title: str = "training"
+    begin: Callable[[], State] | None = None
+    """The state before the first step; drawn by the trainer if None."""
     last: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> Outcome:
@@ -199,7 +201,7 @@ class Loop:
     def restore(self) -> State:
         """The latest checkpoint on this mesh, or a new state."""
         if self.checkpoints.latest() is None:
-            return self.trainer.initial_state()
+            return (self.begin or self.trainer.initial_state)()
         return self.checkpoints.restore(None, self.trainer.abstract_state())
 
     def require_sound(self, state: State, step: int, metrics: Metrics) -> None:

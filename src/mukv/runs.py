@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,16 @@ from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
 from mukv.core.numbers import leaves
 from mukv.core.presets import apply_overrides
-from mukv.core.weights import save_weights
+from mukv.core.weights import load_weights, require_weights, save_weights
 from mukv.core.yaml_text import read_yaml
 from mukv.data.build import default_corpus
 from mukv.data.feed import Feed, Origin, TextFeed
 from mukv.data.tokens import TokenFile, open_tokens
+from mukv.hub import checkpoint
 from mukv.launch import cache_folder
 from mukv.loop import Loop, Outcome
 from mukv.tasks.feed import TaskFeed
-from mukv.train import Trainer
+from mukv.train import State, Trainer
 
 FREE = (
     *("steps", "schedule", "compute", "profile", "trackers", "keep_last", "keep_best"),
@@ -72,6 +74,11 @@ class RunDirectory:
         return self.path / "weights"
 
     @property
+    def generation(self) -> Path:
+        """Only in a run that was imported: ids that begin and end a text, in their format."""
+        return self.path / "generation_config.json"
+
+    @property
     def exists(self) -> bool:
         return self.config.is_file()
 
@@ -82,14 +89,21 @@ class RunDirectory:
 def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Run, RunDirectory]:
     """The configuration and folder that `train CONFIG` means.
 
-    CONFIG is a preset, a YAML file, or a run directory to continue. Without `out` the folder's
-    name follows from the configuration, so that the same command continues its own run.
+    CONFIG is a preset, a YAML file, a run directory to continue, or a Hugging Face folder or hub
+    id to begin from. Without `out` the folder's name follows from the configuration, so that the
+    same command continues its own run.
     """
     given = RunDirectory(Path(source))
     if given.exists:
         mapping = apply_overrides(Run, read_yaml(given.config), overrides)
         return schema.build(Run, mapping), RunDirectory(out) if out else given
-    run = config.load(source, overrides)
+    found = checkpoint.find(source)
+    if found is not None:
+        run = checkpoint.imported_run(found)
+        run = replace(run, train=replace(run.train, start=str(found.folder.resolve())))
+        run = schema.build(Run, apply_overrides(Run, schema.to_mapping(run), overrides))
+    else:
+        run = config.load(source, overrides)
     if out is None:
         digest = hashlib.sha256(schema.to_yaml(run).encode()).hexdigest()[:8]
         out = Path("runs") / f"{Path(source).stem}-{digest}"
@@ -151,6 +165,7 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
         if jax.process_index() == 0:
             describe_run(run, folder, feed)
         loop = Loop(
+            begin=partial(_start, run, trainer),
             trainer=trainer,
             batches=feed.source("train", **common),
             validation=feed.source("validation", **common),
@@ -162,6 +177,23 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
         outcome = loop.run()
     save_weights(folder.weights, outcome.state.weights, {"step": str(outcome.step)})
     return outcome
+
+
+def _start(run: Run, trainer: Trainer) -> State:
+    """The state before the first step: drawn, or with the weights of another run or model."""
+    if run.train.start is None:
+        return trainer.initial_state()
+    folder = RunDirectory(Path(run.train.start))
+    found = None if folder.exists else checkpoint.find(folder.path)
+    declared = run.model.params()
+    if found is not None:
+        weights = found.place(trainer.mesh)
+    elif folder.weights.exists():
+        weights, _ = load_weights(folder.weights)
+    else:
+        raise BadInput("train.start", run.train.start, "a run with weights, or a folder of theirs")
+    require_weights(declared, weights, folder.path)
+    return trainer.state_of(weights)
 
 
 def _prolonged_from(run: Run, folder: RunDirectory) -> int | None:

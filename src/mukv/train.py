@@ -103,6 +103,16 @@ class Trainer:
             key = jax.random.key(self.training.seed if seed is None else seed)
             return jax.jit(self.draw, out_shardings=self.shardings())(key)
 
+    def state_of(self, weights: Any) -> State:
+        """A state before the first update that begins with these weights, of any type."""
+
+        def begin(weights: Any) -> State:
+            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
+            return State(wide, self.optimizer.init(wide), jnp.zeros((), jnp.int32))
+
+        with jax.set_mesh(self.mesh):
+            return jax.jit(begin, out_shardings=self.shardings())(weights)
+
     def shardings(self) -> State:
         """Where each part of the state lies."""
         weights, whole = weight_shardings(self.declared, self.mesh), replicated(self.mesh)

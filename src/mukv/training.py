@@ -15,7 +15,8 @@ from mukv.scaling.schedules import AnySchedule, Cosine
 class Training:
     """How a model is trained.
 
-    batch: rows per step over all devices. length: tokens per row. learning_rate: the peak.
+    start: weights to begin with: a run directory, or a folder of Hugging Face's; None to draw
+    them. batch: rows per step over all devices. length: tokens per row. learning_rate: the peak.
     budget: batch and tokens that the numbers were tuned at; None for those given here.
     clip_norm: largest norm of the whole gradient; None for no limit. accumulate: pieces that a
     batch is worked through in. *_every: in steps, None for only at the end. keep_last,
@@ -24,6 +25,7 @@ class Training:
     besides metrics.jsonl.
     """
 
+    start: str | None = None
     steps: int = 100
     seed: int = 0
     batch: int = 8

@@ -233,6 +233,7 @@ REFUSED = {
 }
 
 ELSEWHERE = {
+    "Training.start": "weights of another model: tests/hub/test_convert.py",
     "Training.profile": "writes a profile beside the run",
     "Training.trackers": "packages that are not installed here; unknown names: test_bad_input.py",
 }

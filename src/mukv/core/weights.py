@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from mukv.core.errors import BadInput, Failed
 from mukv.core.files import telling_disk_errors
+from mukv.core.params import abstract, named
 
 FILE = "weights.safetensors"
 
@@ -68,6 +69,19 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         given = f"a file that can't be read ({str(error).splitlines()[0]})"
         raise BadInput(str(path), given, "it is cut short, or not written by mukv") from None
     return tree, metadata
+
+
+def require_weights(declared: Any, found: Any, path: Path) -> None:
+    """Raise BadInput where weights are not those that a model declares."""
+    wanted = {name: leaf.shape for name, leaf in named(abstract(declared)).items()}
+    shapes = {name: leaf.shape for name, leaf in named(found).items()}
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(name) != shapes.get(name):
+            raise BadInput(
+                f"{path}: {name}",
+                shapes.get(name, "missing"),
+                f"the configuration asks for {wanted.get(name, 'no such weight')}",
+            )
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

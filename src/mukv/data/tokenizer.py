@@ -111,6 +111,16 @@ class ByteTokenizer(JsonTokenizer):
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
 
+class NoTokenizer(JsonTokenizer):
+    """Of a model that came without one: there are only ids, which stand for no text."""
+
+    def __init__(self) -> None:
+        super().__init__(Tokenizer(models.BPE()).to_str())
+
+    def encode(self, text: str) -> np.ndarray:
+        raise BadInput("text", text[:40], "token ids: this model has no tokenizer.json")
+
+
 AnyTokenizer = ByteTokenizer | JsonTokenizer
 
 
@@ -171,6 +181,11 @@ def load_tokenizer(path: Path) -> AnyTokenizer:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise BadInput("tokenizer", str(path), f"a tokenizer.json ({reason})") from None
     return parse_tokenizer(text, str(path))
+
+
+def find_tokenizer(path: Path) -> AnyTokenizer:
+    """The same; `NoTokenizer` where there is no such file. Raises BadInput for one that is bad."""
+    return load_tokenizer(path) if path.exists() else NoTokenizer()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:

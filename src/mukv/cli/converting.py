@@ -1,0 +1,59 @@
+"""Commands between Hugging Face and run directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mukv import launch, output
+from mukv.cli.app import Json, app
+from mukv.core.errors import unknown_name
+
+TYPES = ("float32", "bfloat16", "float16")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A Hugging Face folder or hub id, or Meta's folder with consolidated.*.pth.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Run directory to make.")],
+    as_json: Json = False,
+) -> None:
+    """Make a run directory of a pretrained model, which every other command then takes.
+
+    Example: `mukv import meta-llama/Llama-3.2-1B --out runs/llama-1b`
+    """
+    launch.prepare()
+    from mukv.convert import import_model
+
+    output.print_facts(import_model(source, out), as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    dtype: Annotated[
+        str | None, typer.Option(help=f"Of the weights: {', '.join(TYPES)}; default: as they are.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a folder that transformers loads: weights, configuration and tokenizer.
+
+    Example: `mukv export runs/NAME --out exported --dtype bfloat16`
+    """
+    launch.prepare()
+    from mukv import loaded
+    from mukv.convert import export_model
+
+    if dtype is not None and dtype not in TYPES:
+        raise unknown_name("--dtype", dtype, TYPES)
+    facts = export_model(loaded.load(run), Path(run), out, dtype)
+    output.print_facts(facts, as_json)

@@ -1,0 +1,194 @@
+"""Between folders of Hugging Face and run directories: `mukv import` and `mukv export`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import mukv
+from mukv.core import schema
+from mukv.core.errors import BadInput
+from mukv.core.files import new_folder, write_atomic
+from mukv.core.tensors import INDEX, Spec, write_tensors
+from mukv.core.weights import FILE
+from mukv.hub import FAMILIES, Family
+from mukv.hub.base import Piece, pairs_in_halves, pieces
+from mukv.hub.checkpoint import COMPANIONS, CONFIG, Checkpoint, imported_run, require
+from mukv.hub.settings import read_json
+from mukv.hub.standard import standard
+from mukv.loaded import Model
+from mukv.model import Decoder
+from mukv.position import RoPE
+from mukv.runs import RunDirectory
+
+SHARD_BYTES = 5 << 30
+
+
+def import_model(source: str, out: Path) -> dict[str, Any]:
+    """Make a run directory of a Hugging Face folder, hub id, or Meta's folder, tensor by tensor.
+
+    Returns what `mukv import --json` prints. Raises BadInput.
+    """
+    _require_free(out)
+    found = require(source)
+    specs = found.specs()
+    with new_folder(out) as folder:
+        target = RunDirectory(folder)
+        write_tensors(target.weights / FILE, specs, {"step": "0"})
+        write_atomic(target.config, schema.to_yaml(imported_run(found)))
+        for name in COMPANIONS:
+            if (found.folder / name).is_file():
+                shutil.copy(found.folder / name, folder / name)
+        if not (folder / "generation_config.json").exists():
+            special = {key: value for key, value in found.special.items() if value is not None}
+            write_atomic(folder / "generation_config.json", json.dumps(special, indent=2))
+        write_atomic(folder / "provenance.json", json.dumps(_provenance(source, found), indent=2))
+    return {
+        "run": str(out),
+        "architecture": found.architecture,
+        "parameters": sum(int(np.prod(spec.shape)) for spec in specs.values()),
+        "bytes": sum(spec.nbytes for spec in specs.values()),
+        "tokenizer": found.tokenizer.vocab_size or None,
+    }
+
+
+def _provenance(source: str, found: Checkpoint) -> dict[str, Any]:
+    return {
+        "mukv": mukv.__version__,
+        "imported_from": source,
+        "architecture": found.architecture,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _require_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput("--out", str(out), "a path that is not in use")
+
+
+def export_model(
+    model: Model, source: Path, out: Path, dtype: str | None = None, shard: int = SHARD_BYTES
+) -> dict[str, Any]:
+    """Write a folder that transformers loads. source: the run directory or folder of the model.
+    dtype: of the weights; as they are if None. shard: bytes of a file at most.
+
+    Returns what `mukv export --json` prints. Raises BadInput with the part that has no name there.
+    """
+    _require_free(out)
+    decoder = model.decoder
+    if not isinstance(decoder, Decoder):
+        raise BadInput("model.kind", decoder.kind, "decoder: others have no name in Hugging Face")
+    family = _family(decoder, source)
+    plain, flat = standard(decoder, model.weights, family)
+    specs = _specs(plain, flat, family, dtype)
+    config = family.write(plain, model.run.train.length)
+    kept = {spec.dtype.name for spec in specs.values()}
+    config["torch_dtype"] = kept.pop() if len(kept) == 1 else "float32"
+    special = _special(model, source)
+    with new_folder(out) as folder:
+        files = _write_shards(folder, specs, shard)
+        write_atomic(folder / CONFIG, json.dumps(config | special, indent=2))
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                shutil.copy(source / name, folder / name)
+        if special and not (source / "generation_config.json").exists():
+            write_atomic(folder / "generation_config.json", json.dumps(special, indent=2))
+        _describe_tokenizer(model, folder)
+    return {
+        "path": str(out),
+        "architecture": family.architecture,
+        "parameters": sum(int(np.prod(spec.shape)) for spec in specs.values()),
+        "dtype": config["torch_dtype"],
+        "files": files,
+    }
+
+
+def _family(model: Decoder, source: Path) -> Family:
+    """The one that a model came from, or the first that it fits. Raises BadInput with what keeps
+    it from the nearest."""
+    told = source / "provenance.json"
+    named = read_json(told).get("architecture") if told.exists() else None
+    ordered = sorted(FAMILIES.values(), key=lambda family: family.architecture != named)
+    misfits = {family.architecture: list(family.misfits(model)) for family in ordered}
+    for family in ordered:
+        if not misfits[family.architecture]:
+            return family
+    nearest = min(ordered, key=lambda family: len(misfits[family.architecture]))
+    worst = misfits[nearest.architecture][0]
+    raise BadInput(
+        f"model.{worst.where}",
+        worst.given,
+        f"no architecture of Hugging Face that we write has it: {nearest.architecture} has "
+        f"{worst.allowed}; known: {', '.join(FAMILIES)}",
+    )
+
+
+def _specs(
+    model: Decoder, flat: Mapping[str, Any], family: Family, dtype: str | None
+) -> dict[str, Spec]:
+    """Their tensors, in the order of our layers."""
+    made: dict[str, Spec] = {}
+    position = model.layers[0].attention.position
+    interleaved = isinstance(position, RoPE) and position.pairing == "interleaved"
+    for piece in pieces(family.rules, model, pairs_in_halves if interleaved else None):
+        kept = jnp.dtype(dtype or flat[piece.ours].dtype)
+
+        def read(piece: Piece = piece, kept: np.dtype = kept) -> Iterator[np.ndarray]:
+            whole = flat[piece.ours]
+            ours = np.asarray(whole if piece.repeat is None else whole[piece.repeat])
+            yield piece.give(ours).astype(kept)
+
+        made[piece.theirs] = Spec(piece.shape, kept, read)
+    return made
+
+
+def _write_shards(folder: Path, specs: Mapping[str, Spec], limit: int) -> int:
+    """One file, or several with an index; returns how many."""
+    shards: list[dict[str, Spec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += spec.nbytes
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0], {"format": "pt"})
+        return 1
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensors(folder / file, shard, {"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    total = sum(spec.nbytes for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    write_atomic(folder / INDEX, json.dumps(index, indent=2))
+    return len(shards)
+
+
+def _special(model: Model, source: Path) -> dict[str, Any]:
+    """Ids that begin, end and pad a text."""
+    said = source / "generation_config.json"
+    if said.exists():
+        found = read_json(said)
+        return {key: value for key, value in found.items() if key.endswith("_token_id")}
+    start = model.tokenizer.start
+    return {"bos_token_id": start[0] if start else None, "eos_token_id": None}
+
+
+def _describe_tokenizer(model: Model, folder: Path) -> None:
+    """What transformers wants to know besides a tokenizer.json."""
+    path = folder / "tokenizer_config.json"
+    if path.exists() or not (folder / "tokenizer.json").exists():
+        return
+    told: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if model.tokenizer.start:
+        told["bos_token"] = model.tokenizer.inner.id_to_token(model.tokenizer.start[0])
+    write_atomic(path, json.dumps(told, indent=2))

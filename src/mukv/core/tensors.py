@@ -1,0 +1,158 @@
+"""Safetensors, tensor by tensor: what is read or written never lies in memory as a whole.
+
+`TensorFiles` shows a folder's tensors, in one file or in shards with an index, of which one is
+mapped at a time. `write_tensors` takes each tensor as the pieces that it is made of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mukv.core.errors import BadInput
+from mukv.core.files import telling_disk_errors
+
+INDEX = "model.safetensors.index.json"
+DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "BF16": jnp.dtype("bfloat16"),
+    "F16": np.dtype("float16"),
+}
+Cut = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class TensorFiles:
+    """The tensors of a folder, by name. Raises BadInput where a file is missing or damaged."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tensors: dict[str, Tensor] = {}
+        self._path: Path | None = None
+        self._file: Any = None
+        for path, names in _files(folder).items():
+            file = self._open(path)
+            there = set(file.keys())
+            for name in sorted(names - there):
+                raise BadInput(f"{path}: {name}", "missing", f"{INDEX} says that it is there")
+            for name in file.keys():  # noqa: SIM118 (a file, not a dict)
+                found = file.get_slice(name)
+                dtype = found.get_dtype()
+                if dtype not in DTYPES:
+                    raise BadInput(f"{path}: {name}", dtype, f"allowed: {', '.join(DTYPES)}")
+                self.tensors[name] = Tensor(path, tuple(found.get_shape()), DTYPES[dtype])
+
+    def read(self, name: str, cut: Cut) -> np.ndarray:
+        """A part of a tensor, copied."""
+        found = self._open(self.tensors[name].file).get_slice(name)
+        return found[cut] if cut else found[...]
+
+    def _open(self, path: Path) -> Any:
+        """The file, mapped; the one before is let go."""
+        if path != self._path:
+            self._path, self._file = None, None
+            try:
+                self._file = safe_open(path, "numpy")
+            except FileNotFoundError:
+                raise BadInput(str(path), "no such file", f"{INDEX} names it") from None
+            except (SafetensorError, OSError) as error:
+                given = f"a file that can't be read ({str(error).splitlines()[0]})"
+                raise BadInput(str(path), given, "it is cut short, or no safetensors") from None
+            self._path = path
+        return self._file
+
+
+def _files(folder: Path) -> dict[Path, set[str]]:
+    """The files of a folder with the names that its index puts there."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            places = json.loads(index.read_text("utf-8"))["weight_map"]
+            found: dict[Path, set[str]] = {}
+            for name, file in places.items():
+                found.setdefault(folder / file, set()).add(name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            given = f"a file that can't be read ({error})"
+            raise BadInput(str(index), given, 'JSON with a "weight_map"') from None
+        return found
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        given = f"{len(files)} .safetensors files"
+        raise BadInput(str(folder), given, f"one such file, or several with {INDEX}")
+    return {files[0]: set()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor that is to be written; `pieces` gives its numbers in order, piece by piece."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file; it is whole or not there.
+
+    Raises BadInput for a folder that can't be written, Failed for a full disk.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    # Wide numbers first, so that all lie at multiples of their size.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, spec in ordered:
+        begin, end = end, end + spec.nbytes
+        shape = list(spec.shape)
+        header[name] = {
+            "dtype": codes[spec.dtype],
+            "shape": shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with telling_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for _, spec in ordered:
+                    for piece in _checked(spec):
+                        file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _checked(spec: Spec) -> Iterator[bytes | memoryview]:
+    """The bytes of a tensor's pieces."""
+    written = 0
+    for piece in spec.pieces():
+        assert piece.dtype == spec.dtype
+        written += piece.nbytes
+        yield np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+    assert written == spec.nbytes

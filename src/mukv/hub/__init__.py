@@ -1,0 +1,19 @@
+"""Models of Hugging Face, both ways. To add a family: its data in a file, a line here."""
+
+from mukv.hub.family import Family
+from mukv.hub.gemma import GEMMA2, GEMMA3
+from mukv.hub.llama import LLAMA
+from mukv.hub.mistral import MISTRAL
+from mukv.hub.qwen import QWEN2, QWEN3
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": MISTRAL,
+    "Qwen2ForCausalLM": QWEN2,
+    "Qwen3ForCausalLM": QWEN3,
+    "Gemma2ForCausalLM": GEMMA2,
+    "Gemma3ForCausalLM": GEMMA3,
+}
+"""By `architectures[0]` of a config.json; where several could say a model, the first one does."""
+
+__all__ = ["FAMILIES", "Family"]

@@ -1,0 +1,220 @@
+"""A folder of Hugging Face's as a model: its configuration, and its weights as a stream.
+
+No tensor is read before it is needed and none is kept: each goes straight to its place on the
+mesh, or in a file of ours, so that beyond these no more lies in memory than the largest tensor
+and the mapping of one file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from mukv.config import Run
+from mukv.core.errors import BadInput, nearest_name, unknown_name
+from mukv.core.mesh import specification
+from mukv.core.params import named
+from mukv.core.tensors import Spec, TensorFiles
+from mukv.core.typing import Array
+from mukv.data.tokenizer import AnyTokenizer, find_tokenizer
+from mukv.hub import FAMILIES, Family, meta
+from mukv.hub.base import Piece, Source, check, grouped_by_weight, nested, pieces
+from mukv.hub.settings import Given, read_json
+from mukv.model import Decoder
+from mukv.training import Training
+
+CONFIG = "config.json"
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files that come along both ways."""
+IGNORED = r"rotary_emb\.inv_freq$"
+"""Old files hold what follows from the configuration."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LENGTH = 2048
+ROWS = 4096
+"""Of an embedding that are compared at once."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """pieces: every tensor of theirs and which weight of ours it is."""
+
+    folder: Path
+    architecture: str
+    model: Decoder
+    source: Source
+    pieces: tuple[Piece, ...]
+    tokenizer: AnyTokenizer
+    special: dict[str, Any]
+    """Ids that begin, end and pad a text."""
+
+    def place(self, mesh: Mesh) -> dict[str, Any]:
+        """The weights on a mesh, in the types of the files."""
+        declared = named(self.model.params())
+        made: dict[str, Any] = {}
+        # In the order of the files, each of which is then mapped once.
+        for piece in sorted(self.pieces, key=lambda p: str(self.source.tensors[p.theirs].file)):
+            dims = piece.param.dims
+            part = jax.make_array_from_callback(
+                piece.param.shape,
+                NamedSharding(mesh, specification(dims, mesh)),
+                partial(piece.read, self.source),
+            )
+            if piece.repeat is None:
+                made[piece.ours] = part
+                continue
+            if piece.ours not in made:
+                whole = declared[piece.ours]
+                sharding = NamedSharding(mesh, specification(whole.dims, mesh))
+                made[piece.ours] = jnp.zeros(whole.shape, part.dtype, device=sharding)
+            made[piece.ours] = _put(made[piece.ours], part, piece.repeat)
+            # One program at a time: simulated devices share their threads.
+            jax.block_until_ready(made[piece.ours])
+        return nested({name: made[name] for name in declared})
+
+    def specs(self) -> dict[str, Spec]:
+        """The weights as tensors to write, by our names."""
+        declared = named(self.model.params())
+        found: dict[str, Spec] = {}
+        for name, parts in grouped_by_weight(self.pieces).items():
+            types = {self.source.tensors[part.theirs].dtype for part in parts}
+            if len(types) > 1:
+                allowed = "one type in all layers"
+                raise BadInput(f"{self.folder}: {name}", sorted(map(str, types)), allowed)
+
+            def read(parts: list[Piece] = parts) -> Iterable[np.ndarray]:
+                return (part.read(self.source) for part in parts)
+
+            found[name] = Spec(declared[name].shape, types.pop(), read)
+        return found
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(whole: Array, part: Array, place: int) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), place, 0)
+
+
+def imported_run(found: Checkpoint) -> Run:
+    """The configuration of a run directory that has this model; windows of its evaluation have
+    LENGTH tokens."""
+    length = min(LENGTH, found.model.context or LENGTH)
+    return Run(model=found.model, train=Training(length=length))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder says that it holds one; `open_checkpoint` says whether it is right."""
+    return (folder / CONFIG).is_file() or meta.is_meta(folder)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the configuration, and compare all names and shapes with it. Raises BadInput."""
+    if meta.is_meta(folder):
+        return _opened(folder, *meta.open_meta(folder), {})
+    config = read_json(folder / CONFIG)
+    family = _family(config, folder / CONFIG)
+    source = TensorFiles(folder)
+    model = family.read(Given(config, str(folder / CONFIG)))
+    special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return _opened(folder, family.architecture, model, source, pieces(family.rules, model), special)
+
+
+def _opened(
+    folder: Path,
+    architecture: str,
+    model: Decoder,
+    source: Source,
+    found: Iterable[Piece],
+    special: dict[str, Any],
+) -> Checkpoint:
+    found = tuple(found)
+    tied = f"|^{re.escape(HEAD)}$" if model.readout == "tied" else ""
+    check(found, source, str(folder), IGNORED + tied)
+    if tied and (HEAD in source.tensors):
+        _check_tied(source, folder)
+    path = folder / "tokenizer.json"
+    tokenizer = find_tokenizer(path)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise BadInput(
+            str(path),
+            f"{tokenizer.vocab_size} ids",
+            f"at most the model's {model.vocab_size}: it is another model's tokenizer",
+        )
+    said = folder / "generation_config.json"
+    if said.exists():
+        special |= {key: v for key, v in read_json(said).items() if key.endswith("_token_id")}
+    return Checkpoint(folder, architecture, model, source, found, tokenizer, special)
+
+
+def _check_tied(source: Source, folder: Path) -> None:
+    """Raise BadInput unless a readout that is there is the embedding that it is tied to."""
+    for start in range(0, source.tensors[EMBEDDING].shape[0], ROWS):
+        cut = (slice(start, start + ROWS), slice(None))
+        if not np.array_equal(source.read(EMBEDDING, cut), source.read(HEAD, cut)):
+            allowed = f"tie_word_embeddings is true: equal to {EMBEDDING}"
+            raise BadInput(f"{folder}: {HEAD}", "other numbers", allowed)
+
+
+def _family(config: dict[str, Any], path: Path) -> Family:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        allowed = f"a list with one of: {', '.join(FAMILIES)}"
+        raise BadInput(f"{path}: architectures", names, allowed)
+    if names[0] not in FAMILIES:
+        raise unknown_name(f"{path}: architectures", names[0], FAMILIES)
+    return FAMILIES[names[0]]
+
+
+def end_ids(special: dict[str, Any]) -> tuple[int, ...]:
+    """Ids that end a text: one, several or none."""
+    found = special.get("eos_token_id")
+    ids = found if isinstance(found, list) else [found]
+    return tuple(token for token in ids if type(token) is int)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source that is no path could be the name of a model on the hub."""
+    named_like_one = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source) is not None
+    a_file = source.endswith((".yaml", ".yml"))
+    return named_like_one and not a_file and not Path(source).parent.exists()
+
+
+def find(source: str | Path) -> Checkpoint | None:
+    """The checkpoint of a folder or hub id; None if it is neither."""
+    folder = Path(source)
+    if is_checkpoint(folder):
+        return open_checkpoint(folder)
+    if not folder.exists() and is_hub_id(str(source)):
+        from mukv.hub.download import download
+
+        return open_checkpoint(download(str(source)))
+    return None
+
+
+def require(source: str | Path) -> Checkpoint:
+    """The same. Raises BadInput if it is neither."""
+    found = find(source)
+    if found is not None:
+        return found
+    folder = Path(source)
+    near = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG}")]
+    raise BadInput(
+        "SOURCE",
+        str(source),
+        f"a folder with {CONFIG} and .safetensors, or a hub id such as meta-llama/Llama-3.2-1B",
+        nearest_name(folder.name, near),
+    )

@@ -1,0 +1,230 @@
+"""A family of models under one name in Hugging Face: what sets it apart, as data, from which
+both directions of its configuration follow. Its weights are rules (base.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from mukv.attention import Grouped
+from mukv.core.errors import BadInput
+from mukv.core.norm import RMSNorm
+from mukv.hub.base import Rule
+from mukv.hub.layout import planned
+from mukv.hub.settings import ACTIVATIONS, Given, read_rope, write_scaling
+from mukv.model import Decoder, Layer
+from mukv.model.block import AnyResidual, Gated, PreNorm
+from mukv.position import RoPE
+
+Windows = Sequence[int | None]
+QKV = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class WindowKeys:
+    """How a configuration says which layers see how far. Of these, none does."""
+
+    def read(self, given: Given, layers: int) -> Windows:
+        given.require("use_sliding_window", False)
+        return [None] * layers
+
+    def write(self, windows: Windows) -> dict[str, Any]:
+        """Raises BadInput for windows that can't be said."""
+        if any(windows):
+            raise BadInput("plan: window", sorted({w for w in windows if w}), "null in all layers")
+        return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """architecture, model_type: theirs. rules: of its tensors. norm: how gains are stored.
+    biases: those that all of its models have; `attention_bias` says whether there are others.
+    query_norm: of queries and keys too. query_scale, softcaps: keys that say them.
+    local: the rotation of layers with a window, where it is another one.
+    """
+
+    architecture: str
+    model_type: str
+    rules: tuple[Rule, ...]
+    norm: Literal["gain", "offset"] = "gain"
+    residual: AnyResidual = field(default_factory=PreNorm)
+    embedding_scale: Literal["root_width"] | None = None
+    activation: str = "hidden_act"
+    biases: tuple[Literal["query", "key", "value", "output"], ...] | None = None
+    query_norm: bool = False
+    query_scale: str | None = None
+    attention_softcap: str | None = None
+    logit_softcap: str | None = None
+    windows: WindowKeys = field(default_factory=WindowKeys)
+    position: Callable[[Given], RoPE] = read_rope
+    local: Callable[[Given], RoPE] | None = None
+    write_local: Callable[[RoPE], dict[str, Any]] | None = None
+
+    # From theirs
+
+    def read(self, given: Given) -> Decoder:
+        """The model that a config.json describes. Raises BadInput with the key."""
+        given.require("mlp_bias", False)
+        given.require("use_bidirectional_attention", False)
+        width, heads = given.get("hidden_size", int), given.get("num_attention_heads", int)
+        norm = RMSNorm(given.get("rms_norm_eps", float, 1e-6), self.norm)
+        head_dim = given.get("head_dim", int, width // heads)
+        attention = Grouped(
+            position=self.position(given),
+            heads=heads,
+            kv_heads=given.get("num_key_value_heads", int, heads),
+            head_dim=head_dim,
+            norm=norm if self.query_norm else None,
+            scale=self._read_scale(given, head_dim),
+            softcap=self._cap(given, self.attention_softcap),
+            biases=self._read_biases(given),
+        )
+        count = given.get("num_hidden_layers", int)
+        if count < 1:
+            raise BadInput(f"{given.where}: num_hidden_layers", count, "at least 1")
+        local = self.local(given) if self.local else None
+        layers = [
+            Layer(window=window, position=local if window else None)
+            for window in self.windows.read(given, count)
+        ]
+        return Decoder(
+            vocab_size=given.get("vocab_size", int),
+            d_model=width,
+            attention=attention,
+            mlp=Gated(
+                hidden=given.get("intermediate_size", int),
+                activation=given.one_of(self._activation(given), ACTIVATIONS, "silu"),
+            ),
+            plan=planned(layers),
+            norm=norm,
+            residual=self.residual,
+            embedding_scale=self.embedding_scale,
+            readout="tied" if self._tied(given) else "linear",
+            logit_softcap=self._cap(given, self.logit_softcap),
+            context=given.get("max_position_embeddings", int, None),
+        )
+
+    def _activation(self, given: Given) -> str:
+        """Gemma's first files have the key of all others, and mean the same."""
+        return self.activation if self.activation in given.mapping else "hidden_act"
+
+    def _tied(self, given: Given) -> bool:
+        return given.get("tie_word_embeddings", bool, self.embedding_scale is not None)
+
+    def _cap(self, given: Given, key: str | None) -> float | None:
+        return given.get(key, float, None) if key else None
+
+    def _read_scale(self, given: Given, head_dim: int) -> float | None:
+        scalar = given.get(self.query_scale, float, None) if self.query_scale else None
+        return None if scalar is None or scalar == head_dim else scalar**-0.5
+
+    def _read_biases(self, given: Given) -> tuple[Any, ...]:
+        if self.biases is not None:
+            return self.biases
+        return (*QKV, "output") if given.get("attention_bias", bool, False) else ()
+
+    # To theirs
+
+    def misfits(self, model: Decoder) -> Iterator[BadInput]:
+        """What a model has that this family has not."""
+        first, layers = model.layers[0].attention, model.layers
+        if not isinstance(first, Grouped):
+            yield BadInput("attention.kind", getattr(first, "kind", "?"), "grouped")
+            return
+        for place in {layer.attention.position for layer in layers}:
+            if not isinstance(place, RoPE):
+                yield BadInput("attention.position.kind", place.kind, "rope")
+                return
+            if (place.partial, place.p) != (1, 1):
+                yield BadInput(
+                    "attention.position", f"partial {place.partial}, p {place.p}", "1, 1"
+                )
+            try:
+                write_scaling(place.scaling)
+            except BadInput as error:
+                yield error
+        norm = RMSNorm(model.norm.epsilon, self.norm)
+        biases = ((), (*QKV, "output")) if self.biases is None else (self.biases,)
+        wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
+            "plan: reads": (any(layer.reads is not None for layer in layers), (False,)),
+            "plan: attention": (
+                {replace(layer.attention, position=first.position) for layer in layers},
+                ({first},),
+            ),
+            "plan: mlp": ({layer.mlp for layer in layers}, ({layers[0].mlp},)),
+            "plan: position": (self._positions(model), (True,)),
+            "norm.stored": (model.norm.stored, (self.norm,)),
+            "residual.kind": (model.residual.kind, (self.residual.kind,)),
+            "embedding_scale": (model.embedding_scale, (self.embedding_scale,)),
+            "attention.norm": (first.norm, (norm if self.query_norm else None,)),
+            "attention.sinks": (first.sinks, (None,)),
+            "attention.biases": (first.biases, biases),
+        }
+        for key, cap in (
+            (self.attention_softcap, ("attention.softcap", first.softcap)),
+            (self.logit_softcap, ("logit_softcap", model.logit_softcap)),
+        ):
+            if key is None:
+                wanted[cap[0]] = (cap[1], (None,))
+        for where, (given, allowed) in wanted.items():
+            if given not in allowed:
+                yield BadInput(where, given, " or ".join(map(str, allowed)))
+        try:
+            self.windows.write([layer.window for layer in layers])
+        except BadInput as error:
+            yield error
+
+    def _positions(self, model: Decoder) -> bool:
+        """Whether each layer's rotation is the one that its window says."""
+        by_window: dict[bool, set[Any]] = {}
+        for layer in model.layers:
+            by_window.setdefault(bool(layer.window), set()).add(layer.attention.position)
+        if not self.local:
+            return len(set().union(*by_window.values())) == 1
+        return all(len(found) == 1 for found in by_window.values())
+
+    def write(self, model: Decoder, context: int) -> dict[str, Any]:
+        """The config.json of a model that fits. context: where the model itself has no limit."""
+        layers = model.layers
+        attention, mlp = layers[0].attention, layers[0].mlp
+        assert isinstance(attention, Grouped)
+        whole = [layer for layer in layers if not layer.window] or layers
+        place = whole[0].attention.position
+        assert isinstance(place, RoPE)
+        words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+        config: dict[str, Any] = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.d_model,
+            "intermediate_size": mlp.hidden,
+            "num_hidden_layers": len(layers),
+            "num_attention_heads": attention.heads,
+            "num_key_value_heads": attention.kv_heads,
+            "head_dim": attention.head_dim,
+            self.activation: words[mlp.activation],
+            "rms_norm_eps": model.norm.epsilon,
+            "max_position_embeddings": model.context or context,
+            "rope_theta": place.base,
+            "rope_scaling": write_scaling(place.scaling),
+            "tie_word_embeddings": model.readout == "tied",
+            **self.windows.write([layer.window for layer in layers]),
+        }
+        if self.biases is None:
+            config["attention_bias"] = bool(attention.biases)
+        if self.query_scale:
+            scalar = (attention.scale or attention.head_dim**-0.5) ** -2
+            near = round(scalar)
+            config[self.query_scale] = near if abs(near - scalar) < 1e-9 * scalar else scalar
+        if self.attention_softcap:
+            config[self.attention_softcap] = attention.softcap
+        if self.logit_softcap:
+            config[self.logit_softcap] = model.logit_softcap
+        if self.write_local:
+            near = [layer for layer in layers if layer.window] or layers
+            position = near[0].attention.position
+            assert isinstance(position, RoPE)
+            config |= self.write_local(position)
+        return config

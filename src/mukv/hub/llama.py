@@ -1,0 +1,35 @@
+"""Llama 2, 3, 3.1, 3.2, 3.3 and what is laid out like it (Touvron et al. 2023)."""
+
+from __future__ import annotations
+
+from mukv.hub.base import Rule
+from mukv.hub.family import Family
+
+ENDS = (
+    Rule("model.embed_tokens.weight", "embedding", "vocab embed"),
+    Rule("lm_head.weight", "readout", "vocab embed"),
+)
+LAYER = "model.layers.{layer}"
+BRANCHES = (
+    Rule(f"{LAYER}.self_attn.q_proj.weight", "read.query", "(heads head_dim) embed"),
+    Rule(f"{LAYER}.self_attn.k_proj.weight", "write.key", "(kv_heads head_dim) embed"),
+    Rule(f"{LAYER}.self_attn.v_proj.weight", "write.value", "(kv_heads head_dim) embed"),
+    Rule(f"{LAYER}.self_attn.o_proj.weight", "read.output", "embed (heads value_dim)"),
+    Rule(f"{LAYER}.self_attn.q_proj.bias", "read.query_bias", "(heads head_dim)"),
+    Rule(f"{LAYER}.self_attn.k_proj.bias", "write.key_bias", "(kv_heads head_dim)"),
+    Rule(f"{LAYER}.self_attn.v_proj.bias", "write.value_bias", "(kv_heads head_dim)"),
+    Rule(f"{LAYER}.self_attn.o_proj.bias", "read.output_bias", "embed"),
+    Rule(f"{LAYER}.mlp.gate_proj.weight", "mlp.gate", "hidden embed"),
+    Rule(f"{LAYER}.mlp.up_proj.weight", "mlp.up", "hidden embed"),
+    Rule(f"{LAYER}.mlp.down_proj.weight", "mlp.down", "embed hidden"),
+)
+NORMS = (
+    Rule(f"{LAYER}.input_layernorm.weight", "attention_norm.gain", "embed"),
+    Rule(f"{LAYER}.post_attention_layernorm.weight", "mlp_norm.gain", "embed"),
+    Rule(f"{LAYER}.self_attn.q_norm.weight", "read.query_norm.gain", "head_dim"),
+    Rule(f"{LAYER}.self_attn.k_norm.weight", "write.key_norm.gain", "head_dim"),
+    Rule("model.norm.weight", "final_norm.gain", "embed"),
+)
+RULES = (*ENDS, *BRANCHES, *NORMS)
+
+LLAMA = Family("LlamaForCausalLM", "llama", RULES)

@@ -1,0 +1,64 @@
+"""A model as others know it: the same function with nothing between its weights and the forward
+pass. Multipliers of a parameterisation go into the weights, factors of logits into queries and
+the last norm. Where all are one, no number changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from mukv.core.params import named
+from mukv.hub.family import Family
+from mukv.model import Decoder
+from mukv.scaling.parameterization import Scaling
+
+
+def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dict[str, Any]]:
+    """An equal model that scales nothing, and its weights by dotted name."""
+    flat = named(model.scaled(weights))
+    plain = replace(model, scaling=Scaling())
+    width = (model.scaling.base or {}).get("embed", model.d_model)
+    final = 1.0
+    if model.embedding_scale and width != model.d_model:
+        ratio = (width / model.d_model) ** 0.5
+        flat["embedding"] = flat["embedding"] * ratio
+        final = 1 / ratio if model.readout == "tied" else 1.0
+    if model.readout == "tied":
+        final *= model.scaling.tied_factor(model.params()["embedding"])
+    _multiply(flat, final, ["final_norm.gain", "final_norm.offset"])
+    attention = model.layers[0].attention
+    scale = attention.scale or attention.query_dim**-0.5
+    if family.query_scale:
+        layers = attention.scale
+    else:
+        layers, ratio = None, scale * attention.query_dim**0.5
+        ends = ("read.query_norm.gain", "read.query_norm.offset")
+        if not getattr(attention, "norm", None):
+            ends = ("read.query", "read.query_bias")
+        _multiply(flat, ratio, [name for name in flat if name.endswith(ends)])
+    stages = tuple(
+        replace(
+            stage,
+            pattern=tuple(
+                replace(layer, attention=layer.attention and replace(layer.attention, scale=layers))
+                for layer in stage.pattern
+            ),
+        )
+        for stage in model.plan
+    )
+    return replace(plain, attention=replace(model.attention, scale=layers), plan=stages), flat
+
+
+def _multiply(flat: dict[str, Any], factor: float, names: Iterable[str]) -> None:
+    """What these weights do, times a factor; an offset from one keeps to its one."""
+    if abs(factor - 1) < 1e-12:
+        return
+    for name in names:
+        if name in flat:
+            wide = flat[name].astype(jnp.float32)
+            made = (1 + wide) * factor - 1 if name.endswith("offset") else wide * factor
+            flat[name] = made.astype(flat[name].dtype)

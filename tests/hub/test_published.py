@@ -1,0 +1,93 @@
+"""Published configurations: what we read is the preset of that name, of exactly so many weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mukv import config
+from mukv.describe import describe
+from mukv.hub import FAMILIES
+from mukv.hub.settings import Given
+
+SLOWED = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+SMALL_LLAMA = {**LLAMA, "rope_scaling": SLOWED, "tie_word_embeddings": True}
+LARGE_LLAMA = {**LLAMA, "rope_scaling": {**SLOWED, "factor": 8.0}, "tie_word_embeddings": False}
+GEMMA = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "torch_dtype": "float32",
+    "vocab_size": 256000,
+}
+
+
+def sizes(width: int, hidden: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        **others,
+    }
+
+
+PUBLISHED = {
+    "llama-3.2-1b": (SMALL_LLAMA | sizes(2048, 8192, 16, 32, head_dim=64), 1_235_814_400),
+    "llama-3.2-3b": (SMALL_LLAMA | sizes(3072, 8192, 28, 24), 3_212_749_824),
+    "llama-3.1-8b": (LARGE_LLAMA | sizes(4096, 14336, 32, 32), 8_030_261_248),
+    "llama-3.1-70b": (LARGE_LLAMA | sizes(8192, 28672, 80, 64), 70_553_706_496),
+    "gemma-2-2b": (GEMMA | sizes(2304, 9216, 26, 8, num_key_value_heads=4), 2_614_341_888),
+    "gemma-2-9b": (GEMMA | sizes(3584, 14336, 42, 16, num_key_value_heads=8), 9_241_705_984),
+    "gemma-2-27b": (
+        GEMMA
+        | sizes(4608, 36864, 46, 32, num_key_value_heads=16)
+        | {"head_dim": 128, "query_pre_attn_scalar": 144},
+        27_227_128_320,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_configuration_is_the_preset(name):
+    published, parameters = PUBLISHED[name]
+    run = config.load(name)
+    family = FAMILIES[published["architectures"][0]]
+    assert family.read(Given(published, "config.json")) == run.model
+    assert not list(family.misfits(run.model))
+    written = family.write(run.model, 0)
+    said = {key: value for key, value in published.items() if key != "torch_dtype"}
+    assert {key: written[key] for key in said if key in written} == {
+        key: value for key, value in said.items() if key in written
+    }
+    assert said.keys() - written.keys() <= {"mlp_bias", "hidden_act"}
+    assert describe(run)["parameters"] == parameters

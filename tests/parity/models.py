@@ -1,0 +1,94 @@
+"""Models of transformers, one of each family, with random weights of the size that trained ones
+have: every norm's gain away from one, activations and logits of about one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+VOCAB, CONTEXT = 97, 512
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+BY_TYPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "llama-3": ("Llama", {"head_dim": 16, "rope_parameters": LLAMA3}),
+    "llama-2": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 7}),
+    "qwen-2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+    "qwen-3": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN}),
+    "gemma-2": ("Gemma2", {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24}),
+    "gemma-3": (
+        "Gemma3",
+        {
+            "head_dim": 16,
+            "sliding_window": 9,
+            "num_hidden_layers": 8,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 16,
+            "rope_parameters": BY_TYPE,
+        },
+    ),
+}
+"""Windows are shorter than the text, and texts longer than what rotations were slowed from."""
+
+
+def build(family: str, fields: Mapping[str, Any], seed: int = 0) -> Any:
+    """A model of theirs with all weights drawn."""
+    name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, name)(**fields)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name:
+                weight.copy_(0.2 * noise + ("Gemma" not in family))
+            else:
+                weight.copy_(noise * weight.shape[-1] ** -0.5)
+    return model
+
+
+def logits(model: Any, ids: np.ndarray, **given: Any) -> np.ndarray:
+    """Theirs, float32 [batch token vocab]."""
+    with torch.inference_mode():
+        tensors = {name: torch.tensor(value) for name, value in given.items()}
+        return model(torch.tensor(ids), **tensors).logits.float().numpy()
+
+
+def saved(model: Any, folder: Path, **options: Any) -> Path:
+    model.save_pretrained(folder, **options)
+    return folder

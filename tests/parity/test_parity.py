@@ -1,0 +1,128 @@
+"""Law 11: a model of transformers and what we make of it agree, in logits and greedy tokens, and
+come back bit by bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import mukv
+from mukv.convert import export_model, import_model
+from mukv.core.compute import Compute
+from mukv.core.mesh import MeshShape
+from mukv.core.params import named
+from tests.parity import models
+from tests.parity.models import FAMILIES, TINY, VOCAB, logits, saved, torch, transformers
+
+LENGTH, CUT = 96, 37
+"""Tokens of a row; where a padded one begins or ends, and a packed one is cut."""
+IDS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH))
+
+
+def with_compute(model, compute):
+    return replace(model, run=replace(model.run, train=replace(model.run.train, compute=compute)))
+
+
+def rows():
+    """Whole, padded before, padded behind, packed: ids, positions, segments, and what counts."""
+    place, one = np.arange(LENGTH), np.ones(LENGTH, int)
+    before = np.concatenate([np.zeros(CUT, int), np.arange(LENGTH - CUT)])
+    second = place >= CUT
+    return [
+        (IDS[0], place, one, one > 0),
+        (np.where(second, IDS[1], 0), before, second.astype(int), second),
+        (np.where(second, 0, IDS[1]), place, 1 - second.astype(int), ~second),
+        (IDS[1], np.where(second, place - CUT, place), 1 + second.astype(int), one > 0),
+    ]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """A model of theirs, the folder that it is saved in, and ours."""
+    name, fields = FAMILIES[request.param]
+    theirs = models.build(name, {**TINY, **fields})
+    folder = saved(theirs, tmp_path_factory.mktemp(request.param) / "theirs")
+    yield theirs, folder, mukv.load(folder)
+    jax.clear_caches()
+
+
+def test_logits(pair):
+    """Whole rows, padded ones and packed ones, in one batch of ours."""
+    theirs, _, ours = pair
+    ids, position, segment, counts = map(np.stack, zip(*rows(), strict=True))
+    found = np.asarray(ours.logits(ids, position, segment))
+    mask = (segment > 0).astype(int)
+    padded = logits(theirs, ids[:3], attention_mask=mask[:3], position_ids=position[:3])
+    apart = [logits(theirs, part[None])[0] for part in np.split(ids[3], [CUT])]
+    expected = np.concatenate([padded, np.concatenate(apart)[None]])
+    assert expected[counts].std() > 0.3
+    np.testing.assert_allclose(found[counts], expected[counts], atol=1e-4)
+
+
+def test_there_and_back(pair, tmp_path):
+    """Import, export, import: bit by bit; and transformers finds in it what it had."""
+    theirs, folder, ours = pair
+    import_model(str(folder), tmp_path / "one")
+    run = mukv.load(tmp_path / "one")
+    for name, leaf in named(run.weights).items():
+        np.testing.assert_array_equal(leaf, named(ours.weights)[name])
+    assert run.decoder == ours.decoder
+    told = export_model(run, tmp_path / "one", tmp_path / "out", shard=50_000)
+    assert told["files"] > 1
+    again, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert type(again) is type(theirs)
+    assert not any(loading.values())
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+    np.testing.assert_array_equal(logits(again, IDS), logits(theirs, IDS))
+    import_model(str(tmp_path / "out"), tmp_path / "two")
+    files = [tmp_path / each / "weights/weights.safetensors" for each in ("one", "two")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert mukv.load(tmp_path / "two").decoder == run.decoder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["llama-3", "gemma-2"], indirect=True)
+def test_256_greedy_tokens(pair):
+    theirs, _, ours = pair
+    prompt = IDS[:1, :50]
+    with torch.inference_mode():
+        expected = theirs.generate(torch.tensor(prompt), max_new_tokens=256, do_sample=False)
+    found = ours.generate_ids(prompt.tolist(), 256)
+    assert found.tokens[0] == expected[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("pair", ["llama-3", "gemma-2"], indirect=True)
+def test_a_sharded_load_is_the_whole(pair):
+    _, folder, ours = pair
+    split = mukv.load(folder, MeshShape(2, 4))
+    for name, leaf in named(split.weights).items():
+        np.testing.assert_array_equal(leaf, named(ours.weights)[name])
+    embedding = split.weights["embedding"]
+    assert embedding.addressable_shards[0].data.size < embedding.size
+    np.testing.assert_allclose(split.logits(IDS), ours.logits(IDS), atol=1e-5)
+
+
+@pytest.mark.parametrize("pair", ["llama-3", "gemma-2"], indirect=True)
+def test_bfloat16_is_as_near_as_theirs(pair, tmp_path):
+    """Against float32 of the same rounded weights, our root mean square error is at most 1.25
+    times theirs."""
+    theirs, _, _ = pair
+    narrow = type(theirs)(theirs.config).eval()
+    narrow.load_state_dict(theirs.state_dict())
+    folder = saved(narrow.bfloat16(), tmp_path / "narrow")
+    exact, expected = (
+        logits(type(theirs).from_pretrained(folder, dtype=dtype).eval(), IDS)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    ours = mukv.load(folder)
+    assert {str(leaf.dtype) for leaf in named(ours.weights).values()} == {"bfloat16"}
+    np.testing.assert_allclose(ours.logits(IDS), exact, atol=1e-4)
+    found = with_compute(ours, Compute("bfloat16", "bfloat16")).logits(IDS)
+    error, theirs_error = (np.sqrt(np.mean((each - exact) ** 2)) for each in (found, expected))
+    assert 0 < error <= 1.25 * theirs_error
