@@ -87,7 +87,7 @@ def main() -> None:
 
         return jax.jit(run)
 
-    forms = {"absorbed": (steps(latent.absorbed()), kept), "expanded": (steps(expanded), wide)}
+    forms = {"absorbed": (steps(latent.decoding()), kept), "expanded": (steps(expanded), wide)}
     outputs = {name: step(read, query, entries) for name, (step, entries) in forms.items()}
     difference = float(jnp.abs(outputs["absorbed"] - outputs["expanded"]).max())
     scale = float(jnp.abs(outputs["expanded"]).max())

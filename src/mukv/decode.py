@@ -140,7 +140,7 @@ def _functions(model: LanguageModel, sampling: Sampling, compute: Compute) -> tu
     return (
         jax.jit(prefill, donate_argnums=1),
         jax.jit(block, donate_argnums=2),
-        jax.jit(model.fold, donate_argnums=0),
+        jax.jit(model.fold, donate_argnums=1),
     )
 
 
@@ -189,7 +189,7 @@ def generate(
     steps = 0
     while not rows.done:
         if steps and steps % sizes.tail == 0:
-            frozen, live = fold(model.cache_class.join(frozen, live)).split()
+            frozen, live = fold(weights, model.cache_class.join(frozen, live)).split()
         new, live, token, number = block(weights, frozen, live, token, number, key)
         rows.add(np.asarray(new))
         steps += BLOCK

@@ -36,7 +36,7 @@ def decoded(model, weights):
         found = [scores]
         for place in range(half, LENGTH):
             if (place - half) % 2 == 0:
-                cache = model.fold(cache)
+                cache = model.fold(weights, cache)
             scores, cache = model.step(weights, cache, ids[:, place], compute=EXACT)
             found.append(scores)
         return jnp.stack(found, axis=1)

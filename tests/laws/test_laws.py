@@ -85,7 +85,7 @@ def test_decode_is_prefill(case):
     for _ in range(LENGTH - 6):
         np.testing.assert_allclose(scores, case.whole[[0, 1], count - 1], atol=2e-5)
         if cache.filled == cache.tail_size:
-            cache = fold(cache)
+            cache = fold(weights, cache)
         scores, cache = step(weights, cache, case.ids[[0, 1], count])
         count += 1
     np.testing.assert_allclose(scores, case.whole[[0, 1], count - 1], atol=2e-5)

@@ -1,11 +1,12 @@
 """Attention variants. To add one: a file with a class, a line here."""
 
-from mukv.attention.base import Attention
-from mukv.attention.entries import Entries
+from mukv.attention.base import Attention, Queries
+from mukv.attention.entries import Bag, Entries, Met, Recall
 from mukv.attention.grouped import Grouped
 from mukv.attention.grouped_tied import GroupedTied
 from mukv.attention.latent import Latent
 from mukv.attention.mask import Mask
+from mukv.attention.recalled import Query, Recalled
 from mukv.attention.shared_kv import SharedKV
 from mukv.attention.tensor_product import TensorProduct
 
@@ -22,11 +23,17 @@ __all__ = [
     "ATTENTIONS",
     "AnyAttention",
     "Attention",
+    "Bag",
     "Entries",
     "Grouped",
     "GroupedTied",
     "Latent",
     "Mask",
+    "Met",
+    "Queries",
+    "Query",
+    "Recall",
+    "Recalled",
     "SharedKV",
     "TensorProduct",
 ]

@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from mukv.attention import cores
-from mukv.attention.entries import Entries
+from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
 from mukv.attention.recalled import Query, Recalled
 from mukv.core.errors import BadInput
@@ -51,6 +52,8 @@ class Attention:
     """Fields that are numbers of something."""
     grows: ClassVar[tuple[str, ...]] = ("heads",)
     """Fields that go with the width of the model."""
+    values_apart: ClassVar[bool] = False
+    """Whether values are kept in tensors of their own, which no key is made of."""
 
     def __post_init__(self) -> None:
         for name in self.sizes:
@@ -133,7 +136,7 @@ class Attention:
         weights: Weights,
         x: Residual,
         position: Int[Array, "batch token"],
-        parts: Sequence[Entries],
+        parts: Sequence[Bag],
         mask: Mask,
         chunk: int | None = None,
     ) -> Residual:
@@ -142,26 +145,46 @@ class Attention:
         parts: in the order of their positions. chunk: queries that the fused core takes at once,
         only where `mask` is aligned and there is one part; None for the plain core.
         """
+        address, scores = self.asked(weights, self.query(weights, x, position), position)
+        met = [part.met(address, partial(self.recall, weights)) for part in parts]
+        if chunk:
+            recalled, entries = met[0]
+            # Products in the type that those with weights have.
+            operand = weights["output"].dtype
+            address, recalled = jax.tree.map(
+                lambda array: array.astype(operand), (address, recalled)
+            )
+            out = cores.fused(address, recalled, entries, scores, mask, chunk).astype(x.dtype)
+        else:
+            shown = [cores.Part.of(keys, part, position, mask) for keys, part in met]
+            out = cores.plain(address, shown, scores)
+        return self.output(weights, out)
+
+    def asked(
+        self, weights: Weights, query: Queries, position: Int[Array, "batch query"]
+    ) -> tuple[Query, cores.Scores]:
+        """Queries as they are multiplied with keys, and what becomes of the products."""
         own = weights.get("position", {})
-        query = self.position.temper(own, self.query(weights, x, position), position)
+        query = self.position.temper(own, query, position)
         scale = (self.scale or self.query_dim**-0.5) * self.position.logit_factor
         query = query * jnp.asarray(scale, query.dtype)
         sinks = weights["sinks"].reshape(query.shape[1:3]) if self.sinks else None
         scores = cores.Scores(query, position, own, sinks, self.position, scale, self.softcap)
-        address = self.address(weights, query)
-        recalled = [self.recall(weights, part) for part in parts]
-        if chunk:
-            # Products in the type that those with weights have.
-            operand = weights["output"].dtype
-            address, keys = jax.tree.map(
-                lambda array: array.astype(operand), (address, recalled[0])
-            )
-            out = cores.fused(address, keys, parts[0], scores, mask, chunk).astype(x.dtype)
-        else:
-            pairs = zip(recalled, parts, strict=True)
-            shown = [cores.Part.of(keys, part, position, mask) for keys, part in pairs]
-            out = cores.plain(address, shown, scores)
-        return self.output(weights, out)
+        return self.address(weights, query), scores
+
+    def decoding(self) -> Attention:
+        """The form that reads a cache."""
+        return self
+
+    @property
+    def key_heads(self) -> int:
+        """Heads that keys have, as queries see them."""
+        return self.heads
+
+    @property
+    def stores(self) -> int:
+        """Sets of entries that may differ: KV heads, where each has all its tensors to itself."""
+        return 1
 
     def read_flops(self) -> int:
         """Floating-point operations of a forward pass in training, per query and visible entry."""

@@ -111,25 +111,8 @@ class Scores:
 def plain(query: Query, parts: Sequence[Part], scores: Scores) -> Out:
     """One softmax over all parts, which are never joined: a decode step reads a large body and a
     small tail without copying either. Parts stand in the order of their positions."""
-    products = jnp.concatenate([part.recalled.products(query) for part in parts], axis=-1)
-    whole = Part(
-        parts[0].recalled,
-        jnp.concatenate([part.position for part in parts], axis=-1),
-        jnp.concatenate([part.visible for part in parts], axis=-1),
-        all(part.ordered for part in parts),
-    )
-    logits = tap("logits", scores.logits(products, whole))
     # Division by the sum waits until the values are added up: the smaller of the two tensors.
-    masked = jnp.where(whole.visible[:, :, None], logits, -jnp.inf)
-    top = _finite(jax.lax.stop_gradient(jnp.max(masked, axis=-1, keepdims=True)))
-    if scores.sinks is not None:
-        sinks = scores.sinks[..., None, None]
-        top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
-    weights = jnp.exp(masked - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if scores.sinks is not None:
-        total = total + jnp.exp(scores.sinks[..., None, None] - top)
-    total = jnp.where(total > 0, total, 1.0)
+    weights, total = weighed(query, parts, scores)
     if capturing():
         tap("weights", weights / total)
         _show(query, parts)
@@ -139,6 +122,35 @@ def plain(query: Query, parts: Sequence[Part], scores: Scores) -> Out:
         share = jax.lax.slice_in_dim(weights, start, stop, axis=4)
         out, start = out + part.recalled.mixture(share), stop
     return (out / total).astype(query[0].dtype)
+
+
+def weighed(query: Query, parts: Sequence[Part], scores: Scores) -> tuple[Logits, Logits]:
+    """What each query gives to each key, and the sum to divide it by."""
+    products = jnp.concatenate([part.recalled.products(query) for part in parts], axis=-1)
+    whole = Part(
+        parts[0].recalled,
+        _end_to_end([part.position for part in parts]),
+        _end_to_end([part.visible for part in parts]),
+        all(part.ordered for part in parts),
+    )
+    logits = tap("logits", scores.logits(products, whole))
+    masked = jnp.where(whole.visible[:, :, None], logits, -jnp.inf)
+    top = _finite(jax.lax.stop_gradient(jnp.max(masked, axis=-1, keepdims=True)))
+    if scores.sinks is not None:
+        sinks = scores.sinks[..., None, None]
+        top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
+    weights = jnp.exp(masked - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if scores.sinks is not None:
+        total = total + jnp.exp(scores.sinks[..., None, None] - top)
+    return weights, jnp.where(total > 0, total, 1.0)
+
+
+def _end_to_end(arrays: Sequence[Array]) -> Array:
+    """Joined along keys; what is the same for all heads is repeated beside what is not."""
+    heads = max(array.shape[1] for array in arrays)
+    alike = [jnp.broadcast_to(x, (len(x), heads, *x.shape[2:])) for x in arrays]
+    return jnp.concatenate(alike, axis=-1)
 
 
 def _show(query: Query, parts: Sequence[Part]) -> None:

@@ -6,10 +6,13 @@ values alone), its position, whether it is there at all, and its document.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import jax
 
+from mukv.attention.recalled import Query, Recalled
 from mukv.core.typing import Array, Bool, Float, Int
 
 
@@ -36,3 +39,20 @@ class Entries:
             return jax.lax.slice_in_dim(array, start, stop, axis=2)
 
         return jax.tree.map(cut, self)
+
+    def met(self, query: Query, recall: Recall) -> Met:
+        """What a query finds here: all there is."""
+        return recall(self), self
+
+
+Recall = Callable[[Entries], Recalled]
+Met = tuple[Recalled, Entries]
+"""Keys and values that a query is to read, and where they stand."""
+
+
+class Bag(Protocol):
+    """What `read` takes: entries, or what shows each query those that it looks for."""
+
+    def met(self, query: Query, recall: Recall) -> Met:
+        """query: scaled, in the pieces that recalled keys have."""
+        ...

@@ -40,6 +40,14 @@ class Groups(Attention):
     def query_dim(self) -> int:
         return self.head_dim
 
+    @property
+    def key_heads(self) -> int:
+        return self.kv_heads
+
+    @property
+    def stores(self) -> int:
+        return self.kv_heads
+
     def read_params(self, d_model: int) -> dict[str, Any]:
         dims = {"embed": d_model, "heads": self.heads, "head_dim": self.head_dim}
         declared = {"query": Param(dims, fan_in=("embed",)), **super().read_params(d_model)}
@@ -74,6 +82,8 @@ class Grouped(Groups):
         if "output" in self.biases:
             declared["output_bias"] = replace(_bias({"embed": d_model}), ends_branch=True)
         return declared
+
+    values_apart: ClassVar[bool] = True
 
     def write_params(self, d_model: int) -> dict[str, Any]:
         dims = {"embed": d_model, "kv_heads": self.kv_heads, "head_dim": self.head_dim}

@@ -39,6 +39,10 @@ class GroupedTied(Attention):
         return self.head_dim
 
     @property
+    def key_heads(self) -> int:
+        return self.kv_heads
+
+    @property
     def rotated_dim(self) -> int:
         return self.head_dim // 2
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 
 from mukv.attention.base import Attention, Queries
-from mukv.attention.entries import Entries
+from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
 from mukv.attention.recalled import Dense, Query
 from mukv.core.errors import BadInput
@@ -114,15 +114,15 @@ class Latent(Attention):
         weights: Weights,
         x: Residual,
         position: Int[Array, "batch token"],
-        parts: Sequence[Entries],
+        parts: Sequence[Bag],
         mask: Mask,
         chunk: int | None = None,
     ) -> Residual:
         """Expanded where every entry was written just now, absorbed where a cache is read."""
-        form = self if mask.aligned else self.absorbed()
+        form = self if mask.aligned else self.decoding()
         return Attention.read(form, weights, x, position, parts, mask, chunk)
 
-    def absorbed(self) -> Absorbed:
+    def decoding(self) -> Absorbed:
         return Absorbed(**{f.name: getattr(self, f.name) for f in fields(self)})
 
     def memory(self) -> Hashable:

@@ -49,10 +49,10 @@ class Recalled:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dense(Recalled):
-    """A piece of the key with a single KV head is shared by all of them."""
+    """A piece of the key, or a value, with a single KV head is shared by all of them."""
 
     keys: tuple[Float[Array, "batch _ key _"], ...]
-    value: Float[Array, "batch kv_heads key width"]
+    value: Float[Array, "batch #kv_heads key width"]
 
     def products(self, query: Query) -> Logits:
         pairs = zip(query, self.keys, strict=True)
@@ -60,7 +60,8 @@ class Dense(Recalled):
 
     def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
         batch, kv_heads, group, length, keys = weights.shape
-        mixed = mixture(weights.reshape(batch, kv_heads, group * length, keys), self.value)
+        shared = weights.reshape(batch, self.value.shape[1], -1, keys)
+        mixed = mixture(shared, self.value)
         return mixed.reshape(batch, kv_heads, group, length, -1)
 
     def dense(self, heads: int) -> tuple[Whole, Whole]:

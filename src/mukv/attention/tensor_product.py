@@ -30,6 +30,7 @@ class TensorProduct(Attention):
     rank: int = 2
 
     sizes: ClassVar[tuple[str, ...]] = ("heads", "head_dim", "query_rank", "rank")
+    values_apart: ClassVar[bool] = True
 
     @property
     def query_dim(self) -> int:

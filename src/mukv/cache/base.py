@@ -1,25 +1,67 @@
 """A large body that a decode loop only reads, a small tail that it writes, folded in now and then.
 
-The body of a layer is a ring of `capacity` slots: the entry of position p lies in slot p modulo
-capacity. A full cache is a ring that never wraps, a window a ring that does; positions follow
-from the number of tokens alone and need no memory. Nothing large is copied per token: only
-`fold`, once per tail, passes over the body.
+What a layer keeps in its body is the body's own affair: a ring of everything (here), or what a
+policy leaves (`kept.py`). Nothing large is copied per token: only folding, once per tail, passes
+over the bodies.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, no_type_check
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, no_type_check
 
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import Entries
+from mukv.attention import AnyAttention, Bag, Entries, Queries
 from mukv.core.typing import Array, Bool, Float, Int
 
-Body = dict[str, Float[Array, "batch _ slot _"]]
+Tensors = dict[str, Float[Array, "batch _ slot _"]]
 Token = dict[str, Float[Array, "batch _ 1 _"]]
 Tail = dict[str, Float[Array, "batch _ place _"]]
+QUERY = "query"
+"""Name in a tail of the queries of its tokens, where what stays depends on them."""
+
+
+@no_type_check
+@dataclass(frozen=True)
+class Reader:
+    """Who reads a body: the layer that writes it. weights: those that it reads with. queries:
+    of the new tokens, where a body `looks` at them."""
+
+    attention: AnyAttention
+    weights: Mapping[str, Any]
+    queries: Queries | None = None
+
+
+class Body(Protocol):
+    """What is kept of one layer apart from its tail."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether what stays depends on queries."""
+        ...
+
+    def bag(self, length: Int[Array, " batch"]) -> Bag:
+        """What the query of one token reads. length: tokens folded so far."""
+        ...
+
+    def entries(self, length: Int[Array, " batch"]) -> Entries:
+        """All that is kept."""
+        ...
+
+    def extended(
+        self,
+        new: Tensors,
+        length: Int[Array, " batch"],
+        added: Int[Array, " batch"],
+        reader: Reader,
+        fresh: bool = False,
+    ) -> Body:
+        """With `added` more tokens per row, whose entries are the first ones of `new`. fresh:
+        nothing is in it yet."""
+        ...
 
 
 # JAX also rebuilds a pytree with things that are no arrays: shapes can't be checked here.
@@ -27,7 +69,7 @@ Tail = dict[str, Float[Array, "batch _ place _"]]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slot:
-    """What is kept of one layer that writes: a ring and a tail of equal tensors."""
+    """What is kept of one layer that writes: a body, and a tail of the newest entries."""
 
     body: Body
     tail: Tail
@@ -70,6 +112,38 @@ class Cache:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Ring:
+    """The entry of position p lies in slot p modulo capacity: a full cache is a ring that never
+    wraps, a window one that does. Positions follow from the number of tokens alone and need no
+    memory."""
+
+    tensors: Tensors
+    wraps: bool = field(metadata={"static": True})
+
+    @property
+    def looks(self) -> bool:
+        return False
+
+    def bag(self, length: Int[Array, " batch"]) -> Bag:
+        return self.entries(length)
+
+    def entries(self, length: Int[Array, " batch"]) -> Entries:
+        return body_entries(self.tensors, length, self.wraps)
+
+    def extended(
+        self,
+        new: Tensors,
+        length: Int[Array, " batch"],
+        added: Int[Array, " batch"],
+        reader: Reader,
+        fresh: bool = False,
+    ) -> Ring:
+        return Ring(fold(self.tensors, new, length, added), self.wraps)
+
+
 def ring_position(length: Int[Array, " batch"], capacity: int) -> Int[Array, "batch slot"]:
     """Position that each slot of a ring holds after `length` tokens; negative where empty.
 
@@ -79,8 +153,8 @@ def ring_position(length: Int[Array, " batch"], capacity: int) -> Int[Array, "ba
     return newest - (newest - jnp.arange(capacity)) % capacity
 
 
-def body_entries(tensors: Body, length: Int[Array, " batch"], wraps: bool) -> Entries:
-    """The ring as a bag of entries. wraps: it may have seen more tokens than it has slots."""
+def body_entries(tensors: Tensors, length: Int[Array, " batch"], wraps: bool) -> Entries:
+    """A ring as a bag of entries. wraps: it may have seen more tokens than it has slots."""
     capacity = next(iter(tensors.values())).shape[2]
     position = ring_position(length, capacity)[:, None]
     return Entries(tensors, position, valid=position >= 0, ordered=not wraps)
@@ -90,6 +164,7 @@ def tail_entries(
     tensors: Tail, length: Int[Array, " batch"], filled: Int[Array, "*row"]
 ) -> Entries:
     """The first `filled` places of the tail as a bag of entries."""
+    tensors = {name: tensor for name, tensor in tensors.items() if name != QUERY}
     place = jnp.arange(next(iter(tensors.values())).shape[2])
     position = length[:, None, None] + place
     return Entries(
@@ -122,11 +197,11 @@ def append_some(
 
 
 def fold(
-    body: Body,
+    body: Tensors,
     new: Tail,
     length: Int[Array, " batch"],
     added: Int[Array, " batch"],
-) -> Body:
+) -> Tensors:
     """The ring after `added` more tokens per row, whose entries are the first ones of `new`.
 
     Each slot asks which position it must hold now, and takes it from `new` if it is one of its

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax.numpy as jnp
 
 from mukv.attention import AnyAttention, Grouped
-from mukv.cache import Cache
+from mukv.cache import FULL, Cache, Calibrated, Policy
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
@@ -118,9 +118,19 @@ class LanguageModel:
         raise NotImplementedError
 
     def empty_cache(
-        self, batch: int, length: int, tail: int = 64, dtype: jnp.dtype | None = None
+        self,
+        batch: int,
+        length: int,
+        tail: int = 64,
+        dtype: jnp.dtype | None = None,
+        policy: Policy = FULL,
+        centres: Calibrated | None = None,
     ) -> Any:
-        """Room for `length` tokens a row, and for `tail` more before `fold` is called."""
+        """Room for `length` tokens a row, and for `tail` more before `fold` is called.
+
+        policy: of what layers without a window keep, store and read. centres: calibrated ones,
+        by layer. Raises BadInput for a policy that does not fit.
+        """
         raise NotImplementedError
 
     def prefill(
@@ -152,8 +162,8 @@ class LanguageModel:
         """
         raise NotImplementedError
 
-    def fold(self, cache: Any) -> Any:
-        """Move the tails into the bodies."""
+    def fold(self, weights: Weights, cache: Any) -> Any:
+        """Move the tails into the bodies. weights: unstacked; a policy judges entries by them."""
         raise NotImplementedError
 
     # What most answer alike

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from mukv.cache import Cache
+from mukv.cache import FULL, Cache, Calibrated, Policy
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int, Tokens, Weights
@@ -65,10 +65,19 @@ class Decoder(LanguageModel):
         return Reading(self.normed(weights, x))
 
     def empty_cache(
-        self, batch: int, length: int, tail: int = 64, dtype: jnp.dtype | None = None
+        self,
+        batch: int,
+        length: int,
+        tail: int = 64,
+        dtype: jnp.dtype | None = None,
+        policy: Policy = FULL,
+        centres: Calibrated | None = None,
     ) -> Cache:
         dtype = dtype or Compute().resolve(self.vocab_size).type
-        return self.stack.empty_cache(batch, length, tail, dtype)
+        self.stack.check_policy(policy)
+        return self.stack.empty_cache(
+            batch, length, tail, dtype, policy=policy, centres=centres or {}
+        )
 
     def prefill(
         self,
@@ -96,5 +105,5 @@ class Decoder(LanguageModel):
         x, cache = self.stack.step(weights["layers"], cache, x, compute)
         return self.logits(weights, self.normed(weights, x), compute)[:, 0], cache
 
-    def fold(self, cache: Cache) -> Cache:
-        return self.stack.fold(cache)
+    def fold(self, weights: Weights, cache: Cache) -> Cache:
+        return self.stack.fold(weights["layers"], cache)

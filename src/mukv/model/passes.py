@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 
-from mukv.attention import Entries, Mask, cores
+from mukv.attention import Bag, Mask, Queries, cores
 from mukv.core.compute import Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
@@ -21,8 +22,8 @@ from mukv.core.typing import Array, Int, Residual
 from mukv.model.block import AnyResidual
 from mukv.model.plan import Resolved
 
-Remember = Callable[[Resolved, dict[str, Array]], tuple[Entries, ...]]
-"""Given what a layer wrote, the bags of entries that its readers see."""
+Remember = Callable[[Resolved, dict[str, Array], Callable[[], Queries]], tuple[Bag, ...]]
+"""Given what a layer wrote and what it looks for, the bags of entries that its readers see."""
 
 
 def layer_params(
@@ -57,13 +58,13 @@ class Pass:
 
     def all(self, weights: Sequence[Any], x: Residual) -> Residual:
         """Through every layer, each with its own weights."""
-        known: dict[int, tuple[Entries, ...]] = {}
+        known: dict[int, tuple[Bag, ...]] = {}
         for layer, own in zip(self.layers, weights, strict=True):
             x = self.layer(layer, own, x, known)
         return x
 
     def layer(
-        self, layer: Resolved, weights: Any, x: Residual, known: dict[int, tuple[Entries, ...]]
+        self, layer: Resolved, weights: Any, x: Residual, known: dict[int, tuple[Bag, ...]]
     ) -> Residual:
         """Through one layer; adds to `known` what it wrote."""
 
@@ -77,7 +78,8 @@ class Pass:
                 parts = inherited
                 if layer.writes:
                     written = attention.write(weights["write"], normed, self.position)
-                    parts = self.remember(layer, written)
+                    query = partial(attention.query, weights["read"], normed, self.position)
+                    parts = self.remember(layer, written, query)
                 mask = Mask(self.segment, layer.window, self.aligned)
                 read = attention.read(
                     weights["read"], normed, self.position, parts, mask, self.chunk()

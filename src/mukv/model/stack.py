@@ -7,7 +7,7 @@ read. A stack knows no vocabulary: residual stream in, residual stream out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,14 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Entries
-from mukv.cache import Cache, Slot
-from mukv.cache.base import append, append_some, body_entries, fold, tail_entries
+from mukv.attention import AnyAttention, Bag, Entries, Queries
+from mukv.cache import FULL, Body, Cache, Calibrated, Policy, Reader, Ring, Slot
+from mukv.cache.base import QUERY, append, append_some, tail_entries
 from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.core.tap import capturing
-from mukv.core.typing import Array, Bool, Int, Residual, Weights
+from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.model.block import AnyResidual, Gated
 from mukv.model.passes import Pass, Remember, layer_params
 from mukv.model.plan import Resolved, Stage, resolve, scannable
@@ -111,12 +112,14 @@ class Stack:
         see only their own (None: one per row).
         """
 
-        def remember(layer: Resolved, written: dict[str, Array]) -> tuple[Entries, ...]:
+        def remember(
+            layer: Resolved, written: dict[str, Array], query: Callable[[], Queries]
+        ) -> tuple[Bag, ...]:
             group_segment = None if segment is None else segment[:, None]
             return (Entries(written, position[:, None], segment=group_segment),)
 
         run = self._pass(compute, position, remember, aligned=True, segment=segment)
-        known: dict[int, tuple[Entries, ...]] = {}
+        known: dict[int, tuple[Bag, ...]] = {}
         for s, stage in enumerate(self.plan):
             stacked = weights[f"stage{s}"]
             here = [layer for layer in self.layers if layer.stage == s]
@@ -150,23 +153,52 @@ class Stack:
     # Decoding
 
     def empty_cache(
-        self, batch: int, length: int, tail: int, dtype: jnp.dtype, by_row: bool = False
+        self,
+        batch: int,
+        length: int,
+        tail: int,
+        dtype: jnp.dtype,
+        by_row: bool = False,
+        policy: Policy = FULL,
+        centres: Calibrated | None = None,
     ) -> Cache:
         """Room for `length` entries a row in the bodies and `tail` behind them. by_row: rows go on
-        at steps of their own."""
+        at steps of their own. policy: of layers without a window, `centres` its calibrated ones."""
+        whole = [layer.index for layer in self.writers if layer.window is None]
 
         def zeros(layer: Resolved, slots: int) -> dict[str, Array]:
             shapes = layer.attention.written(self.d_model, batch, slots, dtype)
             return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
 
+        def slot(layer: Resolved) -> Slot:
+            places = zeros(layer, tail)
+            if policy.everything or layer.window is not None:
+                slots = min(length, layer.window or length)
+                return Slot(Ring(zeros(layer, slots), layer.window is not None), places)
+            place = whole.index(layer.index), len(whole)
+            own = (centres or {}).get(layer.index, {})
+            body = policy.body(layer.attention, self.d_model, batch, length, dtype, place, own)
+            if body.looks:
+                shape = (batch, layer.attention.heads, tail, layer.attention.query_dim)
+                places[QUERY] = jnp.zeros(shape, dtype)
+            return Slot(body, places)
+
         return Cache(
-            slots=tuple(
-                Slot(zeros(layer, min(length, layer.window or length)), zeros(layer, tail))
-                for layer in self.writers
-            ),
+            slots=tuple(map(slot, self.writers)),
             length=jnp.zeros(batch, jnp.int32),
             filled=jnp.zeros(batch if by_row else (), jnp.int32),
         )
+
+    def check_policy(self, policy: Policy) -> None:
+        """Raise BadInput, with the reason, for a policy that does not fit these layers."""
+        if policy.everything:
+            return
+        whole = [layer for layer in self.layers if layer.window is None]
+        if not whole:
+            allowed = "full: each layer has a window, which drops entries by itself"
+            raise BadInput("policy", str(policy), allowed)
+        for layer in whole:
+            policy.check(self.first + layer.index, layer.attention)
 
     def prefill(
         self,
@@ -184,15 +216,17 @@ class Stack:
         empty, so that only the new entries are read.
         """
         position = cache.length[:, None] + jnp.arange(x.shape[1])
-        bodies: dict[int, dict[str, Array]] = {}
+        bodies: dict[int, Body] = {}
 
-        def remember(layer: Resolved, written: dict[str, Array]) -> tuple[Entries, ...]:
+        def remember(
+            layer: Resolved, written: dict[str, Array], query: Callable[[], Queries]
+        ) -> tuple[Bag, ...]:
             body = cache.slots[self.writers.index(layer)].body
-            bodies[layer.index] = fold(body, written, cache.length, count)
+            reading = weights[layer.index]["read"]
+            reader = Reader(layer.attention, reading, query() if body.looks else None)
+            bodies[layer.index] = body.extended(written, cache.length, count, reader, fresh)
             new = Entries(written, position[:, None])
-            if fresh:
-                return (new,)
-            return body_entries(body, cache.length, layer.window is not None), new
+            return (new,) if fresh else (body.entries(cache.length), new)
 
         x = self._pass(compute, position, remember, aligned=fresh).all(weights, x)
         slots = tuple(
@@ -218,17 +252,19 @@ class Stack:
         tails: dict[int, dict[str, Array]] = {}
         more = 1 if which is None else which.astype(jnp.int32)
 
-        def remember(layer: Resolved, written: dict[str, Array]) -> tuple[Entries, ...]:
+        def remember(
+            layer: Resolved, written: dict[str, Array], query: Callable[[], Queries]
+        ) -> tuple[Bag, ...]:
             slot = cache.slots[self.writers.index(layer)]
+            if slot.body.looks:
+                written = {**written, QUERY: _by_head(query())}
             tails[layer.index] = (
                 append(slot.tail, written, cache.filled)
                 if which is None
                 else append_some(slot.tail, written, cache.filled, which)
             )
-            return (
-                body_entries(slot.body, cache.length, layer.window is not None),
-                tail_entries(tails[layer.index], cache.length, cache.filled + more),
-            )
+            newest = tail_entries(tails[layer.index], cache.length, cache.filled + more)
+            return slot.body.bag(cache.length), newest
 
         x = self._pass(compute, position, remember, aligned=False).all(weights, x)
         slots = tuple(
@@ -237,10 +273,23 @@ class Stack:
         )
         return x, Cache(slots, cache.length, cache.filled + more)
 
-    def fold(self, cache: Cache) -> Cache:
-        """Move the tails into the bodies."""
+    def fold(self, weights: Sequence[Any], cache: Cache) -> Cache:
+        """Move the tails into the bodies. weights: one entry per layer."""
         added = jnp.broadcast_to(cache.filled, cache.length.shape)
-        slots = tuple(
-            Slot(fold(slot.body, slot.tail, cache.length, added), slot.tail) for slot in cache.slots
-        )
+
+        def folded(layer: Resolved, slot: Slot) -> Slot:
+            attention, new = layer.attention, dict(slot.tail)
+            query = new.pop(QUERY, None)
+            if query is not None:
+                query = query.reshape(len(added), attention.key_heads, -1, *query.shape[2:])
+            reader = Reader(attention, weights[layer.index]["read"], query)
+            return Slot(slot.body.extended(new, cache.length, added, reader), slot.tail)
+
+        slots = tuple(map(folded, self.writers, cache.slots))
         return Cache(slots, cache.length + added, jnp.zeros_like(cache.filled))
+
+
+def _by_head(query: Queries) -> Float[Array, "batch heads query query_dim"]:
+    """Queries as a tail keeps them."""
+    batch, kv_heads, group, length, width = query.shape
+    return query.reshape(batch, kv_heads * group, length, width)

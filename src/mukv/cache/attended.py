@@ -1,0 +1,89 @@
+"""What stays by the attention that it gets: from the last query, a last few, or all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mukv.cache.keep import Keep
+from mukv.cache.seen import Score, Seen
+from mukv.core.typing import Array, Bool, Int
+
+CHUNK = 128
+"""Queries whose weights exist at once while H2O adds them up."""
+
+
+@dataclass(frozen=True)
+class TOVA(Keep):
+    """What the last query reads, on average over all heads of the layer (Oren et al. 2024)."""
+
+    looks: ClassVar[bool] = True
+
+    def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
+        weights = seen.weights(seen.last(1))
+        mean = jnp.mean(weights, axis=(1, 2))
+        return jnp.broadcast_to(mean, (len(mean), weights.shape[1], mean.shape[-1])), {}
+
+
+@dataclass(frozen=True)
+class SnapKV(Keep):
+    """What the last `window` queries read on average, smoothed over `kernel` neighbours; the
+    window itself stays, and is at most half of the budget (Li et al. 2024)."""
+
+    window: int = 32
+    kernel: int = 5
+
+    looks: ClassVar[bool] = True
+
+    def _window(self, seen: Seen) -> Int[Array, " batch"]:
+        return jnp.minimum(jnp.minimum(seen.number // 2, self.window), seen.added)
+
+    def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
+        window, place = self._window(seen), seen.last(self.window)
+        counted = jnp.arange(self.window) >= self.window - window[:, None]
+        weights = seen.weights(jnp.where(counted, place, -1))
+        mean = jnp.sum(weights, axis=3) / jnp.maximum(window, 1)[:, None, None, None]
+        prefix = jnp.where(seen.recent(window)[:, :, None], 0.0, mean)
+        half = self.kernel // 2
+        smooth = jax.lax.reduce_window(
+            prefix,
+            0.0,
+            jax.lax.add,
+            (1, 1, 1, self.kernel),
+            (1, 1, 1, 1),
+            [(0, 0), (0, 0), (0, 0), (half, self.kernel - 1 - half)],
+        )
+        return jnp.mean(smooth / self.kernel, axis=2), {}
+
+    def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
+        return seen.recent(jnp.maximum(self._window(seen), 1))
+
+
+@dataclass(frozen=True)
+class H2O(Keep):
+    """What all queries so far read, added up; the most recent half of the budget stays (Zhang et
+    al. 2023)."""
+
+    looks: ClassVar[bool] = True
+    carries: ClassVar[bool] = True
+
+    def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
+        assert seen.carried is not None
+        queries = seen.queries.shape[3]
+        chunk = min(CHUNK, queries)
+
+        def add(total: Array, start: Array) -> tuple[Array, None]:
+            place = jnp.broadcast_to(start + jnp.arange(chunk), (len(total), chunk))
+            weights = jnp.mean(jnp.sum(seen.weights(place), axis=3), axis=2)
+            return total + weights, None
+
+        shape = (len(seen.length), seen.queries.shape[1], seen.valid.shape[-1])
+        total, _ = jax.lax.scan(add, jnp.zeros(shape), jnp.arange(0, queries, chunk))
+        return total + seen.carried, {}
+
+    def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
+        return seen.recent(jnp.maximum(seen.number // 2, 1))

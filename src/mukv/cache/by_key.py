@@ -1,0 +1,35 @@
+"""What stays by its key alone, so that no query need be known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from mukv.cache.keep import Keep
+from mukv.cache.seen import Score, Seen
+from mukv.core.typing import Array
+
+
+@dataclass(frozen=True)
+class KeyNorm(Keep):
+    """Short keys stay: -|k| (Devoto et al. 2024)."""
+
+    def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
+        return -jnp.linalg.norm(seen.keys(), axis=-1), {}
+
+
+@dataclass(frozen=True)
+class KeyDiff(Keep):
+    """Keys that point elsewhere than the mean of all directions stay: -cos(k, mean of k / |k|)
+    (Park et al. 2025)."""
+
+    def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
+        key = seen.keys()
+        unit = key / jnp.maximum(jnp.linalg.norm(key, axis=-1, keepdims=True), 1e-12)
+        there = seen.valid[..., None]
+        # The length of the mean changes no order, only its direction counts.
+        mean = jnp.sum(jnp.where(there, unit, 0.0), axis=2, keepdims=True)
+        mean = mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+        return -jnp.sum(unit * mean, axis=-1), {}

@@ -1,0 +1,133 @@
+"""Clusters: a query looks at one centre for each cluster of keys, and reads the entries of those
+that it is most aligned with, from the top until its budget is spent.
+
+Centres are made of the prompt's own keys (ClusterKV, Liu et al. 2024; Squeezed Attention, Hooper
+et al. 2024), or calibrated once per model (`centres.py`). The body lies in the order of clusters,
+so that each is one run; entries that are always read are the first of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mukv.attention import Met, Query, Recall
+from mukv.cache.centres import Kind, LayerCentres
+from mukv.cache.select import Index, Select, View, joined, shares
+from mukv.cache.shelf import Shelf
+from mukv.core.linear import similarity
+from mukv.core.typing import Array, Bool, Float, Int
+
+ITERATIONS, PER_CLUSTER = 5, 16
+"""Of k-means, which sees so many keys per cluster."""
+
+
+@dataclass(frozen=True)
+class Clusters(Select):
+    """clusters: centres per head; about the root of the number of entries if None. calibrated:
+    what the centres that come with the model were made of; None for those of the prompt."""
+
+    clusters: int | None = None
+    calibrated: Kind | None = None
+
+    orders: ClassVar[bool] = True
+
+    def order(self, view: View) -> tuple[Int[Array, "batch stores slot"], View]:
+        batch, stores, slots = view.there.shape
+        # Heads that share a store share the clusters of their keys side by side.
+        key = view.key.reshape(batch, stores, -1, *view.key.shape[2:]).swapaxes(2, 3)
+        key = key.reshape(batch, stores, slots, -1)
+        centres = self._centres(key, view)
+        if self.calibrated:
+            label = LayerCentres(**centres).labels(key, self.calibrated)
+        else:
+            label = _nearest(key, centres["key"])
+        count = centres["key"].shape[-2]
+        label = jnp.where(view.always(), 0, label + 1)
+        label = jnp.where(view.there, label, count + 1)
+        order = jnp.argsort(label, axis=-1)
+        first = jnp.arange(count + 2)
+        start = jnp.sum(label[..., None, :] < first[:, None], axis=-1).astype(jnp.int32)
+        return order, replace(view, before={**centres, "start": start})
+
+    def index(self, view: View) -> dict[str, Array]:
+        return dict(view.before)
+
+    def _centres(
+        self, key: Float[Array, "batch stores slot width"], view: View
+    ) -> dict[str, Array]:
+        before = {name: array for name, array in view.before.items() if name != "start"}
+        if self.calibrated or not view.fresh:
+            return before
+        number = self.clusters or max(round(math.sqrt(key.shape[2])), 1)
+        return {"key": _fitted(key, view.there, min(number, key.shape[2]))}
+
+    def met(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Met:
+        start = index["start"]
+        whole = joined(query)
+        batch, heads, _, width = whole.shape
+        if self.calibrated:
+            parts = {name: array for name, array in index.items() if name != "start"}
+            logits = LayerCentres(**parts).scores(whole, self.calibrated)
+        else:
+            centres = index["key"].reshape(
+                batch, start.shape[1], -1, heads // start.shape[1], width
+            )
+            centres = centres.swapaxes(2, 3).reshape(batch, heads, -1, width)
+            logits = similarity(whole, centres)
+        size = jnp.diff(start, axis=-1)
+        wanted = shares(logits, size[..., 1:] > 0)
+        wanted = jnp.concatenate([jnp.full_like(wanted[..., :1], jnp.inf), wanted], axis=-1)
+        rank = jnp.argsort(wanted, axis=-1, descending=True)
+        first = jnp.take_along_axis(start[..., :-1], rank, axis=-1)
+        size = jnp.take_along_axis(size, rank, axis=-1)
+        number = min(self.budget.of(shelf.slots), shelf.slots)
+        slots = jax.vmap(jax.vmap(lambda *ranked: _filled(*ranked, number)))(first, size)
+        entries = shelf.runs(slots)
+        return recall(entries), entries
+
+
+def _filled(
+    first: Int[Array, " cluster"], size: Int[Array, " cluster"], number: int
+) -> Int[Array, " chosen"]:
+    """Slots of the clusters one after another, until there are so many of them."""
+    end = jnp.cumsum(size)
+    place = jnp.arange(number)
+    cluster = jnp.searchsorted(end, place, side="right")
+    found = jnp.minimum(cluster, len(end) - 1)
+    slot = first[found] + place - (end - size)[found]
+    # Behind the last cluster all slots are empty.
+    return jnp.where(cluster < len(end), slot, place)
+
+
+def _nearest(
+    key: Float[Array, "batch stores slot width"],
+    centres: Float[Array, "batch stores cluster width"],
+) -> Int[Array, "batch stores slot"]:
+    distance = jnp.sum(centres**2, axis=-1)[:, :, None] - 2 * similarity(key, centres)
+    return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+
+
+def _fitted(
+    key: Float[Array, "batch stores slot width"],
+    there: Bool[Array, "batch stores slot"],
+    clusters: int,
+) -> Float[Array, "batch stores cluster width"]:
+    """k-means of some of the keys, evenly spaced, as are those that it starts from."""
+    sample = min(key.shape[2], PER_CLUSTER * clusters)
+    count = jnp.sum(there, axis=-1, keepdims=True)
+    place = (jnp.arange(sample) * count) // sample
+    points = jnp.take_along_axis(key, place[..., None], axis=2)
+    number = jnp.arange(clusters)
+
+    def step(_: Array, centres: Array) -> Array:
+        member = (_nearest(points, centres)[..., None] == number).astype(points.dtype)
+        total = jnp.einsum("bspc,bspw->bscw", member, points)
+        size = jnp.sum(member, axis=2)[..., None]
+        return jnp.where(size > 0, total / jnp.maximum(size, 1), centres)
+
+    return jax.lax.fori_loop(0, ITERATIONS, step, points[:, :, number * sample // clusters])

@@ -1,0 +1,114 @@
+"""Which entries stay, for a static budget: the contract, and the answer "all of them".
+
+A policy gives scores; the best stay, in the order of their positions, the newer one where two are
+equal, and never without the last token. That happens when a prompt was read and whenever a tail
+is folded, so a body never holds more than its budget plus one tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from mukv.cache.budget import Budget
+from mukv.cache.seen import Score, Seen
+from mukv.core.typing import Array, Bool, Float, Int
+
+Spread = Literal["uniform", "pyramid", "adaptive"]
+FLOOR = 0.2
+"""Share of the budget that each head has for certain where heads share one (AdaKV's alpha)."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """index: of the entries that stay, in the order of their positions. there: which of these
+    places are in use. score: what the entries at all places were given."""
+
+    index: Int[Array, "batch stores slot"]
+    there: Bool[Array, "batch stores slot"]
+    score: Float[Array, "batch stores key"]
+    notes: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """budget: per store (a KV head, where heads have tensors to themselves). spread: `uniform`;
+    `pyramid`: more in early layers than in late ones; `adaptive`: the heads of a layer share one
+    pool, so that those with flat attention have more (AdaKV, Feng et al. 2024)."""
+
+    budget: Budget = field(default_factory=Budget)
+    spread: Spread = "uniform"
+
+    looks: ClassVar[bool] = False
+    """Whether scores depend on queries."""
+    carries: ClassVar[bool] = False
+    """Whether scores add up from one choice to the next."""
+    evicts: ClassVar[bool] = True
+
+    @property
+    def minimum(self) -> int:
+        """Entries that a budget must hold."""
+        return 2
+
+    def empty(self, batch: int, heads: int, group: int, width: int) -> dict[str, Array]:
+        """Notes before anything was read."""
+        return {}
+
+    def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
+        """Of each entry, for each KV head or for all; and what to note for the next time."""
+        raise NotImplementedError
+
+    def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
+        """Entries that stay whatever their score."""
+        return seen.recent(1)
+
+    def chosen(self, seen: Seen, capacity: int) -> Chosen:
+        """At most `seen.number` entries per store, in `capacity` places."""
+        score, notes = self.score(seen)
+        stores, keys = seen.entries.position.shape[1:]
+        if self.spread == "adaptive":
+            # One pool: an entry counts for the head that it belongs to.
+            must = seen.valid & (self.must(seen) | self._floor(score, seen))
+            score = jnp.sum(jnp.where(seen.valid, score, 0.0), axis=1, keepdims=True)
+            must, valid = must.any(axis=1, keepdims=True), seen.valid.any(axis=1, keepdims=True)
+            number = seen.number * seen.valid.shape[1]
+        else:
+            score = jnp.mean(score.reshape(len(score), stores, -1, keys), axis=2)
+            must, valid, number = self.must(seen), seen.valid, seen.number
+        rank = jnp.where(valid, jnp.where(must, jnp.inf, score), -jnp.inf)
+        places = min(capacity, keys)
+        best, index = jax.lax.top_k(jnp.flip(rank, axis=-1), places)
+        there = (jnp.arange(places) < number[:, None, None]) & (best > -jnp.inf)
+        index = jnp.sort(jnp.where(there, keys - 1 - index, keys), axis=-1)
+        index = jnp.pad(index, [(0, 0), (0, 0), (0, capacity - places)], constant_values=keys)
+        return Chosen(jnp.minimum(index, keys - 1), index < keys, score, notes)
+
+    def _floor(self, score: Score, seen: Seen) -> Bool[Array, "batch heads key"]:
+        """The best entries of each head, up to its certain share."""
+        own = jnp.where(seen.valid, score, -jnp.inf)
+        ordered = jnp.sort(own, axis=-1, descending=True)
+        number = (seen.number * FLOOR).astype(jnp.int32)
+        least = jnp.take_along_axis(ordered, jnp.maximum(number - 1, 0)[:, None, None], axis=-1)
+        return (own >= least) & (number > 0)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Everything(Keep):
+    """Nothing is ever dropped."""
+
+    evicts: ClassVar[bool] = False
+
+    def chosen(self, seen: Seen, capacity: int) -> Chosen:
+        keys = seen.valid.shape[-1]
+        index = jnp.broadcast_to(jnp.arange(capacity), (*seen.valid.shape[:-1], capacity))
+        valid = jnp.pad(seen.valid, [(0, 0), (0, 0), (0, max(0, capacity - keys))])
+        return Chosen(
+            jnp.minimum(index, keys - 1),
+            valid[..., :capacity],
+            jnp.zeros(seen.valid.shape),
+            {},
+        )

@@ -1,0 +1,248 @@
+"""The body of a layer under a policy: its entries on a shelf, and what the policy must remember to
+choose among them again and to find them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+
+from mukv.attention import AnyAttention, Bag, Entries, Met, Query, Recall
+from mukv.cache.base import Reader, Tensors
+from mukv.cache.keep import Keep
+from mukv.cache.seen import Seen
+from mukv.cache.select import All, Select, View
+from mukv.cache.shelf import NOWHERE, Shelf
+from mukv.cache.store import Exact, Store
+from mukv.core.params import abstract
+from mukv.core.typing import Array, Bool, Float, Int
+
+EXACT = Exact()
+LAST = jnp.iinfo(jnp.int32).max
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kept:
+    """carried: of each entry, where scores add up. notes: of the keeper. index: of the selector."""
+
+    shelf: Shelf
+    carried: Float[Array, "batch stores slot"] | None
+    notes: dict[str, Array]
+    index: dict[str, Array]
+    keep: Keep = field(metadata={"static": True})
+    select: Select = field(metadata={"static": True})
+
+    @property
+    def looks(self) -> bool:
+        return self.keep.looks
+
+    def bag(self, length: Int[Array, " batch"]) -> Bag:
+        return self
+
+    def entries(self, length: Int[Array, " batch"]) -> Entries:
+        return self.shelf.entries()
+
+    def met(self, query: Query, recall: Recall) -> Met:
+        """What the query of one token reads."""
+        return self.select.met(self.shelf, self.index, query, recall)
+
+    def extended(
+        self,
+        new: Tensors,
+        length: Int[Array, " batch"],
+        added: Int[Array, " batch"],
+        reader: Reader,
+        fresh: bool = False,
+    ) -> Kept:
+        """All that there is in the order of positions, of which the keeper leaves some."""
+        candidates = self._shelved(new, length, added)
+        if not fresh:
+            candidates = self._sorted(self._after(candidates))
+        entries, read = candidates.shelf.entries(), length + added
+        chosen = self.keep.chosen(
+            Seen(
+                reader,
+                entries,
+                length,
+                added,
+                jnp.maximum(self.keep.budget.number(read), self.keep.minimum),
+                candidates.carried,
+                self.notes,
+            ),
+            self.shelf.slots,
+        )
+        kept = candidates._taken(chosen.index, chosen.there)
+        if self.keep.carries:
+            carried = jnp.take_along_axis(chosen.score, chosen.index, axis=2)
+            kept = replace(kept, carried=jnp.where(chosen.there, carried, 0.0))
+        return replace(kept, notes=dict(chosen.notes))._indexed(read, reader, fresh)._encoded(self)
+
+    def _shelved(
+        self, new: Tensors, length: Int[Array, " batch"], added: Int[Array, " batch"]
+    ) -> Kept:
+        """New entries by themselves, as they are."""
+        stores = self.shelf.position.shape[1]
+        batch, _, places, _ = next(iter(new.values())).shape
+        place = jnp.arange(places)
+        position = jnp.where(place < added[:, None], length[:, None] + place, NOWHERE)
+        position, owner = jnp.tile(position[:, None], (1, stores, 1)), None
+        if self.shelf.owner is not None:
+            heads = self.shelf.heads
+            new = {name: x.reshape(batch, 1, heads * places, -1) for name, x in new.items()}
+            position = jnp.tile(position, (1, 1, heads))
+            owner = jnp.broadcast_to(jnp.repeat(jnp.arange(heads), places), position.shape)
+        stored = {name: {"exact": x} for name, x in new.items()}
+        carried = jnp.zeros(position.shape) if self.keep.carries else None
+        shelf = Shelf(stored, position, owner, EXACT, self.shelf.widths, self.shelf.heads)
+        return replace(self, shelf=shelf, carried=carried)
+
+    def _after(self, new: Kept) -> Kept:
+        """New entries behind the old ones, decoded."""
+        entries = self.shelf.entries()
+
+        def behind(old: Array, more: Array, axis: int = 2) -> Array:
+            return jnp.concatenate([old, more.astype(old.dtype)], axis=axis)
+
+        stored = {
+            name: {"exact": behind(entries.tensors[name], parts["exact"])}
+            for name, parts in new.shelf.stored.items()
+        }
+        position = behind(self.shelf.position, new.shelf.position)
+        owner = None
+        if self.shelf.owner is not None and new.shelf.owner is not None:
+            owner = behind(self.shelf.owner, new.shelf.owner)
+        carried = new.carried
+        if self.carried is not None and carried is not None:
+            carried = behind(self.carried, carried)
+        shelf = replace(new.shelf, stored=stored, position=position, owner=owner)
+        return replace(new, shelf=shelf, carried=carried)
+
+    def _sorted(self, among: Kept) -> Kept:
+        """In the order of positions, head by head where they share a store, empty places last."""
+        shelf = among.shelf
+        used = shelf.position != NOWHERE
+        place = jnp.where(used, shelf.position, LAST)
+        if shelf.owner is None:
+            order = jnp.argsort(place, axis=-1)
+        else:
+            order = jnp.lexsort((place, jnp.where(used, shelf.owner, LAST)), axis=-1)
+        return among._taken(order, jnp.take_along_axis(used, order, axis=2))
+
+    def _taken(
+        self,
+        index: Int[Array, "batch stores slot"],
+        there: Bool[Array, "batch stores slot"] | None = None,
+    ) -> Kept:
+        """The entries of these places; without those that are not `there`."""
+
+        def pick(array: Array) -> Array:
+            return jnp.take_along_axis(array, index, axis=2)
+
+        stored = {
+            name: {"exact": jnp.take_along_axis(parts["exact"], index[..., None], axis=2)}
+            for name, parts in self.shelf.stored.items()
+        }
+        position = pick(self.shelf.position)
+        if there is not None:
+            position = jnp.where(there, position, NOWHERE)
+        owner = None if self.shelf.owner is None else pick(self.shelf.owner)
+        shelf = replace(self.shelf, stored=stored, position=position, owner=owner)
+        return replace(
+            self, shelf=shelf, carried=None if self.carried is None else pick(self.carried)
+        )
+
+    def _indexed(self, read: Int[Array, " batch"], reader: Reader, fresh: bool) -> Kept:
+        """In the selector's order, with its index."""
+        if isinstance(self.select, All):
+            return self
+        form = reader.attention.decoding()
+        entries = self.shelf.entries()
+        recalled = form.recall(reader.weights, entries)
+        heads = form.key_heads
+        key, value = recalled.dense(heads)
+        view = View(key, value, entries, read, self.index, fresh)
+        kept = self
+        if self.select.orders:
+            order, view = self.select.order(view)
+            kept = self._taken(order)
+        return replace(kept, index=self.select.index(view))
+
+    def _encoded(self, like: Kept) -> Kept:
+        """As `like` stores its entries."""
+        store, used = like.shelf.store, self.shelf.position != NOWHERE
+
+        def encode(name: str, tensor: Array, old: dict[str, Array]) -> dict[str, Array]:
+            # An entry that is not there must read as something finite.
+            tensor = jnp.where(used[..., None], tensor, 0)
+            parts = store.encode(name, tensor, used)
+            return {part: array.astype(old[part].dtype) for part, array in parts.items()}
+
+        stored = {
+            name: encode(name, parts["exact"], like.shelf.stored[name])
+            for name, parts in self.shelf.stored.items()
+        }
+        return replace(self, shelf=replace(self.shelf, stored=stored, store=store))
+
+
+def empty(
+    attention: AnyAttention,
+    d_model: int,
+    batch: int,
+    slots: int,
+    dtype: jnp.dtype,
+    keep: Keep,
+    store: Store,
+    select: Select,
+    given: Mapping[str, Array],
+) -> Kept:
+    """A body without entries, of the shape that it will have with them.
+
+    slots: entries that there is to be room for, for each store. given: what the selector's index
+    holds from the start.
+    """
+    written = attention.written(d_model, batch, slots, dtype)
+    heads = attention.key_heads
+    shared = keep.spread == "adaptive"
+    stores = attention.stores if keep.evicts or select.orders else 1
+    position = jnp.full((batch, 1 if shared else stores, slots * (heads if shared else 1)), NOWHERE)
+    used = position != NOWHERE
+    stored = {}
+    for name, shape in written.items():
+        zeros = jnp.zeros(shape.shape, dtype)
+        if shared:
+            zeros = zeros.reshape(batch, 1, heads * slots, -1)
+        stored[name] = {"exact": zeros}
+    group = attention.heads // heads
+    exact = Kept(
+        shelf=Shelf(
+            stored,
+            position,
+            jnp.zeros_like(position) if shared else None,
+            EXACT,
+            tuple((name, shape.shape[3]) for name, shape in written.items()),
+            heads,
+        ),
+        carried=jnp.zeros(position.shape) if keep.carries else None,
+        notes=keep.empty(batch, heads, group, attention.query_dim),
+        index=dict(given),
+        keep=keep,
+        select=select,
+    )
+    index = jax.eval_shape(
+        lambda weights: (
+            exact._indexed(
+                jnp.zeros(batch, jnp.int32), Reader(attention, weights), fresh=True
+            ).index
+        ),
+        abstract(attention.read_params(d_model)),
+    )
+    zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in index.items()}
+    encoded = {name: store.encode(name, parts["exact"], used) for name, parts in stored.items()}
+    shelf = replace(exact.shelf, stored=encoded, store=store)
+    return replace(exact, shelf=shelf, index={**zeros, **given})

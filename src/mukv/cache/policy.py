@@ -1,0 +1,216 @@
+"""A cache policy: which entries stay, how they are stored, which a query reads.
+
+Three independent questions, each with the default "everything". A policy is named by its answers,
+joined by "+": `snapkv+int8+topk`. A budget goes to every answer that has one; `snapkv:0.5+topk:64`
+gives each its own. Layers with a window are left as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from mukv.attention import AnyAttention
+from mukv.cache.attended import H2O, TOVA, SnapKV
+from mukv.cache.budget import Budget
+from mukv.cache.by_key import KeyDiff, KeyNorm
+from mukv.cache.clusters import Clusters
+from mukv.cache.expected import Expected
+from mukv.cache.keep import Everything, Keep, Spread
+from mukv.cache.kept import Kept, empty
+from mukv.cache.pages import Pages
+from mukv.cache.positional import Random, Streaming
+from mukv.cache.quantised import Int4, Int8
+from mukv.cache.select import All, Select
+from mukv.cache.sparq import SparQ
+from mukv.cache.store import Exact, Store
+from mukv.cache.values import TopK, TopP
+from mukv.core.errors import BadInput, unknown_name
+from mukv.core.typing import Array
+
+KEEPERS: dict[str, type[Keep]] = {
+    "full": Everything,
+    "streaming": Streaming,
+    "snapkv": SnapKV,
+    "h2o": H2O,
+    "tova": TOVA,
+    "knorm": KeyNorm,
+    "keydiff": KeyDiff,
+    "expected": Expected,
+    "random": Random,
+}
+STORES: dict[str, type[Store]] = {"exact": Exact, "int8": Int8, "int4": Int4}
+SELECTORS: dict[str, type[Select]] = {
+    "all": All,
+    "topk": TopK,
+    "topp": TopP,
+    "sparq": SparQ,
+    "pages": Pages,
+    "clusters": Clusters,
+}
+SPREADS: dict[str, Spread] = {"uniform": "uniform", "pyramid": "pyramid", "adaptive": "adaptive"}
+Calibrated = Mapping[int, Mapping[str, Array]]
+"""Centres that come with a model: arrays of each layer that writes, by its number."""
+NAMES = (*KEEPERS, *STORES, *SELECTORS, *SPREADS)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """keep, store, select: the three answers."""
+
+    keep: Keep = field(default_factory=Everything)
+    store: Store = field(default_factory=Exact)
+    select: Select = field(default_factory=All)
+
+    @classmethod
+    def parse(cls, text: str, budget: float = 1.0) -> Policy:
+        """Raises BadInput for names that there are not, and two answers to one question."""
+        answers: dict[str, Any] = {}
+        for word in text.split("+"):
+            name, _, own = word.strip().partition(":")
+            amount = Budget(_number(own, word) if own else budget)
+            if name in KEEPERS:
+                question, answer = "keep", KEEPERS[name](amount)
+            elif name in STORES:
+                question, answer = "store", STORES[name]()
+            elif name in SELECTORS:
+                question, answer = "select", SELECTORS[name](amount)
+            elif name in SPREADS:
+                question, answer = "spread", SPREADS[name]
+            else:
+                raise unknown_name("policy", name, NAMES)
+            if own and not hasattr(answer, "budget"):
+                raise BadInput("policy", word, f"{name} has no budget")
+            if question in answers:
+                raise BadInput("policy", text, f"one answer to what to {question}, not two")
+            answers[question] = answer
+        spread = answers.pop("spread", "uniform")
+        policy = cls(**answers)
+        if spread == "uniform":
+            return policy
+        if not policy.keep.evicts:
+            raise BadInput("policy", text, f"{spread} spreads a budget: with a policy that drops")
+        return replace(policy, keep=replace(policy.keep, spread=spread))
+
+    def __str__(self) -> str:
+        """As it is named, budgets apart."""
+        tables = ((KEEPERS, self.keep), (STORES, self.store), (SELECTORS, self.select))
+        names = [next(n for n, t in table.items() if type(part) is t) for table, part in tables]
+        if self.keep.spread != "uniform":
+            names.insert(1, self.keep.spread)
+        return "+".join(n for n in names if n not in ("full", "exact", "all")) or "full"
+
+    @property
+    def everything(self) -> bool:
+        """Whether it changes nothing at all."""
+        return str(self) == "full"
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a budget means anything to it."""
+        return self.keep.evicts or not isinstance(self.select, All)
+
+    def check(self, number: int, attention: AnyAttention) -> None:
+        """Raise BadInput, with the reason, where it does not fit a layer that reads."""
+        layer = f"layer {number}"
+        if attention.position.sequential and (self.keep.evicts or self.select.skips_keys):
+            raise BadInput(
+                "policy",
+                str(self),
+                f"{layer} knows positions by {attention.position.kind}, which counts all that lies "
+                "between a query and a key: no entry may be dropped or skipped; "
+                "int8, int4, topk and topp fit",
+            )
+        if isinstance(self.select, TopK) and not attention.values_apart:
+            raise BadInput(
+                "policy",
+                str(self),
+                f"{layer} makes keys and values of the same numbers ({attention.kind}): leaving "
+                "out values would read nothing less; pages, clusters and sparq fit",
+            )
+        if self.keep.spread == "adaptive":
+            if attention.stores == 1:
+                raise BadInput(
+                    "policy",
+                    str(self),
+                    f"{layer} has one set of entries for all heads: there is nothing to share out",
+                )
+            if not isinstance(self.select, All):
+                raise BadInput(
+                    "policy", str(self), "adaptive keeps heads in one pool: read it whole"
+                )
+        calibrated = isinstance(self.select, Clusters) and self.select.calibrated
+        if calibrated and attention.stores != attention.key_heads:
+            raise BadInput(
+                "policy",
+                str(self),
+                f"{layer} has one set of entries for all heads ({attention.kind}): calibrated "
+                "centres, one set per head, don't fit; clusters of the prompt do",
+            )
+
+    def body(
+        self,
+        attention: AnyAttention,
+        d_model: int,
+        batch: int,
+        length: int,
+        dtype: jnp.dtype,
+        place: tuple[int, int],
+        centres: Mapping[str, Array] | None = None,
+    ) -> Kept:
+        """An empty body for `length` tokens. place: number of the layer, of how many that have a
+        policy. centres: calibrated ones of this layer.
+
+        Raises BadInput for a budget below what the policy must hold.
+        """
+        keep = self.keep
+        if keep.spread == "pyramid":
+            keep = replace(keep, budget=keep.budget.pyramid(*place))
+        slots = keep.budget.of(length) if keep.evicts else length
+        if slots < keep.minimum:
+            raise _too_small(self, keep.budget, slots, length, keep.minimum)
+        select = self.select.sized(slots)
+        slots = -(-slots // math.lcm(self.store.multiple, select.run)) * math.lcm(
+            self.store.multiple, select.run
+        )
+        read = select.budget.of(slots)
+        if not select.budget.everything and read < select.minimum:
+            raise _too_small(self, select.budget, read, slots, select.minimum)
+        given = dict(centres or {}) if isinstance(select, Clusters) and select.calibrated else {}
+        return empty(attention, d_model, batch, slots, dtype, keep, self.store, select, given)
+
+
+FULL = Policy()
+
+
+def _too_small(policy: Policy, budget: Budget, entries: int, of: int, least: int) -> BadInput:
+    return BadInput(
+        "budget",
+        budget.amount,
+        f"{policy} must hold at least {least} entries; this is {entries} of {of}",
+    )
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise BadInput("policy", where, "a number behind the colon, such as snapkv:0.5") from None
+
+
+def parse_many(text: str, budgets: Sequence[float]) -> list[tuple[Policy, float]]:
+    """Policies separated by commas, each with every budget that means something to it; `full`
+    first."""
+    full = (FULL, 1.0)
+    made = [full]
+    for name in text.split(","):
+        for budget in budgets:
+            policy = Policy.parse(name, budget)
+            pair = (policy, budget if policy.budgeted else 1.0)
+            if pair not in made:
+                made.append(pair)
+    return made

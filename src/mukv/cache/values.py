@@ -1,0 +1,88 @@
+"""Sparse V: all keys are read, and of the values only those with the largest weights.
+
+The rest of the mass is dropped, not shared out anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mukv.attention import Met, Query, Recall, Recalled
+from mukv.attention.recalled import Whole
+from mukv.cache.select import Index, Select
+from mukv.cache.shelf import Shelf
+from mukv.core.typing import Array, Float, Int
+from mukv.position.base import Logits
+
+
+@dataclass(frozen=True)
+class TopK(Select):
+    """The values of the `budget` largest weights."""
+
+    skips_keys: ClassVar[bool] = False
+
+    @property
+    def minimum(self) -> int:
+        return 1
+
+    def met(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Met:
+        def values(slots: Int[Array, "batch stores chosen"]) -> Recalled:
+            return recall(shelf.runs(slots))
+
+        whole, entries = shelf.whole(recall)
+        number = max(self.budget.of(shelf.slots), 1)
+        stores = shelf.position.shape[1]
+        return Heaviest(whole, values, stores, number, self._mass()), entries
+
+    def _mass(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class TopP(TopK):
+    """The fewest values whose weights reach `mass` of what the body gets, at most `budget`."""
+
+    mass: float = 0.95
+
+    def _mass(self) -> float:
+        return self.mass
+
+
+@dataclass(frozen=True)
+class Heaviest(Recalled):
+    """All keys, and values by demand. values: those in some slots. mass: share of the weights, in
+    falling order, at which to stop."""
+
+    whole: Recalled
+    values: Callable[[Int[Array, "batch stores chosen"]], Recalled]
+    stores: int
+    number: int
+    mass: float
+
+    def products(self, query: Query) -> Logits:
+        return self.whole.products(query)
+
+    def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
+        batch, heads, _, _, slots = weights.shape
+        by_store = jnp.sum(weights.reshape(batch, self.stores, -1, slots), axis=2)
+        given, index = jax.lax.top_k(by_store, self.number)
+        if self.mass < 1:
+            before = jnp.cumsum(given, axis=-1) - given
+            limit = self.mass * jnp.sum(by_store, axis=-1, keepdims=True)
+            given = jnp.where(before < limit, given, 0.0)
+        of_head = jnp.repeat(index, heads // self.stores, axis=1)[:, :, None, None]
+        taken = jnp.take_along_axis(weights, of_head, axis=4)
+        read = jnp.repeat(given > 0, heads // self.stores, axis=1)[:, :, None, None]
+        return self.values(index).mixture(jnp.where(read, taken, 0.0))
+
+    def dense(self, heads: int) -> tuple[Whole, Whole]:
+        return self.whole.dense(heads)
+
+    @property
+    def width(self) -> int:
+        return self.whole.width
