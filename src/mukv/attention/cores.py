@@ -124,7 +124,9 @@ def plain(query: Query, parts: Sequence[Part], scores: Scores) -> Out:
     return (out / total).astype(query[0].dtype)
 
 
-def weighed(query: Query, parts: Sequence[Part], scores: Scores) -> tuple[Logits, Logits]:
+def weighed(
+    query: Query, parts: Sequence[Part], scores: Scores
+) -> tuple[Logits, Float[Array, "batch kv_heads group query 1"]]:
     """What each query gives to each key, and the sum to divide it by."""
     products = jnp.concatenate([part.recalled.products(query) for part in parts], axis=-1)
     whole = Part(

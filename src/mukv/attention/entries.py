@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -50,6 +50,7 @@ Met = tuple[Recalled, Entries]
 """Keys and values that a query is to read, and where they stand."""
 
 
+@runtime_checkable
 class Bag(Protocol):
     """What `read` takes: entries, or what shows each query those that it looks for."""
 

@@ -134,6 +134,10 @@ class Absorbed(Latent):
     """The same function with the projections moved from the entries to query and output: q (W c)
     = (q W) c, so that all heads read one latent."""
 
+    @property
+    def key_heads(self) -> int:
+        return 1
+
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
         """All heads in the group of the one latent."""
         return super().query(weights, x, position).swapaxes(1, 2)

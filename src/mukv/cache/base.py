@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, no_type_check
+from typing import Any, Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class Reader:
     queries: Queries | None = None
 
 
+@runtime_checkable
 class Body(Protocol):
     """What is kept of one layer apart from its tail."""
 

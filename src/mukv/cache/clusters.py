@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -86,7 +87,7 @@ class Clusters(Select):
         first = jnp.take_along_axis(start[..., :-1], rank, axis=-1)
         size = jnp.take_along_axis(size, rank, axis=-1)
         number = min(self.budget.of(shelf.slots), shelf.slots)
-        slots = jax.vmap(jax.vmap(lambda *ranked: _filled(*ranked, number)))(first, size)
+        slots = jax.vmap(jax.vmap(partial(_filled, number=number)))(first, size)
         entries = shelf.runs(slots)
         return recall(entries), entries
 
