@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -52,16 +52,21 @@ def evaluate(
     length: int,
     token_bytes: np.ndarray | None = None,
     compute: Compute | None = None,
+    stride: int | None = None,
 ) -> Evaluation:
     """Predict every token of each row but its first.
 
-    weights: stacked and scaled. A row longer than `length` is cut into windows; each window is
-    read anew and overlaps its neighbour by the one token that it predicts from. token_bytes:
-    UTF-8 bytes of each id [vocab]. Raises BadInput for ids out of range and rows of one token.
+    weights: stacked and scaled. A row longer than `length` is cut into windows, each of which is
+    read anew. stride: tokens from the beginning of one to that of the next; what both predict
+    counts in the first. None for `length`: neighbours share the one token that is predicted from.
+    token_bytes: UTF-8 bytes of each id [vocab]. Raises BadInput for ids out of range and rows of
+    one token.
     """
     compute = (compute or Compute()).resolve(model.vocab_size)
     if model.context is not None and length > model.context:
         raise BadInput("length", length, f"the model's context is {model.context} tokens")
+    if stride is not None and not 1 <= stride <= length:
+        raise BadInput("stride", stride, f"1 to the length of a window ({length})")
     for row in rows:
         if len(row) < 2:
             raise BadInput("tokens", len(row), "at least 2 tokens: one to read, one to predict")
@@ -69,20 +74,16 @@ def evaluate(
             worst = int(row.min() if row.min() < 0 else row.max())
             raise BadInput("tokens", worst, f"token ids go from 0 to {model.vocab_size - 1}")
     longest = min(length, max(map(len, rows)) - 1)
-    windows = [
-        row[start : start + longest + 1]
-        for row in rows
-        for start in range(0, len(row) - 1, longest)
-    ]
+    windows = [window for row in rows for window in _windows(row, longest, stride or longest)]
     batch = max(1, BATCH_TOKENS // longest)
     losses = _losses(model, compute)
     nats, tokens, read = 0.0, 0, 0
     for first in range(0, len(windows), batch):
         padded = np.zeros((min(batch, len(windows)), longest + 1), np.int32)
         counted = np.zeros((len(padded), longest), bool)
-        for place, window in enumerate(windows[first : first + batch]):
+        for place, (window, known) in enumerate(windows[first : first + batch]):
             padded[place, : len(window)] = window
-            counted[place, : len(window) - 1] = True
+            counted[place, known : len(window) - 1] = True
         table = losses(weights, jnp.asarray(padded[:, :-1]), jnp.asarray(padded[:, 1:]))
         nats += float(np.asarray(table, np.float64)[counted].sum())
         tokens += int(counted.sum())
@@ -90,3 +91,14 @@ def evaluate(
             read += int(token_bytes[padded[:, 1:][counted]].sum())
     bits = nats / math.log(2) / read if read else None
     return Evaluation(tokens, nats / tokens, bits)
+
+
+def _windows(row: np.ndarray, length: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Windows of a row, each with how many of its predictions an earlier one has made."""
+    done = 0
+    for start in range(0, len(row) - 1, stride):
+        stop = min(start + length, len(row) - 1)
+        yield row[start : stop + 1], done - start
+        done = stop
+        if stop == len(row) - 1:
+            return

@@ -26,6 +26,7 @@ from mukv.data.tokenizer import AnyTokenizer, find_tokenizer, load_tokenizer
 from mukv.decode import Generation, Sampling, decoding_weights, generate
 from mukv.evaluate import Evaluation, evaluate
 from mukv.hub import checkpoint
+from mukv.hub.chat import chat_text
 from mukv.hub.settings import read_json
 from mukv.model.base import LanguageModel
 from mukv.runs import RunDirectory
@@ -49,6 +50,8 @@ class Model:
     tokenizer: AnyTokenizer
     ends: tuple[int, ...] = ()
     """Ids after which a text is over, where the model came with any."""
+    folder: Path | None = None
+    """Where it was loaded from."""
 
     @property
     def decoder(self) -> LanguageModel:
@@ -89,6 +92,13 @@ class Model:
         """Ids of a text as the beginning of a document."""
         return [*self.tokenizer.start, *self.tokenizer.encode(text).tolist()]
 
+    def encode_chat(self, message: str) -> list[int]:
+        """Ids of a user's message as the model's chat template puts it. Raises BadInput."""
+        if self.folder is None:
+            raise BadInput("--chat", message[:40], "a model that was loaded from a folder")
+        text = chat_text(self.folder, [{"role": "user", "content": message}])
+        return self.tokenizer.encode_marked(text)
+
     def generate_ids(
         self,
         prompts: Sequence[Sequence[int]],
@@ -111,7 +121,9 @@ class Model:
         made = self.generate_ids([self.encode(prompt)], max_tokens, sampling)
         return Text(self.tokenizer.decode(made.tokens[0]), made.tokens[0])
 
-    def evaluate(self, rows: Sequence[np.ndarray], length: int | None = None) -> Evaluation:
+    def evaluate(
+        self, rows: Sequence[np.ndarray], length: int | None = None, stride: int | None = None
+    ) -> Evaluation:
         """Loss on rows of token ids, in windows of `length` (default: as in training)."""
         return evaluate(
             self.decoder,
@@ -120,6 +132,7 @@ class Model:
             length or self.run.train.length,
             self.tokenizer.token_bytes(self.decoder.vocab_size),
             self.run.train.compute,
+            stride,
         )
 
 
@@ -136,7 +149,8 @@ def load(source: str | Path, mesh: MeshShape | None = None) -> Model:
         if found is not None:
             run = replace(checkpoint.imported_run(found), mesh=mesh)
             ends = checkpoint.end_ids(found.special)
-            return Model(run, found.place(mesh.build()), found.tokenizer, ends)
+            weights = found.place(mesh.build())
+            return Model(run, weights, found.tokenizer, ends, found.folder)
         parent = folder.path.parent
         siblings = [path.parent.name for path in parent.glob("*/config.yaml")]
         near = nearest_name(folder.path.name, siblings)
@@ -152,9 +166,9 @@ def load(source: str | Path, mesh: MeshShape | None = None) -> Model:
     if mesh.size > 1:
         weights = jax.device_put(weights, weight_shardings(run.model.params(), mesh.build()))
     if not folder.generation.exists():
-        return Model(run, weights, load_tokenizer(folder.tokenizer))
+        return Model(run, weights, load_tokenizer(folder.tokenizer), folder=folder.path)
     ends = checkpoint.end_ids(read_json(folder.generation))
-    return Model(run, weights, find_tokenizer(folder.tokenizer), ends)
+    return Model(run, weights, find_tokenizer(folder.tokenizer), ends, folder.path)
 
 
 def _latest_weights(run: Run, folder: RunDirectory) -> Any:

@@ -18,3 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="For instance train.steps=50")
 ]
+ModelName = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A run directory, a Hugging Face folder or a hub id."),
+]

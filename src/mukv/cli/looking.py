@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mukv import launch, output
-from mukv.cli.app import Json, app
+from mukv.cli.app import Json, ModelName, app
 from mukv.core.errors import BadInput
 
 SAMPLES = 32
@@ -18,7 +18,7 @@ SAMPLES = 32
 
 @app.command()
 def analyze(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory.")],
+    model: ModelName,
     text: Annotated[
         list[Path] | None, typer.Option(help="UTF-8 text files, side by side; may be repeated.")
     ] = None,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mukv import launch, output
-from mukv.cli.app import Json, Overrides, app
+from mukv.cli.app import Json, ModelName, Overrides, app
 from mukv.core.errors import BadInput, unknown_name
 
 POLICIES = ("full",)
@@ -19,13 +19,16 @@ POLICIES = ("full",)
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory.")],
+    model: ModelName,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file.")] = None,
     tokens: Annotated[
         Path | None, typer.Option(help="Token ids: .npy, [token] or [row token].")
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Window in tokens; default: as in training.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between windows; default: as long as one.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -46,7 +49,7 @@ def evaluate(
         rows = inputs.rows_of_ids(tokens)
     if length is not None and length < 1:
         raise BadInput("--length", length, "at least 1 token")
-    found = speaker.evaluate(rows, length)
+    found = speaker.evaluate(rows, length, stride)
     facts = {
         "tokens": found.tokens,
         "loss": found.loss,
@@ -58,15 +61,20 @@ def evaluate(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory.")],
+    model: ModelName,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     token_ids: Annotated[str | None, typer.Option(help="Ids to continue, as 1,2,3.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message, in the model's own template.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
-    stop: Annotated[str | None, typer.Option(help="Ids that end the text, as 1,2.")] = None,
+    stop: Annotated[
+        str | None, typer.Option(help="Ids that end the text, as 1,2; default: the model's own.")
+    ] = None,
     copies: Annotated[int, typer.Option(help="Continuations, decoded together.")] = 1,
     cache: Annotated[str, typer.Option(help="Cache policy.")] = "full",
     as_json: Json = False,
@@ -86,11 +94,14 @@ def generate(
     if copies < 1:
         raise BadInput("--copies", copies, "at least 1")
     sampling = Sampling(temperature, top_k, top_p, seed)
-    ends = inputs.ids(stop, "--stop") if stop else ()
+    ends = inputs.ids(stop, "--stop") if stop else None
+    if chat and prompt is None:
+        raise BadInput("--chat", token_ids, "a message, with --prompt")
     speaker = loaded.load(model)
-    given = speaker.encode(prompt or "")
-    if token_ids is not None:
-        given = inputs.ids(token_ids, "--token-ids")
+    if prompt is None:
+        given = inputs.ids(token_ids or "", "--token-ids")
+    else:
+        given = speaker.encode_chat(prompt) if chat else speaker.encode(prompt)
     stream = None
     if not as_json and copies == 1:
         stream = output.Stream(speaker.tokenizer, sys.stdout)

@@ -64,6 +64,14 @@ class JsonTokenizer:
         (found,) = self.inner.encode_batch_fast([text], add_special_tokens=False)
         return np.array(found.ids, np.int32)
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text that spells out its special tokens, as a chat template gives it."""
+        return self._marked.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _marked(self) -> Tokenizer:
+        return Tokenizer.from_str(self.content)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens are silent, bytes that are no character become U+FFFD."""
         return b"".join(map(self.token_data, ids)).decode(errors="replace")

@@ -162,8 +162,9 @@ def _opened(
 
 def _check_tied(source: Source, folder: Path) -> None:
     """Raise BadInput unless a readout that is there is the embedding that it is tied to."""
-    for start in range(0, source.tensors[EMBEDDING].shape[0], ROWS):
-        cut = (slice(start, start + ROWS), slice(None))
+    rows = source.tensors[EMBEDDING].shape[0]
+    for start in range(0, rows, ROWS):
+        cut = (slice(start, min(start + ROWS, rows)), slice(None))
         if not np.array_equal(source.read(EMBEDDING, cut), source.read(HEAD, cut)):
             allowed = f"tie_word_embeddings is true: equal to {EMBEDDING}"
             raise BadInput(f"{folder}: {HEAD}", "other numbers", allowed)
