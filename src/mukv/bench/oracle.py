@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mukv.bench.grading import wilson
-from mukv.tasks import TASKS, AnyTask, Draws, Samples
+from mukv.tasks import AnyTask, Draws, Samples
 from mukv.tasks.solvers import SOLVERS
 
 
@@ -35,18 +35,22 @@ def by_position(seen: Samples, samples: Samples) -> np.ndarray:
     return samples.right(np.broadcast_to(common, samples.tokens.shape))[samples.present]
 
 
-def check(names: Sequence[str], lengths: Sequence[int], count: int, seed: int) -> list[dict]:
+def check(
+    tasks: Mapping[str, AnyTask], lengths: Sequence[int], count: int, seed: int
+) -> list[dict[str, Any]]:
     """A row for each task and length. count: samples of each. Raises BadInput for a length that
     is too short for a task, before any work."""
-    for name in names:
+    for task in tasks.values():
         for length in lengths:
-            TASKS[name].check_length(length)
-    return [row(name, length, count, seed) for name in names for length in lengths]
+            task.check_length(length)
+    return [
+        row(name, task, length, count, seed) for name, task in tasks.items() for length in lengths
+    ]
 
 
-def row(name: str, length: int, count: int, seed: int) -> dict[str, Any]:
+def row(name: str, task: AnyTask, length: int, count: int, seed: int) -> dict[str, Any]:
     """One task at one length; the reader takes the model's place."""
-    task, indices = TASKS[name], np.arange(count)
+    indices = np.arange(count)
     samples = task.batch(length, seed, "test", indices)
     oracle = solved(task, samples)
     guessed = samples.right(task.guess(samples, Draws.of(seed + 1, 0, indices)))[samples.present]

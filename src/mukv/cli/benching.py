@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,36 +11,110 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mukv import launch, output
-from mukv.cli.app import Json, app
+from mukv.cli.app import Json, Overrides, app
+from mukv.cli.using import POLICIES
 from mukv.core.errors import BadInput, unknown_name
 
 
 @app.command()
 def bench(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL or CONFIG]", help="A model, or what is trained for this."),
+    ] = None,
+    overrides: Overrides = None,
     oracle: Annotated[
         bool, typer.Option("--oracle", help="No model: an independent solver, a guesser.")
     ] = False,
     tasks: Annotated[str | None, typer.Option(help="Names with commas; default: all.")] = None,
-    lengths: Annotated[str | None, typer.Option(help="In tokens, with commas.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="In tokens, with commas; a CONFIG is trained at the first. Default: as "
+            "in training, and 2 to 16 times that."
+        ),
+    ] = None,
+    facts: Annotated[
+        int | None, typer.Option(help="To be remembered; default: the task's.")
+    ] = None,
+    growing: Annotated[
+        bool, typer.Option("--growing", help="Facts grow with the length (of a CONFIG).")
+    ] = False,
+    seeds: Annotated[int, typer.Option(help="Runs at each learning rate (of a CONFIG).")] = 3,
+    learning_rates: Annotated[
+        str | None, typer.Option(help="With commas; default: the configured one, half and twice.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of training; default: as configured.")] = None,
+    cache: Annotated[str, typer.Option(help="Cache policy of free-running answers.")] = "full",
+    shots: Annotated[int, typer.Option(help="Solved samples before each text.")] = 0,
     samples: Annotated[int, typer.Option(help="Of each task and length.")] = 200,
+    free: Annotated[int, typer.Option(help="Samples that are also decoded, token by token.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of results; default: runs/bench-NAME.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """How much of a text a model still knows, by task and length.
 
-    Example: `mukv bench --oracle --lengths 512`
+    A MODEL is tested. A CONFIG is trained on each task at one length, for each learning rate and
+    seed, and tested at longer ones; the same command goes on where it was interrupted.
+
+    Example: `mukv bench tiny --tasks mqar,needle --lengths 128,256,512 --steps 300 --seeds 1`
     """
     launch.prepare()
+    from mukv import loaded, runs
     from mukv.bench import oracle as without_model
+    from mukv.bench.examine import Settings
+    from mukv.bench.run import test_model, try_configuration, with_facts
+    from mukv.bench.trial import Trial
     from mukv.tasks import TASKS
 
+    settings = Settings(samples, seed, free, shots)
     names = chosen(tasks, list(TASKS))
-    sizes = numbers("--lengths", lengths or "512")
-    if samples < 1:
-        raise BadInput("--samples", samples, "at least 1")
-    if not oracle:
-        raise BadInput("bench", "no model", "--oracle")
-    show(without_model.check(names, sizes, samples, seed), as_json)
+    asked = with_facts({name: TASKS[name] for name in names}, facts)
+    if cache not in POLICIES:
+        raise unknown_name("--cache", cache, POLICIES)
+    if (source is None) != oracle:
+        raise BadInput("bench", source or "no model", "MODEL, CONFIG or --oracle: one of them")
+    if source is None:
+        sizes = whole_numbers("--lengths", lengths or "512")
+        show(without_model.check(asked, sizes, samples, seed), None, as_json)
+        return
+    folder = out or Path("runs") / f"bench-{Path(source).stem}"
+    tell = Console(stderr=True, highlight=False).print
+    if Path(source).is_dir():
+        model = loaded.load(source)
+        sizes = whole_numbers("--lengths", lengths or multiples(model.run.train.length))
+        trained = model.run.data.task
+        if trained is not None and tasks is None:
+            asked = with_facts({trained.kind: trained}, facts)
+        rows = test_model(model, asked, sizes, settings, folder, tell)
+    else:
+        given = [*(overrides or []), *([] if steps is None else [f"train.steps={steps}"])]
+        run, _ = runs.resolve(source, given, None)
+        sizes = whole_numbers("--lengths", lengths or multiples(run.train.length))
+        rate = run.train.learning_rate
+        rates = rates_of(learning_rates) if learning_rates else (rate / 2, rate, 2 * rate)
+        trial = Trial(run, tuple(sizes), rates, seeds, folder, settings, growing)
+        rows = try_configuration(trial, asked, folder, tell)
+    show(rows, folder, as_json)
+
+
+def multiples(length: int) -> str:
+    """The lengths of a test, from that of training to 16 times that."""
+    return ",".join(str(length * times) for times in (1, 2, 4, 8, 16))
+
+
+def rates_of(text: str) -> tuple[float, ...]:
+    """Learning rates from "1e-3,3e-3"."""
+    try:
+        found = tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        raise BadInput("--learning-rates", text, "numbers with commas, such as 1e-3,3e-3") from None
+    if not 0 < found[0] <= found[-1] < 1e9:
+        raise BadInput("--learning-rates", text, "numbers greater than 0")
+    return found
 
 
 def chosen(text: str | None, names: Sequence[str]) -> list[str]:
@@ -55,7 +130,7 @@ def chosen(text: str | None, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def numbers(option: str, text: str) -> list[int]:
+def whole_numbers(option: str, text: str) -> list[int]:
     """Whole numbers of at least 1 from "1,2,3", each once, in order."""
     try:
         found = sorted({int(part) for part in text.split(",")})
@@ -66,23 +141,27 @@ def numbers(option: str, text: str) -> list[int]:
     return found
 
 
-def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> None:
     """As one object, or as a table."""
     if as_json:
-        output.print_json({"rows": rows})
+        output.print_json({"rows": rows, **({} if out is None else {"out": str(out)})})
         return
-    names = ("task", "length", "exact", "95 %", "chance", "oracle", "bytes/token")
+    names = ("task", "length", "exact", "95 %", "free", "chance", "oracle", "bytes/token")
     columns = (Column(name, no_wrap=True) for name in names)
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         low, high = row["interval"]
+        free = row.get("free_running")
         table.add_row(
             row["task"],
             f"{row['length']:,}",
             f"{row['exact_match']:.3f}",
             f"{low:.2f} to {high:.2f}",
+            "" if free is None else f"{free:.2f}",
             f"{row['chance']:.2g}",
             f"{row['oracle']:.3f}",
             f"{row['cache_bytes_per_token']:,.0f}",
         )
     Console().print(table)
+    if out is not None:
+        Console().print(f"answers and picture: {out}", highlight=False, soft_wrap=True)

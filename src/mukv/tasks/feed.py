@@ -78,6 +78,6 @@ class TaskFeed:
 @lru_cache
 def tokenizer(task: Task) -> JsonTokenizer:
     """One that turns the task's text into its ids, and back."""
-    inner = Tokenizer(models.WordLevel({}, unk_token=""))
+    inner = Tokenizer(models.BPE(vocab={}, merges=[]))
     inner.add_tokens([AddedToken(word, normalized=False) for word in task.vocabulary.spelling])
     return JsonTokenizer(inner.to_str())

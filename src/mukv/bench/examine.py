@@ -1,0 +1,141 @@
+"""One model, one task, one length: what it gets right, and what that costs in cache.
+
+A model that was trained on tasks reads their arrays, any other their text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mukv.bench.grading import shares, wilson
+from mukv.bench.oracle import solved
+from mukv.bench.scoring import Scores, score
+from mukv.bench.text import TextForm
+from mukv.core.errors import BadInput
+from mukv.loaded import Model
+from mukv.model.counting import cache_bytes
+from mukv.tasks import AnyTask, Samples
+
+DEPTHS = [0.0, 0.25, 0.5, 0.75]
+CHECKED = 50
+"""Samples that the solver answers again beside a model."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """samples: of each task and length. free: of these, how many are also decoded, without being
+    told the answer's first tokens. shots: solved samples before each text."""
+
+    samples: int = 200
+    seed: int = 0
+    free: int = 16
+    shots: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("samples", 1), ("free", 0), ("shots", 0)):
+            if getattr(self, name) < low:
+                raise BadInput(f"--{name}", getattr(self, name), f"at least {low}")
+
+
+@dataclass(frozen=True)
+class Examination:
+    """row: what the table shows. answers: of every sample."""
+
+    row: dict[str, Any]
+    answers: list[dict[str, Any]]
+
+
+def check(model: Model, task: AnyTask, length: int) -> None:
+    """Raise BadInput where a model can't be examined at this length."""
+    context = model.decoder.context
+    if context is not None and length > context:
+        raise BadInput("--lengths", length, f"at most the model's context ({context})")
+    if own(model, task):
+        task.check_length(length)
+
+
+def own(model: Model, task: AnyTask) -> bool:
+    """Whether the model's ids are the task's own."""
+    trained = model.run.data.task
+    return trained is not None and trained.vocabulary.spelling == task.vocabulary.spelling
+
+
+def examine(
+    model: Model, name: str, task: AnyTask, length: int, settings: Settings, split: Any = "test"
+) -> Examination:
+    """Grade a model. Raises BadInput where it can't be asked this."""
+    check(model, task, length)
+    indices = np.arange(settings.samples)
+    if own(model, task):
+        samples = task.batch(length, settings.seed, split, indices)
+        known = samples
+    else:
+        form = TextForm(task, model.tokenizer, settings.shots)
+        samples = form.batch(length, settings.seed, indices)
+        known = task.batch(max(task.smallest, 64), settings.seed, split, indices)
+    scores = score(model.decoder, model.scaled, samples, model.run.train.compute)
+    checked = solved(task, Samples(*(part[:CHECKED] for part in known)))
+    free = decoded(model, samples, settings.free) if settings.free else None
+    compute = model.run.train.compute.resolve(model.decoder.vocab_size)
+    right = scores.right[scores.present]
+    row = {
+        "task": name,
+        "length": length,
+        "facts": task.facts,
+        "exact_match": float(right.mean()),
+        "interval": wilson(int(right.sum()), len(right)),
+        "free_running": None if free is None else float(np.mean(free)),
+        "token_accuracy": float(scores.tokens[scores.present].mean()),
+        "bits": float(scores.bits[scores.present].mean()),
+        "chance": task.chance(known),
+        "oracle": float(checked.mean()),
+        "cache_bytes_per_token": cache_bytes(model.decoder, 1, length, 0, compute.type) / length,
+        "samples": settings.samples,
+        "answers": len(right),
+        "by_distance": shares(right, samples.distance[scores.present], distances(length)),
+        "by_depth": shares(right, samples.depth[scores.present], DEPTHS),
+    }
+    return Examination(row, _answers(samples, scores, length))
+
+
+def distances(length: int) -> list[float]:
+    """Edges of buckets: powers of four."""
+    edges = [0.0]
+    while 4 ** len(edges) < length:
+        edges.append(4.0 ** len(edges))
+    return edges
+
+
+def decoded(model: Model, samples: Samples, count: int) -> list[bool]:
+    """Whether the last answer of the first samples comes out when decoded greedily."""
+    rows = np.arange(min(count, len(samples.tokens)))
+    # Answers stand in the order of the text, absent ones anywhere.
+    last = np.argmax(np.where(samples.present, samples.start, -1), axis=1)[rows]
+    start, stop = samples.start[rows, last], samples.stop[rows, last]
+    prompts = [samples.tokens[row, :end].tolist() for row, end in zip(rows, start, strict=True)]
+    made = model.generate_ids(prompts, max_tokens=int((stop - start).max()))
+    return [
+        made.tokens[row][: stop[row] - start[row]]
+        == samples.tokens[row, start[row] : stop[row]].tolist()
+        for row in rows
+    ]
+
+
+def _answers(samples: Samples, scores: Scores, length: int) -> list[dict[str, Any]]:
+    """One entry for each answer."""
+    return [
+        {
+            "length": length,
+            "sample": int(row),
+            "answer": int(number),
+            "right": bool(scores.right[row, number]),
+            "tokens_right": float(scores.tokens[row, number]),
+            "bits": round(float(scores.bits[row, number]), 4),
+            "distance": int(samples.distance[row, number]),
+            "depth": round(float(samples.depth[row, number]), 4),
+        }
+        for row, number in zip(*np.nonzero(scores.present), strict=True)
+    ]

@@ -1,0 +1,89 @@
+"""What a model says at the graded places of samples, told the text before each of them."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from mukv.core.compute import Compute
+from mukv.core.typing import Array
+from mukv.model.base import LanguageModel
+from mukv.tasks import Samples
+
+BATCH_TOKENS = 8192
+"""Tokens that are worked on at once."""
+
+
+class Scores(NamedTuple):
+    """right: the whole answer, where there is one. tokens: share of its tokens that are right.
+    bits: of surprise at the whole answer. present: whether there is an answer."""
+
+    right: Bool[np.ndarray, "row answer"]
+    tokens: Float[np.ndarray, "row answer"]
+    bits: Float[np.ndarray, "row answer"]
+    present: Bool[np.ndarray, "row answer"]
+
+
+@lru_cache(maxsize=8)
+def _graded(model: LanguageModel, compute: Compute) -> Any:
+    """weights, tokens [row token], places [row graded] -> whether the token at each place is
+    told apart as the likeliest, and -log p of it in nats, float32."""
+
+    def graded(weights: Any, tokens: Array, places: Array) -> tuple[Array, Array]:
+        hidden = model.hidden(weights, tokens, compute=compute)
+        before = jnp.take_along_axis(hidden, jnp.maximum(places - 1, 0)[..., None], axis=1)
+        logits = model.logits(weights, before, compute)
+        wanted = jnp.take_along_axis(tokens, places, axis=1)[..., None]
+        own = jnp.take_along_axis(logits, wanted, axis=-1)
+        others = jnp.where(jnp.arange(logits.shape[-1]) == wanted, -jnp.inf, logits)
+        # Strictly more than all others: a tie is wrong, and so is what is not a number.
+        right = own[..., 0] > others.max(axis=-1)
+        return right, jax.nn.logsumexp(logits, axis=-1) - own[..., 0]
+
+    return jax.jit(graded)
+
+
+def score(
+    model: LanguageModel, weights: Any, samples: Samples, compute: Compute | None = None
+) -> Scores:
+    """Grade every answer, teacher-forced. weights: stacked and scaled."""
+    compute = (compute or Compute()).resolve(model.vocab_size)
+    rows, length = samples.tokens.shape
+    graded = samples.graded
+    most = int(graded.sum(axis=1).max())
+    # The graded places of each row, in order, and then any others to fill up.
+    places = np.argsort(~graded, axis=1, kind="stable")[:, :most]
+    batch = max(1, min(rows, BATCH_TOKENS // length))
+    call = partial(_graded(model, compute), weights)
+    right, nats = np.ones(graded.shape, bool), np.zeros(graded.shape)
+    for first in range(0, rows, batch):
+        here = np.arange(first, first + batch)
+        # The last batch is filled up with its last row, so that one shape is compiled.
+        chosen = np.minimum(here, rows - 1)
+        found = call(jnp.asarray(samples.tokens[chosen]), jnp.asarray(places[chosen]))
+        for whole, part in zip((right, nats), found, strict=True):
+            whole[chosen[:, None], places[chosen]] = np.asarray(part)
+    return _summed(samples, right, nats)
+
+
+def _summed(
+    samples: Samples,
+    right: Bool[np.ndarray, "row token"],
+    nats: Float[np.ndarray, "row token"],
+) -> Scores:
+    """From places to answers."""
+    row = np.arange(len(right))[:, None]
+
+    def total(values: np.ndarray) -> Float[np.ndarray, "row answer"]:
+        before = np.cumsum(np.pad(values * samples.graded, ((0, 0), (1, 0))), axis=1)
+        return before[row, samples.stop] - before[row, samples.start]
+
+    width = np.maximum(samples.stop - samples.start, 1)
+    share = total(right.astype(float)) / width
+    whole = (share == 1) & samples.present
+    return Scores(whole, share, total(nats) / np.log(2), samples.present)
