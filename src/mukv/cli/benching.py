@@ -83,7 +83,7 @@ def bench(
         return
     folder = out or Path("runs") / f"bench-{Path(source).stem}"
     tell = Console(stderr=True, highlight=False).print
-    if Path(source).is_dir():
+    if is_model(source):
         model = loaded.load(source)
         sizes = whole_numbers("--lengths", lengths or multiples(model.run.train.length))
         trained = model.run.data.task
@@ -99,6 +99,11 @@ def bench(
         trial = Trial(run, tuple(sizes), rates, seeds, folder, settings, growing)
         rows = try_configuration(trial, asked, folder, tell)
     show(rows, folder, as_json)
+
+
+def is_model(source: str) -> bool:
+    """A folder or a hub id, and no preset or YAML file."""
+    return Path(source).is_dir() or ("/" in source and not source.endswith((".yaml", ".yml")))
 
 
 def multiples(length: int) -> str:
