@@ -16,16 +16,17 @@ from mukv import config, launch, runs
 from mukv.data.build import build_tokens, default_corpus
 from mukv.launch import cache_folder
 
-LENGTH = 512
-DOCUMENTS = 24_000
+LENGTH = 256
+DOCUMENTS = 48_000
 MODEL = (
-    "model.d_model=128",
-    "model.attention={heads: 4, kv_heads: 2, head_dim: 32}",
-    "model.plan=[{repeats: 4}]",
-    "train.batch=16",
+    "model.d_model=64",
+    "model.attention={heads: 4, kv_heads: 2, head_dim: 16}",
+    "model.mlp.hidden=192",
+    "model.plan=[{repeats: 3}]",
+    "train.batch=32",
     f"train.length={LENGTH}",
-    "train.learning_rate=0.004",
-    "train.schedule={kind: wsd, warmup: 60}",
+    "train.learning_rate=0.006",
+    "train.schedule={kind: wsd, warmup: 50}",
     "train.checkpoint_every=100",
     "train.evaluate_every=200",
     "train.validation_batches=8",
@@ -45,7 +46,7 @@ def corpus(root: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--root", type=Path, default=Path("runs/retrieval"))
     given = parser.parse_args()
     launch.prepare()

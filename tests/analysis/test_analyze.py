@@ -18,7 +18,7 @@ def test_texts_side_by_side(mukv, trained, tmp_path):
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
     for name in ("prose", "code"):
-        for layer in facts[name]:
+        for layer in facts["texts"][name]:
             needed = list(layer["needed"].values())
             assert needed == sorted(needed)
             assert 1 <= needed[0] <= layer["context"] == 32

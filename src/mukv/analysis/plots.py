@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mukv.analysis.clusters import READS, Prediction
 from mukv.analysis.sparsity import MASSES, NEAR, NEEDED, SHARES, SINKS, Sparsity
 from mukv.figures import saved_figure
 
@@ -144,6 +145,36 @@ def texts(found: Mapping[str, Sequence[Sparsity]], path: Path) -> str:
             axes.grid(alpha=0.3)
         panels[0].legend(fontsize=8)
     return "Texts side by side: means over heads, at the longest context."
+
+
+def clusters(layers: Sequence[Prediction], path: Path) -> str:
+    """What clusters capture of the mass, how well they name what is needed, how even they are."""
+    eighth = READS.index(1 / 8)
+    with saved_figure(path, (PANEL[0] * 3.4, 1.1 * PANEL[1])) as figure:
+        left, middle, right = figure.subplots(1, 3)
+        for layer in layers:
+            (line,) = left.plot(READS, layer.captured.mean(axis=0), marker=".", lw=1.2)
+            line.set_label(f"layer {layer.layer}")
+            each = layer.sizes.mean(axis=0)
+            right.plot(np.arange(1, len(each) + 1), each, color=line.get_color(), lw=1.2)
+        for name, style in (("largest", "--"), ("latest", ":")):
+            means = np.nanmean([getattr(layer, name).mean(axis=0) for layer in layers], axis=0)
+            left.plot(READS, means, color="grey", ls=style, label=f"the {name}, all layers")
+        left.set(xscale="log", xlabel="share of entries read", ylabel="attention mass", ylim=(0, 1))
+        left.xaxis.set_minor_formatter("")
+        left.set_xticks(READS, [f"1/{round(1 / share)}" for share in READS])
+        left.set_title("mass captured", fontsize=9)
+        left.legend(fontsize=6)
+        heat(figure, middle, padded([x.f1[:, eighth] for x in layers]), "F1 at 1/8 read", (0, 1))
+        middle.set(xlabel="head", ylabel="layer")
+        right.set(yscale="log", xlabel="cluster, largest first", ylabel="share of the entries")
+        right.set_title("sizes", fontsize=9)
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+    return (
+        "Entries are read cluster by cluster. Grey: as many entries, chosen by their weights "
+        "(the most that is possible) and simply the latest."
+    )
 
 
 def heat(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -40,12 +40,33 @@ def held_out(corpus: TokenFile, length: int, samples: int) -> Rows:
     return Rows(batch.tokens[real], batch.position[real], batch.segment[real])
 
 
-def calibration(corpus: TokenFile, length: int, batch: int, count: int) -> Iterator[Rows]:
-    """Batches of the training stream."""
-    batches = Batches(corpus, seed=0, batch=batch, length=length)
-    for step in range(-(-count // batch)):
-        found = batches.at(step)
-        yield Rows(found.tokens, found.position, found.segment)
+def from_training(corpus: TokenFile, length: int, samples: int) -> Rows:
+    """Windows of the training stream, in the order of training; all of them full."""
+    batches = Batches(corpus, seed=0, batch=samples, length=length)
+    batch = batches.at(0)
+    full = batch.segment.all(axis=1)
+    return Rows(batch.tokens[full], batch.position[full], batch.segment[full])
+
+
+def even(rows: Rows, most: int) -> Iterator[Rows]:
+    """Batches of one size, as large as divides the rows."""
+    count = len(rows.tokens)
+    size = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+    for start in range(0, count, size):
+        yield Rows(*(array[start : start + size] for array in rows))
+
+
+def halves(rows: Rows) -> tuple[Rows, Rows]:
+    """Every second window, and the others."""
+    if len(rows.tokens) < 2:
+        raise BadInput("--text", f"{len(rows.tokens)} window", "two: to calibrate, and to judge by")
+    first, second = (Rows(*(array[start::2] for array in rows)) for start in (0, 1))
+    return first, second
+
+
+def joined(parts: Iterable[Rows]) -> Rows:
+    """Windows of several texts as one."""
+    return Rows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def batched(rows: Rows, size: int) -> Iterator[Rows]:

@@ -12,7 +12,9 @@ import numpy as np
 
 from mukv.analysis import plots, samples
 from mukv.analysis.capture import Rows, batch_rows
+from mukv.analysis.clusters import MEASURES, READS, Prediction
 from mukv.analysis.sparsity import MASSES, PARTS, SHARES, Sparsity, measure
+from mukv.cache.centres import Centres
 from mukv.core.compute import Compute
 from mukv.core.files import write_atomic
 from mukv.model.decoder import Decoder
@@ -62,6 +64,44 @@ def write(found: Found, out: Path, title: str, about: Mapping[str, str]) -> Page
             path = out / f"{prefix}{draw.__name__}.png"
             page.picture(path, draw(layers, path))
     return page
+
+
+def write_clusters(
+    found: Sequence[Prediction], centres: Centres, out: Path, page: Page
+) -> dict[str, Any]:
+    """Table and picture of how well centres predict; adds to the page, returns the facts."""
+    rows = [
+        {"layer": layer.layer, "head": head, "read": share}
+        | {name: float(getattr(layer, name)[head, place]) for name in MEASURES}
+        for layer in found
+        for head in range(len(layer.captured))
+        for place, share in enumerate(READS)
+    ]
+    write_atomic(out / "clusters.csv", csv_text(rows))
+    when = "after" if centres.rotated else "before"
+    page.heading(f"{centres.clusters} clusters per head: {centres.kind}, {when} rotation")
+    means = [
+        {
+            name: float(np.mean([getattr(x, name)[:, place].mean() for x in found]))
+            for name in MEASURES
+        }
+        for place in range(len(READS))
+    ]
+    page.table(
+        ("read", *MEASURES),
+        (
+            (f"1/{round(1 / share)}", *(f"{row[name]:.3f}" for name in MEASURES))
+            for share, row in zip(READS, means, strict=True)
+        ),
+    )
+    page.picture(out / "clusters.png", plots.clusters(found, out / "clusters.png"))
+    return {
+        "kind": centres.kind,
+        "rotated": centres.rotated,
+        "clusters": centres.clusters,
+        "largest_cluster": float(np.mean([layer.sizes[:, 0].mean() for layer in found])),
+        "read": [{"share": share, **row} for share, row in zip(READS, means, strict=True)],
+    }
 
 
 COLUMNS = (

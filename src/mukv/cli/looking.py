@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mukv import launch, output
 from mukv.cli.app import Json, ModelName, app
-from mukv.core.errors import BadInput
+from mukv.core.errors import BadInput, unknown_name
 
 SAMPLES = 32
 
@@ -29,6 +29,17 @@ def analyze(
         int | None, typer.Option(help="Window in tokens; default: as in training.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of each text.")] = SAMPLES,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="Cluster keys, queries, means or aligned; saved beside the model."),
+    ] = None,
+    clusters: Annotated[int, typer.Option(help="Clusters of each head.")] = 64,
+    before_rotation: Annotated[
+        bool, typer.Option("--before-rotation", help="Cluster what positions have not turned yet.")
+    ] = False,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Tokens of the training text that are clustered.")
+    ] = 1 << 16,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder; default: `analysis` in the run directory.")
     ] = None,
@@ -37,44 +48,80 @@ def analyze(
     """Who reads what: how few entries the queries of each layer and head need.
 
     Without a text: the held-out part of what the model was trained on. Writes tables, pictures and
-    a page.
+    a page. Of given texts, every second window is clustered and the others judge the clusters.
 
     Example: `mukv analyze runs/demo/tiny-140 --text README.md --text setup.py --length 256`
     """
     launch.prepare()
     from mukv import inputs, loaded
+    from mukv.analysis import calibrate as calibration
+    from mukv.analysis import samples as pieces
     from mukv.analysis import study
-    from mukv.analysis.samples import held_out, windows
+    from mukv.analysis.capture import batch_rows
+    from mukv.analysis.clusters import MEASURES, judge
+    from mukv.cache.centres import KINDS
     from mukv.model import Decoder
 
     if samples < 1:
         raise BadInput("--samples", samples, "at least 1")
     if text and tokens:
         raise BadInput("analyze", "--text and --tokens", "one of the two")
+    if calibrate is not None and calibrate not in KINDS:
+        raise unknown_name("--calibrate", calibrate, KINDS)
     speaker = loaded.load(model)
     length = inputs.window(speaker, length)
     if text:
         rows = {path.stem: inputs.rows_of_text(speaker, path) for path in text}
-        texts = {name: windows(name, each, length, samples) for name, each in rows.items()}
+        texts = {name: pieces.windows(name, each, length, samples) for name, each in rows.items()}
     elif tokens is not None:
-        texts = {tokens.stem: windows(tokens.stem, inputs.rows_of_ids(tokens), length, samples)}
+        given = inputs.rows_of_ids(tokens)
+        texts = {tokens.stem: pieces.windows(tokens.stem, given, length, samples)}
     else:
-        texts = {"validation": held_out(inputs.corpus(speaker), length, samples)}
-    for rows in texts.values():
-        inputs.check_ids(speaker, rows.tokens)
-    if not isinstance(speaker.decoder, Decoder):
-        raise BadInput("MODEL", speaker.decoder.kind, "a model of kind decoder")
-    found = study.look(speaker.decoder, speaker.scaled, texts, speaker.run.train.compute)
-    folder = out or Path(model) / "analysis"
+        texts = {"validation": pieces.held_out(inputs.corpus(speaker), length, samples)}
+    for each in texts.values():
+        inputs.check_ids(speaker, each.tokens)
+    to_cluster = to_judge = pieces.joined(texts.values())
+    if calibrate is not None:
+        if text or tokens:
+            to_cluster, to_judge = pieces.halves(to_judge)
+        else:
+            count = -(-calibration_tokens // length)
+            to_cluster = pieces.from_training(inputs.corpus(speaker), length, count)
+        calibration.check(clusters, to_cluster.tokens.size)
+    decoder, compute = speaker.decoder, speaker.run.train.compute
+    if not isinstance(decoder, Decoder):
+        raise BadInput("MODEL", decoder.kind, "a model of kind decoder")
+    found = study.look(decoder, speaker.scaled, texts, compute)
+    beside = Path(model) if Path(model).is_dir() else None
+    folder = out or (beside or Path("runs") / Path(model).name) / "analysis"
     about = {
         "model": model,
         "window": f"{length} tokens",
-        "tokens": ", ".join(f"{name} {rows.tokens.size:,}" for name, rows in texts.items()),
+        "tokens": ", ".join(f"{name} {each.tokens.size:,}" for name, each in texts.items()),
     }
     page = study.write(found, folder, f"Who reads what: {Path(model).name}", about)
+    facts = {"texts": study.facts(found), "out": str(folder)}
+    if calibrate is not None:
+        size = batch_rows(decoder, length)
+        centres = calibration.calibrate(
+            decoder,
+            speaker.weights,
+            pieces.even(to_cluster, size),
+            calibrate,
+            clusters,
+            not before_rotation,
+            compute=compute,
+        )
+        batches = pieces.batched(to_judge, size)
+        predicted = judge(decoder, speaker.scaled, centres, batches, compute)
+        saved = centres.save(beside or folder)
+        facts["calibration"] = {
+            **study.write_clusters(predicted, centres, folder, page),
+            "path": str(saved),
+        }
     page.save(folder / "analysis.html")
     if as_json:
-        output.print_json({**study.facts(found), "out": str(folder)})
+        output.print_json(facts)
         return
     console = Console()
     for name, layers in found.items():
@@ -83,4 +130,10 @@ def analyze(
         for layer in layers:
             table.add_row(*study.short(layer))
         console.print(table)
+    if calibrate is not None:
+        table = Table("read", *MEASURES, title=f"clusters: {calibrate}", box=None)
+        for row in facts["calibration"]["read"]:
+            table.add_row(f"{row['share']:.3g}", *(f"{row[name]:.3f}" for name in MEASURES))
+        console.print(table)
+        console.print(f"centres: {facts['calibration']['path']}", highlight=False, soft_wrap=True)
     console.print(f"page: {folder / 'analysis.html'}", highlight=False, soft_wrap=True)

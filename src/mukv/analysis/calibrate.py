@@ -1,0 +1,217 @@
+"""Centres of the clusters of a model's heads, from a stream of text in one pass.
+
+The first points fill a sample that k-means starts from; all further ones move the centres in
+mini-batches, so that memory does not grow with the text. All heads of all layers of one shape
+are clustered at once. Layers that read another's entries add their queries to its.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mukv.analysis.capture import Rows, Seen, looked_at
+from mukv.cache import kmeans
+from mukv.cache.centres import (
+    Centres,
+    Kind,
+    LayerCentres,
+    fingerprint,
+    nearest,
+    unrotated,
+)
+from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
+from mukv.core.typing import Array, Float
+from mukv.model.decoder import Decoder
+from mukv.model.plan import Resolved
+
+START = 64
+"""Points per cluster in the sample that k-means starts from."""
+POINTS: dict[Kind, tuple[str, ...]] = {
+    "keys": ("key",),
+    "queries": ("query",),
+    "means": ("mean",),
+    "aligned": ("key", "query"),
+}
+"""What is clustered; the first gives the labels."""
+
+
+def calibrate(
+    model: Decoder,
+    stored: Mapping[str, Any],
+    batches: Iterable[Rows],
+    kind: Kind,
+    clusters: int,
+    rotated: bool = True,
+    seed: int = 0,
+    compute: Compute | None = None,
+) -> Centres:
+    """Cluster what every head of a model writes or asks for.
+
+    stored: weights as they are saved; their fingerprint ties the centres to them. batches: of one
+    shape, without padding. Raises BadInput for more clusters than there are points.
+    """
+    compute = (compute or Compute()).resolve(model.vocab_size)
+    weights, batches = model.scaled(stored), list(batches)
+    names = POINTS[kind]
+
+    def points(layer: Resolved, seen: Seen) -> dict[str, Array]:
+        own = turned(layer, seen, rotated)
+        return {name: _flat(_points(name, own)) for name in names if name != "key" or layer.writes}
+
+    growing = {name: _Growing(clusters, seed) for name in names}
+    look, tokens = looked_at(model, points, compute), 0
+    for rows in batches:
+        tokens += rows.tokens.size
+        found = look(weights, rows)
+        for name in names:
+            growing[name].add(_by_source(model, found, name))
+    fits = {name: growing[name].finished() for name in names}
+    layers = {index: LayerCentres(centres) for index, centres in fits[names[0]].items()}
+    if kind == "aligned":
+        layers = {i: replace(layer, query=fits["query"][i]) for i, layer in layers.items()}
+        layers = _aligned(model, weights, batches, layers, rotated, compute)
+    facts = {"tokens": tokens, "clusters": clusters, "seed": seed}
+    return Centres(kind, rotated, fingerprint(stored), layers, facts)
+
+
+def turned(layer: Resolved, seen: Seen, rotated: bool) -> Seen:
+    """Queries and keys as they are clustered: rotated, or turned back."""
+    if rotated:
+        return seen
+    batch, heads, group, length, width = seen.query.shape
+    query = seen.query.reshape(batch, heads * group, length, width)
+    position = seen.position[:, None]
+    query = unrotated(layer.attention, query, position).reshape(seen.query.shape)
+    return replace(seen, query=query, key=unrotated(layer.attention, seen.key, position))
+
+
+def _points(name: str, seen: Seen) -> Float[Array, "batch kv_heads *_ width"]:
+    if name == "mean":
+        total = jnp.maximum(jnp.sum(seen.weights, axis=-1, keepdims=True), 1e-30)
+        return jnp.einsum("bhgqk,bhkd->bhgqd", seen.weights / total, seen.key)
+    return seen.query if name == "query" else seen.key
+
+
+def _flat(points: Float[Array, "batch kv_heads *_ width"]) -> Float[Array, "kv_heads point width"]:
+    heads, width = points.shape[1], points.shape[-1]
+    return jnp.moveaxis(points, 1, 0).reshape(heads, -1, width)
+
+
+def _by_source(model: Decoder, found: Mapping[int, Any], name: str) -> dict[int, Array]:
+    """Points of all layers that read a memory, by the layer that writes it."""
+    gathered: dict[int, list[Array]] = {}
+    for layer in model.layers:
+        if name in found[layer.index]:
+            gathered.setdefault(layer.source, []).append(found[layer.index][name])
+    return {source: jnp.concatenate(each, axis=1) for source, each in gathered.items()}
+
+
+class _Growing:
+    """Clusters of all layers while points come in. Layers of one shape are one k-means."""
+
+    def __init__(self, clusters: int, seed: int):
+        self.clusters, self.seed = clusters, seed
+        self.waiting: list[dict[int, Array]] = []
+        self.fits: dict[tuple[int, ...], kmeans.Fit] = {}
+
+    def add(self, points: dict[int, Array]) -> None:
+        """points: [kv_heads point width] by layer."""
+        if self.fits:
+            for layers, stacked in _stacked(points).items():
+                self.fits[layers] = kmeans.absorb(self.fits[layers], stacked)
+            return
+        self.waiting.append(points)
+        fewest = min(each.shape[1] for each in points.values()) * len(self.waiting)
+        if fewest >= START * self.clusters:
+            self._start()
+
+    def _start(self) -> None:
+        first = self.waiting[0]
+        sample = {
+            index: jnp.concatenate([points[index] for points in self.waiting], axis=1)
+            for index in first
+        }
+        self.waiting.clear()
+        for layers, stacked in _stacked(sample).items():
+            self.fits[layers] = kmeans.fit(stacked, self.clusters, self.seed)
+
+    def finished(self) -> dict[int, Float[Array, "kv_heads cluster width"]]:
+        """Centres by layer."""
+        if not self.fits:
+            self._start()
+        return {
+            index: centres
+            for layers, fit in self.fits.items()
+            for index, centres in zip(layers, jnp.split(fit.centres, len(layers)), strict=True)
+        }
+
+
+def _stacked(points: Mapping[int, Array]) -> dict[tuple[int, ...], Array]:
+    """Points of the layers of one shape along one axis, by the numbers of these layers."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, each in points.items():
+        alike.setdefault(each.shape, []).append(index)
+    return {
+        tuple(layers): jnp.concatenate([points[index] for index in layers])
+        for layers in alike.values()
+    }
+
+
+def _aligned(
+    model: Decoder,
+    weights: Any,
+    batches: Iterable[Rows],
+    layers: Mapping[int, LayerCentres],
+    rotated: bool,
+    compute: Compute,
+) -> dict[int, LayerCentres]:
+    """The same centres with the table between them, from a second pass."""
+
+    def reduction(layer: Resolved, seen: Seen) -> dict[str, Array]:
+        own, centres = turned(layer, seen, rotated), layers[layer.source]
+        assert centres.query is not None
+        heads, count = centres.query.shape[:2]
+        query = own.query.reshape(len(own.query), heads, -1, own.query.shape[-1])
+        asks = jax.nn.one_hot(nearest(query, centres.query), count)
+        asks = asks.reshape(*own.query.shape[:-1], count)
+        entry = jax.nn.one_hot(centres.labels(own.key, "aligned"), centres.key.shape[1])
+        seen_of = (own.weights > 0).astype(jnp.float32)
+
+        def between(pairs: Array) -> Array:
+            to_entries = jnp.einsum("bhgqk,bhkc->bhgqc", pairs, entry)
+            return jnp.einsum("bhgqc,bhgqa->hac", to_entries, asks)
+
+        return {"mass": between(own.weights), "pairs": between(seen_of)}
+
+    look = looked_at(model, reduction, compute)
+    total: dict[int, Any] = {}
+    for rows in batches:
+        for index, sums in look(weights, rows).items():
+            source = model.layers[index].source
+            old = total.get(source)
+            total[source] = sums if old is None else jax.tree.map(jnp.add, old, sums)
+    # What was never met together counts as the least that was.
+    return {
+        index: replace(layer, table=_logarithm(total[index]["mass"], total[index]["pairs"]))
+        for index, layer in layers.items()
+    }
+
+
+def _logarithm(mass: Array, pairs: Array) -> Array:
+    known = (pairs > 0) & (mass > 0)
+    mean = jnp.where(known, jnp.log(jnp.where(known, mass, 1.0) / jnp.maximum(pairs, 1.0)), 0.0)
+    return jnp.where(known, mean, jnp.min(jnp.where(known, mean, 0.0)) - 1.0)
+
+
+def check(clusters: int, tokens: int) -> None:
+    """Raise BadInput before anything is compiled."""
+    if clusters < 2:
+        raise BadInput("--clusters", clusters, "at least 2")
+    if clusters > tokens:
+        raise BadInput("--clusters", clusters, f"at most the number of tokens ({tokens:,})")

@@ -1,0 +1,139 @@
+"""Whether centres know what a query needs: entries are read cluster by cluster, in the order of
+the query's scores, the latest first within a cluster, until a share of the entries is read.
+
+By head: the attention mass that was captured; precision, recall and F1 against the entries that
+hold 80 % of the mass; sizes of the clusters. Beside it what as many entries capture when they
+are the right ones (the largest weights) and when they are simply the latest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.analysis.calibrate import turned
+from mukv.analysis.capture import Rows, Seen, summed
+from mukv.analysis.sparsity import LEAST, NEEDED, QUERIES
+from mukv.cache.centres import Centres
+from mukv.core.compute import Compute
+from mukv.core.typing import Array
+from mukv.model.decoder import Decoder
+from mukv.model.plan import Resolved
+
+READS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Shares of the visible entries that are read."""
+MEASURES = ("captured", "largest", "latest", "precision", "recall", "f1")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One layer. captured, largest, latest: mass of the entries that clusters choose, of the
+    largest weights, of the latest entries; all measures [head read], NaN where no query sees
+    enough. sizes: entries of each
+    cluster, as shares, largest first [kv_head cluster].
+    """
+
+    layer: int
+    captured: np.ndarray
+    largest: np.ndarray
+    latest: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    sizes: np.ndarray
+
+
+def judge(
+    model: Decoder,
+    weights: Any,
+    centres: Centres,
+    batches: Iterable[Rows],
+    compute: Compute | None = None,
+) -> list[Prediction]:
+    """Every layer's, over queries that see at least LEAST entries. weights: stacked and scaled."""
+
+    def reduction(layer: Resolved, seen: Seen) -> dict[str, Array]:
+        return _sums(layer, turned(layer, seen, centres.rotated), centres)
+
+    found = summed(model, weights, batches, reduction, {}, compute)
+    return [_finished(index, sums) for index, sums in found.items()]
+
+
+def _sums(layer: Resolved, seen: Seen, centres: Centres) -> dict[str, Array]:
+    batch, kv_heads, group, length, _ = seen.weights.shape
+    taken = np.unique(np.linspace(0, length - 1, min(QUERIES, length)).astype(int))[::-1]
+    own = centres.layers[layer.source]
+    labels = own.labels(seen.key, centres.kind)
+    query = seen.query[:, :, :, taken].reshape(batch, kv_heads, -1, seen.query.shape[-1])
+    scores = own.scores(query, centres.kind)
+    here = seen.position[:, taken]
+    visible = here + 1 if layer.window is None else jnp.minimum(here + 1, layer.window)
+
+    # Members of each cluster up to each entry; what a query sees is a difference of two.
+    member = jax.nn.one_hot(labels, scores.shape[-1])
+    until = jnp.cumsum(member, axis=2)
+    before_first = jnp.pad(until, ((0, 0), (0, 0), (1, 0), (0, 0)))
+    first = jnp.asarray(taken) - visible + 1
+    start = jnp.take_along_axis(before_first, first[:, None, :, None], axis=2)
+    sees = until[:, :, taken] - start
+
+    def each(x: Array) -> Array:
+        """The same for every query head of a group."""
+        return jnp.repeat(x[:, :, None], group, axis=2).reshape(batch, kv_heads, -1, x.shape[-1])
+
+    order = jnp.argsort(-scores, axis=-1)
+    sizes = jnp.take_along_axis(each(sees), order, axis=-1)
+    better = jnp.cumsum(sizes, axis=-1) - sizes
+    earlier = jnp.take_along_axis(better, jnp.argsort(order, axis=-1), axis=-1)
+    # Entries that are read before an entry: of better clusters, and later ones of its own.
+    place = earlier + each(until[:, :, taken])
+    index = jnp.broadcast_to(labels[:, :, None], (*place.shape[:3], length))
+    own_count = jnp.take_along_axis(until, labels[..., None], axis=3)[..., 0]
+    turn = jnp.take_along_axis(place, index, axis=-1) - own_count[:, :, None]
+    turn = turn.reshape(batch, kv_heads * group, -1, length)
+
+    heads = seen.weights.reshape(batch, -1, length, length)[:, :, taken]
+    total = jnp.maximum(jnp.sum(heads, axis=-1, keepdims=True), 1e-30)
+    heads = heads / total
+    inside = (jnp.asarray(taken)[:, None] - jnp.arange(length) < visible[..., None])[:, None]
+    inside &= (jnp.arange(length) <= jnp.asarray(taken)[:, None])[None, None]
+    ordered = -jnp.sort(-heads, axis=-1)
+    mass = jnp.cumsum(ordered, axis=-1)
+    last = jnp.minimum(jnp.sum(mass < NEEDED, axis=-1, keepdims=True), length - 1)
+    wanted = (heads >= jnp.take_along_axis(ordered, last, axis=-1)) & inside & (heads > 0)
+    back = jnp.asarray(taken)[:, None] - jnp.arange(length)
+
+    found: dict[str, list[Array]] = {name: [] for name in MEASURES}
+    for share in READS:
+        count = jnp.ceil(share * visible).astype(jnp.int32)[:, None, :, None]
+        read = (turn < count) & inside
+        both = jnp.sum(read & wanted, axis=-1)
+        precision, recall = both / count[..., 0], both / jnp.sum(wanted, axis=-1)
+        found["captured"].append(jnp.sum(jnp.where(read, heads, 0.0), axis=-1))
+        at = jnp.broadcast_to(count - 1, (*heads.shape[:3], 1))
+        found["largest"].append(jnp.take_along_axis(mass, at, axis=-1)[..., 0])
+        latest = inside & (back < count)
+        found["latest"].append(jnp.sum(jnp.where(latest, heads, 0.0), axis=-1))
+        found["precision"].append(precision)
+        found["recall"].append(recall)
+        found["f1"].append(2 * both / (count[..., 0] + jnp.sum(wanted, axis=-1)))
+    counted = ((seen.segment[:, taken] > 0) & (visible >= LEAST)).astype(jnp.float32)
+    sums = {
+        name: jnp.einsum("bhqr,bq->hr", jnp.stack(values, axis=-1), counted)
+        for name, values in found.items()
+    }
+    real = (seen.segment > 0).astype(jnp.float32)
+    sums["sizes"] = jnp.einsum("bhkc,bk->hc", member, real)
+    return sums | {"queries": jnp.sum(counted)}
+
+
+def _finished(index: int, sums: dict[str, np.ndarray]) -> Prediction:
+    queries = float(sums["queries"]) or np.nan
+    means = {name: sums[name] / queries for name in MEASURES}
+    share = sums["sizes"] / np.maximum(sums["sizes"].sum(axis=1, keepdims=True), 1)
+    return Prediction(index, **means, sizes=np.sort(share, axis=1)[:, ::-1])
