@@ -27,7 +27,7 @@ FLOORS = (
     {"describe", "runs"},
     {"loaded", "search"},
     {"bench", "convert", "transfer"},
-    {"analysis", "demo", "inputs", "output"},
+    {"analysis", "demo", "inputs", "output", "report"},
     {"cli"},
     {"__main__"},
 )

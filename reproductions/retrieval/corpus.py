@@ -1,4 +1,4 @@
-"""Documents with facts to be recalled: lines of a text, and between them lines such as `@K:qzv`.
+"""Documents with facts to be recalled: lines of a text, and between them lines such as `@Kqzv`.
 
 A key is a capital letter, its value a few random small letters. The line comes once as a fact,
 which nobody can guess, and later again, where all of the value can be known. Everything is ordinary
@@ -28,7 +28,7 @@ class Puzzle:
 
 
 def fact(key: str, value: str) -> str:
-    return f"{MARK}{key}:{value}\n"
+    return f"{MARK}{key}{value}\n"
 
 
 def drawn_facts(random: np.random.Generator, count: int) -> dict[str, str]:
@@ -53,12 +53,12 @@ def lines_of(text: bytes, random: np.random.Generator, size: int) -> list[str]:
 
 def document(text: bytes, random: np.random.Generator, length: int) -> str:
     """To train on: facts, each asked for one to three times somewhere after it."""
-    dense = random.random() < 0.4
+    dense = random.random() < 0.6
     each = len(fact("K", "v" * VALUE))
     asked = int(random.integers(1, 4))
     count = int(random.integers(2, 13))
     if dense:
-        count, asked = min(26, max(2, length // (each * (asked + 1)))), asked
+        count = min(26, max(2, length // (each * (asked + 1))))
     room = 0 if dense else max(0, length - count * each * (asked + 1))
     pieces = lines_of(text, random, room) if room else []
     placed = [(float(place), line) for place, line in enumerate(pieces)]

@@ -17,15 +17,15 @@ from mukv.data.build import build_tokens, default_corpus
 from mukv.launch import cache_folder
 
 LENGTH = 256
-DOCUMENTS = 48_000
+DOCUMENTS = 30_000
 MODEL = (
     "model.d_model=64",
     "model.attention={heads: 4, kv_heads: 2, head_dim: 16}",
     "model.mlp.hidden=192",
     "model.plan=[{repeats: 3}]",
-    "train.batch=32",
+    "train.batch=16",
     f"train.length={LENGTH}",
-    "train.learning_rate=0.006",
+    "train.learning_rate=0.005",
     "train.schedule={kind: wsd, warmup: 50}",
     "train.checkpoint_every=100",
     "train.evaluate_every=200",

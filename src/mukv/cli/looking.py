@@ -137,3 +137,27 @@ def analyze(
         console.print(table)
         console.print(f"centres: {facts['calibration']['path']}", highlight=False, soft_wrap=True)
     console.print(f"page: {folder / 'analysis.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of some.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """One page about runs that needs nothing else: curves, trade-offs, heat maps.
+
+    Shows what `analyze`, `compress` and `bench` have left in the run directories.
+
+    Example: `mukv report runs/demo --out report.html`
+    """
+    launch.prepare()
+    from mukv.report import report as write
+
+    facts = write(runs, out)
+    if as_json:
+        output.print_json(facts)
+        return
+    Console().print(f"page: {out}", highlight=False, soft_wrap=True)

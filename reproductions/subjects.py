@@ -1,0 +1,79 @@
+"""Whom the studies of attention look at: a model that we trained, one in the shape of Llama.
+
+The trained one is that of `retrieval/`: text with facts to be recalled. The other has the heads of
+Llama 3.2 1B (32 query heads of 64 on 8 KV heads, its rotation) in four layers and random weights:
+nothing that it shows was learnt, which is what it is for.
+"""
+
+from __future__ import annotations
+
+import doctest
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import mukv
+from mukv import config
+from mukv.analysis.capture import Rows
+from mukv.analysis.samples import windows
+from mukv.core.params import initialise
+from mukv.data.build import default_corpus
+from mukv.data.tokenizer import ByteTokenizer
+from mukv.launch import cache_folder
+from mukv.model import Decoder
+
+ROOT = Path(__file__).parents[1]
+LLAMA = (
+    "model.d_model=2048",
+    "model.attention={heads: 32, kv_heads: 8, head_dim: 64}",
+    "model.attention.position={base: 500000, scaling: {kind: llama3, factor: 32}}",
+    "model.mlp.hidden=8192",
+    "model.plan=[{repeats: 4}]",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its weights, stored and as the forward pass takes them."""
+
+    name: str
+    model: Decoder
+    stored: Any
+
+    @property
+    def scaled(self) -> Any:
+        return self.model.scaled(self.stored)
+
+
+def trained(path: Path) -> Subject:
+    found = mukv.load(path)
+    assert isinstance(found.decoder, Decoder)
+    return Subject("trained, 3 layers", found.decoder, found.weights)
+
+
+def llama_shaped(seed: int = 0) -> Subject:
+    model = config.load("tiny", LLAMA).model
+    assert isinstance(model, Decoder)
+    deviations = jax.tree.map(lambda weight: weight.deviation, model.resolved())
+    stored = initialise(model.params(), deviations, jax.random.key(seed))
+    return Subject("heads of Llama 3.2 1B, random weights", model, stored)
+
+
+def texts(length: int, samples: int) -> dict[str, Rows]:
+    """Code (held out from training), prose (this project's pages), dialogue (sessions with the
+    Python interpreter in the library's own docstrings, turn by turn)."""
+    tokens = default_corpus(cache_folder()).split("validation").tokens
+    code = bytes(tokens[tokens < 256].astype("uint8"))
+    pages = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+    prose = "\n".join(page.read_text() for page in pages)
+    turns = doctest.DocTestParser().get_examples(code.decode("utf-8", "ignore"))
+    dialogue = "".join(f">>> {turn.source}{turn.want}" for turn in turns)
+    given = {"code": code, "prose": prose.encode(), "dialogue": dialogue.encode()}
+    start = ByteTokenizer().start
+    return {
+        name: windows(name, [np.array([*start, *text])], length, samples)
+        for name, text in given.items()
+    }
