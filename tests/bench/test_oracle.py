@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mukv.bench.grading import effective_length, shares, wilson
 from mukv.tasks import TASKS
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_all_tasks_are_shown(mukv):
@@ -60,3 +64,14 @@ def test_effective_length():
 def test_shares():
     rows = shares(np.array([True, False, True]), np.array([1, 5, 9]), [0, 4, 8])
     assert [row["exact_match"] for row in rows] == [1, 0, 1]
+
+
+def test_the_docs_show_what_samples_are():
+    spec = importlib.util.spec_from_file_location("samples", DOCS / "samples.py")
+    assert spec is not None
+    assert spec.loader is not None
+    samples = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(samples)
+    text = (DOCS / "benchmark.md").read_text()
+    assert samples.page(text) == text
+    assert all(f"**{name}**" in text for name in TASKS)

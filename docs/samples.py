@@ -1,0 +1,37 @@
+"""Write a sample of each task into docs/benchmark.md.
+
+Run: python docs/samples.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mukv.core.files import write_atomic
+from mukv.tasks import TASKS, AnyTask
+
+PAGE = Path(__file__).with_name("benchmark.md")
+BEGIN, END = "<!-- samples: python docs/samples.py -->", "<!-- end of samples -->"
+MORE = 16
+"""Tokens of filler."""
+
+
+def sample(name: str, task: AnyTask) -> str:
+    """Sample 0 of the test split, its answers apart."""
+    found = task.sample(task.smallest + MORE, 0, "test", 0)
+    text, answers = task.questions(found)
+    lines = "\n".join(line.rstrip() for line in text.splitlines())
+    told = ", ".join(" ".join(answer.split()) for answer in answers)
+    return f"**{name}** (answers: {told})\n\n```\n{lines}\n```\n"
+
+
+def page(text: str) -> str:
+    """The page with its samples as they are now."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    samples = "\n".join(sample(name, task) for name, task in TASKS.items())
+    return f"{before}{BEGIN}\n\n{samples}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    write_atomic(PAGE, page(PAGE.read_text()))

@@ -1,0 +1,150 @@
+"""Train variants of a model on synthetic tasks at one length, test them at longer ones.
+
+    python reproductions/bench.py reproductions/positions/cpu.yaml [--minutes 14]
+
+Every variant has the same learning rates, steps and seeds, and is judged at its own best rate
+(`mukv.bench.trial`). Runs are run directories below runs/, and a variant's rows are kept in
+results.json, so that an interrupted comparison goes on where it was. Writes figure.png, a column
+for each task, beside the configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from mukv import config, launch
+from mukv.bench.examine import Settings
+from mukv.bench.picture import MARKERS
+from mukv.bench.trial import Trial
+from mukv.core import schema
+from mukv.core.files import write_atomic
+from mukv.figures import saved_figure
+from mukv.tasks import AnyTask
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A task, and how long it is trained."""
+
+    task: AnyTask
+    steps: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a YAML file asks for. variants: overrides of `base` by name. lengths: the first is
+    that of training."""
+
+    base: str
+    overrides: tuple[str, ...]
+    variants: dict[str, tuple[str, ...]]
+    tasks: dict[str, Tested]
+    lengths: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    seeds: int
+    samples: int = 200
+    settings: Settings = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", Settings(self.samples, free=0))
+
+    def trial(self, variant: str, task: str, folder: Path) -> Trial:
+        steps = f"train.steps={self.tasks[task].steps}"
+        run = config.load(self.base, [*self.overrides, *self.variants[variant], steps])
+        root = folder / variant.replace(" ", "-").replace(",", "")
+        return Trial(run, self.lengths, self.learning_rates, self.seeds, root, self.settings)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no variant after that")
+    given = parser.parse_args()
+    launch.prepare()
+    asked = schema.build(Comparison, yaml.safe_load(given.config.read_text()))
+    here, began = given.config.parent, time.monotonic()
+    known = here / "results.json"
+    rows: list[dict[str, Any]] = json.loads(known.read_text()) if known.exists() else []
+    for name, tested in asked.tasks.items():
+        for variant in asked.variants:
+            if any(row["variant"] == variant and row["task"] == name for row in rows):
+                continue
+            if time.monotonic() - began > 60 * given.minutes:
+                break
+            trial = asked.trial(variant, name, Path("runs") / here.name)
+            found, seen = trial.examine(name, tested.task)
+            rates = {
+                f"{rate:g}": [r["exact_match"] for r in seen["rates"] if r["learning_rate"] == rate]
+                for rate in asked.learning_rates
+            }
+            rows += [{"variant": variant, **row, "validation_by_rate": rates} for row in found]
+            write_atomic(known, json.dumps(rows, indent=1) + "\n")
+    if rows:
+        draw(rows, here / "figure.png")
+        show(rows, Console())
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Exact match by length, a table for each task."""
+    for name in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == name]
+        lengths = sorted({row["length"] for row in own})
+        table = Table(name, "rate", *(f"{length:,}" for length in lengths), "bytes/token")
+        for variant in dict.fromkeys(row["variant"] for row in own):
+            mine = {row["length"]: row for row in own if row["variant"] == variant}
+            cells = (spread(mine[length]["by_seed"]) for length in lengths)
+            bytes_each = f"{mine[lengths[-1]]['cache_bytes_per_token']:,.0f}"
+            table.add_row(variant, f"{mine[lengths[0]]['learning_rate']:g}", *cells, bytes_each)
+        console.print(table)
+
+
+def spread(shares: Sequence[float]) -> str:
+    """Mean over seeds and the farthest from it."""
+    mean = sum(shares) / len(shares)
+    return f"{mean:.2f} ± {max(abs(share - mean) for share in shares):.2f}"
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Above exact match by length, below at the longest against cache bytes per token."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    with saved_figure(path, (5 * len(tasks), 7.6)) as figure:
+        panels = figure.subplots(2, len(tasks), squeeze=False, sharey=True)
+        for column, task in enumerate(tasks):
+            above, below = panels[:, column]
+            for number, variant in enumerate(variants):
+                own = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
+                look = {"marker": MARKERS[number], "color": f"C{number}", "label": variant}
+                lengths, scores = ([row[k] for row in own] for k in ("length", "exact_match"))
+                above.plot(lengths, scores, ms=5, **look)
+                for row in own:
+                    above.vlines(row["length"], min(row["by_seed"]), max(row["by_seed"]),
+                                 color=look["color"], alpha=0.5)  # fmt: skip
+                if own:
+                    below.scatter(own[-1]["cache_bytes_per_token"], scores[-1], s=70, **look)
+            longest = max(row["length"] for row in rows if row["task"] == task)
+            above.set(xlabel="tokens", title=f"{task}; lines: range of seeds")
+            below.set(xlabel=f"cache bytes per token at {longest:,} tokens")
+            for axes in (above, below):
+                axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+                axes.set(ylabel="exact match", ylim=(-0.03, 1.03))
+                axes.grid(alpha=0.3)
+            below.margins(x=0.3)
+        figure.legend(
+            *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4
+        )
+
+
+if __name__ == "__main__":
+    main()
