@@ -215,9 +215,7 @@ class Family:
         if self.biases is None:
             config["attention_bias"] = bool(attention.biases)
         if self.query_scale:
-            scalar = (attention.scale or attention.head_dim**-0.5) ** -2
-            near = round(scalar)
-            config[self.query_scale] = near if abs(near - scalar) < 1e-9 * scalar else scalar
+            config[self.query_scale] = whole_scalar(attention.scale) or attention.head_dim
         if self.attention_softcap:
             config[self.attention_softcap] = attention.softcap
         if self.logit_softcap:
@@ -228,3 +226,12 @@ class Family:
             assert isinstance(position, RoPE)
             config |= self.write_local(position)
         return config
+
+
+def whole_scalar(scale: float | None) -> int | None:
+    """The whole number whose root divides logits, which is all that a config.json can say of a
+    scale; None if there is none."""
+    if scale is None:
+        return None
+    scalar = scale**-2
+    return round(scalar) if abs(round(scalar) - scalar) < 1e-9 * scalar else None

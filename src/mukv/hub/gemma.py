@@ -16,6 +16,7 @@ from mukv.hub.settings import Given, read_rope
 from mukv.model.block import SandwichNorm
 from mukv.position import RoPE
 
+UNUSED = 4096
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 RULES = (
     *ENDS,
@@ -69,6 +70,11 @@ class EveryNthGlobal(ByType):
     def default(self, given: Given, layers: int) -> list[bool]:
         period = given.get("sliding_window_pattern", int, self.period)
         return [(layer + 1) % period != 0 for layer in range(layers)]
+
+    def write(self, windows: Windows) -> dict[str, Any]:
+        said = super().write(windows)
+        # transformers wants a size even where no layer has a window.
+        return said if any(windows) else said | {"sliding_window": UNUSED}
 
 
 def global_rope(given: Given) -> RoPE:

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mukv.core.params import named
-from mukv.hub.family import Family
+from mukv.hub.family import Family, whole_scalar
 from mukv.model import Decoder
 from mukv.scaling.parameterization import Scaling
 
@@ -31,11 +31,11 @@ def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dic
         final *= model.scaling.tied_factor(model.params()["embedding"])
     _multiply(flat, final, ["final_norm.gain", "final_norm.offset"])
     attention = model.layers[0].attention
-    scale = attention.scale or attention.query_dim**-0.5
-    if family.query_scale:
+    if family.query_scale and whole_scalar(attention.scale):
         layers = attention.scale
     else:
-        layers, ratio = None, scale * attention.query_dim**0.5
+        usual = attention.query_dim**-0.5
+        layers, ratio = None, (attention.scale or usual) / usual
         ends = ("read.query_norm.gain", "read.query_norm.offset")
         if not getattr(attention, "norm", None):
             ends = ("read.query", "read.query_bias")

@@ -1,0 +1,177 @@
+"""What we train is theirs: exported, transformers computes the same, whatever it was scaled by."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mukv
+from mukv.config import Run
+from mukv.convert import export_model, import_model
+from mukv.core.norm import RMSNorm
+from mukv.core.params import map_params
+from mukv.data.tokenizer import NoTokenizer
+from mukv.loaded import Model
+from mukv.model.block import SandwichNorm
+from mukv.position import RoPE
+from mukv.scaling.parameterization import Scaling
+from mukv.training import Training
+from tests.conftest import command
+from tests.laws import matrix
+from tests.parity.models import logits, torch, transformers
+
+pytestmark = pytest.mark.xdist_group("trained")
+
+BASE = {"embed": 4, "heads": 2, "head_dim": 2, "value_dim": 2, "hidden": 6, "layer": 1}
+SCALED = {"scaling": Scaling(kind="mup", base=BASE, depth=0.7), "readout": "tied"}
+FAST = RoPE(base=100.0, pairing="interleaved")
+GEMMA = {
+    "norm": RMSNorm(stored="offset"),
+    "residual": SandwichNorm(),
+    "embedding_scale": "root_width",
+    "logit_softcap": 3.0,
+    "scaling": Scaling(kind="mup", base=BASE),
+}
+MODELS = {
+    "llama": ("plain", {"scale": 0.3, "position": FAST}, SCALED),
+    "llama-untied": ("plain", {"position": FAST}, {**SCALED, "readout": "linear"}),
+    "mistral": ("window", {}, SCALED),
+    "qwen-2": ("plain", {"biases": ("query", "key", "value"), "scale": 0.3}, SCALED),
+    "qwen-3": ("local-global", {"norm": RMSNorm(), "scale": 0.3, "position": FAST}, SCALED),
+    "gemma-2": ("local-global", {"scale": 0.3, "softcap": 2.0}, {**GEMMA, "readout": "tied"}),
+    "gemma-2-untied": ("plain", {"scale": 0.3}, GEMMA),
+    "gemma-3": ("local-global", {"norm": RMSNorm(stored="offset")}, {**GEMMA, "readout": "tied"}),
+}
+"""Plan, changes of attention, changes of the model: all that an export has to fold away."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_scaled_is_folded_into_the_weights(name, tmp_path):
+    plan, attention, changes = MODELS[name]
+    model = matrix.build("gqa", "rope", plan, **changes)
+    model = replace(model, attention=replace(model.attention, **attention))
+    weights = map_params(lambda _, leaf: jnp.asarray(leaf), model.params(), matrix.weights(model))
+    ours = Model(Run(model=model, train=Training(compute=matrix.EXACT)), weights, NoTokenizer())
+    told = export_model(ours, tmp_path / "nowhere", tmp_path / "out")
+    assert told["architecture"].lower().startswith(name.replace("-untied", "").split("-")[0])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = matrix.tokens()
+    expected = np.asarray(ours.logits(ids))
+    np.testing.assert_allclose(logits(theirs, ids), expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_a_trained_model_is_the_same_there(trained, token_file, tmp_path):
+    """Logits, tokens and perplexity; with the tokenizer that transformers makes of ours."""
+    assert command("export", trained, "--out", tmp_path / "out").returncode == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours, text = mukv.load(trained), "Déjà vu number 7. " * 3
+    ids = np.array([ours.encode(text)])
+    assert tokenizer(text)["input_ids"] == ids[0].tolist()
+    np.testing.assert_allclose(logits(theirs, ids), ours.logits(ids), atol=1e-4)
+    (tmp_path / "text.txt").write_text(text)
+    done = command("eval", trained, "--text", tmp_path / "text.txt", "--length", 64, "--json")
+    assert done.returncode == 0, done.stderr
+    with torch.inference_mode():
+        loss = theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
+
+
+def test_perplexity_with_a_stride(trained, tmp_path):
+    """Windows as transformers' guide has them: what a window shares with the one before it is
+    context alone."""
+    assert command("export", trained, "--out", tmp_path / "out").returncode == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ours, length, stride, done, nats = mukv.load(trained), 20, 7, 1, 0.0
+    row = np.array(ours.encode("Déjà vu number 7. " * 3))
+    for begin in range(0, len(row), stride):
+        # A window of theirs has its last target inside.
+        end = min(begin + length + 1, len(row))
+        labels = row[begin:end].copy()
+        labels[: done - begin] = -100
+        with torch.inference_mode():
+            given = torch.tensor(row[None, begin:end]), torch.tensor(labels[None])
+            nats += float(theirs(given[0], labels=given[1]).loss) * (end - done)
+        done = end
+        if end == len(row):
+            break
+    found = ours.evaluate([row], length, stride)
+    assert found.tokens == len(row) - 1
+    assert found.loss == pytest.approx(nats / found.tokens, rel=1e-5)
+
+
+CHAT = """{%- if not bos_token is defined %}{{ raise_exception('no begin') }}{%- endif %}
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {{- '<|start|>' + message['role'] + '\n\n' + message['content'] | trim + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant\n\n' }}{%- endif %}
+"""
+
+
+def test_a_conversation_is_put_as_there(trained, tmp_path):
+    assert command("export", trained, "--out", tmp_path / "out").returncode == 0
+    (tmp_path / "out" / "chat_template.jinja").write_text(CHAT)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    message = " Déjà <|begin|> vu? "
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=False
+    )
+    assert mukv.load(tmp_path / "out").encode_chat(message) == expected
+
+
+META = {"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_metas_own_files(tmp_path, tied):
+    """Two model-parallel parts in Meta's names and interleaved rotation: the model is that of
+    the folder in Hugging Face's."""
+    from tests.parity.models import LLAMA3, TINY, build, saved
+
+    scaling = {**LLAMA3, "factor": 32.0 if tied else 8.0, "original_max_position_embeddings": 8192}
+    fields = {**TINY, "intermediate_size": 96, "tie_word_embeddings": tied, "rms_norm_eps": 1e-5}
+    theirs = build("Llama", {**fields, "vocab_size": 98, "rope_parameters": scaling})
+    folder = saved(theirs, tmp_path / "theirs")
+    names = {"embed_tokens": "tok_embeddings", "norm": "norm"}
+    names |= {f"self_attn.{x}_proj": f"attention.w{x}" for x in "qkvo"}
+    names |= {"mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2"}
+    names |= {"mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm"}
+    names |= {"post_attention_layernorm": "ffn_norm"}
+    parts: list[dict] = [{}, {}]
+    for name, weight in theirs.state_dict().items():
+        if name == "lm_head.weight":
+            target = "output.weight"
+        else:
+            inner = name.removeprefix("model.").removesuffix(".weight")
+            layer, dot, rest = inner.partition("layers.")[2].partition(".")
+            key = names[rest if dot else inner]
+            target = f"layers.{layer}.{key}.weight" if dot else f"{key}.weight"
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            halves = weight.reshape(-1, 2, 4, 32)  # heads of two halves of four pairs
+            weight = halves.transpose(1, 2).reshape(weight.shape)
+        axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+        whole = weight.ndim == 1
+        for part, piece in zip(parts, weight.chunk(2, axis), strict=True):
+            part[target] = weight if whole else piece.clone()
+        for part in parts:
+            part["rope.freqs"] = torch.ones(4)
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    for number, part in enumerate(parts):
+        torch.save(part, meta / f"consolidated.{number:02}.pth")
+    said = {**META, "rope_theta": 10_000.0, "use_scaled_rope": True, "norm_eps": 1e-5}
+    (meta / "params.json").write_text(json.dumps({**said, "vocab_size": -1}))
+    for source, out in ((folder, "one"), (meta, "two")):
+        import_model(str(source), tmp_path / out)
+    files = [tmp_path / each / "weights/weights.safetensors" for each in ("one", "two")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    one, two = (mukv.load(tmp_path / each).decoder for each in ("one", "two"))
+    assert replace(two, context=one.context) == one
