@@ -126,3 +126,56 @@ def test_bfloat16_is_as_near_as_theirs(pair, tmp_path):
     found = with_compute(ours, Compute("bfloat16", "bfloat16")).logits(IDS)
     error, theirs_error = (np.sqrt(np.mean((each - exact) ** 2)) for each in (found, expected))
     assert 0 < error <= 1.25 * theirs_error
+
+
+LLAMA_100M = {
+    "vocab_size": 128_256,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        **models.LLAMA3,
+        "rope_theta": 500_000.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+GEMMA_100M = {
+    "vocab_size": 256_000,
+    "hidden_size": 320,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 32,
+}
+BIG = {"Llama": LLAMA_100M, "Gemma2": GEMMA_100M}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", BIG)
+def test_of_100_million_parameters(family, tmp_path):
+    """True heads, vocabulary and rotation, at positions beyond what the rotation was slowed from
+    (Llama), of a text longer than a window (Gemma, whose windows there count places in the row)."""
+    theirs = models.build(family, BIG[family])
+    ours = mukv.load(saved(theirs, tmp_path / "theirs"))
+    assert 90e6 < sum(leaf.size for leaf in named(ours.weights).values()) < 110e6
+    place = np.arange(6000, 6072)
+    if family == "Llama":
+        place = np.concatenate([np.arange(24), np.arange(3000, 3024), np.arange(9000, 9024)])
+    ids = np.random.default_rng(0).integers(0, BIG[family]["vocab_size"], (1, len(place)))
+    expected = logits(
+        theirs, ids, attention_mask=np.ones_like(ids), position_ids=place[None].astype(int)
+    )
+    found = np.asarray(ours.logits(ids, place))
+    assert expected.std() > 0.3
+    np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -65,7 +65,7 @@ def test_pairings_are_one_model_in_another_order():
 )
 def test_no_scaling_is_rope(scaling):
     np.testing.assert_allclose(
-        RoPE(scaling=scaling).frequencies(64), RoPE().frequencies(64), rtol=1e-12
+        RoPE(scaling=scaling).frequencies(64), RoPE().frequencies(64), rtol=3e-7
     )
 
 
@@ -87,7 +87,7 @@ def test_partial_rotary_and_p_rope_differ():
 def test_ntk_is_a_larger_base():
     base = 10_000.0 * 4.0 ** (64 / 62)
     np.testing.assert_allclose(
-        RoPE(scaling=NTK(factor=4.0)).frequencies(64), RoPE(base=base).frequencies(64), rtol=1e-12
+        RoPE(scaling=NTK(factor=4.0)).frequencies(64), RoPE(base=base).frequencies(64), rtol=3e-7
     )
 
 

@@ -61,13 +61,19 @@ class RoPE(Position):
         return int(self.partial * head_dim)
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians per token of each pair, fastest first: float64 [pair]."""
+        """Radians per token of each pair, fastest first: float32 [pair].
+
+        Power and reciprocal are rounded one after the other, as in the code that published models
+        were trained with: other roundings differ by 1e-3 radians after 9,000 tokens.
+        """
         width = self._width(head_dim)
-        frequency = self.base ** -(np.arange(0, width, 2) / max(width, 1))
+        exponent = (np.arange(0, width, 2) / max(width, 1)).astype(np.float32)
+        period = (self.base ** exponent.astype(np.float64)).astype(np.float32)
+        frequency = np.float32(1) / period
         if self.scaling:
             frequency = self.scaling.scale(frequency, self.base)
         turning = np.arange(len(frequency)) < int(self.p * width / 2)
-        return np.where(turning, frequency, 0.0)
+        return np.where(turning, frequency, np.float32(0))
 
     def rotate(
         self,

@@ -37,7 +37,8 @@ class Slower:
         return 1.0
 
     def scale(self, frequency: np.ndarray, base: float) -> np.ndarray:
-        """Radians per token of each pair, float64 [pair], before and after."""
+        """Radians per token of each pair, float32 [pair], before and after; operations stand in
+        the order of transformers' code, whose roundings are those of published models."""
         raise NotImplementedError
 
 
@@ -57,7 +58,8 @@ class NTK(Slower):
 
     def scale(self, frequency: np.ndarray, base: float) -> np.ndarray:
         pairs = len(frequency)
-        return frequency * self.factor ** (-np.arange(pairs) / max(1, pairs - 1))
+        slower = self.factor ** (-np.arange(pairs) / max(1, pairs - 1))
+        return (frequency * slower).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,12 @@ class Llama3(Slower):
             raise BadInput("original_length", self.original_length, "at least 1 token")
 
     def scale(self, frequency: np.ndarray, base: float) -> np.ndarray:
-        turns = self.original_length * frequency / (2 * math.pi)
+        turns = self.original_length / (2 * math.pi / frequency)
         blend = (turns - self.low_frequency_factor) / (
             self.high_frequency_factor - self.low_frequency_factor
         )
-        return _blend(frequency, self.factor, 1 - np.clip(blend, 0, 1))
+        kept = np.clip(blend, 0, 1)
+        return (1 - kept) * frequency / self.factor + kept * frequency
 
 
 @dataclass(frozen=True)
@@ -136,12 +139,9 @@ class YaRN(Slower):
         low, high = pair_that_turns(self.fast), pair_that_turns(self.slow)
         if self.rounded:
             low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * pairs - 1)
-        ramp = (np.arange(pairs) - low) / max(high - low, 1e-3)
-        return _blend(frequency, self.factor, np.clip(ramp, 0, 1))
+        ramp = (np.arange(pairs, dtype=np.float32) - low) / max(high - low, 1e-3)
+        kept = 1 - np.clip(ramp, 0, 1)
+        return frequency / self.factor * (1 - kept) + frequency * kept
 
 
 AnyScaling = Linear | NTK | Llama3 | YaRN
-
-
-def _blend(frequency: np.ndarray, factor: float, slowed: np.ndarray) -> np.ndarray:
-    return (1 - slowed) * frequency + slowed * frequency / factor
