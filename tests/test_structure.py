@@ -26,7 +26,7 @@ FLOORS = (
     {"hub"},
     {"describe", "runs"},
     {"loaded", "search"},
-    {"bench", "convert", "transfer"},
+    {"bench", "compress", "convert", "transfer"},
     {"analysis", "demo", "inputs", "output", "report"},
     {"cli"},
     {"__main__"},

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mukv.cache import FULL, Calibrated, Policy
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int, Weights
@@ -153,11 +154,14 @@ def generate(
     stop: Collection[int] = (),
     compute: Compute | None = None,
     show: Callable[[list[list[int]]], None] | None = None,
+    policy: Policy = FULL,
+    centres: Calibrated | None = None,
 ) -> Generation:
     """Continue each prompt by up to `max_tokens` tokens.
 
     weights: from `decoding_weights`. stop: ids after which a row ends. show: is given the new
-    tokens of every row as they come. Raises BadInput for prompts that the model can't read.
+    tokens of every row as they come. policy, centres: of the cache. Raises BadInput for prompts
+    that the model can't read, and policies that do not fit it.
     """
     _check(model, prompts, max_tokens)
     sampling = sampling or Sampling()
@@ -170,7 +174,8 @@ def generate(
         row[: len(prompt)] = prompt
     count = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
     key = jax.random.key(sampling.seed)
-    cache = model.empty_cache(sizes.batch, sizes.body, sizes.tail, compute.type)
+    room = sizes.batch, sizes.body, sizes.tail
+    cache = model.empty_cache(*room, compute.type, policy, centres)
     cache_bytes = cache.nbytes()
 
     prefill = prefill.lower(weights, cache, padded, count, key).compile()

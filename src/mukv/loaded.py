@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mukv.cache import FULL, Calibrated, Policy
+from mukv.cache.centres import FOLDER, load_centres
+from mukv.cache.clusters import Clusters
 from mukv.checkpoint import Checkpoints
 from mukv.config import Run
 from mukv.core.errors import BadInput, nearest_name
@@ -106,13 +109,36 @@ class Model:
         sampling: Sampling | None = None,
         stop: Collection[int] | None = None,
         show: Any = None,
+        policy: Policy = FULL,
     ) -> Generation:
         """Continue token ids; see `mukv.decode.generate`. stop: default: the model's `ends`."""
         compute = self.run.train.compute
         stop = self.ends if stop is None else stop
+        cache = self.calibrated(policy)
         return generate(
-            self.decoder, self.decoding, prompts, max_tokens, sampling, stop, compute, show
+            self.decoder, self.decoding, prompts, max_tokens, sampling, stop, compute, show, *cache
         )
+
+    def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
+        """A policy with what was calibrated for it, if anything was: the centres of `clusters`,
+        where keys have heads of their own to be clustered by.
+
+        Raises BadInput for a calibration of another model.
+        """
+        whole = [
+            layer for stack in self.decoder.stacks for layer in stack.layers if not layer.window
+        ]
+        apart = all(layer.attention.stores == layer.attention.key_heads for layer in whole)
+        if not isinstance(policy.select, Clusters) or self.folder is None or not apart:
+            return policy, {}
+        if not (self.folder / FOLDER).exists():
+            return policy, {}
+        centres = load_centres(self.folder, self.weights)
+        if not centres.rotated:
+            allowed = "centres of rotated keys, which a step can compare its query with"
+            raise BadInput(str(self.folder / FOLDER), "centres of unrotated keys", allowed)
+        select = replace(policy.select, calibrated=centres.kind)
+        return replace(policy, select=select), centres.arrays()
 
     def generate(
         self, prompt: str, max_tokens: int = 128, sampling: Sampling | None = None

@@ -75,6 +75,8 @@ class Grouped(Groups):
     kind: Literal["grouped"] = "grouped"
     biases: tuple[Literal["query", "key", "value", "output"], ...] = ()
 
+    values_apart: ClassVar[bool] = True
+
     def read_params(self, d_model: int) -> dict[str, Any]:
         declared = super().read_params(d_model)
         if "query" in self.biases:
@@ -82,8 +84,6 @@ class Grouped(Groups):
         if "output" in self.biases:
             declared["output_bias"] = replace(_bias({"embed": d_model}), ends_branch=True)
         return declared
-
-    values_apart: ClassVar[bool] = True
 
     def write_params(self, d_model: int) -> dict[str, Any]:
         dims = {"embed": d_model, "kv_heads": self.kv_heads, "head_dim": self.head_dim}

@@ -90,17 +90,18 @@ class Centres:
         """Labels of each head."""
         return next(iter(self.layers.values())).key.shape[1]
 
+    def arrays(self) -> dict[int, dict[str, Array]]:
+        """Those of each layer, by name."""
+        names = ("key", "query", "table")
+        return {
+            index: {name: value for name in names if (value := getattr(layer, name)) is not None}
+            for index, layer in self.layers.items()
+        }
+
     def save(self, folder: Path) -> Path:
         """Write them into the folder of a model, as `calibration/`."""
         path = folder / FOLDER
-        tree = {
-            f"layer{index}": {
-                name: value
-                for name in ("key", "query", "table")
-                if (value := getattr(layer, name)) is not None
-            }
-            for index, layer in self.layers.items()
-        }
+        tree = {f"layer{index}": arrays for index, arrays in self.arrays().items()}
         # The table of contents comes last: without it there is no calibration.
         (path / FACTS).unlink(missing_ok=True)
         save_weights(path, tree, {"fingerprint": self.fingerprint})

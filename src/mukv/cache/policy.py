@@ -8,7 +8,7 @@ gives each its own. Layers with a window are left as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,12 +67,12 @@ class Policy:
     select: Select = field(default_factory=All)
 
     @classmethod
-    def parse(cls, text: str, budget: float = 1.0) -> Policy:
+    def parse(cls, text: str, budget: float = 1.0, where: str = "policy") -> Policy:
         """Raises BadInput for names that there are not, and two answers to one question."""
         answers: dict[str, Any] = {}
         for word in text.split("+"):
             name, _, own = word.strip().partition(":")
-            amount = Budget(_number(own, word) if own else budget)
+            amount = Budget(_number(own, where, word) if own else budget)
             if name in KEEPERS:
                 question, answer = "keep", KEEPERS[name](amount)
             elif name in STORES:
@@ -82,18 +82,18 @@ class Policy:
             elif name in SPREADS:
                 question, answer = "spread", SPREADS[name]
             else:
-                raise unknown_name("policy", name, NAMES)
+                raise unknown_name(where, name, NAMES)
             if own and not hasattr(answer, "budget"):
-                raise BadInput("policy", word, f"{name} has no budget")
+                raise BadInput(where, word, f"{name} has no budget")
             if question in answers:
-                raise BadInput("policy", text, f"one answer to what to {question}, not two")
+                raise BadInput(where, text, f"one answer to what to {question}, not two")
             answers[question] = answer
         spread = answers.pop("spread", "uniform")
         policy = cls(**answers)
         if spread == "uniform":
             return policy
         if not policy.keep.evicts:
-            raise BadInput("policy", text, f"{spread} spreads a budget: with a policy that drops")
+            raise BadInput(where, text, f"{spread} spreads a budget: with a policy that drops")
         return replace(policy, keep=replace(policy.keep, spread=spread))
 
     def __str__(self) -> str:
@@ -195,22 +195,8 @@ def _too_small(policy: Policy, budget: Budget, entries: int, of: int, least: int
     )
 
 
-def _number(text: str, where: str) -> float:
+def _number(text: str, where: str, word: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise BadInput("policy", where, "a number behind the colon, such as snapkv:0.5") from None
-
-
-def parse_many(text: str, budgets: Sequence[float]) -> list[tuple[Policy, float]]:
-    """Policies separated by commas, each with every budget that means something to it; `full`
-    first."""
-    full = (FULL, 1.0)
-    made = [full]
-    for name in text.split(","):
-        for budget in budgets:
-            policy = Policy.parse(name, budget)
-            pair = (policy, budget if policy.budgeted else 1.0)
-            if pair not in made:
-                made.append(pair)
-    return made
+        raise BadInput(where, word, "a number behind the colon, such as snapkv:0.5") from None

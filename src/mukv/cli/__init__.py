@@ -12,11 +12,21 @@ from typing import NoReturn
 import typer
 
 from mukv import launch, output
-from mukv.cli import benching, converting, looking, making, scaling, using
+from mukv.cli import benching, converting, judging, looking, making, scaling, using
 from mukv.cli.app import app
 from mukv.core.errors import BadInput, Failed
 
-__all__ = ["app", "benching", "converting", "looking", "main", "making", "scaling", "using"]
+__all__ = [
+    "app",
+    "benching",
+    "converting",
+    "judging",
+    "looking",
+    "main",
+    "making",
+    "scaling",
+    "using",
+]
 
 
 def main() -> NoReturn:

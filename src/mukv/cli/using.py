@@ -12,9 +12,7 @@ from rich.text import Text
 
 from mukv import launch, output
 from mukv.cli.app import Json, ModelName, Overrides, app
-from mukv.core.errors import BadInput, unknown_name
-
-POLICIES = ("full",)
+from mukv.core.errors import BadInput
 
 
 @app.command("eval")
@@ -76,7 +74,12 @@ def generate(
         str | None, typer.Option(help="Ids that end the text, as 1,2; default: the model's own.")
     ] = None,
     copies: Annotated[int, typer.Option(help="Continuations, decoded together.")] = 1,
-    cache: Annotated[str, typer.Option(help="Cache policy.")] = "full",
+    cache: Annotated[
+        str, typer.Option(metavar="POLICY", help="Of the cache, such as snapkv+int8.")
+    ] = "full",
+    budget: Annotated[
+        float, typer.Option(help="Of the policy: a share up to 1, or a number of entries.")
+    ] = 0.25,
     as_json: Json = False,
 ) -> None:
     """Continue a text; reports speed and cache bytes.
@@ -85,12 +88,12 @@ def generate(
     """
     launch.prepare()
     from mukv import inputs, loaded
+    from mukv.cache import Policy
     from mukv.decode import Sampling
 
     if (prompt is None) == (token_ids is None):
         raise BadInput("generate", "--prompt and --token-ids", "exactly one of the two")
-    if cache not in POLICIES:
-        raise unknown_name("--cache", cache, POLICIES)
+    policy = Policy.parse(cache, budget, "--cache")
     if copies < 1:
         raise BadInput("--copies", copies, "at least 1")
     sampling = Sampling(temperature, top_k, top_p, seed)
@@ -108,7 +111,7 @@ def generate(
         shown = Text(str(given) if prompt is None else prompt, "dim")
         Console(soft_wrap=True).print(shown, end="")
     made = speaker.generate_ids(
-        [given] * copies, max_tokens, sampling, ends, stream.show if stream else None
+        [given] * copies, max_tokens, sampling, ends, stream.show if stream else None, policy
     )
     texts = [speaker.tokenizer.decode(row) for row in made.tokens]
     if as_json:

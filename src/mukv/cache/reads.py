@@ -1,0 +1,102 @@
+"""How many bytes of its arguments a program reads, found in the program itself.
+
+What is gathered or sliced counts as much as is taken, everything else as a whole, nothing more
+than once: a mask saves no reads here, and neither does it on a machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+SAME = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "slice"} | {
+    *("convert_element_type", "copy", "stop_gradient")
+}
+"""Operations whose result is their operand in another form: what is done with it counts."""
+TAKEN = {"gather", "dynamic_slice"}
+
+
+def bytes_read(program: Callable[..., Any], tracked: Any, *others: Any) -> int:
+    """Of the arrays of `tracked`, its first argument, which may be abstract as all may."""
+    jaxpr = jax.make_jaxpr(program)(tracked, *others).jaxpr
+    leaves = jax.tree.leaves(tracked)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    widths = [leaf.dtype.itemsize for leaf in leaves]
+    read = [0.0] * len(leaves)
+
+    def add(source: int, numbers: float) -> None:
+        read[source] += numbers * widths[source]
+
+    sources = dict(zip(jaxpr.invars, range(len(leaves)), strict=False))
+    # What comes back as it is was not read.
+    _walk(jaxpr, sources, [True] * len(jaxpr.outvars), 1, add)
+    return int(sum(map(min, read, sizes)))
+
+
+def _walk(
+    jaxpr: Any,
+    sources: Mapping[Any, int],
+    wanted: list[bool],
+    times: int,
+    add: Callable[[int, float], None],
+) -> list[int | None]:
+    """Count what one program reads of its sources, so often; of which each result is a form."""
+    sources = dict(sources)
+    alive = _alive(jaxpr, wanted)
+    for equation in jaxpr.eqns:
+        if not any(out in alive for out in equation.outvars):
+            continue
+        operands = [None if _literal(v) else sources.get(v) for v in equation.invars]
+        if all(operand is None for operand in operands):
+            continue
+        name, out = equation.primitive.name, equation.outvars
+        inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
+        if name in SAME:
+            sources[out[0]] = operands[0]  # pyright: ignore[reportArgumentType]
+        elif name in TAKEN:
+            if operands[0] is not None:
+                add(operands[0], times * _size(out[0]))
+            _whole(equation.invars[1:], operands[1:], times, add)
+        elif name == "scan":
+            constants = equation.params["num_consts"]
+            body = inner.jaxpr
+            known = dict(zip(body.invars[:constants], operands[:constants], strict=True))
+            known = {v: s for v, s in known.items() if s is not None}
+            _walk(body, known, [True] * len(body.outvars), times * equation.params["length"], add)
+            _whole(equation.invars[constants:], operands[constants:], times, add)
+        elif inner is not None and name != "while":
+            body = getattr(inner, "jaxpr", inner)
+            known = {v: s for v, s in zip(body.invars, operands, strict=True) if s is not None}
+            results = _walk(body, known, [v in alive for v in out], times, add)
+            sources |= {v: s for v, s in zip(out, results, strict=True) if s is not None}
+        else:
+            _whole(equation.invars, operands, times, add)
+    return [None if _literal(v) else sources.get(v) for v in jaxpr.outvars]
+
+
+def _alive(jaxpr: Any, wanted: list[bool]) -> set[Any]:
+    """Values that the wanted results depend on."""
+    alive = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and not _literal(v)}
+    for equation in reversed(jaxpr.eqns):
+        if any(out in alive for out in equation.outvars):
+            alive |= {v for v in equation.invars if not _literal(v)}
+    return alive
+
+
+def _whole(
+    values: Any, sources: list[int | None], times: int, add: Callable[[int, float], None]
+) -> None:
+    for value, source in zip(values, sources, strict=True):
+        if source is not None:
+            add(source, times * _size(value))
+
+
+def _literal(value: Any) -> bool:
+    return hasattr(value, "val")
+
+
+def _size(value: Any) -> int:
+    return math.prod(value.aval.shape)

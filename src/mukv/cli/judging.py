@@ -1,0 +1,112 @@
+"""The command that says what a cache policy costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mukv import launch, output
+from mukv.cli.app import Json, app
+from mukv.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from mukv.compress import Result
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory.")],
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text file.")] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Token ids: .npy, [token] or [row token].")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(metavar="NAME[,NAME]...", help="Parts joined by +: snapkv+int8,pages.")
+    ] = "streaming,snapkv,int8",
+    budget: Annotated[
+        str, typer.Option(metavar="B[,B]...", help="Shares up to 1, or numbers of entries.")
+    ] = "0.25",
+    length: Annotated[
+        int | None, typer.Option(help="Tokens per row; default: as in training.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Rows of each kind.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the planted strings.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder; default: `compress` in the run directory.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Quality against bytes and speed of cache policies, beside the full cache.
+
+    Three quarters of each row are read at once, then the policy has chosen; the rest is fed token
+    by token. Writes a table and a picture.
+
+    Example: `mukv compress runs/demo/mha --text README.md --policy snapkv,pages --budget 0.25`
+    """
+    launch.prepare()
+    from mukv import compress, inputs, loaded
+
+    if (text is None) == (tokens is None):
+        raise BadInput("compress", "--text and --tokens", "exactly one of the two")
+    policies = compress.grid(policy, numbers(budget))
+    speaker = loaded.load(model)
+    length = inputs.window(speaker, length)
+    if text is not None:
+        texts = inputs.rows_of_text(speaker, text)
+    else:
+        assert tokens is not None
+        texts = inputs.rows_of_ids(tokens)
+    rows = compress.rows_of(texts, length, samples, seed)
+    inputs.check_ids(speaker, rows.tokens)
+    console = Console(stderr=True, highlight=False)
+    results = compress.judge(
+        speaker, rows, policies, lambda one: console.print(f"[dim]{one.policy} {one.budget:g}[/]")
+    )
+    folder = out or _folder(model)
+    files = compress.write(results, folder, f"{Path(model).name}, rows of {rows.tokens.shape[1]}")
+    if as_json:
+        facts = {"rows": [asdict(each) for each in results], "length": rows.tokens.shape[1]}
+        output.print_json({**facts, "files": [str(path) for path in files]})
+    else:
+        show_results(results, Console())
+        for path in files:
+            Console().print(str(path), highlight=False, soft_wrap=True)
+
+
+def _folder(model: str) -> Path:
+    """Beside the model, where that is a folder."""
+    path = Path(model)
+    return path / "compress" if path.is_dir() else Path(f"compress-{path.name}")
+
+
+def numbers(text: str) -> list[float]:
+    """Raises BadInput for anything but numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput("--budget", text, "numbers separated by commas") from None
+
+
+def show_results(results: Sequence[Result], console: Console) -> None:
+    """A row for each policy and budget."""
+    columns = ("policy", "budget", "perplexity", "recall", "aware", "cache bytes", "per token")
+    table = Table(*columns, "read/step", "tokens/s", box=None, pad_edge=False)
+    for row in results:
+        table.add_row(
+            row.policy,
+            f"{row.budget:g}",
+            f"{row.perplexity:.3f}",
+            f"{row.recall:.1%}",
+            f"{row.recall_aware:.1%}",
+            f"{row.cache_bytes:,}",
+            f"{row.bytes_per_token:,.1f}",
+            f"{row.bytes_read_per_step:,}",
+            f"{row.tokens_per_second:,.0f}",
+        )
+    console.print(table)

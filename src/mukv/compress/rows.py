@@ -1,0 +1,63 @@
+"""What policies are judged on: rows of a text, cut in two.
+
+Recall is of strings that were planted in the text: tokens drawn from it at random, so that nothing
+but memory predicts them. The cue comes after the cache was compressed, so that the question is not
+known then, or it ends what is read at once ("aware").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mukv.core.errors import BadInput
+
+CUE, ANSWER = 4, 4
+"""Tokens of a planted string that are shown, and that are asked for."""
+SHORTEST = 48
+
+
+@dataclass(frozen=True)
+class Rows:
+    """tokens: int32 [row token]. read: tokens of each that are read at once. answers: where those
+    that are asked for stand: bool [kind row token], text, unaware and aware in this order."""
+
+    tokens: np.ndarray
+    read: int
+    asked: np.ndarray
+
+
+def rows_of(texts: Sequence[np.ndarray], length: int, samples: int, seed: int = 0) -> Rows:
+    """`samples` windows of the texts as they are, as many with a string planted and its cue to
+    come, as many with the cue already read. Raises BadInput for texts that are too short."""
+    longest = max(map(len, texts))
+    length = min(length, longest)
+    if length < SHORTEST:
+        raise BadInput("text", f"{length} tokens", f"at least {SHORTEST} in a row")
+    if samples < 1:
+        raise BadInput("samples", samples, "at least 1")
+    random = np.random.default_rng(seed)
+    starts = [(row, at) for row in texts for at in range(0, len(row) - length + 1, length)]
+    chosen = random.choice(len(starts), samples, replace=len(starts) < samples)
+    windows = np.stack([starts[i][0][starts[i][1] :][:length] for i in sorted(chosen)])
+    read, kinds = length * 3 // 4, []
+    known = np.unique(np.concatenate(texts))
+    for cue_at in (None, read, read - CUE):
+        rows, asked = windows.copy(), np.zeros(windows.shape, bool)
+        if cue_at is None:
+            asked[:, read:] = True
+        else:
+            for row, mark in zip(rows, asked, strict=True):
+                planted = random.choice(known, CUE + ANSWER)
+                at = int(random.integers(CUE, cue_at - CUE - 2 * ANSWER))
+                row[at : at + len(planted)] = planted
+                row[cue_at : cue_at + len(planted)] = planted
+                mark[cue_at + CUE : cue_at + len(planted)] = True
+        kinds.append((rows, asked))
+    tokens = np.concatenate([rows for rows, _ in kinds]).astype(np.int32)
+    asked = np.zeros((len(kinds), *tokens.shape), bool)
+    for kind, (_, marks) in enumerate(kinds):
+        asked[kind, kind * samples : (kind + 1) * samples] = marks
+    return Rows(tokens, read, asked)
