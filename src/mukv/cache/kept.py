@@ -209,7 +209,7 @@ def empty(
     written = attention.written(d_model, batch, slots, dtype)
     heads = attention.key_heads
     shared = keep.spread == "adaptive"
-    stores = attention.stores if keep.evicts or select.orders else 1
+    stores = attention.stores if keep.evicts or not isinstance(select, All) else 1
     position = jnp.full((batch, 1 if shared else stores, slots * (heads if shared else 1)), NOWHERE)
     used = position != NOWHERE
     stored = {}

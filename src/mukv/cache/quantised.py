@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from mukv.cache.store import Parts, Store, Tensor
-from mukv.core.typing import Array, Bool, Float, Int
+from mukv.core.typing import Array, Bool, Float, UInt8
 
 GROUP = 32
 
@@ -84,13 +84,17 @@ def _channels(tensor: Array) -> Array:
     return padded.reshape(batch, heads, slots, -1, group)
 
 
-def _packed(number: Int[Array, "batch heads slot width"]) -> Int[Array, "batch heads slot half"]:
+def _packed(
+    number: UInt8[Array, "batch heads slot width"],
+) -> UInt8[Array, "batch heads slot half"]:
     padded = jnp.pad(number, [(0, 0)] * 3 + [(0, number.shape[-1] % 2)])
     low, high = jnp.split(padded, 2, axis=-1)
     return low | (high << 4)
 
 
-def _unpacked(packed: Int[Array, "batch heads slot half"]) -> Int[Array, "batch heads slot width"]:
+def _unpacked(
+    packed: UInt8[Array, "batch heads slot half"],
+) -> UInt8[Array, "batch heads slot width"]:
     return jnp.concatenate([packed & 15, packed >> 4], axis=-1)
 
 

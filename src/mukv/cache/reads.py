@@ -25,9 +25,9 @@ def bytes_read(program: Callable[..., Any], tracked: Any, *others: Any) -> int:
     leaves = jax.tree.leaves(tracked)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
     widths = [leaf.dtype.itemsize for leaf in leaves]
-    read = [0.0] * len(leaves)
+    read = [0] * len(leaves)
 
-    def add(source: int, numbers: float) -> None:
+    def add(source: int, numbers: int) -> None:
         read[source] += numbers * widths[source]
 
     sources = dict(zip(jaxpr.invars, range(len(leaves)), strict=False))
@@ -41,7 +41,7 @@ def _walk(
     sources: Mapping[Any, int],
     wanted: list[bool],
     times: int,
-    add: Callable[[int, float], None],
+    add: Callable[[int, int], None],
 ) -> list[int | None]:
     """Count what one program reads of its sources, so often; of which each result is a form."""
     sources = dict(sources)
@@ -87,7 +87,7 @@ def _alive(jaxpr: Any, wanted: list[bool]) -> set[Any]:
 
 
 def _whole(
-    values: Any, sources: list[int | None], times: int, add: Callable[[int, float], None]
+    values: Any, sources: list[int | None], times: int, add: Callable[[int, int], None]
 ) -> None:
     for value, source in zip(values, sources, strict=True):
         if source is not None:

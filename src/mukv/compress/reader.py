@@ -19,8 +19,9 @@ from mukv.core.compute import Compute
 from mukv.core.typing import Array
 from mukv.model.base import LanguageModel
 
-TAIL = 32
-"""Places of the tail: how often the policy chooses anew while decoding."""
+TAIL, SHARE, LEAST = 64, 16, 8
+"""Places of the tail, i.e. how often the policy chooses anew while decoding: at most, as a share
+of a row, and at least."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Reader:
 
     @property
     def tail(self) -> int:
-        return min(TAIL, self.length - self.read)
+        return min(TAIL, max(self.length // SHARE, LEAST))
 
     @property
     def blocks(self) -> int:

@@ -1,0 +1,484 @@
+"""Laws 2, 4 and 7 for cache policies, and what they choose against their formulas in numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise, product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mukv.attention import Grouped
+from mukv.cache import Policy, Reader
+from mukv.cache.kept import Kept, empty
+from mukv.cache.reads import bytes_read
+from mukv.core.errors import BadInput
+from mukv.core.params import map_params
+from mukv.model import Stage
+from mukv.position import RoPE
+from tests.laws import matrix
+from tests.laws.matrix import EXACT
+
+LENGTH, PROMPT, TAIL = 40, 30, 4
+COUNT = np.array([30, 21])
+KEEPERS = ("streaming", "snapkv", "h2o", "tova", "knorm", "keydiff", "expected", "random")
+SELECTORS = ("topk", "topp:1", "sparq", "pages", "clusters")
+COMPOSED = ("snapkv+adaptive", "h2o+pyramid", "tova+pages", "keydiff+clusters", "expected+topk")
+PAIRS = [
+    *(("gqa", "rope", name) for name in (*KEEPERS, *SELECTORS, *COMPOSED)),
+    ("gqa-dressed", "rope-yarn", "expected+clusters"),
+    ("shared-kv-normed", "p-rope", "keydiff+pages"),
+    ("latent", "rope", "snapkv+sparq"),
+    ("tied", "rope", "expected+clusters"),
+    ("tensor-product", "rope", "h2o+topk"),
+    ("tensor-product", "rope", "knorm+pages"),
+    ("mqa", "alibi", "h2o+sparq"),
+    ("gqa", "cope", "topk"),
+]
+
+
+def model_of(attention, position):
+    """Of one layer."""
+    return dataclasses.replace(matrix.build(attention, position, "plain"), plan=(Stage(),))
+
+
+def decode(model, policy):
+    """Logits from the last token of the prompt on, over three tails, in one program; the cache."""
+
+    @jax.jit
+    def run(weights, ids):
+        cache = model.empty_cache(2, LENGTH, TAIL, EXACT.type, policy)
+        rows, count = jnp.arange(2), jnp.asarray(COUNT)
+        scores, cache = model.prefill(weights, cache, ids[:, :PROMPT], count, compute=EXACT)
+
+        def tail(carry, _):
+            cache, count = carry
+
+            def step(carry, _):
+                cache, count = carry
+                scores, cache = model.step(weights, cache, ids[rows, count], compute=EXACT)
+                return (cache, count + 1), scores
+
+            (cache, count), found = jax.lax.scan(step, (cache, count), length=TAIL)
+            return (model.fold(weights, cache), count), found
+
+        (cache, _), found = jax.lax.scan(tail, (cache, count), length=2)
+        return jnp.concatenate([scores[None], found.reshape(-1, *scores.shape)]), cache
+
+    weights = model.unstack(matrix.weights(model))
+    return run(weights, matrix.tokens(2, LENGTH))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Logits of one pass."""
+    known = {}
+
+    def of(model):
+        if model not in known:
+            ids = matrix.tokens(2, LENGTH)
+            place = np.tile(np.arange(LENGTH), (2, 1))
+            run = matrix.logits(model)
+            known[model] = np.asarray(run(matrix.weights(model), ids, place, np.zeros_like(ids)))
+        return known[model]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PAIRS, ids="-".join)
+def test_full_budget_is_full_attention(case, whole):
+    """Law 7, and law 4: what it weighs does not change while it is used."""
+    attention, position, name = case
+    model, policy = model_of(attention, position), Policy.parse(name)
+    if name.startswith("topp"):
+        policy = dataclasses.replace(policy, select=dataclasses.replace(policy.select, mass=1.0))
+    found, cache = decode(model, policy)
+    for row, start in enumerate(COUNT):
+        expected = whole(model)[row, start - 1 : start + 2 * TAIL]
+        np.testing.assert_allclose(found[:, row], expected, atol=3e-5)
+    allocated = model.empty_cache(2, LENGTH, TAIL, EXACT.type, policy)
+    assert cache.nbytes() == allocated.nbytes()
+
+
+class One:
+    """A layer by itself: random entries and queries, in numpy as well."""
+
+    def __init__(self, prompt=32, more=6, count=(32, 21)):
+        self.attention = Grouped(heads=4, kv_heads=2, head_dim=8, position=RoPE(base=100.0))
+        random = np.random.default_rng(0)
+
+        def draw(param):
+            return random.standard_normal(param.shape).astype(np.float32) / 4
+
+        self.write = map_params(draw, self.attention.write_params(16))
+        self.read = map_params(draw, self.attention.read_params(16))
+        self.count, self.length = np.array(count), prompt
+        self.x = x = random.standard_normal((2, prompt + more, 16)).astype(np.float32)
+        # The newest tokens follow the last of each row.
+        self.place = np.concatenate(
+            [np.tile(np.arange(prompt), (2, 1)), self.count[:, None] + np.arange(more)], axis=1
+        )
+        place = jnp.asarray(self.place)
+        self.new = self.attention.write(self.write, jnp.asarray(x), place)
+        self.queries = self.attention.query(self.read, jnp.asarray(x), place)
+        self.key, self.value = (np.asarray(self.new[name]) for name in ("key", "value"))
+
+    def body(self, name, budget, slots=None):
+        """After the prompt, and after the newest tokens."""
+        policy = Policy.parse(name, budget)
+        length = self.x.shape[1]
+        slots = slots or (policy.keep.budget.of(length) if policy.keep.evicts else length)
+        slots = -(-slots // 32) * 32 if "int4" in name or "pages" in name else slots
+        select = policy.select.sized(slots)
+        parts = (policy.keep, policy.store, select)
+        body = empty(self.attention, 16, 2, slots, jnp.dtype("float32"), *parts, {})
+
+        @jax.jit
+        def grown(body):
+            cut = self.length
+            first = {name: x[:, :, :cut] for name, x in self.new.items()}
+            last = {name: x[:, :, cut:] for name, x in self.new.items()}
+            early = Reader(self.attention, self.read, self.queries[:, :, :, :cut])
+            late = Reader(self.attention, self.read, self.queries[:, :, :, cut:])
+            count, more = jnp.asarray(self.count), self.x.shape[1] - cut
+            one = body.extended(first, jnp.zeros(2, jnp.int32), count, early, fresh=True)
+            return one, one.extended(last, count, jnp.full(2, more), late)
+
+        return grown(body)
+
+    def rows(self, row):
+        """Places of the row's tokens in the arrays, in order."""
+        return [*range(self.count[row]), *range(self.length, self.x.shape[1])]
+
+    def weights(self, row, queries, keys):
+        """softmax(q k / sqrt(d)) of places: [kv head, group, query, key], causal."""
+        q = np.asarray(self.queries)[row][:, :, queries]
+        logits = np.einsum("hgqd,hkd->hgqk", q, self.key[row][:, keys]) / 8**0.5
+        seen = self.place[row][keys] <= self.place[row][queries][:, None]
+        weights = np.exp(np.where(seen, logits, -np.inf))
+        return weights / weights.sum(-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def one():
+    return One()
+
+
+def positions(body: Kept, row: int, head: int) -> list[int]:
+    held = np.asarray(body.shelf.position)[row]
+    return sorted(p for p in held[min(head, len(held) - 1)].tolist() if p >= 0)
+
+
+def newest_stays(score):
+    return np.append(score[:-1], np.inf)
+
+
+def by_score(one, row, head, name, places, number):
+    """Score of each place by the formula, float64 where the sum is long."""
+    key = one.key[row, head][places]
+    last = places[-1]
+    if name == "knorm":
+        return newest_stays(-np.linalg.norm(key, axis=-1))
+    if name == "keydiff":
+        unit = key / np.linalg.norm(key, axis=-1, keepdims=True)
+        mean = unit.mean(0)
+        return newest_stays(-(unit @ mean) / np.linalg.norm(mean))
+    if name == "tova":
+        return newest_stays(one.weights(row, [last], places)[:, :, 0].mean((0, 1)))
+    if name == "snapkv":
+        window = min(32, number // 2, len(places))
+        weights = one.weights(row, places[-window:], places)[head].mean(1)
+        weights[:, -window:] = 0
+        smooth = np.stack([np.convolve(w, np.ones(5) / 5, "same") for w in weights]).mean(0)
+        smooth[-window:] = np.inf
+        return smooth
+    if name == "h2o":
+        score = one.weights(row, places, places)[head].sum(1).mean(0)
+        score[len(places) - number // 2 :] = np.inf
+        return score
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("name", ["knorm", "keydiff", "tova", "snapkv", "h2o", "streaming"])
+def test_what_is_kept(one, name):
+    """After a prompt, for rows of unequal length; budgets count the tokens that there are."""
+    body, _ = one.body(name, 0.4)
+    for row, count in enumerate(one.count):
+        number = int(count * 0.4)
+        for head in range(2):
+            if name == "streaming":
+                expected = [*range(4), *range(count - number + 4, count)]
+            else:
+                score = by_score(one, row, head, name, list(range(count)), number)
+                expected = sorted(np.argsort(-score, kind="stable")[:number].tolist())
+            assert positions(body, row, head) == expected
+
+
+@pytest.mark.parametrize("name", ["knorm", "tova", "snapkv"])
+def test_what_is_kept_while_decoding(one, name):
+    """Law 2 with budgets: of what was kept and the newest, what the formula says."""
+    body, later = one.body(name, 12.0)
+    for row in range(2):
+        for head in range(2):
+            kept = positions(body, row, head)
+            newest = range(one.length, one.x.shape[1])
+            places = [*kept, *newest]
+            number, score = 12, None
+            if name == "snapkv":
+                window = 6
+                weights = one.weights(row, [*newest], places)[head].mean(1)
+                weights[:, -window:] = 0
+                score = np.stack([np.convolve(w, np.ones(5) / 5, "same") for w in weights]).mean(0)
+                score[-window:] = np.inf
+            elif name == "tova":
+                # Heads hold different entries: each weighs its own, averages are over all.
+                per_head = [
+                    one.weights(row, [places[-1]], places)[h, :, 0].mean(0) for h in range(2)
+                ]
+                if positions(body, row, 0) != positions(body, row, 1):
+                    pytest.fail("TOVA keeps the same entries for all heads")
+                score = np.mean(per_head, 0)
+                score[-1] = np.inf
+            else:
+                score = -np.linalg.norm(one.key[row, head][places], axis=-1)
+                score[-1] = np.inf
+            best = np.argsort(-score, kind="stable")[:number]
+            expected = sorted(one.place[row][places][best].tolist())
+            assert positions(later, row, head) == expected
+
+
+def test_expected_attention(one):
+    """Against means and covariances over explicit rotations."""
+    body, _ = one.body("expected", 12.0)
+    rope, width = one.attention.position, 8
+
+    def turn(x, place):
+        place = jnp.full((1, 1, len(x)), place)
+        return np.asarray(rope.rotate(jnp.asarray(x, jnp.float32)[None, None], place))[0, 0]
+
+    for row, count in enumerate(one.count):
+        ahead = np.mean([turn(np.eye(width), count + t).T for t in range(512)], axis=0)
+        for head in range(2):
+            key, value = one.key[row, head, :count], one.value[row, head, :count]
+            total = np.zeros(count - 4)
+            for group in range(2):
+                query = np.asarray(one.queries)[row, head, group, 4:count]
+                still = np.stack([turn(q[None], -p)[0] for p, q in enumerate(query, 4)])
+                mean, spread = ahead @ still.mean(0), ahead @ np.cov(still.T, bias=True) @ ahead.T
+                logits = key[4:] @ mean / 8**0.5
+                logits += np.einsum("kd,de,ke->k", key[4:], spread, key[4:]) / 16
+                weights = np.exp(logits - logits.max())
+                total += weights / weights.sum() / 2
+            score = total * np.linalg.norm(value[4:], axis=-1)
+            score = np.concatenate([np.full(4, np.inf), score])
+            score[-1] = np.inf
+            expected = sorted(np.argsort(-score, kind="stable")[:12].tolist())
+            assert positions(body, row, head) == expected
+
+
+def met(one, body, row_query=-1):
+    """Positions that the newest query reads: {(row, head): set}, and what it gets."""
+    query = one.queries[:, :, :, row_query:]
+    address = one.attention.address(one.read, query / 8**0.5)
+    recalled, entries = body.met(address, lambda e: one.attention.recall(one.read, e))
+    held = np.broadcast_to(np.asarray(entries.position), (2, 2, entries.position.shape[-1]))
+    return address[0], recalled, held
+
+
+def test_pages(one):
+    body, _ = one.body("pages", 20.0, slots=64)
+    query, _, held = met(one, body)
+    for row, count in enumerate(one.count):
+        bound = np.full((2, 2, 16), -np.inf)
+        for head in range(2):
+            for page in range(-(-count // 4)):
+                key = one.key[row, head, page * 4 : min(page * 4 + 4, count)]
+                q = np.asarray(query)[row, head, :, 0]
+                bound[head, :, page] = np.maximum(q * key.min(0), q * key.max(0)).sum(-1)
+        share = np.exp(bound - bound.max(-1, keepdims=True))
+        share = (share / share.sum(-1, keepdims=True)).sum(1)
+        share[:, 0] = np.inf
+        share[:, (count - 8) // 4 : -(-count // 4)] = np.inf
+        for head in range(2):
+            pages = np.sort(np.argsort(-share[head], kind="stable")[:5])
+            expected = [p for page in pages for p in range(page * 4, page * 4 + 4) if p < count]
+            assert [p for p in held[row, head].tolist() if p >= 0] == expected
+
+
+def test_clusters(one):
+    """Entries of the best clusters, whole as far as the budget goes."""
+    body, _ = one.body("clusters", 16.0)
+    query, _, held = met(one, body)
+    start, centres = np.asarray(body.index["start"]), np.asarray(body.index["key"])
+    for row, count in enumerate(one.count):
+        for head in range(2):
+            order = np.asarray(body.shelf.position)[row, head]
+            distance = ((one.key[row, head, :count, None] - centres[row, head]) ** 2).sum(-1)
+            label = np.argmin(distance, axis=-1) + 1
+            label[:4] = label[count - 8 :] = 0
+            assert label[order[:count]].tolist() == sorted(label)
+            logits = np.asarray(query)[row, head, :, 0] @ centres[row, head].T
+            size = np.diff(start[row, head])
+            logits = np.where(size[1:] > 0, logits, -np.inf)
+            share = np.exp(logits - logits.max(-1, keepdims=True))
+            share = (share / share.sum(-1, keepdims=True)).sum(0)
+            expected = order[: start[row, head, 1]].tolist()
+            for cluster in np.argsort(-share, kind="stable"):
+                expected += order[start[row, head, cluster + 1] :][: size[cluster + 1]].tolist()
+            assert held[row, head].tolist() == expected[:16]
+
+
+def test_sparse_values(one):
+    """Of all weights the largest, summed over a group, and no others; top-p until the mass."""
+    for name, limit in (("topk", None), ("topp", 0.95)):
+        body, _ = one.body(name, 5.0)
+        _, recalled, held = met(one, body)
+        weights = np.random.default_rng(1).random((2, 2, 2, 1, held.shape[-1])) ** 6
+        weights *= (held >= 0)[:, :, None, None]
+        found = np.asarray(recalled.mixture(jnp.asarray(weights, jnp.float32)))
+        for row, head in np.ndindex(2, 2):
+            total = weights[row, head].sum(0)[0]
+            best = np.argsort(-total, kind="stable")[:5]
+            if limit:
+                before = np.cumsum(total[best]) - total[best]
+                best = best[before < limit * total.sum()]
+            kept = np.isin(np.arange(len(total)), best)
+            value = one.value[row, head, np.maximum(held[row, head], 0)]
+            expected = np.einsum("gqk,kd->gqd", weights[row, head] * kept, value)
+            np.testing.assert_allclose(found[row, head], expected, atol=1e-5)
+
+
+def test_sparq(one):
+    """The largest components choose; the rest of the mass goes to the mean of all values."""
+    body, _ = one.body("sparq", 16.0)
+    query, recalled, held = met(one, body)
+    products = np.asarray(recalled.products((query,)))
+    for (row, count), head in product(enumerate(one.count), range(2)):
+        q = np.asarray(query)[row, head, :, 0]
+        largest = np.argsort(-np.abs(q).sum(0), kind="stable")[:2]
+        logits = q[:, largest] @ one.key[row, head, :count, largest]
+        logits /= np.sqrt(np.abs(q[:, largest]).sum(-1) / np.abs(q).sum(-1))[:, None]
+        share = np.exp(logits - logits.max(-1, keepdims=True))
+        share /= share.sum(-1, keepdims=True)
+        wanted = share.sum(0)
+        wanted[:4] = wanted[count - 8 :] = np.inf
+        best = np.sort(np.argsort(-wanted, kind="stable")[:16])
+        assert held[row, head, :16].tolist() == best.tolist()
+        read = share[:, best].sum(-1)
+        exact = np.exp(q @ one.key[row, head, best].T).sum(-1)
+        mass = np.exp(products[row, head, :, 0, -1])
+        np.testing.assert_allclose(mass, exact * (1 - read) / read, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
+def test_stores(one, name, bits):
+    """No number is further off than half a step of its group; bytes are those of the bits."""
+    body, later = one.body(name, 1.0, slots=64)
+    for row in range(2):
+        exact = np.asarray(one.key)[row][:, one.rows(row)]
+        found = np.asarray(later.shelf.entries().tensors["key"])[row][:, : exact.shape[1]]
+        step = np.abs(exact).max() * 2 / (2**bits - 2)
+        # The last tokens of the prompt were stored twice.
+        assert np.abs(found - exact).max() < 1.2 * step
+    parts = body.shelf.stored["value"]
+    assert parts["number"].nbytes == 2 * 2 * 64 * 8 * bits // 8
+    # A float16 factor for each token and head, or two of them.
+    factors = sum(array.nbytes for part, array in parts.items() if part != "number")
+    assert factors == 2 * 2 * 64 * (2 if bits == 8 else 4)
+
+
+@pytest.mark.parametrize("name", ["tova", "snapkv+int8", "knorm+pages", "snapkv+adaptive"])
+def test_smaller_budgets_weigh_less(name):
+    """Law 7: bytes as allocated shrink with the budget."""
+    model = model_of("gqa", "rope")
+    sizes = [
+        jax.eval_shape(
+            lambda b=budget: model.empty_cache(2, 512, TAIL, EXACT.type, Policy.parse(name, b))
+        ).nbytes()
+        for budget in (1.0, 0.5, 0.25)
+    ]
+    full = jax.eval_shape(lambda: model.empty_cache(2, 512, TAIL, EXACT.type)).nbytes()
+    assert all(2 * small < 1.25 * large for large, small in pairwise(sizes))
+    assert sizes[-1] < 0.5 * full
+
+
+def test_reads_are_fewer():
+    """Law 7: a step's program takes a part of the cache; a mask would take it all."""
+    model = model_of("gqa", "rope")
+    weights = jax.eval_shape(lambda: model.unstack(matrix.weights(model)))
+
+    def read(name, budget):
+        policy = Policy.parse(name, budget)
+        cache = jax.eval_shape(lambda: model.empty_cache(1, 2048, TAIL, EXACT.type, policy))
+
+        def step(cache, weights):
+            scores, cache = model.step(weights, cache, jnp.zeros(1, jnp.int32), compute=EXACT)
+            return scores, cache.split()[1]
+
+        return bytes_read(step, cache, weights), cache.nbytes()
+
+    full, size = read("full", 1.0)
+    assert size - 8 <= full <= size
+    keys = values = 2048 * 2 * 8 * 4
+    for name, index in (("pages", keys / 8), ("clusters", 2 * 46 * 8 * 4), ("topk", keys)):
+        found, _ = read(name, 1 / 16)
+        entries = (keys * (name != "topk") + values) / 16
+        assert index + entries < found < index + entries + full / 12
+    assert read("int8", 1.0)[0] < 0.36 * full
+
+
+@pytest.mark.parametrize(
+    ("attention", "position", "name", "budget", "words"),
+    [
+        ("gqa", "cope", "snapkv", 0.5, "cope, which counts all that lies between"),
+        ("gqa", "cope", "pages", 0.5, "no entry may be dropped or skipped"),
+        ("latent", "rope", "topk", 0.5, "keys and values of the same numbers (latent)"),
+        ("mqa", "rope", "snapkv+adaptive", 0.5, "one set of entries for all heads"),
+        ("gqa", "rope", "snapkv+adaptive+pages", 0.5, "adaptive keeps heads in one pool"),
+        ("gqa", "rope", "streaming", 4.0, "at least 5 entries; this is 4 of 40"),
+        ("gqa", "rope", "sparq", 0.2, "at least 13 entries; this is 8 of 40"),
+    ],
+)
+def test_refused(attention, position, name, budget, words):
+    if attention == "mqa":
+        attention = "latent"
+    model = model_of(attention, position)
+    with pytest.raises(BadInput) as error:
+        model.empty_cache(1, LENGTH, TAIL, EXACT.type, Policy.parse(name, budget))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "words"),
+    [
+        ("snapvk", 0.5, "did you mean 'snapkv'?"),
+        ("snapkv+h2o", 0.5, "one answer to what to keep, not two"),
+        ("int8+pyramid", 0.5, "pyramid spreads a budget"),
+        ("int8:0.5", 0.5, "int8 has no budget"),
+        ("snapkv:x", 0.5, "a number behind the colon"),
+        ("snapkv", 0.0, "a share above 0 and at most 1, or a whole number"),
+        ("snapkv", 2.5, "a share above 0 and at most 1, or a whole number"),
+        ("", 0.5, "allowed: "),
+    ],
+)
+def test_names_that_say_nothing(name, budget, words):
+    with pytest.raises(BadInput) as error:
+        Policy.parse(name, budget)
+    assert words in str(error.value)
+
+
+def test_windows_are_left_alone():
+    model = matrix.build("gqa", "rope", "local-global")
+    rings = [matrix.build("gqa", "rope", "local-global").empty_cache(1, 64, 4, EXACT.type)]
+    rings.append(model.empty_cache(1, 64, 4, EXACT.type, Policy.parse("knorm", 0.25)))
+    plain, kept = rings
+    for layer, before, after in zip(model.writers, plain.slots, kept.slots, strict=True):
+        same = jax.tree.structure(before) == jax.tree.structure(after)
+        assert same == (layer.window is not None)
+    with pytest.raises(BadInput, match="each layer has a window"):
+        matrix.build("gqa", "rope", "window").empty_cache(
+            1, 64, 4, EXACT.type, Policy.parse("knorm", 0.5)
+        )
