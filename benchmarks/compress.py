@@ -1,6 +1,6 @@
 """A decode step with the full cache and with policies, in one run.
 
-Run: python benchmarks/compress.py [--contexts 8192,32768] [--policies pages,clusters] [--budget 0.0625]
+Run: python benchmarks/compress.py [--contexts 8192,32768] [--policies pages,int8] [--budget 0.1]
 
 Bodies are filled with random entries, by what fills them after a prompt; then single steps are
 timed, all policies in turn, so that a busy machine slows all of them. One layer's worth of weights

@@ -56,7 +56,7 @@ def test_a_model_of_text_reads_text(mukv, trained, tmp_path):
         (("tiny", "--learning-rates", "fast"), "numbers with commas"),
         (("tiny", "--learning-rates", "-1"), "greater than 0"),
         (("tiny", "--seeds", "0"), "at least 1"),
-        (("tiny", "--cache", "none"), "allowed: full"),
+        (("tiny", "--cache", "none"), "allowed: adaptive, all, clusters"),
         (("tiny", "--lengths", "8", "--tasks", "needle"), "at least 15"),
         (("tiny", "--free", "-1"), "at least 0"),
         (("tiny", "--facts", "90", "--tasks", "mqar"), "at least facts"),

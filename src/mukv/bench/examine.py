@@ -14,6 +14,7 @@ from mukv.bench.grading import shares, wilson
 from mukv.bench.oracle import solved
 from mukv.bench.scoring import Scores, score
 from mukv.bench.text import TextForm
+from mukv.cache import FULL, Policy
 from mukv.core.errors import BadInput
 from mukv.loaded import Model
 from mukv.model.counting import cache_bytes
@@ -27,12 +28,14 @@ CHECKED = 50
 @dataclass(frozen=True)
 class Settings:
     """samples: of each task and length. free: of these, how many are also decoded, without being
-    told the answer's first tokens. shots: solved samples before each text."""
+    told the answer's first tokens. shots: solved samples before each text. policy: of the cache
+    that these are decoded with."""
 
     samples: int = 200
     seed: int = 0
     free: int = 16
     shots: int = 0
+    policy: Policy = FULL
 
     def __post_init__(self) -> None:
         for name, low in (("samples", 1), ("free", 0), ("shots", 0)):
@@ -78,7 +81,7 @@ def examine(
         known = task.batch(max(task.smallest, 64), settings.seed, split, indices)
     scores = score(model.decoder, model.scaled, samples, model.run.train.compute)
     checked = solved(task, Samples(*(part[:CHECKED] for part in known)))
-    free = decoded(model, samples, settings.free) if settings.free else None
+    free = decoded(model, samples, settings) if settings.free else None
     compute = model.run.train.compute.resolve(model.decoder.vocab_size)
     right = scores.right[scores.present]
     row = {
@@ -109,14 +112,15 @@ def distances(length: int) -> list[float]:
     return edges
 
 
-def decoded(model: Model, samples: Samples, count: int) -> list[bool]:
+def decoded(model: Model, samples: Samples, settings: Settings) -> list[bool]:
     """Whether the last answer of the first samples comes out when decoded greedily."""
-    rows = np.arange(min(count, len(samples.tokens)))
+    rows = np.arange(min(settings.free, len(samples.tokens)))
     # Answers stand in the order of the text, absent ones anywhere.
     last = np.argmax(np.where(samples.present, samples.start, -1), axis=1)[rows]
     start, stop = samples.start[rows, last], samples.stop[rows, last]
     prompts = [samples.tokens[row, :end].tolist() for row, end in zip(rows, start, strict=True)]
-    made = model.generate_ids(prompts, max_tokens=int((stop - start).max()))
+    longest = int((stop - start).max())
+    made = model.generate_ids(prompts, longest, policy=settings.policy)
     return [
         made.tokens[row][: stop[row] - start[row]]
         == samples.tokens[row, start[row] : stop[row]].tolist()

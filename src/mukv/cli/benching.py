@@ -12,7 +12,6 @@ from rich.table import Column, Table
 
 from mukv import launch, output
 from mukv.cli.app import Json, Overrides, app
-from mukv.cli.using import POLICIES
 from mukv.core.errors import BadInput, unknown_name
 
 
@@ -45,7 +44,9 @@ def bench(
         str | None, typer.Option(help="With commas; default: the configured one, half and twice.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of training; default: as configured.")] = None,
-    cache: Annotated[str, typer.Option(help="Cache policy of free-running answers.")] = "full",
+    cache: Annotated[
+        str, typer.Option(help="Cache policy of free-running answers, such as snapkv:0.25+int8.")
+    ] = "full",
     shots: Annotated[int, typer.Option(help="Solved samples before each text.")] = 0,
     samples: Annotated[int, typer.Option(help="Of each task and length.")] = 200,
     free: Annotated[int, typer.Option(help="Samples that are also decoded, token by token.")] = 16,
@@ -68,13 +69,13 @@ def bench(
     from mukv.bench.examine import Settings
     from mukv.bench.run import test_model, try_configuration, with_facts
     from mukv.bench.trial import Trial
+    from mukv.cache import Policy
     from mukv.tasks import TASKS
 
-    settings = Settings(samples, seed, free, shots)
+    policy = Policy.parse(cache, where="--cache")
+    settings = Settings(samples, seed, free, shots, policy)
     names = chosen(tasks, list(TASKS))
     asked = with_facts({name: TASKS[name] for name in names}, facts)
-    if cache not in POLICIES:
-        raise unknown_name("--cache", cache, POLICIES)
     if (source is None) != oracle:
         raise BadInput("bench", source or "no model", "MODEL, CONFIG or --oracle: one of them")
     if source is None:
