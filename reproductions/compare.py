@@ -17,11 +17,11 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -52,8 +52,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a YAML file asks for. variants: overrides of `base` by name; all have the parameters
-    of `reference`, by the width of their MLPs."""
+    """What a YAML file asks for. variants: overrides of `base` by name. bases: presets of variants
+    that have another. equal: all have the parameters of `reference`, by the width of their MLPs, or
+    the sizes that are written (None).
+    """
 
     base: str
     overrides: list[str]
@@ -61,13 +63,22 @@ class Comparison:
     reference: str
     learning_rates: list[float]
     seeds: list[int]
+    bases: dict[str, str] = field(default_factory=dict)
+    equal: Literal["parameters"] | None = "parameters"
 
     @property
     def points(self) -> list[Point]:
-        return [Point(*p) for p in product(self.variants, self.learning_rates, self.seeds)]
+        """One seed after the other, so that what is interrupted can be judged by the first."""
+        found = product(self.seeds, self.learning_rates, self.variants)
+        return [Point(variant, rate, seed) for seed, rate, variant in found]
+
+    def base_of(self, variant: str) -> str:
+        return self.bases.get(variant, self.base)
 
     def sized(self, variant: str) -> list[str]:
         """All overrides of a variant, the width of its MLP included."""
+        if self.equal is None:
+            return self.overrides + self.variants[variant]
         target = count(
             config.load(self.base, self.overrides + self.variants[self.reference]).model.params()
         )
@@ -93,7 +104,8 @@ def train(comparison: Comparison, root: Path, processes: int) -> None:
                 f"train.seed={point.seed}",
             ]
             out = ["--out", str(point.folder(root)), "--json"]
-            command = [sys.executable, "-m", "mukv", "train", comparison.base]
+            base = comparison.base_of(point.variant)
+            command = [sys.executable, "-m", "mukv", "train", base]
             done = subprocess.run(
                 [*command, *sized[point.variant], *numbers, *out],
                 capture_output=True,
@@ -147,9 +159,10 @@ def judge(comparison: Comparison, root: Path) -> dict[str, Any]:
             if variant not in best or found["bits_per_byte"] < best[variant]["bits_per_byte"]:
                 best[variant] = found
     for variant, row in best.items():
-        facts = describe(config.load(comparison.base, comparison.sized(variant)))
-        row["parameters"] = facts["parameters"]
-        row["cache_bytes_per_token"] = facts["cache_bytes_per_token"]
+        facts = describe(config.load(comparison.base_of(variant), comparison.sized(variant)))
+        for name in ("parameters", "flops_per_token", "cache_bytes_per_token"):
+            row[name] = facts[name]
+        row["cache_bytes_constant"] = facts["cache_bytes_constant"]
         row["more_steps_than"] = {
             other: extra_steps(row["curve"], best[other]["curve"])
             for other in best

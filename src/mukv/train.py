@@ -23,7 +23,7 @@ from mukv.core.mesh import batch_sharding, replicated, share_of_batch, weight_sh
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Float, Int
 from mukv.model.base import LanguageModel
-from mukv.model.loss import summed_loss
+from mukv.model.loss import Losses, summed_loss
 from mukv.scaling.schedules import Plan
 from mukv.training import Training
 
@@ -43,11 +43,13 @@ class State:
 
 
 class Metrics(NamedTuple):
-    """Of one step. loss: nats per token before the update."""
+    """Of one step. loss: nats per token before the update. counts: what the model counts, per
+    token."""
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
+    counts: dict[str, Float[Array, ""]]
 
 
 class Trainer:
@@ -152,7 +154,7 @@ class Trainer:
             for name, finite in seen.items():
                 if not finite:
                     return f"the output of {name}"
-            gradient = jax.jit(jax.grad(self._summed_loss))(state.weights, batch)
+            gradient = jax.jit(jax.grad(self._objective, has_aux=True))(state.weights, batch)[0]
             # Gradients flow from the last layer to the first: the last bad one is the cause.
             broken = [
                 name
@@ -169,7 +171,11 @@ class Trainer:
         weights = params.initialise(self.declared, deviations, key)
         return State(weights, self.optimizer.init(weights), jnp.zeros((), jnp.int32))
 
-    def _summed_loss(self, weights: Any, batch: Batch) -> Float[Array, ""]:
+    def _objective(self, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Losses]:
+        losses = self._losses(weights, batch)
+        return losses.objective, losses
+
+    def _losses(self, weights: Any, batch: Batch) -> Losses:
         return summed_loss(
             self.model,
             self.model.scaled(weights),
@@ -184,15 +190,16 @@ class Trainer:
         counted = batch["weight"] > 0
         read = jnp.where(counted, token_bytes[batch["targets"]], 0)
         # Float32 counts exactly up to 2**24, far beyond one batch.
-        return self._summed_loss(weights, batch), jnp.sum(batch["weight"]), jnp.sum(read * 1.0)
+        nats = self._losses(weights, batch).cross_entropy
+        return nats, jnp.sum(batch["weight"]), jnp.sum(read * 1.0)
 
     def _finite(self, weights: Any, batch: Batch) -> dict[str, Array]:
         with capture() as taps:
-            self._summed_loss(weights, batch)
+            self._losses(weights, batch)
         return {name: jnp.isfinite(value).all() for name, value in taps.items()}
 
-    def _gradient(self, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Any]:
-        """Summed loss of the whole batch and its gradient.
+    def _gradient(self, weights: Any, batch: Batch) -> tuple[Losses, Any]:
+        """Summed losses of the whole batch, and the gradient of the objective.
 
         On a CPU whose devices only split the batch, each works through its rows by itself and
         the sums are added up: the layouts that make products fast there (core/linear.py) are
@@ -202,7 +209,7 @@ class Trainer:
         if jax.default_backend() != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
             return self._accumulated(weights, batch)
 
-        def local(weights: Any, batch: Batch) -> tuple[Float[Array, ""], Any]:
+        def local(weights: Any, batch: Batch) -> tuple[Losses, Any]:
             return jax.lax.psum(self._accumulated(weights, batch), "data")
 
         whole = PartitionSpec()
@@ -211,30 +218,39 @@ class Trainer:
             local, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False
         )(weights, dict(batch))
 
-    def _accumulated(self, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Any]:
+    def _accumulated(self, weights: Any, batch: Batch) -> tuple[Losses, Any]:
         """The same, piece after piece of the batch."""
         pieces = self.training.accumulate
-        value_and_gradient = jax.value_and_grad(self._summed_loss)
+
+        def losses_and_gradient(weights: Any, batch: Batch) -> tuple[Losses, Any]:
+            (_, losses), gradient = jax.value_and_grad(self._objective, has_aux=True)(
+                weights, batch
+            )
+            return losses, gradient
+
         if pieces == 1:
-            return value_and_gradient(weights, batch)
+            return losses_and_gradient(weights, batch)
 
         def split(array: Array) -> Array:
             # Row r goes to piece r modulo pieces: every device keeps the rows that it has.
             return array.reshape(-1, pieces, *array.shape[1:]).swapaxes(0, 1)
 
         def add(total: Any, piece: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, value_and_gradient(weights, piece)), None
+            return jax.tree.map(jnp.add, total, losses_and_gradient(weights, piece)), None
 
-        start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights))
+        shapes = jax.eval_shape(losses_and_gradient, weights, batch)
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         total, _ = jax.lax.scan(add, start, jax.tree.map(split, dict(batch)))
         return total
 
     def update(self, state: State, step: Int[Array, ""], batch: Batch) -> tuple[State, Metrics]:
         """The update number `step` (counted from 0); does nothing unless it is the next one."""
         training = self.training
-        loss, gradient = self._gradient(state.weights, batch)
+        losses, gradient = self._gradient(state.weights, batch)
         weight = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
-        loss, gradient = loss / weight, jax.tree.map(lambda leaf: leaf / weight, gradient)
+        loss, gradient = jax.tree.map(lambda leaf: leaf / weight, (losses.cross_entropy, gradient))
+        size = batch["tokens"].size
+        counts = {name: total / size for name, total in losses.counts.items()}
         norm = optax.tree.norm(gradient)
         if training.clip_norm is not None:
             factor = jnp.minimum(1.0, training.clip_norm / jnp.maximum(norm, 1e-12))
@@ -245,4 +261,4 @@ class Trainer:
         sound = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.step == step)
         updated = State(weights, optimizer, state.step + 1)
         kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, state)
-        return kept, Metrics(loss, norm, rate)
+        return kept, Metrics(loss, norm, rate, counts)

@@ -26,8 +26,24 @@ from mukv.attention import (
 from mukv.core import params
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
-from mukv.model import Decoder, Layer, Stage
+from mukv.model import Decoder, LanguageModel, Layer, Stage
 from mukv.model.block import Gated, SandwichNorm
+from mukv.model.concept import (
+    Attend,
+    Concatenate,
+    Concept,
+    Concepts,
+    Cross,
+    Delimiter,
+    Fixed,
+    Learned,
+    Max,
+    Prefix,
+    Residually,
+    Select,
+    Sum,
+    Weighted,
+)
 from mukv.model.loss import summed_loss
 from mukv.position import (
     FIRE,
@@ -44,6 +60,12 @@ from mukv.position import (
 
 D_MODEL, VOCAB, LENGTH = 16, 31, 12
 EXACT = Compute(dtype="float32", operands="float32", unroll=True)
+PLAIN = Compute("float32", "float32", unroll=True, fused=False)
+OTHER = Compute(
+    "float32", "float32", unroll=False, rematerialise=True, attention_chunk=4, loss_chunk=5
+)
+CUTS = [0, 4, 5, LENGTH]
+"""Where the documents of a packed row begin and end."""
 
 ATTENTIONS: dict[str, AnyAttention] = {
     "gqa": Grouped(heads=4, kv_heads=2, head_dim=8),
@@ -140,7 +162,59 @@ def build(attention: str, position: str, plan: str, **changes: object) -> Decode
     return dataclasses.replace(model, **changes)  # pyright: ignore[reportArgumentType]
 
 
-def weights(model: Decoder, seed: int = 0) -> dict:
+CHUNKERS = {
+    "fixed": Fixed(size=3),
+    "delimiter": Delimiter(delimiters=(0, 3, 4, 7, 8, 11, 12, 15, 20, 22, 26, 29), room=2, span=4),
+    "learned": Learned(ratio=2.5, room=2, span=3),
+}
+POOLS = {
+    "sum": Sum(),
+    "max": Max(),
+    "weighted": Weighted(),
+    "attention": Attend(),
+    "concatenate": Concatenate(),
+    "select": Select(),
+}
+INJECTIONS = {"residual": Residually(), "prefix": Prefix(slots=2), "cross": Cross()}
+CONCEPTS = [
+    ("fixed", "sum", "residual"),
+    ("fixed", "max", "prefix"),
+    ("fixed", "weighted", "cross"),
+    ("delimiter", "attention", "residual"),
+    ("delimiter", "concatenate", "prefix"),
+    ("delimiter", "sum", "cross"),
+    ("learned", "select", "residual"),
+    ("learned", "weighted", "prefix"),
+    ("learned", "max", "cross"),
+]
+"""Every chunker with every injection, every reduction at least once."""
+
+
+def concept(chunker: str, pool: str, injection: str, **changes: object) -> Concept:
+    """The concept model of one combination: global layers of a width and memory of their own, one
+    of which reads another's."""
+    local = (Stage((Layer(window=4),)),)
+    model = Concept(
+        vocab_size=VOCAB,
+        d_model=D_MODEL,
+        attention=dataclasses.replace(ATTENTIONS["gqa"], position=RoPE()),
+        mlp=Gated(hidden=24),
+        encoder=local,
+        decoder=local,
+        chunker=CHUNKERS[chunker],
+        pool=POOLS[pool],
+        injection=INJECTIONS[injection],
+        concepts=Concepts(
+            d_model=12,
+            attention=Latent(heads=2, rank=8, head_dim=4, rope_dim=2, position=RoPE()),
+            mlp=Gated(hidden=20),
+            plan=(Stage((Layer(), Layer(reads=-1))),),
+        ),
+    )
+    return dataclasses.replace(model, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def weights(model: LanguageModel, seed: int = 0) -> dict:
     """Random weights, gains included, so that nothing is hidden by a one or a zero."""
     random = np.random.default_rng(seed)
 
@@ -157,7 +231,7 @@ def tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> np.ndarray:
     return drawn.astype(np.int32)
 
 
-def logits(model: Decoder, compute: Compute = EXACT) -> Callable[..., jax.Array]:
+def logits(model: LanguageModel, compute: Compute = EXACT) -> Callable[..., jax.Array]:
     """The forward pass of training, compiled: (weights, tokens, position, segment) -> logits."""
 
     @jax.jit
@@ -168,11 +242,40 @@ def logits(model: Decoder, compute: Compute = EXACT) -> Callable[..., jax.Array]
     return forward
 
 
-def loss_and_gradient(model: Decoder, compute: Compute) -> Callable[..., tuple[jax.Array, dict]]:
+def loss_and_gradient(
+    model: LanguageModel, compute: Compute
+) -> Callable[..., tuple[jax.Array, dict]]:
     """(weights, tokens) -> summed loss and its gradient, compiled."""
 
     def loss(tree: dict, ids: jax.Array) -> jax.Array:
         ones = jnp.ones(ids.shape)
-        return summed_loss(model, tree, ids, jnp.roll(ids, -1, axis=1), ones, compute=compute)
+        targets = jnp.roll(ids, -1, axis=1)
+        return summed_loss(model, tree, ids, targets, ones, compute=compute).objective
 
     return jax.jit(jax.value_and_grad(loss))
+
+
+class Case:
+    """A model, weights, and logits of the rows that the laws compare.
+
+    whole: two rows. changed: the first with token t another, for each t. alone: its pieces between
+    CUTS. packed: these in one row. loss, gradient: of the two rows.
+    """
+
+    def __init__(self, model: LanguageModel):
+        self.model, self.weights = model, weights(model)
+        self.ids = ids = tokens(2)
+        changed = np.repeat(ids[:1], LENGTH, axis=0)
+        changed[np.diag_indices(LENGTH)] = (ids[0] + 1) % VOCAB
+        alone = np.zeros((len(CUTS) - 1, LENGTH), np.int32)
+        for row, start, stop in zip(alone, CUTS[:-1], CUTS[1:], strict=True):
+            row[: stop - start] = ids[0, start:stop]
+        rows = np.concatenate([ids, changed, alone, ids[:1]])
+        segment, position = np.zeros_like(rows), np.tile(np.arange(LENGTH), (len(rows), 1))
+        lengths = np.diff(CUTS)
+        segment[-1] = np.repeat(np.arange(len(lengths)), lengths)
+        position[-1] = np.concatenate([np.arange(n) for n in lengths])
+        out = np.asarray(logits(model)(self.weights, rows, position, segment))
+        self.whole, self.changed = out[:2], out[2 : 2 + LENGTH]
+        self.alone, self.packed = out[2 + LENGTH : -1], out[-1]
+        self.loss, self.gradient = loss_and_gradient(model, PLAIN)(self.weights, ids)

@@ -39,10 +39,18 @@ PLACE = "model.attention.position"
 SHARED = "model.attention={kind: shared_kv, heads: 2, kv_heads: 1, head_dim: 4}"
 LATENT = "model.attention={kind: latent, heads: 2, rank: 5, head_dim: 4, rope_dim: 2}"
 TIED = "model.attention={kind: grouped_tied, heads: 2, kv_heads: 1, head_dim: 4}"
+HEADS = "{kind: grouped, heads: 1, kv_heads: 1, head_dim: 4}"
 PRODUCT = "model.attention={kind: tensor_product, heads: 2, head_dim: 4, query_rank: 2, rank: 1}"
 BASED = "model.scaling.base={embed: 4, heads: 1, head_dim: 4, value_dim: 4, hidden: 6, layer: 1}"
 MEASURED = (BASED, "model.scaling.alignment={hidden: {}, readout: {}}")
 READOUT = "model.scaling.alignment.readout"
+CONCEPT = "model={kind: concept, encoder: [{pattern: [{window: 8}]}], decoder: []}"
+FIXED, DELIMITER, LEARNED = (
+    (CONCEPT, f"model.chunker={{kind: {kind}}}")
+    for kind in ("fixed, size: 2", "delimiter, room: 2", "learned, ratio: 4")
+)
+LOCAL = "[{pattern: [{window: 4}]}]"
+PREFIX = (CONCEPT, f"model.decoder={LOCAL}", "model.injection={kind: prefix}")
 OPTIMIZER = "train.optimizer"
 MUON, ATAN2, SGD, ADAFACTOR, LION = (
     f"{OPTIMIZER}={{kind: {kind}}}" for kind in ("muon", "adam_atan2", "sgd", "adafactor", "lion")
@@ -72,6 +80,24 @@ CHANGES = {
     "LanguageModel.embedding_scale": "model.embedding_scale=root_width",
     "LanguageModel.readout": "model.readout=tied",
     "LanguageModel.logit_softcap": "model.logit_softcap=0.1",
+    "Architecture.encoder": (CONCEPT, "model.encoder=[]"),
+    "Architecture.decoder": (CONCEPT, f"model.decoder={LOCAL}"),
+    "Architecture.chunker": (CONCEPT, "model.chunker={kind: fixed}"),
+    "Architecture.pool": (CONCEPT, "model.pool={kind: max}"),
+    "Architecture.injection": (CONCEPT, "model.injection={kind: cross}"),
+    "Concepts.d_model": (CONCEPT, "model.concepts.d_model=12"),
+    "Concepts.attention": (CONCEPT, f"model.concepts.attention={HEADS}"),
+    "Concepts.mlp": (CONCEPT, "model.concepts.mlp={kind: gated, hidden: 8}"),
+    "Concepts.plan": (CONCEPT, "model.concepts.plan=[{repeats: 2}]"),
+    "Fixed.size": (*FIXED, "model.chunker.size=3"),
+    "Delimiter.delimiters": (*DELIMITER, "model.chunker.delimiters=[101]"),
+    "Delimiter.room": (*DELIMITER, "model.chunker.room=4"),
+    "Delimiter.span": (*DELIMITER, "model.pool={kind: sum}", "model.chunker.span=3"),
+    "Learned.ratio": (*LEARNED, "model.chunker.ratio=5"),
+    "Learned.weight": (*LEARNED, "model.chunker.weight=1"),
+    "Learned.room": (*LEARNED, "model.chunker.room=2"),
+    "Learned.span": (*LEARNED, "model.pool={kind: sum}", "model.chunker.span=2"),
+    "Prefix.slots": (*PREFIX, "model.injection.slots=1"),
     "Stage.pattern": "model.plan=[{pattern: [{}, {}], repeats: 2}]",
     "Stage.repeats": "model.plan.0.repeats=1",
     "Layer.attention": f"{LAYER}.attention={{kind: grouped, heads: 1, kv_heads: 1, head_dim: 4}}",
@@ -305,7 +331,7 @@ def trained(run: Run) -> tuple[list[float], dict[str, np.ndarray]]:
     state, seen = trainer.initial_state(), []
     for step in range(4):
         state, metrics = trainer.step(state, step, trainer.put(batches.at(step)))
-        seen += map(float, metrics)
+        seen += map(float, (metrics.loss, metrics.gradient_norm, metrics.learning_rate))
     return seen, {name: np.asarray(leaf) for name, leaf in named(state.weights).items()}
 
 

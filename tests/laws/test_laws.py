@@ -12,40 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mukv.core.compute import Compute
 from mukv.core.params import named
 from mukv.model.counting import cache_bytes
 from tests.laws import matrix
-from tests.laws.matrix import COMBINATIONS, EXACT, LENGTH, VOCAB
-
-CUTS = [0, 4, 5, LENGTH]
-PLAIN = Compute("float32", "float32", unroll=True, fused=False)
-OTHER = Compute(
-    "float32", "float32", unroll=False, rematerialise=True, attention_chunk=4, loss_chunk=5
-)
-
-
-class Case:
-    """One combination: its model, weights, and logits of the rows that the laws compare."""
-
-    def __init__(self, combination):
-        self.model = model = matrix.build(*combination)
-        self.weights = matrix.weights(model)
-        self.ids = ids = matrix.tokens(2)
-        changed = np.repeat(ids[:1], LENGTH, axis=0)
-        changed[np.diag_indices(LENGTH)] = (ids[0] + 1) % VOCAB
-        alone = np.zeros((len(CUTS) - 1, LENGTH), np.int32)
-        for row, start, stop in zip(alone, CUTS[:-1], CUTS[1:], strict=True):
-            row[: stop - start] = ids[0, start:stop]
-        rows = np.concatenate([ids, changed, alone, ids[:1]])
-        segment, position = np.zeros_like(rows), np.tile(np.arange(LENGTH), (len(rows), 1))
-        lengths = np.diff(CUTS)
-        segment[-1] = np.repeat(np.arange(len(lengths)), lengths)
-        position[-1] = np.concatenate([np.arange(n) for n in lengths])
-        out = np.asarray(matrix.logits(model)(self.weights, rows, position, segment))
-        self.whole, self.changed = out[:2], out[2 : 2 + LENGTH]
-        self.alone, self.packed = out[2 + LENGTH : -1], out[-1]
-        self.loss, self.gradient = matrix.loss_and_gradient(model, PLAIN)(self.weights, ids)
+from tests.laws.matrix import COMBINATIONS, CUTS, EXACT, LENGTH, OTHER
 
 
 def grouped(combination):
@@ -56,7 +26,7 @@ def grouped(combination):
 
 @pytest.fixture(scope="module", params=map(grouped, COMBINATIONS))
 def case(request):
-    yield Case(request.param)
+    yield matrix.Case(matrix.build(*request.param))
     # Hundreds of compiled models would fill the memory of a small machine.
     jax.clear_caches()
 

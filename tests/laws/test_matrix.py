@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import get_args, get_type_hints
 
 import pytest
 
 from mukv.attention import ATTENTIONS, AnyAttention
+from mukv.model.concept.chunkers import CHUNKERS, AnyChunker
+from mukv.model.concept.injection import INJECTIONS, AnyInjection
+from mukv.model.concept.pooling import POOLS, AnyPool
 from mukv.position import POSITIONS, AnyPosition
 from mukv.scaling.optimizers import OPTIMIZERS, AnyOptimizer
 from mukv.scaling.parameterization import EXPONENTS, Scaling
@@ -14,6 +18,9 @@ from mukv.scaling.schedules import SCHEDULES, AnySchedule
 from tests.laws import matrix, test_fields
 
 TABLES = {
+    "chunker": (CHUNKERS, AnyChunker),
+    "pool": (POOLS, AnyPool),
+    "injection": (INJECTIONS, AnyInjection),
     "attention": (ATTENTIONS, AnyAttention),
     "position": (POSITIONS, AnyPosition),
     "optimizer": (OPTIMIZERS, AnyOptimizer),
@@ -30,7 +37,14 @@ def test_table_and_annotation_agree(name):
 
 
 @pytest.mark.parametrize(
-    ("table", "parts"), [(ATTENTIONS, matrix.ATTENTIONS), (POSITIONS, matrix.POSITIONS)]
+    ("table", "parts"),
+    [
+        (ATTENTIONS, matrix.ATTENTIONS),
+        (POSITIONS, matrix.POSITIONS),
+        (CHUNKERS, matrix.CHUNKERS),
+        (POOLS, matrix.POOLS),
+        (INJECTIONS, matrix.INJECTIONS),
+    ],
 )
 def test_the_laws_walk_every_part(table, parts):
     assert set(table.values()) == {type(part) for part in parts.values()}
@@ -53,3 +67,10 @@ def test_plans_have_windows_reuse_and_both():
         for layer in stage.pattern
     }
     assert len(seen) == 4
+
+
+def test_concept_models_have_every_chunker_with_every_injection_and_every_reduction():
+    assert {(chunker, injection) for chunker, _, injection in matrix.CONCEPTS} == {
+        *itertools.product(matrix.CHUNKERS, matrix.INJECTIONS)
+    }
+    assert {pool for _, pool, _ in matrix.CONCEPTS} == matrix.POOLS.keys()

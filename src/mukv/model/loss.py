@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +21,15 @@ def token_losses(
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+class Losses(NamedTuple):
+    """Of a batch. objective: what training minimises. cross_entropy: nats, weighted and summed.
+    counts: numbers to be reported, summed."""
+
+    objective: Float[Array, ""]
+    cross_entropy: Float[Array, ""]
+    counts: dict[str, Float[Array, ""]]
+
+
 def summed_loss(
     model: LanguageModel,
     weights: Weights,
@@ -28,23 +39,28 @@ def summed_loss(
     position: Int[Array, "batch token"] | None = None,
     segment: Int[Array, "batch token"] | None = None,
     compute: Compute | None = None,
-) -> Float[Array, ""]:
-    """Weighted sum of token losses over the batch, in nats.
+) -> Losses:
+    """Weighted sums of token losses over the batch, in nats.
 
     The logits of a chunk of tokens are made, used and dropped, and made again for the backward
     pass, so that batch x token x vocab numbers never exist together.
     """
     compute = (compute or Compute()).resolve(model.vocab_size)
-    hidden = model.hidden(weights, tokens, position, segment, compute)
-    chunk = compute.loss_chunk or hidden.shape[1]
+    reading = model.read(weights, tokens, position, segment, compute)
+    hidden, chunk = reading.hidden, compute.loss_chunk or tokens.shape[1]
 
     def part(hidden: Array, targets: Array, weight: Array) -> Float[Array, ""]:
         return jnp.sum(token_losses(model, weights, hidden, targets, compute) * weight)
 
     if hidden.shape[1] <= chunk:
-        return part(hidden, targets, weight)
-    total = jnp.zeros((), jnp.float32)
-    for start in range(0, hidden.shape[1], chunk):
-        piece = slice(start, start + chunk)
-        total += jax.checkpoint(part)(hidden[:, piece], targets[:, piece], weight[:, piece])
-    return total
+        total = part(hidden, targets, weight)
+    else:
+        total = jnp.zeros((), jnp.float32)
+        for start in range(0, hidden.shape[1], chunk):
+            piece = slice(start, start + chunk)
+            total += jax.checkpoint(part)(hidden[:, piece], targets[:, piece], weight[:, piece])
+    objective = total
+    if reading.penalty is not None:
+        # By row, so that it is the same however a batch is split.
+        objective += jnp.sum(reading.penalty * jnp.sum(weight, axis=1))
+    return Losses(objective, total, {name: jnp.sum(n) for name, n in reading.counts.items()})

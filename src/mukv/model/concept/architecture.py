@@ -1,0 +1,190 @@
+"""What a concept model is made of: its parts, their weights, and what they remember."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+
+from mukv.attention import AnyAttention
+from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
+from mukv.core.mesh import gather
+from mukv.core.params import Param
+from mukv.core.typing import Weights
+from mukv.model.base import LanguageModel, Memory
+from mukv.model.block import Gated
+from mukv.model.concept.chunkers import AnyChunker, Delimiter
+from mukv.model.concept.chunks import State
+from mukv.model.concept.injection import (
+    CONCEPT,
+    AnyInjection,
+    Joint,
+    Residually,
+)
+from mukv.model.concept.pooling import AnyPool, Select
+from mukv.model.plan import Layer, Stage
+from mukv.model.stack import Stack
+
+LOCAL = (Stage((Layer(window=64),)),)
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """The global layers. d_model, attention, mlp: None for those of the local ones."""
+
+    d_model: int | None = None
+    attention: AnyAttention | None = None
+    mlp: Gated | None = None
+    plan: tuple[Stage, ...] = (Stage(),)
+
+    grows: ClassVar[tuple[str, ...]] = ("d_model",)
+
+    def __post_init__(self) -> None:
+        if self.d_model is not None and self.d_model < 1:
+            raise BadInput("d_model", self.d_model, "at least 1, or null")
+        if not self.plan:
+            raise BadInput("plan", [], "at least one stage")
+
+
+@dataclass(frozen=True)
+class Architecture(LanguageModel):
+    """encoder, decoder: local layers before and after, each with a window; may be empty."""
+
+    encoder: tuple[Stage, ...] = LOCAL
+    chunker: AnyChunker = field(default_factory=Delimiter)
+    pool: AnyPool = field(default_factory=Select)
+    concepts: Concepts = field(default_factory=Concepts)
+    injection: AnyInjection = field(default_factory=Residually)
+    decoder: tuple[Stage, ...] = LOCAL
+
+    def __post_init__(self) -> None:
+        for name, stack in (("encoder", self.before), ("decoder", self.after)):
+            for layer in stack.layers:
+                if layer.window is None or layer.window < self.chunker.pace:
+                    raise BadInput(
+                        name,
+                        f"window {layer.window}",
+                        f"local layer {layer.index} needs a window of at least a chunk "
+                        f"({self.chunker.pace} tokens)",
+                    )
+        self.chunker.check(self.vocab_size)
+        self.pool.check(self.d_model, self.reach)
+        self.injection.check(len(self.after.layers))
+        super().__post_init__()
+
+    # Parts
+
+    @property
+    def width(self) -> int:
+        """Of concepts."""
+        return self.concepts.d_model or self.d_model
+
+    @property
+    def reach(self) -> int:
+        """Tokens that a concept is made of, at most."""
+        return self.pool.reach(self.chunker.reach)
+
+    @cached_property
+    def before(self) -> Stack:
+        return self.stack_of(self.encoder)
+
+    @cached_property
+    def globally(self) -> Stack:
+        return Stack(
+            self.width,
+            self.concepts.attention or self.attention,
+            self.concepts.mlp or self.mlp,
+            self.concepts.plan,
+            *(self.norm, self.residual, self.scaling),
+            first=len(self.before.layers),
+            every=self.chunker.pace,
+            prefix=CONCEPT,
+        )
+
+    @cached_property
+    def heard(self) -> Stack:
+        """What tokens read of concepts: a layer that only remembers, or none."""
+        return Stack(
+            self.width,
+            *(self.attention, self.mlp, (Stage(),) if self.injection.remembers else ()),
+            *(self.norm, self.residual, self.scaling),
+            first=self.globally.first + len(self.globally.layers),
+            every=self.chunker.pace,
+        )
+
+    @cached_property
+    def after(self) -> Stack:
+        return self.stack_of(self.decoder, self.heard.first + len(self.heard.layers))
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        return self.before, self.globally, self.heard, self.after
+
+    @property
+    def reader(self) -> AnyAttention:
+        """What tokens read concepts with."""
+        return self.heard.layers[0].attention if self.heard.layers else self.attention
+
+    # Weights
+
+    def body_params(self) -> dict[str, Any]:
+        shared = (self.reader, self.norm)
+        enter = {"embed": self.d_model, f"{CONCEPT}embed": self.width}
+        pool = self.pool.params(self.d_model, self.reach)
+        declared = {
+            "encoder": self.before.params(),
+            "chunker": self.chunker.params(self.d_model),
+            "pool": {**pool, "enter": Param(enter, fan_in=("embed",))},
+            "concepts": self.globally.params(),
+            "give": self.injection.give_params(self.d_model, self.width, *shared),
+            "injection": self.injection.own_params(self.d_model, *shared),
+            "decoder": self.after.params(),
+        }
+        return {name: tree for name, tree in declared.items() if tree}
+
+    def unstack(self, weights: Weights) -> dict[str, Any]:
+        stacks = {"encoder": self.before, "concepts": self.globally, "decoder": self.after}
+        layers = {name: stack.unstack(weights.get(name, {})) for name, stack in stacks.items()}
+        return {**weights, **layers}
+
+    def every(self, part: str) -> int:
+        return self.chunker.pace if part in ("pool", "concepts", "give") else 1
+
+    def outer(self, weights: Weights, compute: Compute) -> dict[str, Any]:
+        """Weights that belong to no layer, as products take them."""
+        names = ("chunker", "pool", "give", "injection")
+        declared = {name: tree for name, tree in self.body_params().items() if name in names}
+        own = compute.working_copy(declared, {name: weights[name] for name in declared})
+        return {"chunker": {}, "injection": {}, **gather(own, declared)}
+
+    def joint(self, outer: Weights, layers: Any, compute: Compute) -> Joint:
+        parts = (self.after, layers, self.reader, self.norm, compute)
+        return Joint(outer["give"], outer["injection"], *parts)
+
+    # Memory
+
+    def memories(self, length: int, tail: int) -> tuple[Memory, ...]:
+        concepts, more = max(1, length // self.chunker.pace), self.chunker.burst(tail)
+        slots = self.injection.slots_per_concept
+        local = (length + slots * concepts, tail + slots * more, slots > 0)
+        return (
+            Memory(self.before, length, tail),
+            Memory(self.globally, concepts, more, by_row=True),
+            Memory(self.heard, concepts, more, by_row=True),
+            Memory(self.after, *local),
+        )
+
+    def state_bytes(self, dtype: jnp.dtype) -> int:
+        vectors = self.chunker.mark_width(self.d_model) + self.width
+        return dtype.itemsize * (vectors + (self.reach - 1) * self.d_model) + 4
+
+    def start(self, batch: int, dtype: jnp.dtype) -> State:
+        return State(
+            mark=jnp.zeros((batch, self.chunker.mark_width(self.d_model)), dtype),
+            recent=jnp.zeros((batch, self.reach - 1, self.d_model), dtype),
+            inside=jnp.zeros(batch, jnp.int32),
+            thought=jnp.zeros((batch, self.width), dtype),
+        )

@@ -1,0 +1,118 @@
+"""Concepts are read by attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from mukv.attention import AnyAttention, Entries, Mask
+from mukv.cache import Slot
+from mukv.cache.base import append_some, body_entries, fold, tail_entries
+from mukv.core.norm import RMSNorm
+from mukv.core.params import Param, map_params
+from mukv.core.typing import Array, Bool, Float, Int, Residual
+from mukv.model.concept.injection.base import CONCEPT, Heard, Injection, Joint, Lasting
+
+
+@dataclass(frozen=True)
+class Cross(Injection):
+    """y = x + what a query reads among all concepts so far: one attention before the decoder, whose
+    entries are one more layer of the concepts' cache."""
+
+    kind: Literal["cross"] = "cross"
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+    def give_params(
+        self, d_model: int, concept: int, attention: AnyAttention, norm: RMSNorm
+    ) -> dict[str, Any]:
+        def at_width(param: Param) -> Param:
+            return param.prefixed(CONCEPT)
+
+        write = map_params(at_width, attention.write_params(concept))
+        return {"norm": map_params(at_width, norm.params(concept)), "write": write}
+
+    def own_params(self, d_model: int, attention: AnyAttention, norm: RMSNorm) -> dict[str, Any]:
+        return {"norm": norm.params(d_model), "read": attention.read_params(d_model)}
+
+    def _written(self, joint: Joint, thoughts: Array, position: Array) -> dict[str, Array]:
+        normed = joint.norm.apply(joint.give["norm"], thoughts)
+        return joint.attention.write(joint.give["write"], normed, position)
+
+    def _read(
+        self,
+        joint: Joint,
+        x: Residual,
+        count: Int[Array, "batch token"],
+        parts: tuple[Entries, ...],
+        segment: Int[Array, "batch token"] | None = None,
+    ) -> Residual:
+        # Of n concepts a token sees those at positions up to n - 1; of none, none.
+        normed = joint.norm.apply(joint.own["norm"], x)
+        return joint.attention.read(
+            joint.own["read"], normed, count - 1, parts, Mask(segment=segment)
+        )
+
+    def mix(self, joint: Joint, x: Residual, heard: Heard) -> Residual:
+        chunks = heard.chunks
+        position = chunks.at_ends(chunks.made) - 1
+        segment = chunks.at_ends(heard.segment, -1)
+        written = self._written(joint, heard.thoughts, position)
+        entries = Entries(written, position[:, None], segment=segment[:, None])
+        read = self._read(joint, x, chunks.made, (entries,), heard.segment)
+        return x + read * heard.confidence().astype(x.dtype)
+
+    def prefill(
+        self,
+        joint: Joint,
+        cache: Lasting,
+        x: Residual,
+        heard: Heard,
+        count: Int[Array, " batch"],
+        fresh: bool,
+    ) -> tuple[Residual, Lasting]:
+        chunks, (slot,) = heard.chunks, cache.heard.slots
+        position = cache.heard.length[:, None] + jnp.arange(chunks.end.shape[1])
+        written = self._written(joint, heard.thoughts, position)
+        new = Entries(written, position[:, None])
+        parts = (new,) if fresh else (body_entries(slot.body, cache.heard.length, False), new)
+        x = x + self._read(joint, x, chunks.made, parts)
+        body = fold(slot.body, written, cache.heard.length, chunks.total)
+        length = cache.heard.length + chunks.total
+        after = replace(cache.heard, slots=(Slot(body, slot.tail),), length=length)
+        shared = (count, fresh, joint.compute)
+        x, decoder = joint.decoder.prefill(joint.layers, cache.decoder, x, *shared)
+        return x, Lasting(after, decoder)
+
+    def note(
+        self,
+        joint: Joint,
+        cache: Lasting,
+        thought: Float[Array, "batch concept_embed"],
+        ends: Bool[Array, " batch"],
+    ) -> Lasting:
+        (slot,), filled = cache.heard.slots, cache.heard.filled
+        written = self._written(joint, thought[:, None], cache.heard.position()[:, None])
+        tail = append_some(slot.tail, written, filled, ends)
+        after = replace(cache.heard, slots=(Slot(slot.body, tail),), filled=filled + ends)
+        return cache._replace(heard=after)
+
+    def step(
+        self,
+        joint: Joint,
+        cache: Lasting,
+        x: Residual,
+        thought: Float[Array, "batch concept_embed"],
+        count: Int[Array, " batch"],
+    ) -> tuple[Residual, Lasting]:
+        (slot,), heard = cache.heard.slots, cache.heard
+        parts = (
+            body_entries(slot.body, heard.length, False),
+            tail_entries(slot.tail, heard.length, heard.filled),
+        )
+        x = x + self._read(joint, x, count[:, None], parts)
+        return super().step(joint, cache, x, thought, count)

@@ -1,0 +1,125 @@
+"""Concepts stand in the stream of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from mukv.attention import AnyAttention
+from mukv.core.errors import BadInput
+from mukv.core.linear import project
+from mukv.core.norm import RMSNorm
+from mukv.core.params import Param
+from mukv.core.typing import Array, Bool, Float, Int, Residual
+from mukv.model.concept.chunks import gathered
+from mukv.model.concept.injection.base import CONCEPT, Heard, Injection, Joint, Lasting
+
+
+@dataclass(frozen=True)
+class Prefix(Injection):
+    """Each concept stands in the decoder's stream as `slots` entries right before the token that
+    ended it (Block Transformer, Ho et al. 2024); windows count them."""
+
+    kind: Literal["prefix"] = "prefix"
+    slots: int = 2
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise BadInput("slots", self.slots, "at least 1")
+
+    @property
+    def slots_per_concept(self) -> int:
+        return self.slots
+
+    def check(self, layers: int) -> None:
+        if not layers:
+            raise BadInput("decoder", [], "at least one layer: only they read a prefix")
+
+    def give_params(
+        self, d_model: int, concept: int, attention: AnyAttention, norm: RMSNorm
+    ) -> dict[str, Any]:
+        dims = {f"{CONCEPT}embed": concept, "slot": self.slots, "embed": d_model}
+        return {"give": Param(dims, fan_in=(f"{CONCEPT}embed",))}
+
+    def _line(self, joint: Joint, x: Residual, heard: Heard) -> tuple[Array, Array, Array]:
+        """Stream of tokens and slots; where in (tokens, slots) each place of it is from; and the
+        place of each token."""
+        chunks, slots = heard.chunks, self.slots
+        batch, length = x.shape[:2]
+        given = project(heard.thoughts, joint.give["give"])
+        sure = chunks.at_ends(heard.confidence()).astype(x.dtype)
+        given = (given * sure[:, :, None]).reshape(batch, -1, x.shape[-1])
+        line = jnp.concatenate([x, given], axis=1)
+        whole = line.shape[1]
+        token = jnp.arange(length) + slots * chunks.number
+        concept = jnp.arange(chunks.end.shape[1])[:, None]
+        slot = chunks.end[..., None] + slots * concept + jnp.arange(slots)
+        slot = jnp.where(chunks.end[..., None] < length, slot, whole).reshape(batch, -1)
+        rows = jnp.arange(batch)[:, None]
+        origin = jnp.full((batch, whole), whole)
+        origin = origin.at[rows, jnp.concatenate([token, slot], axis=1)].set(
+            jnp.broadcast_to(jnp.arange(whole), (batch, whole)), mode="drop"
+        )
+        return gathered(line, origin), origin, token
+
+    def forward(self, joint: Joint, x: Residual, heard: Heard, packed: bool) -> Residual:
+        stream, origin, token = self._line(joint, x, heard)
+        chunks, slots = heard.chunks, self.slots
+
+        def spread(values: Array, of_slots: Array) -> Array:
+            of_slots = of_slots.reshape(len(values), -1)
+            return jnp.concatenate([values, of_slots], axis=1)
+
+        own = heard.position + slots * chunks.made
+        ends = chunks.at_ends(own)[..., None] - slots + jnp.arange(slots)
+        segments = jnp.repeat(chunks.at_ends(heard.segment, -1), slots, axis=1)
+        out = joint.decoder.forward(
+            joint.layers,
+            stream,
+            gathered(spread(own, ends), origin),
+            gathered(spread(heard.segment, segments), origin, -1),
+            joint.compute,
+        )
+        return gathered(out, token)
+
+    def prefill(
+        self,
+        joint: Joint,
+        cache: Lasting,
+        x: Residual,
+        heard: Heard,
+        count: Int[Array, " batch"],
+        fresh: bool,
+    ) -> tuple[Residual, Lasting]:
+        stream, _, token = self._line(joint, x, heard)
+        shared = (count + self.slots * heard.chunks.total, fresh, joint.compute)
+        out, decoder = joint.decoder.prefill(joint.layers, cache.decoder, stream, *shared)
+        return gathered(out, token), cache._replace(decoder=decoder)
+
+    def note(
+        self,
+        joint: Joint,
+        cache: Lasting,
+        thought: Float[Array, "batch concept_embed"],
+        ends: Bool[Array, " batch"],
+    ) -> Lasting:
+        given = project(thought, joint.give["give"])
+        decoder = cache.decoder
+        for slot in range(self.slots):
+            x = given[:, slot, None]
+            _, decoder = joint.decoder.step(joint.layers, decoder, x, joint.compute, ends)
+        return cache._replace(decoder=decoder)
+
+    def step(
+        self,
+        joint: Joint,
+        cache: Lasting,
+        x: Residual,
+        thought: Float[Array, "batch concept_embed"],
+        count: Int[Array, " batch"],
+    ) -> tuple[Residual, Lasting]:
+        every = jnp.ones(len(x), bool)
+        x, decoder = joint.decoder.step(joint.layers, cache.decoder, x, joint.compute, every)
+        return x, cache._replace(decoder=decoder)

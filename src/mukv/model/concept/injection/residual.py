@@ -1,0 +1,52 @@
+"""Concepts are added to the stream of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from mukv.attention import AnyAttention
+from mukv.core.linear import project
+from mukv.core.norm import RMSNorm
+from mukv.core.params import Param
+from mukv.core.typing import Array, Float, Int, Residual
+from mukv.model.concept.chunks import gathered
+from mukv.model.concept.injection.base import CONCEPT, Heard, Injection, Joint, Lasting
+
+
+@dataclass(frozen=True)
+class Residually(Injection):
+    """y = gain * x + W g: what the encoder said, and the latest concept."""
+
+    kind: Literal["residual"] = "residual"
+
+    def give_params(
+        self, d_model: int, concept: int, attention: AnyAttention, norm: RMSNorm
+    ) -> dict[str, Any]:
+        dims = {f"{CONCEPT}embed": concept, "embed": d_model}
+        return {"give": Param(dims, fan_in=(f"{CONCEPT}embed",))}
+
+    def own_params(self, d_model: int, attention: AnyAttention, norm: RMSNorm) -> dict[str, Any]:
+        return {"skip": Param({"embed": d_model}, role="vector", init="ones")}
+
+    def mix(self, joint: Joint, x: Residual, heard: Heard) -> Residual:
+        line = jnp.concatenate([heard.before[:, None].astype(x.dtype), heard.thoughts], axis=1)
+        given = gathered(project(line, joint.give["give"]), heard.chunks.number)
+        return self._sum(joint, x, given * heard.confidence().astype(x.dtype), heard.chunks.made)
+
+    def step(
+        self,
+        joint: Joint,
+        cache: Lasting,
+        x: Residual,
+        thought: Float[Array, "batch concept_embed"],
+        count: Int[Array, " batch"],
+    ) -> tuple[Residual, Lasting]:
+        given = project(thought.astype(x.dtype), joint.give["give"])[:, None]
+        x = self._sum(joint, x, given, count[:, None])
+        return super().step(joint, cache, x, thought, count)
+
+    def _sum(self, joint: Joint, x: Residual, given: Residual, count: Array) -> Residual:
+        return x * joint.own["skip"].astype(x.dtype) + jnp.where(count[..., None] > 0, given, 0)

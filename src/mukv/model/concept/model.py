@@ -1,0 +1,187 @@
+"""The concept model: tokens in local layers, concepts in global ones, a cache that counts concepts.
+
+Windowed layers read tokens; a chunker ends chunks, a reduction makes a vector of each, and the
+global layers think about these. A token hears every concept whose last token it is or follows, by
+an injection into more windowed layers. Trained by cross-entropy alone, and the ratio loss of a
+learned chunker. After Block Transformer (Ho et al. 2024), SpaceByte (Slagle 2024) and H-Net (Hwang
+et al. 2025).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from mukv.core.compute import Compute
+from mukv.core.linear import project
+from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
+from mukv.model.base import Reading
+from mukv.model.concept.architecture import Architecture
+from mukv.model.concept.cache import ConceptCache
+from mukv.model.concept.chunks import Chunks, State, Thoughts, chunked, left, smoothed, windows
+from mukv.model.concept.injection import (
+    Heard,
+    Lasting,
+)
+
+
+@dataclass(frozen=True)
+class Concept(Architecture):
+    """Its parts at work; see `Architecture`."""
+
+    kind: Literal["concept"] = "concept"
+
+    cache_class: ClassVar[type[Any]] = ConceptCache
+
+    # Whole rows
+
+    def read(
+        self,
+        weights: Weights,
+        tokens: Tokens,
+        position: Int[Array, "batch token"] | None = None,
+        segment: Int[Array, "batch token"] | None = None,
+        compute: Compute | None = None,
+    ) -> Reading:
+        compute = (compute or Compute()).resolve(self.vocab_size)
+        outer = self.outer(weights, compute)
+        here = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        position = here if position is None else position
+        documents = jnp.zeros_like(tokens) if segment is None else segment
+        first = jnp.pad(documents[:, 1:] != documents[:, :-1], ((0, 0), (1, 0)))
+        first = first | (here == 0)
+        place = here - jax.lax.cummax(jnp.where(first, here, 0), axis=1)
+
+        x = self.embed(weights, tokens, compute)
+        x = self.before.forward(weights.get("encoder", {}), x, position, segment, compute)
+        state = self.start(len(tokens), x.dtype)
+        room = max(1, tokens.shape[1] // self.chunker.pace)
+        shared = (first, place, here >= 0, state, jnp.zeros_like(tokens[:, 0]), room)
+        chunks = chunked(self.chunker, outer["chunker"], tokens, x, *shared)
+        count = chunks.at_ends(chunks.made, 1)
+        thoughts = self.globally.forward(
+            weights["concepts"],
+            self._pooled(outer["pool"], chunks, x, state),
+            count - 1,
+            chunks.at_ends(documents, -1),
+            compute,
+        )
+        thoughts = self._smoothed(chunks, thoughts, state)
+        heard = Heard(chunks, thoughts, state.thought, position, documents)
+        joint = self.joint(outer, weights.get("decoder", {}), compute)
+        x = self.injection.forward(joint, x, heard, packed=segment is not None)
+        made = jnp.sum(chunks.ends, axis=1).astype(jnp.float32)
+        penalty = self.chunker.penalty(chunks.ends, chunks.wish)
+        counts = {"concepts": made, "refused_borders": chunks.refused()}
+        return Reading(self.normed(weights, x), penalty, counts)
+
+    def _pooled(self, weights: Weights, chunks: Chunks, x: Residual, state: State) -> Thoughts:
+        """What goes into the global layers."""
+        window, present = windows(chunks, x, state.recent)
+        return project(self.pool.apply(weights, window, present), weights["enter"])
+
+    def _smoothed(self, chunks: Chunks, thoughts: Thoughts, state: State) -> Thoughts:
+        if chunks.wish.chance is None:
+            return thoughts
+        chance = chunks.at_ends(chunks.wish.chance, 1.0)
+        return smoothed(thoughts, chance, chunks.at_ends(chunks.made) == 1, state.thought)
+
+    # Decoding
+
+    def empty_cache(
+        self, batch: int, length: int, tail: int = 64, dtype: jnp.dtype | None = None
+    ) -> ConceptCache:
+        dtype = dtype or Compute().resolve(self.vocab_size).type
+        encoder, concepts, heard, decoder = (
+            each.stack.empty_cache(batch, each.length, each.tail, dtype, each.by_row)
+            for each in self.memories(length, tail)
+        )
+        return ConceptCache(encoder, concepts, heard, decoder, self.start(batch, dtype))
+
+    def prefill(
+        self,
+        weights: Weights,
+        cache: ConceptCache,
+        tokens: Tokens,
+        count: Int[Array, " batch"],
+        fresh: bool = True,
+        compute: Compute | None = None,
+    ) -> tuple[Float[Array, "batch vocab"], ConceptCache]:
+        compute = (compute or Compute()).resolve(self.vocab_size)
+        outer, state = self.outer(weights, compute), cache.state
+        here = jnp.arange(tokens.shape[1])
+        place = cache.length[:, None] + here
+        x = self.embed(weights, tokens, compute)
+        rest = (count, fresh, compute)
+        x, encoder = self.before.prefill(weights["encoder"], cache.encoder, x, *rest)
+        pace = self.chunker.pace
+        room = max(1, tokens.shape[1] // pace) if fresh else self.chunker.burst(tokens.shape[1])
+        shared = (place == 0, place, here < count[:, None], state, cache.concepts.length, room)
+        chunks = chunked(self.chunker, outer["chunker"], tokens, x, *shared)
+        rest = (chunks.total, fresh, compute)
+        thoughts, concepts = self.globally.prefill(
+            weights["concepts"],
+            cache.concepts,
+            self._pooled(outer["pool"], chunks, x, state),
+            *rest,
+        )
+        thoughts = self._smoothed(chunks, thoughts, state)
+        heard = Heard(chunks, thoughts, state.thought, place, jnp.zeros_like(tokens))
+        joint = self.joint(outer, weights["decoder"], compute)
+        lasting = Lasting(cache.heard, cache.decoder)
+        y, lasting = self.injection.prefill(joint, lasting, x, heard, count, fresh)
+        after = ConceptCache(encoder, concepts, *lasting, left(chunks, x, thoughts, state, count))
+        return self.last_logits(weights, y, count - 1, compute), after
+
+    def step(
+        self,
+        weights: Weights,
+        cache: ConceptCache,
+        token: Int[Array, " batch"],
+        compute: Compute | None = None,
+    ) -> tuple[Float[Array, "batch vocab"], ConceptCache]:
+        """As every model's; the global layers work only if a chunk ends in some row."""
+        compute = (compute or Compute()).resolve(self.vocab_size)
+        outer, state = self.outer(weights, compute), cache.state
+        joint = self.joint(outer, weights["decoder"], compute)
+        place = cache.encoder.position()[:, None]
+        x = self.embed(weights, token[:, None], compute)
+        x, encoder = self.before.step(weights["encoder"], cache.encoder, x, compute)
+        had = cache.concepts.position()
+        shared = (place == 0, place, place >= 0, state, had, 1)
+        chunks = chunked(self.chunker, outer["chunker"], token[:, None], x, *shared)
+        ends, lasting = chunks.ends[:, 0], Lasting(cache.heard, cache.decoder)
+
+        def think() -> Any:
+            pooled = self._pooled(outer["pool"], chunks, x, state)
+            made, concepts = self.globally.step(
+                weights["concepts"], cache.concepts, pooled, compute, ends
+            )
+            made = self._smoothed(chunks, made, state)[:, 0].astype(state.thought.dtype)
+            thought = jnp.where(ends[:, None], made, state.thought)
+            noted = self.injection.note(joint, lasting, thought, ends)
+            return thought, [part.split()[1] for part in (concepts, *noted)]
+
+        def wait() -> Any:
+            return state.thought, [part.split()[1] for part in (cache.concepts, *lasting)]
+
+        # What a branch gives back is copied: the tails, never the bodies.
+        thought, tails = jax.lax.cond(jnp.any(ends), think, wait)
+        concepts, *noted = (
+            type(part).join(part.split()[0], tail)
+            for part, tail in zip((cache.concepts, *lasting), tails, strict=True)
+        )
+        y, lasting = self.injection.step(joint, Lasting(*noted), x, thought, had + ends)
+        state = left(chunks, x, thought[:, None], state, jnp.ones_like(had))
+        after = ConceptCache(encoder, concepts, *lasting, state)
+        return self.logits(weights, self.normed(weights, y), compute)[:, 0], after
+
+    def fold(self, cache: ConceptCache) -> ConceptCache:
+        parts = (cache.encoder, cache.concepts, cache.heard, cache.decoder)
+        encoder, concepts, heard, decoder = (
+            stack.fold(part) for stack, part in zip(self.stacks, parts, strict=True)
+        )
+        return ConceptCache(encoder, concepts, heard, decoder, cache.state)

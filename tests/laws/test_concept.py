@@ -1,0 +1,146 @@
+"""Laws 1 to 5 and the identity of law 10 for concept models.
+
+Every chunker with every injection, every reduction; the rows that the laws compare are one batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mukv.core.params import named
+from mukv.model.concept import Concepts, Fixed, Learned
+from mukv.model.counting import cache_bytes
+from tests.laws import matrix
+from tests.laws.matrix import CONCEPTS, CUTS, EXACT, LENGTH, OTHER
+
+TAIL = 2
+
+
+@pytest.fixture(scope="module", params=CONCEPTS, ids="-".join)
+def case(request):
+    yield matrix.Case(matrix.concept(*request.param))
+    jax.clear_caches()
+
+
+def test_causality_is_exact(case):
+    """Law 1: changing token t changes no logit before t, to the bit, and changes that at t."""
+    for t, row in enumerate(case.changed):
+        np.testing.assert_array_equal(row[:t], case.whole[0, :t])
+        assert (row[t] != case.whole[0, t]).any()
+
+
+def test_decode_is_prefill(case):
+    """Law 2: token by token and in two prefills, over borders that differ between the rows."""
+    model, count = case.model, np.array([4, 6])
+    weights = model.unstack(case.weights)
+    cache = model.empty_cache(2, LENGTH, TAIL, EXACT.type)
+    frozen = jax.tree.structure(cache.split()[0])
+    prefill = jax.jit(
+        lambda w, c, t, n, fresh: model.prefill(w, c, t, n, fresh, compute=EXACT), static_argnums=4
+    )
+    step = jax.jit(lambda w, c, t: model.step(w, c, t, compute=EXACT))
+    fold = jax.jit(model.fold)
+    scores, cache = prefill(weights, cache, case.ids[:, :6], jnp.asarray(count), True)
+    concepts = []
+    for number in range(LENGTH - 6):
+        np.testing.assert_allclose(scores, case.whole[[0, 1], count - 1], atol=2e-5)
+        if number and number % TAIL == 0:
+            cache = fold(cache)
+        before = cache.concepts.position()
+        scores, cache = step(weights, cache, case.ids[[0, 1], count])
+        concepts.append(np.asarray(cache.concepts.position() - before))
+        count += 1
+    np.testing.assert_allclose(scores, case.whole[[0, 1], count - 1], atol=2e-5)
+    assert jax.tree.structure(cache.split()[0]) == frozen
+    assert any(a != b for a, b in concepts)
+    assert np.sum(concepts)
+
+
+def test_prefill_continues(case):
+    """Law 2: a text read in two prefills, cut within a chunk or not, equals the text at once."""
+    model, half = case.model, LENGTH // 2
+
+    @jax.jit
+    def read(weights, ids):
+        cache = model.empty_cache(2, LENGTH, TAIL, EXACT.type)
+        count = jnp.array([half, half - 1])
+        _, cache = model.prefill(weights, cache, ids[:, :half], count, compute=EXACT)
+        rest = jnp.stack([ids[0, half:], ids[1, half - 1 : -1]])
+        count = jnp.array([LENGTH - half] * 2)
+        return model.prefill(weights, cache, rest, count, fresh=False, compute=EXACT)[0]
+
+    scores = read(model.unstack(case.weights), case.ids)
+    np.testing.assert_allclose(scores, case.whole[[0, 1], [-1, -2]], atol=2e-5)
+
+
+def test_every_weight_learns(case):
+    """Law 3: each weight, in each layer, gets a gradient that is not zero."""
+    for name, gradient in named(case.gradient).items():
+        for layer in gradient if "stage" in name else [gradient]:
+            assert float(np.abs(layer).max()) > 0, name
+
+
+def test_bytes_are_true(case):
+    """Law 4: the cache as allocated weighs what is computed without it."""
+    for batch, length, tail in ((1, 2, 1), (3, LENGTH, 4)):
+        cache = case.model.empty_cache(batch, length, tail, EXACT.type)
+        assert cache.nbytes() == cache_bytes(case.model, batch, length, tail, EXACT.type)
+
+
+def test_packing_isolates(case):
+    """Law 5: documents packed in one row equal the same documents alone; no chunk crosses."""
+    for alone, start, stop in zip(case.alone, CUTS[:-1], CUTS[1:], strict=True):
+        np.testing.assert_allclose(case.packed[start:stop], alone[: stop - start], atol=2e-5)
+
+
+def test_ways_of_computing_agree(case):
+    """Scan = unrolled, fused core = plain core, chunked loss = whole loss; gradients too."""
+    loss, gradient = matrix.loss_and_gradient(case.model, OTHER)(case.weights, case.ids)
+    np.testing.assert_allclose(loss, case.loss, rtol=1e-5)
+    for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(case.gradient), strict=True):
+        np.testing.assert_allclose(one, two, rtol=2e-4, atol=2e-4)
+
+
+ONE = {
+    "fixed": Fixed(size=1),
+    "learned": Learned(ratio=2.0, room=1, span=1),
+}
+
+
+@pytest.mark.parametrize("pool", matrix.POOLS)
+@pytest.mark.parametrize("chunker", ["fixed", "learned"])
+def test_concepts_of_one_token_without_local_layers_are_a_decoder(chunker, pool):
+    """Law 10: with the identity between the widths, the same bits."""
+    plain = matrix.build("gqa", "rope", "plain")
+    model = replace(
+        matrix.concept(chunker, "select", "residual"),
+        pool=matrix.POOLS[pool],
+        chunker=ONE[chunker],
+        concepts=Concepts(plan=plain.plan),
+        encoder=(),
+        decoder=(),
+    )
+    known = matrix.weights(plain)
+    weights, same = matrix.weights(model), np.eye(matrix.D_MODEL, dtype=np.float32)
+    weights |= {name: known[name] for name in ("embedding", "final_norm", "readout")}
+    weights["concepts"] = {"stage0": known["stage0"]}
+    weights["give"], weights["pool"]["enter"] = {"give": same}, same
+    weights["injection"] = {"skip": np.zeros(matrix.D_MODEL, np.float32)}
+    if "narrow" in weights["pool"]:
+        weights["pool"]["narrow"] *= 0
+    if "places" in weights["pool"]:
+        weights["pool"]["places"] = np.ones(1, np.float32)
+    if chunker == "learned":
+        # All queries point one way and all keys the other: every border is certain.
+        weights["chunker"] = {"now": 1 - same, "before": -1 - same}
+        weights["embedding"] = known["embedding"] = np.abs(known["embedding"])
+    ids, place = matrix.tokens(2), np.tile(np.arange(LENGTH), (2, 1))
+    segment = np.zeros_like(ids)
+    one = matrix.logits(model)(weights, ids, place, segment)
+    two = matrix.logits(plain)(known, ids, place, segment)
+    np.testing.assert_allclose(one, two, atol=1e-6 if chunker == "fixed" else 2e-5)
