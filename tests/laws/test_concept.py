@@ -50,7 +50,7 @@ def test_decode_is_prefill(case):
     for number in range(LENGTH - 6):
         np.testing.assert_allclose(scores, case.whole[[0, 1], count - 1], atol=2e-5)
         if number and number % TAIL == 0:
-            cache = fold(cache)
+            cache = fold(weights, cache)
         before = cache.concepts.position()
         scores, cache = step(weights, cache, case.ids[[0, 1], count])
         concepts.append(np.asarray(cache.concepts.position() - before))

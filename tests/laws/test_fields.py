@@ -80,6 +80,7 @@ CHANGES = {
     "LanguageModel.embedding_scale": "model.embedding_scale=root_width",
     "LanguageModel.readout": "model.readout=tied",
     "LanguageModel.logit_softcap": "model.logit_softcap=0.1",
+    "Run.model": CONCEPT,
     "Architecture.encoder": (CONCEPT, "model.encoder=[]"),
     "Architecture.decoder": (CONCEPT, f"model.decoder={LOCAL}"),
     "Architecture.chunker": (CONCEPT, "model.chunker={kind: fixed}"),

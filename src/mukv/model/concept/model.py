@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from mukv.cache import FULL, Calibrated, Policy
 from mukv.core.compute import Compute
 from mukv.core.linear import project
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
@@ -92,11 +93,24 @@ class Concept(Architecture):
     # Decoding
 
     def empty_cache(
-        self, batch: int, length: int, tail: int = 64, dtype: jnp.dtype | None = None
+        self,
+        batch: int,
+        length: int,
+        tail: int = 64,
+        dtype: jnp.dtype | None = None,
+        policy: Policy = FULL,
+        centres: Calibrated | None = None,
     ) -> ConceptCache:
+        """As every model's; a policy is for the global layers."""
         dtype = dtype or Compute().resolve(self.vocab_size).type
+        self.globally.check_policy(policy)
+        first = self.globally.first
+        own = {layer - first: each for layer, each in (centres or {}).items()}
         encoder, concepts, heard, decoder = (
-            each.stack.empty_cache(batch, each.length, each.tail, dtype, each.by_row)
+            each.stack.empty_cache(
+                *(batch, each.length, each.tail, dtype, each.by_row),
+                **({"policy": policy, "centres": own} if each.stack is self.globally else {}),
+            )
             for each in self.memories(length, tail)
         )
         return ConceptCache(encoder, concepts, heard, decoder, self.start(batch, dtype))
@@ -179,9 +193,12 @@ class Concept(Architecture):
         after = ConceptCache(encoder, concepts, *lasting, state)
         return self.logits(weights, self.normed(weights, y), compute)[:, 0], after
 
-    def fold(self, cache: ConceptCache) -> ConceptCache:
-        parts = (cache.encoder, cache.concepts, cache.heard, cache.decoder)
-        encoder, concepts, heard, decoder = (
-            stack.fold(part) for stack, part in zip(self.stacks, parts, strict=True)
+    def fold(self, weights: Weights, cache: ConceptCache) -> ConceptCache:
+        read = [{"read": weights.get("injection", {}).get("read", {})}]
+        return ConceptCache(
+            self.before.fold(weights["encoder"], cache.encoder),
+            self.globally.fold(weights["concepts"], cache.concepts),
+            self.heard.fold(read, cache.heard),
+            self.after.fold(weights["decoder"], cache.decoder),
+            cache.state,
         )
-        return ConceptCache(encoder, concepts, heard, decoder, cache.state)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Entries, Mask
-from mukv.cache import Slot
-from mukv.cache.base import append_some, body_entries, fold, tail_entries
+from mukv.attention import AnyAttention, Bag, Entries, Mask
+from mukv.cache import Reader, Slot
+from mukv.cache.base import append_some, tail_entries
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param, map_params
 from mukv.core.typing import Array, Bool, Float, Int, Residual
@@ -48,7 +48,7 @@ class Cross(Injection):
         joint: Joint,
         x: Residual,
         count: Int[Array, "batch token"],
-        parts: tuple[Entries, ...],
+        parts: tuple[Bag, ...],
         segment: Int[Array, "batch token"] | None = None,
     ) -> Residual:
         # Of n concepts a token sees those at positions up to n - 1; of none, none.
@@ -79,9 +79,10 @@ class Cross(Injection):
         position = cache.heard.length[:, None] + jnp.arange(chunks.end.shape[1])
         written = self._written(joint, heard.thoughts, position)
         new = Entries(written, position[:, None])
-        parts = (new,) if fresh else (body_entries(slot.body, cache.heard.length, False), new)
+        parts = (new,) if fresh else (slot.body.entries(cache.heard.length), new)
         x = x + self._read(joint, x, chunks.made, parts)
-        body = fold(slot.body, written, cache.heard.length, chunks.total)
+        reader = Reader(joint.attention, joint.own["read"])
+        body = slot.body.extended(written, cache.heard.length, chunks.total, reader, fresh)
         length = cache.heard.length + chunks.total
         after = replace(cache.heard, slots=(Slot(body, slot.tail),), length=length)
         shared = (count, fresh, joint.compute)
@@ -111,7 +112,7 @@ class Cross(Injection):
     ) -> tuple[Residual, Lasting]:
         (slot,), heard = cache.heard.slots, cache.heard
         parts = (
-            body_entries(slot.body, heard.length, False),
+            slot.body.bag(heard.length),
             tail_entries(slot.tail, heard.length, heard.filled),
         )
         x = x + self._read(joint, x, count[:, None], parts)
