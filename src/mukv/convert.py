@@ -93,7 +93,7 @@ def export_model(
     config["torch_dtype"] = kept.pop() if len(kept) == 1 else "float32"
     special = _special(model, source)
     with new_folder(out) as folder:
-        files = _write_shards(folder, specs, shard)
+        files = write_shards(folder, specs, shard)
         write_atomic(folder / CONFIG, json.dumps(config | special, indent=2))
         for name in COMPANIONS:
             if (source / name).is_file():
@@ -149,7 +149,7 @@ def _specs(
     return made
 
 
-def _write_shards(folder: Path, specs: Mapping[str, Spec], limit: int) -> int:
+def write_shards(folder: Path, specs: Mapping[str, Spec], limit: int) -> int:
     """One file, or several with an index; returns how many."""
     shards: list[dict[str, Spec]] = [{}]
     size = 0
