@@ -27,7 +27,7 @@ FLOORS = (
     {"describe", "runs"},
     {"loaded", "search"},
     {"bench", "compress", "convert", "transfer"},
-    {"analysis", "demo", "inputs", "output", "report"},
+    {"analysis", "demo", "harness", "inputs", "output", "report"},
     {"cli"},
     {"__main__"},
 )
