@@ -81,6 +81,7 @@ def point(variant: str, width: int, rate: float, seed: int, steps: int, words: i
     training = {
         "steps": steps, "seed": seed, "batch": TOKENS // 256, "length": 256,
         "learning_rate": rate, "schedule": {"kind": "cosine", "warmup": steps // 10},
+        "optimizer": {"kind": "muon"}, "clip_norm": 1.0,
     }  # fmt: skip
     vocab = -(-task(4).vocab_size // 8) * 8
     mapping = {"model": configuration(variant, width, vocab), "train": training}
@@ -124,7 +125,7 @@ def plan(large: bool) -> list[tuple[Any, ...]]:
             for variant, width, rate, seed in product(VARIANTS, widths, rates, seeds)
         ]
     names = ("local + NoPE", "window 64", "MLA", "local + NoPE, MQA", "RoPE", "reuse")
-    return [(name, width, 1e-2, 0, 1200, 256) for width in (64, 32) for name in names]
+    return [(name, width, 1e-2, 0, 500, 256) for width in (64, 32) for name in names]
 
 
 def main() -> None:
