@@ -35,6 +35,10 @@ def test_a_configuration_then_its_model(mukv, tmp_path):
     assert (out / "benchmark.png").stat().st_size > 10_000
     run = out / "runs" / "needle" / "rate-0.01-seed-0"
     (row,) = rows_of(mukv("bench", run, "--lengths", "64", "--out", tmp_path / "model", *SMALL))
+    evicting = ("--cache", "streaming:16", "--lengths", "64", "--out", tmp_path / "policy")
+    (less,) = rows_of(mukv("bench", run, *evicting, *SMALL))
+    assert less["cache_bytes_per_token"] < row["cache_bytes_per_token"]
+    assert less["answers"] == 3
     if seen["rows"][1]["learning_rate"] == 1e-2:
         assert row["exact_match"] == rows[1]["exact_match"]
         assert row["bits"] == pytest.approx(rows[1]["bits"])
@@ -59,6 +63,7 @@ def test_a_model_of_text_reads_text(mukv, trained, tmp_path):
         (("tiny", "--cache", "none"), "allowed: adaptive, all, clusters"),
         (("tiny", "--lengths", "8", "--tasks", "needle"), "at least 15"),
         (("tiny", "--free", "-1"), "at least 0"),
+        (("tiny", "--free", "0", "--cache", "int8"), "a cache policy shows"),
         (("tiny", "--facts", "90", "--tasks", "mqar"), "at least facts"),
         (("tiny", "model.context=128", "--lengths", "128,256"), "context"),
         (("tiny", "--growing", "--tasks", "counting", "--lengths", "80,160"), "words"),

@@ -41,6 +41,8 @@ class Settings:
         for name, low in (("samples", 1), ("free", 0), ("shots", 0)):
             if getattr(self, name) < low:
                 raise BadInput(f"--{name}", getattr(self, name), f"at least {low}")
+        if self.policy != FULL and not self.free:
+            raise BadInput("--free", 0, "at least 1: a cache policy shows in what is decoded")
 
 
 @dataclass(frozen=True)
@@ -81,23 +83,30 @@ def examine(
         known = task.batch(max(task.smallest, 64), settings.seed, split, indices)
     scores = score(model.decoder, model.scaled, samples, model.run.train.compute)
     checked = solved(task, Samples(*(part[:CHECKED] for part in known)))
-    free = decoded(model, samples, settings) if settings.free else None
     compute = model.run.train.compute.resolve(model.decoder.vocab_size)
     right = scores.right[scores.present]
+    taken = cache_bytes(model.decoder, 1, length, 0, compute.type)
+    free, graded = None, right
+    if settings.free:
+        free, allocated = decoded(model, samples, settings)
+        if settings.policy != FULL:
+            # A policy shows only where there is a cache: answers count as they were decoded.
+            graded, taken = free, allocated
     row = {
         "task": name,
         "length": length,
         "facts": task.facts,
-        "exact_match": float(right.mean()),
-        "interval": wilson(int(right.sum()), len(right)),
-        "free_running": None if free is None else float(np.mean(free)),
+        "exact_match": float(graded.mean()),
+        "interval": wilson(int(graded.sum()), len(graded)),
+        "teacher_forced": float(right.mean()),
+        "free_running": None if free is None else float(free.mean()),
         "token_accuracy": float(scores.tokens[scores.present].mean()),
         "bits": float(scores.bits[scores.present].mean()),
         "chance": task.chance(known),
         "oracle": float(checked.mean()),
-        "cache_bytes_per_token": cache_bytes(model.decoder, 1, length, 0, compute.type) / length,
+        "cache_bytes_per_token": taken / length,
         "samples": settings.samples,
-        "answers": len(right),
+        "answers": len(graded),
         "by_distance": shares(right, samples.distance[scores.present], distances(length)),
         "by_depth": shares(right, samples.depth[scores.present], DEPTHS),
     }
@@ -112,8 +121,9 @@ def distances(length: int) -> list[float]:
     return edges
 
 
-def decoded(model: Model, samples: Samples, settings: Settings) -> list[bool]:
-    """Whether the last answer of the first samples comes out when decoded greedily."""
+def decoded(model: Model, samples: Samples, settings: Settings) -> tuple[np.ndarray, float]:
+    """Whether the last answer of the first samples comes out when decoded greedily, bool [row],
+    and the bytes of cache that were allocated for a row."""
     rows = np.arange(min(settings.free, len(samples.tokens)))
     # Answers stand in the order of the text, absent ones anywhere.
     last = np.argmax(np.where(samples.present, samples.start, -1), axis=1)[rows]
@@ -121,11 +131,12 @@ def decoded(model: Model, samples: Samples, settings: Settings) -> list[bool]:
     prompts = [samples.tokens[row, :end].tolist() for row, end in zip(rows, start, strict=True)]
     longest = int((stop - start).max())
     made = model.generate_ids(prompts, longest, policy=settings.policy)
-    return [
+    same = [
         made.tokens[row][: stop[row] - start[row]]
         == samples.tokens[row, start[row] : stop[row]].tolist()
         for row in rows
     ]
+    return np.array(same), made.cache_bytes / len(rows)
 
 
 def _answers(samples: Samples, scores: Scores, length: int) -> list[dict[str, Any]]:

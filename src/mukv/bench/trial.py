@@ -18,6 +18,7 @@ import numpy as np
 from mukv import loaded, runs
 from mukv.bench.examine import Examination, Settings, examine
 from mukv.bench.grading import effective_length, wilson
+from mukv.cache import FULL
 from mukv.config import Data, Run
 from mukv.core.errors import BadInput
 from mukv.runs import RunDirectory
@@ -83,7 +84,7 @@ class Trial:
     def examine(self, name: str, task: AnyTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Rows by length, and everything that was seen."""
         models, validated = {}, {}
-        only = replace(self.settings, free=0)
+        only = replace(self.settings, free=0, policy=FULL)
         for (rate, number), run in self.runs(task).items():
             folder = RunDirectory(self.folder / "runs" / name / f"rate-{rate:g}-seed-{number}")
             runs.train(run, folder, title=f"{name}, rate {rate:g}, seed {number}")
@@ -127,7 +128,7 @@ class Trial:
 def summary(found: Sequence[Examination], rate: float) -> dict[str, Any]:
     """Means over seeds; the interval is of all their answers together."""
     rows = [each.row for each in found]
-    means = ("exact_match", "token_accuracy", "bits", "free_running")
+    means = ("exact_match", "teacher_forced", "token_accuracy", "bits", "free_running")
     mean = {
         name: None if rows[0][name] is None else float(np.mean([row[name] for row in rows]))
         for name in means
