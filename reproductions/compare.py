@@ -36,6 +36,9 @@ from mukv.demo import equal_size
 from mukv.describe import describe
 from mukv.metrics import read_metrics
 
+NAMES = {"cpu": ("results.json", "figure.png")}
+"""What the one comparison of a folder is called; of several each has its own name."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -53,8 +56,9 @@ class Point:
 @dataclass(frozen=True)
 class Comparison:
     """What a YAML file asks for. variants: overrides of `base` by name. bases: presets of variants
-    that have another. equal: all have the parameters of `reference`, by the width of their MLPs, or
-    the sizes that are written (None).
+    that have another. swept: how many of the seeds all rates are tried with, None for all; the
+    others only train at a variant's best rate. equal: all have the parameters of `reference`, by
+    the width of their MLPs, or the sizes that are written (None).
     """
 
     base: str
@@ -65,12 +69,17 @@ class Comparison:
     seeds: list[int]
     bases: dict[str, str] = field(default_factory=dict)
     equal: Literal["parameters"] | None = "parameters"
+    swept: int | None = None
 
-    @property
-    def points(self) -> list[Point]:
+    def sweep(self) -> list[Point]:
         """One seed after the other, so that what is interrupted can be judged by the first."""
-        found = product(self.seeds, self.learning_rates, self.variants)
+        found = product(self.seeds[: self.swept], self.learning_rates, self.variants)
         return [Point(variant, rate, seed) for seed, rate, variant in found]
+
+    def final(self, best: dict[str, dict[str, Any]]) -> list[Point]:
+        """The other seeds at each variant's best rate."""
+        rest = [] if self.swept is None else self.seeds[self.swept :]
+        return [Point(v, best[v]["learning_rate"], seed) for seed in rest for v in best]
 
     def base_of(self, variant: str) -> str:
         return self.bases.get(variant, self.base)
@@ -87,10 +96,10 @@ class Comparison:
         return [*given, f"model.mlp.hidden={run.model.mlp.hidden}"]
 
 
-def train(comparison: Comparison, root: Path, processes: int) -> None:
-    """Every point that is not finished, each process with cores of its own."""
+def train(comparison: Comparison, points: list[Point], root: Path, processes: int) -> None:
+    """Every one of the points that is not finished, each process with cores of its own."""
     steps = config.load(comparison.base, comparison.overrides).train.steps
-    todo = [p for p in comparison.points if not finished(p.folder(root), steps)]
+    todo = [p for p in points if not finished(p.folder(root), steps)]
     cores: Queue[set[int]] = Queue()
     for mine in np.array_split(sorted(os.sched_getaffinity(0)), processes):
         cores.put(set(mine.tolist()))
@@ -145,7 +154,10 @@ def judge(comparison: Comparison, root: Path) -> dict[str, Any]:
     best: dict[str, dict[str, Any]] = {}
     for variant in comparison.variants:
         for rate in comparison.learning_rates:
-            curves = [curve(Point(variant, rate, s).folder(root)) for s in comparison.seeds]
+            folders = [Point(variant, rate, s).folder(root) for s in comparison.seeds]
+            curves = [curve(folder) for folder in folders if (folder / "weights").exists()]
+            if not curves:
+                continue
             steps = sorted(curves[0])
             mean = {step: statistics.mean(c[step] for c in curves) for step in steps}
             last = [c[steps[-1]] for c in curves]
@@ -231,10 +243,15 @@ def main() -> None:
     given = parser.parse_args()
     comparison = Comparison(**yaml.safe_load(given.comparison.read_text()))
     root = given.runs or Path("runs") / given.comparison.parent.name
-    train(comparison, root, given.processes)
+    train(comparison, comparison.sweep(), root, given.processes)
     best = judge(comparison, root)
-    write_atomic(given.comparison.with_name("results.json"), json.dumps(best, indent=2) + "\n")
-    draw(best, given.comparison.with_name("figure.png"), given.comparison.parent.name)
+    if final := comparison.final(best):
+        train(comparison, final, root, given.processes)
+        best = judge(comparison, root)
+    beside, stem = given.comparison.parent, given.comparison.stem
+    table, figure = NAMES.get(stem, (f"{stem}.json", f"{stem}.png"))
+    write_atomic(beside / table, json.dumps(best, indent=2) + "\n")
+    draw(best, beside / figure, f"{beside.name}: {stem}")
     show(best, comparison.reference)
 
 

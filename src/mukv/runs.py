@@ -120,6 +120,7 @@ def open_corpus(run: Run) -> TokenFile:
         else open_tokens(Path(run.data.path))
     )
     _check_vocabulary(run, tokens.vocab_size, f"the tokenizer of {tokens.path}")
+    run.model.check_tokenizer(tokens.vocab_size)
     return tokens
 
 

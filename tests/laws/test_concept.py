@@ -16,7 +16,9 @@ from mukv.core.params import named
 from mukv.model.concept import Concepts, Fixed, Learned
 from mukv.model.counting import cache_bytes
 from tests.laws import matrix
-from tests.laws.matrix import CONCEPTS, CUTS, EXACT, LENGTH, OTHER
+from tests.laws.matrix import CONCEPTS, CUTS, EXACT, LENGTH, OTHER, VOCAB
+from tests.laws.test_resume import LAST, assert_same_bits, resumed
+from tests.training import run, trainer
 
 TAIL = 2
 
@@ -98,6 +100,7 @@ def test_packing_isolates(case):
         np.testing.assert_allclose(case.packed[start:stop], alone[: stop - start], atol=2e-5)
 
 
+@pytest.mark.parametrize("case", CONCEPTS[::4], indirect=True, ids="-".join)
 def test_ways_of_computing_agree(case):
     """Scan = unrolled, fused core = plain core, chunked loss = whole loss; gradients too."""
     loss, gradient = matrix.loss_and_gradient(case.model, OTHER)(case.weights, case.ids)
@@ -112,8 +115,9 @@ ONE = {
 }
 
 
-@pytest.mark.parametrize("pool", matrix.POOLS)
-@pytest.mark.parametrize("chunker", ["fixed", "learned"])
+@pytest.mark.parametrize(
+    ("chunker", "pool"), [*(("fixed", pool) for pool in matrix.POOLS), ("learned", "select")]
+)
 def test_concepts_of_one_token_without_local_layers_are_a_decoder(chunker, pool):
     """Law 10: with the identity between the widths, the same bits."""
     plain = matrix.build("gqa", "rope", "plain")
@@ -144,3 +148,47 @@ def test_concepts_of_one_token_without_local_layers_are_a_decoder(chunker, pool)
     one = matrix.logits(model)(weights, ids, place, segment)
     two = matrix.logits(plain)(known, ids, place, segment)
     np.testing.assert_allclose(one, two, atol=1e-6 if chunker == "fixed" else 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combination", CONCEPTS[2::5], ids="-".join)
+def test_sharding_is_invisible(combination):
+    """Law 6: four devices, two rows of each piece of the batch and half of the heads on each."""
+    model = matrix.concept(*combination, vocab_size=32)
+    (state, metrics), (sharded, seen) = (
+        run(trainer(model, *mesh, learning_rate=1e-3, accumulate=pieces), 2)
+        for mesh, pieces in (((1, 1), 1), ((2, 2), 2))
+    )
+    for one, four in zip(metrics, seen, strict=True):
+        np.testing.assert_allclose(four.loss, one.loss, rtol=2e-5)
+        np.testing.assert_allclose(four.gradient_norm, one.gradient_norm, rtol=2e-5)
+        assert {name: float(n) for name, n in four.counts.items()} == pytest.approx(
+            {name: float(n) for name, n in one.counts.items()}
+        )
+    for one, four in zip(
+        jax.tree.leaves(state.weights), jax.tree.leaves(sharded.weights), strict=True
+    ):
+        assert np.sqrt(np.mean((np.asarray(four) - np.asarray(one)) ** 2)) < 2e-5
+
+
+@pytest.mark.slow
+def test_resume_is_bit_equal(tmp_path):
+    """Law 8."""
+    model = matrix.concept("learned", "weighted", "prefix")
+    whole, _ = run(trainer(model), LAST)
+    assert_same_bits(resumed(model, 2, tmp_path), whole)
+
+
+def test_borders_that_come_too_early_are_refused_and_counted():
+    """Never more than (p + 1) // room concepts at place p, and what is refused is told."""
+    model = matrix.concept("delimiter", "select", "residual")
+    model = replace(model, chunker=replace(model.chunker, delimiters=tuple(range(0, VOCAB, 2))))
+    early = np.tile([1, 0], (1, LENGTH))[:, :LENGTH].astype(np.int32)
+    ids = np.concatenate([early, np.ones_like(early)])
+    for room, made in ((2, LENGTH // 2), (4, LENGTH // 4)):
+        model = replace(model, chunker=replace(model.chunker, room=room))
+        counts = jax.jit(lambda w, i, m=model: m.read(w, i, compute=EXACT).counts)(
+            matrix.weights(model), ids
+        )
+        assert counts["concepts"].tolist() == [made, 0]
+        assert counts["refused_borders"].tolist() == [LENGTH // 2 - made, 0]

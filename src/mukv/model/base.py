@@ -74,6 +74,8 @@ class LanguageModel:
     context: int | None = None
     scaling: Scaling = field(default_factory=Scaling)
 
+    grows: ClassVar[tuple[str, ...]] = ("d_model",)
+    """Fields that go with the width of the model."""
     cache_class: ClassVar[type[Any]] = Cache
     """Has `split`, `join`, `nbytes`, `filled` and `tail_size`, as `Cache` does."""
 
@@ -167,6 +169,9 @@ class LanguageModel:
         raise NotImplementedError
 
     # What most answer alike
+
+    def check_tokenizer(self, vocab_size: int) -> None:
+        """Raise BadInput where the model names tokens that a tokenizer of this size lacks."""
 
     def memories(self, length: int, tail: int) -> tuple[Memory, ...]:
         """What `empty_cache` has for these numbers of tokens."""

@@ -75,6 +75,9 @@ class Architecture(LanguageModel):
         self.injection.check(len(self.after.layers))
         super().__post_init__()
 
+    def check_tokenizer(self, vocab_size: int) -> None:
+        self.chunker.check(vocab_size)
+
     # Parts
 
     @property
