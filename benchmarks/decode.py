@@ -1,6 +1,7 @@
 """Speed of greedy decoding beside transformers, at equal dimensions and context.
 
-Run: python benchmarks/decode.py --peers PYTHON [--contexts 128,2048] [--batches 1] [--quick]
+Run: python benchmarks/decode.py --peers PYTHON [--size 37m] [--contexts 128,2048] [--batches 1]
+[--quick]
 
 Ours is what `mukv generate` runs: one prefill, then the compiled loop over a frozen body and a
 small tail. The peers are transformers' LlamaForCausalLM with its dynamic and its static cache.
@@ -11,7 +12,9 @@ Float32 on a CPU, bfloat16 on a GPU.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -37,28 +40,74 @@ FEW, MANY = 32, 64
 """Tokens decoded per round, in contexts beyond 4,096 and up to it."""
 
 
-def contenders(python: str | None, precision: str) -> list[Contender]:
+LARGE = {
+    "llama-3.2-1b": {
+        "d_model": 2048,
+        "layers": 16,
+        "heads": 32,
+        "kv_heads": 8,
+        "hidden": 8192,
+        "vocab_size": 128_256,
+        "tied": True,
+    }
+}
+"""Shapes of which a small machine's memory holds one contender at a time."""
+
+
+def ours(precision: str) -> Contender:
+    worker = Worker("ours.py", allocator=True)
+    return Contender("mukv", worker, {"precision": precision, "warmup": 1})
+
+
+def theirs(python: str, precision: str, cache: str) -> Contender:
+    request = {"peer": "transformers", "precision": precision, "cache": cache, "warmup": 1}
+    return Contender(f"transformers, {cache}", Worker("peers.py", python), request)
+
+
+def starters(python: str | None, precision: str) -> list[Callable[[], Contender]]:
     """Everyone, in the order in which they take turns."""
-    ours = Worker("ours.py", allocator=True)
-    made = [Contender("mukv", ours, {"precision": precision, "warmup": 1})]
-    if python:
-        for cache in ("dynamic", "static"):
-            request = {"peer": "transformers", "precision": precision, "cache": cache, "warmup": 1}
-            made.append(Contender(f"transformers, {cache}", Worker("peers.py", python), request))
-    return made
+    caches = ("dynamic", "static") if python else ()
+    peers = [partial(theirs, str(python), precision, cache) for cache in caches]
+    return [partial(ours, precision), *peers]
 
 
-def rows(context: int, batch: int, new_tokens: int, case: Case) -> list[dict[str, Any]]:
+def together(
+    everyone: Sequence[Callable[[], Contender]], case: Mapping[str, Any], rounds: int, say: Console
+) -> Case:
+    """In alternating rounds."""
+    made = [start() for start in everyone]
+    try:
+        return compare(made, case, rounds, 0.0, LIMIT, say)
+    finally:
+        for one in made:
+            one.worker.close()
+
+
+def in_turn(
+    everyone: Sequence[Callable[[], Contender]], case: Mapping[str, Any], rounds: int, say: Console
+) -> Case:
+    """One after the other has done all its rounds: the machine may have changed in between."""
+    cases = [together([start], case, rounds, say) for start in everyone]
+    busy = [each for case in cases for each in case.busy]
+    return Case([one for case in cases for one in case.contenders], busy)
+
+
+def rows(
+    context: int, batch: int, new_tokens: int, case: Case, bandwidth: float
+) -> list[dict[str, Any]]:
     """What to print and keep of one case."""
     made = []
+    read = case.contenders[0].told.get("read_bytes", float("nan"))
     for one in case.contenders:
         speeds = one.per_second(batch * new_tokens)
+        speed = median(speeds)
         made.append(
             {
                 "context": context,
                 "batch": batch,
                 "contender": one.name,
-                "tokens_per_second": median(speeds),
+                "tokens_per_second": speed,
+                "of_bandwidth": speed and speed / batch * read / bandwidth,
                 "to_dynamic": median(case.ratios(one, "transformers, dynamic")),
                 "to_static": median(case.ratios(one, "transformers, static")),
                 "prefill_tokens_per_second": median(
@@ -76,7 +125,8 @@ def rows(context: int, batch: int, new_tokens: int, case: Case) -> list[dict[str
 
 def main() -> int:
     options = parser("Speed of decoding")
-    options.add_argument("--size", choices=SIZES, default="37m")
+    options.add_argument("--size", choices=[*SIZES, *LARGE], default="37m")
+    options.add_argument("--precision", choices=("float32", "bfloat16"), help="of the weights")
     options.add_argument("--contexts", help="tokens before the new ones; default 128,2048,8192")
     options.add_argument("--batches", help="rows decoded together; default 1,8")
     chosen = options.parse_args()
@@ -89,28 +139,27 @@ def main() -> int:
     batches = names(chosen.batches or ("1" if chosen.quick else "1,8"))
     rounds = chosen.rounds or (2 if chosen.quick else 5)
     probe = Worker("ours.py")
-    on_cpu = probe.ask(op="device")["platform"] == "cpu"
+    device = probe.ask(op="device")
     probe.close()
-    everyone = contenders(None if missing else python, "float32" if on_cpu else "bfloat16")
-    size = asdict(SIZES[chosen.size])
-    size.pop("tokens")
-    found, busy = [], []
-    try:
-        for context in map(int, contexts):
-            for batch in map(int, batches):
-                new_tokens = FEW if context > 4096 else MANY
-                request = {"batch": batch, "length": context, "new_tokens": new_tokens}
-                case = compare(
-                    everyone, {"task": "decode", **size, **request}, rounds, 0.0, LIMIT, console
-                )
-                fresh = rows(context, batch, new_tokens, case)
-                found += fresh
-                busy += case.busy
-                show_case(console, f"{chosen.size}, context {context}, batch {batch}", fresh)
-        told = versions(everyone)
-    finally:
-        for one in everyone:
-            one.worker.close()
+    precision = chosen.precision or ("float32" if device["platform"] == "cpu" else "bfloat16")
+    everyone = starters(None if missing else python, precision)
+    if chosen.size in LARGE:
+        size, run = LARGE[chosen.size], in_turn
+    else:
+        size, run = asdict(SIZES[chosen.size]), together
+        size.pop("tokens")
+    found, busy, told = [], [], {}
+    for context in map(int, contexts):
+        for batch in map(int, batches):
+            new_tokens = FEW if context > 4096 or chosen.size in LARGE else MANY
+            request = {"batch": batch, "length": context, "new_tokens": new_tokens}
+            case = run(everyone, {"task": "decode", **size, **request}, rounds, console)
+            fresh = rows(context, batch, new_tokens, case, device["bandwidth"])
+            found += fresh
+            busy += case.busy
+            told |= versions(case.contenders)
+            show_case(console, f"{chosen.size}, context {context}, batch {batch}", fresh)
+    told["bandwidth, GB/s"] = round(device["bandwidth"] / 1e9, 1)
     report(found, told, median(busy) or 0.0, chosen.out)
     return 0
 
@@ -118,7 +167,7 @@ def main() -> int:
 def show_case(console: Console, title: str, fresh: list[dict[str, Any]]) -> None:
     shown = table(
         title,
-        ["", "tokens/s", "x dynamic", "x static", "prefill/s", "x dynamic"],
+        ["", "tokens/s", "of bandwidth", "x dynamic", "x static", "prefill/s", "x dynamic"],
     )
     for row in fresh:
         if row["why_not"]:
@@ -126,7 +175,8 @@ def show_case(console: Console, title: str, fresh: list[dict[str, Any]]) -> None
             continue
         shown.add_row(
             row["contender"],
-            show(row["tokens_per_second"]),
+            show(row["tokens_per_second"], ",.1f"),
+            show(row["of_bandwidth"], ".0%"),
             show(row["to_dynamic"], ".2f"),
             show(row["to_static"], ".2f"),
             show(row["prefill_tokens_per_second"]),

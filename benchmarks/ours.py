@@ -29,7 +29,7 @@ from mukv.data.batches import Batch
 from mukv.decode import decoding_weights, generate
 from mukv.model import Decoder, Stage
 from mukv.model.block import Gated
-from mukv.model.counting import flops_per_token
+from mukv.model.counting import cache_bytes_per_token, flops_per_token
 from mukv.position.rope import RoPE
 from mukv.train import Trainer
 from mukv.training import Training
@@ -57,6 +57,7 @@ class Job:
     devices: int = 1
     rematerialise: bool = False
     warmup: int = 2
+    tied: bool = False
 
     def model(self) -> Decoder:
         attention = Grouped(
@@ -71,7 +72,16 @@ class Job:
             attention=attention,
             mlp=Gated(hidden=self.hidden),
             plan=(Stage(repeats=self.layers),),
+            readout="tied" if self.tied else "linear",
         )
+
+    def read_bytes(self) -> int:
+        """That a decoding step must read: weights that multiply, and the cache of all rows."""
+        model, compute = self.model(), self.compute()
+        multiply = (param.size for param in params.named(model.params()).values() if param.fan_in)
+        cached = sum(cache_bytes_per_token(model, layer, compute.type) for layer in model.layers)
+        weights = sum(multiply) * jax.numpy.dtype(compute.operands).itemsize
+        return weights + self.batch * self.length * cached
 
     def compute(self) -> Compute:
         on_cpu = jax.default_backend() == "cpu"
@@ -122,9 +132,11 @@ def decoding(job: Job) -> Round:
     """A round reads `length` tokens per row and decodes `new_tokens` more, greedily."""
     model = job.model()
     declared = model.params()
-    deviations = params.map_params(lambda param: model.scaling.resolve(param).deviation, declared)
+    resolved = model.resolved()
+    deviations = jax.tree.map(lambda weight: weight.deviation, resolved)
     weights = params.initialise(declared, deviations, jax.random.key(0))
     ready = decoding_weights(model, weights, job.compute())
+    del weights
     prompts = job.tokens(job.batch, job.length).tolist()
 
     def decode() -> dict[str, float]:
@@ -138,6 +150,25 @@ def decoding(job: Job) -> Round:
     return decode
 
 
+def bandwidth(size: int = 1 << 28, rounds: int = 7) -> float:
+    """Bytes per second of reading 1 GiB, by a product with a vector or by a sum, whichever is
+    faster here."""
+    matrix = jax.numpy.ones((size >> 12, 1 << 12), jax.numpy.float32)
+    vector = jax.numpy.ones(1 << 12, jax.numpy.float32)
+    ways = (
+        jax.jit(lambda matrix, vector: matrix @ vector),
+        jax.jit(lambda matrix, _: matrix.sum()),
+    )
+    best = 0.0
+    for way in ways:
+        jax.block_until_ready(way(matrix, vector))
+        for _ in range(rounds):
+            start = time.perf_counter()
+            jax.block_until_ready(way(matrix, vector))
+            best = max(best, matrix.nbytes / (time.perf_counter() - start))
+    return best
+
+
 class Worker:
     """Holds one job at a time."""
 
@@ -148,7 +179,8 @@ class Worker:
         """{"op": "setup", **Job fields} -> {"parameters", "tokens", "jax", "device",
             "flops_per_token", "peak_flops", "warmup_seconds"}: builds, compiles, warms up.
         {"op": "round"} -> {"seconds"}, and "prefill_seconds" in decoding.
-        {"op": "device"} -> {"platform"}: cpu, gpu or tpu.
+        {"op": "device"} -> {"platform", "bandwidth"}: cpu, gpu or tpu; bytes per second that it
+            reads at best, measured.
         Any failure -> {"error": "one line"}, and the worker lives on. End of input ends it.
         """
         request = dict(request)
@@ -160,7 +192,7 @@ class Worker:
                 raise ValueError("round: nothing is set up; send a setup first")
             return self.step()
         if op == "device":
-            return {"platform": jax.default_backend()}
+            return {"platform": jax.default_backend(), "bandwidth": bandwidth()}
         raise ValueError(f"op: {op!r}; allowed: setup, round, device")
 
     def setup(self, job: Job) -> dict[str, Any]:
@@ -180,6 +212,7 @@ class Worker:
             "device": f"{jax.default_backend()}, {jax.devices()[0].device_kind}",
             "flops_per_token": flops_per_token(model, job.length),
             "peak_flops": peak_flops(job.devices),
+            "read_bytes": job.read_bytes(),
             "warmup_seconds": time.perf_counter() - start,
         }
 

@@ -35,7 +35,7 @@ class Job:
     hidden: units of Llama's three products; None for what its class of model usually has.
     new_tokens: decoded per round.
     cache: `dynamic` or `static`; decoding only.
-    threads: of torch; None leaves its default.
+    threads: of torch; None leaves its default. tied: the embedding is the readout too.
     """
 
     task: str = "train"
@@ -55,6 +55,7 @@ class Job:
     threads: int | None = None
     warmup: int = 2
     seed: int = 0
+    tied: bool = False
 
     def __post_init__(self) -> None:
         allowed = {
@@ -143,6 +144,7 @@ def llama(job: Job) -> transformers.LlamaForCausalLM:
             num_attention_heads=job.heads,
             num_key_value_heads=job.kv_heads or job.heads,
             max_position_embeddings=1 << 20,
+            tie_word_embeddings=job.tied,
         )
     )
 

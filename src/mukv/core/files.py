@@ -18,7 +18,7 @@ def telling_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise Failed(f"{path}: the disk is full; nothing was left half-written") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
             raise BadInput(str(path), "a folder that can't be written", "choose another") from error
