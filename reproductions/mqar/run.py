@@ -36,12 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "local + NoPE, MQA": {"plan": HYBRID, "kv_heads": 1},
     "RoPE": {"plan": [{"repeats": 2}]},
     "window 64": {"plan": [{"pattern": [LOCAL, {"window": 64, **GLOBAL}]}]},
-    "MLA": {
-        "plan": HYBRID,
-        "attention": lambda width: {
-            "kind": "latent", "heads": 2, "rank": width // 4, "head_dim": width // 2, "rope_dim": 8,
-        },
-    },
+    "MLA, rank width / 2": {"plan": HYBRID, "rank": 2},
+    "MLA, rank width / 4": {"plan": HYBRID, "rank": 4},
     "reuse": {"plan": [{"pattern": [LOCAL, GLOBAL, {**GLOBAL, "reads": -1}]}]},
 }  # fmt: skip
 """By name: what differs from two layers of two heads, the first of them local."""
@@ -51,7 +47,10 @@ def configuration(variant: str, width: int, vocab: int) -> dict[str, Any]:
     """Of the model."""
     changes = VARIANTS[variant]
     grouped = {"heads": 2, "kv_heads": changes.get("kv_heads", 2), "head_dim": width // 2}
-    own = changes["attention"](width) if "attention" in changes else grouped
+    own: dict[str, Any] = grouped
+    if "rank" in changes:
+        rank = width // changes["rank"]
+        own = {"kind": "latent", "heads": 2, "rank": rank, "head_dim": width // 2, "rope_dim": 8}
     return {
         "vocab_size": vocab,
         "d_model": width,
@@ -124,8 +123,10 @@ def plan(large: bool) -> list[tuple[Any, ...]]:
             (variant, width, rate, seed, 20_000, 4096)
             for variant, width, rate, seed in product(VARIANTS, widths, rates, seeds)
         ]
-    names = ("local + NoPE", "window 64", "MLA", "local + NoPE, MQA", "RoPE", "reuse")
-    return [(name, width, 1e-2, 0, 500, 256) for width in (64, 32) for name in names]
+    order = [(name, 64) for name in ("local + NoPE", "window 64", "MLA, rank width / 4")]
+    order += [("local + NoPE, MQA", 64), ("local + NoPE", 32), ("MLA, rank width / 2", 64)]
+    order += [(name, width) for width in (64, 32) for name in VARIANTS]
+    return [(*each, 1e-2, 0, 500, 256) for each in dict.fromkeys(order)]
 
 
 def main() -> None:

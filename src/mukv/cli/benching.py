@@ -14,6 +14,10 @@ from mukv import launch, output
 from mukv.cli.app import Json, Overrides, app
 from mukv.core.errors import BadInput, unknown_name
 
+TEXT_LENGTH = 1024
+"""Tokens of the shortest text that a model is asked about, unless told otherwise: every task's
+default fits in as many bytes."""
+
 
 @app.command()
 def bench(
@@ -29,8 +33,8 @@ def bench(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="In tokens, with commas; a CONFIG is trained at the first. Default: as "
-            "in training, and 2 to 16 times that."
+            help="In tokens, with commas; a CONFIG is trained at the first. Default: as in "
+            "training, or as the tasks need (text: 1024), and 2 to 16 times that."
         ),
     ] = None,
     facts: Annotated[
@@ -86,15 +90,19 @@ def bench(
     tell = Console(stderr=True, highlight=False).print
     if is_model(source):
         model = loaded.load(source)
-        sizes = whole_numbers("--lengths", lengths or multiples(model.run.train.length))
         trained = model.run.data.task
         if trained is not None and tasks is None:
             asked = with_facts({trained.kind: trained}, facts)
+        first = TEXT_LENGTH if trained is None else model.run.train.length
+        sizes = sizes_of(lengths, first, model.decoder.context)
         rows = test_model(model, asked, sizes, settings, folder, tell)
     else:
         given = [*(overrides or []), *([] if steps is None else [f"train.steps={steps}"])]
         run, _ = runs.resolve(source, given, None)
-        sizes = whole_numbers("--lengths", lengths or multiples(run.train.length))
+        if run.data.task is not None and tasks is None:
+            asked = with_facts({run.data.task.kind: run.data.task}, facts)
+        first = max(run.train.length, *(task.smallest for task in asked.values()))
+        sizes = sizes_of(lengths, first, run.model.context)
         rate = run.train.learning_rate
         rates = rates_of(learning_rates) if learning_rates else (rate / 2, rate, 2 * rate)
         trial = Trial(run, tuple(sizes), rates, seeds, folder, settings, growing)
@@ -107,9 +115,12 @@ def is_model(source: str) -> bool:
     return Path(source).is_dir() or ("/" in source and not source.endswith((".yaml", ".yml")))
 
 
-def multiples(length: int) -> str:
-    """The lengths of a test, from that of training to 16 times that."""
-    return ",".join(str(length * times) for times in (1, 2, 4, 8, 16))
+def sizes_of(given: str | None, first: int, context: int | None) -> list[int]:
+    """Lengths as asked for; else the first and up to 16 times that, as the context allows."""
+    if given is not None:
+        return whole_numbers("--lengths", given)
+    sizes = [first * times for times in (1, 2, 4, 8, 16)]
+    return [size for size in sizes if context is None or size <= context] or [context or first]
 
 
 def rates_of(text: str) -> tuple[float, ...]:

@@ -110,8 +110,8 @@ class Writer:
         self.row = np.arange(rows)
         self.values = np.full((rows, task.names, task.room), ABSENT)
         self.pairs = np.full((rows, task.tuples, 2, task.room), ABSENT)
+        # The places where names got their values, and tuples their items.
         self.made = np.zeros((rows, task.names), np.int64)
-        """The place where each name got its value, and each tuple its items."""
         self.paired = np.zeros((rows, task.tuples), np.int64)
         self.pieces: list[np.ndarray] = []
         self.starts: list[int] = []
