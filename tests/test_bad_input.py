@@ -110,6 +110,18 @@ BAD = [
     (("describe", "tiny", "model.attention.kind=groupd"), ["kind", "groupd", "grouped"]),
     (("describe", "tiny", "model.plan=[{pattern: [{reads: 3}]}]"), ["plan", "reads 3", "layer 0"]),
     (("describe", "tiny", "model.plan=[]"), ["model.plan", "at least one stage"]),
+    (("describe", "tiny-concept", "model.encoder=[{}]"), ["encoder", "needs a window", "4 tokens"]),
+    (
+        ("describe", "tiny-concept", "model.chunker={kind: fixed, size: 64}"),
+        ["encoder", "window 32", "at least a chunk (64 tokens)"],
+    ),
+    (("describe", "tiny-concept-learned", "model.chunker.ratio=2"), ["ratio", "2", "room (4)"]),
+    (("describe", "tiny-concept", "model.chunker.span=7"), ["pool", "7 tokens", "divides d_model"]),
+    (("describe", "tiny-concept", "model.chunker.delimiters=[300]"), ["delimiters", "300", "263"]),
+    (
+        ("train", "tiny-concept", "data.path=tokens", "model.chunker.delimiters=[260]"),
+        ["delimiters", "260", "256"],
+    ),
     (("describe", "tiny", "model.context=8"), ["train.length", "128", "model.context (8)"]),
     (("describe", "tiny", "train.compute.dtype=float16"), ["dtype", "float16", "bfloat16"]),
     # Training.
