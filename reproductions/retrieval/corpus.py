@@ -1,8 +1,8 @@
-"""Documents with facts to be recalled: lines of a text, and between them lines such as `@Kqzv`.
+"""Documents with facts to be recalled: lines of a text, and between them lines such as `@K:qzv`.
 
-A key is a capital letter, its value a few random small letters. The line comes once as a fact,
-which nobody can guess, and later again, where all of the value can be known. Everything is ordinary
-text, so that training, evaluation and compression know nothing of it.
+The line comes once as a fact, which nobody can guess, and later again, where it can be known. Asked
+with `@K:q`, its cue, a model must answer `zv`. Everything is ordinary text, so that training,
+evaluation and compression know nothing of it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import numpy as np
 
 MARK = "@"
 VALUE = 3
+CUE, ANSWER = 4, 2
+"""Bytes of a line that ask, and that must follow."""
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A text with facts, and questions that it answers. keys, values: of the facts, in order."""
+    """A text and the lines of it that are facts."""
 
     text: str
-    keys: tuple[str, ...]
-    values: tuple[str, ...]
+    facts: tuple[str, ...]
 
 
 def fact(key: str, value: str) -> str:
-    return f"{MARK}{key}{value}\n"
+    return f"{MARK}{key}:{value}\n"
 
 
 def drawn_facts(random: np.random.Generator, count: int) -> dict[str, str]:
@@ -53,12 +54,12 @@ def lines_of(text: bytes, random: np.random.Generator, size: int) -> list[str]:
 
 def document(text: bytes, random: np.random.Generator, length: int) -> str:
     """To train on: facts, each asked for one to three times somewhere after it."""
-    dense = random.random() < 0.6
+    dense = random.random() < 0.4
     each = len(fact("K", "v" * VALUE))
     asked = int(random.integers(1, 4))
     count = int(random.integers(2, 13))
     if dense:
-        count = min(26, max(2, length // (each * (asked + 1))))
+        count, asked = min(26, max(2, length // (each * (asked + 1)))), asked
     room = 0 if dense else max(0, length - count * each * (asked + 1))
     pieces = lines_of(text, random, room) if room else []
     placed = [(float(place), line) for place, line in enumerate(pieces)]
@@ -71,17 +72,21 @@ def document(text: bytes, random: np.random.Generator, length: int) -> str:
 
 
 def puzzle(text: bytes, random: np.random.Generator, length: int, facts: int) -> Puzzle:
-    """To test with: `length` bytes of text with facts in it, none asked for yet."""
-    drawn = drawn_facts(random, facts)
-    size = len(fact("K", "v" * VALUE)) * facts
-    pieces = lines_of(text, random, length - size)
-    placed = [(float(place), line) for place, line in enumerate(pieces)]
-    order = sorted(random.uniform(-1, len(pieces) - 1, facts))
-    placed += [(place, fact(*pair)) for place, pair in zip(order, drawn.items(), strict=True)]
-    lines = [line for _, line in sorted(placed, key=lambda pair: pair[0])]
-    whole = "".join(lines).encode()[-length:].decode("utf-8", "ignore")
-    kept = [key for key, value in drawn.items() if fact(key, value) in whole]
-    return Puzzle(whole, tuple(kept), tuple(drawn[key] for key in kept))
+    """To test with: about `length` bytes of text with facts in it, none asked for yet."""
+    keys = random.choice(list(string.ascii_uppercase), facts, replace=False)
+    # Cues that differ in both letters: there is one answer to each.
+    firsts = random.choice(list(string.ascii_lowercase), facts, replace=False)
+    rest = random.choice(list(string.ascii_lowercase), (facts, VALUE - 1))
+    lines = [
+        fact(key, first + "".join(more))
+        for key, first, more in zip(keys, firsts, rest, strict=True)
+    ]
+    between = lines_of(text, random, length - sum(map(len, lines)) - 80)
+    for line in lines:
+        between.insert(int(random.integers(0, len(between) + 1)), line)
+    whole = "".join(between)
+    assert len(whole.encode()) <= length
+    return Puzzle(whole, tuple(lines))
 
 
 def write_documents(text: bytes, path: Path, count: int, length: int, seed: int = 0) -> None:

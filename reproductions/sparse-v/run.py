@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("runs/retrieval/model"))
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=16)
     given = parser.parse_args()
     launch.prepare()
     found: dict[str, dict[str, list[Sparsity]]] = {}
