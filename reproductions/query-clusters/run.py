@@ -112,7 +112,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.set_xticks(READS, [f"1/{round(1 / share)}" for share in READS])
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("attention mass captured")
-        panels[0].legend(fontsize=7)
+        panels[0].legend(fontsize=7, handlelength=4)
 
 
 if __name__ == "__main__":
