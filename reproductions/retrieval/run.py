@@ -55,8 +55,11 @@ MODEL = (
 KEEPERS = ("random", "streaming", "knorm", "keydiff", "expected", "tova", "h2o", "snapkv")
 SELECTORS = ("topk", "topp", "sparq", "pages", "clusters")
 STORES = ("int8", "int4")
-COMPOSED = ("expected:0.5+int8", "keydiff:0.5+int8", "int4+pages:0.25", "keydiff:0.75+int4")
-BUDGETS = (0.25, 0.5, 0.125)
+COMPOSED = (
+    *("expected:0.5+int8", "keydiff:0.5+int8", "keydiff:0.75+int4", "int4+pages:0.25"),
+    *("h2o:0.5+int4", "snapkv:0.5+int4", "tova:0.5+int4"),
+)
+BUDGETS = (0.25, 0.5)
 
 
 def text(split: str) -> bytes:
