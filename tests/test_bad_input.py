@@ -44,6 +44,7 @@ def place(tmp_path, token_file, trained, monkeypatch):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "one.txt").write_text("a")
+    (tmp_path / "long.txt").write_text("Some more text. " * 9)
     np.save(tmp_path / "floats.npy", np.ones(3))
     np.save(tmp_path / "large.npy", np.array([1, 264]))
     np.save(tmp_path / "negative.npy", np.array([[1, -1]]))
@@ -79,6 +80,7 @@ def label(args) -> str:
 TRAIN = ("train", "tiny", *MINUSCULE, "--out", "new", "data.path=tokens")
 EVAL = ("eval", "run")
 GENERATE = ("generate", "run", "--prompt", "a")
+COMPRESS = ("compress", "run", "--text", "long.txt")
 IDS = ("generate", "run", "--token-ids")
 BAD = [
     # The command itself.
@@ -197,6 +199,15 @@ BAD = [
     ((*GENERATE, "--seed", str(2**64)), ["seed", str(2**64), "0 to"]),
     ((*GENERATE, "--copies", "0"), ["--copies", "0", "at least 1"]),
     ((*GENERATE, "--cache", "ful"), ["--cache", "ful", "did you mean 'full'"]),
+    ((*GENERATE, "--cache", "snapkv+h2o"), ["--cache", "one answer to what to keep"]),
+    ((*GENERATE, "--cache", "streaming", "--budget", "3"), ["budget", "3", "at least 5 entries"]),
+    (COMPRESS[:2], ["--text and --tokens", "exactly one"]),
+    ((*COMPRESS, "--policy", "snapvk"), ["--policy", "snapvk", "did you mean 'snapkv'"]),
+    ((*COMPRESS, "--policy", "snapkv", "--budget", "x"), ["--budget", "x", "numbers"]),
+    ((*COMPRESS, "--policy", "snapkv", "--budget", "0"), ["budget", "0.0", "a share above 0"]),
+    ((*COMPRESS, "--policy", "sparq", "--budget", "0.1"), ["budget", "sparq must hold at least"]),
+    ((*COMPRESS, "--samples", "0"), ["samples", "0", "at least 1"]),
+    ((*COMPRESS[:2], "--text", "a.txt"), ["text", "10 tokens", "at least 32"]),
 ]
 
 

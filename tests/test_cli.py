@@ -13,7 +13,8 @@ import mukv as package
 from mukv.data.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.xdist_group("trained")
-COMMANDS = ("demo", "data", "train", "eval", "generate", "describe")
+COMMANDS = ("demo", "data", "train", "eval", "generate", "compress", "describe")
+COMPRESSED = {"policy", "budget", "perplexity", "recall", "cache_bytes", "bytes_read_per_step"}
 DESCRIBED = {"parameters", "flops_per_token", "cache_bytes_per_token", "cache_bytes_constant"}
 LAYER = {"attention", "position", "window", "reads", "cache_bytes_per_token"}
 EVALUATED = {"tokens", "loss", "perplexity", "bits_per_byte"}
@@ -110,6 +111,35 @@ def test_seeds_stops_and_copies(facts, trained):
     copies = made["all_token_ids"]
     assert copies[0] == made["token_ids"] == drawn[0]
     assert len({tuple(ids) for ids in copies}) == 3
+
+
+def test_generate_under_a_policy(facts, trained):
+    base = ("generate", trained, "--prompt", PROMPT * 40, "--max-tokens", 6)
+    full = facts(*base)
+    kept = facts(*base, "--cache", "knorm", "--budget", 1)
+    assert kept["token_ids"] == full["token_ids"]
+    less = facts(*base, "--cache", "streaming+int8", "--budget", 0.25)
+    assert less["cache_bytes"] < full["cache_bytes"] / 2
+
+
+def test_compress(facts, mukv, trained, tmp_path):
+    (tmp_path / "a.txt").write_text("Déjà vu number 3, once more. " * 9)
+    given = ("compress", trained, "--text", tmp_path / "a.txt", "--out", tmp_path / "c")
+    made = facts(*given, "--policy", "streaming,int8", "--budget", "1,0.25", "--samples", 2)
+    rows = made["rows"]
+    assert [(row["policy"], row["budget"]) for row in rows] == [
+        *(("full", 1.0), ("streaming", 1.0), ("streaming", 0.25), ("int8", 1.0))
+    ]
+    assert all(row.keys() >= COMPRESSED | {"tokens_per_second"} for row in rows)
+    full, same, less, narrow = rows
+    assert same["perplexity"] == pytest.approx(full["perplexity"], rel=1e-4)
+    assert less["perplexity"] != full["perplexity"]
+    for small in (less, narrow):
+        assert small["cache_bytes"] < full["cache_bytes"]
+        assert small["bytes_read_per_step"] < full["bytes_read_per_step"]
+    table = (tmp_path / "c" / "compress.csv").read_text().splitlines()
+    assert len(table) == 1 + len(rows)
+    assert (tmp_path / "c" / "compress.png").stat().st_size > 10_000
 
 
 def test_text_streams(mukv, facts, trained):

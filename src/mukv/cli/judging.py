@@ -33,7 +33,7 @@ def compress(
         str, typer.Option(metavar="B[,B]...", help="Shares up to 1, or numbers of entries.")
     ] = "0.25",
     length: Annotated[
-        int | None, typer.Option(help="Tokens per row; default: as in training.")
+        int | None, typer.Option(help="Tokens per row; default: as in training, at least 64.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Rows of each kind.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the planted strings.")] = 0,
@@ -56,6 +56,9 @@ def compress(
         raise BadInput("compress", "--text and --tokens", "exactly one of the two")
     policies = compress.grid(policy, numbers(budget))
     speaker = loaded.load(model)
+    if length is None:
+        length = max(inputs.window(speaker, None), compress.USUAL)
+        length = min(length, speaker.decoder.context or length)
     length = inputs.window(speaker, length)
     if text is not None:
         texts = inputs.rows_of_text(speaker, text)

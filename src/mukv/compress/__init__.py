@@ -1,7 +1,7 @@
 """What is left of a model under a cache policy: perplexity, recall, bytes and speed."""
 
 from mukv.compress.judge import Result, grid, judge
-from mukv.compress.rows import Rows, rows_of
+from mukv.compress.rows import USUAL, Rows, rows_of
 from mukv.compress.table import write
 
-__all__ = ["Result", "Rows", "grid", "judge", "rows_of", "write"]
+__all__ = ["USUAL", "Result", "Rows", "grid", "judge", "rows_of", "write"]

@@ -16,7 +16,8 @@ from mukv.core.errors import BadInput
 
 CUE, ANSWER = 4, 4
 """Tokens of a planted string that are shown, and that are asked for."""
-SHORTEST = 48
+SHORTEST, USUAL = 32, 64
+"""Tokens of a row: at least, and where a model was trained on fewer."""
 
 
 @dataclass(frozen=True)
