@@ -52,10 +52,12 @@ def test_training_begins_with_its_weights(mukv, folder, tmp_path, token_file, so
         given = (folder,)
     step = ("train.steps=1", "train.learning_rate=1e-20", "train.batch=2", "train.length=32")
     tuned = tmp_path / "tuned"
+    (given[0] / "chat_template.jinja").write_text(CHAT)
     told(mukv("train", *given, *step, f"data.path={token_file}", "--out", tuned, "--json"))
     before, after = (named(package.load(each).weights) for each in (folder, tuned))
     for name, leaf in after.items():
         np.testing.assert_allclose(leaf, before[name], atol=1e-9)
+    assert package.load(tuned).encode_chat("hi") == [256, *b"[user] hi"]
 
 
 def test_names_of_the_tokenizer_come_along(folder):
