@@ -193,6 +193,7 @@ def truncate(folder):
 
 
 NORM = "model.norm.weight"
+FIRST = "model.layers.0.input_layernorm.weight"
 WRONG = {
     "unknown architecture": (
         lambda f: change_config(f, architectures=["LlamaForCausalML"]),
@@ -248,6 +249,10 @@ WRONG = {
     "another type": (
         lambda f: change_weights(f, lambda tensors: tensors.update({NORM: np.ones(32, "i4")})),
         [NORM, "I32", "BF16"],
+    ),
+    "types that differ": (
+        lambda f: change_weights(f, lambda t: t.update({FIRST: t[FIRST].astype("f2")})),
+        ["attention_norm.gain", "float16", "one type"],
     ),
     "another head": (
         lambda f: change_config(f, tie_word_embeddings=True),
