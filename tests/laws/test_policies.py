@@ -17,6 +17,7 @@ from mukv.cache.reads import bytes_read
 from mukv.core.errors import BadInput
 from mukv.core.params import map_params
 from mukv.model import Stage
+from mukv.model.counting import cache_bytes
 from mukv.position import RoPE
 from tests.laws import matrix
 from tests.laws.matrix import EXACT
@@ -99,8 +100,7 @@ def test_full_budget_is_full_attention(case, whole):
     for row, start in enumerate(COUNT):
         expected = whole(model)[row, start - 1 : start + 2 * TAIL]
         np.testing.assert_allclose(found[:, row], expected, atol=3e-5)
-    allocated = model.empty_cache(2, LENGTH, TAIL, EXACT.type, policy)
-    assert cache.nbytes() == allocated.nbytes()
+    assert cache.nbytes() == cache_bytes(model, 2, LENGTH, TAIL, EXACT.type, policy)
 
 
 class One:
@@ -394,13 +394,10 @@ def test_stores(one, name, bits):
 def test_smaller_budgets_weigh_less(name):
     """Law 7: bytes as allocated shrink with the budget."""
     model = model_of("gqa", "rope")
-    sizes = [
-        jax.eval_shape(
-            lambda b=budget: model.empty_cache(2, 512, TAIL, EXACT.type, Policy.parse(name, b))
-        ).nbytes()
-        for budget in (1.0, 0.5, 0.25)
-    ]
-    full = jax.eval_shape(lambda: model.empty_cache(2, 512, TAIL, EXACT.type)).nbytes()
+    room = 2, 512, TAIL, EXACT.type
+    policies = [Policy.parse(name, budget) for budget in (1.0, 0.5, 0.25)]
+    sizes = [cache_bytes(model, *room, policy) for policy in policies]
+    full = cache_bytes(model, *room)
     assert all(2 * small < 1.25 * large for large, small in pairwise(sizes))
     assert sizes[-1] < 0.5 * full
 

@@ -245,4 +245,6 @@ def empty(
     zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in index.items()}
     encoded = {name: store.encode(name, parts["exact"], used) for name, parts in stored.items()}
     shelf = replace(exact.shelf, stored=encoded, store=store)
-    return replace(exact, shelf=shelf, index={**zeros, **given})
+    # Copies: a cache is donated to what fills it, centres serve the next one as well.
+    own = {name: jnp.array(array, copy=True) for name, array in given.items()}
+    return replace(exact, shelf=shelf, index={**zeros, **own})

@@ -53,6 +53,8 @@ def _draw(results: Sequence[Result], path: Path, title: str) -> None:
                     lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:.3g}"
                 )
                 axis.set(xlabel=under, ylabel=label)
+                if label == "recall":
+                    axis.set_ylim(-0.05, 1.05)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
+from mukv.cache import FULL, Policy
 from mukv.core.params import named
 from mukv.model.base import LanguageModel
 from mukv.model.plan import Resolved
@@ -23,8 +25,18 @@ def entry_bytes(stack: Stack, layer: Resolved, dtype: jnp.dtype) -> int:
     return dtype.itemsize * sum(heads * width for heads, width in cached(stack, layer).values())
 
 
-def cache_bytes(model: LanguageModel, batch: int, length: int, tail: int, dtype: jnp.dtype) -> int:
+def cache_bytes(
+    model: LanguageModel,
+    batch: int,
+    length: int,
+    tail: int,
+    dtype: jnp.dtype,
+    policy: Policy = FULL,
+) -> int:
     """Bytes of `empty_cache` with these sizes, without allocating it."""
+    if not policy.everything:
+        room = batch, length, tail
+        return jax.eval_shape(lambda: model.empty_cache(*room, dtype, policy)).nbytes()
     total = batch * model.state_bytes(dtype)
     for memory in model.memories(length, tail):
         for layer in memory.stack.writers:
