@@ -126,15 +126,17 @@ class One:
         self.queries = self.attention.query(self.read, jnp.asarray(x), place)
         self.key, self.value = (np.asarray(self.new[name]) for name in ("key", "value"))
 
-    def body(self, name, budget, slots=None):
+    def body(self, name, budget, slots=None, centres=None):
         """After the prompt, and after the newest tokens."""
         policy = Policy.parse(name, budget)
         length = self.x.shape[1]
         slots = slots or (policy.keep.budget.of(length) if policy.keep.evicts else length)
         slots = -(-slots // 32) * 32 if "int4" in name or "pages" in name else slots
-        select = policy.select.sized(slots)
+        select, given = policy.select.sized(slots), {}
+        if centres is not None:
+            select, given = dataclasses.replace(select, calibrated="keys"), {"key": centres}
         parts = (policy.keep, policy.store, select)
-        body = empty(self.attention, 16, 2, slots, jnp.dtype("float32"), *parts, {})
+        body = empty(self.attention, 16, 2, slots, jnp.dtype("float32"), *parts, given)
 
         @jax.jit
         def grown(body):
@@ -329,6 +331,20 @@ def test_clusters(one):
             for cluster in np.argsort(-share, kind="stable"):
                 expected += order[start[row, head, cluster + 1] :][: size[cluster + 1]].tolist()
             assert held[row, head].tolist() == expected[:16]
+
+
+def test_calibrated_centres(one):
+    """They label entries as they are, also new ones, and are not given away with the cache."""
+    centres = jnp.asarray(np.random.default_rng(2).standard_normal((2, 5, 8)), jnp.float32)
+    for body, rows in zip(one.body("clusters", 16.0, centres=centres), (32, 38), strict=True):
+        assert body.index["key"] is not centres
+        np.testing.assert_array_equal(body.index["key"], centres)
+        held = np.asarray(body.shelf.position)[0]
+        key = one.key[0][:, :rows]
+        for head in range(2):
+            label = np.argmin(((key[head, :, None] - centres[head]) ** 2).sum(-1), axis=-1) + 1
+            label[:4] = label[-8:] = 0
+            assert label[held[head, :rows]].tolist() == sorted(label)
 
 
 def test_sparse_values(one):

@@ -98,7 +98,7 @@ def numbers(text: str) -> list[float]:
 
 def show_results(results: Sequence[Result], console: Console) -> None:
     """A row for each policy and budget."""
-    columns = ("policy", "budget", "perplexity", "recall", "aware", "bytes", "/token", "read/step")
+    columns = ("policy", "budget", "ppl", "recall", "aware", "bytes", "/token", "read/step")
     table = Table(*columns, "tokens/s", box=None, pad_edge=False)
     for row in results:
         table.add_row(
