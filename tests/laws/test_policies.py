@@ -342,7 +342,8 @@ def test_calibrated_centres(one):
         held = np.asarray(body.shelf.position)[0]
         key = one.key[0][:, :rows]
         for head in range(2):
-            label = np.argmin(((key[head, :, None] - centres[head]) ** 2).sum(-1), axis=-1) + 1
+            distance = np.sum((key[head, :, None] - np.asarray(centres)[head]) ** 2, axis=-1)
+            label = np.argmin(distance, axis=-1) + 1
             label[:4] = label[-8:] = 0
             assert label[held[head, :rows]].tolist() == sorted(label)
 
