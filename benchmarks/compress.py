@@ -33,7 +33,7 @@ from mukv.model.block import Gated
 from mukv.position import RoPE
 
 NAMES = "streaming,snapkv,int8,int4,topk,sparq,pages,clusters,int8+pages"
-TAIL, QUERIES = 64, 128
+TAIL, QUERIES, STEPS = 64, 128, 8
 
 
 def model_of(layers: int, heads: int, head_dim: int) -> Decoder:
@@ -109,9 +109,6 @@ class Case:
         start = time.perf_counter()
         jax.block_until_ready(self.run(*self.arguments))
         self.seconds.append((time.perf_counter() - start) / STEPS)
-
-
-STEPS = 8
 
 
 def compare(
