@@ -16,11 +16,13 @@ from mukv.model.width import widened
 from mukv.scaling.optimizers import OPTIMIZERS, AdamAtan2, AdamW, Muon
 from mukv.scaling.parameterization import EXPONENTS, LEARNING_RATES, Constants, Scaling, widths
 from tests.laws import matrix
-from tests.laws.matrix import D_MODEL, SAMPLE
+from tests.laws.matrix import CONCEPTS, D_MODEL, SAMPLE
 from tests.training import run, trainer
 
 KINDS = list(EXPONENTS)
 MODEL = matrix.build("gqa", "rope", "plain")
+MODELS = {"-".join(parts): functools.partial(matrix.build, *parts) for parts in SAMPLE}
+MODELS |= {"-".join(parts): functools.partial(matrix.concept, *parts) for parts in CONCEPTS}
 
 
 def scaled(model, **fields):
@@ -39,20 +41,20 @@ def losses(kind, ratio=1, optimizer=None, **fields):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("alignment", ["full", "none", "ignored"])
-@pytest.mark.parametrize("combination", SAMPLE, ids="-".join)
-def test_all_agree_at_the_base_width(combination, kind, alignment):
+@pytest.mark.parametrize("name", MODELS)
+def test_all_agree_at_the_base_width(name, kind, alignment):
     """To the bit: the same numbers follow for every weight."""
-    model = matrix.build(*combination)
+    model = MODELS[name]()
     chosen = widened(scaled(model, kind=kind, alignment=alignment), model.d_model)
     for optimizer in OPTIMIZERS.values():
         assert chosen.resolved(optimizer.family) == model.resolved(optimizer.family)
     assert [each.attention for each in chosen.layers] == [each.attention for each in model.layers]
 
 
-@pytest.mark.parametrize("combination", SAMPLE, ids="-".join)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_powers_of_each_weight_are_the_table_s(combination, kind):
-    narrow = scaled(matrix.build(*combination), kind=kind)
+def test_powers_of_each_weight_are_the_table_s(model, kind):
+    narrow = scaled(MODELS[model](), kind=kind)
     wide, base = widened(narrow, 4 * D_MODEL), widened(narrow, D_MODEL)
     rows = zip(("embedding", "hidden", "readout"), EXPONENTS[kind], strict=True)
     exponents = dict(rows)
