@@ -29,7 +29,7 @@ from mukv.data.batches import Batch
 from mukv.decode import decoding_weights, generate
 from mukv.model import Decoder, Stage
 from mukv.model.block import Gated
-from mukv.model.counting import cache_bytes_per_token, flops_per_token
+from mukv.model.counting import entry_bytes, flops_per_token
 from mukv.position.rope import RoPE
 from mukv.train import Trainer
 from mukv.training import Training
@@ -79,7 +79,8 @@ class Job:
         """That a decoding step must read: weights that multiply, and the cache of all rows."""
         model, compute = self.model(), self.compute()
         multiply = (param.size for param in params.named(model.params()).values() if param.fan_in)
-        cached = sum(cache_bytes_per_token(model, layer, compute.type) for layer in model.layers)
+        (stack,) = model.stacks
+        cached = sum(entry_bytes(stack, layer, compute.type) for layer in model.layers)
         weights = sum(multiply) * jax.numpy.dtype(compute.operands).itemsize
         return weights + self.batch * self.length * cached
 
