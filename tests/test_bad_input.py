@@ -161,8 +161,8 @@ BAD = [
     (("data", "a.txt", "--out", "new", "--workers", "0"), ["workers", "at least 1"]),
     # Evaluation.
     (("eval", "rum", "--text", "a.txt"), ["rum", "did you mean 'run'"]),
-    (EVAL, ["--text and --tokens", "exactly one"]),
-    ((*EVAL, "--text", "a.txt", "--tokens", "large.npy"), ["exactly one"]),
+    (EVAL, ["neither", "--text, --tokens", "exactly one"]),
+    ((*EVAL, "--text", "a.txt", "--tokens", "large.npy"), ["--text and --tokens", "exactly one"]),
     ((*EVAL, "--text", "b.txt"), ["--text", "b.txt", "No such file"]),
     ((*EVAL, "--text", "run"), ["--text", "run", "directory"]),
     ((*EVAL, "--text", "latin.txt"), ["--text", "latin.txt", "UTF-8", "byte 1"]),
@@ -180,7 +180,7 @@ BAD = [
     ((*EVAL, "--tokens", "large.npy"), ["tokens", "264", "0 to 263"]),
     ((*EVAL, "--tokens", "negative.npy"), ["tokens", "-1", "0 to 263"]),
     # Generation.
-    (("generate", "run"), ["--prompt and --token-ids", "exactly one"]),
+    (("generate", "run"), ["neither", "--prompt, --token-ids", "exactly one"]),
     (("generate", "tokens", "--prompt", "a"), ["tokens", "a run directory"]),
     ((*IDS, "1,x"), ["--token-ids", "1,x", "1,2,3"]),
     ((*IDS, ""), ["prompt", "at least one token"]),
@@ -201,7 +201,7 @@ BAD = [
     ((*GENERATE, "--cache", "ful"), ["--cache", "ful", "did you mean 'full'"]),
     ((*GENERATE, "--cache", "snapkv+h2o"), ["--cache", "one answer to what to keep"]),
     ((*GENERATE, "--cache", "streaming", "--budget", "3"), ["budget", "3", "at least 5 entries"]),
-    (COMPRESS[:2], ["--text and --tokens", "exactly one"]),
+    (COMPRESS[:2], ["neither", "--text, --tokens", "exactly one"]),
     ((*COMPRESS, "--policy", "snapvk"), ["--policy", "snapvk", "did you mean 'snapkv'"]),
     ((*COMPRESS, "--policy", "snapkv", "--budget", "x"), ["--budget", "x", "numbers"]),
     ((*COMPRESS, "--policy", "snapkv", "--budget", "0"), ["budget", "0.0", "a share above 0"]),

@@ -41,9 +41,11 @@ def rows_of_ids(path: Path) -> list[np.ndarray]:
         found = np.load(path, allow_pickle=False)
     except OSError as error:
         raise BadInput("--tokens", str(path), f"a readable file ({error})") from None
-    except Exception as error:
+    except Exception:
         # A foreign file takes numpy's parsers to errors of any kind, lack of memory among them.
-        raise BadInput("--tokens", str(path), f"an array written by numpy.save ({error})") from None
+        raise BadInput(
+            "--tokens", str(path), "an array written by numpy.save, of numbers"
+        ) from None
     if not isinstance(found, np.ndarray):
         raise BadInput("--tokens", str(path), "one array, written by numpy.save")
     if found.ndim not in (1, 2) or found.dtype.kind not in "iu" or not found.size:

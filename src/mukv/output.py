@@ -41,14 +41,20 @@ def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
 
 
 class Stream:
-    """Prints tokens as they come, holding back the bytes of a character that is not complete."""
+    """Prints tokens as they come, holding back the bytes of a character that is not complete.
 
-    def __init__(self, tokenizer: AnyTokenizer, out: TextIO):
-        self.tokenizer, self.out = tokenizer, out
+    opening: what stands before the first ones.
+    """
+
+    def __init__(self, tokenizer: AnyTokenizer, out: TextIO, opening: Text | None = None):
+        self.tokenizer, self.out, self.opening = tokenizer, out, opening
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def show(self, fresh: list[list[int]]) -> None:
         """New tokens of each row; the first row is shown."""
+        if self.opening:
+            Console(file=self.out, soft_wrap=True).print(self.opening, end="")
+            self.opening = None
         data = b"".join(self.tokenizer.token_data(token) for token in fresh[0])
         self.out.write(self.decoder.decode(data))
         self.out.flush()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mukv.core.errors import BadInput
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,3 +25,22 @@ ModelName = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A run directory, a Hugging Face folder or a hub id."),
 ]
+
+
+def exactly_one(command: str, **options: object) -> None:
+    """Raise BadInput unless one of these options was given, and no more."""
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        names = " and ".join(_dashed(name) for name in given) or "neither"
+        allowed = f"exactly one of {', '.join(map(_dashed, options))}"
+        raise BadInput(command, names, allowed)
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def beside(model: str, name: str) -> Path:
+    """The folder of results of this name: in that of the model, where it has one."""
+    path = Path(model)
+    return path / name if path.is_dir() else Path("runs") / f"{name}-{path.name}"

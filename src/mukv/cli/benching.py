@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mukv import launch, output
-from mukv.cli.app import Json, Overrides, app
+from mukv.cli.app import Json, Overrides, app, beside
 from mukv.core.errors import BadInput, unknown_name
 
 TEXT_LENGTH = 1024
@@ -56,7 +56,11 @@ def bench(
     free: Annotated[int, typer.Option(help="Samples that are also decoded, token by token.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of results; default: runs/bench-NAME.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder of results; default: `bench` in the run directory, or runs/bench-NAME.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -86,7 +90,10 @@ def bench(
         sizes = whole_numbers("--lengths", lengths or "512")
         show(without_model.check(asked, sizes, samples, seed), None, as_json)
         return
-    folder = out or Path("runs") / f"bench-{Path(source).stem}"
+    folder = (
+        beside(source, "bench") if is_model(source) else Path("runs") / f"bench-{Path(source).stem}"
+    )
+    folder = out or folder
     tell = Console(stderr=True, highlight=False).print
     if is_model(source):
         model = loaded.load(source)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mukv import launch, output
-from mukv.cli.app import Json, app
+from mukv.cli.app import Json, app, beside, exactly_one
 from mukv.core.errors import BadInput
 
 if TYPE_CHECKING:
@@ -47,13 +47,12 @@ def compress(
     Three quarters of each row are read at once, then the policy has chosen; the rest is fed token
     by token. Writes a table and a picture.
 
-    Example: `mukv compress runs/demo/mha --text README.md --policy snapkv,pages --budget 0.25`
+    Example: `mukv compress runs/demo/tiny-140 --text README.md --policy snapkv,pages --budget 0.25`
     """
     launch.prepare()
     from mukv import compress, inputs, loaded
 
-    if (text is None) == (tokens is None):
-        raise BadInput("compress", "--text and --tokens", "exactly one of the two")
+    exactly_one("compress", text=text, tokens=tokens)
     policies = compress.grid(policy, numbers(budget))
     speaker = loaded.load(model)
     if length is None:
@@ -68,10 +67,12 @@ def compress(
     rows = compress.rows_of(texts, length, samples, seed)
     inputs.check_ids(speaker, rows.tokens)
     console = Console(stderr=True, highlight=False)
+    count, read = rows.tokens.shape
+    console.print(f"[dim]{count} rows of {read:,} tokens[/]")
     results = compress.judge(
         speaker, rows, policies, lambda one: console.print(f"[dim]{one.policy} {one.budget:g}[/]")
     )
-    folder = out or _folder(model)
+    folder = out or beside(model, "compress")
     files = compress.write(results, folder, f"{Path(model).name}, rows of {rows.tokens.shape[1]}")
     if as_json:
         facts = {"rows": [asdict(each) for each in results], "length": rows.tokens.shape[1]}
@@ -80,12 +81,6 @@ def compress(
         show_results(results, Console())
         for path in files:
             Console().print(str(path), highlight=False, soft_wrap=True)
-
-
-def _folder(model: str) -> Path:
-    """Beside the model, where that is a folder."""
-    path = Path(model)
-    return path / "compress" if path.is_dir() else Path(f"compress-{path.name}")
 
 
 def numbers(text: str) -> list[float]:
@@ -98,7 +93,16 @@ def numbers(text: str) -> list[float]:
 
 def show_results(results: Sequence[Result], console: Console) -> None:
     """A row for each policy and budget."""
-    columns = ("policy", "budget", "ppl", "recall", "aware", "bytes", "/token", "read/step")
+    columns = (
+        Column("policy", overflow="fold"),
+        "budget",
+        "ppl",
+        "recall",
+        "aware",
+        "bytes",
+        "/token",
+        "read/step",
+    )
     table = Table(*columns, "tokens/s", box=None, pad_edge=False)
     for row in results:
         table.add_row(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mukv import launch, output
-from mukv.cli.app import Json, ModelName, Overrides, app
+from mukv.cli.app import Json, ModelName, Overrides, app, exactly_one
 from mukv.core.errors import BadInput
 
 
@@ -32,13 +32,12 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and bits per byte of a model on a text.
 
-    Example: `mukv eval runs/demo/mha --text README.md`
+    Example: `mukv eval runs/demo/tiny-140 --text README.md`
     """
     launch.prepare()
     from mukv import inputs, loaded
 
-    if (text is None) == (tokens is None):
-        raise BadInput("eval", "--text and --tokens", "exactly one of the two")
+    exactly_one("eval", text=text, tokens=tokens)
     speaker = loaded.load(model)
     if text is not None:
         rows = inputs.rows_of_text(speaker, text)
@@ -84,15 +83,14 @@ def generate(
 ) -> None:
     """Continue a text; reports speed and cache bytes.
 
-    Example: `mukv generate runs/demo/mha --prompt "def main(" --max-tokens 64`
+    Example: `mukv generate runs/demo/tiny-140 --prompt "def main(" --max-tokens 64`
     """
     launch.prepare()
     from mukv import inputs, loaded
     from mukv.cache import Policy
     from mukv.decode import Sampling
 
-    if (prompt is None) == (token_ids is None):
-        raise BadInput("generate", "--prompt and --token-ids", "exactly one of the two")
+    exactly_one("generate", prompt=prompt, token_ids=token_ids)
     policy = Policy.parse(cache, budget, "--cache")
     if copies < 1:
         raise BadInput("--copies", copies, "at least 1")
@@ -107,9 +105,8 @@ def generate(
         given = speaker.encode_chat(prompt) if chat else speaker.encode(prompt)
     stream = None
     if not as_json and copies == 1:
-        stream = output.Stream(speaker.tokenizer, sys.stdout)
         shown = Text(str(given) if prompt is None else prompt, "dim")
-        Console(soft_wrap=True).print(shown, end="")
+        stream = output.Stream(speaker.tokenizer, sys.stdout, shown)
     made = speaker.generate_ids(
         [given] * copies, max_tokens, sampling, ends, stream.show if stream else None, policy
     )

@@ -34,9 +34,10 @@ def rows_of(texts: Sequence[np.ndarray], length: int, samples: int, seed: int = 
     """`samples` windows of the texts as they are, as many with a string planted and its cue to
     come, as many with the cue already read. Raises BadInput for texts that are too short."""
     longest = max(map(len, texts))
+    for name, given in (("text", longest), ("--length", length)):
+        if given < SHORTEST:
+            raise BadInput(name, f"{given} tokens", f"at least {SHORTEST} in a row")
     length = min(length, longest)
-    if length < SHORTEST:
-        raise BadInput("text", f"{length} tokens", f"at least {SHORTEST} in a row")
     if samples < 1:
         raise BadInput("samples", samples, "at least 1")
     random = np.random.default_rng(seed)
