@@ -206,7 +206,7 @@ class Attention:
         shown = [
             field.name if dataclasses.is_dataclass(value) else f"{field.name} {value}"
             for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
+            if (value := getattr(self, field.name)) not in (None, ())
             and field.name not in ("kind", "position")
         ]
         return f"{getattr(self, 'kind', type(self).__name__)} ({', '.join(shown)})"
