@@ -84,16 +84,7 @@ def report(sources: Sequence[Path], out: Path) -> dict[str, Any]:
     """Write the page; returns the numbers of its first table and the path."""
     runs = gather(sources)
     page = Page("Runs: " + ", ".join(run.name for run in runs[:4]) + (" ..." * (len(runs) > 4)))
-    columns = (
-        "run",
-        "parameters",
-        "cache bytes/token",
-        "and constant",
-        "step",
-        "loss",
-        "bits/byte",
-    )
-    page.table(columns, (_row(run) for run in runs))
+    page.table(COLUMNS, (_row(run) for run in runs))
     with tempfile.TemporaryDirectory() as folder:
         for name, draw in (("curves", curves), ("trade-off", trade_off)):
             path = Path(folder) / f"{name}.png"
@@ -134,9 +125,17 @@ def _findings(page: Page, run: Told, folder: Path, title: str) -> None:
         with path.open(newline="", encoding="utf-8") as file:
             first, *rows = csv.reader(file)
         if len(rows) <= MOST_ROWS:
-            page.table(first, rows)
+            page.table(first, ([_shown(cell) for cell in row] for row in rows))
     for path in pictures:
         page.picture(path, path.stem.replace("-", " "))
+
+
+def _shown(cell: str) -> str:
+    """A cell of a table for a person: fractions to five digits."""
+    try:
+        return f"{float(cell):,.5g}" if "." in cell else f"{int(cell):,}"
+    except ValueError:
+        return cell
 
 
 def curves(runs: Sequence[Told], path: Path) -> str | None:
@@ -150,7 +149,8 @@ def curves(runs: Sequence[Told], path: Path) -> str | None:
             for run in runs:
                 points = sorted(run.curves[key].items())
                 steps, values = [step for step, _ in points], [value for _, value in points]
-                axes.plot(steps, values, lw=1.2, label=run.name)
+                alone = "o" if len(steps) == 1 else None
+                axes.plot(steps, values, lw=1.2, marker=alone, label=run.name)
             axes.set(xlabel="step", ylabel=label)
             axes.grid(alpha=0.3)
         panels[-1].legend(fontsize=7)
