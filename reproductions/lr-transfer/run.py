@@ -99,7 +99,7 @@ def draw(found: dict[str, tuple[transfer.Search, transfer.Transfer]]) -> None:
             axes.grid(alpha=0.3)
         lowest = min(o.loss for _, each in found.values() for o in each.optima.values())
         panels[0].set(ylabel="validation loss, nats per token", ylim=(lowest - 0.05, lowest + 0.6))
-        panels[0].legend(title="width")
+        max(panels, key=lambda axes: len(axes.lines)).legend(title="width")
 
 
 if __name__ == "__main__":
