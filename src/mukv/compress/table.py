@@ -49,9 +49,7 @@ def _draw(results: Sequence[Result], path: Path, title: str) -> None:
                     )
                 axis.axhline(height(full), color="0.8", linewidth=1, zorder=0)
                 axis.set_xscale("log", base=2)
-                axis.xaxis.set_major_formatter(
-                    lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:.3g}"
-                )
+                axis.xaxis.set_major_formatter(_share)
                 axis.set(xlabel=under, ylabel=label)
                 if label == "recall":
                     axis.set_ylim(-0.05, 1.05)
@@ -59,4 +57,5 @@ def _draw(results: Sequence[Result], path: Path, title: str) -> None:
 
 
 def _share(x: float, _: int) -> str:
+    """A tick: 2, 1, 1/2, 1/4."""
     return f"{x:g}" if x >= 1 else f"1/{1 / x:.3g}"
