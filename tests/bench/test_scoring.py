@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mukv.bench.grading import calibration_error
 from mukv.bench.scoring import score
 from mukv.bench.text import TextForm
 from mukv.core.compute import Compute
@@ -50,6 +51,18 @@ def test_right_as_a_whole():
     np.testing.assert_allclose(found.tokens, [[1, 1], [0.5, 0]])
     sure = np.log2(1 + 4 * np.exp(-9))
     np.testing.assert_allclose(found.bits[0], [2 * sure, sure], rtol=2e-3)
+
+
+def test_calibration_error():
+    right = np.array([True, False, True, True])
+    # Three in the last bucket, of which two are right; one at 0.5.
+    found = calibration_error(right, np.array([0.92, 0.98, 0.5, 1.0]))
+    assert found == pytest.approx((0.92 + 0.98 + 1.0 - 2 + 0.5) / 4)
+    table = jnp.zeros((5, 5)).at[1, 2].set(9.0)
+    scored = score(Known(5), table, samples([0, 1, 2, 3, 4, 0]), EXACT)
+    # Sure of the first token and right, at 1/5 for the other two, where all are tied.
+    unsure = 1 - 1 / (1 + 4 * np.exp(-9))
+    assert scored.calibration_error == pytest.approx((unsure + 2 / 5) / 3, rel=1e-3)
 
 
 @pytest.mark.parametrize("logit", [0.0, np.nan])

@@ -102,6 +102,7 @@ def examine(
         "free_running": None if free is None else float(free.mean()),
         "token_accuracy": float(scores.tokens[scores.present].mean()),
         "bits": float(scores.bits[scores.present].mean()),
+        "calibration_error": scores.calibration_error,
         "chance": task.chance(known),
         "oracle": float(checked.mean()),
         "cache_bytes_per_token": taken / length,

@@ -10,6 +10,8 @@ import numpy as np
 BASE_SHARE = 0.85
 """Of the score at the shortest length, that a length must keep to count as mastered: RULER's
 threshold (Hsieh et al. 2024) is its baseline's 85.6 %."""
+CONFIDENCES = np.linspace(0, 1, 10, endpoint=False)
+"""Where the buckets of confidence begin."""
 SURE = 1.959964
 """Standard deviations of a two-sided interval of 95 %."""
 
@@ -22,6 +24,17 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     middle = (share + z / 2) / (1 + z)
     reach = SURE * math.sqrt(share * (1 - share) / count + z / count / 4) / (1 + z)
     return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def calibration_error(right: np.ndarray, confidence: np.ndarray) -> float:
+    """How far confidence is from the share of right tokens: the expected calibration error over ten
+    equal buckets of confidence (Guo et al. 2017, equation 3).
+
+    right: bool [token]; confidence: probability of the likeliest token, [token].
+    """
+    bucket = np.searchsorted(CONFIDENCES, confidence, side="right") - 1
+    gaps = np.bincount(bucket, weights=right - confidence)
+    return float(np.abs(gaps).sum() / len(right))
 
 
 def effective_length(scores: Mapping[int, float], chance: float) -> int:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from mukv.bench.grading import calibration_error
 from mukv.core.compute import Compute
 from mukv.core.typing import Array
 from mukv.model.base import LanguageModel
@@ -21,20 +22,22 @@ BATCH_TOKENS = 8192
 
 class Scores(NamedTuple):
     """right: the whole answer, where there is one. tokens: share of its tokens that are right.
-    bits: of surprise at the whole answer. present: whether there is an answer."""
+    bits: of surprise at the whole answer. present: whether there is an answer. calibration_error:
+    of all graded tokens together."""
 
     right: Bool[np.ndarray, "row answer"]
     tokens: Float[np.ndarray, "row answer"]
     bits: Float[np.ndarray, "row answer"]
     present: Bool[np.ndarray, "row answer"]
+    calibration_error: float
 
 
 @lru_cache(maxsize=8)
 def _graded(model: LanguageModel, compute: Compute) -> Any:
     """weights, tokens [row token], places [row graded] -> whether the token at each place is
-    told apart as the likeliest, and -log p of it in nats, float32."""
+    told apart as the likeliest, -log p of it in nats, and p of the likeliest, float32."""
 
-    def graded(weights: Any, tokens: Array, places: Array) -> tuple[Array, Array]:
+    def graded(weights: Any, tokens: Array, places: Array) -> tuple[Array, Array, Array]:
         hidden = model.hidden(weights, tokens, compute=compute)
         before = jnp.take_along_axis(hidden, jnp.maximum(places - 1, 0)[..., None], axis=1)
         logits = model.logits(weights, before, compute)
@@ -43,7 +46,8 @@ def _graded(model: LanguageModel, compute: Compute) -> Any:
         others = jnp.where(jnp.arange(logits.shape[-1]) == wanted, -jnp.inf, logits)
         # Strictly more than all others: a tie is wrong, and so is what is not a number.
         right = own[..., 0] > others.max(axis=-1)
-        return right, jax.nn.logsumexp(logits, axis=-1) - own[..., 0]
+        total = jax.nn.logsumexp(logits, axis=-1)
+        return right, total - own[..., 0], jnp.exp(logits.max(axis=-1) - total)
 
     return jax.jit(graded)
 
@@ -61,20 +65,23 @@ def score(
     batch = max(1, min(rows, BATCH_TOKENS // length))
     call = partial(_graded(model, compute), weights)
     right, nats = np.ones(graded.shape, bool), np.zeros(graded.shape)
+    confidence = np.zeros(graded.shape)
     for first in range(0, rows, batch):
         here = np.arange(first, first + batch)
         # The last batch is filled up with its last row, so that one shape is compiled.
         chosen = np.minimum(here, rows - 1)
         found = call(jnp.asarray(samples.tokens[chosen]), jnp.asarray(places[chosen]))
-        for whole, part in zip((right, nats), found, strict=True):
+        for whole, part in zip((right, nats, confidence), found, strict=True):
             whole[chosen[:, None], places[chosen]] = np.asarray(part)
-    return _summed(samples, right, nats)
+    error = calibration_error(right[graded], confidence[graded])
+    return _summed(samples, right, nats, error)
 
 
 def _summed(
     samples: Samples,
     right: Bool[np.ndarray, "row token"],
     nats: Float[np.ndarray, "row token"],
+    error: float,
 ) -> Scores:
     """From places to answers."""
     row = np.arange(len(right))[:, None]
@@ -86,4 +93,4 @@ def _summed(
     width = np.maximum(samples.stop - samples.start, 1)
     share = total(right.astype(float)) / width
     whole = (share == 1) & samples.present
-    return Scores(whole, share, total(nats) / np.log(2), samples.present)
+    return Scores(whole, share, total(nats) / np.log(2), samples.present, error)

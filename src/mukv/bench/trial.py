@@ -128,7 +128,14 @@ class Trial:
 def summary(found: Sequence[Examination], rate: float) -> dict[str, Any]:
     """Means over seeds; the interval is of all their answers together."""
     rows = [each.row for each in found]
-    means = ("exact_match", "teacher_forced", "token_accuracy", "bits", "free_running")
+    means = (
+        "exact_match",
+        "teacher_forced",
+        "token_accuracy",
+        "bits",
+        "calibration_error",
+        "free_running",
+    )
     mean = {
         name: None if rows[0][name] is None else float(np.mean([row[name] for row in rows]))
         for name in means

@@ -170,18 +170,19 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
     if as_json:
         output.print_json({"rows": rows, **({} if out is None else {"out": str(out)})})
         return
-    names = ("task", "length", "exact", "95 %", "free", "chance", "oracle", "bytes/token")
+    names = ("task", "length", "exact", "95 %", "free", "ECE", "chance", "oracle", "bytes/token")
     columns = (Column(name, no_wrap=True) for name in names)
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         low, high = row["interval"]
-        free = row.get("free_running")
+        free, calibration = row.get("free_running"), row.get("calibration_error")
         table.add_row(
             row["task"],
             f"{row['length']:,}",
             f"{row['exact_match']:.3f}",
             f"{low:.2f} to {high:.2f}",
             "" if free is None else f"{free:.2f}",
+            "" if calibration is None else f"{calibration:.2f}",
             f"{row['chance']:.2g}",
             f"{row['oracle']:.3f}",
             f"{row['cache_bytes_per_token']:,.0f}",
