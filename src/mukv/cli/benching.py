@@ -172,7 +172,7 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
         return
     names = ("task", "length", "exact", "95 %", "free", "ECE", "chance", "oracle", "bytes/token")
     columns = (Column(name, no_wrap=True) for name in names)
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(*columns, box=None, pad_edge=False, collapse_padding=True)
     for row in rows:
         low, high = row["interval"]
         free, calibration = row.get("free_running"), row.get("calibration_error")
@@ -180,10 +180,10 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
             row["task"],
             f"{row['length']:,}",
             f"{row['exact_match']:.3f}",
-            f"{low:.2f} to {high:.2f}",
+            f"{low:.2f}-{high:.2f}",
             "" if free is None else f"{free:.2f}",
             "" if calibration is None else f"{calibration:.2f}",
-            f"{row['chance']:.2g}",
+            f"{row['chance']:.1g}",
             f"{row['oracle']:.3f}",
             f"{row['cache_bytes_per_token']:,.0f}",
         )
