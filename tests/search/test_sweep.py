@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import optuna
 import pytest
@@ -115,6 +117,21 @@ def test_of_two_trials_of_one_point_one_is_done(tmp_path):
     assert len(one.take(9)) == 4
     states = Counter(trial.state for trial in one.study.get_trials())
     assert states == {TrialState.RUNNING: 4, TrialState.FAIL: 1}
+
+
+def test_workers_at_once_never_take_the_same_point(tmp_path):
+    space = {"x": Choice(tuple(range(16)))}
+    workers = [Study(storage_of(tmp_path), "s", space, Settings("grid"), {}) for _ in range(4)]
+    workers[0].heal()
+    together = Barrier(len(workers))
+
+    def work(worker):
+        together.wait()
+        return [t.user_attrs["point"] for _ in range(16) for t, _ in worker.take(1)]
+
+    with ThreadPoolExecutor(len(workers)) as threads:
+        taken = [point for points in threads.map(work, workers) for point in points]
+    assert sorted(taken) == list(range(16))
 
 
 def test_a_study_of_something_else_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import islice
@@ -21,6 +21,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import DBAPIError
 
 from mukv.core.errors import BadInput, unknown_name
@@ -106,13 +107,16 @@ class Study:
         self._require_same()
 
     def _joined(self) -> optuna.Study:
-        # Writers of one file wait for each other.
         lite = self.storage.startswith("sqlite:")
+        # Writers of one file wait for each other.
         waiting = {"connect_args": {"timeout": 120}} if lite else {}
         for attempt in range(ATTEMPTS):
             try:
+                storage = optuna.storages.RDBStorage(self.storage, engine_kwargs=waiting)
+                if lite:
+                    _lock_from_first_read(storage.engine)
                 return optuna.create_study(
-                    storage=optuna.storages.RDBStorage(self.storage, engine_kwargs=waiting),
+                    storage=storage,
                     study_name=self.name,
                     sampler=self._sampler(0),
                     pruner=PRUNERS[self.settings.pruner](),
@@ -252,7 +256,23 @@ class Study:
 
     def _fail(self, number: int) -> None:
         self.mine.pop(number, None)
-        self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        with suppress(UpdateFinishedTrialError):  # by another, since Optuna looked
+            self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def _lock_from_first_read(engine: Engine) -> None:
+    """Let a transaction hold an SQLite file from its first read. Python's driver begins with the
+    first write: two workers that read the same waiting trial would both take it."""
+
+    @event.listens_for(engine, "connect")
+    def leave_to_us(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # of connections made before
 
 
 def storage_of(folder: Path) -> str:
