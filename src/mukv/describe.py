@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -25,9 +26,12 @@ def describe(run: Run) -> dict[str, Any]:
     model = run.model
     compute = run.train.compute.resolve(model.vocab_size)
     layers = []
+    grows = Fraction(0)
     for stack in model.stacks:
         for layer in stack.layers:
             entry = entry_bytes(stack, layer, compute.type)
+            each = Fraction(0 if layer.window else entry, stack.every)
+            grows += each
             layers.append(
                 {
                     "layer": stack.first + layer.index,
@@ -38,14 +42,14 @@ def describe(run: Run) -> dict[str, Any]:
                     "tokens_per_entry": stack.every,
                     "core": "fused" if compute.fused else "plain",
                     "cached": cached(stack, layer),
-                    "cache_bytes_per_token": 0 if layer.window else per_token(entry, stack.every),
+                    "cache_bytes_per_token": plain(each),
                     "cache_bytes_constant": entry * (layer.window or 0),
                 }
             )
     return {
         "parameters": params.count(model.params()),
         "flops_per_token": flops_per_token(model, run.train.length),
-        "cache_bytes_per_token": sum(layer["cache_bytes_per_token"] for layer in layers),
+        "cache_bytes_per_token": plain(grows),
         "cache_bytes_constant": sum(layer["cache_bytes_constant"] for layer in layers)
         + model.state_bytes(compute.type),
         "dtype": compute.dtype,
@@ -54,9 +58,13 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def per_token(entry: int, every: int) -> int | float:
-    """Bytes of an entry shared by so many tokens; a whole number where it is one."""
-    return entry // every if entry % every == 0 else entry / every
+def plain(number: Fraction) -> int | float:
+    """A whole number where it is one."""
+    return int(number) if number.denominator == 1 else float(number)
+
+
+def shown(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
 
 
 def weights(run: Run) -> list[dict[str, Any]]:
@@ -90,7 +98,7 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
         f"parameters  [bold]{facts['parameters']:,}[/]\n"
         f"training    [bold]{facts['flops_per_token']:,}[/] FLOPs per token at "
         f"{run.train.length:,} tokens\n"
-        f"cache       [bold]{facts['cache_bytes_per_token']:,}[/] bytes per token and "
+        f"cache       [bold]{shown(facts['cache_bytes_per_token'])}[/] bytes per token and "
         f"{facts['cache_bytes_constant']:,} besides ({facts['dtype']})"
     )
     for words in dict.fromkeys(layer["attention"] for layer in facts["layers"]):
@@ -110,7 +118,7 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
             "own" if first["reads"] is None else ", ".join(str(g["reads"]) for g in group),
             first["core"],
             ", ".join(f"{name} {h}x{width}" for name, (h, width) in first["cached"].items()),
-            f"{first['cache_bytes_per_token']:,}" + (f" (ring of {ring:,})" if ring else ""),
+            shown(first["cache_bytes_per_token"]) + (f" (ring of {ring:,})" if ring else ""),
         )
     console.print(layers, "", sep="\n")
     table = Table(

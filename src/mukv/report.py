@@ -107,7 +107,7 @@ def _row(run: Told) -> list[str]:
     return [
         run.name,
         number("parameters", ","),
-        number("cache_bytes_per_token", ","),
+        number("cache_bytes_per_token", ",.0f"),
         number("cache_bytes_constant", ","),
         number("step", ","),
         number("loss", ".4f"),
