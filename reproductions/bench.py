@@ -4,8 +4,8 @@
 
 Every variant has the same learning rates, steps and seeds, and is judged at its own best rate
 (`mukv.bench.trial`). Runs are run directories below runs/, and a variant's rows are kept in
-results.json, so that an interrupted comparison goes on where it was. Writes figure.png, a column
-for each task, beside the configuration.
+a JSON file, so that an interrupted comparison goes on where it was. Draws a figure with a column
+for each task. Both lie beside the configuration (`compare.Place`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from compare import Place
 from rich.console import Console
 from rich.table import Table
 
@@ -72,8 +73,8 @@ def main() -> None:
     given = parser.parse_args()
     launch.prepare()
     asked = schema.build(Comparison, yaml.safe_load(given.config.read_text()))
-    here, began = given.config.parent, time.monotonic()
-    known = here / "results.json"
+    place, began = Place(given.config), time.monotonic()
+    known = place.results
     rows: list[dict[str, Any]] = json.loads(known.read_text()) if known.exists() else []
     for name, tested in asked.tasks.items():
         for variant in asked.variants:
@@ -81,7 +82,7 @@ def main() -> None:
                 continue
             if time.monotonic() - began > 60 * given.minutes:
                 break
-            trial = asked.trial(variant, name, Path("runs") / here.name)
+            trial = asked.trial(variant, name, place.runs)
             found, seen = trial.examine(name, tested.task)
             rates = {
                 f"{rate:g}": [r["exact_match"] for r in seen["rates"] if r["learning_rate"] == rate]
@@ -90,7 +91,7 @@ def main() -> None:
             rows += [{"variant": variant, **row, "validation_by_rate": rates} for row in found]
             write_atomic(known, json.dumps(rows, indent=1) + "\n")
     if rows:
-        draw(rows, here / "figure.png")
+        draw(rows, place.figure)
         show(rows, Console())
 
 

@@ -30,14 +30,38 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mukv import config
+from mukv.bench.picture import MARKERS
 from mukv.core.files import write_atomic
 from mukv.core.params import count
 from mukv.demo import equal_size
 from mukv.describe import describe
+from mukv.figures import saved_figure
 from mukv.metrics import read_metrics
 
-NAMES = {"cpu": ("results.json", "figure.png")}
-"""What the one comparison of a folder is called; of several each has its own name."""
+
+@dataclass(frozen=True)
+class Place:
+    """Where a comparison has its results: cpu.yaml is the one of its folder, and of others each has
+    its own name."""
+
+    config: Path
+
+    @property
+    def named(self) -> bool:
+        return self.config.stem != "cpu"
+
+    @property
+    def runs(self) -> Path:
+        folder = Path("runs") / self.config.parent.name
+        return folder / self.config.stem if self.named else folder
+
+    @property
+    def results(self) -> Path:
+        return self.config.with_name(f"{self.config.stem}.json" if self.named else "results.json")
+
+    @property
+    def figure(self) -> Path:
+        return self.config.with_name(f"{self.config.stem}.png" if self.named else "figure.png")
 
 
 @dataclass(frozen=True)
@@ -171,16 +195,21 @@ def judge(comparison: Comparison, root: Path) -> dict[str, Any]:
             if variant not in best or found["bits_per_byte"] < best[variant]["bits_per_byte"]:
                 best[variant] = found
     for variant, row in best.items():
-        facts = describe(config.load(comparison.base_of(variant), comparison.sized(variant)))
+        configured = config.load(comparison.base_of(variant), comparison.sized(variant))
+        facts = describe(configured)
         for name in ("parameters", "flops_per_token", "cache_bytes_per_token"):
             row[name] = facts[name]
         row["cache_bytes_constant"] = facts["cache_bytes_constant"]
+        row["row_length"] = configured.train.length
+        grown = facts["cache_bytes_per_token"] * configured.train.length
+        row["row_bytes"] = round(grown + facts["cache_bytes_constant"])
         row["more_steps_than"] = {
             other: extra_steps(row["curve"], best[other]["curve"])
             for other in best
             if other != variant
         }
-        edge = row["learning_rate"] in (comparison.learning_rates[0], comparison.learning_rates[-1])
+        rates = comparison.learning_rates
+        edge = len(rates) > 1 and row["learning_rate"] in (rates[0], rates[-1])
         row["rate_at_edge_of_sweep"] = edge
     return best
 
@@ -210,7 +239,7 @@ def show(best: dict[str, dict[str, Any]], reference: str) -> None:
         table.add_row(
             variant,
             f"{row['parameters']:,}",
-            f"{row['cache_bytes_per_token']:,}",
+            f"{row['cache_bytes_per_token']:,.0f}",
             f"{row['learning_rate']:g}" + (" (edge)" if row["rate_at_edge_of_sweep"] else ""),
             f"{row['bits_per_byte']:.4f} ± {row['deviation']:.4f}",
             "" if more is None else f"{more:+.1%}",
@@ -219,39 +248,41 @@ def show(best: dict[str, dict[str, Any]], reference: str) -> None:
 
 
 def draw(best: dict[str, dict[str, Any]], path: Path, title: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.6, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for variant, row in best.items():
-        steps = sorted(row["curve"])
-        label = f"{variant} ({row['cache_bytes_per_token']:,} bytes/token)"
-        axes.plot(steps, [row["curve"][step] for step in steps], marker=".", label=label)
-    axes.set(xlabel="steps", ylabel="bits per byte, held-out text", title=title, xscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    """Loss by step, and at the end against the memory of a row as long as those of training."""
+    with saved_figure(path, (10.5, 4.6), title) as figure:
+        curves, front = figure.subplots(1, 2, width_ratios=(3, 2))
+        for number, (variant, row) in enumerate(best.items()):
+            look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
+            steps = sorted(row["curve"])
+            curves.plot(steps, [row["curve"][step] for step in steps], label=variant, **look)
+            front.errorbar(row["row_bytes"], row["bits_per_byte"], row["deviation"], **look)
+        curves.set(xlabel="steps", ylabel="bits per byte, held-out text", xscale="log")
+        length = next(iter(best.values()))["row_length"]
+        front.set(xlabel=f"cache bytes of a row of {length:,} tokens; bars: deviation of seeds")
+        front.set_xscale("log", base=2)
+        front.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:,.0f} KiB")
+        front.margins(x=0.15)
+        for axes in (curves, front):
+            axes.grid(alpha=0.3)
+        figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("comparison", type=Path)
-    parser.add_argument("--runs", type=Path, help="default: runs/NAME")
+    parser.add_argument("--runs", type=Path, help="default: a folder below runs/")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
     comparison = Comparison(**yaml.safe_load(given.comparison.read_text()))
-    root = given.runs or Path("runs") / given.comparison.parent.name
+    place = Place(given.comparison)
+    root = given.runs or place.runs
     train(comparison, comparison.sweep(), root, given.processes)
     best = judge(comparison, root)
     if final := comparison.final(best):
         train(comparison, final, root, given.processes)
         best = judge(comparison, root)
-    beside, stem = given.comparison.parent, given.comparison.stem
-    table, figure = NAMES.get(stem, (f"{stem}.json", f"{stem}.png"))
-    write_atomic(beside / table, json.dumps(best, indent=2) + "\n")
-    draw(best, beside / figure, f"{beside.name}: {stem}")
+    write_atomic(place.results, json.dumps(best, indent=2) + "\n")
+    draw(best, place.figure, f"{place.config.parent.name}: {place.config.stem}")
     show(best, comparison.reference)
 
 
