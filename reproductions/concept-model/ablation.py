@@ -2,39 +2,47 @@
 
     python reproductions/concept-model/ablation.py
 
-lag: a concept is heard one chunk after it is complete. no skip: the decoder hears of the encoder
-only through concepts. bag of bytes: no encoder, and a sum for a reduction. leak: tokens before the
-first concept hear the mean of all concepts of the row, those of the future included; judged
-without it, as decoding would be. Writes ablation.json.
+lag: a concept is heard one chunk after it is complete. no skip: the decoder begins with embedded
+tokens and hears of the encoder only through concepts. cross: concepts are read by an attention.
+bag of bytes: no encoder, and a sum for a reduction. leak: tokens before the first concept hear the
+mean of all concepts of the row, those of the future included; judged without it, as decoding would
+be. Writes ablation.json and ablation.png; a defect in the file is not trained again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mukv import config, runs
+from mukv.core.compute import Compute
 from mukv.core.files import write_atomic
+from mukv.core.linear import project
 from mukv.core.mesh import MeshShape
 from mukv.data.batches import Batches
+from mukv.figures import saved_figure
 from mukv.loop import validation_metrics
-from mukv.model import Concept
-from mukv.model.concept import Residually, Sum
+from mukv.model import Concept, LanguageModel
+from mukv.model.base import Reading
+from mukv.model.concept import Cross, Fixed, Residually, Sum
 from mukv.train import Trainer
 
 HERE = Path(__file__).parent
-SEEDS, WINDOWS = (0, 1), 24
+SEEDS, WINDOWS = (0, 1), 32
 PLAN = (
-    *("model.d_model=64", "model.mlp.hidden=192", "model.attention.heads=2"),
-    *("model.attention.kv_heads=1", "model.concepts.d_model=64"),
-    *("train.steps=150", "train.length=128", "train.learning_rate=0.01"),
+    *("model.d_model=64", "model.mlp.hidden=192"),
+    "model.attention={heads: 4, kv_heads: 2, head_dim: 16}",
+    *("train.steps=250", "train.batch=8", "train.length=256"),
+    *("train.learning_rate=0.02", "train.optimizer={kind: muon}"),
+    "train.schedule={kind: cosine, warmup: 25, final: 0.1}",
 )
 
 
@@ -50,16 +58,35 @@ class Lag(Residually):
 
 @dataclass(frozen=True)
 class NoSkip(Residually):
+    """raw: the tokens as they were embedded."""
+
+    raw: Any = None
+
     def mix(self, joint: Any, x: Any, heard: Any) -> Any:
-        own = {"skip": jnp.zeros_like(joint.own["skip"])}
-        return super().mix(joint._replace(own=own), x, heard)
+        return super().mix(joint, self.raw, heard)
+
+
+@dataclass(frozen=True)
+class Unskipped(Concept):
+    """Its decoder begins with the tokens themselves, not with what the encoder said of them."""
+
+    def read(
+        self,
+        weights: Any,
+        tokens: Any,
+        position: Any = None,
+        segment: Any = None,
+        compute: Compute | None = None,
+    ) -> Reading:
+        compute = (compute or Compute()).resolve(self.vocab_size)
+        raw = self.embed(weights, tokens, compute)
+        given = replace(self, injection=replace(cast("NoSkip", self.injection), raw=raw))
+        return Concept.read(given, weights, tokens, position, segment, compute)
 
 
 @dataclass(frozen=True)
 class Leak(Residually):
     def mix(self, joint: Any, x: Any, heard: Any) -> Any:
-        from mukv.core.linear import project
-
         there = (heard.chunks.end < x.shape[1])[..., None]
         total = jnp.sum(jnp.where(there, heard.thoughts, 0), axis=1, keepdims=True)
         mean = total / jnp.maximum(jnp.sum(there, axis=1, keepdims=True), 1)
@@ -67,26 +94,43 @@ class Leak(Residually):
         return super().mix(joint, x, heard) + early
 
 
-def variants(model: Concept) -> dict[str, tuple[Concept, Concept]]:
-    """By name the model that is trained and the one that is judged."""
+@dataclass(frozen=True)
+class Fair(Lag, NoSkip):
+    """All of them but for the leak."""
 
-    def both(other: Concept) -> tuple[Concept, Concept]:
+
+@dataclass(frozen=True)
+class Worst(Leak, Fair):
+    """All of them."""
+
+
+def variants(plain: LanguageModel, model: Concept) -> dict[str, tuple[Any, Any]]:
+    """By name the model that is trained and the one that is judged. plain: of as many layers."""
+
+    def both(other: LanguageModel) -> tuple[Any, Any]:
         return other, other
 
+    def unskipped(other: Concept, injection: Any) -> Concept:
+        fields = {field.name: getattr(other, field.name) for field in dataclasses.fields(Concept)}
+        return Unskipped(**fields | {"injection": injection})
+
     bag = replace(model, encoder=(), pool=Sum())
-    worst: Any = type("Worst", (Leak, Lag, NoSkip), {})
-    fair: Any = type("Fair", (Lag, NoSkip), {})
+    ones = replace(model, chunker=Fixed(size=1))
     return {
-        "none": both(model),
+        "plain decoder": both(plain),
+        "chunks of one": both(ones),
+        "chunks of one, lag": both(replace(ones, injection=Lag())),
+        "sound": both(model),
         "lag": both(replace(model, injection=Lag())),
-        "no skip": both(replace(model, injection=NoSkip())),
+        "no skip": both(unskipped(model, NoSkip())),
+        "cross": both(replace(model, injection=Cross())),
         "bag of bytes": both(bag),
         "leak": (replace(model, injection=Leak()), model),
-        "all": (replace(bag, injection=worst()), replace(bag, injection=fair())),
+        "all": (unskipped(bag, Worst()), unskipped(bag, Fair())),
     }
 
 
-def bits_per_byte(trained: Concept, judged: Concept, run: Any, seed: int) -> tuple[float, float]:
+def bits_per_byte(trained: Any, judged: Any, run: Any, seed: int) -> tuple[float, float]:
     """Of held-out text: as trained, and as judged."""
     training = replace(run.train, seed=seed)
     tokens, mesh = runs.open_corpus(run), MeshShape().build()
@@ -107,18 +151,46 @@ def bits_per_byte(trained: Concept, judged: Concept, run: Any, seed: int) -> tup
     return found[0], found[1]
 
 
+def draw(found: dict[str, Any], path: Path) -> None:
+    """A bar for each defect, grey for models without one, the seeds as points on it."""
+    with saved_figure(path, (8, 3.6), "Chunks of four bytes: what each defect costs") as figure:
+        axes = figure.subplots()
+        for place, (name, row) in enumerate(found.items()):
+            worse = row["bits_per_byte"] - found["sound"]["bits_per_byte"]
+            sound = name in ("plain decoder", "chunks of one", "sound")
+            axes.barh(place, row["bits_per_byte"], color="0.6" if sound else "C0")
+            axes.plot(row["by_seed"], [place] * len(row["by_seed"]), "k.", ms=5)
+            if name != "sound":
+                axes.annotate(f" {worse:+.3f}", (max(row["by_seed"]), place), va="center")
+            if row["as_trained"] != row["bits_per_byte"]:
+                axes.plot(row["as_trained"], place, "rx", label="what training saw")
+        axes.set_yticks(range(len(found)), list(found))
+        axes.invert_yaxis()
+        every = [bits for row in found.values() for bits in (*row["by_seed"], row["as_trained"])]
+        axes.set_xlim(min(every) - 0.1, max(every) + 0.1)
+        axes.set(xlabel="bits per byte of held-out text (points: seeds)")
+        axes.grid(axis="x", alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(*(part[:1] for part in axes.get_legend_handles_labels()))
+
+
 def main() -> None:
-    run = config.load("tiny-concept-fixed", PLAN)
+    run, path = config.load("tiny-concept-fixed", PLAN), HERE / "ablation.json"
+    plain = config.load("tiny", PLAN).model
     assert isinstance(run.model, Concept)
-    found = {}
-    for name, (trained, judged) in variants(run.model).items():
+    model = replace(run.model, concepts=replace(run.model.concepts, d_model=None))
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for name, (trained, judged) in variants(plain, model).items():
+        if name in found:
+            continue
         pairs = [bits_per_byte(trained, judged, run, seed) for seed in SEEDS]
         as_trained, honest = (statistics.mean(column) for column in zip(*pairs, strict=True))
         by_seed = [pair[1] for pair in pairs]
         found[name] = {"as_trained": as_trained, "bits_per_byte": honest, "by_seed": by_seed}
+        write_atomic(path, json.dumps(found, indent=2) + "\n")
         print(f"{name:14} {as_trained:.4f} as trained, {honest:.4f} honest", by_seed, flush=True)
         jax.clear_caches()
-    write_atomic(HERE / "ablation.json", json.dumps(found, indent=2) + "\n")
+    draw(found, HERE / "ablation.png")
 
 
 if __name__ == "__main__":
