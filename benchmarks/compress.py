@@ -127,7 +127,7 @@ def compare(
             {
                 "context": context,
                 "policy": case.name,
-                "budget": budget if case.policy.budgeted else 1.0,
+                "budget": case.policy.budget,
                 "milliseconds": 1e3 * float(np.median(case.seconds)),
                 "times_faster": float(np.median(ratios)),
                 "bytes": case.bytes,

@@ -122,16 +122,25 @@ def test_generate_under_a_policy(facts, trained):
     assert less["cache_bytes"] < full["cache_bytes"] / 2
 
 
-def test_compress(facts, mukv, trained, tmp_path):
+def test_compress(mukv, trained, tmp_path):
     (tmp_path / "a.txt").write_text("Déjà vu number 3, once more. " * 9)
     given = ("compress", trained, "--text", tmp_path / "a.txt", "--out", tmp_path / "c")
-    made = facts(*given, "--policy", "streaming,int8", "--budget", "1,0.25", "--samples", 2)
-    rows = made["rows"]
+    policies = "streaming,int8,topp:0.05"
+    made = mukv(*given, "--policy", policies, "--budget", "1,0.25", "--samples", 2, "--json")
+    assert "--budget means nothing to int8, topp:0.05\n" in made.stderr
+    rows = json.loads(made.stdout.splitlines()[-1])["rows"]
     assert [(row["policy"], row["budget"]) for row in rows] == [
-        *(("full", 1.0), ("streaming", 1.0), ("streaming", 0.25), ("int8", 1.0))
+        *(("full", 1.0), ("streaming", 1.0), ("streaming", 0.25), ("int8", 1.0), ("topp", 0.05))
     ]
     assert all(row.keys() >= COMPRESSED | {"tokens_per_second"} for row in rows)
-    full, same, less, narrow = rows
+    full, same, less, narrow, *values = rows
+    assert full["perplexity_low"] == full["perplexity"] == full["perplexity_high"]
+    for row in rows:
+        assert row["perplexity_low"] <= row["perplexity"] <= row["perplexity_high"]
+        assert row["recall_low"] <= row["recall"] <= row["recall_high"]
+        assert row["prefill_seconds"] > 0
+    # One entry in twenty does not hold 95 % of what weights of a model that learnt little spread.
+    assert [row["capped"] for row in (*rows[:-1], *values)] == [None] * 4 + [1.0]
     assert same["perplexity"] == pytest.approx(full["perplexity"], rel=1e-4)
     assert less["perplexity"] != full["perplexity"]
     for small in (less, narrow):

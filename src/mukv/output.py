@@ -1,4 +1,4 @@
-"""What a command says: results on standard output, errors as one line on standard error.
+"""What a command says: results on standard output, errors and notes on standard error.
 
 Imports nothing heavy, so that a wrong command line is answered at once.
 """
@@ -23,6 +23,12 @@ def complain(message: str, status: int) -> NoReturn:
     text = Text.assemble(("error: ", "bold red"), " ".join(message.split()))
     Console(stderr=True, soft_wrap=True).print(text)
     raise SystemExit(status)
+
+
+def warn(message: str) -> None:
+    """Say on one line of standard error what is not as it may seem."""
+    text = Text.assemble(("note: ", "bold yellow"), message)
+    Console(stderr=True, soft_wrap=True).print(text)
 
 
 def print_json(facts: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mukv.bench.grading import effective_length, shares, wilson
+from mukv.bench.grading import effective_length, shares
 from mukv.tasks import TASKS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -46,14 +46,6 @@ def test_bad_input(mukv, given, said):
     done = mukv("bench", "--oracle", *given)
     assert done.returncode == 2
     assert said in " ".join(done.stderr.split())
-
-
-def test_wilson():
-    # Newcombe (1998), table I: 81 of 263.
-    low, high = wilson(81, 263)
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert wilson(0, 10)[0] == 0
-    assert wilson(10, 10)[1] == pytest.approx(1)
 
 
 def test_effective_length():

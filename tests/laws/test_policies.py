@@ -14,8 +14,10 @@ from mukv.attention import Grouped
 from mukv.cache import Policy, Reader
 from mukv.cache.kept import Kept, empty
 from mukv.cache.reads import bytes_read
+from mukv.cache.values import CAPPED
 from mukv.core.errors import BadInput
 from mukv.core.params import map_params
+from mukv.core.tap import capture
 from mukv.model import Stage
 from mukv.model.counting import cache_bytes
 from mukv.position import RoPE
@@ -350,22 +352,29 @@ def test_calibrated_centres(one):
 
 def test_sparse_values(one):
     """Of all weights the largest, summed over a group, and no others; top-p until the mass."""
+    capped = []
     for name, limit in (("topk", None), ("topp", 0.95)):
         body, _ = one.body(name, 5.0)
         _, recalled, held = met(one, body)
-        weights = np.random.default_rng(1).random((2, 2, 2, 1, held.shape[-1])) ** 6
+        weights = np.random.default_rng(1).random((2, 2, 2, 1, held.shape[-1]))
+        weights **= np.array([6, 60]).reshape(2, 1, 1, 1, 1)
         weights *= (held >= 0)[:, :, None, None]
-        found = np.asarray(recalled.mixture(jnp.asarray(weights, jnp.float32)))
+        with capture() as taps:
+            found = np.asarray(recalled.mixture(jnp.asarray(weights, jnp.float32)))
         for row, head in np.ndindex(2, 2):
             total = weights[row, head].sum(0)[0]
             best = np.argsort(-total, kind="stable")[:5]
             if limit:
                 before = np.cumsum(total[best]) - total[best]
+                reached = total[best].sum() >= limit * total.sum()
+                capped.append(not reached)
+                assert taps[CAPPED][row, head] == capped[-1]
                 best = best[before < limit * total.sum()]
             kept = np.isin(np.arange(len(total)), best)
             value = one.value[row, head, np.maximum(held[row, head], 0)]
             expected = np.einsum("gqk,kd->gqd", weights[row, head] * kept, value)
             np.testing.assert_allclose(found[row, head], expected, atol=1e-5)
+    assert {True, False} == set(capped)
 
 
 def test_sparq(one):

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from mukv.bench.grading import shares, wilson
+from mukv.bench.grading import shares
 from mukv.bench.oracle import solved
 from mukv.bench.scoring import Scores, score
 from mukv.bench.text import TextForm
 from mukv.cache import FULL, Policy
 from mukv.core.errors import BadInput
+from mukv.core.intervals import wilson
 from mukv.loaded import Model
 from mukv.model.counting import cache_bytes
 from mukv.tasks import AnyTask, Samples

@@ -1,8 +1,7 @@
-"""Shares of right answers, and how far they can be trusted."""
+"""Shares of right answers, and how far a model's confidence agrees with them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,18 +11,6 @@ BASE_SHARE = 0.85
 threshold (Hsieh et al. 2024) is its baseline's 85.6 %."""
 CONFIDENCES = np.linspace(0, 1, 10, endpoint=False)
 """Where the buckets of confidence begin."""
-SURE = 1.959964
-"""Standard deviations of a two-sided interval of 95 %."""
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
-    if not count:
-        return 0.0, 1.0
-    share, z = right / count, SURE**2 / count
-    middle = (share + z / 2) / (1 + z)
-    reach = SURE * math.sqrt(share * (1 - share) / count + z / count / 4) / (1 + z)
-    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def calibration_error(right: np.ndarray, confidence: np.ndarray) -> float:

@@ -17,10 +17,11 @@ import numpy as np
 
 from mukv import loaded, runs
 from mukv.bench.examine import Examination, Settings, examine
-from mukv.bench.grading import effective_length, wilson
+from mukv.bench.grading import effective_length
 from mukv.cache import FULL
 from mukv.config import Data, Run
 from mukv.core.errors import BadInput
+from mukv.core.intervals import wilson
 from mukv.runs import RunDirectory
 from mukv.tasks import AnyTask
 

@@ -109,10 +109,16 @@ class Policy:
         """Whether it changes nothing at all."""
         return str(self) == "full"
 
+    @classmethod
+    def takes_budget(cls, text: str, where: str = "policy") -> bool:
+        """Whether the budget given beside a name means anything to it: not where it has none, or
+        one of its own."""
+        return cls.parse(text, 1.0, where) != cls.parse(text, 0.5, where)
+
     @property
-    def budgeted(self) -> bool:
-        """Whether a budget means anything to it."""
-        return self.keep.evicts or not isinstance(self.select, All)
+    def budget(self) -> float:
+        """That of what stays, or else of what is read; 1 without any."""
+        return (self.keep if self.keep.evicts else self.select).budget.amount
 
     def check(self, number: int, attention: AnyAttention) -> None:
         """Raise BadInput, with the reason, where it does not fit a layer that reads."""

@@ -16,8 +16,12 @@ from mukv.attention import Met, Query, Recall, Recalled
 from mukv.attention.recalled import Whole
 from mukv.cache.select import Index, Select
 from mukv.cache.shelf import Shelf
+from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int
 from mukv.position.base import Logits
+
+CAPPED = "capped"
+"""Name of a tap: where the budget ended before the mass was reached, [batch store]."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Heaviest(Recalled):
         if self.mass < 1:
             before = jnp.cumsum(given, axis=-1) - given
             limit = self.mass * jnp.sum(by_store, axis=-1, keepdims=True)
+            tap(CAPPED, jnp.sum(given, axis=-1) < limit[..., 0])
             given = jnp.where(before < limit, given, 0.0)
         of_head = jnp.repeat(index, heads // self.stores, axis=1)[:, :, None, None]
         taken = jnp.take_along_axis(weights, of_head, axis=4)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mukv import output
 from mukv.core.errors import BadInput
 
 app = typer.Typer(
@@ -34,6 +35,15 @@ def exactly_one(command: str, **options: object) -> None:
         names = " and ".join(_dashed(name) for name in given) or "neither"
         allowed = f"exactly one of {', '.join(map(_dashed, options))}"
         raise BadInput(command, names, allowed)
+
+
+def note_unused_budget(policies: str) -> None:
+    """Say which of these policies have no use for the --budget that was given."""
+    from mukv.cache import Policy
+
+    unused = [name for name in policies.split(",") if not Policy.takes_budget(name)]
+    if unused:
+        output.warn(f"--budget means nothing to {', '.join(unused)}")
 
 
 def _dashed(name: str) -> str:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from mukv import launch, output
-from mukv.cli.app import Json, app, beside, exactly_one
+from mukv.cli.app import Json, app, beside, exactly_one, note_unused_budget
 from mukv.core.errors import BadInput
 
 if TYPE_CHECKING:
@@ -30,8 +30,11 @@ def compress(
         str, typer.Option(metavar="NAME[,NAME]...", help="Parts joined by +: snapkv+int8,pages.")
     ] = "streaming,snapkv,int8",
     budget: Annotated[
-        str, typer.Option(metavar="B[,B]...", help="Shares up to 1, or numbers of entries.")
-    ] = "0.25",
+        str | None,
+        typer.Option(
+            metavar="B[,B]...", help="Shares up to 1, or numbers of entries; default: 0.25."
+        ),
+    ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens per row; default: as in training, at least 64.")
     ] = None,
@@ -53,7 +56,9 @@ def compress(
     from mukv import compress, inputs, loaded
 
     exactly_one("compress", text=text, tokens=tokens)
-    policies = compress.grid(policy, numbers(budget))
+    policies = compress.grid(policy, numbers(budget or "0.25"))
+    if budget is not None:
+        note_unused_budget(policy)
     speaker = loaded.load(model)
     if length is None:
         length = max(inputs.window(speaker, None), compress.USUAL)
@@ -69,13 +74,11 @@ def compress(
     console = Console(stderr=True, highlight=False)
     count, read = rows.tokens.shape
     console.print(f"[dim]{count} rows of {read:,} tokens[/]")
-    results = compress.judge(
-        speaker, rows, policies, lambda one: console.print(f"[dim]{one.policy} {one.budget:g}[/]")
-    )
+    results = compress.judge(speaker, rows, policies)
     folder = out or beside(model, "compress")
-    files = compress.write(results, folder, f"{Path(model).name}, rows of {rows.tokens.shape[1]}")
+    files = compress.write(results, folder, f"{Path(model).name}, rows of {read} tokens")
     if as_json:
-        facts = {"rows": [asdict(each) for each in results], "length": rows.tokens.shape[1]}
+        facts = {"rows": [asdict(each) for each in results], "length": read}
         output.print_json({**facts, "files": [str(path) for path in files]})
     else:
         show_results(results, Console())
@@ -92,18 +95,14 @@ def numbers(text: str) -> list[float]:
 
 
 def show_results(results: Sequence[Result], console: Console) -> None:
-    """A row for each policy and budget."""
-    columns = (
-        Column("policy", overflow="fold"),
-        "budget",
-        "ppl",
-        "recall",
-        "aware",
-        "bytes",
-        "/token",
-        "read/step",
-    )
-    table = Table(*columns, "tokens/s", box=None, pad_edge=False)
+    """A row for each policy and budget. prefill: its seconds, as a multiple of the first row's."""
+    capped = any(row.capped is not None for row in results)
+    names = ("policy", "budget", "ppl", "recall", "aware", "bytes", "read", "tok/s", "prefill")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in (*names, *(["capped"] if capped else [])):
+        # A number is never cut short.
+        side = "left" if name == "policy" else "right"
+        table.add_column(name, justify=side, overflow="fold")
     for row in results:
         table.add_row(
             row.policy,
@@ -112,8 +111,9 @@ def show_results(results: Sequence[Result], console: Console) -> None:
             f"{row.recall:.1%}",
             f"{row.recall_aware:.1%}",
             f"{row.cache_bytes:,}",
-            f"{row.bytes_per_token:,.1f}",
             f"{row.bytes_read_per_step:,}",
             f"{row.tokens_per_second:,.0f}",
+            f"{row.prefill_seconds / results[0].prefill_seconds:.2f}x",
+            *(["" if row.capped is None else f"{row.capped:.1%}"] if capped else []),
         )
     console.print(table)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mukv import launch, output
-from mukv.cli.app import Json, ModelName, Overrides, app, exactly_one
+from mukv.cli.app import Json, ModelName, Overrides, app, exactly_one, note_unused_budget
 from mukv.core.errors import BadInput
 
 
@@ -77,8 +77,9 @@ def generate(
         str, typer.Option(metavar="POLICY", help="Of the cache, such as snapkv+int8.")
     ] = "full",
     budget: Annotated[
-        float, typer.Option(help="Of the policy: a share up to 1, or a number of entries.")
-    ] = 0.25,
+        float | None,
+        typer.Option(help="Of the policy: a share up to 1, or a number of entries; default: 0.25."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text; reports speed and cache bytes.
@@ -91,7 +92,9 @@ def generate(
     from mukv.decode import Sampling
 
     exactly_one("generate", prompt=prompt, token_ids=token_ids)
-    policy = Policy.parse(cache, budget, "--cache")
+    policy = Policy.parse(cache, 0.25 if budget is None else budget, "--cache")
+    if budget is not None:
+        note_unused_budget(cache)
     if copies < 1:
         raise BadInput("--copies", copies, "at least 1")
     sampling = Sampling(temperature, top_k, top_p, seed)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mukv.cache import FULL, Policy
-from mukv.compress.reader import Reader
+from mukv.compress.reader import Read, Reader
 from mukv.compress.rows import Rows
+from mukv.core.intervals import of_mean, wilson
 from mukv.loaded import Model
+from mukv.progress import Bar
 
 TOKENS = 16_384
 """Tokens of all rows that are worked on at once."""
@@ -19,8 +22,14 @@ TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Result:
-    """One policy with one budget; field names are public. cache_bytes, bytes_read_per_step: of one
-    row. tokens_per_second: of decoding, all rows together."""
+    """One policy with one budget; field names are public.
+
+    cache_bytes, bytes_read_per_step: of one row. tokens_per_second: of decoding, all rows together.
+    prefill_seconds: of one row, with what the policy does to it. samples: rows of each kind.
+    perplexity_low, perplexity_high: 95 % interval of the difference to `full` on the same rows,
+    None where there is one row. recall_low, recall_high: of as many strings. capped: share of the
+    choices of `topp` at which the budget ended before the mass was reached; None elsewhere.
+    """
 
     policy: str
     budget: float
@@ -31,28 +40,33 @@ class Result:
     bytes_per_token: float
     bytes_read_per_step: int
     tokens_per_second: float
+    prefill_seconds: float
+    samples: int
+    perplexity_low: float | None
+    perplexity_high: float | None
+    recall_low: float
+    recall_high: float
+    capped: float | None
 
 
 def grid(names: str, budgets: Sequence[float]) -> list[tuple[Policy, float]]:
     """`full`, then each policy with each budget; once, if budgets mean nothing to it."""
     made: list[tuple[Policy, float]] = [(FULL, 1.0)]
     for name in names.split(","):
+        takes = Policy.takes_budget(name, "--policy")
         for budget in budgets:
             policy = Policy.parse(name, budget, "--policy")
-            pair = policy, budget if policy.budgeted else 1.0
+            pair = policy, budget if takes else policy.budget
             if pair not in made:
                 made.append(pair)
     return made
 
 
 def judge(
-    model: Model,
-    rows: Rows,
-    policies: Sequence[tuple[Policy, float]],
-    show: Callable[[Result], None] | None = None,
+    model: Model, rows: Rows, policies: Sequence[tuple[Policy, float]], silent: bool = False
 ) -> list[Result]:
-    """Every policy on the same rows. Raises BadInput, before anything is compiled, where one does
-    not fit."""
+    """Every policy on the same rows; the first is what others are compared with. Raises BadInput,
+    before anything is compiled, where one does not fit."""
     compute = model.run.train.compute.resolve(model.decoder.vocab_size)
     length = rows.tokens.shape[1]
     readers = []
@@ -61,39 +75,76 @@ def judge(
         shared = (model.decoder, model.decoding, compute, chosen, centres)
         readers.append((Reader(*shared, rows.read, length), budget))
         readers[-1][0].check()
-    results = []
-    for reader, budget in readers:
-        results.append(_result(reader, budget, rows))
-        if show:
-            show(results[-1])
+    passes = math.ceil(len(rows.tokens) / _together(rows))
+    total, done = sum(passes * (each.blocks + 1) for each, _ in readers), itertools.count(1)
+    results, full = [], None
+    with Bar("compress", total, silent=silent) as bar:
+        for reader, budget in readers:
+            name = f"{reader.policy} {budget:g}"
+
+            def tick(name: str = name) -> None:
+                bar.show(next(done), {"policy": name})
+
+            reads = _reads(reader, rows, tick)
+            result, losses = _result(reader, budget, rows, reads, full)
+            full = losses if full is None else full
+            results.append(result)
+            bar.say(f"{name}: perplexity {result.perplexity:.3f}, recall {result.recall:.1%}")
     return results
 
 
-def _result(reader: Reader, budget: float, rows: Rows) -> Result:
-    count, length = rows.tokens.shape
-    batch = min(count, max(1, TOKENS // length))
-    programs, losses, hits, seconds, steps = reader.programs(), [], [], 0.0, 0
+def _together(rows: Rows) -> int:
+    """Rows that are worked on at once."""
+    return min(len(rows.tokens), max(1, TOKENS // rows.tokens.shape[1]))
+
+
+def _reads(reader: Reader, rows: Rows, tick: Callable[[], None]) -> list[Read]:
+    count, batch, programs = len(rows.tokens), _together(rows), reader.programs()
+    reader.warm(rows.tokens[:batch], programs)
+    reads = []
     for first in range(0, count, batch):
         # The last ones are read again where rows are left over: one shape, one compilation.
         start = min(first, count - batch)
-        some = rows.tokens[start : start + batch]
-        if first == 0:
-            reader(some, programs)
-        (loss, hit), taken = reader(some, programs)
-        losses.append(loss[first - start :])
-        hits.append(hit[first - start :])
-        seconds += taken
-        steps += batch * reader.blocks * reader.tail
-    loss, hit = np.concatenate(losses), np.concatenate(hits)
-    text, unaware, aware = rows.asked[:, :, rows.read :]
-    return Result(
+        read = reader(rows.tokens[start : start + batch], programs, tick=tick)
+        new = slice(first - start, None)
+        reads.append(replace(read, loss=read.loss[new], hit=read.hit[new]))
+    return reads
+
+
+def _result(
+    reader: Reader, budget: float, rows: Rows, reads: Sequence[Read], full: np.ndarray | None
+) -> tuple[Result, np.ndarray]:
+    """The result, and the loss of each row of plain text. full: these losses of the full cache."""
+    loss, hit = (np.concatenate([getattr(r, name) for r in reads]) for name in ("loss", "hit"))
+    _, unaware, aware = rows.asked[:, :, rows.read :]
+    losses = loss[: rows.samples].mean(axis=1, dtype=np.float64)
+    base = losses if full is None else full
+    apart = of_mean(losses - base) or (None, None)
+    low, high = (None if x is None else _perplexity(base.mean() + x) for x in apart)
+    recall, capped = float(hit[unaware].mean()), float(np.mean([read.capped for read in reads]))
+    sure = wilson(recall * rows.samples, rows.samples)
+    worked = len(reads) * _together(rows)
+    seconds = sum(read.decode_seconds for read in reads)
+    result = Result(
         policy=str(reader.policy),
         budget=budget,
-        perplexity=math.exp(min(float(loss[text].mean(dtype=np.float64)), 700.0)),
-        recall=float(hit[unaware].mean()),
+        perplexity=_perplexity(losses.mean()),
+        recall=recall,
         recall_aware=float(hit[aware].mean()),
         cache_bytes=reader.cache_bytes(),
-        bytes_per_token=reader.cache_bytes() / length,
+        bytes_per_token=reader.cache_bytes() / rows.tokens.shape[1],
         bytes_read_per_step=reader.bytes_read(),
-        tokens_per_second=steps / seconds,
+        tokens_per_second=worked * reader.blocks * reader.tail / seconds,
+        prefill_seconds=sum(read.prefill_seconds for read in reads) / worked,
+        samples=rows.samples,
+        perplexity_low=low,
+        perplexity_high=high,
+        recall_low=sure[0],
+        recall_high=sure[1],
+        capped=None if math.isnan(capped) else capped,
     )
+    return result, losses
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(float(loss), 700.0))

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +17,32 @@ import numpy as np
 
 from mukv.cache import Calibrated, Policy
 from mukv.cache.reads import bytes_read
+from mukv.cache.values import CAPPED, TopP
 from mukv.core.compute import Compute
+from mukv.core.tap import capture
 from mukv.core.typing import Array
+from mukv.model import Decoder
 from mukv.model.base import LanguageModel
 
 TAIL, SHARE, LEAST = 64, 16, 8
 """Places of the tail, i.e. how often the policy chooses anew while decoding: at most, as a share
 of a row, and at least."""
+
+
+Programs = tuple[Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was found in some rows. loss, hit: of each token from `read` on, [row token]. capped:
+    share of choices of `topp` whose budget ended before the mass was reached; nan where there are
+    none. seconds: of reading at once, and of decoding."""
+
+    loss: np.ndarray
+    hit: np.ndarray
+    capped: float
+    prefill_seconds: float
+    decode_seconds: float
 
 
 @dataclass(frozen=True)
@@ -67,9 +88,16 @@ class Reader:
 
         return bytes_read(step, jax.eval_shape(lambda: self.cache(1)), self.weights)
 
-    def programs(self) -> tuple[Any, Any, Any]:
+    @property
+    def caps(self) -> bool:
+        """Whether it is known where a budget ended before its mass was reached: not of a concept
+        model, whose global layers run under a condition that no tap leaves."""
+        return isinstance(self.policy.select, TopP) and isinstance(self.model, Decoder)
+
+    def programs(self) -> Programs:
         """Reading at once, a block of steps, and folding. The first two give, for each token, the
-        loss of the next and whether it was the likeliest: [token batch]."""
+        loss of the next and whether it was the likeliest, the second also the share of choices
+        that were capped, nan if there were none: [token batch], [token]."""
         model, compute = self.model, self.compute
 
         def judged(logits: Array, target: Array) -> tuple[Array, Array]:
@@ -85,8 +113,11 @@ class Reader:
         def block(weights: Any, frozen: Any, live: Any, tokens: Array, targets: Array) -> Any:
             def step(live: Any, pair: tuple[Array, Array]) -> tuple[Any, Any]:
                 cache = model.cache_class.join(frozen, live)
-                logits, cache = model.step(weights, cache, pair[0], compute=compute)
-                return cache.split()[1], judged(logits, pair[1])
+                with capture() if self.caps else nullcontext({}) as taps:
+                    logits, cache = model.step(weights, cache, pair[0], compute=compute)
+                capped = [value for name, value in taps.items() if name.endswith(CAPPED)]
+                share = jnp.mean(jnp.stack(capped)) if capped else jnp.nan
+                return cache.split()[1], (*judged(logits, pair[1]), share)
 
             return jax.lax.scan(step, live, (tokens.T, targets.T))
 
@@ -96,28 +127,47 @@ class Reader:
             jax.jit(model.fold, donate_argnums=1),
         )
 
-    def __call__(self, tokens: np.ndarray, programs: tuple[Any, Any, Any]) -> tuple[Any, float]:
-        """Loss and hit of each token from `read` on, [row token], and the seconds of decoding."""
+    def warm(self, tokens: np.ndarray, programs: Programs) -> None:
+        """Run every program once, so that what follows compiles nothing."""
+        self(tokens, programs, min(self.blocks, 2))
+
+    def __call__(
+        self,
+        tokens: np.ndarray,
+        programs: Programs,
+        blocks: int | None = None,
+        tick: Callable[[], None] = lambda: None,
+    ) -> Read:
+        """Rows of tokens. blocks: of steps; all if None. tick: called after reading at once and
+        after each block."""
         prefill, block, fold = programs
         end = self.read + self.blocks * self.tail + 1
         padded = jnp.asarray(np.pad(tokens, [(0, 0), (0, end - tokens.shape[1])]))
-        cache, (loss, hit) = prefill(
-            self.weights, self.cache(len(tokens)), padded[:, : self.read], padded[:, self.read]
-        )
-        losses, hits = [loss[:, None]], [hit[:, None]]
-        jax.block_until_ready(cache)
+        now, then = padded[:, : self.read], padded[:, self.read]
+        empty = jax.block_until_ready(self.cache(len(tokens)))
         start = time.perf_counter()
+        cache, (loss, hit) = jax.block_until_ready(prefill(self.weights, empty, now, then))
+        filled = time.perf_counter()
+        tick()
+        losses, hits, capped = [loss[:, None]], [hit[:, None]], []
         frozen, live = cache.split()
-        for number in range(self.blocks):
-            if number:
-                frozen, live = fold(self.weights, self.model.cache_class.join(frozen, live)).split()
+        seconds = 0.0
+        for number in range(self.blocks if blocks is None else blocks):
             at = self.read + number * self.tail
             now, then = padded[:, at : at + self.tail], padded[:, at + 1 : at + self.tail + 1]
-            live, (loss, hit) = block(self.weights, frozen, live, now, then)
+            began = time.perf_counter()
+            if number:
+                frozen, live = fold(self.weights, self.model.cache_class.join(frozen, live)).split()
+            live, (loss, hit, share) = jax.block_until_ready(
+                block(self.weights, frozen, live, now, then)
+            )
+            seconds += time.perf_counter() - began
+            tick()
             losses.append(loss.T)
             hits.append(hit.T)
-        jax.block_until_ready(losses)
-        seconds = time.perf_counter() - start
+            capped.append(share)
         count = tokens.shape[1] - self.read
-        joined = (np.asarray(jnp.concatenate(part, axis=1))[:, :count] for part in (losses, hits))
-        return tuple(joined), seconds
+        loss, hit = (
+            np.asarray(jnp.concatenate(part, axis=1))[:, :count] for part in (losses, hits)
+        )
+        return Read(loss, hit, float(jnp.mean(jnp.concatenate(capped))), filled - start, seconds)

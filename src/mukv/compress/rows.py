@@ -29,6 +29,11 @@ class Rows:
     read: int
     asked: np.ndarray
 
+    @property
+    def samples(self) -> int:
+        """Rows of each kind."""
+        return len(self.tokens) // len(self.asked)
+
 
 def rows_of(texts: Sequence[np.ndarray], length: int, samples: int, seed: int = 0) -> Rows:
     """`samples` windows of the texts as they are, as many with a string planted and its cue to

@@ -31,29 +31,40 @@ def _draw(results: Sequence[Result], path: Path, title: str) -> None:
         "bytes kept, of full": lambda r: r.cache_bytes / full.cache_bytes,
         "bytes read per step, of full": lambda r: r.bytes_read_per_step / full.bytes_read_per_step,
     }
-    up = {"perplexity": lambda r: r.perplexity, "recall": lambda r: r.recall}
-    with saved_figure(path, (10, 7), title) as figure:
+    up = ("perplexity", "recall")
+    about = f"{title}, {full.samples} of each kind; bars: 95 % (perplexity: of what differs)"
+    with saved_figure(path, (10, 7), about) as figure:
         axes = figure.subplots(len(up), len(across), squeeze=False)
-        for row, (label, height) in zip(axes, up.items(), strict=True):
+        for row, label in zip(axes, up, strict=True):
             for axis, (under, place) in zip(row, across.items(), strict=True):
                 for number, name in enumerate(names):
-                    line = sorted((place(r), height(r)) for r in results if r.policy == name)
+                    line = sorted((place(r), *_bar(r, label)) for r in results if r.policy == name)
+                    x, y, down, upward = zip(*line, strict=True)
                     marker = "*" if name == "full" else "osDv^<>PX"[number // 10 % 9]
-                    axis.plot(
-                        *zip(*line, strict=True),
+                    axis.errorbar(
+                        x,
+                        y,
+                        (down, upward),
                         marker=marker,
                         markersize=11 if name == "full" else 5,
                         color="black" if name == "full" else f"C{number % 10}",
                         label=name,
                         linewidth=1,
+                        elinewidth=0.5,
                     )
-                axis.axhline(height(full), color="0.8", linewidth=1, zorder=0)
+                axis.axhline(getattr(full, label), color="0.8", linewidth=1, zorder=0)
                 axis.set_xscale("log", base=2)
                 axis.xaxis.set_major_formatter(_share)
                 axis.set(xlabel=under, ylabel=label)
                 if label == "recall":
                     axis.set_ylim(-0.05, 1.05)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
+
+
+def _bar(result: Result, name: str) -> tuple[float, float, float]:
+    """A figure, and how far its interval goes down and up."""
+    middle, low, high = (getattr(result, f"{name}{end}") for end in ("", "_low", "_high"))
+    return middle, middle - (middle if low is None else low), (high or middle) - middle
 
 
 def _share(x: float, _: int) -> str:
