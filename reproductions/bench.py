@@ -116,7 +116,8 @@ def spread(shares: Sequence[float]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Above exact match by length, below at the longest against cache bytes per token."""
+    """Above exact match by length (dotted: a guess), below at the longest against cache bytes per
+    token."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     with saved_figure(path, (5 * len(tasks), 7.6)) as figure:
@@ -134,12 +135,14 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 if own:
                     below.scatter(own[-1]["cache_bytes_per_token"], scores[-1], s=70, **look)
             longest = max(row["length"] for row in rows if row["task"] == task)
+            chance = next(row["chance"] for row in rows if row["task"] == task)
             above.set(xlabel="tokens", title=f"{task}; lines: range of seeds")
             below.set(xlabel=f"cache bytes per token at {longest:,} tokens")
             for axes in (above, below):
                 axes.set_xscale("log", base=2)
                 axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
                 axes.set(ylabel="exact match", ylim=(-0.03, 1.03))
+                axes.axhline(chance, color="0.4", ls=":")
                 axes.grid(alpha=0.3)
             below.margins(x=0.3)
         figure.legend(
