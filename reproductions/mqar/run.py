@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import time
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,20 @@ def point(variant: str, width: int, rate: float, seed: int, steps: int, words: i
     }  # fmt: skip
 
 
+SMALL = (
+    ("local + NoPE", 64, 0, 500),
+    ("local + NoPE, MQA", 64, 0, 500),
+    ("window 64", 64, 0, 500),
+    ("reuse", 64, 0, 500),
+    ("MLA, rank width / 2", 64, 0, 1000),
+    ("local + NoPE", 64, 1, 1000),
+    ("local + NoPE", 128, 0, 500),
+    ("local + NoPE", 32, 0, 2000),
+    ("RoPE", 64, 0, 2000),
+    ("MLA, rank width / 4", 64, 0, 2000),
+)
+"""Variant, width, seed, steps: smaller memories learn later."""
+
 KEYS = ("variant", "width", "learning_rate", "seed", "steps", "words")
 
 
@@ -123,10 +137,7 @@ def plan(large: bool) -> list[tuple[Any, ...]]:
             (variant, width, rate, seed, 20_000, 4096)
             for variant, width, rate, seed in product(VARIANTS, widths, rates, seeds)
         ]
-    order = [(name, 64) for name in ("local + NoPE", "window 64", "MLA, rank width / 4")]
-    order += [("local + NoPE, MQA", 64), ("local + NoPE", 32), ("MLA, rank width / 2", 64)]
-    order += [(name, width) for width in (64, 32) for name in VARIANTS]
-    return [(*each, 1e-2, 0, 500, 256) for each in dict.fromkeys(order)]
+    return [(variant, width, 1e-2, seed, steps, 256) for variant, width, seed, steps in SMALL]
 
 
 def main() -> None:
@@ -151,22 +162,45 @@ def main() -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Share of right answers by segment, a line for each variant and width."""
+    """Share of right answers by model (the longest trained of each) and segment."""
     from mukv.figures import saved_figure
 
-    segments = [f"{length}, {pairs}" for length, pairs in TESTED]
-    with saved_figure(path, (8, 4.4)) as figure:
+    longest = {
+        tuple(row[key] for key in KEYS if key != "steps"): row
+        for row in sorted(rows, key=lambda row: row["steps"])
+    }
+    order = sorted(
+        longest.values(),
+        key=lambda row: (row["width"], list(VARIANTS).index(row["variant"]), row["seed"]),
+    )
+    shown = np.array(
+        [[100 * row["right"][f"{n}, {pairs}"] for n, pairs in TESTED] for row in order]
+    )
+    with saved_figure(path, (8.4, 1.4 + 0.34 * len(order))) as figure:
         axes = figure.subplots()
-        for row in rows:
-            label = f"{row['variant']}, width {row['width']}"
-            style = "-" if row["width"] == 64 else "--"
-            colour = f"C{list(VARIANTS).index(row['variant'])}"
-            values = [100 * row["right"][name] for name in segments]
-            axes.plot(segments, values, style, marker="o", ms=3, color=colour, label=label)
-        axes.axvspan(4.5, 6.5, color="0.92", zorder=0)
-        axes.set(xlabel="tokens, pairs (grey: longer than in training)", ylabel="right answers, %")
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize=8)
+        image = axes.imshow(shown, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        for (row, column), share in np.ndenumerate(shown):
+            axes.text(column, row, text(share), ha="center", va="center", fontsize=8,
+                      color="black" if share > 60 else "white")  # fmt: skip
+        axes.set_yticks(range(len(order)), [label(row) for row in order], fontsize=8)
+        axes.set_xticks(range(len(TESTED)), [f"{n:,}\n{pairs}" for n, pairs in TESTED], fontsize=8)
+        for row, (above, below) in enumerate(pairwise(order)):
+            if above["width"] != below["width"]:
+                axes.axhline(row + 0.5, color="white", lw=3)
+        axes.axvline(4.5, color="white", lw=1, ls=":")
+        axes.set(xlabel="tokens and pairs (right of the dotted line: longer than in training)")
+        figure.colorbar(image, label="right answers, %", shrink=0.8)
+
+
+def text(share: float) -> str:
+    """Per cent; two places where what is missing to a hundred counts."""
+    return "100" if share == 100 else f"{share:.2f}" if share > 99 else f"{share:.0f}"
+
+
+def label(row: dict[str, Any]) -> str:
+    """A model: its width, variant, steps, and seed where it is not the first."""
+    seed = f", seed {row['seed']}" if row["seed"] else ""
+    return f"{row['width']}: {row['variant']} ({row['steps']:,} steps{seed})"
 
 
 if __name__ == "__main__":
