@@ -21,7 +21,6 @@ from mukv.cache.centres import (
     Kind,
     LayerCentres,
     fingerprint,
-    nearest,
     unrotated,
 )
 from mukv.core.compute import Compute
@@ -178,7 +177,7 @@ def _aligned(
         assert centres.query is not None
         heads, count = centres.query.shape[:2]
         query = own.query.reshape(len(own.query), heads, -1, own.query.shape[-1])
-        asks = jax.nn.one_hot(nearest(query, centres.query), count)
+        asks = jax.nn.one_hot(kmeans.nearest(query, centres.query), count)
         asks = asks.reshape(*own.query.shape[:-1], count)
         entry = jax.nn.one_hot(centres.labels(own.key, "aligned"), centres.key.shape[1])
         seen_of = (own.weights > 0).astype(jnp.float32)

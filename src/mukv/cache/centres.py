@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.attention import AnyAttention
+from mukv.cache.kmeans import distances, nearest
 from mukv.core.errors import BadInput, nearest_name
 from mukv.core.files import write_atomic
 from mukv.core.params import named
@@ -61,7 +62,7 @@ class LayerCentres:
         query: as multiplied with keys: scaled, its pieces joined; those of a group one by one.
         """
         if kind == "queries":
-            return -_distances(query, self.key)
+            return -distances(query, self.key)
         if kind == "aligned":
             assert self.query is not None
             assert self.table is not None
@@ -177,21 +178,7 @@ def unrotated(
     return jnp.concatenate([x[..., :start], turned], axis=-1)
 
 
-def nearest(
-    points: Points, centres: Float[Array, "kv_heads cluster width"]
-) -> Int[Array, "*batch kv_heads point"]:
-    """Number of the centre at the smallest distance."""
-    return jnp.argmin(_distances(points, centres), axis=-1).astype(jnp.int32)
-
-
 def _products(
     points: Points, centres: Float[Array, "kv_heads cluster width"]
 ) -> Float[Array, "*batch kv_heads point cluster"]:
     return jnp.einsum("...hpd,hcd->...hpc", points, centres, preferred_element_type=jnp.float32)
-
-
-def _distances(
-    points: Points, centres: Float[Array, "kv_heads cluster width"]
-) -> Float[Array, "*batch kv_heads point cluster"]:
-    """Squared distances, less the points' own squares, which change no comparison."""
-    return jnp.sum(centres**2, axis=-1)[:, None] - 2 * _products(points, centres)

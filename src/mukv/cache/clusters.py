@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import Met, Query, Recall
+from mukv.cache import kmeans
 from mukv.cache.centres import Kind, LayerCentres
 from mukv.cache.select import Index, Select, View, joined, shares
 from mukv.cache.shelf import Shelf
@@ -46,7 +47,7 @@ class Clusters(Select):
         if self.calibrated:
             label = LayerCentres(**centres).labels(key, self.calibrated)
         else:
-            label = _nearest(key, centres["key"])
+            label = kmeans.nearest(key, centres["key"])
         count = centres["key"].shape[-2]
         label = jnp.where(view.always(), 0, label + 1)
         label = jnp.where(view.there, label, count + 1)
@@ -105,30 +106,18 @@ def _filled(
     return jnp.where(cluster < len(end), slot, place)
 
 
-def _nearest(
-    key: Float[Array, "batch stores slot width"],
-    centres: Float[Array, "batch stores cluster width"],
-) -> Int[Array, "batch stores slot"]:
-    distance = jnp.sum(centres**2, axis=-1)[:, :, None] - 2 * similarity(key, centres)
-    return jnp.argmin(distance, axis=-1).astype(jnp.int32)
-
-
 def _fitted(
     key: Float[Array, "batch stores slot width"],
     there: Bool[Array, "batch stores slot"],
     clusters: int,
 ) -> Float[Array, "batch stores cluster width"]:
     """k-means of some of the keys, evenly spaced, as are those that it starts from."""
-    sample = min(key.shape[2], PER_CLUSTER * clusters)
+    batch, stores, slots, width = key.shape
+    sample = min(slots, PER_CLUSTER * clusters)
     count = jnp.sum(there, axis=-1, keepdims=True)
     place = (jnp.arange(sample) * count) // sample
-    points = jnp.take_along_axis(key, place[..., None], axis=2)
-    number = jnp.arange(clusters)
-
-    def step(_: Array, centres: Array) -> Array:
-        member = (_nearest(points, centres)[..., None] == number).astype(points.dtype)
-        total = jnp.einsum("bspc,bspw->bscw", member, points)
-        size = jnp.sum(member, axis=2)[..., None]
-        return jnp.where(size > 0, total / jnp.maximum(size, 1), centres)
-
-    return jax.lax.fori_loop(0, ITERATIONS, step, points[:, :, number * sample // clusters])
+    points = jnp.take_along_axis(key, place[..., None], axis=2).astype(jnp.float32)
+    points = points.reshape(batch * stores, sample, width)
+    start = points[:, jnp.arange(clusters) * sample // clusters]
+    centres = kmeans.lloyd(points, start, ITERATIONS, 0.0).centres
+    return centres.reshape(batch, stores, clusters, width).astype(key.dtype)

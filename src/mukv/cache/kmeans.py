@@ -123,12 +123,26 @@ def lloyd(points: Points, centres: Centroids, iterations: int, tolerance: float)
 def gathered(points: Points, centres: Centroids) -> tuple[Any, Any, Any]:
     """Sums [sets cluster width] and numbers [sets cluster] of the points nearest to each centre,
     and the sum of squared distances [sets] less the points' own squares."""
-    half = jnp.sum(centres**2, axis=-1)[:, None] / 2
-    distance = half - jnp.einsum("spd,scd->spc", points, centres)
-    least = jnp.min(distance, axis=-1, keepdims=True)
-    own = (distance <= least).astype(jnp.float32)
+    far = distances(points, centres)
+    least = jnp.min(far, axis=-1, keepdims=True)
+    own = (far <= least).astype(jnp.float32)
     sums = jnp.einsum("spc,spd->scd", own, points)
-    return sums, jnp.sum(own, axis=1), 2 * jnp.sum(least, axis=(1, 2))
+    return sums, jnp.sum(own, axis=1), jnp.sum(least, axis=(1, 2))
+
+
+def distances(
+    points: Float[Array, "*sets point width"], centres: Float[Array, "*some cluster width"]
+) -> Float[Array, "*sets point cluster"]:
+    """Squared, less the points' own squares, which change no comparison."""
+    products = jnp.einsum("...pd,...cd->...pc", points, centres, preferred_element_type=jnp.float32)
+    return jnp.sum(centres**2, axis=-1)[..., None, :] - 2 * products
+
+
+def nearest(
+    points: Float[Array, "*sets point width"], centres: Float[Array, "*some cluster width"]
+) -> Int[Array, "*sets point"]:
+    """Number of the centre at the smallest distance."""
+    return jnp.argmin(distances(points, centres), axis=-1).astype(jnp.int32)
 
 
 @jax.jit
