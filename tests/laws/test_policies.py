@@ -12,6 +12,7 @@ import pytest
 
 from mukv.attention import Grouped
 from mukv.cache import Policy, Reader
+from mukv.cache.clusters import Clusters
 from mukv.cache.kept import Kept, empty
 from mukv.cache.reads import bytes_read
 from mukv.cache.values import CAPPED
@@ -47,12 +48,12 @@ def model_of(attention, position):
     return dataclasses.replace(matrix.build(attention, position, "plain"), plan=(Stage(),))
 
 
-def decode(model, policy):
+def decode(model, policy, centres=None):
     """Logits from the last token of the prompt on, over three tails, in one program; the cache."""
 
     @jax.jit
     def run(weights, ids):
-        cache = model.empty_cache(2, LENGTH, TAIL, EXACT.type, policy)
+        cache = model.empty_cache(2, LENGTH, TAIL, EXACT.type, policy, centres)
         rows, count = jnp.arange(2), jnp.asarray(COUNT)
         scores, cache = model.prefill(weights, cache, ids[:, :PROMPT], count, compute=EXACT)
 
@@ -103,6 +104,26 @@ def test_full_budget_is_full_attention(case, whole):
         expected = whole(model)[row, start - 1 : start + 2 * TAIL]
         np.testing.assert_allclose(found[:, row], expected, atol=3e-5)
     assert cache.nbytes() == cache_bytes(model, 2, LENGTH, TAIL, EXACT.type, policy)
+
+
+@pytest.mark.parametrize(
+    "attention", ["shared-kv", "shared-kv-normed", "latent", "tied", "tensor-product"]
+)
+def test_calibrated_centres_fit_or_are_refused(attention, whole):
+    """Law 7 where every head has entries of its own; elsewhere the reason."""
+    model, policy = model_of(attention, "rope"), Policy.parse("clusters")
+    policy = dataclasses.replace(policy, select=Clusters(calibrated="keys"))
+    layer = model.attention
+    if attention in ("latent", "tied", "tensor-product"):
+        with pytest.raises(BadInput, match="one set of entries for all heads"):
+            model.empty_cache(1, LENGTH, TAIL, EXACT.type, policy)
+        return
+    random = np.random.default_rng(3)
+    drawn = random.standard_normal((layer.key_heads, 5, layer.query_dim)).astype(np.float32)
+    found, _ = decode(model, policy, {0: {"key": jnp.asarray(drawn)}})
+    for row, start in enumerate(COUNT):
+        expected = whole(model)[row, start - 1 : start + 2 * TAIL]
+        np.testing.assert_allclose(found[:, row], expected, atol=3e-5)
 
 
 class One:
