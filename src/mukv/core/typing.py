@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt4, UInt8
 
 Weights = Mapping[str, Any]
 """A nested mapping from names to arrays; its leaves mirror those of the `Param` tree."""
@@ -26,4 +26,15 @@ Residual = Float[Array, "batch token embed"]
 Number = float | Array
 """Of a configuration: an ordinary one, or traced where many runs are trained in one program."""
 
-__all__ = ["Array", "Bool", "Float", "Int", "Number", "Residual", "Tokens", "UInt8", "Weights"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Number",
+    "Residual",
+    "Tokens",
+    "UInt4",
+    "UInt8",
+    "Weights",
+]
