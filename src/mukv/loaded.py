@@ -119,17 +119,20 @@ class Model:
             self.decoder, self.decoding, prompts, max_tokens, sampling, stop, compute, show, *cache
         )
 
+    @property
+    def by_head(self) -> bool:
+        """Whether every layer without a window keeps entries of each head, so that centres fit."""
+        layers = [layer for stack in self.decoder.stacks for layer in stack.layers]
+        kept = [layer.attention for layer in layers if layer.window is None]
+        return all(attention.stores == attention.key_heads for attention in kept)
+
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
         """A policy with what was calibrated for it, if anything was: the centres of `clusters`,
         where keys have heads of their own to be clustered by.
 
         Raises BadInput for a calibration of another model.
         """
-        whole = [
-            layer for stack in self.decoder.stacks for layer in stack.layers if not layer.window
-        ]
-        apart = all(layer.attention.stores == layer.attention.key_heads for layer in whole)
-        if not isinstance(policy.select, Clusters) or self.folder is None or not apart:
+        if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
             return policy, {}
         if not (self.folder / FOLDER).exists():
             return policy, {}

@@ -56,7 +56,7 @@ def compress(
     from mukv import compress, inputs, loaded
 
     exactly_one("compress", text=text, tokens=tokens)
-    policies = compress.grid(policy, numbers(budget or "0.25"))
+    policies = compress.grid(policy, numbers("0.25" if budget is None else budget))
     if budget is not None:
         note_unused_budget(policy)
     speaker = loaded.load(model)

@@ -136,6 +136,8 @@ def analyze(
             table.add_row(f"{row['share']:.3g}", *(f"{row[name]:.3f}" for name in MEASURES))
         console.print(table)
         console.print(f"centres: {facts['calibration']['path']}", highlight=False, soft_wrap=True)
+        if not speaker.by_head:
+            output.warn("cache policies don't use them: entries are one set for all heads")
     console.print(f"page: {folder / 'analysis.html'}", highlight=False, soft_wrap=True)
 
 
