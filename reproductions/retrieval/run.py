@@ -1,6 +1,6 @@
 """A small model that retrieves, and what it still finds under each cache policy.
 
-    python reproductions/retrieval/run.py [--steps 1500]
+    python reproductions/retrieval/run.py [--steps 600]
 
 Trains on the Python library's own source with facts to be recalled between its lines (resumes where
 it was), then asks for facts of held-out texts: the whole answer must be right, decoded through the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,40 +28,46 @@ from rich.table import Table
 import mukv
 from mukv import config, launch, runs
 from mukv.cache import FULL, Policy
-from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
 from mukv.data.build import build_tokens, default_corpus
 from mukv.figures import saved_figure
 from mukv.launch import cache_folder
 from mukv.loaded import Model
+from mukv.progress import Bar
 
 HERE = Path(__file__).parent
 LENGTH = 256
 DOCUMENTS = 48_000
-PUZZLES, FACTS, READ = 32, 6, 232
-TAIL = 8
+PUZZLES, FACTS, READ = 64, 6, 232
+TAIL = CUE + ANSWER - 1
+"""Tokens that are fed after the text: none of them is judged by a policy."""
 MODEL = (
     "model.d_model=64",
-    "model.attention={heads: 4, kv_heads: 2, head_dim: 16}",
+    "model.attention={heads: 4, kv_heads: 2, head_dim: 32}",
     "model.mlp.hidden=192",
     "model.plan=[{repeats: 3}]",
     "train.batch=32",
     f"train.length={LENGTH}",
-    "train.learning_rate=0.006",
-    "train.schedule={kind: wsd, warmup: 50}",
+    "train.optimizer={kind: muon}",
+    "train.learning_rate=0.02",
+    "train.schedule={kind: wsd, warmup: 30}",
     "train.checkpoint_every=100",
-    "train.evaluate_every=200",
+    "train.evaluate_every=100",
     "train.validation_batches=8",
 )
 KEEPERS = ("random", "streaming", "knorm", "keydiff", "expected", "tova", "h2o", "snapkv")
 SELECTORS = ("topk", "topp", "sparq", "pages", "clusters")
 STORES = ("int8", "int4")
+SHARES = (0.625, 0.5, 0.375, 0.25)
 COMPOSED = (
-    *("expected:0.5+int8", "keydiff:0.5+int8", "keydiff:0.75+int4", "int4+pages:0.25"),
-    *("h2o:0.5+int4", "snapkv:0.5+int4", "tova:0.5+int4"),
-    *("snapkv:0.375+int4", "keydiff:0.375+int4"),
+    *(f"{name}:{share}+int4" for name in ("keydiff", "snapkv") for share in SHARES),
+    *(f"{name}:0.25+adaptive+int4" for name in ("keydiff", "snapkv")),
+    *(f"{name}:0.375+int4" for name in ("expected", "tova", "h2o")),
+    *("keydiff:0.375+pyramid+int4", "keydiff:0.5+int8", "int4+pages:0.25"),
+    "keydiff:0.375+int4+pages:0.5",
 )
-BUDGETS = (0.25,)
+STYLES, MARKS = {"int8": ":", "int4": "--"}, {"adaptive": "D", "pyramid": "v", "full": "*"}
+BUDGETS = (0.5, 0.25, 0.125)
 
 
 def text(split: str) -> bytes:
@@ -106,95 +113,80 @@ def asked(model: Model) -> Asked:
 
 @dataclass(frozen=True)
 class Trial:
-    """A policy on a model. aware: the cue is part of what is compressed; its answer's first letter
-    then comes from the prefill, as in the papers that compress with the question at hand. entries:
-    type of what is not quantised; 16 bits, as caches usually have, float32 as on a CPU."""
+    """A policy on a model. entries: type of what is not quantised; 16 bits, as caches usually have,
+    float32 as on a CPU."""
 
     model: Model
     policy: Policy
-    aware: bool
     entries: str = "bfloat16"
+
+    def cache(self, rows: int) -> Any:
+        dtype = jnp.dtype(self.entries)
+        return self.model.decoder.empty_cache(rows, LENGTH, TAIL, dtype, self.policy)
 
     @cached_property
     def program(self) -> Any:
+        """What a model says after a context, and after each of some tokens: [row step]."""
         model, compute = self.model.decoder, self.model.run.train.compute.resolve(264)
 
-        def run(weights: Any, given: Any) -> jax.Array:
-            context, count, cue, answer = given
-            rows, length = context.shape
-            dtype = jnp.dtype(self.entries)
-            cache = model.empty_cache(rows, length, TAIL, dtype, self.policy)
-            steps = [*cue.T, *answer.T[:-1]]
-            if self.aware:
-                place = count[:, None] + jnp.arange(CUE)
-                context = context.at[jnp.arange(rows)[:, None], place].set(cue)
-                count, steps = count + CUE, list(answer.T[:-1])
+        def run(weights: Any, context: jax.Array, count: jax.Array, tokens: jax.Array) -> jax.Array:
+            cache = self.cache(len(context))
             logits, cache = model.prefill(weights, cache, context, count, compute=compute)
-            said = [jnp.argmax(logits, axis=-1)]
-            for token in steps:
+
+            def step(cache: Any, token: jax.Array) -> tuple[Any, jax.Array]:
                 logits, cache = model.step(weights, cache, token, compute=compute)
-                said.append(jnp.argmax(logits, axis=-1))
-            return jnp.stack(said[-ANSWER:], axis=1)
+                return cache, jnp.argmax(logits, axis=-1)
+
+            _, said = jax.lax.scan(step, cache, tokens.T)
+            return jnp.concatenate([jnp.argmax(logits, axis=-1)[None], said]).T
 
         return jax.jit(run)
 
-    def accuracy(self, given: Asked) -> float:
-        parts = tuple(map(jnp.asarray, (given.context, given.count, given.cue, given.answer)))
-        said = np.asarray(self.program(self.model.decoding, parts))
-        return float((said == given.answer).all(axis=1).mean())
+    def accuracy(self, given: Asked, aware: bool) -> float:
+        """aware: the cue is part of what is compressed; its answer's first letter then comes from
+        the prefill, as in the papers that compress with the question at hand."""
+        context, count = given.context, given.count
+        tokens, start = np.concatenate([given.cue, given.answer[:, :-1]], axis=1), CUE
+        if aware:
+            rows = np.arange(len(context))[:, None]
+            context = context.copy()
+            context[rows, count[:, None] + np.arange(CUE)] = given.cue
+            # What follows the answer is not looked at: one program for both.
+            count, tokens, start = count + CUE, np.roll(tokens, -CUE, axis=1), 0
+        said = np.asarray(self.program(self.model.decoding, context, count, tokens))
+        return float((said[:, start : start + ANSWER] == given.answer).all(axis=1).mean())
 
     def bytes(self) -> int:
         """Of one row's cache, as allocated."""
-        model, dtype = self.model.decoder, jnp.dtype(self.entries)
-        cache = jax.eval_shape(lambda: model.empty_cache(1, LENGTH, TAIL, dtype, self.policy))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+        return jax.eval_shape(lambda: self.cache(1)).nbytes()
 
 
-def grid(budgets: Sequence[float]) -> list[tuple[str, float]]:
-    whole = [("full", 1.0), *((name, 1.0) for name in (*STORES, *COMPOSED))]
-    return whole + [(name, b) for b in budgets for name in (*KEEPERS, *SELECTORS)]
+def grid() -> list[tuple[str, float]]:
+    """A budget of 1: each part has its own, or none."""
+    whole = [(name, 1.0) for name in ("full", *STORES, *COMPOSED)]
+    return whole + [(name, budget) for name in (*KEEPERS, *SELECTORS) for budget in BUDGETS]
 
 
-def single_precision(model: Model) -> dict[str, dict[str, float]]:
-    """What storing in fewer bits saves of a float32 cache, which a CPU has by default."""
-    given, found = asked(model), {}
-    everything = Trial(model, FULL, False, "float32").bytes()
-    for name in STORES:
-        trial = Trial(model, Policy.parse(name), False, "float32")
-        share = trial.bytes() / everything
-        found[name] = {"share_of_bytes": share, "accuracy": trial.accuracy(given)}
-    return found
-
-
-def judge(model: Model, path: Path) -> list[dict[str, Any]]:
-    """Every policy and budget; what is in the file already is not done again."""
-    rows = json.loads(path.read_text()) if path.exists() else []
-    known = {(row["policy"], row["budget"]) for row in rows}
-    given = asked(model)
-    everything = Trial(model, FULL, False).bytes()
-    for name, budget in grid(BUDGETS):
-        if (name, budget) in known:
-            continue
-        policy = Policy.parse(name, budget)
-        try:
-            trials = {aware: Trial(model, policy, aware) for aware in (False, True)}
-            size = trials[False].bytes()
-        except BadInput as error:
-            Console(stderr=True).print(str(error))
-            continue
-        row = {
-            "policy": name,
-            "budget": budget,
-            "bytes": size,
-            "share_of_bytes": size / everything,
-            "accuracy": trials[False].accuracy(given),
-            "accuracy_question_known": trials[True].accuracy(given),
-            "asked": len(given.context),
-        }
-        rows.append(row)
-        write_atomic(path, json.dumps(rows, indent=1) + "\n")
-        Console(stderr=True).print(row)
-        jax.clear_caches()
+def judge(model: Model, entries: str, grid: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Every policy and budget, on the same questions."""
+    given, everything = asked(model), Trial(model, FULL, entries).bytes()
+    rows = []
+    with Bar("policies", len(grid)) as bar:
+        for name, budget in grid:
+            trial = Trial(model, Policy.parse(name, budget), entries)
+            rows.append(
+                {
+                    "policy": name,
+                    "budget": budget,
+                    "entries": entries,
+                    "bytes": trial.bytes(),
+                    "share_of_bytes": trial.bytes() / everything,
+                    "accuracy": trial.accuracy(given, aware=False),
+                    "accuracy_question_known": trial.accuracy(given, aware=True),
+                    "asked": len(given.context),
+                }
+            )
+            bar.show(len(rows), {"policy": name, "recalled": f"{rows[-1]['accuracy']:.3f}"})
     return rows
 
 
@@ -202,7 +194,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table("policy", "budget", "bytes", "of full", "accuracy", "question known")
     for row in rows:
         table.add_row(
-            row["policy"],
+            row["policy"] + (" (float32)" if row["entries"] == "float32" else ""),
             f"{row['budget']:g}",
             f"{row['bytes']:,}",
             f"{row['share_of_bytes']:.1%}",
@@ -213,29 +205,51 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against allocated bytes, the question unknown and known when entries go."""
+    """Facts recalled against allocated bytes, the question unknown and known when entries go: a
+    line for each policy, budgets apart. Selectors keep all bytes and are in the table alone."""
     sides = (("accuracy", "question unknown"), ("accuracy_question_known", "question known"))
+    smaller = [row for row in rows if not any(name in row["policy"] for name in SELECTORS)]
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(smaller, key=lambda row: row["bytes"]):
+        series.setdefault(re.sub(r":[\d.]+", "", row["policy"]), []).append(row)
     with saved_figure(path, (12, 5)) as figure:
         panels = figure.subplots(1, len(sides), sharey=True)
         for axes, (key, title) in zip(panels, sides, strict=True):
-            for row in rows:
-                point = row["share_of_bytes"], row[key]
-                name = row["policy"]
-                group = [name in KEEPERS, name in SELECTORS, True].index(True)
-                axes.plot(*point, "os^"[group], color=f"C{group}", alpha=0.8)
-                shown = {"xytext": (4, 3 - 9 * (len(name) % 2)), "textcoords": "offset points"}
-                axes.annotate(name, point, fontsize=6, **shown)
+            for name, points in series.items():
+                across = [row["share_of_bytes"] for row in points]
+                axes.plot(across, [row[key] for row in points], label=name, **_shown(name))
             axes.axhline(0.95 * rows[0][key], color="grey", ls=":", lw=1)
             axes.axvline(0.25, color="grey", ls=":", lw=1)
-            axes.set(title=title, ylim=(-0.04, 1.06), xlim=(0.1, None))
-            axes.set_xlabel("share of the bytes of a full 16-bit cache")
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}")
+            axes.set(title=title, xlabel="share of the bytes of a full 16-bit cache")
+            axes.set(ylim=(-0.03, 1.03))
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("facts recalled (dotted: 95 % of the full cache)")
+        handles = sorted(
+            zip(*panels[0].get_legend_handles_labels(), strict=True), key=lambda h: h[1]
+        )
+        figure.legend(*zip(*handles, strict=True), loc="outside right upper", fontsize=8)
+
+
+def _shown(name: str) -> dict[str, Any]:
+    """Colour by what stays, line by how it is stored, mark by how the budget is spread."""
+    parts = name.split("+")
+    keeper = next((part for part in KEEPERS if part in parts), None)
+    return {
+        "color": "black" if keeper is None else f"C{KEEPERS.index(keeper)}",
+        "ls": next((style for part, style in STYLES.items() if part in parts), "-"),
+        "marker": next((mark for part, mark in MARKS.items() if part in parts), "o"),
+        "mfc": "white" if set(STORES) & set(parts) else None,
+        "ms": 5,
+        "lw": 1,
+        "alpha": 0.8,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--root", type=Path, default=Path("runs/retrieval"))
     given = parser.parse_args()
     launch.prepare()
@@ -243,11 +257,11 @@ def main() -> None:
     folder = runs.RunDirectory(given.root / "model")
     runs.train(config.load("tiny", overrides), folder, title="retrieval")
     model = mukv.load(folder.path)
-    rows = judge(model, HERE / "results.json")
-    single = single_precision(model)
-    write_atomic(HERE / "single-precision.json", json.dumps(single, indent=1) + "\n")
+    rows = judge(model, "bfloat16", grid())
+    single = judge(model, "float32", [(name, 1.0) for name in ("full", *STORES)])
+    write_atomic(HERE / "results.json", json.dumps(rows + single, indent=1) + "\n")
     draw(rows, HERE / "figure.png")
-    show(rows)
+    show(rows + single)
 
 
 if __name__ == "__main__":
