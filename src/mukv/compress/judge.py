@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,18 +76,18 @@ def judge(
         readers.append((Reader(*shared, rows.read, length), budget))
         readers[-1][0].check()
     passes = math.ceil(len(rows.tokens) / _together(rows))
-    total, done = sum(passes * (each.blocks + 1) for each, _ in readers), itertools.count(1)
-    results, full = [], None
-    with Bar("compress", total, silent=silent) as bar:
-        for reader, budget in readers:
-            name = f"{reader.policy} {budget:g}"
+    ticks = [passes * (reader.blocks + 1) for reader, _ in readers]
+    results, full, before = [], None, 0
+    with Bar("compress", sum(ticks), silent=silent) as bar:
+        for (reader, budget), own in zip(readers, ticks, strict=True):
+            done, name = itertools.count(before), f"{reader.policy} {budget:g}"
 
-            def tick(name: str = name) -> None:
+            def tick(done: Iterator[int] = done, name: str = name) -> None:
                 bar.show(next(done), {"policy": name})
 
-            reads = _reads(reader, rows, tick)
-            result, losses = _result(reader, budget, rows, reads, full)
-            full = losses if full is None else full
+            tick()
+            result, losses = _result(reader, budget, rows, _reads(reader, rows, tick), full)
+            full, before = losses if full is None else full, before + own
             results.append(result)
             bar.say(f"{name}: perplexity {result.perplexity:.3f}, recall {result.recall:.1%}")
     return results
