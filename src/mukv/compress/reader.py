@@ -27,8 +27,6 @@ from mukv.model.base import LanguageModel
 TAIL, SHARE, LEAST = 64, 16, 8
 """Places of the tail, i.e. how often the policy chooses anew while decoding: at most, as a share
 of a row, and at least."""
-
-
 Programs = tuple[Any, Any, Any]
 
 
@@ -36,7 +34,7 @@ Programs = tuple[Any, Any, Any]
 class Read:
     """What was found in some rows. loss, hit: of each token from `read` on, [row token]. capped:
     share of choices of `topp` whose budget ended before the mass was reached; nan where there are
-    none. seconds: of reading at once, and of decoding."""
+    none. prefill_seconds, decode_seconds: of reading at once, and of all that follows."""
 
     loss: np.ndarray
     hit: np.ndarray
@@ -115,8 +113,8 @@ class Reader:
                 cache = model.cache_class.join(frozen, live)
                 with capture() if self.caps else nullcontext({}) as taps:
                     logits, cache = model.step(weights, cache, pair[0], compute=compute)
-                capped = [value for name, value in taps.items() if name.endswith(CAPPED)]
-                share = jnp.mean(jnp.stack(capped)) if capped else jnp.nan
+                capped = [value.ravel() for name, value in taps.items() if name.endswith(CAPPED)]
+                share = jnp.mean(jnp.concatenate(capped)) if capped else jnp.nan
                 return cache.split()[1], (*judged(logits, pair[1]), share)
 
             return jax.lax.scan(step, live, (tokens.T, targets.T))
