@@ -62,6 +62,7 @@ SHARES = (0.625, 0.5, 0.375, 0.25)
 COMPOSED = (
     *(f"{name}:{share}+int4" for name in ("keydiff", "snapkv") for share in SHARES),
     *(f"{name}:0.25+adaptive+int4" for name in ("keydiff", "snapkv")),
+    *(f"keydiff:{part}+int4" for part in ("96", "64", "64+adaptive")),
     *(f"{name}:0.375+int4" for name in ("expected", "tova", "h2o")),
     *("keydiff:0.375+pyramid+int4", "keydiff:0.5+int8", "int4+pages:0.25"),
     "keydiff:0.375+int4+pages:0.5",
