@@ -61,7 +61,7 @@ class Comparison:
 
     def trial(self, variant: str, task: str, folder: Path) -> Trial:
         steps = f"train.steps={self.tasks[task].steps}"
-        run = config.load(self.base, [*self.overrides, *self.variants[variant], steps])
+        run = config.load(self.base, [*self.overrides, steps, *self.variants[variant]])
         root = folder / variant.replace(" ", "-").replace(",", "")
         return Trial(run, self.lengths, self.learning_rates, self.seeds, root, self.settings)
 
@@ -146,7 +146,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 axes.grid(alpha=0.3)
             below.margins(x=0.3)
         figure.legend(
-            *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4
+            *panels[0, 0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=2 * len(tasks),
         )
 
 
