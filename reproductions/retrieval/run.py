@@ -1,10 +1,10 @@
 """A small model that retrieves, and what it still finds under each cache policy.
 
-    python reproductions/retrieval/run.py [--steps 600]
+    python reproductions/retrieval/run.py [--steps 600] [--seed 0]
 
 Trains on the Python library's own source with facts to be recalled between its lines (resumes where
 it was), then asks for facts of held-out texts: the whole answer must be right, decoded through the
-cache that the policy leaves. Writes results.json and figure.png beside this file.
+cache that the policy leaves. Writes results.json and figure.png, beside this file if not elsewhere.
 """
 
 from __future__ import annotations
@@ -251,17 +251,20 @@ def _shown(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--root", type=Path, default=Path("runs/retrieval"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", type=Path, default=Path("runs/retrieval"), help="of the model")
+    parser.add_argument("--out", type=Path, default=HERE, help="of the results and the figure")
     given = parser.parse_args()
     launch.prepare()
-    overrides = [*MODEL, f"train.steps={given.steps}", f"data.path={corpus(given.root)}"]
+    numbers = f"train.steps={given.steps}", f"train.seed={given.seed}"
+    overrides = [*MODEL, *numbers, f"data.path={corpus(given.root)}"]
     folder = runs.RunDirectory(given.root / "model")
     runs.train(config.load("tiny", overrides), folder, title="retrieval")
     model = mukv.load(folder.path)
     rows = judge(model, "bfloat16", grid())
     single = judge(model, "float32", [(name, 1.0) for name in ("full", *STORES)])
-    write_atomic(HERE / "results.json", json.dumps(rows + single, indent=1) + "\n")
-    draw(rows, HERE / "figure.png")
+    write_atomic(given.out / "results.json", json.dumps(rows + single, indent=1) + "\n")
+    draw(rows, given.out / "figure.png")
     show(rows + single)
 
 
