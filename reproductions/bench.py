@@ -2,10 +2,11 @@
 
     python reproductions/bench.py reproductions/positions/cpu.yaml [--minutes 14]
 
-Every variant has the same learning rates, steps and seeds, and is judged at its own best rate
-(`mukv.bench.trial`). Runs are run directories below runs/, and a variant's rows are kept in
-a JSON file, so that an interrupted comparison goes on where it was. Draws a figure with a column
-for each task. Both lie beside the configuration (`compare.Place`).
+Every variant has the same learning rates and seeds, and the same steps unless its overrides say
+otherwise, and is judged at its own best rate (`mukv.bench.trial`). Runs are run directories below
+runs/, and a variant's rows are kept in a JSON file, so that an interrupted comparison goes on where
+it was. Draws a figure with a column for each task. Both lie beside the configuration
+(`compare.Place`).
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
         folder = runs.RunDirectory(out / f"{contestant.preset}-{steps}")
         console.print(f"[bold]{contestant.name}[/]: {contestant.words}")
         outcome = runs.train(run, folder, title=contestant.name)
+        outcome.require_finished(folder.path)
         facts, model = describe(run), loaded.load(folder.path)
         made = model.generate_ids([model.encode(PROMPT)], CONTINUATION, SAMPLING)
         rows.append(

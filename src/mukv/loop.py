@@ -50,6 +50,13 @@ class Outcome:
     wait_fraction: float
     finished: bool
 
+    def require_finished(self, folder: Path) -> None:
+        """For what is done with the whole run. Raises Failed where a signal stopped it."""
+        if not self.finished:
+            raise Failed(
+                f"{folder}: stopped at step {self.step}; the same command goes on from there"
+            )
+
 
 @dataclass
 class Clock:

@@ -88,7 +88,8 @@ class Trial:
         only = replace(self.settings, free=0, policy=FULL)
         for (rate, number), run in self.runs(task).items():
             folder = RunDirectory(self.folder / "runs" / name / f"rate-{rate:g}-seed-{number}")
-            runs.train(run, folder, title=f"{name}, rate {rate:g}, seed {number}")
+            outcome = runs.train(run, folder, title=f"{name}, rate {rate:g}, seed {number}")
+            outcome.require_finished(folder.path)
             model = loaded.load(folder.path)
             models[rate, number] = model
             found = examine(model, name, task, self.lengths[0], only, "validation")
