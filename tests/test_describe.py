@@ -60,6 +60,15 @@ def test_a_window_costs_less_to_train():
     assert flops_per_token(window.model, 64) == flops_per_token(full.model, 64)
 
 
+def test_every_token_asks_the_concepts_that_cross_attention_reads():
+    def longer(kind):
+        model = config.load("tiny-concept-fixed", [f"model.injection={{kind: {kind}}}"]).model
+        return flops_per_token(model, 256) - flops_per_token(model, 128)
+
+    # Of 64 concepts rather than 32 a token sees half; scores and values of 4 heads of 32 numbers.
+    assert longer("cross") - longer("residual") == 3 * 4 * 4 * 32 * (64 - 32) / 2
+
+
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (8, 1)])
 def test_weights_lie_where_it_says(mesh):
     run = config.load("tiny", [f"mesh.data={mesh[0]}", f"mesh.tensor={mesh[1]}"])

@@ -57,7 +57,7 @@ def flops_per_token(model: LanguageModel, length: int) -> int:
     attention = sum(
         layer.attention.read_flops()
         * _mean_visible(max(length // stack.every, 1), layer.window)
-        / stack.every
+        / (stack.asked or stack.every)
         for stack in model.stacks
         for layer in stack.layers
     )

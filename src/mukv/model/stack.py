@@ -33,8 +33,9 @@ from mukv.scaling.parameterization import Scaling
 @dataclass(frozen=True)
 class Stack:
     """plan: stages of layers; what a layer leaves open is `attention` and `mlp`. first: number of
-    the first layer in the whole model. every: tokens that an entry stands for, at least. prefix:
-    of the names of dimensions, where a model has stacks of several widths.
+    the first layer in the whole model. every: tokens that an entry stands for, at least. asked:
+    tokens that a query stands for, None for as many. prefix: of the names of dimensions, where a
+    model has stacks of several widths.
     """
 
     d_model: int
@@ -46,6 +47,7 @@ class Stack:
     scaling: Scaling
     first: int = 0
     every: int = 1
+    asked: int | None = None
     prefix: str = ""
 
     @cached_property

@@ -116,6 +116,7 @@ class Architecture(LanguageModel):
             *(self.norm, self.residual, self.scaling),
             first=self.globally.first + len(self.globally.layers),
             every=self.chunker.pace,
+            asked=1,
         )
 
     @cached_property
