@@ -149,6 +149,8 @@ class Loop:
             trackers = Trackers(self.folder, training.trackers, start, silent)
             stack.callback(trackers.close)
             bar = stack.enter_context(Bar(self.title, training.steps, start, silent))
+            if start >= training.steps:
+                bar.say(f"all {start} steps were done before: figures are those of then")
             prefetch = Prefetch(
                 lambda step: self.batches.at(step, **trainer.share), range(start, training.steps)
             )
