@@ -169,31 +169,44 @@ def curve(folder: Path) -> dict[int, float]:
     return {record["step"]: record[key] for record in read_metrics(path) if key in record}
 
 
+def curves(
+    comparison: Comparison, variant: str, rate: float, root: Path, seeds: int | None = None
+) -> list[dict[int, float]]:
+    """Of the finished runs with the first `seeds` seeds, or with all."""
+    points = (Point(variant, rate, seed) for seed in comparison.seeds[:seeds])
+    folders = (point.folder(root) for point in points)
+    return [curve(folder) for folder in folders if (folder / "weights").exists()]
+
+
+def last(curve: dict[int, float]) -> float:
+    return curve[max(curve)]
+
+
 def finished(folder: Path, steps: int) -> bool:
     return steps in curve(folder) and (folder / "weights").exists()
 
 
 def judge(comparison: Comparison, root: Path) -> dict[str, Any]:
-    """Each variant at its best learning rate, against the reference."""
+    """Each variant against the reference, at the learning rate that is best in the seeds with which
+    all rates were tried; of that rate then all seeds."""
     best: dict[str, dict[str, Any]] = {}
     for variant in comparison.variants:
-        for rate in comparison.learning_rates:
-            folders = [Point(variant, rate, s).folder(root) for s in comparison.seeds]
-            curves = [curve(folder) for folder in folders if (folder / "weights").exists()]
-            if not curves:
-                continue
-            steps = sorted(curves[0])
-            mean = {step: statistics.mean(c[step] for c in curves) for step in steps}
-            last = [c[steps[-1]] for c in curves]
-            found = {
-                "learning_rate": rate,
-                "bits_per_byte": mean[steps[-1]],
-                "deviation": statistics.stdev(last) if len(last) > 1 else 0.0,
-                "by_seed": last,
-                "curve": mean,
-            }
-            if variant not in best or found["bits_per_byte"] < best[variant]["bits_per_byte"]:
-                best[variant] = found
+        swept = {rate: curves(comparison, variant, rate, root, comparison.swept)
+                 for rate in comparison.learning_rates}  # fmt: skip
+        tried = {rate: statistics.mean(map(last, found)) for rate, found in swept.items() if found}
+        if not tried:
+            continue
+        rate = min(tried, key=lambda rate: tried[rate])
+        found = curves(comparison, variant, rate, root)
+        ends = [last(each) for each in found]
+        best[variant] = {
+            "learning_rate": rate,
+            "bits_per_byte": statistics.mean(ends),
+            "deviation": statistics.stdev(ends) if len(ends) > 1 else 0.0,
+            "by_seed": ends,
+            "by_rate": tried,
+            "curve": {step: statistics.mean(each[step] for each in found) for step in found[0]},
+        }
     for variant, row in best.items():
         configured = config.load(comparison.base_of(variant), comparison.sized(variant))
         facts = describe(configured)

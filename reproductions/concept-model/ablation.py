@@ -40,9 +40,9 @@ SEEDS, WINDOWS = (0, 1), 32
 PLAN = (
     *("model.d_model=64", "model.mlp.hidden=192"),
     "model.attention={heads: 4, kv_heads: 2, head_dim: 16}",
-    *("train.steps=250", "train.batch=8", "train.length=256"),
+    *("train.steps=200", "train.batch=8", "train.length=256"),
     *("train.learning_rate=0.02", "train.optimizer={kind: muon}"),
-    "train.schedule={kind: cosine, warmup: 25, final: 0.1}",
+    "train.schedule={kind: cosine, warmup: 20, final: 0.1}",
 )
 
 

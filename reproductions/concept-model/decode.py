@@ -2,8 +2,9 @@
 
     python reproductions/concept-model/decode.py
 
-The sizes of equal-flops.yaml with random weights, which change no time. Caches are as full as after
-that many bytes; then real text is read byte by byte, so that chunks end where they do in text.
+The sizes of equal-flops.yaml (prose.py first) with random weights, which change no time. Caches are
+as full as after that many bytes; then real text is read byte by byte, so that chunks end where they
+do in text.
 Writes decode.json and decode.png.
 """
 
@@ -39,10 +40,12 @@ def full(model: LanguageModel, context: int) -> Any:
     length = jnp.full(1, context, jnp.int32)
     if not isinstance(model, Concept):
         return replace(cache, length=length)
+    concepts = length // model.chunker.pace
     return replace(
         cache,
         encoder=replace(cache.encoder, length=length),
-        concepts=replace(cache.concepts, length=length // model.chunker.pace),
+        concepts=replace(cache.concepts, length=concepts),
+        heard=replace(cache.heard, length=concepts),
         decoder=replace(cache.decoder, length=length),
     )
 
