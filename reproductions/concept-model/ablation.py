@@ -171,7 +171,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="bits per byte of held-out text (points: seeds)")
         axes.grid(axis="x", alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(*(part[:1] for part in axes.get_legend_handles_labels()))
+            axes.legend(*(part[:1] for part in axes.get_legend_handles_labels()), loc="lower right")
 
 
 def main() -> None:
