@@ -90,7 +90,9 @@ def batching(file: TokenFile, batch: int, length: int) -> tuple[float, float]:
 def waiting(file: TokenFile, folder: Path) -> float:
     """Share of the time of 100 training steps that they waited for data."""
     run = config.load("tiny", [f"data.path={file.path}", "train.validation_batches=1"])
-    return runs.train(run, runs.RunDirectory(folder / "run")).wait_fraction
+    outcome = runs.train(run, runs.RunDirectory(folder / "run"))
+    outcome.require_finished(folder)
+    return outcome.wait_fraction
 
 
 def main() -> None:

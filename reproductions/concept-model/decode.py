@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from matplotlib.ticker import EngFormatter
 
 from mukv import config, runs
 from mukv.core.compute import Compute
@@ -98,7 +99,9 @@ def main() -> None:
         ):
             for name, rows in found.items():
                 axes.plot(list(rows), [row[key] for row in rows.values()], marker="o", label=name)
-            axes.set(xscale="log", yscale="log", xlabel="bytes read", ylabel=key.replace("_", " "))
+            axes.set(xscale="log", xlabel="bytes read", ylabel=key.replace("_", " "))
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(EngFormatter(places=0, sep=""))
             axes.set_xticks(CONTEXTS, [f"{context // 1024}k" for context in CONTEXTS])
             axes.minorticks_off()
             axes.grid(alpha=0.3)

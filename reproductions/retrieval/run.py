@@ -259,7 +259,8 @@ def main() -> None:
     numbers = f"train.steps={given.steps}", f"train.seed={given.seed}"
     overrides = [*MODEL, *numbers, f"data.path={corpus(given.root)}"]
     folder = runs.RunDirectory(given.root / "model")
-    runs.train(config.load("tiny", overrides), folder, title="retrieval")
+    outcome = runs.train(config.load("tiny", overrides), folder, title="retrieval")
+    outcome.require_finished(folder.path)
     model = mukv.load(folder.path)
     rows = judge(model, "bfloat16", grid())
     single = judge(model, "float32", [(name, 1.0) for name in ("full", *STORES)])

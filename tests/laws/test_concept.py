@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from mukv.core.params import named
-from mukv.model.concept import Concepts, Fixed, Learned
+from mukv.model import Layer, Stage
+from mukv.model.concept import Concepts, Cross, Delimiter, Fixed, Learned, Prefix
 from mukv.model.counting import cache_bytes
 from tests.laws import matrix
 from tests.laws.matrix import CONCEPTS, CUTS, EXACT, LENGTH, OTHER, VOCAB
@@ -149,6 +150,65 @@ def test_concepts_of_one_token_without_local_layers_are_a_decoder(chunker, pool)
     one = matrix.logits(model)(weights, ids, place, segment)
     two = matrix.logits(plain)(known, ids, place, segment)
     np.testing.assert_allclose(one, two, atol=1e-6 if chunker == "fixed" else 2e-5)
+
+
+READ = {"cross": (Cross(), "rope"), "prefix": (Prefix(slots=1), "nope")}
+
+
+@pytest.mark.parametrize("read", READ)
+def test_concepts_of_one_token_that_are_read_are_an_attention(read):
+    """Law 10: with global layers that are silent, what reads concepts is a decoder's layer. By
+    cross attention it is the attention before a local MLP; as prefixes every token stands in the
+    row twice, which without positions changes no mean."""
+    injection, position = READ[read]
+    plain = replace(matrix.build("gqa", position, "plain"), plan=(Stage(),))
+    model = replace(
+        matrix.concept("fixed", "select", "residual"),
+        attention=plain.attention,
+        chunker=ONE["fixed"],
+        concepts=Concepts(),
+        encoder=(),
+        injection=injection,
+        decoder=(Stage((Layer(window=2 * LENGTH),)),),
+    )
+    known = matrix.weights(plain)
+    (layer,) = plain.unstack(known)["layers"]
+    weights, same = matrix.weights(model), np.eye(matrix.D_MODEL, dtype=np.float32)
+    weights |= {name: known[name] for name in ("embedding", "final_norm", "readout")}
+    weights["pool"]["enter"] = same
+    silent = weights["concepts"]["stage0"]["slot0"]
+    silent["read"]["output"] *= 0
+    silent["mlp"]["down"] *= 0
+    weights["decoder"] = {"stage0": known["stage0"]}
+    if isinstance(injection, Prefix):
+        weights["give"] = {"give": same[:, None]}
+    else:
+        norm = layer["attention_norm"]
+        weights["give"] = {"norm": norm, "write": layer["write"]}
+        weights["injection"] = {"norm": norm, "read": layer["read"]}
+        own = known["stage0"]["slot0"]
+        deaf = own | {"read": own["read"] | {"output": 0 * own["read"]["output"]}}
+        weights["decoder"] = {"stage0": {"slot0": deaf}}
+    ids, place = matrix.tokens(2), np.tile(np.arange(LENGTH), (2, 1))
+    segment = np.zeros_like(ids)
+    one = matrix.logits(model)(weights, ids, place, segment)
+    two = matrix.logits(plain)(known, ids, place, segment)
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_delimiters_at_equal_distances_are_fixed_chunks():
+    """Law 10 for the chunker that has no chunks of one token: the same bits as fixed chunks."""
+    fixed = matrix.concept("fixed", "weighted", "cross")
+    size = fixed.chunker.pace
+    delimited = replace(fixed, chunker=Delimiter(delimiters=(0,), room=size, span=size))
+    ids = np.maximum(matrix.tokens(2), 1)
+    ids[:, size - 1 :: size] = 0
+    place, segment = np.tile(np.arange(LENGTH), (2, 1)), np.zeros_like(ids)
+    one, two = (
+        matrix.logits(model)(matrix.weights(fixed), ids, place, segment)
+        for model in (fixed, delimited)
+    )
+    np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.slow
