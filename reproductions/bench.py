@@ -4,8 +4,8 @@
 
 Every variant has the same learning rates and seeds, and the same steps unless its overrides say
 otherwise, and is judged at its own best rate (`mukv.bench.trial`). Runs are run directories below
-runs/, and a variant's rows are kept in a JSON file, so that an interrupted comparison goes on where
-it was. Draws a figure with a column for each task. Both lie beside the configuration
+runs/, so that an interrupted comparison goes on where it was; one of another configuration is
+refused. Writes the rows as JSON and a figure with a column for each task beside the configuration
 (`compare.Place`).
 """
 
@@ -75,12 +75,9 @@ def main() -> None:
     launch.prepare()
     asked = schema.build(Comparison, yaml.safe_load(given.config.read_text()))
     place, began = Place(given.config), time.monotonic()
-    known = place.results
-    rows: list[dict[str, Any]] = json.loads(known.read_text()) if known.exists() else []
+    rows: list[dict[str, Any]] = []
     for name, tested in asked.tasks.items():
         for variant in asked.variants:
-            if any(row["variant"] == variant and row["task"] == name for row in rows):
-                continue
             if time.monotonic() - began > 60 * given.minutes:
                 break
             trial = asked.trial(variant, name, place.runs)
@@ -90,8 +87,8 @@ def main() -> None:
                 for rate in asked.learning_rates
             }
             rows += [{"variant": variant, **row, "validation_by_rate": rates} for row in found]
-            write_atomic(known, json.dumps(rows, indent=1) + "\n")
     if rows:
+        write_atomic(place.results, json.dumps(rows, indent=1) + "\n")
         draw(rows, place.figure)
         show(rows, Console())
 
