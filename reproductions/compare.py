@@ -271,9 +271,9 @@ def draw(best: dict[str, dict[str, Any]], path: Path, title: str) -> None:
             front.errorbar(row["row_bytes"], row["bits_per_byte"], row["deviation"], **look)
         curves.set(xlabel="steps", ylabel="bits per byte, held-out text", xscale="log")
         length = next(iter(best.values()))["row_length"]
-        front.set(xlabel=f"cache of a row of {length:,} tokens", title="bars: deviation of seeds")
+        front.set(xlabel=f"cache of a row of {length:,} tokens, KiB", title="bars: deviation of seeds")
         front.set_xscale("log", base=2)
-        front.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:,.0f} KiB")
+        front.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:,.0f}")
         front.margins(x=0.15)
         steps = sorted(next(iter(best.values()))["curve"])
         curves.set_xticks(steps, [f"{step:,}" for step in steps])

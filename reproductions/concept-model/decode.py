@@ -42,12 +42,13 @@ def full(model: LanguageModel, context: int) -> Any:
     if not isinstance(model, Concept):
         return replace(cache, length=length)
     concepts = length // model.chunker.pace
+    slots = model.injection.slots_per_concept * concepts
     return replace(
         cache,
         encoder=replace(cache.encoder, length=length),
         concepts=replace(cache.concepts, length=concepts),
         heard=replace(cache.heard, length=concepts),
-        decoder=replace(cache.decoder, length=length),
+        decoder=replace(cache.decoder, length=length + slots),
     )
 
 
