@@ -271,12 +271,15 @@ def draw(best: dict[str, dict[str, Any]], path: Path, title: str) -> None:
             front.errorbar(row["row_bytes"], row["bits_per_byte"], row["deviation"], **look)
         curves.set(xlabel="steps", ylabel="bits per byte, held-out text", xscale="log")
         length = next(iter(best.values()))["row_length"]
-        front.set(xlabel=f"cache of a row of {length:,} tokens, KiB", title="bars: deviation of seeds")
+        front.set(
+            xlabel=f"cache of a row of {length:,} tokens, KiB", title="bars: deviation of seeds"
+        )
         front.set_xscale("log", base=2)
         front.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:,.0f}")
         front.margins(x=0.15)
         steps = sorted(next(iter(best.values()))["curve"])
-        curves.set_xticks(steps, [f"{step:,}" for step in steps])
+        halved = [steps[-1] >> times for times in range(8) if steps[-1] >> times >= steps[0]]
+        curves.set_xticks(halved, [f"{step:,}" for step in halved])
         curves.minorticks_off()
         for axes in (curves, front):
             axes.grid(alpha=0.3)
