@@ -40,6 +40,22 @@ def test_every_attention_is_flat(attention):
     assert max(map(abs, found)) < coordinates.LIMIT
 
 
+@pytest.mark.parametrize("combination", matrix.CONCEPTS[4::4], ids="-".join)
+def test_concepts_are_flat(combination):
+    found = slopes(matrix.concept(*combination), kind="mup")
+    assert max(map(abs, found)) < coordinates.LIMIT
+
+
+@pytest.mark.parametrize(
+    ("middle", "passed", "sure"), [(0.1, True, True), (0.3, False, False), (0.5, False, True)]
+)
+def test_a_wide_interval_is_no_verdict(middle, passed, sure):
+    for sign in (-1, 1):
+        slope = sign * middle
+        found = coordinates.Slope("mlp", slope, slope - 0.2, slope + 0.2, coordinates.LIMIT, {})
+        assert (found.passed, found.sure) == (passed, sure)
+
+
 def test_one_rate_for_all_widths_is_caught():
     assert slopes(alignment="ignored")[-1] > coordinates.LIMIT
 

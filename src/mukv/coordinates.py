@@ -56,6 +56,11 @@ class Slope:
     def passed(self) -> bool:
         return abs(self.slope) <= self.limit
 
+    @property
+    def sure(self) -> bool:
+        """Whether its whole interval lies beyond the limit or the slope within it."""
+        return self.passed or self.low > self.limit or self.high < -self.limit
+
 
 def check(
     model: LanguageModel,

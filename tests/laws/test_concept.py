@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mukv.core.params import named
+from mukv.core.tap import capture
 from mukv.model import Layer, Stage
 from mukv.model.concept import Concepts, Cross, Delimiter, Fixed, Learned, Prefix
 from mukv.model.counting import cache_bytes
@@ -209,6 +210,20 @@ def test_delimiters_at_equal_distances_are_fixed_chunks():
         for model in (fixed, delimited)
     )
     np.testing.assert_array_equal(one, two)
+
+
+def test_what_reads_concepts_is_seen_as_a_layer():
+    """Taps inside attentions have the number of their layer, as `describe` counts them."""
+    model = matrix.concept("fixed", "select", "cross")
+
+    def look(weights, ids):
+        with capture() as taps:
+            model.read(weights, ids, compute=EXACT)
+        return taps
+
+    taps = jax.eval_shape(look, matrix.weights(model), matrix.tokens(2))
+    scopes = {name.split(".")[0] for name in taps if name.endswith("logits")}
+    assert scopes == {f"layer{number}" for number in range(5)}
 
 
 @pytest.mark.slow

@@ -218,7 +218,8 @@ def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
     columns = ("slope", "interval", "limit", "verdict")
     table = Table("change of", *columns, box=None, pad_edge=False)
     for each in slopes:
-        verdict = "[bold red]grows[/]" if each.slope > 0 else "[bold red]shrinks[/]"
+        direction = "grows" if each.slope > 0 else "shrinks"
+        verdict = f"[bold red]{direction}{'' if each.sure else '?'}[/]"
         table.add_row(
             each.name,
             f"{each.slope:+.2f}",
@@ -227,6 +228,12 @@ def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
             "flat" if each.passed else verdict,
         )
     console.print(table)
+    if not all(each.sure for each in slopes):
+        console.print(
+            "[dim]?: the interval reaches the limit; more --seeds, more --widths or a smaller "
+            "--learning-rate tell more[/]",
+            soft_wrap=True,
+        )
 
 
 def show_transfer(found: Transfer, console: Console) -> None:

@@ -12,6 +12,7 @@ from mukv.cache import Reader, Slot
 from mukv.cache.base import append_some, tail_entries
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param, map_params
+from mukv.core.tap import scope
 from mukv.core.typing import Array, Bool, Float, Int, Residual
 from mukv.model.concept.injection.base import CONCEPT, Heard, Injection, Joint, Lasting
 
@@ -53,9 +54,11 @@ class Cross(Injection):
     ) -> Residual:
         # Of n concepts a token sees those at positions up to n - 1; of none, none.
         normed = joint.norm.apply(joint.own["norm"], x)
-        return joint.attention.read(
-            joint.own["read"], normed, count - 1, parts, Mask(segment=segment)
-        )
+        # Its entries are those of the layer before the decoder's.
+        with scope(f"layer{joint.decoder.first - 1}"):
+            return joint.attention.read(
+                joint.own["read"], normed, count - 1, parts, Mask(segment=segment)
+            )
 
     def mix(self, joint: Joint, x: Residual, heard: Heard) -> Residual:
         chunks = heard.chunks
