@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -112,3 +113,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if laws:
         words = "combinations of attention, position and plan"
         terminalreporter.write_line(f"laws hold for {len(laws)} {words}")
+    hostile: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "hostile":
+                area, counts = value
+                hostile.update({f"{area} {kind}": n for kind, n in counts.items()})
+    if hostile:
+        terminalreporter.write_line(f"hostile inputs: {hostile.total()}")
+        for kind, n in sorted(hostile.items()):
+            terminalreporter.write_line(f"  {kind}: {n}")
