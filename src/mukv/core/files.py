@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,3 +66,32 @@ def new_folder(path: Path) -> Iterator[Path]:
                 os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_regular_file(path: Path) -> Path:
+    """The path, where a regular file lies there, links followed. Raises BadInput for nothing, and
+    for a folder, a pipe or a device, which a reader would wait for or never come to the end of."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a name that no file system has
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        given = "no such file" if missing else f"a path that can't be read ({error})"
+        raise BadInput(str(path), given, "a regular file") from None
+    if not stat.S_ISREG(mode):
+        raise BadInput(str(path), "no regular file", "a file, no folder, pipe or device")
+    return path
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """The regular file of this name in a folder that others made. Raises BadInput for a name or a
+    link that leaves the folder; links into the blobs of the hub's cache, which its snapshots
+    consist of, stay in it."""
+    path = folder / name
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BadInput(str(folder), name, "the name of a file inside this folder")
+    require_regular_file(path)
+    root, real = folder.resolve(), path.resolve()
+    blobs = [place.parent / "blobs" for place in (root, *root.parents) if place.name == "snapshots"]
+    if not any(real.is_relative_to(place) for place in (root, *blobs)):
+        raise BadInput(str(path), f"a link to {real}", "a file inside this folder")
+    return path
