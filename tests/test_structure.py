@@ -15,18 +15,18 @@ import mukv
 SOURCE = Path(mukv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
-    {"core", "figures"},
+    {"core", "figures", "heartbeat"},
     {"data", "page", "position", "scaling"},
     {"attention", "tasks"},
     {"cache"},
     {"model", "training"},
-    {"checkpoint", "decode", "evaluate", "metrics", "progress", "train"},
+    {"checkpoint", "decode", "evaluate", "metrics", "progress", "stopping", "train"},
     {"coordinates", "loop"},
     {"config", "launch"},
     {"hub"},
     {"describe", "runs"},
     {"loaded", "search"},
-    {"bench", "compress", "convert", "transfer"},
+    {"bench", "compress", "convert", "notes", "transfer"},
     {"analysis", "demo", "harness", "inputs", "output", "report"},
     {"cli"},
     {"__main__"},

@@ -21,7 +21,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-QUIET_SECONDS = 10.0
+from mukv.heartbeat import duration
+
+QUIET_SECONDS = 9.0
+"""Longest time between two lines where the output is no terminal."""
 
 
 class Bar:
@@ -74,8 +77,13 @@ class Bar:
         # From the first report on: what came before was compilation.
         self.began = self.began or (now, done)
         seconds, steps = now - self.began[0], done - self.began[1]
-        left = f"{(self.total - done) * seconds / steps:.0f} s left  " if steps else ""
-        self.console.print(f"{self.title} {done}/{self.total}  {left}{text}")
+        left = (
+            f"{duration((self.total - done) * seconds / steps)} left  "
+            if 0 < steps and done < self.total
+            else ""
+        )
+        line = f"{self.title} {done}/{self.total}  {left}{text}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self.last_line = now
 
     def say(self, text: str) -> None:

@@ -38,7 +38,7 @@ class Training:
     accumulate: int = 1
     compute: Compute = field(default_factory=Compute)
     log_every: int = 10
-    evaluate_every: int | None = None
+    evaluate_every: int | None = 100
     validation_batches: int | None = 16
     checkpoint_every: int | None = None
     keep_last: int = 2

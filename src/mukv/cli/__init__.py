@@ -7,6 +7,8 @@ the modules here; it imports what it needs when it runs, so that a wrong one is 
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from typing import NoReturn
 
 import typer
@@ -15,6 +17,7 @@ from mukv import launch, output
 from mukv.cli import benching, converting, judging, looking, making, scaling, using
 from mukv.cli.app import app
 from mukv.core.errors import BadInput, Failed
+from mukv.heartbeat import Heartbeat
 
 __all__ = [
     "app",
@@ -32,8 +35,12 @@ __all__ = [
 def main() -> NoReturn:
     """Run the command line; every error that we know ends in one clear line."""
     launch.restart_with_allocator()
+    # Processes that share a run would all print; their first one shows its progress.
+    alone = not any(part.startswith("--distributed") for part in sys.argv)
+    beat = Heartbeat(" ".join(["mukv", *sys.argv[1:2]])) if alone else nullcontext()
     try:
-        code = app(prog_name="mukv", standalone_mode=False)
+        with beat:
+            code = app(prog_name="mukv", standalone_mode=False)
     except (BadInput, Failed) as error:
         output.complain(str(error), error.status)
     except typer.Exit as exit:

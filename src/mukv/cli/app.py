@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,12 @@ def note_unused_budget(policies: str) -> None:
     unused = [name for name in policies.split(",") if not Policy.takes_budget(name)]
     if unused:
         output.warn(f"--budget means nothing to {', '.join(unused)}")
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Print notes, a line each."""
+    for note in notes:
+        output.warn(note)
 
 
 def _dashed(name: str) -> str:

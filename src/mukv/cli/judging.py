@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mukv import launch, output
-from mukv.cli.app import Json, app, beside, exactly_one, note_unused_budget
+from mukv.cli.app import Json, app, beside, exactly_one, note_unused_budget, tell
 from mukv.core.errors import BadInput
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def compress(
     Example: `mukv compress runs/demo/tiny-140 --text README.md --policy snapkv,pages --budget 0.25`
     """
     launch.prepare()
-    from mukv import compress, inputs, loaded
+    from mukv import compress, inputs, loaded, notes
 
     exactly_one("compress", text=text, tokens=tokens)
     policies = compress.grid(policy, numbers("0.25" if budget is None else budget))
@@ -64,6 +64,7 @@ def compress(
         length = max(inputs.window(speaker, None), compress.USUAL)
         length = min(length, speaker.decoder.context or length)
     length = inputs.window(speaker, length)
+    tell(notes.of_length(length, speaker.run, "--length"))
     if text is not None:
         texts = inputs.rows_of_text(speaker, text)
     else:

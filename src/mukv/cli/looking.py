@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mukv import launch, output
-from mukv.cli.app import Json, ModelName, app
+from mukv.cli.app import Json, ModelName, app, tell
 from mukv.core.errors import BadInput, unknown_name
 
 SAMPLES = 32
@@ -53,7 +53,7 @@ def analyze(
     Example: `mukv analyze runs/demo/tiny-140 --text README.md --text setup.py --length 256`
     """
     launch.prepare()
-    from mukv import inputs, loaded
+    from mukv import inputs, loaded, notes
     from mukv.analysis import calibrate as calibration
     from mukv.analysis import samples as pieces
     from mukv.analysis import study
@@ -70,6 +70,7 @@ def analyze(
         raise unknown_name("--calibrate", calibrate, KINDS)
     speaker = loaded.load(model)
     length = inputs.window(speaker, length)
+    tell(notes.of_length(length, speaker.run, "--length"))
     if text:
         rows = {path.stem: inputs.rows_of_text(speaker, path) for path in text}
         texts = {name: pieces.windows(name, each, length, samples) for name, each in rows.items()}

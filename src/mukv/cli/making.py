@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from mukv import launch, output
-from mukv.cli.app import Json, Overrides, app
+from mukv.cli.app import Json, Overrides, app, tell
+
+if TYPE_CHECKING:
+    from mukv.loop import Outcome
+
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+"""How lines with names that a user chose are printed: as they are."""
 
 
 @app.command()
@@ -58,6 +64,7 @@ def data(
     Example: `mukv data stdlib --out data/stdlib`
     """
     from mukv.data.build import build_tokens, speed_meter
+    from mukv.data.sources import binary_files
     from mukv.data.tokens import SPLITS
 
     began = time.monotonic()
@@ -75,6 +82,14 @@ def data(
         "fingerprint": tokens.fingerprint,
         "megabytes_per_second": tokens.bytes / seconds / 1e6,
     }
+    size = tokenizer.removeprefix("bpe:")
+    if tokenizer.startswith("bpe:") and tokens.vocab_size < int(size):
+        output.warn(
+            f"--tokenizer {tokenizer}: the text has only {tokens.vocab_size:,} tokens to learn"
+        )
+    skipped = sum(map(binary_files, sources))
+    if skipped:
+        output.warn(f"left out {skipped:,} binary files (a zero byte in their first 8 KiB)")
     output.print_facts(facts, as_json)
 
 
@@ -96,10 +111,16 @@ def train(
 
     Example: `mukv train tiny train.steps=200 train.learning_rate=1e-3`
     """
-    from mukv import runs
+    from mukv import config, notes, runs
 
     run, folder = runs.resolve(source, overrides or [], out)
     launch.prepare(run.mesh.size, distributed)
+    if launch.speaks():
+        if not folder.exists:
+            tell(notes.of_defaults(config.given_or_empty(source, overrides or []), run))
+        tell(notes.of_run(run))
+        tell(notes.of_prolonging(run, folder))
+        Console(stderr=True).print(notes.of_feed(runs.open_feed(run)[1]), **PLAIN)
     outcome = runs.train(run, folder, title=folder.path.name)
     if not launch.speaks():
         return
@@ -108,12 +129,28 @@ def train(
         output.print_json(facts)
         return
     console = Console()
-    bits = outcome.validation_bits_per_byte
-    console.print(
-        f"step {outcome.step}  loss {outcome.loss:.4f}  "
-        + (f"{bits:.4f} bits per byte  " if bits is not None else "")
-        + f"{outcome.tokens_per_second:,.0f} tokens/s"
-    )
-    console.print(f"run: {folder.path}", highlight=False, soft_wrap=True)
+    for line in ending(outcome):
+        console.print(line, **PLAIN)
+    console.print(f"run: {folder.path}", **PLAIN)
     if not outcome.finished:
-        console.print(f"to continue: mukv train {folder.path}", highlight=False, soft_wrap=True)
+        console.print(f"to continue: mukv train {folder.path}", **PLAIN)
+
+
+def ending(outcome: Outcome) -> list[str]:
+    """The last numbers of a run, each with what it was measured on and its step if earlier."""
+
+    def at(step: int | None) -> str:
+        return "" if step in (outcome.step, None) else f", at step {step}"
+
+    lines = [
+        f"step {outcome.step}, {outcome.tokens_per_second:,.0f} tokens/s",
+        f"training loss    {outcome.loss:.4f} nats per token (one batch{at(outcome.loss_step)})",
+    ]
+    if outcome.validation_loss is not None:
+        bits = outcome.validation_bits_per_byte
+        per_byte = "" if bits is None else f", {bits:.4f} bits per byte"
+        lines.append(
+            f"validation loss  {outcome.validation_loss:.4f} nats per token{per_byte} "
+            f"(held-out text{at(outcome.validation_step)})"
+        )
+    return lines

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mukv import launch, output
-from mukv.cli.app import Json, ModelName, Overrides, app, exactly_one, note_unused_budget
+from mukv.cli.app import Json, ModelName, Overrides, app, exactly_one, note_unused_budget, tell
 from mukv.core.errors import BadInput
 
 
@@ -35,7 +35,7 @@ def evaluate(
     Example: `mukv eval runs/demo/tiny-140 --text README.md`
     """
     launch.prepare()
-    from mukv import inputs, loaded
+    from mukv import inputs, loaded, notes
 
     exactly_one("eval", text=text, tokens=tokens)
     speaker = loaded.load(model)
@@ -46,6 +46,8 @@ def evaluate(
         rows = inputs.rows_of_ids(tokens)
     if length is not None and length < 1:
         raise BadInput("--length", length, "at least 1 token")
+    if length is not None:
+        tell(notes.of_length(length, speaker.run, "--length"))
     found = speaker.evaluate(rows, length, stride)
     facts = {
         "tokens": found.tokens,
@@ -87,7 +89,7 @@ def generate(
     Example: `mukv generate runs/demo/tiny-140 --prompt "def main(" --max-tokens 64`
     """
     launch.prepare()
-    from mukv import inputs, loaded
+    from mukv import inputs, loaded, notes
     from mukv.cache import Policy
     from mukv.decode import Sampling
 
@@ -106,6 +108,9 @@ def generate(
         given = inputs.ids(token_ids or "", "--token-ids")
     else:
         given = speaker.encode_chat(prompt) if chat else speaker.encode(prompt)
+    tell(notes.of_stop(ends or (), speaker.decoder.vocab_size))
+    total = len(given) + max_tokens
+    tell(notes.of_length(total, speaker.run, "the prompt and --max-tokens"))
     stream = None
     if not as_json and copies == 1:
         shown = Text(str(given) if prompt is None else prompt, "dim")
