@@ -39,8 +39,10 @@ def test_silent_while_something_else_is_shown(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (42.4, "42 s"), (99, "99 s"), (100, "2 min"), (3600, "60 min")]
-    + [(6000, "1 h 40 min"), (11100, "3 h 05 min")],
+    [
+        *((0, "0 s"), (42.4, "42 s"), (99, "99 s"), (100, "2 min"), (3600, "60 min")),
+        *((6000, "1 h 40 min"), (11100, "3 h 05 min")),
+    ],
 )
 def test_times_are_said_in_words(seconds, text):
     assert duration(seconds) == text

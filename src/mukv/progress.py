@@ -27,6 +27,11 @@ QUIET_SECONDS = 9.0
 """Longest time between two lines where the output is no terminal."""
 
 
+def say(text: str) -> None:
+    """Print a line to standard error that stays."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class Bar:
     """Progress of one task of known size, with changing numbers beside it."""
 
@@ -79,7 +84,7 @@ class Bar:
         seconds, steps = now - self.began[0], done - self.began[1]
         left = (
             f"{duration((self.total - done) * seconds / steps)} left  "
-            if 0 < steps and done < self.total
+            if steps and done < self.total
             else ""
         )
         line = f"{self.title} {done}/{self.total}  {left}{text}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mukv import launch, output
@@ -202,7 +203,7 @@ def sweep(
     if as_json:
         output.print_json(results)
     else:
-        show_sweep(results, list(space), Console())
+        show_sweep(results, list(swept.space), Console())
 
 
 def parse_widths(text: str) -> list[int]:
@@ -256,17 +257,30 @@ def show_transfer(found: Transfer, console: Console) -> None:
 
 
 def show_sweep(results: dict[str, Any], names: Sequence[str], console: Console) -> None:
-    """The best trials."""
-    table = Table(*names, "validation loss", "run", box=None, pad_edge=False)
-    for row in results["rows"][:10]:
+    """The best points; with several seeds their mean and deviation."""
+    rows = results["rows"][:10]
+    several = any("seeds" in row for row in rows)
+    columns = ("validation loss, nats/token", *(("± over seeds", "seeds") if several else ()))
+    table = Table(*map(escape, names), *columns, "run", box=None, pad_edge=False)
+    for row in rows:
         loss = row["validation_loss"]
         end = f"{loss:.4f}" if loss is not None else str(row["reason"] or row["state"])
         values = [f"{v:.4g}" if isinstance(v := row.get(n), float) else str(v) for n in names]
-        table.add_row(*values, end, row["run"])
+        spread = row.get("deviation")
+        seeds = ("" if spread is None else f"{spread:.4f}", str(len(row.get("seeds", ()))))
+        table.add_row(
+            *map(escape, (*values, end, *(seeds if several else ()), Path(row["run"]).name))
+        )
     console.print(table)
     console.print(
-        f"{results['complete']} of {results['trials']} trials complete; all of them, with a plot: "
-        f"{results['study']}",
+        f"{results['complete']} of {results['trials']} runs complete; the runs are in "
+        f"{Path(results['study']) / 'trials'}, the plot is {Path(results['study']) / 'sweep.png'}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
+    for name in results["edges"]:
+        output.warn(
+            f"{name}: the best value, {results['best'][name]:g}, is at the edge of what was tried; "
+            "a better one may lie beyond"
+        )

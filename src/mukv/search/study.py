@@ -211,6 +211,11 @@ class Study:
             return False
         return not trial.should_prune()
 
+    def note(self, trial: Trial, name: str, value: Any) -> None:
+        """Keep something with a trial. Nothing if another has taken it over."""
+        with suppress(UpdateFinishedTrialError):
+            trial.set_user_attr(name, value)
+
     def tell(self, trial: Trial, value: float | None, why: str | None = None) -> None:
         """How a trial ended: with a value, or with none and the reason. Nothing if another has
         taken it over."""
