@@ -233,7 +233,7 @@ def known_so_far(path: Path, step: int) -> tuple[dict[str, float], dict[str, int
     known: dict[str, float] = {}
     seen: dict[str, int] = {}
     for record in read_metrics(path):
-        at = record.pop("step")
+        at = int(record.pop("step"))
         if at <= step:
             known |= record
             seen |= dict.fromkeys(record, at)
