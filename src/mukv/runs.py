@@ -119,8 +119,9 @@ def open_corpus(run: Run) -> TokenFile:
         if run.data.path is None
         else open_tokens(Path(run.data.path))
     )
-    _check_vocabulary(run, tokens.vocab_size, f"the tokenizer of {tokens.path}")
-    run.model.check_tokenizer(tokens.vocab_size)
+    needed = tokens.tokenizer.text_vocab_size
+    _check_vocabulary(run, needed, f"the tokenizer of {tokens.path}")
+    run.model.check_tokenizer(needed)
     return tokens
 
 
