@@ -155,7 +155,9 @@ class Model:
     def generate(self, prompts: str, *args: Any, **kwargs: Any) -> Text: ...
 
     @overload
-    def generate(self, prompts: Sequence[str], *args: Any, **kwargs: Any) -> list[Text]: ...
+    def generate(
+        self, prompts: list[str] | tuple[str, ...], *args: Any, **kwargs: Any
+    ) -> list[Text]: ...
 
     def generate(
         self,
