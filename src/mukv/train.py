@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from mukv.core import params
@@ -25,6 +24,7 @@ from mukv.core.typing import Array, Float, Int
 from mukv.model.base import LanguageModel
 from mukv.model.loss import Losses, summed_loss
 from mukv.scaling.schedules import Plan
+from mukv.scaling.updates import global_norm
 from mukv.training import Training
 
 BATCH_FIELDS = ("tokens", "targets", "weight", "position", "segment")
@@ -251,7 +251,7 @@ class Trainer:
         loss, gradient = jax.tree.map(lambda leaf: leaf / weight, (losses.cross_entropy, gradient))
         size = batch["tokens"].size
         counts = {name: total / size for name, total in losses.counts.items()}
-        norm = optax.tree.norm(gradient)
+        norm = global_norm(self.declared, gradient)
         if training.clip_norm is not None:
             factor = jnp.minimum(1.0, training.clip_norm / jnp.maximum(norm, 1e-12))
             gradient = jax.tree.map(lambda leaf: leaf * factor, gradient)

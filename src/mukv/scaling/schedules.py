@@ -53,13 +53,14 @@ class Schedule:
         return None
 
     def _progress(self, step: Int[Array, ""], plan: Plan) -> Share:
-        span = jnp.maximum(plan.steps - self.warmup, 1)
+        """From 0 at the end of the warm-up to 1 at the last update."""
+        span = jnp.maximum(plan.steps - 1 - self.warmup, 1)
         return jnp.clip((step - self.warmup) / span, 0, 1)
 
 
 @dataclass(frozen=True)
 class Falling(Schedule):
-    """From the peak at once. final: fraction of the peak that is left at the last step."""
+    """From the peak at once. final: fraction of the peak that the last update has."""
 
     final: float = 0.1
 
@@ -89,7 +90,7 @@ class Linear(Falling):
 
 
 DECAYS: dict[str, Callable[[Share], Share]] = {
-    # A hundredth of what is left is reached at the end, and taken off everywhere: 1 to 0.
+    # 0.01 ** share falls to a hundredth; taking that off everywhere makes it fall to zero.
     "exponential": lambda share: (0.01**share - 0.01) / 0.99,
     "linear": lambda share: 1 - share,
     "root": lambda share: 1 - jnp.sqrt(share),
@@ -99,9 +100,10 @@ DECAYS: dict[str, Callable[[Share], Share]] = {
 
 @dataclass(frozen=True)
 class Prolongable(Schedule):
-    """A phase that knows nothing of the end, then a decay to zero.
+    """A phase that knows nothing of the end, then a decay towards zero.
 
-    decay: share of all steps that the final decay takes. shape: how it falls.
+    decay: share of all steps that the final decay takes. shape: how it falls. The update after
+    the last one would have a rate of zero, so that no update is lost.
     """
 
     decay: float = 0.1
@@ -159,7 +161,7 @@ TOKENS_PER_SEQUENCE = 4096
 class Power(Prolongable):
     """min(peak, batch * amplitude * tokens ** exponent), with the batch in units of 4,096 tokens
     and the tokens seen so far (Shen et al. 2024, equations 7 and 8): one setting for any budget
-    of tokens and size of batch. The final decay goes to zero.
+    of tokens and size of batch.
     """
 
     kind: Literal["power"] = "power"
