@@ -4,9 +4,9 @@
     python reproductions/claims.py shared-kv  # all that the page of a folder must say
 
 A folder's claims.py has `said()`, sentences and tables with figures made from the results, and
-`GIVEN`, sentences whose figures are settings or others' results. Each stands on the page; what a page
-says beyond them has no decimal number, percentage, factor or table. tests/test_reproductions.py
-holds that.
+`GIVEN`, sentences whose figures are settings or others' results. Each stands on the page; what a
+page says beyond them has no decimal number, percentage, factor or table.
+tests/test_reproductions.py holds that.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 
 HERE = Path(__file__).parent
 FIGURE = re.compile(
-    r"[-+±]?\d[\d,]*\.\d+|[-+±]?\d[\d,]*(?= (?:%|times|x|points|bits|nats)(?![\w]))|\|[^|\n]*\d[^|\n]*\|"
+    r"[-+±]?\d[\d,]*\.\d+|[-+±]?\d[\d,]*(?= (?:%|times|x|points)(?![\w]))|\|[^|\n]*\d[^|\n]*\|"
 )
 """What needs a claim: decimal numbers, percentages, factors and losses, cells of tables."""
 
 
 def read(claims: str, name: str = "results.json") -> Any:
     """Results beside a claims.py (its __file__)."""
-    return json.loads(Path(claims).with_name(name).read_text())
+    return json.loads((Path(claims).parent / name).read_text())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -48,7 +48,7 @@ def beyond(share: float, interval: Sequence[float] | None = None) -> str:
 
 
 def plain(page: str) -> str:
-    """A page without code, pictures and targets of links; emphasis and line breaks are taken out."""
+    """A page without code, pictures, targets of links, emphasis and line breaks."""
     page = re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
     page = re.sub(r"^    .*$", "", page, flags=re.M)
     page = re.sub(r"^!\[.*$", "", page, flags=re.M)
@@ -87,7 +87,8 @@ def of(folder: Path) -> list[str]:
     name = f"claims_of_{folder.name.replace('-', '_')}"
     path = folder / ("claims.py" if folder != HERE else "overview.py")
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return [*module.said(), *module.GIVEN]

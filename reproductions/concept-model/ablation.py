@@ -168,7 +168,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 axes.annotate(f" {worse:+.3f}", (max(row["by_seed"]), place), va="center")
             if row["as_trained"] != row["bits_per_byte"]:
                 axes.plot(row["as_trained"], place, "rx", label="what training saw")
-        axes.set_yticks(range(len(found)), list(found))
+        labels = ["lag, no skip, bag, leak" if name == "all" else name for name in found]
+        axes.set_yticks(range(len(found)), labels)
         axes.invert_yaxis()
         every = [bits for row in found.values() for bits in (*row["by_seed"], row["as_trained"])]
         axes.set_xlim(min(every) - 0.1, max(every) + 0.1)

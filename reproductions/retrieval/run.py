@@ -76,6 +76,8 @@ COMPOSED = (
     "keydiff:0.375+int4+pages:0.5",
 )
 STYLES, MARKS = {"int8": ":", "int4": "--"}, {"adaptive": "D", "pyramid": "v", "full": "*"}
+NUMBER = ", by number"
+"""Of policies that keep a number of entries, not a share."""
 BUDGETS = (0.5, 0.25, 0.125)
 
 
@@ -250,7 +252,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     smaller = [row for row in rows if not any(name in row["policy"] for name in SELECTORS)]
     series: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(smaller, key=lambda row: row["share_of_bytes"]):
-        series.setdefault(re.sub(r":[\d.]+", "", row["policy"]), []).append(row)
+        name = re.sub(r":\d\d+", NUMBER, re.sub(r":0\.\d+", "", row["policy"]))
+        series.setdefault(name, []).append(row)
     with saved_figure(path, (12, 5)) as figure:
         panels = figure.subplots(1, len(sides), sharey=True)
         for axes, (key, title) in zip(panels, sides, strict=True):
@@ -274,12 +277,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _shown(name: str) -> dict[str, Any]:
     """Colour by what stays, line by how it is stored, mark by how the budget is spread."""
-    parts = name.split("+")
+    parts = name.replace(NUMBER, "").split("+")
+    plain = "s" if NUMBER in name else "o"
     keeper = next((part for part in KEEPERS if part in parts), None)
     return {
         "color": "black" if keeper is None else f"C{KEEPERS.index(keeper)}",
         "ls": next((style for part, style in STYLES.items() if part in parts), "-"),
-        "marker": next((mark for part, mark in MARKS.items() if part in parts), "o"),
+        "marker": next((mark for part, mark in MARKS.items() if part in parts), plain),
         "mfc": "white" if set(STORES) & set(parts) else None,
         "ms": 5,
         "lw": 1,

@@ -149,7 +149,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             right.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
             shares = ", ".join(f"{share:.0%}" for share in SHARES)
             right.set(xlabel="mass lost", ylabel="relative error of the output")
-            right.set_title(f"V read for the largest {shares}; a point for a head", fontsize=9)
+            right.set_title(f"V read for the largest {shares}", fontsize=9)
             for axes in (left, middle):
                 axes.set_xscale("log", base=2)
                 axes.xaxis.set_major_formatter("{x:.0f}")
