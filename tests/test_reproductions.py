@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 HERE = Path(__file__).parents[1] / "reproductions"
 
@@ -106,3 +108,31 @@ def test_an_interval_of_texts_is_wider_than_that_of_answers(claims):
     share = 0.75
     by_text = 1.96 * np.sqrt(share * (1 - share) / 64)
     assert (share - low, high - share) == pytest.approx((by_text, by_text), rel=0.15)
+
+
+def results(name: str):
+    return json.loads((HERE / name / "results.json").read_text())
+
+
+def test_the_command_of_mqar_makes_the_rows_that_are_there():
+    run = load("mqar/run")
+    made = {tuple(row[key] for key in run.KEYS) for row in results("mqar")}
+    assert made == set(run.plan(large=False))
+
+
+@pytest.mark.parametrize("name", ["positions", "attention-memory"])
+def test_the_command_of_a_comparison_on_tasks_makes_the_rows_that_are_there(name):
+    asked = yaml.safe_load((HERE / name / "cpu.yaml").read_text())
+    rows = results(name)
+    assert {row["variant"] for row in rows} == set(asked["variants"])
+    assert {row["task"] for row in rows} == set(asked["tasks"])
+    assert {row["length"] for row in rows} == set(asked["lengths"])
+
+
+def test_what_one_parameterisation_adds_leaves_the_others():
+    run = load("lr-transfer/run")
+    before = {"muP": {"optima": {"64": 1, "128": 1}}, "one rate for all": {"optima": {"64": 1}}}
+    more, fewer = {"optima": {"64": 2, "128": 2, "256": 2}}, {"optima": {"64": 2}}
+    assert run.merged(before, {"muP": more}) == {**before, "muP": more}
+    assert run.merged(before, {"muP": fewer}) == before
+    assert run.merged(before, {"one rate for all": fewer})["one rate for all"] is fewer
