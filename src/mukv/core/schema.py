@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from mukv.core.errors import BadInput, nearest_name
+from mukv.core.errors import BadInput, nearest_name, shortened
 from mukv.core.yaml_text import dump_yaml
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def build(cls: type[T], mapping: Any, where: str = "") -> T:
     if errors:
         first, others = errors[0], [error.where for error in errors[1:]]
         if others:
-            first.args = (f"{first} (+{len(others)} more: {', '.join(others)})",)
+            first.args = (f"{first} (+{len(others)} more: {shortened(', '.join(others))})",)
         raise first
     return value
 
