@@ -23,6 +23,8 @@ from mukv.core.errors import BadInput, nearest_name, shortened
 from mukv.core.yaml_text import dump_yaml
 
 T = TypeVar("T")
+LARGEST_FLOAT = 3.4e38
+"""Beyond it a float32 is infinite."""
 
 
 def build(cls: type[T], mapping: Any, where: str = "") -> T:
@@ -236,6 +238,9 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 def _leaf(hint: Any, given: Any, where: str, errors: list[BadInput]) -> Any:
     if type(given) is int and abs(given) > 1 << 53:
         errors.append(BadInput(where, given, "needs a whole number that JSON has, up to 2**53"))
+        return None
+    if isinstance(given, float) and LARGEST_FLOAT < abs(given) < math.inf:
+        errors.append(BadInput(where, given, "needs a number that 32 bits hold, up to 3.4e38"))
         return None
     try:
         # By way of JSON, since only there does pydantic's strictness take a list for a tuple.
