@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+import yaml.composer
 
 from mukv.core.errors import BadInput, shown
 from mukv.core.files import require_regular_file
@@ -68,7 +69,7 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
             # A tag with a text that it does not fit, such as !!bool "x"; a number of 5,000 digits.
             tag = str(node.tag).rpartition(":")[2]
-            text = node.value if isinstance(node, yaml.ScalarNode) else node.id
+            text = node.value if isinstance(node, yaml.ScalarNode) else type(node).__name__
             raise yaml.constructor.ConstructorError(
                 problem=f"{shown(text)} can't be read as !!{tag}", problem_mark=node.start_mark
             ) from None
