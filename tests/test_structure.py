@@ -21,7 +21,7 @@ FLOORS = (
     {"cache"},
     {"model", "training"},
     {"checkpoint", "decode", "evaluate", "metrics", "progress", "train"},
-    {"coordinates", "loop"},
+    {"coordinates", "footprint", "loop"},
     {"config", "launch"},
     {"hub"},
     {"describe", "runs"},

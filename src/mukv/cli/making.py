@@ -90,6 +90,9 @@ def train(
     distributed: Annotated[
         str | None, typer.Option(help="auto, or HOST:PORT,PROCESSES,NUMBER.")
     ] = None,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Try a step that takes more than is free.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model, or continue a run.
@@ -100,7 +103,7 @@ def train(
 
     run, folder = runs.resolve(source, overrides or [], out)
     launch.prepare(run.mesh.size, distributed)
-    outcome = runs.train(run, folder, title=folder.path.name)
+    outcome = runs.train(run, folder, title=folder.path.name, ignore_memory=ignore_memory)
     if not launch.speaks():
         return
     facts = runs.summary(outcome, folder)
