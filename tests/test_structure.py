@@ -20,7 +20,7 @@ FLOORS = (
     {"attention", "tasks"},
     {"cache"},
     {"model", "training"},
-    {"checkpoint", "decode", "evaluate", "metrics", "progress", "train"},
+    {"checkpoint", "decode", "evaluate", "metrics", "progress", "rendezvous", "train"},
     {"coordinates", "footprint", "loop"},
     {"config", "launch"},
     {"hub"},

@@ -88,7 +88,8 @@ def train(
         Path | None, typer.Option("--out", help="Run directory; default: runs/NAME-HASH.")
     ] = None,
     distributed: Annotated[
-        str | None, typer.Option(help="auto, or HOST:PORT,PROCESSES,NUMBER.")
+        str | None,
+        typer.Option(help="auto, or HOST:PORT,PROCESSES,NUMBER; waits up to 300 s."),
     ] = None,
     ignore_memory: Annotated[
         bool, typer.Option("--ignore-memory", help="Try a step that takes more than is free.")
@@ -102,8 +103,10 @@ def train(
     from mukv import runs
 
     run, folder = runs.resolve(source, overrides or [], out)
-    launch.prepare(run.mesh.size, distributed)
-    outcome = runs.train(run, folder, title=folder.path.name, ignore_memory=ignore_memory)
+    with launch.prepare(run.mesh.size, distributed, output.warn) as watch:
+        if watch is not None:
+            watch.checkpoints = folder.checkpoints
+        outcome = runs.train(run, folder, title=folder.path.name, ignore_memory=ignore_memory)
     if not launch.speaks():
         return
     facts = runs.summary(outcome, folder)
