@@ -68,8 +68,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def require_regular_file(path: Path, where: str | None = None) -> None:
-    """Raise BadInput unless `path` is a file that ends: a FIFO or a device could be read for ever.
+def require_regular_file(path: Path, where: str | None = None) -> Path:
+    """`path` itself. Raises BadInput unless it ends: a FIFO or a device could be read for ever.
 
     where: what the error calls the path, if not by itself. Links are followed.
     """
@@ -81,7 +81,7 @@ def require_regular_file(path: Path, where: str | None = None) -> None:
         given = reason = getattr(error, "strerror", None) or "a path that no file can have"
     else:
         if stat.S_ISREG(mode):
-            return
+            return path
         kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         given = reason = kinds.get(stat.S_IFMT(mode), "a device")
     if where is None:

@@ -23,7 +23,7 @@ from mukv.core.errors import BadInput, nearest_name, shortened
 from mukv.core.yaml_text import dump_yaml
 
 T = TypeVar("T")
-LARGEST_FLOAT = 3.4e38
+LARGEST_FLOAT = 3.4028235e38
 """Beyond it a float32 is infinite."""
 
 
