@@ -33,6 +33,8 @@ class Data:
     task: AnyTask | None = None
 
     def __post_init__(self) -> None:
+        if self.path is not None and "\0" in self.path:
+            raise BadInput("path", self.path, "a path, which has no NUL character")
         if self.task is not None and self.path is not None:
             raise BadInput("path", self.path, "null where data.task is given: one of the two")
 

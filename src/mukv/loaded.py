@@ -28,12 +28,14 @@ from mukv.core.mesh import MeshShape, weight_shardings
 from mukv.core.typing import Array, Float
 from mukv.core.weights import load_weights, require_weights
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer, load_tokenizer
-from mukv.decode import Generation, Sampling, decoding_weights, generate
+from mukv.decode import Generation, Sampling, Sizes, decoding_weights, generate
 from mukv.evaluate import Evaluation, evaluate
+from mukv.footprint import require_bytes
 from mukv.hub import checkpoint
 from mukv.hub.chat import chat_text
 from mukv.hub.settings import read_json
 from mukv.model.base import LanguageModel
+from mukv.model.counting import cache_bytes
 from mukv.runs import RunDirectory
 from mukv.train import Trainer
 
@@ -124,8 +126,21 @@ class Model:
         compute = self.run.train.compute
         stop = self.ends if stop is None else stop
         cache = self.calibrated(policy)
+        self._require_room(prompts, max_tokens, policy)
         asked = prompts, max_tokens, sampling, stop, compute, show, *cache, ended
         return generate(self.decoder, self.decoding, *asked)
+
+    def _require_room(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, policy: Policy
+    ) -> None:
+        """Raise BadInput for a cache that takes more memory than is free."""
+        if max_tokens < 1:
+            return  # refused with all else by `generate`
+        compute = self.run.train.compute.resolve(self.decoder.vocab_size)
+        sizes = Sizes.plan(len(prompts), max(map(len, prompts), default=1), max_tokens)
+        room = sizes.batch, sizes.body, sizes.tail
+        taken = cache_bytes(self.decoder, *room, compute.type, policy)
+        require_bytes("the cache", taken, "max_tokens", max_tokens)
 
     @property
     def by_head(self) -> bool:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mukv.core.errors import BadInput, unknown_name
+from mukv.core.files import require_regular_file
+from mukv.core.numbers import INT32
 
 
 class Tracker(Protocol):
@@ -46,16 +48,29 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; a last line that a kill cut short is passed over."""
+    """The records of a metrics file, of finite numbers alone. What is no record is passed over: a
+    last line that a kill cut short, a step beyond 32 bits, a text where a number should be.
+
+    Raises BadInput for what is no regular file.
+    """
     if not path.exists():
         return
+    require_regular_file(path)
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # a number of 5,000 digits is no JSONDecodeError
             continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            yield record
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            continue
+        if 0 <= record["step"] <= INT32:
+            yield {name: value for name, value in record.items() if _number(value)}
+
+
+def _number(value: Any) -> bool:
+    if type(value) is int:
+        return abs(value) < 1 << 64
+    return type(value) is float and math.isfinite(value)
 
 
 class TensorBoard:

@@ -34,6 +34,7 @@ from mukv.core.yaml_text import read_yaml
 from mukv.data.build import default_corpus
 from mukv.data.feed import Feed, Origin, TextFeed
 from mukv.data.tokens import TokenFile, open_tokens
+from mukv.footprint import require_room
 from mukv.hub import checkpoint
 from mukv.launch import cache_folder
 from mukv.loop import Loop, Outcome
@@ -142,8 +143,11 @@ def _check_vocabulary(run: Run, needed: int, whose: str) -> None:
         raise BadInput("model.vocab_size", run.model.vocab_size, allowed)
 
 
-def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
-    """Train in `folder`, or continue what is there. Raises BadInput before compiling anything.
+def train(
+    run: Run, folder: RunDirectory, title: str = "training", ignore_memory: bool = False
+) -> Outcome:
+    """Train in `folder`, or continue what is there. Raises BadInput before compiling anything, but
+    for a step that takes more memory than is free, unless `ignore_memory`.
 
     A folder may be continued with other steps, evaluation, logging or mesh; with another model,
     data, seed or optimizer it is another run and is refused.
@@ -154,6 +158,8 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
     metrics.require(run.train.trackers)
     mesh = run.mesh.build()
     trainer = Trainer(run.model, run.train, mesh)
+    if not ignore_memory:
+        require_room(trainer)
     training = run.train
     common = {"seed": training.seed, "batch": training.batch, "length": training.length}
     # Until all have looked: what the first writes must not be taken for another run.

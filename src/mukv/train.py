@@ -75,7 +75,7 @@ class Trainer:
         self.declared = model.params()
         self.resolved = model.resolved(training.optimizer.family)
         self.optimizer = training.optimizer.transform(self.declared, self.resolved)
-        self._compiled_step = jax.jit(
+        self._step = self._compiled_step = jax.jit(
             self.update,
             donate_argnums=0,
             out_shardings=(self.shardings(), replicated(mesh)),
@@ -90,6 +90,15 @@ class Trainer:
             # the threads that the first needs to finish a collective: a deadlock.
             jax.block_until_ready(result)
         return result
+
+    def compile(self, batch: Any) -> Any:
+        """The compiled step for batches of these shapes, which `step` then takes.
+
+        batch: `jax.ShapeDtypeStruct` by field, with shardings.
+        """
+        with jax.set_mesh(self.mesh):
+            self._compiled_step = self._step.lower(self.abstract_state(), 0, batch).compile()
+        return self._compiled_step
 
     def abstract_state(self) -> State:
         """Shapes and shardings of the state, nothing allocated."""

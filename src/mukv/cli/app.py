@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from mukv import output
+from mukv.cli.typed import App
 from mukv.core.errors import BadInput
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

@@ -72,7 +72,7 @@ def bench(
     Example: `mukv bench tiny --tasks mqar,needle --lengths 128,256,512 --steps 300 --seeds 1`
     """
     launch.prepare()
-    from mukv import loaded, runs
+    from mukv import footprint, loaded, runs
     from mukv.bench import oracle as without_model
     from mukv.bench.examine import Settings
     from mukv.bench.run import test_model, try_configuration, with_facts
@@ -83,6 +83,9 @@ def bench(
     policy = Policy.parse(cache, where="--cache")
     settings = Settings(samples, seed, free, shots, policy)
     names = chosen(tasks, list(TASKS))
+    if lengths is not None:
+        longest = max(whole_numbers("--lengths", lengths))
+        footprint.require_bytes("their texts", 16 * samples * longest, "--lengths", longest)
     asked = with_facts({name: TASKS[name] for name in names}, facts)
     if (source is None) != oracle:
         raise BadInput("bench", source or "no model", "MODEL, CONFIG or --oracle: one of them")

@@ -103,8 +103,12 @@ def train(
         Path | None, typer.Option("--out", help="Run directory; default: runs/NAME-HASH.")
     ] = None,
     distributed: Annotated[
-        str | None, typer.Option(help="auto, or HOST:PORT,PROCESSES,NUMBER.")
+        str | None,
+        typer.Option(help="auto, or HOST:PORT,PROCESSES,NUMBER; waits up to 300 s."),
     ] = None,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Try a step that takes more than is free.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model, or continue a run.
@@ -114,14 +118,16 @@ def train(
     from mukv import config, notes, runs
 
     run, folder = runs.resolve(source, overrides or [], out)
-    launch.prepare(run.mesh.size, distributed)
-    if launch.speaks():
-        if not folder.exists:
-            tell(notes.of_defaults(config.given_or_empty(source, overrides or []), run))
-        tell(notes.of_run(run))
-        tell(notes.of_prolonging(run, folder))
-        Console(stderr=True).print(notes.of_feed(runs.open_feed(run)[1]), **PLAIN)
-    outcome = runs.train(run, folder, title=folder.path.name)
+    with launch.prepare(run.mesh.size, distributed, output.warn) as watch:
+        if watch is not None:
+            watch.checkpoints = folder.checkpoints
+        if launch.speaks():
+            if not folder.exists:
+                tell(notes.of_defaults(config.given_or_empty(source, overrides or []), run))
+            tell(notes.of_run(run))
+            tell(notes.of_prolonging(run, folder))
+            Console(stderr=True).print(notes.of_feed(runs.open_feed(run)[1]), **PLAIN)
+        outcome = runs.train(run, folder, title=folder.path.name, ignore_memory=ignore_memory)
     if not launch.speaks():
         return
     facts = runs.summary(outcome, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,3 +66,24 @@ def new_folder(path: Path) -> Iterator[Path]:
                 os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_regular_file(path: Path, where: str | None = None) -> Path:
+    """`path` itself. Raises BadInput unless it ends: a FIFO or a device could be read for ever.
+
+    where: what the error calls the path, if not by itself. Links are followed.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        given, reason = "no such file", str(error.strerror)
+    except (OSError, ValueError) as error:
+        given = reason = getattr(error, "strerror", None) or "a path that no file can have"
+    else:
+        if stat.S_ISREG(mode):
+            return path
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        given = reason = kinds.get(stat.S_IFMT(mode), "a device")
+    if where is None:
+        raise BadInput(str(path), given, "the path of a readable file is needed")
+    raise BadInput(where, str(path), f"a readable file ({reason})")

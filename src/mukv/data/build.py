@@ -108,10 +108,15 @@ def make_tokenizer(spec: str, read: Callable[[], Iterable[Piece]]) -> AnyTokeniz
     kind, _, size = spec.partition(":")
     if kind != "bpe" and Path(spec).exists():
         return load_tokenizer(Path(spec))
-    if kind != "bpe" or not size.isdecimal():
+    if kind != "bpe" or not (size.isdecimal() and size.isascii() and len(size) < 9):
         allowed = "bytes, bpe:SIZE such as bpe:8192, or the path of a tokenizer.json"
         raise BadInput("tokenizer", spec, allowed, nearest_name(spec, ["bytes", "bpe:8192"]))
-    return train_bpe((piece.data.decode() for piece in read()), int(size))
+    try:
+        return train_bpe((piece.data.decode() for piece in read()), int(size))
+    except BadInput as error:
+        if error.where != "vocab_size":
+            raise
+        raise BadInput("tokenizer", spec, error.allowed) from None
 
 
 @contextmanager
@@ -145,7 +150,7 @@ def _check_same(out: Path, stamp: str, overwrite: bool) -> None:
             raise _AlreadyThere
     if not overwrite:
         raise BadInput(
-            str(out), "a token file of other content", "another path, or overwrite to replace it"
+            str(out), "a token file of other content", "another path, or `overwrite` to replace it"
         )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mukv.core.errors import BadInput, nearest_name, unknown_name
+from mukv.core.files import require_regular_file
 
 TESTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 """Folders that are not the standard library itself."""
@@ -85,6 +86,7 @@ def binary_files(source: str) -> int:
 
 
 def _file(path: Path, field: str) -> Source:
+    require_regular_file(path)
     with telling_read_errors(str(path)):
         yield from FORMATS.get(path.suffix, _text)(path, field)
 

@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mukv.core.errors import BadInput
-from mukv.core.files import write_atomic
+from mukv.core.files import require_regular_file, write_atomic
 
 BEGIN = "<|begin|>"
 """Stands before every document; its id in the byte tokenizer is 256."""
@@ -252,6 +252,7 @@ def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
 def load_tokenizer(path: Path) -> AnyTokenizer:
     """From a tokenizer.json, or a folder with one. Raises BadInput."""
     path = path / "tokenizer.json" if path.is_dir() else path
+    require_regular_file(path, "tokenizer")
     try:
         if path.exists() and not path.is_file():
             raise BadInput("tokenizer", str(path), "a tokenizer.json, which is an ordinary file")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mukv.core.errors import BadInput
+from mukv.core.numbers import require_counts
 from mukv.core.params import LAYER, Param, map_params
 from mukv.core.typing import Array
 from mukv.scaling.updates import Moments, Optimizer, by_layer
@@ -35,8 +36,7 @@ class Muon(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.iterations < 1:
-            raise BadInput("iterations", self.iterations, "at least 1")
+        require_counts(self, "iterations", most=100)
         if self.rate <= 0:
             raise BadInput("rate", self.rate, "greater than 0")
 

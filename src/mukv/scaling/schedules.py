@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from mukv.core.errors import BadInput
+from mukv.core.numbers import INT32, require_counts
 from mukv.core.typing import Array, Float, Int
 
 Rate = Float[Array, ""]
@@ -35,8 +36,8 @@ class Schedule:
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise BadInput("warmup", self.warmup, "at least 0 steps")
+        if not 0 <= self.warmup <= INT32:
+            raise BadInput("warmup", self.warmup, f"at least 0 steps, at most {INT32:,}")
 
     def rate(self, step: Int[Array, ""], plan: Plan) -> Rate:
         """Of the update that follows `step` completed ones."""
@@ -146,8 +147,7 @@ class InverseSqrt(Prolongable):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reference < 1:
-            raise BadInput("reference", self.reference, "at least 1 step")
+        require_counts(self, "reference", unit="step")
 
     def stable(self, step: Int[Array, ""], plan: Plan) -> Rate:
         return plan.peak * jnp.sqrt(jnp.minimum(1.0, self.reference / jnp.maximum(step, 1)))
