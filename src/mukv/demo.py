@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mukv import config, loaded, runs
@@ -23,6 +22,7 @@ from mukv.core.params import count
 from mukv.decode import Sampling
 from mukv.describe import describe
 from mukv.figures import saved_figure
+from mukv.terminal import Console, styled
 
 PROMPT = "def __init__(self, "
 CONTINUATION = 160
@@ -63,7 +63,7 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
     for contestant in contestants:
         run = equal_size(contestant.preset, target, [f"train.steps={steps}"])
         folder = runs.RunDirectory(out / f"{contestant.preset}-{steps}")
-        console.print(f"[bold]{contestant.name}[/]: {contestant.words}")
+        console.print(styled((contestant.name, "bold"), f": {contestant.words}"))
         outcome = runs.train(run, folder, title=contestant.name)
         outcome.require_finished(folder.path)
         facts, model = describe(run), loaded.load(folder.path)
@@ -85,9 +85,9 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
     draw(rows, plot)
     write_atomic(table, json.dumps(rows, indent=2))
     show(rows, console)
-    console.print(f"plot:  {plot}\ntable: {table}", highlight=False, soft_wrap=True)
+    console.say(f"plot:  {plot}\ntable: {table}")
     for row in rows:
-        console.print(f"{row['name']:12} {row['run']}", highlight=False, soft_wrap=True)
+        console.say(f"{row['name']:12} {row['run']}")
     return {
         "rows": rows,
         "plot": str(plot),
@@ -134,8 +134,8 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         )
     console.print(table)
     for row in rows:
-        console.print(f"[bold]{row['name']}[/] continues [dim]{PROMPT}[/]")
-        console.print(row["continuation"], markup=False, highlight=False)
+        console.print(styled((row["name"], "bold"), " continues ", (PROMPT, "dim")))
+        console.print(row["continuation"])
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -7,13 +7,13 @@ from fractions import Fraction
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Column, Table
 
 from mukv.config import Run
 from mukv.core import params
 from mukv.core.mesh import specification
 from mukv.model.counting import cached, entry_bytes, flops_per_token
+from mukv.terminal import Console, styled
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -95,14 +95,17 @@ def weights(run: Run) -> list[dict[str, Any]]:
 def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     """The same for a person."""
     console.print(
-        f"parameters  [bold]{facts['parameters']:,}[/]\n"
-        f"training    [bold]{facts['flops_per_token']:,}[/] FLOPs per token at "
-        f"{run.train.length:,} tokens\n"
-        f"cache       [bold]{shown(facts['cache_bytes_per_token'])}[/] bytes per token and "
-        f"{facts['cache_bytes_constant']:,} besides ({facts['dtype']})"
+        styled(
+            *("parameters  ", (f"{facts['parameters']:,}", "bold"), "\n"),
+            *("training    ", (f"{facts['flops_per_token']:,}", "bold")),
+            f" FLOPs per token at {run.train.length:,} tokens\n",
+            *("cache       ", (shown(facts["cache_bytes_per_token"]), "bold")),
+            f" bytes per token and {facts['cache_bytes_constant']:,} bytes besides "
+            f"({facts['dtype']})",
+        )
     )
     for words in dict.fromkeys(layer["attention"] for layer in facts["layers"]):
-        console.print(f"attention   {words}", highlight=False)
+        console.print(f"attention   {words}")
     console.print()
     columns = ("layer", "attention", "position", "window", "reads", "core", "cached", "bytes/token")
     layers = Table(*columns, box=None, pad_edge=False)

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from mukv import launch, output
+from mukv import launch, output, terminal
 from mukv.cli import benching, converting, judging, looking, making, scaling, using
 from mukv.cli.app import app
 from mukv.core.errors import BadInput, Failed
@@ -32,6 +32,7 @@ __all__ = [
 def main() -> NoReturn:
     """Run the command line; every error that we know ends in one clear line."""
     launch.restart_with_allocator()
+    terminal.accept_any_name()
     try:
         code = app(prog_name="mukv", standalone_mode=False)
     except (BadInput, Failed) as error:

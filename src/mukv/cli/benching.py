@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from mukv import launch, output
 from mukv.cli.app import Json, Overrides, app, beside
 from mukv.core.errors import BadInput, unknown_name
+from mukv.terminal import Console
 
 TEXT_LENGTH = 1024
 """Tokens of the shortest text that a model is asked about, unless told otherwise: every task's
@@ -94,7 +94,7 @@ def bench(
         beside(source, "bench") if is_model(source) else Path("runs") / f"bench-{Path(source).stem}"
     )
     folder = out or folder
-    tell = Console(stderr=True, highlight=False).print
+    tell = Console(stderr=True).say
     if is_model(source):
         model = loaded.load(source)
         trained = model.run.data.task
@@ -189,4 +189,4 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
         )
     Console().print(table)
     if out is not None:
-        Console().print(f"answers and picture: {out}", highlight=False, soft_wrap=True)
+        Console().say(f"answers and picture: {out}")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mukv import launch, output
 from mukv.cli.app import Json, app, beside, exactly_one, note_unused_budget
 from mukv.core.errors import BadInput
+from mukv.terminal import Console
 
 if TYPE_CHECKING:
     from mukv.compress import Result
@@ -71,9 +71,9 @@ def compress(
         texts = inputs.rows_of_ids(tokens)
     rows = compress.rows_of(texts, length, samples, seed)
     inputs.check_ids(speaker, rows.tokens)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     count, read = rows.tokens.shape
-    console.print(f"[dim]{count} rows of {read:,} tokens[/]")
+    console.say(f"{count:,} rows of {read:,} tokens", "dim")
     results = compress.judge(speaker, rows, policies)
     folder = out or beside(model, "compress")
     files = compress.write(results, folder, f"{Path(model).name}, rows of {read} tokens")
@@ -83,7 +83,7 @@ def compress(
     else:
         show_results(results, Console())
         for path in files:
-            Console().print(str(path), highlight=False, soft_wrap=True)
+            Console().say(str(path))
 
 
 def numbers(text: str) -> list[float]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mukv import launch, output
 from mukv.cli.app import Json, ModelName, app
 from mukv.core.errors import BadInput, unknown_name
+from mukv.terminal import Console
 
 SAMPLES = 32
 
@@ -135,10 +135,10 @@ def analyze(
         for row in facts["calibration"]["read"]:
             table.add_row(f"{row['share']:.3g}", *(f"{row[name]:.3f}" for name in MEASURES))
         console.print(table)
-        console.print(f"centres: {facts['calibration']['path']}", highlight=False, soft_wrap=True)
+        console.say(f"centres: {facts['calibration']['path']}")
         if not speaker.by_head:
             output.warn("cache policies don't use them: entries are one set for all heads")
-    console.print(f"page: {folder / 'analysis.html'}", highlight=False, soft_wrap=True)
+    console.say(f"page: {folder / 'analysis.html'}")
 
 
 @app.command()
@@ -162,4 +162,4 @@ def report(
     if as_json:
         output.print_json(facts)
         return
-    Console().print(f"page: {out}", highlight=False, soft_wrap=True)
+    Console().say(f"page: {out}")

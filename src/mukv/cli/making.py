@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mukv import launch, output
 from mukv.cli.app import Json, Overrides, app
+from mukv.terminal import Console
 
 
 @app.command()
@@ -114,6 +114,6 @@ def train(
         + (f"{bits:.4f} bits per byte  " if bits is not None else "")
         + f"{outcome.tokens_per_second:,.0f} tokens/s"
     )
-    console.print(f"run: {folder.path}", highlight=False, soft_wrap=True)
+    console.say(f"run: {folder.path}")
     if not outcome.finished:
-        console.print(f"to continue: mukv train {folder.path}", highlight=False, soft_wrap=True)
+        console.say(f"to continue: mukv train {folder.path}")

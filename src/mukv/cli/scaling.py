@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mukv import launch, output
 from mukv.cli.app import Json, Overrides, app
 from mukv.core.errors import BadInput
+from mukv.terminal import Console, styled
 
 if TYPE_CHECKING:
     from mukv.config import Run
@@ -100,7 +100,7 @@ def _check(
         output.print_json({"slopes": rows, "passed": passed, "plot": str(plot)})
     else:
         show_slopes(slopes, Console())
-        Console().print(f"plot: {plot}", highlight=False, soft_wrap=True)
+        Console().say(f"plot: {plot}")
     return passed
 
 
@@ -133,7 +133,7 @@ def _search(
         output.print_json({**transfer.facts(search, found), "folder": str(folder)})
     else:
         show_transfer(found, Console())
-        Console().print(f"losses and plot: {folder}", highlight=False, soft_wrap=True)
+        Console().say(f"losses and plot: {folder}")
     return found.passed
 
 
@@ -219,7 +219,7 @@ def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
     table = Table("change of", *columns, box=None, pad_edge=False)
     for each in slopes:
         direction = "grows" if each.slope > 0 else "shrinks"
-        verdict = f"[bold red]{direction}{'' if each.sure else '?'}[/]"
+        verdict = styled((f"{direction}{'' if each.sure else '?'}", "bold red"))
         table.add_row(
             each.name,
             f"{each.slope:+.2f}",
@@ -229,10 +229,10 @@ def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
         )
     console.print(table)
     if not all(each.sure for each in slopes):
-        console.print(
-            "[dim]?: the interval reaches the limit; more --seeds, more --widths or a smaller "
-            "--learning-rate tell more[/]",
-            soft_wrap=True,
+        console.say(
+            "?: the interval reaches the limit; more --seeds, more --widths or a smaller "
+            "--learning-rate tell more",
+            "dim",
         )
 
 
@@ -247,12 +247,12 @@ def show_transfer(found: Transfer, console: Console) -> None:
             f"{each.loss:.4f}",
         )
     console.print(table)
-    verdict = "[bold green]transfers[/]" if found.passed else "[bold red]does not transfer[/]"
-    console.print(
+    verdict = ("transfers", "bold green") if found.passed else ("does not transfer", "bold red")
+    words = (
         f"drift {found.drift:+.2f} ({found.low:+.2f} to {found.high:+.2f}) octaves per octave of "
-        f"width; the narrowest one's rate costs the widest {found.gap:.3f} nats: {verdict}",
-        soft_wrap=True,
+        f"width; the narrowest one's rate costs the widest {found.gap:.3f} nats: "
     )
+    console.print(styled(words, verdict), soft_wrap=True)
 
 
 def show_sweep(results: dict[str, Any], names: Sequence[str], console: Console) -> None:
@@ -264,9 +264,7 @@ def show_sweep(results: dict[str, Any], names: Sequence[str], console: Console) 
         values = [f"{v:.4g}" if isinstance(v := row.get(n), float) else str(v) for n in names]
         table.add_row(*values, end, row["run"])
     console.print(table)
-    console.print(
+    console.say(
         f"{results['complete']} of {results['trials']} trials complete; all of them, with a plot: "
-        f"{results['study']}",
-        highlight=False,
-        soft_wrap=True,
+        f"{results['study']}"
     )

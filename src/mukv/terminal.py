@@ -1,0 +1,54 @@
+"""Consoles of the terminal library, made in one place: what is printed is shown as it is.
+
+By default the library reads `[x]` in a text as markup and `:x:` as a picture, so that a path may
+lose a part, or end a command. Styles are given as an argument or as `Text`.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import TextColumn
+from rich.text import Text
+
+from mukv.core.names import printable
+
+LINES = "\n\t"
+"""Control characters that a text may have; a name has none."""
+
+
+class Console(RichConsole):
+    """One that shows every text and every cell of a table letter by letter."""
+
+    def __init__(self, stderr: bool = False, quiet: bool = False, **options: Any) -> None:
+        """options: of rich's Console."""
+        fixed = {"markup": False, "emoji": False, "highlight": False}
+        super().__init__(stderr=stderr, quiet=quiet, **{**options, **fixed})
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text, keep=LINES), **options)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a line that is not broken, as paths must not be to be copied."""
+        self.print(text, style=style, soft_wrap=True)
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """A line of texts, some of them with a style: `styled("a ", ("b", "bold"))`."""
+    shown = (part if isinstance(part, tuple) else (part, "") for part in parts)
+    return Text.assemble(*((printable(text, keep=LINES), style) for text, style in shown))
+
+
+def column(field: str, style: str = "none") -> TextColumn:
+    """A column of a progress bar: of a field such as "task.description"."""
+    return TextColumn(f"{{{field}}}", style=style, markup=False)
+
+
+def accept_any_name() -> None:
+    """Let standard output escape what its encoding lacks, as standard error does, so that a name
+    that it can't show ends no command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
