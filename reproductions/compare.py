@@ -30,12 +30,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mukv import config
-from mukv.bench.picture import MARKERS
 from mukv.core.files import write_atomic
 from mukv.core.params import count
 from mukv.demo import equal_size
 from mukv.describe import describe
-from mukv.figures import saved_figure
+from mukv.figures import looks, saved_figure
 from mukv.metrics import read_metrics
 
 
@@ -264,11 +263,12 @@ def draw(best: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     """Loss by step, and at the end against the memory of a row as long as those of training."""
     with saved_figure(path, (10.5, 4.6), title) as figure:
         curves, front = figure.subplots(1, 2, width_ratios=(3, 2))
-        for number, (variant, row) in enumerate(best.items()):
-            look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
+        for look, (variant, row) in zip(looks(len(best)), best.items(), strict=True):
+            seeded = len(row["by_seed"]) > 1
             steps = sorted(row["curve"])
             curves.plot(steps, [row["curve"][step] for step in steps], label=variant, **look)
-            front.errorbar(row["row_bytes"], row["bits_per_byte"], row["deviation"], **look)
+            bar = row["deviation"] if seeded else None
+            front.errorbar(row["row_bytes"], row["bits_per_byte"], bar, **look)
         curves.set(xlabel="steps", ylabel="bits per byte, held-out text", xscale="log")
         length = next(iter(best.values()))["row_length"]
         front.set(

@@ -21,7 +21,7 @@ from mukv.core.files import write_atomic
 from mukv.core.params import count
 from mukv.decode import Sampling
 from mukv.describe import describe
-from mukv.figures import saved_figure
+from mukv.figures import labels, legend, looks, powers, saved_figure
 from mukv.terminal import Console, styled
 
 PROMPT = "def __init__(self, "
@@ -31,6 +31,10 @@ CONTEXT = 4096
 """Tokens that a decoding step looks back on where its speed is measured."""
 MEASURED, ROUNDS = 128, 3
 MLP_MULTIPLE = 8
+CAPTION = (
+    "Models of equal size that remember differently, one run each: quality and decoding speed "
+    "against cache bytes per token."
+)
 
 
 @dataclass(frozen=True)
@@ -148,16 +152,15 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             "Speed (up and left is better)",
         ),
     )
-    markers = "osD^vP"
-    with saved_figure(path, (10, 4.4)) as figure:
+    with saved_figure(path, (10, 4.4), caption=CAPTION) as figure:
         left, right = figure.subplots(1, 2)
+        names = labels(row["name"] for row in rows)
         for axes, (key, label, title) in zip((left, right), panels, strict=True):
-            for row, marker in zip(rows, markers, strict=False):
-                point = row["cache_bytes_per_token"], row[key]
-                axes.scatter(*point, s=70, marker=marker, zorder=3, label=row["name"], alpha=0.85)
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            for row, name, look in zip(rows, names, looks(len(rows)), strict=True):
+                point = {"color": look["color"], "marker": look["marker"], "label": name}
+                axes.scatter(row["cache_bytes_per_token"], row[key], s=70, zorder=3, **point)
+            powers(axes.xaxis, [row["cache_bytes_per_token"] for row in rows])
             axes.margins(0.2)
             axes.grid(alpha=0.3, zorder=0)
             axes.set(xlabel="cache bytes per token", ylabel=label, title=title)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        legend(figure, left, "one run each (one seed)")
