@@ -26,6 +26,8 @@ CAPTION = "Description"
 LETTERS_PER_INCH = 12
 MOST_TICKS = 9
 LEGEND_SIZE, ROW_INCHES = 8, 0.19
+ALIKE, APART = 1.01, 1.2
+"""Ratios of values that share a tick, and of ticks whose labels do not touch."""
 
 
 @contextmanager
@@ -94,40 +96,42 @@ def legend(figure: Any, axes: Any, title: str | None = None) -> None:
     columns = max(1, min(len(names), int(letters / (max(map(len, names)) + 6))))
     rows = -(-len(names) // columns) + bool(title)
     figure.set_figheight(figure.get_figheight() + ROW_INCHES * rows)
-    where = {"loc": "outside lower center", "ncols": columns, "fontsize": LEGEND_SIZE}
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+    where |= {"fontsize": LEGEND_SIZE, "title_fontsize": LEGEND_SIZE}
     figure.legend(handles, names, title=title and shortened(title), **where)
 
 
 def powers(axis: Any, values: Sequence[float], unit: float = 1) -> None:
-    """A logarithmic axis that counts in powers of two, with a tick at each of a few values.
+    """A logarithmic axis that counts in powers of two.
 
-    values: what is drawn, all greater than 0. unit: what one of the numbers shown stands for.
+    values: what is drawn, all greater than 0: ticks stand there where they are few and apart, else
+    at powers. unit: what one of the numbers shown stands for.
     """
     from matplotlib.ticker import FixedLocator, NullLocator
 
     found = sorted({float(value) for value in values if value > 0})
     if not found:
         return
-    _scale(axis, 2)
-    while len(found) > MOST_TICKS:
-        found = found[::-2][::-1]
-    axis.set_major_locator(FixedLocator(found))
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log", base=2)
+    ticks = [at for at, after in pairwise([*found, np.inf]) if after / at > ALIKE]
+    near = any(after / at < APART for at, after in pairwise(ticks))
+    if near or len(ticks) > MOST_TICKS or found[0] < 1:
+        low, high = int(np.floor(np.log2(found[0]))), int(np.ceil(np.log2(found[-1])))
+        step = 1 + (high - low) // MOST_TICKS
+        ticks = [2.0**power for power in range(high, low - 1, -step)][::-1]
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: _number(value / unit))
-    if len(found) == 1:
-        limits = (found[0] / 2, found[0] * 2)
+    if found[-1] / found[0] < ALIKE:
+        limits = (found[0] / 2, found[-1] * 2)
         (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(limits)
-
-
-def _scale(axis: Any, base: int) -> None:
-    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log", base=base)
 
 
 def _number(value: float) -> str:
     """A tick: 16,384 or 0.003 or 1e-07."""
     if value and (abs(value) < 1e-4 or abs(value) >= 1e9):
         return f"{value:.3g}"
-    return f"{value:,.0f}" if value == round(value) else f"{value:,.5g}"
+    return f"{value:,.0f}" if value == round(value) or value > 32 else f"{value:,.4g}"
 
 
 def _tidy(figure: Any) -> None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from mukv.core.errors import BadInput, unknown_name
+
+LONGEST_LINE, MOST_STEPS = 1 << 20, 1 << 53
+"""Characters of a line, and steps, of a metrics file that are believed."""
+LeftOut = Callable[[int, str], None]
 
 
 class Tracker(Protocol):
@@ -45,17 +49,51 @@ class MetricsFile:
         self.file.close()
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; a last line that a kill cut short is passed over."""
-    if not path.exists():
+def read_metrics(path: Path, left_out: LeftOut | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file: a step from 0 to 2**53, and the values that are numbers.
+
+    Whatever else stands there is passed over, such as a last line that a kill cut short, or text
+    in place of a loss. left_out: called with the number of such a line and the reason.
+    """
+    tell = left_out or (lambda number, why: None)
+    if not path.is_file():
+        if path.exists():
+            tell(0, "no regular file")
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            yield record
+    with path.open(encoding="utf-8", errors="replace") as file:
+        number, whole = 0, True
+        while line := file.readline(LONGEST_LINE):
+            began, whole = whole, line.endswith("\n")
+            number += began
+            if not began or not line.strip():
+                continue
+            if not whole and len(line) >= LONGEST_LINE:
+                tell(number, "a line that is too long")
+                continue
+            record = _parsed(line)
+            if record is None:
+                tell(number, "not what a run writes: an object with a step")
+                continue
+            numbers = {key: value for key, value in record.items() if _is_finite(value)}
+            for key in record.keys() - numbers.keys():
+                tell(number, f"{key[:40]} is no finite number")
+            yield numbers
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError of its own
+        return None
+    fits = isinstance(record, dict) and type(record.get("step")) is int
+    return record if fits and 0 <= record["step"] <= MOST_STEPS else None
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 class TensorBoard:

@@ -276,7 +276,9 @@ def draw(search: Search, found: Transfer, path: Path, title: str) -> None:
             left.errorbar(tried, means, spread, capsize=2, ms=4, label=f"{width}", **look)
             left.plot(optimum.rate, optimum.loss, "*", ms=12, color=look["color"])
         finite = [optimum.loss for optimum in found.optima.values()]
-        left.set_ylim(min(finite) - 0.05, max(finite) + 1.2)
+        low, high = min(finite) - 0.1, max(finite) + 1.2
+        near = [rate for (_, rate, _), loss in search.losses.items() if loss <= high]
+        left.set(ylim=(low, high), xlim=(min(near) - 0.5, max(near) + 0.5))
         left.set(xlabel="log2 of the learning rate", ylabel="validation loss, nats per token")
         widths = np.log2(list(found.optima))
         rates = np.array([optimum.rate for optimum in found.optima.values()])

@@ -166,6 +166,8 @@ def texts(found: Mapping[str, Sequence[Sparsity]], path: Path) -> str:
 
 def clusters(layers: Sequence[Prediction], path: Path) -> str:
     """What clusters capture of the mass, how well they name what is needed, how even they are."""
+    from matplotlib.ticker import MaxNLocator
+
     eighth = READS.index(1 / 8)
     caption = (
         "Entries are read cluster by cluster. Grey: as many entries, chosen by their weights "
@@ -190,6 +192,7 @@ def clusters(layers: Sequence[Prediction], path: Path) -> str:
         heat(figure, middle, padded([x.f1[:, eighth] for x in layers]), "F1 at 1/8 read", (0, 1))
         middle.set(xlabel="head", ylabel="layer")
         right.set(yscale="log", xlabel="cluster, largest first", ylabel="share of the entries")
+        right.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         right.set_title("sizes", fontsize=9)
         for axes in (left, right):
             axes.grid(alpha=0.3)

@@ -14,6 +14,10 @@ CAPTION = (
 )
 
 
+ASIDE = 0.03
+"""Octaves of length between neighbouring series."""
+
+
 def draw(rows: Sequence[Mapping[str, Any]], path: Path, series: str = "task") -> None:
     """Exact match by length (left) and against cache bytes per token (right).
 
@@ -22,11 +26,14 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, series: str = "task") ->
     names = list(dict.fromkeys(str(row[series]) for row in rows))
     with saved_figure(path, (10, 4.4), caption=CAPTION) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        for name, label, look in zip(names, labels(names), looks(len(names)), strict=True):
+        series_of = zip(names, labels(names), looks(len(names)), strict=True)
+        for number, (name, label, look) in enumerate(series_of):
             own = sorted(
                 (row for row in rows if str(row[series]) == name), key=lambda row: row["length"]
             )
-            lengths = [row["length"] for row in own]
+            # Beside one another, so that equal scores do not hide each other.
+            aside = 2 ** (ASIDE * (number - (len(names) - 1) / 2))
+            lengths = [row["length"] * aside for row in own]
             scores = [row["exact_match"] for row in own]
             bars = _bars(own)
             left.errorbar(lengths, scores, bars, label=label, ms=5, capsize=2, elinewidth=1, **look)
