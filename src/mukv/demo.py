@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from mukv import config, loaded, runs
 from mukv.config import Run
 from mukv.core.files import write_atomic
@@ -22,7 +20,7 @@ from mukv.core.params import count
 from mukv.decode import Sampling
 from mukv.describe import describe
 from mukv.figures import labels, legend, looks, powers, saved_figure
-from mukv.terminal import Console, styled
+from mukv.terminal import Console, styled, table
 
 PROMPT = "def __init__(self, "
 CONTINUATION = 160
@@ -85,17 +83,17 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
                 "continuation": model.tokenizer.decode(made.tokens[0]),
             }
         )
-    plot, table = out / "quality-against-memory.png", out / "results.json"
+    plot, results = out / "quality-against-memory.png", out / "results.json"
     draw(rows, plot)
-    write_atomic(table, json.dumps(rows, indent=2))
+    write_atomic(results, json.dumps(rows, indent=2))
     show(rows, console)
-    console.say(f"plot:  {plot}\ntable: {table}")
+    console.say(f"plot:  {plot}\ntable: {results}")
     for row in rows:
         console.say(f"{row['name']:12} {row['run']}")
     return {
         "rows": rows,
         "plot": str(plot),
-        "table": str(table),
+        "table": str(results),
         "runs": [row["run"] for row in rows],
     }
 
@@ -124,19 +122,20 @@ def decoding_speed(run: Run, model: loaded.Model) -> float:
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The comparison, and a continuation from each."""
-    columns = ("parameters", "MLP width", "cache bytes/token", "bits/byte", "decoding tokens/s")
-    table = Table("", *columns, caption=f"decoding after {CONTEXT:,} tokens")
+    numbers = ("parameters", "MLP width", "cache\nbytes/token", "held-out\nbits/byte")
+    words = f"one run each (one seed); decoding after {CONTEXT:,} tokens"
+    shown = table(("variant",), (*numbers, "decoding\ntokens/s"), caption=words)
     for row in rows:
         difference = row["parameters"] / rows[0]["parameters"] - 1
-        table.add_row(
+        shown.add_row(
             row["name"],
             f"{row['parameters']:,} ({difference:+.1%})",
             f"{row['mlp_hidden']}",
-            f"{row['cache_bytes_per_token']:,}",
+            f"{row['cache_bytes_per_token']:,.0f}",
             f"{row['bits_per_byte']:.3f}",
             f"{row['decoding_tokens_per_second']:,.0f}",
         )
-    console.print(table)
+    console.print(shown)
     for row in rows:
         console.print(styled((row["name"], "bold"), " continues ", (PROMPT, "dim")))
         console.print(row["continuation"])

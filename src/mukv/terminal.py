@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import TextColumn
+from rich.table import Table
 from rich.text import Text
 
 from mukv.core.names import printable
@@ -40,6 +42,21 @@ def styled(*parts: str | tuple[str, str]) -> Text:
     """A line of texts, some of them with a style: `styled("a ", ("b", "bold"))`."""
     shown = (part if isinstance(part, tuple) else (part, "") for part in parts)
     return Text.assemble(*((printable(text, keep=LINES), style) for text, style in shown))
+
+
+def table(
+    text: Sequence[str],
+    numbers: Sequence[str],
+    title: str | None = None,
+    caption: str | None = None,
+) -> Table:
+    """A table without lines: columns of text at the left, of numbers at the right. None is cut."""
+    found = Table(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in text:
+        found.add_column(name, overflow="fold")
+    for name in numbers:
+        found.add_column(name, justify="right", overflow="fold")
+    return found
 
 
 def column(field: str, style: str = "none") -> TextColumn:

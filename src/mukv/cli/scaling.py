@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from mukv import launch, output
 from mukv.cli.app import Json, Overrides, app
 from mukv.core.errors import BadInput
-from mukv.terminal import Console, styled
+from mukv.core.names import even
+from mukv.terminal import Console, styled, table
 
 if TYPE_CHECKING:
     from mukv.config import Run
@@ -215,19 +215,19 @@ def parse_widths(text: str) -> list[int]:
 
 def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
     """A verdict for each activation."""
-    columns = ("slope", "interval", "limit", "verdict")
-    table = Table("change of", *columns, box=None, pad_edge=False)
+    numbers = ("slope, octaves\nper octave", "interval", "limit", "verdict")
+    shown = table(("change of",), numbers)
     for each in slopes:
         direction = "grows" if each.slope > 0 else "shrinks"
         verdict = styled((f"{direction}{'' if each.sure else '?'}", "bold red"))
-        table.add_row(
+        shown.add_row(
             each.name,
             f"{each.slope:+.2f}",
             f"{each.low:+.2f} to {each.high:+.2f}",
             f"{each.limit:.2f}",
             "flat" if each.passed else verdict,
         )
-    console.print(table)
+    console.print(shown)
     if not all(each.sure for each in slopes):
         console.say(
             "?: the interval reaches the limit; more --seeds, more --widths or a smaller "
@@ -238,15 +238,15 @@ def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
 
 def show_transfer(found: Transfer, console: Console) -> None:
     """The optimum of each width, and the verdict."""
-    table = Table("width", "best learning rate", "interval", "loss", box=None, pad_edge=False)
+    numbers = ("best learning rate", "interval", "validation loss,\nnats/token")
+    shown = table(("width",), (*numbers, ""))
+    ends = [end for each in found.optima.values() for end in (each.rate, each.low, each.high)]
+    rates = iter(even([2**end for end in ends]))
     for width, each in found.optima.items():
-        table.add_row(
-            str(width),
-            f"{2**each.rate:.3g}" + ("" if each.inside else " (at the edge)"),
-            f"{2**each.low:.3g} to {2**each.high:.3g}",
-            f"{each.loss:.4f}",
-        )
-    console.print(table)
+        rate, low, high = next(rates), next(rates), next(rates)
+        edge = "" if each.inside else "at the edge"
+        shown.add_row(f"{width:,}", rate, f"{low} to {high}", f"{each.loss:.4f}", edge)
+    console.print(shown)
     verdict = ("transfers", "bold green") if found.passed else ("does not transfer", "bold red")
     words = (
         f"drift {found.drift:+.2f} ({found.low:+.2f} to {found.high:+.2f}) octaves per octave of "
@@ -257,14 +257,22 @@ def show_transfer(found: Transfer, console: Console) -> None:
 
 def show_sweep(results: dict[str, Any], names: Sequence[str], console: Console) -> None:
     """The best trials."""
-    table = Table(*names, "validation loss", "run", box=None, pad_edge=False)
-    for row in results["rows"][:10]:
+    shown = table((*names, "validation loss,\nnats/token", "run"), ())
+    best = results["rows"][:10]
+    values = zip(*(_cells([row.get(name) for row in best]) for name in names), strict=True)
+    for row, cells in zip(best, values, strict=True):
         loss = row["validation_loss"]
         end = f"{loss:.4f}" if loss is not None else str(row["reason"] or row["state"])
-        values = [f"{v:.4g}" if isinstance(v := row.get(n), float) else str(v) for n in names]
-        table.add_row(*values, end, row["run"])
-    console.print(table)
+        shown.add_row(*cells, end, row["run"])
+    console.print(shown)
     console.say(
         f"{results['complete']} of {results['trials']} trials complete; all of them, with a plot: "
         f"{results['study']}"
     )
+
+
+def _cells(values: Sequence[Any]) -> list[str]:
+    """Numbers with the same digits, anything else as it is."""
+    if all(type(value) in (int, float) for value in values):
+        return even(values)
+    return [str(value) for value in values]
