@@ -28,7 +28,7 @@ from mukv.core.files import write_atomic
 from mukv.core.linear import project
 from mukv.core.mesh import MeshShape
 from mukv.data.batches import Batches
-from mukv.figures import saved_figure
+from mukv.figures import legend, saved_figure
 from mukv.loop import validation_metrics
 from mukv.model import Concept, LanguageModel
 from mukv.model.base import Reading
@@ -163,15 +163,16 @@ def draw(found: dict[str, Any], path: Path) -> None:
             if name != "sound":
                 axes.annotate(f" {worse:+.3f}", (max(row["by_seed"]), place), va="center")
             if row["as_trained"] != row["bits_per_byte"]:
-                axes.plot(row["as_trained"], place, "rx", label="what training saw")
+                first = not axes.get_legend_handles_labels()[0]
+                word = "what training saw" if first else None
+                axes.plot(row["as_trained"], place, "rx", label=word)
         axes.set_yticks(range(len(found)), list(found))
         axes.invert_yaxis()
         every = [bits for row in found.values() for bits in (*row["by_seed"], row["as_trained"])]
         axes.set_xlim(min(every) - 0.1, max(every) + 0.1)
         axes.set(xlabel="bits per byte of held-out text (points: seeds)")
         axes.grid(axis="x", alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(*(part[:1] for part in axes.get_legend_handles_labels()), loc="lower right")
+        legend(figure, axes)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from mukv.core.compute import Compute
 from mukv.core.files import write_atomic
 from mukv.core.params import initialise
 from mukv.decode import decoding_weights
-from mukv.figures import saved_figure
+from mukv.figures import legend, saved_figure
 from mukv.model import Concept, LanguageModel
 
 HERE = Path(__file__).parent
@@ -106,7 +106,7 @@ def main() -> None:
             axes.set_xticks(CONTEXTS, [f"{context // 1024}k" for context in CONTEXTS])
             axes.minorticks_off()
             axes.grid(alpha=0.3)
-            axes.legend()
+        legend(figure, figure.axes[0])
 
 
 if __name__ == "__main__":

@@ -142,26 +142,24 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(best: dict[str, Any], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Wrong answers by length: mean over seeds, and their range where there are some."""
+    from mukv.figures import legend, looks, powers, saved_figure
 
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for position, row in best.items():
-        lengths = [int(length) for length in row["wrong"]]
-        means = [100 * statistics.mean(wrong) for wrong in row["wrong"].values()]
-        axes.plot(lengths, means, marker="o", label=position)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set(
-        xlabel="length of the program (training: 64)",
-        ylabel="wrong answers, %",
-        title="Counting the increments of one of three variables",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    title = "Counting the increments of one of three variables"
+    with saved_figure(path, (6.4, 4), title) as figure:
+        axes = figure.subplots()
+        for look, (position, row) in zip(looks(len(best)), best.items(), strict=True):
+            lengths = [int(length) for length in row["wrong"]]
+            seeds = [[100 * share for share in wrong] for wrong in row["wrong"].values()]
+            means = [statistics.mean(each) for each in seeds]
+            low = [mean - min(each) for mean, each in zip(means, seeds, strict=True)]
+            high = [max(each) - mean for mean, each in zip(means, seeds, strict=True)]
+            bars = (low, high) if len(seeds[0]) > 1 else None
+            axes.errorbar(lengths, means, bars, capsize=2, label=position, **look)
+        powers(axes.xaxis, lengths)
+        axes.set(xlabel="length of the program (training: 64)", ylabel="wrong answers, %")
+        axes.grid(alpha=0.3)
+        legend(figure, axes)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mukv import config, launch, runs, transfer
 from mukv.core.files import write_atomic
-from mukv.figures import saved_figure
+from mukv.figures import legend, saved_figure
 from mukv.scaling.parameterization import Constants
 
 HERE = Path(__file__).parent
@@ -99,7 +99,7 @@ def draw(found: dict[str, tuple[transfer.Search, transfer.Transfer]]) -> None:
             axes.grid(alpha=0.3)
         lowest = min(o.loss for _, each in found.values() for o in each.optima.values())
         panels[0].set(ylabel="validation loss, nats per token", ylim=(lowest - 0.05, lowest + 0.6))
-        max(panels, key=lambda axes: len(axes.lines)).legend(title="width")
+        legend(figure, max(panels, key=lambda axes: len(axes.lines)), "width")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from mukv.analysis.clusters import MEASURES, READS, Prediction, judge
 from mukv.analysis.samples import batched, even, halves
 from mukv.cache.centres import KINDS
 from mukv.core.files import write_atomic
-from mukv.figures import saved_figure
+from mukv.figures import legend, saved_figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -108,11 +108,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.plot(READS, first["largest"], color="black", lw=1, label="the largest weights")
             axes.plot(READS, first["latest"], color="black", lw=1, ls=":", label="the latest")
             axes.set(xscale="log", xlabel="share of entries read", title=subject, ylim=(0, 1))
-            axes.xaxis.set_minor_formatter("")
+            axes.minorticks_off()
             axes.set_xticks(READS, [f"1/{round(1 / share)}" for share in READS])
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("attention mass captured")
-        panels[0].legend(fontsize=7, handlelength=4)
+        legend(figure, panels[0])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from mukv import launch
 from mukv.analysis import study
 from mukv.analysis.sparsity import MASSES, SHARES, Sparsity
 from mukv.core.files import write_atomic
-from mukv.figures import saved_figure
+from mukv.figures import legend, saved_figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -81,7 +81,6 @@ def draw(found: dict[str, dict[str, list[Sparsity]]], path: Path) -> None:
                 right.scatter(np.concatenate(lost), np.concatenate(error), s=10, alpha=0.6)
             left.set(xscale="log", xlabel="largest weights", ylabel="mass", ylim=(0, 1.02))
             left.set_title(f"{name}\nsorted mass: mean, and the worst query (dotted)", fontsize=9)
-            left.legend(fontsize=8)
             middle.set(xscale="log", yscale="log", xlabel="context", ylabel="entries")
             middle.set_title("entries for 95 % of the mass", fontsize=9)
             right.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
@@ -90,6 +89,7 @@ def draw(found: dict[str, dict[str, list[Sparsity]]], path: Path) -> None:
             right.set_title(f"V read for the largest {shares}", fontsize=9)
             for axes in (left, middle, right):
                 axes.grid(alpha=0.3)
+        legend(figure, rows[0][0])
 
 
 if __name__ == "__main__":

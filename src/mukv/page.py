@@ -16,11 +16,11 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: 1.5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #8883; text-align: right; }
 th:first-child, td:first-child, td.text { text-align: left; }
-caption { caption-side: bottom; text-align: left; color: #888; }
+caption { caption-side: bottom; text-align: left; padding: 0.4rem 0; color: #888; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 figcaption, .note { color: #888; font-size: 0.9rem; }

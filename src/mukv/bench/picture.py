@@ -37,7 +37,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, series: str = "task") ->
             scores = [row["exact_match"] for row in own]
             bars = _bars(own)
             left.errorbar(lengths, scores, bars, label=label, ms=5, capsize=2, elinewidth=1, **look)
-            bytes_each = [row["cache_bytes_per_token"] for row in own]
+            bytes_each = [row["cache_bytes_per_token"] * aside for row in own]
             faint = {"color": look["color"], "alpha": 0.4}
             right.errorbar(bytes_each, scores, bars, elinewidth=1, **faint)
             for place, (x, y) in enumerate(zip(bytes_each, scores, strict=True)):

@@ -22,6 +22,8 @@ would have to be for all before it is cut."""
 def curves(runs: Sequence[Told], path: Path) -> str | None:
     """What training logged, by step: a panel of nats per token for runs with the same tokens, and
     one of bits per byte for all."""
+    from matplotlib.ticker import MaxNLocator
+
     panels: list[tuple[str, str, list[Told]]] = []
     with_loss = [run for run in runs if run.curves["loss"]]
     groups: dict[str, list[Told]] = {}
@@ -50,6 +52,7 @@ def curves(runs: Sequence[Told], path: Path) -> str | None:
                 axes.plot(steps, values, **look)
             cut |= _clip(axes, [_points(run.curves[key]) for run in group])
             axes.set(xlabel="step", ylabel=units[key])
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
             axes.set_title(title, fontsize=9)
             axes.grid(alpha=0.3)
         all_drawn = {run.name for _, _, group in panels for run in group}
