@@ -26,11 +26,10 @@ from rich.table import Table
 
 from mukv import config, launch
 from mukv.bench.examine import Settings
-from mukv.bench.picture import MARKERS
 from mukv.bench.trial import Trial
 from mukv.core import schema
 from mukv.core.files import write_atomic
-from mukv.figures import saved_figure
+from mukv.figures import looks, saved_figure
 from mukv.tasks import AnyTask
 
 
@@ -127,9 +126,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panels = figure.subplots(2, len(tasks), squeeze=False, sharey=True)
         for column, task in enumerate(tasks):
             above, below = panels[:, column]
-            for number, variant in enumerate(variants):
+            for variant, series in zip(variants, looks(len(variants)), strict=True):
                 own = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
-                look = {"marker": MARKERS[number], "color": f"C{number}", "label": variant}
+                look = {key: series[key] for key in ("color", "marker")} | {"label": variant}
                 lengths, scores = ([row[k] for row in own] for k in ("length", "exact_match"))
                 above.plot(lengths, scores, ms=5, **look)
                 # Beside each other, so that every range can be seen.

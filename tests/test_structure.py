@@ -15,8 +15,9 @@ import mukv
 SOURCE = Path(mukv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
-    {"core", "figures", "heartbeat"},
-    {"data", "page", "position", "scaling"},
+    {"core", "heartbeat"},
+    {"figures", "position", "scaling", "terminal"},
+    {"data", "page"},
     {"attention", "tasks"},
     {"cache"},
     {"model", "training"},

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from mukv.core.errors import BadInput, unknown_name
-from mukv.core.files import require_regular_file
 from mukv.core.numbers import INT32
+
+LONGEST_LINE, MOST_STEPS = 1 << 20, INT32
+"""Characters of a line, and steps, of a metrics file that are believed."""
+LeftOut = Callable[[int, str], None]
 
 
 class Tracker(Protocol):
@@ -47,30 +50,51 @@ class MetricsFile:
         self.file.close()
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file, of finite numbers alone. What is no record is passed over: a
-    last line that a kill cut short, a step beyond 32 bits, a text where a number should be.
+def read_metrics(path: Path, left_out: LeftOut | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file: a step of 32 bits, and the values that are numbers.
 
-    Raises BadInput for what is no regular file.
+    Whatever else stands there is passed over, such as a last line that a kill cut short, or text
+    in place of a loss. left_out: called with the number of such a line and the reason.
     """
-    if not path.exists():
+    tell = left_out or (lambda number, why: None)
+    if not path.is_file():
+        if path.exists():
+            tell(0, "no regular file")
         return
-    require_regular_file(path)
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # a number of 5,000 digits is no JSONDecodeError
-            continue
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            continue
-        if 0 <= record["step"] <= INT32:
-            yield {name: value for name, value in record.items() if _number(value)}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        number, whole = 0, True
+        while line := file.readline(LONGEST_LINE):
+            began, whole = whole, line.endswith("\n")
+            number += began
+            if not began or not line.strip():
+                continue
+            if not whole and len(line) >= LONGEST_LINE:
+                tell(number, "a line that is too long")
+                continue
+            record = _parsed(line)
+            if record is None:
+                tell(number, "not what a run writes: an object with a step")
+                continue
+            numbers = {key: value for key, value in record.items() if _is_finite(value)}
+            for key in record.keys() - numbers.keys():
+                tell(number, f"{key[:40]} is no finite number")
+            yield numbers
 
 
-def _number(value: Any) -> bool:
-    if type(value) is int:
-        return abs(value) < 1 << 64
-    return type(value) is float and math.isfinite(value)
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError of its own
+        return None
+    fits = isinstance(record, dict) and type(record.get("step")) is int
+    return record if fits and 0 <= record["step"] <= MOST_STEPS else None
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 class TensorBoard:

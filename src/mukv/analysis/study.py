@@ -111,7 +111,10 @@ COLUMNS = (
     *(f"error at top {share:.0%}" for share in SHARES),
     *PARTS,
 )
-SHORT = ("layer", "80 %", "95 %", "99 %", "mass", "error", *PARTS)
+SHORT = (
+    *("layer", "entries\nfor 80 %", "entries\nfor 95 %", "entries\nfor 99 %"),
+    *("mass of\ntop 10 %", "error at\ntop 10 %", "mass on\nsinks", "mass\nnear", "mean\ndistance"),
+)
 """Of a terminal: entries for a mass, mass and error of the largest tenth."""
 
 
@@ -121,7 +124,8 @@ def summary(layer: Sparsity) -> list[str]:
     needed = [f"{value:.1f}" for value in layer.needed["mean"][:, last].mean(axis=0)]
     top = [f"{value:.3f}" for value in layer.top[:, last].mean(axis=0)]
     error = [f"{value:.3f}" for value in layer.error[:, last].mean(axis=0)]
-    parts = [f"{getattr(layer, name)[:, last].mean():.3g}" for name in PARTS]
+    forms = {"distance": ",.1f"}
+    parts = [f"{getattr(layer, n)[:, last].mean():{forms.get(n, '.3f')}}" for n in PARTS]
     return [f"{layer.layer}", *needed, *top, *error, *parts]
 
 

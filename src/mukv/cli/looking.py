@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from mukv import launch, output
 from mukv.cli.app import Json, ModelName, app, tell
 from mukv.core.errors import BadInput, unknown_name
+from mukv.terminal import Console, table
 
 SAMPLES = 32
 
@@ -126,20 +125,23 @@ def analyze(
         return
     console = Console()
     for name, layers in found.items():
-        caption = "entries that hold a share of the mass; the largest tenth's mass and output error"
-        table = Table(*study.SHORT, title=name, caption=caption, box=None)
+        caption = (
+            "entries that hold a share of the mass; mass of the largest tenth of the weights, and "
+            "relative error of the output with them alone; distance: in tokens"
+        )
+        shown = table(("layer",), study.SHORT[1:], f"text: {name}", caption)
         for layer in layers:
-            table.add_row(*study.short(layer))
-        console.print(table)
+            shown.add_row(*study.short(layer))
+        console.print(shown)
     if calibrate is not None:
-        table = Table("read", *MEASURES, title=f"clusters: {calibrate}", box=None)
+        shown = table(("share read",), MEASURES, f"clusters: {calibrate}", "shares of 1")
         for row in facts["calibration"]["read"]:
-            table.add_row(f"{row['share']:.3g}", *(f"{row[name]:.3f}" for name in MEASURES))
-        console.print(table)
-        console.print(f"centres: {facts['calibration']['path']}", highlight=False, soft_wrap=True)
+            shown.add_row(f"{row['share']:.4f}", *(f"{row[name]:.3f}" for name in MEASURES))
+        console.print(shown)
+        console.say(f"centres: {facts['calibration']['path']}")
         if not speaker.by_head:
             output.warn("cache policies don't use them: entries are one set for all heads")
-    console.print(f"page: {folder / 'analysis.html'}", highlight=False, soft_wrap=True)
+    console.say(f"page: {folder / 'analysis.html'}")
 
 
 @app.command()
@@ -163,4 +165,6 @@ def report(
     if as_json:
         output.print_json(facts)
         return
-    Console().print(f"page: {out}", highlight=False, soft_wrap=True)
+    if facts["left_out"]:
+        output.warn(f"left out: {len(facts['left_out']):,}; the page ends with what, and why")
+    Console().say(f"page: {out}")

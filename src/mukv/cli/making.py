@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from mukv import launch, output
 from mukv.cli.app import Json, Overrides, app, tell
+from mukv.terminal import Console
 
 if TYPE_CHECKING:
     from mukv.loop import Outcome
-
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
-"""How lines with names that a user chose are printed: as they are."""
 
 
 @app.command()
@@ -126,7 +123,7 @@ def train(
                 tell(notes.of_defaults(config.given_or_empty(source, overrides or []), run))
             tell(notes.of_run(run))
             tell(notes.of_prolonging(run, folder))
-            Console(stderr=True).print(notes.of_feed(runs.open_feed(run)[1]), **PLAIN)
+            Console(stderr=True).say(notes.of_feed(runs.open_feed(run)[1]))
         outcome = runs.train(run, folder, title=folder.path.name, ignore_memory=ignore_memory)
     if not launch.speaks():
         return
@@ -136,10 +133,10 @@ def train(
         return
     console = Console()
     for line in ending(outcome):
-        console.print(line, **PLAIN)
-    console.print(f"run: {folder.path}", **PLAIN)
+        console.say(line)
+    console.say(f"run: {folder.path}")
     if not outcome.finished:
-        console.print(f"to continue: mukv train {folder.path}", **PLAIN)
+        console.say(f"to continue: mukv train {folder.path}")
 
 
 def ending(outcome: Outcome) -> list[str]:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from mukv import launch, output
 from mukv.cli.app import Json, ModelName, Overrides, app, exactly_one, note_unused_budget, tell
 from mukv.core.errors import BadInput
+from mukv.terminal import Console, styled
 
 
 @app.command("eval")
@@ -113,7 +112,7 @@ def generate(
     tell(notes.of_length(total, speaker.run, "the prompt and --max-tokens"))
     stream = None
     if not as_json and copies == 1:
-        shown = Text(str(given) if prompt is None else prompt, "dim")
+        shown = styled((str(given) if prompt is None else prompt, "dim"))
         stream = output.Stream(speaker.tokenizer, sys.stdout, shown)
     made = speaker.generate_ids(
         [given] * copies, max_tokens, sampling, ends, stream.show if stream else None, policy
@@ -134,11 +133,12 @@ def generate(
     if stream:
         stream.end()
     for number, text in enumerate(() if stream else texts):
-        Console().print(f"[bold]--- {number}[/]")
+        Console().print(f"--- {number}", style="bold")
         sys.stdout.write(text + "\n")
     Console(stderr=True).print(
-        f"[dim]{made.tokens_per_second:,.0f} tokens/s, first token after "
-        f"{made.prefill_seconds:.3f} s, cache {made.cache_bytes:,} bytes[/]"
+        f"{made.tokens_per_second:,.0f} tokens/s, first token after "
+        f"{made.prefill_seconds:.3f} s, cache {made.cache_bytes:,} bytes",
+        style="dim",
     )
 
 

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeedColumn
 
 import mukv
 from mukv.core.errors import BadInput, nearest_name
@@ -31,6 +30,7 @@ from mukv.data import tokens as layout
 from mukv.data.text import Piece, pieces
 from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer, load_tokenizer, train_bpe
 from mukv.data.tokens import TokenFile, is_token_file, open_tokens
+from mukv.terminal import Console, column
 
 TASK_BYTES = 1 << 18
 """Text that a thread tokenises at once."""
@@ -122,7 +122,7 @@ def make_tokenizer(spec: str, read: Callable[[], Iterable[Piece]]) -> AnyTokeniz
 @contextmanager
 def speed_meter(title: str, console: Console | None = None) -> Iterator[Report]:
     """Megabytes and megabytes per second on a terminal, for `build_tokens(report=...)`."""
-    columns = SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn()
+    columns = SpinnerColumn(), column("task.description"), DownloadColumn()
     progress = Progress(
         *columns, TransferSpeedColumn(), console=console or Console(stderr=True), transient=True
     )
