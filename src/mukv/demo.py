@@ -7,7 +7,6 @@ and decoding speed far into a text are set against what the memory costs (cache 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.table import Table
 from mukv import config, loaded, runs
 from mukv.config import Run
 from mukv.core.files import write_atomic
+from mukv.core.json_text import to_json
 from mukv.core.params import count
 from mukv.decode import Sampling
 from mukv.describe import describe
@@ -83,7 +83,7 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
         )
     plot, table = out / "quality-against-memory.png", out / "results.json"
     draw(rows, plot)
-    write_atomic(table, json.dumps(rows, indent=2))
+    write_atomic(table, to_json(rows, indent=2))
     show(rows, console)
     console.print(f"plot:  {plot}\ntable: {table}", highlight=False, soft_wrap=True)
     for row in rows:

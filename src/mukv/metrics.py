@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from mukv.core.errors import BadInput, unknown_name
+from mukv.core.json_text import to_json
 
 
 class Tracker(Protocol):
@@ -33,12 +35,12 @@ class MetricsFile:
         if path.exists():
             kept = [r for r in read_metrics(path) if keep_until is None or r["step"] <= keep_until]
             partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial.write_text("".join(to_json(record) + "\n" for record in kept))
             os.replace(partial, path)
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(to_json({"step": step, **values}) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -46,16 +48,28 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; a last line that a kill cut short is passed over."""
+    """The records of a metrics file: each has a step, an int, and finite numbers.
+
+    Passed over are lines that are no such record, as the last one that a kill cut short, and
+    values that are no finite number, such as NaN.
+    """
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            yield record
+        if not isinstance(record, dict):
+            continue
+        numbers = {name: value for name, value in record.items() if _is_number(value)}
+        if type(numbers.get("step")) is int and 0 <= numbers["step"] < 1 << 53:
+            yield numbers
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that a float holds."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # pyright: ignore[reportArgumentType]
 
 
 class TensorBoard:

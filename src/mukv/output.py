@@ -6,13 +6,14 @@ Imports nothing heavy, so that a wrong command line is answered at once.
 from __future__ import annotations
 
 import codecs
-import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from rich.console import Console
 from rich.text import Text
+
+from mukv.core.json_text import to_json
 
 if TYPE_CHECKING:
     from mukv.data.tokenizer import AnyTokenizer
@@ -33,7 +34,7 @@ def warn(message: str) -> None:
 
 def print_json(facts: Any) -> None:
     """One object, as the last line."""
-    sys.stdout.write(json.dumps(facts, default=str) + "\n")
+    sys.stdout.write(to_json(facts) + "\n")
     sys.stdout.flush()
 
 

@@ -29,7 +29,7 @@ from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
 from mukv.core.numbers import leaves
 from mukv.core.presets import apply_overrides
-from mukv.core.weights import load_weights, require_weights, save_weights
+from mukv.core.weights import load_weights, require_finite, require_weights, save_weights
 from mukv.core.yaml_text import read_yaml
 from mukv.data.build import default_corpus
 from mukv.data.feed import Feed, Origin, TextFeed
@@ -194,6 +194,7 @@ def _start(run: Run, trainer: Trainer) -> State:
     else:
         raise BadInput("train.start", run.train.start, "a run with weights, or a folder of theirs")
     require_weights(declared, weights, folder.path)
+    require_finite(weights, folder.path)
     return trainer.state_of(weights)
 
 

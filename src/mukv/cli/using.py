@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.text import Text
 
 from mukv import launch, output
-from mukv.cli.app import Json, ModelName, Overrides, app, exactly_one, note_unused_budget
+from mukv.cli.app import (
+    AllowNonfinite,
+    Json,
+    ModelName,
+    Overrides,
+    app,
+    exactly_one,
+    note_unused_budget,
+)
 from mukv.core.errors import BadInput
 
 
@@ -28,6 +36,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows; default: as long as one.")
     ] = None,
+    allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a model on a text.
@@ -38,7 +47,7 @@ def evaluate(
     from mukv import inputs, loaded
 
     exactly_one("eval", text=text, tokens=tokens)
-    speaker = loaded.load(model)
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
     if text is not None:
         rows = inputs.rows_of_text(speaker, text)
     else:
@@ -80,6 +89,7 @@ def generate(
         float | None,
         typer.Option(help="Of the policy: a share up to 1, or a number of entries; default: 0.25."),
     ] = None,
+    allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
     """Continue a text; reports speed and cache bytes.
@@ -101,7 +111,7 @@ def generate(
     ends = inputs.ids(stop, "--stop") if stop else None
     if chat and prompt is None:
         raise BadInput("--chat", token_ids, "a message, with --prompt")
-    speaker = loaded.load(model)
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
     if prompt is None:
         given = inputs.ids(token_ids or "", "--token-ids")
     else:
