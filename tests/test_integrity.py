@@ -103,3 +103,107 @@ def test_a_step_that_is_no_number_is_told(mukv, run, tmp_path):
     for step in ("three", "-1", "9" * 400, "³"):
         save_weights(run / "weights", load_weights(run / "weights")[0], {"step": step})
         told(mukv(*commands(run, tmp_path)["eval"]), "weights: step", step[:9])
+
+
+# Data
+
+
+def texts(folder: Path, what: str) -> Path:
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(f"{what} number {number}. " * 9)
+    return folder
+
+
+@pytest.fixture
+def resumed(mukv, tmp_path):
+    """resumed(*changes): continue a run of two steps on the token file tmp_path/"data"."""
+    out = tmp_path / "made"
+    texts(tmp_path / "one", "Déjà vu"), texts(tmp_path / "two", "Jamais vu")
+    assert mukv("data", tmp_path / "one", "--out", tmp_path / "data").returncode == 0
+    small = (*MINUSCULE, f"data.path={tmp_path / 'data'}")
+    done = mukv("train", "tiny", *small, "train.steps=2", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return lambda *changes: mukv("train", out, "train.steps=3", *changes)
+
+
+def test_other_data_at_the_same_path_is_told(mukv, resumed, tmp_path):
+    made = ("data", tmp_path / "two", "--out", tmp_path / "data", "--overwrite")
+    assert mukv(*made).returncode == 0
+    told(resumed(), "data.path", "made began with data of fingerprint", "--out")
+
+
+def test_another_tokenizer_at_the_same_path_is_told(mukv, resumed, tmp_path):
+    made = ("data", tmp_path / "one", "--out", tmp_path / "data", "--tokenizer", "bpe:260")
+    assert mukv(*made, "--overwrite").returncode == 0
+    told(resumed(), "data.path", "made began with data of fingerprint", "--out")
+
+
+def test_the_same_data_may_move(mukv, resumed, tmp_path):
+    (tmp_path / "data").rename(tmp_path / "moved")
+    told(resumed(), "data.path", "data", "mukv data")
+    done = resumed(f"data.path={tmp_path / 'moved'}")
+    assert done.returncode == 0, done.stderr
+    assert f"path: {tmp_path / 'moved'}" in (tmp_path / "made" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.starts", "validation.bin", "tokenizer.json"])
+def test_a_token_file_that_was_edited_in_place_is_told(resumed, tmp_path, name):
+    """Of the same size, and valid: only the fingerprint tells."""
+    path = tmp_path / "data" / name
+    data = path.read_bytes()
+    if name == "train.starts":
+        starts = np.frombuffer(data, "<i8").copy()
+        starts[1] += 1
+        changed = starts.tobytes()
+    elif name == "tokenizer.json":
+        changed = data.replace(b"{", b"{ ", 1)
+    else:
+        changed = data.replace(b"u\x00", b"v\x00")
+    assert changed != data
+    path.write_bytes(changed)
+    told(resumed(), str(tmp_path / "data"), "a changed token file", "its fingerprint is")
+
+
+def test_streams_that_were_swapped_are_told(resumed, tmp_path):
+    data = tmp_path / "data"
+    for kind in ("bin", "starts"):
+        (data / f"train.{kind}").rename(data / "kept")
+        (data / f"validation.{kind}").rename(data / f"train.{kind}")
+        (data / "kept").rename(data / f"validation.{kind}")
+    told(resumed(), "train.bin", "meta.json says", "truncated, or of another file")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b"{}", b'{"data_fingerprint": 3}', b"\xff"])
+def test_a_run_that_does_not_say_its_data_is_told_how_to_go_on(resumed, tmp_path, content):
+    path = tmp_path / "made" / "provenance.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    done = resumed()
+    told(done, "provenance.json: data_fingerprint", "write {")
+    advice = done.stderr.splitlines()[-1]
+    path.write_text(advice[advice.index("write {") + 6 : advice.index("}") + 1])
+    assert resumed().returncode == 0
+
+
+def test_a_run_without_a_saved_step_needs_no_provenance(resumed, tmp_path):
+    """It was killed before its first checkpoint, or between its first two files."""
+    made = tmp_path / "made"
+    shutil.rmtree(made / "checkpoints")
+    (made / "provenance.json").unlink()
+    assert resumed().returncode == 0
+    assert "data_fingerprint" in (made / "provenance.json").read_text()
+
+
+def test_a_task_is_told_by_its_fingerprint(mukv, tmp_path):
+    out = tmp_path / "task"
+    task = ("data.task={kind: mqar}", "train.length=128", "model.vocab_size=512")
+    begun = ("train", "tiny", *MINUSCULE, *task, "--out", out)
+    assert mukv(*begun).returncode == 0
+    assert mukv("train", out).returncode == 0
+    told(mukv("train", out, "data.task={kind: copying}"), "data.task")
+    path = out / "provenance.json"
+    record = json.loads(path.read_text()) | {"data_fingerprint": "0" * 64}
+    path.write_text(json.dumps(record))
+    told(mukv("train", out), "data.task", "mqar", "data of fingerprint 000000000000")

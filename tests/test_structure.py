@@ -22,7 +22,7 @@ FLOORS = (
     {"model", "training"},
     {"checkpoint", "decode", "evaluate", "metrics", "progress", "train"},
     {"coordinates", "loop"},
-    {"config", "launch"},
+    {"config", "launch", "provenance"},
     {"hub"},
     {"describe", "runs"},
     {"loaded", "search"},
