@@ -22,7 +22,7 @@ from mukv.config import Run
 from mukv.core import schema
 from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
-from mukv.core.json_text import to_json
+from mukv.core.json_text import is_text, to_json
 from mukv.core.numbers import leaves
 from mukv.core.presets import apply_overrides
 from mukv.core.weights import load_weights, require_finite, require_weights, save_weights
@@ -145,6 +145,9 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
     data, seed or optimizer it is another run and is refused. The data may lie elsewhere.
     """
     run, feed = open_feed(run)
+    for name, value in leaves(schema.to_mapping(run)).items():
+        if isinstance(value, str) and not is_text(value):
+            raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
     _check_same(run, folder, feed)
     begin = _prolonged_from(run, folder)
     metrics.require(run.train.trackers)

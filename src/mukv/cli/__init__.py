@@ -7,6 +7,8 @@ the modules here; it imports what it needs when it runs, so that a wrong one is 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
@@ -15,6 +17,7 @@ from mukv import launch, output
 from mukv.cli import benching, converting, judging, looking, making, scaling, using
 from mukv.cli.app import app
 from mukv.core.errors import BadInput, Failed
+from mukv.core.json_text import is_text
 
 __all__ = [
     "app",
@@ -29,10 +32,18 @@ __all__ = [
 ]
 
 
+def _require_text(words: Sequence[str]) -> None:
+    """Raise BadInput for bytes that are not UTF-8: no file of ours could name such a path."""
+    for word in words:
+        if not is_text(word):
+            raise BadInput("mukv", word, "names and values in UTF-8")
+
+
 def main() -> NoReturn:
     """Run the command line; every error that we know ends in one clear line."""
     launch.restart_with_allocator()
     try:
+        _require_text(sys.argv[1:])
         code = app(prog_name="mukv", standalone_mode=False)
     except (BadInput, Failed) as error:
         output.complain(str(error), error.status)

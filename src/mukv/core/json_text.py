@@ -8,6 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def is_text(value: str) -> bool:
+    """Whether a text can be written as UTF-8: a path of other bytes can't."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """The text of a value made of mappings, lists, tuples, numbers and text.
 

@@ -17,6 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from mukv.core.errors import BadInput
+from mukv.core.json_text import is_text
 
 PATH_BYTES = 3800
 """Of the folder's path: Linux allows 4096, and what lies below it takes up to 200."""
@@ -63,9 +64,9 @@ def require_path(folder: Path) -> None:
     no text that is not UTF-8.
     """
     text = str(folder)
-    found = sorted(
-        {letter for letter in text if letter in "[]*?\\" or "\ud800" <= letter <= "\udfff"}
-    )
+    if not is_text(text):
+        raise BadInput("--out", text, "a path in UTF-8: checkpoints can't be kept in another")
+    found = sorted({letter for letter in text if letter in "[]*?\\"})
     if found:
         named = " ".join(map(ascii, found))
         raise BadInput("--out", text, f"a path without {named}: checkpoints can't be kept there")
