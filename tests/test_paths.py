@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import mukv as package
+from mukv.core.yaml_text import has_comment
 from mukv.search.study import storage_of
 from tests.conftest import MINUSCULE
 
@@ -66,6 +67,14 @@ def test_a_path_that_can_not_hold_checkpoints_is_refused_at_once(mukv, token_fil
     refused(mukv("train", "tiny", *MINUSCULE, f"data.path={token_file}", "--out", out), "--out")
     refused(mukv("demo", "--fast", "--out", tmp_path / name), "--out", name[0])
     assert not list(tmp_path.rglob("checkpoints"))
+
+
+@pytest.mark.parametrize(
+    "value", ["a#b", "'#x'", "'a #b'", '"#"', "#", " # x", "[1, 2] # x", "a # b"]
+)
+def test_a_comment_is_no_part_of_a_value(value):
+    """It would cut a path short, or leave nothing: then the default is trained on in silence."""
+    assert has_comment(value) == value.endswith(("#", "# x", "# b"))
 
 
 def test_what_is_no_text_is_refused(mukv, token_file, tmp_path, monkeypatch):

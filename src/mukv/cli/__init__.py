@@ -7,6 +7,7 @@ the modules here; it imports what it needs when it runs, so that a wrong one is 
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -61,7 +62,7 @@ def main() -> NoReturn:
                 output.complain(message, 2)
             raise SystemExit(2) from None
         if isinstance(error, OSError):
-            output.complain(str(error), 1)
+            output.complain(str(error), 2 if error.errno == errno.ENAMETOOLONG else 1)
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             output.complain(f"not enough memory ({str(error).splitlines()[0]})", 1)
         raise
