@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from contextlib import suppress
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from mukv import inputs, loaded
 from mukv.core.errors import BadInput
+from mukv.data.tokens import fingerprint
 from tests.conftest import MINUSCULE
 
 pytestmark = pytest.mark.xdist_group("trained")
@@ -40,6 +42,9 @@ def place(tmp_path, token_file, trained, monkeypatch):
     (tmp_path / "foreign" / "meta.json").write_text('{"format": "other"}')
     ids = tmp_path / "no-ids" / "train.bin"
     ids.write_bytes(np.full(ids.stat().st_size // 2, 300, "<u2").tobytes())
+    meta = json.loads((tmp_path / "no-ids" / "meta.json").read_text())
+    meta["fingerprint"] = fingerprint(tmp_path / "no-ids")
+    (tmp_path / "no-ids" / "meta.json").write_text(json.dumps(meta))
     (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
     (tmp_path / "empty.txt").touch()
     (tmp_path / "a.txt").write_text("some text")
@@ -98,6 +103,9 @@ BAD = [
     (("describe", "tiny", "train.stepz=3"), ["train.stepz", "did you mean 'steps'"]),
     (("describe", "tiny", "trian.steps=3"), ["trian", "did you mean 'train'"]),
     (("describe", "tiny", "train.steps"), ["train.steps", "key=value"]),
+    (("describe", "tiny", "data.path=#x"), ["data.path", "#x", "quotes"]),
+    (("describe", "tiny", "data.path=a #b"), ["data.path", "a #b", "quotes"]),
+    (("eval", "n" * 256, "--text", "a.txt"), ["nnn", "name too long"]),
     (("describe", "tiny", "train.steps=many"), ["train.steps", "'many'", "a whole number"]),
     (("describe", "tiny", "train.steps=3.5"), ["train.steps", "3.5", "a whole number"]),
     (("describe", "tiny", f"model.attention.head_dim={10**30}"), ["head_dim", "up to 2**53"]),

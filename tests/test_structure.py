@@ -23,7 +23,7 @@ FLOORS = (
     {"model", "training"},
     {"checkpoint", "decode", "evaluate", "metrics", "progress", "rendezvous", "stopping", "train"},
     {"coordinates", "footprint", "loop"},
-    {"config", "launch"},
+    {"config", "launch", "provenance"},
     {"hub"},
     {"describe", "runs"},
     {"loaded", "search"},

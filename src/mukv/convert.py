@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import mukv
 from mukv.core import schema
 from mukv.core.errors import BadInput
 from mukv.core.files import new_folder, write_atomic
-from mukv.core.tensors import INDEX, Spec, write_tensors
-from mukv.core.weights import FILE
+from mukv.core.tensors import INDEX, Spec, is_finite, write_tensors
+from mukv.core.weights import FILE, not_finite
 from mukv.hub import FAMILIES, Family
 from mukv.hub.base import Piece, pairs_in_halves, pieces
 from mukv.hub.checkpoint import COMPANIONS, CONFIG, Checkpoint, imported_run, require
@@ -31,14 +32,18 @@ from mukv.runs import RunDirectory
 SHARD_BYTES = 5 << 30
 
 
-def import_model(source: str, out: Path) -> dict[str, Any]:
+def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[str, Any]:
     """Make a run directory of a Hugging Face folder, hub id, or Meta's folder, tensor by tensor.
 
-    Returns what `mukv import --json` prints. Raises BadInput.
+    allow_nonfinite: take weights that are infinite or not a number. Returns what
+    `mukv import --json` prints. Raises BadInput.
     """
     _require_free(out)
     found = require(source)
     specs = found.specs()
+    if not allow_nonfinite:
+        where = str(found.folder)
+        specs = {name: _finite(f"{where}: {name}", spec) for name, spec in specs.items()}
     with new_folder(out) as folder:
         target = RunDirectory(folder)
         write_tensors(target.weights / FILE, specs, {"step": "0"})
@@ -66,6 +71,18 @@ def _provenance(source: str, found: Checkpoint) -> dict[str, Any]:
         "architecture": found.architecture,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _finite(where: str, spec: Spec) -> Spec:
+    """The same, which raises BadInput when it comes to numbers that are not finite."""
+
+    def pieces() -> Iterator[np.ndarray]:
+        for piece in spec.pieces():
+            if not is_finite(piece):
+                raise not_finite(where)
+            yield piece
+
+    return replace(spec, pieces=pieces)
 
 
 def _require_free(out: Path) -> None:

@@ -7,7 +7,6 @@ and decoding speed far into a text are set against what the memory costs (cache 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from mukv import config, loaded, runs
 from mukv.config import Run
 from mukv.core.files import write_atomic
+from mukv.core.json_text import to_json
 from mukv.core.params import count
 from mukv.decode import Sampling
 from mukv.describe import describe
@@ -85,7 +85,7 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
         )
     plot, results = out / "quality-against-memory.png", out / "results.json"
     draw(rows, plot)
-    write_atomic(results, json.dumps(rows, indent=2))
+    write_atomic(results, to_json(rows, indent=2))
     show(rows, console)
     console.say(f"plot:  {plot}\ntable: {results}")
     for row in rows:

@@ -26,7 +26,7 @@ from mukv.core.compute import Compute
 from mukv.core.errors import BadInput, nearest_name
 from mukv.core.mesh import MeshShape, weight_shardings
 from mukv.core.typing import Array, Float
-from mukv.core.weights import load_weights, require_weights
+from mukv.core.weights import load_weights, require_finite, require_weights, step_of
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer, load_tokenizer
 from mukv.decode import Generation, Sampling, Sizes, decoding_weights, generate
 from mukv.evaluate import Evaluation, evaluate
@@ -262,13 +262,20 @@ def _forward(model: LanguageModel, compute: Compute) -> Any:
     return jax.jit(forward)
 
 
-def load(source: str | Path, mesh: MeshShape | None = None) -> Model:
+def load(source: str | Path, mesh: MeshShape | None = None, allow_nonfinite: bool = False) -> Model:
     """A run directory as a model: its exported weights, or its latest checkpoint if newer. Or a
     Hugging Face folder or hub id, whose weights stream to their places.
 
-    mesh: that the weights are split over; one device if None. Raises BadInput.
+    mesh: that the weights are split over; one device if None. allow_nonfinite: take weights that
+    are infinite or not a number. Raises BadInput, also for damaged weights.
     """
-    mesh = mesh or MeshShape()
+    model = _load(source, mesh or MeshShape())
+    if not allow_nonfinite:
+        require_finite(model.weights, source)
+    return model
+
+
+def _load(source: str | Path, mesh: MeshShape) -> Model:
     folder = RunDirectory(Path(source))
     if not folder.exists:
         found = checkpoint.find(source)
@@ -298,13 +305,14 @@ def load(source: str | Path, mesh: MeshShape | None = None) -> Model:
 
 
 def _latest_weights(run: Run, folder: RunDirectory) -> Any:
-    exported, metadata = None, {}
+    exported, exported_step = None, 0
     if folder.weights.exists():
         exported, metadata = load_weights(folder.weights)
+        exported_step = step_of(metadata, folder.weights)
     if folder.checkpoints.exists():
         with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
             latest = checkpoints.latest()
-            if latest is not None and (exported is None or latest > int(metadata.get("step", 0))):
+            if latest is not None and (exported is None or latest > exported_step):
                 single = replace(run.mesh, data=1, tensor=1).build()
                 trainer = Trainer(run.model, replace(run.train, accumulate=1), single)
                 return checkpoints.restore(latest, trainer.abstract_state()).weights

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mukv.core.errors import BadInput, unknown_name
+from mukv.core.json_text import to_json
 from mukv.core.numbers import INT32
 
 LONGEST_LINE, MOST_STEPS = 1 << 20, INT32
@@ -38,12 +39,12 @@ class MetricsFile:
         if path.exists():
             kept = [r for r in read_metrics(path) if keep_until is None or r["step"] <= keep_until]
             partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial.write_text("".join(to_json(record) + "\n" for record in kept))
             os.replace(partial, path)
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(to_json({"step": step, **values}) + "\n")
         self.file.flush()
 
     def close(self) -> None:

@@ -6,13 +6,13 @@ Imports nothing heavy, so that a wrong command line is answered at once.
 from __future__ import annotations
 
 import codecs
-import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from rich.text import Text
 
+from mukv.core.json_text import to_json
 from mukv.terminal import Console, styled
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def warn(message: str) -> None:
 
 def print_json(facts: Any) -> None:
     """One object, as the last line."""
-    sys.stdout.write(json.dumps(facts, default=str) + "\n")
+    sys.stdout.write(to_json(facts) + "\n")
     sys.stdout.flush()
 
 

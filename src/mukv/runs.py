@@ -7,10 +7,6 @@ provenance.json. `train` makes or continues one, `load` turns one into a model t
 from __future__ import annotations
 
 import hashlib
-import json
-import platform
-import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,16 +16,16 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-import mukv
-from mukv import config, metrics
+from mukv import config, metrics, provenance
 from mukv.checkpoint import Checkpoints
 from mukv.config import Run
 from mukv.core import schema
 from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
+from mukv.core.json_text import is_text, to_json
 from mukv.core.numbers import leaves
 from mukv.core.presets import apply_overrides
-from mukv.core.weights import load_weights, require_weights, save_weights
+from mukv.core.weights import load_weights, require_finite, require_weights, save_weights
 from mukv.core.yaml_text import read_yaml
 from mukv.data.build import default_corpus
 from mukv.data.feed import Feed, Origin, TextFeed
@@ -112,7 +108,7 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
 
 
 def open_corpus(run: Run) -> TokenFile:
-    """The token file that a run trains on, checked against its vocabulary."""
+    """The token file that a run trains on, checked against its fingerprint and vocabulary."""
     if run.data.task is not None:
         raise BadInput("data.task", run.data.task.kind, "null: text is needed here")
     tokens = (
@@ -120,6 +116,7 @@ def open_corpus(run: Run) -> TokenFile:
         if run.data.path is None
         else open_tokens(Path(run.data.path))
     )
+    tokens.require_unchanged()
     needed = tokens.tokenizer.text_vocab_size
     _check_vocabulary(run, needed, f"the tokenizer of {tokens.path}")
     run.model.check_tokenizer(needed)
@@ -150,10 +147,13 @@ def train(
     for a step that takes more memory than is free, unless `ignore_memory`.
 
     A folder may be continued with other steps, evaluation, logging or mesh; with another model,
-    data, seed or optimizer it is another run and is refused.
+    data, seed or optimizer it is another run and is refused. The data may lie elsewhere.
     """
     run, feed = open_feed(run)
-    _check_same(run, folder)
+    for name, value in leaves(schema.to_mapping(run)).items():
+        if isinstance(value, str) and not is_text(value):
+            raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
+    _check_same(run, folder, feed)
     begin = _prolonged_from(run, folder)
     metrics.require(run.train.trackers)
     mesh = run.mesh.build()
@@ -201,6 +201,7 @@ def _start(run: Run, trainer: Trainer) -> State:
     else:
         raise BadInput("train.start", run.train.start, "a run with weights, or a folder of theirs")
     require_weights(declared, weights, folder.path)
+    require_finite(weights, folder.path)
     return trainer.state_of(weights)
 
 
@@ -238,7 +239,7 @@ def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
     """Write what a run directory says of a run before its first step."""
     write_atomic(folder.config, schema.to_yaml(run))
     origin.tokenizer.save(folder.tokenizer)
-    write_atomic(folder.path / "provenance.json", json.dumps(_provenance(origin), indent=2))
+    write_atomic(folder.path / provenance.FILE, to_json(provenance.record(origin), indent=2))
     # What a model that it begins with came with belongs to this one too.
     for name in checkpoint.COMPANIONS if run.train.start else ():
         given = Path(str(run.train.start)) / name
@@ -246,13 +247,16 @@ def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
             write_atomic(folder.path / name, given.read_bytes())
 
 
-def _check_same(run: Run, folder: RunDirectory) -> None:
-    """Raise BadInput where a folder holds another run."""
+def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
+    """Raise BadInput where a folder holds another run: of other settings or other data."""
     if not folder.exists:
         if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
             raise BadInput(str(folder.path), "a path in use", "a run directory or a new path")
         return
     before, now = (leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
+    began_with = provenance.began_with(folder.path, origin)
+    if began_with is not None:  # wherever it lies
+        before["data.path"] = now["data.path"]
     for name in [*now, *before]:
         section, key = name.split(".")[:2]
         old, new = before.get(name), now.get(name)
@@ -262,35 +266,13 @@ def _check_same(run: Run, folder: RunDirectory) -> None:
                 name, new, f"the run in {folder.path} has {old!r}; give another folder with --out"
             )
 
-
-def _provenance(origin: Origin) -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "mukv": mukv.__version__,
-        "commit": _commit(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "processes": jax.process_count(),
-        "data_fingerprint": origin.fingerprint,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the source, where it is a checkout."""
-    folder = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
+    if began_with not in (None, origin.fingerprint):
+        raise BadInput(
+            "data.path" if run.data.task is None else "data.task",
+            str(run.data.path if run.data.task is None else run.data.task.kind),
+            f"the run in {folder.path} began with data of fingerprint {began_with[:12]}, this has "
+            f"{origin.fingerprint[:12]}; give another folder with --out",
         )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
 
 
 def summary(outcome: Outcome, folder: RunDirectory) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 from mukv.core import fits, schema
 from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
+from mukv.core.json_text import to_json
 from mukv.core.numbers import leaves
 from mukv.data.tokens import TokenFile
 from mukv.figures import legend, looks, saved_figure
@@ -219,7 +220,7 @@ class Search:
 
     def _write(self) -> None:
         rows = [[*key, loss if math.isfinite(loss) else None] for key, loss in self.losses.items()]
-        write_atomic(self.path, json.dumps({"facts": self.facts, "losses": rows}) + "\n")
+        write_atomic(self.path, to_json({"facts": self.facts, "losses": rows}) + "\n")
 
     def _read(self) -> None:
         found = json.loads(self.path.read_text())

@@ -24,6 +24,7 @@ from mukv.attention import AnyAttention
 from mukv.cache.kmeans import distances, nearest
 from mukv.core.errors import BadInput, nearest_name
 from mukv.core.files import write_atomic
+from mukv.core.json_text import to_json
 from mukv.core.params import named
 from mukv.core.typing import Array, Float, Int
 from mukv.core.weights import FILE, load_weights, save_weights
@@ -115,7 +116,7 @@ class Centres:
             "layers": list(self.layers),
             "facts": dict(self.facts),
         }
-        write_atomic(path / FACTS, json.dumps(about, indent=2) + "\n")
+        write_atomic(path / FACTS, to_json(about, indent=2) + "\n")
         return path
 
 

@@ -8,13 +8,15 @@ the modules here; it imports what it needs when it runs, so that a wrong one is 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import NoReturn
 
 from mukv import launch, output
 from mukv.cli import benching, converting, ending, judging, looking, making, scaling, using
 from mukv.cli.app import app
-from mukv.core.errors import Failed
+from mukv.core.errors import BadInput, Failed
+from mukv.core.json_text import is_text
 from mukv.heartbeat import Heartbeat
 
 __all__ = [
@@ -30,6 +32,13 @@ __all__ = [
 ]
 
 
+def _require_text(words: Sequence[str]) -> None:
+    """Raise BadInput for bytes that are not UTF-8: no file of ours could name such a path."""
+    for word in words:
+        if not is_text(word):
+            raise BadInput("mukv", word, "names and values in UTF-8")
+
+
 def main() -> NoReturn:
     """Run the command line; every exception ends in one clear line at most."""
     ending.settle_streams()
@@ -38,6 +47,7 @@ def main() -> NoReturn:
     beat = Heartbeat(" ".join(["mukv", *sys.argv[1:2]])) if alone else nullcontext()
     try:
         launch.restart_with_allocator()
+        _require_text(sys.argv[1:])
         with beat:
             code = app(prog_name="mukv", standalone_mode=False)
         ending.flush()

@@ -29,6 +29,11 @@ ModelName = Annotated[
     typer.Argument(metavar="MODEL", help="A run directory, a Hugging Face folder or a hub id."),
 ]
 
+AllowNonfinite = Annotated[
+    bool,
+    typer.Option("--allow-nonfinite", help="Take weights that are infinite or not a number."),
+]
+
 
 def exactly_one(command: str, **options: object) -> None:
     """Raise BadInput unless one of these options was given, and no more."""

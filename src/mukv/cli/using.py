@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from mukv import launch, output
-from mukv.cli.app import Json, ModelName, Overrides, app, exactly_one, note_unused_budget, tell
+from mukv.cli.app import (
+    AllowNonfinite,
+    Json,
+    ModelName,
+    Overrides,
+    app,
+    exactly_one,
+    note_unused_budget,
+    tell,
+)
 from mukv.core.errors import BadInput
 from mukv.terminal import Console, styled
 
@@ -27,6 +36,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows; default: as long as one.")
     ] = None,
+    allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a model on a text.
@@ -37,7 +47,7 @@ def evaluate(
     from mukv import inputs, loaded, notes
 
     exactly_one("eval", text=text, tokens=tokens)
-    speaker = loaded.load(model)
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
     if text is not None:
         rows = inputs.rows_of_text(speaker, text)
     else:
@@ -81,6 +91,7 @@ def generate(
         float | None,
         typer.Option(help="Of the policy: a share up to 1, or a number of entries; default: 0.25."),
     ] = None,
+    allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
     """Continue a text; reports speed and cache bytes.
@@ -102,7 +113,7 @@ def generate(
     ends = inputs.ids(stop, "--stop") if stop else None
     if chat and prompt is None:
         raise BadInput("--chat", token_ids, "a message, with --prompt")
-    speaker = loaded.load(model)
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
     if prompt is None:
         given = inputs.ids(token_ids or "", "--token-ids")
     else:

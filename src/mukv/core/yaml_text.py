@@ -160,6 +160,12 @@ def parse_yaml(text: str, where: str) -> Any:
     return value
 
 
+def has_comment(text: str) -> bool:
+    """Whether a text of one value, which `parse_yaml` takes, ends with a comment."""
+    *_, last, _ = yaml.scan(text)
+    return bool(text[last.end_mark.index :].strip())
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises BadInput for anything else."""
     where = str(path)

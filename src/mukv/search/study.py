@@ -21,7 +21,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import Engine, event
+from sqlalchemy import URL, Engine, event, make_url
 from sqlalchemy.exc import DBAPIError
 
 from mukv.core.errors import BadInput, unknown_name
@@ -281,5 +281,9 @@ def _lock_from_first_read(engine: Engine) -> None:
 
 
 def storage_of(folder: Path) -> str:
-    """The database of a study in a folder."""
-    return f"sqlite:///{folder.absolute() / 'study.db'}"
+    """The database of a study in a folder, as a URL. Raises BadInput for a path that has none."""
+    path = str(folder.absolute() / "study.db")
+    url = URL.create("sqlite", database=path).render_as_string(hide_password=False)
+    if make_url(url).database != path:  # SQLAlchemy before 2.1 takes what follows a "?" as options
+        raise BadInput("--out", str(folder), "a path that can be part of a URL")
+    return url

@@ -24,6 +24,7 @@ from mukv.config import Run
 from mukv.core import schema
 from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
+from mukv.core.json_text import to_json
 from mukv.core.numbers import leaves
 from mukv.core.weights import save_weights
 from mukv.data.tokens import TokenFile
@@ -118,7 +119,7 @@ class Sweep:
                     break
                 else:
                     time.sleep(POLL_SECONDS)
-        write_atomic(self.folder / "results.json", json.dumps(self.results(), indent=2) + "\n")
+        write_atomic(self.folder / "results.json", to_json(self.results(), indent=2) + "\n")
         self.draw()
 
     def _train(self, taken: Sequence[tuple[Trial, dict[str, Any]]]) -> None:
