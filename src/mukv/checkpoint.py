@@ -21,11 +21,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from mukv.core import manifest
-from mukv.core.errors import BadInput, Failed
-from mukv.core.files import telling_disk_errors
+from mukv.core.errors import BadInput, Failed, telling_disk_errors
 from mukv.core.manifest import Damaged, reason
 
-STATE, MANIFEST = "state", "manifest"
+STATE, MANIFEST, DELETED = "state", "manifest", ".deleted"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         """Raises BadInput if the folder can't be used, or holds something else."""
-        self.folder = Path(folder).absolute()
+        self.folder, self.read_only = Path(folder).absolute(), read_only
         foreign = [step for step in _numbered(self.folder) if _foreign(self.folder / str(step))]
         if foreign:
             raise BadInput(
@@ -77,10 +76,13 @@ class Checkpoints:
             enable_async_checkpointing=asynchronous,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
+            # Deleting in place, a kill would leave a part of a checkpoint, which looks like one.
+            todelete_subdir=None if read_only else DELETED,
         )
         with telling_disk_errors(self.folder):
             if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self._empty_deleted()
             self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -138,6 +140,11 @@ class Checkpoints:
         with self._telling_failure():
             self.manager.wait_until_finished()
         self.saving = None
+        self._empty_deleted()
+
+    def _empty_deleted(self) -> None:
+        if not self.read_only and jax.process_index() == 0:
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def close(self) -> None:
         """Wait, then let go of the folder."""

@@ -15,7 +15,7 @@ import numpy as np
 import mukv
 from mukv.core import schema
 from mukv.core.errors import BadInput
-from mukv.core.files import new_folder, write_atomic
+from mukv.core.files import new_folder, write_atomic, writer_of
 from mukv.core.tensors import INDEX, Spec, write_tensors
 from mukv.core.weights import FILE
 from mukv.hub import FAMILIES, Family
@@ -71,6 +71,9 @@ def _provenance(source: str, found: Checkpoint) -> dict[str, Any]:
 def _require_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput("--out", str(out), "a path that is not in use")
+    writer = writer_of(out)
+    if writer is not None:
+        raise BadInput("--out", f"{out}, which {writer} is writing", "a path that is not in use")
 
 
 def export_model(

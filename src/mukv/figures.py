@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mukv.core.files import replacing
 
 
 @contextmanager
@@ -22,7 +23,5 @@ def saved_figure(path: Path, size: tuple[float, float], title: str | None = None
         yield figure
         if title:
             figure.suptitle(title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial.png")
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)
+        with replacing(path) as made:
+            figure.savefig(made, dpi=150, format="png")

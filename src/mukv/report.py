@@ -7,13 +7,13 @@ Curves of training, quality against the memory that it costs, and what `analyze`
 from __future__ import annotations
 
 import csv
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mukv.core.errors import BadInput, nearest_name
+from mukv.core.errors import BadInput, nearest_name, telling_disk_errors
+from mukv.core.files import temporary
 from mukv.describe import describe
 from mukv.figures import saved_figure
 from mukv.metrics import read_metrics
@@ -85,9 +85,9 @@ def report(sources: Sequence[Path], out: Path) -> dict[str, Any]:
     runs = gather(sources)
     page = Page("Runs: " + ", ".join(run.name for run in runs[:4]) + (" ..." * (len(runs) > 4)))
     page.table(COLUMNS, (_row(run) for run in runs))
-    with tempfile.TemporaryDirectory() as folder:
+    with telling_disk_errors(out), temporary(out) as pictures:
         for name, draw in (("curves", curves), ("trade-off", trade_off)):
-            path = Path(folder) / f"{name}.png"
+            path = pictures / f"{name}.png"
             caption = draw(runs, path)
             if caption:
                 page.picture(path, caption)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +25,12 @@ from mukv.checkpoint import Checkpoints
 from mukv.config import Run
 from mukv.core import schema
 from mukv.core.errors import BadInput
-from mukv.core.files import write_atomic
+from mukv.core.files import is_leftover, write_atomic
+from mukv.core.locks import RUN
 from mukv.core.numbers import leaves
 from mukv.core.presets import apply_overrides
+from mukv.core.processes import one_job_writes
+from mukv.core.version import commit
 from mukv.core.weights import load_weights, require_weights, save_weights
 from mukv.core.yaml_text import read_yaml
 from mukv.data.build import default_corpus
@@ -55,7 +57,7 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / RUN
 
     @property
     def checkpoints(self) -> Path:
@@ -145,9 +147,15 @@ def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
     """Train in `folder`, or continue what is there. Raises BadInput before compiling anything.
 
     A folder may be continued with other steps, evaluation, logging or mesh; with another model,
-    data, seed or optimizer it is another run and is refused.
+    data, seed or optimizer it is another run and is refused. So is one that another job writes.
     """
     run, feed = open_feed(run)
+    _check_same(run, folder)  # what is refused is left as it is
+    with one_job_writes(folder.path):
+        return _train(run, feed, folder, title)
+
+
+def _train(run: Run, feed: Feed, folder: RunDirectory, title: str) -> Outcome:
     _check_same(run, folder)
     begin = _prolonged_from(run, folder)
     metrics.require(run.train.trackers)
@@ -242,7 +250,7 @@ def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
 def _check_same(run: Run, folder: RunDirectory) -> None:
     """Raise BadInput where a folder holds another run."""
     if not folder.exists:
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        if folder.path.exists() and not (folder.path.is_dir() and _untouched(folder)):
             raise BadInput(str(folder.path), "a path in use", "a run directory or a new path")
         return
     before, now = (leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
@@ -256,11 +264,20 @@ def _check_same(run: Run, folder: RunDirectory) -> None:
             )
 
 
+def _untouched(folder: RunDirectory) -> bool:
+    """Whether a folder has nothing, or what a run leaves that was killed at its beginning."""
+    there = [path for path in folder.path.iterdir() if not is_leftover(path)]
+    checkpoints = folder.checkpoints
+    return there in ([], [checkpoints]) and not (
+        checkpoints.exists() and (not checkpoints.is_dir() or any(checkpoints.iterdir()))
+    )
+
+
 def _provenance(origin: Origin) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "mukv": mukv.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
@@ -268,22 +285,6 @@ def _provenance(origin: Origin) -> dict[str, Any]:
         "data_fingerprint": origin.fingerprint,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _commit() -> str | None:
-    """The commit of the source, where it is a checkout."""
-    folder = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
 
 
 def summary(outcome: Outcome, folder: RunDirectory) -> dict[str, Any]:

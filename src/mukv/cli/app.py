@@ -9,6 +9,7 @@ import typer
 
 from mukv import output
 from mukv.core.errors import BadInput
+from mukv.core.locks import writing, writing_inside
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,6 +45,17 @@ def note_unused_budget(policies: str) -> None:
     unused = [name for name in policies.split(",") if not Policy.takes_budget(name)]
     if unused:
         output.warn(f"--budget means nothing to {', '.join(unused)}")
+
+
+def hold(context: typer.Context, *folders: Path) -> None:
+    """Until the command ends, be the one process that writes into these folders, or into the run
+    directories that they lie in. Raises BadInput with the number of the one that does already."""
+    context.with_resource(writing(*folders))
+
+
+def hold_run(context: typer.Context, path: Path) -> None:
+    """The same for the run directory that a path lies in, where it lies in one."""
+    context.with_resource(writing_inside(path))
 
 
 def _dashed(name: str) -> str:

@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 
 from mukv import launch, output
-from mukv.cli.app import Json, Overrides, app
+from mukv.cli.app import Json, Overrides, app, hold, hold_run
 
 
 @app.command()
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for runs, plot and table.")] = Path("runs/demo"),
     fast: Annotated[bool, typer.Option("--fast", help="A shorter demonstration.")] = False,
     as_json: Json = False,
@@ -26,6 +27,7 @@ def demo(
     launch.prepare()
     from mukv.demo import demonstrate
 
+    hold(context, out)
     facts = demonstrate(out, fast, Console(stderr=as_json))
     if as_json:
         output.print_json(facts)
@@ -33,6 +35,7 @@ def demo(
 
 @app.command()
 def data(
+    context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(
@@ -60,6 +63,7 @@ def data(
     from mukv.data.build import build_tokens, speed_meter
     from mukv.data.tokens import SPLITS
 
+    hold_run(context, out)
     began = time.monotonic()
     with speed_meter("reading") as report:
         tokens = build_tokens(

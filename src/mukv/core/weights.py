@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mukv.core.errors import BadInput, Failed
-from mukv.core.files import telling_disk_errors
+from mukv.core.files import replacing
 from mukv.core.params import abstract, named
 
 FILE = "weights.safetensors"
@@ -31,19 +30,11 @@ def save_weights(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, s
     path = folder / FILE
     if jax.process_index():
         return path
-    temporary = folder / f".{FILE}.{os.getpid()}.partial"
-    with telling_disk_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as made:
         try:
-            temporary.touch()
-            save_file(arrays, temporary, dict(metadata))
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            save_file(arrays, made, dict(metadata))
         except SafetensorError as error:
             raise Failed(f"{path}: {error}; nothing was left half-written") from error
-        finally:
-            temporary.unlink(missing_ok=True)
     return path
 
 

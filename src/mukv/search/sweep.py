@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mukv.config import Run
 from mukv.core import schema
 from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
+from mukv.core.locks import Held, one_writer
 from mukv.core.numbers import leaves
 from mukv.core.weights import save_weights
 from mukv.data.tokens import TokenFile
@@ -84,13 +86,25 @@ class Sweep:
                 self.study.heal()
                 taken = self.study.take(self.together or self.settings.at_once)
                 if taken:
-                    self._train(taken)
+                    with ExitStack() as held:
+                        self._train([each for each in taken if self._held(each[0], held)])
                 elif self.study.finished():
                     break
                 else:
                     time.sleep(POLL_SECONDS)
         write_atomic(self.folder / "results.json", json.dumps(self.results(), indent=2) + "\n")
         self.draw()
+
+    def _held(self, trial: Trial, held: ExitStack) -> bool:
+        """Whether its run directory is ours to write now. It is not where one that was taken for
+        dead lives on: its point is given back, and queued again when it has shown no life."""
+        try:
+            held.enter_context(one_writer(self._folder(trial).path))
+        except Held:
+            time.sleep(POLL_SECONDS)
+            self.study.give_back(trial)
+            return False
+        return True
 
     def _train(self, taken: Sequence[tuple[Trial, dict[str, Any]]]) -> None:
         ready: list[tuple[Trial, Run]] = []
