@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,13 @@ class Keep:
         return [step in kept for step in steps]
 
 
+@dataclass(frozen=True)
+class _Info:
+    """What `Keep` asks of a checkpoint."""
+
+    step: int
+
+
 class Checkpoints:
     """The checkpoints of one run, in folder/STEP. A context manager; all processes use it alike.
 
@@ -71,8 +79,9 @@ class Checkpoints:
             )
         self.saving: int | None = None
         self.scores = self._read_scores()
+        self.keep = Keep(keep_last, keep_best, self.scores, pinned)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=Keep(keep_last, keep_best, self.scores, pinned),
+            preservation_policy=self.keep,
             enable_async_checkpointing=asynchronous,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
@@ -92,6 +101,8 @@ class Checkpoints:
         # A save that fails now must not hide why the block was left.
         with contextlib.suppress(Failed) if kind else contextlib.nullcontext():
             self.close()
+        if kind is None and self._alone_writes:
+            self._forget_others()
 
     def steps(self) -> list[int]:
         """The complete checkpoints, oldest first."""
@@ -142,8 +153,22 @@ class Checkpoints:
         self.saving = None
         self._empty_deleted()
 
+    @property
+    def _alone_writes(self) -> bool:
+        return not self.read_only and jax.process_index() == 0
+
+    def _forget_others(self) -> None:
+        """Delete what is not to be kept: a kill after the last save has left it."""
+        infos = [_Info(step) for step in self.steps()]
+        kept = self.keep.should_preserve(infos, context=None)
+        for info, stays in zip(infos, kept, strict=True):
+            if not stays:
+                (self.folder / DELETED).mkdir(exist_ok=True)
+                os.rename(self.folder / str(info.step), self.folder / DELETED / str(info.step))
+        self._empty_deleted()
+
     def _empty_deleted(self) -> None:
-        if not self.read_only and jax.process_index() == 0:
+        if self._alone_writes:
             shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import filecmp
 import os
 import re
 import shutil
@@ -48,14 +49,14 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new folder that becomes `path` when the block ends well, and vanishes otherwise.
 
     overwrite: a folder that is there by then is replaced, so that at every moment one of the two
-    is there; else it stays and BadInput is raised.
+    is there; else it stays, and BadInput is raised unless its files are the same.
     """
     with telling_disk_errors(path), temporary(path) as made:
         made.mkdir()
         yield made
         if overwrite and path.is_dir():
             _replace_folder(made, path)
-        else:
+        elif not _same(made, path):
             os.rename(made, path)  # onto nothing, or onto an empty folder
 
 
@@ -155,6 +156,17 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def _same(one: Path, two: Path) -> bool:
+    """Whether two folders have files of the same names and content."""
+    names, others = (
+        sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        for folder in (one, two)
+    )
+    return names == others and all(
+        filecmp.cmp(one / name, two / name, shallow=False) for name in names
+    )
 
 
 def _replace_folder(new: Path, path: Path) -> None:
