@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +24,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from mukv.core import manifest
-from mukv.core.errors import BadInput, Failed
-from mukv.core.files import telling_disk_errors
+from mukv.core.errors import BadInput, Failed, telling_disk_errors
 from mukv.core.manifest import Damaged, reason
 from mukv.core.params import named
 from mukv.core.stored import read_arrays, require_path
 
-STATE, MANIFEST = "state", "manifest"
+STATE, MANIFEST, DELETED = "state", "manifest", ".deleted"
 UNFINISHED = ".orbax-checkpoint-tmp"
 """In the name of a step that is being written."""
 
@@ -51,6 +51,13 @@ class Keep:
         return [step in kept for step in steps]
 
 
+@dataclass(frozen=True)
+class _Info:
+    """What `Keep` asks of a checkpoint."""
+
+    step: int
+
+
 class Checkpoints:
     """The checkpoints of one run, in folder/STEP. A context manager; all processes use it alike.
 
@@ -70,7 +77,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         """Raises BadInput if the folder can't be used, or holds something else."""
-        self.folder = Path(folder).absolute()
+        self.folder, self.read_only = Path(folder).absolute(), read_only
         foreign = [step for step in _numbered(self.folder) if _foreign(self.folder / str(step))]
         if foreign:
             raise BadInput(
@@ -78,18 +85,22 @@ class Checkpoints:
             )
         self.saving: int | None = None
         self.scores = self._read_scores()
+        self.keep = Keep(keep_last, keep_best, self.scores, pinned)
         self.manager: ocp.CheckpointManager | None = None
         if read_only:
             return
         require_path(self.folder)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=Keep(keep_last, keep_best, self.scores, pinned),
+            preservation_policy=self.keep,
             enable_async_checkpointing=asynchronous,
+            # Deleting in place, a kill would leave a part of a checkpoint, which looks like one.
+            todelete_subdir=DELETED,
         )
         with telling_disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 _remove_leftovers(self.folder)
+                self._empty_deleted()
             self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -99,6 +110,8 @@ class Checkpoints:
         # A save that fails now must not hide why the block was left.
         with contextlib.suppress(Failed) if kind else contextlib.nullcontext():
             self.close()
+        if kind is None and self._alone_writes:
+            self._forget_others()
 
     def steps(self) -> list[int]:
         """The complete checkpoints, oldest first."""
@@ -151,6 +164,25 @@ class Checkpoints:
         with self._telling_failure():
             self.manager.wait_until_finished()
         self.saving = None
+        self._empty_deleted()
+
+    @property
+    def _alone_writes(self) -> bool:
+        return not self.read_only and jax.process_index() == 0
+
+    def _forget_others(self) -> None:
+        """Delete what is not to be kept: a kill after the last save has left it."""
+        infos = [_Info(step) for step in self.steps()]
+        kept = self.keep.should_preserve(infos, context=None)
+        for info, stays in zip(infos, kept, strict=True):
+            if not stays:
+                (self.folder / DELETED).mkdir(exist_ok=True)
+                os.rename(self.folder / str(info.step), self.folder / DELETED / str(info.step))
+        self._empty_deleted()
+
+    def _empty_deleted(self) -> None:
+        if self._alone_writes:
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def close(self) -> None:
         """Wait, then let go of the folder."""

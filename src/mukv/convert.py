@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import mukv
 from mukv.core import schema
 from mukv.core.errors import BadInput
-from mukv.core.files import new_folder, write_atomic
+from mukv.core.files import new_folder, write_atomic, writer_of
 from mukv.core.tensors import INDEX, Spec, is_finite, write_tensors
 from mukv.core.weights import FILE, not_finite
 from mukv.hub import FAMILIES, Family
@@ -38,7 +39,9 @@ def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[
     allow_nonfinite: take weights that are infinite or not a number. Returns what
     `mukv import --json` prints. Raises BadInput.
     """
-    _require_free(out)
+    before = _told(out)
+    again = before.get("imported_from") == source
+    _require_free(out, again)
     found = require(source)
     specs = found.specs()
     if not allow_nonfinite:
@@ -54,7 +57,10 @@ def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[
         if not (folder / "generation_config.json").exists():
             special = {key: value for key, value in found.special.items() if value is not None}
             write_atomic(folder / "generation_config.json", json.dumps(special, indent=2))
-        write_atomic(folder / "provenance.json", json.dumps(_provenance(source, found), indent=2))
+        facts = _provenance(source, found)
+        if again:  # what is the same is kept as it is
+            facts["started"] = before.get("started")
+        write_atomic(folder / "provenance.json", json.dumps(facts, indent=2))
     return {
         "run": str(out),
         "architecture": found.architecture,
@@ -85,9 +91,22 @@ def _finite(where: str, spec: Spec) -> Spec:
     return replace(spec, pieces=pieces)
 
 
-def _require_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def _told(folder: Path) -> dict[str, Any]:
+    """The provenance of a folder, as far as it can be read."""
+    path = folder / "provenance.json"
+    with suppress(BadInput):
+        return read_json(path) if path.is_file() else {}
+    return {}
+
+
+def _require_free(out: Path, again: bool) -> None:
+    """Raise BadInput for a path in use. again: what is there seems to be of the same command, and
+    will be compared with what that makes."""
+    if out.exists() and not again and (not out.is_dir() or any(out.iterdir())):
         raise BadInput("--out", str(out), "a path that is not in use")
+    writer = writer_of(out)
+    if writer is not None:
+        raise BadInput("--out", f"{out}, which {writer} is writing", "a path that is not in use")
 
 
 def export_model(
@@ -98,7 +117,8 @@ def export_model(
 
     Returns what `mukv export --json` prints. Raises BadInput with the part that has no name there.
     """
-    _require_free(out)
+    there = out / CONFIG
+    _require_free(out, there.is_file() and not out.samefile(source))
     decoder = model.decoder
     if not isinstance(decoder, Decoder):
         raise BadInput("model.kind", decoder.kind, "decoder: others have no name in Hugging Face")
@@ -109,9 +129,11 @@ def export_model(
     kept = {spec.dtype.name for spec in specs.values()}
     config["torch_dtype"] = kept.pop() if len(kept) == 1 else "float32"
     special = _special(model, source)
+    text = json.dumps(config | special, indent=2)
+    _require_free(out, there.is_file() and there.read_bytes() == text.encode())
     with new_folder(out) as folder:
         files = write_shards(folder, specs, shard)
-        write_atomic(folder / CONFIG, json.dumps(config | special, indent=2))
+        write_atomic(folder / CONFIG, text)
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)

@@ -6,7 +6,6 @@ underscore stays in the legend. Legends stand below the axes, where they hide no
 
 from __future__ import annotations
 
-import os
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mukv.core.files import replacing
 from mukv.core.names import LONGEST, distinct, printable, shortened
 
 MARKERS = "osD^vPX*<>ph"
@@ -52,14 +52,9 @@ def saved_figure(
             wide = int(LETTERS_PER_INCH * size[0])
             figure.suptitle(textwrap.fill(shortened(title, 3 * wide), wide))
         _tidy(figure)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial.png")
-        try:
-            about = {CAPTION: printable(caption)} if caption else None
-            figure.savefig(partial, dpi=150, metadata=about)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        about = {CAPTION: printable(caption)} if caption else None
+        with replacing(path) as made:
+            figure.savefig(made, dpi=150, format="png", metadata=about)
 
 
 def looks(count: int) -> list[dict[str, Any]]:

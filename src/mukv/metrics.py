@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from mukv.core.errors import BadInput, unknown_name
+from mukv.core.files import write_atomic
 from mukv.core.json_text import to_json
 from mukv.core.numbers import INT32
 
@@ -38,9 +38,7 @@ class MetricsFile:
         """keep_until: a resumed run forgets what an earlier one logged beyond this step."""
         if path.exists():
             kept = [r for r in read_metrics(path) if keep_until is None or r["step"] <= keep_until]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(to_json(record) + "\n" for record in kept))
-            os.replace(partial, path)
+            write_atomic(path, "".join(to_json(record) + "\n" for record in kept))
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

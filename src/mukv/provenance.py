@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 import mukv
 from mukv.checkpoint import Checkpoints
 from mukv.core.errors import BadInput
+from mukv.core.version import commit
 from mukv.data.feed import Origin
 
 FILE = "provenance.json"
@@ -24,7 +24,7 @@ def record(origin: Origin) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "mukv": mukv.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
@@ -32,22 +32,6 @@ def record(origin: Origin) -> dict[str, Any]:
         "data_fingerprint": origin.fingerprint,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _commit() -> str | None:
-    """The commit of the source, where it is a checkout."""
-    folder = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
 
 
 def began_with(folder: Path, origin: Origin) -> str | None:

@@ -21,10 +21,12 @@ from mukv.checkpoint import Checkpoints
 from mukv.config import Run
 from mukv.core import schema
 from mukv.core.errors import BadInput
-from mukv.core.files import write_atomic
+from mukv.core.files import is_leftover, write_atomic
 from mukv.core.json_text import is_text, to_json
+from mukv.core.locks import RUN
 from mukv.core.numbers import leaves
 from mukv.core.presets import apply_overrides
+from mukv.core.processes import one_job_writes
 from mukv.core.weights import load_weights, require_finite, require_weights, save_weights
 from mukv.core.yaml_text import read_yaml
 from mukv.data.build import default_corpus
@@ -52,7 +54,7 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / RUN
 
     @property
     def checkpoints(self) -> Path:
@@ -147,12 +149,19 @@ def train(
     for a step that takes more memory than is free, unless `ignore_memory`.
 
     A folder may be continued with other steps, evaluation, logging or mesh; with another model,
-    data, seed or optimizer it is another run and is refused. The data may lie elsewhere.
+    data, seed or optimizer it is another run and is refused. So is one that another job writes.
+    The data may lie elsewhere.
     """
     run, feed = open_feed(run)
     for name, value in leaves(schema.to_mapping(run)).items():
         if isinstance(value, str) and not is_text(value):
             raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
+    _check_same(run, folder, feed)  # what is refused is left as it is
+    with one_job_writes(folder.path):
+        return _train(run, feed, folder, title, ignore_memory)
+
+
+def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory: bool) -> Outcome:
     _check_same(run, folder, feed)
     begin = _prolonged_from(run, folder)
     metrics.require(run.train.trackers)
@@ -250,7 +259,7 @@ def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
 def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
     """Raise BadInput where a folder holds another run: of other settings or other data."""
     if not folder.exists:
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        if folder.path.exists() and not (folder.path.is_dir() and _untouched(folder)):
             raise BadInput(str(folder.path), "a path in use", "a run directory or a new path")
         return
     before, now = (leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
@@ -273,6 +282,15 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
             f"the run in {folder.path} began with data of fingerprint {began_with[:12]}, this has "
             f"{origin.fingerprint[:12]}; give another folder with --out",
         )
+
+
+def _untouched(folder: RunDirectory) -> bool:
+    """Whether a folder has nothing, or what a run leaves that was killed at its beginning."""
+    there = [path for path in folder.path.iterdir() if not is_leftover(path)]
+    checkpoints = folder.checkpoints
+    return there in ([], [checkpoints]) and not (
+        checkpoints.exists() and (not checkpoints.is_dir() or any(checkpoints.iterdir()))
+    )
 
 
 def summary(outcome: Outcome, folder: RunDirectory) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import typer
 from mukv import output
 from mukv.cli.typed import App
 from mukv.core.errors import BadInput
+from mukv.core.locks import writing, writing_inside
 
 app = App(
     no_args_is_help=True,
@@ -57,6 +58,17 @@ def tell(notes: Iterable[str]) -> None:
     """Print notes, a line each."""
     for note in notes:
         output.warn(note)
+
+
+def hold(context: typer.Context, *folders: Path) -> None:
+    """Until the command ends, be the one process that writes into these folders, or into the run
+    directories that they lie in. Raises BadInput with the number of the one that does already."""
+    context.with_resource(writing(*folders))
+
+
+def hold_run(context: typer.Context, path: Path) -> None:
+    """The same for the run directory that a path lies in, where it lies in one."""
+    context.with_resource(writing_inside(path))
 
 
 def _dashed(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mukv import launch, output
-from mukv.cli.app import Json, Overrides, app, beside
+from mukv.cli.app import Json, Overrides, app, beside, hold
 from mukv.core.errors import BadInput, unknown_name
 from mukv.core.names import even
 from mukv.terminal import Console, table
@@ -21,6 +21,7 @@ default fits in as many bytes."""
 
 @app.command()
 def bench(
+    context: typer.Context,
     source: Annotated[
         str | None,
         typer.Argument(metavar="[MODEL or CONFIG]", help="A model, or what is trained for this."),
@@ -97,6 +98,7 @@ def bench(
         beside(source, "bench") if is_model(source) else Path("runs") / f"bench-{Path(source).stem}"
     )
     folder = out or folder
+    hold(context, folder)
     tell = Console(stderr=True).say
     if is_model(source):
         model = loaded.load(source)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mukv import launch, output
-from mukv.cli.app import AllowNonfinite, Json, app
+from mukv.cli.app import AllowNonfinite, Json, app, hold_run
 from mukv.core.errors import unknown_name
 
 TYPES = ("float32", "bfloat16", "float16")
@@ -16,6 +16,7 @@ TYPES = ("float32", "bfloat16", "float16")
 
 @app.command("import")
 def import_(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -34,11 +35,13 @@ def import_(
     launch.prepare()
     from mukv.convert import import_model
 
+    hold_run(context, out)
     output.print_facts(import_model(source, out, allow_nonfinite), as_json)
 
 
 @app.command()
 def export(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     dtype: Annotated[
@@ -57,6 +60,7 @@ def export(
 
     if dtype is not None and dtype not in TYPES:
         raise unknown_name("--dtype", dtype, TYPES)
+    hold_run(context, out)
     model = loaded.load(run, allow_nonfinite=allow_nonfinite)
     facts = export_model(model, Path(run), out, dtype)
     output.print_facts(facts, as_json)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mukv import launch, output
-from mukv.cli.app import Json, app, beside, exactly_one, note_unused_budget, tell
+from mukv.cli.app import Json, app, beside, exactly_one, hold, note_unused_budget, tell
 from mukv.core.errors import BadInput
 from mukv.core.names import even
 from mukv.terminal import Console, table
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory.")],
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file.")] = None,
     tokens: Annotated[
@@ -59,6 +60,8 @@ def compress(
     policies = compress.grid(policy, numbers("0.25" if budget is None else budget))
     if budget is not None:
         note_unused_budget(policy)
+    folder = out or beside(model, "compress")
+    hold(context, folder)
     speaker = loaded.load(model)
     if length is None:
         length = max(inputs.window(speaker, None), compress.USUAL)
@@ -76,7 +79,6 @@ def compress(
     count, read = rows.tokens.shape
     console.say(f"{count:,} rows of {read:,} tokens", "dim")
     results = compress.judge(speaker, rows, policies)
-    folder = out or beside(model, "compress")
     files = compress.write(results, folder, f"{Path(model).name}, rows of {read} tokens")
     if as_json:
         facts = {"rows": [asdict(each) for each in results], "length": read}

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mukv import launch, output
-from mukv.cli.app import Json, ModelName, app, tell
+from mukv.cli.app import Json, ModelName, app, hold, hold_run, tell
 from mukv.core.errors import BadInput, unknown_name
 from mukv.terminal import Console, table
 
@@ -17,6 +17,7 @@ SAMPLES = 32
 
 @app.command()
 def analyze(
+    context: typer.Context,
     model: ModelName,
     text: Annotated[
         list[Path] | None, typer.Option(help="UTF-8 text files, side by side; may be repeated.")
@@ -67,6 +68,9 @@ def analyze(
         raise BadInput("analyze", "--text and --tokens", "one of the two")
     if calibrate is not None and calibrate not in KINDS:
         raise unknown_name("--calibrate", calibrate, KINDS)
+    beside = Path(model) if Path(model).is_dir() else None
+    folder = out or (beside or Path("runs") / Path(model).name) / "analysis"
+    hold(context, folder, *([beside] if beside and calibrate is not None else []))
     speaker = loaded.load(model)
     length = inputs.window(speaker, length)
     tell(notes.of_length(length, speaker.run, "--length"))
@@ -92,8 +96,6 @@ def analyze(
     if not isinstance(decoder, Decoder):
         raise BadInput("MODEL", decoder.kind, "a model of kind decoder")
     found = study.look(decoder, speaker.scaled, texts, compute)
-    beside = Path(model) if Path(model).is_dir() else None
-    folder = out or (beside or Path("runs") / Path(model).name) / "analysis"
     about = {
         "model": model,
         "window": f"{length} tokens",
@@ -146,6 +148,7 @@ def analyze(
 
 @app.command()
 def report(
+    context: typer.Context,
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of some.")
     ],
@@ -161,6 +164,7 @@ def report(
     launch.prepare()
     from mukv.report import report as write
 
+    hold_run(context, out)
     facts = write(runs, out)
     if as_json:
         output.print_json(facts)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mukv import launch, output
-from mukv.cli.app import Json, Overrides, app, tell
+from mukv.cli.app import Json, Overrides, app, hold, hold_run, tell
 from mukv.terminal import Console
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for runs, plot and table.")] = Path("runs/demo"),
     fast: Annotated[bool, typer.Option("--fast", help="A shorter demonstration.")] = False,
     as_json: Json = False,
@@ -29,6 +30,7 @@ def demo(
     launch.prepare()
     from mukv.demo import demonstrate
 
+    hold(context, out)
     facts = demonstrate(out, fast, Console(stderr=as_json))
     if as_json:
         output.print_json(facts)
@@ -36,6 +38,7 @@ def demo(
 
 @app.command()
 def data(
+    context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(
@@ -64,6 +67,7 @@ def data(
     from mukv.data.sources import binary_files
     from mukv.data.tokens import SPLITS
 
+    hold_run(context, out)
     began = time.monotonic()
     with speed_meter("reading") as report:
         tokens = build_tokens(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mukv import launch, output
-from mukv.cli.app import Json, Overrides, app
+from mukv.cli.app import Json, Overrides, app, hold, hold_run
 from mukv.core.errors import BadInput
 from mukv.core.names import even
 from mukv.terminal import Console, styled, table
@@ -28,6 +28,7 @@ Memory = Annotated[
 
 @app.command()
 def transfer(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset or a YAML file.")],
     overrides: Overrides = None,
     check: Annotated[
@@ -66,9 +67,11 @@ def transfer(
     name = f"{Path(source).stem}-{run.model.scaling.kind}"
     if check:
         plot = out or Path("runs") / f"coordinates-{name}.png"
+        hold_run(context, plot)
         passed = _check(run, numbers, seeds, steps, learning_rate, plot, name, as_json)
     else:
         folder = out or Path("runs") / f"transfer-{name}"
+        hold(context, folder)
         passed = _search(run, numbers, seeds, octaves, memory, folder, name, as_json)
     if not passed:
         raise typer.Exit(1)

@@ -7,8 +7,11 @@ and ends the command with status 2. `Failed` is what happened while running; it 
 from __future__ import annotations
 
 import difflib
+import errno
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 LONGEST = 160
 """Characters of a value, a name or a path that an error shows."""
@@ -71,3 +74,20 @@ def unknown_name(where: str, given: str, names: Iterable[str]) -> BadInput:
     """The error for a name that is not in a table."""
     names = sorted(names)
     return BadInput(where, given, f"allowed: {', '.join(names)}", nearest_name(given, names))
+
+
+@contextmanager
+def telling_disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one clear line about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise Failed(f"{path}: the disk is full; nothing was left half-written") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+            raise BadInput(str(path), "a folder that can't be written", "choose another") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR):
+            raise BadInput(str(path), "something in the way", "choose another path") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadInput(str(path), "a name that is too long", "a shorter one") from error
+        raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from mukv.core import checksum
 from mukv.core.errors import BadInput
-from mukv.core.files import telling_disk_errors
+from mukv.core.files import replacing
 
 INDEX = "model.safetensors.index.json"
 DTYPES: Mapping[str, np.dtype] = {
@@ -142,25 +141,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Spec], metadata: Mapping[str
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with telling_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                head = len(text).to_bytes(8, "little") + text
-                file.write(head)
-                value = zlib.crc32(head)
-                for _, spec in ordered:
-                    for piece in _checked(spec):
-                        file.write(piece)
-                        value = zlib.crc32(piece, value)
-                file.seek(head.index(checksum.EMPTY.encode()))
-                file.write(checksum.sealed(value).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as made, made.open("wb") as file:
+        head = len(text).to_bytes(8, "little") + text
+        file.write(head)
+        value = zlib.crc32(head)
+        for _, spec in ordered:
+            for piece in _checked(spec):
+                file.write(piece)
+                value = zlib.crc32(piece, value)
+        file.seek(head.index(checksum.EMPTY.encode()))
+        file.write(checksum.sealed(value).encode())
 
 
 def is_finite(array: np.ndarray) -> bool:

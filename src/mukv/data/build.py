@@ -24,8 +24,8 @@ import numpy as np
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeedColumn
 
 import mukv
-from mukv.core.errors import BadInput, nearest_name
-from mukv.core.files import new_folder, telling_disk_errors, write_atomic
+from mukv.core.errors import BadInput, nearest_name, telling_disk_errors
+from mukv.core.files import new_folder, write_atomic
 from mukv.data import tokens as layout
 from mukv.data.text import Piece, pieces
 from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer, load_tokenizer, train_bpe
@@ -67,7 +67,7 @@ def build_tokens(
         return pieces(sources, field, on_invalid)
 
     try:
-        with new_folder(out) as folder:
+        with new_folder(out, overwrite) as folder:
             chosen = make_tokenizer(tokenizer, read)
             encoded = _encoded(read(), chosen, validation, workers or os.cpu_count() or 1)
             counts = _write(folder, chosen, encoded, validation, report)
@@ -96,8 +96,11 @@ def default_corpus(cache: Path) -> TokenFile:
     path = cache / f"stdlib-{platform.python_version()}"
     if not is_token_file(path):
         # Processes that start together may build it together; the first to finish wins.
-        with suppress(OSError):
+        try:
             build_tokens(["stdlib"], path)
+        except (BadInput, OSError):
+            if not is_token_file(path):
+                raise
     return open_tokens(path)
 
 

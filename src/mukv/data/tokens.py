@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mukv.core.errors import BadInput
+from mukv.core.files import clear_leftovers
 from mukv.data.sources import nearest_path
 from mukv.data.tokenizer import AnyTokenizer, load_tokenizer
 
@@ -148,6 +149,8 @@ def fingerprint(folder: Path) -> str:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        clear_leftovers(path.parent)  # where a kill interrupted its replacement, it lies there
     try:
         meta = json.loads((path / "meta.json").read_text("utf-8"))
     except OSError:

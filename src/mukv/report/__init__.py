@@ -7,11 +7,12 @@ per byte, and only those that read the same tokens one of nats per token.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mukv.core.errors import telling_disk_errors
+from mukv.core.files import temporary
 from mukv.core.names import even, shortened
 from mukv.page import Page
 from mukv.report.found import findings
@@ -43,12 +44,13 @@ def report(sources: Sequence[Path], out: Path) -> dict[str, Any]:
             f"These runs read {len(groups)} different texts. Their losses and bits per byte can't "
             "be compared: each text has a section and axes of its own."
         )
-    with tempfile.TemporaryDirectory() as folder:
+    with telling_disk_errors(out), temporary(out) as drawn:
+        drawn.mkdir()
         for group in groups:
             if len(groups) > 1:
                 page.heading(f"Runs on {group[0].data}")
             for draw in (curves, trade_off):
-                path = Path(folder) / "drawn.png"
+                path = drawn / "drawn.png"
                 caption = draw(group, path)
                 if caption:
                     page.picture(path, caption)

@@ -228,6 +228,10 @@ class Study:
             pass
         self.mine.pop(trial.number, None)
 
+    def give_back(self, trial: Trial) -> None:
+        """Leave a point to be queued again."""
+        self._fail(trial.number)
+
     def finished(self) -> bool:
         found = self.trials()
         return len(found) >= len(self.points) and all(trial.state in DONE for trial in found)

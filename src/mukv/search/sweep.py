@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from mukv.core import schema
 from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
 from mukv.core.json_text import to_json
+from mukv.core.locks import Held, one_writer
 from mukv.core.numbers import leaves
 from mukv.core.weights import save_weights
 from mukv.data.tokens import TokenFile
@@ -114,13 +116,26 @@ class Sweep:
                 self.study.heal()
                 taken = self.study.take(self.together or self.settings.at_once)
                 if taken:
-                    self._train(taken)
+                    with ExitStack() as held:
+                        self._train([each for each in taken if self._held(each[0], held)])
                 elif self.study.finished():
                     break
                 else:
                     time.sleep(POLL_SECONDS)
         write_atomic(self.folder / "results.json", to_json(self.results(), indent=2) + "\n")
         self.draw()
+
+    def _held(self, trial: Trial, held: ExitStack) -> bool:
+        """Whether its run directories are ours to write now. They are not where a process that was
+        taken for dead lives on: its point is given back, and queued again when it has shown no life."""
+        try:
+            for seed in self.seeds:
+                held.enter_context(one_writer(self._folder(trial, seed).path))
+        except Held:
+            time.sleep(POLL_SECONDS)
+            self.study.give_back(trial)
+            return False
+        return True
 
     def _train(self, taken: Sequence[tuple[Trial, dict[str, Any]]]) -> None:
         ready: list[Member] = []
