@@ -7,6 +7,7 @@ end with one line instead of waiting in a collective. Imports nothing heavy.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import selectors
@@ -24,8 +25,10 @@ WAIT_SECONDS = 300.0
 """A process waits for the others for so long."""
 TELL_SECONDS = 5.0
 """It says for whom after so long, and again every minute."""
-GRACE_SECONDS = 5.0
-"""After another process has failed, the time in which this one may end by itself."""
+GRACE_SECONDS = 20.0
+"""After another process has failed, the time in which this one may end with an error of its own."""
+SETTLE_SECONDS = 5.0
+"""News of a process that is gone come within so long after the error that it causes."""
 MOST_PROCESSES = 1 << 16
 EXAMPLE = "auto, or HOST:PORT,PROCESSES,NUMBER such as 10.0.0.1:9000,2,0"
 Tell = Callable[[str], None]
@@ -77,7 +80,7 @@ class Watch:
         self.place, self.peers = place, peers
         self.checkpoints: Path | None = None
         self.lost: int | None = None
-        self.noticed = threading.Event()
+        self.noticed, self.alone = threading.Event(), threading.Event()
         self.ended = False
         self.leaving = threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -89,13 +92,21 @@ class Watch:
         self.ended = True
         if error is None:
             self._send("bye")
-            return
-        expected = isinstance(error, BadInput | Failed | KeyboardInterrupt)
-        if expected:
+        elif isinstance(error, BadInput | Failed | KeyboardInterrupt):
             self._send("failed")
+            # Before JAX's own end, which would wait for those that have left, and abort.
+            atexit.register(self._leave_after_others, getattr(error, "status", 1))
         # An error of a collective comes a moment before or after the news of its cause.
-        if self.noticed.wait(0 if expected else GRACE_SECONDS):
+        elif self.noticed.wait(SETTLE_SECONDS):
             self.leave()
+
+    def _leave_after_others(self, status: int) -> None:
+        """End this process once the others have failed too, or had the time to notice."""
+        self.alone.wait(GRACE_SECONDS + SETTLE_SECONDS)
+        if self.place.number == 0:  # JAX aborts the others as soon as this one is gone
+            time.sleep(1)
+        sys.stdout.flush()
+        os._exit(status)
 
     def leave(self) -> None:
         """End this process with one line on the one that is gone. JAX's own end would wait for
@@ -130,23 +141,37 @@ class Watch:
         for number, peer in self.peers.items():
             peer.settimeout(None)
             selector.register(peer, selectors.EVENT_READ, number)
-        while selector.get_map():
+        there = set(self.peers)
+        while there:
             for key, _ in selector.select():
                 try:
                     said = os.read(key.fd, 256).decode(errors="replace").split()
                 except OSError:
                     said = []
-                if said[:1] == ["bye"]:
+                known, word = key.data in there, said[0] if said else "lost"
+                relayed = int(said[1]) if len(said) > 1 and said[1].isdecimal() else None
+                if relayed is None:
+                    there.discard(key.data)
+                if not said:
                     selector.unregister(key.fileobj)
-                    continue
-                grace = GRACE_SECONDS if said[:1] == ["failed"] else 0
-                self.lost = int(said[1]) if said[:1] == ["lost"] and len(said) > 1 else key.data
-                self._send(f"lost {self.lost}")
-                self.noticed.set()
-                time.sleep(grace)
-                if not self.ended:
-                    self.leave()
-                return
+                if known and word != "bye":
+                    self._notice(word, key.data if relayed is None else relayed)
+        self.alone.set()
+
+    def _notice(self, word: str, number: int) -> None:
+        """Another process has failed, or is lost: this one ends, unless it does so by itself."""
+        if self.lost is not None:
+            return
+        self.lost = number
+        self._send(f"{word} {number}")
+        self.noticed.set()
+        timer = threading.Timer(GRACE_SECONDS if word == "failed" else 0, self._end)
+        timer.daemon = True
+        timer.start()
+
+    def _end(self) -> None:
+        if not self.ended:
+            self.leave()
 
 
 def meet(place: Place, tell: Tell) -> Watch:
