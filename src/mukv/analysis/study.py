@@ -59,7 +59,8 @@ def write(found: Found, out: Path, title: str, about: Mapping[str, str]) -> Page
     if len(found) > 1:
         page.heading("Texts side by side")
         page.picture(out / "texts.png", plots.texts(found, out / "texts.png"))
-    for short, (name, layers) in zip(distinct(found, LONGEST), found.items(), strict=True):
+    files = distinct((name.replace("/", "-") for name in found), LONGEST)
+    for short, (name, layers) in zip(files, found.items(), strict=True):
         prefix = f"{short}-" if len(found) > 1 else ""
         page.heading(f"Text: {name}")
         page.table(COLUMNS, (summary(layer) for layer in layers))
