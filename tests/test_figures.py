@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 from PIL import Image
 
+from mukv import coordinates, transfer
 from mukv.figures import CAPTION, labels, legend, looks, overlapping, powers, saved_figure
 
 HOSTILE = (
@@ -91,3 +94,51 @@ def test_the_caption_lies_in_the_file(tmp_path):
         figure.subplots().plot([1])
     with Image.open(tmp_path / "x.png") as image:
         assert image.info[CAPTION] == "Für jeden: 95 % \u2026"
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures of modules that measure with seeds."""
+    kept: list = []
+
+    @contextmanager
+    def keeping(*args, **options):
+        with saved_figure(*args, **options) as figure:
+            kept.append(figure)
+            yield figure
+
+    for module in (coordinates, transfer):
+        monkeypatch.setattr(module, "saved_figure", keeping)
+    return kept
+
+
+def has_bars(figure) -> bool:
+    return any(each.has_yerr for axes in figure.axes for each in axes.containers)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_bars_stand_only_where_there_are_seeds(drawn, tmp_path, seeds):
+    deviations = {64: 0.1, 128: 0.2} if seeds > 1 else {}
+    slopes = [
+        coordinates.Slope(name, 0.1, 0, 0.2, 0.2, {64: 1.0, 128: 1.5}, deviations)
+        for name in ("embedding", "layer0.mlp", "layer1.mlp", "layer0.logits", "logits")
+    ]
+    coordinates.draw(slopes, tmp_path / "x.png", "title")
+
+    class Search(transfer.Search):
+        def __init__(self) -> None:
+            self.models, self.seeds = {64: None, 128: None}, seeds
+            self.losses = {
+                (width, rate, seed): abs(rate + 8) + seed / 10 + 1
+                for width in (64, 128)
+                for rate in (-9.0, -8.0, -7.0)
+                for seed in range(seeds)
+            }
+            self.losses[128, -7.0, 0] = float("inf")
+
+    search = Search()
+    transfer.draw(search, search.verdict(), tmp_path / "y.png", "title")
+    assert [has_bars(figure) for figure in drawn] == 2 * [seeds > 1]
+    for name, word in (("x", "deviation of seeds"), ("y", "range of")):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert (word in image.info[CAPTION]) == (seeds > 1)

@@ -49,7 +49,7 @@ def table(
     caption: str | None = None,
 ) -> Table:
     """A table without lines: columns of text at the left, of numbers at the right. None is cut."""
-    found = Table(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    found = Table(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 1))
     for name in text:
         found.add_column(name, overflow="fold")
     for name in numbers:

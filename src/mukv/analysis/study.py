@@ -17,10 +17,13 @@ from mukv.analysis.sparsity import MASSES, PARTS, SHARES, Sparsity, measure
 from mukv.cache.centres import Centres
 from mukv.core.compute import Compute
 from mukv.core.files import write_atomic
+from mukv.core.names import distinct, printable
 from mukv.model.decoder import Decoder
 from mukv.page import Page
 from mukv.progress import Bar
 
+LONGEST = 80
+"""Characters of a text's name in the name of a file, which may have 255 bytes in all."""
 Found = Mapping[str, Sequence[Sparsity]]
 """What was measured, by name of the text."""
 
@@ -56,8 +59,9 @@ def write(found: Found, out: Path, title: str, about: Mapping[str, str]) -> Page
     if len(found) > 1:
         page.heading("Texts side by side")
         page.picture(out / "texts.png", plots.texts(found, out / "texts.png"))
-    for name, layers in found.items():
-        prefix = f"{name}-" if len(found) > 1 else ""
+    files = distinct((name.replace("/", "-") for name in found), LONGEST)
+    for short, (name, layers) in zip(files, found.items(), strict=True):
+        prefix = f"{short}-" if len(found) > 1 else ""
         page.heading(f"Text: {name}")
         page.table(COLUMNS, (summary(layer) for layer in layers))
         for draw in (plots.heads, plots.curves, plots.needed, plots.errors, plots.agreement):
@@ -206,5 +210,11 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow({name: _cell(value) for name, value in row.items()})
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return printable(value) if isinstance(value, str) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +76,8 @@ def analyze(
     length = inputs.window(speaker, length)
     tell(notes.of_length(length, speaker.run, "--length"))
     if text:
-        rows = {path.stem: inputs.rows_of_text(speaker, path) for path in text}
+        names = names_of(text)
+        rows = {n: inputs.rows_of_text(speaker, p) for n, p in zip(names, text, strict=True)}
         texts = {name: pieces.windows(name, each, length, samples) for name, each in rows.items()}
     elif tokens is not None:
         given = inputs.rows_of_ids(tokens)
@@ -144,6 +146,12 @@ def analyze(
         if not speaker.by_head:
             output.warn("cache policies don't use them: entries are one set for all heads")
     console.say(f"page: {folder / 'analysis.html'}")
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """What texts are called: their file names, and whole paths where those are alike."""
+    stems = [path.stem for path in paths]
+    return [s if stems.count(s) == 1 else str(p) for s, p in zip(stems, paths, strict=True)]
 
 
 @app.command()
