@@ -127,7 +127,7 @@ class Sweep:
 
     def _held(self, trial: Trial, held: ExitStack) -> bool:
         """Whether its run directories are ours to write now. They are not where a process that was
-        taken for dead lives on: its point is given back, and queued again when it has shown no life."""
+        taken for dead lives on: its point is given back, and queued again once it shows no life."""
         try:
             for seed in self.seeds:
                 held.enter_context(one_writer(self._folder(trial, seed).path))
