@@ -22,9 +22,17 @@ from mukv.core.tensors import INDEX, Spec, is_finite, write_tensors
 from mukv.core.weights import FILE, not_finite
 from mukv.hub import FAMILIES, Family
 from mukv.hub.base import Piece, pairs_in_halves, pieces
-from mukv.hub.checkpoint import COMPANIONS, CONFIG, Checkpoint, imported_run, require
-from mukv.hub.settings import read_json
-from mukv.hub.standard import standard
+from mukv.hub.checkpoint import (
+    CONFIG,
+    GENERATION,
+    SPECIAL,
+    Checkpoint,
+    companions,
+    imported_run,
+    require,
+)
+from mukv.hub.settings import Given, read_json
+from mukv.hub.standard import require_same, standard
 from mukv.loaded import Model
 from mukv.model import Decoder
 from mukv.position import RoPE
@@ -51,12 +59,11 @@ def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[
         target = RunDirectory(folder)
         write_tensors(target.weights / FILE, specs, {"step": "0"})
         write_atomic(target.config, schema.to_yaml(imported_run(found)))
-        for name in COMPANIONS:
-            if (found.folder / name).is_file():
-                shutil.copy(found.folder / name, folder / name)
-        if not (folder / "generation_config.json").exists():
+        for path in companions(found.folder):
+            shutil.copy(path, folder / path.name)
+        if not (folder / GENERATION).exists():
             special = {key: value for key, value in found.special.items() if value is not None}
-            write_atomic(folder / "generation_config.json", json.dumps(special, indent=2))
+            write_atomic(folder / GENERATION, json.dumps(special, indent=2))
         facts = _provenance(source, found)
         if again:  # what is the same is kept as it is
             facts["started"] = before.get("started")
@@ -126,19 +133,20 @@ def export_model(
     plain, flat = standard(decoder, model.weights, family)
     specs = _specs(plain, flat, family, dtype)
     config = family.write(plain, model.run.train.length)
+    require_same(plain, family.read(Given(config, "model")))
     kept = {spec.dtype.name for spec in specs.values()}
     config["torch_dtype"] = kept.pop() if len(kept) == 1 else "float32"
-    special = _special(model, source)
+    # All of them: what is left out would have the default of the family.
+    special = dict.fromkeys(SPECIAL) | _special(model, source)
     text = json.dumps(config | special, indent=2)
     _require_free(out, there.is_file() and there.read_bytes() == text.encode())
     with new_folder(out) as folder:
         files = write_shards(folder, specs, shard)
         write_atomic(folder / CONFIG, text)
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copy(source / name, folder / name)
-        if special and not (source / "generation_config.json").exists():
-            write_atomic(folder / "generation_config.json", json.dumps(special, indent=2))
+        for path in companions(source):
+            shutil.copy(path, folder / path.name)
+        if not (source / GENERATION).exists():
+            write_atomic(folder / GENERATION, json.dumps(special, indent=2))
         _describe_tokenizer(model, folder)
     return {
         "path": str(out),
@@ -182,7 +190,13 @@ def _specs(
         def read(piece: Piece = piece, kept: np.dtype = kept) -> Iterator[np.ndarray]:
             whole = flat[piece.ours]
             ours = np.asarray(whole if piece.repeat is None else whole[piece.repeat])
-            yield piece.give(ours).astype(kept)
+            with np.errstate(over="ignore"):
+                theirs = piece.give(ours).astype(kept)
+            if not np.isfinite(theirs).all() and np.isfinite(ours).all():
+                raise BadInput(
+                    "--dtype", kept.name, f"a type that holds the numbers of {piece.ours}"
+                )
+            yield theirs
 
         made[piece.theirs] = Spec(piece.shape, kept, read)
     return made
@@ -214,7 +228,7 @@ def write_shards(folder: Path, specs: Mapping[str, Spec], limit: int) -> int:
 
 def _special(model: Model, source: Path) -> dict[str, Any]:
     """Ids that begin, end and pad a text."""
-    said = source / "generation_config.json"
+    said = source / GENERATION
     if said.exists():
         found = read_json(said)
         return {key: value for key, value in found.items() if key.endswith("_token_id")}

@@ -250,10 +250,9 @@ def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
     origin.tokenizer.save(folder.tokenizer)
     write_atomic(folder.path / provenance.FILE, to_json(provenance.record(origin), indent=2))
     # What a model that it begins with came with belongs to this one too.
-    for name in checkpoint.COMPANIONS if run.train.start else ():
-        given = Path(str(run.train.start)) / name
-        if given.is_file() and not (folder.path / name).exists():
-            write_atomic(folder.path / name, given.read_bytes())
+    for given in checkpoint.companions(Path(run.train.start)) if run.train.start else ():
+        if not (folder.path / given.name).exists():
+            write_atomic(folder.path / given.name, given.read_bytes())
 
 
 def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:

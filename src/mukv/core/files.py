@@ -211,3 +211,18 @@ def require_regular_file(path: Path, where: str | None = None) -> Path:
     if where is None:
         raise BadInput(str(path), given, "the path of a readable file is needed")
     raise BadInput(where, str(path), f"a readable file ({reason})")
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """The regular file of this name in a folder that others made. Raises BadInput for a name or a
+    link that leaves the folder; links into the blobs of the hub's cache, which its snapshots
+    consist of, stay in it."""
+    path = folder / name
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BadInput(str(folder), name, "the name of a file inside this folder")
+    require_regular_file(path)
+    root, real = folder.resolve(), path.resolve()
+    blobs = [place.parent / "blobs" for place in (root, *root.parents) if place.name == "snapshots"]
+    if not any(real.is_relative_to(place) for place in (root, *blobs)):
+        raise BadInput(str(path), f"a link to {real}", "a file inside this folder")
+    return path

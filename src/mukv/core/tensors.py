@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from mukv.core import checksum
 from mukv.core.errors import BadInput
-from mukv.core.files import replacing
+from mukv.core.files import file_inside, replacing
+from mukv.core.json_text import read_json
 
 INDEX = "model.safetensors.index.json"
 DTYPES: Mapping[str, np.dtype] = {
@@ -49,7 +51,8 @@ class Tensor:
 
 
 class TensorFiles:
-    """The tensors of a folder, by name. Raises BadInput where a file is missing or damaged."""
+    """The tensors of a folder, by name. Raises BadInput where a file is missing or damaged, lies
+    outside of the folder, or has a tensor that another one has."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -62,7 +65,10 @@ class TensorFiles:
             there = set(file.keys())
             for name in sorted(names - there):
                 raise BadInput(f"{path}: {name}", "missing", f"{INDEX} says that it is there")
-            for name in file.keys():  # noqa: SIM118 (a file, not a dict)
+            for name in sorted(there):
+                if name in self.tensors:
+                    other = f"also in {self.tensors[name].file.name}"
+                    raise BadInput(f"{path}: {name}", other, "each tensor in one file")
                 found = file.get_slice(name)
                 dtype = found.get_dtype()
                 if dtype not in DTYPES:
@@ -80,8 +86,6 @@ class TensorFiles:
             self._path, self._file = None, None
             try:
                 self._file = safe_open(path, "numpy")
-            except FileNotFoundError:
-                raise BadInput(str(path), "no such file", f"{INDEX} names it") from None
             except (SafetensorError, OSError) as error:
                 given = f"a file that can't be read ({str(error).splitlines()[0]})"
                 raise BadInput(str(path), given, "it is cut short, or no safetensors") from None
@@ -91,22 +95,24 @@ class TensorFiles:
 
 def _files(folder: Path) -> dict[Path, set[str]]:
     """The files of a folder with the names that its index puts there."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            places = json.loads(index.read_text("utf-8"))["weight_map"]
-            found: dict[Path, set[str]] = {}
-            for name, file in places.items():
-                found.setdefault(folder / file, set()).add(name)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            given = f"a file that can't be read ({error})"
-            raise BadInput(str(index), given, 'JSON with a "weight_map"') from None
+    if os.path.lexists(folder / INDEX):
+        index = file_inside(folder, INDEX)
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise BadInput(f"{index}: weight_map", places, "the file of each tensor, by its name")
+        found: dict[Path, set[str]] = {}
+        for name, file in places.items():
+            if not isinstance(file, str):
+                raise BadInput(f"{index}: {name}", file, "the name of a file")
+            found.setdefault(folder / file, set()).add(name)
+        for file in set(places.values()):
+            file_inside(folder, file)
         return found
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         given = f"{len(files)} .safetensors files"
         raise BadInput(str(folder), given, f"one such file, or several with {INDEX}")
-    return {files[0]: set()}
+    return {file_inside(folder, files[0].name): set()}
 
 
 @dataclass(frozen=True)

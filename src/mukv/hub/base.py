@@ -20,6 +20,7 @@ from mukv.core.errors import BadInput, nearest_name
 from mukv.core.params import LAYER, Param, named
 from mukv.core.tensors import Cut, Tensor
 from mukv.model import Decoder
+from mukv.model.plan import Resolved
 
 OURS_FIRST = re.compile(r"^stage\d+\.slot\d+\.")
 TURNED = frozenset(
@@ -115,6 +116,9 @@ def pieces(
     for the same order. Raises BadInput for a weight that no rule knows.
     """
     by_ours = {rule.ours: rule for rule in rules}
+    by_slot: dict[str, list[Resolved]] = {}
+    for layer in model.layers:
+        by_slot.setdefault(f"stage{layer.stage}.slot{layer.slot}.", []).append(layer)
     found = []
     for name, param in named(model.params()).items():
         inside = OURS_FIRST.sub("", name)
@@ -127,10 +131,9 @@ def pieces(
         if inside == name:
             found.append(Piece(rule.theirs, name, None, *shared))
             continue
-        for layer in model.layers:
-            if name.startswith(f"stage{layer.stage}.slot{layer.slot}."):
-                theirs = rule.theirs.format(layer=layer.index)
-                found.append(Piece(theirs, name, layer.repeat, *shared))
+        for layer in by_slot[name.removesuffix(inside)]:
+            theirs = rule.theirs.format(layer=layer.index)
+            found.append(Piece(theirs, name, layer.repeat, *shared))
     return found
 
 

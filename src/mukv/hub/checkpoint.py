@@ -7,6 +7,7 @@ and the mapping of one file.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mukv.config import Run
 from mukv.core.errors import BadInput, nearest_name, unknown_name
+from mukv.core.files import file_inside
 from mukv.core.mesh import specification
 from mukv.core.params import named
 from mukv.core.tensors import Spec, TensorFiles
@@ -28,18 +30,20 @@ from mukv.core.typing import Array
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer
 from mukv.hub import FAMILIES, Family, meta
 from mukv.hub.base import Piece, Source, check, grouped_by_weight, nested, pieces
-from mukv.hub.settings import Given, read_json
+from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder
 from mukv.training import Training
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "tokenizer.model",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
 )
 """Files that come along both ways."""
 IGNORED = r"rotary_emb\.inv_freq$"
@@ -123,15 +127,23 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or meta.is_meta(folder)
 
 
+def companions(folder: Path) -> list[Path]:
+    """The files of a folder that come along both ways. Raises BadInput for one that is no regular
+    file, or that a link brings from outside of the folder: it would be copied."""
+    return [file_inside(folder, name) for name in COMPANIONS if os.path.lexists(folder / name)]
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the configuration, and compare all names and shapes with it. Raises BadInput."""
     if meta.is_meta(folder):
         return _opened(folder, *meta.open_meta(folder), {})
-    config = read_json(folder / CONFIG)
-    family = _family(config, folder / CONFIG)
+    path = file_inside(folder, CONFIG)
+    config = read_json(path)
+    family = _family(config, path)
+    model = family.read(Given(config, str(path)))
     source = TensorFiles(folder)
-    model = family.read(Given(config, str(folder / CONFIG)))
-    special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = {key: config.get(key, family.defaults[key]) for key in SPECIAL}
+    _check_ids(special, path)
     return _opened(folder, family.architecture, model, source, pieces(family.rules, model), special)
 
 
@@ -144,6 +156,7 @@ def _opened(
     special: dict[str, Any],
 ) -> Checkpoint:
     found = tuple(found)
+    came_along = {path.name: path for path in companions(folder)}
     tied = f"|^{re.escape(HEAD)}$" if model.readout == "tied" else ""
     check(found, source, str(folder), IGNORED + tied)
     for name, parts in grouped_by_weight(found).items():
@@ -161,14 +174,26 @@ def _opened(
             f"{tokenizer.text_vocab_size} ids",
             f"at most the model's {model.vocab_size}: it is another model's tokenizer",
         )
-    said = folder / "generation_config.json"
-    if said.exists():
-        special |= {key: v for key, v in read_json(said).items() if key.endswith("_token_id")}
+    if said := came_along.get(GENERATION):
+        ids = {key: v for key, v in read_json(said).items() if key.endswith("_token_id")}
+        _check_ids(ids, said)
+        special |= ids
     return Checkpoint(folder, architecture, model, source, found, tokenizer, special)
+
+
+def _check_ids(special: dict[str, Any], path: Path) -> None:
+    """Raise BadInput unless the ids of special tokens are whole numbers, lists of them or null."""
+    for key, value in special.items():
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and abs(token) <= LARGEST for token in ids):
+            raise BadInput(f"{path}: {key}", value, "a token's id, a list of ids or null")
 
 
 def _check_tied(source: Source, folder: Path) -> None:
     """Raise BadInput unless a readout that is there is the embedding that it is tied to."""
+    if source.tensors[HEAD].shape != source.tensors[EMBEDDING].shape:
+        allowed = f"tie_word_embeddings is true: {list(source.tensors[EMBEDDING].shape)}"
+        raise BadInput(f"{folder}: {HEAD}", list(source.tensors[HEAD].shape), allowed)
     rows = source.tensors[EMBEDDING].shape[0]
     for start in range(0, rows, ROWS):
         cut = (slice(start, min(start + ROWS, rows)), slice(None))
@@ -191,7 +216,7 @@ def end_ids(special: dict[str, Any]) -> tuple[int, ...]:
     """Ids that end a text: one, several or none."""
     found = special.get("eos_token_id")
     ids = found if isinstance(found, list) else [found]
-    return tuple(token for token in ids if type(token) is int)
+    return tuple(token for token in ids if type(token) is int and abs(token) <= LARGEST)
 
 
 def is_hub_id(source: str) -> bool:

@@ -4,7 +4,7 @@ both directions of its configuration follow. Its weights are rules (base.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,13 +13,16 @@ from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.hub.base import Rule
 from mukv.hub.layout import planned
-from mukv.hub.settings import ACTIVATIONS, Given, read_rope, write_scaling
+from mukv.hub.rotation import read_rope, write_rope, write_scaling
+from mukv.hub.settings import ACTIVATIONS, Given
 from mukv.model import Decoder, Layer
 from mukv.model.block import AnyResidual, Gated, PreNorm
 from mukv.position import RoPE
 
 Windows = Sequence[int | None]
 QKV = ("query", "key", "value")
+MOST_HEADS, MOST_LAYERS = 1 << 16, 1 << 10
+"""What no model has is a slip of the finger, and takes long to be refused elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,18 @@ class WindowKeys:
 
 @dataclass(frozen=True)
 class Family:
-    """architecture, model_type: theirs. rules: of its tensors. norm: how gains are stored.
-    biases: those that all of its models have; `attention_bias` says whether there are others.
-    query_norm: of queries and keys too. query_scale, softcaps: keys that say them.
-    local: the rotation of layers with a window, where it is another one.
+    """architecture, model_type: theirs. rules: of its tensors. defaults: of the keys that a
+    config.json may leave out. norm: how gains are stored. biases: those that all of its models
+    have; `attention_bias` says whether there are others. query_norm: of queries and keys too.
+    query_scale, softcaps: keys that say them. width_of_heads: whether the heads must divide the
+    width. local: the rotation of layers with a window, where it is another one; write_ropes: of
+    both.
     """
 
     architecture: str
     model_type: str
     rules: tuple[Rule, ...]
+    defaults: Mapping[str, Any]
     norm: Literal["gain", "offset"] = "gain"
     residual: AnyResidual = field(default_factory=PreNorm)
     embedding_scale: Literal["root_width"] | None = None
@@ -57,73 +63,78 @@ class Family:
     query_scale: str | None = None
     attention_softcap: str | None = None
     logit_softcap: str | None = None
+    width_of_heads: bool = False
     windows: WindowKeys = field(default_factory=WindowKeys)
     position: Callable[[Given], RoPE] = read_rope
     local: Callable[[Given], RoPE] | None = None
-    write_local: Callable[[RoPE], dict[str, Any]] | None = None
+    write_ropes: Callable[[RoPE, RoPE], dict[str, Any]] | None = None
 
     # From theirs
 
     def read(self, given: Given) -> Decoder:
         """The model that a config.json describes. Raises BadInput with the key."""
+        given = replace(given, defaults=self.defaults)
+        given.require("model_type", self.model_type)
         given.require("mlp_bias", False)
         given.require("use_bidirectional_attention", False)
-        width, heads = given.get("hidden_size", int), given.get("num_attention_heads", int)
-        norm = RMSNorm(given.get("rms_norm_eps", float, 1e-6), self.norm)
-        head_dim = given.get("head_dim", int, width // heads)
+        for key in ("quantization_config", "per_layer_config"):
+            given.require(key)
+        width = given.whole("hidden_size")
+        heads = given.whole("num_attention_heads", high=MOST_HEADS)
+        kv_heads = given.whole("num_key_value_heads", null=True) or heads
+        if heads % kv_heads:
+            fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            allowed = f"must divide num_attention_heads ({heads}); kv_heads that do: {fitting}"
+            raise BadInput(f"{given.where}: num_key_value_heads", kv_heads, allowed)
+        head_dim = given.whole("head_dim", null=True) or width // heads
+        if head_dim < 2 or head_dim % 2:
+            allowed = "an even number: what is rotated are pairs; hidden_size / heads if left out"
+            raise BadInput(f"{given.where}: head_dim", head_dim, allowed)
+        norm = RMSNorm(given.number("rms_norm_eps"), self.norm)
         attention = Grouped(
             position=self.position(given),
             heads=heads,
-            kv_heads=given.get("num_key_value_heads", int, heads),
+            kv_heads=kv_heads,
             head_dim=head_dim,
             norm=norm if self.query_norm else None,
             scale=self._read_scale(given, head_dim),
             softcap=self._cap(given, self.attention_softcap),
             biases=self._read_biases(given),
         )
-        count = given.get("num_hidden_layers", int)
-        if count < 1:
-            raise BadInput(f"{given.where}: num_hidden_layers", count, "at least 1")
+        count = given.whole("num_hidden_layers", high=MOST_LAYERS)
         local = self.local(given) if self.local else None
         layers = [
             Layer(window=window, position=local if window else None)
             for window in self.windows.read(given, count)
         ]
         return Decoder(
-            vocab_size=given.get("vocab_size", int),
+            vocab_size=given.whole("vocab_size"),
             d_model=width,
             attention=attention,
             mlp=Gated(
-                hidden=given.get("intermediate_size", int),
-                activation=given.one_of(self._activation(given), ACTIVATIONS, "silu"),
+                hidden=given.whole("intermediate_size"),
+                activation=given.one_of(self.activation, ACTIVATIONS),
             ),
             plan=planned(layers),
             norm=norm,
             residual=self.residual,
             embedding_scale=self.embedding_scale,
-            readout="tied" if self._tied(given) else "linear",
+            readout="tied" if given.flag("tie_word_embeddings") else "linear",
             logit_softcap=self._cap(given, self.logit_softcap),
-            context=given.get("max_position_embeddings", int, None),
+            context=given.whole("max_position_embeddings"),
         )
 
-    def _activation(self, given: Given) -> str:
-        """Gemma's first files have the key of all others, and mean the same."""
-        return self.activation if self.activation in given.mapping else "hidden_act"
-
-    def _tied(self, given: Given) -> bool:
-        return given.get("tie_word_embeddings", bool, self.embedding_scale is not None)
-
     def _cap(self, given: Given, key: str | None) -> float | None:
-        return given.get(key, float, None) if key else None
+        return given.number(key, null=True) if key else None
 
     def _read_scale(self, given: Given, head_dim: int) -> float | None:
-        scalar = given.get(self.query_scale, float, None) if self.query_scale else None
-        return None if scalar is None or scalar == head_dim else scalar**-0.5
+        scalar = given.number(self.query_scale) if self.query_scale else head_dim
+        return None if scalar == head_dim else scalar**-0.5
 
     def _read_biases(self, given: Given) -> tuple[Any, ...]:
         if self.biases is not None:
             return self.biases
-        return (*QKV, "output") if given.get("attention_bias", bool, False) else ()
+        return (*QKV, "output") if given.flag("attention_bias") else ()
 
     # To theirs
 
@@ -146,7 +157,8 @@ class Family:
             except BadInput as error:
                 yield error
         norm = RMSNorm(model.norm.epsilon, self.norm)
-        biases = ((), (*QKV, "output")) if self.biases is None else (self.biases,)
+        some = ((), (*QKV, "output")) if self.biases is None else (self.biases,)
+        pairings = {str(getattr(layer.attention.position, "pairing", None)) for layer in layers}
         wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
             "plan: reads": (any(layer.reads is not None for layer in layers), (False,)),
             "plan: attention": (
@@ -160,8 +172,13 @@ class Family:
             "embedding_scale": (model.embedding_scale, (self.embedding_scale,)),
             "attention.norm": (first.norm, (norm if self.query_norm else None,)),
             "attention.sinks": (first.sinks, (None,)),
-            "attention.biases": (first.biases, biases),
+            "attention.biases": (set(first.biases), tuple(map(set, some))),
         }
+        if len(pairings) > 1:
+            yield BadInput("plan: position.pairing", sorted(pairings), "one in all layers")
+        if self.width_of_heads and model.d_model % first.heads:
+            allowed = f"a number that divides d_model ({model.d_model})"
+            yield BadInput("attention.heads", first.heads, allowed)
         for key, cap in (
             (self.attention_softcap, ("attention.softcap", first.softcap)),
             (self.logit_softcap, ("logit_softcap", model.logit_softcap)),
@@ -207,8 +224,6 @@ class Family:
             self.activation: words[mlp.activation],
             "rms_norm_eps": model.norm.epsilon,
             "max_position_embeddings": model.context or context,
-            "rope_theta": place.base,
-            "rope_scaling": write_scaling(place.scaling),
             "tie_word_embeddings": model.readout == "tied",
             **self.windows.write([layer.window for layer in layers]),
         }
@@ -220,12 +235,12 @@ class Family:
             config[self.attention_softcap] = attention.softcap
         if self.logit_softcap:
             config[self.logit_softcap] = model.logit_softcap
-        if self.write_local:
+        if self.write_ropes:
             near = [layer for layer in layers if layer.window] or layers
-            position = near[0].attention.position
-            assert isinstance(position, RoPE)
-            config |= self.write_local(position)
-        return config
+            local = near[0].attention.position
+            assert isinstance(local, RoPE)
+            return config | self.write_ropes(place, local)
+        return config | write_rope(place)
 
 
 def whole_scalar(scale: float | None) -> int | None:

@@ -12,12 +12,11 @@ from mukv.core.errors import BadInput
 from mukv.hub.base import Rule
 from mukv.hub.family import Family, WindowKeys, Windows
 from mukv.hub.llama import BRANCHES, ENDS, LAYER
-from mukv.hub.settings import Given, read_rope
+from mukv.hub.rotation import GLOBAL, LOCAL, read_global_rope, read_local_rope, write_ropes
+from mukv.hub.settings import Given
 from mukv.model.block import SandwichNorm
-from mukv.position import RoPE
 
 UNUSED = 4096
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
 RULES = (
     *ENDS,
     *BRANCHES,
@@ -40,16 +39,20 @@ class ByType(WindowKeys):
         raise NotImplementedError
 
     def read(self, given: Given, layers: int) -> Windows:
-        types = given.get("layer_types", list, None)
+        types = given.items("layer_types")
         if types is None:
             local = self.default(given, layers)
-        elif len(types) != layers or not set(types) <= {LOCAL, GLOBAL}:
+        elif len(types) != layers or any(word not in (LOCAL, GLOBAL) for word in types):
             allowed = f"{layers} words, each {LOCAL} or {GLOBAL}"
             raise BadInput(f"{given.where}: layer_types", types, allowed)
         else:
             local = [word == LOCAL for word in types]
-        window = given.get("sliding_window", int) if any(local) else None
+        window = self.window(given) if any(local) else None
         return [window if here else None for here in local]
+
+    def window(self, given: Given) -> int:
+        """The width of those that there are."""
+        return given.whole("sliding_window")
 
     def write(self, windows: Windows) -> dict[str, Any]:
         sizes = {window for window in windows if window}
@@ -63,12 +66,13 @@ class ByType(WindowKeys):
 
 @dataclass(frozen=True)
 class EveryNthGlobal(ByType):
-    """Without types, the last of each `period` layers sees all."""
+    """Without types, the last of each `period` layers sees all. key: says another period."""
 
     period: int
+    key: str | None = None
 
     def default(self, given: Given, layers: int) -> list[bool]:
-        period = given.get("sliding_window_pattern", int, self.period)
+        period = given.whole(self.key, self.period) if self.key else self.period
         return [(layer + 1) % period != 0 for layer in range(layers)]
 
     def write(self, windows: Windows) -> dict[str, Any]:
@@ -77,25 +81,42 @@ class EveryNthGlobal(ByType):
         return said if any(windows) else said | {"sliding_window": UNUSED}
 
 
-def global_rope(given: Given) -> RoPE:
-    return read_rope(Given({"rope_theta": 1_000_000.0, **given.mapping}, given.where), GLOBAL)
-
-
-def local_rope(given: Given) -> RoPE:
-    if given.mapping.get("rope_parameters"):
-        only = {"rope_parameters": given.mapping["rope_parameters"]}
-        return read_rope(Given(only, given.where), LOCAL)
-    return RoPE(base=given.get("rope_local_base_freq", float, 10_000.0))
-
-
-def write_local(position: RoPE) -> dict[str, Any]:
-    return {"rope_local_base_freq": position.base}
-
-
+DEFAULTS = {
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+    "rope_theta": 10_000.0,
+}
+DEFAULTS3 = {
+    **DEFAULTS,
+    "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+}
 GEMMA2 = Family(
     "Gemma2ForCausalLM",
     "gemma2",
     RULES,
+    DEFAULTS,
     norm="offset",
     residual=SandwichNorm(),
     embedding_scale="root_width",
@@ -103,12 +124,14 @@ GEMMA2 = Family(
     query_scale="query_pre_attn_scalar",
     attention_softcap="attn_logit_softcapping",
     logit_softcap="final_logit_softcapping",
+    width_of_heads=True,
     windows=EveryNthGlobal(2),
 )
 GEMMA3 = Family(
     "Gemma3ForCausalLM",
     "gemma3_text",
     RULES,
+    DEFAULTS3,
     norm="offset",
     residual=SandwichNorm(),
     embedding_scale="root_width",
@@ -116,8 +139,9 @@ GEMMA3 = Family(
     query_norm=True,
     query_scale="query_pre_attn_scalar",
     logit_softcap="final_logit_softcapping",
-    windows=EveryNthGlobal(6),
-    position=global_rope,
-    local=local_rope,
-    write_local=write_local,
+    width_of_heads=True,
+    windows=EveryNthGlobal(6, "sliding_window_pattern"),
+    position=read_global_rope,
+    local=read_local_rope,
+    write_ropes=write_ropes,
 )

@@ -32,4 +32,25 @@ NORMS = (
 )
 RULES = (*ENDS, *BRANCHES, *NORMS)
 
-LLAMA = Family("LlamaForCausalLM", "llama", RULES)
+DEFAULTS = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_theta": 10_000.0,
+}
+"""Of transformers 5, as in every family."""
+
+LLAMA = Family("LlamaForCausalLM", "llama", RULES, DEFAULTS, width_of_heads=True)

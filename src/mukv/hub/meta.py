@@ -6,6 +6,7 @@ them is in halves, as at Hugging Face. Needs torch, to read its files.
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,23 @@ import numpy as np
 
 from mukv.attention import Grouped
 from mukv.core.errors import BadInput
+from mukv.core.files import file_inside
 from mukv.core.norm import RMSNorm
 from mukv.core.tensors import Cut, Tensor
 from mukv.hub.base import Piece, Rule, halves_in_pairs, pieces
-from mukv.hub.settings import Given, read_json
+from mukv.hub.family import MOST_HEADS, MOST_LAYERS
+from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder, Stage
 from mukv.model.block import Gated
 from mukv.position import Llama3, RoPE
 
-PARAMS = "params.json"
+PARAMS, FILES = "params.json", "consolidated.*.pth"
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+TYPES = ("float32", "bfloat16", "float16", "float64")
 LAYER = "layers.{layer}"
 RULES = (
-    Rule("tok_embeddings.weight", "embedding", "vocab embed"),
-    Rule("output.weight", "readout", "vocab embed"),
+    Rule(EMBEDDING, "embedding", "vocab embed"),
+    Rule(HEAD, "readout", "vocab embed"),
     Rule("norm.weight", "final_norm.gain", "embed"),
     Rule(f"{LAYER}.attention.wq.weight", "read.query", "(heads head_dim) embed"),
     Rule(f"{LAYER}.attention.wk.weight", "write.key", "(kv_heads head_dim) embed"),
@@ -45,11 +50,12 @@ CONTEXTS = {False: 8192, True: 131_072}
 
 
 def is_meta(folder: Path) -> bool:
-    return (folder / PARAMS).is_file() and bool(list(folder.glob("consolidated.*.pth")))
+    return (folder / PARAMS).is_file() and any(folder.glob(FILES))
 
 
 class TorchFiles:
-    """The tensors of consolidated.*.pth, joined along the axis that makes the shape right."""
+    """The tensors of consolidated.*.pth, joined along the axis that makes the shape right. Raises
+    BadInput for what is no file of tensors; nothing in it is executed."""
 
     def __init__(self, folder: Path):
         try:
@@ -58,37 +64,61 @@ class TorchFiles:
             allowed = "needs torch to read .pth files: `pip install torch`"
             raise BadInput("SOURCE", str(folder), allowed) from None
         self.torch = torch
-        files = sorted(folder.glob("consolidated.*.pth"))
-        self.parts: list[Mapping[str, Any]] = []
-        for path in files:
-            try:
-                self.parts.append(torch.load(path, mmap=True, weights_only=True))
-            except Exception as error:  # torch raises a dozen types
-                given = f"a file that can't be read ({str(error).splitlines()[0]})"
-                raise BadInput(str(path), given, "weights that torch.save wrote") from None
+        files = [file_inside(folder, path.name) for path in sorted(folder.glob(FILES))]
+        self.parts: list[Mapping[str, Any]] = [self._part(path) for path in files]
         self.axes: dict[str, int | None] = {}
         self.tensors: dict[str, Tensor] = {}
-        names = [name for name in self.parts[0] if name != IGNORED]
+        names = set(self.parts[0])
         for part, path in zip(self.parts, files, strict=True):
-            for name in names:
-                if name not in part:
-                    raise BadInput(f"{path}: {name}", "missing", f"{files[0].name} has it")
-        for name in names:
+            for name in sorted(names ^ set(part)):
+                where = path if name in names else files[0]
+                raise BadInput(f"{where}: {name}", "missing", "all parts have the same tensors")
+        for name, first in self.parts[0].items():
             self.axes[name] = None
-            first = self.parts[0][name]
             dtype = jnp.dtype(str(first.dtype).removeprefix("torch."))
             self.tensors[name] = Tensor(files[0], tuple(first.shape), dtype)
+
+    def _part(self, path: Path) -> dict[str, Any]:
+        """The tensors of a file, without what nothing depends on."""
+        try:
+            with zipfile.ZipFile(path) as parts:
+                packed = [part.filename for part in parts.infolist() if part.compress_type]
+            found = None if packed else self.torch.load(path, mmap=True, weights_only=True)
+        except Exception as error:  # torch raises a dozen types
+            given = f"a file that can't be read ({str(error).splitlines()[:1]})"
+            raise BadInput(str(path), given, "weights that torch.save wrote") from None
+        if packed:
+            raise BadInput(f"{path}: {packed[0]}", "compressed", "weights that torch.save wrote")
+        if not isinstance(found, dict) or not found:
+            raise BadInput(str(path), type(found).__name__, "tensors by their names")
+        room = 2 * path.stat().st_size
+        for name, tensor in found.items():
+            if not isinstance(name, str) or not isinstance(tensor, self.torch.Tensor):
+                given = type(tensor).__name__
+                raise BadInput(f"{path}: {name}", given, "a tensor with a name")
+            kind = str(tensor.dtype).removeprefix("torch.")
+            plain = tensor.layout == self.torch.strided and tensor.device.type == "cpu"
+            if kind not in TYPES or not plain:
+                given = f"{kind}, {tensor.layout}, {tensor.device.type}"
+                raise BadInput(f"{path}: {name}", given, f"dense, {' or '.join(TYPES)}")
+            room -= tensor.numel() * tensor.element_size()
+        if room < 0:  # twice: an embedding and the readout that is tied to it
+            allowed = "at most two tensors with the same numbers"
+            raise BadInput(str(path), "tensors of more bytes than the file has", allowed)
+        return {name: tensor for name, tensor in found.items() if name != IGNORED}
 
     def join(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Learn from the shapes that are wanted how the parts lie; what does not fit is left."""
         for name, wanted in shapes.items():
             found = self.tensors.get(name)
+            parts = [tuple(part[name].shape) for part in self.parts] if found else []
             if found is None or found.shape == wanted or len(found.shape) != len(wanted):
                 continue
             for axis in range(len(wanted)):
                 whole = list(found.shape)
-                whole[axis] = sum(part[name].shape[axis] for part in self.parts)
-                if tuple(whole) == wanted:
+                whole[axis] = sum(shape[axis] for shape in parts if len(shape) == len(wanted))
+                rest = {(*shape[:axis], *shape[axis + 1 :]) for shape in parts}
+                if tuple(whole) == wanted and len(rest) == 1:
                     self.axes[name] = axis
                     self.tensors[name] = Tensor(found.file, wanted, found.dtype)
                     break
@@ -100,6 +130,7 @@ class TorchFiles:
         return whole[cut]
 
     def _numpy(self, tensor: Any) -> np.ndarray:
+        tensor = tensor.detach()
         if tensor.dtype == self.torch.bfloat16:
             return tensor.view(self.torch.uint16).numpy().view(jnp.dtype("bfloat16"))
         return tensor.numpy()
@@ -107,60 +138,74 @@ class TorchFiles:
 
 def open_meta(folder: Path) -> tuple[str, Decoder, TorchFiles, Sequence[Piece]]:
     """Architecture, model, tensors and pieces of such a folder. Raises BadInput."""
+    path = file_inside(folder, PARAMS)
+    given = Given(read_json(path), str(path))
     files = TorchFiles(folder)
-    given = Given(read_json(folder / PARAMS), str(folder / PARAMS))
-    model = _model(given, files)
+    model = _model(given, files, folder)
     found = pieces(RULES, model, halves_in_pairs)
     files.join({piece.theirs: piece.shape for piece in found})
     if model.readout == "tied":
-        del files.tensors["output.weight"]
+        files.tensors.pop(HEAD, None)
     return "LlamaForCausalLM", model, files, found
 
 
-def _model(given: Given, files: TorchFiles) -> Decoder:
-    width, heads = given.get("dim", int), given.get("n_heads", int)
-    embedding = files.parts[0].get("tok_embeddings.weight")
-    if embedding is None:
-        raise BadInput(f"{files}: tok_embeddings.weight", "missing", "a Llama of Meta's has it")
+def _model(given: Given, files: TorchFiles, folder: Path) -> Decoder:
+    width = given.whole("dim")
+    heads = given.whole("n_heads", high=MOST_HEADS)
+    kv_heads = given.whole("n_kv_heads", None, null=True) or heads
+    if heads % kv_heads:
+        raise BadInput(f"{given.where}: n_kv_heads", kv_heads, f"must divide n_heads ({heads})")
+    if width % (2 * heads):
+        allowed = f"a multiple of 2 n_heads ({2 * heads}): what is rotated are pairs"
+        raise BadInput(f"{given.where}: dim", width, allowed)
+    for part in files.parts:
+        there = part.get(EMBEDDING)
+        if there is None or there.ndim != 2:
+            shape = "missing" if there is None else list(there.shape)
+            raise BadInput(f"{folder}: {EMBEDDING}", shape, "a matrix, in any Llama of Meta's")
     # Llama 2 splits the width of its embedding, Llama 3 the vocabulary.
-    rows = sum(part["tok_embeddings.weight"].shape[0] for part in files.parts)
-    vocab = rows if embedding.shape[1] == width else embedding.shape[0]
-    slowed = given.get("use_scaled_rope", bool, False)
+    shapes = [tuple(part[EMBEDDING].shape) for part in files.parts]
+    vocab = sum(rows for rows, _ in shapes) if shapes[0][1] == width else shapes[0][0]
+    if vocab < 1:
+        raise BadInput(f"{folder}: {EMBEDDING}", list(shapes[0]), "at least one row")
+    slowed = given.flag("use_scaled_rope", False)
     tied = _tied(files)
-    factor = given.get("rope_scaling_factor", float, 32.0 if tied else 8.0)
+    factor = given.number("rope_scaling_factor", 32.0 if tied else 8.0)
+    if factor < 1:
+        raise BadInput(f"{given.where}: rope_scaling_factor", factor, "at least 1")
     return Decoder(
         vocab_size=vocab,
         d_model=width,
         attention=Grouped(
             position=RoPE(
-                base=given.get("rope_theta", float, 10_000.0),
+                base=given.number("rope_theta", 10_000.0, low=1.0),
                 scaling=Llama3(factor=factor) if slowed else None,
             ),
             heads=heads,
-            kv_heads=given.get("n_kv_heads", int, heads),
+            kv_heads=kv_heads,
             head_dim=width // heads,
         ),
         mlp=Gated(hidden=_hidden(given, width)),
-        plan=(Stage(repeats=given.get("n_layers", int)),),
-        norm=RMSNorm(given.get("norm_eps", float, 1e-5)),
+        plan=(Stage(repeats=given.whole("n_layers", high=MOST_LAYERS)),),
+        norm=RMSNorm(given.number("norm_eps", 1e-5)),
         readout="tied" if tied else "linear",
         context=CONTEXTS[slowed] if "rope_theta" in given.mapping else 4096,
     )
 
 
 def _tied(files: TorchFiles) -> bool:
-    """Llama 3.2's small models repeat the embedding as their readout."""
-    names = "tok_embeddings.weight", "output.weight"
+    """Llama 3.2's small models repeat the embedding as their readout, or leave that out."""
     return all(
-        name in part and files.torch.equal(part[names[0]], part[names[1]])
-        for part in files.parts
-        for name in names
+        HEAD not in part or files.torch.equal(part[EMBEDDING], part[HEAD]) for part in files.parts
     )
 
 
 def _hidden(given: Given, width: int) -> int:
     """Two thirds of four times the width, times a factor, rounded up."""
-    hidden = int(2 * (4 * width) / 3)
-    hidden = int(hidden * given.get("ffn_dim_multiplier", float, 1.0))
-    multiple = given.get("multiple_of", int, 256)
-    return multiple * math.ceil(hidden / multiple)
+    times = given.number("ffn_dim_multiplier", None, null=True) or 1.0
+    hidden = int(int(2 * (4 * width) / 3) * times)
+    multiple = given.whole("multiple_of", 256)
+    hidden = multiple * math.ceil(hidden / multiple)
+    if not 1 <= hidden <= LARGEST:
+        raise BadInput(f"{given.where}: ffn_dim_multiplier", hidden, "fewer hidden units")
+    return hidden

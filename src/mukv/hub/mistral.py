@@ -7,14 +7,14 @@ from typing import Any
 
 from mukv.core.errors import BadInput
 from mukv.hub.family import Family, WindowKeys, Windows
-from mukv.hub.llama import RULES
+from mukv.hub.llama import DEFAULTS, RULES
 from mukv.hub.settings import Given
 
 
 @dataclass(frozen=True)
 class EveryLayer(WindowKeys):
     def read(self, given: Given, layers: int) -> Windows:
-        return [given.get("sliding_window", int, None)] * layers
+        return [given.whole("sliding_window", null=True)] * layers
 
     def write(self, windows: Windows) -> dict[str, Any]:
         if len(set(windows)) > 1:
@@ -22,4 +22,11 @@ class EveryLayer(WindowKeys):
         return {"sliding_window": windows[0]}
 
 
-MISTRAL = Family("MistralForCausalLM", "mistral", RULES, biases=(), windows=EveryLayer())
+DEFAULTS = {
+    **DEFAULTS,
+    "intermediate_size": 14_336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
+MISTRAL = Family("MistralForCausalLM", "mistral", RULES, DEFAULTS, biases=(), windows=EveryLayer())

@@ -6,9 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mukv.core.errors import BadInput
 from mukv.hub.family import QKV, Family, Windows
 from mukv.hub.gemma import ByType
-from mukv.hub.llama import RULES
+from mukv.hub.llama import DEFAULTS, RULES
+from mukv.hub.rotation import LOCAL
 from mukv.hub.settings import Given
 
 
@@ -17,14 +19,16 @@ class LastLayers(ByType):
     """Windows count only where `use_sliding_window` says so; without types the last layers
     have them."""
 
-    def read(self, given: Given, layers: int) -> Windows:
-        if not given.get("use_sliding_window", bool, False):
-            return [None] * layers
-        return super().read(given, layers)
-
     def default(self, given: Given, layers: int) -> list[bool]:
-        first = given.get("max_window_layers", int, layers)
-        return [layer >= first for layer in range(layers)]
+        first = given.whole("max_window_layers", low=0)
+        counts = given.flag("use_sliding_window") and given.whole("sliding_window", null=True)
+        return [bool(counts) and layer >= first for layer in range(layers)]
+
+    def window(self, given: Given) -> int:
+        if not given.flag("use_sliding_window"):
+            allowed = f"true, since layer_types has {LOCAL}"
+            raise BadInput(f"{given.where}: use_sliding_window", False, allowed)
+        return super().window(given)
 
     def write(self, windows: Windows) -> dict[str, Any]:
         seen = [place for place, window in enumerate(windows) if window]
@@ -34,5 +38,24 @@ class LastLayers(ByType):
         }
 
 
-QWEN2 = Family("Qwen2ForCausalLM", "qwen2", RULES, biases=QKV, windows=LastLayers())
-QWEN3 = Family("Qwen3ForCausalLM", "qwen3", RULES, query_norm=True, windows=LastLayers())
+DEFAULTS = {
+    **DEFAULTS,
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+QWEN2 = Family("Qwen2ForCausalLM", "qwen2", RULES, DEFAULTS, biases=QKV, windows=LastLayers())
+QWEN3 = Family(
+    "Qwen3ForCausalLM",
+    "qwen3",
+    RULES,
+    {**DEFAULTS, "head_dim": 128},
+    query_norm=True,
+    windows=LastLayers(),
+)

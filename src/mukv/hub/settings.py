@@ -1,18 +1,18 @@
-"""What a config.json says, read key by key: errors name the key. Both spellings are understood,
-that of transformers 5 and that before it; the older one, which both can read, is written.
+"""What a config.json says, read key by key: errors name the key.
+
+A key that is left out has the default of the family, null is a value of its own, as in
+transformers 5, and what no model can have (no heads, an infinite number) is refused.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from mukv.core.errors import BadInput, nearest_name
-from mukv.position import Linear, Llama3, RoPE, YaRN
-from mukv.position.rope_scaling import AnyScaling
+from mukv.core.json_text import read_json as read_json
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -20,141 +20,101 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu",
     "gelu_new": "gelu",
     "gelu_fast": "gelu",
+    "gelu_python_tanh": "gelu",
 }
 """Theirs -> ours; the first of equals is what we write."""
-KINDS = {int: "a whole number", float: "a number", str: "text", dict: "a mapping", list: "a list"}
-KINDS[bool] = "true or false"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file with one JSON object. Raises BadInput."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(str(path), f"a file that can't be read ({error})", "JSON") from None
-    if not isinstance(found, dict):
-        raise BadInput(str(path), type(found).__name__, "a JSON object")
-    return found
+LARGEST = 2**31 - 1
+"""Whole numbers beyond it are no sizes that an array has."""
+LARGEST_NUMBER = 1e38
+"""Float32 ends soon after."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """A mapping out of a config.json, and where it is."""
+    """A mapping out of a config.json, where it is, and what stands for keys that it leaves out."""
 
     mapping: Mapping[str, Any]
     where: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def get(self, key: str, kind: type, default: Any = ...) -> Any:
-        """The value of a key, or the default where it is absent or null; `...`: required."""
-        value = self.mapping.get(key)
-        if value is None:
-            if default is ...:
-                raise BadInput(f"{self.where}: {key}", None, f"required: {KINDS[kind]}")
-            return default
-        if kind is float and type(value) is int:
-            return float(value)
-        if type(value) is not kind:
-            raise BadInput(f"{self.where}: {key}", value, f"needs {KINDS[kind]}")
+    def whole(
+        self, key: str, default: Any = ..., low: int = 1, high: int = LARGEST, null: bool = False
+    ) -> Any:
+        """A whole number from `low` to `high`. default: where the family has none; `...`: the key
+        is required. null: None is allowed too. So in all methods below."""
+        value = self._value(key, default, "a whole number")
+        if value is None and null:
+            return None
+        if type(value) is not int:
+            raise self._wrong(key, value, _needed(value, "a whole number"))
+        if not low <= value <= high:
+            raise self._wrong(key, value, f"{low:,} to {high:,}")
+        return value
+
+    def number(self, key: str, default: Any = ..., low: float = 0.0, null: bool = False) -> Any:
+        """A finite number greater than `low`, as a float."""
+        value = self._value(key, default, "a number")
+        if value is None and null:
+            return None
+        if type(value) is not int and type(value) is not float:
+            raise self._wrong(key, value, _needed(value, "a number"))
+        if not low < value < LARGEST_NUMBER:
+            raise self._wrong(key, value, f"greater than {low:g} and finite")
+        return float(value)
+
+    def flag(self, key: str, default: Any = ...) -> bool:
+        value = self._value(key, default, "true or false")
+        if type(value) is not bool:
+            raise self._wrong(key, value, _needed(value, "true or false"))
+        return value
+
+    def items(self, key: str) -> list[Any] | None:
+        """A list; None where it is left out or null."""
+        value = self._value(key, None, "a list")
+        if value is not None and type(value) is not list:
+            raise self._wrong(key, value, "needs a list")
         return value
 
     def inside(self, key: str) -> Given:
         """The mapping at a key, empty if there is none."""
-        return Given(self.get(key, dict, {}), f"{self.where}: {key}")
+        value = self._value(key, None, "a mapping")
+        if value is not None and type(value) is not dict:
+            raise self._wrong(key, value, "needs a mapping")
+        return Given(value or {}, f"{self.where}: {key}")
 
     def require(self, key: str, *allowed: Any) -> None:
-        """Raise BadInput unless the key is absent, null or one of these."""
+        """Raise BadInput unless the key is left out, null or one of these."""
         value = self.mapping.get(key)
         if value is not None and value not in allowed:
-            words = ", ".join(map(str, allowed))
-            raise BadInput(f"{self.where}: {key}", value, f"not supported; allowed: {words}")
+            words = ", ".join(map(str, allowed)) or "null"
+            raise self._wrong(key, value, f"not supported; allowed: {words}")
 
-    def one_of(self, key: str, table: Mapping[str, Any], default: str) -> Any:
+    def one_of(self, key: str, table: Mapping[str, Any], default: Any = ...) -> Any:
         """What a table has for the word at a key."""
-        word = self.get(key, str, default)
+        word = self._value(key, default, "text")
+        if not isinstance(word, str):
+            raise self._wrong(key, word, f"needs text; allowed: {', '.join(table)}")
         if word not in table:
             allowed = f"not supported; allowed: {', '.join(table)}"
-            raise BadInput(f"{self.where}: {key}", word, allowed, nearest_name(word, table))
+            raise BadInput(f"{self.where}: {key}", word, allowed, nearest_name(word[:99], table))
         return table[word]
 
+    def _value(self, key: str, default: Any, what: str) -> Any:
+        if key in self.mapping:
+            return self.mapping[key]
+        found = self.defaults.get(key, default)
+        if found is ...:
+            raise self._wrong(key, None, f"required: {what}")
+        return found
 
-# Rotation
-
-
-def read_rope(given: Given, layer_type: str | None = None) -> RoPE:
-    """The rotation of all layers, or, in files that give several, of one type of layer."""
-    given.require("partial_rotary_factor", 1, 1.0)
-    theta = given.get("rope_theta", float, 10_000.0)
-    said = given.inside("rope_parameters")
-    if layer_type in said.mapping:
-        said = said.inside(str(layer_type))
-    if not said.mapping:
-        said = given.inside("rope_scaling")
-    said.require("partial_rotary_factor", 1, 1.0)
-    kind = "rope_type" if "rope_type" in said.mapping else "type"
-    read = said.one_of(kind, READERS, "default")
-    length = given.get("max_position_embeddings", int, 2048)
-    return RoPE(base=said.get("rope_theta", float, theta), scaling=read(said, length))
+    def _wrong(self, key: str, value: Any, allowed: str) -> BadInput:
+        return BadInput(f"{self.where}: {key}", value, allowed)
 
 
-def _linear(said: Given, length: int) -> AnyScaling:
-    return Linear(factor=said.get("factor", float))
+def _needed(value: Any, what: str) -> str:
+    return f"required: {what}" if value is None else f"needs {what}"
 
 
-def _llama3(said: Given, length: int) -> AnyScaling:
-    return Llama3(
-        factor=said.get("factor", float),
-        low_frequency_factor=said.get("low_freq_factor", float),
-        high_frequency_factor=said.get("high_freq_factor", float),
-        original_length=said.get("original_max_position_embeddings", int, length),
-    )
-
-
-def _yarn(said: Given, length: int) -> AnyScaling:
-    said.require("truncate", True)
-    said.require("attention_factor", 1, 1.0)
-    said.require("mscale")
-    said.require("mscale_all_dim")
-    return YaRN(
-        factor=said.get("factor", float),
-        original_length=said.get("original_max_position_embeddings", int, length),
-        fast=said.get("beta_fast", float, 32.0),
-        slow=said.get("beta_slow", float, 1.0),
-        temperature="none" if said.mapping.get("attention_factor") else "rotation",
-    )
-
-
-READERS = {
-    "default": lambda said, length: None,
-    "linear": _linear,
-    "llama3": _llama3,
-    "yarn": _yarn,
-}
-
-
-def write_scaling(scaling: AnyScaling | None) -> dict[str, Any] | None:
-    """`rope_scaling`. Raises BadInput for one that has no name there."""
-    match scaling:
-        case None:
-            return None
-        case Linear():
-            return {"rope_type": "linear", "factor": scaling.factor}
-        case Llama3():
-            return {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_frequency_factor,
-                "high_freq_factor": scaling.high_frequency_factor,
-                "original_max_position_embeddings": scaling.original_length,
-            }
-        case YaRN(rounded=True, temperature="rotation" | "none"):
-            factor = {} if scaling.temperature == "rotation" else {"attention_factor": 1.0}
-            return {
-                "rope_type": "yarn",
-                "factor": scaling.factor,
-                "original_max_position_embeddings": scaling.original_length,
-                "beta_fast": scaling.fast,
-                "beta_slow": scaling.slow,
-                **factor,
-            }
-        case _:
-            raise BadInput("attention.position.scaling", scaling.kind, "linear, llama3 or yarn")
+def same_number(one: float, other: float) -> bool:
+    """Whether two numbers differ by rounding alone."""
+    return math.isclose(one, other, rel_tol=1e-9)

@@ -11,8 +11,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mukv.core.errors import BadInput
+from mukv.core.numbers import leaves
 from mukv.core.params import named
+from mukv.core.schema import to_mapping
 from mukv.hub.family import Family, whole_scalar
+from mukv.hub.settings import same_number
 from mukv.model import Decoder
 from mukv.scaling.parameterization import Scaling
 
@@ -62,3 +66,31 @@ def _multiply(flat: dict[str, Any], factor: float, names: Iterable[str]) -> None
             wide = flat[name].astype(jnp.float32)
             made = (1 + wide) * factor - 1 if name.endswith("offset") else wide * factor
             flat[name] = made.astype(flat[name].dtype)
+
+
+def require_same(model: Decoder, again: Decoder) -> None:
+    """Raise BadInput with the field that a model lost on its way into a config.json. again: what
+    the file says. Whatever families and readers come to be, nothing is lost silently."""
+    wanted, found = _meaning(model), _meaning(again)
+    for name in [*wanted, *found]:
+        one, other = wanted.get(name), found.get(name)
+        rounded = isinstance(one, float) and isinstance(other, float) and same_number(one, other)
+        if one != other and not rounded:
+            raise BadInput(f"model.{name}", one, f"a config.json would say {other!r} of it")
+
+
+def _meaning(model: Decoder) -> dict[str, Any]:
+    """What a model computes, by the names of fields; layers one by one."""
+    told: dict[str, Any] = {
+        name: to_mapping(getattr(model, name))
+        for name in ("vocab_size", "d_model", "norm", "residual", "embedding_scale", "readout")
+    }
+    told["logit_softcap"] = model.logit_softcap
+    for layer in model.layers:
+        attention = to_mapping(layer.attention)
+        attention["scale"] = layer.attention.scale or layer.attention.query_dim**-0.5
+        attention["biases"] = sorted(attention["biases"])
+        attention["position"].pop("pairing")
+        said = {"attention": attention, "mlp": to_mapping(layer.mlp), "window": layer.window}
+        told[f"layer {layer.index}"] = said
+    return leaves(told)

@@ -139,7 +139,8 @@ class YaRN(Slower):
         low, high = pair_that_turns(self.fast), pair_that_turns(self.slow)
         if self.rounded:
             low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * pairs - 1)
-        ramp = (np.arange(pairs, dtype=np.float32) - low) / max(high - low, 1e-3)
+        # Where the bounds cross, published code goes on to divide by what is negative then.
+        ramp = (np.arange(pairs, dtype=np.float32) - low) / ((high - low) or 1e-3)
         kept = 1 - np.clip(ramp, 0, 1)
         return frequency / self.factor * (1 - kept) + frequency * kept
 
