@@ -1,12 +1,12 @@
 """Train variants of a model on synthetic tasks at one length, test them at longer ones.
 
-    python reproductions/bench.py reproductions/positions/cpu.yaml [--minutes 14]
+    python reproductions/bench.py reproductions/positions/cpu.yaml [--minutes 14] [--draw]
 
 Every variant has the same learning rates and seeds, and the same steps unless its overrides say
 otherwise, and is judged at its own best rate (`mukv.bench.trial`). Runs are run directories below
 runs/, so that an interrupted comparison goes on where it was; one of another configuration is
 refused. Writes the rows as JSON and a figure with a column for each task beside the configuration
-(`compare.Place`).
+(`compare.Place`); --draw makes the figure from the file that is there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from rich.table import Table
 
 from mukv import config, launch
 from mukv.bench.examine import Settings
-from mukv.bench.picture import MARKERS
 from mukv.bench.trial import Trial
 from mukv.core import schema
 from mukv.core.files import write_atomic
-from mukv.figures import saved_figure
+from mukv.figures import looks, saved_figure
 from mukv.tasks import AnyTask
 
 
@@ -71,7 +70,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no variant after that")
+    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
     given = parser.parse_args()
+    if given.draw:
+        place = Place(given.config)
+        draw(json.loads(place.results.read_text()), place.figure)
+        return
     launch.prepare()
     asked = schema.build(Comparison, yaml.safe_load(given.config.read_text()))
     place, began = Place(given.config), time.monotonic()
@@ -122,25 +126,29 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panels = figure.subplots(2, len(tasks), squeeze=False, sharey=True)
         for column, task in enumerate(tasks):
             above, below = panels[:, column]
-            for number, variant in enumerate(variants):
+            for variant, series in zip(variants, looks(len(variants)), strict=True):
                 own = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
-                look = {"marker": MARKERS[number], "color": f"C{number}", "label": variant}
+                look = {key: series[key] for key in ("color", "marker")} | {"label": variant}
                 lengths, scores = ([row[k] for row in own] for k in ("length", "exact_match"))
                 above.plot(lengths, scores, ms=5, **look)
+                # Beside each other, so that every range can be seen.
+                aside = 1 + 0.02 * (number - (len(variants) - 1) / 2)
                 for row in own:
-                    above.vlines(row["length"], min(row["by_seed"]), max(row["by_seed"]),
+                    above.vlines(row["length"] * aside, min(row["by_seed"]), max(row["by_seed"]),
                                  color=look["color"], alpha=0.5)  # fmt: skip
                 if own:
                     below.scatter(own[-1]["cache_bytes_per_token"], scores[-1], s=70, **look)
             longest = max(row["length"] for row in rows if row["task"] == task)
             chance = next(row["chance"] for row in rows if row["task"] == task)
-            above.set(xlabel="tokens", title=f"{task}; lines: range of seeds")
+            seeds = max(len(row["by_seed"]) for row in rows if row["task"] == task)
+            spread = f"vertical lines: range of {seeds} seeds" if seeds > 1 else "one seed"
+            above.set(xlabel="tokens", title=f"{task}; {spread}")
             below.set(xlabel=f"cache bytes per token at {longest:,} tokens")
             for axes in (above, below):
                 axes.set_xscale("log", base=2)
                 axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
                 axes.set(ylabel="exact match", ylim=(-0.03, 1.03))
-                axes.axhline(chance, color="0.4", ls=":")
+                axes.axhline(chance, color="0.4", ls=":", label="a guess")
                 axes.grid(alpha=0.3)
             below.margins(x=0.3)
         figure.legend(

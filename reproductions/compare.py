@@ -1,11 +1,12 @@
 """Train variants of a model with every learning rate and seed, and say which is better by how much.
 
-    python reproductions/compare.py reproductions/shared-kv/cpu.yaml
+    python reproductions/compare.py reproductions/shared-kv/cpu.yaml [--draw]
 
 Every point is a run directory, so that an interrupted comparison goes on where it was. Each
 variant is judged at its own best learning rate, by bits per byte of held-out text: mean over
-seeds, and the steps that it needs to reach what the reference reaches. Writes results.json and
-figure.png beside the configuration.
+seeds, and the steps that it needs to reach what the reference reaches, with two standard errors
+over seeds. Writes results.json and figure.png beside the configuration; --draw makes the figure and
+the intervals from the file that is there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
+from intervals import extra_steps, steps_interval
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -37,6 +39,8 @@ from mukv.demo import equal_size
 from mukv.describe import describe
 from mukv.figures import saved_figure
 from mukv.metrics import read_metrics
+
+COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
 
 
 @dataclass(frozen=True)
@@ -205,8 +209,20 @@ def judge(comparison: Comparison, root: Path) -> dict[str, Any]:
             "deviation": statistics.stdev(ends) if len(ends) > 1 else 0.0,
             "by_seed": ends,
             "by_rate": tried,
+            "by_rate_and_seed": {rate: list(map(last, found)) for rate, found in swept.items()},
             "curve": {step: statistics.mean(each[step] for each in found) for step in found[0]},
         }
+    compared(best)
+    sizes(comparison, best)
+    for row in best.values():
+        rates = comparison.learning_rates
+        edge = len(rates) > 1 and row["learning_rate"] in (rates[0], rates[-1])
+        row["rate_at_edge_of_sweep"] = edge
+    return best
+
+
+def sizes(comparison: Comparison, best: dict[str, dict[str, Any]]) -> None:
+    """Put parameters, FLOPs and bytes of each variant into its row."""
     for variant, row in best.items():
         configured = config.load(comparison.base_of(variant), comparison.sized(variant))
         facts = describe(configured)
@@ -216,32 +232,18 @@ def judge(comparison: Comparison, root: Path) -> dict[str, Any]:
         row["row_length"] = configured.train.length
         grown = facts["cache_bytes_per_token"] * configured.train.length
         row["row_bytes"] = round(grown + facts["cache_bytes_constant"])
-        row["more_steps_than"] = {
-            other: extra_steps(row["curve"], best[other]["curve"])
-            for other in best
-            if other != variant
-        }
-        rates = comparison.learning_rates
-        edge = len(rates) > 1 and row["learning_rate"] in (rates[0], rates[-1])
-        row["rate_at_edge_of_sweep"] = edge
-    return best
 
 
-def extra_steps(mine: dict[int, float], other: dict[int, float]) -> float | None:
-    """Share of steps that `mine` needs beyond `other` for the same loss, at the later of the
-    losses that both reach; None if it can't be told from the curves."""
-    goal = max(min(mine.values()), min(other.values()))
-
-    def steps_to(curve: dict[int, float]) -> float | None:
-        steps = np.array(sorted(curve))
-        values = np.minimum.accumulate([curve[step] for step in steps])
-        if values[-1] > goal or values[0] < goal:
-            return None
-        # Loss falls with the logarithm of steps.
-        return float(np.exp(np.interp(-goal, -values, np.log(steps))))
-
-    here, there = steps_to(mine), steps_to(other)
-    return None if here is None or there is None else here / there - 1
+def compared(best: dict[str, dict[str, Any]]) -> None:
+    """Put the steps that each variant needs beyond each other into its row."""
+    curves = {
+        variant: {int(step): loss for step, loss in row["curve"].items()}
+        for variant, row in best.items()
+    }
+    for variant, row in best.items():
+        others = [other for other in best if other != variant]
+        row["more_steps_than"] = {o: extra_steps(curves[variant], curves[o]) for o in others}
+        row["more_steps_interval"] = {o: steps_interval(row, best[o]) for o in others}
 
 
 def show(best: dict[str, dict[str, Any]], reference: str) -> None:
@@ -249,13 +251,15 @@ def show(best: dict[str, dict[str, Any]], reference: str) -> None:
     table = Table("", *columns)
     for variant, row in best.items():
         more = row["more_steps_than"].get(reference)
+        interval = row["more_steps_interval"].get(reference)
+        beyond = "" if interval is None else " ({:+.0%} to {:+.0%})".format(*interval)
         table.add_row(
             variant,
             f"{row['parameters']:,}",
             f"{row['cache_bytes_per_token']:,.0f}",
             f"{row['learning_rate']:g}" + (" (edge)" if row["rate_at_edge_of_sweep"] else ""),
             f"{row['bits_per_byte']:.4f} ± {row['deviation']:.4f}",
-            "" if more is None else f"{more:+.1%}",
+            "" if more is None else f"{more:+.0%}{beyond}",
         )
     Console().print(table)
 
@@ -265,19 +269,23 @@ def draw(best: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     with saved_figure(path, (10.5, 4.6), title) as figure:
         curves, front = figure.subplots(1, 2, width_ratios=(3, 2))
         for number, (variant, row) in enumerate(best.items()):
-            look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
-            steps = sorted(row["curve"])
-            curves.plot(steps, [row["curve"][step] for step in steps], label=variant, **look)
-            front.errorbar(row["row_bytes"], row["bits_per_byte"], row["deviation"], **look)
+            look = {"color": COLOURS[number], "marker": MARKERS[number]}
+            steps = sorted(row["curve"], key=int)
+            curves.plot(
+                list(map(int, steps)), [row["curve"][s] for s in steps], label=variant, ms=5, **look
+            )
+            bar = row["deviation"] if len(row["by_seed"]) > 1 else None
+            front.errorbar(row["row_bytes"], row["bits_per_byte"], bar, **look)
         curves.set(xlabel="steps", ylabel="bits per byte, held-out text", xscale="log")
         length = next(iter(best.values()))["row_length"]
-        front.set(
-            xlabel=f"cache of a row of {length:,} tokens, KiB", title="bars: deviation of seeds"
-        )
+        seeds = max(len(row["by_seed"]) for row in best.values())
+        bars = f"bars: standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+        front.set(xlabel=f"cache of a row of {length:,} tokens, KiB", title=bars)
+        front.set_ylabel("bits per byte at the end")
         front.set_xscale("log", base=2)
         front.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:,.0f}")
         front.margins(x=0.15)
-        steps = sorted(next(iter(best.values()))["curve"])
+        steps = sorted(map(int, next(iter(best.values()))["curve"]))
         halved = [steps[-1] >> times for times in range(8) if steps[-1] >> times >= steps[0]]
         curves.set_xticks(halved, [f"{step:,}" for step in halved])
         curves.minorticks_off()
@@ -291,9 +299,18 @@ def main() -> None:
     parser.add_argument("comparison", type=Path)
     parser.add_argument("--runs", type=Path, help="default: a folder below runs/")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
     given = parser.parse_args()
     comparison = Comparison(**yaml.safe_load(given.comparison.read_text()))
     place = Place(given.comparison)
+    title = f"{place.config.parent.name}: {place.config.stem}" if place.named else None
+    if given.draw:
+        best = json.loads(place.results.read_text())
+        compared(best)
+        sizes(comparison, best)
+        write_atomic(place.results, json.dumps(best, indent=2) + "\n")
+        draw(best, place.figure, title or place.config.parent.name)
+        return
     root = given.runs or place.runs
     train(comparison, comparison.sweep(), root, given.processes)
     best = judge(comparison, root)
@@ -301,7 +318,7 @@ def main() -> None:
         train(comparison, final, root, given.processes)
         best = judge(comparison, root)
     write_atomic(place.results, json.dumps(best, indent=2) + "\n")
-    draw(best, place.figure, f"{place.config.parent.name}: {place.config.stem}")
+    draw(best, place.figure, title or place.config.parent.name)
     show(best, comparison.reference)
 
 

@@ -88,6 +88,15 @@ def trained(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The minuscule model as a folder of Hugging Face's; not to be written to."""
+    out = tmp_path_factory.mktemp("exported") / "folder"
+    done = command("export", trained, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
 @pytest.fixture
 def full_disk() -> Callable[[int], AbstractContextManager[None]]:
     """`with full_disk(limit):` no file may grow beyond `limit` bytes in this block."""
@@ -122,12 +131,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for title, counts in sorted(counted.items()):
         words = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
         terminalreporter.write_line(f"{title}: {counts.total()}: {words}")
+    kills: dict[str, dict[str, int]] = {}
     hostile: Counter[str] = Counter()
     for report in terminalreporter.stats.get("passed", []):
         for name, value in report.user_properties:
+            if name == "kills":
+                command, counts = value
+                kills[command] = counts
             if name == "hostile":
                 area, counts = value
                 hostile.update({f"{area} {kind}": n for kind, n in counts.items()})
+    if kills:
+        total = sum(counts["killed"] for counts in kills.values())
+        terminalreporter.write_line(f"killed before a file operation: {total} times")
+        for command, counts in kills.items():
+            words = ", ".join(f"{n} {kind}" for kind, n in counts.items())
+            terminalreporter.write_line(f"  {command}: {words}")
     if hostile:
         terminalreporter.write_line(f"hostile inputs: {hostile.total()}")
         for kind, n in sorted(hostile.items()):

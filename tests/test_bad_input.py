@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from contextlib import suppress
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from mukv import inputs, loaded
 from mukv.core.errors import BadInput
+from mukv.data.tokens import fingerprint
 from tests.conftest import MINUSCULE
 
 pytestmark = pytest.mark.xdist_group("trained")
@@ -40,6 +42,9 @@ def place(tmp_path, token_file, trained, monkeypatch):
     (tmp_path / "foreign" / "meta.json").write_text('{"format": "other"}')
     ids = tmp_path / "no-ids" / "train.bin"
     ids.write_bytes(np.full(ids.stat().st_size // 2, 300, "<u2").tobytes())
+    meta = json.loads((tmp_path / "no-ids" / "meta.json").read_text())
+    meta["fingerprint"] = fingerprint(tmp_path / "no-ids")
+    (tmp_path / "no-ids" / "meta.json").write_text(json.dumps(meta))
     (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
     (tmp_path / "empty.txt").touch()
     (tmp_path / "a.txt").write_text("some text")
@@ -90,7 +95,7 @@ BAD = [
     (("train", "tiny", "--owt", "x"), ["--owt", "--out"]),
     (("generate", "run", "--max-tokens", "many"), ["--max-tokens", "integer"]),
     # Configuration.
-    (("train", "tyny"), ["preset", "tyny", "did you mean 'tiny'"]),
+    (("train", "tyny"), ["CONFIG", "tyny", "did you mean 'tiny'"]),
     (("train", "no.yaml"), ["no.yaml", "no such file"]),
     (("train", "list.yaml"), ["list.yaml", "list", "mapping"]),
     (("train", "broken.yaml"), ["broken.yaml", "line 1, column 5"]),
@@ -98,6 +103,9 @@ BAD = [
     (("describe", "tiny", "train.stepz=3"), ["train.stepz", "did you mean 'steps'"]),
     (("describe", "tiny", "trian.steps=3"), ["trian", "did you mean 'train'"]),
     (("describe", "tiny", "train.steps"), ["train.steps", "key=value"]),
+    (("describe", "tiny", "data.path=#x"), ["data.path", "#x", "quotes"]),
+    (("describe", "tiny", "data.path=a #b"), ["data.path", "a #b", "quotes"]),
+    (("eval", "n" * 256, "--text", "a.txt"), ["nnn", "name too long"]),
     (("describe", "tiny", "train.steps=many"), ["train.steps", "'many'", "a whole number"]),
     (("describe", "tiny", "train.steps=3.5"), ["train.steps", "3.5", "a whole number"]),
     (("describe", "tiny", f"model.attention.head_dim={10**30}"), ["head_dim", "up to 2**53"]),
@@ -188,11 +196,11 @@ BAD = [
     ((*IDS, "-1"), ["prompt", "-1", "0 to 263"]),
     ((*IDS, "1" + "0" * 400), ["prompt", "0 to 263"]),
     ((*GENERATE, "--stop", "x"), ["--stop", "x", "1,2,3"]),
-    ((*GENERATE, "--max-tokens", str(10**30)), ["max_tokens", "at least 1", "32 bits"]),
-    ((*GENERATE, "--max-tokens", "0"), ["max_tokens", "0", "at least 1"]),
-    ((*GENERATE, "--top-p", "1.5"), ["top_p", "1.5", "above 0 and at most 1"]),
-    ((*GENERATE, "--top-p", "nan"), ["top_p", "nan"]),
-    ((*GENERATE, "--top-k", "0"), ["top_k", "0", "at least 1"]),
+    ((*GENERATE, "--max-tokens", str(10**30)), ["--max-tokens", "at most", "32 bits"]),
+    ((*GENERATE, "--max-tokens", "0"), ["--max-tokens", "0", "at least 1"]),
+    ((*GENERATE, "--top-p", "1.5"), ["--top-p", "1.5", "above 0 and at most 1"]),
+    ((*GENERATE, "--top-p", "nan"), ["--top-p", "nan"]),
+    ((*GENERATE, "--top-k", "0"), ["--top-k", "0", "at least 1"]),
     ((*GENERATE, "--temperature", "-1"), ["temperature", "-1", "at least 0"]),
     ((*GENERATE, "--temperature", "nan"), ["temperature", "nan", "at least 0"]),
     ((*GENERATE, "--seed", "-1"), ["seed", "-1", "0 to"]),

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mukv.checkpoint import Checkpoints
 from mukv.core.errors import BadInput, Failed
 from mukv.core.manifest import checksum
+from tests.hostile.harness import check_all
 
 
 class Moments(NamedTuple):
@@ -218,6 +220,10 @@ def test_what_is_no_checkpoint_is_told(saved, tmp_path):
     (tmp_path / "3").mkdir()  # what is left of a deletion
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == []
+        checkpoints.save(3, state(3))
+        assert_equal(checkpoints.restore(3, like(state())), state(3))
+    shutil.rmtree(tmp_path / "3")
+    (tmp_path / "3").mkdir()
     (tmp_path / "3" / "photograph").touch()
     with pytest.raises(BadInput, match="no checkpoint of mukv"):
         Checkpoints(tmp_path)
@@ -295,6 +301,96 @@ def test_a_killed_process_leaves_whole_checkpoints_only(tmp_path):
             expected = jax.random.normal(jax.random.key(step), (200_000,))
             np.testing.assert_array_equal(restored["w"], expected)
         assert not [path for path in tmp_path.iterdir() if not path.name.isdecimal()]
+
+
+IN_A_PROCESS = """
+import logging, shutil, sys, jax, jax.numpy as jnp
+from pathlib import Path
+from mukv.checkpoint import Checkpoints
+from mukv.core.errors import BadInput, Failed
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # as the command does
+saved, work = Path(sys.argv[1]), Path(sys.argv[2])
+like = {name: jax.ShapeDtypeStruct((8, 16), jnp.float32) for name in "abcdefgh"}
+told = 0
+for path in sorted(path.relative_to(saved) for path in (saved / "2").rglob("*") if path.is_file()):
+    for how in ("half", "delete", "directory"):
+        shutil.copytree(saved, work)
+        file = work / path
+        data = file.read_bytes()
+        file.unlink()
+        if how == "directory":
+            file.mkdir()
+        elif how == "half":
+            file.write_bytes(data[: len(data) // 2])
+        with Checkpoints(work) as checkpoints:
+            try:
+                checkpoints.restore(None, like)
+            except Failed as error:
+                assert "last good one is 1" in str(error) and len(str(error).splitlines()) == 1
+                told += 1
+        shutil.rmtree(work)
+print(told)
+"""
+
+
+def test_damage_is_told_once_and_nothing_else_is_printed(tmp_path):
+    """Also after the error and when the process ends: a process of its own."""
+    with Checkpoints(tmp_path / "saved") as checkpoints:
+        for step in (1, 2):
+            keys = jax.random.split(jax.random.key(step), 8)
+            numbers = {
+                n: jax.random.normal(k, (8, 16)) for n, k in zip("abcdefgh", keys, strict=True)
+            }
+            checkpoints.save(step, numbers)
+    command = [sys.executable, "-c", IN_A_PROCESS, str(tmp_path / "saved"), str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) >= 8
+
+
+def test_what_is_no_file_is_told(saved, tmp_path):
+    """A pipe would be read for ever."""
+    for name in ("manifest/metadata", "state/manifest.ocdbt"):
+        folder = tmp_path / name.replace("/", "-")
+        shutil.copytree(saved, folder)
+        (folder / "5" / name).unlink()
+        os.mkfifo(folder / "5" / name)
+        with Checkpoints(folder) as checkpoints, pytest.raises(Failed, match="last good one is 4"):
+            checkpoints.restore(None, like(state()))
+
+
+NAMES = (
+    *("a b", "new\nline", "{x}", "{", "%20", "#", "-dash", ".dot", "é日本", "n" * 255, "a:b", "~"),
+    *("file:", "gs:x", "$HOME", "'\"", "a|b", "\x01", "...", " lead", "x.orbax-checkpoint-tmp"),
+)
+REFUSED = ("a[b]", "[", "]", "a\\b", "a*b", "?", os.fsdecode(b"\xff\xfe"))
+
+
+def test_a_path_works_whole_or_is_refused_before_anything_is_written(tmp_path, record_property):
+    small = {"w": jnp.arange(12.0).reshape(3, 4)}
+
+    def there_and_back(name: str) -> None:
+        folder = tmp_path / name / "checkpoints"
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(1, small)
+        with Checkpoints(folder) as checkpoints:
+            assert_equal(checkpoints.restore(None, like(small)), small)
+
+    calls = [(ascii(name)[:40], partial(there_and_back, name)) for name in (*NAMES, *REFUSED)]
+    counts = check_all("checkpoint paths", calls, record_property)
+    assert counts == {"accepted": len(NAMES), "refused": len(REFUSED)}
+    assert not [name for name in REFUSED if (tmp_path / name).exists()]
+
+
+def test_a_checkpoint_is_not_read_through_a_pattern(tmp_path):
+    """One that was moved to a path that Orbax can't take is refused as well."""
+    with Checkpoints(tmp_path / "a") as checkpoints:
+        checkpoints.save(1, state(1))
+    (tmp_path / "a").rename(tmp_path / "a\\b")
+    with Checkpoints(tmp_path / "a\\b", read_only=True) as checkpoints:
+        assert checkpoints.latest() == 1
+        with pytest.raises(BadInput, match="path without"):
+            checkpoints.restore(None, like(state()))
 
 
 def test_the_manifest_is_readable(saved):

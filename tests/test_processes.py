@@ -111,6 +111,25 @@ def test_a_signal_to_one_stops_all(token_file, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_who_is_left_says_so_and_ends(token_file, tmp_path, killed):
+    """A process that is killed takes the others with it, in one line with the last checkpoint."""
+    out = tmp_path / "run"
+    processes = launched(token_file, out, "mesh.data=2", "train.steps=100000")
+    while not (out / "checkpoints" / "2").is_dir():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    processes[killed].kill()
+    status, _, error = finish(processes[1 - killed], timeout=30)
+    finish(processes[killed])
+    assert status == 1
+    last = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1
+    assert f"process {killed} of 2 is gone; the last checkpoint is " in last[0]
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
 def test_bad_input_ends_all(token_file, tmp_path, single):
     """Before anything is compiled or written: nobody waits for a process that has left."""
     run, _ = single

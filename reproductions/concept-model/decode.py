@@ -1,17 +1,19 @@
-"""Decode speed and cache bytes of a concept model beside the byte-level decoder of equal FLOPs.
+"""Decode speed and cache bytes of concept models beside byte-level decoders of equal FLOPs.
 
-    python reproductions/concept-model/decode.py
+    python reproductions/concept-model/decode.py [--draw]
 
-The sizes of equal-flops.yaml (prose.py first) with random weights, which change no time. Caches are
-as full as after that many bytes; then real text is read byte by byte, so that chunks end where they
-do in text.
-Writes decode.json and decode.png.
+The sizes of equal-flops.yaml and equal-cache.yaml (prose.py first) with random weights, which do
+not change the time. Caches are as full as after that many bytes; then real text is read byte by
+byte, so that chunks end where they do in text. All models of a context are measured in turns.
+Writes decode.json and decode.png; --draw makes the figure from the file that is there.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import yaml
 from matplotlib.ticker import EngFormatter
 
 from mukv import config, runs
+from mukv.bench.picture import MARKERS
 from mukv.core.compute import Compute
 from mukv.core.files import write_atomic
 from mukv.core.params import initialise
@@ -32,7 +35,20 @@ from mukv.model import Concept, LanguageModel
 
 HERE = Path(__file__).parent
 CONTEXTS = (4096, 8192, 16384, 32768)
-STEPS, ROUNDS, TAIL = 64, 12, 64
+STEPS, ROUNDS, TAIL = 64, 24, 64
+MODELS = {
+    "bytes": ("equal-flops", "bytes"),
+    "bytes, MQA": ("equal-cache", "MQA"),
+    "bytes, MQA, reuse": ("equal-cache", "MQA, reuse"),
+    "windows, last global": ("equal-cache", "windows, last global"),
+    "windows, last 400": ("equal-cache", "windows, last 400"),
+    "windows, last 128": ("equal-cache", "windows, last 128"),
+    "windows": ("equal-cache", "windows"),
+    "words": ("equal-flops", "words"),
+    "words, reuse": ("equal-cache", "words, reuse"),
+    "words, cross": ("equal-flops", "words, cross"),
+}
+"""By name: the comparison that has it, and its name there."""
 
 
 def full(model: LanguageModel, context: int) -> Any:
@@ -52,8 +68,8 @@ def full(model: LanguageModel, context: int) -> Any:
     )
 
 
-def speed(model: LanguageModel, context: int, text: np.ndarray) -> dict[str, float]:
-    """Tokens per second, the best of many rounds over one text, and bytes as allocated."""
+def reader(model: LanguageModel, context: int, text: np.ndarray) -> tuple[Callable[[], None], int]:
+    """What reads the text once after `context` tokens, compiled; allocated bytes of the cache."""
     resolved = jax.tree.map(lambda r: r.deviation, model.resolved(), is_leaf=is_resolved)
     weights = initialise(model.params(), resolved, jax.random.key(0))
     weights = decoding_weights(model, weights)
@@ -70,43 +86,82 @@ def speed(model: LanguageModel, context: int, text: np.ndarray) -> dict[str, flo
 
     cache = full(model, context)
     frozen, live = cache.split()
-    seconds, tokens = [], jnp.asarray(text[:, None], jnp.int32)
-    for _ in range(ROUNDS + 1):
-        start = time.perf_counter()
+    tokens = jnp.asarray(text[:, None], jnp.int32)
+
+    def once() -> None:
         jax.block_until_ready(read(weights, frozen, live, tokens))
-        seconds.append(time.perf_counter() - start)
-    return {"tokens_per_second": STEPS / min(seconds[1:]), "cache_bytes": cache.nbytes()}
+
+    once()
+    return once, cache.nbytes()
 
 
 def is_resolved(leaf: Any) -> bool:
     return hasattr(leaf, "deviation")
 
 
-def main() -> None:
-    asked = yaml.safe_load((HERE / "equal-flops.yaml").read_text())
-    found: dict[str, dict[int, Any]] = {}
-    for name, overrides in asked["variants"].items():
-        base = asked["bases"].get(name, asked["base"])
-        run = config.load(base, asked["overrides"] + overrides)
+def models() -> Iterator[tuple[str, LanguageModel, np.ndarray]]:
+    """Name, model and the text that it reads."""
+    for name, (comparison, variant) in MODELS.items():
+        asked = yaml.safe_load((HERE / f"{comparison}.yaml").read_text())
+        base = asked["bases"].get(variant, asked["base"])
+        run = config.load(base, asked["overrides"] + asked["variants"][variant])
         text = np.asarray(runs.open_corpus(run).split("validation").tokens[:STEPS])
-        for context in CONTEXTS:
-            row = speed(run.model, context, text)
-            found.setdefault(name, {})[context] = row
-            print(name, context, f"{row['tokens_per_second']:,.0f} tokens/s", row["cache_bytes"])
-    write_atomic(HERE / "decode.json", json.dumps(found, indent=2) + "\n")
-    with saved_figure(HERE / "decode.png", (8, 3.6), "Decoding one row on a CPU") as figure:
-        for axes, key in zip(
-            figure.subplots(1, 2), ("tokens_per_second", "cache_bytes"), strict=True
-        ):
-            for name, rows in found.items():
-                axes.plot(list(rows), [row[key] for row in rows.values()], marker="o", label=name)
-            axes.set(xscale="log", xlabel="bytes read", ylabel=key.replace("_", " "))
+        yield name, run.model, text
+
+
+def measure(context: int) -> dict[str, dict[str, float]]:
+    """Of each model: tokens per second (the best and the median of all rounds), cache bytes."""
+    readers = {name: reader(model, context, text) for name, model, text in models()}
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(ROUNDS):
+        for name, (once, _) in readers.items():
+            start = time.perf_counter()
+            once()
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "tokens_per_second": STEPS / min(seconds[name]),
+            "median_tokens_per_second": STEPS / float(np.median(seconds[name])),
+            "cache_bytes": cache_bytes,
+        }
+        for name, (_, cache_bytes) in readers.items()
+    }
+
+
+def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+    with saved_figure(path, (9, 5), "Decoding one row on a CPU") as figure:
+        panels = figure.subplots(1, 2)
+        shown = (("tokens_per_second", "tokens per second"), ("cache_bytes", "bytes of the cache"))
+        for axes, (key, label) in zip(panels, shown, strict=True):
+            for number, (name, rows) in enumerate(found.items()):
+                look = {"marker": MARKERS[number], "color": f"C{number}"}
+                across = [int(context) for context in rows]
+                axes.plot(across, [row[key] for row in rows.values()], label=name, **look)
+            axes.set(xscale="log", xlabel="bytes read", ylabel=label)
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(EngFormatter(places=0, sep=""))
             axes.set_xticks(CONTEXTS, [f"{context // 1024}k" for context in CONTEXTS])
             axes.minorticks_off()
             axes.grid(alpha=0.3)
-            axes.legend()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
+    given = parser.parse_args()
+    path = HERE / "decode.json"
+    found: dict[str, dict[str, Any]] = {name: {} for name in MODELS}
+    if given.draw:
+        found = json.loads(path.read_text())
+    else:
+        for context in CONTEXTS:
+            for name, row in measure(context).items():
+                found[name][str(context)] = row
+                print(name, context, f"{row['tokens_per_second']:,.0f} tokens/s", flush=True)
+            jax.clear_caches()
+        write_atomic(path, json.dumps(found, indent=1) + "\n")
+    draw(found, HERE / "decode.png")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Counting: CoPE learns what RoPE does not (Golovneva et al. 2024, section 5.2, at small size).
 
-    python reproductions/cope-counting/run.py
+    python reproductions/cope-counting/run.py [--draw]
 
 A program sets variables to zero, increments them, and passes the time; at its end it prints one of
 them. Models differ in their position encoding alone; each is judged at its own best learning rate,
 by the share of wrong answers, at the length of training and at longer programs whose additional
-steps all pass the time. Writes results.json and figure.png beside this file.
+steps all pass the time. Writes results.json and figure.png beside this file; --draw makes the
+figure from the file that is there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ VOCAB = NUMBER + LARGEST + 1
 LENGTH, BATCH, STEPS = 64, 64, 1500
 LONGER = (1, 2, 4)
 POSITIONS = ("rope", "alibi", "nope", "cope")
+NAMES = {"rope": "RoPE", "alibi": "ALiBi", "nope": "NoPE", "cope": "CoPE"}
+GUESS = 100 * LARGEST / (LARGEST + 1)
+"""Wrong answers, %, of one who says any of the numbers."""
 RATES = (1e-3, 3e-3)
 SEEDS = (0, 1)
 
@@ -151,16 +155,23 @@ def draw(best: dict[str, Any], path: Path) -> None:
     for position, row in best.items():
         lengths = [int(length) for length in row["wrong"]]
         means = [100 * statistics.mean(wrong) for wrong in row["wrong"].values()]
-        axes.plot(lengths, means, marker="o", label=position)
+        (line,) = axes.plot(lengths, means, marker="o", label=NAMES[position])
+        for length, wrong in zip(lengths, row["wrong"].values(), strict=True):
+            ends = 100 * min(wrong), 100 * max(wrong)
+            axes.vlines(length, *ends, color=line.get_color(), alpha=0.5, lw=4)
+    axes.axhline(GUESS, color="0.4", ls=":", label="a guess")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set(
         xlabel="length of the program (training: 64)",
         ylabel="wrong answers, %",
-        title="Counting the increments of one of three variables",
+        title="Counting one of three variables; thick lines: two seeds",
+        ylim=(-3, 103),
     )
+    axes.set_xticks(lengths)
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=150)
 
 
@@ -171,7 +182,12 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
     given = parser.parse_args()
+    here = Path(__file__).parent
+    if given.draw:
+        draw(json.loads((here / "results.json").read_text())["best"], here / "figure.png")
+        return
     points = list(product(POSITIONS, RATES, SEEDS))
     spawn = multiprocessing.get_context("spawn")
     cores = spawn.Queue()
@@ -179,7 +195,7 @@ def main() -> None:
         cores.put(core)
     with ProcessPoolExecutor(given.processes, spawn, settle, (cores,)) as pool:
         rows = list(track(pool.map(train, points), "training", total=len(points)))
-    best, here = judge(rows), Path(__file__).parent
+    best = judge(rows)
     (here / "results.json").write_text(json.dumps({"best": best, "rows": rows}, indent=2) + "\n")
     draw(best, here / "figure.png")
     table = Table("wrong answers", "rate", *(f"{LENGTH * times} tokens" for times in LONGER))

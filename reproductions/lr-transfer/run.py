@@ -1,18 +1,22 @@
 """How the best learning rate moves with the width under each parameterisation.
 
-    python reproductions/lr-transfer/run.py [--widths 64,128,256] [--seeds 3]
+    python reproductions/lr-transfer/run.py [--widths 64,128,256] [--seeds 3] [--only muP] [--draw]
 
 Decoders of two layers on the Python library's own source, the learning rate swept at each width,
 with Adam-atan2. Everything that was measured is kept in runs/lr-transfer, so that an interrupted
-run goes on where it was. Writes results.json and figure.png beside this file.
+run goes on where it was. Writes results.json and figure.png beside this file. A parameterisation
+that was not measured, or was measured at more widths before, keeps what the file says of it.
+--draw makes verdicts and figure from the losses in the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +43,8 @@ BASE = (
 # The narrowest width is the base: every condition is the same network there.
 RAISED = "one rate, the embedding's raised"
 """By the ratio of widths (Kalra and Barkeshli 2026)."""
+COMMON = 256
+"""The widest that all parameterisations have."""
 CONDITIONS = {
     "one rate for all": ["model.scaling.alignment=ignored"],
     RAISED: ["model.scaling.alignment=ignored"],
@@ -59,47 +65,113 @@ def search(name: str, widths: list[int], seeds: int, root: Path) -> transfer.Sea
     return found
 
 
+def verdict(found: transfer.Search, widths: list[int]) -> transfer.Transfer:
+    """Of some of the widths that were measured."""
+    part = copy.copy(found)
+    part.models = {width: found.models[width] for width in widths}
+    return part.verdict()
+
+
+def facts(found: transfer.Search) -> dict[str, Any]:
+    """Of all widths, and of those that every parameterisation has."""
+    common = verdict(found, [width for width in found.models if width <= COMMON])
+    numbers = {name: getattr(common, name) for name in ("drift", "low", "high", "gap")}
+    whole = transfer.facts(found, found.verdict())
+    return {"seeds": found.seeds, f"to_{COMMON}": numbers} | whole
+
+
+def from_file(name: str, entry: dict[str, Any], root: Path) -> transfer.Search:
+    """A search that knows the losses of an entry of the file, and no others."""
+    seeds = 1 + max(row["seed"] for row in entry["losses"])
+    found = search(name, [int(width) for width in entry["optima"]], seeds, root / "from-file")
+    keys = ("width", "log2_rate", "seed")
+    found.losses = {tuple(row[key] for key in keys): row["loss"] for row in entry["losses"]}
+    return found
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What the file says next: of each parameterisation the new entry, unless the old one has more
+    widths."""
+    kept = {
+        name: entry
+        for name, entry in before.items()
+        if name not in now or set(entry["optima"]) > set(now[name]["optima"])
+    }
+    both = now | kept
+    return {name: both[name] for name in CONDITIONS if name in both}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", default="64,128,256")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default=None)
+    parser.add_argument("--only", choices=list(CONDITIONS), default=None)
     parser.add_argument("--runs", type=Path, default=Path("runs/lr-transfer"))
+    parser.add_argument("--draw", action="store_true", help="from what is there")
     given = parser.parse_args()
     launch.prepare()
-    widths = [int(width) for width in given.widths.split(",")]
-    names = [given.only] if given.only else list(CONDITIONS)
-    found: dict[str, tuple[transfer.Search, transfer.Transfer]] = {}
-    for name in names:
-        Console(stderr=True).print(name)
-        each = search(name, widths, given.seeds, given.runs)
-        found[name] = each, each.run()
-    results = {name: transfer.facts(*each) for name, each in found.items()}
-    write_atomic(HERE / "results.json", json.dumps(results, indent=1) + "\n")
-    draw(found)
+    path = HERE / "results.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    now: dict[str, Any] = {}
+    if given.draw:
+        now = {name: facts(from_file(name, row, given.runs)) for name, row in before.items()}
+    else:
+        widths = [int(width) for width in given.widths.split(",")]
+        for name in [given.only] if given.only else list(CONDITIONS):
+            Console(stderr=True).print(name)
+            each = search(name, widths, given.seeds, given.runs)
+            each.run()
+            now[name] = facts(each)
+    results = merged(before, now)
+    write_atomic(path, json.dumps(results, indent=1) + "\n")
+    draw(results)
+    show(results)
+
+
+def show(results: dict[str, Any]) -> None:
+    widths = list(max((row["optima"] for row in results.values()), key=len))
     table = Table("", "drift", "interval", "gap at the widest", *(f"best at {w}" for w in widths))
-    for name, (_, each) in found.items():
-        cells = [f"{o.loss:.3f} at 2^{o.rate:.1f}" for o in each.optima.values()]
-        interval = f"{each.low:+.2f} to {each.high:+.2f}"
-        table.add_row(name, f"{each.drift:+.2f}", interval, f"{each.gap:.3f}", *cells)
+    for name, row in results.items():
+        best = (row["optima"].get(width) for width in widths)
+        cells = [f"{o['loss']:.3f} at 2^{o['rate']:.1f}" if o else "" for o in best]
+        interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
+        table.add_row(name, f"{row['drift']:+.2f}", interval, f"{row['gap']:.3f}", *cells)
     Console(width=160).print(table)
 
 
-def draw(found: dict[str, tuple[transfer.Search, transfer.Transfer]]) -> None:
-    size = (3.1 * len(found), 3.6)
+def draw(results: dict[str, Any]) -> None:
+    size = (3.1 * len(results), 4.0)
     with saved_figure(HERE / "figure.png", size, "Loss against learning rate, by width") as figure:
-        panels = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
-        for axes, (name, (search, each)) in zip(panels, found.items(), strict=True):
-            for width, optimum in each.optima.items():
-                rates = search.rates(width)
-                means = [search.mean(width, rate) for rate in rates]
-                (line,) = axes.plot(rates, means, marker=".", label=str(width))
-                axes.plot(optimum.rate, optimum.loss, "*", ms=11, color=line.get_color())
-            axes.set(title=f"{name}\ndrift {each.drift:+.2f}", xlabel="log2 learning rate")
+        panels = figure.subplots(1, len(results), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, (name, row) in zip(panels, results.items(), strict=True):
+            for width, optimum in row["optima"].items():
+                losses: dict[float, list[float]] = {}
+                for each in row["losses"]:
+                    if each["width"] == int(width):
+                        losses.setdefault(each["log2_rate"], []).append(each["loss"])
+                means = {rate: sum(of) / len(of) for rate, of in losses.items()}
+                spread = [
+                    [mean - min(losses[rate]) for rate, mean in means.items()],
+                    [max(losses[rate]) - mean for rate, mean in means.items()],
+                ]
+                (line, *_) = axes.errorbar(
+                    list(means), list(means.values()), spread, marker=".", capsize=2, label=width
+                )
+                axes.plot(optimum["rate"], optimum["loss"], "*", ms=11, color=line.get_color())
+            widest = max(map(int, row["optima"]))
+            axes.set(
+                title=f"{name}\nto {widest}: drift {row['drift']:+.2f}", xlabel="log2 learning rate"
+            )
             axes.grid(alpha=0.3)
-        lowest = min(o.loss for _, each in found.values() for o in each.optima.values())
+        lowest = min(o["loss"] for row in results.values() for o in row["optima"].values())
         panels[0].set(ylabel="validation loss, nats per token", ylim=(lowest - 0.05, lowest + 0.6))
-        max(panels, key=lambda axes: len(axes.lines)).legend(title="width")
+        most = max(panels, key=lambda axes: len(axes.containers))
+        figure.legend(
+            *most.get_legend_handles_labels(),
+            title="width (star: best; bars: range of seeds)",
+            loc="outside lower center",
+            ncols=4,
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Multi-query associative recall at its published segments (Arora et al. 2024, "Zoology").
 
-    python reproductions/mqar/run.py [--large]
+    python reproductions/mqar/run.py [--large] [--draw]
 
 Two layers are trained on five segments (tokens, pairs), from (64, 4) to (256, 64), and tested on
 seven, up to (1024, 256). Variants differ in how they remember. Each point is written to
 results.json when it is done, and is not repeated; figure.png beside it. --large: the published
-vocabulary of 8,192, widths to 256, three seeds.
+vocabulary of 8,192, widths to 256, three seeds. --draw: the figure from the file that is there.
 """
 
 from __future__ import annotations
@@ -114,15 +114,17 @@ def point(variant: str, width: int, rate: float, seed: int, steps: int, words: i
 
 SMALL = (
     ("local + NoPE", 64, 0, 500),
-    ("local + NoPE, MQA", 64, 0, 500),
     ("window 64", 64, 0, 500),
+    ("MLA, rank width / 4", 64, 0, 500),
+    ("local + NoPE, MQA", 64, 0, 500),
+    ("local + NoPE", 32, 0, 500),
+    ("RoPE", 64, 0, 500),
     ("reuse", 64, 0, 500),
+    ("local + NoPE", 64, 1, 500),
     ("MLA, rank width / 2", 64, 0, 1000),
     ("local + NoPE", 64, 1, 1000),
     ("local + NoPE", 128, 0, 500),
     ("local + NoPE", 32, 0, 2000),
-    ("RoPE", 64, 0, 2000),
-    ("MLA, rank width / 4", 64, 0, 2000),
 )
 """Variant, width, seed, steps: smaller memories learn later."""
 
@@ -144,8 +146,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--minutes", type=float, default=14.0, help="stop beginning points then")
+    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
     given = parser.parse_args()
     path, began = HERE / "results.json", time.monotonic()
+    if given.draw:
+        draw(json.loads(path.read_text()), HERE / "figure.png")
+        return
     rows = json.loads(path.read_text()) if path.exists() else []
     for each in plan(given.large):
         if any(tuple(row[key] for key in KEYS) == each for row in rows):

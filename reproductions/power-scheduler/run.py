@@ -1,13 +1,13 @@
 """One setting of the power scheduler for any horizon and batch, against cosine tuned for each.
 
-    python reproductions/power-scheduler/run.py
+    python reproductions/power-scheduler/run.py [--draw]
 
 Amplitude and exponent are fitted at two short horizons and one batch. They are then used as they
 are at four and eight times the longer one and at half and twice the batch, where cosine is tuned
 each time. Beside it cosine with the rate of the short horizon, as it is and as either rule of
 `train.budget` changes it. Rates are tuned in half octaves, until those beside the best are worse.
 Losses of finished points are kept in runs/power-scheduler. Writes results.json and figure.png
-beside this file.
+beside this file; --draw makes the figure from the file that is there.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ TARGETS = {"4 x tokens": (16, 400), "8 x tokens": (16, 800), "half batch": (8, 8
 """Rows and steps; the last two have four times the tokens."""
 SEEDS = (0, 1, 2)
 LABELS = {
-    "cosine_tuned": "cosine, tuned here",
-    "power": "power scheduler, as fitted",
-    "power_published": f"the same, exponent {PUBLISHED}",
-    "cosine_not_tuned": "cosine at the short rate",
-    "cosine_sde": "cosine, by the sde rule",
-    "cosine_power": "cosine, by the power rule",
+    "cosine_tuned": "cosine, tuned for this target",
+    "power": "power scheduler, as fitted (exponent 0)",
+    "power_published": f"power scheduler, exponent {PUBLISHED}, amplitude fitted",
+    "cosine_not_tuned": "cosine, rate of the short horizon",
+    "cosine_sde": "cosine, numbers by the sde rule",
+    "cosine_power": "cosine, rate by the power rule",
 }
 MODEL = (
     "model.d_model=64",
@@ -89,15 +89,23 @@ class Bench:
             for key, row in zip(part, last.numbers, strict=True):
                 self.losses[" ".join(key)] = row["validation_loss"]
             write_atomic(self.path, json.dumps(self.losses, indent=1))
-        values = [self.losses[" ".join(key)] for key in keys]
-        seeds = len(SEEDS)
-        return [statistics.mean(values[i : i + seeds]) for i in range(0, len(values), seeds)]
+        return [statistics.mean(self.by_seed(rows, steps, each)) for each in settings]
+
+    def by_seed(self, rows: int, steps: int, setting: Setting) -> list[float]:
+        """What was measured of a setting."""
+        size = (f"train.batch={rows}", f"train.steps={steps}")
+        keys = ((*size, *setting, f"train.seed={seed}") for seed in SEEDS)
+        return [self.losses[" ".join(key)] for key in keys]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/power-scheduler"))
+    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
     given = parser.parse_args()
+    if given.draw:
+        draw(json.loads((HERE / "results.json").read_text())["targets"])
+        return
     launch.prepare()
     bench = Bench(given.runs / "losses.json")
     seen = SHORT[-1] * BATCH * LENGTH
@@ -132,6 +140,10 @@ def main() -> None:
             **{
                 key: bench.measure(rows, steps, [setting], f"{key}, {name}")[0]
                 for key, setting in settings.items()
+            },
+            "by_seed": {
+                key: bench.by_seed(rows, steps, setting)
+                for key, setting in {**settings, "cosine_tuned": peak(2**best)}.items()
             },
             "cosine_tuned": swept[best],
             "cosine_tuned_rate": 2**best,
@@ -204,7 +216,8 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def draw(targets: Mapping[str, Mapping[str, float]]) -> None:
-    with saved_figure(HERE / "figure.png", (8, 4), "Loss beyond cosine tuned for each") as figure:
+    title = f"Loss beyond cosine tuned for the same target; means of {len(SEEDS)} seeds"
+    with saved_figure(HERE / "figure.png", (8, 4.6), title) as figure:
         axes = figure.subplots()
         names = list(targets)
         compared = [key for key in LABELS if key != "cosine_tuned"]
@@ -216,7 +229,9 @@ def draw(targets: Mapping[str, Mapping[str, float]]) -> None:
         axes.set_xticks(range(len(names)), names)
         axes.set_ylabel("nats per token")
         axes.grid(alpha=0.3, axis="y")
-        axes.legend(fontsize=8, loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.08))
+        figure.legend(
+            *axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2
+        )
 
 
 if __name__ == "__main__":

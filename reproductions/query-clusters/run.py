@@ -4,7 +4,8 @@
 
 Four choices of what is clustered (keys; queries; attention-weighted mean keys; queries and keys
 apart with a table between them), before and after rotation, calibrated on one half of the windows
-and judged on the other. Writes results.json and figure.png beside this file.
+and judged on the other. Writes results.json and figure.png beside this file; --draw makes the
+figure from the file that is there.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--clusters", type=int, default=32)
+    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
     given = parser.parse_args()
+    if given.draw:
+        draw(json.loads((HERE / "results.json").read_text()), HERE / "figure.png")
+        return
     launch.prepare()
     results: dict[str, Any] = {}
     for subject in (subjects.trained(given.model), subjects.llama_shaped()):
@@ -97,7 +102,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    with saved_figure(path, (5.2 * len(results), 4.2)) as figure:
+    with saved_figure(path, (5.2 * len(results), 5.0)) as figure:
         panels = figure.subplots(1, len(results), squeeze=False)[0]
         for axes, (subject, rows) in zip(panels, results.items(), strict=True):
             for number, (name, row) in enumerate(rows.items()):
@@ -108,11 +113,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.plot(READS, first["largest"], color="black", lw=1, label="the largest weights")
             axes.plot(READS, first["latest"], color="black", lw=1, ls=":", label="the latest")
             axes.set(xscale="log", xlabel="share of entries read", title=subject, ylim=(0, 1))
-            axes.xaxis.set_minor_formatter("")
             axes.set_xticks(READS, [f"1/{round(1 / share)}" for share in READS])
+            axes.minorticks_off()
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("attention mass captured")
-        panels[0].legend(fontsize=7, handlelength=4)
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=4,
+            fontsize=8,
+            handlelength=4,
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """A small model that retrieves, and what it still finds under each cache policy.
 
-    python reproductions/retrieval/run.py [--steps 600] [--seed 0]
+    python reproductions/retrieval/run.py
+    python reproductions/retrieval/run.py --seed 1 --steps 800 --composed
+    python reproductions/retrieval/run.py --draw
 
 Trains on the Python library's own source with facts to be recalled between its lines (resumes where
 it was), then asks for facts of held-out texts: the whole answer must be right, decoded through the
-cache that the policy leaves. Writes results.json and figure.png, beside this file if not elsewhere.
+cache that the policy leaves. Compositions are asked about a second set of texts too, on which the
+best of them is chosen. Writes results.json and figure.png beside this file, or seed-N.json and
+seed-N.png for another seed; --draw makes the figure from the file that is there.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +33,7 @@ from rich.table import Table
 import mukv
 from mukv import config, launch, runs
 from mukv.cache import FULL, Policy
+from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
 from mukv.data.build import build_tokens, default_corpus
 from mukv.figures import saved_figure
@@ -39,6 +45,8 @@ HERE = Path(__file__).parent
 LENGTH = 256
 DOCUMENTS = 48_000
 PUZZLES, FACTS, READ = 64, 6, 232
+JUDGED, CHOOSING = 1, 2
+"""Seeds of the two sets of texts."""
 TAIL = CUE + ANSWER - 1
 """Tokens that are fed after the text: none of them is judged by a policy."""
 MODEL = (
@@ -58,7 +66,7 @@ MODEL = (
 KEEPERS = ("random", "streaming", "knorm", "keydiff", "expected", "tova", "h2o", "snapkv")
 SELECTORS = ("topk", "topp", "sparq", "pages", "clusters")
 STORES = ("int8", "int4")
-SHARES = (0.625, 0.5, 0.375, 0.25)
+SHARES = (0.625, 0.5, 0.375, 0.3, 0.25)
 COMPOSED = (
     *(f"{name}:{share}+int4" for name in ("keydiff", "snapkv") for share in SHARES),
     *(f"{name}:0.25+adaptive+int4" for name in ("keydiff", "snapkv")),
@@ -68,6 +76,8 @@ COMPOSED = (
     "keydiff:0.375+int4+pages:0.5",
 )
 STYLES, MARKS = {"int8": ":", "int4": "--"}, {"adaptive": "D", "pyramid": "v", "full": "*"}
+NUMBER = ", by number"
+"""Of policies that keep a number of entries, not a share."""
 BUDGETS = (0.5, 0.25, 0.125)
 
 
@@ -87,17 +97,23 @@ def corpus(root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Asked:
-    """Rows of held-out texts, each followed by the cue of one of its facts and the answer."""
+    """Rows of held-out texts, each followed by the cue of one of its facts and the answer: the
+    FACTS rows of a text one after the other."""
 
     context: np.ndarray
     count: np.ndarray
     cue: np.ndarray
     answer: np.ndarray
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return self.count[::FACTS].tolist()
 
-def asked(model: Model) -> Asked:
-    """Every fact of every puzzle once."""
-    random, source = np.random.default_rng(1), text("validation")
+
+def asked(model: Model, seed: int) -> Asked:
+    """Every fact of every puzzle once. seed: of the set of texts."""
+    random, source = np.random.default_rng(seed), text("validation")
     rows, cues, answers = [], [], []
     for _ in range(PUZZLES):
         found = puzzle(source, random, READ, FACTS)
@@ -121,9 +137,9 @@ class Trial:
     policy: Policy
     entries: str = "bfloat16"
 
-    def cache(self, rows: int) -> Any:
+    def cache(self, rows: int, length: int = LENGTH) -> Any:
         dtype = jnp.dtype(self.entries)
-        return self.model.decoder.empty_cache(rows, LENGTH, TAIL, dtype, self.policy)
+        return self.model.decoder.empty_cache(rows, length, TAIL, dtype, self.policy)
 
     @cached_property
     def program(self) -> Any:
@@ -143,9 +159,12 @@ class Trial:
 
         return jax.jit(run)
 
-    def accuracy(self, given: Asked, aware: bool) -> float:
-        """aware: the cue is part of what is compressed; its answer's first letter then comes from
-        the prefill, as in the papers that compress with the question at hand."""
+    def right(self, given: Asked, aware: bool) -> str:
+        """How many facts of each text are recalled, a digit for a text.
+
+        aware: the cue is part of what is compressed; its answer's first letter then comes from the
+        prefill, as in the papers that compress with the question at hand.
+        """
         context, count = given.context, given.count
         tokens, start = np.concatenate([given.cue, given.answer[:, :-1]], axis=1), CUE
         if aware:
@@ -155,49 +174,70 @@ class Trial:
             # What follows the answer is not looked at: one program for both.
             count, tokens, start = count + CUE, np.roll(tokens, -CUE, axis=1), 0
         said = np.asarray(self.program(self.model.decoding, context, count, tokens))
-        return float((said[:, start : start + ANSWER] == given.answer).all(axis=1).mean())
+        right = (said[:, start : start + ANSWER] == given.answer).all(axis=1)
+        return "".join(str(number) for number in right.reshape(-1, FACTS).sum(axis=1))
 
-    def bytes(self) -> int:
-        """Of one row's cache, as allocated."""
-        return jax.eval_shape(lambda: self.cache(1)).nbytes()
+    def bytes(self, length: int) -> int:
+        """Of one row's cache with room for `length` tokens, as allocated; with a little more where
+        the policy needs more entries than its share of so few."""
+        try:
+            return jax.eval_shape(lambda: self.cache(1, length)).nbytes()
+        except BadInput:
+            return self.bytes(length + 1)
 
 
-def grid() -> list[tuple[str, float]]:
-    """A budget of 1: each part has its own, or none."""
+def grid(composed: bool) -> list[tuple[str, float]]:
+    """A budget of 1: each part has its own, or none. composed: without single parts."""
     whole = [(name, 1.0) for name in ("full", *STORES, *COMPOSED)]
-    return whole + [(name, budget) for name in (*KEEPERS, *SELECTORS) for budget in BUDGETS]
+    alone = () if composed else (*KEEPERS, *SELECTORS)
+    return whole + [(name, budget) for name in alone for budget in BUDGETS]
+
+
+def accuracy(right: str) -> float:
+    """From the facts recalled of each text."""
+    return sum(map(int, right)) / (FACTS * len(right))
 
 
 def judge(model: Model, entries: str, grid: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
-    """Every policy and budget, on the same questions."""
-    given, everything = asked(model), Trial(model, FULL, entries).bytes()
+    """Every policy and budget on the same questions; compositions on those to choose by, too.
+
+    share_of_bytes: of a full cache with as much room as the text has tokens, mean over texts.
+    """
+    given, other = asked(model, JUDGED), asked(model, CHOOSING)
+    everything = {n: Trial(model, FULL, entries).bytes(n) for n in set(given.lengths)}
     rows = []
     with Bar("policies", len(grid)) as bar:
         for name, budget in grid:
             trial = Trial(model, Policy.parse(name, budget), entries)
-            rows.append(
-                {
-                    "policy": name,
-                    "budget": budget,
-                    "entries": entries,
-                    "bytes": trial.bytes(),
-                    "share_of_bytes": trial.bytes() / everything,
-                    "accuracy": trial.accuracy(given, aware=False),
-                    "accuracy_question_known": trial.accuracy(given, aware=True),
-                    "asked": len(given.context),
-                }
-            )
-            bar.show(len(rows), {"policy": name, "recalled": f"{rows[-1]['accuracy']:.3f}"})
+            of = {n: trial.bytes(n) / whole for n, whole in everything.items()}
+            shares = [of[n] for n in given.lengths]
+            right, known = trial.right(given, aware=False), trial.right(given, aware=True)
+            row = {
+                "policy": name,
+                "budget": budget,
+                "entries": entries,
+                "share_of_bytes": statistics.mean(shares),
+                "least_share": min(shares),
+                "largest_share": max(shares),
+                "accuracy": accuracy(right),
+                "accuracy_question_known": accuracy(known),
+                "right_by_text": right,
+                "right_by_text_question_known": known,
+            }
+            if name in COMPOSED:
+                row["right_to_choose_by"] = trial.right(other, aware=False)
+                row["right_to_choose_by_question_known"] = trial.right(other, aware=True)
+            rows.append(row)
+            bar.show(len(rows), {"policy": name, "recalled": f"{row['accuracy']:.3f}"})
     return rows
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table("policy", "budget", "bytes", "of full", "accuracy", "question known")
+    table = Table("policy", "budget", "bytes of full", "accuracy", "question known")
     for row in rows:
         table.add_row(
             row["policy"] + (" (float32)" if row["entries"] == "float32" else ""),
             f"{row['budget']:g}",
-            f"{row['bytes']:,}",
             f"{row['share_of_bytes']:.1%}",
             f"{row['accuracy']:.3f}",
             f"{row['accuracy_question_known']:.3f}",
@@ -211,8 +251,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     sides = (("accuracy", "question unknown"), ("accuracy_question_known", "question known"))
     smaller = [row for row in rows if not any(name in row["policy"] for name in SELECTORS)]
     series: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(smaller, key=lambda row: row["bytes"]):
-        series.setdefault(re.sub(r":[\d.]+", "", row["policy"]), []).append(row)
+    for row in sorted(smaller, key=lambda row: row["share_of_bytes"]):
+        name = re.sub(r":\d\d+", NUMBER, re.sub(r":0\.\d+", "", row["policy"]))
+        series.setdefault(name, []).append(row)
     with saved_figure(path, (12, 5)) as figure:
         panels = figure.subplots(1, len(sides), sharey=True)
         for axes, (key, title) in zip(panels, sides, strict=True):
@@ -220,10 +261,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 across = [row["share_of_bytes"] for row in points]
                 axes.plot(across, [row[key] for row in points], label=name, **_shown(name))
             axes.axhline(0.95 * rows[0][key], color="grey", ls=":", lw=1)
-            axes.axvline(0.25, color="grey", ls=":", lw=1)
+            for limit in (0.25, 0.125):
+                axes.axvline(limit, color="grey", ls=":", lw=1)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}")
-            axes.set(title=title, xlabel="share of the bytes of a full 16-bit cache")
+            axes.set(title=title, xlabel="share of the bytes of a full 16-bit cache of the text")
             axes.set(ylim=(-0.03, 1.03))
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("facts recalled (dotted: 95 % of the full cache)")
@@ -235,12 +277,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _shown(name: str) -> dict[str, Any]:
     """Colour by what stays, line by how it is stored, mark by how the budget is spread."""
-    parts = name.split("+")
+    parts = name.replace(NUMBER, "").split("+")
+    plain = "s" if NUMBER in name else "o"
     keeper = next((part for part in KEEPERS if part in parts), None)
     return {
         "color": "black" if keeper is None else f"C{KEEPERS.index(keeper)}",
         "ls": next((style for part, style in STYLES.items() if part in parts), "-"),
-        "marker": next((mark for part, mark in MARKS.items() if part in parts), "o"),
+        "marker": next((mark for part, mark in MARKS.items() if part in parts), plain),
         "mfc": "white" if set(STORES) & set(parts) else None,
         "ms": 5,
         "lw": 1,
@@ -252,21 +295,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", type=Path, default=Path("runs/retrieval"), help="of the model")
-    parser.add_argument("--out", type=Path, default=HERE, help="of the results and the figure")
+    parser.add_argument("--composed", action="store_true", help="compositions alone")
+    parser.add_argument("--root", type=Path, default=Path("runs/retrieval"), help="of the models")
+    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
     given = parser.parse_args()
+    path = HERE / (f"seed-{given.seed}.json" if given.seed else "results.json")
+    picture = HERE / (f"seed-{given.seed}.png" if given.seed else "figure.png")
+    if given.draw:
+        draw([row for row in read(path) if row["entries"] == "bfloat16"], picture)
+        return
     launch.prepare()
     numbers = f"train.steps={given.steps}", f"train.seed={given.seed}"
     overrides = [*MODEL, *numbers, f"data.path={corpus(given.root)}"]
-    folder = runs.RunDirectory(given.root / "model")
+    name = f"model-{given.seed}" if given.seed else "model"
+    folder = runs.RunDirectory(given.root / name)
     outcome = runs.train(config.load("tiny", overrides), folder, title="retrieval")
     outcome.require_finished(folder.path)
     model = mukv.load(folder.path)
-    rows = judge(model, "bfloat16", grid())
+    rows = judge(model, "bfloat16", grid(given.composed))
     single = judge(model, "float32", [(name, 1.0) for name in ("full", *STORES)])
-    write_atomic(given.out / "results.json", json.dumps(rows + single, indent=1) + "\n")
-    draw(rows, given.out / "figure.png")
+    lengths = {
+        "judged": asked(model, JUDGED).lengths,
+        "to_choose_by": asked(model, CHOOSING).lengths,
+    }
+    about = {"seed": given.seed, "steps": given.steps, "texts": lengths}
+    write_atomic(path, text_of(about, rows + single))
+    draw(rows, picture)
     show(rows + single)
+
+
+def text_of(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """JSON with a line for each row."""
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    return f'{{"about": {json.dumps(about)},\n "rows": [\n{lines}\n ]}}\n'
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["rows"]
 
 
 if __name__ == "__main__":

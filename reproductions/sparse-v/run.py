@@ -1,9 +1,12 @@
-"""How much of the attention few values hold, and what the output loses with the others.
+"""How much of the attention few values hold, what the output loses with the others, and whether
+the heads of a layer need the same ones.
 
     python reproductions/sparse-v/run.py [--model runs/retrieval/model]
+    python reproductions/sparse-v/run.py --draw
 
 Reads code, prose and dialogue with a model that we trained and with one of Llama's heads and random
-weights. Writes results.json and figure.png beside this file.
+weights. Writes results.json and figure.png beside this file; --draw makes the figure from the file
+that is there.
 """
 
 from __future__ import annotations
@@ -34,17 +37,73 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/retrieval/model"))
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
     given = parser.parse_args()
+    path = HERE / "results.json"
+    if given.draw:
+        draw(json.loads(path.read_text()), HERE / "figure.png")
+        return
     launch.prepare()
-    found: dict[str, dict[str, list[Sparsity]]] = {}
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for subject in (subjects.trained(given.model), subjects.llama_shaped()):
         samples = given.samples if subject.model.d_model < 512 else max(given.samples // 8, 1)
         texts = subjects.texts(given.length, samples)
-        found[subject.name] = study.look(subject.model, subject.scaled, texts)
-    results = {name: study.facts(texts) for name, texts in found.items()}
-    write_atomic(HERE / "results.json", json.dumps(results, indent=1) + "\n")
-    draw(found, HERE / "figure.png")
+        found = study.look(subject.model, subject.scaled, texts)
+        kv_heads = subject.model.attention.key_heads
+        facts = study.facts(found)
+        results[subject.name] = {
+            text: [
+                {**row, **between_heads(layer, kv_heads), "shown": shown(layer)}
+                for row, layer in zip(facts[text], layers, strict=True)
+            ]
+            for text, layers in found.items()
+        }
+    write_atomic(path, text_of(results))
+    draw(results, HERE / "figure.png")
     show(results)
+
+
+def between_heads(layer: Sparsity, kv_heads: int) -> dict[str, float]:
+    """Mean agreement of two query heads that read one KV head, and of two that read different ones;
+    the range over all pairs."""
+    heads = len(layer.agreement)
+    of = np.arange(heads) // (heads // kv_heads)
+    same, other = of[:, None] == of, of[:, None] != of
+    pairs = ~np.eye(heads, dtype=bool)
+    return {
+        "agreement_same_kv_head": float(layer.agreement[same & pairs].mean()),
+        "agreement_other_kv_heads": float(layer.agreement[other].mean()),
+        "least_agreement": float(layer.agreement[pairs].min()),
+        "largest_agreement": float(layer.agreement[pairs].max()),
+    }
+
+
+def shown(layer: Sparsity) -> dict[str, list[float]]:
+    """What the figure has of a layer. lost, error: by head and share of the entries."""
+    last, place = layer.longest, MASSES.index(0.95)
+    numbers = {
+        "ranks": layer.ranks,
+        "mass": layer.curve["mean"][:, last].mean(axis=0),
+        "worst_mass": layer.curve["low"][:, last].min(axis=0),
+        "needed": layer.needed["mean"][:, : last + 1, place].mean(axis=0),
+        "lost": 1 - layer.top[:, last].ravel(),
+        "error": layer.error[:, last].ravel(),
+    }
+    return {name: np.round(each, 4).tolist() for name, each in numbers.items()}
+
+
+def text_of(results: dict[str, Any]) -> str:
+    """JSON with a line for each layer."""
+    subjects = [
+        f" {json.dumps(name)}: {{\n"
+        + ",\n".join(
+            f"  {json.dumps(text)}: [\n" + ",\n".join("   " + json.dumps(row) for row in rows) + "]"
+            for text, rows in texts.items()
+        )
+        + "}"
+        for name, texts in results.items()
+    ]
+    return "{\n" + ",\n".join(subjects) + "}\n"
 
 
 def show(results: dict[str, Any]) -> None:
@@ -62,34 +121,41 @@ def show(results: dict[str, Any]) -> None:
             Console().print(table)
 
 
-def draw(found: dict[str, dict[str, list[Sparsity]]], path: Path) -> None:
+def draw(results: dict[str, Any], path: Path) -> None:
     """Sorted mass, entries for a mass by context, and error against lost mass, for each model."""
-    with saved_figure(path, (12, 3.4 * len(found))) as figure:
-        rows = figure.subplots(len(found), 3, squeeze=False)
-        for (left, middle, right), (name, texts) in zip(rows, found.items(), strict=True):
+    with saved_figure(path, (12, 3.4 * len(results) + 0.3)) as figure:
+        rows = figure.subplots(len(results), 3, squeeze=False)
+        for (left, middle, right), (name, texts) in zip(rows, results.items(), strict=True):
             for text, layers in texts.items():
-                last = layers[0].longest
-                mean = np.mean([x.curve["mean"][:, last].mean(axis=0) for x in layers], axis=0)
-                (line,) = left.plot(layers[0].ranks, mean, label=text)
-                low = np.min([x.curve["low"][:, last].min(axis=0) for x in layers], axis=0)
-                left.plot(layers[0].ranks, low, ls=":", lw=1, color=line.get_color())
-                place = MASSES.index(0.95)
-                needed = [x.needed["mean"][:, :, place].mean(axis=0) for x in layers]
-                middle.plot(2.0 ** np.arange(last + 1), np.mean(needed, axis=0), marker=".")
-                lost = [1 - x.top[:, last] for x in layers]
-                error = [x.error[:, last] for x in layers]
-                right.scatter(np.concatenate(lost), np.concatenate(error), s=10, alpha=0.6)
-            left.set(xscale="log", xlabel="largest weights", ylabel="mass", ylim=(0, 1.02))
+                each = [layer["shown"] for layer in layers]
+                ranks = each[0]["ranks"]
+                (line,) = left.plot(ranks, np.mean([x["mass"] for x in each], axis=0), label=text)
+                worst = np.min([x["worst_mass"] for x in each], axis=0)
+                left.plot(ranks, worst, ls=":", lw=1, color=line.get_color())
+                needed = np.mean([x["needed"] for x in each], axis=0)
+                middle.plot(2.0 ** np.arange(len(needed)), needed, marker=".")
+                right.scatter(
+                    np.concatenate([x["lost"] for x in each]),
+                    np.concatenate([x["error"] for x in each]),
+                    s=10,
+                    alpha=0.6,
+                )
+            left.set(xlabel="largest weights", ylabel="mass", ylim=(0, 1.02))
             left.set_title(f"{name}\nsorted mass: mean, and the worst query (dotted)", fontsize=9)
-            left.legend(fontsize=8)
-            middle.set(xscale="log", yscale="log", xlabel="context", ylabel="entries")
+            middle.set_yscale("log", base=2)
+            middle.yaxis.set_major_formatter("{x:.0f}")
+            middle.set(xlabel="entries that the query sees", ylabel="entries")
             middle.set_title("entries for 95 % of the mass", fontsize=9)
             right.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
             shares = ", ".join(f"{share:.0%}" for share in SHARES)
             right.set(xlabel="mass lost", ylabel="relative error of the output")
             right.set_title(f"V read for the largest {shares}", fontsize=9)
+            for axes in (left, middle):
+                axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter("{x:.0f}")
             for axes in (left, middle, right):
                 axes.grid(alpha=0.3)
+        figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Checkpoints of a training state: whole or not there, checked when read, on any mesh.
 
-Orbax writes every array in pieces from the devices that hold them, commits by one rename, and
-reads them back onto another mesh. It does not notice flipped bits (tried: it returns other numbers
-without a word), nor say in one line what does not fit. So each step also carries a manifest, with
-which what is read is compared. Arrays without elements can't be saved.
+Orbax writes every array in pieces from the devices that hold them and commits by one rename. It
+does not notice flipped bits (tried: it returns other numbers without a word), nor say in one line
+what does not fit or can't be read. So each step also carries a manifest, with which what
+`core/stored.py` reads is compared. Arrays without elements can't be saved.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from mukv.core import manifest
-from mukv.core.errors import BadInput, Failed
-from mukv.core.files import telling_disk_errors
+from mukv.core.errors import BadInput, Failed, telling_disk_errors
 from mukv.core.manifest import Damaged, reason
+from mukv.core.params import named
+from mukv.core.stored import read_arrays, require_path
 
-STATE, MANIFEST = "state", "manifest"
+STATE, MANIFEST, DELETED = "state", "manifest", ".deleted"
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""In the name of a step that is being written."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,13 @@ class Keep:
         scored = sorted(self.scores.keys() & steps, key=lambda step: (self.scores[step], step))
         kept = {*sorted(steps)[-self.last :], *scored[: self.best], self.pinned}
         return [step in kept for step in steps]
+
+
+@dataclass(frozen=True)
+class _Info:
+    """What `Keep` asks of a checkpoint."""
+
+    step: int
 
 
 class Checkpoints:
@@ -64,7 +77,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         """Raises BadInput if the folder can't be used, or holds something else."""
-        self.folder = Path(folder).absolute()
+        self.folder, self.read_only = Path(folder).absolute(), read_only
         foreign = [step for step in _numbered(self.folder) if _foreign(self.folder / str(step))]
         if foreign:
             raise BadInput(
@@ -72,15 +85,22 @@ class Checkpoints:
             )
         self.saving: int | None = None
         self.scores = self._read_scores()
+        self.keep = Keep(keep_last, keep_best, self.scores, pinned)
+        self.manager: ocp.CheckpointManager | None = None
+        if read_only:
+            return
+        require_path(self.folder)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=Keep(keep_last, keep_best, self.scores, pinned),
+            preservation_policy=self.keep,
             enable_async_checkpointing=asynchronous,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
+            # Deleting in place, a kill would leave a part of a checkpoint, which looks like one.
+            todelete_subdir=DELETED,
         )
         with telling_disk_errors(self.folder):
-            if not read_only:
-                self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                _remove_leftovers(self.folder)
+                self._empty_deleted()
             self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -90,6 +110,8 @@ class Checkpoints:
         # A save that fails now must not hide why the block was left.
         with contextlib.suppress(Failed) if kind else contextlib.nullcontext():
             self.close()
+        if kind is None and self._alone_writes:
+            self._forget_others()
 
     def steps(self) -> list[int]:
         """The complete checkpoints, oldest first."""
@@ -112,6 +134,7 @@ class Checkpoints:
         """
         if step == self.saving or step in self.steps():
             return
+        assert self.manager is not None, "read only"
         self.wait()
         self._require_space(state)
         if metric is not None and math.isfinite(metric):
@@ -128,6 +151,7 @@ class Checkpoints:
 
     def forget_after(self, step: int) -> None:
         """Delete what is newer than a step."""
+        assert self.manager is not None, "read only"
         for later in reversed(self.steps()):
             if later > step:
                 self.manager.delete(later)
@@ -135,16 +159,38 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until everything is on disk. Raises Failed if it can't be written."""
+        if self.manager is None:
+            return
         with self._telling_failure():
             self.manager.wait_until_finished()
         self.saving = None
+        self._empty_deleted()
+
+    @property
+    def _alone_writes(self) -> bool:
+        return not self.read_only and jax.process_index() == 0
+
+    def _forget_others(self) -> None:
+        """Delete what is not to be kept: a kill after the last save has left it."""
+        infos = [_Info(step) for step in self.steps()]
+        kept = self.keep.should_preserve(infos, context=None)
+        for info, stays in zip(infos, kept, strict=True):
+            if not stays:
+                (self.folder / DELETED).mkdir(exist_ok=True)
+                os.rename(self.folder / str(info.step), self.folder / DELETED / str(info.step))
+        self._empty_deleted()
+
+    def _empty_deleted(self) -> None:
+        if self._alone_writes:
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def close(self) -> None:
         """Wait, then let go of the folder."""
         try:
             self.wait()
         finally:
-            self.manager.close()
+            if self.manager is not None:
+                self.manager.close()
 
     def restore(self, step: int | None, like: Any) -> Any:
         """The state of a step, None for the latest.
@@ -183,12 +229,17 @@ class Checkpoints:
         path = self.folder / str(step)
         saved = manifest.read(path / MANIFEST / "metadata")
         manifest.require_same_tree(saved, like, path)
-        placed = jax.tree.map(_placed, like)
-        wanted = ocp.args.StandardRestore(placed)  # pyright: ignore[reportCallIssue]
+        require_path(path)
+        found, problem = {}, None
         try:
-            state = self.manager.restore(step, args=ocp.args.Composite(**{STATE: wanted}))[STATE]
-        except Exception as error:  # Orbax and TensorStore raise a dozen types
-            raise Damaged(f"it can't be read ({reason(error)})") from error
+            found = read_arrays(path / STATE, named(jax.tree.map(_placed, like)))
+        except Exception as error:  # TensorStore raises a dozen types
+            problem = error
+        # All processes must agree: those that read their parts would wait for the others.
+        if not np.all(multihost_utils.process_allgather(np.asarray(problem is None))):
+            why = "in another process" if problem is None else reason(problem)
+            raise Damaged(f"it can't be read ({why})") from problem
+        state = jax.tree.unflatten(jax.tree.structure(like), list(found.values()))
         manifest.require_same_numbers(saved, state)
         return state
 
@@ -242,6 +293,21 @@ def _foreign(path: Path) -> bool:
     """Not even what is left of a checkpoint that was being deleted when the process was killed."""
     names = {entry.name for entry in path.iterdir()}
     return bool(names) and not names & {STATE, MANIFEST, "_CHECKPOINT_METADATA"}
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what a kill left: steps that were being written, and steps that were being deleted,
+    of whose name Orbax would not write one again.
+
+    Orbax can do the former in the background, and then may not have ended when it is closed.
+    """
+    unfinished = [entry for entry in folder.iterdir() if UNFINISHED in entry.name]
+    gone = [folder / str(step) for step in _numbered(folder) if not _ours(folder / str(step))]
+    for path in (*unfinished, *gone):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -6,6 +6,8 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ import numpy as np
 import mukv
 from mukv.core import schema
 from mukv.core.errors import BadInput
-from mukv.core.files import new_folder, write_atomic
-from mukv.core.tensors import INDEX, Spec, write_tensors
-from mukv.core.weights import FILE
+from mukv.core.files import new_folder, write_atomic, writer_of
+from mukv.core.tensors import INDEX, Spec, is_finite, write_tensors
+from mukv.core.weights import FILE, not_finite
 from mukv.hub import FAMILIES, Family
 from mukv.hub.base import Piece, pairs_in_halves, pieces
 from mukv.hub.checkpoint import (
@@ -39,14 +41,20 @@ from mukv.runs import RunDirectory
 SHARD_BYTES = 5 << 30
 
 
-def import_model(source: str, out: Path) -> dict[str, Any]:
+def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[str, Any]:
     """Make a run directory of a Hugging Face folder, hub id, or Meta's folder, tensor by tensor.
 
-    Returns what `mukv import --json` prints. Raises BadInput.
+    allow_nonfinite: take weights that are infinite or not a number. Returns what
+    `mukv import --json` prints. Raises BadInput.
     """
-    _require_free(out)
+    before = _told(out)
+    again = before.get("imported_from") == source
+    _require_free(out, again)
     found = require(source)
     specs = found.specs()
+    if not allow_nonfinite:
+        where = str(found.folder)
+        specs = {name: _finite(f"{where}: {name}", spec) for name, spec in specs.items()}
     with new_folder(out) as folder:
         target = RunDirectory(folder)
         write_tensors(target.weights / FILE, specs, {"step": "0"})
@@ -56,7 +64,10 @@ def import_model(source: str, out: Path) -> dict[str, Any]:
         if not (folder / GENERATION).exists():
             special = {key: value for key, value in found.special.items() if value is not None}
             write_atomic(folder / GENERATION, json.dumps(special, indent=2))
-        write_atomic(folder / "provenance.json", json.dumps(_provenance(source, found), indent=2))
+        facts = _provenance(source, found)
+        if again:  # what is the same is kept as it is
+            facts["started"] = before.get("started")
+        write_atomic(folder / "provenance.json", json.dumps(facts, indent=2))
     return {
         "run": str(out),
         "architecture": found.architecture,
@@ -75,9 +86,34 @@ def _provenance(source: str, found: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _require_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def _finite(where: str, spec: Spec) -> Spec:
+    """The same, which raises BadInput when it comes to numbers that are not finite."""
+
+    def pieces() -> Iterator[np.ndarray]:
+        for piece in spec.pieces():
+            if not is_finite(piece):
+                raise not_finite(where)
+            yield piece
+
+    return replace(spec, pieces=pieces)
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    """The provenance of a folder, as far as it can be read."""
+    path = folder / "provenance.json"
+    with suppress(BadInput):
+        return read_json(path) if path.is_file() else {}
+    return {}
+
+
+def _require_free(out: Path, again: bool) -> None:
+    """Raise BadInput for a path in use. again: what is there seems to be of the same command, and
+    will be compared with what that makes."""
+    if out.exists() and not again and (not out.is_dir() or any(out.iterdir())):
         raise BadInput("--out", str(out), "a path that is not in use")
+    writer = writer_of(out)
+    if writer is not None:
+        raise BadInput("--out", f"{out}, which {writer} is writing", "a path that is not in use")
 
 
 def export_model(
@@ -88,7 +124,8 @@ def export_model(
 
     Returns what `mukv export --json` prints. Raises BadInput with the part that has no name there.
     """
-    _require_free(out)
+    there = out / CONFIG
+    _require_free(out, there.is_file() and not out.samefile(source))
     decoder = model.decoder
     if not isinstance(decoder, Decoder):
         raise BadInput("model.kind", decoder.kind, "decoder: others have no name in Hugging Face")
@@ -101,9 +138,11 @@ def export_model(
     config["torch_dtype"] = kept.pop() if len(kept) == 1 else "float32"
     # All of them: what is left out would have the default of the family.
     special = dict.fromkeys(SPECIAL) | _special(model, source)
+    text = json.dumps(config | special, indent=2)
+    _require_free(out, there.is_file() and there.read_bytes() == text.encode())
     with new_folder(out) as folder:
         files = write_shards(folder, specs, shard)
-        write_atomic(folder / CONFIG, json.dumps(config | special, indent=2))
+        write_atomic(folder / CONFIG, text)
         for path in companions(source):
             shutil.copy(path, folder / path.name)
         if not (source / GENERATION).exists():

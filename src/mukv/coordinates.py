@@ -9,7 +9,7 @@ are ours). One batch is repeated, at a constant and large learning rate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
 from mukv.core.tap import capture
 from mukv.core.typing import Array
-from mukv.figures import saved_figure
+from mukv.figures import ROW_INCHES, labels, looks, powers, saved_figure
 from mukv.model import LanguageModel
 from mukv.model.width import widened
 from mukv.progress import Bar
@@ -43,7 +43,8 @@ LEARNING_RATE = 2.0**-7
 @dataclass(frozen=True)
 class Slope:
     """Of one activation: d log2 change / d log2 width after the last step, with its interval,
-    and the root mean square of the change by width (mean over seeds)."""
+    and the root mean square of the change by width: mean and deviation over seeds (none of one
+    seed)."""
 
     name: str
     slope: float
@@ -51,6 +52,7 @@ class Slope:
     high: float
     limit: float
     changes: Mapping[int, float]
+    deviations: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -126,6 +128,11 @@ def fit(name: str, seen: Mapping[int, Sequence[Mapping[str, float]]]) -> Slope:
         slope + SIGMAS * error,
         LOGITS_LIMIT if name == "logits" else LIMIT,
         {width: float(np.mean([row[name] for row in rows])) for width, rows in seen.items()},
+        {
+            width: float(np.std([row[name] for row in rows], ddof=1))
+            for width, rows in seen.items()
+            if len(rows) > 1
+        },
     )
 
 
@@ -153,21 +160,33 @@ def draw(slopes: Sequence[Slope], path: Path, title: str) -> None:
         kind = each.name.split(".")[-1]
         inside = "attention logits" if kind == "logits" and "." in each.name else kind
         kinds.setdefault(inside, []).append(each)
-    with saved_figure(path, (3.2 * len(kinds), 3.6), title) as figure:
+    about = (
+        "Change of activations since the start against the width: flat where hyperparameters "
+        "transfer. Numbers: slopes; dashed: beyond the limit."
+        + " Bars: deviation of seeds."
+        * any(each.deviations for each in slopes)
+    )
+    rows = max(map(len, kinds.values()))
+    size = (3.4 * len(kinds), 3.4 + ROW_INCHES * rows)
+    with saved_figure(path, size, title, about) as figure:
         panels = figure.subplots(1, len(kinds), squeeze=False)[0]
         for axes, (kind, group) in zip(panels, kinds.items(), strict=True):
-            for each in group:
-                label = f"{each.name.split('.')[0] if '.' in each.name else kind} {each.slope:+.2f}"
-                style = "-" if each.passed else "--"
-                axes.plot(*zip(*each.changes.items(), strict=True), style, marker="o", label=label)
-            axes.set_xscale("log", base=2)
+            names = labels(each.name.split(".")[0] if "." in each.name else kind for each in group)
+            for each, name, look in zip(group, names, looks(len(group)), strict=True):
+                look |= {"linestyle": "-" if each.passed else "--", "ms": 4, "capsize": 2}
+                widths, means = list(each.changes), list(each.changes.values())
+                bars = [each.deviations[width] for width in widths] if each.deviations else None
+                # Downwards no further than a logarithm goes.
+                bars = bars and [[min(b, m / 2) for b, m in zip(bars, means, strict=True)], bars]
+                axes.errorbar(widths, means, bars, label=f"{name} {each.slope:+.2f}", **look)
             axes.set_yscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+            powers(axes.xaxis, [width for each in group for width in each.changes])
             # A flat line must look flat: never less than a few octaves.
             middle = np.sqrt(np.prod(axes.get_ylim()))
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, middle / 4), max(high, middle * 4))
             axes.set(title=kind, xlabel="width")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+            # Below its own panel: the numbers differ from one to the next.
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         panels[0].set_ylabel("RMS change since the start")

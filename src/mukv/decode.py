@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.cache import FULL, Calibrated, Policy
+from mukv.core.arguments import require_types
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
+from mukv.core.programs import Programs
 from mukv.core.typing import Array, Float, Int, Weights
 from mukv.model.base import LanguageModel
 
@@ -42,6 +44,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_types(
+            temperature=(self.temperature, float | int),
+            top_k=(self.top_k, int | None),
+            top_p=(self.top_p, float | int | None),
+            seed=(self.seed, int),
+        )
         if not 0 <= self.temperature < math.inf:
             raise BadInput("temperature", self.temperature, "at least 0 (0 is greedy)")
         if self.top_k is not None and self.top_k < 1:
@@ -139,8 +147,8 @@ def _functions(model: LanguageModel, sampling: Sampling, compute: Compute) -> tu
         return tokens.T, live, token, number
 
     return (
-        jax.jit(prefill, donate_argnums=1),
-        jax.jit(block, donate_argnums=2),
+        Programs(prefill, donate_argnums=1),
+        Programs(block, donate_argnums=2),
         jax.jit(model.fold, donate_argnums=1),
     )
 
@@ -156,18 +164,21 @@ def generate(
     show: Callable[[list[list[int]]], None] | None = None,
     policy: Policy = FULL,
     centres: Calibrated | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
 ) -> Generation:
     """Continue each prompt by up to `max_tokens` tokens.
 
     weights: from `decoding_weights`. stop: ids after which a row ends. show: is given the new
-    tokens of every row as they come. policy, centres: of the cache. Raises BadInput for prompts
+    tokens of every row as they come. policy, centres: of the cache. ended: whether a row is over,
+    asked with all its new tokens after each block. Raises BadInput for prompts
     that the model can't read, and policies that do not fit it.
     """
     _check(model, prompts, max_tokens)
     sampling = sampling or Sampling()
     compute = (compute or Compute()).resolve(model.vocab_size)
     sizes = Sizes.plan(len(prompts), max(map(len, prompts)), max_tokens)
-    prefill, block, fold = _functions(model, sampling, compute)
+    # The seed is data: another one needs no other program.
+    prefill, block, fold = _functions(model, replace(sampling, seed=0), compute)
 
     padded = np.zeros((sizes.batch, sizes.prompt), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
@@ -178,10 +189,10 @@ def generate(
     cache = model.empty_cache(*room, compute.type, policy, centres)
     cache_bytes = cache.nbytes()
 
-    prefill = prefill.lower(weights, cache, padded, count, key).compile()
+    prefill = prefill.compiled(weights, cache, padded, count, key)
     start = time.perf_counter()
     token, cache = prefill(weights, cache, padded, count, key)
-    rows = _Rows(stop, max_tokens, show)
+    rows = _Rows(stop, max_tokens, show, ended)
     rows.add(np.asarray(token)[:, None])
     prefill_seconds = time.perf_counter() - start
     if rows.done:
@@ -189,7 +200,7 @@ def generate(
 
     frozen, live = cache.split()
     number = jnp.ones((), jnp.int32)
-    block = block.lower(weights, frozen, live, token, number, key).compile()
+    block = block.compiled(weights, frozen, live, token, number, key)
     start = time.perf_counter()
     steps = 0
     while not rows.done:
@@ -206,9 +217,13 @@ class _Rows:
     """The new tokens of each row, cut at stop tokens and at the limit."""
 
     def __init__(
-        self, stop: Collection[int], limit: int, show: Callable[[list[list[int]]], None] | None
+        self,
+        stop: Collection[int],
+        limit: int,
+        show: Callable[[list[list[int]]], None] | None,
+        over: Callable[[list[int]], bool] | None = None,
     ):
-        self.stop, self.limit, self.show = frozenset(stop), limit, show
+        self.stop, self.limit, self.show, self.over = frozenset(stop), limit, show, over
         self.tokens: list[list[int]] = []
         self.ended: list[bool] = []
 
@@ -230,6 +245,8 @@ class _Rows:
                 length = len(self.tokens[row]) + len(fresh[row])
                 self.ended[row] = token in self.stop or length == self.limit
             self.tokens[row] += fresh[row]
+            if self.over and fresh[row] and not self.ended[row]:
+                self.ended[row] = self.over(self.tokens[row])
         if self.show:
             self.show(fresh)
 

@@ -7,22 +7,20 @@ and decoding speed far into a text are set against what the memory costs (cache 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from mukv import config, loaded, runs
 from mukv.config import Run
 from mukv.core.files import write_atomic
+from mukv.core.json_text import to_json
 from mukv.core.params import count
 from mukv.decode import Sampling
 from mukv.describe import describe
-from mukv.figures import saved_figure
+from mukv.figures import labels, legend, looks, powers, saved_figure
+from mukv.terminal import Console, styled, table
 
 PROMPT = "def __init__(self, "
 CONTINUATION = 160
@@ -31,6 +29,10 @@ CONTEXT = 4096
 """Tokens that a decoding step looks back on where its speed is measured."""
 MEASURED, ROUNDS = 128, 3
 MLP_MULTIPLE = 8
+CAPTION = (
+    "Models of equal size that remember differently, one run each: quality and decoding speed "
+    "against cache bytes per token."
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
     for contestant in contestants:
         run = equal_size(contestant.preset, target, [f"train.steps={steps}"])
         folder = runs.RunDirectory(out / f"{contestant.preset}-{steps}")
-        console.print(f"[bold]{contestant.name}[/]: {contestant.words}")
+        console.print(styled((contestant.name, "bold"), f": {contestant.words}"))
         outcome = runs.train(run, folder, title=contestant.name)
         outcome.require_finished(folder.path)
         facts, model = describe(run), loaded.load(folder.path)
@@ -81,17 +83,17 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
                 "continuation": model.tokenizer.decode(made.tokens[0]),
             }
         )
-    plot, table = out / "quality-against-memory.png", out / "results.json"
+    plot, results = out / "quality-against-memory.png", out / "results.json"
     draw(rows, plot)
-    write_atomic(table, json.dumps(rows, indent=2))
+    write_atomic(results, to_json(rows, indent=2))
     show(rows, console)
-    console.print(f"plot:  {plot}\ntable: {table}", highlight=False, soft_wrap=True)
+    console.say(f"plot:  {plot}\ntable: {results}")
     for row in rows:
-        console.print(f"{row['name']:12} {row['run']}", highlight=False, soft_wrap=True)
+        console.say(f"{row['name']:12} {row['run']}")
     return {
         "rows": rows,
         "plot": str(plot),
-        "table": str(table),
+        "table": str(results),
         "runs": [row["run"] for row in rows],
     }
 
@@ -120,22 +122,23 @@ def decoding_speed(run: Run, model: loaded.Model) -> float:
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The comparison, and a continuation from each."""
-    columns = ("parameters", "MLP width", "cache bytes/token", "bits/byte", "decoding tokens/s")
-    table = Table("", *columns, caption=f"decoding after {CONTEXT:,} tokens")
+    numbers = ("parameters", "MLP width", "cache\nbytes/token", "held-out\nbits/byte")
+    words = f"one run each (one seed); decoding after {CONTEXT:,} tokens"
+    shown = table(("variant",), (*numbers, "decoding\ntokens/s"), caption=words)
     for row in rows:
         difference = row["parameters"] / rows[0]["parameters"] - 1
-        table.add_row(
+        shown.add_row(
             row["name"],
             f"{row['parameters']:,} ({difference:+.1%})",
             f"{row['mlp_hidden']}",
-            f"{row['cache_bytes_per_token']:,}",
+            f"{row['cache_bytes_per_token']:,.0f}",
             f"{row['bits_per_byte']:.3f}",
             f"{row['decoding_tokens_per_second']:,.0f}",
         )
-    console.print(table)
+    console.print(shown)
     for row in rows:
-        console.print(f"[bold]{row['name']}[/] continues [dim]{PROMPT}[/]")
-        console.print(row["continuation"], markup=False, highlight=False)
+        console.print(styled((row["name"], "bold"), " continues ", (PROMPT, "dim")))
+        console.print(row["continuation"])
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -148,16 +151,15 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             "Speed (up and left is better)",
         ),
     )
-    markers = "osD^vP"
-    with saved_figure(path, (10, 4.4)) as figure:
+    with saved_figure(path, (10, 4.4), caption=CAPTION) as figure:
         left, right = figure.subplots(1, 2)
+        names = labels(row["name"] for row in rows)
         for axes, (key, label, title) in zip((left, right), panels, strict=True):
-            for row, marker in zip(rows, markers, strict=False):
-                point = row["cache_bytes_per_token"], row[key]
-                axes.scatter(*point, s=70, marker=marker, zorder=3, label=row["name"], alpha=0.85)
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            for row, name, look in zip(rows, names, looks(len(rows)), strict=True):
+                point = {"color": look["color"], "marker": look["marker"], "label": name}
+                axes.scatter(row["cache_bytes_per_token"], row[key], s=70, zorder=3, **point)
+            powers(axes.xaxis, [row["cache_bytes_per_token"] for row in rows])
             axes.margins(0.2)
             axes.grid(alpha=0.3, zorder=0)
             axes.set(xlabel="cache bytes per token", ylabel=label, title=title)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        legend(figure, left, "one run each (one seed)")

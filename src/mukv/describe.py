@@ -7,13 +7,13 @@ from fractions import Fraction
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.table import Column, Table
 
 from mukv.config import Run
 from mukv.core import params
 from mukv.core.mesh import specification
+from mukv.core.names import even
 from mukv.model.counting import cached, entry_bytes, flops_per_token
+from mukv.terminal import Console, styled, table
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -95,18 +95,23 @@ def weights(run: Run) -> list[dict[str, Any]]:
 def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     """The same for a person."""
     console.print(
-        f"parameters  [bold]{facts['parameters']:,}[/]\n"
-        f"training    [bold]{facts['flops_per_token']:,}[/] FLOPs per token at "
-        f"{run.train.length:,} tokens\n"
-        f"cache       [bold]{shown(facts['cache_bytes_per_token'])}[/] bytes per token and "
-        f"{facts['cache_bytes_constant']:,} besides ({facts['dtype']})"
+        styled(
+            *("parameters  ", (f"{facts['parameters']:,}", "bold"), "\n"),
+            *("training    ", (f"{facts['flops_per_token']:,}", "bold")),
+            f" FLOPs per token at {run.train.length:,} tokens\n",
+            *("cache       ", (shown(facts["cache_bytes_per_token"]), "bold")),
+            f" bytes per token and {facts['cache_bytes_constant']:,} bytes besides "
+            f"({facts['dtype']})",
+        )
     )
     for words in dict.fromkeys(layer["attention"] for layer in facts["layers"]):
-        console.print(f"attention   {words}", highlight=False)
+        console.print(f"attention   {words}")
     console.print()
-    columns = ("layer", "attention", "position", "window", "reads", "core", "cached", "bytes/token")
-    layers = Table(*columns, box=None, pad_edge=False)
-    for group in _alike(facts["layers"]):
+    columns = ("layer", "attention", "position", "window", "reads", "core", "cached")
+    layers = table(columns, ("cache\nbytes/token", "ring\nbytes"))
+    groups = _alike(facts["layers"])
+    costs = even([group[0]["cache_bytes_per_token"] for group in groups])
+    for group, cost in zip(groups, costs, strict=True):
         first, last = group[0], group[-1]
         number = str(first["layer"])
         ring = first["cache_bytes_constant"]
@@ -118,27 +123,24 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
             "own" if first["reads"] is None else ", ".join(str(g["reads"]) for g in group),
             first["core"],
             ", ".join(f"{name} {h}x{width}" for name, (h, width) in first["cached"].items()),
-            shown(first["cache_bytes_per_token"]) + (f" (ring of {ring:,})" if ring else ""),
+            cost,
+            f"{ring:,}" if ring else "",
         )
     console.print(layers, "", sep="\n")
-    table = Table(
-        Column("weight", no_wrap=True),
-        Column("shape / mesh axis", no_wrap=True),
-        *("init", "mult", "rate", "decay"),
-        box=None,
-        pad_edge=False,
-    )
-    for name, row in _merged(facts["weights"]):
+    columns = ("init\ndeviation", "multiplier", "learning rate,\nmultiple", "decay")
+    scaled = table(("weight", "shape / mesh axis"), columns)
+    rows = _merged(facts["weights"])
+    keys = ("deviation", "multiplier", "learning_rate")
+    numbers = zip(*(even([row[key] for _, row in rows], 3) for key in keys), strict=True)
+    for (name, row), cells in zip(rows, numbers, strict=True):
         axes = zip(row["dims"].values(), row["sharding"], strict=True)
-        table.add_row(
+        scaled.add_row(
             name,
             " x ".join(str(size) if axis is None else f"{size}/{axis}" for size, axis in axes),
-            f"{row['deviation']:.3g}",
-            f"{row['multiplier']:.3g}",
-            f"{row['learning_rate']:.3g}",
+            *cells,
             "yes" if row["decays"] else "no",
         )
-    console.print(table)
+    console.print(scaled)
 
 
 def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

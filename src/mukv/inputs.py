@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mukv.core.errors import BadInput
+from mukv.core.files import require_regular_file
 from mukv.data.tokens import TokenFile
 from mukv.loaded import Model
 from mukv.runs import open_corpus
@@ -22,6 +23,7 @@ def ids(text: str, where: str) -> list[int]:
 
 def rows_of_text(model: Model, path: Path) -> list[np.ndarray]:
     """A text file as the ids of one document."""
+    require_regular_file(path, "--text")
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
@@ -37,6 +39,7 @@ def rows_of_text(model: Model, path: Path) -> list[np.ndarray]:
 
 def rows_of_ids(path: Path) -> list[np.ndarray]:
     """Rows of ids from a .npy file."""
+    require_regular_file(path, "--tokens")
     try:
         found = np.load(path, allow_pickle=False)
     except OSError as error:

@@ -8,19 +8,16 @@ the layer and the last good checkpoint named. Knows no root configuration, only 
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mukv.checkpoint import Checkpoints
 from mukv.core.device import peak_flops
@@ -30,6 +27,7 @@ from mukv.data.feed import Source
 from mukv.metrics import Trackers, read_metrics
 from mukv.model.counting import flops_per_token
 from mukv.progress import Bar
+from mukv.stopping import StopSignal
 from mukv.train import Metrics, State, Trainer
 
 PROFILED_STEPS = range(10, 16)
@@ -37,7 +35,8 @@ PROFILED_STEPS = range(10, 16)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. step: updates done. loss: nats per token at the last logged step.
+    """How a run ended. step: updates done. loss: training loss of one batch, in nats per token,
+    before the update `loss_step`. validation_loss: nats per token after `validation_step` updates.
     wait_fraction: share of the time that steps waited for data.
     """
 
@@ -49,6 +48,8 @@ class Outcome:
     tokens_per_second: float
     wait_fraction: float
     finished: bool
+    loss_step: int | None = None
+    validation_step: int | None = None
 
     def require_finished(self, folder: Path) -> None:
         """For what is done with the whole run. Raises Failed where a signal stopped it."""
@@ -88,34 +89,6 @@ class Clock:
         return self.tokens_per_step * self.steps / self.seconds if self.steps else 0.0
 
 
-class StopSignal:
-    """SIGTERM or SIGINT asks the loop to save and leave; a second one leaves at once."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, self.before[number])
-
-    def agreed(self) -> bool:
-        """Whether any process was asked; all processes must ask this together."""
-        mine = np.asarray(self.name is not None)
-        if jax.process_count() == 1:
-            return bool(mine)
-        return bool(np.any(multihost_utils.process_allgather(mine)))
-
-
 @dataclass
 class Loop:
     """One run of one trainer in one folder."""
@@ -130,6 +103,9 @@ class Loop:
     begin: Callable[[], State] | None = None
     """The state before the first step; drawn by the trainer if None."""
     last: dict[str, float] = field(default_factory=dict)
+    """The latest value of each number."""
+    seen: dict[str, int] = field(default_factory=dict)
+    """The step of each latest value."""
 
     def run(self) -> Outcome:
         """Train from the latest checkpoint, or from the beginning, to the last step."""
@@ -141,7 +117,7 @@ class Loop:
         flops = flops_per_token(trainer.model, training.length)
         step, finished = start, True
         stable = training.schedule.stable_until(training.steps)
-        self.last = known_so_far(self.folder / "metrics.jsonl", start)
+        self.last, self.seen = known_so_far(self.folder / "metrics.jsonl", start)
         with ExitStack() as stack:
             stack.enter_context(jax.set_mesh(trainer.mesh))
             stop = stack.enter_context(StopSignal())
@@ -164,6 +140,7 @@ class Loop:
                 logs = ends or step % training.log_every == 0 or step == start + 1
                 # Asking the other processes costs a collective: only now and then.
                 leaves = (logs or jax.process_count() == 1) and stop.agreed()
+                logs = logs or leaves
                 evaluates = ends or _due(step, training.evaluate_every)
                 saves = ends or leaves or _due(step, training.checkpoint_every) or step == stable
                 if logs or evaluates or saves:
@@ -180,14 +157,15 @@ class Loop:
                         "mfu": rate * flops / peak,
                         "wait_fraction": prefetch.wait_seconds / max(clock.seconds, 1e-9),
                     }
-                    self.last |= numbers
+                    self.note(step, numbers)
                     trackers.log(step, numbers)
-                    bar.show(step, _shown(self.last))
                 if evaluates:
                     with clock.pause():
                         validation = self.evaluate(state)
-                    self.last |= validation
+                    self.note(step, validation)
                     trackers.log(step, validation)
+                if logs or evaluates:
+                    bar.show(step, shown(step, self.last, self.seen))
                 if saves:
                     with clock.pause():
                         score = self.last.get("validation_loss") if evaluates else None
@@ -201,12 +179,19 @@ class Loop:
             state=state,
             step=step,
             loss=self.last.get("loss", float("nan")),
+            loss_step=self.seen.get("loss"),
+            validation_step=self.seen.get("validation_loss"),
             validation_loss=self.last.get("validation_loss"),
             validation_bits_per_byte=self.last.get("validation_bits_per_byte"),
             tokens_per_second=self.last.get("tokens_per_second", 0.0),
             wait_fraction=self.last.get("wait_fraction", 0.0),
             finished=finished,
         )
+
+    def note(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Remember the latest numbers and their step."""
+        self.last |= numbers
+        self.seen |= dict.fromkeys(numbers, step)
 
     def restore(self) -> State:
         """The latest checkpoint on this mesh, or a new state."""
@@ -243,14 +228,16 @@ class Loop:
         return validation_metrics(*total)
 
 
-def known_so_far(path: Path, step: int) -> dict[str, float]:
-    """The latest value of each number that was logged up to a step."""
+def known_so_far(path: Path, step: int) -> tuple[dict[str, float], dict[str, int]]:
+    """The latest value of each number that was logged up to a step, and the step of each."""
     known: dict[str, float] = {}
+    seen: dict[str, int] = {}
     for record in read_metrics(path):
-        if record["step"] <= step:
+        at = int(record.pop("step"))
+        if at <= step:
             known |= record
-    known.pop("step", None)
-    return known
+            seen |= dict.fromkeys(record, at)
+    return known, seen
 
 
 def validation_metrics(nats: float, tokens: float, read: float) -> dict[str, float]:
@@ -265,13 +252,18 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _shown(last: Mapping[str, float]) -> dict[str, str]:
-    shown = {"loss": f"{last['loss']:.3f}", "tok/s": f"{last['tokens_per_second']:,.0f}"}
-    if math.isfinite(last["mfu"]):
-        shown["mfu"] = f"{last['mfu']:.0%}"
+def shown(step: int, last: Mapping[str, float], seen: Mapping[str, int]) -> dict[str, str]:
+    """The numbers of the progress line. A number of an earlier step says which."""
+    text = {"training loss": f"{last['loss']:.3f}"}
     if "validation_bits_per_byte" in last:
-        shown["bits/byte"] = f"{last['validation_bits_per_byte']:.3f}"
-    return shown
+        at = seen["validation_bits_per_byte"]
+        stale = "" if at == step else f" (step {at})"
+        text["validation bits/byte"] = f"{last['validation_bits_per_byte']:.3f}{stale}"
+    if last["tokens_per_second"]:  # not before the second step: the first one compiles
+        text["tokens/s"] = f"{last['tokens_per_second']:,.0f}"
+    if last["mfu"] and math.isfinite(last["mfu"]):
+        text["mfu"] = f"{last['mfu']:.0%}"
+    return text
 
 
 def _profile(done: int, steps: int, folder: Path) -> None:

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from mukv.core.errors import BadInput, unknown_name
+from mukv.core.files import write_atomic
+from mukv.core.json_text import to_json
+from mukv.core.numbers import INT32
+
+LONGEST_LINE, MOST_STEPS = 1 << 20, INT32
+"""Characters of a line, and steps, of a metrics file that are believed."""
+LeftOut = Callable[[int, str], None]
 
 
 class Tracker(Protocol):
@@ -32,30 +38,62 @@ class MetricsFile:
         """keep_until: a resumed run forgets what an earlier one logged beyond this step."""
         if path.exists():
             kept = [r for r in read_metrics(path) if keep_until is None or r["step"] <= keep_until]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            os.replace(partial, path)
+            write_atomic(path, "".join(to_json(record) + "\n" for record in kept))
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(to_json({"step": step, **values}) + "\n")
         self.file.flush()
 
     def close(self) -> None:
         self.file.close()
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; a last line that a kill cut short is passed over."""
-    if not path.exists():
+def read_metrics(path: Path, left_out: LeftOut | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file: a step of 32 bits, and the values that are numbers.
+
+    Whatever else stands there is passed over, such as a last line that a kill cut short, or text
+    in place of a loss. left_out: called with the number of such a line and the reason.
+    """
+    tell = left_out or (lambda number, why: None)
+    if not path.is_file():
+        if path.exists():
+            tell(0, "no regular file")
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            yield record
+    with path.open(encoding="utf-8", errors="replace") as file:
+        number, whole = 0, True
+        while line := file.readline(LONGEST_LINE):
+            began, whole = whole, line.endswith("\n")
+            number += began
+            if not began or not line.strip():
+                continue
+            if not whole and len(line) >= LONGEST_LINE:
+                tell(number, "a line that is too long")
+                continue
+            record = _parsed(line)
+            if record is None:
+                tell(number, "not what a run writes: an object with a step")
+                continue
+            numbers = {key: value for key, value in record.items() if _is_finite(value)}
+            for key in record.keys() - numbers.keys():
+                tell(number, f"{key[:40]} is no finite number")
+            yield numbers
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError of its own
+        return None
+    fits = isinstance(record, dict) and type(record.get("step")) is int
+    return record if fits and 0 <= record["step"] <= MOST_STEPS else None
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 class TensorBoard:

@@ -6,13 +6,14 @@ Imports nothing heavy, so that a wrong command line is answered at once.
 from __future__ import annotations
 
 import codecs
-import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from rich.console import Console
 from rich.text import Text
+
+from mukv.core.json_text import to_json
+from mukv.terminal import Console, styled
 
 if TYPE_CHECKING:
     from mukv.data.tokenizer import AnyTokenizer
@@ -20,20 +21,20 @@ if TYPE_CHECKING:
 
 def complain(message: str, status: int) -> NoReturn:
     """Say what went wrong on one line, and leave."""
-    text = Text.assemble(("error: ", "bold red"), " ".join(message.split()))
-    Console(stderr=True, soft_wrap=True).print(text)
+    text = styled(("error: ", "bold red"), " ".join(message.split()))
+    Console(stderr=True).print(text, soft_wrap=True)
     raise SystemExit(status)
 
 
 def warn(message: str) -> None:
     """Say on one line of standard error what is not as it may seem."""
-    text = Text.assemble(("note: ", "bold yellow"), message)
-    Console(stderr=True, soft_wrap=True).print(text)
+    text = styled(("note: ", "bold yellow"), message)
+    Console(stderr=True).print(text, soft_wrap=True)
 
 
 def print_json(facts: Any) -> None:
     """One object, as the last line."""
-    sys.stdout.write(json.dumps(facts, default=str) + "\n")
+    sys.stdout.write(to_json(facts) + "\n")
     sys.stdout.flush()
 
 
@@ -43,7 +44,7 @@ def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
         print_json(facts)
         return
     for name, value in facts.items():
-        Console(highlight=False, soft_wrap=True, markup=False).print(f"{name}: {value}")
+        Console().say(f"{name}: {value}")
 
 
 class Stream:
@@ -59,7 +60,7 @@ class Stream:
     def show(self, fresh: list[list[int]]) -> None:
         """New tokens of each row; the first row is shown."""
         if self.opening:
-            Console(file=self.out, soft_wrap=True).print(self.opening, end="")
+            Console(file=self.out).print(self.opening, end="", soft_wrap=True)
             self.opening = None
         data = b"".join(self.tokenizer.token_data(token) for token in fresh[0])
         self.out.write(self.decoder.decode(data))

@@ -11,17 +11,19 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
-QUIET_SECONDS = 10.0
+from mukv.core.names import printable
+from mukv.heartbeat import duration
+from mukv.terminal import Console, column
+
+QUIET_SECONDS = 9.0
+"""Longest time between two lines where the output is no terminal."""
+
+
+def say(text: str) -> None:
+    """Print a line to standard error that stays."""
+    Console(stderr=True).say(text)
 
 
 class Bar:
@@ -30,7 +32,7 @@ class Bar:
     def __init__(self, title: str, total: int, start: int = 0, silent: bool = False):
         """start: what is done already. silent: show nothing."""
         self.console = Console(stderr=True, quiet=silent)
-        self.title, self.total, self.start = title, total, start
+        self.title, self.total, self.start = printable(title), total, start
         self.began: tuple[float, int] | None = None
         self.last_line = 0.0
         self.live: Progress | None = None
@@ -39,11 +41,11 @@ class Bar:
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.live = Progress(
-                TextColumn("[bold]{task.description}"),
+                column("task.description", "bold"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
+                column("task.fields[numbers]"),
                 console=self.console,
                 transient=True,
             )
@@ -64,7 +66,7 @@ class Bar:
 
     def show(self, done: int, numbers: Mapping[str, str]) -> None:
         """done: how much of the total; numbers: by name, ready to print."""
-        text = "  ".join(f"{name} {value}" for name, value in numbers.items())
+        text = printable("  ".join(f"{name} {value}" for name, value in numbers.items()))
         if self.live:
             self.live.update(self.task, completed=done, numbers=text)
             return
@@ -74,10 +76,12 @@ class Bar:
         # From the first report on: what came before was compilation.
         self.began = self.began or (now, done)
         seconds, steps = now - self.began[0], done - self.began[1]
-        left = f"{(self.total - done) * seconds / steps:.0f} s left  " if steps else ""
-        self.console.print(f"{self.title} {done}/{self.total}  {left}{text}")
+        left = ""
+        if steps and done < self.total:
+            left = f"{duration((self.total - done) * seconds / steps)} left  "
+        self.console.say(f"{self.title} {done}/{self.total}  {left}{text}")
         self.last_line = now
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.say(text)

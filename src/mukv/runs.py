@@ -7,10 +7,6 @@ provenance.json. `train` makes or continues one, `load` turns one into a model t
 from __future__ import annotations
 
 import hashlib
-import json
-import platform
-import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,20 +16,23 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-import mukv
-from mukv import config, metrics
+from mukv import config, metrics, provenance
 from mukv.checkpoint import Checkpoints
 from mukv.config import Run
 from mukv.core import schema
 from mukv.core.errors import BadInput
-from mukv.core.files import write_atomic
+from mukv.core.files import is_leftover, write_atomic
+from mukv.core.json_text import is_text, to_json
+from mukv.core.locks import RUN
 from mukv.core.numbers import leaves
 from mukv.core.presets import apply_overrides
-from mukv.core.weights import load_weights, require_weights, save_weights
+from mukv.core.processes import one_job_writes
+from mukv.core.weights import load_weights, require_finite, require_weights, save_weights
 from mukv.core.yaml_text import read_yaml
 from mukv.data.build import default_corpus
 from mukv.data.feed import Feed, Origin, TextFeed
 from mukv.data.tokens import TokenFile, open_tokens
+from mukv.footprint import require_room
 from mukv.hub import checkpoint
 from mukv.launch import cache_folder
 from mukv.loop import Loop, Outcome
@@ -55,7 +54,7 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / RUN
 
     @property
     def checkpoints(self) -> Path:
@@ -111,7 +110,7 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
 
 
 def open_corpus(run: Run) -> TokenFile:
-    """The token file that a run trains on, checked against its vocabulary."""
+    """The token file that a run trains on, checked against its fingerprint and vocabulary."""
     if run.data.task is not None:
         raise BadInput("data.task", run.data.task.kind, "null: text is needed here")
     tokens = (
@@ -119,8 +118,10 @@ def open_corpus(run: Run) -> TokenFile:
         if run.data.path is None
         else open_tokens(Path(run.data.path))
     )
-    _check_vocabulary(run, tokens.vocab_size, f"the tokenizer of {tokens.path}")
-    run.model.check_tokenizer(tokens.vocab_size)
+    tokens.require_unchanged()
+    needed = tokens.tokenizer.text_vocab_size
+    _check_vocabulary(run, needed, f"the tokenizer of {tokens.path}")
+    run.model.check_tokenizer(needed)
     return tokens
 
 
@@ -141,18 +142,33 @@ def _check_vocabulary(run: Run, needed: int, whose: str) -> None:
         raise BadInput("model.vocab_size", run.model.vocab_size, allowed)
 
 
-def train(run: Run, folder: RunDirectory, title: str = "training") -> Outcome:
-    """Train in `folder`, or continue what is there. Raises BadInput before compiling anything.
+def train(
+    run: Run, folder: RunDirectory, title: str = "training", ignore_memory: bool = False
+) -> Outcome:
+    """Train in `folder`, or continue what is there. Raises BadInput before compiling anything, but
+    for a step that takes more memory than is free, unless `ignore_memory`.
 
     A folder may be continued with other steps, evaluation, logging or mesh; with another model,
-    data, seed or optimizer it is another run and is refused.
+    data, seed or optimizer it is another run and is refused. So is one that another job writes.
+    The data may lie elsewhere.
     """
     run, feed = open_feed(run)
-    _check_same(run, folder)
+    for name, value in leaves(schema.to_mapping(run)).items():
+        if isinstance(value, str) and not is_text(value):
+            raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
+    _check_same(run, folder, feed)  # what is refused is left as it is
+    with one_job_writes(folder.path):
+        return _train(run, feed, folder, title, ignore_memory)
+
+
+def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory: bool) -> Outcome:
+    _check_same(run, folder, feed)
     begin = _prolonged_from(run, folder)
     metrics.require(run.train.trackers)
     mesh = run.mesh.build()
     trainer = Trainer(run.model, run.train, mesh)
+    if not ignore_memory:
+        require_room(trainer)
     training = run.train
     common = {"seed": training.seed, "batch": training.batch, "length": training.length}
     # Until all have looked: what the first writes must not be taken for another run.
@@ -194,6 +210,7 @@ def _start(run: Run, trainer: Trainer) -> State:
     else:
         raise BadInput("train.start", run.train.start, "a run with weights, or a folder of theirs")
     require_weights(declared, weights, folder.path)
+    require_finite(weights, folder.path)
     return trainer.state_of(weights)
 
 
@@ -231,20 +248,23 @@ def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
     """Write what a run directory says of a run before its first step."""
     write_atomic(folder.config, schema.to_yaml(run))
     origin.tokenizer.save(folder.tokenizer)
-    write_atomic(folder.path / "provenance.json", json.dumps(_provenance(origin), indent=2))
+    write_atomic(folder.path / provenance.FILE, to_json(provenance.record(origin), indent=2))
     # What a model that it begins with came with belongs to this one too.
     for given in checkpoint.companions(Path(run.train.start)) if run.train.start else ():
         if not (folder.path / given.name).exists():
             write_atomic(folder.path / given.name, given.read_bytes())
 
 
-def _check_same(run: Run, folder: RunDirectory) -> None:
-    """Raise BadInput where a folder holds another run."""
+def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
+    """Raise BadInput where a folder holds another run: of other settings or other data."""
     if not folder.exists:
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        if folder.path.exists() and not (folder.path.is_dir() and _untouched(folder)):
             raise BadInput(str(folder.path), "a path in use", "a run directory or a new path")
         return
     before, now = (leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
+    began_with = provenance.began_with(folder.path, origin)
+    if began_with is not None:  # wherever it lies
+        before["data.path"] = now["data.path"]
     for name in [*now, *before]:
         section, key = name.split(".")[:2]
         old, new = before.get(name), now.get(name)
@@ -254,35 +274,22 @@ def _check_same(run: Run, folder: RunDirectory) -> None:
                 name, new, f"the run in {folder.path} has {old!r}; give another folder with --out"
             )
 
-
-def _provenance(origin: Origin) -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "mukv": mukv.__version__,
-        "commit": _commit(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "processes": jax.process_count(),
-        "data_fingerprint": origin.fingerprint,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the source, where it is a checkout."""
-    folder = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
+    if began_with not in (None, origin.fingerprint):
+        raise BadInput(
+            "data.path" if run.data.task is None else "data.task",
+            str(run.data.path if run.data.task is None else run.data.task.kind),
+            f"the run in {folder.path} began with data of fingerprint {began_with[:12]}, this has "
+            f"{origin.fingerprint[:12]}; give another folder with --out",
         )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
+
+
+def _untouched(folder: RunDirectory) -> bool:
+    """Whether a folder has nothing, or what a run leaves that was killed at its beginning."""
+    there = [path for path in folder.path.iterdir() if not is_leftover(path)]
+    checkpoints = folder.checkpoints
+    return there in ([], [checkpoints]) and not (
+        checkpoints.exists() and (not checkpoints.is_dir() or any(checkpoints.iterdir()))
+    )
 
 
 def summary(outcome: Outcome, folder: RunDirectory) -> dict[str, Any]:

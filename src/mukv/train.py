@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from mukv.core import params
@@ -25,6 +24,7 @@ from mukv.core.typing import Array, Float, Int
 from mukv.model.base import LanguageModel
 from mukv.model.loss import Losses, summed_loss
 from mukv.scaling.schedules import Plan
+from mukv.scaling.updates import global_norm
 from mukv.training import Training
 
 BATCH_FIELDS = ("tokens", "targets", "weight", "position", "segment")
@@ -75,7 +75,7 @@ class Trainer:
         self.declared = model.params()
         self.resolved = model.resolved(training.optimizer.family)
         self.optimizer = training.optimizer.transform(self.declared, self.resolved)
-        self._compiled_step = jax.jit(
+        self._step = self._compiled_step = jax.jit(
             self.update,
             donate_argnums=0,
             out_shardings=(self.shardings(), replicated(mesh)),
@@ -90,6 +90,15 @@ class Trainer:
             # the threads that the first needs to finish a collective: a deadlock.
             jax.block_until_ready(result)
         return result
+
+    def compile(self, batch: Any) -> Any:
+        """The compiled step for batches of these shapes, which `step` then takes.
+
+        batch: `jax.ShapeDtypeStruct` by field, with shardings.
+        """
+        with jax.set_mesh(self.mesh):
+            self._compiled_step = self._step.lower(self.abstract_state(), 0, batch).compile()
+        return self._compiled_step
 
     def abstract_state(self) -> State:
         """Shapes and shardings of the state, nothing allocated."""
@@ -251,7 +260,7 @@ class Trainer:
         loss, gradient = jax.tree.map(lambda leaf: leaf / weight, (losses.cross_entropy, gradient))
         size = batch["tokens"].size
         counts = {name: total / size for name, total in losses.counts.items()}
-        norm = optax.tree.norm(gradient)
+        norm = global_norm(self.declared, gradient)
         if training.clip_norm is not None:
             factor = jnp.minimum(1.0, training.clip_norm / jnp.maximum(norm, 1e-12))
             gradient = jax.tree.map(lambda leaf: leaf * factor, gradient)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
+from mukv.core.numbers import INT32, require_counts
 from mukv.scaling.budget import AnyBudget
 from mukv.scaling.optimizers import AdamW, AnyOptimizer
 from mukv.scaling.schedules import AnySchedule, Cosine
@@ -38,7 +39,7 @@ class Training:
     accumulate: int = 1
     compute: Compute = field(default_factory=Compute)
     log_every: int = 10
-    evaluate_every: int | None = None
+    evaluate_every: int | None = 100
     validation_batches: int | None = 16
     checkpoint_every: int | None = None
     keep_last: int = 2
@@ -47,14 +48,12 @@ class Training:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "length", "accumulate", "log_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "at least 1")
-        for name in ("evaluate_every", "checkpoint_every", "validation_batches"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "at least 1, or null")
-        if self.keep_best < 0:
-            raise BadInput("keep_best", self.keep_best, "at least 0")
+        require_counts(self, "steps", "batch", "length", "accumulate", "log_every", "keep_last")
+        require_counts(self, "evaluate_every", "checkpoint_every", "validation_batches")
+        if not 0 <= self.keep_best <= INT32:
+            raise BadInput("keep_best", self.keep_best, f"0 to {INT32:,}")
+        if self.start is not None and "\0" in self.start:
+            raise BadInput("start", self.start, "a path, which has no NUL character")
         if not 0 <= self.seed < 1 << 32:
             raise BadInput("seed", self.seed, "0 to 4294967295 (32 bits)")
         if self.learning_rate <= 0:

@@ -21,9 +21,10 @@ import numpy as np
 from mukv.core import fits, schema
 from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
+from mukv.core.json_text import to_json
 from mukv.core.numbers import leaves
 from mukv.data.tokens import TokenFile
-from mukv.figures import saved_figure
+from mukv.figures import legend, looks, saved_figure
 from mukv.model import LanguageModel
 from mukv.model.width import widened
 from mukv.search.together import Point, Together, free_memory, grouped
@@ -219,7 +220,7 @@ class Search:
 
     def _write(self) -> None:
         rows = [[*key, loss if math.isfinite(loss) else None] for key, loss in self.losses.items()]
-        write_atomic(self.path, json.dumps({"facts": self.facts, "losses": rows}) + "\n")
+        write_atomic(self.path, to_json({"facts": self.facts, "losses": rows}) + "\n")
 
     def _read(self) -> None:
         found = json.loads(self.path.read_text())
@@ -255,33 +256,43 @@ def facts(search: Search, found: Transfer) -> dict[str, Any]:
 
 def draw(search: Search, found: Transfer, path: Path, title: str) -> None:
     """Loss against rate by width, and the optimum against width."""
-    with saved_figure(path, (9.6, 4.0), title) as figure:
+    seeded = search.seeds > 1
+    bars = (
+        f"Bars: range of {search.seeds} seeds, and two standard errors of the best rate." * seeded
+    )
+    about = f"Loss against learning rate at each width; stars: the best rate of each. {bars}"
+    with saved_figure(path, (9.6, 4.0), title, about.strip()) as figure:
         left, right = figure.subplots(1, 2)
-        for width in search.models:
-            tried = search.rates(width)
+        for width, look in zip(search.models, looks(len(search.models)), strict=True):
+            tried = [rate for rate in search.rates(width) if search.mean(width, rate) < math.inf]
             means = np.array([search.mean(width, rate) for rate in tried])
-            spread = [
-                np.ptp([search.losses[width, rate, seed] for seed in range(search.seeds)]) / 2
-                if mean < np.inf
-                else 0
-                for rate, mean in zip(tried, means, strict=True)
-            ]
+            each = np.array(
+                [
+                    [search.losses[width, rate, seed] for seed in range(search.seeds)]
+                    for rate in tried
+                ]
+            ).reshape(len(tried), search.seeds)
+            spread = (means - each.min(axis=1), each.max(axis=1) - means) if seeded else None
             optimum = found.optima[width]
-            line = left.errorbar(tried, means, spread, marker=".", capsize=2, label=str(width))
-            left.plot(optimum.rate, optimum.loss, "*", ms=12, color=line[0].get_color())
+            left.errorbar(tried, means, spread, capsize=2, ms=4, label=f"{width}", **look)
+            left.plot(optimum.rate, optimum.loss, "*", ms=12, color=look["color"])
         finite = [optimum.loss for optimum in found.optima.values()]
-        left.set_ylim(min(finite) - 0.05, max(finite) + 1.2)
-        left.set(xlabel="log2 learning rate", ylabel="validation loss, nats per token")
-        left.legend(title="width")
+        low, high = min(finite) - 0.1, max(finite) + 1.2
+        near = [rate for (_, rate, _), loss in search.losses.items() if loss <= high]
+        left.set(ylim=(low, high), xlim=(min(near) - 0.5, max(near) + 0.5))
+        left.set(xlabel="log2 of the learning rate", ylabel="validation loss, nats per token")
         widths = np.log2(list(found.optima))
         rates = np.array([optimum.rate for optimum in found.optima.values()])
         errors = [optimum.high - optimum.rate for optimum in found.optima.values()]
-        right.errorbar(widths, rates, errors, marker="o", capsize=3, linestyle="none")
+        right.errorbar(
+            widths, rates, errors if seeded else None, marker="o", capsize=3, linestyle="none"
+        )
         middle = rates.mean() + found.drift * (widths - widths.mean())
-        right.plot(widths, middle, label=f"drift {found.drift:+.2f} octaves per octave")
+        right.plot(widths, middle, color="0.4")
         right.set_xticks(widths, [str(width) for width in found.optima])
         right.set_ylim(rates.min() - 1.5, rates.max() + 1.5)
         right.set(xlabel="width", ylabel="log2 of the best learning rate")
-        right.legend()
+        right.set_title(f"drift {found.drift:+.2f} octaves per octave", fontsize=10)
         for axes in (left, right):
             axes.grid(alpha=0.3)
+        legend(figure, left, "width")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from mukv.cli.looking import names_of
 
 
 @pytest.mark.slow
@@ -43,3 +46,8 @@ def test_bad_input_is_told_before_anything_runs(mukv, trained, tmp_path):
         done = mukv("analyze", trained, *given, "--out", tmp_path / "out")
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_of_one_file_name_are_told_apart():
+    paths = [Path("a/x.txt"), Path("b/x.txt"), Path("c/y.txt")]
+    assert names_of(paths) == ["a/x.txt", "b/x.txt", "y"]

@@ -140,7 +140,7 @@ def test_says_what_a_leaf_needs():
         build(Needs, {}, "data")
 
 
-numbers = st.floats(allow_nan=False, allow_infinity=False)
+numbers = st.floats(allow_nan=False, allow_infinity=False, width=32)
 whole = st.integers(-(2**53), 2**53)
 layers = st.builds(
     Layer,

@@ -73,7 +73,9 @@ def limits(seconds: float = SECONDS, megabytes: float = MEGABYTES) -> Iterator[N
     before, handler = _status("VmRSS"), signal.signal(signal.SIGALRM, expire)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = (_status("VmData") + 1.5 * megabytes) * 1e6
-    resource.setrlimit(resource.RLIMIT_DATA, (int(most) if hard < 0 else min(int(most), hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (int(most) if hard < 0 else min(int(most), hard), hard)
+    )
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:

@@ -7,17 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import command
-
-
-@pytest.fixture(scope="session")
-def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be written to."""
-    out = tmp_path_factory.mktemp("exported") / "folder"
-    done = command("export", trained, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out
-
 
 @pytest.fixture
 def folder(exported: Path, tmp_path: Path) -> Path:

@@ -41,6 +41,17 @@ def test_a_sweep(mukv, token_file, tmp_path):
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["trials"] == facts["complete"] == 4
     assert facts["best"] == min(facts["rows"], key=lambda row: row["validation_loss"])
+    assert len(facts["rows"]) == 2
+    for row in facts["rows"]:
+        assert set(row["seeds"]) == {"0", "1"}
+        low, high = sorted(row["seeds"].values())
+        assert row["validation_loss"] == pytest.approx((low + high) / 2)
+        assert row["deviation"] == pytest.approx((high - low) / 2**0.5)
+        runs = sorted((tmp_path / "s" / "trials").glob(f"{row['run'][-11:-7]}-seed-*"))
+        assert [str(run)[-1] for run in runs] == ["0", "1"]
+    # Of two values, the best is at an end.
+    assert facts["edges"] == ["train.learning_rate"]
+    assert "train.learning_rate: the best value" in mukv(*given).stderr
     assert (tmp_path / "s" / "sweep.png").stat().st_size > 5_000
     trial = package.load(facts["best"]["run"])
     assert trial.decoder.d_model == 32
@@ -50,6 +61,25 @@ def test_a_sweep(mukv, token_file, tmp_path):
     other = mukv(*given, "train.steps=4")
     assert other.returncode == 2
     assert "train.steps: got 4; the study" in other.stderr
+
+
+def test_a_sampler_is_not_asked_for_seeds(mukv, token_file, tmp_path):
+    ranges = ("train.learning_rate=1e-3..1e-2:log", "train.seed=3..4")
+    more = ("--sampler", "tpe", "--trials", 2, "--json")
+    done = mukv(*arguments(token_file, tmp_path / "s", *ranges, *more))
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert (facts["trials"], len(facts["rows"])) == (4, 2)
+    assert all(set(row["seeds"]) == {"3", "4"} for row in facts["rows"])
+    assert all("train.seed" not in row for row in facts["rows"])
+
+
+def test_seeds_alone_are_a_point(mukv, token_file, tmp_path):
+    done = mukv(*arguments(token_file, tmp_path / "s", "train.seed=0,1,2", "--json"))
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert len(facts["best"]["seeds"]) == 3
+    assert facts["edges"] == []
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
@@ -150,6 +180,9 @@ def test_a_study_of_something_else_is_refused(tmp_path):
         (["train.seed=0,1", "--trials", 0, "--sampler", "tpe"], "--trials: got 0"),
         (["train.seed=0,1", "--storage", "nonsense"], "--storage: got 'nonsense'; a database"),
         (["train.steps=3"], "sweep: got"),
+        (["train.seed=0,1", "--sampler", "random"], "a key to search besides the seeds"),
+        (["train.seed=0..1000"], "at most 64 seeds"),
+        (["train.seed=0.5,1"], "train.seed"),
     ],
 )
 def test_bad_input(mukv, token_file, tmp_path, given, message):
@@ -177,6 +210,6 @@ def test_four_workers_of_which_one_is_killed(token_file, tmp_path):
         assert status == 0, error
     found = optuna.load_study(study_name="s", storage=storage_of(out)).get_trials()
     complete = Counter(t.user_attrs["point"] for t in found if t.state == TrialState.COMPLETE)
-    assert complete == dict.fromkeys(range(16), 1)
+    assert complete == dict.fromkeys(range(8), 1)
     assert {t.state for t in found} <= {TrialState.COMPLETE, TrialState.FAIL}
     assert json.loads((out / "results.json").read_text())["complete"] == 16

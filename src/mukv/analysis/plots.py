@@ -10,7 +10,7 @@ import numpy as np
 
 from mukv.analysis.clusters import READS, Prediction
 from mukv.analysis.sparsity import MASSES, NEAR, NEEDED, SHARES, SINKS, Sparsity
-from mukv.figures import saved_figure
+from mukv.figures import labels, legend, looks, powers, saved_figure
 
 PANEL = (3.3, 3.0)
 MOST_PANELS = 6
@@ -26,46 +26,50 @@ def some(layers: Sequence[Sparsity]) -> list[Sparsity]:
 def curves(layers: Sequence[Sparsity], path: Path) -> str:
     """Mass against the number of largest weights, at the longest context."""
     shown = some(layers)
-    with saved_figure(path, (PANEL[0] * len(shown), PANEL[1])) as figure:
-        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-        for axes, layer in zip(panels, shown, strict=True):
-            last = layer.longest
-            for head, mean in enumerate(layer.curve["mean"][:, last]):
-                axes.plot(layer.ranks, mean, lw=1, alpha=0.8, label=f"head {head}")
-            low = np.nanmin(layer.curve["low"][:, last], axis=0)
-            high = np.nanmax(layer.curve["high"][:, last], axis=0)
-            axes.fill_between(layer.ranks, low, high, color="grey", alpha=0.18, lw=0)
-            axes.set(xscale="log", title=f"layer {layer.layer}", xlabel="largest weights")
-            axes.grid(alpha=0.3)
-        panels[0].set(ylabel="attention mass", ylim=(0, 1.02))
-        if len(layers[0].curve["mean"]) <= 8:
-            panels[0].legend(fontsize=7, loc="lower right")
-    return (
+    caption = (
         "Sorted attention mass of each head: mean over queries of the longest context; the shade "
         "goes from the worst query of any head to the best."
     )
+    with saved_figure(path, (PANEL[0] * len(shown), PANEL[1]), caption=caption) as figure:
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, layer in zip(panels, shown, strict=True):
+            last = layer.longest
+            means = layer.curve["mean"][:, last]
+            for head, (mean, look) in enumerate(zip(means, looks(len(means)), strict=True)):
+                style = {"color": look["color"], "linestyle": look["linestyle"]}
+                axes.plot(layer.ranks, mean, lw=1, alpha=0.8, label=f"head {head}", **style)
+            low = np.nanmin(layer.curve["low"][:, last], axis=0)
+            high = np.nanmax(layer.curve["high"][:, last], axis=0)
+            axes.fill_between(layer.ranks, low, high, color="grey", alpha=0.18, lw=0)
+            axes.set(xscale="log", title=f"layer {layer.layer}", xlabel="largest weights read")
+            axes.grid(alpha=0.3)
+        panels[0].set(ylabel="attention mass", ylim=(0, 1.02))
+        legend(figure, max(zip(panels, shown, strict=True), key=_heads)[0])
+    return caption
 
 
 def needed(layers: Sequence[Sparsity], path: Path) -> str:
     """Entries for a share of the mass against the context."""
     shown = (0.8, 0.95, 0.99)
-    with saved_figure(path, (PANEL[0] * len(shown), PANEL[1])) as figure:
+    caption = "Entries that hold a share of the mass, by context: mean over heads. Dotted: all."
+    with saved_figure(path, (PANEL[0] * len(shown), PANEL[1]), caption=caption) as figure:
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for axes, mass in zip(panels, shown, strict=True):
             place = MASSES.index(mass)
-            for layer in layers:
+            for layer, look in zip(layers, looks(len(layers)), strict=True):
                 with_queries = np.flatnonzero(layer.queries)
                 mean = np.nanmean(layer.needed["mean"][:, with_queries, place], axis=0)
-                axes.plot(2.0**with_queries, mean, marker=".", label=f"layer {layer.layer}")
+                look |= {"ms": 4, "label": f"layer {layer.layer}"}
+                axes.plot(2.0**with_queries, mean, **look)
             context = 2.0 ** np.arange(layers[0].longest + 1)
-            axes.plot(context, context, color="grey", ls=":", lw=1)
-            axes.set(xscale="log", yscale="log", title=f"{mass:.0%} of the mass")
-            axes.set(xlabel="context (up to)")
+            axes.plot(context, context, color="grey", ls=":", lw=1, label="all entries")
+            axes.set(yscale="log", title=f"{mass:.0%} of the mass")
+            powers(axes.xaxis, context.tolist())
+            axes.set(xlabel="context (up to), tokens")
             axes.grid(alpha=0.3)
         panels[0].set(ylabel="entries needed")
-        if len(layers) <= 12:
-            panels[0].legend(fontsize=7)
-    return "Entries that hold a share of the mass, by context: mean over heads. Dotted: all."
+        legend(figure, panels[0])
+    return caption
 
 
 def heads(layers: Sequence[Sparsity], path: Path) -> str:
@@ -78,22 +82,27 @@ def heads(layers: Sequence[Sparsity], path: Path) -> str:
         "distance from the mean head": lambda x: x.far_from_mean[:, x.longest],
     }
     tall = 1.6 + 0.32 * len(layers)
-    with saved_figure(path, (PANEL[0] * len(maps), max(2.4, tall))) as figure:
+    caption = "By layer and head, at the longest context."
+    with saved_figure(path, (PANEL[0] * len(maps), max(2.4, tall)), caption=caption) as figure:
         panels = figure.subplots(1, len(maps), squeeze=False)[0]
         for axes, (title, of) in zip(panels, maps.items(), strict=True):
             heat(figure, axes, padded([of(layer) for layer in layers]), title)
             axes.set(xlabel="head")
         panels[0].set(ylabel="layer")
-    return "By layer and head, at the longest context."
+    return caption
 
 
 def errors(layers: Sequence[Sparsity], path: Path) -> str:
     """What is lost of the output against what is lost of the mass."""
     sides = (("error", "values dropped"), ("renormalised", "and renormalised"))
-    with saved_figure(path, (2 * 1.3 * PANEL[0], 1.15 * PANEL[1])) as figure:
+    caption = (
+        "Each point is a head: mass lost and error of its output when only the values of the "
+        "largest weights are read. Dotted: equal."
+    )
+    with saved_figure(path, (2 * 1.3 * PANEL[0], 1.15 * PANEL[1]), caption=caption) as figure:
         panels = figure.subplots(1, 2, sharex=True, sharey=True, squeeze=False)[0]
         for axes, (name, title) in zip(panels, sides, strict=True):
-            for place, share in enumerate(SHARES):
+            for place, (share, look) in enumerate(zip(SHARES, looks(len(SHARES)), strict=True)):
                 lost = [1 - x.top[:, x.longest, place] for x in layers]
                 error = [getattr(x, name)[:, x.longest, place] for x in layers]
                 axes.scatter(
@@ -101,33 +110,37 @@ def errors(layers: Sequence[Sparsity], path: Path) -> str:
                     np.concatenate(error),
                     s=14,
                     alpha=0.7,
+                    color=look["color"],
+                    marker=look["marker"],
                     label=f"largest {share:.0%}",
                 )
-            axes.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
-            axes.set(title=title, xlabel="mass lost")
+            axes.plot([0, 1], [0, 1], color="grey", ls=":", lw=1, label="equal")
+            axes.set(title=title, xlabel="share of the mass lost")
             axes.grid(alpha=0.3)
         panels[0].set(ylabel="relative error of the output")
-        panels[0].legend(fontsize=8)
-    return (
-        "Each point is a head: mass lost and error of its output when only the values of the "
-        "largest weights are read. Dotted: equal."
-    )
+        legend(figure, panels[0])
+    return caption
 
 
 def agreement(layers: Sequence[Sparsity], path: Path) -> str:
     """Which heads need the same entries."""
     shown = some(layers)
-    with saved_figure(path, (PANEL[0] * len(shown), PANEL[1])) as figure:
+    caption = (
+        f"Of the entries with {NEEDED:.0%} of the mass of either head, the share that both need."
+    )
+    with saved_figure(path, (PANEL[0] * len(shown), PANEL[1]), caption=caption) as figure:
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
         for axes, layer in zip(panels, shown, strict=True):
             heat(figure, axes, layer.agreement, f"layer {layer.layer}", (0, 1))
             axes.set(xlabel="head")
         panels[0].set(ylabel="head")
-    return f"Of the entries with {NEEDED:.0%} of the mass of either head, the share that both need."
+    return caption
 
 
 def texts(found: Mapping[str, Sequence[Sparsity]], path: Path) -> str:
     """The same model on different texts."""
+    from matplotlib.ticker import MaxNLocator
+
     place = MASSES.index(0.95)
     panels_of = {
         "entries for 95 % of the mass": lambda x: x.needed["mean"][:, x.longest, place],
@@ -135,46 +148,59 @@ def texts(found: Mapping[str, Sequence[Sparsity]], path: Path) -> str:
         f"mass on the last {NEAR}": lambda x: x.near[:, x.longest],
         f"output error, largest {SHARES[2]:.0%}": lambda x: x.error[:, x.longest, 2],
     }
-    with saved_figure(path, (PANEL[0] * len(panels_of), PANEL[1])) as figure:
+    caption = "Texts side by side: means over heads, at the longest context."
+    with saved_figure(path, (PANEL[0] * len(panels_of), PANEL[1]), caption=caption) as figure:
         panels = figure.subplots(1, len(panels_of), squeeze=False)[0]
         for axes, (title, of) in zip(panels, panels_of.items(), strict=True):
-            for name, layers in found.items():
+            series = zip(labels(found), found.values(), looks(len(found)), strict=True)
+            for name, layers, look in series:
                 means = [float(np.mean(of(layer))) for layer in layers]
-                axes.plot([layer.layer for layer in layers], means, marker=".", label=name)
-            axes.set(title=title, xlabel="layer")
+                axes.plot([layer.layer for layer in layers], means, ms=4, label=name, **look)
+            axes.set_title(title, fontsize=9)
+            axes.set(xlabel="layer")
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axes.grid(alpha=0.3)
-        panels[0].legend(fontsize=8)
-    return "Texts side by side: means over heads, at the longest context."
+        legend(figure, panels[0])
+    return caption
 
 
 def clusters(layers: Sequence[Prediction], path: Path) -> str:
     """What clusters capture of the mass, how well they name what is needed, how even they are."""
+    from matplotlib.ticker import MaxNLocator
+
     eighth = READS.index(1 / 8)
-    with saved_figure(path, (PANEL[0] * 3.4, 1.1 * PANEL[1])) as figure:
+    caption = (
+        "Entries are read cluster by cluster. Grey: as many entries, chosen by their weights "
+        "(the most that is possible) and simply the latest."
+    )
+    with saved_figure(path, (PANEL[0] * 3.4, 1.1 * PANEL[1]), caption=caption) as figure:
         left, middle, right = figure.subplots(1, 3)
-        for layer in layers:
-            (line,) = left.plot(READS, layer.captured.mean(axis=0), marker=".", lw=1.2)
-            line.set_label(f"layer {layer.layer}")
+        for layer, look in zip(layers, looks(len(layers)), strict=True):
+            look |= {"ms": 4, "lw": 1.2, "label": f"layer {layer.layer}"}
+            left.plot(READS, layer.captured.mean(axis=0), **look)
             each = layer.sizes.mean(axis=0)
-            right.plot(np.arange(1, len(each) + 1), each, color=line.get_color(), lw=1.2)
+            style = {"color": look["color"], "linestyle": look["linestyle"]}
+            right.plot(np.arange(1, len(each) + 1), each, lw=1.2, **style)
         for name, style in (("largest", "--"), ("latest", ":")):
             means = np.nanmean([getattr(layer, name).mean(axis=0) for layer in layers], axis=0)
             left.plot(READS, means, color="grey", ls=style, label=f"the {name}, all layers")
         left.set(xscale="log", xlabel="share of entries read", ylabel="attention mass", ylim=(0, 1))
-        left.xaxis.set_minor_formatter("")
+        left.minorticks_off()
         left.set_xticks(READS, [f"1/{round(1 / share)}" for share in READS])
         left.set_title("mass captured", fontsize=9)
-        left.legend(fontsize=6)
+        legend(figure, left)
         heat(figure, middle, padded([x.f1[:, eighth] for x in layers]), "F1 at 1/8 read", (0, 1))
         middle.set(xlabel="head", ylabel="layer")
         right.set(yscale="log", xlabel="cluster, largest first", ylabel="share of the entries")
+        right.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         right.set_title("sizes", fontsize=9)
         for axes in (left, right):
             axes.grid(alpha=0.3)
-    return (
-        "Entries are read cluster by cluster. Grey: as many entries, chosen by their weights "
-        "(the most that is possible) and simply the latest."
-    )
+    return caption
+
+
+def _heads(panel: tuple[Any, Sparsity]) -> int:
+    return len(panel[1].curve["mean"])
 
 
 def heat(

@@ -17,10 +17,13 @@ from mukv.analysis.sparsity import MASSES, PARTS, SHARES, Sparsity, measure
 from mukv.cache.centres import Centres
 from mukv.core.compute import Compute
 from mukv.core.files import write_atomic
+from mukv.core.names import distinct, printable
 from mukv.model.decoder import Decoder
 from mukv.page import Page
 from mukv.progress import Bar
 
+LONGEST = 80
+"""Characters of a text's name in the name of a file, which may have 255 bytes in all."""
 Found = Mapping[str, Sequence[Sparsity]]
 """What was measured, by name of the text."""
 
@@ -56,8 +59,9 @@ def write(found: Found, out: Path, title: str, about: Mapping[str, str]) -> Page
     if len(found) > 1:
         page.heading("Texts side by side")
         page.picture(out / "texts.png", plots.texts(found, out / "texts.png"))
-    for name, layers in found.items():
-        prefix = f"{name}-" if len(found) > 1 else ""
+    files = distinct((name.replace("/", "-") for name in found), LONGEST)
+    for short, (name, layers) in zip(files, found.items(), strict=True):
+        prefix = f"{short}-" if len(found) > 1 else ""
         page.heading(f"Text: {name}")
         page.table(COLUMNS, (summary(layer) for layer in layers))
         for draw in (plots.heads, plots.curves, plots.needed, plots.errors, plots.agreement):
@@ -111,7 +115,10 @@ COLUMNS = (
     *(f"error at top {share:.0%}" for share in SHARES),
     *PARTS,
 )
-SHORT = ("layer", "80 %", "95 %", "99 %", "mass", "error", *PARTS)
+SHORT = (
+    *("layer", "entries\nfor 80 %", "entries\nfor 95 %", "entries\nfor 99 %"),
+    *("mass of\ntop 10 %", "error at\ntop 10 %", "mass on\nsinks", "mass\nnear", "mean\ndistance"),
+)
 """Of a terminal: entries for a mass, mass and error of the largest tenth."""
 
 
@@ -121,7 +128,8 @@ def summary(layer: Sparsity) -> list[str]:
     needed = [f"{value:.1f}" for value in layer.needed["mean"][:, last].mean(axis=0)]
     top = [f"{value:.3f}" for value in layer.top[:, last].mean(axis=0)]
     error = [f"{value:.3f}" for value in layer.error[:, last].mean(axis=0)]
-    parts = [f"{getattr(layer, name)[:, last].mean():.3g}" for name in PARTS]
+    forms = {"distance": ",.1f"}
+    parts = [f"{getattr(layer, n)[:, last].mean():{forms.get(n, '.3f')}}" for n in PARTS]
     return [f"{layer.layer}", *needed, *top, *error, *parts]
 
 
@@ -202,5 +210,11 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow({name: _cell(value) for name, value in row.items()})
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return printable(value) if isinstance(value, str) else value

@@ -23,6 +23,7 @@ from mukv.attention.mask import Mask
 from mukv.attention.recalled import Query, Recalled
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
+from mukv.core.numbers import require_counts
 from mukv.core.params import Param, abstract
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 from mukv.position import AnyPosition, NoPE
@@ -56,9 +57,7 @@ class Attention:
     """Whether values are kept in tensors of their own, which no key is made of."""
 
     def __post_init__(self) -> None:
-        for name in self.sizes:
-            if getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "at least 1")
+        require_counts(self, *self.sizes, most=1 << 16)
         for name in ("scale", "softcap"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise BadInput(name, getattr(self, name), "greater than 0, or null")

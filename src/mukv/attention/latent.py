@@ -18,9 +18,9 @@ from mukv.attention.base import Attention, Queries
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
 from mukv.attention.recalled import Dense, Query
-from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
+from mukv.core.numbers import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 
@@ -45,9 +45,7 @@ class Latent(Attention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("head_value_dim", "query_rank"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "at least 1, or null")
+        require_counts(self, "head_value_dim", "query_rank", most=1 << 16)
 
     @property
     def query_dim(self) -> int:

@@ -6,9 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mukv.figures import saved_figure
+from mukv.figures import labels, legend, looks, powers, saved_figure
 
-MARKERS = "osD^vPX*<>ph"
+CAPTION = (
+    "Share of answers that are right in full, by length and against cache bytes per token (larger "
+    "marks: shorter texts). Bars: 95 % intervals. Dotted: chance, what a guesser gets."
+)
+
+
+ASIDE = 0.03
+"""Octaves of length between neighbouring series."""
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path, series: str = "task") -> None:
@@ -17,32 +24,49 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, series: str = "task") ->
     rows: as `mukv bench --json` gives them; series: the key whose values are the lines.
     """
     names = list(dict.fromkeys(str(row[series]) for row in rows))
-    with saved_figure(path, (10, 4.4)) as figure:
+    with saved_figure(path, (10, 4.4), caption=CAPTION) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        for number, name in enumerate(names):
-            own = [row for row in rows if str(row[series]) == name]
-            look = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
-            lengths = [row["length"] for row in own]
+        series_of = zip(names, labels(names), looks(len(names)), strict=True)
+        for number, (name, label, look) in enumerate(series_of):
+            own = sorted(
+                (row for row in rows if str(row[series]) == name), key=lambda row: row["length"]
+            )
+            # Beside one another, so that equal scores do not hide each other.
+            aside = 2 ** (ASIDE * (number - (len(names) - 1) / 2))
+            lengths = [row["length"] * aside for row in own]
             scores = [row["exact_match"] for row in own]
-            left.plot(lengths, scores, label=name, ms=5, **look)
-            left.fill_between(lengths, *_bounds(own), color=look["color"], alpha=0.12, lw=0)
-            bytes_each = [row["cache_bytes_per_token"] for row in own]
-            right.plot(bytes_each, scores, alpha=0.4, color=look["color"])
+            bars = _bars(own)
+            left.errorbar(lengths, scores, bars, label=label, ms=5, capsize=2, elinewidth=1, **look)
+            bytes_each = [row["cache_bytes_per_token"] * aside for row in own]
+            faint = {"color": look["color"], "alpha": 0.4}
+            right.errorbar(bytes_each, scores, bars, elinewidth=1, **faint)
             for place, (x, y) in enumerate(zip(bytes_each, scores, strict=True)):
-                right.scatter(x, y, s=70 - 55 * place / len(own), zorder=3, **look)
+                size = 70 - 55 * place / len(own)
+                right.scatter(x, y, s=size, zorder=3, color=look["color"], marker=look["marker"])
+            chances = [row["chance"] for row in own]
+            for axes, x in ((left, lengths), (right, bytes_each)):
+                wide = [min(x) / 1.15, *x, max(x) * 1.15]
+                axes.plot(wide, [chances[0], *chances, chances[-1]], ":", lw=1.2, **faint)
+        left.plot([], [], ":", color="0.4", label="chance")
+        powers(left.xaxis, [row["length"] for row in rows])
+        every = [row["cache_bytes_per_token"] for row in rows]
+        powers(right.xaxis, every)
+        right.set_xlim(min(every) / 2, max(every) * 2)
         for axes in (left, right):
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axes.set_ylim(-0.03, 1.03)
             axes.grid(alpha=0.3, zorder=0)
-        left.set(xlabel="tokens", ylabel="exact match", title="By length, with 95 % intervals")
-        every = [row["cache_bytes_per_token"] for row in rows]
-        right.set_xlim(min(every) / 2, max(every) * 2)
+        left.set(xlabel="length, tokens", ylabel="exact match", title="By length")
         right.set(
             xlabel="cache bytes per token", title="Against memory (larger marks: shorter texts)"
         )
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        legend(figure, left)
 
 
-def _bounds(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    return [row["interval"][0] for row in rows], [row["interval"][1] for row in rows]
+def _bars(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """How far the intervals go down and up."""
+    low, high = ([row["interval"][end] for row in rows] for end in (0, 1))
+    scores = [row["exact_match"] for row in rows]
+    return [
+        [max(0.0, score - end) for score, end in zip(scores, low, strict=True)],
+        [max(0.0, end - score) for score, end in zip(scores, high, strict=True)],
+    ]

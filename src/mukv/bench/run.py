@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from mukv.bench.trial import Trial
 from mukv.core import schema
 from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
+from mukv.core.json_text import to_json
 from mukv.loaded import Model
 from mukv.tasks import AnyTask
 
@@ -88,7 +88,7 @@ def write(
 ) -> None:
     """One task's file: its knobs, its rows, and every answer."""
     whole = {"task": name, "knobs": schema.to_mapping(task), "rows": rows, **seen}
-    write_atomic(out / f"{name}.json", json.dumps(whole) + "\n")
+    write_atomic(out / f"{name}.json", to_json(whole) + "\n")
 
 
 def with_facts(tasks: Mapping[str, AnyTask], facts: int | None) -> dict[str, AnyTask]:

@@ -19,13 +19,11 @@ from mukv import loaded, runs
 from mukv.bench.examine import Examination, Settings, examine
 from mukv.bench.grading import effective_length
 from mukv.cache import FULL
-from mukv.config import Data, Run
+from mukv.config import VOCABULARY_MULTIPLE, Data, Run
 from mukv.core.errors import BadInput
 from mukv.core.intervals import wilson
 from mukv.runs import RunDirectory
 from mukv.tasks import AnyTask
-
-VOCABULARY_MULTIPLE = 8
 
 
 @dataclass(frozen=True)

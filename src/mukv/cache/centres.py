@@ -23,7 +23,8 @@ import numpy as np
 from mukv.attention import AnyAttention
 from mukv.cache.kmeans import distances, nearest
 from mukv.core.errors import BadInput, nearest_name
-from mukv.core.files import write_atomic
+from mukv.core.files import new_folder, write_atomic
+from mukv.core.json_text import to_json
 from mukv.core.params import named
 from mukv.core.typing import Array, Float, Int
 from mukv.core.weights import FILE, load_weights, save_weights
@@ -103,9 +104,6 @@ class Centres:
         """Write them into the folder of a model, as `calibration/`."""
         path = folder / FOLDER
         tree = {f"layer{index}": arrays for index, arrays in self.arrays().items()}
-        # The table of contents comes last: without it there is no calibration.
-        (path / FACTS).unlink(missing_ok=True)
-        save_weights(path, tree, {"fingerprint": self.fingerprint})
         about = {
             "format": FORMAT,
             "version": VERSION,
@@ -115,7 +113,9 @@ class Centres:
             "layers": list(self.layers),
             "facts": dict(self.facts),
         }
-        write_atomic(path / FACTS, json.dumps(about, indent=2) + "\n")
+        with new_folder(path, overwrite=True) as made:
+            save_weights(made, tree, {"fingerprint": self.fingerprint})
+            write_atomic(made / FACTS, to_json(about, indent=2) + "\n")
         return path
 
 

@@ -7,14 +7,17 @@ the modules here; it imports what it needs when it runs, so that a wrong one is 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import NoReturn
 
-import typer
-
 from mukv import launch, output
-from mukv.cli import benching, converting, judging, looking, making, scaling, using
+from mukv.cli import benching, converting, ending, judging, looking, making, scaling, using
 from mukv.cli.app import app
 from mukv.core.errors import BadInput, Failed
+from mukv.core.json_text import is_text
+from mukv.heartbeat import Heartbeat
 
 __all__ = [
     "app",
@@ -29,29 +32,33 @@ __all__ = [
 ]
 
 
+def _require_text(words: Sequence[str]) -> None:
+    """Raise BadInput for bytes that are not UTF-8: no file of ours could name such a path."""
+    for word in words:
+        if not is_text(word):
+            raise BadInput("mukv", word, "names and values in UTF-8")
+
+
 def main() -> NoReturn:
-    """Run the command line; every error that we know ends in one clear line."""
-    launch.restart_with_allocator()
+    """Run the command line; every exception ends in one clear line at most."""
+    ending.settle_streams()
+    # Processes that share a run would all print; their first one shows its progress.
+    alone = not any(part.startswith("--distributed") for part in sys.argv)
+    beat = Heartbeat(" ".join(["mukv", *sys.argv[1:2]])) if alone else nullcontext()
     try:
-        code = app(prog_name="mukv", standalone_mode=False)
-    except (BadInput, Failed) as error:
-        output.complain(str(error), error.status)
-    except typer.Exit as exit:
-        code = exit.exit_code
-    except typer.Abort:
-        code = 1
-    except KeyboardInterrupt:
-        output.complain("interrupted", 1)
-    except Exception as error:
-        # Wrong options: click knows best how to say it; where it showed the help it is silent.
-        if hasattr(error, "format_message"):
-            message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
-            if message:
-                output.complain(message, 2)
-            raise SystemExit(2) from None
-        if isinstance(error, OSError):
-            output.complain(str(error), 1)
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            output.complain(f"not enough memory ({str(error).splitlines()[0]})", 1)
+        launch.restart_with_allocator()
+        _require_text(sys.argv[1:])
+        with beat:
+            code = app(prog_name="mukv", standalone_mode=False)
+        ending.flush()
+    except SystemExit:
         raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        ending.show_traceback(error)
+        message, code = ending.told(error)
+        with suppress(OSError, Failed):
+            ending.flush()
+        with suppress(OSError):  # standard error may be closed as well
+            if message:
+                output.complain(message, code)
     raise SystemExit(code or 0)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mukv import output
+from mukv.cli.typed import App
 from mukv.core.errors import BadInput
+from mukv.core.locks import writing, writing_inside
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -25,6 +28,11 @@ Overrides = Annotated[
 ModelName = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A run directory, a Hugging Face folder or a hub id."),
+]
+
+AllowNonfinite = Annotated[
+    bool,
+    typer.Option("--allow-nonfinite", help="Take weights that are infinite or not a number."),
 ]
 
 
@@ -44,6 +52,23 @@ def note_unused_budget(policies: str) -> None:
     unused = [name for name in policies.split(",") if not Policy.takes_budget(name)]
     if unused:
         output.warn(f"--budget means nothing to {', '.join(unused)}")
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Print notes, a line each."""
+    for note in notes:
+        output.warn(note)
+
+
+def hold(context: typer.Context, *folders: Path) -> None:
+    """Until the command ends, be the one process that writes into these folders, or into the run
+    directories that they lie in. Raises BadInput with the number of the one that does already."""
+    context.with_resource(writing(*folders))
+
+
+def hold_run(context: typer.Context, path: Path) -> None:
+    """The same for the run directory that a path lies in, where it lies in one."""
+    context.with_resource(writing_inside(path))
 
 
 def _dashed(name: str) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from mukv import launch, output
-from mukv.cli.app import Json, Overrides, app, beside
+from mukv.cli.app import Json, Overrides, app, beside, hold
 from mukv.core.errors import BadInput, unknown_name
+from mukv.core.names import even
+from mukv.terminal import Console, table
 
 TEXT_LENGTH = 1024
 """Tokens of the shortest text that a model is asked about, unless told otherwise: every task's
@@ -21,6 +21,7 @@ default fits in as many bytes."""
 
 @app.command()
 def bench(
+    context: typer.Context,
     source: Annotated[
         str | None,
         typer.Argument(metavar="[MODEL or CONFIG]", help="A model, or what is trained for this."),
@@ -72,7 +73,7 @@ def bench(
     Example: `mukv bench tiny --tasks mqar,needle --lengths 128,256,512 --steps 300 --seeds 1`
     """
     launch.prepare()
-    from mukv import loaded, runs
+    from mukv import footprint, loaded, runs
     from mukv.bench import oracle as without_model
     from mukv.bench.examine import Settings
     from mukv.bench.run import test_model, try_configuration, with_facts
@@ -83,6 +84,9 @@ def bench(
     policy = Policy.parse(cache, where="--cache")
     settings = Settings(samples, seed, free, shots, policy)
     names = chosen(tasks, list(TASKS))
+    if lengths is not None:
+        longest = max(whole_numbers("--lengths", lengths))
+        footprint.require_bytes("their texts", 16 * samples * longest, "--lengths", longest)
     asked = with_facts({name: TASKS[name] for name in names}, facts)
     if (source is None) != oracle:
         raise BadInput("bench", source or "no model", "MODEL, CONFIG or --oracle: one of them")
@@ -94,7 +98,8 @@ def bench(
         beside(source, "bench") if is_model(source) else Path("runs") / f"bench-{Path(source).stem}"
     )
     folder = out or folder
-    tell = Console(stderr=True, highlight=False).print
+    hold(context, folder)
+    tell = Console(stderr=True).say
     if is_model(source):
         model = loaded.load(source)
         trained = model.run.data.task
@@ -170,23 +175,23 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
     if as_json:
         output.print_json({"rows": rows, **({} if out is None else {"out": str(out)})})
         return
-    names = ("task", "length", "exact", "95 %", "free", "ECE", "chance", "oracle", "bytes/token")
-    columns = (Column(name, no_wrap=True) for name in names)
-    table = Table(*columns, box=None, pad_edge=False, collapse_padding=True)
-    for row in rows:
-        low, high = row["interval"]
-        free, calibration = row.get("free_running"), row.get("calibration_error")
-        table.add_row(
-            row["task"],
-            f"{row['length']:,}",
-            f"{row['exact_match']:.3f}",
-            f"{low:.2f}-{high:.2f}",
-            "" if free is None else f"{free:.2f}",
-            "" if calibration is None else f"{calibration:.2f}",
-            f"{row['chance']:.1g}",
-            f"{row['oracle']:.3f}",
-            f"{row['cache_bytes_per_token']:,.0f}",
-        )
-    Console().print(table)
+    numbers = ("length\ntokens", "exact\nmatch", "95 %\ninterval", "free\nrunning")
+    more = ("calibration\nerror", "chance", "oracle", "cache\nbytes/token")
+    caption = "shares of answers; free running: of those that were decoded token by token"
+    shown = table(("task",), (*numbers, *more), caption=caption)
+    columns = zip(
+        [f"{row['length']:,}" for row in rows],
+        [f"{row['exact_match']:.3f}" for row in rows],
+        ["{:.3f} - {:.3f}".format(*row["interval"]) for row in rows],
+        even([row.get("free_running") for row in rows], 3),
+        even([row.get("calibration_error") for row in rows], 3),
+        even([float(row["chance"]) for row in rows], 3),
+        [f"{row['oracle']:.3f}" for row in rows],
+        [f"{row['cache_bytes_per_token']:,.0f}" for row in rows],
+        strict=True,
+    )
+    for row, cells in zip(rows, columns, strict=True):
+        shown.add_row(row["task"], *cells)
+    Console().print(shown)
     if out is not None:
-        Console().print(f"answers and picture: {out}", highlight=False, soft_wrap=True)
+        Console().say(f"answers and picture: {out}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mukv import launch, output
-from mukv.cli.app import Json, app
+from mukv.cli.app import AllowNonfinite, Json, app, hold_run
 from mukv.core.errors import unknown_name
 
 TYPES = ("float32", "bfloat16", "float16")
@@ -16,6 +16,7 @@ TYPES = ("float32", "bfloat16", "float16")
 
 @app.command("import")
 def import_(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -24,6 +25,7 @@ def import_(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Run directory to make.")],
+    allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
     """Make a run directory of a pretrained model, which every other command then takes.
@@ -33,16 +35,19 @@ def import_(
     launch.prepare()
     from mukv.convert import import_model
 
-    output.print_facts(import_model(source, out), as_json)
+    hold_run(context, out)
+    output.print_facts(import_model(source, out, allow_nonfinite), as_json)
 
 
 @app.command()
 def export(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     dtype: Annotated[
         str | None, typer.Option(help=f"Of the weights: {', '.join(TYPES)}; default: as they are.")
     ] = None,
+    allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
     """Write a folder that transformers loads: weights, configuration and tokenizer.
@@ -55,5 +60,7 @@ def export(
 
     if dtype is not None and dtype not in TYPES:
         raise unknown_name("--dtype", dtype, TYPES)
-    facts = export_model(loaded.load(run), Path(run), out, dtype)
+    hold_run(context, out)
+    model = loaded.load(run, allow_nonfinite=allow_nonfinite)
+    facts = export_model(model, Path(run), out, dtype)
     output.print_facts(facts, as_json)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from mukv import launch, output
-from mukv.cli.app import Json, app, beside, exactly_one, note_unused_budget
+from mukv.cli.app import Json, app, beside, exactly_one, hold, note_unused_budget, tell
 from mukv.core.errors import BadInput
+from mukv.core.names import even
+from mukv.terminal import Console, table
 
 if TYPE_CHECKING:
     from mukv.compress import Result
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory.")],
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file.")] = None,
     tokens: Annotated[
@@ -53,17 +54,20 @@ def compress(
     Example: `mukv compress runs/demo/tiny-140 --text README.md --policy snapkv,pages --budget 0.25`
     """
     launch.prepare()
-    from mukv import compress, inputs, loaded
+    from mukv import compress, inputs, loaded, notes
 
     exactly_one("compress", text=text, tokens=tokens)
     policies = compress.grid(policy, numbers("0.25" if budget is None else budget))
     if budget is not None:
         note_unused_budget(policy)
+    folder = out or beside(model, "compress")
+    hold(context, folder)
     speaker = loaded.load(model)
     if length is None:
         length = max(inputs.window(speaker, None), compress.USUAL)
         length = min(length, speaker.decoder.context or length)
     length = inputs.window(speaker, length)
+    tell(notes.of_length(length, speaker.run, "--length"))
     if text is not None:
         texts = inputs.rows_of_text(speaker, text)
     else:
@@ -71,11 +75,10 @@ def compress(
         texts = inputs.rows_of_ids(tokens)
     rows = compress.rows_of(texts, length, samples, seed)
     inputs.check_ids(speaker, rows.tokens)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     count, read = rows.tokens.shape
-    console.print(f"[dim]{count} rows of {read:,} tokens[/]")
+    console.say(f"{count:,} rows of {read:,} tokens", "dim")
     results = compress.judge(speaker, rows, policies)
-    folder = out or beside(model, "compress")
     files = compress.write(results, folder, f"{Path(model).name}, rows of {read} tokens")
     if as_json:
         facts = {"rows": [asdict(each) for each in results], "length": read}
@@ -83,7 +86,7 @@ def compress(
     else:
         show_results(results, Console())
         for path in files:
-            Console().print(str(path), highlight=False, soft_wrap=True)
+            Console().say(str(path))
 
 
 def numbers(text: str) -> list[float]:
@@ -97,23 +100,25 @@ def numbers(text: str) -> list[float]:
 def show_results(results: Sequence[Result], console: Console) -> None:
     """A row for each policy and budget. prefill: its seconds, as a multiple of the first row's."""
     capped = any(row.capped is not None for row in results)
-    names = ("policy", "budget", "ppl", "recall", "aware", "bytes", "read", "tok/s", "prefill")
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in (*names, *(["capped"] if capped else [])):
-        # A number is never cut short.
-        side = "left" if name == "policy" else "right"
-        table.add_column(name, justify=side, overflow="fold")
-    for row in results:
-        table.add_row(
+    numbers = ("perplexity", "recall", "recall\naware", "cache\nbytes", "read\nbytes/step")
+    speeds = ("decoding\ntokens/s", "prefill\nx full")
+    shown = table(
+        ("policy", "budget"), (*numbers, *speeds, *(["capped"] if capped else [])),
+        caption="recall: of planted strings; aware: with the question known; bytes: of one row",
+    )  # fmt: skip
+    perplexities = even([row.perplexity for row in results])
+    for row, perplexity in zip(results, perplexities, strict=True):
+        shown.add_row(
             row.policy,
-            f"{row.budget:g}",
-            f"{row.perplexity:.3f}",
+            # A share, or a number of entries.
+            f"{row.budget:.1%}" if row.budget <= 1 else f"{row.budget:,.0f} entries",
+            perplexity,
             f"{row.recall:.1%}",
             f"{row.recall_aware:.1%}",
             f"{row.cache_bytes:,}",
             f"{row.bytes_read_per_step:,}",
             f"{row.tokens_per_second:,.0f}",
-            f"{row.prefill_seconds / results[0].prefill_seconds:.2f}x",
+            f"{row.prefill_seconds / results[0].prefill_seconds:.2f}",
             *(["" if row.capped is None else f"{row.capped:.1%}"] if capped else []),
         )
-    console.print(table)
+    console.print(shown)

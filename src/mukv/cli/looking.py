@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from mukv import launch, output
-from mukv.cli.app import Json, ModelName, app
+from mukv.cli.app import Json, ModelName, app, hold, hold_run, tell
 from mukv.core.errors import BadInput, unknown_name
+from mukv.terminal import Console, table
 
 SAMPLES = 32
 
 
 @app.command()
 def analyze(
+    context: typer.Context,
     model: ModelName,
     text: Annotated[
         list[Path] | None, typer.Option(help="UTF-8 text files, side by side; may be repeated.")
@@ -53,7 +54,7 @@ def analyze(
     Example: `mukv analyze runs/demo/tiny-140 --text README.md --text setup.py --length 256`
     """
     launch.prepare()
-    from mukv import inputs, loaded
+    from mukv import inputs, loaded, notes
     from mukv.analysis import calibrate as calibration
     from mukv.analysis import samples as pieces
     from mukv.analysis import study
@@ -68,10 +69,15 @@ def analyze(
         raise BadInput("analyze", "--text and --tokens", "one of the two")
     if calibrate is not None and calibrate not in KINDS:
         raise unknown_name("--calibrate", calibrate, KINDS)
+    beside = Path(model) if Path(model).is_dir() else None
+    folder = out or (beside or Path("runs") / Path(model).name) / "analysis"
+    hold(context, folder, *([beside] if beside and calibrate is not None else []))
     speaker = loaded.load(model)
     length = inputs.window(speaker, length)
+    tell(notes.of_length(length, speaker.run, "--length"))
     if text:
-        rows = {path.stem: inputs.rows_of_text(speaker, path) for path in text}
+        names = names_of(text)
+        rows = {n: inputs.rows_of_text(speaker, p) for n, p in zip(names, text, strict=True)}
         texts = {name: pieces.windows(name, each, length, samples) for name, each in rows.items()}
     elif tokens is not None:
         given = inputs.rows_of_ids(tokens)
@@ -92,8 +98,6 @@ def analyze(
     if not isinstance(decoder, Decoder):
         raise BadInput("MODEL", decoder.kind, "a model of kind decoder")
     found = study.look(decoder, speaker.scaled, texts, compute)
-    beside = Path(model) if Path(model).is_dir() else None
-    folder = out or (beside or Path("runs") / Path(model).name) / "analysis"
     about = {
         "model": model,
         "window": f"{length} tokens",
@@ -125,24 +129,34 @@ def analyze(
         return
     console = Console()
     for name, layers in found.items():
-        caption = "entries that hold a share of the mass; the largest tenth's mass and output error"
-        table = Table(*study.SHORT, title=name, caption=caption, box=None)
+        caption = (
+            "entries that hold a share of the mass; mass of the largest tenth of the weights, and "
+            "relative error of the output with them alone; distance: in tokens"
+        )
+        shown = table(("layer",), study.SHORT[1:], f"text: {name}", caption)
         for layer in layers:
-            table.add_row(*study.short(layer))
-        console.print(table)
+            shown.add_row(*study.short(layer))
+        console.print(shown)
     if calibrate is not None:
-        table = Table("read", *MEASURES, title=f"clusters: {calibrate}", box=None)
+        shown = table(("share read",), MEASURES, f"clusters: {calibrate}", "shares of 1")
         for row in facts["calibration"]["read"]:
-            table.add_row(f"{row['share']:.3g}", *(f"{row[name]:.3f}" for name in MEASURES))
-        console.print(table)
-        console.print(f"centres: {facts['calibration']['path']}", highlight=False, soft_wrap=True)
+            shown.add_row(f"{row['share']:.4f}", *(f"{row[name]:.3f}" for name in MEASURES))
+        console.print(shown)
+        console.say(f"centres: {facts['calibration']['path']}")
         if not speaker.by_head:
             output.warn("cache policies don't use them: entries are one set for all heads")
-    console.print(f"page: {folder / 'analysis.html'}", highlight=False, soft_wrap=True)
+    console.say(f"page: {folder / 'analysis.html'}")
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """What texts are called: their file names, and whole paths where those are alike."""
+    stems = [path.stem for path in paths]
+    return [s if stems.count(s) == 1 else str(p) for s, p in zip(stems, paths, strict=True)]
 
 
 @app.command()
 def report(
+    context: typer.Context,
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of some.")
     ],
@@ -158,8 +172,11 @@ def report(
     launch.prepare()
     from mukv.report import report as write
 
+    hold_run(context, out)
     facts = write(runs, out)
     if as_json:
         output.print_json(facts)
         return
-    Console().print(f"page: {out}", highlight=False, soft_wrap=True)
+    if facts["left_out"]:
+        output.warn(f"left out: {len(facts['left_out']):,}; the page ends with what, and why")
+    Console().say(f"page: {out}")

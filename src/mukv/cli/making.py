@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from mukv import launch, output
-from mukv.cli.app import Json, Overrides, app
+from mukv.cli.app import Json, Overrides, app, hold, hold_run, tell
+from mukv.terminal import Console
+
+if TYPE_CHECKING:
+    from mukv.loop import Outcome
 
 
 @app.command()
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for runs, plot and table.")] = Path("runs/demo"),
     fast: Annotated[bool, typer.Option("--fast", help="A shorter demonstration.")] = False,
     as_json: Json = False,
@@ -26,6 +30,7 @@ def demo(
     launch.prepare()
     from mukv.demo import demonstrate
 
+    hold(context, out)
     facts = demonstrate(out, fast, Console(stderr=as_json))
     if as_json:
         output.print_json(facts)
@@ -33,6 +38,7 @@ def demo(
 
 @app.command()
 def data(
+    context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(
@@ -58,8 +64,10 @@ def data(
     Example: `mukv data stdlib --out data/stdlib`
     """
     from mukv.data.build import build_tokens, speed_meter
+    from mukv.data.sources import binary_files
     from mukv.data.tokens import SPLITS
 
+    hold_run(context, out)
     began = time.monotonic()
     with speed_meter("reading") as report:
         tokens = build_tokens(
@@ -75,6 +83,14 @@ def data(
         "fingerprint": tokens.fingerprint,
         "megabytes_per_second": tokens.bytes / seconds / 1e6,
     }
+    size = tokenizer.removeprefix("bpe:")
+    if tokenizer.startswith("bpe:") and tokens.vocab_size < int(size):
+        output.warn(
+            f"--tokenizer {tokenizer}: the text has only {tokens.vocab_size:,} tokens to learn"
+        )
+    skipped = sum(map(binary_files, sources))
+    if skipped:
+        output.warn(f"left out {skipped:,} binary files (a zero byte in their first 8 KiB)")
     output.print_facts(facts, as_json)
 
 
@@ -88,19 +104,31 @@ def train(
         Path | None, typer.Option("--out", help="Run directory; default: runs/NAME-HASH.")
     ] = None,
     distributed: Annotated[
-        str | None, typer.Option(help="auto, or HOST:PORT,PROCESSES,NUMBER.")
+        str | None,
+        typer.Option(help="auto, or HOST:PORT,PROCESSES,NUMBER; waits up to 300 s."),
     ] = None,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Try a step that takes more than is free.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model, or continue a run.
 
     Example: `mukv train tiny train.steps=200 train.learning_rate=1e-3`
     """
-    from mukv import runs
+    from mukv import config, notes, runs
 
     run, folder = runs.resolve(source, overrides or [], out)
-    launch.prepare(run.mesh.size, distributed)
-    outcome = runs.train(run, folder, title=folder.path.name)
+    with launch.prepare(run.mesh.size, distributed, output.warn) as watch:
+        if watch is not None:
+            watch.checkpoints = folder.checkpoints
+        if launch.speaks():
+            if not folder.exists:
+                tell(notes.of_defaults(config.given_or_empty(source, overrides or []), run))
+            tell(notes.of_run(run))
+            tell(notes.of_prolonging(run, folder))
+            Console(stderr=True).say(notes.of_feed(runs.open_feed(run)[1]))
+        outcome = runs.train(run, folder, title=folder.path.name, ignore_memory=ignore_memory)
     if not launch.speaks():
         return
     facts = runs.summary(outcome, folder)
@@ -108,12 +136,28 @@ def train(
         output.print_json(facts)
         return
     console = Console()
-    bits = outcome.validation_bits_per_byte
-    console.print(
-        f"step {outcome.step}  loss {outcome.loss:.4f}  "
-        + (f"{bits:.4f} bits per byte  " if bits is not None else "")
-        + f"{outcome.tokens_per_second:,.0f} tokens/s"
-    )
-    console.print(f"run: {folder.path}", highlight=False, soft_wrap=True)
+    for line in ending(outcome):
+        console.say(line)
+    console.say(f"run: {folder.path}")
     if not outcome.finished:
-        console.print(f"to continue: mukv train {folder.path}", highlight=False, soft_wrap=True)
+        console.say(f"to continue: mukv train {folder.path}")
+
+
+def ending(outcome: Outcome) -> list[str]:
+    """The last numbers of a run, each with what it was measured on and its step if earlier."""
+
+    def at(step: int | None) -> str:
+        return "" if step in (outcome.step, None) else f", at step {step}"
+
+    lines = [
+        f"step {outcome.step}, {outcome.tokens_per_second:,.0f} tokens/s",
+        f"training loss    {outcome.loss:.4f} nats per token (one batch{at(outcome.loss_step)})",
+    ]
+    if outcome.validation_loss is not None:
+        bits = outcome.validation_bits_per_byte
+        per_byte = "" if bits is None else f", {bits:.4f} bits per byte"
+        lines.append(
+            f"validation loss  {outcome.validation_loss:.4f} nats per token{per_byte} "
+            f"(held-out text{at(outcome.validation_step)})"
+        )
+    return lines

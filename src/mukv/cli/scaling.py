@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from mukv import launch, output
-from mukv.cli.app import Json, Overrides, app
+from mukv.cli.app import Json, Overrides, app, hold, hold_run
 from mukv.core.errors import BadInput
+from mukv.core.names import even
+from mukv.terminal import Console, styled, table
 
 if TYPE_CHECKING:
     from mukv.config import Run
@@ -28,6 +28,7 @@ Memory = Annotated[
 
 @app.command()
 def transfer(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset or a YAML file.")],
     overrides: Overrides = None,
     check: Annotated[
@@ -66,9 +67,11 @@ def transfer(
     name = f"{Path(source).stem}-{run.model.scaling.kind}"
     if check:
         plot = out or Path("runs") / f"coordinates-{name}.png"
+        hold_run(context, plot)
         passed = _check(run, numbers, seeds, steps, learning_rate, plot, name, as_json)
     else:
         folder = out or Path("runs") / f"transfer-{name}"
+        hold(context, folder)
         passed = _search(run, numbers, seeds, octaves, memory, folder, name, as_json)
     if not passed:
         raise typer.Exit(1)
@@ -100,7 +103,7 @@ def _check(
         output.print_json({"slopes": rows, "passed": passed, "plot": str(plot)})
     else:
         show_slopes(slopes, Console())
-        Console().print(f"plot: {plot}", highlight=False, soft_wrap=True)
+        Console().say(f"plot: {plot}")
     return passed
 
 
@@ -133,7 +136,7 @@ def _search(
         output.print_json({**transfer.facts(search, found), "folder": str(folder)})
     else:
         show_transfer(found, Console())
-        Console().print(f"losses and plot: {folder}", highlight=False, soft_wrap=True)
+        Console().say(f"losses and plot: {folder}")
     return found.passed
 
 
@@ -202,7 +205,7 @@ def sweep(
     if as_json:
         output.print_json(results)
     else:
-        show_sweep(results, list(space), Console())
+        show_sweep(results, list(swept.space), Console())
 
 
 def parse_widths(text: str) -> list[int]:
@@ -215,58 +218,73 @@ def parse_widths(text: str) -> list[int]:
 
 def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
     """A verdict for each activation."""
-    columns = ("slope", "interval", "limit", "verdict")
-    table = Table("change of", *columns, box=None, pad_edge=False)
+    numbers = ("slope, octaves\nper octave", "interval", "limit", "verdict")
+    shown = table(("change of",), numbers)
     for each in slopes:
         direction = "grows" if each.slope > 0 else "shrinks"
-        verdict = f"[bold red]{direction}{'' if each.sure else '?'}[/]"
-        table.add_row(
+        verdict = styled((f"{direction}{'' if each.sure else '?'}", "bold red"))
+        shown.add_row(
             each.name,
             f"{each.slope:+.2f}",
             f"{each.low:+.2f} to {each.high:+.2f}",
             f"{each.limit:.2f}",
             "flat" if each.passed else verdict,
         )
-    console.print(table)
+    console.print(shown)
     if not all(each.sure for each in slopes):
-        console.print(
-            "[dim]?: the interval reaches the limit; more --seeds, more --widths or a smaller "
-            "--learning-rate tell more[/]",
-            soft_wrap=True,
+        console.say(
+            "?: the interval reaches the limit; more --seeds, more --widths or a smaller "
+            "--learning-rate tell more",
+            "dim",
         )
 
 
 def show_transfer(found: Transfer, console: Console) -> None:
     """The optimum of each width, and the verdict."""
-    table = Table("width", "best learning rate", "interval", "loss", box=None, pad_edge=False)
+    numbers = ("best learning rate", "interval", "validation loss,\nnats/token")
+    shown = table(("width",), (*numbers, ""))
+    ends = [end for each in found.optima.values() for end in (each.rate, each.low, each.high)]
+    rates = iter(even([2**end for end in ends]))
     for width, each in found.optima.items():
-        table.add_row(
-            str(width),
-            f"{2**each.rate:.3g}" + ("" if each.inside else " (at the edge)"),
-            f"{2**each.low:.3g} to {2**each.high:.3g}",
-            f"{each.loss:.4f}",
-        )
-    console.print(table)
-    verdict = "[bold green]transfers[/]" if found.passed else "[bold red]does not transfer[/]"
-    console.print(
+        rate, low, high = next(rates), next(rates), next(rates)
+        edge = "" if each.inside else "at the edge"
+        shown.add_row(f"{width:,}", rate, f"{low} to {high}", f"{each.loss:.4f}", edge)
+    console.print(shown)
+    verdict = ("transfers", "bold green") if found.passed else ("does not transfer", "bold red")
+    words = (
         f"drift {found.drift:+.2f} ({found.low:+.2f} to {found.high:+.2f}) octaves per octave of "
-        f"width; the narrowest one's rate costs the widest {found.gap:.3f} nats: {verdict}",
-        soft_wrap=True,
+        f"width; the narrowest one's rate costs the widest {found.gap:.3f} nats: "
     )
+    console.print(styled(words, verdict), soft_wrap=True)
 
 
 def show_sweep(results: dict[str, Any], names: Sequence[str], console: Console) -> None:
-    """The best trials."""
-    table = Table(*names, "validation loss", "run", box=None, pad_edge=False)
-    for row in results["rows"][:10]:
+    """The best points; with several seeds their mean and deviation."""
+    best = results["rows"][:10]
+    several = any("seeds" in row for row in best)
+    spreads = ("± over seeds", "seeds") if several else ()
+    shown = table((*names, "validation loss,\nnats/token", *spreads, "run"), ())
+    values = zip(*(_cells([row.get(name) for row in best]) for name in names), strict=True)
+    for row, cells in zip(best, values if names else ((),) * len(best), strict=True):
         loss = row["validation_loss"]
         end = f"{loss:.4f}" if loss is not None else str(row["reason"] or row["state"])
-        values = [f"{v:.4g}" if isinstance(v := row.get(n), float) else str(v) for n in names]
-        table.add_row(*values, end, row["run"])
-    console.print(table)
-    console.print(
-        f"{results['complete']} of {results['trials']} trials complete; all of them, with a plot: "
-        f"{results['study']}",
-        highlight=False,
-        soft_wrap=True,
+        deviation = row.get("deviation")
+        seeds = ("" if deviation is None else f"{deviation:.4f}", str(len(row.get("seeds", ()))))
+        shown.add_row(*cells, end, *(seeds if several else ()), Path(row["run"]).name)
+    console.print(shown)
+    console.say(
+        f"{results['complete']} of {results['trials']} runs complete; the runs are in "
+        f"{Path(results['study']) / 'trials'}, the plot is {Path(results['study']) / 'sweep.png'}"
     )
+    for name in results["edges"]:
+        output.warn(
+            f"{name}: the best value, {results['best'][name]:g}, is at the edge of what was tried; "
+            "a better one may lie beyond"
+        )
+
+
+def _cells(values: Sequence[Any]) -> list[str]:
+    """Numbers with the same digits, anything else as it is."""
+    if all(type(value) in (int, float) for value in values):
+        return even(values)
+    return [str(value) for value in values]

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from mukv import launch, output
-from mukv.cli.app import Json, ModelName, Overrides, app, exactly_one, note_unused_budget
+from mukv.cli.app import (
+    AllowNonfinite,
+    Json,
+    ModelName,
+    Overrides,
+    app,
+    exactly_one,
+    note_unused_budget,
+    tell,
+)
 from mukv.core.errors import BadInput
+from mukv.terminal import Console, styled
 
 
 @app.command("eval")
@@ -28,6 +36,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows; default: as long as one.")
     ] = None,
+    allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a model on a text.
@@ -35,10 +44,10 @@ def evaluate(
     Example: `mukv eval runs/demo/tiny-140 --text README.md`
     """
     launch.prepare()
-    from mukv import inputs, loaded
+    from mukv import inputs, loaded, notes
 
     exactly_one("eval", text=text, tokens=tokens)
-    speaker = loaded.load(model)
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
     if text is not None:
         rows = inputs.rows_of_text(speaker, text)
     else:
@@ -46,6 +55,8 @@ def evaluate(
         rows = inputs.rows_of_ids(tokens)
     if length is not None and length < 1:
         raise BadInput("--length", length, "at least 1 token")
+    if length is not None:
+        tell(notes.of_length(length, speaker.run, "--length"))
     found = speaker.evaluate(rows, length, stride)
     facts = {
         "tokens": found.tokens,
@@ -80,6 +91,7 @@ def generate(
         float | None,
         typer.Option(help="Of the policy: a share up to 1, or a number of entries; default: 0.25."),
     ] = None,
+    allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
     """Continue a text; reports speed and cache bytes.
@@ -87,7 +99,7 @@ def generate(
     Example: `mukv generate runs/demo/tiny-140 --prompt "def main(" --max-tokens 64`
     """
     launch.prepare()
-    from mukv import inputs, loaded
+    from mukv import inputs, loaded, notes
     from mukv.cache import Policy
     from mukv.decode import Sampling
 
@@ -101,14 +113,17 @@ def generate(
     ends = inputs.ids(stop, "--stop") if stop else None
     if chat and prompt is None:
         raise BadInput("--chat", token_ids, "a message, with --prompt")
-    speaker = loaded.load(model)
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
     if prompt is None:
         given = inputs.ids(token_ids or "", "--token-ids")
     else:
         given = speaker.encode_chat(prompt) if chat else speaker.encode(prompt)
+    tell(notes.of_stop(ends or (), speaker.decoder.vocab_size))
+    total = len(given) + max_tokens
+    tell(notes.of_length(total, speaker.run, "the prompt and --max-tokens"))
     stream = None
     if not as_json and copies == 1:
-        shown = Text(str(given) if prompt is None else prompt, "dim")
+        shown = styled((str(given) if prompt is None else prompt, "dim"))
         stream = output.Stream(speaker.tokenizer, sys.stdout, shown)
     made = speaker.generate_ids(
         [given] * copies, max_tokens, sampling, ends, stream.show if stream else None, policy
@@ -129,11 +144,12 @@ def generate(
     if stream:
         stream.end()
     for number, text in enumerate(() if stream else texts):
-        Console().print(f"[bold]--- {number}[/]")
+        Console().print(f"--- {number}", style="bold")
         sys.stdout.write(text + "\n")
     Console(stderr=True).print(
-        f"[dim]{made.tokens_per_second:,.0f} tokens/s, first token after "
-        f"{made.prefill_seconds:.3f} s, cache {made.cache_bytes:,} bytes[/]"
+        f"{made.tokens_per_second:,.0f} tokens/s, first token after "
+        f"{made.prefill_seconds:.3f} s, cache {made.cache_bytes:,} bytes",
+        style="dim",
     )
 
 

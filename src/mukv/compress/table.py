@@ -10,7 +10,10 @@ from pathlib import Path
 
 from mukv.compress.judge import Result
 from mukv.core.files import write_atomic
-from mukv.figures import saved_figure
+from mukv.figures import labels, legend, looks, powers, saved_figure
+
+FULL = {"color": "black", "marker": "*", "linestyle": "none"}
+UNITS = {"perplexity": "perplexity", "recall": "recall, share of planted strings"}
 
 
 def write(results: Sequence[Result], folder: Path, title: str) -> list[Path]:
@@ -32,33 +35,34 @@ def _draw(results: Sequence[Result], path: Path, title: str) -> None:
         "bytes read per step, of full": lambda r: r.bytes_read_per_step / full.bytes_read_per_step,
     }
     up = ("perplexity", "recall")
-    about = f"{title}, {full.samples} of each kind; bars: 95 % (perplexity: of what differs)"
-    with saved_figure(path, (10, 7), about) as figure:
+    about = (
+        f"Policies of the cache at several budgets, beside the full cache: {title}, "
+        f"{full.samples} rows of each kind. Bars: 95 % intervals (of perplexity: of the "
+        "difference to full). Grey line: full. Down (perplexity), up (recall) and left are better."
+    )
+    with saved_figure(path, (10, 7), title, about) as figure:
         axes = figure.subplots(len(up), len(across), squeeze=False)
+        others = looks(max(1, len(names) - 1))
         for row, label in zip(axes, up, strict=True):
             for axis, (under, place) in zip(row, across.items(), strict=True):
-                for number, name in enumerate(names):
+                for number, (name, shown) in enumerate(zip(names, labels(names), strict=True)):
+                    look = others[number - 1] if number else FULL
                     line = sorted((place(r), *_bar(r, label)) for r in results if r.policy == name)
-                    x, y, down, upward = zip(*line, strict=True)
-                    marker = "*" if name == "full" else "osDv^<>PX"[number // 10 % 9]
+                    x, y, *bars = zip(*line, strict=True)
+                    there = any(map(any, bars))
                     axis.errorbar(
-                        x,
-                        y,
-                        (down, upward),
-                        marker=marker,
-                        markersize=11 if name == "full" else 5,
-                        color="black" if name == "full" else f"C{number % 10}",
-                        label=name,
-                        linewidth=1,
-                        elinewidth=0.5,
+                        *(x, y, bars if there else None),
+                        **{"label": shown, "linewidth": 1, "elinewidth": 0.7, "markersize": 5},
+                        **look,
                     )
                 axis.axhline(getattr(full, label), color="0.8", linewidth=1, zorder=0)
-                axis.set_xscale("log", base=2)
+                powers(axis.xaxis, [place(result) for result in results])
                 axis.xaxis.set_major_formatter(_share)
-                axis.set(xlabel=under, ylabel=label)
+                axis.set(xlabel=under, ylabel=UNITS[label])
+                axis.grid(alpha=0.3)
                 if label == "recall":
                     axis.set_ylim(-0.05, 1.05)
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
+        legend(figure, axes[0][0])
 
 
 def _bar(result: Result, name: str) -> tuple[float, float, float]:
@@ -69,4 +73,4 @@ def _bar(result: Result, name: str) -> tuple[float, float, float]:
 
 def _share(x: float, _: int) -> str:
     """A tick: 2, 1, 1/2, 1/4."""
-    return f"{x:g}" if x >= 1 else f"1/{1 / x:.3g}"
+    return f"{x:.3g}" if x >= 1 else f"1/{1 / x:.3g}"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mukv.core.errors import BadInput
+from mukv.core.numbers import require_counts
 from mukv.core.params import map_params
 
 
@@ -37,9 +37,7 @@ class Compute:
     loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("attention_chunk", "loss_chunk"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "at least 1 token, or null")
+        require_counts(self, "attention_chunk", "loss_chunk", unit="token")
 
     def resolve(self, vocab_size: int, platform: str | None = None) -> Compute:
         """The same with nothing left open."""

@@ -1,85 +1,216 @@
-"""Files that are whole or not there: written under a temporary name, then renamed."""
+"""Files that are whole or not there: written in a temporary folder, then renamed.
+
+The folder, `.NAME.PROCESS.partial`, lies beside what is written, and its process holds its lock.
+Those that nobody holds are what killed processes have left: the next process that writes beside
+them removes them.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import filecmp
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
-from mukv.core.errors import BadInput, Failed
+from mukv.core.errors import BadInput, telling_disk_errors
+from mukv.core.locks import LOCK, NoLocks, acquire, holder, release
 
-
-@contextmanager
-def telling_disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one clear line about `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise Failed(f"{path}: the disk is full; nothing was left half-written") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
-            raise BadInput(str(path), "a folder that can't be written", "choose another") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR):
-            raise BadInput(str(path), "something in the way", "choose another path") from error
-        raise
+PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+(-\d+)?\.partial", re.DOTALL)
+OLD = ".old"
+"""In a temporary folder, where two folders can't be exchanged at once: what is being replaced."""
+AT_WORKING_FOLDER, EXCHANGE = -100, 2
+"""Of Linux's renameat2: AT_FDCWD and RENAME_EXCHANGE."""
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file in one step, durably."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with telling_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `path` when the block ends well, and vanishes otherwise.
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which becomes `path` in one step when the block ends well."""
+    with telling_disk_errors(path), temporary(path) as made:
+        yield made
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(made, path)
 
-    What was at `path` before is replaced.
+
+@contextmanager
+def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder that becomes `path` when the block ends well, and vanishes otherwise.
+
+    overwrite: a folder that is there by then is replaced, so that at every moment one of the two
+    is there; else it stays, and BadInput is raised unless its files are the same.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with telling_disk_errors(path):
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    with telling_disk_errors(path), temporary(path) as made:
+        made.mkdir()
+        yield made
+        if overwrite and path.is_dir():
+            _replace_folder(made, path)
+        elif not _same(made, path):
+            os.rename(made, path)  # onto nothing, or onto an empty folder
+
+
+@contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A path of the same name in a temporary folder of its own beside `path`.
+
+    The folder is removed in the end, and those that killed processes have left there at once.
+    """
+    path = Path(os.path.abspath(path))  # "." has no name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path.parent)
+    folder, lock = _private(path)
+    try:
+        yield folder / path.name
+    finally:
+        _remove(folder, path)
+        release(lock)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Remove the temporary folders in a folder whose processes are gone; what can't be removed,
+    or can't be told from that of a living process, stays."""
+    with suppress(OSError):
+        for entry in list(os.scandir(parent)):
+            match = PARTIAL.fullmatch(entry.name)
+            if match and entry.is_dir(follow_symlinks=False):
+                _clear(Path(entry.path), parent / match["name"])
+
+
+def writer_of(path: Path) -> str | None:
+    """The living process that makes `path` in a temporary folder, such as "process 12"."""
+    with suppress(OSError):
+        for entry in os.scandir(Path(os.path.abspath(path)).parent):
+            match = PARTIAL.fullmatch(entry.name)
+            if match and match["name"] == os.path.basename(os.path.abspath(path)):
+                try:
+                    _clear(Path(entry.path), path)
+                except BlockingIOError:
+                    return holder(Path(entry.path))
+    return None
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is a temporary folder, or a lock."""
+    return path.name == LOCK or PARTIAL.fullmatch(path.name) is not None
+
+
+def _private(path: Path) -> tuple[Path, int | None]:
+    """A new folder beside a path, and the lock on it."""
+    for number in count():
+        again = f"-{number}" if number else ""
+        folder = path.with_name(f".{path.name}.{os.getpid()}{again}.partial")
         try:
-            yield temporary
-            if path.exists():
-                old = path.with_name(f".{path.name}.{os.getpid()}.old")
-                os.replace(path, old)
-                os.replace(temporary, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            folder.mkdir()
+            return folder, acquire(folder)
+        except (FileExistsError, FileNotFoundError, BlockingIOError):
+            # Of another thread; or who clears leftovers was quicker than this lock.
+            if not path.parent.is_dir():
+                raise
+        except NoLocks:
+            return folder, None
+    raise AssertionError
 
 
-def require_regular_file(path: Path) -> Path:
-    """The path, where a regular file lies there, links followed. Raises BadInput for nothing, and
-    for a folder, a pipe or a device, which a reader would wait for or never come to the end of."""
+def _clear(folder: Path, target: Path) -> None:
+    """Raises BlockingIOError if a process holds the folder."""
+    names = os.listdir(folder)
+    if names and LOCK not in names:
+        return  # not one of ours
+    try:
+        lock = acquire(folder)
+    except NoLocks:
+        return
+    try:
+        _remove(folder, target)
+    finally:
+        release(lock)
+
+
+def _remove(folder: Path, target: Path) -> None:
+    """Remove a temporary folder that is locked, the lock last: without it nobody would know
+    what the folder is."""
+    with suppress(OSError):
+        if (folder / OLD).exists() and not target.exists():
+            os.rename(folder / OLD, target)
+        for name in os.listdir(folder):
+            if name != LOCK:
+                _delete(folder / name)
+    with suppress(OSError):
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _same(one: Path, two: Path) -> bool:
+    """Whether two folders have files of the same names and content."""
+    names, others = (
+        sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        for folder in (one, two)
+    )
+    return names == others and all(
+        filecmp.cmp(one / name, two / name, shallow=False) for name in names
+    )
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    try:
+        _exchange(new, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        # A kill between these two is mended by whoever next looks for leftovers.
+        os.rename(path, new.parent / OLD)
+        os.rename(new, path)
+
+
+def _exchange(one: Path, two: Path) -> None:
+    """Let two paths change places in one step. Raises OSError where the system can't."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, "no renameat2")
+    paths = AT_WORKING_FOLDER, os.fsencode(one), AT_WORKING_FOLDER, os.fsencode(two)
+    if rename(*paths, EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(two))
+
+
+def require_regular_file(path: Path, where: str | None = None) -> Path:
+    """`path` itself. Raises BadInput unless it ends: a FIFO or a device could be read for ever.
+
+    where: what the error calls the path, if not by itself. Links are followed.
+    """
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a name that no file system has
-        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        given = "no such file" if missing else f"a path that can't be read ({error})"
-        raise BadInput(str(path), given, "a regular file") from None
-    if not stat.S_ISREG(mode):
-        raise BadInput(str(path), "no regular file", "a file, no folder, pipe or device")
-    return path
+    except FileNotFoundError as error:
+        given, reason = "no such file", str(error.strerror)
+    except (OSError, ValueError) as error:
+        given = reason = getattr(error, "strerror", None) or "a path that no file can have"
+    else:
+        if stat.S_ISREG(mode):
+            return path
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        given = reason = kinds.get(stat.S_IFMT(mode), "a device")
+    if where is None:
+        raise BadInput(str(path), given, "the path of a readable file is needed")
+    raise BadInput(where, str(path), f"a readable file ({reason})")
 
 
 def file_inside(folder: Path, name: str) -> Path:

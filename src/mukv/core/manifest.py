@@ -37,6 +37,8 @@ def describe(state: Any, metric: float | None) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """The manifest in a file. Raises Damaged."""
+    if path.exists() and not path.is_file():  # a pipe would be read for ever
+        raise Damaged("its manifest is no file")
     try:
         sealed = json.loads(path.read_bytes())
         manifest = {key: value for key, value in sealed.items() if key != "seal"}

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mukv.core.errors import BadInput
+from mukv.core.numbers import require_counts
 from mukv.core.params import Param, map_params
 from mukv.core.typing import Array
 
@@ -46,9 +47,7 @@ class MeshShape:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("data", "tensor"):
-            if getattr(self, axis) < 1:
-                raise BadInput(axis, getattr(self, axis), "a mesh axis has at least one device")
+        require_counts(self, "data", "tensor", most=1 << 20, unit="device")
 
     @property
     def size(self) -> int:

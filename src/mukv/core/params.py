@@ -21,6 +21,8 @@ from mukv.core.typing import Array
 
 Role = Literal["embedding", "hidden", "readout", "vector"]
 LAYER = "layer"
+WIDEST = 1 << 20
+"""The width of a model, and of what is like one, is at most this: beyond is a slip of a finger."""
 
 
 @dataclass(frozen=True)

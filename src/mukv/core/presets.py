@@ -12,7 +12,7 @@ from typing import Any
 
 from mukv.core.errors import BadInput, nearest_name
 from mukv.core.schema import completed, default_of, item_hint, join, key_hint, merge
-from mukv.core.yaml_text import parse_yaml, read_yaml
+from mukv.core.yaml_text import has_comment, parse_yaml, read_yaml
 
 
 def apply_overrides(cls: type, mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict:
@@ -30,6 +30,8 @@ def apply_overrides(cls: type, mapping: Mapping[str, Any], overrides: Iterable[s
         if not equals or not all(keys):
             raise BadInput("override", override, "write path.to.key=value")
         value = parse_yaml(text, path)
+        if has_comment(text):
+            raise BadInput(path, text, "no comment: put text with a # in quotes of YAML")
         result = _set(cls, result, None, keys, value, "", done)
         done.append(path)
     return result

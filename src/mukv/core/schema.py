@@ -19,10 +19,12 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from mukv.core.errors import BadInput, nearest_name
+from mukv.core.errors import BadInput, nearest_name, shortened
 from mukv.core.yaml_text import dump_yaml
 
 T = TypeVar("T")
+LARGEST_FLOAT = 3.4028235e38
+"""Beyond it a float32 is infinite."""
 
 
 def build(cls: type[T], mapping: Any, where: str = "") -> T:
@@ -36,7 +38,7 @@ def build(cls: type[T], mapping: Any, where: str = "") -> T:
     if errors:
         first, others = errors[0], [error.where for error in errors[1:]]
         if others:
-            first.args = (f"{first} (+{len(others)} more: {', '.join(others)})",)
+            first.args = (f"{first} (+{len(others)} more: {shortened(', '.join(others))})",)
         raise first
     return value
 
@@ -236,6 +238,9 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 def _leaf(hint: Any, given: Any, where: str, errors: list[BadInput]) -> Any:
     if type(given) is int and abs(given) > 1 << 53:
         errors.append(BadInput(where, given, "needs a whole number that JSON has, up to 2**53"))
+        return None
+    if isinstance(given, float) and LARGEST_FLOAT < abs(given) < math.inf:
+        errors.append(BadInput(where, given, "needs a number that 32 bits hold, up to 3.4e38"))
         return None
     try:
         # By way of JSON, since only there does pydantic's strictness take a list for a tuple.

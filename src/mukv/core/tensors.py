@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mukv.core import checksum
 from mukv.core.errors import BadInput
-from mukv.core.files import file_inside, telling_disk_errors
+from mukv.core.files import file_inside, replacing
 from mukv.core.json_text import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -29,6 +31,13 @@ DTYPES: Mapping[str, np.dtype] = {
     "BF16": jnp.dtype("bfloat16"),
     "F16": np.dtype("float16"),
 }
+"""Types of weights."""
+WRITTEN: Mapping[np.dtype, str] = {dtype: code for code, dtype in DTYPES.items()} | {
+    np.dtype(f"{kind}{bits}"): f"{code}{bits}"
+    for kind, code in (("int", "I"), ("uint", "U"))
+    for bits in (8, 16, 32, 64)
+}
+"""Types of anything else that is kept in such a file."""
 Cut = tuple[slice, ...]
 
 
@@ -51,6 +60,7 @@ class TensorFiles:
         self._path: Path | None = None
         self._file: Any = None
         for path, names in _files(folder).items():
+            checksum.require_whole(path)
             file = self._open(path)
             there = set(file.keys())
             for name in sorted(names - there):
@@ -119,41 +129,56 @@ class Spec:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file; it is whole or not there.
+    """Write one safetensors file, with a checksum in its metadata; it is whole or not there.
 
     Raises BadInput for a folder that can't be written, Failed for a full disk.
     """
-    codes = {dtype: code for code, dtype in DTYPES.items()}
     # Wide numbers first, so that all lie at multiples of their size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": {checksum.KEY: checksum.EMPTY, **metadata}}
     end = 0
     for name, spec in ordered:
         begin, end = end, end + spec.nbytes
         shape = list(spec.shape)
         header[name] = {
-            "dtype": codes[spec.dtype],
+            "dtype": WRITTEN[spec.dtype],
             "shape": shape,
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with telling_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                for _, spec in ordered:
-                    for piece in _checked(spec):
-                        file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as made, made.open("wb") as file:
+        head = len(text).to_bytes(8, "little") + text
+        file.write(head)
+        value = zlib.crc32(head)
+        for _, spec in ordered:
+            for piece in _checked(spec):
+                file.write(piece)
+                value = zlib.crc32(piece, value)
+        file.seek(head.index(checksum.EMPTY.encode()))
+        file.write(checksum.sealed(value).encode())
 
 
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers are finite as float32. 0.1 s for 135 million float32 numbers."""
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, CHUNK):
+        part = flat[start : start + CHUNK]
+        if array.dtype.name in EXPONENTS:  # by bits: numpy has no fast test for these types
+            mask = np.uint16(EXPONENTS[array.dtype.name])
+            if np.any((part.view(np.uint16) & mask) == mask):
+                return False
+        else:
+            with np.errstate(over="ignore"):
+                if not np.all(np.isfinite(part.astype(np.float32, copy=False))):
+                    return False
+    return True
+
+
+CHUNK = 1 << 18
+"""Numbers that fit the processor's cache."""
+EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00}
+"""Bits that are all set where a number is not finite."""
 TILE = 128
 
 

@@ -2,58 +2,51 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from mukv.core.errors import BadInput, Failed
-from mukv.core.files import telling_disk_errors
+from mukv.core import checksum
+from mukv.core.errors import BadInput
 from mukv.core.params import abstract, named
+from mukv.core.tensors import Spec, is_finite, write_tensors
 
 FILE = "weights.safetensors"
 
 
 def save_weights(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
-    """Write a nested dict of arrays (any sharding, any type down to 8 bits) into a folder.
+    """Write a nested dict of arrays (any sharding, any type of 8 to 64 bits) into a folder.
 
     Returns the file's path. All processes must call it, the first one writes. The file is whole
-    or not there; one of the same name is replaced. Raises BadInput for a name with a dot, or a
-    folder that can't be written, Failed for a full disk.
+    or not there, and carries a checksum; one of the same name is replaced. Raises BadInput for a
+    name with a dot, or a folder that can't be written, Failed for a full disk.
     """
     arrays = {name: _on_host(array) for name, array in _flatten(tree)}
     path = folder / FILE
-    if jax.process_index():
-        return path
-    temporary = folder / f".{FILE}.{os.getpid()}.partial"
-    with telling_disk_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.touch()
-            save_file(arrays, temporary, dict(metadata))
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except SafetensorError as error:
-            raise Failed(f"{path}: {error}; nothing was left half-written") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+    if jax.process_index() == 0:
+        specs = {
+            name: Spec(array.shape, array.dtype, partial(iter, (array,)))
+            for name, array in arrays.items()
+        }
+        write_tensors(path, specs, metadata)
     return path
 
 
 def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The nested dict of numpy arrays that `save_weights` wrote, and its metadata.
 
-    Raises BadInput if the file is missing, cut short or something else.
+    Raises BadInput if the file is missing, damaged or something else.
     """
     path = folder / FILE
     tree: dict[str, Any] = {}
+    checksum.require_whole(path)
     try:
         with safe_open(path, "numpy") as file:
             metadata = dict(file.metadata() or {})
@@ -63,16 +56,42 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 for parent in parents:
                     node = node.setdefault(parent, {})
                 node[last] = file.get_tensor(name)
-    except FileNotFoundError:
-        raise BadInput(str(path), "no such file", "a folder with saved weights") from None
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+    except (IndexError, AttributeError):  # of an array, where a dict would have to be
+        given = "a name that begins with the name of another weight"
+        raise BadInput(f"{path}: {name}", given, "weights that mukv wrote") from None
+    except (SafetensorError, OSError, TypeError) as error:
         given = f"a file that can't be read ({str(error).splitlines()[0]})"
         raise BadInput(str(path), given, "it is cut short, or not written by mukv") from None
+    metadata.pop(checksum.KEY, None)
     return tree, metadata
 
 
+def step_of(metadata: Mapping[str, str], path: Path) -> int:
+    """The step in the metadata of a run's weights. Raises BadInput if it is no number."""
+    step = metadata.get("step", "0")
+    if not (step.isascii() and step.isdecimal() and len(step) < 16):
+        raise BadInput(f"{path}: step", step[:40], "the number of the step, as mukv writes it")
+    return int(step)
+
+
+def require_finite(weights: Any, where: object) -> None:
+    """Raise BadInput for weights of which some are not finite numbers."""
+    for name, leaf in named(weights).items():
+        shards = getattr(leaf, "addressable_shards", None)
+        parts = [leaf] if shards is None else [s.data for s in shards if s.replica_id == 0]
+        if not all(is_finite(np.asarray(part)) for part in parts):
+            raise not_finite(f"{where}: {name}")
+
+
+def not_finite(where: str) -> BadInput:
+    """The error for weights that are not finite."""
+    given = "numbers that are infinite or not a number"
+    others = "eval, generate, export and import take others with --allow-nonfinite"
+    return BadInput(where, given, f"finite weights; {others}")
+
+
 def require_weights(declared: Any, found: Any, path: Path) -> None:
-    """Raise BadInput where weights are not those that a model declares."""
+    """Raise BadInput where weights are not those that a model declares, or no real numbers."""
     wanted = {name: leaf.shape for name, leaf in named(abstract(declared)).items()}
     shapes = {name: leaf.shape for name, leaf in named(found).items()}
     for name in sorted(wanted.keys() | shapes.keys()):
@@ -82,6 +101,10 @@ def require_weights(declared: Any, found: Any, path: Path) -> None:
                 shapes.get(name, "missing"),
                 f"the configuration asks for {wanted.get(name, 'no such weight')}",
             )
+    for name, leaf in named(found).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            allowed = "weights are floating point numbers"
+            raise BadInput(f"{path}: {name}", str(leaf.dtype), allowed)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeedColumn
 
 import mukv
-from mukv.core.errors import BadInput, nearest_name
-from mukv.core.files import new_folder, telling_disk_errors, write_atomic
+from mukv.core.errors import BadInput, nearest_name, telling_disk_errors
+from mukv.core.files import new_folder, write_atomic
 from mukv.data import tokens as layout
 from mukv.data.text import Piece, pieces
 from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer, load_tokenizer, train_bpe
 from mukv.data.tokens import TokenFile, is_token_file, open_tokens
+from mukv.terminal import Console, column
 
 TASK_BYTES = 1 << 18
 """Text that a thread tokenises at once."""
@@ -67,7 +67,7 @@ def build_tokens(
         return pieces(sources, field, on_invalid)
 
     try:
-        with new_folder(out) as folder:
+        with new_folder(out, overwrite) as folder:
             chosen = make_tokenizer(tokenizer, read)
             encoded = _encoded(read(), chosen, validation, workers or os.cpu_count() or 1)
             counts = _write(folder, chosen, encoded, validation, report)
@@ -96,8 +96,11 @@ def default_corpus(cache: Path) -> TokenFile:
     path = cache / f"stdlib-{platform.python_version()}"
     if not is_token_file(path):
         # Processes that start together may build it together; the first to finish wins.
-        with suppress(OSError):
+        try:
             build_tokens(["stdlib"], path)
+        except (BadInput, OSError):
+            if not is_token_file(path):
+                raise
     return open_tokens(path)
 
 
@@ -108,16 +111,21 @@ def make_tokenizer(spec: str, read: Callable[[], Iterable[Piece]]) -> AnyTokeniz
     kind, _, size = spec.partition(":")
     if kind != "bpe" and Path(spec).exists():
         return load_tokenizer(Path(spec))
-    if kind != "bpe" or not size.isdecimal():
+    if kind != "bpe" or not (size.isdecimal() and size.isascii() and len(size) < 9):
         allowed = "bytes, bpe:SIZE such as bpe:8192, or the path of a tokenizer.json"
         raise BadInput("tokenizer", spec, allowed, nearest_name(spec, ["bytes", "bpe:8192"]))
-    return train_bpe((piece.data.decode() for piece in read()), int(size))
+    try:
+        return train_bpe((piece.data.decode() for piece in read()), int(size))
+    except BadInput as error:
+        if error.where != "vocab_size":
+            raise
+        raise BadInput("tokenizer", spec, error.allowed) from None
 
 
 @contextmanager
 def speed_meter(title: str, console: Console | None = None) -> Iterator[Report]:
     """Megabytes and megabytes per second on a terminal, for `build_tokens(report=...)`."""
-    columns = SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn()
+    columns = SpinnerColumn(), column("task.description"), DownloadColumn()
     progress = Progress(
         *columns, TransferSpeedColumn(), console=console or Console(stderr=True), transient=True
     )
@@ -145,7 +153,7 @@ def _check_same(out: Path, stamp: str, overwrite: bool) -> None:
             raise _AlreadyThere
     if not overwrite:
         raise BadInput(
-            str(out), "a token file of other content", "another path, or overwrite to replace it"
+            str(out), "a token file of other content", "another path, or `overwrite` to replace it"
         )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mukv.core.errors import BadInput, nearest_name, unknown_name
+from mukv.core.files import require_regular_file
 
 TESTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 """Folders that are not the standard library itself."""
@@ -74,7 +75,18 @@ def _folder(path: Path, field: str) -> Source:
             yield from _file(file, field)
 
 
+def binary_files(source: str) -> int:
+    """How many files of a source are left out because they are binary: 0 unless it is a folder."""
+    path = Path(source)
+    if source.partition(":")[0] in SOURCES or not path.is_dir():
+        return 0
+    if any((path / name).is_file() for name in SAVED_DATA_SET):
+        return 0
+    return sum(file.suffix not in FORMATS and _binary(file) for file in _walk(path))
+
+
 def _file(path: Path, field: str) -> Source:
+    require_regular_file(path)
     with telling_read_errors(str(path)):
         yield from FORMATS.get(path.suffix, _text)(path, field)
 

@@ -9,20 +9,28 @@ their normalisation is not counted.
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mukv.core.errors import BadInput
-from mukv.core.files import write_atomic
+from mukv.core.files import require_regular_file, write_atomic
 
 BEGIN = "<|begin|>"
 """Stands before every document; its id in the byte tokenizer is 256."""
+PROBES = ("a", "A", "0", ".", " ", "\n")
+"""Texts of which one has a token in any vocabulary of a language."""
+MOST_IDS = 1 << 24
+"""A larger id is a damaged file's: the largest published vocabularies have 2**18."""
 TRAINING_BYTES = 1 << 28
 """Of text that a BPE is learnt from; more changes little and takes long."""
 
@@ -42,9 +50,7 @@ class JsonTokenizer:
 
     @cached_property
     def inner(self) -> Tokenizer:
-        inner = Tokenizer.from_str(self.content)
-        inner.no_padding()
-        inner.no_truncation()
+        inner = _plain(self.content)
         # A text that spells <|begin|> must not begin a document.
         inner.encode_special_tokens = True
         return inner
@@ -55,22 +61,46 @@ class JsonTokenizer:
         return 1 + max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @cached_property
+    def text_vocab_size(self) -> int:
+        """One more than the largest id that a text can have: what a model's embedding must hold.
+
+        Special tokens count only where they begin a text. Published files name some that their
+        models have no embedding for.
+        """
+        special = {t for t, token in self._added.items() if token.special} - set(self.start)
+        ids = self.inner.get_vocab(with_added_tokens=True).values()
+        return 1 + max((token for token in ids if token not in special), default=-1)
+
+    @cached_property
     def start(self) -> tuple[int, ...]:
-        """Ids before every document: what the file's own template puts first, at most one."""
-        return tuple(self.inner.encode("").ids[:1])
+        """Ids before every document: what the file's own template puts before a text. What it
+        puts behind one is left out."""
+        marked = self._marked
+        for probe in PROBES:
+            found = marked.encode(probe)
+            own = [place for place, text in enumerate(found.sequence_ids) if text is not None]
+            if own:
+                return tuple(found.ids[: own[0]])
+        return ()
+
+    @cached_property
+    def _added(self) -> dict[int, Any]:
+        return self.inner.get_added_tokens_decoder()
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 [token], without `start`."""
-        (found,) = self.inner.encode_batch_fast([text], add_special_tokens=False)
+        with telling_tokenizer_errors("text", text[:40]):
+            (found,) = self.inner.encode_batch_fast([text], add_special_tokens=False)
         return np.array(found.ids, np.int32)
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text that spells out its special tokens, as a chat template gives it."""
-        return self._marked.encode(text, add_special_tokens=False).ids
+        with telling_tokenizer_errors("text", text[:40]):
+            return self._marked.encode(text, add_special_tokens=False).ids
 
     @cached_property
     def _marked(self) -> Tokenizer:
-        return Tokenizer.from_str(self.content)
+        return _plain(self.content)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens are silent, bytes that are no character become U+FFFD."""
@@ -82,24 +112,21 @@ class JsonTokenizer:
 
     @cached_property
     def _data(self) -> list[bytes]:
-        inner = self.inner
         spell = _spelling(self)
-        added = inner.get_added_tokens_decoder()
         data = [b""] * self.vocab_size
-        for text, token in inner.get_vocab(with_added_tokens=True).items():
-            if token not in added:
+        for text, token in self.inner.get_vocab(with_added_tokens=True).items():
+            if token not in self._added or not self._added[token].special:
                 data[token] = spell(token, text)
-            elif not added[token].special:
-                data[token] = text.encode()
         return data
 
     def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
         """UTF-8 bytes of each id, int32 [vocab]. Raises BadInput for too small a vocabulary."""
         size = self.vocab_size if vocab_size is None else vocab_size
-        if size < self.vocab_size:
-            raise BadInput("vocab_size", size, f"at least the tokenizer's {self.vocab_size}")
+        if size < self.text_vocab_size:
+            raise BadInput("vocab_size", size, f"at least the tokenizer's {self.text_vocab_size}")
         lengths = np.zeros(size, np.int32)
-        lengths[: self.vocab_size] = [len(data) for data in self._data]
+        known = self._data[:size]
+        lengths[: len(known)] = [len(data) for data in known]
         return lengths
 
     def save(self, path: Path) -> None:
@@ -132,6 +159,43 @@ class NoTokenizer(JsonTokenizer):
 AnyTokenizer = ByteTokenizer | JsonTokenizer
 
 
+@contextmanager
+def telling_tokenizer_errors(where: str, given: str) -> Iterator[None]:
+    """Turn whatever the library raises into BadInput. It raises plain Exceptions, and panics of
+    its Rust code, which are none."""
+    try:
+        yield
+    except (BadInput, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        words = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        allowed = "what a tokenizer.json of Hugging Face's tokenizers can encode"
+        raise BadInput(where, f"{given} ({words})", allowed) from None
+
+
+@contextmanager
+def _without_panics() -> Iterator[None]:
+    """Keep from standard error what a panic of the library's Rust code prints there by itself: a
+    trace of a hundred lines, of an error that is told in one."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _plain(content: str) -> Tokenizer:
+    """The tokenizer of a file, without the truncation and padding of its last use."""
+    inner = Tokenizer.from_str(content)
+    inner.no_padding()
+    inner.no_truncation()
+    return inner
+
+
 def _finished(inner: Tokenizer, use_regex: bool = True) -> Tokenizer:
     """With bytes as alphabet and `BEGIN` before each document."""
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
@@ -146,7 +210,7 @@ def _finished(inner: Tokenizer, use_regex: bool = True) -> Tokenizer:
 
 def _spelling(tokenizer: JsonTokenizer) -> Callable[[int, str], bytes]:
     """How the text of a token becomes bytes, by what the decoder says."""
-    decoder = json.dumps(json.loads(tokenizer.content)["decoder"], ensure_ascii=False)
+    decoder = json.dumps(json.loads(tokenizer.content).get("decoder"), ensure_ascii=False)
     values = {shown: byte for byte, shown in enumerate(byte_alphabet())}
 
     def byte_level(token: int, text: str) -> bytes:
@@ -170,11 +234,16 @@ def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
     if text == byte_level.content:
         return byte_level
     allowed = "a tokenizer.json of Hugging Face's tokenizers"
-    try:
+    with telling_tokenizer_errors(where, "a file that can't be used"), _without_panics():
         found = JsonTokenizer(text)
         size = found.vocab_size
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise BadInput(where, f"a file that can't be read ({error})", allowed) from None
+        if size > MOST_IDS:
+            raise BadInput(where, f"an id of {size - 1:,}", f"ids below {MOST_IDS:,}")
+        # What is wrong in a template or an expression shows when it is used.
+        _ = found.start, found.text_vocab_size
+        found.inner.encode_batch_fast(["A text, déjà vu: 1 + 1\n"], add_special_tokens=False)
+        for token in range(min(size, 300)):
+            found.inner.decode([token])
     if not size:
         raise BadInput(where, "an empty vocabulary", allowed)
     return found
@@ -183,7 +252,10 @@ def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
 def load_tokenizer(path: Path) -> AnyTokenizer:
     """From a tokenizer.json, or a folder with one. Raises BadInput."""
     path = path / "tokenizer.json" if path.is_dir() else path
+    require_regular_file(path, "tokenizer")
     try:
+        if path.exists() and not path.is_file():
+            raise BadInput("tokenizer", str(path), "a tokenizer.json, which is an ordinary file")
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"

@@ -168,10 +168,10 @@ def _opened(
         _check_tied(source, folder)
     path = folder / "tokenizer.json"
     tokenizer = find_tokenizer(path)
-    if tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.text_vocab_size > model.vocab_size:
         raise BadInput(
             str(path),
-            f"{tokenizer.vocab_size} ids",
+            f"{tokenizer.text_vocab_size} ids",
             f"at most the model's {model.vocab_size}: it is another model's tokenizer",
         )
     if said := came_along.get(GENERATION):

@@ -19,7 +19,8 @@ from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.mesh import constrain
 from mukv.core.norm import RMSNorm
-from mukv.core.params import Param
+from mukv.core.numbers import require_counts
+from mukv.core.params import WIDEST, Param
 from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.block import AnyResidual, Gated, PreNorm
@@ -80,9 +81,9 @@ class LanguageModel:
     """Has `split`, `join`, `nbytes`, `filled` and `tail_size`, as `Cache` does."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "context"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "at least 1")
+        require_counts(self, "d_model", most=WIDEST)
+        require_counts(self, "vocab_size", most=1 << 26)
+        require_counts(self, "context")
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise BadInput("logit_softcap", self.logit_softcap, "greater than 0, or null")
         self.scaling.check(self.params())

@@ -10,7 +10,8 @@ import jax
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
-from mukv.core.params import Param, map_params
+from mukv.core.numbers import require_counts
+from mukv.core.params import WIDEST, Param, map_params
 from mukv.core.typing import Residual, Weights
 from mukv.scaling.parameterization import Scaling
 
@@ -29,8 +30,7 @@ class Gated:
     """Fields that go with the width of the model."""
 
     def __post_init__(self) -> None:
-        if self.hidden < 1:
-            raise BadInput("hidden", self.hidden, "at least 1")
+        require_counts(self, "hidden", most=4 * WIDEST)
 
     def params(self, d_model: int) -> dict[str, Param]:
         up = Param({"embed": d_model, "hidden": self.hidden}, fan_in=("embed",))

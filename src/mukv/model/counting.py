@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 
+from mukv.attention import AnyAttention
 from mukv.cache import FULL, Policy
 from mukv.core.params import named
 from mukv.model.base import LanguageModel
@@ -14,9 +17,12 @@ from mukv.model.stack import Stack
 
 def cached(stack: Stack, layer: Resolved) -> dict[str, tuple[int, int]]:
     """What an entry is made of in this layer: heads and width of each tensor, from `write`."""
-    if not layer.writes:
-        return {}
-    written = layer.attention.written(stack.d_model, 1, 1, jnp.dtype("float32"))
+    return _entry(layer.attention, stack.d_model) if layer.writes else {}
+
+
+@cache
+def _entry(attention: AnyAttention, d_model: int) -> dict[str, tuple[int, int]]:
+    written = attention.written(d_model, 1, 1, jnp.dtype("float32"))
     return {name: (leaf.shape[1], leaf.shape[3]) for name, leaf in written.items()}
 
 

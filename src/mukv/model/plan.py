@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 from mukv.attention import AnyAttention
 from mukv.core.errors import BadInput
+from mukv.core.numbers import INT32, require_counts
 from mukv.model.block import Gated
 from mukv.position import AnyPosition
 
-MOST_REPEATS = 10_000
+MOST_LAYERS = 10_000
 """A slip of the finger, not a model, is beyond it; every layer is resolved by itself."""
 
 
@@ -44,8 +45,7 @@ class Stage:
     def __post_init__(self) -> None:
         if not self.pattern:
             raise BadInput("pattern", [], "at least one layer")
-        if not 1 <= self.repeats <= MOST_REPEATS:
-            raise BadInput("repeats", self.repeats, f"1 to {MOST_REPEATS:,}")
+        require_counts(self, "repeats", most=MOST_LAYERS)
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Resolved:
 
 def resolve(stages: Sequence[Stage], attention: AnyAttention, mlp: Gated) -> tuple[Resolved, ...]:
     """All layers in order, checked. Raises BadInput with the layer's number."""
+    if (total := sum(stage.repeats * len(stage.pattern) for stage in stages)) > MOST_LAYERS:
+        raise BadInput("plan", f"{total:,} layers", f"at most {MOST_LAYERS:,}")
     layers: list[Resolved] = []
     for s, stage in enumerate(stages):
         for repeat in range(stage.repeats):
@@ -107,10 +109,9 @@ def _target(index: int, reads: int | None) -> int | None:
 
 
 def _check(layer: Resolved, before: Sequence[Resolved]) -> None:
-    if layer.window is not None and layer.window < 1:
-        raise BadInput(
-            "plan", f"window {layer.window}", f"layer {layer.index} must see at least 1 token"
-        )
+    if layer.window is not None and not 1 <= layer.window <= INT32:
+        allowed = f"layer {layer.index} must see at least 1 token, and at most {INT32:,}"
+        raise BadInput("plan", f"window {layer.window}", allowed)
     if layer.writes:
         return
     source = before[layer.source]

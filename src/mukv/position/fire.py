@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from mukv.core.errors import BadInput
+from mukv.core.numbers import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Weights
 from mukv.position.base import Logits, Pairs, Position
@@ -33,9 +33,8 @@ class FIRE(Position):
     threshold: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "threshold"):
-            if getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "at least 1")
+        require_counts(self, "hidden", most=1 << 16)
+        require_counts(self, "threshold")
 
     @property
     def biases(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from mukv.core.errors import BadInput
+from mukv.core.numbers import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Weights
 from mukv.position.base import Position
@@ -46,8 +47,7 @@ class StepLength:
     strength: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise BadInput("every", self.every, "at least 1 token")
+        require_counts(self, "every", unit="token")
         if self.strength < 0:
             raise BadInput("strength", self.strength, "at least 0")
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from mukv.core.errors import BadInput
+from mukv.core.numbers import require_counts
 from mukv.core.params import LAYER, Param, map_params
 from mukv.core.typing import Array
-from mukv.scaling.updates import Moments, Optimizer
+from mukv.scaling.updates import Moments, Optimizer, by_layer
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class Muon(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.iterations < 1:
-            raise BadInput("iterations", self.iterations, "at least 1")
+        require_counts(self, "iterations", most=100)
         if self.rate <= 0:
             raise BadInput("rate", self.rate, "greater than 0")
 
@@ -91,6 +91,8 @@ def orthogonal(param: Param, update: Array, iterations: int) -> Array:
     layers = [size for name, size in param.dims.items() if name == LAYER]
     flat = update.reshape(*layers, param.fan_in_size, -1)
     rows, columns = flat.shape[-2:]
+    norm = by_layer(param, jnp.linalg.norm, flat)[..., None, None]
+    flat = flat / jnp.maximum(norm, 1e-20)
     turned = flat.swapaxes(-1, -2) if rows > columns else flat
     even = newton_schulz(turned, iterations)
     even = even.swapaxes(-1, -2) if rows > columns else even
@@ -103,10 +105,9 @@ come out between about 0.7 and 1.2."""
 
 
 def newton_schulz(matrices: Array, iterations: int) -> Array:
-    """Singular values to about 1; wide matrices along the last two axes."""
+    """Singular values to about 1; wide matrices of norm 1 along the last two axes."""
     a, b, c = NEWTON_SCHULZ
-    norm = jnp.linalg.norm(matrices, axis=(-2, -1), keepdims=True)
-    x = matrices / jnp.maximum(norm, 1e-20)
+    x = matrices
     for _ in range(iterations):
         gram = x @ x.swapaxes(-1, -2)
         x = a * x + (b * gram + c * gram @ gram) @ x

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mukv.scaling.adafactor import Adafactor
 from mukv.scaling.muon import Muon
 from mukv.scaling.stability import Family
 from mukv.scaling.updates import Optimizer, adam
@@ -93,26 +94,6 @@ class SGD(Optimizer):
 
     def direction(self, declared: Any, resolved: Any) -> optax.GradientTransformation:
         return optax.trace(self.momentum)
-
-
-@dataclass(frozen=True)
-class Adafactor(Optimizer):
-    """Adam with factored second moments and updates relative to the weight's own size (Shazeer
-    and Stern 2018). clip_threshold: largest root mean square of an update."""
-
-    family: ClassVar[Family] = "adafactor"
-
-    kind: Literal["adafactor"] = "adafactor"
-    weight_decay: float = 0.0
-    decay_rate: float = 0.8
-    clip_threshold: float = 1.0
-
-    def direction(self, declared: Any, resolved: Any) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.scale_by_factored_rms(decay_rate=self.decay_rate),
-            optax.clip_by_block_rms(self.clip_threshold),
-            optax.scale_by_param_block_rms(),
-        )
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {

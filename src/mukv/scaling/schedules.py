@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from mukv.core.errors import BadInput
+from mukv.core.numbers import INT32, require_counts
 from mukv.core.typing import Array, Float, Int
 
 Rate = Float[Array, ""]
@@ -35,8 +36,8 @@ class Schedule:
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise BadInput("warmup", self.warmup, "at least 0 steps")
+        if not 0 <= self.warmup <= INT32:
+            raise BadInput("warmup", self.warmup, f"at least 0 steps, at most {INT32:,}")
 
     def rate(self, step: Int[Array, ""], plan: Plan) -> Rate:
         """Of the update that follows `step` completed ones."""
@@ -53,13 +54,14 @@ class Schedule:
         return None
 
     def _progress(self, step: Int[Array, ""], plan: Plan) -> Share:
-        span = jnp.maximum(plan.steps - self.warmup, 1)
+        """From 0 at the end of the warm-up to 1 at the last update."""
+        span = jnp.maximum(plan.steps - 1 - self.warmup, 1)
         return jnp.clip((step - self.warmup) / span, 0, 1)
 
 
 @dataclass(frozen=True)
 class Falling(Schedule):
-    """From the peak at once. final: fraction of the peak that is left at the last step."""
+    """From the peak at once. final: fraction of the peak that the last update has."""
 
     final: float = 0.1
 
@@ -89,7 +91,7 @@ class Linear(Falling):
 
 
 DECAYS: dict[str, Callable[[Share], Share]] = {
-    # A hundredth of what is left is reached at the end, and taken off everywhere: 1 to 0.
+    # 0.01 ** share falls to a hundredth; taking that off everywhere makes it fall to zero.
     "exponential": lambda share: (0.01**share - 0.01) / 0.99,
     "linear": lambda share: 1 - share,
     "root": lambda share: 1 - jnp.sqrt(share),
@@ -99,9 +101,10 @@ DECAYS: dict[str, Callable[[Share], Share]] = {
 
 @dataclass(frozen=True)
 class Prolongable(Schedule):
-    """A phase that knows nothing of the end, then a decay to zero.
+    """A phase that knows nothing of the end, then a decay towards zero.
 
-    decay: share of all steps that the final decay takes. shape: how it falls.
+    decay: share of all steps that the final decay takes. shape: how it falls. The update after
+    the last one would have a rate of zero, so that no update is lost.
     """
 
     decay: float = 0.1
@@ -144,8 +147,7 @@ class InverseSqrt(Prolongable):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reference < 1:
-            raise BadInput("reference", self.reference, "at least 1 step")
+        require_counts(self, "reference", unit="step")
 
     def stable(self, step: Int[Array, ""], plan: Plan) -> Rate:
         return plan.peak * jnp.sqrt(jnp.minimum(1.0, self.reference / jnp.maximum(step, 1)))
@@ -159,7 +161,7 @@ TOKENS_PER_SEQUENCE = 4096
 class Power(Prolongable):
     """min(peak, batch * amplitude * tokens ** exponent), with the batch in units of 4,096 tokens
     and the tokens seen so far (Shen et al. 2024, equations 7 and 8): one setting for any budget
-    of tokens and size of batch. The final decay goes to zero.
+    of tokens and size of batch.
     """
 
     kind: Literal["power"] = "power"

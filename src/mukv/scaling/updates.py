@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mukv.core.errors import BadInput
+from mukv.core.params import LAYER, Param, map_params
 from mukv.core.typing import Array, Number
 from mukv.scaling.budget import Change
 from mukv.scaling.stability import Family
@@ -71,6 +72,31 @@ class Optimizer:
             decay_by_tree(jax.tree.map(lambda share: share * self.weight_decay, decays)),
             optax.scale(-1.0),
         )
+
+
+def by_layer(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
+    """`function` of each layer's part of a weight; of the whole where it is not a stack.
+
+    A loop, not a vmap: sums of a slice and of an array are then the same program, so that a stack
+    and its layers apart give the same bits.
+    """
+    if LAYER not in param.dims:
+        return function(*arrays)
+    return jax.lax.map(lambda parts: function(*parts), arrays)
+
+
+def global_norm(declared: Any, gradient: Any) -> Array:
+    """Euclidean norm of a whole gradient, float32 scalar.
+
+    Squares are summed layer by layer and the sums added by size, so that the norm is the same to
+    the bit however the layers are stacked.
+    """
+
+    def squares(param: Param, leaf: Array) -> Array:
+        return by_layer(param, lambda part: jnp.sum(part**2), leaf).reshape(-1)
+
+    sums = jax.tree.leaves(map_params(squares, declared, gradient))
+    return jnp.sqrt(jnp.sum(jnp.sort(jnp.concatenate(sums))))
 
 
 class Moments(NamedTuple):

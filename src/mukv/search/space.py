@@ -92,6 +92,43 @@ def split(given: Sequence[str]) -> tuple[Space, list[str]]:
     return space, fixed
 
 
+SEED = "train.seed"
+MOST_SEEDS = 64
+
+
+def without_seeds(space: Space, seed: int) -> tuple[Space, tuple[int, ...]]:
+    """The space without `train.seed`, and the seeds that each of its points is trained with.
+
+    A seed is not chosen but averaged over: the best of several seeds is a lucky one. seed: the
+    only one where the space names none. Raises BadInput for seeds that are no whole numbers.
+    """
+    part = space.get(SEED)
+    if part is None:
+        return space, (seed,)
+    values = part.values
+    if isinstance(part, Interval) and values is None and part.whole:
+        if part.high - part.low >= MOST_SEEDS:
+            given = f"{part.low}..{part.high}"
+            raise BadInput(SEED, given, f"at most {MOST_SEEDS} seeds, as 0..3 or 0,1,2,3")
+        values = tuple(range(int(part.low), int(part.high) + 1))
+    if not values or not all(type(value) is int for value in values):
+        raise BadInput(SEED, str(part), "whole numbers, as 0..3 or 0,1,2,3")
+    return {name: other for name, other in space.items() if name != SEED}, values
+
+
+def at_edge(part: Interval | Choice, value: Any) -> bool:
+    """Whether a number lies at an end of what was searched: the best may be beyond. Values
+    without an order have no end."""
+    if isinstance(part, Interval) and part.values is None:
+        share = (value - part.low) / (part.high - part.low)
+        if part.log:
+            share = math.log(value / part.low) / math.log(part.high / part.low)
+        return not 0.05 <= share <= 0.95
+    values = part.values or ()
+    numeric = all(type(each) in (int, float) for each in values)
+    return numeric and len(values) > 1 and value in (min(values), max(values))
+
+
 def _range(key: str, text: str) -> Interval | Choice | None:
     match = INTERVAL.fullmatch(text.strip())
     if match:

@@ -21,7 +21,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import Engine, event
+from sqlalchemy import URL, Engine, event, make_url
 from sqlalchemy.exc import DBAPIError
 
 from mukv.core.errors import BadInput, unknown_name
@@ -211,6 +211,11 @@ class Study:
             return False
         return not trial.should_prune()
 
+    def note(self, trial: Trial, name: str, value: Any) -> None:
+        """Keep something with a trial. Nothing if another has taken it over."""
+        with suppress(UpdateFinishedTrialError):
+            trial.set_user_attr(name, value)
+
     def tell(self, trial: Trial, value: float | None, why: str | None = None) -> None:
         """How a trial ended: with a value, or with none and the reason. Nothing if another has
         taken it over."""
@@ -222,6 +227,10 @@ class Study:
         except UpdateFinishedTrialError:
             pass
         self.mine.pop(trial.number, None)
+
+    def give_back(self, trial: Trial) -> None:
+        """Leave a point to be queued again."""
+        self._fail(trial.number)
 
     def finished(self) -> bool:
         found = self.trials()
@@ -276,5 +285,9 @@ def _lock_from_first_read(engine: Engine) -> None:
 
 
 def storage_of(folder: Path) -> str:
-    """The database of a study in a folder."""
-    return f"sqlite:///{folder.absolute() / 'study.db'}"
+    """The database of a study in a folder, as a URL. Raises BadInput for a path that has none."""
+    path = str(folder.absolute() / "study.db")
+    url = URL.create("sqlite", database=path).render_as_string(hide_password=False)
+    if make_url(url).database != path:  # SQLAlchemy before 2.1 takes what follows a "?" as options
+        raise BadInput("--out", str(folder), "a path that can be part of a URL")
+    return url

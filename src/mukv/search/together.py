@@ -7,7 +7,6 @@ group shrinks until the compiled step fits the memory that it may use.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mukv import footprint
 from mukv.core import schema
 from mukv.core.mesh import MeshShape
 from mukv.core.numbers import leaves, substituted
@@ -82,10 +82,7 @@ def _traced(path: str, value: Any) -> bool:
 def free_memory() -> int:
     """Bytes that a group may take if nothing else is said: most of a device's own memory, half
     of what a computer has left."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(0.9 * (stats["bytes_limit"] - stats["bytes_in_use"]))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return int(footprint.free_memory() * (0.5 if jax.default_backend() == "cpu" else 0.9))
 
 
 @dataclass
@@ -158,7 +155,8 @@ class Together:
 
     @cached_property
     def compiled(self) -> Any:
-        """The training step."""
+        """The training step. Raises BadInput where a single point can't fit."""
+        footprint.require_least(self._trainer({}))
         with jax.set_mesh(self.mesh):
             states = jax.eval_shape(self._draw, self.numbers)
             batches = jax.eval_shape(lambda: self._batch(0))

@@ -12,7 +12,8 @@ from mukv.attention import AnyAttention
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.mesh import gather
-from mukv.core.params import Param
+from mukv.core.numbers import require_counts
+from mukv.core.params import WIDEST, Param
 from mukv.core.typing import Weights
 from mukv.model.base import LanguageModel, Memory
 from mukv.model.block import Gated
@@ -43,8 +44,7 @@ class Concepts:
     grows: ClassVar[tuple[str, ...]] = ("d_model",)
 
     def __post_init__(self) -> None:
-        if self.d_model is not None and self.d_model < 1:
-            raise BadInput("d_model", self.d_model, "at least 1, or null")
+        require_counts(self, "d_model", most=WIDEST)
         if not self.plan:
             raise BadInput("plan", [], "at least one stage")
 

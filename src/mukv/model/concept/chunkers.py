@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
+from mukv.core.numbers import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Tokens, Weights
 
@@ -38,9 +39,7 @@ class Chunker:
     sizes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        for name in self.sizes:
-            if getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "at least 1 token")
+        require_counts(self, *self.sizes, unit="token")
 
     @property
     def pace(self) -> int:

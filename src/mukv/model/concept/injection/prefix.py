@@ -11,6 +11,7 @@ from mukv.attention import AnyAttention
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
+from mukv.core.numbers import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Bool, Float, Int, Residual
 from mukv.model.concept.chunks import gathered
@@ -26,8 +27,7 @@ class Prefix(Injection):
     slots: int = 2
 
     def __post_init__(self) -> None:
-        if self.slots < 1:
-            raise BadInput("slots", self.slots, "at least 1")
+        require_counts(self, "slots", most=1 << 16)
 
     @property
     def slots_per_concept(self) -> int:

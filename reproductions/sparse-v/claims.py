@@ -1,0 +1,82 @@
+"""Figures of this page."""
+
+from statistics import mean
+
+from claims import percent, read, table
+
+RESULTS = read(__file__)
+TRAINED, RANDOM = RESULTS["trained, 3 layers"], RESULTS["heads of Llama 3.2 1B, random weights"]
+GIVEN = [
+    "one of Llama 3.2 1B's heads and rotation in four layers with random weights",
+    "entries for 80 % of the mass of either",
+    "another model (heads of 16, another training)",
+]
+
+
+def over_layers(layers: list[dict], kind: str, key: str) -> float:
+    return mean(layer[kind][key] for layer in layers)
+
+
+def agreement(layers: list[dict], key: str) -> str:
+    return " / ".join(f"{layer[key]:.2f}" for layer in layers)
+
+
+def said() -> list[str]:
+    texts = [
+        *((f"trained, {name}", TRAINED[name]) for name in TRAINED),
+        ("random, code", RANDOM["code"]),
+    ]
+    first, *later = TRAINED["code"]
+    dialogue, prose = TRAINED["dialogue"], TRAINED["prose"]
+    random_agreement = [layer["agreement"] for layers in RANDOM.values() for layer in layers]
+    other = [layer["agreement_other_kv_heads"] for layers in TRAINED.values() for layer in layers]
+    same = [layer["agreement_same_kv_head"] for layers in TRAINED.values() for layer in layers]
+    return [
+        table(
+            ["", "entries for 80 %", "95 %", "99 %", "mass of the top 10 %", "error", "top 20 %", "error"],
+            [
+                [
+                    name,
+                    *(f"{over_layers(layers, 'needed', m):.1f}" for m in ("0.8", "0.95", "0.99")),
+                    *(
+                        cell
+                        for share in ("0.1", "0.2")
+                        for cell in (
+                            f"{over_layers(layers, 'top', share):.3f}",
+                            f"{over_layers(layers, 'error', share):.3f} "
+                            f"({over_layers(layers, 'error_renormalised', share):.3f})",
+                        )
+                    ),
+                ]
+                for name, layers in texts
+            ],
+        ),
+        table(
+            ["of the entries that either needs, both need", "two heads of one KV head",
+             "heads of different KV heads", "least and largest of all pairs"],
+            [
+                [
+                    name,
+                    agreement(layers, "agreement_same_kv_head"),
+                    agreement(layers, "agreement_other_kv_heads"),
+                    f"{min(x['least_agreement'] for x in layers):.2f} to "
+                    f"{max(x['largest_agreement'] for x in layers):.2f}",
+                ]
+                for name, layers in texts
+            ],
+        ),
+        f"the first layer of the trained model needs {first['needed']['0.8']:.0f} entries for 80 % of the "
+        f"mass of code and loses {percent(first['error']['0.1'])} of its output at the top tenth, the two "
+        f"later ones {later[0]['needed']['0.8']:.1f} and {later[1]['needed']['0.8']:.1f} entries and "
+        f"{percent(max(x['error']['0.1'] for x in later))}",
+        f"their top tenth holds {percent(over_layers(RANDOM['code'], 'top', '0.1'))} of the mass and leaves an "
+        f"error of {percent(over_layers(RANDOM['code'], 'error', '0.1'))}",
+        f"The top tenth holds {percent(over_layers(prose, 'top', '0.1'))} to "
+        f"{percent(over_layers(TRAINED['code'], 'top', '0.1'))} of the mass of code and prose, "
+        f"{percent(over_layers(dialogue, 'top', '0.1'))} of dialogue's, and the output loses "
+        f"{percent(over_layers(TRAINED['code'], 'error', '0.1'))} to "
+        f"{percent(over_layers(dialogue, 'error', '0.1'))}",
+        f"two heads of one KV head share {percent(min(same))} to {percent(max(same))} of what either "
+        f"needs, heads of different ones {percent(min(other))} to {percent(max(other))}; with random "
+        f"weights any two share {percent(min(random_agreement))} to {percent(max(random_agreement))}",
+    ]  # fmt: skip

@@ -1,0 +1,51 @@
+"""Checks of arguments that Python code gives: wrong types are told by the argument's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mukv.core.errors import BadInput
+from mukv.core.typing import Int
+
+
+def whole_numbers(where: str, given: Any) -> Int[np.ndarray, "batch token"]:
+    """Int32 rows from [token] or [batch token], as nested sequences or an array.
+
+    Raises BadInput for rows of unequal length, other dimensions, emptiness, numbers that are not
+    whole or beyond 32 bits, and anything that is no number.
+    """
+    allowed = "whole numbers of shape [token] or [batch token]"
+    try:
+        found = np.asarray(given)
+    except (ValueError, TypeError):
+        raise BadInput(where, type(given).__name__, f"{allowed}, all rows equally long") from None
+    if found.dtype.kind not in "iu":
+        raise BadInput(where, f"{type(given).__name__} of {found.dtype}", allowed)
+    if found.ndim not in (1, 2) or not found.size:
+        raise BadInput(where, f"shape {found.shape}", allowed)
+    limits = np.iinfo(np.int32)
+    beyond = found[(found < limits.min) | (found > limits.max)]
+    if beyond.size:
+        raise BadInput(where, int(beyond[0]), "numbers of 32 bits")
+    return np.atleast_2d(found).astype(np.int32)
+
+
+def strings(where: str, given: Any) -> list[str]:
+    """A text or a sequence of texts as a list. Raises BadInput."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):
+        raise BadInput(where, given, "a text, or a list of texts")
+    return list(given)
+
+
+def require_types(**given: tuple[Any, Any]) -> None:
+    """Raise BadInput for an argument of another type. given: value and type by name; a bool is no
+    number."""
+    for name, (value, kind) in given.items():
+        if isinstance(value, bool) or not isinstance(value, kind):
+            words = str(getattr(kind, "__name__", kind)).replace("NoneType", "None")
+            raise BadInput(name, value, f"{words} is needed")

@@ -1,0 +1,79 @@
+"""Names and cells that others chose, made fit to be shown: printable, short, with even digits."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+LONGEST = 40
+"""Characters of a name in a legend or on an axis."""
+DIGITS = 4
+"""Significant digits of the largest number of a column."""
+MOST_DECIMALS = 6
+_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that turn the direction of what follows, so that a name reads as another."""
+
+
+def printable(text: object, keep: str = "") -> str:
+    """The text with what has no shape of its own written as an escape, such as \\x1b or \\n.
+
+    These are control characters, line separators, marks of direction and the halves of surrogate
+    pairs that stand for bytes of a file name that are not UTF-8. keep: characters that stay.
+    """
+    return "".join(
+        character if character in keep or _has_shape(character) else _escape(character)
+        for character in str(text)
+    )
+
+
+def _has_shape(character: str) -> bool:
+    if character in _TURNING:
+        return False
+    return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp")
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def shortened(text: object, longest: int = LONGEST) -> str:
+    """A printable text of at most `longest` characters: what is too much is cut from its middle."""
+    whole = printable(text)
+    if len(whole) <= longest:
+        return whole
+    end = (longest - 1) // 2
+    return f"{whole[: longest - 1 - end]}\u2026{whole[len(whole) - end :]}"
+
+
+def distinct(names: Iterable[object], longest: int = LONGEST) -> list[str]:
+    """`shortened` of each; names that come out alike are numbered."""
+    found: list[str] = []
+    seen: dict[str, int] = {}
+    for name in names:
+        short = shortened(name, longest)
+        seen[short] = seen.get(short, 0) + 1
+        found.append(short if seen[short] == 1 else f"{short} ({seen[short]})")
+    return found
+
+
+def even(
+    values: Sequence[float | int | None], digits: int = DIGITS, missing: str = ""
+) -> list[str]:
+    """The numbers of a column with the same number of decimals.
+
+    Whole numbers stay whole. Of others the largest has `digits` significant digits, and the
+    smallest at least two; where that takes more than six decimals, or numbers reach 1e15, all
+    are written with an exponent. values: such as a float can hold. missing: stands for None and
+    NaN.
+    """
+    there = [value for value in values if value is not None and not math.isnan(value)]
+    sizes = [abs(value) for value in there if value and math.isfinite(value)]
+    low, high = (math.floor(math.log10(pick(sizes, default=1))) for pick in (min, max))
+    decimals = 0
+    if not all(isinstance(value, int) for value in there):
+        decimals = max(0, digits - 1 - high, 1 - low if sizes else 0)
+    form = f",.{decimals}f" if decimals <= MOST_DECIMALS and high < 15 else f".{digits - 1}e"
+    return [
+        missing if value is None or math.isnan(value) else format(value, form) for value in values
+    ]

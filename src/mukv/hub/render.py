@@ -1,0 +1,96 @@
+"""Render a chat template in this process, which is made for it: `python -P render.py`.
+
+A template is a program from a stranger. It may loop for ever or ask for any amount of memory, and
+neither can be stopped inside the process that holds a model; so this file is run as a process of
+its own, under limits of time and memory. It reads one JSON object from standard input and writes
+one: `text`, or `error` with a line for a person. It imports nothing of mukv.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from datetime import datetime
+from typing import Any, NoReturn
+
+CPU_SECONDS, MEMORY_BYTES, MOST_CHARACTERS = 5, 1 << 30, 1 << 20
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    """The text of a template, with the names and filters that transformers gives its templates."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}...{% endgeneration %}` gives its body: it marks the model's words."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2's own form)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("same"), [], [], body).set_lineno(line)
+
+        def same(self, caller: Any) -> str:
+            return caller()
+
+    def refuse(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def to_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        form = {"ensure_ascii": ensure_ascii, "indent": indent}
+        return json.dumps(value, **form, separators=separators, sort_keys=sort_keys)
+
+    world = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    world.filters["tojson"] = to_json
+    world.globals["raise_exception"] = refuse
+    world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    pieces: list[str] = []
+    length = 0
+    for piece in world.from_string(template).generate(**values):
+        length += len(piece)
+        if length > MOST_CHARACTERS:
+            refuse(f"more than {MOST_CHARACTERS:,} characters")
+        pieces.append(piece)
+    text = "".join(pieces)
+    text.encode()  # a lone surrogate is no text
+    return text
+
+
+def main() -> None:
+    """Answer the request on standard input."""
+    asked = json.load(sys.stdin)
+    try:
+        import jinja2  # noqa: F401
+    except ImportError:
+        json.dump({"missing": "jinja2"}, sys.stdout)
+        return
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers = []
+    for template in asked["templates"]:
+        try:
+            answers.append({"text": render(template, asked["values"])})
+        except MemoryError:
+            answers.append({"error": f"more than {MEMORY_BYTES >> 30} GB of memory"})
+        except Exception as error:
+            name = type(error).__name__
+            words = (str(error).splitlines() or [""])[0][:200]
+            message = words if name == "TemplateError" else f"{name}: {words}" if words else name
+            answers.append({"error": message})
+    json.dump(answers, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""Processes that train together find each other, and notice when one is gone.
+
+Process 0 listens at the address until all have come, then JAX takes the port over. The connections
+stay open: the system closes those of a process that dies, whatever killed it, so that the others
+end with one line instead of waiting in a collective. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from mukv.core.errors import BadInput, Failed
+
+WAIT_SECONDS = 300.0
+"""A process waits for the others for so long."""
+TELL_SECONDS = 5.0
+"""It says for whom after so long, and again every minute."""
+GRACE_SECONDS = 20.0
+"""After another process has failed, the time in which this one may end with an error of its own."""
+SETTLE_SECONDS = 5.0
+"""News of a process that is gone come within so long after the error that it causes."""
+MOST_PROCESSES = 1 << 16
+EXAMPLE = "auto, or HOST:PORT,PROCESSES,NUMBER such as 10.0.0.1:9000,2,0"
+Tell = Callable[[str], None]
+
+
+class Place(NamedTuple):
+    """Address of process 0, number of processes, number of this one."""
+
+    host: str
+    port: int
+    processes: int
+    number: int
+
+    @property
+    def address(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+def parse(text: str) -> Place:
+    """From HOST:PORT,PROCESSES,NUMBER; an IPv6 address stands in brackets. Raises BadInput, also
+    for a host that has no address."""
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]]+):(\d{1,9}),(\d{1,9}),(\d{1,9})", text)
+    if found is None or not text.isascii():
+        raise BadInput("--distributed", text, EXAMPLE)
+    host, (port, processes, number) = found[1].strip("[]"), map(int, found.groups()[1:])
+    if not 1 <= port <= 65535:
+        raise BadInput("--distributed", text, "PORT goes from 1 to 65535")
+    if not 1 <= processes <= MOST_PROCESSES:
+        raise BadInput("--distributed", text, f"PROCESSES goes from 1 to {MOST_PROCESSES:,}")
+    if not number < processes:
+        raise BadInput("--distributed", text, f"NUMBER is at most PROCESSES - 1 ({processes - 1})")
+    try:
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no name of a host"
+        raise BadInput("--distributed", text, f"a HOST that has an address ({reason})") from None
+    return Place(host, port, processes, number)
+
+
+class Watch:
+    """The connections between processes. As a context: leaves in peace, or ends this process in
+    one line where another is gone.
+
+    checkpoints: the folder whose newest checkpoint the line names.
+    """
+
+    def __init__(self, place: Place, peers: dict[int, socket.socket]):
+        self.place, self.peers = place, peers
+        self.checkpoints: Path | None = None
+        self.lost: int | None = None
+        self.noticed, self.alone = threading.Event(), threading.Event()
+        self.ended = False
+        self.leaving = threading.Lock()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        self.ended = True
+        if error is None:
+            self._send("bye")
+        elif isinstance(error, BadInput | Failed | KeyboardInterrupt):
+            self._send("failed")
+            # Before JAX's own end, which would wait for those that have left, and abort.
+            atexit.register(self._leave_after_others, getattr(error, "status", 1))
+        # An error of a collective comes a moment before or after the news of its cause.
+        elif self.noticed.wait(SETTLE_SECONDS):
+            self.leave()
+
+    def _leave_after_others(self, status: int) -> None:
+        """End this process once the others have failed too, or had the time to notice."""
+        self.alone.wait(GRACE_SECONDS + SETTLE_SECONDS)
+        if self.place.number == 0:  # JAX aborts the others as soon as this one is gone
+            time.sleep(1)
+        sys.stdout.flush()
+        os._exit(status)
+
+    def leave(self) -> None:
+        """End this process with one line on the one that is gone. JAX's own end would wait for
+        it, and abort."""
+        self.leaving.acquire()  # never given back: one thread says it
+        sys.stdout.flush()
+        os.write(2, f"error: {self.line()}\n".encode())
+        os._exit(1)
+
+    def line(self) -> str:
+        gone = f"process {self.lost} of {self.place.processes} is gone"
+        steps = [
+            int(path.name)
+            for path in (self.checkpoints.glob("*") if self.checkpoints else ())
+            if path.name.isdecimal()
+        ]
+        if not steps:
+            return f"{gone}; there is no checkpoint yet"
+        folder = self.checkpoints.parent if self.checkpoints else ""
+        saved = f"the last checkpoint is {max(steps)} in {folder}"
+        return f"{gone}; {saved}: the same commands go on from there"
+
+    def _send(self, line: str) -> None:
+        for peer in self.peers.values():
+            try:
+                peer.sendall(f"{line}\n".encode())
+            except OSError:
+                continue
+
+    def _watch(self) -> None:
+        selector = selectors.DefaultSelector()
+        for number, peer in self.peers.items():
+            peer.settimeout(None)
+            selector.register(peer, selectors.EVENT_READ, number)
+        there = set(self.peers)
+        while there:
+            for key, _ in selector.select():
+                try:
+                    said = os.read(key.fd, 256).decode(errors="replace").split()
+                except OSError:
+                    said = []
+                known, word = key.data in there, said[0] if said else "lost"
+                relayed = int(said[1]) if len(said) > 1 and said[1].isdecimal() else None
+                if relayed is None:
+                    there.discard(key.data)
+                if not said:
+                    selector.unregister(key.fileobj)
+                if known and word != "bye":
+                    self._notice(word, key.data if relayed is None else relayed)
+        self.alone.set()
+
+    def _notice(self, word: str, number: int) -> None:
+        """Another process has failed, or is lost: this one ends, unless it does so by itself."""
+        if self.lost is not None:
+            return
+        self.lost = number
+        self._send(f"{word} {number}")
+        self.noticed.set()
+        timer = threading.Timer(GRACE_SECONDS if word == "failed" else 0, self._end)
+        timer.daemon = True
+        timer.start()
+
+    def _end(self) -> None:
+        if not self.ended:
+            self.leave()
+
+
+def meet(place: Place, tell: Tell) -> Watch:
+    """Wait until all processes are there. tell: is given a line on whom is waited for.
+
+    Raises BadInput where the port can't be had, and for a process of another plan; Failed where
+    not all have come after `WAIT_SECONDS`.
+    """
+    peers = _gather(place, tell) if place.number == 0 else {0: _join(place, tell)}
+    return Watch(place, peers)
+
+
+def _patience(place: Place, missing: Callable[[], str], tell: Tell) -> Callable[[], None]:
+    """A function to be called while waiting: it tells for whom, and gives up in the end."""
+    began, told = time.monotonic(), [TELL_SECONDS]
+
+    def check() -> None:
+        waited = time.monotonic() - began
+        if waited > WAIT_SECONDS:
+            reason = f"{missing()} did not come to {place.address} in {WAIT_SECONDS:.0f} s"
+            raise Failed(f"--distributed: {reason}")
+        if waited > told[0]:
+            told[0] = waited + 60
+            tell(f"waiting for {missing()} at {place.address} (up to {WAIT_SECONDS:.0f} s)")
+
+    return check
+
+
+def _gather(place: Place, tell: Tell) -> dict[int, socket.socket]:
+    """What process 0 does: take a connection of each other process, then let all go on."""
+    peers: dict[int, socket.socket] = {}
+
+    def missing() -> str:
+        away = [number for number in range(1, place.processes) if number not in peers]
+        shown = ", ".join(map(str, away[:8])) + (", ..." if len(away) > 8 else "")
+        return f"process {shown} of {place.processes}"
+
+    check = _patience(place, missing, tell)
+    try:
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        server = socket.create_server(("", place.port), family=family, dualstack_ipv6=dual)
+    except OSError as error:
+        raise BadInput(
+            "--distributed", place.address, f"a PORT that is free here ({error.strerror})"
+        ) from None
+    with server:
+        server.settimeout(0.2)
+        while len(peers) < place.processes - 1:
+            check()
+            try:
+                peer, _ = server.accept()
+            except TimeoutError:
+                continue
+            number, refusal = _introduced(peer, place, peers)
+            if number is None:
+                _say(peer, f"no {refusal}")
+                peer.close()
+            else:
+                peers[number] = peer
+    for peer in peers.values():
+        _say(peer, "go")
+    return peers
+
+
+def _introduced(
+    peer: socket.socket, place: Place, known: dict[int, socket.socket]
+) -> tuple[int | None, str]:
+    """The number of a process that has connected, or None and why it is not taken."""
+    peer.settimeout(2)
+    try:
+        said = peer.recv(64).decode().split()
+        word, number, processes = said[0], int(said[1]), int(said[2])
+    except (OSError, ValueError, IndexError):
+        return None, "not a process of mukv"
+    if word != "mukv" or processes != place.processes:
+        return None, f"process 0 was told of {place.processes} processes"
+    if not 1 <= number < processes or number in known:
+        return None, f"there is another process {number}"
+    return number, ""
+
+
+def _say(peer: socket.socket, line: str) -> None:
+    try:
+        peer.sendall(f"{line}\n".encode())
+    except OSError:
+        return
+
+
+def _join(place: Place, tell: Tell) -> socket.socket:
+    """What any other process does: connect to process 0, and wait until it says go."""
+    here = False
+
+    def missing() -> str:
+        return f"{'the others' if here else 'process 0'} of {place.processes}"
+
+    check = _patience(place, missing, tell)
+    while True:
+        check()
+        try:
+            peer = socket.create_connection((place.host, place.port), timeout=2)
+        except OSError:
+            time.sleep(0.2)
+            continue
+        _say(peer, f"mukv {place.number} {place.processes}")
+        here, said = True, b""
+        peer.settimeout(0.5)
+        while not said:
+            check()
+            try:
+                said = peer.recv(256)
+            except TimeoutError:
+                continue
+            except OSError:
+                said = b""
+            if not said:  # closed: process 0 left, or something else listens there
+                break
+        words = said.decode(errors="replace").strip()
+        if words == "go":
+            return peer
+        peer.close()
+        if words.startswith("no "):
+            allowed = f"one that fits with process 0: {words[3:]}"
+            raise BadInput("--distributed", f"{place.address}, process {place.number}", allowed)
+        here = False
+        time.sleep(0.5)

@@ -1,0 +1,103 @@
+"""Damaged and foreign tokenizer.json files are refused in one line, or work whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from mukv.data.tokenizer import ByteTokenizer, parse_tokenizer, train_bpe
+from tests.hostile.harness import check_all
+
+TEXTS = ("", "a text", "d\u00e9j\u00e0 vu\n\t 1+1", "\U0001f600<s></s>", "\0\ufffd", " " * 9)
+
+
+def originals() -> dict[str, dict[str, Any]]:
+    """A valid file of each kind of model."""
+    words = {word: i for i, word in enumerate(["[UNK]", "a", "text", "##s", "<s>", "</s>", "1"])}
+    made = {
+        "word piece": Tokenizer(models.WordPiece(words, unk_token="[UNK]")),
+        "word level": Tokenizer(models.WordLevel(words, unk_token="[UNK]")),
+        "unigram": Tokenizer(
+            models.Unigram([("<unk>", 0.0), ("a", -1.0), ("\u2581text", -2.0), ("t", -3.0)], 0)
+        ),
+    }
+    for name, inner in made.items():
+        if name == "unigram":
+            inner.pre_tokenizer = pre_tokenizers.Metaspace()
+            inner.decoder = decoders.Metaspace()
+        else:
+            inner.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
+            inner.pre_tokenizer = pre_tokenizers.Whitespace()
+            inner.add_special_tokens(["<s>", "</s>"])
+            inner.post_processor = processors.TemplateProcessing(
+                single="<s> $A </s>", special_tokens=[("<s>", 4), ("</s>", 5)]
+            )
+    files = {name: inner.to_str() for name, inner in made.items()}
+    files["bytes"] = ByteTokenizer().content
+    files["bpe"] = train_bpe(["the cat and the hat"] * 9, 270).content
+    return {name: json.loads(text) for name, text in files.items()}
+
+
+JUNK = (
+    *(None, True, -1, 0, 1 << 31, 1 << 40, 1.5, 1e308, "", "x", "\u2581", [], {}, [[]], [None]),
+    *({"type": "Sequence"}, {"type": "NoSuch"}, {"type": "ByteLevel"}, {"type": "BPE"}, [1, "a"]),
+)
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to all values, of long lists and mappings the first few."""
+    found = [path] if path else []
+    if isinstance(node, dict):
+        items = list(node.items())
+    elif isinstance(node, list):
+        items = list(enumerate(node))
+    else:
+        items = []
+    for key, child in items[:14]:
+        found += places(child, (*path, key))
+    return found
+
+
+def mutated(original: dict[str, Any], rng: random.Random) -> str:
+    tree = copy.deepcopy(original)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        path = rng.choice(places(tree) or [("version",)])
+        node = tree
+        for key in path[:-1]:
+            node = node[key]
+        if rng.random() < 0.25 and isinstance(node, dict):
+            node.pop(path[-1], None)
+        else:
+            node[path[-1]] = copy.deepcopy(rng.choice(JUNK))
+    text = json.dumps(tree)
+    if rng.random() < 0.1:
+        cut = rng.randrange(len(text))
+        text = text[:cut] + rng.choice(("", "\0", "}", '"', "NaN")) + text[cut + rng.randrange(3) :]
+    return text
+
+
+def use(text: str) -> None:
+    """Read a file and do everything that is done with one."""
+    tokenizer = parse_tokenizer(text, "tokenizer.json")
+    assert all(token >= 0 for token in tokenizer.start)
+    lengths = tokenizer.token_bytes()
+    for words in TEXTS:
+        ids = tokenizer.encode(words)
+        assert lengths[ids].sum() == sum(len(tokenizer.token_data(token)) for token in ids)
+        assert isinstance(tokenizer.decode(ids.tolist()), str)
+        tokenizer.encode_marked(words)
+
+
+def test_tokenizers(record_property):
+    rng = random.Random(0)
+    calls = [
+        (f"{name}: {text[-200:]}", lambda text=text: use(text))
+        for name, original in originals().items()
+        for text in (mutated(original, rng) for _ in range(100))
+    ]
+    counts = check_all("tokenizers", calls, record_property)
+    assert min(counts.values()) > 20

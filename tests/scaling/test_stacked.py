@@ -1,0 +1,116 @@
+"""Layers said as `repeats: 4` or as a pattern of four are updated alike, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mukv.core.params import Param, map_params
+from mukv.scaling.adafactor import factored
+from mukv.scaling.optimizers import OPTIMIZERS
+from mukv.scaling.parameterization import Resolved
+from mukv.scaling.updates import global_norm
+
+LAYERS = 4
+ONE = {
+    "up": Param({"embed": 160, "hidden": 200}, fan_in=("embed",)),
+    "query": Param({"embed": 160, "heads": 4, "head_dim": 40}, fan_in=("embed",)),
+    "output": Param({"heads": 4, "head_dim": 40, "embed": 160}, fan_in=("heads", "head_dim")),
+    "narrow": Param({"embed": 160, "rank": 8}, fan_in=("embed",)),
+    "gain": Param({"embed": 160}, role="vector", init="ones"),
+    "bias": Param({"heads": 4, "head_dim": 40}, role="vector", init="zeros"),
+}
+STACKED = {name: param.stacked(LAYERS) for name, param in ONE.items()}
+APART = {f"slot{layer}": ONE for layer in range(LAYERS)}
+
+
+def apart(tree: dict[str, Any]) -> dict[str, Any]:
+    return {f"slot{i}": {name: leaf[i] for name, leaf in tree.items()} for i in range(LAYERS)}
+
+
+def drawn(seed: int, scale: float) -> dict[str, Any]:
+    """Numbers that are ten times as large in the last layer."""
+    rng, sizes = np.random.default_rng(seed), np.array([1, 1, 1, 10], np.float32)
+    return {
+        name: jnp.asarray(
+            scale
+            * rng.normal(size=param.shape).astype(np.float32)
+            * sizes.reshape(-1, *[1] * (len(param.shape) - 1)),
+            jnp.float32,
+        )
+        for name, param in STACKED.items()
+    }
+
+
+def same(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("decay", ["independent", "coupled"])
+def test_a_stack_is_its_layers(kind, decay):
+    optimizer = OPTIMIZERS[kind](weight_decay=0.1, decay=decay)
+
+    def transform(declared: Any) -> Any:
+        resolved = map_params(lambda _: Resolved(1.0, 1.0, 0.5, 0.25, True), declared)
+        return optimizer.transform(declared, resolved)
+
+    stacked, separate = transform(STACKED), transform(APART)
+    weights = drawn(0, 1.0)
+    states = stacked.init(weights), separate.init(apart(weights))
+    for step in range(3):
+        slopes = drawn(step + 1, 0.01)
+        moved, one = jax.jit(stacked.update)(slopes, states[0], weights)
+        expected, four = jax.jit(separate.update)(apart(slopes), states[1], apart(weights))
+        same(apart(moved), expected)
+        states = one, four
+        weights = jax.tree.map(lambda weight, change: weight + 0.1 * change, weights, moved)
+
+
+def test_the_norm_of_a_gradient():
+    slopes = drawn(0, 0.01)
+    norm = jax.jit(lambda tree: global_norm(STACKED, tree))(slopes)
+    same(norm, jax.jit(lambda tree: global_norm(APART, tree))(apart(slopes)))
+    exact = np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in slopes.values()))
+    np.testing.assert_allclose(norm, exact, rtol=1e-6)
+
+
+def test_what_adafactor_sees_as_a_matrix():
+    assert all(factored(ONE[name]) for name in ("up", "query", "output"))
+    assert not any(factored(ONE[name]) for name in ("narrow", "gain", "bias"))
+    # An embedding that is also the readout contracts its last axis.
+    tied = Param({"vocab": 264, "embed": 128}, role="embedding", fan_in=("embed",))
+    state = (
+        OPTIMIZERS["adafactor"]().direction({"e": tied}, None).init({"e": jnp.zeros(tied.shape)})
+    )
+    assert state.rows["e"].shape == (264,)
+    assert state.columns["e"].shape == (128,)
+
+
+def test_adafactor_is_optax_where_a_matrix_is_an_array():
+    """The first step on plain matrices, against the published algorithm as optax has it."""
+    import optax
+
+    declared = {"up": ONE["up"], "gain": ONE["gain"]}
+    rng = np.random.default_rng(0)
+    weights = {k: jnp.asarray(rng.normal(size=p.shape), jnp.float32) for k, p in declared.items()}
+    optimizer = OPTIMIZERS["adafactor"]()
+    theirs = optax.chain(
+        optax.scale_by_factored_rms(decay_rate=0.8),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+    ours = optimizer.direction(declared, None)
+    mine, other = ours.init(weights), theirs.init(weights)
+    for _ in range(3):
+        slopes = {
+            k: jnp.asarray(rng.normal(size=p.shape), jnp.float32) for k, p in declared.items()
+        }
+        moved, mine = ours.update(slopes, mine, weights)
+        expected, other = theirs.update(slopes, other, weights)
+        for name in declared:
+            np.testing.assert_allclose(moved[name], expected[name], rtol=2e-5)

@@ -1,0 +1,184 @@
+"""A kill before any file operation: the same command again works, and nothing is left over.
+
+For each command every kind of operation (its name, and the path without numbers) is hit at its
+first and its last occurrence. Numbers of kills are printed at the end of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mukv.data.build import build_tokens
+from tests.conftest import MINUSCULE
+from tests.kills import Server, pattern
+from tests.processes import contents
+
+pytestmark = pytest.mark.xdist_group("kills")
+
+CHANGING = {"provenance.json", "metrics.jsonl", "compress.csv", "study.db", "results.json"}
+"""Files that tell of times and speeds."""
+
+Prepare = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as started:
+        yield started
+
+
+def result(root: Path) -> dict[str, str]:
+    """Every file and folder, with a digest of what has to be equal."""
+    found = {str(path.relative_to(root)): "" for path in root.rglob("*")}
+    return found | {
+        name: hashlib.sha256(data).hexdigest()
+        for name, data in contents(root).items()
+        if Path(name).name not in CHANGING
+        and not name.endswith(".png")
+        and "/checkpoints/" not in f"/{name}"
+    }
+
+
+def shape(found: dict[str, str]) -> dict[str, str]:
+    """Files of checkpoints have names of their own."""
+    return {name: digest for name, digest in found.items() if "checkpoints/" not in name} | {
+        "/".join(name.split("/")[: name.split("/").index("checkpoints") + 2]): ""
+        for name in found
+        if "/checkpoints/" in f"/{name}"
+    }
+
+
+def check(
+    server: Server,
+    folder: Path,
+    prepare: Prepare,
+    arguments: list[object],
+    skip: str = "nothing",
+    chain: int = 4,
+) -> Counter[str]:
+    """Kill a command before each kind of operation and repeat it; returns counts.
+
+    skip: kinds with this in their name are left out. chain: kills, one after another on the same
+    folder, before a repetition ends. That must end as the undisturbed command, in the same files
+    with the same content; a kill that was never reached is tried again on a new folder.
+    """
+    undisturbed = folder / "undisturbed" / "root"
+    undisturbed.mkdir(parents=True)
+    prepare(undisturbed)
+    status, operations, said = server.run(undisturbed, *arguments)
+    assert status == 0, said
+    expected = shape(result(undisturbed))
+    kinds = list(dict.fromkeys(map(pattern, operations)))
+    counts = Counter(operations=len(operations), kinds=len(kinds))
+    waiting = [kind for kind in kinds if skip not in kind]
+    wrong: list[str] = []
+    place = 0
+    while waiting:
+        place += 1
+        root = folder / str(place) / "root"
+        root.mkdir(parents=True)
+        prepare(root)
+        killed: list[str] = []
+        status = -9
+        while status == -9 and waiting and len(killed) < chain:
+            status, _, said = server.run(root, *arguments, kill=(waiting[0], 1))
+            if status == -9 or not killed:
+                killed.append(waiting.pop(0))
+                counts["killed" if status == -9 else "not reached"] += 1
+        if status == -9:
+            status, _, said = server.run(root, *arguments)
+        found = shape(result(root))
+        if status:
+            wrong.append(f"{killed}: {status} {said[-600:]}")
+        elif found != expected:
+            differ = sorted(
+                name for name in found.keys() | expected if found.get(name) != expected.get(name)
+            )
+            wrong.append(f"{killed}: {differ[:6]}")
+        shutil.rmtree(folder / str(place))
+    assert not wrong, f"{len(wrong)} of {place}:\n" + "\n".join(wrong[:20])
+    assert counts["not reached"] <= len(kinds) // 10, counts
+    return counts
+
+
+def nothing(_: Path) -> None:
+    """A new folder."""
+
+
+@pytest.fixture
+def count(record_property) -> Callable[[str, Counter[str]], None]:
+    return lambda command, counts: record_property("kills", (command, dict(counts)))
+
+
+SMALL = (*MINUSCULE, "model.plan=[{repeats: 1}]", "train.steps=2")
+
+
+def test_checkpoints(server, tmp_path, count):
+    given = ["count-up", "checkpoints", 3]
+    count("checkpoints", check(server, tmp_path, nothing, given, chain=8))
+
+
+def test_train(server, token_file, tmp_path, count):
+    """What lies inside a checkpoint is left to the test above."""
+    given = ["train", "tiny", *SMALL, f"data.path={token_file}", "--out", "runs/new"]
+    count("train", check(server, tmp_path, nothing, given, skip="checkpoint-tmp/"))
+
+
+def texts(root: Path) -> None:
+    (root / "texts").mkdir()
+    for number in range(6):
+        (root / "texts" / f"{number}.txt").write_text(f"Text number {number}. " * 20)
+
+
+def test_data(server, tmp_path, count):
+    given = ["data", "texts", "--tokenizer", "bpe:300", "--out", "tokens"]
+    count("data", check(server, tmp_path, texts, given, chain=1))
+
+
+def test_data_in_place_of_others(server, tmp_path, count):
+    """At every moment the old or the new ones are there."""
+
+    def old(root: Path) -> None:
+        texts(root)
+        build_tokens([str(root / "texts")], root / "tokens")
+
+    given = ["data", "texts", "--tokenizer", "bpe:300", "--out", "tokens", "--overwrite"]
+    count("data --overwrite", check(server, tmp_path, old, given, chain=1))
+
+
+def test_import(server, exported, tmp_path, count):
+    given = ["import", exported, "--out", "runs/new"]
+    count("import", check(server, tmp_path, nothing, given))
+
+
+def test_export(server, trained, tmp_path, count):
+    count("export", check(server, tmp_path, nothing, ["export", trained, "--out", "new"]))
+
+
+def run_of(trained: Path) -> Prepare:
+    return lambda root: shutil.copytree(trained, root / "run") and None
+
+
+def test_compress(server, trained, tmp_path, count):
+    given = ["compress", "run", "--tokens", trained.parent / "ids.npy", "--policy", "streaming"]
+    np.save(trained.parent / "ids.npy", np.arange(400).reshape(4, 100) % 250)
+    sizes = ["--samples", 1, "--length", 64]
+    count("compress", check(server, tmp_path, run_of(trained), [*given, *sizes], chain=20))
+
+
+def test_report(server, trained, tmp_path, count):
+    given = ["report", "run", "--out", "run/report.html"]
+    count("report", check(server, tmp_path, run_of(trained), given))
+
+
+def test_sweep(server, token_file, tmp_path, count):
+    given = ["sweep", "tiny", *SMALL, f"data.path={token_file}", "train.learning_rate=1e-3,1e-2"]
+    rest = ["--out", "sweep", "--patience", "0.2"]
+    count("sweep", check(server, tmp_path, nothing, [*given, *rest], chain=12))
