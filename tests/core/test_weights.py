@@ -136,3 +136,10 @@ def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
     with full_disk(1000), pytest.raises(Failed):
         save_weights(tmp_path, {"a": jnp.ones(10_000)}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("names", [("a", "a.b"), ("a", "a.b.c"), ("a.b", "a.b.c.d")])
+def test_names_that_nest_are_told(tmp_path, names):
+    save_file({name: np.ones(2, np.float32) for name in names}, tmp_path / FILE)
+    with pytest.raises(BadInput, match="begins with the name of another"):
+        load_weights(tmp_path)

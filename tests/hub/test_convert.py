@@ -93,6 +93,36 @@ def test_a_text_ends_where_the_model_says(mukv, folder, tmp_path):
     assert told(mukv("generate", folder, *asked, "--stop", 5))["token_ids"] == free
 
 
+def test_a_model_that_names_no_end_has_its_familys(folder):
+    """transformers ends the texts of a Llama at 2 where no file says otherwise."""
+    (folder / "generation_config.json").unlink()
+    assert package.load(folder).ends == ()  # null is an answer
+    path = folder / "config.json"
+    said = json.loads(path.read_text())
+    del said["eos_token_id"]
+    path.write_text(json.dumps(said))
+    assert package.load(folder).ends == (2,)
+
+
+def test_an_export_names_all_special_tokens(folder):
+    assert {"bos_token_id", "eos_token_id", "pad_token_id"} <= json.loads(
+        (folder / "config.json").read_text()
+    ).keys()
+
+
+def test_a_type_that_does_not_hold_the_numbers_is_refused(trained, tmp_path):
+    model = package.load(trained)
+    large = {**model.weights, "embedding": model.weights["embedding"].at[0, 0].set(1e6)}
+    for dtype in ("float16", "bfloat16"):
+        given = (replace(model, weights=large), trained, tmp_path / dtype, dtype)
+        if dtype == "float16":
+            with pytest.raises(BadInput, match=r"--dtype: got 'float16'.*embedding"):
+                export_model(*given)
+        else:
+            export_model(*given)
+        assert (tmp_path / dtype).exists() == (dtype == "bfloat16")
+
+
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 
 
@@ -308,7 +338,7 @@ def test_a_vocabulary_that_is_too_small_for_the_tokenizer(mukv, folder, tmp_path
         (("export", "folder", "--out", "new", "--dtype", "float"), ["--dtype", "did you mean"]),
         (("generate", "folder", "--chat", "--prompt", "a"), ["--chat", "chat_template.jinja"]),
         (("generate", "folder", "--chat", "--token-ids", "1"), ["--chat", "--prompt"]),
-        (("eval", "folder", "--text", "a.txt", "--stride", "0"), ["stride", "1 to"]),
+        (("eval", "folder", "--text", "a.txt", "--stride", "0"), ["--stride", "at least 1"]),
         (("train", "folder", "train.start=nowhere"), ["train.start", "nowhere"]),
     ],
 )
