@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Sweep:
     storage: str | None = None
     together: int | None = None
     memory: int | None = None
+    held: ExitStack = field(default_factory=ExitStack)
+    locks: dict[int, ExitStack] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises BadInput where a point of the space makes no run, before any is trained."""
@@ -86,8 +88,8 @@ class Sweep:
                 self.study.heal()
                 taken = self.study.take(self.together or self.settings.at_once)
                 if taken:
-                    with ExitStack() as held:
-                        self._train([each for each in taken if self._held(each[0], held)])
+                    with ExitStack() as self.held:
+                        self._train([each for each in taken if self._hold(each[0])])
                 elif self.study.finished():
                     break
                 else:
@@ -95,16 +97,23 @@ class Sweep:
         write_atomic(self.folder / "results.json", json.dumps(self.results(), indent=2) + "\n")
         self.draw()
 
-    def _held(self, trial: Trial, held: ExitStack) -> bool:
+    def _hold(self, trial: Trial) -> bool:
         """Whether its run directory is ours to write now. It is not where one that was taken for
         dead lives on: its point is given back, and queued again when it has shown no life."""
+        lock = self.held.enter_context(ExitStack())
         try:
-            held.enter_context(one_writer(self._folder(trial).path))
+            lock.enter_context(one_writer(self._folder(trial).path))
         except Held:
             time.sleep(POLL_SECONDS)
             self.study.give_back(trial)
             return False
+        self.locks[trial.number] = lock
         return True
+
+    def _tell(self, trial: Trial, value: float | None, why: str | None = None) -> None:
+        """How a trial ended; its lock goes before, since nobody comes back to it after."""
+        self.locks.pop(trial.number).close()
+        self.study.tell(trial, value, why)
 
     def _train(self, taken: Sequence[tuple[Trial, dict[str, Any]]]) -> None:
         ready: list[tuple[Trial, Run]] = []
@@ -114,7 +123,7 @@ class Sweep:
                 data = replace(run.data, path=str(self.tokens.path.resolve()))
                 ready.append((trial, replace(run, data=data)))
             except BadInput as error:
-                self.study.tell(trial, None, str(error))
+                self._tell(trial, None, str(error))
         points = [Point(run.model, run.train) for _, run in ready]
         budget = self.memory if self.memory is not None else free_memory()
         for indices in grouped(points):
@@ -140,19 +149,19 @@ class Sweep:
                 numbers = report.numbers[index]
                 trackers[index].log(report.step, numbers)
                 if not math.isfinite(numbers["loss"]):
-                    self.study.tell(trial, None, f"diverged by step {report.step}")
+                    self._tell(trial, None, f"diverged by step {report.step}")
                     group.stopped.add(index)
                 elif OBJECTIVE in numbers:
                     last[index] = numbers[OBJECTIVE]
                     on = self.study.report(trial, numbers[OBJECTIVE], report.step)
                     if report.step < group.training.steps and not on:
-                        self.study.tell(trial, None, f"pruned at step {report.step}")
+                        self._tell(trial, None, f"pruned at step {report.step}")
                         group.stopped.add(index)
         for index, (trial, _) in enumerate(members):
             trackers[index].close()
             if index not in group.stopped:
                 save_weights(folders[index].weights, group.weights(index), {})
-                self.study.tell(trial, last[index])
+                self._tell(trial, last[index])
 
     def _folder(self, trial: Trial) -> RunDirectory:
         return RunDirectory(self.folder / "trials" / f"{trial.user_attrs['point']:04d}")
