@@ -58,7 +58,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         if overwrite and path.is_dir():
             _replace_folder(made, path)
         elif not _same(made, path):
-            os.rename(made, path)  # onto nothing, or onto an empty folder
+            os.rename(made, os.path.abspath(path))  # onto nothing, or onto an empty folder
 
 
 @contextmanager
@@ -160,13 +160,19 @@ def _delete(path: Path) -> None:
 
 
 def _same(one: Path, two: Path) -> bool:
-    """Whether two folders have files of the same names and content."""
+    """Whether two folders have files of the same names and content, locks aside."""
     names, others = (
-        sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        sorted(
+            path.relative_to(folder)
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != LOCK
+        )
         for folder in (one, two)
     )
-    return names == others and all(
-        filecmp.cmp(one / name, two / name, shallow=False) for name in names
+    return (
+        two.is_dir()
+        and names == others
+        and all(filecmp.cmp(one / name, two / name, shallow=False) for name in names)
     )
 
 
