@@ -308,7 +308,7 @@ def test_a_vocabulary_that_is_too_small_for_the_tokenizer(mukv, folder, tmp_path
         (("export", "folder", "--out", "new", "--dtype", "float"), ["--dtype", "did you mean"]),
         (("generate", "folder", "--chat", "--prompt", "a"), ["--chat", "chat_template.jinja"]),
         (("generate", "folder", "--chat", "--token-ids", "1"), ["--chat", "--prompt"]),
-        (("eval", "folder", "--text", "a.txt", "--stride", "0"), ["stride", "1 to"]),
+        (("eval", "folder", "--text", "a.txt", "--stride", "0"), ["--stride", "at least 1"]),
         (("train", "folder", "train.start=nowhere"), ["train.start", "nowhere"]),
     ],
 )

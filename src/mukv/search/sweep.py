@@ -65,7 +65,8 @@ class Member(NamedTuple):
 class Sweep:
     """source, overrides: as of `mukv train`. together: points that a worker takes at a
     time; None for the settings' own number. memory: bytes that a program may take; None for
-    `free_memory`. held, locks: on the run directories of the trials in hand, together and by trial."""
+    `free_memory`. held, locks: on the run directories of the trials in hand, together and by
+    trial."""
 
     source: str
     overrides: Sequence[str]
