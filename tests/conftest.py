@@ -122,6 +122,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if laws:
         words = "combinations of attention, position and plan"
         terminalreporter.write_line(f"laws hold for {len(laws)} {words}")
+    counted: dict[str, Counter[str]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "counted":
+                title, counts = value
+                counted.setdefault(title, Counter()).update(counts)
+    for title, counts in sorted(counted.items()):
+        words = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+        terminalreporter.write_line(f"{title}: {counts.total()}: {words}")
     kills: dict[str, dict[str, int]] = {}
     hostile: Counter[str] = Counter()
     for report in terminalreporter.stats.get("passed", []):

@@ -56,7 +56,10 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 for parent in parents:
                     node = node.setdefault(parent, {})
                 node[last] = file.get_tensor(name)
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+    except (IndexError, AttributeError):  # of an array, where a dict would have to be
+        given = "a name that begins with the name of another weight"
+        raise BadInput(str(path), given, "weights that mukv wrote") from None
+    except (SafetensorError, OSError, TypeError) as error:
         given = f"a file that can't be read ({str(error).splitlines()[0]})"
         raise BadInput(str(path), given, "it is cut short, or not written by mukv") from None
     metadata.pop(checksum.KEY, None)

@@ -8,13 +8,19 @@ from typing import Any
 from mukv.core.errors import BadInput
 from mukv.hub.family import Family, WindowKeys, Windows
 from mukv.hub.llama import DEFAULTS, RULES
+from mukv.hub.rotation import GLOBAL, LOCAL
 from mukv.hub.settings import Given
 
 
 @dataclass(frozen=True)
 class EveryLayer(WindowKeys):
     def read(self, given: Given, layers: int) -> Windows:
-        return [given.whole("sliding_window", null=True)] * layers
+        window = given.whole("sliding_window", null=True)
+        types, wanted = given.items("layer_types"), [LOCAL if window else GLOBAL] * layers
+        if types not in (None, wanted):
+            allowed = f"null, or {wanted[0]} for each of {layers} layers"
+            raise BadInput(f"{given.where}: layer_types", types, allowed)
+        return [window] * layers
 
     def write(self, windows: Windows) -> dict[str, Any]:
         if len(set(windows)) > 1:

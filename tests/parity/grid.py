@@ -1,0 +1,174 @@
+"""Configurations of every family: each key left out, at its default, unusual, null, impossible.
+
+A point is a config.json. Keys of other families are in it too, since files have them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+ABSENT = object()
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+"""Whose defaults make a model large."""
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+BASE = {
+    "vocab_size": 40,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+"""Everything else is left out; heads have a width that no family has by default."""
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0, "rope_type": "llama3"}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+BEFORE = {"original_max_position_embeddings": 16}
+SCALINGS: list[Any] = [
+    None,
+    {},
+    {"rope_type": "default"},
+    {"type": "linear", "factor": 2.0},
+    {"rope_type": "linear", "factor": 8},
+    {"rope_type": "linear", "type": "dynamic", "factor": 3.0, "rope_theta": 300.0},
+    {**LLAMA3, **BEFORE},
+    LLAMA3,
+    {**LLAMA3, "low_freq_factor": 4.0},
+    {**YARN, **BEFORE},
+    {**YARN, **BEFORE, "beta_fast": 4, "beta_slow": 0.5, "truncate": True},
+    {**YARN, **BEFORE, "attention_factor": 1.0},
+    {**YARN, **BEFORE, "attention_factor": 1.7},
+    {**YARN, **BEFORE, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": None},
+    {**YARN, **BEFORE, "mscale": 0.7},
+    {**YARN, **BEFORE, "factor": None},
+    {**YARN, **BEFORE, "truncate": False},
+    {**YARN, "original_max_position_embeddings": 4},
+    {**YARN, "original_max_position_embeddings": 9_000_000},
+    YARN,
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "linear", "factor": 0.5},
+    {"rope_type": "linear"},
+    {"rope_theta": 77.0},
+    {"rope_type": None},
+    {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+]
+BY_TYPE: list[Any] = [
+    {GLOBAL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5}},
+    {GLOBAL: {"type": "linear", "factor": 8.0}, LOCAL: {"rope_type": "default"}},
+    {LOCAL: {"rope_type": "linear", "factor": 4.0}, GLOBAL: {"rope_theta": 1e3}},
+    {LOCAL: {**YARN, **BEFORE, "rope_theta": 500.0}, GLOBAL: {**LLAMA3, **BEFORE}},
+    {LOCAL: YARN, GLOBAL: None},
+]
+KEYS: dict[str, list[Any]] = {
+    "vocab_size": [ABSENT, None, 41],
+    "hidden_size": [ABSENT, None, 48, 36],
+    "intermediate_size": [ABSENT, None, 17],
+    "num_hidden_layers": [ABSENT, 0, 1, 7],
+    "num_attention_heads": [ABSENT, None, 32, 4, 2],
+    "num_key_value_heads": [ABSENT, None, 1, 8, 3],
+    "head_dim": [ABSENT, None, 10, 7, 2],
+    "hidden_act": [ABSENT, "gelu_pytorch_tanh", "gelu_new", "swish", "gelu", "relu", None],
+    "hidden_activation": [ABSENT, "silu", "gelu_fast", "gelu", None],
+    "max_position_embeddings": [ABSENT, 16, None],
+    "rms_norm_eps": [ABSENT, 0.05, None],
+    "tie_word_embeddings": [ABSENT, True, False, None],
+    "attention_bias": [ABSENT, True, False, None],
+    "mlp_bias": [ABSENT, True, False],
+    "rope_theta": [ABSENT, 100.0, 500, 3e7, None],
+    "rope_scaling": [ABSENT, *SCALINGS],
+    "rope_parameters": [ABSENT, *SCALINGS, *BY_TYPE],
+    "original_max_position_embeddings": [ABSENT, 32, None],
+    "rope_local_base_freq": [ABSENT, 50.0, 1e5, None],
+    "partial_rotary_factor": [ABSENT, 1.0, 0.5],
+    "sliding_window": [ABSENT, 5, 1, 4096, None, 0],
+    "use_sliding_window": [ABSENT, True, False, None],
+    "max_window_layers": [ABSENT, 1, 0, 99, None],
+    "layer_types": [ABSENT, None, "mixed", "global", "local", "long", "other"],
+    "sliding_window_pattern": [ABSENT, 2, 1, None],
+    "query_pre_attn_scalar": [ABSENT, 8, 24, 0, -4, None],
+    "attn_logit_softcapping": [ABSENT, 1.0, None],
+    "final_logit_softcapping": [ABSENT, 2.0, None],
+    "use_bidirectional_attention": [ABSENT, False, None, True],
+    "attention_dropout": [ABSENT, 0.5],
+    "model_type": [ABSENT, "gpt2"],
+}
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+}
+TOGETHER: list[dict[str, Any]] = [
+    *({"rope_scaling": {**each}, **BEFORE} for each in (LLAMA3, YARN)),
+    *({"rope_parameters": {**each}, **BEFORE} for each in (LLAMA3, YARN)),
+    *({"rope_scaling": {**each, **BEFORE}, "original_max_position_embeddings": 64}
+      for each in (LLAMA3, YARN)),
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0},
+     "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50.0}},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0},
+     "rope_parameters": {GLOBAL: {"rope_theta": 50.0}, LOCAL: {"rope_theta": 60.0}}},
+    {"rope_theta": 200.0, "rope_parameters": {"rope_theta": 90.0, "rope_type": "default"}},
+    {"rope_theta": None, "rope_parameters": {"rope_theta": 90.0, "rope_type": "default"}},
+    {"rope_theta": 200.0, "rope_local_base_freq": 30.0,
+     "rope_parameters": {GLOBAL: {"rope_type": "linear", "factor": 2.0}, LOCAL: {}}},
+    {"rope_local_base_freq": 30.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    {"use_sliding_window": True, "sliding_window": 5, "layer_types": "mixed"},
+    {"use_sliding_window": True, "sliding_window": None},
+    {"use_sliding_window": True, "num_hidden_layers": 31, "sliding_window": 3},
+    {"use_sliding_window": False, "layer_types": "mixed", "sliding_window": 5},
+    {"sliding_window": 5, "layer_types": "local"},
+    {"sliding_window": None, "layer_types": "global"},
+    {"sliding_window": 5, "sliding_window_pattern": 2},
+    {"num_key_value_heads": ABSENT, "num_attention_heads": 32},
+    {"head_dim": ABSENT, "num_attention_heads": 4},
+    {"hidden_size": 50, "num_attention_heads": 4, "head_dim": 6},
+]  # fmt: skip
+"""What only keys beside each other show."""
+
+
+def single() -> Iterator[dict[str, Any]]:
+    """One key changed at a time, and those that belong together."""
+    yield {}
+    for key, values in KEYS.items():
+        yield from ({key: value} for value in values if key not in SIZES or value is not ABSENT)
+    yield from (changes for changes in TOGETHER if "num_hidden_layers" not in changes)
+
+
+def sizes() -> Iterator[dict[str, Any]]:
+    """The sizes that published models have."""
+    yield from ({key: ABSENT} for key in SIZES)
+    yield from (changes for changes in TOGETHER if "num_hidden_layers" in changes)
+
+
+def several(count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Some keys changed at once."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        keys = [key for key in KEYS if key not in SIZES and draw.random() < 0.2]
+        changed = {key: draw.choice(KEYS[key]) for key in keys if key != "model_type"}
+        # Most of what is impossible or refused has been tried alone.
+        yield {key: value for key, value in changed.items() if value or draw.random() < 0.3}
+
+
+def config(architecture: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a point."""
+    names = {"architectures": [architecture], "model_type": FAMILIES[architecture]}
+    made = {**BASE, **names, "pad_token_id": None, **changes}
+    made = {key: value for key, value in made.items() if value is not ABSENT}
+    layers = made.get("num_hidden_layers", 26 if "Gemma" in architecture else 32)
+    types = made.get("layer_types")
+    if isinstance(types, str):
+        made["layer_types"] = {
+            "mixed": [LOCAL, GLOBAL, LOCAL, LOCAL, GLOBAL, GLOBAL, LOCAL] * 5,
+            "global": [GLOBAL] * layers,
+            "local": [LOCAL] * layers,
+            "long": [GLOBAL] * (layers + 1),
+            "other": ["chunked_attention"] * layers,
+        }[types][: max(layers, len(types) == 4 and layers + 1)]
+    return made

@@ -1,0 +1,142 @@
+"""A config.json means what transformers takes it to mean: logits of a grid of them, loaded by both.
+
+Where transformers has an answer, we have the same one to 1e-4, or refuse the key by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+import mukv
+import mukv.hub.settings
+from mukv.core.errors import BadInput
+from mukv.hub import FAMILIES
+from tests.parity import grid
+from tests.parity.models import torch, transformers
+
+IDS = np.random.default_rng(0).integers(0, 40, (1, 20))
+SAME, REFUSED, NEITHER, OURS = "same logits", "refused by name", "refused by both", "ours alone"
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def theirs(folder: Path):
+    """Their model with random weights, or None where they have none for this file."""
+    torch.manual_seed(0)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                noise = torch.randn(weight.shape, generator=generator)
+                scale = 0.2 if "norm" in name else weight.shape[-1] ** -0.5
+                weight.add_(noise * scale)
+            logits = model.eval()(torch.tensor(IDS)).logits.float().numpy()
+    except Exception:  # a dozen types, from validation to the forward pass
+        return None, None
+    return model, logits
+
+
+def ours(folder: Path, config: dict, known: dict):
+    """Our logits, or None where we refuse a key by its name.
+
+    known: those of models that came before: the weights follow from the shapes.
+    """
+    try:
+        model = mukv.load(folder)
+    except BadInput as error:
+        if not any(key in error.where for key in [*config, *grid.KEYS]):
+            raise
+        return None
+    decoder = replace(model.decoder, context=None)
+    if decoder not in known:
+        with jax.disable_jit():  # faster than a compilation for one use
+            known[decoder] = np.asarray(model.logits(IDS))
+    return known[decoder]
+
+
+def compare(architecture: str, changes: dict, folder: Path, known: dict) -> str:
+    config = grid.config(architecture, changes)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    model, expected = theirs(folder)
+    if model is None or not np.isfinite(expected).all():
+        # Without tensors to compare with, what we say of the file itself is all there is.
+        family = FAMILIES[architecture]
+        try:
+            family.read(mukv.hub.settings.Given(config, "config.json"))
+        except BadInput:
+            return NEITHER
+        return OURS
+    tensors = dict(model.named_parameters())  # tied ones once
+    save_file({name: weight.detach() for name, weight in tensors.items()}, folder / "a.safetensors")
+    found = ours(folder, config, known)
+    if found is None:
+        return REFUSED
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error < 1e-4, f"{error:.1e}"
+    return SAME
+
+
+def compare_all(architecture, points, tmp_path, record_property):
+    counts, wrong, known = Counter(), [], {}
+    for number, changes in enumerate(points):
+        try:
+            counts[compare(architecture, changes, tmp_path / str(number), known)] += 1
+        except Exception as error:
+            shown = {key: "absent" if v is grid.ABSENT else v for key, v in changes.items()}
+            wrong.append(f"{shown}: {type(error).__name__} {error}"[:500])
+    record_property("counted", (f"configurations of {architecture}", dict(counts)))
+    assert not wrong, f"{len(wrong)} wrong\n" + "\n".join(wrong[:20])
+    return counts
+
+
+@pytest.mark.parametrize("architecture", grid.FAMILIES)
+def test_each_key(architecture, tmp_path, record_property):
+    counts = compare_all(architecture, grid.single(), tmp_path, record_property)
+    assert counts[SAME] > 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", grid.FAMILIES)
+def test_sizes_that_are_left_out(architecture, tmp_path, record_property):
+    counts = compare_all(architecture, grid.sizes(), tmp_path, record_property)
+    assert counts[SAME] >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", grid.FAMILIES)
+def test_several_keys_at_once(architecture, tmp_path, record_property):
+    points = grid.several(150, seed=0)
+    counts = compare_all(architecture, points, tmp_path, record_property)
+    assert counts[SAME] > 40
+
+
+@pytest.mark.parametrize("architecture", grid.FAMILIES)
+def test_defaults_are_theirs(architecture):
+    config = transformers.AutoConfig.for_model(grid.FAMILIES[architecture])
+    rope = config.rope_parameters
+    for key, value in FAMILIES[architecture].defaults.items():
+        if key.startswith("rope_"):
+            kind = "sliding_attention" if "local" in key else "full_attention"
+            assert rope.get(kind, rope)["rope_theta"] == value, key
+        else:
+            there = type(config).__dataclass_fields__.get(key)
+            # A key that a family has not is read by others alone.
+            assert there is None or there.default == value, key
