@@ -65,6 +65,22 @@ def test_a_run_that_is_written(server, token_file, root):
     assert not list(root.rglob(".*"))
 
 
+@pytest.mark.slow
+def test_a_run_is_read_while_it_is_written(server, token_file, root):
+    """Checkpoints come and go at every step."""
+    often = ("train.steps=100000", "train.checkpoint_every=1", "train.keep_last=1")
+    given = ["train", "tiny", *SMALL, *often, f"data.path={token_file}", "--out", "run"]
+    writer = server.start(root, *given)
+    while not list((root / "run" / "checkpoints").glob("[0-9]*")):
+        time.sleep(0.001)
+    for _ in range(6):
+        command = ("generate", "run", "--token-ids", "1", "--max-tokens", 1)
+        status, _, words = server.run(root, *command)
+        assert status == 0, words
+    os.kill(writer, signal.SIGKILL)
+    assert server.ask(do="wait", process=writer) == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_trainings_that_begin_together(server, token_file, root, trained, count):
     given = ["train", "tiny", *SMALL, f"data.path={token_file}", "--out", "run"]
