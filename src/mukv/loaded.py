@@ -21,11 +21,8 @@ from mukv.cache.centres import FOLDER, load_centres
 from mukv.cache.clusters import Clusters
 from mukv.checkpoint import Checkpoints
 from mukv.config import Run
-<<<<<<< HEAD
 from mukv.core.arguments import require_types, strings, whole_numbers
 from mukv.core.compute import Compute
-=======
->>>>>>> storage
 from mukv.core.errors import BadInput, Failed, nearest_name
 from mukv.core.mesh import MeshShape, weight_shardings
 from mukv.core.typing import Array, Float
