@@ -85,7 +85,8 @@ def clear_leftovers(parent: Path) -> None:
         for entry in list(os.scandir(parent)):
             match = PARTIAL.fullmatch(entry.name)
             if match and entry.is_dir(follow_symlinks=False):
-                _clear(Path(entry.path), parent / match["name"])
+                with suppress(OSError):  # one that is held does not keep the others
+                    _clear(Path(entry.path), parent / match["name"])
 
 
 def writer_of(path: Path) -> str | None:
