@@ -25,8 +25,8 @@ ACTIVATIONS = {
 """Theirs -> ours; the first of equals is what we write."""
 LARGEST = 2**31 - 1
 """Whole numbers beyond it are no sizes that an array has."""
-LARGEST_NUMBER = 1e38
-"""Float32 ends soon after."""
+SMALLEST_NUMBER, LARGEST_NUMBER = 1e-30, 1e30
+"""Beyond them lie numbers whose products float32 does not hold."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,15 @@ class Given:
         return value
 
     def number(self, key: str, default: Any = ..., low: float = 0.0, null: bool = False) -> Any:
-        """A finite number greater than `low`, as a float."""
+        """A number greater than `low` that float32 holds, as a float."""
         value = self._value(key, default, "a number")
         if value is None and null:
             return None
         if type(value) is not int and type(value) is not float:
             raise self._wrong(key, value, _needed(value, "a number"))
-        if not low < value < LARGEST_NUMBER:
-            raise self._wrong(key, value, f"greater than {low:g} and finite")
+        if not max(low, SMALLEST_NUMBER) <= value <= LARGEST_NUMBER or value == low:
+            allowed = f"greater than {low:g}, from {SMALLEST_NUMBER:g} to {LARGEST_NUMBER:g}"
+            raise self._wrong(key, value, allowed)
         return float(value)
 
     def flag(self, key: str, default: Any = ...) -> bool:

@@ -1,0 +1,219 @@
+"""What is exported is the same model: to transformers and to us, or the export is refused.
+
+Models are drawn from our own configuration space: one that an architecture of theirs has, with up
+to three of its fields exchanged for what some model of ours may have.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mukv
+from mukv.attention import Grouped, SharedKV
+from mukv.config import Run
+from mukv.convert import export_model
+from mukv.core.errors import BadInput
+from mukv.core.norm import RMSNorm
+from mukv.core.params import map_params
+from mukv.data.tokenizer import NoTokenizer
+from mukv.loaded import Model
+from mukv.model import Decoder, Layer, Stage
+from mukv.model.block import Gated, PreNorm, SandwichNorm
+from mukv.position import NTK, ALiBi, Linear, Llama3, NoPE, RoPE, YaRN
+from mukv.scaling.parameterization import Scaling
+from mukv.training import Training
+from tests.laws.matrix import EXACT
+from tests.parity.models import logits, our_logits, torch, transformers
+
+VOCAB = 31
+IDS = np.random.default_rng(0).integers(0, VOCAB, (1, 20))
+BASE = {"embed": 8, "heads": 2, "head_dim": 4, "value_dim": 4, "hidden": 12, "layer": 1}
+SCALINGS = [
+    None,
+    Linear(factor=4.0),
+    Llama3(factor=4.0, original_length=8),
+    YaRN(factor=4.0, original_length=16, fast=4.0),
+    YaRN(factor=2.0, original_length=16, temperature="none"),
+    YaRN(factor=1.0, original_length=4),
+    YaRN(factor=8.0, original_length=9_000_000),
+    YaRN(factor=2.0, original_length=16, temperature="logits"),
+    YaRN(factor=2.0, original_length=16, rounded=False),
+    NTK(factor=2.0),
+]
+ROPES = [RoPE(base=base, scaling=each) for each in SCALINGS for base in (100.0, 1e4)]
+TURNED = [RoPE(base=50.0, pairing="interleaved"), ROPES[3], ROPES[0]]
+ALL = ("query", "key", "value", "output")
+LOCAL, FAST = Layer(window=5), Layer(window=5, position=RoPE(base=30.0))
+SLOWED = Layer(window=5, position=RoPE(base=30.0, scaling=Linear(factor=8.0)))
+YARNED = Layer(window=5, position=RoPE(base=30.0, scaling=SCALINGS[3]))
+TURNED_LOCAL = Layer(window=5, position=RoPE(base=30.0, pairing="interleaved"))
+PLANS = {
+    "plain": (Stage(repeats=3),),
+    "window": (Stage((LOCAL,), 2),),
+    "local-global": (Stage((LOCAL, Layer()), 2),),
+    "last local": (Stage(repeats=2), Stage((LOCAL,))),
+    "fast local": (Stage((FAST, FAST, Layer())),),
+    "slowed local": (Stage((SLOWED, Layer()), 2),),
+    "yarned local": (Stage((YARNED, Layer(), YARNED)),),
+    "all slowed": (Stage((SLOWED,), 2),),
+    "fast global": (Stage((LOCAL, Layer(position=RoPE(base=1e5)))),),
+    "turned local": (Stage((TURNED_LOCAL, Layer())),),
+    "two windows": (Stage((LOCAL, Layer(window=3), Layer())),),
+    "two ropes": (Stage((FAST, LOCAL, Layer())),),
+    "reuse": (Stage((Layer(), Layer(reads=-1))),),
+    "two MLPs": (Stage((Layer(), Layer(mlp=Gated(hidden=20)))),),
+    "hybrid": (Stage((LOCAL, Layer(position=NoPE()))),),
+    "two attentions": (
+        Stage((Layer(), Layer(attention=Grouped(heads=2, kv_heads=1, head_dim=8)))),
+    ),
+}
+"""Some have no words in any config.json."""
+OFFSET = RMSNorm(stored="offset")
+GEMMA = {"norm": OFFSET, "residual": SandwichNorm(), "embedding_scale": "root_width",
+         "readout": "tied", "mlp": Gated(hidden=24, activation="gelu")}  # fmt: skip
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "Llama": ({}, {}, ("plain",)),
+    "Mistral": ({}, {}, ("window", "plain")),
+    "Qwen2": ({"biases": ("query", "key", "value")}, {}, ("local-global", "last local", "plain")),
+    "Qwen3": ({"norm": RMSNorm()}, {}, ("local-global", "plain")),
+    "Gemma2": ({"softcap": 2.0}, {**GEMMA, "logit_softcap": 3.0}, ("local-global",)),
+    "Gemma3": ({"norm": OFFSET}, GEMMA, ("fast local", "slowed local", "yarned local", "plain")),
+}
+"""Of each architecture: attention, model, plans."""
+ATTENTION: Mapping[str, list[Any]] = {
+    "heads": [2, 3, 6],
+    "kv_heads": [1, 2],
+    "head_dim": [6, 10, 32],
+    "scale": [0.3, 8**-0.5, 24**-0.5, 1.0, 3.0],
+    "softcap": [None, 1.5],
+    "sinks": ["learned"],
+    "biases": [(), ALL, ALL[::-1], ALL[:3], ALL[2::-1], ("query",), ("output",)],
+    "norm": [None, RMSNorm(), OFFSET, RMSNorm(epsilon=1e-3)],
+    "position": [*ROPES, *TURNED, *ROPES, *TURNED, RoPE(p=0.5), RoPE(partial=0.5), ALiBi(), NoPE()],
+}
+MODEL: Mapping[str, list[Any]] = {
+    "d_model": [12, 20],
+    "mlp": [Gated(hidden=7), Gated(hidden=24, activation="gelu")],
+    "norm": [RMSNorm(epsilon=1e-2), OFFSET, RMSNorm()],
+    "residual": [PreNorm(), SandwichNorm()],
+    "embedding_scale": [None, "root_width"],
+    "readout": ["linear", "tied"],
+    "logit_softcap": [None, 1.5],
+    "context": [7, 4096],
+    "scaling": [Scaling(kind="mup", base=BASE), Scaling(kind="mup", base=BASE, depth=0.7)],
+    "plan": [*PLANS.values()],
+}
+
+
+def drawn(draw: random.Random) -> Decoder | None:
+    """A model; None for one that there is not."""
+    attention, model, plans = KINDS[draw.choice([*KINDS])]
+    attention = {"heads": 4, "kv_heads": 2, "head_dim": 8, "position": ROPES[1], **attention}
+    model = {"plan": PLANS[draw.choice(plans)], "mlp": Gated(hidden=24), **model}
+    if draw.random() < 0.5:
+        attention["position"] = draw.choice(ROPES[:12])
+    for _ in range(draw.randint(0, 3)):
+        fields, table = draw.choice([(attention, ATTENTION), (model, MODEL)])
+        key = draw.choice([*table])
+        fields[key] = draw.choice(table[key])
+    if attention["heads"] % attention["kv_heads"]:
+        attention["kv_heads"] = 1
+    try:
+        return Decoder(vocab_size=VOCAB, **{"d_model": 24, **model}, attention=Grouped(**attention))
+    except BadInput:
+        return None
+
+
+def weights(model: Decoder) -> Any:
+    """Random ones, none at what it begins as."""
+    noise = np.random.default_rng(1)
+
+    def draw(param: Any) -> Any:
+        scale = 0.2 if param.role == "vector" else max(param.fan_in_size, 1) ** -0.5
+        values = scale * noise.standard_normal(param.shape) + (param.init == "ones")
+        return jnp.asarray(values, "float32")
+
+    return map_params(draw, model.params())
+
+
+def exported(model: Decoder, out: Path) -> str:
+    """What becomes of a model: the architecture, or the field for which it is refused."""
+    training = Training(compute=EXACT, length=min(32, model.context or 32))
+    ours = Model(Run(model=model, train=training), weights(model), NoTokenizer())
+    try:
+        told = export_model(ours, out.parent / "nowhere", out)
+    except BadInput as error:
+        if out.exists() or not error.where.startswith("model."):
+            raise
+        return "refused"
+    expected = our_logits(ours, IDS)
+    theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        out, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(loading.values()), loading
+    assert type(theirs).__name__ == told["architecture"]
+    again = mukv.load(out)
+    again = replace(again, run=replace(again.run, train=training))
+    for words, found in (("theirs", logits(theirs.eval(), IDS)), ("ours", our_logits(again, IDS))):
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        assert error < 1e-5, f"{words}: {error:.1e}"
+    return told["architecture"]
+
+
+def check(count: int, seed: int, tmp_path: Path, record_property: Any) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    draw, counts, wrong, seen = random.Random(seed), Counter(), [], set()
+    while len(seen) < count:
+        model = drawn(draw)
+        if model is None or model in seen:
+            continue
+        seen.add(model)
+        try:
+            counts[exported(model, tmp_path / str(len(seen)))] += 1
+        except Exception as error:
+            wrong.append(f"{model}: {type(error).__name__} {error}")
+    record_property("counted", ("exports", dict(counts)))
+    assert not wrong, f"{len(wrong)} wrong of {counts}\n" + "\n".join(wrong[:8])
+    assert counts.keys() >= {f"{kind}ForCausalLM" for kind in KINDS}
+
+
+def test_every_export_is_the_model_or_refused(tmp_path, record_property):
+    check(60, 0, tmp_path, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 3))
+def test_more_exports(tmp_path, record_property, seed):
+    check(200, seed, tmp_path, record_property)
+
+
+def test_what_a_config_cannot_say_is_named(tmp_path):
+    """The field is that of our configuration."""
+    plain = Decoder(vocab_size=VOCAB, attention=Grouped(position=RoPE()))
+    shared = replace(plain, attention=SharedKV(position=RoPE()))
+    scaled = {
+        "attention.position.scaling": NTK(factor=2.0),
+        "attention.position.scaling.rounded": SCALINGS[-2],
+        "attention.position.scaling.temperature": SCALINGS[-3],
+    }
+    models = {
+        name: replace(plain, attention=Grouped(position=RoPE(scaling=each)))
+        for name, each in scaled.items()
+    }
+    models |= {"attention.kind": shared, "plan: reads": replace(plain, plan=PLANS["reuse"])}
+    for name, model in models.items():
+        ours = Model(Run(model=model), weights(model), NoTokenizer())
+        with pytest.raises(BadInput) as error:
+            export_model(ours, tmp_path / "nowhere", tmp_path / "out")
+        assert error.value.where == f"model.{name}"
