@@ -44,8 +44,8 @@ def check_all(
 
 def answer(call: Callable[[], Any]) -> str:
     """ "accepted" or "refused". Raises AssertionError for a call that does neither cleanly: it
-    raises something other than BadInput or Failed, takes over 10 s of work or 2 GB, or its message has
-    no text or over 1,000 characters."""
+    raises something other than BadInput or Failed, takes over 10 s of work or 2 GB, or its message
+    has no text or over 1,000 characters."""
     try:
         with limits():
             call()
