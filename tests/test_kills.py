@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mukv.data.build import build_tokens
+from mukv.data.tokens import open_tokens
 from tests.conftest import MINUSCULE
 from tests.kills import Server, pattern
 from tests.processes import contents
@@ -62,12 +63,14 @@ def check(
     arguments: list[object],
     skip: str = "nothing",
     chain: int = 4,
+    survives: Prepare | None = None,
 ) -> Counter[str]:
     """Kill a command before each kind of operation and repeat it; returns counts.
 
     skip: kinds with this in their name are left out. chain: kills, one after another on the same
     folder, before a repetition ends. That must end as the undisturbed command, in the same files
     with the same content; a kill that was never reached is tried again on a new folder.
+    survives: what must hold after every kill.
     """
     undisturbed = folder / "undisturbed" / "root"
     undisturbed.mkdir(parents=True)
@@ -91,6 +94,8 @@ def check(
             status, _, said = server.run(root, *arguments, kill=(waiting[0], 1))
             if status == -9 or not killed:
                 killed.append(waiting.pop(0))
+                if survives is not None:
+                    survives(root)
                 counts["killed" if status == -9 else "not reached"] += 1
         if status == -9:
             status, _, said = server.run(root, *arguments)
@@ -143,14 +148,18 @@ def test_data(server, tmp_path, count):
 
 
 def test_data_in_place_of_others(server, tmp_path, count):
-    """At every moment the old or the new ones are there."""
+    """After every kill the old or the new ones are there."""
+
+    def whole(root: Path) -> None:
+        open_tokens(root / "tokens").verify()
 
     def old(root: Path) -> None:
         texts(root)
         build_tokens([str(root / "texts")], root / "tokens")
 
     given = ["data", "texts", "--tokenizer", "bpe:300", "--out", "tokens", "--overwrite"]
-    count("data --overwrite", check(server, tmp_path, old, given, chain=1))
+    counts = check(server, tmp_path, old, given, chain=1, survives=whole)
+    count("data --overwrite", counts)
 
 
 def test_import(server, exported, tmp_path, count):

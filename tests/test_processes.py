@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mukv.core.locks import one_writer
 from mukv.core.params import named
 from mukv.core.weights import load_weights
 from tests.conftest import MINUSCULE
@@ -127,6 +129,16 @@ def test_who_is_left_says_so_and_ends(token_file, tmp_path, killed):
     assert len(last) == 1
     assert f"process {killed} of 2 is gone; the last checkpoint is " in last[0]
     assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_run_that_is_written_is_refused_by_all(token_file, tmp_path):
+    """Process 0 finds the lock taken, and the other hears of it."""
+    with one_writer(tmp_path / "run"):
+        for status, _, error in map(finish, launched(token_file, tmp_path / "run", "mesh.data=2")):
+            assert status == 2
+            assert f"process {os.getpid()}" in error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def test_sweep(tables):
         }
         for rate, kind, loss in ((0.03, "a", 1.5), (0.00965, 1, None), (1e-3, True, 2.25))
     ]
-    results = {"rows": rows, "complete": 2, "trials": 3, "study": "s"}
+    results = {"rows": rows, "complete": 2, "trials": 3, "study": "s", "edges": []}
     scaling.show_sweep(results, ["rate", "kind"], Console())
     assert uneven(tables[0]) == []
     assert list(tables[0].columns[0].cells) == ["0.03000", "0.00965", "0.00100"]

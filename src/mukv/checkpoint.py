@@ -291,7 +291,9 @@ def _ours(path: Path) -> bool:
 
 def _foreign(path: Path) -> bool:
     """Not even what is left of a checkpoint that was being deleted when the process was killed."""
-    names = {entry.name for entry in path.iterdir()}
+    names: set[str] = set()
+    with contextlib.suppress(FileNotFoundError):  # deleted by a training that goes on
+        names = {entry.name for entry in path.iterdir()}
     return bool(names) and not names & {STATE, MANIFEST, "_CHECKPOINT_METADATA"}
 
 

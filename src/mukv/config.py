@@ -102,7 +102,7 @@ def with_vocabulary(mapping: dict[str, Any]) -> dict[str, Any]:
         return mapping
     # What is wrong in `data` is told where it is opened, or by the strict build of everything.
     needed = None
-    with suppress(BadInput):
+    with suppress(BadInput, OSError, ValueError):
         part = schema.build(Data, data)
         if part.task is not None:
             needed = part.task.vocab_size

@@ -23,7 +23,7 @@ from mukv.checkpoint import Checkpoints
 from mukv.config import Run
 from mukv.core.arguments import require_types, strings, whole_numbers
 from mukv.core.compute import Compute
-from mukv.core.errors import BadInput, nearest_name
+from mukv.core.errors import BadInput, Failed, nearest_name
 from mukv.core.mesh import MeshShape, weight_shardings
 from mukv.core.typing import Array, Float
 from mukv.core.weights import load_weights, require_finite, require_weights, step_of
@@ -315,8 +315,19 @@ def _latest_weights(run: Run, folder: RunDirectory) -> Any:
             if latest is not None and (exported is None or latest > exported_step):
                 single = replace(run.mesh, data=1, tensor=1).build()
                 trainer = Trainer(run.model, replace(run.train, accumulate=1), single)
-                return checkpoints.restore(latest, trainer.abstract_state()).weights
+                return _restored(checkpoints, latest, trainer.abstract_state()).weights
     if exported is None:
         raise BadInput("MODEL", str(folder.path), "a run with weights; this one has none yet")
     require_weights(run.model.params(), exported, folder.weights)
     return jax.tree.map(jnp.asarray, exported)
+
+
+def _restored(checkpoints: Checkpoints, latest: int, like: Any) -> Any:
+    """The latest state; a newer one, where training deletes this one while it is read."""
+    try:
+        return checkpoints.restore(latest, like)
+    except (BadInput, Failed):
+        newer = checkpoints.latest()
+        if newer is None or newer <= latest:
+            raise
+    return _restored(checkpoints, newer, like)

@@ -39,7 +39,7 @@ def test_metrics(tmp_path, record_property):
 
     def resume(lines: list[str]) -> None:
         path.write_bytes("\n".join([*lines, good, '{"step": 3, "lo']).encode(errors="replace"))
-        known = known_so_far(path, 5)
+        known, _ = known_so_far(path, 5)
         assert known["loss"] == 3.5
         assert all(isinstance(value, int | float) for value in known.values())
         MetricsFile(path, 5).close()

@@ -130,7 +130,7 @@ HOSTILE = {
     "{{ messages.__class__.__mro__ }}": "SecurityError",
     "{{ 'x' | nosuchfilter }}": "nosuchfilter",
     "{{ '%1000000000d' % 1 }}": "",
-    "{{ ''.join(['ab' * 10000] * 10000) }}": "characters",
+    "{{ ''.join(['ab' * 10000] * 10000) }}": "",
     "{{ ('a' * 3000000) }}": "characters",
     "{{ 'x' | indent(10**10) }}": "",
     "{{ [1] * 10**10 }}": "memory",

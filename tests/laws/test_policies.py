@@ -154,7 +154,8 @@ class One:
         policy = Policy.parse(name, budget)
         length = self.x.shape[1]
         slots = slots or (policy.keep.budget.of(length) if policy.keep.evicts else length)
-        slots = -(-slots // 32) * 32 if "int4" in name or "pages" in name else slots
+        runs = any(part in name for part in ("int4", "int8", "pages"))
+        slots = -(-slots // 32) * 32 if runs else slots
         select, given = policy.select.sized(slots), {}
         if centres is not None:
             select, given = dataclasses.replace(select, calibrated="keys"), {"key": centres}
@@ -432,9 +433,13 @@ def test_stores(one, name, bits):
         assert np.abs(found - exact).max() < 1.2 * step
     parts = body.shelf.stored["value"]
     assert parts["number"].nbytes == 2 * 2 * 64 * 8 * bits // 8
-    # A float16 factor for each token and head, or two of them.
+    # A step in bfloat16 for each token and head, in 4 bits a float32 beside it.
     factors = sum(array.nbytes for part, array in parts.items() if part != "number")
-    assert factors == 2 * 2 * 64 * (2 if bits == 8 else 4)
+    assert factors == 2 * 2 * 64 * (2 if bits == 8 else 6)
+    # Of keys both for each channel of 32 tokens.
+    parts = body.shelf.stored["key"]
+    factors = sum(array.nbytes for part, array in parts.items() if part != "number")
+    assert factors == 2 * 2 * (64 // 32) * 8 * 6
 
 
 @pytest.mark.parametrize("name", ["tova", "snapkv+int8", "knorm+pages", "snapkv+adaptive"])

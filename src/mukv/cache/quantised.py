@@ -1,8 +1,10 @@
 """Entries in 8 or 4 bits a number. What the newest tokens left is exact: it is in the tail.
 
-Factors are float16. int8: symmetric, one factor for each token and head. int4: two to a byte,
-between the least and the largest of a group, as in KIVI (Liu et al. 2024): keys by channel over
-runs of tokens, because some channels are large throughout; anything else by token.
+Keys lie between the least and the largest of a channel in a run of 32 tokens, as in KIVI (Liu et
+al. 2024), since some channels are large throughout (the biases of Qwen 2 are) and must not set the
+step of the others. Anything else is grouped by token, over 32 channels: in 4 bits between least and
+largest, in 8 bits symmetric. Least values are float32, so that a channel far from zero keeps its
+differences; steps are bfloat16, which has float32's range, rounded up, so that they reach.
 """
 
 from __future__ import annotations
@@ -17,18 +19,29 @@ from mukv.cache.store import Parts, Store, Tensor
 from mukv.core.typing import Array, Bool, Float, UInt4, UInt8
 
 GROUP = 32
+ROUNDED_UP = 1 + 2**-7
+"""Times a step: its bfloat16 is then at least the step."""
 
 
 @dataclass(frozen=True)
 class Int8(Store):
+    multiple: ClassVar[int] = GROUP
+
     def encode(self, name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
-        largest = jnp.max(jnp.abs(tensor), axis=-1, keepdims=True)
-        scale = (largest / 127).astype(jnp.float16)
-        number = jnp.round(tensor / _divisor(scale))
-        return {"number": jnp.clip(number, -127, 127).astype(jnp.int8), "scale": scale}
+        if _is_key(name):
+            number, factors = _between(name, tensor, there, 255)
+            return {"number": number, **factors}
+        grouped = _channels(tensor.astype(jnp.float32))
+        step = _step(jnp.max(jnp.abs(grouped), axis=4, keepdims=True) / 127)
+        number = jnp.clip(jnp.round(grouped / _divisor(step)), -127, 127).astype(jnp.int8)
+        return {"number": _flat(number, tensor.shape), "step": jnp.squeeze(step, 4)}
 
     def decode(self, name: str, parts: Parts, width: int) -> Tensor:
-        return parts["number"].astype(jnp.float32) * parts["scale"].astype(jnp.float32)
+        number = parts["number"].astype(jnp.float32)
+        found = number * _spread(name, parts["step"], number.shape[2], width)
+        if _is_key(name):
+            found += _spread(name, parts["low"], number.shape[2], width)
+        return found
 
 
 @dataclass(frozen=True)
@@ -36,30 +49,52 @@ class Int4(Store):
     multiple: ClassVar[int] = GROUP
 
     def encode(self, name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
-        runs = _runs if _is_key(name) else _channels
-        grouped = runs(tensor).astype(jnp.float32)
-        counted = runs(jnp.broadcast_to(there[..., None], tensor.shape))
-        axis = 3 if _is_key(name) else 4
-        low = jnp.min(jnp.where(counted, grouped, jnp.inf), axis=axis, keepdims=True)
-        high = jnp.max(jnp.where(counted, grouped, -jnp.inf), axis=axis, keepdims=True)
-        low = jnp.where(jnp.isfinite(low), low, 0.0).astype(jnp.float16)
-        step = jnp.where(jnp.isfinite(high), (high - low) / 15, 0.0).astype(jnp.float16)
-        number = jnp.clip(jnp.round((grouped - low) / _divisor(step)), 0, 15).astype(jnp.uint8)
-        flat = number.reshape(*tensor.shape[:3], -1)[..., : tensor.shape[-1]]
-        factors = {"low": jnp.squeeze(low, axis), "step": jnp.squeeze(step, axis)}
-        return {"number": _packed(flat), **factors}
+        number, factors = _between(name, tensor, there, 15)
+        return {"number": _packed(number), **factors}
 
     def decode(self, name: str, parts: Parts, width: int) -> Tensor:
         number = _unpacked(parts["number"])[..., :width].astype(jnp.float32)
-        slots = number.shape[2]
+        step, low = (_spread(name, parts[key], number.shape[2], width) for key in ("step", "low"))
+        return number * step + low
 
-        def spread(factor: Array) -> Array:
-            factor = factor.astype(jnp.float32)
-            if _is_key(name):
-                return jnp.repeat(factor, slots // factor.shape[2], axis=2)
-            return jnp.repeat(factor, _group(width), axis=3)[..., :width]
 
-        return number * spread(parts["step"]) + spread(parts["low"])
+def _between(
+    name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"], levels: int
+) -> tuple[UInt8[Array, "batch heads slot width"], Parts]:
+    """Numbers from 0 to `levels` between the least and the largest of each group, and the group's
+    `low` and `step`; slots that are not there do not count."""
+    runs, axis = (_runs, 3) if _is_key(name) else (_channels, 4)
+    grouped = runs(tensor.astype(jnp.float32))
+    counted = runs(jnp.broadcast_to(there[..., None], tensor.shape))
+    low = jnp.min(jnp.where(counted, grouped, jnp.inf), axis=axis, keepdims=True)
+    high = jnp.max(jnp.where(counted, grouped, -jnp.inf), axis=axis, keepdims=True)
+    low, high = (jnp.where(jnp.isfinite(end), end, 0.0) for end in (low, high))
+    # Divided first: the difference of two float32 may be infinite.
+    step = _step(high / levels - low / levels)
+    parts = grouped / _divisor(step) - low / _divisor(step)
+    number = jnp.clip(jnp.round(parts), 0, levels).astype(jnp.uint8)
+    factors = {"low": jnp.squeeze(low, axis), "step": jnp.squeeze(step, axis)}
+    return _flat(number, tensor.shape), factors
+
+
+def _step(exact: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """In bfloat16, and no smaller."""
+    return (exact * ROUNDED_UP).astype(jnp.bfloat16)
+
+
+def _flat(number: Array, shape: tuple[int, ...]) -> Array:
+    """Groups as slots and channels again, without what filled up the last group."""
+    return number.reshape(*shape[:3], -1)[..., : shape[-1]]
+
+
+def _spread(
+    name: str, factor: Float[Array, "batch heads row some"], slots: int, width: int
+) -> Float[Array, "batch heads slot #width"]:
+    """A factor for each number, float32."""
+    factor = factor.astype(jnp.float32)
+    if _is_key(name):
+        return jnp.repeat(factor, slots // factor.shape[2], axis=2)
+    return jnp.repeat(factor, _group(width), axis=3)[..., :width]
 
 
 def _is_key(name: str) -> bool:

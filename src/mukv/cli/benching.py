@@ -175,22 +175,20 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
     if as_json:
         output.print_json({"rows": rows, **({} if out is None else {"out": str(out)})})
         return
-    numbers = ("length\ntokens", "exact\nmatch", "95 %\ninterval", "free\nrunning")
-    more = ("calibration\nerror", "chance", "oracle", "cache\nbytes/token")
+    columns = {
+        "length\ntokens": [f"{row['length']:,}" for row in rows],
+        "exact\nmatch": [f"{row['exact_match']:.3f}" for row in rows],
+        "95 %\ninterval": ["{:.3f}-{:.3f}".format(*row["interval"]) for row in rows],
+        "free\nrunning": even([row.get("free_running") for row in rows], 3),
+        "calibr.\nerror": even([row.get("calibration_error") for row in rows], 3),
+        "chance": even([float(row["chance"]) for row in rows], 3),
+        "oracle": [f"{row['oracle']:.3f}" for row in rows],
+        "cache\nbytes/token": [f"{row['cache_bytes_per_token']:,.0f}" for row in rows],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
     caption = "shares of answers; free running: of those that were decoded token by token"
-    shown = table(("task",), (*numbers, *more), caption=caption)
-    columns = zip(
-        [f"{row['length']:,}" for row in rows],
-        [f"{row['exact_match']:.3f}" for row in rows],
-        ["{:.3f} - {:.3f}".format(*row["interval"]) for row in rows],
-        even([row.get("free_running") for row in rows], 3),
-        even([row.get("calibration_error") for row in rows], 3),
-        even([float(row["chance"]) for row in rows], 3),
-        [f"{row['oracle']:.3f}" for row in rows],
-        [f"{row['cache_bytes_per_token']:,.0f}" for row in rows],
-        strict=True,
-    )
-    for row, cells in zip(rows, columns, strict=True):
+    shown = table(("task",), tuple(columns), caption=caption)
+    for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
         shown.add_row(row["task"], *cells)
     Console().print(shown)
     if out is not None:

@@ -58,7 +58,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         if overwrite and path.is_dir():
             _replace_folder(made, path)
         elif not _same(made, path):
-            os.rename(made, path)  # onto nothing, or onto an empty folder
+            os.rename(made, os.path.abspath(path))  # onto nothing, or onto an empty folder
 
 
 @contextmanager
@@ -85,7 +85,8 @@ def clear_leftovers(parent: Path) -> None:
         for entry in list(os.scandir(parent)):
             match = PARTIAL.fullmatch(entry.name)
             if match and entry.is_dir(follow_symlinks=False):
-                _clear(Path(entry.path), parent / match["name"])
+                with suppress(OSError):  # one that is held does not keep the others
+                    _clear(Path(entry.path), parent / match["name"])
 
 
 def writer_of(path: Path) -> str | None:
@@ -160,13 +161,19 @@ def _delete(path: Path) -> None:
 
 
 def _same(one: Path, two: Path) -> bool:
-    """Whether two folders have files of the same names and content."""
+    """Whether two folders have files of the same names and content, locks aside."""
     names, others = (
-        sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        sorted(
+            path.relative_to(folder)
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != LOCK
+        )
         for folder in (one, two)
     )
-    return names == others and all(
-        filecmp.cmp(one / name, two / name, shallow=False) for name in names
+    return (
+        two.is_dir()
+        and names == others
+        and all(filecmp.cmp(one / name, two / name, shallow=False) for name in names)
     )
 
 

@@ -42,7 +42,7 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 LARGEST = 1 << 20
 """Bytes of a YAML text. The complete configuration of 1,000 layers that all differ has fewer."""
-MOST_VALUES = 50_000
+MOST_VALUES = 20_000
 """Values that a YAML text may stand for once its aliases are expanded."""
 
 

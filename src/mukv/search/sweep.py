@@ -65,7 +65,8 @@ class Member(NamedTuple):
 class Sweep:
     """source, overrides: as of `mukv train`. together: points that a worker takes at a
     time; None for the settings' own number. memory: bytes that a program may take; None for
-    `free_memory`."""
+    `free_memory`. held, locks: on the run directories of the trials in hand, together and by
+    trial."""
 
     source: str
     overrides: Sequence[str]
@@ -75,6 +76,8 @@ class Sweep:
     storage: str | None = None
     together: int | None = None
     memory: int | None = None
+    held: ExitStack = field(default_factory=ExitStack)
+    locks: dict[int, ExitStack] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises BadInput where a point of the space makes no run, before any is trained."""
@@ -116,8 +119,8 @@ class Sweep:
                 self.study.heal()
                 taken = self.study.take(self.together or self.settings.at_once)
                 if taken:
-                    with ExitStack() as held:
-                        self._train([each for each in taken if self._held(each[0], held)])
+                    with ExitStack() as self.held:
+                        self._train([each for each in taken if self._hold(each[0])])
                 elif self.study.finished():
                     break
                 else:
@@ -125,17 +128,25 @@ class Sweep:
         write_atomic(self.folder / "results.json", to_json(self.results(), indent=2) + "\n")
         self.draw()
 
-    def _held(self, trial: Trial, held: ExitStack) -> bool:
+    def _hold(self, trial: Trial) -> bool:
         """Whether its run directories are ours to write now. They are not where a process that was
         taken for dead lives on: its point is given back, and queued again once it shows no life."""
+        lock = self.held.enter_context(ExitStack())
         try:
             for seed in self.seeds:
-                held.enter_context(one_writer(self._folder(trial, seed).path))
+                lock.enter_context(one_writer(self._folder(trial, seed).path))
         except Held:
+            lock.close()
             time.sleep(POLL_SECONDS)
             self.study.give_back(trial)
             return False
+        self.locks[trial.number] = lock
         return True
+
+    def _end(self, trial: Trial, value: float | None, why: str | None = None) -> None:
+        """How a trial ended; its lock goes before, since nobody comes back to it after."""
+        self.locks.pop(trial.number).close()
+        self.study.tell(trial, value, why)
 
     def _train(self, taken: Sequence[tuple[Trial, dict[str, Any]]]) -> None:
         ready: list[Member] = []
@@ -148,7 +159,7 @@ class Sweep:
                     ready.append(Member(pending, seed, replace(run, data=data)))
             except BadInput as error:
                 ready = [member for member in ready if member.pending is not pending]
-                self.study.tell(trial, None, str(error))
+                self._end(trial, None, str(error))
         points = [Point(run.model, run.train) for _, _, run in ready]
         groups = grouped(points)
         say(
@@ -169,10 +180,10 @@ class Sweep:
     def _tell(self, pending: Pending) -> None:
         """The value of a trial: the mean over its seeds."""
         if pending.why is not None:
-            self.study.tell(pending.trial, None, pending.why)
+            self._end(pending.trial, None, pending.why)
             return
         self.study.note(pending.trial, LOSSES, {str(s): v for s, v in pending.losses.items()})
-        self.study.tell(pending.trial, statistics.mean(pending.losses.values()))
+        self._end(pending.trial, statistics.mean(pending.losses.values()))
 
     def _train_group(self, group: Together, members: Sequence[Member]) -> None:
         folders = [self._folder(pending.trial, seed) for pending, seed, _ in members]

@@ -1,0 +1,96 @@
+"""Numbers of any size survive in 8 and 4 bits, each channel of keys by itself."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mukv.cache.quantised import GROUP, Int4, Int8
+
+STORES = {"int8": (Int8(), 255), "int4": (Int4(), 15)}
+SHAPE = (2, 2, 2 * GROUP, 40)
+
+
+def drawn(kind: str) -> np.ndarray:
+    random = np.random.default_rng(0)
+    x = random.standard_normal(SHAPE).astype(np.float32)
+    scales = 10.0 ** random.integers(-30, 31, SHAPE[-1])
+    if kind == "scales":
+        x *= scales.astype(np.float32)
+    elif kind == "outlier":
+        x[..., 7] += 300
+    elif kind == "outliers":
+        x[..., ::5] += 1e5
+    elif kind == "tiny":
+        x *= 1e-6
+    elif kind == "large":
+        x *= 1e5
+    elif kind == "huge":
+        x = np.sign(x) * np.float32(1e37)
+    elif kind == "zeros":
+        x[:] = 0
+    elif kind == "constant":
+        x[:] = -7.25
+    return x
+
+
+def stored(name: str, store, x: np.ndarray, there: np.ndarray) -> np.ndarray:
+    parts = store.encode(name, jnp.asarray(x), jnp.asarray(there))
+    for part in parts.values():
+        assert not np.isnan(np.asarray(part, np.float32)).any()
+    return np.asarray(store.decode(name, parts, x.shape[-1]), np.float64)
+
+
+KINDS = (
+    *("normal", "scales", "outlier", "outliers", "tiny", "large", "huge", "zeros", "constant"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", STORES)
+def test_keys_by_channel(bits, kind):
+    """No number is further off than half a step of its own channel in its own run of tokens."""
+    store, levels = STORES[bits]
+    x, there = drawn(kind), np.ones(SHAPE[:3], bool)
+    there[1, :, GROUP + 5 :] = False
+    found = stored("key", store, x, there)
+    for run in (slice(0, GROUP), slice(GROUP, 2 * GROUP)):
+        seen = np.where(there[:, :, run, None], x[:, :, run].astype(np.float64), np.nan)
+        with np.errstate(all="ignore"):
+            span = np.nanmax(seen, 2, keepdims=True) - np.nanmin(seen, 2, keepdims=True)
+            error = np.abs(found[:, :, run] - seen)
+        # A half step, what rounding the step up adds, and float32's own rounding of the sum.
+        limit = span / levels * 0.52 + 2e-6 * np.nanmax(np.abs(seen), 2, keepdims=True) + 1e-37
+        assert (error <= limit)[~np.isnan(error)].all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", STORES)
+def test_values_by_token(bits, kind):
+    store, levels = STORES[bits]
+    x = drawn(kind)
+    found = stored("value", store, x, np.ones(SHAPE[:3], bool))
+    for group in (slice(0, GROUP), slice(GROUP, None)):
+        seen = x[..., group].astype(np.float64)
+        largest = np.abs(seen).max(-1, keepdims=True)
+        step = 2 * largest / (levels - 1)
+        limit = 0.52 * step + 2e-6 * largest + 1e-37
+        assert (np.abs(found[..., group] - seen) <= limit).all()
+
+
+@pytest.mark.parametrize("bits", STORES)
+def test_bfloat16_entries(bits):
+    store, levels = STORES[bits]
+    x = np.asarray(jnp.asarray(drawn("outlier"), jnp.bfloat16))
+    found = stored("key", store, x, np.ones(SHAPE[:3], bool))
+    assert np.abs(found - x.astype(np.float64))[..., :7].max() < 8 / levels
+
+
+def test_a_bias_of_one_channel_changes_no_other():
+    """Channel 7 far from zero: the others are stored as without it."""
+    for store, _ in STORES.values():
+        there = np.ones(SHAPE[:3], bool)
+        plain, biased = (stored("key", store, drawn(k), there) for k in ("normal", "outlier"))
+        others = np.arange(SHAPE[-1]) != 7
+        np.testing.assert_array_equal(plain[..., others], biased[..., others])
