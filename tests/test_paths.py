@@ -29,7 +29,8 @@ def right(done) -> str:
 
 def refused(done, *parts: str) -> None:
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
+    lines = done.stderr.splitlines()  # notes may stand before it
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert [part for part in parts if part not in done.stderr] == []
 

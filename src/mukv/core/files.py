@@ -23,6 +23,8 @@ from mukv.core.errors import BadInput, telling_disk_errors
 from mukv.core.locks import LOCK, NoLocks, acquire, holder, release
 
 PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+(-\d+)?\.partial", re.DOTALL)
+MOST_TRIES = 99
+"""Names that are tried for a temporary folder."""
 OLD = ".old"
 """In a temporary folder, where two folders can't be exchanged at once: what is being replaced."""
 AT_WORKING_FOLDER, EXCHANGE = -100, 2
@@ -110,6 +112,7 @@ def is_leftover(path: Path) -> bool:
 def _private(path: Path) -> tuple[Path, int | None]:
     """A new folder beside a path, and the lock on it."""
     for number in count():
+        last = number > MOST_TRIES
         again = f"-{number}" if number else ""
         folder = path.with_name(f".{path.name}.{os.getpid()}{again}.partial")
         try:
@@ -117,8 +120,8 @@ def _private(path: Path) -> tuple[Path, int | None]:
             return folder, acquire(folder)
         except (FileExistsError, FileNotFoundError, BlockingIOError):
             # Of another thread; or who clears leftovers was quicker than this lock.
-            if not path.parent.is_dir():
-                raise
+            if last or not path.parent.is_dir():
+                raise  # also where nothing can be made, as in /proc
         except NoLocks:
             return folder, None
     raise AssertionError
