@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from mukv.core import checksum
 from mukv.core.errors import BadInput
-from mukv.core.files import file_inside, replacing
+from mukv.core.files import file_inside, replacing, require_regular_file
 from mukv.core.json_text import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -112,7 +112,8 @@ def _files(folder: Path) -> dict[Path, set[str]]:
     if len(files) != 1:
         given = f"{len(files)} .safetensors files"
         raise BadInput(str(folder), given, f"one such file, or several with {INDEX}")
-    return {file_inside(folder, files[0].name): set()}
+    # The only weights file may be a link of the user to where the numbers lie.
+    return {require_regular_file(files[0]): set()}
 
 
 @dataclass(frozen=True)
