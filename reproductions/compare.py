@@ -32,12 +32,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mukv import config
-from mukv.bench.picture import MARKERS
 from mukv.core.files import write_atomic
 from mukv.core.params import count
 from mukv.demo import equal_size
 from mukv.describe import describe
-from mukv.figures import saved_figure
+from mukv.figures import MARKERS, saved_figure
 from mukv.metrics import read_metrics
 
 COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")

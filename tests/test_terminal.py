@@ -73,8 +73,21 @@ def test_consoles_are_made_in_one_place():
 def test_a_run_of_any_name_is_trained_and_named(mukv, token_file, tmp_path):
     from tests.conftest import MINUSCULE
 
-    out = tmp_path / "[/b][red]:x:_$\\frac{x$"
+    out = tmp_path / ":x:_$frac{x$ {0}%s"
     given = (*MINUSCULE, "train.steps=1", f"data.path={token_file}")
     done = mukv("train", "tiny", *given, "--out", out)
     assert done.returncode == 0, done.stderr
     assert f"run: {out}" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["[red]x", "[x", "a\\b"])
+def test_a_run_whose_checkpoints_could_not_be_read_again_is_refused(
+    mukv, token_file, tmp_path, name
+):
+    from tests.conftest import MINUSCULE
+
+    done = mukv("train", "tiny", *MINUSCULE, f"data.path={token_file}", "--out", tmp_path / name)
+    assert done.returncode == 2
+    assert repr(str(tmp_path / name))[:-1] in done.stderr
+    assert "checkpoints can't be kept there" in done.stderr
+    assert not (tmp_path / name).exists()

@@ -38,7 +38,7 @@ def test_train_and_resume(mukv, tmp_path):
     ("given", "said"),
     [
         (("train.length=8", TASK), "at least the 15 tokens of data.task"),
-        (("data.task={kind: mqar, values: 900}",), "of data.task"),
+        (("data.task={kind: mqar, values: 900}", "model.vocab_size=100"), "of data.task"),
         (("data.task={kind: needles}",), "needle"),
         (("data.task={kind: needle, fact: 2}",), "facts"),
         (("data.path=x", TASK), "one of the two"),

@@ -25,12 +25,11 @@ import yaml
 from matplotlib.ticker import EngFormatter
 
 from mukv import config, runs
-from mukv.bench.picture import MARKERS
 from mukv.core.compute import Compute
 from mukv.core.files import write_atomic
 from mukv.core.params import initialise
 from mukv.decode import decoding_weights
-from mukv.figures import saved_figure
+from mukv.figures import MARKERS, saved_figure
 from mukv.model import Concept, LanguageModel
 
 HERE = Path(__file__).parent

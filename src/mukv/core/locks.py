@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -91,10 +92,8 @@ def _hold(folder: Path) -> int | None:
             allowed = "wait until it has ended, or choose another folder"
             raise Held(str(folder), given, allowed) from None
         except NoLocks:
-            from rich.console import Console
-
             words = f"note: {folder}: no locks on this file system: let one process write here"
-            Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(words)
+            print(words, file=sys.stderr)
             return None
         except FileNotFoundError:  # removed by the one that had made it
             if attempt == ATTEMPTS - 1:
