@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.core import fits
+from mukv.core import statistics
 from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
 from mukv.core.tap import capture
@@ -120,7 +120,7 @@ def changes(trainer: Trainer, batch: Any, seed: int) -> dict[str, float]:
 def fit(name: str, seen: Mapping[int, Sequence[Mapping[str, float]]]) -> Slope:
     """Least squares over all widths and seeds."""
     points = [(np.log2(width), np.log2(row[name])) for width, rows in seen.items() for row in rows]
-    slope, error = fits.line(points)
+    slope, error = statistics.line(points)
     return Slope(
         name,
         slope,

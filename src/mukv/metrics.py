@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from mukv.core.errors import BadInput, unknown_name
 from mukv.core.files import write_atomic
 from mukv.core.json_text import to_json
-from mukv.core.numbers import INT32
+from mukv.core.counts import INT32
 
 LONGEST_LINE, MOST_STEPS = 1 << 20, INT32
 """Characters of a line, and steps, of a metrics file that are believed."""

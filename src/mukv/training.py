@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
-from mukv.core.numbers import INT32, require_counts
+from mukv.core.counts import INT32, require_counts
 from mukv.scaling.budget import AnyBudget
 from mukv.scaling.optimizers import AdamW, AnyOptimizer
 from mukv.scaling.schedules import AnySchedule, Cosine

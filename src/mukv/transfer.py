@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mukv.core import fits, schema
+from mukv.core import schema, statistics
 from mukv.core.errors import BadInput
 from mukv.core.files import write_atomic
 from mukv.core.json_text import to_json
@@ -127,7 +127,7 @@ class Search:
         points = [
             (math.log2(width), rate) for width in self.models for rate in self._vertices(width)
         ]
-        drift, error = fits.line(points)
+        drift, error = statistics.line(points)
         widest, narrowest = max(self.models), min(self.models)
         gap = self.loss_at(widest, optima[narrowest].rate) - optima[widest].loss
         return Transfer(optima, drift, drift - SIGMAS * error, drift + SIGMAS * error, gap)
@@ -158,7 +158,7 @@ class Search:
         best = min(tried, key=lambda rate: self.mean(width, rate))
         vertices = self._vertices(width)
         error = float(np.std(vertices, ddof=1) / math.sqrt(len(vertices))) if self.seeds > 1 else 0
-        best_rate, loss = fits.vertex(*self._near(width, None))
+        best_rate, loss = statistics.vertex(*self._near(width, None))
         return Optimum(
             best_rate,
             best_rate - SIGMAS * error,
@@ -169,7 +169,7 @@ class Search:
 
     def _vertices(self, width: int) -> list[float]:
         """The optimum of each seed."""
-        return [fits.vertex(*self._near(width, seed))[0] for seed in range(self.seeds)]
+        return [statistics.vertex(*self._near(width, seed))[0] for seed in range(self.seeds)]
 
     def _near(self, width: int, seed: int | None) -> tuple[list[float], list[float]]:
         """Rates around the best and their losses: of a seed, or the mean. Around the mean's best

@@ -23,7 +23,7 @@ from mukv.attention.mask import Mask
 from mukv.attention.recalled import Query, Recalled
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
-from mukv.core.numbers import require_counts
+from mukv.core.counts import require_counts
 from mukv.core.params import Param, abstract
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 from mukv.position import AnyPosition, NoPE

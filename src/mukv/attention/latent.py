@@ -20,7 +20,7 @@ from mukv.attention.mask import Mask
 from mukv.attention.recalled import Dense, Query
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
-from mukv.core.numbers import require_counts
+from mukv.core.counts import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 

@@ -16,7 +16,7 @@ from mukv.bench.scoring import Scores, score
 from mukv.bench.text import TextForm
 from mukv.cache import FULL, Policy
 from mukv.core.errors import BadInput
-from mukv.core.intervals import wilson
+from mukv.core.statistics import wilson
 from mukv.loaded import Model
 from mukv.model.counting import cache_bytes
 from mukv.tasks import AnyTask, Samples

@@ -21,7 +21,7 @@ from mukv.bench.grading import effective_length
 from mukv.cache import FULL
 from mukv.config import VOCABULARY_MULTIPLE, Data, Run
 from mukv.core.errors import BadInput
-from mukv.core.intervals import wilson
+from mukv.core.statistics import wilson
 from mukv.runs import RunDirectory
 from mukv.tasks import AnyTask
 

@@ -12,7 +12,7 @@ import numpy as np
 from mukv.cache import FULL, Policy
 from mukv.compress.reader import Read, Reader
 from mukv.compress.rows import Rows
-from mukv.core.intervals import of_mean, wilson
+from mukv.core.statistics import of_mean, wilson
 from mukv.loaded import Model
 from mukv.progress import Bar
 

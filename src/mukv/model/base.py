@@ -19,7 +19,7 @@ from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.mesh import constrain
 from mukv.core.norm import RMSNorm
-from mukv.core.numbers import require_counts
+from mukv.core.counts import require_counts
 from mukv.core.params import WIDEST, Param
 from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights

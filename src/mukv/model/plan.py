@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from mukv.attention import AnyAttention
 from mukv.core.errors import BadInput
-from mukv.core.numbers import INT32, require_counts
+from mukv.core.counts import INT32, require_counts
 from mukv.model.block import Gated
 from mukv.position import AnyPosition
 

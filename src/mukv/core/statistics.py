@@ -1,10 +1,34 @@
-"""Lines and parabolas through measured points."""
+"""Intervals of 95 % around measured means and shares; lines and parabolas through points."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from mukv.core.typing import Float
+
+SURE = 1.959964
+"""Standard deviations of a two-sided interval of 95 %."""
+
+
+def wilson(right: float, count: int) -> tuple[float, float]:
+    """Of a share (Wilson 1927). right: how many of `count`, which need not be whole."""
+    if not count:
+        return 0.0, 1.0
+    share, z = right / count, SURE**2 / count
+    middle = (share + z / 2) / (1 + z)
+    reach = SURE * math.sqrt(share * (1 - share) / count + z / count / 4) / (1 + z)
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def of_mean(values: Float[np.ndarray, " sample"]) -> tuple[float, float] | None:
+    """Of the mean of independent values, taken as Gaussian; None for a single one."""
+    if len(values) < 2:
+        return None
+    mean, reach = values.mean(), SURE * values.std(ddof=1) / math.sqrt(len(values))
+    return float(mean - reach), float(mean + reach)
 
 
 def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mukv.core.intervals import of_mean, wilson
+from mukv.core.statistics import of_mean, wilson
 
 
 def test_wilson():
