@@ -27,7 +27,7 @@ from mukv.attention import Grouped
 from mukv.cache import Cache, Policy, Reader, Slot
 from mukv.cache.reads import bytes_read
 from mukv.core.compute import Compute
-from mukv.decode import decoding_weights
+from mukv.infer.decode import decoding_weights
 from mukv.model import Decoder, Stage
 from mukv.model.block import Gated
 from mukv.position import RoPE

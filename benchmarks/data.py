@@ -24,11 +24,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mukv import config, runs
 from mukv.data.batches import Batches
 from mukv.data.build import build_tokens
 from mukv.data.text import pieces
 from mukv.data.tokens import TokenFile
+from mukv.runs import config
+from mukv.runs import train as runs
 
 REPEATS = 5
 SHAPES = ((8, 256), (64, 1024), (4, 16384))

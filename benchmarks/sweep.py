@@ -20,9 +20,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mukv import config, launch, runs
+from mukv.cli import launch
 from mukv.data.tokens import TokenFile
-from mukv.search.together import Point, Together
+from mukv.runs import config
+from mukv.runs import train as runs
+from mukv.tuning.together import Point, Together
 
 
 def points(width: int, count: int, steps: int) -> tuple[TokenFile, list[Point]]:

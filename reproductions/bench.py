@@ -24,12 +24,13 @@ from compare import Place
 from rich.console import Console
 from rich.table import Table
 
-from mukv import config, launch
 from mukv.bench.examine import Settings
 from mukv.bench.trial import Trial
-from mukv.core import schema
-from mukv.core.files import write_atomic
-from mukv.figures import looks, saved_figure
+from mukv.cli import launch
+from mukv.runs import config
+from mukv.schema import schema
+from mukv.show.figures import looks, saved_figure
+from mukv.storage.files import write_atomic
 from mukv.tasks import AnyTask
 
 

@@ -16,14 +16,14 @@ import jax
 import numpy as np
 
 import mukv
-from mukv import config
 from mukv.analysis.capture import Rows
 from mukv.analysis.samples import windows
+from mukv.cli.launch import cache_folder
 from mukv.core.params import initialise
 from mukv.data.build import default_corpus
 from mukv.data.tokenizer import ByteTokenizer
-from mukv.launch import cache_folder
 from mukv.model import Decoder
+from mukv.runs import config
 
 ROOT = Path(__file__).parents[1]
 LLAMA = (

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mukv import inputs, loaded
 from mukv.core.errors import BadInput
 from mukv.data.tokens import fingerprint
+from mukv.runs import inputs, loaded
 from tests.conftest import MINUSCULE
 
 pytestmark = pytest.mark.xdist_group("trained")

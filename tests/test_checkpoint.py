@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mukv.checkpoint import Checkpoints
 from mukv.core.errors import BadInput, Failed
-from mukv.core.manifest import checksum
+from mukv.storage.checkpoint import Checkpoints
+from mukv.storage.manifest import checksum
 from tests.hostile.harness import check_all
 
 

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mukv import config
-from mukv.config import Run
-from mukv.core import params, schema
+from mukv.core import params
 from mukv.core.errors import BadInput
-from mukv.core.yaml_text import parse_yaml
+from mukv.runs import config
+from mukv.runs.config import Run
+from mukv.schema import schema
+from mukv.schema.yaml_text import parse_yaml
 
 
 @pytest.mark.parametrize("name", config.presets())

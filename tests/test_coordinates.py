@@ -7,11 +7,11 @@ import json
 
 import pytest
 
-from mukv import coordinates
 from mukv.core.errors import BadInput
 from mukv.scaling import parameterization
 from mukv.scaling.optimizers import AdamAtan2
-from mukv.training import Training
+from mukv.train.training import Training
+from mukv.tuning import coordinates
 from tests.laws import matrix
 from tests.training import EXACT, batch
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mukv.core.errors import BadInput
-from mukv.decode import BLOCK, TAIL, Sampling, Sizes, decoding_weights, generate
+from mukv.infer.decode import BLOCK, TAIL, Sampling, Sizes, decoding_weights, generate
 from mukv.model.counting import cache_bytes
 from tests.laws import matrix
 from tests.laws.matrix import EXACT, VOCAB

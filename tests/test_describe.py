@@ -8,11 +8,11 @@ import jax
 import pytest
 from rich.console import Console
 
-from mukv import config
 from mukv.core import params
-from mukv.describe import describe, show
 from mukv.model.counting import flops_per_token
-from mukv.train import Trainer
+from mukv.runs import config
+from mukv.runs.describe import describe, show
+from mukv.train.step import Trainer
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from mukv import evaluate as module
 from mukv.core.errors import BadInput
-from mukv.evaluate import Evaluation, evaluate
+from mukv.infer import evaluate as module
+from mukv.infer.evaluate import Evaluation, evaluate
 from tests.laws import matrix
 from tests.laws.matrix import EXACT, VOCAB
 

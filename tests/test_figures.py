@@ -7,8 +7,16 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
-from mukv import coordinates, transfer
-from mukv.figures import CAPTION, labels, legend, looks, overlapping, powers, saved_figure
+from mukv.show.figures import (
+    CAPTION,
+    labels,
+    legend,
+    looks,
+    overlapping,
+    powers,
+    saved_figure,
+)
+from mukv.tuning import coordinates, transfer
 
 HOSTILE = (
     *("$\\frac{x$", "$$", "a_b^{", "_x", "__", "[/b]", "a\nb", "\x00\x1b", "\udcff", ""),

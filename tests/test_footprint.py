@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from mukv import config, footprint
 from mukv.core.errors import BadInput
-from mukv.train import BATCH_FIELDS, Trainer
+from mukv.runs import config
+from mukv.train import footprint
+from mukv.train.step import BATCH_FIELDS, Trainer
 from tests.conftest import MINUSCULE
 
 GIB = 1 << 30

@@ -10,7 +10,7 @@ import pytest
 
 import mukv
 from mukv.core.errors import BadInput
-from mukv.harness import Answers, harness_model
+from mukv.runs.harness import Answers, harness_model
 
 pytestmark = pytest.mark.xdist_group("trained")
 

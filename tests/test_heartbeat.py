@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mukv.heartbeat import Heartbeat, duration
+from mukv.show.heartbeat import Heartbeat, duration
 
 
 def test_a_line_when_nothing_was_shown(monkeypatch):

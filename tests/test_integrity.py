@@ -12,7 +12,7 @@ import pytest
 import mukv as package
 from mukv.core.errors import BadInput
 from mukv.core.params import named
-from mukv.core.weights import FILE, load_weights, save_weights
+from mukv.storage.weights import FILE, load_weights, save_weights
 from tests.conftest import MINUSCULE
 
 pytestmark = pytest.mark.xdist_group("trained")

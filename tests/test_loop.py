@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mukv.train import Trainer
+from mukv.train.step import Trainer
 from tests.conftest import MINUSCULE
 from tests.processes import contents, finish, start
 

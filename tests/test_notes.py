@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from mukv import config, notes
 from mukv.data.build import build_tokens
+from mukv.runs import config, notes
 from mukv.scaling.schedules import WSD, Cosine, Linear
-from mukv.training import Training
+from mukv.train.training import Training
 from tests.conftest import MINUSCULE
 
 
@@ -68,7 +68,7 @@ def test_commands_print_them(mukv, token_file, tmp_path):
 
 
 def test_a_number_of_an_earlier_step_says_so():
-    from mukv.loop import shown
+    from mukv.train.loop import shown
 
     last = {"loss": 2.0, "validation_bits_per_byte": 3.0, "tokens_per_second": 0.0, "mfu": 0.0}
     seen = dict.fromkeys(last, 7)

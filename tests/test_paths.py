@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import mukv as package
-from mukv.core.yaml_text import has_comment
-from mukv.search.study import storage_of
+from mukv.schema.yaml_text import has_comment
+from mukv.tuning.study import storage_of
 from tests.conftest import MINUSCULE
 
 pytestmark = pytest.mark.xdist_group("trained")

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mukv.core.locks import one_writer
 from mukv.core.params import named
-from mukv.core.weights import load_weights
+from mukv.storage.locks import one_writer
+from mukv.storage.weights import load_weights
 from tests.conftest import MINUSCULE
 from tests.processes import contents, finish, start
 

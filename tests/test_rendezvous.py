@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from mukv import rendezvous
 from mukv.core.errors import BadInput, Failed
-from mukv.rendezvous import Place, meet, parse
+from mukv.train import rendezvous
+from mukv.train.rendezvous import Place, meet, parse
 
 
 @pytest.fixture

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from mukv.cli.report import pictures, report
+from mukv.cli.report.foreign import LeftOut, read_picture, read_table
+from mukv.cli.report.found import findings
+from mukv.cli.report.told import gather, same_text
 from mukv.core.errors import BadInput
 from mukv.data.build import build_tokens
-from mukv.figures import saved_figure
-from mukv.metrics import read_metrics
-from mukv.page import Page
-from mukv.report import pictures, report
-from mukv.report.foreign import LeftOut, read_picture, read_table
-from mukv.report.found import findings
-from mukv.report.told import gather, same_text
+from mukv.show.figures import saved_figure
+from mukv.show.page import Page
+from mukv.train.metrics import read_metrics
 
 
 def test_a_page_needs_nothing_else(mukv, trained, tmp_path):

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import mukv as package
-from mukv import config, runs
 from mukv.core.params import named
-from mukv.core.weights import load_weights
 from mukv.data.tokens import open_tokens
-from mukv.runs import RunDirectory, resolve
+from mukv.runs import config
+from mukv.runs import train as runs
+from mukv.runs.train import RunDirectory, resolve
+from mukv.storage.weights import load_weights
 from tests.conftest import MINUSCULE
 
 pytestmark = pytest.mark.xdist_group("trained")

@@ -8,12 +8,12 @@ import re
 import pytest
 from rich.table import Table
 
-from mukv import config, demo, describe
-from mukv.cli import benching, judging, scaling
+from mukv.cli import benching, demo, judging, scaling
 from mukv.compress import Result
-from mukv.coordinates import Slope
-from mukv.terminal import Console, table
-from mukv.transfer import Optimum, Transfer
+from mukv.runs import config, describe
+from mukv.show.terminal import Console, table
+from mukv.tuning.coordinates import Slope
+from mukv.tuning.transfer import Optimum, Transfer
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import io
 import pytest
 from rich.table import Table
 
-from mukv.progress import Bar
-from mukv.terminal import Console, column, styled
+from mukv.show.progress import Bar
+from mukv.show.terminal import Console, column, styled
 from tests.test_structure import FILES, SOURCE
 
 NAMES = ("[/b]x", "[red]x[/red]", "[bold", ":smile:", "[link=x]y[/link]", "$x$", "\\[x]", "{0}%s")

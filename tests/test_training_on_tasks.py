@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from mukv import loaded
-from mukv.core.weights import load_weights
+from mukv.runs import loaded
+from mukv.storage.weights import load_weights
 from mukv.tasks import TASKS
 from mukv.tasks.feed import TaskBatches, as_batch
 from tests.conftest import MINUSCULE

@@ -7,9 +7,10 @@ import math
 
 import pytest
 
-from mukv import config, runs
 from mukv.core.errors import BadInput
-from mukv.transfer import Search
+from mukv.runs import config
+from mukv.runs import train as runs
+from mukv.tuning.transfer import Search
 from tests.conftest import MINUSCULE
 
 

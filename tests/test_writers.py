@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mukv.core import locks
 from mukv.core.errors import BadInput
-from mukv.core.locks import Held, one_writer
 from mukv.data.tokens import open_tokens
-from mukv.search import sweep
+from mukv.storage import locks
+from mukv.storage.locks import Held, one_writer
+from mukv.tuning import sweep
 from tests.conftest import MINUSCULE
 from tests.kills import Server
 from tests.processes import contents

@@ -24,18 +24,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv import config, runs
 from mukv.core.compute import Compute
-from mukv.core.files import write_atomic
 from mukv.core.linear import project
 from mukv.core.mesh import MeshShape
 from mukv.data.batches import Batches
-from mukv.figures import saved_figure
-from mukv.loop import validation_metrics
 from mukv.model import Concept, LanguageModel
 from mukv.model.base import Reading
 from mukv.model.concept import Cross, Fixed, Residually, Sum
-from mukv.train import Trainer
+from mukv.runs import config
+from mukv.runs import train as runs
+from mukv.show.figures import saved_figure
+from mukv.storage.files import write_atomic
+from mukv.train.loop import validation_metrics
+from mukv.train.step import Trainer
 
 HERE = Path(__file__).parent
 SEEDS, WINDOWS = (0, 1), 32

@@ -24,13 +24,14 @@ import numpy as np
 import yaml
 from matplotlib.ticker import EngFormatter
 
-from mukv import config, runs
 from mukv.core.compute import Compute
-from mukv.core.files import write_atomic
 from mukv.core.params import initialise
-from mukv.decode import decoding_weights
-from mukv.figures import MARKERS, saved_figure
+from mukv.infer.decode import decoding_weights
 from mukv.model import Concept, LanguageModel
+from mukv.runs import config
+from mukv.runs import train as runs
+from mukv.show.figures import MARKERS, saved_figure
+from mukv.storage.files import write_atomic
 
 HERE = Path(__file__).parent
 CONTEXTS = (4096, 8192, 16384, 32768)

@@ -21,10 +21,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mukv import config, launch, runs, transfer
-from mukv.core.files import write_atomic
-from mukv.figures import saved_figure
+from mukv.cli import launch
+from mukv.runs import config
+from mukv.runs import train as runs
 from mukv.scaling.parameterization import Constants
+from mukv.show.figures import saved_figure
+from mukv.storage.files import write_atomic
+from mukv.tuning import transfer
 
 HERE = Path(__file__).parent
 BASE = (

@@ -23,12 +23,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mukv import config, launch, runs
-from mukv.core.files import write_atomic
+from mukv.cli import launch
 from mukv.data.tokens import TokenFile
-from mukv.figures import saved_figure
+from mukv.runs import config
+from mukv.runs import train as runs
 from mukv.scaling.budget import BUDGETS
-from mukv.search.together import Point, Together
+from mukv.show.figures import saved_figure
+from mukv.storage.files import write_atomic
+from mukv.tuning.together import Point, Together
 
 Setting = tuple[str, ...]
 HERE = Path(__file__).parent

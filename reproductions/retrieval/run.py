@@ -31,15 +31,17 @@ from rich.console import Console
 from rich.table import Table
 
 import mukv
-from mukv import config, launch, runs
 from mukv.cache import FULL, Policy
+from mukv.cli import launch
+from mukv.cli.launch import cache_folder
 from mukv.core.errors import BadInput
-from mukv.core.files import write_atomic
 from mukv.data.build import build_tokens, default_corpus
-from mukv.figures import saved_figure
-from mukv.launch import cache_folder
-from mukv.loaded import Model
-from mukv.progress import Bar
+from mukv.runs import config
+from mukv.runs import train as runs
+from mukv.runs.loaded import Model
+from mukv.show.figures import saved_figure
+from mukv.show.progress import Bar
+from mukv.storage.files import write_atomic
 
 HERE = Path(__file__).parent
 LENGTH = 256

@@ -6,13 +6,14 @@ import json
 
 import pytest
 
-from mukv import config, runs
 from mukv.bench.examine import Settings
 from mukv.bench.trial import Trial
 from mukv.core.errors import Failed
-from mukv.loop import Outcome
+from mukv.runs import config
+from mukv.runs import train as runs
 from mukv.tasks import TASKS
-from mukv.train import State
+from mukv.train.loop import Outcome
+from mukv.train.step import State
 from tests.conftest import MINUSCULE
 
 SMALL = ("--samples", "10", "--free", "3", "--json")

@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from mukv.core import files
 from mukv.core.errors import BadInput
-from mukv.core.files import (
+from mukv.storage import files
+from mukv.storage.files import (
     clear_leftovers,
     new_folder,
     replacing,
@@ -17,7 +17,7 @@ from mukv.core.files import (
     write_atomic,
     writer_of,
 )
-from mukv.core.locks import NoLocks
+from mukv.storage.locks import NoLocks
 
 
 def filled(path, text="new"):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mukv import metrics, output
-from mukv.core.json_text import to_json
+from mukv.show import output
+from mukv.storage.json_text import to_json
+from mukv.train import metrics
 
 
 def refuse(word: str) -> None:

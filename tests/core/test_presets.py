@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mukv.core.errors import BadInput
-from mukv.core.presets import apply_overrides, resolve_preset
-from mukv.core.schema import build, to_mapping
+from mukv.schema.presets import apply_overrides, resolve_preset
+from mukv.schema.schema import build, to_mapping
 
 
 @dataclass(frozen=True)

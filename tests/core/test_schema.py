@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mukv.core.errors import BadInput
-from mukv.core.schema import build, to_mapping, to_yaml
-from mukv.core.yaml_text import dump_yaml, parse_yaml, read_yaml
+from mukv.schema.schema import build, to_mapping, to_yaml
+from mukv.schema.yaml_text import dump_yaml, parse_yaml, read_yaml
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mukv.core.errors import Failed
-from mukv.core.tensors import Spec, TensorFiles, contiguous, write_tensors
+from mukv.storage.tensors import Spec, TensorFiles, contiguous, write_tensors
 
 RANDOM = np.random.default_rng(0)
 

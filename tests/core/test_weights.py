@@ -10,10 +10,16 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mukv.core.checksum import KEY
 from mukv.core.errors import BadInput, Failed
-from mukv.core.tensors import TensorFiles, is_finite
-from mukv.core.weights import FILE, load_weights, require_finite, require_weights, save_weights
+from mukv.storage.checksum import KEY
+from mukv.storage.tensors import TensorFiles, is_finite
+from mukv.storage.weights import (
+    FILE,
+    load_weights,
+    require_finite,
+    require_weights,
+    save_weights,
+)
 
 TREE = {
     "embedding": jnp.arange(12, dtype=jnp.float32).reshape(3, 4),

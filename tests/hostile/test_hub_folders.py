@@ -23,11 +23,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import mukv
-from mukv.convert import import_model
 from mukv.core.errors import BadInput
 from mukv.hub import FAMILIES
 from mukv.hub.base import pieces
 from mukv.hub.settings import Given
+from mukv.runs.exchange import import_model
 from tests.hostile.harness import check_all
 
 SIZES = {

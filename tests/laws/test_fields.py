@@ -14,13 +14,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
-from mukv import config, describe, runs
-from mukv.config import Run
 from mukv.core.errors import BadInput
 from mukv.core.params import named
 from mukv.data.build import build_tokens
+from mukv.runs import config, describe
+from mukv.runs import train as runs
+from mukv.runs.config import Run
 from mukv.tasks import Task
-from mukv.train import Trainer
+from mukv.train.step import Trainer
 
 BASE = (
     "model.d_model=8",

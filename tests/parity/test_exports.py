@@ -19,18 +19,18 @@ import pytest
 
 import mukv
 from mukv.attention import Grouped, SharedKV
-from mukv.config import Run
-from mukv.convert import export_model
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.data.tokenizer import NoTokenizer
-from mukv.loaded import Model
 from mukv.model import Decoder, Layer, Stage
 from mukv.model.block import Gated, PreNorm, SandwichNorm
 from mukv.position import NTK, ALiBi, Linear, Llama3, NoPE, RoPE, YaRN
+from mukv.runs.config import Run
+from mukv.runs.exchange import export_model
+from mukv.runs.loaded import Model
 from mukv.scaling.parameterization import Scaling
-from mukv.training import Training
+from mukv.train.training import Training
 from tests.laws.matrix import EXACT
 from tests.parity.models import logits, our_logits, torch, transformers
 

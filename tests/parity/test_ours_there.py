@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 import mukv
-from mukv.config import Run
-from mukv.convert import export_model, import_model
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.data.tokenizer import NoTokenizer
-from mukv.loaded import Model
 from mukv.model.block import SandwichNorm
 from mukv.position import RoPE
+from mukv.runs.config import Run
+from mukv.runs.exchange import export_model, import_model
+from mukv.runs.loaded import Model
 from mukv.scaling.parameterization import Scaling
-from mukv.training import Training
+from mukv.train.training import Training
 from tests.conftest import command
 from tests.laws import matrix
 from tests.parity.models import logits, torch, transformers

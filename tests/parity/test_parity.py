@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import mukv
-from mukv.convert import export_model, import_model
 from mukv.core.compute import Compute
 from mukv.core.mesh import MeshShape
 from mukv.core.params import named
+from mukv.runs.exchange import export_model, import_model
 from tests.parity import models
 from tests.parity.models import FAMILIES, TINY, VOCAB, logits, saved, torch, transformers
 

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from mukv.core.errors import BadInput
-from mukv.search import space
+from mukv.tuning import space
 
 
 def test_ranges_and_overrides_are_told_apart():

@@ -14,8 +14,8 @@ from optuna.trial import TrialState
 
 import mukv as package
 from mukv.core.errors import BadInput
-from mukv.search.space import Choice, Interval
-from mukv.search.study import Settings, Study, storage_of
+from mukv.tuning.space import Choice, Interval
+from mukv.tuning.study import Settings, Study, storage_of
 from tests.conftest import MINUSCULE
 from tests.processes import finish, start
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mukv import config, runs
 from mukv.core.params import named
-from mukv.search.together import Point, Together, grouped
+from mukv.runs import config
+from mukv.runs import train as runs
+from mukv.tuning.together import Point, Together, grouped
 from tests.conftest import MINUSCULE
 
 POWER = "train.schedule={kind: power, warmup: 1, amplitude: 1, decay: 0.5}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from mukv.analysis.clusters import READS, Prediction
 from mukv.analysis.sparsity import MASSES, NEAR, NEEDED, SHARES, SINKS, Sparsity
-from mukv.figures import labels, legend, looks, powers, saved_figure
+from mukv.show.figures import labels, legend, looks, powers, saved_figure
 
 PANEL = (3.3, 3.0)
 MOST_PANELS = 6

@@ -16,11 +16,11 @@ from mukv.analysis.clusters import MEASURES, READS, Prediction
 from mukv.analysis.sparsity import MASSES, PARTS, SHARES, Sparsity, measure
 from mukv.cache.centres import Centres
 from mukv.core.compute import Compute
-from mukv.core.files import write_atomic
 from mukv.core.names import distinct, printable
 from mukv.model.decoder import Decoder
-from mukv.page import Page
-from mukv.progress import Bar
+from mukv.show.page import Page
+from mukv.show.progress import Bar
+from mukv.storage.files import write_atomic
 
 LONGEST = 80
 """Characters of a text's name in the name of a file, which may have 255 bytes in all."""

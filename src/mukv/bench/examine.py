@@ -17,8 +17,8 @@ from mukv.bench.text import TextForm
 from mukv.cache import FULL, Policy
 from mukv.core.errors import BadInput
 from mukv.core.statistics import wilson
-from mukv.loaded import Model
 from mukv.model.counting import cache_bytes
+from mukv.runs.loaded import Model
 from mukv.tasks import AnyTask, Samples
 
 DEPTHS = [0.0, 0.25, 0.5, 0.75]

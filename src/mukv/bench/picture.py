@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mukv.figures import labels, legend, looks, powers, saved_figure
+from mukv.show.figures import labels, legend, looks, powers, saved_figure
 
 CAPTION = (
     "Share of answers that are right in full, by length and against cache bytes per token (larger "

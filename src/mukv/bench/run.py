@@ -11,11 +11,11 @@ from mukv.bench.examine import Settings, check, examine
 from mukv.bench.grading import effective_length
 from mukv.bench.picture import draw
 from mukv.bench.trial import Trial
-from mukv.core import schema
 from mukv.core.errors import BadInput
-from mukv.core.files import write_atomic
-from mukv.core.json_text import to_json
-from mukv.loaded import Model
+from mukv.runs.loaded import Model
+from mukv.schema import schema
+from mukv.storage.files import write_atomic
+from mukv.storage.json_text import to_json
 from mukv.tasks import AnyTask
 
 Tell = Callable[[str], None]

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from mukv import loaded, runs
 from mukv.bench.examine import Examination, Settings, examine
 from mukv.bench.grading import effective_length
 from mukv.cache import FULL
-from mukv.config import VOCABULARY_MULTIPLE, Data, Run
 from mukv.core.errors import BadInput
 from mukv.core.statistics import wilson
-from mukv.runs import RunDirectory
+from mukv.runs import loaded
+from mukv.runs import train as runs
+from mukv.runs.config import VOCABULARY_MULTIPLE, Data, Run
+from mukv.runs.train import RunDirectory
 from mukv.tasks import AnyTask
 
 

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from mukv import launch, output
+from mukv.cli import launch
 from mukv.cli.app import Json, Overrides, app, beside, hold
 from mukv.core.errors import BadInput, unknown_name
 from mukv.core.names import even
-from mukv.terminal import Console, table
+from mukv.show import output
+from mukv.show.terminal import Console, table
 
 TEXT_LENGTH = 1024
 """Tokens of the shortest text that a model is asked about, unless told otherwise: every task's
@@ -73,13 +74,15 @@ def bench(
     Example: `mukv bench tiny --tasks mqar,needle --lengths 128,256,512 --steps 300 --seeds 1`
     """
     launch.prepare()
-    from mukv import footprint, loaded, runs
     from mukv.bench import oracle as without_model
     from mukv.bench.examine import Settings
     from mukv.bench.run import test_model, try_configuration, with_facts
     from mukv.bench.trial import Trial
     from mukv.cache import Policy
+    from mukv.runs import loaded
+    from mukv.runs import train as runs
     from mukv.tasks import TASKS
+    from mukv.train import footprint
 
     policy = Policy.parse(cache, where="--cache")
     settings = Settings(samples, seed, free, shots, policy)

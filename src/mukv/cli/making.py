@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mukv import launch, output
+from mukv.cli import launch
 from mukv.cli.app import Json, Overrides, app, hold, hold_run, tell
-from mukv.terminal import Console
+from mukv.show import output
+from mukv.show.terminal import Console
 
 if TYPE_CHECKING:
-    from mukv.loop import Outcome
+    from mukv.train.loop import Outcome
 
 
 @app.command()
@@ -28,7 +29,7 @@ def demo(
     Example: `mukv demo --fast`
     """
     launch.prepare()
-    from mukv.demo import demonstrate
+    from mukv.cli.demo import demonstrate
 
     hold(context, out)
     facts = demonstrate(out, fast, Console(stderr=as_json))
@@ -116,7 +117,8 @@ def train(
 
     Example: `mukv train tiny train.steps=200 train.learning_rate=1e-3`
     """
-    from mukv import config, notes, runs
+    from mukv.runs import config, notes
+    from mukv.runs import train as runs
 
     run, folder = runs.resolve(source, overrides or [], out)
     with launch.prepare(run.mesh.size, distributed, output.warn) as watch:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mukv import launch, output
+from mukv.cli import launch
 from mukv.cli.app import (
     AllowNonfinite,
     Json,
@@ -20,7 +20,8 @@ from mukv.cli.app import (
     tell,
 )
 from mukv.core.errors import BadInput
-from mukv.terminal import Console, styled
+from mukv.show import output
+from mukv.show.terminal import Console, styled
 
 
 @app.command("eval")
@@ -44,7 +45,7 @@ def evaluate(
     Example: `mukv eval runs/demo/tiny-140 --text README.md`
     """
     launch.prepare()
-    from mukv import inputs, loaded, notes
+    from mukv.runs import inputs, loaded, notes
 
     exactly_one("eval", text=text, tokens=tokens)
     speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
@@ -99,9 +100,9 @@ def generate(
     Example: `mukv generate runs/demo/tiny-140 --prompt "def main(" --max-tokens 64`
     """
     launch.prepare()
-    from mukv import inputs, loaded, notes
     from mukv.cache import Policy
-    from mukv.decode import Sampling
+    from mukv.infer.decode import Sampling
+    from mukv.runs import inputs, loaded, notes
 
     exactly_one("generate", prompt=prompt, token_ids=token_ids)
     policy = Policy.parse(cache, 0.25 if budget is None else budget, "--cache")
@@ -166,9 +167,9 @@ def describe(
     Example: `mukv describe llama-3.1-70b`
     """
     launch.prepare()
-    from mukv import runs
-    from mukv.describe import describe as facts_of
-    from mukv.describe import show
+    from mukv.runs import train as runs
+    from mukv.runs.describe import describe as facts_of
+    from mukv.runs.describe import show
 
     run, _ = runs.resolve(source, overrides or [], None)
     facts = facts_of(run)

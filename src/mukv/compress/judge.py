@@ -13,8 +13,8 @@ from mukv.cache import FULL, Policy
 from mukv.compress.reader import Read, Reader
 from mukv.compress.rows import Rows
 from mukv.core.statistics import of_mean, wilson
-from mukv.loaded import Model
-from mukv.progress import Bar
+from mukv.runs.loaded import Model
+from mukv.show.progress import Bar
 
 TOKENS = 16_384
 """Tokens of all rows that are worked on at once."""

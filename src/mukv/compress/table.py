@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mukv.compress.judge import Result
-from mukv.core.files import write_atomic
-from mukv.figures import labels, legend, looks, powers, saved_figure
+from mukv.show.figures import labels, legend, looks, powers, saved_figure
+from mukv.storage.files import write_atomic
 
 FULL = {"color": "black", "marker": "*", "linestyle": "none"}
 UNITS = {"perplexity": "perplexity", "recall": "recall, share of planted strings"}

@@ -25,12 +25,12 @@ from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeed
 
 import mukv
 from mukv.core.errors import BadInput, nearest_name, telling_disk_errors
-from mukv.core.files import new_folder, write_atomic
 from mukv.data import tokens as layout
 from mukv.data.text import Piece, pieces
 from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer, load_tokenizer, train_bpe
 from mukv.data.tokens import TokenFile, is_token_file, open_tokens
-from mukv.terminal import Console, column
+from mukv.show.terminal import Console, column
+from mukv.storage.files import new_folder, write_atomic
 
 TASK_BYTES = 1 << 18
 """Text that a thread tokenises at once."""

@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mukv.core.errors import BadInput
-from mukv.core.files import require_regular_file, write_atomic
+from mukv.storage.files import require_regular_file, write_atomic
 
 BEGIN = "<|begin|>"
 """Stands before every document; its id in the byte tokenizer is 256."""

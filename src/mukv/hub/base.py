@@ -18,9 +18,9 @@ import numpy as np
 
 from mukv.core.errors import BadInput, nearest_name
 from mukv.core.params import LAYER, Param, named
-from mukv.core.tensors import Cut, Tensor
 from mukv.model import Decoder
 from mukv.model.plan import Resolved
+from mukv.storage.tensors import Cut, Tensor
 
 OURS_FIRST = re.compile(r"^stage\d+\.slot\d+\.")
 TURNED = frozenset(

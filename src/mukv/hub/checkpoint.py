@@ -20,19 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from mukv.config import Run
 from mukv.core.errors import BadInput, nearest_name, unknown_name
-from mukv.core.files import file_inside
 from mukv.core.mesh import specification
 from mukv.core.params import named
-from mukv.core.tensors import Spec, TensorFiles
 from mukv.core.typing import Array
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer
 from mukv.hub import FAMILIES, Family, meta
 from mukv.hub.base import Piece, Source, check, grouped_by_weight, nested, pieces
 from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder
-from mukv.training import Training
+from mukv.runs.config import Run
+from mukv.storage.files import file_inside
+from mukv.storage.tensors import Spec, TensorFiles
+from mukv.train.training import Training
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from mukv.attention import AnyAttention, Grouped
 from mukv.cache import FULL, Cache, Calibrated, Policy
 from mukv.core.compute import Compute
+from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.mesh import constrain
 from mukv.core.norm import RMSNorm
-from mukv.core.counts import require_counts
 from mukv.core.params import WIDEST, Param
 from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mukv.attention import AnyAttention
-from mukv.core.errors import BadInput
 from mukv.core.counts import INT32, require_counts
+from mukv.core.errors import BadInput
 from mukv.model.block import Gated
 from mukv.position import AnyPosition
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from mukv.attention import AnyAttention
+from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
-from mukv.core.counts import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Bool, Float, Int, Residual
 from mukv.model.concept.chunks import gathered
