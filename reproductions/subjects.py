@@ -18,12 +18,12 @@ import numpy as np
 import mukv
 from mukv.analysis.capture import Rows
 from mukv.analysis.samples import windows
-from mukv.cli.launch import cache_folder
 from mukv.core.params import initialise
 from mukv.data.build import default_corpus
 from mukv.data.tokenizer import ByteTokenizer
 from mukv.model import Decoder
 from mukv.runs import config
+from mukv.storage.files import cache_folder
 
 ROOT = Path(__file__).parents[1]
 LLAMA = (

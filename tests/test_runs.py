@@ -14,8 +14,9 @@ import mukv as package
 from mukv.core.params import named
 from mukv.data.tokens import open_tokens
 from mukv.runs import config
-from mukv.runs import train as runs
-from mukv.runs.train import RunDirectory, resolve
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import resolve
+from mukv.runs.train import train_run
 from mukv.storage.weights import load_weights
 from tests.conftest import MINUSCULE
 
@@ -49,7 +50,7 @@ def test_a_run_is_a_configuration(run, token_file):
 def test_the_corpus_is_kept_by_its_whole_path(run, token_file, monkeypatch):
     monkeypatch.chdir(token_file.parent)
     continued = resolve(str(run), [f"data.path={token_file.name}"], None)
-    assert runs.train(*continued).step == 3
+    assert train_run(*continued).step == 3
 
 
 def test_provenance(run, token_file):

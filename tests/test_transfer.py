@@ -9,14 +9,14 @@ import pytest
 
 from mukv.core.errors import BadInput
 from mukv.runs import config
-from mukv.runs import train as runs
+from mukv.runs.resolve import open_corpus
 from mukv.tuning.transfer import Search
 from tests.conftest import MINUSCULE
 
 
 def search(token_file, folder, widths=(32, 64), seeds=2, **changes):
     run = config.load("tiny", [*MINUSCULE, f"data.path={token_file}"])
-    tokens = runs.open_corpus(run)
+    tokens = open_corpus(run)
     return Search(run.model, run.train, tokens, "packed", widths, seeds, folder, **changes)
 
 

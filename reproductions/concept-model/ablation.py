@@ -32,7 +32,7 @@ from mukv.model import Concept, LanguageModel
 from mukv.model.base import Reading
 from mukv.model.concept import Cross, Fixed, Residually, Sum
 from mukv.runs import config
-from mukv.runs import train as runs
+from mukv.runs.resolve import open_corpus
 from mukv.show.figures import saved_figure
 from mukv.storage.files import write_atomic
 from mukv.train.loop import validation_metrics
@@ -138,7 +138,7 @@ def variants(plain: LanguageModel, model: Concept) -> dict[str, tuple[Any, Any]]
 def bits_per_byte(trained: Any, judged: Any, run: Any, seed: int) -> tuple[float, float]:
     """Of held-out text: as trained, and as judged."""
     training = replace(run.train, seed=seed)
-    tokens, mesh = runs.open_corpus(run), MeshShape().build()
+    tokens, mesh = open_corpus(run), MeshShape().build()
     common = {"seed": seed, "batch": training.batch, "length": training.length}
     batches = Batches(tokens, split="train", **common)
     trainer = Trainer(trained, training, mesh)

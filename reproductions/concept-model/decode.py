@@ -29,7 +29,7 @@ from mukv.core.params import initialise
 from mukv.infer.decode import decoding_weights
 from mukv.model import Concept, LanguageModel
 from mukv.runs import config
-from mukv.runs import train as runs
+from mukv.runs.resolve import open_corpus
 from mukv.show.figures import MARKERS, saved_figure
 from mukv.storage.files import write_atomic
 
@@ -105,7 +105,7 @@ def models() -> Iterator[tuple[str, LanguageModel, np.ndarray]]:
         asked = yaml.safe_load((HERE / f"{comparison}.yaml").read_text())
         base = asked["bases"].get(variant, asked["base"])
         run = config.load(base, asked["overrides"] + asked["variants"][variant])
-        text = np.asarray(runs.open_corpus(run).split("validation").tokens[:STEPS])
+        text = np.asarray(open_corpus(run).split("validation").tokens[:STEPS])
         yield name, run.model, text
 
 

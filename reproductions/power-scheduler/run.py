@@ -26,7 +26,7 @@ from rich.table import Table
 from mukv.cli import launch
 from mukv.data.tokens import TokenFile
 from mukv.runs import config
-from mukv.runs import train as runs
+from mukv.runs.resolve import open_corpus
 from mukv.scaling.budget import BUDGETS
 from mukv.show.figures import saved_figure
 from mukv.storage.files import write_atomic
@@ -73,7 +73,7 @@ class Bench:
     def __post_init__(self) -> None:
         if self.path.exists():
             self.losses = json.loads(self.path.read_text())
-        self.tokens: TokenFile = runs.open_corpus(config.load("tiny", MODEL))
+        self.tokens: TokenFile = open_corpus(config.load("tiny", MODEL))
 
     def measure(
         self, rows: int, steps: int, settings: Sequence[Setting], title: str

@@ -33,15 +33,15 @@ from rich.table import Table
 import mukv
 from mukv.cache import FULL, Policy
 from mukv.cli import launch
-from mukv.cli.launch import cache_folder
 from mukv.core.errors import BadInput
 from mukv.data.build import build_tokens, default_corpus
 from mukv.runs import config
-from mukv.runs import train as runs
+from mukv.runs.folder import RunDirectory
 from mukv.runs.loaded import Model
+from mukv.runs.train import train_run
 from mukv.show.figures import saved_figure
 from mukv.show.progress import Bar
-from mukv.storage.files import write_atomic
+from mukv.storage.files import cache_folder, write_atomic
 
 HERE = Path(__file__).parent
 LENGTH = 256
@@ -310,8 +310,8 @@ def main() -> None:
     numbers = f"train.steps={given.steps}", f"train.seed={given.seed}"
     overrides = [*MODEL, *numbers, f"data.path={corpus(given.root)}"]
     name = f"model-{given.seed}" if given.seed else "model"
-    folder = runs.RunDirectory(given.root / name)
-    outcome = runs.train(config.load("tiny", overrides), folder, title="retrieval")
+    folder = RunDirectory(given.root / name)
+    outcome = train_run(config.load("tiny", overrides), folder, title="retrieval")
     outcome.require_finished(folder.path)
     model = mukv.load(folder.path)
     rows = judge(model, "bfloat16", grid(given.composed))

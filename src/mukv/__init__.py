@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mukv.core.version import VERSION
+
 if TYPE_CHECKING:
     from mukv.runs.loaded import Model as Model
     from mukv.runs.loaded import load as load
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["Model", "__version__", "load"]
 
 

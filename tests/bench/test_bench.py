@@ -10,7 +10,6 @@ from mukv.bench.examine import Settings
 from mukv.bench.trial import Trial
 from mukv.core.errors import Failed
 from mukv.runs import config
-from mukv.runs import train as runs
 from mukv.tasks import TASKS
 from mukv.train.loop import Outcome
 from mukv.train.step import State

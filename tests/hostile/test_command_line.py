@@ -13,7 +13,6 @@ import typer
 from mukv.cli import app, ending
 from mukv.cli.typed import Command, require_number, spellings
 from mukv.core.errors import BadInput
-from mukv.runs import train as runs
 from tests.conftest import command
 from tests.hostile.harness import check_all
 

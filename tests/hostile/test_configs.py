@@ -13,7 +13,7 @@ import pytest
 from mukv.core.errors import BadInput
 from mukv.runs import config
 from mukv.runs.describe import describe
-from mukv.runs.train import resolve
+from mukv.runs.resolve import resolve
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
 from mukv.schema.yaml_text import parse_yaml

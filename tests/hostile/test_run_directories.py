@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mukv.runs.train import RunDirectory, resolve
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import resolve
 from mukv.train.loop import known_so_far
 from mukv.train.metrics import MetricsFile
 from tests.hostile.harness import check_all

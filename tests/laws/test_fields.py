@@ -18,8 +18,10 @@ from mukv.core.errors import BadInput
 from mukv.core.params import named
 from mukv.data.build import build_tokens
 from mukv.runs import config, describe
-from mukv.runs import train as runs
 from mukv.runs.config import Run
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import open_feed
+from mukv.runs.train import train_run
 from mukv.tasks import Task
 from mukv.train.step import Trainer
 
@@ -328,7 +330,7 @@ def trained(run: Run) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses, norms and rates of four steps, and the weights after them."""
     trainer = Trainer(run.model, run.train, config.MeshShape().build())
     training = run.train
-    _, feed = runs.open_feed(run)
+    _, feed = open_feed(run)
     batches = feed.source("train", training.seed, training.batch, training.length)
     state, seen = trainer.initial_state(), []
     for step in range(4):
@@ -397,9 +399,7 @@ def written(load, tmp_path_factory):
     def run(*overrides: str) -> Any:
         folder = tmp_path_factory.mktemp("run") / "run"
         often = [f"train.{text}" for text in (*OFTEN, "batch=2", "length=8")]
-        runs.train(
-            load(*often, "train.validation_batches=9", *overrides), runs.RunDirectory(folder)
-        )
+        train_run(load(*often, "train.validation_batches=9", *overrides), RunDirectory(folder))
         lines = map(json.loads, Path(folder / "metrics.jsonl").read_text().splitlines())
         logged = [(line["step"], sorted(line), line.get("validation_loss")) for line in lines]
         return logged, sorted(path.name for path in (folder / "checkpoints").iterdir())

@@ -7,7 +7,7 @@ import pytest
 
 from mukv.core.params import named
 from mukv.runs import config
-from mukv.runs import train as runs
+from mukv.runs.resolve import open_corpus
 from mukv.tuning.together import Point, Together, grouped
 from tests.conftest import MINUSCULE
 
@@ -44,7 +44,7 @@ VARIED = {
 def points(token_file, changes):
     given = [*MINUSCULE, f"data.path={token_file}", "train.compute={dtype: float32}"]
     loaded = [config.load("tiny", given + change) for change in changes]
-    return runs.open_corpus(loaded[0]), [Point(run.model, run.train) for run in loaded]
+    return open_corpus(loaded[0]), [Point(run.model, run.train) for run in loaded]
 
 
 def ends(group):

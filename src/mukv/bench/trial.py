@@ -21,9 +21,9 @@ from mukv.cache import FULL
 from mukv.core.errors import BadInput
 from mukv.core.statistics import wilson
 from mukv.runs import loaded
-from mukv.runs import train as runs
 from mukv.runs.config import VOCABULARY_MULTIPLE, Data, Run
-from mukv.runs.train import RunDirectory
+from mukv.runs.folder import RunDirectory
+from mukv.runs.train import train_run
 from mukv.tasks import AnyTask
 
 
@@ -87,7 +87,7 @@ class Trial:
         only = replace(self.settings, free=0, policy=FULL)
         for (rate, number), run in self.runs(task).items():
             folder = RunDirectory(self.folder / "runs" / name / f"rate-{rate:g}-seed-{number}")
-            outcome = runs.train(run, folder, title=f"{name}, rate {rate:g}, seed {number}")
+            outcome = train_run(run, folder, title=f"{name}, rate {rate:g}, seed {number}")
             outcome.require_finished(folder.path)
             model = loaded.load(folder.path)
             models[rate, number] = model

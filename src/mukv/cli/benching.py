@@ -80,7 +80,7 @@ def bench(
     from mukv.bench.trial import Trial
     from mukv.cache import Policy
     from mukv.runs import loaded
-    from mukv.runs import train as runs
+    from mukv.runs.resolve import resolve
     from mukv.tasks import TASKS
     from mukv.train import footprint
 
@@ -113,7 +113,7 @@ def bench(
         rows = test_model(model, asked, sizes, settings, folder, tell)
     else:
         given = [*(overrides or []), *([] if steps is None else [f"train.steps={steps}"])]
-        run, _ = runs.resolve(source, given, None)
+        run, _ = resolve(source, given, None)
         if run.data.task is not None and tasks is None:
             asked = with_facts({run.data.task.kind: run.data.task}, facts)
         first = max(run.train.length, *(task.smallest for task in asked.values()))

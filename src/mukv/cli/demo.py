@@ -15,9 +15,11 @@ from typing import Any
 from mukv.core.params import count
 from mukv.infer.decode import Sampling
 from mukv.runs import config, loaded
-from mukv.runs import train as runs
 from mukv.runs.config import Run
 from mukv.runs.describe import describe
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import open_corpus
+from mukv.runs.train import train_run
 from mukv.show.figures import labels, legend, looks, powers, saved_figure
 from mukv.show.terminal import Console, styled, table
 from mukv.storage.files import write_atomic
@@ -65,9 +67,9 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
     rows = []
     for contestant in contestants:
         run = equal_size(contestant.preset, target, [f"train.steps={steps}"])
-        folder = runs.RunDirectory(out / f"{contestant.preset}-{steps}")
+        folder = RunDirectory(out / f"{contestant.preset}-{steps}")
         console.print(styled((contestant.name, "bold"), f": {contestant.words}"))
-        outcome = runs.train(run, folder, title=contestant.name)
+        outcome = train_run(run, folder, title=contestant.name)
         outcome.require_finished(folder.path)
         facts, model = describe(run), loaded.load(folder.path)
         made = model.generate_ids([model.encode(PROMPT)], CONTINUATION, SAMPLING)
@@ -117,7 +119,7 @@ def equal_size(preset: str, target: int, overrides: Sequence[str]) -> Run:
 def decoding_speed(run: Run, model: loaded.Model) -> float:
     """Tokens per second that follow CONTEXT tokens of held-out text: the best of a few, since
     whatever else a machine does only slows it down."""
-    text = runs.open_corpus(run).split("validation").tokens[:CONTEXT].tolist()
+    text = open_corpus(run).split("validation").tokens[:CONTEXT].tolist()
     return max(model.generate_ids([text], MEASURED).tokens_per_second for _ in range(ROUNDS))
 
 

@@ -9,21 +9,15 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from mukv.core.errors import BadInput, Failed
+from mukv.storage.files import cache_folder
 from mukv.train import rendezvous
 
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368"
 """Huge pages, and no memory handed back between steps: 1.6 to 1.9 times faster training steps on
 a CPU (benchmarks/train_step.py measures with it)."""
-
-
-def cache_folder() -> Path:
-    """Where compiled programs and the default corpus are kept: $MUKV_CACHE or the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("MUKV_CACHE") or Path(base) / "mukv")
 
 
 def restart_with_allocator() -> None:

@@ -60,10 +60,10 @@ def transfer(
 
     Example: `mukv transfer tiny model.scaling.kind=mup --check --widths 64,128,256`
     """
-    from mukv.runs import train as runs
+    from mukv.runs.resolve import resolve
 
     numbers = parse_widths(widths)
-    run, _ = runs.resolve(source, overrides or [], None)
+    run, _ = resolve(source, overrides or [], None)
     launch.prepare()
     name = f"{Path(source).stem}-{run.model.scaling.kind}"
     if check:
@@ -89,11 +89,11 @@ def _check(
     as_json: bool,
 ) -> bool:
     from mukv.data.batches import Batches
-    from mukv.runs import train as runs
+    from mukv.runs.resolve import open_corpus
     from mukv.tuning import coordinates
 
     training = run.train
-    tokens, packing = runs.open_corpus(run), run.data.packing
+    tokens, packing = open_corpus(run), run.data.packing
     batches = Batches(tokens, training.seed, training.batch, training.length, packing=packing)
     slopes = coordinates.check(
         run.model, training, batches.at(0), widths, seeds, steps, learning_rate
@@ -119,13 +119,13 @@ def _search(
     name: str,
     as_json: bool,
 ) -> bool:
-    from mukv.runs import train as runs
+    from mukv.runs.resolve import open_corpus
     from mukv.tuning import transfer
 
     search = transfer.Search(
         run.model,
         run.train,
-        runs.open_corpus(run),
+        open_corpus(run),
         run.data.packing,
         widths,
         seeds,

@@ -102,6 +102,7 @@ def generate(
     launch.prepare()
     from mukv.cache import Policy
     from mukv.infer.decode import Sampling
+    from mukv.infer.stream import TokenStream
     from mukv.runs import inputs, loaded, notes
 
     exactly_one("generate", prompt=prompt, token_ids=token_ids)
@@ -125,7 +126,7 @@ def generate(
     stream = None
     if not as_json and copies == 1:
         shown = styled((str(given) if prompt is None else prompt, "dim"))
-        stream = output.Stream(speaker.tokenizer, sys.stdout, shown)
+        stream = TokenStream(speaker.tokenizer, sys.stdout, shown)
     made = speaker.generate_ids(
         [given] * copies, max_tokens, sampling, ends, stream.show if stream else None, policy
     )
@@ -167,11 +168,11 @@ def describe(
     Example: `mukv describe llama-3.1-70b`
     """
     launch.prepare()
-    from mukv.runs import train as runs
     from mukv.runs.describe import describe as facts_of
     from mukv.runs.describe import show
+    from mukv.runs.resolve import resolve
 
-    run, _ = runs.resolve(source, overrides or [], None)
+    run, _ = resolve(source, overrides or [], None)
     facts = facts_of(run)
     if as_json:
         output.print_json(facts)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeedColumn
 
-import mukv
+from mukv.core.version import VERSION
 from mukv.core.errors import BadInput, nearest_name, telling_disk_errors
 from mukv.data import tokens as layout
 from mukv.data.text import Piece, pieces
@@ -82,7 +82,7 @@ def build_tokens(
                 "fingerprint": stamp,
                 "sources": list(sources),
                 "validation_share": validation,
-                "created_by": f"mukv {mukv.__version__}",
+                "created_by": f"mukv {VERSION}",
             }
             write_atomic(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
             _check_same(out, stamp, overwrite)

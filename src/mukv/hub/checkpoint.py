@@ -29,10 +29,8 @@ from mukv.hub import FAMILIES, Family, meta
 from mukv.hub.base import Piece, Source, check, grouped_by_weight, nested, pieces
 from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder
-from mukv.runs.config import Run
 from mukv.storage.files import file_inside
 from mukv.storage.tensors import Spec, TensorFiles
-from mukv.train.training import Training
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -49,7 +47,6 @@ COMPANIONS = (
 IGNORED = r"rotary_emb\.inv_freq$"
 """Old files hold what follows from the configuration."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LENGTH = 2048
 ROWS = 4096
 """Of an embedding that are compared at once."""
 
@@ -113,13 +110,6 @@ def _put(whole: Array, part: Array, place: int) -> Array:
     stack, layer = (jax.lax.bitcast_convert_type(array, bits) for array in (whole, part))
     stack = jax.lax.dynamic_update_index_in_dim(stack, layer, place, 0)
     return jax.lax.bitcast_convert_type(stack, whole.dtype)
-
-
-def imported_run(found: Checkpoint) -> Run:
-    """The configuration of a run directory that has this model; windows of its evaluation have
-    LENGTH tokens."""
-    length = min(LENGTH, found.model.context or LENGTH)
-    return Run(model=found.model, train=Training(length=length))
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-import mukv
+from mukv.core.version import VERSION
 from mukv.core.errors import BadInput
 from mukv.hub import FAMILIES, Family
 from mukv.hub.base import Piece, pairs_in_halves, pieces
@@ -24,15 +24,15 @@ from mukv.hub.checkpoint import (
     SPECIAL,
     Checkpoint,
     companions,
-    imported_run,
     require,
 )
 from mukv.hub.settings import Given, read_json
 from mukv.hub.standard import require_same, standard
 from mukv.model import Decoder
 from mukv.position import RoPE
+from mukv.runs.resolve import imported_run
+from mukv.runs.folder import RunDirectory
 from mukv.runs.loaded import Model
-from mukv.runs.train import RunDirectory
 from mukv.schema import schema
 from mukv.storage.files import new_folder, write_atomic, writer_of
 from mukv.storage.tensors import INDEX, Spec, is_finite, write_tensors
@@ -79,7 +79,7 @@ def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[
 
 def _provenance(source: str, found: Checkpoint) -> dict[str, Any]:
     return {
-        "mukv": mukv.__version__,
+        "mukv": VERSION,
         "imported_from": source,
         "architecture": found.architecture,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

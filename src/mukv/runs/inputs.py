@@ -9,7 +9,7 @@ import numpy as np
 from mukv.core.errors import BadInput
 from mukv.data.tokens import TokenFile
 from mukv.runs.loaded import Model
-from mukv.runs.train import open_corpus
+from mukv.runs.resolve import open_corpus
 from mukv.storage.files import require_regular_file
 
 

@@ -33,7 +33,8 @@ from mukv.infer.evaluate import Evaluation, evaluate
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
 from mukv.runs.config import Run
-from mukv.runs.train import RunDirectory
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import imported_run
 from mukv.storage.checkpoint import Checkpoints
 from mukv.storage.weights import load_weights, require_finite, require_weights, step_of
 from mukv.train.footprint import require_bytes
@@ -280,7 +281,7 @@ def _load(source: str | Path, mesh: MeshShape) -> Model:
     if not folder.exists:
         found = checkpoint.find(source)
         if found is not None:
-            run = replace(checkpoint.imported_run(found), mesh=mesh)
+            run = replace(imported_run(found), mesh=mesh)
             ends = checkpoint.end_ids(found.special)
             weights = found.place(mesh.build())
             return Model(run, weights, found.tokenizer, ends, found.folder)

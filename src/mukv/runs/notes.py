@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mukv.data.feed import Feed, TextFeed
 from mukv.runs.config import Run
 from mukv.runs.describe import weights
-from mukv.runs.train import RunDirectory
+from mukv.runs.folder import RunDirectory
 from mukv.scaling.schedules import Plan
 from mukv.storage.checkpoint import Checkpoints
 from mukv.train.training import Training

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-import mukv
+from mukv.core.version import VERSION
 from mukv.core.errors import BadInput
 from mukv.core.version import commit
 from mukv.data.feed import Origin
@@ -23,7 +23,7 @@ def record(origin: Origin) -> dict[str, Any]:
     """What is written of a run before its first step."""
     device = jax.devices()[0]
     return {
-        "mukv": mukv.__version__,
+        "mukv": VERSION,
         "commit": commit(),
         "jax": jax.__version__,
         "python": platform.python_version(),

@@ -1,14 +1,7 @@
-"""One folder joins everything: what training writes and everything after reads.
-
-config.yaml (complete, reloadable), metrics.jsonl, checkpoints/, tokenizer.json, weights/ and
-provenance.json. `train` makes or continues one, `load` turns one into a model that speaks.
-"""
+"""Train in a run directory: begin, continue or prolong a run, and write what it leaves."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,25 +9,20 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from mukv.cli.launch import cache_folder
 from mukv.core.errors import BadInput
-from mukv.data.build import default_corpus
-from mukv.data.feed import Feed, Origin, TextFeed
-from mukv.data.tokens import TokenFile, open_tokens
+from mukv.data.feed import Feed, Origin
 from mukv.hub import checkpoint
-from mukv.runs import config, provenance
+from mukv.runs import provenance
 from mukv.runs.config import Run
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import open_feed
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
-from mukv.schema.presets import apply_overrides
-from mukv.schema.yaml_text import read_yaml
 from mukv.storage.checkpoint import Checkpoints
 from mukv.storage.files import is_leftover, write_atomic
 from mukv.storage.json_text import is_text, to_json
-from mukv.storage.locks import RUN
 from mukv.storage.processes import one_job_writes
 from mukv.storage.weights import load_weights, require_finite, require_weights, save_weights
-from mukv.tasks.feed import TaskFeed
 from mukv.train import metrics
 from mukv.train.footprint import require_room
 from mukv.train.loop import Loop, Outcome
@@ -47,103 +35,7 @@ FREE = (
 """Keys of `train` that may change when a run is continued."""
 
 
-@dataclass(frozen=True)
-class RunDirectory:
-    """Paths of one run."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / RUN
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer.json"
-
-    @property
-    def weights(self) -> Path:
-        return self.path / "weights"
-
-    @property
-    def generation(self) -> Path:
-        """Only in a run that was imported: ids that begin and end a text, in their format."""
-        return self.path / "generation_config.json"
-
-    @property
-    def exists(self) -> bool:
-        return self.config.is_file()
-
-    def load_config(self) -> Run:
-        return schema.build(Run, read_yaml(self.config))
-
-
-def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Run, RunDirectory]:
-    """The configuration and folder that `train CONFIG` means.
-
-    CONFIG is a preset, a YAML file, a run directory to continue, or a Hugging Face folder or hub
-    id to begin from. Without `out` the folder's name follows from the configuration, so that the
-    same command continues its own run.
-    """
-    given = RunDirectory(Path(source))
-    if given.exists:
-        mapping = apply_overrides(Run, read_yaml(given.config), overrides)
-        return schema.build(Run, mapping), RunDirectory(out) if out else given
-    found = checkpoint.find(source)
-    if found is not None:
-        run = checkpoint.imported_run(found)
-        run = replace(run, train=replace(run.train, start=str(found.folder.resolve())))
-        run = schema.build(Run, apply_overrides(Run, schema.to_mapping(run), overrides))
-    else:
-        run = config.load(source, overrides)
-    if out is None:
-        digest = hashlib.sha256(schema.to_yaml(run).encode()).hexdigest()[:8]
-        out = Path("runs") / f"{Path(source).stem}-{digest}"
-    return run, RunDirectory(out)
-
-
-def open_corpus(run: Run) -> TokenFile:
-    """The token file that a run trains on, checked against its fingerprint and vocabulary."""
-    if run.data.task is not None:
-        raise BadInput("data.task", run.data.task.kind, "null: text is needed here")
-    tokens = (
-        default_corpus(cache_folder())
-        if run.data.path is None
-        else open_tokens(Path(run.data.path))
-    )
-    tokens.require_unchanged()
-    needed = tokens.tokenizer.text_vocab_size
-    _check_vocabulary(run, needed, f"the tokenizer of {tokens.path}")
-    run.model.check_tokenizer(needed)
-    return tokens
-
-
-def open_feed(run: Run) -> tuple[Run, Feed]:
-    """What a run trains on, and the run with the place where that is."""
-    task = run.data.task
-    if task is None:
-        tokens = open_corpus(run)
-        data = replace(run.data, path=str(tokens.path.resolve()))
-        return replace(run, data=data), TextFeed(tokens, run.data.packing)
-    _check_vocabulary(run, task.vocab_size, "data.task")
-    return run, TaskFeed(task)
-
-
-def _check_vocabulary(run: Run, needed: int, whose: str) -> None:
-    if needed > run.model.vocab_size:
-        allowed = f"at least the {needed} of {whose}"
-        raise BadInput("model.vocab_size", run.model.vocab_size, allowed)
-
-
-def train(
+def train_run(
     run: Run, folder: RunDirectory, title: str = "training", ignore_memory: bool = False
 ) -> Outcome:
     """Train in `folder`, or continue what is there. Raises BadInput before compiling anything, but

@@ -236,3 +236,9 @@ def file_inside(folder: Path, name: str) -> Path:
     if not any(real.is_relative_to(place) for place in (root, *blobs)):
         raise BadInput(str(path), f"a link to {real}", "a file inside this folder")
     return path
+
+
+def cache_folder() -> Path:
+    """Where compiled programs and the default corpus are kept: $MUKV_CACHE or the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("MUKV_CACHE") or Path(base) / "mukv")

@@ -23,9 +23,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from mukv.core.errors import BadInput
 from mukv.data.tokens import TokenFile
 from mukv.runs import config
-from mukv.runs import train as runs
 from mukv.runs.config import Run
-from mukv.runs.train import RunDirectory
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import open_corpus
+from mukv.runs.train import describe_run
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
 from mukv.show.figures import saved_figure
@@ -94,7 +95,7 @@ class Sweep:
         for point in points if points[0] else corners(self.space):
             for seed in self.seeds:
                 self.run_of(point, seed)
-        self.tokens: TokenFile = runs.open_corpus(self.base)
+        self.tokens: TokenFile = open_corpus(self.base)
         data = replace(self.base.data, path=str(self.tokens.path.resolve()))
         facts = leaves(schema.to_mapping(replace(self.base, data=data)))
         ranges = {f"range of {name}": str(part) for name, part in searched.items()}
@@ -190,7 +191,7 @@ class Sweep:
         folders = [self._folder(pending.trial, seed) for pending, seed, _ in members]
         trackers: list[Trackers] = []
         for member, folder in zip(members, folders, strict=True):
-            runs.describe_run(member.run, folder, self.tokens)
+            describe_run(member.run, folder, self.tokens)
             # A trial that was killed begins anew.
             trackers.append(Trackers(folder.path, member.run.train.trackers, keep_until=0))
         for report in group.run(f"{self.folder.name}: {len(members)} runs"):

@@ -17,7 +17,7 @@ from mukv.core.names import shortened
 from mukv.data.tokens import SPLITS, open_tokens
 from mukv.runs.config import Run
 from mukv.runs.describe import describe
-from mukv.runs.train import RunDirectory
+from mukv.runs.folder import RunDirectory
 from mukv.train.metrics import read_metrics
 
 HELD_OUT = ("validation_loss", "validation_bits_per_byte")
