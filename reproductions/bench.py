@@ -24,7 +24,7 @@ from compare import Place
 from rich.console import Console
 from rich.table import Table
 
-from mukv.bench.examine import Settings
+from mukv.bench.examine import ExamineSettings
 from mukv.bench.trial import Trial
 from mukv.cli import launch
 from mukv.runs import config
@@ -55,10 +55,10 @@ class Comparison:
     learning_rates: tuple[float, ...]
     seeds: int
     samples: int = 200
-    settings: Settings = field(init=False)
+    settings: ExamineSettings = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "settings", Settings(self.samples, free=0))
+        object.__setattr__(self, "settings", ExamineSettings(self.samples, free=0))
 
     def trial(self, variant: str, task: str, folder: Path) -> Trial:
         steps = f"train.steps={self.tasks[task].steps}"

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import mukv
-from mukv.analysis.capture import Rows
+from mukv.analysis.capture import CapturedRows
 from mukv.analysis.samples import windows
 from mukv.core.params import initialise
 from mukv.data.build import default_corpus
@@ -62,7 +62,7 @@ def llama_shaped(seed: int = 0) -> Subject:
     return Subject("heads of Llama 3.2 1B, random weights", model, stored)
 
 
-def texts(length: int, samples: int) -> dict[str, Rows]:
+def texts(length: int, samples: int) -> dict[str, CapturedRows]:
     """Code (held out from training), prose (this project's pages), dialogue (sessions with the
     Python interpreter in the library's own docstrings, turn by turn)."""
     tokens = default_corpus(cache_folder()).split("validation").tokens

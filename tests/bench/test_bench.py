@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mukv.bench.examine import Settings
+from mukv.bench.examine import ExamineSettings
 from mukv.bench.trial import Trial
 from mukv.core.errors import Failed
 from mukv.runs import config
@@ -55,7 +55,7 @@ def test_a_model_that_is_not_trained_to_the_end_is_not_judged(monkeypatch, tmp_p
     stopped = Outcome(State({}, {}, 7), 7, 1.0, None, None, 0.0, 0.0, finished=False)
     monkeypatch.setattr(runs, "train", lambda *_, **__: stopped)
     run = config.load("tiny", MINUSCULE)
-    trial = Trial(run, (32, 64), (1e-2,), 1, tmp_path, Settings(4, free=0))
+    trial = Trial(run, (32, 64), (1e-2,), 1, tmp_path, ExamineSettings(4, free=0))
     with pytest.raises(Failed, match="stopped at step 7; the same command goes on"):
         trial.examine("needle", TASKS["needle"])
 

@@ -25,7 +25,7 @@ from mukv.core.params import map_params
 from mukv.data.tokenizer import NoTokenizer
 from mukv.model import Decoder, Layer, Stage
 from mukv.model.block import Gated, PreNorm, SandwichNorm
-from mukv.position import NTK, ALiBi, Linear, Llama3, NoPE, RoPE, YaRN
+from mukv.position import NTK, ALiBi, LinearScaling, Llama3, NoPE, RoPE, YaRN
 from mukv.runs.config import Run
 from mukv.runs.exchange import export_model
 from mukv.runs.loaded import Model
@@ -39,7 +39,7 @@ IDS = np.random.default_rng(0).integers(0, VOCAB, (1, 20))
 BASE = {"embed": 8, "heads": 2, "head_dim": 4, "value_dim": 4, "hidden": 12, "layer": 1}
 SCALINGS = [
     None,
-    Linear(factor=4.0),
+    LinearScaling(factor=4.0),
     Llama3(factor=4.0, original_length=8),
     YaRN(factor=4.0, original_length=16, fast=4.0),
     YaRN(factor=2.0, original_length=16, temperature="none"),

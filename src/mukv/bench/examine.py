@@ -12,7 +12,7 @@ import numpy as np
 
 from mukv.bench.grading import shares
 from mukv.bench.oracle import solved
-from mukv.bench.scoring import Scores, score
+from mukv.bench.scoring import AnswerScores, score
 from mukv.bench.text import TextForm
 from mukv.cache import FULL, Policy
 from mukv.core.errors import BadInput
@@ -27,7 +27,7 @@ CHECKED = 50
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExamineSettings:
     """samples: of each task and length. free: of these, how many are also decoded, without being
     told the answer's first tokens. shots: solved samples before each text. policy: of the cache
     that these are decoded with."""
@@ -70,7 +70,12 @@ def own(model: Model, task: AnyTask) -> bool:
 
 
 def examine(
-    model: Model, name: str, task: AnyTask, length: int, settings: Settings, split: Any = "test"
+    model: Model,
+    name: str,
+    task: AnyTask,
+    length: int,
+    settings: ExamineSettings,
+    split: Any = "test",
 ) -> Examination:
     """Grade a model. Raises BadInput where it can't be asked this."""
     check(model, task, length)
@@ -123,7 +128,7 @@ def distances(length: int) -> list[float]:
     return edges
 
 
-def decoded(model: Model, samples: Samples, settings: Settings) -> tuple[np.ndarray, float]:
+def decoded(model: Model, samples: Samples, settings: ExamineSettings) -> tuple[np.ndarray, float]:
     """Whether the last answer of the first samples comes out when decoded greedily, bool [row],
     and the bytes of cache that were allocated for a row."""
     rows = np.arange(min(settings.free, len(samples.tokens)))
@@ -141,7 +146,7 @@ def decoded(model: Model, samples: Samples, settings: Settings) -> tuple[np.ndar
     return np.array(same), made.cache_bytes / len(rows)
 
 
-def _answers(samples: Samples, scores: Scores, length: int) -> list[dict[str, Any]]:
+def _answers(samples: Samples, scores: AnswerScores, length: int) -> list[dict[str, Any]]:
     """One entry for each answer."""
     return [
         {

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mukv.bench.examine import Settings, check, examine
+from mukv.bench.examine import ExamineSettings, check, examine
 from mukv.bench.grading import effective_length
 from mukv.bench.picture import draw
 from mukv.bench.trial import Trial
@@ -41,7 +41,7 @@ def test_model(
     model: Model,
     tasks: Mapping[str, AnyTask],
     lengths: Sequence[int],
-    settings: Settings,
+    settings: ExamineSettings,
     out: Path,
     tell: Tell,
 ) -> list[dict[str, Any]]:

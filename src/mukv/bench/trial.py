@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mukv.bench.examine import Examination, Settings, examine
+from mukv.bench.examine import Examination, ExamineSettings, examine
 from mukv.bench.grading import effective_length
 from mukv.cache import FULL
 from mukv.core.errors import BadInput
@@ -37,7 +37,7 @@ class Trial:
     rates: tuple[float, ...]
     seeds: int
     folder: Path
-    settings: Settings
+    settings: ExamineSettings
     growing: bool = False
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import Entries, Met, Query, Recall
-from mukv.cache.budget import Budget
+from mukv.cache.budget import CacheBudget
 from mukv.cache.shelf import Shelf
 from mukv.core.typing import Array, Bool, Float, Int
 
@@ -56,7 +56,7 @@ class View:
 class Select:
     """budget: of the entries that a body has room for."""
 
-    budget: Budget = field(default_factory=Budget)
+    budget: CacheBudget = field(default_factory=CacheBudget)
 
     skips_keys: ClassVar[bool] = True
     """Whether some keys are not read at all."""

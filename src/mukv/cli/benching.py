@@ -75,7 +75,7 @@ def bench(
     """
     launch.prepare()
     from mukv.bench import oracle as without_model
-    from mukv.bench.examine import Settings
+    from mukv.bench.examine import ExamineSettings
     from mukv.bench.run import test_model, try_configuration, with_facts
     from mukv.bench.trial import Trial
     from mukv.cache import Policy
@@ -85,7 +85,7 @@ def bench(
     from mukv.train import footprint
 
     policy = Policy.parse(cache, where="--cache")
-    settings = Settings(samples, seed, free, shots, policy)
+    settings = ExamineSettings(samples, seed, free, shots, policy)
     names = chosen(tasks, list(TASKS))
     if lengths is not None:
         longest = max(whole_numbers("--lengths", lengths))

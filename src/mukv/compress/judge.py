@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mukv.cache import FULL, Policy
-from mukv.compress.reader import Read, Reader
+from mukv.compress.reader import PolicyReader, Read
 from mukv.compress.rows import Rows
 from mukv.core.statistics import of_mean, wilson
 from mukv.runs.loaded import Model
@@ -73,7 +73,7 @@ def judge(
     for policy, budget in policies:
         chosen, centres = model.calibrated(policy)
         shared = (model.decoder, model.decoding, compute, chosen, centres)
-        readers.append((Reader(*shared, rows.read, length), budget))
+        readers.append((PolicyReader(*shared, rows.read, length), budget))
         readers[-1][0].check()
     passes = math.ceil(len(rows.tokens) / _together(rows))
     ticks = [passes * (reader.blocks + 1) for reader, _ in readers]
@@ -98,7 +98,7 @@ def _together(rows: Rows) -> int:
     return min(len(rows.tokens), max(1, TOKENS // rows.tokens.shape[1]))
 
 
-def _reads(reader: Reader, rows: Rows, tick: Callable[[], None]) -> list[Read]:
+def _reads(reader: PolicyReader, rows: Rows, tick: Callable[[], None]) -> list[Read]:
     count, batch, programs = len(rows.tokens), _together(rows), reader.programs()
     reader.warm(rows.tokens[:batch], programs)
     reads = []
@@ -112,7 +112,7 @@ def _reads(reader: Reader, rows: Rows, tick: Callable[[], None]) -> list[Read]:
 
 
 def _result(
-    reader: Reader, budget: float, rows: Rows, reads: Sequence[Read], full: np.ndarray | None
+    reader: PolicyReader, budget: float, rows: Rows, reads: Sequence[Read], full: np.ndarray | None
 ) -> tuple[Result, np.ndarray]:
     """The result, and the loss of each row of plain text. full: these losses of the full cache."""
     loss, hit = (np.concatenate([getattr(r, name) for r in reads]) for name in ("loss", "hit"))

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeedColumn
 
-from mukv.core.version import VERSION
 from mukv.core.errors import BadInput, nearest_name, telling_disk_errors
+from mukv.core.version import VERSION
 from mukv.data import tokens as layout
 from mukv.data.text import Piece, pieces
 from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer, load_tokenizer, train_bpe

@@ -26,7 +26,7 @@ from mukv.core.params import named
 from mukv.core.typing import Array
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer
 from mukv.hub import FAMILIES, Family, meta
-from mukv.hub.base import Piece, Source, check, grouped_by_weight, nested, pieces
+from mukv.hub.base import WeightPiece, WeightSource, check, grouped_by_weight, nested, pieces
 from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder
 from mukv.storage.files import file_inside
@@ -58,8 +58,8 @@ class Checkpoint:
     folder: Path
     architecture: str
     model: Decoder
-    source: Source
-    pieces: tuple[Piece, ...]
+    source: WeightSource
+    pieces: tuple[WeightPiece, ...]
     tokenizer: AnyTokenizer
     special: dict[str, Any]
     """Ids that begin, end and pad a text."""
@@ -94,7 +94,7 @@ class Checkpoint:
         found: dict[str, Spec] = {}
         for name, parts in grouped_by_weight(self.pieces).items():
 
-            def read(parts: list[Piece] = parts) -> Iterable[np.ndarray]:
+            def read(parts: list[WeightPiece] = parts) -> Iterable[np.ndarray]:
                 return (part.read(self.source) for part in parts)
 
             dtype = self.source.tensors[parts[0].theirs].dtype
@@ -141,8 +141,8 @@ def _opened(
     folder: Path,
     architecture: str,
     model: Decoder,
-    source: Source,
-    found: Iterable[Piece],
+    source: WeightSource,
+    found: Iterable[WeightPiece],
     special: dict[str, Any],
 ) -> Checkpoint:
     found = tuple(found)
@@ -179,7 +179,7 @@ def _check_ids(special: dict[str, Any], path: Path) -> None:
             raise BadInput(f"{path}: {key}", value, "a token's id, a list of ids or null")
 
 
-def _check_tied(source: Source, folder: Path) -> None:
+def _check_tied(source: WeightSource, folder: Path) -> None:
     """Raise BadInput unless a readout that is there is the embedding that it is tied to."""
     if source.tensors[HEAD].shape != source.tensors[EMBEDDING].shape:
         allowed = f"tie_word_embeddings is true: {list(source.tensors[EMBEDDING].shape)}"

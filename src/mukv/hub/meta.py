@@ -17,7 +17,7 @@ import numpy as np
 from mukv.attention import Grouped
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
-from mukv.hub.base import Piece, Rule, halves_in_pairs, pieces
+from mukv.hub.base import Rule, WeightPiece, halves_in_pairs, pieces
 from mukv.hub.family import MOST_HEADS, MOST_LAYERS
 from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder, Stage
@@ -136,7 +136,7 @@ class TorchFiles:
         return tensor.numpy()
 
 
-def open_meta(folder: Path) -> tuple[str, Decoder, TorchFiles, Sequence[Piece]]:
+def open_meta(folder: Path) -> tuple[str, Decoder, TorchFiles, Sequence[WeightPiece]]:
     """Architecture, model, tensors and pieces of such a folder. Raises BadInput."""
     path = file_inside(folder, PARAMS)
     given = Given(read_json(path), str(path))

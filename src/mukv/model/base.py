@@ -24,7 +24,7 @@ from mukv.core.params import WIDEST, Param
 from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.block import AnyResidual, Gated, PreNorm
-from mukv.model.plan import Resolved, Stage
+from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
 from mukv.scaling.parameterization import Scaling
 from mukv.scaling.stability import Family
@@ -189,7 +189,7 @@ class LanguageModel:
     # What all have in common
 
     @cached_property
-    def layers(self) -> tuple[Resolved, ...]:
+    def layers(self) -> tuple[ResolvedLayer, ...]:
         """Every layer, in order."""
         return tuple(layer for stack in self.stacks for layer in stack.layers)
 

@@ -13,7 +13,7 @@ from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int, Tokens, Weights
 from mukv.model.base import LanguageModel, Reading
-from mukv.model.plan import Resolved, Stage
+from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
 
 
@@ -38,7 +38,7 @@ class Decoder(LanguageModel):
         return (self.stack,)
 
     @property
-    def writers(self) -> tuple[Resolved, ...]:
+    def writers(self) -> tuple[ResolvedLayer, ...]:
         """The layers that have a cache."""
         return self.stack.writers
 

@@ -60,7 +60,7 @@ class Run:
 
 def presets_folder() -> Path:
     """Where the presets are: inside the installed package, or beside its source."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parents[1] / "configs"
 

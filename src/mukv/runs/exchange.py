@@ -14,10 +14,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.core.version import VERSION
 from mukv.core.errors import BadInput
+from mukv.core.version import VERSION
 from mukv.hub import FAMILIES, Family
-from mukv.hub.base import Piece, pairs_in_halves, pieces
+from mukv.hub.base import WeightPiece, pairs_in_halves, pieces
 from mukv.hub.checkpoint import (
     CONFIG,
     GENERATION,
@@ -30,9 +30,9 @@ from mukv.hub.settings import Given, read_json
 from mukv.hub.standard import require_same, standard
 from mukv.model import Decoder
 from mukv.position import RoPE
-from mukv.runs.resolve import imported_run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.loaded import Model
+from mukv.runs.resolve import imported_run
 from mukv.schema import schema
 from mukv.storage.files import new_folder, write_atomic, writer_of
 from mukv.storage.tensors import INDEX, Spec, is_finite, write_tensors
@@ -187,7 +187,7 @@ def _specs(
     for piece in pieces(family.rules, model, pairs_in_halves if interleaved else None):
         kept = jnp.dtype(dtype or flat[piece.ours].dtype)
 
-        def read(piece: Piece = piece, kept: np.dtype = kept) -> Iterator[np.ndarray]:
+        def read(piece: WeightPiece = piece, kept: np.dtype = kept) -> Iterator[np.ndarray]:
             whole = flat[piece.ours]
             ours = np.asarray(whole if piece.repeat is None else whole[piece.repeat])
             with np.errstate(over="ignore"):

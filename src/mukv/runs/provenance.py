@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 
-from mukv.core.version import VERSION
 from mukv.core.errors import BadInput
-from mukv.core.version import commit
+from mukv.core.version import VERSION, commit
 from mukv.data.feed import Origin
 from mukv.storage.checkpoint import Checkpoints
 

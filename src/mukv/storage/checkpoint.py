@@ -3,7 +3,7 @@
 Orbax writes every array in pieces from the devices that hold them and commits by one rename. It
 does not notice flipped bits (tried: it returns other numbers without a word), nor say in one line
 what does not fit or can't be read. So each step also carries a manifest, with which what
-`core/stored.py` reads is compared. Arrays without elements can't be saved.
+`storage/stored.py` reads is compared. Arrays without elements can't be saved.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 @dataclass(frozen=True)
-class Keep:
+class Preserve:
     """Which steps stay: the last ones, those with the lowest score, and a step that is pinned."""
 
     last: int
@@ -85,7 +85,7 @@ class Checkpoints:
             )
         self.saving: int | None = None
         self.scores = self._read_scores()
-        self.keep = Keep(keep_last, keep_best, self.scores, pinned)
+        self.keep = Preserve(keep_last, keep_best, self.scores, pinned)
         self.manager: ocp.CheckpointManager | None = None
         if read_only:
             return

@@ -18,14 +18,14 @@ from mukv.core.typing import Weights
 from mukv.model.base import LanguageModel, Memory
 from mukv.model.block import Gated
 from mukv.model.concept.chunkers import AnyChunker, Delimiter
-from mukv.model.concept.chunks import State
+from mukv.model.concept.chunks import ChunkState
 from mukv.model.concept.injection import (
     CONCEPT,
     AnyInjection,
     Joint,
     Residually,
 )
-from mukv.model.concept.pooling import AnyPool, Select
+from mukv.model.concept.pooling import AnyPool, SelectPool
 from mukv.model.plan import Layer, Stage
 from mukv.model.stack import Stack
 
@@ -55,7 +55,7 @@ class Architecture(LanguageModel):
 
     encoder: tuple[Stage, ...] = LOCAL
     chunker: AnyChunker = field(default_factory=Delimiter)
-    pool: AnyPool = field(default_factory=Select)
+    pool: AnyPool = field(default_factory=SelectPool)
     concepts: Concepts = field(default_factory=Concepts)
     injection: AnyInjection = field(default_factory=Residually)
     decoder: tuple[Stage, ...] = LOCAL
@@ -185,8 +185,8 @@ class Architecture(LanguageModel):
         vectors = self.chunker.mark_width(self.d_model) + self.width
         return dtype.itemsize * (vectors + (self.reach - 1) * self.d_model) + 4
 
-    def start(self, batch: int, dtype: jnp.dtype) -> State:
-        return State(
+    def start(self, batch: int, dtype: jnp.dtype) -> ChunkState:
+        return ChunkState(
             mark=jnp.zeros((batch, self.chunker.mark_width(self.d_model)), dtype),
             recent=jnp.zeros((batch, self.reach - 1, self.d_model), dtype),
             inside=jnp.zeros(batch, jnp.int32),

@@ -9,7 +9,7 @@ import jax
 
 from mukv.cache import Cache
 from mukv.core.typing import Array, Int
-from mukv.model.concept.chunks import State
+from mukv.model.concept.chunks import ChunkState
 
 
 @no_type_check
@@ -25,7 +25,7 @@ class ConceptCache:
     concepts: Cache
     heard: Cache
     decoder: Cache
-    state: State
+    state: ChunkState
 
     @property
     def filled(self) -> Int[Array, ""]:

@@ -24,7 +24,7 @@ Thoughts = Float[Array, "batch concept concept_embed"]
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
+class ChunkState:
     """What a row's last token leaves besides entries. mark: the chunker's. recent: what the encoder
     said of the tokens that an unfinished chunk may yet be made of. inside: tokens of that chunk.
     thought: what the last concept became.
@@ -80,7 +80,7 @@ def chunked(
     first: Bool[Array, "batch token"],
     place: Int[Array, "batch token"],
     real: Bool[Array, "batch token"],
-    state: State,
+    state: ChunkState,
     start: Int[Array, " batch"],
     concepts: int,
 ) -> Chunks:
@@ -142,8 +142,8 @@ def smoothed(
 
 
 def left(
-    chunks: Chunks, x: Residual, thoughts: Thoughts, state: State, count: Int[Array, " batch"]
-) -> State:
+    chunks: Chunks, x: Residual, thoughts: Thoughts, state: ChunkState, count: Int[Array, " batch"]
+) -> ChunkState:
     """What the last of `count` tokens of each row leaves."""
 
     def last(values: Array, place: Array) -> Array:
@@ -155,7 +155,7 @@ def left(
     line_of_thoughts = jnp.concatenate([state.thought[:, None].astype(x.dtype), thoughts], axis=1)
     ended = last(chunks.ends[..., None], count - 1)[:, 0]
     inside = last(chunks.inside[..., None], count - 1)[:, 0]
-    return State(
+    return ChunkState(
         mark=last(chunks.mark, count - 1).astype(state.mark.dtype),
         recent=jnp.take_along_axis(line, place[..., None], axis=1).astype(state.recent.dtype),
         inside=jnp.where(ended, 0, inside),

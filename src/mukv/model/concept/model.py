@@ -22,7 +22,7 @@ from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import Reading
 from mukv.model.concept.architecture import Architecture
 from mukv.model.concept.cache import ConceptCache
-from mukv.model.concept.chunks import Chunks, State, Thoughts, chunked, left, smoothed, windows
+from mukv.model.concept.chunks import Chunks, ChunkState, Thoughts, chunked, left, smoothed, windows
 from mukv.model.concept.injection import (
     Heard,
     Lasting,
@@ -79,12 +79,12 @@ class Concept(Architecture):
         counts = {"concepts": made, "refused_borders": chunks.refused()}
         return Reading(self.normed(weights, x), penalty, counts)
 
-    def _pooled(self, weights: Weights, chunks: Chunks, x: Residual, state: State) -> Thoughts:
+    def _pooled(self, weights: Weights, chunks: Chunks, x: Residual, state: ChunkState) -> Thoughts:
         """What goes into the global layers."""
         window, present = windows(chunks, x, state.recent)
         return project(self.pool.apply(weights, window, present), weights["enter"])
 
-    def _smoothed(self, chunks: Chunks, thoughts: Thoughts, state: State) -> Thoughts:
+    def _smoothed(self, chunks: Chunks, thoughts: Thoughts, state: ChunkState) -> Thoughts:
         if chunks.wish.chance is None:
             return thoughts
         chance = chunks.at_ends(chunks.wish.chance, 1.0)

@@ -266,7 +266,7 @@ def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
 KILLED = """
 import sys, jax, jax.numpy as jnp
 from pathlib import Path
-from mukv.checkpoint import Checkpoints
+from mukv.storage.checkpoint import Checkpoints
 with Checkpoints(Path(sys.argv[1]), keep_last=1) as checkpoints:
     start = (checkpoints.latest() or 0) + 1
     for step in range(start, start + 1000):
@@ -306,7 +306,7 @@ def test_a_killed_process_leaves_whole_checkpoints_only(tmp_path):
 IN_A_PROCESS = """
 import logging, shutil, sys, jax, jax.numpy as jnp
 from pathlib import Path
-from mukv.checkpoint import Checkpoints
+from mukv.storage.checkpoint import Checkpoints
 from mukv.core.errors import BadInput, Failed
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # as the command does
 saved, work = Path(sys.argv[1]), Path(sys.argv[2])
