@@ -66,7 +66,7 @@ def filled(model: Decoder, weights: Any, context: int, policy: Policy, compute: 
     def body(empty: Any, own: Any, new: Any, queries: Any) -> Any:
         # Of the queries the last ones are enough: no policy here looks at more.
         padded = jnp.pad(queries, [(0, 0)] * 3 + [(context - QUERIES, 0), (0, 0)])
-        reader = Reader(attention, own["read"], padded if empty.looks else None)
+        reader = Reader(attention, own["read"], padded if empty.needs_queries else None)
         return empty.extended(new, zero, count, reader, fresh=True)
 
     slots = []

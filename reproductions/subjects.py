@@ -50,8 +50,8 @@ class Subject:
 
 def trained(path: Path) -> Subject:
     found = mukv.load(path)
-    assert isinstance(found.decoder, Decoder)
-    return Subject("trained, 3 layers", found.decoder, found.weights)
+    assert isinstance(found.network, Decoder)
+    return Subject("trained, 3 layers", found.network, found.weights)
 
 
 def llama_shaped(seed: int = 0) -> Subject:

@@ -63,7 +63,7 @@ def full(model: LanguageModel, context: int) -> Any:
         cache,
         encoder=replace(cache.encoder, length=length),
         concepts=replace(cache.concepts, length=concepts),
-        heard=replace(cache.heard, length=concepts),
+        cross=replace(cache.cross, length=concepts),
         decoder=replace(cache.decoder, length=length + slots),
     )
 

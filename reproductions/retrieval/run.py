@@ -141,12 +141,12 @@ class Trial:
 
     def cache(self, rows: int, length: int = LENGTH) -> Any:
         dtype = jnp.dtype(self.entries)
-        return self.model.decoder.empty_cache(rows, length, TAIL, dtype, self.policy)
+        return self.model.network.empty_cache(rows, length, TAIL, dtype, self.policy)
 
     @cached_property
     def program(self) -> Any:
         """What a model says after a context, and after each of some tokens: [row step]."""
-        model, compute = self.model.decoder, self.model.run.train.compute.resolve(264)
+        model, compute = self.model.network, self.model.run.train.compute.resolve(264)
 
         def run(weights: Any, context: jax.Array, count: jax.Array, tokens: jax.Array) -> jax.Array:
             cache = self.cache(len(context))

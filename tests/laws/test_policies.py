@@ -305,11 +305,11 @@ def test_expected_attention(one):
             assert positions(body, row, head) == expected
 
 
-def met(one, body, row_query=-1):
+def retrieve(one, body, row_query=-1):
     """Positions that the newest query reads: {(row, head): set}, and what it gets."""
     query = one.queries[:, :, :, row_query:]
     address = one.attention.address(one.read, query / 8**0.5)
-    recalled, entries = body.met(address, lambda e: one.attention.recall(one.read, e))
+    recalled, entries = body.retrieve(address, lambda e: one.attention.recall(one.read, e))
     held = np.broadcast_to(np.asarray(entries.position), (2, 2, entries.position.shape[-1]))
     return address[0], recalled, held
 

@@ -173,5 +173,5 @@ def test_metas_own_files(tmp_path, tied):
         import_model(str(source), tmp_path / out)
     files = [tmp_path / each / "weights/weights.safetensors" for each in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    one, two = (mukv.load(tmp_path / each).decoder for each in ("one", "two"))
+    one, two = (mukv.load(tmp_path / each).network for each in ("one", "two"))
     assert replace(two, context=one.context) == one

@@ -69,7 +69,7 @@ def test_there_and_back(pair, tmp_path):
     run = mukv.load(tmp_path / "one")
     for name, leaf in named(run.weights).items():
         np.testing.assert_array_equal(leaf, named(ours.weights)[name])
-    assert run.decoder == ours.decoder
+    assert run.network == ours.network
     told = export_model(run, tmp_path / "one", tmp_path / "out", shard=50_000)
     assert told["files"] > 1
     again, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -83,7 +83,7 @@ def test_there_and_back(pair, tmp_path):
     import_model(str(tmp_path / "out"), tmp_path / "two")
     files = [tmp_path / each / "weights/weights.safetensors" for each in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert mukv.load(tmp_path / "two").decoder == run.decoder
+    assert mukv.load(tmp_path / "two").network == run.network
 
 
 @pytest.mark.slow

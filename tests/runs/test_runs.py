@@ -97,7 +97,7 @@ def test_logits(trained):
     model = package.load(trained)
     ids = model.encode("Déjà vu")
     one = model.logits(ids)
-    assert one.shape == (1, len(ids), model.decoder.vocab_size)
+    assert one.shape == (1, len(ids), model.network.vocab_size)
     assert one.dtype == jnp.float32
     two = model.logits([ids, ids[::-1]])
     np.testing.assert_allclose(two[:1], one, atol=1e-5)

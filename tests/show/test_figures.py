@@ -11,10 +11,10 @@ from mukv.show.figures import (
     CAPTION,
     labels,
     legend,
-    looks,
     overlapping,
     powers,
     saved_figure,
+    series_styles,
 )
 from mukv.tuning import coordinates, transfer
 
@@ -29,8 +29,8 @@ def test_any_name_is_drawn_wherever_it_stands(tmp_path, name):
     path = tmp_path / "x.png"
     with saved_figure(path, (4, 3), name, caption=name or "none") as figure:
         axes = figure.subplots()
-        for label, look in zip(labels([name, name + "2"]), looks(2), strict=True):
-            axes.plot([name, "other"], [1, 2], label=label, **look)
+        for label, style in zip(labels([name, name + "2"]), series_styles(2), strict=True):
+            axes.plot([name, "other"], [1, 2], label=label, **style)
         axes.set(xlabel=name, title=name)
         axes.text(0, 1, name)
         legend(figure, axes, name)
@@ -54,8 +54,8 @@ def test_a_legend_names_every_series(tmp_path):
 def test_a_legend_covers_no_axes(tmp_path):
     with saved_figure(tmp_path / "x.png", (4, 3)) as figure:
         axes = figure.subplots()
-        for number, look in enumerate(looks(50)):
-            axes.plot([1, 2], label=f"series {number}", **look)
+        for number, style in enumerate(series_styles(50)):
+            axes.plot([1, 2], label=f"series {number}", **style)
         legend(figure, axes)
     inside, box = axes.get_window_extent(), figure.legends[0].get_window_extent()
     assert box.y1 <= inside.y0
@@ -66,7 +66,7 @@ def test_a_legend_covers_no_axes(tmp_path):
 def test_series_are_told_apart(count):
     import matplotlib.colors as colours
 
-    found = looks(count)
+    found = series_styles(count)
     assert len({colours.to_rgb(each["color"]) for each in found}) == count
     assert len({(each["marker"], each["linestyle"]) for each in found}) >= min(count, 10)
 

@@ -54,7 +54,7 @@ def test_a_sweep(mukv, token_file, tmp_path):
     assert "train.learning_rate: the best value" in mukv(*given).stderr
     assert (tmp_path / "s" / "sweep.png").stat().st_size > 5_000
     trial = package.load(facts["best"]["run"])
-    assert trial.decoder.d_model == 32
+    assert trial.network.d_model == 32
     # Nothing is left to do: at once, and the same.
     again = json.loads(mukv(*given, "--json").stdout.splitlines()[-1])
     assert again == facts

@@ -145,9 +145,9 @@ class Attention:
         only where `mask` is aligned and there is one part; None for the plain core.
         """
         address, scores = self.asked(weights, self.query(weights, x, position), position)
-        met = [part.met(address, partial(self.recall, weights)) for part in parts]
+        retrieved = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
         if chunk:
-            recalled, entries = met[0]
+            recalled, entries = retrieved[0]
             # Products in the type that those with weights have.
             operand = weights["output"].dtype
             address, recalled = jax.tree.map(
@@ -155,7 +155,7 @@ class Attention:
             )
             out = cores.fused(address, recalled, entries, scores, mask, chunk).astype(x.dtype)
         else:
-            shown = [cores.Part.of(keys, part, position, mask) for keys, part in met]
+            shown = [cores.Part.of(keys, part, position, mask) for keys, part in retrieved]
             out = cores.plain(address, shown, scores)
         return self.output(weights, out)
 

@@ -56,7 +56,7 @@ class Examination:
 
 def check(model: Model, task: AnyTask, length: int) -> None:
     """Raise BadInput where a model can't be examined at this length."""
-    context = model.decoder.context
+    context = model.network.context
     if context is not None and length > context:
         raise BadInput("--lengths", length, f"at most the model's context ({context})")
     if own(model, task):
@@ -87,11 +87,11 @@ def examine(
         form = TextForm(task, model.tokenizer, settings.shots)
         samples = form.batch(length, settings.seed, indices)
         known = task.batch(max(task.smallest, 64), settings.seed, split, indices)
-    scores = score(model.decoder, model.scaled, samples, model.run.train.compute)
+    scores = score(model.network, model.scaled, samples, model.run.train.compute)
     checked = solved(task, Samples(*(part[:CHECKED] for part in known)))
-    compute = model.run.train.compute.resolve(model.decoder.vocab_size)
+    compute = model.run.train.compute.resolve(model.network.vocab_size)
     right = scores.right[scores.present]
-    taken = cache_bytes(model.decoder, 1, length, 0, compute.type)
+    taken = cache_bytes(model.network, 1, length, 0, compute.type)
     free, graded = None, right
     if settings.free:
         free, allocated = decoded(model, samples, settings)

@@ -43,7 +43,7 @@ class Keep:
     budget: CacheBudget = field(default_factory=CacheBudget)
     spread: Spread = "uniform"
 
-    looks: ClassVar[bool] = False
+    needs_queries: ClassVar[bool] = False
     """Whether scores depend on queries."""
     carries: ClassVar[bool] = False
     """Whether scores add up from one choice to the next."""

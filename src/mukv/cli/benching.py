@@ -109,7 +109,7 @@ def bench(
         if trained is not None and tasks is None:
             asked = with_facts({trained.kind: trained}, facts)
         first = TEXT_LENGTH if trained is None else model.run.train.length
-        sizes = sizes_of(lengths, first, model.decoder.context)
+        sizes = sizes_of(lengths, first, model.network.context)
         rows = test_model(model, asked, sizes, settings, folder, tell)
     else:
         given = [*(overrides or []), *([] if steps is None else [f"train.steps={steps}"])]

@@ -20,7 +20,7 @@ from mukv.runs.describe import describe
 from mukv.runs.folder import RunDirectory
 from mukv.runs.resolve import open_corpus
 from mukv.runs.train import train_run
-from mukv.show.figures import labels, legend, looks, powers, saved_figure
+from mukv.show.figures import labels, legend, powers, saved_figure, series_styles
 from mukv.show.terminal import Console, styled, table
 from mukv.storage.files import write_atomic
 from mukv.storage.json_text import to_json
@@ -29,7 +29,7 @@ PROMPT = "def __init__(self, "
 CONTINUATION = 160
 SAMPLING = Sampling(temperature=0.7, top_p=0.9)
 CONTEXT = 4096
-"""Tokens that a decoding step looks back on where its speed is measured."""
+"""Tokens that a decoding step series_styles back on where its speed is measured."""
 MEASURED, ROUNDS = 128, 3
 MLP_MULTIPLE = 8
 CAPTION = (
@@ -158,8 +158,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         left, right = figure.subplots(1, 2)
         names = labels(row["name"] for row in rows)
         for axes, (key, label, title) in zip((left, right), panels, strict=True):
-            for row, name, look in zip(rows, names, looks(len(rows)), strict=True):
-                point = {"color": look["color"], "marker": look["marker"], "label": name}
+            for row, name, style in zip(rows, names, series_styles(len(rows)), strict=True):
+                point = {"color": style["color"], "marker": style["marker"], "label": name}
                 axes.scatter(row["cache_bytes_per_token"], row[key], s=70, zorder=3, **point)
             powers(axes.xaxis, [row["cache_bytes_per_token"] for row in rows])
             axes.margins(0.2)

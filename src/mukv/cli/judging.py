@@ -67,7 +67,7 @@ def compress(
     speaker = loaded.load(model)
     if length is None:
         length = max(inputs.window(speaker, None), compress.USUAL)
-        length = min(length, speaker.decoder.context or length)
+        length = min(length, speaker.network.context or length)
     length = inputs.window(speaker, length)
     tell(notes.of_length(length, speaker.run, "--length"))
     if text is not None:

@@ -95,7 +95,7 @@ def analyze(
             count = -(-calibration_tokens // length)
             to_cluster = pieces.from_training(inputs.corpus(speaker), length, count)
         calibration.check(clusters, to_cluster.tokens.size)
-    decoder, compute = speaker.decoder, speaker.run.train.compute
+    decoder, compute = speaker.network, speaker.run.train.compute
     if not isinstance(decoder, Decoder):
         raise BadInput("MODEL", decoder.kind, "a model of kind decoder")
     found = study.look(decoder, speaker.scaled, texts, compute)

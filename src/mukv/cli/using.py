@@ -120,7 +120,7 @@ def generate(
         given = inputs.ids(token_ids or "", "--token-ids")
     else:
         given = speaker.encode_chat(prompt) if chat else speaker.encode(prompt)
-    tell(notes.of_stop(ends or (), speaker.decoder.vocab_size))
+    tell(notes.of_stop(ends or (), speaker.network.vocab_size))
     total = len(given) + max_tokens
     tell(notes.of_length(total, speaker.run, "the prompt and --max-tokens"))
     stream = None

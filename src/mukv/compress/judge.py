@@ -67,12 +67,12 @@ def judge(
 ) -> list[Result]:
     """Every policy on the same rows; the first is what others are compared with. Raises BadInput,
     before anything is compiled, where one does not fit."""
-    compute = model.run.train.compute.resolve(model.decoder.vocab_size)
+    compute = model.run.train.compute.resolve(model.network.vocab_size)
     length = rows.tokens.shape[1]
     readers = []
     for policy, budget in policies:
         chosen, centres = model.calibrated(policy)
-        shared = (model.decoder, model.decoding, compute, chosen, centres)
+        shared = (model.network, model.decoding, compute, chosen, centres)
         readers.append((PolicyReader(*shared, rows.read, length), budget))
         readers[-1][0].check()
     passes = math.ceil(len(rows.tokens) / _together(rows))

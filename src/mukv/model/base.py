@@ -40,7 +40,7 @@ class Memory(NamedTuple):
     by_row: bool = False
 
 
-class Reading(NamedTuple):
+class ForwardResult(NamedTuple):
     """What a forward pass gives. hidden: the residual stream after the last layer and norm.
     penalty: what training minimises besides the cross-entropy, in nats per token of each row; None
     for nothing. counts: numbers to be reported, summed over the row.
@@ -105,14 +105,14 @@ class LanguageModel:
         stack."""
         raise NotImplementedError
 
-    def read(
+    def forward(
         self,
         weights: Weights,
         tokens: Tokens,
         position: Int[Array, "batch token"] | None = None,
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
-    ) -> Reading:
+    ) -> ForwardResult:
         """One forward pass, weights scaled and stacked.
 
         position: place in the document, counted from 0 (default: place in the row). segment:
@@ -227,8 +227,8 @@ class LanguageModel:
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
     ) -> Residual:
-        """The residual stream after the last layer and norm; see `read`."""
-        return self.read(weights, tokens, position, segment, compute).hidden
+        """The residual stream after the last layer and norm; see `forward`."""
+        return self.forward(weights, tokens, position, segment, compute).hidden
 
     def logits(
         self, weights: Weights, hidden: Residual, compute: Compute | None = None

@@ -180,7 +180,7 @@ class Stack:
             place = whole.index(layer.index), len(whole)
             own = (centres or {}).get(layer.index, {})
             body = policy.body(layer.attention, self.d_model, batch, length, dtype, place, own)
-            if body.looks:
+            if body.needs_queries:
                 shape = (batch, layer.attention.heads, tail, layer.attention.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
             return Slot(body, places)
@@ -225,7 +225,7 @@ class Stack:
         ) -> tuple[Bag, ...]:
             body = cache.slots[self.writers.index(layer)].body
             reading = weights[layer.index]["read"]
-            reader = Reader(layer.attention, reading, query() if body.looks else None)
+            reader = Reader(layer.attention, reading, query() if body.needs_queries else None)
             bodies[layer.index] = body.extended(written, cache.length, count, reader, fresh)
             new = Entries(written, position[:, None])
             return (new,) if fresh else (body.entries(cache.length), new)
@@ -258,7 +258,7 @@ class Stack:
             layer: ResolvedLayer, written: dict[str, Array], query: Callable[[], Queries]
         ) -> tuple[Bag, ...]:
             slot = cache.slots[self.writers.index(layer)]
-            if slot.body.looks:
+            if slot.body.needs_queries:
                 written = {**written, QUERY: _by_head(query())}
             tails[layer.index] = (
                 append(slot.tail, written, cache.filled)

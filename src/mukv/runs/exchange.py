@@ -126,7 +126,7 @@ def export_model(
     """
     there = out / CONFIG
     _require_free(out, there.is_file() and not out.samefile(source))
-    decoder = model.decoder
+    decoder = model.network
     if not isinstance(decoder, Decoder):
         raise BadInput("model.kind", decoder.kind, "decoder: others have no name in Hugging Face")
     family = _family(decoder, source)

@@ -64,7 +64,7 @@ class Answers:
         found: dict[int, tuple[float, bool]] = {}
         while order:
             width = -(-len(rows[order[0]][0]) // MULTIPLE) * MULTIPLE
-            size = max(1, LOGITS // (width * self.model.decoder.vocab_size))
+            size = max(1, LOGITS // (width * self.model.network.vocab_size))
             batch, order = order[:size], order[size:]
             padded = np.zeros((size, width + 1), np.int32)
             for row, place in zip(padded, batch, strict=False):
@@ -114,7 +114,7 @@ class Answers:
 
     def _fitting(self, ids: list[int], room: int) -> list[int]:
         """The last ids that the model's context has room for, beside `room` more."""
-        context = self.model.decoder.context
+        context = self.model.network.context
         return ids if context is None else ids[-max(1, context - room) :]
 
     @property
@@ -124,7 +124,7 @@ class Answers:
 
     @cached_property
     def _scores(self) -> Any:
-        decoder, compute = self.model.decoder, self.model.run.train.compute
+        decoder, compute = self.model.network, self.model.run.train.compute
 
         def scores(weights: Any, ids: Array) -> tuple[Array, Array]:
             tokens, targets = ids[:, :-1], ids[:, 1:]

@@ -60,11 +60,11 @@ def rows_of_ids(path: Path) -> list[np.ndarray]:
 def window(model: Model, length: int | None) -> int:
     """Tokens that are read at once: as asked for, or as in training."""
     if length is None:
-        return min(model.run.train.length, model.decoder.context or model.run.train.length)
+        return min(model.run.train.length, model.network.context or model.run.train.length)
     if length < 2:
         raise BadInput("--length", length, "at least 2 tokens")
-    if model.decoder.context is not None and length > model.decoder.context:
-        raise BadInput("--length", length, f"the model's context is {model.decoder.context} tokens")
+    if model.network.context is not None and length > model.network.context:
+        raise BadInput("--length", length, f"the model's context is {model.network.context} tokens")
     return length
 
 
@@ -81,5 +81,5 @@ def corpus(model: Model) -> TokenFile:
 def check_ids(model: Model, ids: np.ndarray) -> None:
     """Raise BadInput for ids that the model does not have."""
     worst = int(ids.min() if ids.min() < 0 else ids.max())
-    if not 0 <= worst < model.decoder.vocab_size:
-        raise BadInput("tokens", worst, f"token ids go from 0 to {model.decoder.vocab_size - 1}")
+    if not 0 <= worst < model.network.vocab_size:
+        raise BadInput("tokens", worst, f"token ids go from 0 to {model.network.vocab_size - 1}")

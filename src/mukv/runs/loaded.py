@@ -62,18 +62,23 @@ class Model:
     """Where it was loaded from."""
 
     @property
-    def decoder(self) -> LanguageModel:
+    def network(self) -> LanguageModel:
         return self.run.model
+
+    @property
+    def decoder(self) -> LanguageModel:
+        """The former name of `network`."""
+        return self.network
 
     @cached_property
     def scaled(self) -> Any:
         """Weights as the forward pass sees them."""
-        return self.decoder.scaled(self.weights)
+        return self.network.scaled(self.weights)
 
     @cached_property
     def decoding(self) -> Any:
         """Weights as decoding takes them."""
-        return decoding_weights(self.decoder, self.weights, self.run.train.compute)
+        return decoding_weights(self.network, self.weights, self.run.train.compute)
 
     def logits(
         self, tokens: Any, position: Any = None, segment: Any = None
@@ -87,11 +92,11 @@ class Model:
         compiled once.
         """
         ids = whole_numbers("tokens", tokens)
-        beyond = ids[(ids < 0) | (ids >= self.decoder.vocab_size)]
+        beyond = ids[(ids < 0) | (ids >= self.network.vocab_size)]
         if beyond.size:
-            allowed = f"token ids go from 0 to {self.decoder.vocab_size - 1}"
+            allowed = f"token ids go from 0 to {self.network.vocab_size - 1}"
             raise BadInput("tokens", int(beyond[0]), allowed)
-        context = self.decoder.context
+        context = self.network.context
         if context is not None and ids.shape[1] > context:
             raise BadInput("tokens", f"{ids.shape[1]} tokens", f"the model's context is {context}")
         places = []
@@ -100,7 +105,7 @@ class Model:
             if found is not None and found.shape != ids.shape:
                 raise BadInput(name, found.shape, f"the shape of tokens, {ids.shape}")
             places.append(found)
-        return _forward(self.decoder, self.run.train.compute)(self.scaled, ids, *places)
+        return _forward(self.network, self.run.train.compute)(self.scaled, ids, *places)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as the beginning of a document."""
@@ -129,7 +134,7 @@ class Model:
         cache = self.calibrated(policy)
         self._require_room(prompts, max_tokens, policy)
         asked = prompts, max_tokens, sampling, stop, compute, show, *cache, ended
-        return generate(self.decoder, self.decoding, *asked)
+        return generate(self.network, self.decoding, *asked)
 
     def _require_room(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, policy: Policy
@@ -137,16 +142,16 @@ class Model:
         """Raise BadInput for a cache that takes more memory than is free."""
         if max_tokens < 1:
             return  # refused with all else by `generate`
-        compute = self.run.train.compute.resolve(self.decoder.vocab_size)
+        compute = self.run.train.compute.resolve(self.network.vocab_size)
         sizes = Sizes.plan(len(prompts), max(map(len, prompts), default=1), max_tokens)
         room = sizes.batch, sizes.body, sizes.tail
-        taken = cache_bytes(self.decoder, *room, compute.type, policy)
+        taken = cache_bytes(self.network, *room, compute.type, policy)
         require_bytes("the cache", taken, "max_tokens", max_tokens)
 
     @property
     def by_head(self) -> bool:
         """Whether every layer without a window keeps entries of each head, so that centres fit."""
-        layers = [layer for stack in self.decoder.stacks for layer in stack.layers]
+        layers = [layer for stack in self.network.stacks for layer in stack.layers]
         kept = [layer.attention for layer in layers if layer.window is None]
         return all(attention.stores == attention.key_heads for attention in kept)
 
@@ -242,11 +247,11 @@ class Model:
     ) -> Evaluation:
         """Loss on rows of token ids, in windows of `length` (default: as in training)."""
         return evaluate(
-            self.decoder,
+            self.network,
             self.scaled,
             rows,
             length or self.run.train.length,
-            self.tokenizer.token_bytes(self.decoder.vocab_size),
+            self.tokenizer.token_bytes(self.network.vocab_size),
             self.run.train.compute,
             stride,
         )

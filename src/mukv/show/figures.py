@@ -1,4 +1,4 @@
-"""Figures without a screen, written whole or not at all, and the looks that all of them share.
+"""Figures without a screen, written whole or not at all, and the styles that all of them share.
 
 A name is drawn letter by letter: no TeX, no control characters, and what begins with an
 underscore stays in the legend. Legends stand below the axes, where they hide no line.
@@ -57,7 +57,7 @@ def saved_figure(
             figure.savefig(made, dpi=150, format="png", metadata=about)
 
 
-def looks(count: int) -> list[dict[str, Any]]:
+def series_styles(count: int) -> list[dict[str, Any]]:
     """`color`, `marker` and `linestyle` of each of `count` series: no two have the same colour."""
     import matplotlib as mpl
 

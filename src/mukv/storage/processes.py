@@ -41,8 +41,8 @@ def first_alone(work: Callable[[], object]) -> None:
         told = [] if refused is None else [refused.where, str(refused.given), refused.allowed]
         text = json.dumps(told).encode().ljust(TOLD)
         assert len(text) == TOLD
-        heard = np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8)))
-        told = json.loads(heard.tobytes())
+        received = np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8)))
+        told = json.loads(received.tobytes())
         refused = BadInput(*told) if told else None
     if refused is not None:
         raise refused

@@ -25,7 +25,7 @@ from mukv.core.typing import Array
 from mukv.model import LanguageModel
 from mukv.model.width import widened
 from mukv.scaling.schedules import Cosine
-from mukv.show.figures import ROW_INCHES, labels, looks, powers, saved_figure
+from mukv.show.figures import ROW_INCHES, labels, powers, saved_figure, series_styles
 from mukv.show.progress import Bar
 from mukv.train.step import Trainer
 from mukv.train.training import Training
@@ -106,14 +106,14 @@ def check(
 
 def changes(trainer: Trainer, batch: Any, seed: int) -> dict[str, float]:
     """Root mean square of what each activation became minus what it was, by name."""
-    look = jax.jit(lambda weights: _activations(trainer, weights, batch))
+    style = jax.jit(lambda weights: _activations(trainer, weights, batch))
     distance = jax.jit(lambda after, before: jax.tree.map(_distance, after, before))
     with jax.set_mesh(trainer.mesh):
         state = trainer.initial_state(seed)
-        before = look(state.weights)
+        before = style(state.weights)
         for step in range(trainer.training.steps):
             state, _ = trainer.step(state, step, batch)
-        found = distance(look(state.weights), before)
+        found = distance(style(state.weights), before)
     return {name: float(value) for name, value in found.items()}
 
 
@@ -172,16 +172,16 @@ def draw(slopes: Sequence[Slope], path: Path, title: str) -> None:
         panels = figure.subplots(1, len(kinds), squeeze=False)[0]
         for axes, (kind, group) in zip(panels, kinds.items(), strict=True):
             names = labels(each.name.split(".")[0] if "." in each.name else kind for each in group)
-            for each, name, look in zip(group, names, looks(len(group)), strict=True):
-                look |= {"linestyle": "-" if each.passed else "--", "ms": 4, "capsize": 2}
+            for each, name, style in zip(group, names, series_styles(len(group)), strict=True):
+                style |= {"linestyle": "-" if each.passed else "--", "ms": 4, "capsize": 2}
                 widths, means = list(each.changes), list(each.changes.values())
                 bars = [each.deviations[width] for width in widths] if each.deviations else None
                 # Downwards no further than a logarithm goes.
                 bars = bars and [[min(b, m / 2) for b, m in zip(bars, means, strict=True)], bars]
-                axes.errorbar(widths, means, bars, label=f"{name} {each.slope:+.2f}", **look)
+                axes.errorbar(widths, means, bars, label=f"{name} {each.slope:+.2f}", **style)
             axes.set_yscale("log", base=2)
             powers(axes.xaxis, [width for each in group for width in each.changes])
-            # A flat line must look flat: never less than a few octaves.
+            # A flat line must style flat: never less than a few octaves.
             middle = np.sqrt(np.prod(axes.get_ylim()))
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, middle / 4), max(high, middle * 4))

@@ -25,7 +25,7 @@ from mukv.model import LanguageModel
 from mukv.model.width import widened
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
-from mukv.show.figures import legend, looks, saved_figure
+from mukv.show.figures import legend, saved_figure, series_styles
 from mukv.storage.files import write_atomic
 from mukv.storage.json_text import to_json
 from mukv.train.training import Training
@@ -264,7 +264,7 @@ def draw(search: Search, found: Transfer, path: Path, title: str) -> None:
     about = f"Loss against learning rate at each width; stars: the best rate of each. {bars}"
     with saved_figure(path, (9.6, 4.0), title, about.strip()) as figure:
         left, right = figure.subplots(1, 2)
-        for width, look in zip(search.models, looks(len(search.models)), strict=True):
+        for width, style in zip(search.models, series_styles(len(search.models)), strict=True):
             tried = [rate for rate in search.rates(width) if search.mean(width, rate) < math.inf]
             means = np.array([search.mean(width, rate) for rate in tried])
             each = np.array(
@@ -275,8 +275,8 @@ def draw(search: Search, found: Transfer, path: Path, title: str) -> None:
             ).reshape(len(tried), search.seeds)
             spread = (means - each.min(axis=1), each.max(axis=1) - means) if seeded else None
             optimum = found.optima[width]
-            left.errorbar(tried, means, spread, capsize=2, ms=4, label=f"{width}", **look)
-            left.plot(optimum.rate, optimum.loss, "*", ms=12, color=look["color"])
+            left.errorbar(tried, means, spread, capsize=2, ms=4, label=f"{width}", **style)
+            left.plot(optimum.rate, optimum.loss, "*", ms=12, color=style["color"])
         finite = [optimum.loss for optimum in found.optima.values()]
         low, high = min(finite) - 0.1, max(finite) + 1.2
         near = [rate for (_, rate, _), loss in search.losses.items() if loss <= high]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mukv.cli.report.told import Told
-from mukv.show.figures import labels, legend, looks, powers, saved_figure
+from mukv.show.figures import labels, legend, powers, saved_figure, series_styles
 
 BITS = "validation_bits_per_byte"
 MOST_POINTS, MARKED = 1000, 25
@@ -38,7 +38,7 @@ def curves(runs: Sequence[Told], path: Path) -> str | None:
     if not panels:
         return None
     units = {"loss": "training loss of one batch, nats/token", BITS: "held-out bits/byte"}
-    shown = {run.name: look for run, look in zip(runs, looks(len(runs)), strict=True)}
+    shown = {run.name: style for run, style in zip(runs, series_styles(len(runs)), strict=True)}
     names = dict(zip((run.name for run in runs), labels(run.name for run in runs), strict=True))
     cut = False
     with saved_figure(path, (5.0 * len(panels), 3.6)) as figure:
@@ -46,10 +46,10 @@ def curves(runs: Sequence[Told], path: Path) -> str | None:
         for axes, (key, title, group) in zip(drawn, panels, strict=True):
             for run in group:
                 steps, values = _points(run.curves[key])
-                look = {**shown[run.name], "lw": 1.2, "ms": 4, "label": names[run.name]}
+                style = {**shown[run.name], "lw": 1.2, "ms": 4, "label": names[run.name]}
                 if len(steps) > MARKED:
-                    look["markevery"] = len(steps) // 8
-                axes.plot(steps, values, **look)
+                    style["markevery"] = len(steps) // 8
+                axes.plot(steps, values, **style)
             cut |= _clip(axes, [_points(run.curves[key]) for run in group])
             axes.set(xlabel="step", ylabel=units[key])
             axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
@@ -118,10 +118,10 @@ def trade_off(runs: Sequence[Told], path: Path) -> str | None:
         return None
     with saved_figure(path, (6.0, 4.0)) as figure:
         axes = figure.subplots()
-        for name, look, (x, y) in zip(
-            labels(points), looks(len(points)), points.values(), strict=True
+        for name, style, (x, y) in zip(
+            labels(points), series_styles(len(points)), points.values(), strict=True
         ):
-            axes.scatter(x, y, s=50, label=name, color=look["color"], marker=look["marker"])
+            axes.scatter(x, y, s=50, label=name, color=style["color"], marker=style["marker"])
         powers(axes.xaxis, [x for x, _ in points.values()])
         axes.margins(0.15)
         axes.set(xlabel="cache bytes per token", ylabel="held-out bits/byte")

@@ -108,7 +108,7 @@ class Architecture(LanguageModel):
         )
 
     @cached_property
-    def heard(self) -> Stack:
+    def cross(self) -> Stack:
         """What tokens read of concepts: a layer that only remembers, or none."""
         return Stack(
             self.width,
@@ -121,16 +121,16 @@ class Architecture(LanguageModel):
 
     @cached_property
     def after(self) -> Stack:
-        return self.stack_of(self.decoder, self.heard.first + len(self.heard.layers))
+        return self.stack_of(self.decoder, self.cross.first + len(self.cross.layers))
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
-        return self.before, self.globally, self.heard, self.after
+        return self.before, self.globally, self.cross, self.after
 
     @property
     def reader(self) -> AnyAttention:
         """What tokens read concepts with."""
-        return self.heard.layers[0].attention if self.heard.layers else self.attention
+        return self.cross.layers[0].attention if self.cross.layers else self.attention
 
     # Weights
 
@@ -177,7 +177,7 @@ class Architecture(LanguageModel):
         return (
             Memory(self.before, length, tail),
             Memory(self.globally, concepts, more, by_row=True),
-            Memory(self.heard, concepts, more, by_row=True),
+            Memory(self.cross, concepts, more, by_row=True),
             Memory(self.after, *local),
         )
 
@@ -190,5 +190,5 @@ class Architecture(LanguageModel):
             mark=jnp.zeros((batch, self.chunker.mark_width(self.d_model)), dtype),
             recent=jnp.zeros((batch, self.reach - 1, self.d_model), dtype),
             inside=jnp.zeros(batch, jnp.int32),
-            thought=jnp.zeros((batch, self.width), dtype),
+            output=jnp.zeros((batch, self.width), dtype),
         )
