@@ -127,7 +127,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panels = figure.subplots(2, len(tasks), squeeze=False, sharey=True)
         for column, task in enumerate(tasks):
             above, below = panels[:, column]
-            for variant, series in zip(variants, series_styles(len(variants)), strict=True):
+            styles = series_styles(len(variants))
+            for number, (variant, series) in enumerate(zip(variants, styles, strict=True)):
                 own = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
                 style = {key: series[key] for key in ("color", "marker")} | {"label": variant}
                 lengths, scores = ([row[k] for row in own] for k in ("length", "exact_match"))

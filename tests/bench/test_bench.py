@@ -53,7 +53,7 @@ def test_a_configuration_then_its_model(mukv, tmp_path):
 
 def test_a_model_that_is_not_trained_to_the_end_is_not_judged(monkeypatch, tmp_path):
     stopped = Outcome(State({}, {}, 7), 7, 1.0, None, None, 0.0, 0.0, finished=False)
-    monkeypatch.setattr(runs, "train", lambda *_, **__: stopped)
+    monkeypatch.setattr("mukv.bench.trial.train_run", lambda *_, **__: stopped)
     run = config.load("tiny", MINUSCULE)
     trial = Trial(run, (32, 64), (1e-2,), 1, tmp_path, ExamineSettings(4, free=0))
     with pytest.raises(Failed, match="stopped at step 7; the same command goes on"):

@@ -207,7 +207,7 @@ def test_every_exception_ends_in_a_line(mukv, monkeypatch, error, status, start)
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(runs, "resolve", fail)
+    monkeypatch.setattr("mukv.runs.resolve.resolve", fail)
     done = mukv("describe", "tiny")
     assert done.returncode == status, done.stderr
     assert done.stderr.startswith(start)

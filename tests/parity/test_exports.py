@@ -53,7 +53,7 @@ ROPES = [RoPE(base=base, scaling=each) for each in SCALINGS for base in (100.0, 
 TURNED = [RoPE(base=50.0, pairing="interleaved"), ROPES[3], ROPES[0]]
 ALL = ("query", "key", "value", "output")
 LOCAL, FAST = Layer(window=5), Layer(window=5, position=RoPE(base=30.0))
-SLOWED = Layer(window=5, position=RoPE(base=30.0, scaling=Linear(factor=8.0)))
+SLOWED = Layer(window=5, position=RoPE(base=30.0, scaling=LinearScaling(factor=8.0)))
 YARNED = Layer(window=5, position=RoPE(base=30.0, scaling=SCALINGS[3]))
 TURNED_LOCAL = Layer(window=5, position=RoPE(base=30.0, pairing="interleaved"))
 PLANS = {

@@ -8,6 +8,7 @@ import pytest
 from mukv.core.params import named
 from mukv.runs import config
 from mukv.runs.resolve import open_corpus
+from mukv.train import metrics
 from mukv.tuning.together import Point, Together, grouped
 from tests.conftest import MINUSCULE
 
@@ -69,7 +70,7 @@ def test_together_is_alone(token_file, name, across):
 def test_a_point_alone_is_the_run(token_file, trained):
     tokens, (point,) = points(token_file, [[]])
     numbers, _ = ends(Together([point], tokens))
-    last = [r for r in runs.metrics.read_metrics(trained / "metrics.jsonl") if "loss" in r][-1]
+    last = [r for r in metrics.read_metrics(trained / "metrics.jsonl") if "loss" in r][-1]
     assert numbers[0]["loss"] == pytest.approx(last["loss"], rel=1e-5)
 
 
