@@ -1,4 +1,4 @@
-"""Selective copying and indirect indexing, from the text."""
+"""Solve selective copying and indirect indexing from the text."""
 
 import re
 
@@ -8,7 +8,7 @@ QUESTION = re.compile(r"^From ([A-Z]+) (\d+) (on|back): \?", re.MULTILINE)
 
 
 def capitals(text: str) -> list[str]:
-    """All words in capitals, in order."""
+    """Return all words in capitals, in order."""
     return [" ".join(CAPITALS.findall(text))]
 
 

@@ -1,4 +1,4 @@
-"""Needles, from the text: all numbers that a name was said to have."""
+"""Solve needles from the text: return all numbers that the text gives for a name."""
 
 import re
 
