@@ -13,10 +13,10 @@ def capitals(text: str) -> list[str]:
 
 
 def neighbours(text: str) -> list[str]:
-    """So many places on or back in the list."""
-    found = LIST.search(text)
-    assert found
-    listed = found[1].split()
+    """Return the symbol n places after (on) or before (back) each named one in the list."""
+    match = LIST.search(text)
+    assert match
+    listed = match[1].split()
     return [
         listed[listed.index(word) + (int(by) if way == "on" else -int(by))]
         for word, by, way in QUESTION.findall(text)

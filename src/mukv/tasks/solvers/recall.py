@@ -19,7 +19,7 @@ def pairs(text: str) -> list[str]:
 
 
 def motifs(text: str) -> list[str]:
-    """Letters, an equals sign, numbers and a semicolon."""
+    """Answer questions of items "LETTERS = NUMBERS;"."""
     known: dict[str, str] = {}
     answers = []
     for key, value, asked in MOTIF.findall(text):

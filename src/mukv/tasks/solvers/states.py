@@ -17,7 +17,7 @@ def flip_flop(text: str) -> list[str]:
 
 
 def counts(text: str) -> list[str]:
-    """Increments since a variable was last set."""
+    """Return the number of increments of each asked variable since it was last set."""
     state: dict[str, int] = {}
     answers = []
     for verb, name in COUNT.findall(text):
