@@ -32,8 +32,8 @@ from mukv.train.training import Training
 
 LIMIT = 0.2
 LOGITS_LIMIT = 0.35
-"""Largest absolute slopes that pass, of most activations and of logits; logits start smaller than they
-become.
+"""Largest absolute slopes that pass, of most activations and of logits; logits are smaller at the
+start than later.
 """
 SIGMAS = 2.0
 """Half the width of a slope's interval, in standard errors."""
