@@ -64,7 +64,7 @@ def build_tokens(
     Raises BadInput and Failed, and then leaves nothing behind.
     """
     if not 0 < validation < 1:
-        raise BadInput("validation", validation, "a share between 0 and 1")
+        raise BadInput("validation", validation, "a fraction between 0 and 1")
     if workers is not None and workers < 1:
         raise BadInput("workers", workers, "at least 1")
     with telling_disk_errors(out):
@@ -157,7 +157,7 @@ def _check_free(out: Path) -> None:
 def _check_same(out: Path, stamp: str, overwrite: bool) -> None:
     if not is_token_file(out):
         return
-    with suppress(BadInput):  # a damaged one is never the same
+    with suppress(BadInput):  # a damaged file is never the same
         if open_tokens(out).fingerprint == stamp:
             raise _AlreadyThere
     if not overwrite:

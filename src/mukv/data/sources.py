@@ -45,7 +45,7 @@ def telling_read_errors(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadInput(name, error.strerror or str(error), "a text that can be read") from error
+        raise BadInput(name, error.strerror or str(error), "a readable text") from error
 
 
 def nearest_path(path: Path) -> str | None:
@@ -133,9 +133,9 @@ def _jsonl(path: Path, field: str) -> Source:
                 # Bytes that are not UTF-8 are kept here and treated by `pieces`.
                 record = json.loads(line.decode(errors="surrogateescape"))
             except (ValueError, RecursionError) as error:
-                raise BadInput(where, _start(line), f"one JSON object a line ({error})") from None
+                raise BadInput(where, _start(line), f"one JSON object per line ({error})") from None
             if not isinstance(record, dict):
-                raise BadInput(where, _start(line), "one JSON object a line")
+                raise BadInput(where, _start(line), "one JSON object per line")
             if field not in record:
                 raise unknown_name(f"{where}: field", field, map(str, record))
             yield _record(where, field, record[field])

@@ -90,6 +90,6 @@ def _valid(name: str, data: bytes, offset: int, on_invalid: str) -> bytes:
         place = offset + error.start
         given = f"byte 0x{data[error.start]:02x} at offset {place}"
         raise BadInput(
-            name, given, "UTF-8 text; or say what to do with other text: replace or skip"
+            name, given, "UTF-8 text; other text can be handled by replace or skip"
         ) from None
     return data

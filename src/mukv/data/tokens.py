@@ -169,14 +169,14 @@ def _read_meta(path: Path) -> dict[str, Any]:
         allowed = "a token file: a folder that `mukv data` wrote"
         raise BadInput("data.path", str(path), allowed, near) from None
     except (ValueError, RecursionError):
-        raise BadInput(f"{path}/meta.json", "no JSON", "what `mukv data` wrote") from None
+        raise BadInput(f"{path}/meta.json", "not JSON", "the file that `mukv data` wrote") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise BadInput(f"{path}/meta.json", "another format", f"format must be {FORMAT!r}")
     if meta.get("version") != VERSION:
         raise BadInput(f"{path}/meta.json", meta.get("version"), f"version must be {VERSION}")
     for key in ("dtype", "vocab_size", "fingerprint", "sources", *SPLITS):
         if key not in meta:
-            raise BadInput(f"{path}/meta.json: {key}", None, "this key can't be missing")
+            raise BadInput(f"{path}/meta.json: {key}", None, "this key is required")
     return meta
 
 
@@ -192,7 +192,9 @@ def _open_stream(path: Path, name: str, dtype: np.dtype, counts: dict[str, int])
     starts = _map(path / f"{name}.starts", START_DTYPE, counts["documents"])
     ascending = len(starts) and starts[0] == 0 and starts[-1] < len(tokens)
     if not ascending or not np.all(starts[1:] > starts[:-1]):
-        raise BadInput(f"{path}/{name}.starts", "a damaged file", "starts ascend from 0")
+        raise BadInput(
+            f"{path}/{name}.starts", "a damaged file", "document starts must ascend from 0"
+        )
     return Stream(tokens, starts, counts["bytes"])
 
 

@@ -59,8 +59,8 @@ class RoPE(Position):
             raise BadInput(
                 "head_dim",
                 rotated_dim,
-                "rope rotates pairs: an even number"
-                + (f" of dimensions, {self.partial} of them" if self.partial < 1 else ""),
+                "an even number, because rope rotates pairs"
+                + (f" (of {self.partial} of the dimensions)" if self.partial < 1 else ""),
             )
 
     def _width(self, head_dim: int) -> int:

@@ -233,9 +233,11 @@ class Checkpoints:
             path = self.folder / str(step)
             good = self._newest_good(steps[: steps.index(step)], like)
             if good is None:
-                advice = "no earlier one is whole: delete the damaged folder to begin anew"
+                advice = "no earlier one is intact: delete the damaged folder to start again"
             else:
-                advice = f"the last good one is {good}: delete the damaged folder to go on from it"
+                advice = (
+                    f"the last good one is {good}: delete the damaged folder to continue from it"
+                )
             raise Failed(f"{path}: {error}; {advice}") from error
 
     def _newest_good(self, steps: Sequence[int], like: Any) -> int | None:

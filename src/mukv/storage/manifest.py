@@ -39,14 +39,14 @@ def describe(state: Any, metric: float | None) -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any]:
     """Read a manifest from a file. Raises Damaged."""
     if path.exists() and not path.is_file():  # reading a pipe would never end
-        raise Damaged("its manifest is no file")
+        raise Damaged("its manifest is not a file")
     try:
         sealed = json.loads(path.read_bytes())
         manifest = {key: value for key, value in sealed.items() if key != "seal"}
     except (OSError, ValueError, AttributeError) as error:
         raise Damaged(f"its manifest can't be read ({reason(error)})") from error
     if sealed != _sealed(manifest):
-        raise Damaged("its manifest is not what was saved")
+        raise Damaged("its manifest has changed since it was saved")
     return manifest
 
 
@@ -59,7 +59,7 @@ def require_same_tree(manifest: dict[str, Any], like: Any, path: Path) -> None:
     for name in [*wanted, *saved]:
         want, have = wanted.get(name, "nothing of this name"), saved.get(name, "nothing")
         if want != have:
-            allowed = f"the model wants {want}: it is another model's checkpoint"
+            allowed = f"the model has {want}: it is another model's checkpoint"
             raise BadInput(f"{path}: {name}", have, allowed)
 
 
@@ -67,7 +67,7 @@ def require_same_numbers(manifest: dict[str, Any], state: Any) -> None:
     """Raise Damaged if a leaf has another checksum than when it was saved."""
     for name, checksum in _checksums(state).items():
         if checksum != manifest["checksums"][name]:
-            raise Damaged(f"{name} is not what was saved")
+            raise Damaged(f"{name} has changed since it was saved")
 
 
 def reason(error: BaseException) -> str:

@@ -66,7 +66,7 @@ def require_path(folder: Path) -> None:
     """
     text = str(folder)
     if not is_text(text):
-        raise BadInput("--out", text, "a path in UTF-8: checkpoints can't be kept in another")
+        raise BadInput("--out", text, "a path in UTF-8, which checkpoints need")
     special = sorted({letter for letter in text if letter in "[]*?\\"})
     if special:
         named = " ".join(map(ascii, special))

@@ -91,7 +91,9 @@ class TensorFiles:
                 self._file = safe_open(path, "numpy")
             except (SafetensorError, OSError) as error:
                 given = f"a file that can't be read ({str(error).splitlines()[0]})"
-                raise BadInput(str(path), given, "it is cut short, or no safetensors") from None
+                raise BadInput(
+                    str(path), given, "it is cut short, or not a safetensors file"
+                ) from None
             self._path = path
         return self._file
 

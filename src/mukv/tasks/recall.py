@@ -47,7 +47,7 @@ class PairTask(Task):
         if self.updates > self.facts:
             raise BadInput("updates", self.updates, f"at most facts ({self.facts})")
         if self.parts > 2:
-            raise BadInput("parts", self.parts, "1, or 2 for keys on a grid")
+            raise BadInput("parts", self.parts, "1 or 2")
         if self.parts == 2 and self.side**2 != self.keys:
             raise BadInput("keys", self.keys, "a square number where parts is 2")
 

@@ -134,7 +134,9 @@ class Loop:
             stack.callback(trackers.close)
             bar = stack.enter_context(Bar(self.title, training.steps, start, silent))
             if start >= training.steps:
-                bar.say(f"all {start} steps were done before: figures are those of then")
+                bar.say(
+                    f"all {start} steps are already done; metrics are those of the finished run"
+                )
             prefetch = Prefetch(
                 lambda step: self.batches.at(step, **trainer.share), range(start, training.steps)
             )

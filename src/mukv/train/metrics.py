@@ -64,7 +64,7 @@ def read_metrics(path: Path, left_out: LeftOut | None = None) -> Iterator[dict[s
     tell = left_out or (lambda number, why: None)
     if not path.is_file():
         if path.exists():
-            tell(0, "no regular file")
+            tell(0, "not a regular file")
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         number, whole = 0, True
@@ -78,11 +78,11 @@ def read_metrics(path: Path, left_out: LeftOut | None = None) -> Iterator[dict[s
                 continue
             record = _parsed(line)
             if record is None:
-                tell(number, "not what a run writes: an object with a step")
+                tell(number, "not an object with a step")
                 continue
             numbers = {key: value for key, value in record.items() if _is_finite(value)}
             for key in record.keys() - numbers.keys():
-                tell(number, f"{key[:40]} is no finite number")
+                tell(number, f"{key[:40]} is not a finite number")
             yield numbers
 
 

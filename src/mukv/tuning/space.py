@@ -93,7 +93,7 @@ def split(given: Sequence[str]) -> tuple[Space, list[str]]:
         if part is None:
             fixed.append(item)
         elif key in space:
-            raise BadInput(key, text, "once only")
+            raise BadInput(key, text, "a key may be given only once")
         else:
             space[key] = part
     if not space:
@@ -157,7 +157,7 @@ def _range(key: str, text: str) -> Interval | Choice | None:
         if isinstance(value, dict | list) or value is None:
             raise BadInput(key, text, "plain values between the commas")
     if len(set(values)) < len(values):
-        raise BadInput(key, text, "different values")
+        raise BadInput(key, text, "distinct values")
     return Choice(values)
 
 
