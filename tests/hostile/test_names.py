@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from mukv.core.names import printable
-from tests.conftest import MINUSCULE
 from tests.hostile.harness import check_all
 
 pytestmark = pytest.mark.xdist_group("trained")
@@ -98,17 +97,12 @@ def test_token_files(mukv, place, record_property):
     writes(mukv, place, record_property, "names of token files", "data", "source.txt")
 
 
-def test_exports(mukv, place, trained, record_property):
-    writes(mukv, place, record_property, "names of exports", "export", trained)
-
-
 def test_sources(mukv, place, record_property):
     """A text file of each name."""
     (place / "x").mkdir()
 
     def work(name: str) -> None:
         source = place / name
-        source.parent.mkdir(exist_ok=True)
         source.write_text("some text " * 30)
         try:
             done = mukv("data", as_given(name), "--out", "x/tokens")
@@ -120,37 +114,4 @@ def test_sources(mukv, place, record_property):
             source.unlink()
             shutil.rmtree(place / "x/tokens", ignore_errors=True)
 
-    check_all("names of sources", each(work)[::3], record_property)
-
-
-def test_runs(mukv, place, trained, record_property):
-    """A run of each name is evaluated and described."""
-
-    def work(name: str) -> None:
-        shutil.copytree(trained, place / name)
-        try:
-            done = mukv("eval", as_given(name), "--text", __file__, "--windows", 1)
-            ends_well(done, name)
-        finally:
-            shutil.rmtree(place / name)
-
-    check_all("names of runs", each(work)[1::3], record_property)
-
-
-TRAINING = ("[/b]x", "[red]x", "$\\frac{x$", "_x", "-x", "a\nb", "\x1b[31mx", "\\", "x" * 255)
-
-
-def test_trainings(mukv, place, token_file, record_property):
-    """What can't be written is refused before the first step."""
-
-    def work(name: str) -> None:
-        before = sorted(os.listdir(place))
-        given = ("train", "tiny", *MINUSCULE, f"data.path={token_file}")
-        done = mukv(*given, "--out", as_given(name))
-        if ends_well(done, name):
-            assert shows(done.stdout + done.stderr, name)
-        else:
-            assert sorted(os.listdir(place)) == before
-
-    calls = [(ascii(name), lambda name=name: work(name)) for name in TRAINING]
-    check_all("names of trainings", calls, record_property)
+    check_all("names of sources", each(work)[1::3], record_property)

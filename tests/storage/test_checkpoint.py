@@ -250,7 +250,7 @@ def test_a_full_disk_is_told_and_the_old_step_stays(tmp_path, asynchronous, full
 
         with (
             full_disk(100_000),
-            pytest.raises(Failed, match=r"step 2.*disk is full; step 1") as caught,
+            pytest.raises(Failed, match=r"2 .*disk is full; step 1") as caught,
         ):
             save_and_wait()
         assert "\n" not in str(caught.value)
