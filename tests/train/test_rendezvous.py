@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
+import jax
 import pytest
+from jax._src import distributed
 
+from mukv.cli import launch
 from mukv.core.errors import BadInput, Failed
 from mukv.train import rendezvous
 from mukv.train.rendezvous import Place, meet, parse
@@ -97,3 +101,21 @@ def wait_for(port: int) -> tuple[str, int]:
         except OSError:
             threading.Event().wait(0.02)
     raise AssertionError("nobody listens")
+
+
+def test_whom_jax_waits_for_is_told(monkeypatch):
+    """With `--distributed auto`, where the wait is in JAX."""
+    monkeypatch.setattr(rendezvous, "TELL_SECONDS", 0.01)
+    said: list[str] = []
+
+    def initialize(**_: object) -> None:
+        while not said:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    state = distributed.global_state
+    monkeypatch.setattr(state, "coordinator_address", "10.0.0.1:9000")
+    monkeypatch.setattr(state, "num_processes", 4)
+    monkeypatch.setattr(state, "process_id", 2)
+    launch.prepare(4, "auto", said.append)
+    assert said == ["waiting for process 0 of 4, or others, at 10.0.0.1:9000 (up to 300 s)"]

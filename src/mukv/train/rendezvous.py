@@ -15,7 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ from mukv.core.errors import BadInput, Failed
 WAIT_SECONDS = 300.0
 """A process waits for the others for so long."""
 TELL_SECONDS = 5.0
-"""It says for whom after so long, and again every minute."""
+"""It says for whom after so long, and again every `TELL_AGAIN_SECONDS`."""
+TELL_AGAIN_SECONDS = 60.0
 GRACE_SECONDS = 20.0
 """After another process has failed, the time in which this one may end with an error of its own."""
 SETTLE_SECONDS = 5.0
@@ -184,6 +186,26 @@ def meet(place: Place, tell: Tell) -> Watch:
     return Watch(place, peers)
 
 
+@contextmanager
+def telling_wait(whom: Callable[[], str], tell: Tell) -> Iterator[None]:
+    """While the block runs, tell whom it waits for after 5 s, and again every minute."""
+    over = threading.Event()
+
+    def wait() -> None:
+        pause = TELL_SECONDS
+        while not over.wait(pause):
+            tell(f"waiting for {whom()} (up to {WAIT_SECONDS:.0f} s)")
+            pause = TELL_AGAIN_SECONDS
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def _patience(place: Place, missing: Callable[[], str], tell: Tell) -> Callable[[], None]:
     """A function to be called while waiting: it tells for whom, and gives up in the end."""
     began, told = time.monotonic(), [TELL_SECONDS]
@@ -194,7 +216,7 @@ def _patience(place: Place, missing: Callable[[], str], tell: Tell) -> Callable[
             reason = f"{missing()} did not come to {place.address} in {WAIT_SECONDS:.0f} s"
             raise Failed(f"--distributed: {reason}")
         if waited > told[0]:
-            told[0] = waited + 60
+            told[0] = waited + TELL_AGAIN_SECONDS
             tell(f"waiting for {missing()} at {place.address} (up to {WAIT_SECONDS:.0f} s)")
 
     return check
