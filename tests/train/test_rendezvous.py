@@ -6,11 +6,8 @@ import socket
 import threading
 import time
 
-import jax
 import pytest
-from jax._src import distributed
 
-from mukv.cli import launch
 from mukv.core.errors import BadInput, Failed
 from mukv.train import rendezvous
 from mukv.train.rendezvous import Place, meet, parse
@@ -103,19 +100,10 @@ def wait_for(port: int) -> tuple[str, int]:
     raise AssertionError("nobody listens")
 
 
-def test_whom_jax_waits_for_is_told(monkeypatch):
-    """With `--distributed auto`, where the wait is in JAX."""
+def test_a_wait_for_the_cluster_is_told(monkeypatch):
     monkeypatch.setattr(rendezvous, "TELL_SECONDS", 0.01)
     said: list[str] = []
-
-    def initialize(**_: object) -> None:
+    with rendezvous.telling_wait("the other processes", said.append):
         while not said:
             time.sleep(0.01)
-
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    state = distributed.global_state
-    monkeypatch.setattr(state, "coordinator_address", "10.0.0.1:9000")
-    monkeypatch.setattr(state, "num_processes", 4)
-    monkeypatch.setattr(state, "process_id", 2)
-    launch.prepare(4, "auto", said.append)
-    assert said == ["waiting for process 0 of 4, or others, at 10.0.0.1:9000 (up to 300 s)"]
+    assert said[0] == "waiting for the other processes (up to 300 s)"

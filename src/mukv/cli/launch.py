@@ -59,7 +59,8 @@ def prepare(
         return nullcontext()
     if distributed == "auto":
         try:
-            with rendezvous.telling_wait(_whom_jax_waits_for, tell):
+            whom = "the other processes of the cluster that JAX found (Slurm, MPI, TPU, GKE)"
+            with rendezvous.telling_wait(whom, tell):
                 jax.distributed.initialize(initialization_timeout=round(rendezvous.WAIT_SECONDS))
         except (RuntimeError, ValueError) as error:
             raise BadInput("--distributed", distributed, f"a cluster ({error})") from error
@@ -75,20 +76,6 @@ def prepare(
     except RuntimeError as error:
         raise Failed(f"--distributed: {place.address}: {error}") from error
     return watch
-
-
-def _whom_jax_waits_for() -> str:
-    """What JAX has found out about the cluster so far, which it tells only in private."""
-    from jax._src import distributed
-
-    found = distributed.global_state
-    number, processes = (getattr(found, name, None) for name in ("process_id", "num_processes"))
-    address = getattr(found, "coordinator_address", None)
-    if not address:
-        return "the cluster to name the address of process 0"
-    if number == 0:
-        return f"the other processes of {processes} at {address}"
-    return f"process 0 of {processes}, or others, at {address}"
 
 
 def speaks() -> bool:

@@ -187,14 +187,14 @@ def meet(place: Place, tell: Tell) -> Watch:
 
 
 @contextmanager
-def telling_wait(whom: Callable[[], str], tell: Tell) -> Iterator[None]:
+def telling_wait(whom: str, tell: Tell) -> Iterator[None]:
     """While the block runs, tell whom it waits for after 5 s, and again every minute."""
     over = threading.Event()
 
     def wait() -> None:
         pause = TELL_SECONDS
         while not over.wait(pause):
-            tell(f"waiting for {whom()} (up to {WAIT_SECONDS:.0f} s)")
+            tell(f"waiting for {whom} (up to {WAIT_SECONDS:.0f} s)")
             pause = TELL_AGAIN_SECONDS
 
     thread = threading.Thread(target=wait, daemon=True)
