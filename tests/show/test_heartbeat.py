@@ -40,7 +40,8 @@ def test_silent_while_something_else_is_shown(monkeypatch):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        *((0, "0 s"), (42.4, "42 s"), (99, "99 s"), (100, "2 min"), (3600, "60 min")),
+        *((0, "0 s"), (42.4, "42 s"), (99, "99 s"), (100, "1 min 40 s"), (3600, "60 min")),
+        *((120, "2 min 00 s"), (130.4, "2 min 10 s"), (599.4, "9 min 59 s"), (599.6, "10 min")),
         *((6000, "1 h 40 min"), (11100, "3 h 05 min")),
     ],
 )

@@ -248,7 +248,10 @@ def test_a_full_disk_is_told_and_the_old_step_stays(tmp_path, asynchronous, full
             checkpoints.save(2, big)
             checkpoints.wait()
 
-        with full_disk(100_000), pytest.raises(Failed, match=r"step 2.*step 1 is safe") as caught:
+        with (
+            full_disk(100_000),
+            pytest.raises(Failed, match=r"2 .*disk is full; step 1") as caught,
+        ):
             save_and_wait()
         assert "\n" not in str(caught.value)
         assert_equal(checkpoints.restore(None, like(big)), big)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 import pytest
 
@@ -97,3 +98,12 @@ def wait_for(port: int) -> tuple[str, int]:
         except OSError:
             threading.Event().wait(0.02)
     raise AssertionError("nobody listens")
+
+
+def test_a_wait_for_the_cluster_is_told(monkeypatch):
+    monkeypatch.setattr(rendezvous, "TELL_SECONDS", 0.01)
+    said: list[str] = []
+    with rendezvous.telling_wait("the other processes", said.append):
+        while not said:
+            time.sleep(0.01)
+    assert said[0] == "waiting for the other processes (up to 300 s)"

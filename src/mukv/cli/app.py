@@ -27,7 +27,9 @@ Overrides = Annotated[
 ]
 ModelName = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A run directory, a Hugging Face folder or a hub id."),
+    typer.Argument(
+        metavar="MODEL", help="A run directory, a Hugging Face folder, a GGUF file or a hub id."
+    ),
 ]
 
 AllowNonfinite = Annotated[

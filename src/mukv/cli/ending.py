@@ -15,7 +15,8 @@ from pathlib import Path
 
 import typer
 
-from mukv.core.errors import BadInput, Failed, shortened
+from mukv.core.errors import LONGEST_VALUE, BadInput, Failed
+from mukv.core.names import shortened
 
 TRACEBACK = "MUKV_TRACEBACK"
 """Environment variable: 1 to print the traceback of an error before its line."""
@@ -69,7 +70,7 @@ def _of_system(error: OSError) -> tuple[str, int]:
     name = error.filename
     path = os.fsdecode(name) if isinstance(name, str | bytes) else "" if name is None else str(name)
     reason = error.strerror or text_of(error) or type(error).__name__
-    line = f"{shortened(path)}: {reason}" if path else str(reason)
+    line = f"{shortened(path, LONGEST_VALUE)}: {reason}" if path else str(reason)
     return line, 2 if path and error.errno in MISTYPED else 1
 
 

@@ -59,7 +59,9 @@ def prepare(
         return nullcontext()
     if distributed == "auto":
         try:
-            jax.distributed.initialize()
+            whom = "the other processes of the cluster that JAX found (Slurm, MPI, TPU, GKE)"
+            with rendezvous.telling_wait(whom, tell):
+                jax.distributed.initialize(initialization_timeout=round(rendezvous.WAIT_SECONDS))
         except (RuntimeError, ValueError) as error:
             raise BadInput("--distributed", distributed, f"a cluster ({error})") from error
         return nullcontext()

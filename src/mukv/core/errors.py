@@ -13,12 +13,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LONGEST = 160
+from mukv.core.names import shortened
+
+LONGEST_VALUE = 160
 """Characters of a value, a name or a path that an error shows."""
 LONGEST_PHRASE = 480
 """Characters of what would have been allowed."""
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = LONGEST
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = LONGEST_VALUE
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 20
 
 
@@ -33,7 +35,7 @@ class BadInput(ValueError):
         self.where, self.given, self.allowed, self.nearest = where, given, allowed, nearest
         hint = f"; did you mean {shown(nearest)}?" if nearest else ""
         allowed = shortened(allowed, LONGEST_PHRASE)
-        super().__init__(f"{shortened(where)}: got {shown(given)}; {allowed}{hint}")
+        super().__init__(f"{shortened(where, LONGEST_VALUE)}: got {shown(given)}; {allowed}{hint}")
 
 
 class Failed(RuntimeError):
@@ -42,21 +44,13 @@ class Failed(RuntimeError):
     status = 1
 
     def __init__(self, message: str):
-        super().__init__(shortened(message, 6 * LONGEST))
-
-
-def shortened(text: str, most: int = LONGEST) -> str:
-    """A text with its middle left out, if it has more characters than `most`."""
-    if len(text) <= most:
-        return text
-    half = (most - 20) // 2
-    return f"{text[:half]}...({len(text):,} in all)...{text[-half:]}"
+        super().__init__(shortened(message, 6 * LONGEST_VALUE))
 
 
 def shown(value: object) -> str:
     """A value as an error shows it: in part where it is long. Never raises."""
     try:
-        return shortened(_SHORT.repr(value))
+        return shortened(_SHORT.repr(value), LONGEST_VALUE)
     except Exception:
         # A number beyond Python's limit of digits, or an object whose `repr` fails.
         return f"a value of type {type(value).__name__}"
@@ -64,7 +58,7 @@ def shown(value: object) -> str:
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that `name` was most likely meant to be, if any is near."""
-    if len(name) > LONGEST:
+    if len(name) > LONGEST_VALUE:
         return None
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return matches[0] if matches else None

@@ -6,6 +6,7 @@ ours. Besides these, memory holds only the largest tensor and the mapping of one
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -23,12 +24,14 @@ from mukv.core.errors import BadInput, nearest_name, unknown_name
 from mukv.core.mesh import specification
 from mukv.core.params import named
 from mukv.core.typing import Array
+from mukv.core.version import VERSION
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer
-from mukv.hub import FAMILIES, Family, meta
+from mukv.hub import FAMILIES, Family, gguf, meta
 from mukv.hub.base import WeightPiece, WeightSource, check, grouped_by_weight, nested, pieces
+from mukv.hub.gguf_tokenizer import tokenizer_files
 from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder
-from mukv.storage.files import file_inside
+from mukv.storage.files import cache_folder, file_inside, new_folder, write_atomic
 from mukv.storage.tensors import Spec, TensorFiles
 
 CONFIG = "config.json"
@@ -230,9 +233,31 @@ def is_hub_id(source: str) -> bool:
     return named_like_one and not a_file and not Path(source).parent.exists()
 
 
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF file. Raises BadInput.
+
+    Making its tokenizer from the metadata takes seconds, so the tokenizer is saved in the user's
+    cache as files of a Hugging Face folder.
+    """
+    files = gguf.GgufFiles(path)
+    family, model, found = gguf.read_gguf(files)
+    special = {key: files.config.get(key, family.defaults[key]) for key in SPECIAL}
+    whole = path.resolve()
+    about = f"{VERSION} {whole} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    folder = cache_folder() / "gguf" / hashlib.sha256(about.encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        made = tokenizer_files(files.metadata.values, files.metadata.architecture, str(path))
+        with new_folder(folder) as place:
+            for name, text in made.items():
+                write_atomic(place / name, text)
+    return _opened(folder, family.architecture, model, files, found, special)
+
+
 def find(source: str | Path) -> Checkpoint | None:
-    """Open the checkpoint of a folder or hub id; None if the source is neither."""
+    """Open the checkpoint of a folder, GGUF file or hub id; None if the source is none of these."""
     folder = Path(source)
+    if gguf.is_gguf(folder):
+        return open_gguf(folder)
     if is_checkpoint(folder):
         return open_checkpoint(folder)
     if not folder.exists() and is_hub_id(str(source)):
@@ -243,7 +268,7 @@ def find(source: str | Path) -> Checkpoint | None:
 
 
 def require(source: str | Path) -> Checkpoint:
-    """Open the checkpoint of a folder or hub id. Raises BadInput if the source is neither."""
+    """Open the checkpoint of a folder, GGUF file or hub id. Raises BadInput for anything else."""
     checkpoint = find(source)
     if checkpoint is not None:
         return checkpoint
@@ -252,6 +277,7 @@ def require(source: str | Path) -> Checkpoint:
     raise BadInput(
         "SOURCE",
         str(source),
-        f"a folder with {CONFIG} and .safetensors, or a hub id such as meta-llama/Llama-3.2-1B",
+        f"a folder with {CONFIG} and .safetensors, a .gguf file, or a hub id such as "
+        "meta-llama/Llama-3.2-1B",
         nearest_name(folder.name, near),
     )

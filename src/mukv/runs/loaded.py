@@ -270,7 +270,7 @@ def _forward(model: LanguageModel, compute: Compute) -> Any:
 
 def load(source: str | Path, mesh: MeshShape | None = None, allow_nonfinite: bool = False) -> Model:
     """A run directory as a model: its exported weights, or its latest checkpoint if newer. Or a
-    Hugging Face folder or hub id, whose weights stream to their places.
+    Hugging Face folder, GGUF file or hub id, whose weights stream to their places.
 
     mesh: that the weights are split over; one device if None. allow_nonfinite: take weights that
     are infinite or not a number. Raises BadInput, also for damaged weights.
@@ -296,8 +296,8 @@ def _load(source: str | Path, mesh: MeshShape) -> Model:
         raise BadInput(
             "MODEL",
             str(source),
-            "a run directory (with a config.yaml), a Hugging Face folder (with a config.json) or "
-            "a hub id",
+            "a run directory (with a config.yaml), a Hugging Face folder (with a config.json), a "
+            ".gguf file or a hub id",
             str(parent / near) if near else None,
         )
     run = folder.load_config()

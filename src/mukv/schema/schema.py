@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from mukv.core.errors import BadInput, nearest_name, shortened
+from mukv.core.errors import LONGEST_VALUE, BadInput, nearest_name
+from mukv.core.names import shortened
 from mukv.schema.yaml_text import dump_yaml
 
 T = TypeVar("T")
@@ -39,7 +40,8 @@ def build(cls: type[T], mapping: Any, where: str = "") -> T:
     if errors:
         first, others = errors[0], [error.where for error in errors[1:]]
         if others:
-            first.args = (f"{first} (+{len(others)} more: {shortened(', '.join(others))})",)
+            rest = shortened(", ".join(others), LONGEST_VALUE)
+            first.args = (f"{first} (+{len(others)} more: {rest})",)
         raise first
     return value
 

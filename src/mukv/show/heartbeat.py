@@ -17,9 +17,11 @@ QUIET_SECONDS = 9.0
 
 
 def duration(seconds: float) -> str:
-    """Format a time: "42 s", "12 min", "3 h 05 min"."""
+    """Format a time: "42 s", "2 min 10 s", "12 min", "3 h 05 min"."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
+    if seconds < 599.5:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from mukv.core.names import printable
 from mukv.show.terminal import Console, styled
 from mukv.storage.json_text import to_json
 
@@ -22,7 +23,7 @@ def complain(message: str, status: int) -> NoReturn:
 
 def warn(message: str) -> None:
     """Print a note on one line of standard error."""
-    text = styled(("note: ", "bold yellow"), message)
+    text = styled(("note: ", "bold yellow"), printable(message))
     Console(stderr=True).print(text, soft_wrap=True)
 
 
@@ -38,4 +39,4 @@ def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
         print_json(facts)
         return
     for name, value in facts.items():
-        Console().say(f"{name}: {value}")
+        Console().say(f"{name}: {printable(value)}")

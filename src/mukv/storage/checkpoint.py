@@ -292,7 +292,8 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise a dozen types
             step, self.saving = self.saving, None
             text = str(error)
-            full = any(sign in text for sign in ("No space left", "os_error_code='28'"))
+            signs = ("No space left", "os_error_code='28'", "File too large", "os_error_code='27'")
+            full = any(sign in text for sign in signs)
             problem = "the disk is full" if full else reason(error)
             good = self.latest()
             advice = "nothing is saved" if good is None else f"step {good} is safe"

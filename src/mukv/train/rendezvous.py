@@ -15,7 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ from mukv.core.errors import BadInput, Failed
 WAIT_SECONDS = 300.0
 """Time that a process waits for the others to connect."""
 TELL_SECONDS = 5.0
-"""Time after which it prints whom it waits for; it repeats that every minute."""
+"""Time after which it reports whom it waits for; it repeats that every `TELL_AGAIN_SECONDS`."""
+TELL_AGAIN_SECONDS = 60.0
 GRACE_SECONDS = 20.0
 """Time in which a process may end with its own error after another process has failed."""
 SETTLE_SECONDS = 5.0
@@ -196,6 +198,26 @@ def meet(place: Place, tell: Tell) -> Watch:
     return Watch(place, peers)
 
 
+@contextmanager
+def telling_wait(whom: str, tell: Tell) -> Iterator[None]:
+    """Report whom the block waits for after 5 s, and again every minute."""
+    over = threading.Event()
+
+    def wait() -> None:
+        pause = TELL_SECONDS
+        while not over.wait(pause):
+            tell(f"waiting for {whom} (up to {WAIT_SECONDS:.0f} s)")
+            pause = TELL_AGAIN_SECONDS
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def _patience(place: Place, missing: Callable[[], str], tell: Tell) -> Callable[[], None]:
     """Return a function to call while waiting: it reports who is missing, and raises Failed at the
     end.
@@ -208,7 +230,7 @@ def _patience(place: Place, missing: Callable[[], str], tell: Tell) -> Callable[
             reason = f"{missing()} did not come to {place.address} in {WAIT_SECONDS:.0f} s"
             raise Failed(f"--distributed: {reason}")
         if waited > next_report[0]:
-            next_report[0] = waited + 60
+            next_report[0] = waited + TELL_AGAIN_SECONDS
             tell(f"waiting for {missing()} at {place.address} (up to {WAIT_SECONDS:.0f} s)")
 
     return check

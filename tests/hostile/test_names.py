@@ -1,0 +1,117 @@
+"""Names that the file system allows: each works and is shown unchanged, or is refused at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mukv.core.names import printable
+from tests.hostile.harness import check_all
+
+pytestmark = pytest.mark.xdist_group("trained")
+
+NAMES = [
+    # markup of the terminal library, TeX, emphasis and HTML
+    "[/b]x", "[red]x", "[link=a]x", "[", "]", "[[x]]", ":smile:", "$\\frac{x$", "$x$", "x_{",
+    "<b>x", "&amp;", "a&b;", "<!--", "`x`", "*x*", "#x", "a#b", "# x",
+    # shells, globs, options, formats, URLs
+    "_x", "__", "-x", "--out", "--", "-", "~", "~root", "$HOME", "${x}", "%s", "%20", "%", "{0}",
+    "{x}", "{", "*", "?", "a?b", "'", '"', "a'b\"c", ";x", "a|b", "a=b", "a:b", "@x", "a,b", "!x",
+    "file:x", "\\", "\\n", "a\\b", "(x)", "+x", "^",
+    # spaces and control characters
+    " ", " x", "x ", "a  b", "a\nb", "\n", "a\tb", "a\rb", "\x1b[31mx", "\x1b]0;x\x07", "\x01",
+    "\x7f", "\u2028", "\u200b", "\xa0",
+    # Unicode
+    "e\u0301", "\xe9", "a\u0300\u0301\u0302", "\u202eabc", "\u0639\u0631\u0628", "\u65e5\u672c",
+    "\U0001f600", "\U0001f468\u200d\U0001f469", "\ufeffx", "\ufffd",
+    os.fsdecode(b"\xff\xfe"), os.fsdecode(b"a\xe9b"), "\udced\udca0\udc80",
+    # lengths
+    "x" * 255, "x" * 250, "x" * 200, "\u65e5" * 85,
+    # dots, names of others and names of our own
+    "...", "..x", ".hidden", "x.", "CON", "nul", "null", "true", "1", "1e3", "0", "x.partial",
+    ".x.1.partial", "x.old", "x.lock", ".lock", "x.png", "x.html", "x.yaml", "config.yaml",
+    "x.safetensors", "x.csv", "x.npy", "x.gguf", "checkpoints", "weights", "x.orbax-checkpoint-tmp",
+    "stdlib", "tiny",
+]  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def as_given(name: str) -> str:
+    """A path that no option can be taken for."""
+    return f"./{name}"
+
+
+def ends_well(done, name: str) -> bool:
+    """Whether the command worked. Otherwise it was refused in one line, or this raises."""
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "fault of mukv" not in done.stderr, done.stderr
+    if done.returncode == 0:
+        return True
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == errors[0], done.stderr
+    return False
+
+
+def shows(text: str, name: str) -> bool:
+    """Whether a name is there unchanged, but for what has no shape and for breaks of lines."""
+    return "".join(printable(name).split()) in "".join(text.split())
+
+
+def each(work: Callable[[str], None]) -> list[tuple[str, Callable[[], None]]]:
+    return [(ascii(name), lambda name=name: work(name)) for name in NAMES]
+
+
+def writes(mukv, place: Path, record_property, area: str, *command: object) -> None:
+    """A command whose --out has each name: what it makes lies there alone, and is named."""
+
+    def work(name: str) -> None:
+        before = sorted(os.listdir(place))
+        done = mukv(*command, "--out", as_given(name))
+        found = sorted(set(os.listdir(place)) - set(before))
+        if not ends_well(done, name):
+            assert found == [], found
+            return
+        assert found == [name.split("/")[0]], found
+        assert shows(done.stdout + done.stderr, name), done.stdout + done.stderr
+        made = place / found[0]
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
+
+    assert len(NAMES) >= 60
+    counts = check_all(area, each(work), record_property)
+    assert counts["accepted"] > len(NAMES) / 2, counts
+
+
+def test_token_files(mukv, place, record_property):
+    (place / "source.txt").write_text("some text " * 30)
+    writes(mukv, place, record_property, "names of token files", "data", "source.txt")
+
+
+def test_sources(mukv, place, record_property):
+    """A text file of each name."""
+    (place / "x").mkdir()
+
+    def work(name: str) -> None:
+        source = place / name
+        source.write_text("some text " * 30)
+        try:
+            done = mukv("data", as_given(name), "--out", "x/tokens")
+            if ends_well(done, name):
+                assert shows((place / "x/tokens/meta.json").read_text() + done.stdout, "tokens")
+            else:
+                assert os.listdir(place / "x") == []
+        finally:
+            source.unlink()
+            shutil.rmtree(place / "x/tokens", ignore_errors=True)
+
+    check_all("names of sources", each(work)[1::3], record_property)
