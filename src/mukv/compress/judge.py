@@ -25,8 +25,9 @@ class Result:
     """Measurements of one policy with one budget; field names are public.
 
     perplexity: of plain text
-    recall, recall_aware: fraction of planted strings retrieved, with the cue after or before
+    recall: fraction of the planted strings' tokens that are predicted, with the cue after
         compression
+    recall_aware: the same with the cue before compression
     cache_bytes: of one row
     bytes_per_token: cache_bytes divided by the length of a row
     bytes_read_per_step: bytes of the cache read in one decode step of one row

@@ -149,8 +149,8 @@ def _part(param: Param, shape: tuple[int, ...], kept: bool) -> tuple[int, ...]:
 
 def _matrix(param: Param) -> tuple[int, int]:
     """Return rows and columns: the contracted axes and the others, in the order in which they lie.
-    The first axis and the others where no axis is contracted, or contracted axes are not
-    contiguous.
+    If no axis is contracted, or the contracted axes are neither first nor last, the first axis and
+    the others.
     """
     own = {name: size for name, size in param.dims.items() if name != LAYER}
     names, contracted = list(own), set(param.fan_in)

@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 class Schedule:
     """Base class of the schedules.
 
-    warmup: steps of a linear rise from zero
+    warmup: steps of the linear warm-up
     """
 
     warmup: int = 0

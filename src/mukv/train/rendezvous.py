@@ -80,8 +80,8 @@ def parse(text: str) -> Place:
 class Watch:
     """The connections between processes.
 
-    As a context manager it closes them if the block succeeds, and ends this process with one line
-    if another process is lost.
+    As a context manager it tells the other processes how the block ended, and ends this process
+    with one line if another process is lost.
 
     `checkpoints` is the folder whose newest checkpoint that line names.
     """
