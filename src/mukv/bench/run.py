@@ -54,7 +54,7 @@ def test_model(
     rows: list[dict[str, Any]] = []
     for name, task in tasks.items():
         tell(f"{name}: {settings.samples} samples at {', '.join(map(str, lengths))}")
-        found = [
+        results = [
             with_name(
                 name,
                 lambda task=task, length=length, name=name: examine(
@@ -63,11 +63,11 @@ def test_model(
             )
             for length in lengths
         ]
-        scores = {each.row["length"]: each.row["exact_match"] for each in found}
-        mastered = effective_length(scores, found[0].row["chance"])
-        own = [{**each.row, "effective_length": mastered} for each in found]
+        scores = {each.row["length"]: each.row["exact_match"] for each in results}
+        mastered = effective_length(scores, results[0].row["chance"])
+        own = [{**each.row, "effective_length": mastered} for each in results]
         rows += own
-        every = {"every": [answer for each in found for answer in each.answers]}
+        every = {"every": [answer for each in results for answer in each.answers]}
         write(out, name, task, own, every)
         draw(rows, out / "benchmark.png")
     return rows

@@ -119,7 +119,7 @@ class Trial:
             ]
             for length in self.lengths
         }
-        rows = [summary(found, best) for found in tested.values()]
+        rows = [summary(results, best) for results in tested.values()]
         mastered = effective_length(
             {row["length"]: row["exact_match"] for row in rows}, rows[0]["chance"]
         )
@@ -131,16 +131,16 @@ class Trial:
             ],
             "seeds": [
                 {"seed": number, **each.row, "every": each.answers}
-                for found in tested.values()
-                for number, each in enumerate(found)
+                for results in tested.values()
+                for number, each in enumerate(results)
             ],
         }
         return rows, seen
 
 
-def summary(found: Sequence[Examination], rate: float) -> dict[str, Any]:
+def summary(results: Sequence[Examination], rate: float) -> dict[str, Any]:
     """Return means over seeds, with one interval of all their answers together."""
-    rows = [each.row for each in found]
+    rows = [each.row for each in results]
     means = (
         "exact_match",
         "teacher_forced",

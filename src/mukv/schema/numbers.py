@@ -16,10 +16,10 @@ def leaves(mapping: Any, where: str = "") -> dict[str, Any]:
     if not isinstance(mapping, dict | list):
         return {where: mapping}
     pairs = mapping.items() if isinstance(mapping, dict) else enumerate(mapping)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        found |= leaves(value, join(where, str(key)))
-    return found
+        values |= leaves(value, join(where, str(key)))
+    return values
 
 
 def substituted(part: T, numbers: Mapping[str, Any]) -> T:

@@ -225,8 +225,10 @@ class Checkpoints:
         step = self.latest() if step is None else step
         if step not in steps:
             given = "no checkpoint" if step is None else f"step {step}"
-            there = f"saved steps: {', '.join(map(str, steps))}" if steps else "nothing is saved"
-            raise BadInput(str(self.folder), given, there)
+            available = (
+                f"saved steps: {', '.join(map(str, steps))}" if steps else "nothing is saved"
+            )
+            raise BadInput(str(self.folder), given, available)
         try:
             return self._read(step, like)
         except Damaged as error:

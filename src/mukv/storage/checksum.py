@@ -60,16 +60,16 @@ def _header(file: BinaryIO) -> tuple[bytes, str | None]:
     try:
         metadata = json.loads(text).get("__metadata__", {})
         # Found by its key or by its form, so that one flipped bit can't hide it.
-        found = [
+        matches = [
             value
             for key, value in metadata.items()
             if key == KEY or re.fullmatch(PREFIX + "[0-9a-f]{8}", value)
         ]
     except (ValueError, AttributeError, TypeError, RecursionError):
         return b"", None
-    if not found:
+    if not matches:
         return b"", None
-    stated = str(found[0])
+    stated = str(matches[0])
     return size + text.replace(stated.encode(), EMPTY.encode(), 1), stated
 
 

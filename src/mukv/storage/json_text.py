@@ -56,14 +56,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if size > MOST_BYTES:
         raise BadInput(str(path), f"{size:,} bytes", f"JSON of at most {MOST_BYTES:,} bytes")
     try:
-        found = json.loads(path.read_text("utf-8"), object_pairs_hook=_each_key_once)
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=_each_key_once)
     except _DuplicateKey as duplicate:
         raise BadInput(f"{path}: {duplicate}", "two values", "each key may occur once") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(str(path), f"a file that can't be read ({error})", "JSON") from None
-    if not isinstance(found, dict):
-        raise BadInput(str(path), type(found).__name__, "a JSON object")
-    return found
+    if not isinstance(value, dict):
+        raise BadInput(str(path), type(value).__name__, "a JSON object")
+    return value
 
 
 class _DuplicateKey(Exception):
@@ -71,7 +71,7 @@ class _DuplicateKey(Exception):
 
 
 def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    merged = dict(pairs)
+    if len(merged) < len(pairs):
         raise _DuplicateKey(Counter(name for name, _ in pairs).most_common(1)[0][0])
-    return found
+    return merged

@@ -212,16 +212,16 @@ class Task(ABC):
         layout = draws.stream(f"length {length}")
         row = np.arange(len(draws.keys))[:, None]
 
-        there = puzzle.tokens != ABSENT
-        end = 1 + there.sum(axis=1, keepdims=True)
+        in_use = puzzle.tokens != ABSENT
+        end = 1 + in_use.sum(axis=1, keepdims=True)
         cumulated = self.gaps(layout, int(puzzle.begins.sum()), length - end)
         item = np.cumsum(puzzle.begins) - 1
-        at = np.cumsum(there, axis=1) + cumulated[:, item]
+        at = np.cumsum(in_use, axis=1) + cumulated[:, item]
 
         tokens = self.fill(layout, length).astype(np.int32)
-        flat = (at + row * length)[there]
-        tokens.reshape(-1)[flat] = puzzle.tokens[there]
-        total = np.where(there, puzzle.tokens, 0).sum(axis=1)
+        flat = (at + row * length)[in_use]
+        tokens.reshape(-1)[flat] = puzzle.tokens[in_use]
+        total = np.where(in_use, puzzle.tokens, 0).sum(axis=1)
         tokens[:, 0] = (number - total) % len(SALTS)
 
         present = puzzle.stop > puzzle.start

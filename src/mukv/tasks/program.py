@@ -205,12 +205,12 @@ class Writer:
         kind, one, two = (part[self.row, function][:, None] for part in self.functions)
         length = (string != ABSENT).sum(axis=1, keepdims=True)
         place = np.arange(task.room)
-        there = place < length
+        inside = place < length
         source = np.where(kind == REVERSE, length - 1 - place, place) % length
         moved = string[row, source]
         moved = np.where(kind == SHIFT, (moved + 1 + one % 3) % task.letters, moved)
         moved = np.where((kind == MAP) & (moved == one), two, moved)
-        return np.where(there | ((kind == REPEAT) & (place < 2 * length)), moved, ABSENT)
+        return np.where(inside | ((kind == REPEAT) & (place < 2 * length)), moved, ABSENT)
 
     def callable(self, function: np.ndarray, string: Strings) -> np.ndarray:
         """Return whether the result of a call fits into `room` letters."""

@@ -72,8 +72,7 @@ class PairTask(Task):
         shown, width = self.facts + self.distractors, self.parts + 1
         key = self._key_tokens(draws.distinct(shown, self.keys))
         value = self.vocabulary.value + draws.integers(self.values, shown + self.updates)
-        # It is enough that keys and values are random: which pairs are asked and updated is random,
-        # too.
+        # Pairs to ask are drawn at random; the first `updates` of them are updated.
         asked = draws.order(shown)[:, : self.facts]
         source = np.concatenate(
             [np.tile(np.arange(shown), (draws.rows, 1)), asked[:, : self.updates]], axis=1

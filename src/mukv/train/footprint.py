@@ -156,10 +156,10 @@ def _too_large(trainer: Trainer, shown: str, taken: int, room: int) -> BadInput:
     training = trainer.training
     fixed = least_bytes(trainer) - _here(trainer) * _stream(trainer)
     where = f"batch {training.batch:,} x length {training.length:,}"
-    said = f"a step takes {shown} of memory, and {_shown(room)} are free"
+    message = f"a step takes {shown} of memory, and {_shown(room)} are free"
     if fixed >= room:
-        said += f"; weights and optimizer alone take {_shown(fixed)}: a smaller model"
-        return BadInput("memory", where, f"{said} (or `ignore_memory`)")
+        message += f"; weights and optimizer alone take {_shown(fixed)}: a smaller model"
+        return BadInput("memory", where, f"{message} (or `ignore_memory`)")
     share = (room - fixed) / (taken - fixed)
     rows = training.batch // training.accumulate
     split = trainer.mesh.shape["data"]
@@ -175,7 +175,7 @@ def _too_large(trainer: Trainer, shown: str, taken: int, room: int) -> BadInput:
     length = int(training.length * share)
     ways += [f"train.length={length}"] if length else []
     return BadInput(
-        "memory", where, f"{said}; about what fits: {' or '.join(ways)} (or `ignore_memory`)"
+        "memory", where, f"{message}; about what fits: {' or '.join(ways)} (or `ignore_memory`)"
     )
 
 

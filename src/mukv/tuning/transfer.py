@@ -265,15 +265,15 @@ class Search:
             self.losses[width, rate, seed] = math.inf if loss is None else loss
 
 
-def facts(search: Search, found: Transfer) -> dict[str, Any]:
+def facts(search: Search, result: Transfer) -> dict[str, Any]:
     """Return the result as fields of --json."""
     return {
-        "drift": found.drift,
-        "low": found.low,
-        "high": found.high,
-        "gap": found.gap,
-        "passed": found.passed,
-        "optima": {str(width): vars(optimum) for width, optimum in found.optima.items()},
+        "drift": result.drift,
+        "low": result.low,
+        "high": result.high,
+        "gap": result.gap,
+        "passed": result.passed,
+        "optima": {str(width): vars(optimum) for width, optimum in result.optima.items()},
         "losses": [
             {"width": width, "log2_rate": rate, "seed": seed, "loss": loss}
             for (width, rate, seed), loss in sorted(search.losses.items())
@@ -282,7 +282,7 @@ def facts(search: Search, found: Transfer) -> dict[str, Any]:
     }
 
 
-def draw(search: Search, found: Transfer, path: Path, title: str) -> None:
+def draw(search: Search, result: Transfer, path: Path, title: str) -> None:
     """Draw the loss against the learning rate by width, and the optimum against the width."""
     seeded = search.seeds > 1
     bars = (
@@ -301,26 +301,26 @@ def draw(search: Search, found: Transfer, path: Path, title: str) -> None:
                 ]
             ).reshape(len(tried), search.seeds)
             spread = (means - each.min(axis=1), each.max(axis=1) - means) if seeded else None
-            optimum = found.optima[width]
+            optimum = result.optima[width]
             left.errorbar(tried, means, spread, capsize=2, ms=4, label=f"{width}", **style)
             left.plot(optimum.rate, optimum.loss, "*", ms=12, color=style["color"])
-        finite = [optimum.loss for optimum in found.optima.values()]
+        finite = [optimum.loss for optimum in result.optima.values()]
         low, high = min(finite) - 0.1, max(finite) + 1.2
         near = [rate for (_, rate, _), loss in search.losses.items() if loss <= high]
         left.set(ylim=(low, high), xlim=(min(near) - 0.5, max(near) + 0.5))
         left.set(xlabel="log2 of the learning rate", ylabel="validation loss, nats per token")
-        widths = np.log2(list(found.optima))
-        rates = np.array([optimum.rate for optimum in found.optima.values()])
-        errors = [optimum.high - optimum.rate for optimum in found.optima.values()]
+        widths = np.log2(list(result.optima))
+        rates = np.array([optimum.rate for optimum in result.optima.values()])
+        errors = [optimum.high - optimum.rate for optimum in result.optima.values()]
         right.errorbar(
             widths, rates, errors if seeded else None, marker="o", capsize=3, linestyle="none"
         )
-        middle = rates.mean() + found.drift * (widths - widths.mean())
+        middle = rates.mean() + result.drift * (widths - widths.mean())
         right.plot(widths, middle, color="0.4")
-        right.set_xticks(widths, [str(width) for width in found.optima])
+        right.set_xticks(widths, [str(width) for width in result.optima])
         right.set_ylim(rates.min() - 1.5, rates.max() + 1.5)
         right.set(xlabel="width", ylabel="log2 of the best learning rate")
-        right.set_title(f"drift {found.drift:+.2f} octaves per octave", fontsize=10)
+        right.set_title(f"drift {result.drift:+.2f} octaves per octave", fontsize=10)
         for axes in (left, right):
             axes.grid(alpha=0.3)
         legend(figure, left, "width")
