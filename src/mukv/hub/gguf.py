@@ -39,7 +39,7 @@ its settings.
 
 
 @dataclass(frozen=True)
-class Architecture:
+class GgufArchitecture:
     """Description of an architecture of llama.cpp.
 
     name: of the class in Hugging Face
@@ -125,12 +125,12 @@ GEMMA3_NORMS = {
     "attn_k_norm": "self_attn.k_norm",
 }
 ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", LLAMA_NORMS, turned=True),
-    "mistral": Architecture("MistralForCausalLM", LLAMA_NORMS, turned=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", LLAMA_NORMS),
-    "qwen3": Architecture("Qwen3ForCausalLM", QWEN3_NORMS),
-    "gemma2": Architecture("Gemma2ForCausalLM", GEMMA_NORMS, offset=True, settings=_gemma2),
-    "gemma3": Architecture("Gemma3ForCausalLM", GEMMA3_NORMS, offset=True, settings=_gemma3),
+    "llama": GgufArchitecture("LlamaForCausalLM", LLAMA_NORMS, turned=True),
+    "mistral": GgufArchitecture("MistralForCausalLM", LLAMA_NORMS, turned=True),
+    "qwen2": GgufArchitecture("Qwen2ForCausalLM", LLAMA_NORMS),
+    "qwen3": GgufArchitecture("Qwen3ForCausalLM", QWEN3_NORMS),
+    "gemma2": GgufArchitecture("Gemma2ForCausalLM", GEMMA_NORMS, offset=True, settings=_gemma2),
+    "gemma3": GgufArchitecture("Gemma3ForCausalLM", GEMMA3_NORMS, offset=True, settings=_gemma3),
 }
 """By `general.architecture`."""
 PARTS = {
