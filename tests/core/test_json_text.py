@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from mukv import metrics, output
-from mukv.core.json_text import to_json
+from mukv.core.arguments import strings
+from mukv.core.errors import BadInput
+from mukv.core.json_text import require_text, to_json
 
 
 def refuse(word: str) -> None:
@@ -71,3 +73,21 @@ def test_records_of_a_metrics_file_are_finite_numbers(tmp_path):
     last = json.loads(path.read_text().splitlines()[-1], parse_constant=refuse)
     assert last == {"step": 3, "loss": None, "tokens": 96}
     assert list(metrics.read_metrics(path))[-1] == {"step": 3, "tokens": 96}
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ("a\ud800", "prompts"),
+        (["a", "\udfff"], r"prompts\[1\]"),
+        ([{"content": [{"text": "\udc80"}]}], r"prompts\[0\].content\[0\].text"),
+        ({"\ud800": 1}, "prompts"),
+    ],
+)
+def test_lone_surrogates_are_told_where_they_are(given, where):
+    with pytest.raises(BadInput, match=rf"^{where}: got .*; text without lone surrogates$") as told:
+        require_text("prompts", given)
+    str(told.value).encode()
+    if not isinstance(given, dict) and not isinstance(given[0], dict):
+        with pytest.raises(BadInput, match=f"^{where}: "):
+            strings("prompts", given)

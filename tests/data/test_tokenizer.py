@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from mukv.core.errors import BadInput
+from mukv.data.panics import is_quick, telling_tokenizer_errors
 from mukv.data.tokenizer import (
     ByteTokenizer,
     JsonTokenizer,
@@ -85,12 +95,148 @@ def test_sentence_piece_with_byte_fallback():
     assert tokenizer.token_bytes()[ids].tolist() == [1, 2, 1, 1, 1]
 
 
-def test_other_kinds_decode_word_by_word():
+def test_words_without_a_decoder_are_joined_by_spaces():
     inner = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = JsonTokenizer(inner.to_str())
     assert tokenizer.encode("one two one").tolist() == [1, 0, 1]
-    assert tokenizer.token_data(1) == b"one"
+    assert tokenizer.token_data(1) == b" one"
+    assert tokenizer.decode([1, 0, 1]) == inner.decode([1, 0, 1]) == "one [UNK] one"
+    assert tokenizer.decode_further([1, 0, 1]) == " one [UNK] one"
+
+
+def of_kinds() -> dict[str, tuple[Tokenizer, int]]:
+    """A tokenizer of each kind of decoder, and the bytes that its decoder drops at the ends of a
+    text."""
+    raw = [f"<0x{byte:02X}>" for byte in range(256)]
+
+    def bpe(words, merges=(), **more):
+        vocab = {word: i for i, word in enumerate(["<unk>", *words])}
+        return Tokenizer(models.BPE(vocab, list(merges), unk_token="<unk>", **more))
+
+    made = {}
+    made["bytes"] = (Tokenizer.from_str(BYTES.content), 0)
+    made["bpe"] = (Tokenizer.from_str(BPE.content), 0)
+    inner = bpe([*raw, "a", "b", "ab", " "], [("a", "b")], byte_fallback=True)
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    made["byte fallback"] = (inner, 0)
+    inner = bpe([*raw, "\u2581", "a", "\u2581a"], [("\u2581", "a")], byte_fallback=True)
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    inner.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made["llama 2"] = (inner, 1)
+    inner = bpe(["a", "b", "\u2581", "\u2581a"], [("\u2581", "a")])
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made["metaspace"] = (inner, 1)
+    pieces = [("<unk>", 0.0), ("a", -1.0), ("\u2581a", -2.0), ("b", -3.0), ("\u2581", -4.0)]
+    inner = Tokenizer(models.Unigram(pieces, 0))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made["unigram"] = (inner, 1)
+    words = ["[UNK]", "a", "##a", "##b", "b", ".", ",", "'", "##s", "s", "do", "not"]
+    inner = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    made["word piece"] = (inner, 1)
+    inner = bpe(["a", "b", "a</w>", "b</w>", "ab</w>"], [("a", "b</w>")], end_of_word_suffix="</w>")
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.decoder = decoders.BPEDecoder("</w>")
+    made["suffix"] = (inner, 1)
+    inner = bpe(["a", "b"])
+    inner.add_tokens(["\u65e5\u672c", "ab"])
+    made["no decoder"] = (inner, 1)
+    inner = Tokenizer.from_str(BPE.content)
+    inner.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    made["bytes without the first space"] = (inner, 1)
+    return made
+
+
+@pytest.mark.parametrize("kind", of_kinds())
+@given(text=st.text("ab \u00e9\u65e5\u672c.,'s", max_size=12))
+def test_texts_and_bytes_are_those_of_the_library(kind: str, text: str):
+    inner, ends = of_kinds()[kind]
+    tokenizer = JsonTokenizer(inner.to_str())
+    ids = tokenizer.encode(text).tolist()
+    decoded = tokenizer.decode(ids)
+    assert decoded == inner.decode(ids)
+    # Between other tokens nothing is dropped.
+    around = tokenizer.encode("a").tolist()
+    inside = len(inner.decode([*around, *ids, *around]).encode())
+    lengths = tokenizer.token_bytes()
+    assert 0 <= lengths[[*around, *ids, *around]].sum() - inside <= ends
+    assert 0 <= lengths[ids].sum() - len(decoded.encode()) <= ends
+    assert decoded in tokenizer.decode_further(ids)
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [BYTES, BPE, JsonTokenizer(of_kinds()["llama 2"][0].to_str())]
+)
+def test_lone_surrogates_are_no_text(tokenizer: JsonTokenizer):
+    for encode in (tokenizer.encode, tokenizer.encode_marked):
+        with pytest.raises(BadInput, match="lone surrogates"):
+            encode("a\ud800b")
+
+
+def panicking(part: str, expression: str) -> str:
+    """A tokenizer whose expression takes too many steps on "x" * 40."""
+    words = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 500)}, "a": 500, "x" * 40: 501}
+    inner = Tokenizer(models.WordLevel(words, "[UNK]"))
+    pattern = Regex(expression)
+    if part == "normalizer":
+        inner.normalizer = normalizers.Replace(pattern, "z")
+    elif part == "pre_tokenizer":
+        inner.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    else:
+        inner.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(pattern, "z")])
+    return inner.to_str()
+
+
+@pytest.mark.parametrize("expression", ["(x+x+)+y", "(x|xx)+y", "(x+x+x+)+y"])
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
+def test_a_panic_is_one_clear_line(part: str, expression: str, capfd):
+    tokenizer = parse_tokenizer(panicking(part, expression), "tokenizer.json")
+    calls = [lambda: tokenizer.encode("x" * 40), lambda: tokenizer.encode_marked("x" * 40)]
+    if part == "decoder":
+        calls = [lambda: tokenizer.decode([501]), tokenizer.token_bytes]
+    for call in calls:
+        with pytest.raises(BadInput, match="retry-limit") as told:
+            call()
+        assert "\n" not in str(told.value)
+    assert capfd.readouterr().err == ""
+    assert tokenizer.encode("a").tolist() == [500]  # it goes on working
+
+
+def test_what_others_write_while_a_trace_is_held_back_is_kept(capfd):
+    tokenizer = JsonTokenizer(panicking("normalizer", "(x+x+)+y"))
+    with telling_tokenizer_errors("here", "a text", quiet=True):
+        os.write(2, b"one\n")
+        with pytest.raises(BadInput):
+            tokenizer.encode("x" * 40)
+        os.write(2, b"two\n")
+    assert capfd.readouterr().err == "one\ntwo\n"
+
+
+@pytest.mark.parametrize(
+    ("expression", "quick"),
+    [
+        (r"'s|'t| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", True),
+        (r"(?i:'s|'t)|[^\r\n\p{L}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}]+[\r\n]*|\s*[\r\n]+", True),
+        (r"[\p{Lu}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'t)?|[!()*+]\S", True),
+        ("(x+x+)+y", False),
+        ("(a|aa)+$", False),
+        ("x+x+y", False),
+        (r"(a)\1+b", False),
+        ("(?:a+|b)c+d", False),
+    ],
+)
+def test_expressions_that_surely_end_soon(expression: str, quick: bool):
+    assert is_quick(expression) == quick
 
 
 @given(st.text() | st.sampled_from(["{}", "[]", "null", BYTES.content[:900]]))
@@ -192,7 +338,7 @@ def test_a_special_token_that_no_text_has_asks_for_no_embedding():
     tree["added_tokens"].append({**tree["added_tokens"][0], "id": 5, "content": "<image>"})
     tokenizer = JsonTokenizer(json.dumps(tree))
     assert (tokenizer.vocab_size, tokenizer.text_vocab_size) == (6, 3)
-    assert tokenizer.token_bytes(5).tolist() == [5, 1, 1, 0, 0]
+    assert tokenizer.token_bytes(5).tolist() == [6, 2, 2, 0, 0]
     tree["post_processor"] = template("<s> $A </s>")
     assert JsonTokenizer(json.dumps(tree)).text_vocab_size == 4
     # One that a text can have does.

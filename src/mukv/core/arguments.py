@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mukv.core.errors import BadInput
+from mukv.core.json_text import require_text
 from mukv.core.typing import Int
 
 
@@ -35,6 +36,7 @@ def whole_numbers(where: str, given: Any) -> Int[np.ndarray, "batch token"]:
 
 def strings(where: str, given: Any) -> list[str]:
     """A text or a sequence of texts as a list. Raises BadInput."""
+    require_text(where, given)
     if isinstance(given, str):
         return [given]
     if not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):

@@ -18,7 +18,28 @@ MOST_BYTES = 32 << 20
 
 def is_text(value: str) -> bool:
     """Whether a text can be written as UTF-8: a path of other bytes can't."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def require_text(where: str, given: Any) -> None:
+    """Raise BadInput unless this is a text, and those in mappings and sequences too.
+
+    A lone surrogate, which no UTF-8 can hold, is the half of a character or stands for a byte of a
+    command line that is not UTF-8.
+    """
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            require_text(where, key)
+            require_text(f"{where}.{key}", value)
+    elif isinstance(given, list | tuple):
+        for place, value in enumerate(given):
+            require_text(f"{where}[{place}]", value)
+    elif isinstance(given, str) and not is_text(given):
+        raise BadInput(where, given, "text without lone surrogates")
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -1,19 +1,14 @@
 """Tokenizers: bytes, or anything a `tokenizer.json` says, behind one small interface.
 
 Both kinds are stored as a genuine `tokenizers` file. Every id stands for known bytes, so that
-decoding is joining them and bits per byte are exact for byte-level vocabularies (GPT-2, Llama 3,
-ours) and SentencePiece ones with byte fallback (Gemma); what other kinds (WordPiece) lose in
-their normalisation is not counted.
+bits per byte are exact for byte-level vocabularies (GPT-2, Llama 3, ours) and SentencePiece ones
+with byte fallback (Gemma); what other kinds (WordPiece) lose in their normalisation is not counted.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from mukv.core.errors import BadInput
 from mukv.core.files import require_regular_file, write_atomic
+from mukv.core.json_text import require_text
+from mukv.data.panics import may_panic, telling_tokenizer_errors
+from mukv.data.spelling import byte_alphabet, spelled
 
 BEGIN = "<|begin|>"
 """Stands before every document; its id in the byte tokenizer is 256."""
@@ -33,13 +31,6 @@ MOST_IDS = 1 << 24
 """A larger id is a damaged file's: the largest published vocabularies have 2**18."""
 TRAINING_BYTES = 1 << 28
 """Of text that a BPE is learnt from; more changes little and takes long."""
-
-
-def byte_alphabet() -> list[str]:
-    """The visible character that byte-level tokenizers write for each byte (GPT-2's table)."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
 
 
 @dataclass(frozen=True)
@@ -87,15 +78,28 @@ class JsonTokenizer:
     def _added(self) -> dict[int, Any]:
         return self.inner.get_added_tokens_decoder()
 
+    @cached_property
+    def _said(self) -> dict[str, Any]:
+        """What the file says besides its vocabulary."""
+        tree = json.loads(self.content)
+        return {key: value for key, value in tree.items() if key != "model"}
+
+    @cached_property
+    def _may_panic(self) -> bool:
+        return may_panic(self._said)
+
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [token], without `start`."""
-        with telling_tokenizer_errors("text", text[:40]):
+        """Ids of a text, int32 [token], without `start`. Raises BadInput for a text that is none:
+        one with lone surrogates."""
+        require_text("text", text)
+        with telling_tokenizer_errors("text", text[:40], self._may_panic):
             (found,) = self.inner.encode_batch_fast([text], add_special_tokens=False)
         return np.array(found.ids, np.int32)
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text that spells out its special tokens, as a chat template gives it."""
-        with telling_tokenizer_errors("text", text[:40]):
+        require_text("text", text)
+        with telling_tokenizer_errors("text", text[:40], self._may_panic):
             return self._marked.encode(text, add_special_tokens=False).ids
 
     @cached_property
@@ -103,21 +107,29 @@ class JsonTokenizer:
         return _plain(self.content)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens are silent, bytes that are no character become U+FFFD."""
+        """The text of ids that begin a text, as the file's decoder gives it.
+
+        Special tokens and ids of no token are silent, bytes that are no character become U+FFFD.
+        Some decoders drop the space before the first word.
+        """
+        known = [int(token) for token in ids if 0 <= token < self.vocab_size]
+        with telling_tokenizer_errors("token ids", str(known[:20]), self._may_panic):
+            return self.inner.decode(known)
+
+    def decode_further(self, ids: Iterable[int]) -> str:
+        """The text of ids that follow others: with the space before the first word."""
         return b"".join(map(self.token_data, ids)).decode(errors="replace")
 
     def token_data(self, token: int) -> bytes:
-        """Bytes that an id stands for; none for special tokens and for ids of no token."""
+        """Bytes that an id adds to a text before it; none for special tokens and for ids of no
+        token."""
         return self._data[token] if 0 <= token < len(self._data) else b""
 
     @cached_property
     def _data(self) -> list[bytes]:
-        spell = _spelling(self)
-        data = [b""] * self.vocab_size
-        for text, token in self.inner.get_vocab(with_added_tokens=True).items():
-            if token not in self._added or not self._added[token].special:
-                data[token] = spell(token, text)
-        return data
+        silent = {token for token, added in self._added.items() if added.special}
+        with telling_tokenizer_errors("tokenizer.json", "its decoder", self._may_panic):
+            return spelled(self.inner, self._said.get("decoder"), silent, self.vocab_size)
 
     def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
         """UTF-8 bytes of each id, int32 [vocab]. Raises BadInput for too small a vocabulary."""
@@ -143,7 +155,11 @@ class ByteTokenizer(JsonTokenizer):
         super().__init__(_finished(byte_level, use_regex=False).to_str())
 
     def encode(self, text: str) -> np.ndarray:
+        require_text("text", text)
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_further(ids)
 
 
 class NoTokenizer(JsonTokenizer):
@@ -157,35 +173,6 @@ class NoTokenizer(JsonTokenizer):
 
 
 AnyTokenizer = ByteTokenizer | JsonTokenizer
-
-
-@contextmanager
-def telling_tokenizer_errors(where: str, given: str) -> Iterator[None]:
-    """Turn whatever the library raises into BadInput. It raises plain Exceptions, and panics of
-    its Rust code, which are none."""
-    try:
-        yield
-    except (BadInput, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        words = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        allowed = "what a tokenizer.json of Hugging Face's tokenizers can encode"
-        raise BadInput(where, f"{given} ({words})", allowed) from None
-
-
-@contextmanager
-def _without_panics() -> Iterator[None]:
-    """Keep from standard error what a panic of the library's Rust code prints there by itself: a
-    trace of a hundred lines, of an error that is told in one."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _plain(content: str) -> Tokenizer:
@@ -208,33 +195,13 @@ def _finished(inner: Tokenizer, use_regex: bool = True) -> Tokenizer:
     return inner
 
 
-def _spelling(tokenizer: JsonTokenizer) -> Callable[[int, str], bytes]:
-    """How the text of a token becomes bytes, by what the decoder says."""
-    decoder = json.dumps(json.loads(tokenizer.content).get("decoder"), ensure_ascii=False)
-    values = {shown: byte for byte, shown in enumerate(byte_alphabet())}
-
-    def byte_level(token: int, text: str) -> bytes:
-        return bytes(values[c] for c in text) if values.keys() >= set(text) else text.encode()
-
-    def sentence_piece(token: int, text: str) -> bytes:
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", text)
-        return bytes.fromhex(byte[1]) if byte else text.replace("▁", " ").encode()
-
-    def other(token: int, text: str) -> bytes:
-        return tokenizer.inner.decode([token]).encode()
-
-    if '"ByteLevel"' in decoder:
-        return byte_level
-    return sentence_piece if "▁" in decoder else other
-
-
 def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
     """From the content of a tokenizer.json; `where` names it in messages. Raises BadInput."""
     byte_level = ByteTokenizer()
     if text == byte_level.content:
         return byte_level
     allowed = "a tokenizer.json of Hugging Face's tokenizers"
-    with telling_tokenizer_errors(where, "a file that can't be used"), _without_panics():
+    with telling_tokenizer_errors(where, "a file that can't be used", quiet=True):
         found = JsonTokenizer(text)
         size = found.vocab_size
         if size > MOST_IDS:
@@ -242,8 +209,7 @@ def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
         # What is wrong in a template or an expression shows when it is used.
         _ = found.start, found.text_vocab_size
         found.inner.encode_batch_fast(["A text, déjà vu: 1 + 1\n"], add_special_tokens=False)
-        for token in range(min(size, 300)):
-            found.inner.decode([token])
+        found.inner.decode_batch([[token] for token in range(min(size, 300))])
     if not size:
         raise BadInput(where, "an empty vocabulary", allowed)
     return found
