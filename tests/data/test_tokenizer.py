@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tokenizers import (
 )
 
 from mukv.core.errors import BadInput
+from mukv.data.growth import growth
 from mukv.data.panics import is_quick, telling_tokenizer_errors
 from mukv.data.tokenizer import (
     ByteTokenizer,
@@ -197,6 +199,28 @@ def panicking(part: str, expression: str) -> str:
     return inner.to_str()
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        normalizers.Replace("", "b"),
+        normalizers.Replace(Regex("$"), "b"),
+        normalizers.Replace(Regex("c*"), "b"),
+        pre_tokenizers.Split(Regex("(a+b?)+$"), "isolated"),
+    ],
+)
+def test_parts_that_may_panic_are_silent_even_where_the_probe_is_well(part, capfd):
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    if isinstance(part, normalizers.Normalizer):
+        inner.normalizer = part
+    else:
+        inner.pre_tokenizer = part
+    tokenizer = JsonTokenizer(inner.to_str())
+    for text in ("", "a", "ab", "a" * 40, "\u00e9", "a" * 40 + "c"):
+        with suppress(BadInput):
+            tokenizer.encode(text)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("expression", ["(x+x+)+y", "(x|xx)+y", "(x+x+x+)+y"])
 @pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
 def test_a_panic_is_one_clear_line(part: str, expression: str, capfd):
@@ -285,6 +309,22 @@ ROBERTA = {**BERT, "type": "RobertaProcessing", "trim_offsets": True, "add_prefi
         (BERT, (3,)),
         (ROBERTA, (3,)),
         ({"type": "Sequence", "processors": [template("<s> $A </s>")]}, (3,)),
+        (
+            {
+                "type": "Sequence",
+                "processors": [
+                    {
+                        "type": "ByteLevel",
+                        "add_prefix_space": True,
+                        "trim_offsets": True,
+                        "use_regex": True,
+                    },
+                    template("<s> $A"),
+                ],
+            },
+            (3,),
+        ),
+        (template("<s> $A </s> $A"), (3,)),
     ],
 )
 def test_a_text_begins_with_what_stands_before_it(processor, start):
@@ -292,6 +332,64 @@ def test_a_text_begins_with_what_stands_before_it(processor, start):
     assert tokenizer.start == start
     theirs = Tokenizer.from_str(tokenizer.content).encode("a b").ids
     assert [*start, *tokenizer.encode("a b").tolist()] == theirs[: len(start) + 2]
+
+
+def test_a_start_that_no_text_shows():
+    """The vocabulary knows none of the usual letters, and unknown ones vanish."""
+    inner = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "\u65e5": 2}, []))
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer = parse_tokenizer(inner.to_str(), "tokenizer.json")
+    assert tokenizer.start == (0,)
+    assert inner.encode("\u65e5").ids == [*tokenizer.start, *tokenizer.encode("\u65e5")] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("processor", "words"),
+    [
+        ({**BERT, "cls": ["<s>", 99]}, "a template with id 99'; ids below 5"),
+        ({**template("<s> $A"), "special_tokens": {}}, "'<s>'"),
+        (
+            {"type": "Sequence", "processors": [template("<s> $A"), BERT]},
+            "two parts of its post_processor",
+        ),
+        (
+            {**template("$A"), "single": [{"Sequence": {"id": "B", "type_id": 0}}]},
+            "names a second text",
+        ),
+    ],
+)
+def test_templates_that_can_not_be(processor, words, capfd):
+    content = json.dumps(word_level(post_processor=processor))
+    with pytest.raises(BadInput, match=r"^tokenizer\.json: ") as told:
+        parse_tokenizer(content, "tokenizer.json")
+    assert words in str(told.value)
+    assert "\n" not in str(told.value) + capfd.readouterr().err
+
+
+def test_encoding_is_not_random():
+    merges, vocab = [("a", "b"), ("ab", "ab")], {"a": 0, "b": 1, "ab": 2, "abab": 3}
+    tokenizer = JsonTokenizer(Tokenizer(models.BPE(vocab, merges, dropout=0.9)).to_str())
+    assert "0.9" in tokenizer.content
+    for _ in range(50):
+        assert tokenizer.encode("abab").tolist() == tokenizer.encode_marked("abab") == [3]
+
+
+def test_an_id_has_one_token():
+    tree = word_level()
+    tree["model"]["vocab"]["c"] = 2
+    for_word, tree = json.dumps(tree), word_level()
+    tree["added_tokens"].append({**tree["added_tokens"][0], "id": 2, "content": "<image>"})
+    for_added, tree = json.dumps(tree), word_level()
+    tree["added_tokens"] += [
+        {**tree["added_tokens"][0], "id": 5, "content": text} for text in ("<image>", "<audio>")
+    ]
+    for content, token in ((for_word, 2), (for_added, 2), (json.dumps(tree), 5)):
+        with pytest.raises(BadInput, match=f"both with id {token}.*; an id of its own"):
+            parse_tokenizer(content, "tokenizer.json")
+    parse_tokenizer(json.dumps(word_level()), "tokenizer.json")
 
 
 def test_truncation_and_padding_of_the_last_use_are_ignored():
@@ -352,6 +450,127 @@ def test_word_piece_without_its_unknown_token(capfd):
     with pytest.raises(BadInput, match=r"^tokenizer.json: got"):
         parse_tokenizer(inner.to_str(), "tokenizer.json")
     assert capfd.readouterr().err == ""
+
+
+def spelling_special_tokens() -> dict[str, Tokenizer]:
+    """Tokenizers whose models make "<s>" of its letters."""
+    words = ["[UNK]", "<", "s", ">", "<s>", "a", "s>"]
+    vocab = {word: i for i, word in enumerate(words)}
+    made = {
+        "word level": Tokenizer(models.WordLevel(vocab, "[UNK]")),
+        "word piece": Tokenizer(models.WordPiece(vocab, unk_token="[UNK]")),
+        "bpe": Tokenizer(models.BPE(vocab, [("s", ">"), ("<", "s>")], unk_token="[UNK]")),
+        "whole words": Tokenizer(
+            models.BPE(vocab, [("s", ">")], unk_token="[UNK]", ignore_merges=True)
+        ),
+        "unigram": Tokenizer(models.Unigram([(w, -len(w) % 3 - 9.0) for w in words], 0)),
+    }
+    for inner in made.values():
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        inner.add_special_tokens(["<s>", "[UNK]"])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [
+        ("word level", [0]),
+        ("word piece", [0]),
+        ("bpe", [1, 6]),
+        ("whole words", [1, 6]),
+        ("unigram", [1, 6]),
+    ],
+)
+def test_no_text_spells_a_special_token(kind, plain):
+    inner = spelling_special_tokens()[kind]
+    tokenizer = parse_tokenizer(inner.to_str(), "tokenizer.json")
+    assert inner.encode("a <s> a").ids == tokenizer.encode_marked("a <s> a") == [5, 4, 5]
+    assert tokenizer.encode("a <s> a").tolist() == [5, *plain, 5]
+    assert tokenizer.encode("a [UNK]").tolist()[0] == 5
+    assert tokenizer.decode([4, 5]) == "a"
+    assert tokenizer.inner.token_to_id("<s>") == 4
+
+
+def normalizing(*parts: normalizers.Normalizer, decoder: bool = False) -> str:
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    if parts:
+        inner.normalizer = normalizers.Sequence(list(parts))
+    if decoder:
+        inner.decoder = decoders.Sequence([decoders.Replace("a", "a" * 2000)] * 4)
+    return inner.to_str()
+
+
+LONG = "a" * 2000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        normalizing(*[normalizers.Replace("a", LONG)] * 4),
+        normalizing(*[normalizers.Replace("z", "z" * 2000)] * 4),
+        normalizing(*[normalizers.Replace(Regex("[a-z]"), LONG)] * 4),
+        normalizing(*[normalizers.Replace(Regex("(?=a)"), LONG)] * 4),
+        normalizing(*[normalizers.Replace("a", "bb"), normalizers.Replace("b", "aa")] * 20),
+        normalizing(*[normalizers.Prepend(LONG), normalizers.Replace("a", LONG)] * 2),
+        normalizing(*[normalizers.ByteLevel()] * 40),
+        normalizing(decoder=True),
+    ],
+)
+def test_what_makes_texts_much_longer_is_refused_before_use(content):
+    with pytest.raises(BadInput, match=r"^here: got 'a (normalizer|decoder) that makes a text"):
+        parse_tokenizer(content, "here")
+
+
+PARTS = st.sampled_from(
+    [
+        normalizers.Replace("a", "bb"),
+        normalizers.Replace("bb", "abc"),
+        normalizers.Replace("c", ""),
+        normalizers.Replace(Regex("[ab]"), "cab"),
+        normalizers.Replace(Regex("(?=b)"), "a"),
+        normalizers.Replace(Regex("a+|b(?=b)"), "ba"),
+        normalizers.Prepend("ab"),
+        normalizers.ByteLevel(),
+        normalizers.Lowercase(),
+    ]
+)
+
+
+@given(st.lists(PARTS, max_size=6), st.text("abcB\u00e9 ", min_size=1, max_size=8))
+def test_the_bound_on_growth_holds(parts, text):
+    bound = growth([json.loads(part.__getstate__()) for part in parts])
+    # What matches behind the last character is charged to none.
+    assert len(normalizers.Sequence(parts).normalize_str(text)) <= bound * (len(text) + 1)
+
+
+def test_published_normalizers_stay_far_below_the_bound():
+    parts = [
+        normalizers.Prepend("\u2581"),
+        normalizers.Replace(" ", "\u2581"),
+        normalizers.Replace(Regex(" {2,}"), " "),
+        normalizers.NFKC(),
+        normalizers.Replace("\u2026", "..."),
+        normalizers.Replace("%", " percent "),
+        normalizers.Replace("&", " and "),
+    ]
+    assert growth([json.loads(part.__getstate__()) for part in parts]) < 20
+    parse_tokenizer(normalizing(*parts), "here")
+
+
+def test_models_without_sensible_limits():
+    for name, value in (("max_input_chars_per_word", 10**9), ("continuing_subword_prefix", LONG)):
+        inner = Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+        tree = json.loads(inner.to_str())
+        tree["model"][name] = value
+        with pytest.raises(BadInput, match=f"^here: got '{name} of"):
+            parse_tokenizer(json.dumps(tree), "here")
+
+
+def test_a_file_has_at_most_200_mb(tmp_path):
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(200_000_001)
+    with pytest.raises(BadInput, match=r"at most 200,000,000 bytes, not 200,000,001"):
+        load_tokenizer(tmp_path)
 
 
 def test_an_id_beyond_reason():

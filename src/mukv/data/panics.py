@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 from mukv.core.errors import BadInput
+from mukv.data.growth import matches_nothing
 
 HARMLESS = frozenset(
     [
@@ -88,8 +89,10 @@ def _is_harmless(part: Any) -> bool:
     if kind not in HARMLESS or part.get("stop", 0):  # a decoder that strips short tokens' ends
         return False
     pattern = part.get("pattern")
-    if isinstance(pattern, Mapping) and "String" not in pattern:
-        return is_quick(str(pattern.get("Regex")))
+    if isinstance(pattern, Mapping):
+        expression = re.escape(pattern["String"]) if "String" in pattern else str(pattern["Regex"])
+        # The library fails to replace nothing at the end of a text.
+        return is_quick(expression) and not ("content" in part and matches_nothing(expression))
     return all(map(_is_harmless, part.values()))
 
 

@@ -20,13 +20,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from mukv.core.errors import BadInput
 from mukv.core.files import require_regular_file, write_atomic
 from mukv.core.json_text import require_text
+from mukv.data.growth import require_bounded
 from mukv.data.panics import may_panic, telling_tokenizer_errors
 from mukv.data.spelling import byte_alphabet, spelled
 
 BEGIN = "<|begin|>"
 """Stands before every document; its id in the byte tokenizer is 256."""
-PROBES = ("a", "A", "0", ".", " ", "\n")
-"""Texts of which one has a token in any vocabulary of a language."""
+MOST_BYTES = 200_000_000
+"""Of a tokenizer.json; that of Gemma 3 has 33 MB."""
 MOST_IDS = 1 << 24
 """A larger id is a damaged file's: the largest published vocabularies have 2**18."""
 TRAINING_BYTES = 1 << 28
@@ -44,12 +45,15 @@ class JsonTokenizer:
         inner = _plain(self.content)
         # A text that spells <|begin|> must not begin a document.
         inner.encode_special_tokens = True
+        special = [t.content for t in inner.get_added_tokens_decoder().values() if t.special]
+        if _spells_one(inner, special):
+            inner.model = _without_words(json.loads(self.content)["model"], set(special))
         return inner
 
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return 1 + max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1)
+        return 1 + max(self._vocab.values(), default=-1)
 
     @cached_property
     def text_vocab_size(self) -> int:
@@ -58,35 +62,38 @@ class JsonTokenizer:
         Special tokens count only where they begin a text. Published files name some that their
         models have no embedding for.
         """
-        special = {t for t, token in self._added.items() if token.special} - set(self.start)
-        ids = self.inner.get_vocab(with_added_tokens=True).values()
+        special = {t for t, token in self._added.items() if token.special}
+        # A special token may stand for what is unknown.
+        unknown = getattr(self.inner.model, "unk_token", None) or ""
+        special -= {*self.start, self._vocab.get(unknown)}
+        ids = self._vocab.values()
         return 1 + max((token for token in ids if token not in special), default=-1)
 
     @cached_property
     def start(self) -> tuple[int, ...]:
         """Ids before every document: what the file's own template puts before a text. What it
         puts behind one is left out."""
-        marked = self._marked
-        for probe in PROBES:
-            found = marked.encode(probe)
-            own = [place for place, text in enumerate(found.sequence_ids) if text is not None]
-            if own:
-                return tuple(found.ids[: own[0]])
-        return ()
+        return _start(self.said.get("post_processor"))
+
+    @cached_property
+    def _vocab(self) -> dict[str, int]:
+        return self.inner.get_vocab(with_added_tokens=True)
 
     @cached_property
     def _added(self) -> dict[int, Any]:
         return self.inner.get_added_tokens_decoder()
 
     @cached_property
-    def _said(self) -> dict[str, Any]:
-        """What the file says besides its vocabulary."""
+    def said(self) -> dict[str, Any]:
+        """What the file says besides its vocabulary and merges."""
         tree = json.loads(self.content)
-        return {key: value for key, value in tree.items() if key != "model"}
+        for name in ("vocab", "merges"):
+            tree["model"].pop(name, None)
+        return tree
 
     @cached_property
     def _may_panic(self) -> bool:
-        return may_panic(self._said)
+        return may_panic(self.said)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 [token], without `start`. Raises BadInput for a text that is none:
@@ -129,7 +136,7 @@ class JsonTokenizer:
     def _data(self) -> list[bytes]:
         silent = {token for token, added in self._added.items() if added.special}
         with telling_tokenizer_errors("tokenizer.json", "its decoder", self._may_panic):
-            return spelled(self.inner, self._said.get("decoder"), silent, self.vocab_size)
+            return spelled(self.inner, self.said.get("decoder"), silent, self.vocab_size)
 
     def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
         """UTF-8 bytes of each id, int32 [vocab]. Raises BadInput for too small a vocabulary."""
@@ -176,11 +183,79 @@ AnyTokenizer = ByteTokenizer | JsonTokenizer
 
 
 def _plain(content: str) -> Tokenizer:
-    """The tokenizer of a file, without the truncation and padding of its last use."""
+    """The tokenizer of a file, without the truncation and padding of its last use, and without
+    what makes encoding random: the dropout of merges, and sampling. What stands around a text is
+    left to `start`; a template may also double the text."""
     inner = Tokenizer.from_str(content)
+    inner.post_processor = None
     inner.no_padding()
     inner.no_truncation()
+    for name in ("dropout", "alpha", "nbest_size"):
+        if getattr(inner.model, name, None) is not None:
+            setattr(inner.model, name, None)
     return inner
+
+
+def _start(processor: Any) -> tuple[int, ...]:
+    """Ids that a post-processor puts before a text. Raises ValueError for one that fails there."""
+    if not isinstance(processor, dict):
+        return ()
+    if "processors" in processor:
+        found = [ids for ids in map(_start, processor["processors"]) if ids]
+        if len(found) > 1:
+            raise ValueError("two parts of its post_processor put something before a text")
+        return found[0] if found else ()
+    if "cls" in processor:
+        return (processor["cls"][1],)
+    before: list[int] = []
+    for piece in processor.get("single", ()):
+        if "Sequence" not in piece:
+            before += processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+        elif piece["Sequence"]["id"] == "A":
+            return tuple(before)
+        else:
+            raise ValueError("the post_processor of a text alone names a second text")
+    return ()
+
+
+def _spells_one(inner: Tokenizer, special: Iterable[str]) -> bool:
+    """Whether the model alone makes a special token, other than the unknown one, of its letters."""
+    unknown = getattr(inner.model, "unk_token", None)
+    return any(
+        text != unknown and any(piece.value == text for piece in inner.model.tokenize(text))
+        for text in special
+    )
+
+
+def _without_words(model: dict[str, Any], words: set[str]) -> models.Model:
+    """A model, as its file says, that never makes one of these words of a text.
+
+    The unknown word stays. Other ids do not change.
+    """
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # Unigram: an id is the place in the list
+        kept = vocab[model["unk_id"]][0] if model.get("unk_id") is not None else None
+        words = words - {kept}
+        vocab = [["", score] if word in words else [word, score] for word, score in vocab]
+    else:
+        words = words - {model.get("unk_token")}
+        vocab = {word: token for word, token in vocab.items() if word not in words}
+    changed = model | {"vocab": vocab}
+    if "merges" in model:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        changed["merges"] = [[one, two] for one, two in pairs if not {one, two, one + two} & words]
+    return Tokenizer.from_str(json.dumps({"version": "1.0", "model": changed})).model
+
+
+def _require_one_name(found: JsonTokenizer, where: str) -> None:
+    """Raise BadInput for an id that two tokens have."""
+    names: dict[int, str] = {}
+    words = found.inner.get_vocab(with_added_tokens=False).items()
+    added = [(token["content"], token["id"]) for token in found.said.get("added_tokens") or ()]
+    for word, token in (*words, *added):
+        if word and names.setdefault(token, word) != word:  # see `_without_words`
+            given = f"{names[token]!r} and {word!r}, both with id {token}"
+            raise BadInput(where, given, "an id of its own for each token")
 
 
 def _finished(inner: Tokenizer, use_regex: bool = True) -> Tokenizer:
@@ -203,12 +278,16 @@ def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
     allowed = "a tokenizer.json of Hugging Face's tokenizers"
     with telling_tokenizer_errors(where, "a file that can't be used", quiet=True):
         found = JsonTokenizer(text)
+        require_bounded(found.said, where)
         size = found.vocab_size
         if size > MOST_IDS:
             raise BadInput(where, f"an id of {size - 1:,}", f"ids below {MOST_IDS:,}")
-        # What is wrong in a template or an expression shows when it is used.
-        _ = found.start, found.text_vocab_size
-        found.inner.encode_batch_fast(["A text, déjà vu: 1 + 1\n"], add_special_tokens=False)
+        _require_one_name(found, where)
+        if max(found.start, default=-1) >= size:
+            raise BadInput(where, f"a template with id {max(found.start)}", f"ids below {size}")
+        # What is wrong in an expression shows when it is used.
+        _ = found.text_vocab_size
+        found.inner.encode("A text, déjà vu: 1 + 1\n")
         found.inner.decode_batch([[token] for token in range(min(size, 300))])
     if not size:
         raise BadInput(where, "an empty vocabulary", allowed)
@@ -222,6 +301,9 @@ def load_tokenizer(path: Path) -> AnyTokenizer:
     try:
         if path.exists() and not path.is_file():
             raise BadInput("tokenizer", str(path), "a tokenizer.json, which is an ordinary file")
+        size = path.stat().st_size if path.exists() else 0
+        if size > MOST_BYTES:
+            raise BadInput("tokenizer", str(path), f"at most {MOST_BYTES:,} bytes, not {size:,}")
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
