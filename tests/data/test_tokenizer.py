@@ -269,6 +269,12 @@ def test_foreign_files_are_refused(content: str):
         parse_tokenizer(content, "here")
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "3", '{"model": null}', '{"model": []}'])
+def test_files_without_a_model_say_so(content: str):
+    with pytest.raises(BadInput, match=r"^here: got .*\(no JSON object with a `model`\)"):
+        parse_tokenizer(content, "here")
+
+
 def test_missing_files_are_refused(tmp_path: Path):
     with pytest.raises(BadInput, match="No such file"):
         load_tokenizer(tmp_path)

@@ -87,6 +87,8 @@ class JsonTokenizer:
     def said(self) -> dict[str, Any]:
         """What the file says besides its vocabulary and merges."""
         tree = json.loads(self.content)
+        if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+            raise ValueError("no JSON object with a `model`")
         for name in ("vocab", "merges"):
             tree["model"].pop(name, None)
         return tree
