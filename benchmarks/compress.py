@@ -27,7 +27,7 @@ from mukv.attention import Grouped
 from mukv.cache import Cache, Policy, Reader, Slot
 from mukv.cache.reads import bytes_read
 from mukv.core.compute import Compute
-from mukv.decode import decoding_weights
+from mukv.infer.decode import decoding_weights
 from mukv.model import Decoder, Stage
 from mukv.model.block import Gated
 from mukv.position import RoPE
@@ -66,7 +66,7 @@ def filled(model: Decoder, weights: Any, context: int, policy: Policy, compute: 
     def body(empty: Any, own: Any, new: Any, queries: Any) -> Any:
         # Of the queries the last ones are enough: no policy here looks at more.
         padded = jnp.pad(queries, [(0, 0)] * 3 + [(context - QUERIES, 0), (0, 0)])
-        reader = Reader(attention, own["read"], padded if empty.looks else None)
+        reader = Reader(attention, own["read"], padded if empty.needs_queries else None)
         return empty.extended(new, zero, count, reader, fresh=True)
 
     slots = []

@@ -24,11 +24,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mukv import config, runs
 from mukv.data.batches import Batches
 from mukv.data.build import build_tokens
 from mukv.data.text import pieces
 from mukv.data.tokens import TokenFile
+from mukv.runs import config
+from mukv.runs.folder import RunDirectory
+from mukv.runs.train import train_run
 
 REPEATS = 5
 SHAPES = ((8, 256), (64, 1024), (4, 16384))
@@ -90,7 +92,7 @@ def batching(file: TokenFile, batch: int, length: int) -> tuple[float, float]:
 def waiting(file: TokenFile, folder: Path) -> float:
     """Share of the time of 100 training steps that they waited for data."""
     run = config.load("tiny", [f"data.path={file.path}", "train.validation_batches=1"])
-    outcome = runs.train(run, runs.RunDirectory(folder / "run"))
+    outcome = train_run(run, RunDirectory(folder / "run"))
     outcome.require_finished(folder)
     return outcome.wait_fraction
 

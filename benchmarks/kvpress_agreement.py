@@ -66,7 +66,7 @@ def ours(folder: Path, ids: list[int], name: str, ratio: float) -> list[list[lis
     from mukv.cache import Policy
 
     model = mukv.load(folder)
-    decoder, policy = model.decoder, Policy.parse(name, round(1 - ratio, 6))
+    decoder, policy = model.network, Policy.parse(name, round(1 - ratio, 6))
     if name == "snapkv":
         policy = replace(policy, keep=replace(policy.keep, window=WINDOW))
     cache = decoder.empty_cache(1, len(ids), 8, jnp.dtype("float32"), policy)

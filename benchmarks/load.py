@@ -39,11 +39,11 @@ def write(preset: str, folder: Path) -> int:
     """A checkpoint of the preset's shape; returns its bytes."""
     import jax.numpy as jnp
 
-    from mukv import config
-    from mukv.convert import write_shards
-    from mukv.core.tensors import Spec
     from mukv.hub import FAMILIES
     from mukv.hub.base import pieces
+    from mukv.runs import config
+    from mukv.runs.exchange import write_shards
+    from mukv.storage.tensors import Spec
 
     model = config.load(preset).model
     family = next(f for f in FAMILIES.values() if not list(f.misfits(model)))
@@ -79,7 +79,7 @@ def load_ours(folder: Path) -> Any:
 
 
 def import_ours(folder: Path) -> Any:
-    from mukv.convert import import_model
+    from mukv.runs.exchange import import_model
 
     out = folder.parent / f"{folder.name}-run"
     import_model(str(folder), out)

@@ -19,20 +19,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from mukv import launch
 from mukv.attention import Grouped
+from mukv.cli import launch
 from mukv.core import params
 from mukv.core.compute import Compute
 from mukv.core.device import peak_flops
 from mukv.core.mesh import MeshShape
 from mukv.data.batches import Batch
-from mukv.decode import decoding_weights, generate
+from mukv.infer.decode import decoding_weights, generate
 from mukv.model import Decoder, Stage
 from mukv.model.block import Gated
 from mukv.model.counting import entry_bytes, flops_per_token
 from mukv.position.rope import RoPE
-from mukv.train import Trainer
-from mukv.training import Training
+from mukv.train.step import Trainer
+from mukv.train.training import Training
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mukv.launch import ALLOCATOR
+from mukv.cli.launch import ALLOCATOR
 
 HERE = Path(__file__).parent
 QUIET = 0.3

@@ -20,9 +20,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mukv import config, launch, runs
+from mukv.cli import launch
 from mukv.data.tokens import TokenFile
-from mukv.search.together import Point, Together
+from mukv.runs import config
+from mukv.runs.resolve import open_corpus
+from mukv.tuning.together import Point, Together
 
 
 def points(width: int, count: int, steps: int) -> tuple[TokenFile, list[Point]]:
@@ -41,7 +43,7 @@ def points(width: int, count: int, steps: int) -> tuple[TokenFile, list[Point]]:
     )
     rates = 2.0 ** np.linspace(-11, -7, count)
     trainings = [replace(run.train, learning_rate=float(rate)) for rate in rates]
-    return runs.open_corpus(run), [Point(run.model, training) for training in trainings]
+    return open_corpus(run), [Point(run.model, training) for training in trainings]
 
 
 def losses(groups: Sequence[Together]) -> tuple[float, float, list[float]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mukv.core.files import write_atomic
+from mukv.storage.files import write_atomic
 from mukv.tasks import TASKS, AnyTask
 
 PAGE = Path(__file__).with_name("benchmark.md")

@@ -24,12 +24,13 @@ from compare import Place
 from rich.console import Console
 from rich.table import Table
 
-from mukv import config, launch
-from mukv.bench.examine import Settings
+from mukv.bench.examine import ExamineSettings
 from mukv.bench.trial import Trial
-from mukv.core import schema
-from mukv.core.files import write_atomic
-from mukv.figures import looks, saved_figure
+from mukv.cli import launch
+from mukv.runs import config
+from mukv.schema import schema
+from mukv.show.figures import saved_figure, series_styles
+from mukv.storage.files import write_atomic
 from mukv.tasks import AnyTask
 
 
@@ -54,10 +55,10 @@ class Comparison:
     learning_rates: tuple[float, ...]
     seeds: int
     samples: int = 200
-    settings: Settings = field(init=False)
+    settings: ExamineSettings = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "settings", Settings(self.samples, free=0))
+        object.__setattr__(self, "settings", ExamineSettings(self.samples, free=0))
 
     def trial(self, variant: str, task: str, folder: Path) -> Trial:
         steps = f"train.steps={self.tasks[task].steps}"
@@ -126,18 +127,19 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panels = figure.subplots(2, len(tasks), squeeze=False, sharey=True)
         for column, task in enumerate(tasks):
             above, below = panels[:, column]
-            for variant, series in zip(variants, looks(len(variants)), strict=True):
+            styles = series_styles(len(variants))
+            for number, (variant, series) in enumerate(zip(variants, styles, strict=True)):
                 own = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
-                look = {key: series[key] for key in ("color", "marker")} | {"label": variant}
+                style = {key: series[key] for key in ("color", "marker")} | {"label": variant}
                 lengths, scores = ([row[k] for row in own] for k in ("length", "exact_match"))
-                above.plot(lengths, scores, ms=5, **look)
+                above.plot(lengths, scores, ms=5, **style)
                 # Beside each other, so that every range can be seen.
                 aside = 1 + 0.02 * (number - (len(variants) - 1) / 2)
                 for row in own:
                     above.vlines(row["length"] * aside, min(row["by_seed"]), max(row["by_seed"]),
-                                 color=look["color"], alpha=0.5)  # fmt: skip
+                                 color=style["color"], alpha=0.5)  # fmt: skip
                 if own:
-                    below.scatter(own[-1]["cache_bytes_per_token"], scores[-1], s=70, **look)
+                    below.scatter(own[-1]["cache_bytes_per_token"], scores[-1], s=70, **style)
             longest = max(row["length"] for row in rows if row["task"] == task)
             chance = next(row["chance"] for row in rows if row["task"] == task)
             seeds = max(len(row["by_seed"]) for row in rows if row["task"] == task)

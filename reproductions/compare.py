@@ -31,13 +31,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mukv import config
-from mukv.core.files import write_atomic
+from mukv.cli.demo import equal_size
 from mukv.core.params import count
-from mukv.demo import equal_size
-from mukv.describe import describe
-from mukv.figures import MARKERS, saved_figure
-from mukv.metrics import read_metrics
+from mukv.runs import config
+from mukv.runs.describe import describe
+from mukv.show.figures import MARKERS, saved_figure
+from mukv.storage.files import write_atomic
+from mukv.train.metrics import read_metrics
 
 COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
 

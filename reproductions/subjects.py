@@ -16,14 +16,14 @@ import jax
 import numpy as np
 
 import mukv
-from mukv import config
-from mukv.analysis.capture import Rows
+from mukv.analysis.capture import CapturedRows
 from mukv.analysis.samples import windows
 from mukv.core.params import initialise
 from mukv.data.build import default_corpus
 from mukv.data.tokenizer import ByteTokenizer
-from mukv.launch import cache_folder
 from mukv.model import Decoder
+from mukv.runs import config
+from mukv.storage.files import cache_folder
 
 ROOT = Path(__file__).parents[1]
 LLAMA = (
@@ -50,8 +50,8 @@ class Subject:
 
 def trained(path: Path) -> Subject:
     found = mukv.load(path)
-    assert isinstance(found.decoder, Decoder)
-    return Subject("trained, 3 layers", found.decoder, found.weights)
+    assert isinstance(found.network, Decoder)
+    return Subject("trained, 3 layers", found.network, found.weights)
 
 
 def llama_shaped(seed: int = 0) -> Subject:
@@ -62,7 +62,7 @@ def llama_shaped(seed: int = 0) -> Subject:
     return Subject("heads of Llama 3.2 1B, random weights", model, stored)
 
 
-def texts(length: int, samples: int) -> dict[str, Rows]:
+def texts(length: int, samples: int) -> dict[str, CapturedRows]:
     """Code (held out from training), prose (this project's pages), dialogue (sessions with the
     Python interpreter in the library's own docstrings, turn by turn)."""
     tokens = default_corpus(cache_folder()).split("validation").tokens

@@ -42,7 +42,8 @@ MINUSCULE = (
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
     """What `mukv ARGS` does, in this process, since starting another costs seconds."""
-    from mukv import cli, launch
+    from mukv import cli
+    from mukv.cli import launch
 
     given = ["mukv", *map(str, args)]
     out, err, code = io.StringIO(), io.StringIO(), 0

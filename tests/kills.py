@@ -81,7 +81,7 @@ def count_up(folder: Path, until: int) -> int:
     """Save the numbers 1 to `until` as checkpoints, from the latest on; returns an exit status."""
     import jax
 
-    from mukv.checkpoint import Checkpoints
+    from mukv.storage.checkpoint import Checkpoints
 
     like = {"number": jax.ShapeDtypeStruct((3,), "float32")}
     with Checkpoints(folder, keep_last=1, keep_best=0) as checkpoints:
@@ -128,7 +128,8 @@ def child(request: dict[str, Any]) -> int:
     """Run a command; returns its exit status."""
     from unittest import mock
 
-    from mukv import cli, launch
+    from mukv import cli
+    from mukv.cli import launch
 
     out = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
@@ -153,12 +154,6 @@ def child(request: dict[str, Any]) -> int:
 
 def serve() -> None:
     """Answer requests until standard input ends."""
-    import mukv.analysis.study
-    import mukv.bench.run
-    import mukv.convert
-    import mukv.loaded
-    import mukv.report
-    import mukv.search.sweep  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

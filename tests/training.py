@@ -11,8 +11,8 @@ from mukv.core.compute import Compute
 from mukv.core.mesh import MeshShape
 from mukv.data.batches import Batch
 from mukv.model import LanguageModel
-from mukv.train import Metrics, State, Trainer
-from mukv.training import Training
+from mukv.train.step import Metrics, State, Trainer
+from mukv.train.training import Training
 from tests.laws import matrix
 
 EXACT = Compute("float32", "float32", unroll=True)

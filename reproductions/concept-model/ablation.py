@@ -24,18 +24,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv import config, runs
 from mukv.core.compute import Compute
-from mukv.core.files import write_atomic
 from mukv.core.linear import project
 from mukv.core.mesh import MeshShape
 from mukv.data.batches import Batches
-from mukv.figures import saved_figure
-from mukv.loop import validation_metrics
 from mukv.model import Concept, LanguageModel
-from mukv.model.base import Reading
+from mukv.model.base import ForwardResult
 from mukv.model.concept import Cross, Fixed, Residually, Sum
-from mukv.train import Trainer
+from mukv.runs import config
+from mukv.runs.resolve import open_corpus
+from mukv.show.figures import saved_figure
+from mukv.storage.files import write_atomic
+from mukv.train.loop import validation_metrics
+from mukv.train.step import Trainer
 
 HERE = Path(__file__).parent
 SEEDS, WINDOWS = (0, 1), 32
@@ -52,12 +53,12 @@ SOUND = ("model.injection={kind: residual}", "model.decoder=[{pattern: [{window:
 
 @dataclass(frozen=True)
 class Lag(Residually):
-    def mix(self, joint: Any, x: Any, heard: Any) -> Any:
-        chunks = heard.chunks
+    def inject(self, joint: Any, x: Any, inputs: Any) -> Any:
+        chunks = inputs.chunks
         late = chunks._replace(
             number=jnp.maximum(chunks.number - 1, 0), made=jnp.maximum(chunks.made - 1, 0)
         )
-        return super().mix(joint, x, heard._replace(chunks=late))
+        return super().inject(joint, x, inputs._replace(chunks=late))
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class NoSkip(Residually):
 
     raw: Any = None
 
-    def mix(self, joint: Any, x: Any, heard: Any) -> Any:
-        return super().mix(joint, self.raw, heard)
+    def inject(self, joint: Any, x: Any, inputs: Any) -> Any:
+        return super().inject(joint, self.raw, inputs)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Unskipped(Concept):
         position: Any = None,
         segment: Any = None,
         compute: Compute | None = None,
-    ) -> Reading:
+    ) -> ForwardResult:
         compute = (compute or Compute()).resolve(self.vocab_size)
         raw = self.embed(weights, tokens, compute)
         given = replace(self, injection=replace(cast("NoSkip", self.injection), raw=raw))
@@ -90,12 +91,12 @@ class Unskipped(Concept):
 
 @dataclass(frozen=True)
 class Leak(Residually):
-    def mix(self, joint: Any, x: Any, heard: Any) -> Any:
-        there = (heard.chunks.end < x.shape[1])[..., None]
-        total = jnp.sum(jnp.where(there, heard.thoughts, 0), axis=1, keepdims=True)
+    def inject(self, joint: Any, x: Any, inputs: Any) -> Any:
+        there = (inputs.chunks.end < x.shape[1])[..., None]
+        total = jnp.sum(jnp.where(there, inputs.outputs, 0), axis=1, keepdims=True)
         mean = total / jnp.maximum(jnp.sum(there, axis=1, keepdims=True), 1)
-        early = jnp.where(heard.chunks.made[..., None] == 0, project(mean, joint.give["give"]), 0)
-        return super().mix(joint, x, heard) + early
+        early = jnp.where(inputs.chunks.made[..., None] == 0, project(mean, joint.give["give"]), 0)
+        return super().inject(joint, x, inputs) + early
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def variants(plain: LanguageModel, model: Concept) -> dict[str, tuple[Any, Any]]
 def bits_per_byte(trained: Any, judged: Any, run: Any, seed: int) -> tuple[float, float]:
     """Of held-out text: as trained, and as judged."""
     training = replace(run.train, seed=seed)
-    tokens, mesh = runs.open_corpus(run), MeshShape().build()
+    tokens, mesh = open_corpus(run), MeshShape().build()
     common = {"seed": seed, "batch": training.batch, "length": training.length}
     batches = Batches(tokens, split="train", **common)
     trainer = Trainer(trained, training, mesh)

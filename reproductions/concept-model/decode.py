@@ -24,13 +24,14 @@ import numpy as np
 import yaml
 from matplotlib.ticker import EngFormatter
 
-from mukv import config, runs
 from mukv.core.compute import Compute
-from mukv.core.files import write_atomic
 from mukv.core.params import initialise
-from mukv.decode import decoding_weights
-from mukv.figures import MARKERS, saved_figure
+from mukv.infer.decode import decoding_weights
 from mukv.model import Concept, LanguageModel
+from mukv.runs import config
+from mukv.runs.resolve import open_corpus
+from mukv.show.figures import MARKERS, saved_figure
+from mukv.storage.files import write_atomic
 
 HERE = Path(__file__).parent
 CONTEXTS = (4096, 8192, 16384, 32768)
@@ -62,7 +63,7 @@ def full(model: LanguageModel, context: int) -> Any:
         cache,
         encoder=replace(cache.encoder, length=length),
         concepts=replace(cache.concepts, length=concepts),
-        heard=replace(cache.heard, length=concepts),
+        cross=replace(cache.cross, length=concepts),
         decoder=replace(cache.decoder, length=length + slots),
     )
 
@@ -104,7 +105,7 @@ def models() -> Iterator[tuple[str, LanguageModel, np.ndarray]]:
         asked = yaml.safe_load((HERE / f"{comparison}.yaml").read_text())
         base = asked["bases"].get(variant, asked["base"])
         run = config.load(base, asked["overrides"] + asked["variants"][variant])
-        text = np.asarray(runs.open_corpus(run).split("validation").tokens[:STEPS])
+        text = np.asarray(open_corpus(run).split("validation").tokens[:STEPS])
         yield name, run.model, text
 
 

@@ -75,7 +75,7 @@ def train(point: tuple[str, float, int]) -> dict[str, Any]:
     from mukv.model.block import Gated
     from mukv.position import POSITIONS as TABLE
     from mukv.scaling.schedules import Cosine
-    from mukv.train import Trainer, Training
+    from mukv.train.step import Trainer, Training
 
     position, rate, seed = point
     attention = Grouped(TABLE[position](), heads=4, kv_heads=4, head_dim=16)

@@ -21,10 +21,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mukv import config, launch, runs, transfer
-from mukv.core.files import write_atomic
-from mukv.figures import saved_figure
+from mukv.cli import launch
+from mukv.runs import config
+from mukv.runs.resolve import open_corpus
 from mukv.scaling.parameterization import Constants
+from mukv.show.figures import saved_figure
+from mukv.storage.files import write_atomic
+from mukv.tuning import transfer
 
 HERE = Path(__file__).parent
 BASE = (
@@ -57,7 +60,7 @@ CONDITIONS = {
 def search(name: str, widths: list[int], seeds: int, root: Path) -> transfer.Search:
     run = config.load("tiny", [*BASE, *CONDITIONS[name]])
     folder = root / name.replace(" ", "-").replace(",", "").replace("'", "")
-    tokens = runs.open_corpus(run)
+    tokens = open_corpus(run)
     found = transfer.Search(run.model, run.train, tokens, "packed", widths, seeds, folder)
     for width, model in found.models.items() if name == RAISED else ():
         rate = Constants(embedding=width / min(widths))

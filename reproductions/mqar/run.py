@@ -66,13 +66,13 @@ def point(variant: str, width: int, rate: float, seed: int, steps: int, words: i
     import jax
 
     from mukv.bench.scoring import score
-    from mukv.config import Run
-    from mukv.core import schema
     from mukv.core.mesh import MeshShape
-    from mukv.describe import describe
+    from mukv.runs.config import Run
+    from mukv.runs.describe import describe
+    from mukv.schema import schema
     from mukv.tasks import Mqar
     from mukv.tasks.feed import TaskBatches
-    from mukv.train import Trainer
+    from mukv.train.step import Trainer
 
     def task(pairs: int) -> Mqar:
         return Mqar(facts=pairs, keys=words, values=words)
@@ -169,7 +169,7 @@ def main() -> None:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Share of right answers by model (the longest trained of each) and segment."""
-    from mukv.figures import saved_figure
+    from mukv.show.figures import saved_figure
 
     longest = {
         tuple(row[key] for key in KEYS if key != "steps"): row

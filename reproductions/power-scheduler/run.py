@@ -23,12 +23,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mukv import config, launch, runs
-from mukv.core.files import write_atomic
+from mukv.cli import launch
 from mukv.data.tokens import TokenFile
-from mukv.figures import saved_figure
+from mukv.runs import config
+from mukv.runs.resolve import open_corpus
 from mukv.scaling.budget import BUDGETS
-from mukv.search.together import Point, Together
+from mukv.show.figures import saved_figure
+from mukv.storage.files import write_atomic
+from mukv.tuning.together import Point, Together
 
 Setting = tuple[str, ...]
 HERE = Path(__file__).parent
@@ -71,7 +73,7 @@ class Bench:
     def __post_init__(self) -> None:
         if self.path.exists():
             self.losses = json.loads(self.path.read_text())
-        self.tokens: TokenFile = runs.open_corpus(config.load("tiny", MODEL))
+        self.tokens: TokenFile = open_corpus(config.load("tiny", MODEL))
 
     def measure(
         self, rows: int, steps: int, settings: Sequence[Setting], title: str

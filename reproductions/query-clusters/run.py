@@ -20,14 +20,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mukv import launch
 from mukv.analysis.calibrate import calibrate
 from mukv.analysis.capture import batch_rows
 from mukv.analysis.clusters import MEASURES, READS, Prediction, judge
 from mukv.analysis.samples import batched, even, halves
 from mukv.cache.centres import KINDS
-from mukv.core.files import write_atomic
-from mukv.figures import saved_figure
+from mukv.cli import launch
+from mukv.show.figures import saved_figure
+from mukv.storage.files import write_atomic
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

@@ -31,15 +31,17 @@ from rich.console import Console
 from rich.table import Table
 
 import mukv
-from mukv import config, launch, runs
 from mukv.cache import FULL, Policy
+from mukv.cli import launch
 from mukv.core.errors import BadInput
-from mukv.core.files import write_atomic
 from mukv.data.build import build_tokens, default_corpus
-from mukv.figures import saved_figure
-from mukv.launch import cache_folder
-from mukv.loaded import Model
-from mukv.progress import Bar
+from mukv.runs import config
+from mukv.runs.folder import RunDirectory
+from mukv.runs.loaded import Model
+from mukv.runs.train import train_run
+from mukv.show.figures import saved_figure
+from mukv.show.progress import Bar
+from mukv.storage.files import cache_folder, write_atomic
 
 HERE = Path(__file__).parent
 LENGTH = 256
@@ -139,12 +141,12 @@ class Trial:
 
     def cache(self, rows: int, length: int = LENGTH) -> Any:
         dtype = jnp.dtype(self.entries)
-        return self.model.decoder.empty_cache(rows, length, TAIL, dtype, self.policy)
+        return self.model.network.empty_cache(rows, length, TAIL, dtype, self.policy)
 
     @cached_property
     def program(self) -> Any:
         """What a model says after a context, and after each of some tokens: [row step]."""
-        model, compute = self.model.decoder, self.model.run.train.compute.resolve(264)
+        model, compute = self.model.network, self.model.run.train.compute.resolve(264)
 
         def run(weights: Any, context: jax.Array, count: jax.Array, tokens: jax.Array) -> jax.Array:
             cache = self.cache(len(context))
@@ -308,8 +310,8 @@ def main() -> None:
     numbers = f"train.steps={given.steps}", f"train.seed={given.seed}"
     overrides = [*MODEL, *numbers, f"data.path={corpus(given.root)}"]
     name = f"model-{given.seed}" if given.seed else "model"
-    folder = runs.RunDirectory(given.root / name)
-    outcome = runs.train(config.load("tiny", overrides), folder, title="retrieval")
+    folder = RunDirectory(given.root / name)
+    outcome = train_run(config.load("tiny", overrides), folder, title="retrieval")
     outcome.require_finished(folder.path)
     model = mukv.load(folder.path)
     rows = judge(model, "bfloat16", grid(given.composed))

@@ -21,11 +21,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mukv import launch
 from mukv.analysis import study
 from mukv.analysis.sparsity import MASSES, SHARES, Sparsity
-from mukv.core.files import write_atomic
-from mukv.figures import saved_figure
+from mukv.cli import launch
+from mukv.show.figures import saved_figure
+from mukv.storage.files import write_atomic
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

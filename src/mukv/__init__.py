@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from mukv.loaded import Model as Model
-    from mukv.loaded import load as load
+from mukv.core.version import VERSION
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from mukv.runs.loaded import Model as Model
+    from mukv.runs.loaded import load as load
+
+__version__ = VERSION
 __all__ = ["Model", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in ("load", "Model"):
         raise AttributeError(f"module 'mukv' has no attribute {name!r}")
-    from mukv import loaded
+    from mukv.runs import loaded
 
     return getattr(loaded, name)

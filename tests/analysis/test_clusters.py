@@ -11,8 +11,8 @@ from mukv.analysis.clusters import READS, judge
 from mukv.analysis.samples import even, from_training, windows
 from mukv.cache.centres import KINDS, Centres, LayerCentres, fingerprint
 from mukv.core.errors import BadInput
-from mukv.core.weights import load_weights
 from mukv.data.tokens import open_tokens
+from mukv.storage.weights import load_weights
 from tests.analysis.test_sparsity import rows, taps
 from tests.laws import matrix
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mukv.analysis import sparsity
-from mukv.analysis.capture import Rows, batch_rows
+from mukv.analysis.capture import CapturedRows, batch_rows
 from mukv.analysis.samples import batched, windows
 from mukv.analysis.sparsity import LEAST, MASSES, NEAR, SHARES, SINKS, measure
 from mukv.core.errors import BadInput
@@ -18,17 +18,17 @@ LENGTH = 48
 CASES = [("gqa", "rope", "reuse-window"), ("gqa-dressed", "alibi", "plain")]
 
 
-def rows() -> Rows:
+def rows() -> CapturedRows:
     """Three rows, the last of two documents."""
     ids = matrix.tokens(3, LENGTH)
     position = np.tile(np.arange(LENGTH, dtype=np.int32), (3, 1))
     segment = np.ones_like(ids)
     position[2, 10:] -= 10
     segment[2, 10:] = 2
-    return Rows(ids, position, segment)
+    return CapturedRows(ids, position, segment)
 
 
-def taps(model, weights, given: Rows):
+def taps(model, weights, given: CapturedRows):
     @jax.jit
     def look(weights, given):
         with capture() as seen:

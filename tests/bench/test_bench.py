@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from mukv import config, runs
-from mukv.bench.examine import Settings
+from mukv.bench.examine import ExamineSettings
 from mukv.bench.trial import Trial
 from mukv.core.errors import Failed
-from mukv.loop import Outcome
+from mukv.runs import config
 from mukv.tasks import TASKS
-from mukv.train import State
+from mukv.train.loop import Outcome
+from mukv.train.step import State
 from tests.conftest import MINUSCULE
 
 SMALL = ("--samples", "10", "--free", "3", "--json")
@@ -53,9 +53,9 @@ def test_a_configuration_then_its_model(mukv, tmp_path):
 
 def test_a_model_that_is_not_trained_to_the_end_is_not_judged(monkeypatch, tmp_path):
     stopped = Outcome(State({}, {}, 7), 7, 1.0, None, None, 0.0, 0.0, finished=False)
-    monkeypatch.setattr(runs, "train", lambda *_, **__: stopped)
+    monkeypatch.setattr("mukv.bench.trial.train_run", lambda *_, **__: stopped)
     run = config.load("tiny", MINUSCULE)
-    trial = Trial(run, (32, 64), (1e-2,), 1, tmp_path, Settings(4, free=0))
+    trial = Trial(run, (32, 64), (1e-2,), 1, tmp_path, ExamineSettings(4, free=0))
     with pytest.raises(Failed, match="stopped at step 7; the same command goes on"):
         trial.examine("needle", TASKS["needle"])
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mukv.bench import picture
-from mukv.figures import saved_figure
+from mukv.show.figures import saved_figure
 
 
 def rows(tasks: int, lengths: tuple[int, ...]) -> list[dict[str, object]]:

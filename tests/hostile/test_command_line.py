@@ -10,7 +10,6 @@ from typing import Any, get_args
 import pytest
 import typer
 
-from mukv import runs
 from mukv.cli import app, ending
 from mukv.cli.typed import Command, require_number, spellings
 from mukv.core.errors import BadInput
@@ -208,7 +207,7 @@ def test_every_exception_ends_in_a_line(mukv, monkeypatch, error, status, start)
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(runs, "resolve", fail)
+    monkeypatch.setattr("mukv.runs.resolve.resolve", fail)
     done = mukv("describe", "tiny")
     assert done.returncode == status, done.stderr
     assert done.stderr.startswith(start)

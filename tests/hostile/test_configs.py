@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from mukv import config
-from mukv.core import schema
 from mukv.core.errors import BadInput
-from mukv.core.numbers import leaves
-from mukv.core.yaml_text import parse_yaml
-from mukv.describe import describe
-from mukv.runs import resolve
+from mukv.runs import config
+from mukv.runs.describe import describe
+from mukv.runs.resolve import resolve
+from mukv.schema import schema
+from mukv.schema.numbers import leaves
+from mukv.schema.yaml_text import parse_yaml
 from tests.hostile.harness import check_all
 
 LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(

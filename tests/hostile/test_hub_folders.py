@@ -23,11 +23,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import mukv
-from mukv.convert import import_model
 from mukv.core.errors import BadInput
 from mukv.hub import FAMILIES
 from mukv.hub.base import pieces
 from mukv.hub.settings import Given
+from mukv.runs.exchange import import_model
 from tests.hostile.harness import check_all
 
 SIZES = {
@@ -445,9 +445,9 @@ def test_a_tied_readout_may_be_left_out(meta, tmp_path):
             del given[OUTPUT]
         torch.save(given, folders[name] / "consolidated.00.pth")
     one, two = (mukv.load(folder) for folder in folders.values())
-    assert one.decoder == two.decoder
-    assert one.decoder.readout == "tied"
-    assert mukv.load(meta).decoder.readout == "linear"
+    assert one.network == two.network
+    assert one.network.readout == "tied"
+    assert mukv.load(meta).network.readout == "linear"
 
 
 class Touch:

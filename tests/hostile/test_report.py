@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from mukv.figures import saved_figure
-from mukv.loop import known_so_far
-from mukv.metrics import MetricsFile, read_metrics
-from mukv.page import Page
-from mukv.report import pictures, report
-from mukv.report.found import findings
-from mukv.report.told import told
-from mukv.terminal import Console
+from mukv.cli.report import pictures, report
+from mukv.cli.report.found import findings
+from mukv.cli.report.told import told
+from mukv.show.figures import saved_figure
+from mukv.show.page import Page
+from mukv.show.terminal import Console
+from mukv.train.loop import known_so_far
+from mukv.train.metrics import MetricsFile, read_metrics
 from tests.hostile.harness import check_all
 
 DIGITS = 400

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mukv.loop import known_so_far
-from mukv.metrics import MetricsFile
-from mukv.runs import RunDirectory, resolve
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import resolve
+from mukv.train.loop import known_so_far
+from mukv.train.metrics import MetricsFile
 from tests.hostile.harness import check_all
 
 pytestmark = pytest.mark.xdist_group("trained")

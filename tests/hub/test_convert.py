@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import mukv as package
-from mukv import config
-from mukv.convert import export_model
 from mukv.core.errors import BadInput
 from mukv.core.params import named
 from mukv.hub import FAMILIES
 from mukv.hub.layout import planned
 from mukv.model import Layer, Stage
+from mukv.runs import config
+from mukv.runs.exchange import export_model
 
 pytestmark = pytest.mark.xdist_group("trained")
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from mukv import config
-from mukv.describe import describe
 from mukv.hub import FAMILIES
 from mukv.hub.settings import Given
+from mukv.runs import config
+from mukv.runs.describe import describe
 
 SLOWED = {
     "factor": 32.0,

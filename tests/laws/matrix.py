@@ -40,7 +40,7 @@ from mukv.model.concept import (
     Max,
     Prefix,
     Residually,
-    Select,
+    SelectPool,
     Sum,
     Weighted,
 )
@@ -173,7 +173,7 @@ POOLS = {
     "weighted": Weighted(),
     "attention": Attend(),
     "concatenate": Concatenate(),
-    "select": Select(),
+    "select": SelectPool(),
 }
 INJECTIONS = {"residual": Residually(), "prefix": Prefix(slots=2), "cross": Cross()}
 CONCEPTS = [

@@ -218,7 +218,7 @@ def test_what_reads_concepts_is_seen_as_a_layer():
 
     def look(weights, ids):
         with capture() as taps:
-            model.read(weights, ids, compute=EXACT)
+            model.forward(weights, ids, compute=EXACT)
         return taps
 
     taps = jax.eval_shape(look, matrix.weights(model), matrix.tokens(2))

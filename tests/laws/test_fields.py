@@ -14,13 +14,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
-from mukv import config, describe, runs
-from mukv.config import Run
 from mukv.core.errors import BadInput
 from mukv.core.params import named
 from mukv.data.build import build_tokens
+from mukv.runs import config, describe
+from mukv.runs.config import Run
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import open_feed
+from mukv.runs.train import train_run
 from mukv.tasks import Task
-from mukv.train import Trainer
+from mukv.train.step import Trainer
 
 BASE = (
     "model.d_model=8",
@@ -327,7 +330,7 @@ def trained(run: Run) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses, norms and rates of four steps, and the weights after them."""
     trainer = Trainer(run.model, run.train, config.MeshShape().build())
     training = run.train
-    _, feed = runs.open_feed(run)
+    _, feed = open_feed(run)
     batches = feed.source("train", training.seed, training.batch, training.length)
     state, seen = trainer.initial_state(), []
     for step in range(4):
@@ -396,9 +399,7 @@ def written(load, tmp_path_factory):
     def run(*overrides: str) -> Any:
         folder = tmp_path_factory.mktemp("run") / "run"
         often = [f"train.{text}" for text in (*OFTEN, "batch=2", "length=8")]
-        runs.train(
-            load(*often, "train.validation_batches=9", *overrides), runs.RunDirectory(folder)
-        )
+        train_run(load(*often, "train.validation_batches=9", *overrides), RunDirectory(folder))
         lines = map(json.loads, Path(folder / "metrics.jsonl").read_text().splitlines())
         logged = [(line["step"], sorted(line), line.get("validation_loss")) for line in lines]
         return logged, sorted(path.name for path in (folder / "checkpoints").iterdir())

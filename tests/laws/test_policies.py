@@ -305,18 +305,18 @@ def test_expected_attention(one):
             assert positions(body, row, head) == expected
 
 
-def met(one, body, row_query=-1):
+def retrieve(one, body, row_query=-1):
     """Positions that the newest query reads: {(row, head): set}, and what it gets."""
     query = one.queries[:, :, :, row_query:]
     address = one.attention.address(one.read, query / 8**0.5)
-    recalled, entries = body.met(address, lambda e: one.attention.recall(one.read, e))
+    recalled, entries = body.retrieve(address, lambda e: one.attention.recall(one.read, e))
     held = np.broadcast_to(np.asarray(entries.position), (2, 2, entries.position.shape[-1]))
     return address[0], recalled, held
 
 
 def test_pages(one):
     body, _ = one.body("pages", 20.0, slots=64)
-    query, _, held = met(one, body)
+    query, _, held = retrieve(one, body)
     for row, count in enumerate(one.count):
         bound = np.full((2, 2, 16), -np.inf)
         for head in range(2):
@@ -337,7 +337,7 @@ def test_pages(one):
 def test_clusters(one):
     """Entries of the best clusters, whole as far as the budget goes."""
     body, _ = one.body("clusters", 16.0)
-    query, _, held = met(one, body)
+    query, _, held = retrieve(one, body)
     start, centres = np.asarray(body.index["start"]), np.asarray(body.index["key"])
     for row, count in enumerate(one.count):
         for head in range(2):
@@ -377,7 +377,7 @@ def test_sparse_values(one):
     capped = []
     for name, limit in (("topk", None), ("topp", 0.95)):
         body, _ = one.body(name, 5.0)
-        _, recalled, held = met(one, body)
+        _, recalled, held = retrieve(one, body)
         weights = np.random.default_rng(1).random((2, 2, 2, 1, held.shape[-1]))
         weights **= np.array([6, 60]).reshape(2, 1, 1, 1, 1)
         weights *= (held >= 0)[:, :, None, None]
@@ -402,7 +402,7 @@ def test_sparse_values(one):
 def test_sparq(one):
     """The largest components choose; the rest of the mass goes to the mean of all values."""
     body, _ = one.body("sparq", 16.0)
-    query, recalled, held = met(one, body)
+    query, recalled, held = retrieve(one, body)
     products = np.asarray(recalled.products((query,)))
     for (row, count), head in product(enumerate(one.count), range(2)):
         q = np.asarray(query)[row, head, :, 0]

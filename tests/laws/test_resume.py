@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mukv.checkpoint import Checkpoints
+from mukv.storage.checkpoint import Checkpoints
 from tests.laws import matrix
 from tests.training import run, steps, trainer
 

@@ -100,5 +100,5 @@ def our_logits(model: Any, ids: np.ndarray) -> np.ndarray:
     """Ours, operation by operation: faster than a compilation for one use."""
     compute = model.run.train.compute
     with jax.disable_jit():
-        hidden = model.decoder.hidden(model.scaled, jnp.asarray(ids), compute=compute)
-        return np.asarray(model.decoder.logits(model.scaled, hidden, compute))
+        hidden = model.network.hidden(model.scaled, jnp.asarray(ids), compute=compute)
+        return np.asarray(model.network.logits(model.scaled, hidden, compute))

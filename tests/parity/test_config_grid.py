@@ -63,7 +63,7 @@ def ours(folder: Path, config: dict, known: dict):
         if not any(key in error.where for key in [*config, *grid.KEYS]):
             raise
         return None
-    decoder = replace(model.decoder, context=None)
+    decoder = replace(model.network, context=None)
     if decoder not in known:
         known[decoder] = our_logits(model, IDS)
     return known[decoder]

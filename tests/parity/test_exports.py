@@ -19,18 +19,18 @@ import pytest
 
 import mukv
 from mukv.attention import Grouped, SharedKV
-from mukv.config import Run
-from mukv.convert import export_model
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.data.tokenizer import NoTokenizer
-from mukv.loaded import Model
 from mukv.model import Decoder, Layer, Stage
 from mukv.model.block import Gated, PreNorm, SandwichNorm
-from mukv.position import NTK, ALiBi, Linear, Llama3, NoPE, RoPE, YaRN
+from mukv.position import NTK, ALiBi, LinearScaling, Llama3, NoPE, RoPE, YaRN
+from mukv.runs.config import Run
+from mukv.runs.exchange import export_model
+from mukv.runs.loaded import Model
 from mukv.scaling.parameterization import Scaling
-from mukv.training import Training
+from mukv.train.training import Training
 from tests.laws.matrix import EXACT
 from tests.parity.models import logits, our_logits, torch, transformers
 
@@ -39,7 +39,7 @@ IDS = np.random.default_rng(0).integers(0, VOCAB, (1, 20))
 BASE = {"embed": 8, "heads": 2, "head_dim": 4, "value_dim": 4, "hidden": 12, "layer": 1}
 SCALINGS = [
     None,
-    Linear(factor=4.0),
+    LinearScaling(factor=4.0),
     Llama3(factor=4.0, original_length=8),
     YaRN(factor=4.0, original_length=16, fast=4.0),
     YaRN(factor=2.0, original_length=16, temperature="none"),
@@ -53,7 +53,7 @@ ROPES = [RoPE(base=base, scaling=each) for each in SCALINGS for base in (100.0, 
 TURNED = [RoPE(base=50.0, pairing="interleaved"), ROPES[3], ROPES[0]]
 ALL = ("query", "key", "value", "output")
 LOCAL, FAST = Layer(window=5), Layer(window=5, position=RoPE(base=30.0))
-SLOWED = Layer(window=5, position=RoPE(base=30.0, scaling=Linear(factor=8.0)))
+SLOWED = Layer(window=5, position=RoPE(base=30.0, scaling=LinearScaling(factor=8.0)))
 YARNED = Layer(window=5, position=RoPE(base=30.0, scaling=SCALINGS[3]))
 TURNED_LOCAL = Layer(window=5, position=RoPE(base=30.0, pairing="interleaved"))
 PLANS = {

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 import mukv
-from mukv.config import Run
-from mukv.convert import export_model, import_model
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.data.tokenizer import NoTokenizer
-from mukv.loaded import Model
 from mukv.model.block import SandwichNorm
 from mukv.position import RoPE
+from mukv.runs.config import Run
+from mukv.runs.exchange import export_model, import_model
+from mukv.runs.loaded import Model
 from mukv.scaling.parameterization import Scaling
-from mukv.training import Training
+from mukv.train.training import Training
 from tests.conftest import command
 from tests.laws import matrix
 from tests.parity.models import logits, torch, transformers
@@ -173,5 +173,5 @@ def test_metas_own_files(tmp_path, tied):
         import_model(str(source), tmp_path / out)
     files = [tmp_path / each / "weights/weights.safetensors" for each in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    one, two = (mukv.load(tmp_path / each).decoder for each in ("one", "two"))
+    one, two = (mukv.load(tmp_path / each).network for each in ("one", "two"))
     assert replace(two, context=one.context) == one

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import mukv
-from mukv.convert import export_model, import_model
 from mukv.core.compute import Compute
 from mukv.core.mesh import MeshShape
 from mukv.core.params import named
+from mukv.runs.exchange import export_model, import_model
 from tests.parity import models
 from tests.parity.models import FAMILIES, TINY, VOCAB, logits, saved, torch, transformers
 
@@ -69,7 +69,7 @@ def test_there_and_back(pair, tmp_path):
     run = mukv.load(tmp_path / "one")
     for name, leaf in named(run.weights).items():
         np.testing.assert_array_equal(leaf, named(ours.weights)[name])
-    assert run.decoder == ours.decoder
+    assert run.network == ours.network
     told = export_model(run, tmp_path / "one", tmp_path / "out", shard=50_000)
     assert told["files"] > 1
     again, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -83,7 +83,7 @@ def test_there_and_back(pair, tmp_path):
     import_model(str(tmp_path / "out"), tmp_path / "two")
     files = [tmp_path / each / "weights/weights.safetensors" for each in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert mukv.load(tmp_path / "two").decoder == run.decoder
+    assert mukv.load(tmp_path / "two").network == run.network
 
 
 @pytest.mark.slow

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 from mukv.core.errors import BadInput
-from mukv.position import NTK, ALiBi, CoPE, Linear, Llama3, LogLength, NoPE, Pairs, RoPE, YaRN
+from mukv.position import (
+    NTK,
+    ALiBi,
+    CoPE,
+    LinearScaling,
+    Llama3,
+    LogLength,
+    NoPE,
+    Pairs,
+    RoPE,
+    YaRN,
+)
 from mukv.position.alibi import slopes
 
 HEAD_DIM = 8
@@ -61,7 +72,14 @@ def test_pairings_are_one_model_in_another_order():
 
 @pytest.mark.parametrize(
     "scaling",
-    [None, Linear(), NTK(), Llama3(factor=1.0), YaRN(factor=1.0), YaRN(factor=1.0, rounded=False)],
+    [
+        None,
+        LinearScaling(),
+        NTK(),
+        Llama3(factor=1.0),
+        YaRN(factor=1.0),
+        YaRN(factor=1.0, rounded=False),
+    ],
 )
 def test_no_scaling_is_rope(scaling):
     np.testing.assert_allclose(
@@ -208,7 +226,7 @@ class TestCoPE:
         (lambda: RoPE(partial=-0.1), "partial"),
         (lambda: RoPE(partial=0.4).check(8, 1), "head_dim"),
         (lambda: RoPE().check(7, 1), "head_dim"),
-        (lambda: Linear(factor=0.5), "factor"),
+        (lambda: LinearScaling(factor=0.5), "factor"),
         (lambda: YaRN(slow=3.0, fast=2.0), "slow"),
         (lambda: Llama3(low_frequency_factor=5.0), "low_frequency_factor"),
         (lambda: CoPE(positions=1), "positions"),

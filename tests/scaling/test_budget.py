@@ -7,7 +7,7 @@ import pytest
 from mukv.core.errors import BadInput
 from mukv.scaling.budget import PowerLaw, SquareRoot
 from mukv.scaling.optimizers import AdamW
-from mukv.training import Training
+from mukv.train.training import Training
 
 AT_BASE = Training(steps=10, batch=4, length=32, learning_rate=0.01)
 

@@ -8,7 +8,7 @@ import pytest
 
 from mukv.scaling.budget import BUDGETS
 from mukv.scaling.schedules import DECAYS, SCHEDULES, Falling, Plan, Prolongable
-from mukv.training import Training
+from mukv.train.training import Training
 
 
 def rates(schedule, steps, peak=0.5):

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mukv.analysis.capture import Rows, Seen, looked_at
+from mukv.analysis.capture import Captured, CapturedRows, looked_at
 from mukv.cache import kmeans
 from mukv.cache.centres import (
     Centres,
@@ -27,7 +27,7 @@ from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float
 from mukv.model.decoder import Decoder
-from mukv.model.plan import Resolved
+from mukv.model.plan import ResolvedLayer
 
 START = 64
 """Points per cluster in the sample that k-means starts from."""
@@ -43,7 +43,7 @@ POINTS: dict[Kind, tuple[str, ...]] = {
 def calibrate(
     model: Decoder,
     stored: Mapping[str, Any],
-    batches: Iterable[Rows],
+    batches: Iterable[CapturedRows],
     kind: Kind,
     clusters: int,
     rotated: bool = True,
@@ -59,7 +59,7 @@ def calibrate(
     weights, batches = model.scaled(stored), list(batches)
     names = POINTS[kind]
 
-    def points(layer: Resolved, seen: Seen) -> dict[str, Array]:
+    def points(layer: ResolvedLayer, seen: Captured) -> dict[str, Array]:
         own = turned(layer, seen, rotated)
         return {name: _flat(_points(name, own)) for name in names if name != "key" or layer.writes}
 
@@ -79,7 +79,7 @@ def calibrate(
     return Centres(kind, rotated, fingerprint(stored), layers, facts)
 
 
-def turned(layer: Resolved, seen: Seen, rotated: bool) -> Seen:
+def turned(layer: ResolvedLayer, seen: Captured, rotated: bool) -> Captured:
     """Queries and keys as they are clustered: rotated, or turned back."""
     if rotated:
         return seen
@@ -90,7 +90,7 @@ def turned(layer: Resolved, seen: Seen, rotated: bool) -> Seen:
     return replace(seen, query=query, key=unrotated(layer.attention, seen.key, position))
 
 
-def _points(name: str, seen: Seen) -> Float[Array, "batch kv_heads *_ width"]:
+def _points(name: str, seen: Captured) -> Float[Array, "batch kv_heads *_ width"]:
     if name == "mean":
         total = jnp.maximum(jnp.sum(seen.weights, axis=-1, keepdims=True), 1e-30)
         return jnp.einsum("bhgqk,bhkd->bhgqd", seen.weights / total, seen.key)
@@ -165,14 +165,14 @@ def _stacked(points: Mapping[int, Array]) -> dict[tuple[int, ...], Array]:
 def _aligned(
     model: Decoder,
     weights: Any,
-    batches: Iterable[Rows],
+    batches: Iterable[CapturedRows],
     layers: Mapping[int, LayerCentres],
     rotated: bool,
     compute: Compute,
 ) -> dict[int, LayerCentres]:
     """The same centres with the table between them, from a second pass."""
 
-    def reduction(layer: Resolved, seen: Seen) -> dict[str, Array]:
+    def reduction(layer: ResolvedLayer, seen: Captured) -> dict[str, Array]:
         own, centres = turned(layer, seen, rotated), layers[layer.source]
         assert centres.query is not None
         heads, count = centres.query.shape[:2]

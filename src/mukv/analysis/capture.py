@@ -19,13 +19,13 @@ from mukv.core.compute import Compute
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Float, Int
 from mukv.model.decoder import Decoder
-from mukv.model.plan import Resolved
+from mukv.model.plan import ResolvedLayer
 
 BATCH_NUMBERS = 1 << 24
 """Attention weights of one layer that exist at once, whatever the number of samples."""
 
 
-class Rows(NamedTuple):
+class CapturedRows(NamedTuple):
     """Tokens [batch token], their places in their documents, and which document it is (from 1)."""
 
     tokens: np.ndarray
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Seen:
+class Captured:
     """What was seen of one layer. query is scaled and key rotated, as they are multiplied."""
 
     query: Float[Array, "batch kv_heads group query width"]
@@ -46,7 +46,7 @@ class Seen:
     segment: Int[Array, "batch token"]
 
 
-Reduction = Callable[[Resolved, Seen], Any]
+Reduction = Callable[[ResolvedLayer, Captured], Any]
 """A pytree of sums for each layer."""
 
 
@@ -58,7 +58,7 @@ def batch_rows(model: Decoder, length: int) -> int:
 
 def looked_at(
     model: Decoder, reduction: Reduction, compute: Compute
-) -> Callable[[Any, Rows], dict[int, Any]]:
+) -> Callable[[Any, CapturedRows], dict[int, Any]]:
     """The compiled pass over one batch: (weights, rows) -> sums by layer."""
 
     @jax.jit
@@ -70,7 +70,9 @@ def looked_at(
             names = ("query", "key", "value", "weights")
             seen = {name: taps[f"layer{layer.index}.{name}"] for name in names}
             wide = {name: array.astype(jnp.float32) for name, array in seen.items()}
-            found[layer.index] = reduction(layer, Seen(**wide, position=position, segment=segment))
+            found[layer.index] = reduction(
+                layer, Captured(**wide, position=position, segment=segment)
+            )
         return found
 
     return lambda weights, rows: look(weights, *map(jnp.asarray, rows))
@@ -79,7 +81,7 @@ def looked_at(
 def summed(
     model: Decoder,
     weights: Any,
-    batches: Iterable[Rows],
+    batches: Iterable[CapturedRows],
     reduction: Reduction,
     combine: Mapping[str, Callable[[Any, Any], Any]],
     compute: Compute | None = None,

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.analysis.calibrate import turned
-from mukv.analysis.capture import Rows, Seen, summed
+from mukv.analysis.capture import Captured, CapturedRows, summed
 from mukv.analysis.sparsity import LEAST, NEEDED, QUERIES
 from mukv.cache.centres import Centres
 from mukv.core.compute import Compute
 from mukv.core.typing import Array
 from mukv.model.decoder import Decoder
-from mukv.model.plan import Resolved
+from mukv.model.plan import ResolvedLayer
 
 READS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Shares of the visible entries that are read."""
@@ -52,19 +52,19 @@ def judge(
     model: Decoder,
     weights: Any,
     centres: Centres,
-    batches: Iterable[Rows],
+    batches: Iterable[CapturedRows],
     compute: Compute | None = None,
 ) -> list[Prediction]:
     """Every layer's, over queries that see at least LEAST entries. weights: stacked and scaled."""
 
-    def reduction(layer: Resolved, seen: Seen) -> dict[str, Array]:
+    def reduction(layer: ResolvedLayer, seen: Captured) -> dict[str, Array]:
         return _sums(layer, turned(layer, seen, centres.rotated), centres)
 
     found = summed(model, weights, batches, reduction, {}, compute)
     return [_finished(index, sums) for index, sums in found.items()]
 
 
-def _sums(layer: Resolved, seen: Seen, centres: Centres) -> dict[str, Array]:
+def _sums(layer: ResolvedLayer, seen: Captured, centres: Centres) -> dict[str, Array]:
     batch, kv_heads, group, length, _ = seen.weights.shape
     taken = np.unique(np.linspace(0, length - 1, min(QUERIES, length)).astype(int))[::-1]
     own = centres.layers[layer.source]

@@ -10,7 +10,7 @@ import numpy as np
 
 from mukv.analysis.clusters import READS, Prediction
 from mukv.analysis.sparsity import MASSES, NEAR, NEEDED, SHARES, SINKS, Sparsity
-from mukv.figures import labels, legend, looks, powers, saved_figure
+from mukv.show.figures import labels, legend, powers, saved_figure, series_styles
 
 PANEL = (3.3, 3.0)
 MOST_PANELS = 6
@@ -35,8 +35,10 @@ def curves(layers: Sequence[Sparsity], path: Path) -> str:
         for axes, layer in zip(panels, shown, strict=True):
             last = layer.longest
             means = layer.curve["mean"][:, last]
-            for head, (mean, look) in enumerate(zip(means, looks(len(means)), strict=True)):
-                style = {"color": look["color"], "linestyle": look["linestyle"]}
+            for head, (mean, style) in enumerate(
+                zip(means, series_styles(len(means)), strict=True)
+            ):
+                style = {"color": style["color"], "linestyle": style["linestyle"]}
                 axes.plot(layer.ranks, mean, lw=1, alpha=0.8, label=f"head {head}", **style)
             low = np.nanmin(layer.curve["low"][:, last], axis=0)
             high = np.nanmax(layer.curve["high"][:, last], axis=0)
@@ -56,11 +58,11 @@ def needed(layers: Sequence[Sparsity], path: Path) -> str:
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for axes, mass in zip(panels, shown, strict=True):
             place = MASSES.index(mass)
-            for layer, look in zip(layers, looks(len(layers)), strict=True):
+            for layer, style in zip(layers, series_styles(len(layers)), strict=True):
                 with_queries = np.flatnonzero(layer.queries)
                 mean = np.nanmean(layer.needed["mean"][:, with_queries, place], axis=0)
-                look |= {"ms": 4, "label": f"layer {layer.layer}"}
-                axes.plot(2.0**with_queries, mean, **look)
+                style |= {"ms": 4, "label": f"layer {layer.layer}"}
+                axes.plot(2.0**with_queries, mean, **style)
             context = 2.0 ** np.arange(layers[0].longest + 1)
             axes.plot(context, context, color="grey", ls=":", lw=1, label="all entries")
             axes.set(yscale="log", title=f"{mass:.0%} of the mass")
@@ -102,7 +104,9 @@ def errors(layers: Sequence[Sparsity], path: Path) -> str:
     with saved_figure(path, (2 * 1.3 * PANEL[0], 1.15 * PANEL[1]), caption=caption) as figure:
         panels = figure.subplots(1, 2, sharex=True, sharey=True, squeeze=False)[0]
         for axes, (name, title) in zip(panels, sides, strict=True):
-            for place, (share, look) in enumerate(zip(SHARES, looks(len(SHARES)), strict=True)):
+            for place, (share, style) in enumerate(
+                zip(SHARES, series_styles(len(SHARES)), strict=True)
+            ):
                 lost = [1 - x.top[:, x.longest, place] for x in layers]
                 error = [getattr(x, name)[:, x.longest, place] for x in layers]
                 axes.scatter(
@@ -110,8 +114,8 @@ def errors(layers: Sequence[Sparsity], path: Path) -> str:
                     np.concatenate(error),
                     s=14,
                     alpha=0.7,
-                    color=look["color"],
-                    marker=look["marker"],
+                    color=style["color"],
+                    marker=style["marker"],
                     label=f"largest {share:.0%}",
                 )
             axes.plot([0, 1], [0, 1], color="grey", ls=":", lw=1, label="equal")
@@ -152,10 +156,10 @@ def texts(found: Mapping[str, Sequence[Sparsity]], path: Path) -> str:
     with saved_figure(path, (PANEL[0] * len(panels_of), PANEL[1]), caption=caption) as figure:
         panels = figure.subplots(1, len(panels_of), squeeze=False)[0]
         for axes, (title, of) in zip(panels, panels_of.items(), strict=True):
-            series = zip(labels(found), found.values(), looks(len(found)), strict=True)
-            for name, layers, look in series:
+            series = zip(labels(found), found.values(), series_styles(len(found)), strict=True)
+            for name, layers, style in series:
                 means = [float(np.mean(of(layer))) for layer in layers]
-                axes.plot([layer.layer for layer in layers], means, ms=4, label=name, **look)
+                axes.plot([layer.layer for layer in layers], means, ms=4, label=name, **style)
             axes.set_title(title, fontsize=9)
             axes.set(xlabel="layer")
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -175,11 +179,11 @@ def clusters(layers: Sequence[Prediction], path: Path) -> str:
     )
     with saved_figure(path, (PANEL[0] * 3.4, 1.1 * PANEL[1]), caption=caption) as figure:
         left, middle, right = figure.subplots(1, 3)
-        for layer, look in zip(layers, looks(len(layers)), strict=True):
-            look |= {"ms": 4, "lw": 1.2, "label": f"layer {layer.layer}"}
-            left.plot(READS, layer.captured.mean(axis=0), **look)
+        for layer, style in zip(layers, series_styles(len(layers)), strict=True):
+            style |= {"ms": 4, "lw": 1.2, "label": f"layer {layer.layer}"}
+            left.plot(READS, layer.captured.mean(axis=0), **style)
             each = layer.sizes.mean(axis=0)
-            style = {"color": look["color"], "linestyle": look["linestyle"]}
+            style = {"color": style["color"], "linestyle": style["linestyle"]}
             right.plot(np.arange(1, len(each) + 1), each, lw=1.2, **style)
         for name, style in (("largest", "--"), ("latest", ":")):
             means = np.nanmean([getattr(layer, name).mean(axis=0) for layer in layers], axis=0)

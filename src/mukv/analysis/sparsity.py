@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.analysis.capture import Rows, Seen, summed
+from mukv.analysis.capture import Captured, CapturedRows, summed
 from mukv.core.compute import Compute
 from mukv.core.typing import Array, Float, Int
 from mukv.model.decoder import Decoder
-from mukv.model.plan import Resolved
+from mukv.model.plan import ResolvedLayer
 
 MASSES = (0.8, 0.9, 0.95, 0.99, 0.999)
 SHARES = (0.01, 0.05, 0.1, 0.2)
@@ -85,7 +85,7 @@ class Sparsity:
 def measure(
     model: Decoder,
     weights: Any,
-    batches: Iterable[Rows],
+    batches: Iterable[CapturedRows],
     length: int,
     compute: Compute | None = None,
 ) -> list[Sparsity]:
@@ -93,7 +93,7 @@ def measure(
     octaves = math.ceil(math.log2(length)) + 1
     at = ranks(length)
 
-    def reduction(layer: Resolved, seen: Seen) -> dict[str, Array]:
+    def reduction(layer: ResolvedLayer, seen: Captured) -> dict[str, Array]:
         return _sums(layer, seen, octaves, at)
 
     extremes = {f"{x}_{end}": take for x in ("curve", "needed") for end, take in EXTREMES.items()}
@@ -101,7 +101,7 @@ def measure(
     return [_finished(index, sums, at) for index, sums in found.items()]
 
 
-def _sums(layer: Resolved, seen: Seen, octaves: int, at: np.ndarray) -> dict[str, Array]:
+def _sums(layer: ResolvedLayer, seen: Captured, octaves: int, at: np.ndarray) -> dict[str, Array]:
     batch, _, _, length, _ = seen.weights.shape
     taken = np.unique(np.linspace(0, length - 1, min(QUERIES, length)).astype(int))[::-1]
     heads = seen.weights.reshape(batch, -1, length, length)[:, :, taken]

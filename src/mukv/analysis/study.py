@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from mukv.analysis import plots, samples
-from mukv.analysis.capture import Rows, batch_rows
+from mukv.analysis.capture import CapturedRows, batch_rows
 from mukv.analysis.clusters import MEASURES, READS, Prediction
 from mukv.analysis.sparsity import MASSES, PARTS, SHARES, Sparsity, measure
 from mukv.cache.centres import Centres
 from mukv.core.compute import Compute
-from mukv.core.files import write_atomic
 from mukv.core.names import distinct, printable
 from mukv.model.decoder import Decoder
-from mukv.page import Page
-from mukv.progress import Bar
+from mukv.show.page import Page
+from mukv.show.progress import Bar
+from mukv.storage.files import write_atomic
 
 LONGEST = 80
 """Characters of a text's name in the name of a file, which may have 255 bytes in all."""
@@ -29,7 +29,7 @@ Found = Mapping[str, Sequence[Sparsity]]
 
 
 def look(
-    model: Decoder, weights: Any, texts: Mapping[str, Rows], compute: Compute | None = None
+    model: Decoder, weights: Any, texts: Mapping[str, CapturedRows], compute: Compute | None = None
 ) -> dict[str, list[Sparsity]]:
     """Measure a model on windows of each text. weights: stacked and scaled."""
     found: dict[str, list[Sparsity]] = {}
@@ -39,7 +39,9 @@ def look(
         for name, rows in texts.items():
             length = rows.tokens.shape[1]
 
-            def shown(rows: Rows = rows, length: int = length, name: str = name) -> Iterable[Rows]:
+            def shown(
+                rows: CapturedRows = rows, length: int = length, name: str = name
+            ) -> Iterable[CapturedRows]:
                 nonlocal done
                 for batch in samples.batched(rows, batch_rows(model, length)):
                     yield batch

@@ -1,7 +1,7 @@
 """Attention variants. To add one: a file with a class, a line here."""
 
 from mukv.attention.base import Attention, Queries
-from mukv.attention.entries import Bag, Entries, Met, Recall
+from mukv.attention.entries import Bag, Entries, Recall, Retrieved
 from mukv.attention.grouped import Grouped
 from mukv.attention.grouped_tied import GroupedTied
 from mukv.attention.latent import Latent
@@ -29,11 +29,11 @@ __all__ = [
     "GroupedTied",
     "Latent",
     "Mask",
-    "Met",
     "Queries",
     "Query",
     "Recall",
     "Recalled",
+    "Retrieved",
     "SharedKV",
     "TensorProduct",
 ]

@@ -21,9 +21,9 @@ from mukv.attention import cores
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
 from mukv.attention.recalled import Query, Recalled
+from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
-from mukv.core.numbers import require_counts
 from mukv.core.params import Param, abstract
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 from mukv.position import AnyPosition, NoPE
@@ -145,9 +145,9 @@ class Attention:
         only where `mask` is aligned and there is one part; None for the plain core.
         """
         address, scores = self.asked(weights, self.query(weights, x, position), position)
-        met = [part.met(address, partial(self.recall, weights)) for part in parts]
+        retrieved = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
         if chunk:
-            recalled, entries = met[0]
+            recalled, entries = retrieved[0]
             # Products in the type that those with weights have.
             operand = weights["output"].dtype
             address, recalled = jax.tree.map(
@@ -155,7 +155,7 @@ class Attention:
             )
             out = cores.fused(address, recalled, entries, scores, mask, chunk).astype(x.dtype)
         else:
-            shown = [cores.Part.of(keys, part, position, mask) for keys, part in met]
+            shown = [cores.Part.of(keys, part, position, mask) for keys, part in retrieved]
             out = cores.plain(address, shown, scores)
         return self.output(weights, out)
 

@@ -40,13 +40,13 @@ class Entries:
 
         return jax.tree.map(cut, self)
 
-    def met(self, query: Query, recall: Recall) -> Met:
+    def retrieve(self, query: Query, recall: Recall) -> Retrieved:
         """What a query finds here: all there is."""
         return recall(self), self
 
 
 Recall = Callable[[Entries], Recalled]
-Met = tuple[Recalled, Entries]
+Retrieved = tuple[Recalled, Entries]
 """Keys and values that a query is to read, and where they stand."""
 
 
@@ -54,6 +54,6 @@ Met = tuple[Recalled, Entries]
 class Bag(Protocol):
     """What `read` takes: entries, or what shows each query those that it looks for."""
 
-    def met(self, query: Query, recall: Recall) -> Met:
+    def retrieve(self, query: Query, recall: Recall) -> Retrieved:
         """query: scaled, in the pieces that recalled keys have."""
         ...

@@ -18,9 +18,9 @@ from mukv.attention.base import Attention, Queries
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
 from mukv.attention.recalled import Dense, Query
+from mukv.core.counts import require_counts
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
-from mukv.core.numbers import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 

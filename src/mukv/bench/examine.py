@@ -12,13 +12,13 @@ import numpy as np
 
 from mukv.bench.grading import shares
 from mukv.bench.oracle import solved
-from mukv.bench.scoring import Scores, score
+from mukv.bench.scoring import AnswerScores, score
 from mukv.bench.text import TextForm
 from mukv.cache import FULL, Policy
 from mukv.core.errors import BadInput
-from mukv.core.intervals import wilson
-from mukv.loaded import Model
+from mukv.core.statistics import wilson
 from mukv.model.counting import cache_bytes
+from mukv.runs.loaded import Model
 from mukv.tasks import AnyTask, Samples
 
 DEPTHS = [0.0, 0.25, 0.5, 0.75]
@@ -27,7 +27,7 @@ CHECKED = 50
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExamineSettings:
     """samples: of each task and length. free: of these, how many are also decoded, without being
     told the answer's first tokens. shots: solved samples before each text. policy: of the cache
     that these are decoded with."""
@@ -56,7 +56,7 @@ class Examination:
 
 def check(model: Model, task: AnyTask, length: int) -> None:
     """Raise BadInput where a model can't be examined at this length."""
-    context = model.decoder.context
+    context = model.network.context
     if context is not None and length > context:
         raise BadInput("--lengths", length, f"at most the model's context ({context})")
     if own(model, task):
@@ -70,7 +70,12 @@ def own(model: Model, task: AnyTask) -> bool:
 
 
 def examine(
-    model: Model, name: str, task: AnyTask, length: int, settings: Settings, split: Any = "test"
+    model: Model,
+    name: str,
+    task: AnyTask,
+    length: int,
+    settings: ExamineSettings,
+    split: Any = "test",
 ) -> Examination:
     """Grade a model. Raises BadInput where it can't be asked this."""
     check(model, task, length)
@@ -82,11 +87,11 @@ def examine(
         form = TextForm(task, model.tokenizer, settings.shots)
         samples = form.batch(length, settings.seed, indices)
         known = task.batch(max(task.smallest, 64), settings.seed, split, indices)
-    scores = score(model.decoder, model.scaled, samples, model.run.train.compute)
+    scores = score(model.network, model.scaled, samples, model.run.train.compute)
     checked = solved(task, Samples(*(part[:CHECKED] for part in known)))
-    compute = model.run.train.compute.resolve(model.decoder.vocab_size)
+    compute = model.run.train.compute.resolve(model.network.vocab_size)
     right = scores.right[scores.present]
-    taken = cache_bytes(model.decoder, 1, length, 0, compute.type)
+    taken = cache_bytes(model.network, 1, length, 0, compute.type)
     free, graded = None, right
     if settings.free:
         free, allocated = decoded(model, samples, settings)
@@ -123,7 +128,7 @@ def distances(length: int) -> list[float]:
     return edges
 
 
-def decoded(model: Model, samples: Samples, settings: Settings) -> tuple[np.ndarray, float]:
+def decoded(model: Model, samples: Samples, settings: ExamineSettings) -> tuple[np.ndarray, float]:
     """Whether the last answer of the first samples comes out when decoded greedily, bool [row],
     and the bytes of cache that were allocated for a row."""
     rows = np.arange(min(settings.free, len(samples.tokens)))
@@ -141,7 +146,7 @@ def decoded(model: Model, samples: Samples, settings: Settings) -> tuple[np.ndar
     return np.array(same), made.cache_bytes / len(rows)
 
 
-def _answers(samples: Samples, scores: Scores, length: int) -> list[dict[str, Any]]:
+def _answers(samples: Samples, scores: AnswerScores, length: int) -> list[dict[str, Any]]:
     """One entry for each answer."""
     return [
         {

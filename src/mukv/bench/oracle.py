@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mukv.core.intervals import wilson
+from mukv.core.statistics import wilson
 from mukv.tasks import AnyTask, Draws, Samples
 from mukv.tasks.solvers import SOLVERS
 

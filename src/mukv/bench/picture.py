@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mukv.figures import labels, legend, looks, powers, saved_figure
+from mukv.show.figures import labels, legend, powers, saved_figure, series_styles
 
 CAPTION = (
     "Share of answers that are right in full, by length and against cache bytes per token (larger "
@@ -26,8 +26,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, series: str = "task") ->
     names = list(dict.fromkeys(str(row[series]) for row in rows))
     with saved_figure(path, (10, 4.4), caption=CAPTION) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        series_of = zip(names, labels(names), looks(len(names)), strict=True)
-        for number, (name, label, look) in enumerate(series_of):
+        series_of = zip(names, labels(names), series_styles(len(names)), strict=True)
+        for number, (name, label, style) in enumerate(series_of):
             own = sorted(
                 (row for row in rows if str(row[series]) == name), key=lambda row: row["length"]
             )
@@ -36,13 +36,15 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, series: str = "task") ->
             lengths = [row["length"] * aside for row in own]
             scores = [row["exact_match"] for row in own]
             bars = _bars(own)
-            left.errorbar(lengths, scores, bars, label=label, ms=5, capsize=2, elinewidth=1, **look)
+            left.errorbar(
+                lengths, scores, bars, label=label, ms=5, capsize=2, elinewidth=1, **style
+            )
             bytes_each = [row["cache_bytes_per_token"] * aside for row in own]
-            faint = {"color": look["color"], "alpha": 0.4}
+            faint = {"color": style["color"], "alpha": 0.4}
             right.errorbar(bytes_each, scores, bars, elinewidth=1, **faint)
             for place, (x, y) in enumerate(zip(bytes_each, scores, strict=True)):
                 size = 70 - 55 * place / len(own)
-                right.scatter(x, y, s=size, zorder=3, color=look["color"], marker=look["marker"])
+                right.scatter(x, y, s=size, zorder=3, color=style["color"], marker=style["marker"])
             chances = [row["chance"] for row in own]
             for axes, x in ((left, lengths), (right, bytes_each)):
                 wide = [min(x) / 1.15, *x, max(x) * 1.15]

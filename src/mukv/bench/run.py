@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mukv.bench.examine import Settings, check, examine
+from mukv.bench.examine import ExamineSettings, check, examine
 from mukv.bench.grading import effective_length
 from mukv.bench.picture import draw
 from mukv.bench.trial import Trial
-from mukv.core import schema
 from mukv.core.errors import BadInput
-from mukv.core.files import write_atomic
-from mukv.core.json_text import to_json
-from mukv.loaded import Model
+from mukv.runs.loaded import Model
+from mukv.schema import schema
+from mukv.storage.files import write_atomic
+from mukv.storage.json_text import to_json
 from mukv.tasks import AnyTask
 
 Tell = Callable[[str], None]
@@ -41,7 +41,7 @@ def test_model(
     model: Model,
     tasks: Mapping[str, AnyTask],
     lengths: Sequence[int],
-    settings: Settings,
+    settings: ExamineSettings,
     out: Path,
     tell: Tell,
 ) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ BATCH_TOKENS = 8192
 """Tokens that are worked on at once."""
 
 
-class Scores(NamedTuple):
+class AnswerScores(NamedTuple):
     """right: the whole answer, where there is one. tokens: share of its tokens that are right.
     bits: of surprise at the whole answer. present: whether there is an answer. calibration_error:
     of all graded tokens together."""
@@ -54,7 +54,7 @@ def _graded(model: LanguageModel, compute: Compute) -> Any:
 
 def score(
     model: LanguageModel, weights: Any, samples: Samples, compute: Compute | None = None
-) -> Scores:
+) -> AnswerScores:
     """Grade every answer, teacher-forced. weights: stacked and scaled."""
     compute = (compute or Compute()).resolve(model.vocab_size)
     rows, length = samples.tokens.shape
@@ -82,7 +82,7 @@ def _summed(
     right: Bool[np.ndarray, "row token"],
     nats: Float[np.ndarray, "row token"],
     error: float,
-) -> Scores:
+) -> AnswerScores:
     """From places to answers."""
     row = np.arange(len(right))[:, None]
 
@@ -93,4 +93,4 @@ def _summed(
     width = np.maximum(samples.stop - samples.start, 1)
     share = total(right.astype(float)) / width
     whole = (share == 1) & samples.present
-    return Scores(whole, share, total(nats) / np.log(2), samples.present, error)
+    return AnswerScores(whole, share, total(nats) / np.log(2), samples.present, error)

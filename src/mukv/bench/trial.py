@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from mukv import loaded, runs
-from mukv.bench.examine import Examination, Settings, examine
+from mukv.bench.examine import Examination, ExamineSettings, examine
 from mukv.bench.grading import effective_length
 from mukv.cache import FULL
-from mukv.config import VOCABULARY_MULTIPLE, Data, Run
 from mukv.core.errors import BadInput
-from mukv.core.intervals import wilson
-from mukv.runs import RunDirectory
+from mukv.core.statistics import wilson
+from mukv.runs import loaded
+from mukv.runs.config import VOCABULARY_MULTIPLE, Data, Run
+from mukv.runs.folder import RunDirectory
+from mukv.runs.train import train_run
 from mukv.tasks import AnyTask
 
 
@@ -36,7 +37,7 @@ class Trial:
     rates: tuple[float, ...]
     seeds: int
     folder: Path
-    settings: Settings
+    settings: ExamineSettings
     growing: bool = False
 
     def __post_init__(self) -> None:
@@ -86,7 +87,7 @@ class Trial:
         only = replace(self.settings, free=0, policy=FULL)
         for (rate, number), run in self.runs(task).items():
             folder = RunDirectory(self.folder / "runs" / name / f"rate-{rate:g}-seed-{number}")
-            outcome = runs.train(run, folder, title=f"{name}, rate {rate:g}, seed {number}")
+            outcome = train_run(run, folder, title=f"{name}, rate {rate:g}, seed {number}")
             outcome.require_finished(folder.path)
             model = loaded.load(folder.path)
             models[rate, number] = model

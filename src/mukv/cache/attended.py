@@ -21,7 +21,7 @@ CHUNK = 128
 class TOVA(Keep):
     """What the last query reads, on average over all heads of the layer (Oren et al. 2024)."""
 
-    looks: ClassVar[bool] = True
+    needs_queries: ClassVar[bool] = True
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
         weights = seen.weights(seen.last(1))
@@ -37,7 +37,7 @@ class SnapKV(Keep):
     window: int = 32
     kernel: int = 5
 
-    looks: ClassVar[bool] = True
+    needs_queries: ClassVar[bool] = True
 
     def _window(self, seen: Seen) -> Int[Array, " batch"]:
         return jnp.minimum(jnp.minimum(seen.number // 2, self.window), seen.added)
@@ -68,7 +68,7 @@ class H2O(Keep):
     """What all queries so far read, added up; the most recent half of the budget stays (Zhang et
     al. 2023)."""
 
-    looks: ClassVar[bool] = True
+    needs_queries: ClassVar[bool] = True
     carries: ClassVar[bool] = True
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:

@@ -28,7 +28,7 @@ QUERY = "query"
 @dataclass(frozen=True)
 class Reader:
     """Who reads a body: the layer that writes it. weights: those that it reads with. queries:
-    of the new tokens, where a body `looks` at them."""
+    of the new tokens, where a body needs them."""
 
     attention: AnyAttention
     weights: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Body(Protocol):
     """What is kept of one layer apart from its tail."""
 
     @property
-    def looks(self) -> bool:
+    def needs_queries(self) -> bool:
         """Whether what stays depends on queries."""
         ...
 
@@ -125,7 +125,7 @@ class Ring:
     wraps: bool = field(metadata={"static": True})
 
     @property
-    def looks(self) -> bool:
+    def needs_queries(self) -> bool:
         return False
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:

@@ -16,7 +16,7 @@ FINEST = 1000
 
 
 @dataclass(frozen=True)
-class Budget:
+class CacheBudget:
     """amount: a share (above 0, at most 1) or a whole number of entries (above 1)."""
 
     amount: float = 1.0
@@ -51,7 +51,7 @@ class Budget:
             return jnp.minimum(length, int(self.amount))
         return length * self._share.numerator // self._share.denominator
 
-    def pyramid(self, place: int, layers: int, steepness: int = 20) -> Budget:
+    def pyramid(self, place: int, layers: int, steepness: int = 20) -> CacheBudget:
         """That of one of `layers` layers, falling evenly from the first to the last, whose mean is
         this one (PyramidKV, Cai et al. 2024: the last has 1 / steepness of it)."""
         if layers == 1:
@@ -60,7 +60,7 @@ class Budget:
         widest = self.amount * (2 - 1 / steepness)
         widest = min(widest, 1.0) if share else widest
         amount = widest - place / (layers - 1) * 2 * (widest - self.amount)
-        return Budget(max(amount, 1 / FINEST) if share else float(max(round(amount), 2)))
+        return CacheBudget(max(amount, 1 / FINEST) if share else float(max(round(amount), 2)))
 
     def __str__(self) -> str:
         return f"{self.amount:g}"

@@ -23,11 +23,11 @@ import numpy as np
 from mukv.attention import AnyAttention
 from mukv.cache.kmeans import distances, nearest
 from mukv.core.errors import BadInput, nearest_name
-from mukv.core.files import new_folder, write_atomic
-from mukv.core.json_text import to_json
 from mukv.core.params import named
 from mukv.core.typing import Array, Float, Int
-from mukv.core.weights import FILE, load_weights, save_weights
+from mukv.storage.files import new_folder, write_atomic
+from mukv.storage.json_text import to_json
+from mukv.storage.weights import FILE, load_weights, save_weights
 
 Kind = Literal["keys", "queries", "means", "aligned"]
 KINDS: tuple[Kind, ...] = ("keys", "queries", "means", "aligned")

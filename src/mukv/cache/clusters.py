@@ -16,7 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import Met, Query, Recall
+from mukv.attention import Query, Recall, Retrieved
 from mukv.cache import kmeans
 from mukv.cache.centres import Kind, LayerCentres
 from mukv.cache.select import Index, Select, View, joined, shares
@@ -68,7 +68,7 @@ class Clusters(Select):
         number = self.clusters or max(round(math.sqrt(key.shape[2])), 1)
         return {"key": _fitted(key, view.there, min(number, key.shape[2]))}
 
-    def met(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Met:
+    def retrieve(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Retrieved:
         start = index["start"]
         whole = joined(query)
         batch, heads, _, width = whole.shape

@@ -27,7 +27,7 @@ class Expected(Keep):
     sinks: int = 4
     epsilon: float = 0.0
 
-    looks: ClassVar[bool] = True
+    needs_queries: ClassVar[bool] = True
 
     @property
     def minimum(self) -> int:

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from mukv.cache.budget import Budget
+from mukv.cache.budget import CacheBudget
 from mukv.cache.seen import Score, Seen
 from mukv.core.typing import Array, Bool, Float, Int
 
@@ -40,10 +40,10 @@ class Keep:
     `pyramid`: more in early layers than in late ones; `adaptive`: the heads of a layer share one
     pool, so that those with flat attention have more (AdaKV, Feng et al. 2024)."""
 
-    budget: Budget = field(default_factory=Budget)
+    budget: CacheBudget = field(default_factory=CacheBudget)
     spread: Spread = "uniform"
 
-    looks: ClassVar[bool] = False
+    needs_queries: ClassVar[bool] = False
     """Whether scores depend on queries."""
     carries: ClassVar[bool] = False
     """Whether scores add up from one choice to the next."""

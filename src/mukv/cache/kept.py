@@ -11,7 +11,7 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, Entries, Met, Query, Recall
+from mukv.attention import AnyAttention, Bag, Entries, Query, Recall, Retrieved
 from mukv.cache.base import Reader, Tensors
 from mukv.cache.keep import Keep
 from mukv.cache.seen import Seen
@@ -39,8 +39,8 @@ class Kept:
     select: Select = field(metadata={"static": True})
 
     @property
-    def looks(self) -> bool:
-        return self.keep.looks
+    def needs_queries(self) -> bool:
+        return self.keep.needs_queries
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         return self
@@ -48,9 +48,9 @@ class Kept:
     def entries(self, length: Int[Array, " batch"]) -> Entries:
         return self.shelf.entries()
 
-    def met(self, query: Query, recall: Recall) -> Met:
+    def retrieve(self, query: Query, recall: Recall) -> Retrieved:
         """What the query of one token reads."""
-        return self.select.met(self.shelf, self.index, query, recall)
+        return self.select.retrieve(self.shelf, self.index, query, recall)
 
     def extended(
         self,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from mukv.attention import Met, Query, Recall
+from mukv.attention import Query, Recall, Retrieved
 from mukv.cache.select import RECENT, Index, Select, View, best, joined, shares
 from mukv.cache.shelf import Shelf
 from mukv.core.linear import similarity
@@ -50,7 +50,7 @@ class Pages(Select):
             "used": view.there.reshape(batch, stores, -1, self.run).any(axis=-1),
         }
 
-    def met(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Met:
+    def retrieve(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Retrieved:
         whole = joined(query)
         # The larger of q low and q high is q+ high + q- low: one product for all pages.
         signs = jnp.concatenate([jnp.maximum(whole, 0), jnp.minimum(whole, 0)], axis=-1)

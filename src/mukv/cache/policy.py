@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mukv.attention import AnyAttention
 from mukv.cache.attended import H2O, TOVA, SnapKV
-from mukv.cache.budget import Budget
+from mukv.cache.budget import CacheBudget
 from mukv.cache.by_key import KeyDiff, KeyNorm
 from mukv.cache.clusters import Clusters
 from mukv.cache.expected import Expected
@@ -72,7 +72,7 @@ class Policy:
         answers: dict[str, Any] = {}
         for word in text.split("+"):
             name, _, own = word.strip().partition(":")
-            amount = Budget(_number(own, where, word) if own else budget)
+            amount = CacheBudget(_number(own, where, word) if own else budget)
             if name in KEEPERS:
                 question, answer = "keep", KEEPERS[name](amount)
             elif name in STORES:
@@ -193,7 +193,7 @@ class Policy:
 FULL = Policy()
 
 
-def _too_small(policy: Policy, budget: Budget, entries: int, of: int, least: int) -> BadInput:
+def _too_small(policy: Policy, budget: CacheBudget, entries: int, of: int, least: int) -> BadInput:
     return BadInput(
         "budget",
         budget.amount,

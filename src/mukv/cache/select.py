@@ -15,8 +15,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import Entries, Met, Query, Recall
-from mukv.cache.budget import Budget
+from mukv.attention import Entries, Query, Recall, Retrieved
+from mukv.cache.budget import CacheBudget
 from mukv.cache.shelf import Shelf
 from mukv.core.typing import Array, Bool, Float, Int
 
@@ -56,7 +56,7 @@ class View:
 class Select:
     """budget: of the entries that a body has room for."""
 
-    budget: Budget = field(default_factory=Budget)
+    budget: CacheBudget = field(default_factory=CacheBudget)
 
     skips_keys: ClassVar[bool] = True
     """Whether some keys are not read at all."""
@@ -85,7 +85,7 @@ class Select:
         """What lies beside the body."""
         return {}
 
-    def met(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Met:
+    def retrieve(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Retrieved:
         """What the query of one token reads of the body."""
         raise NotImplementedError
 
@@ -96,7 +96,7 @@ class All(Select):
 
     skips_keys: ClassVar[bool] = False
 
-    def met(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Met:
+    def retrieve(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Retrieved:
         return shelf.whole(recall)
 
 

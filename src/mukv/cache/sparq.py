@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import Entries, Met, Query, Recall, Recalled
+from mukv.attention import Entries, Query, Recall, Recalled, Retrieved
 from mukv.attention.recalled import Whole
 from mukv.cache.select import Index, Select, View, best, joined, shares
 from mukv.cache.shelf import NOWHERE, Shelf
@@ -36,7 +36,7 @@ class SparQ(Select):
             "always": view.always(),
         }
 
-    def met(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Met:
+    def retrieve(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Retrieved:
         whole = joined(query)
         width = whole.shape[-1]
         number = min(self.components or max(width // 4, 1), width)
@@ -64,7 +64,9 @@ class SparQ(Select):
         return _with_rest(recall(entries), entries, index["mean"], read, shelf)
 
 
-def _with_rest(recalled: Recalled, entries: Entries, mean: Array, read: Array, shelf: Shelf) -> Met:
+def _with_rest(
+    recalled: Recalled, entries: Entries, mean: Array, read: Array, shelf: Shelf
+) -> Retrieved:
     """The entries, and one more that stands for all others."""
     newest = jnp.max(shelf.position, axis=-1, keepdims=True)
     assert entries.valid is not None

@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import Met, Query, Recall, Recalled
+from mukv.attention import Query, Recall, Recalled, Retrieved
 from mukv.attention.recalled import Whole
 from mukv.cache.select import Index, Select
 from mukv.cache.shelf import Shelf
@@ -34,7 +34,7 @@ class TopK(Select):
     def minimum(self) -> int:
         return 1
 
-    def met(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Met:
+    def retrieve(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Retrieved:
         def values(slots: Int[Array, "batch stores chosen"]) -> Recalled:
             return recall(shelf.runs(slots))
 

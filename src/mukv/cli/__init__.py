@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import NoReturn
 
-from mukv import launch, output
-from mukv.cli import benching, converting, ending, judging, looking, making, scaling, using
+from mukv.cli import benching, converting, ending, judging, launch, looking, making, scaling, using
 from mukv.cli.app import app
 from mukv.core.errors import BadInput, Failed
-from mukv.core.json_text import is_text
-from mukv.heartbeat import Heartbeat
+from mukv.show import output
+from mukv.show.heartbeat import Heartbeat
+from mukv.storage.json_text import is_text
 
 __all__ = [
     "app",

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from mukv import output
 from mukv.cli.typed import App
 from mukv.core.errors import BadInput
-from mukv.core.locks import writing, writing_inside
+from mukv.show import output
+from mukv.storage.locks import writing, writing_inside
 
 app = App(
     no_args_is_help=True,

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from mukv import launch, output
+from mukv.cli import launch
 from mukv.cli.app import Json, Overrides, app, beside, hold
 from mukv.core.errors import BadInput, unknown_name
 from mukv.core.names import even
-from mukv.terminal import Console, table
+from mukv.show import output
+from mukv.show.terminal import Console, table
 
 TEXT_LENGTH = 1024
 """Tokens of the shortest text that a model is asked about, unless told otherwise: every task's
@@ -73,16 +74,18 @@ def bench(
     Example: `mukv bench tiny --tasks mqar,needle --lengths 128,256,512 --steps 300 --seeds 1`
     """
     launch.prepare()
-    from mukv import footprint, loaded, runs
     from mukv.bench import oracle as without_model
-    from mukv.bench.examine import Settings
+    from mukv.bench.examine import ExamineSettings
     from mukv.bench.run import test_model, try_configuration, with_facts
     from mukv.bench.trial import Trial
     from mukv.cache import Policy
+    from mukv.runs import loaded
+    from mukv.runs.resolve import resolve
     from mukv.tasks import TASKS
+    from mukv.train import footprint
 
     policy = Policy.parse(cache, where="--cache")
-    settings = Settings(samples, seed, free, shots, policy)
+    settings = ExamineSettings(samples, seed, free, shots, policy)
     names = chosen(tasks, list(TASKS))
     if lengths is not None:
         longest = max(whole_numbers("--lengths", lengths))
@@ -106,11 +109,11 @@ def bench(
         if trained is not None and tasks is None:
             asked = with_facts({trained.kind: trained}, facts)
         first = TEXT_LENGTH if trained is None else model.run.train.length
-        sizes = sizes_of(lengths, first, model.decoder.context)
+        sizes = sizes_of(lengths, first, model.network.context)
         rows = test_model(model, asked, sizes, settings, folder, tell)
     else:
         given = [*(overrides or []), *([] if steps is None else [f"train.steps={steps}"])]
-        run, _ = runs.resolve(source, given, None)
+        run, _ = resolve(source, given, None)
         if run.data.task is not None and tasks is None:
             asked = with_facts({run.data.task.kind: run.data.task}, facts)
         first = max(run.train.length, *(task.smallest for task in asked.values()))

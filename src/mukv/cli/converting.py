@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from mukv import launch, output
+from mukv.cli import launch
 from mukv.cli.app import AllowNonfinite, Json, app, hold_run
 from mukv.core.errors import unknown_name
+from mukv.show import output
 
 TYPES = ("float32", "bfloat16", "float16")
 
@@ -33,7 +34,7 @@ def import_(
     Example: `mukv import meta-llama/Llama-3.2-1B --out runs/llama-1b`
     """
     launch.prepare()
-    from mukv.convert import import_model
+    from mukv.runs.exchange import import_model
 
     hold_run(context, out)
     output.print_facts(import_model(source, out, allow_nonfinite), as_json)
@@ -55,8 +56,8 @@ def export(
     Example: `mukv export runs/NAME --out exported --dtype bfloat16`
     """
     launch.prepare()
-    from mukv import loaded
-    from mukv.convert import export_model
+    from mukv.runs import loaded
+    from mukv.runs.exchange import export_model
 
     if dtype is not None and dtype not in TYPES:
         raise unknown_name("--dtype", dtype, TYPES)

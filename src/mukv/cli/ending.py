@@ -15,7 +15,6 @@ from pathlib import Path
 
 import typer
 
-import mukv
 from mukv.core.errors import BadInput, Failed, shortened
 
 TRACEBACK = "MUKV_TRACEBACK"
@@ -25,7 +24,7 @@ MISTYPED = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EINVAL),
 }
 """Errors of the file system that another path mends."""
-PACKAGE = Path(mukv.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 def told(error: BaseException) -> tuple[str, int]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mukv import launch, output
+from mukv.cli import launch
 from mukv.cli.app import Json, app, beside, exactly_one, hold, note_unused_budget, tell
 from mukv.core.errors import BadInput
 from mukv.core.names import even
-from mukv.terminal import Console, table
+from mukv.show import output
+from mukv.show.terminal import Console, table
 
 if TYPE_CHECKING:
     from mukv.compress import Result
@@ -54,7 +55,8 @@ def compress(
     Example: `mukv compress runs/demo/tiny-140 --text README.md --policy snapkv,pages --budget 0.25`
     """
     launch.prepare()
-    from mukv import compress, inputs, loaded, notes
+    from mukv import compress
+    from mukv.runs import inputs, loaded, notes
 
     exactly_one("compress", text=text, tokens=tokens)
     policies = compress.grid(policy, numbers("0.25" if budget is None else budget))
@@ -65,7 +67,7 @@ def compress(
     speaker = loaded.load(model)
     if length is None:
         length = max(inputs.window(speaker, None), compress.USUAL)
-        length = min(length, speaker.decoder.context or length)
+        length = min(length, speaker.network.context or length)
     length = inputs.window(speaker, length)
     tell(notes.of_length(length, speaker.run, "--length"))
     if text is not None:

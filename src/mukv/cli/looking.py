@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from mukv import launch, output
+from mukv.cli import launch
 from mukv.cli.app import Json, ModelName, app, hold, hold_run, tell
 from mukv.core.errors import BadInput, unknown_name
-from mukv.terminal import Console, table
+from mukv.show import output
+from mukv.show.terminal import Console, table
 
 SAMPLES = 32
 
@@ -54,7 +55,6 @@ def analyze(
     Example: `mukv analyze runs/demo/tiny-140 --text README.md --text setup.py --length 256`
     """
     launch.prepare()
-    from mukv import inputs, loaded, notes
     from mukv.analysis import calibrate as calibration
     from mukv.analysis import samples as pieces
     from mukv.analysis import study
@@ -62,6 +62,7 @@ def analyze(
     from mukv.analysis.clusters import MEASURES, judge
     from mukv.cache.centres import KINDS
     from mukv.model import Decoder
+    from mukv.runs import inputs, loaded, notes
 
     if samples < 1:
         raise BadInput("--samples", samples, "at least 1")
@@ -94,7 +95,7 @@ def analyze(
             count = -(-calibration_tokens // length)
             to_cluster = pieces.from_training(inputs.corpus(speaker), length, count)
         calibration.check(clusters, to_cluster.tokens.size)
-    decoder, compute = speaker.decoder, speaker.run.train.compute
+    decoder, compute = speaker.network, speaker.run.train.compute
     if not isinstance(decoder, Decoder):
         raise BadInput("MODEL", decoder.kind, "a model of kind decoder")
     found = study.look(decoder, speaker.scaled, texts, compute)
@@ -170,7 +171,7 @@ def report(
     Example: `mukv report runs/demo --out report.html`
     """
     launch.prepare()
-    from mukv.report import report as write
+    from mukv.cli.report import report as write
 
     hold_run(context, out)
     facts = write(runs, out)

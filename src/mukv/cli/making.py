@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mukv import launch, output
+from mukv.cli import launch
 from mukv.cli.app import Json, Overrides, app, hold, hold_run, tell
-from mukv.terminal import Console
+from mukv.show import output
+from mukv.show.terminal import Console
 
 if TYPE_CHECKING:
-    from mukv.loop import Outcome
+    from mukv.train.loop import Outcome
 
 
 @app.command()
@@ -28,7 +29,7 @@ def demo(
     Example: `mukv demo --fast`
     """
     launch.prepare()
-    from mukv.demo import demonstrate
+    from mukv.cli.demo import demonstrate
 
     hold(context, out)
     facts = demonstrate(out, fast, Console(stderr=as_json))
@@ -116,9 +117,11 @@ def train(
 
     Example: `mukv train tiny train.steps=200 train.learning_rate=1e-3`
     """
-    from mukv import config, notes, runs
+    from mukv.runs import config, notes
+    from mukv.runs.resolve import open_feed, resolve
+    from mukv.runs.train import summary, train_run
 
-    run, folder = runs.resolve(source, overrides or [], out)
+    run, folder = resolve(source, overrides or [], out)
     with launch.prepare(run.mesh.size, distributed, output.warn) as watch:
         if watch is not None:
             watch.checkpoints = folder.checkpoints
@@ -127,11 +130,11 @@ def train(
                 tell(notes.of_defaults(config.given_or_empty(source, overrides or []), run))
             tell(notes.of_run(run))
             tell(notes.of_prolonging(run, folder))
-            Console(stderr=True).say(notes.of_feed(runs.open_feed(run)[1]))
-        outcome = runs.train(run, folder, title=folder.path.name, ignore_memory=ignore_memory)
+            Console(stderr=True).say(notes.of_feed(open_feed(run)[1]))
+        outcome = train_run(run, folder, title=folder.path.name, ignore_memory=ignore_memory)
     if not launch.speaks():
         return
-    facts = runs.summary(outcome, folder)
+    facts = summary(outcome, folder)
     if as_json:
         output.print_json(facts)
         return

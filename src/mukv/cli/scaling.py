@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mukv import launch, output
+from mukv.cli import launch
 from mukv.cli.app import Json, Overrides, app, hold, hold_run
 from mukv.core.errors import BadInput
 from mukv.core.names import even
-from mukv.terminal import Console, styled, table
+from mukv.show import output
+from mukv.show.terminal import Console, styled, table
 
 if TYPE_CHECKING:
-    from mukv.config import Run
-    from mukv.coordinates import Slope
-    from mukv.transfer import Transfer
+    from mukv.runs.config import Run
+    from mukv.tuning.coordinates import Slope
+    from mukv.tuning.transfer import Transfer
 
 GIGABYTE = 10**9
 Memory = Annotated[
@@ -59,10 +60,10 @@ def transfer(
 
     Example: `mukv transfer tiny model.scaling.kind=mup --check --widths 64,128,256`
     """
-    from mukv import runs
+    from mukv.runs.resolve import resolve
 
     numbers = parse_widths(widths)
-    run, _ = runs.resolve(source, overrides or [], None)
+    run, _ = resolve(source, overrides or [], None)
     launch.prepare()
     name = f"{Path(source).stem}-{run.model.scaling.kind}"
     if check:
@@ -87,11 +88,12 @@ def _check(
     name: str,
     as_json: bool,
 ) -> bool:
-    from mukv import coordinates, runs
     from mukv.data.batches import Batches
+    from mukv.runs.resolve import open_corpus
+    from mukv.tuning import coordinates
 
     training = run.train
-    tokens, packing = runs.open_corpus(run), run.data.packing
+    tokens, packing = open_corpus(run), run.data.packing
     batches = Batches(tokens, training.seed, training.batch, training.length, packing=packing)
     slopes = coordinates.check(
         run.model, training, batches.at(0), widths, seeds, steps, learning_rate
@@ -117,12 +119,13 @@ def _search(
     name: str,
     as_json: bool,
 ) -> bool:
-    from mukv import runs, transfer
+    from mukv.runs.resolve import open_corpus
+    from mukv.tuning import transfer
 
     search = transfer.Search(
         run.model,
         run.train,
-        runs.open_corpus(run),
+        open_corpus(run),
         run.data.packing,
         widths,
         seeds,
@@ -181,13 +184,13 @@ def sweep(
 
     Example: `mukv sweep tiny train.learning_rate=1e-3..3e-2:log:6 train.seed=0,1`
     """
-    from mukv.search.space import split
+    from mukv.tuning.space import split
 
     space, overrides = split(given)
     gridded = all(part.values is not None for part in space.values())
     launch.prepare()
-    from mukv.search.study import Settings
-    from mukv.search.sweep import Sweep
+    from mukv.tuning.study import Settings
+    from mukv.tuning.sweep import Sweep
 
     settings = Settings(sampler or ("grid" if gridded else "tpe"), pruner, trials, seed, patience)
     swept = Sweep(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mukv import launch, output
+from mukv.cli import launch
 from mukv.cli.app import (
     AllowNonfinite,
     Json,
@@ -20,7 +20,8 @@ from mukv.cli.app import (
     tell,
 )
 from mukv.core.errors import BadInput
-from mukv.terminal import Console, styled
+from mukv.show import output
+from mukv.show.terminal import Console, styled
 
 
 @app.command("eval")
@@ -44,7 +45,7 @@ def evaluate(
     Example: `mukv eval runs/demo/tiny-140 --text README.md`
     """
     launch.prepare()
-    from mukv import inputs, loaded, notes
+    from mukv.runs import inputs, loaded, notes
 
     exactly_one("eval", text=text, tokens=tokens)
     speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
@@ -99,9 +100,10 @@ def generate(
     Example: `mukv generate runs/demo/tiny-140 --prompt "def main(" --max-tokens 64`
     """
     launch.prepare()
-    from mukv import inputs, loaded, notes
     from mukv.cache import Policy
-    from mukv.decode import Sampling
+    from mukv.infer.decode import Sampling
+    from mukv.infer.stream import TokenStream
+    from mukv.runs import inputs, loaded, notes
 
     exactly_one("generate", prompt=prompt, token_ids=token_ids)
     policy = Policy.parse(cache, 0.25 if budget is None else budget, "--cache")
@@ -118,13 +120,13 @@ def generate(
         given = inputs.ids(token_ids or "", "--token-ids")
     else:
         given = speaker.encode_chat(prompt) if chat else speaker.encode(prompt)
-    tell(notes.of_stop(ends or (), speaker.decoder.vocab_size))
+    tell(notes.of_stop(ends or (), speaker.network.vocab_size))
     total = len(given) + max_tokens
     tell(notes.of_length(total, speaker.run, "the prompt and --max-tokens"))
     stream = None
     if not as_json and copies == 1:
         shown = styled((str(given) if prompt is None else prompt, "dim"))
-        stream = output.Stream(speaker.tokenizer, sys.stdout, shown)
+        stream = TokenStream(speaker.tokenizer, sys.stdout, shown)
     made = speaker.generate_ids(
         [given] * copies, max_tokens, sampling, ends, stream.show if stream else None, policy
     )
@@ -166,11 +168,11 @@ def describe(
     Example: `mukv describe llama-3.1-70b`
     """
     launch.prepare()
-    from mukv import runs
-    from mukv.describe import describe as facts_of
-    from mukv.describe import show
+    from mukv.runs.describe import describe as facts_of
+    from mukv.runs.describe import show
+    from mukv.runs.resolve import resolve
 
-    run, _ = runs.resolve(source, overrides or [], None)
+    run, _ = resolve(source, overrides or [], None)
     facts = facts_of(run)
     if as_json:
         output.print_json(facts)

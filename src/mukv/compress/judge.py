@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mukv.cache import FULL, Policy
-from mukv.compress.reader import Read, Reader
+from mukv.compress.reader import PolicyReader, Read
 from mukv.compress.rows import Rows
-from mukv.core.intervals import of_mean, wilson
-from mukv.loaded import Model
-from mukv.progress import Bar
+from mukv.core.statistics import of_mean, wilson
+from mukv.runs.loaded import Model
+from mukv.show.progress import Bar
 
 TOKENS = 16_384
 """Tokens of all rows that are worked on at once."""
@@ -67,13 +67,13 @@ def judge(
 ) -> list[Result]:
     """Every policy on the same rows; the first is what others are compared with. Raises BadInput,
     before anything is compiled, where one does not fit."""
-    compute = model.run.train.compute.resolve(model.decoder.vocab_size)
+    compute = model.run.train.compute.resolve(model.network.vocab_size)
     length = rows.tokens.shape[1]
     readers = []
     for policy, budget in policies:
         chosen, centres = model.calibrated(policy)
-        shared = (model.decoder, model.decoding, compute, chosen, centres)
-        readers.append((Reader(*shared, rows.read, length), budget))
+        shared = (model.network, model.decoding, compute, chosen, centres)
+        readers.append((PolicyReader(*shared, rows.read, length), budget))
         readers[-1][0].check()
     passes = math.ceil(len(rows.tokens) / _together(rows))
     ticks = [passes * (reader.blocks + 1) for reader, _ in readers]
@@ -98,7 +98,7 @@ def _together(rows: Rows) -> int:
     return min(len(rows.tokens), max(1, TOKENS // rows.tokens.shape[1]))
 
 
-def _reads(reader: Reader, rows: Rows, tick: Callable[[], None]) -> list[Read]:
+def _reads(reader: PolicyReader, rows: Rows, tick: Callable[[], None]) -> list[Read]:
     count, batch, programs = len(rows.tokens), _together(rows), reader.programs()
     reader.warm(rows.tokens[:batch], programs)
     reads = []
@@ -112,7 +112,7 @@ def _reads(reader: Reader, rows: Rows, tick: Callable[[], None]) -> list[Read]:
 
 
 def _result(
-    reader: Reader, budget: float, rows: Rows, reads: Sequence[Read], full: np.ndarray | None
+    reader: PolicyReader, budget: float, rows: Rows, reads: Sequence[Read], full: np.ndarray | None
 ) -> tuple[Result, np.ndarray]:
     """The result, and the loss of each row of plain text. full: these losses of the full cache."""
     loss, hit = (np.concatenate([getattr(r, name) for r in reads]) for name in ("loss", "hit"))

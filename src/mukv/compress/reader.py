@@ -44,7 +44,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Reader:
+class PolicyReader:
     """A model that reads rows under one policy."""
 
     model: LanguageModel

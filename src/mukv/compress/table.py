@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mukv.compress.judge import Result
-from mukv.core.files import write_atomic
-from mukv.figures import labels, legend, looks, powers, saved_figure
+from mukv.show.figures import labels, legend, powers, saved_figure, series_styles
+from mukv.storage.files import write_atomic
 
 FULL = {"color": "black", "marker": "*", "linestyle": "none"}
 UNITS = {"perplexity": "perplexity", "recall": "recall, share of planted strings"}
@@ -42,18 +42,18 @@ def _draw(results: Sequence[Result], path: Path, title: str) -> None:
     )
     with saved_figure(path, (10, 7), title, about) as figure:
         axes = figure.subplots(len(up), len(across), squeeze=False)
-        others = looks(max(1, len(names) - 1))
+        others = series_styles(max(1, len(names) - 1))
         for row, label in zip(axes, up, strict=True):
             for axis, (under, place) in zip(row, across.items(), strict=True):
                 for number, (name, shown) in enumerate(zip(names, labels(names), strict=True)):
-                    look = others[number - 1] if number else FULL
+                    style = others[number - 1] if number else FULL
                     line = sorted((place(r), *_bar(r, label)) for r in results if r.policy == name)
                     x, y, *bars = zip(*line, strict=True)
                     there = any(map(any, bars))
                     axis.errorbar(
                         *(x, y, bars if there else None),
                         **{"label": shown, "linewidth": 1, "elinewidth": 0.7, "markersize": 5},
-                        **look,
+                        **style,
                     )
                 axis.axhline(getattr(full, label), color="0.8", linewidth=1, zorder=0)
                 powers(axis.xaxis, [place(result) for result in results])

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mukv.core.numbers import require_counts
+from mukv.core.counts import require_counts
 from mukv.core.params import map_params
 
 

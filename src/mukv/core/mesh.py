@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.numbers import require_counts
 from mukv.core.params import Param, map_params
 from mukv.core.typing import Array
 

@@ -1,9 +1,12 @@
-"""The commit of the source, for provenance."""
+"""The version of the package, and the commit of its source."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+
+VERSION = "0.1.0"
+"""The only place that states it: the build and `mukv.__version__` read it here."""
 
 
 def commit() -> str | None:

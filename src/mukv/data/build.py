@@ -23,14 +23,14 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeedColumn
 
-import mukv
 from mukv.core.errors import BadInput, nearest_name, telling_disk_errors
-from mukv.core.files import new_folder, write_atomic
+from mukv.core.version import VERSION
 from mukv.data import tokens as layout
 from mukv.data.text import Piece, pieces
 from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer, load_tokenizer, train_bpe
 from mukv.data.tokens import TokenFile, is_token_file, open_tokens
-from mukv.terminal import Console, column
+from mukv.show.terminal import Console, column
+from mukv.storage.files import new_folder, write_atomic
 
 TASK_BYTES = 1 << 18
 """Text that a thread tokenises at once."""
@@ -82,7 +82,7 @@ def build_tokens(
                 "fingerprint": stamp,
                 "sources": list(sources),
                 "validation_share": validation,
-                "created_by": f"mukv {mukv.__version__}",
+                "created_by": f"mukv {VERSION}",
             }
             write_atomic(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
             _check_same(out, stamp, overwrite)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mukv.core.errors import BadInput, nearest_name, unknown_name
-from mukv.core.files import require_regular_file
+from mukv.storage.files import require_regular_file
 
 TESTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 """Folders that are not the standard library itself."""

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from mukv.core.arguments import require_text
 from mukv.core.errors import BadInput
-from mukv.core.files import require_regular_file, write_atomic
-from mukv.core.json_text import require_text
 from mukv.data.growth import require_bounded
 from mukv.data.panics import may_panic, telling_tokenizer_errors
 from mukv.data.spelling import byte_alphabet, spelled
+from mukv.storage.files import require_regular_file, write_atomic
 
 BEGIN = "<|begin|>"
 """Stands before every document; its id in the byte tokenizer is 256."""

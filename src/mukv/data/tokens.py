@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from mukv.core.errors import BadInput
-from mukv.core.files import clear_leftovers
 from mukv.data.sources import nearest_path
 from mukv.data.tokenizer import AnyTokenizer, load_tokenizer
+from mukv.storage.files import clear_leftovers
 
 FORMAT, VERSION = "mukv-tokens", 1
 SPLITS = ("train", "validation")

@@ -18,9 +18,9 @@ import numpy as np
 
 from mukv.core.errors import BadInput, nearest_name
 from mukv.core.params import LAYER, Param, named
-from mukv.core.tensors import Cut, Tensor
 from mukv.model import Decoder
-from mukv.model.plan import Resolved
+from mukv.model.plan import ResolvedLayer
+from mukv.storage.tensors import Cut, Tensor
 
 OURS_FIRST = re.compile(r"^stage\d+\.slot\d+\.")
 TURNED = frozenset(
@@ -31,7 +31,7 @@ TURNED = frozenset(
 """Weights whose last dimension is that of a rotated head."""
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Where tensors are read from: `TensorFiles`, or another format that looks like it."""
 
     tensors: dict[str, Tensor]
@@ -55,7 +55,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightPiece:
     """One tensor of theirs, and the weight of ours that it is, or a layer of a stacked one.
 
     param: not stacked. repeat: place in the stack; None outside of the layers. order: where each
@@ -79,7 +79,7 @@ class Piece:
     def _flat(self) -> list[str]:
         return [name for group in self.axes for name in group]
 
-    def read(self, source: Source, cut: Cut | None = None) -> np.ndarray:
+    def read(self, source: WeightSource, cut: Cut | None = None) -> np.ndarray:
         """Ours, or a slice of it; of a file no more is read than the slice needs, where it
         is one of whole rows or heads."""
         dims = self.param.dims
@@ -109,14 +109,14 @@ class Piece:
 
 def pieces(
     rules: Sequence[Rule], model: Decoder, order: Callable[[int], Sequence[int]] | None = None
-) -> list[Piece]:
+) -> list[WeightPiece]:
     """Every tensor that a model of this kind has, by our names in order.
 
     order: where each dimension of a rotated head of ours is in theirs, by the head's width; None
     for the same order. Raises BadInput for a weight that no rule knows.
     """
     by_ours = {rule.ours: rule for rule in rules}
-    by_slot: dict[str, list[Resolved]] = {}
+    by_slot: dict[str, list[ResolvedLayer]] = {}
     for layer in model.layers:
         by_slot.setdefault(f"stage{layer.stage}.slot{layer.slot}.", []).append(layer)
     found = []
@@ -129,11 +129,11 @@ def pieces(
         turned = tuple(order(param.shape[-1])) if order and inside in TURNED else None
         shared = (single, rule.merged(), turned)
         if inside == name:
-            found.append(Piece(rule.theirs, name, None, *shared))
+            found.append(WeightPiece(rule.theirs, name, None, *shared))
             continue
         for layer in by_slot[name.removesuffix(inside)]:
             theirs = rule.theirs.format(layer=layer.index)
-            found.append(Piece(theirs, name, layer.repeat, *shared))
+            found.append(WeightPiece(theirs, name, layer.repeat, *shared))
     return found
 
 
@@ -147,7 +147,9 @@ def pairs_in_halves(width: int) -> list[int]:
     return np.argsort(halves_in_pairs(width)).tolist()
 
 
-def check(found: Iterable[Piece], source: Source, where: str, ignored: str = "$^") -> None:
+def check(
+    found: Iterable[WeightPiece], source: WeightSource, where: str, ignored: str = "$^"
+) -> None:
     """Raise BadInput unless every tensor is there, has its shape, and none is left over.
 
     ignored: a pattern of names that nothing depends on.
@@ -167,9 +169,9 @@ def check(found: Iterable[Piece], source: Source, where: str, ignored: str = "$^
             raise BadInput(f"{where}: {name}", list(there.shape), allowed)
 
 
-def grouped_by_weight(found: Iterable[Piece]) -> dict[str, list[Piece]]:
+def grouped_by_weight(found: Iterable[WeightPiece]) -> dict[str, list[WeightPiece]]:
     """The pieces of each weight of ours, in the order of the stack."""
-    groups: dict[str, list[Piece]] = {}
+    groups: dict[str, list[WeightPiece]] = {}
     for piece in found:
         groups.setdefault(piece.ours, []).append(piece)
     return groups

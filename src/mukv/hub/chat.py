@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mukv.core.arguments import require_text
 from mukv.core.errors import BadInput, Failed, unknown_name
-from mukv.core.json_text import require_text
 from mukv.hub import render
 from mukv.hub.settings import read_json
 

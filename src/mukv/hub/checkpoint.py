@@ -20,19 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from mukv.config import Run
 from mukv.core.errors import BadInput, nearest_name, unknown_name
-from mukv.core.files import file_inside
 from mukv.core.mesh import specification
 from mukv.core.params import named
-from mukv.core.tensors import Spec, TensorFiles
 from mukv.core.typing import Array
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer
 from mukv.hub import FAMILIES, Family, meta
-from mukv.hub.base import Piece, Source, check, grouped_by_weight, nested, pieces
+from mukv.hub.base import WeightPiece, WeightSource, check, grouped_by_weight, nested, pieces
 from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder
-from mukv.training import Training
+from mukv.storage.files import file_inside
+from mukv.storage.tensors import Spec, TensorFiles
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -49,7 +47,6 @@ COMPANIONS = (
 IGNORED = r"rotary_emb\.inv_freq$"
 """Old files hold what follows from the configuration."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LENGTH = 2048
 ROWS = 4096
 """Of an embedding that are compared at once."""
 
@@ -61,8 +58,8 @@ class Checkpoint:
     folder: Path
     architecture: str
     model: Decoder
-    source: Source
-    pieces: tuple[Piece, ...]
+    source: WeightSource
+    pieces: tuple[WeightPiece, ...]
     tokenizer: AnyTokenizer
     special: dict[str, Any]
     """Ids that begin, end and pad a text."""
@@ -97,7 +94,7 @@ class Checkpoint:
         found: dict[str, Spec] = {}
         for name, parts in grouped_by_weight(self.pieces).items():
 
-            def read(parts: list[Piece] = parts) -> Iterable[np.ndarray]:
+            def read(parts: list[WeightPiece] = parts) -> Iterable[np.ndarray]:
                 return (part.read(self.source) for part in parts)
 
             dtype = self.source.tensors[parts[0].theirs].dtype
@@ -113,13 +110,6 @@ def _put(whole: Array, part: Array, place: int) -> Array:
     stack, layer = (jax.lax.bitcast_convert_type(array, bits) for array in (whole, part))
     stack = jax.lax.dynamic_update_index_in_dim(stack, layer, place, 0)
     return jax.lax.bitcast_convert_type(stack, whole.dtype)
-
-
-def imported_run(found: Checkpoint) -> Run:
-    """The configuration of a run directory that has this model; windows of its evaluation have
-    LENGTH tokens."""
-    length = min(LENGTH, found.model.context or LENGTH)
-    return Run(model=found.model, train=Training(length=length))
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -151,8 +141,8 @@ def _opened(
     folder: Path,
     architecture: str,
     model: Decoder,
-    source: Source,
-    found: Iterable[Piece],
+    source: WeightSource,
+    found: Iterable[WeightPiece],
     special: dict[str, Any],
 ) -> Checkpoint:
     found = tuple(found)
@@ -189,7 +179,7 @@ def _check_ids(special: dict[str, Any], path: Path) -> None:
             raise BadInput(f"{path}: {key}", value, "a token's id, a list of ids or null")
 
 
-def _check_tied(source: Source, folder: Path) -> None:
+def _check_tied(source: WeightSource, folder: Path) -> None:
     """Raise BadInput unless a readout that is there is the embedding that it is tied to."""
     if source.tensors[HEAD].shape != source.tensors[EMBEDDING].shape:
         allowed = f"tie_word_embeddings is true: {list(source.tensors[EMBEDDING].shape)}"

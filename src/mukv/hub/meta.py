@@ -16,15 +16,15 @@ import numpy as np
 
 from mukv.attention import Grouped
 from mukv.core.errors import BadInput
-from mukv.core.files import file_inside
 from mukv.core.norm import RMSNorm
-from mukv.core.tensors import Cut, Tensor
-from mukv.hub.base import Piece, Rule, halves_in_pairs, pieces
+from mukv.hub.base import Rule, WeightPiece, halves_in_pairs, pieces
 from mukv.hub.family import MOST_HEADS, MOST_LAYERS
 from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder, Stage
 from mukv.model.block import Gated
 from mukv.position import Llama3, RoPE
+from mukv.storage.files import file_inside
+from mukv.storage.tensors import Cut, Tensor
 
 PARAMS, FILES = "params.json", "consolidated.*.pth"
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
@@ -136,7 +136,7 @@ class TorchFiles:
         return tensor.numpy()
 
 
-def open_meta(folder: Path) -> tuple[str, Decoder, TorchFiles, Sequence[Piece]]:
+def open_meta(folder: Path) -> tuple[str, Decoder, TorchFiles, Sequence[WeightPiece]]:
     """Architecture, model, tensors and pieces of such a folder. Raises BadInput."""
     path = file_inside(folder, PARAMS)
     given = Given(read_json(path), str(path))

@@ -25,7 +25,7 @@ def render(template: str, values: dict[str, Any]) -> str:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
-    class Generation(Extension):
+    class GenerationBlock(Extension):
         """`{% generation %}...{% endgeneration %}` gives its body: it marks the model's words."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja2's own form)
@@ -78,7 +78,7 @@ def render(template: str, values: dict[str, Any]) -> str:
         return json.dumps(value, **form, separators=separators, sort_keys=sort_keys)
 
     world = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
     world.filters["tojson"] = to_json
     world.globals["raise_exception"] = refuse

@@ -11,7 +11,7 @@ from typing import Any
 
 from mukv.core.errors import BadInput
 from mukv.hub.settings import Given, same_number
-from mukv.position import Linear, Llama3, RoPE, YaRN
+from mukv.position import LinearScaling, Llama3, RoPE, YaRN
 from mukv.position.rope_scaling import AnyScaling
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -71,7 +71,7 @@ def _original_length(said: Given, given: Given) -> int:
 
 
 def _linear(said: Given, given: Given) -> AnyScaling:
-    return Linear(factor=_factor(said))
+    return LinearScaling(factor=_factor(said))
 
 
 def _llama3(said: Given, given: Given) -> AnyScaling:
@@ -145,7 +145,7 @@ def write_scaling(scaling: AnyScaling | None) -> dict[str, Any] | None:
     match scaling:
         case None:
             return None
-        case Linear():
+        case LinearScaling():
             return {"rope_type": "linear", "factor": scaling.factor}
         case Llama3():
             return {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mukv.core.errors import BadInput, nearest_name
-from mukv.core.json_text import read_json as read_json
+from mukv.storage.json_text import read_json as read_json
 
 ACTIVATIONS = {
     "silu": "silu",

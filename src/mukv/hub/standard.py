@@ -12,13 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from mukv.core.errors import BadInput
-from mukv.core.numbers import leaves
 from mukv.core.params import named
-from mukv.core.schema import to_mapping
 from mukv.hub.family import Family, whole_scalar
 from mukv.hub.settings import same_number
 from mukv.model import Decoder
 from mukv.scaling.parameterization import Scaling
+from mukv.schema.numbers import leaves
+from mukv.schema.schema import to_mapping
 
 
 def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dict[str, Any]]:

@@ -15,16 +15,16 @@ import jax.numpy as jnp
 from mukv.attention import AnyAttention, Grouped
 from mukv.cache import FULL, Cache, Calibrated, Policy
 from mukv.core.compute import Compute
+from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.mesh import constrain
 from mukv.core.norm import RMSNorm
-from mukv.core.numbers import require_counts
 from mukv.core.params import WIDEST, Param
 from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.block import AnyResidual, Gated, PreNorm
-from mukv.model.plan import Resolved, Stage
+from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
 from mukv.scaling.parameterization import Scaling
 from mukv.scaling.stability import Family
@@ -40,7 +40,7 @@ class Memory(NamedTuple):
     by_row: bool = False
 
 
-class Reading(NamedTuple):
+class ForwardResult(NamedTuple):
     """What a forward pass gives. hidden: the residual stream after the last layer and norm.
     penalty: what training minimises besides the cross-entropy, in nats per token of each row; None
     for nothing. counts: numbers to be reported, summed over the row.
@@ -105,14 +105,14 @@ class LanguageModel:
         stack."""
         raise NotImplementedError
 
-    def read(
+    def forward(
         self,
         weights: Weights,
         tokens: Tokens,
         position: Int[Array, "batch token"] | None = None,
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
-    ) -> Reading:
+    ) -> ForwardResult:
         """One forward pass, weights scaled and stacked.
 
         position: place in the document, counted from 0 (default: place in the row). segment:
@@ -189,7 +189,7 @@ class LanguageModel:
     # What all have in common
 
     @cached_property
-    def layers(self) -> tuple[Resolved, ...]:
+    def layers(self) -> tuple[ResolvedLayer, ...]:
         """Every layer, in order."""
         return tuple(layer for stack in self.stacks for layer in stack.layers)
 
@@ -227,8 +227,8 @@ class LanguageModel:
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
     ) -> Residual:
-        """The residual stream after the last layer and norm; see `read`."""
-        return self.read(weights, tokens, position, segment, compute).hidden
+        """The residual stream after the last layer and norm; see `forward`."""
+        return self.forward(weights, tokens, position, segment, compute).hidden
 
     def logits(
         self, weights: Weights, hidden: Residual, compute: Compute | None = None

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
+from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
-from mukv.core.numbers import require_counts
 from mukv.core.params import WIDEST, Param, map_params
 from mukv.core.typing import Residual, Weights
 from mukv.scaling.parameterization import Scaling

@@ -11,11 +11,11 @@ from mukv.attention import AnyAttention
 from mukv.cache import FULL, Policy
 from mukv.core.params import named
 from mukv.model.base import LanguageModel
-from mukv.model.plan import Resolved
+from mukv.model.plan import ResolvedLayer
 from mukv.model.stack import Stack
 
 
-def cached(stack: Stack, layer: Resolved) -> dict[str, tuple[int, int]]:
+def cached(stack: Stack, layer: ResolvedLayer) -> dict[str, tuple[int, int]]:
     """What an entry is made of in this layer: heads and width of each tensor, from `write`."""
     return _entry(layer.attention, stack.d_model) if layer.writes else {}
 
@@ -26,7 +26,7 @@ def _entry(attention: AnyAttention, d_model: int) -> dict[str, tuple[int, int]]:
     return {name: (leaf.shape[1], leaf.shape[3]) for name, leaf in written.items()}
 
 
-def entry_bytes(stack: Stack, layer: Resolved, dtype: jnp.dtype) -> int:
+def entry_bytes(stack: Stack, layer: ResolvedLayer, dtype: jnp.dtype) -> int:
     """Bytes of one entry in this layer."""
     return dtype.itemsize * sum(heads * width for heads, width in cached(stack, layer).values())
 

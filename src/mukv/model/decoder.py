@@ -12,8 +12,8 @@ from mukv.cache import FULL, Cache, Calibrated, Policy
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int, Tokens, Weights
-from mukv.model.base import LanguageModel, Reading
-from mukv.model.plan import Resolved, Stage
+from mukv.model.base import ForwardResult, LanguageModel
+from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
 
 
@@ -38,7 +38,7 @@ class Decoder(LanguageModel):
         return (self.stack,)
 
     @property
-    def writers(self) -> tuple[Resolved, ...]:
+    def writers(self) -> tuple[ResolvedLayer, ...]:
         """The layers that have a cache."""
         return self.stack.writers
 
@@ -49,20 +49,20 @@ class Decoder(LanguageModel):
         outer = {name: value for name, value in weights.items() if not name.startswith("stage")}
         return {**outer, "layers": self.stack.unstack(weights)}
 
-    def read(
+    def forward(
         self,
         weights: Weights,
         tokens: Tokens,
         position: Int[Array, "batch token"] | None = None,
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
-    ) -> Reading:
+    ) -> ForwardResult:
         compute = (compute or Compute()).resolve(self.vocab_size)
         if position is None:
             position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.embed(weights, tokens, compute)
         x = self.stack.forward(weights, x, position, segment, compute)
-        return Reading(self.normed(weights, x))
+        return ForwardResult(self.normed(weights, x))
 
     def empty_cache(
         self,

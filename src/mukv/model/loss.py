@@ -46,8 +46,8 @@ def summed_loss(
     pass, so that batch x token x vocab numbers never exist together.
     """
     compute = (compute or Compute()).resolve(model.vocab_size)
-    reading = model.read(weights, tokens, position, segment, compute)
-    hidden, chunk = reading.hidden, compute.loss_chunk or tokens.shape[1]
+    result = model.forward(weights, tokens, position, segment, compute)
+    hidden, chunk = result.hidden, compute.loss_chunk or tokens.shape[1]
 
     def part(hidden: Array, targets: Array, weight: Array) -> Float[Array, ""]:
         return jnp.sum(token_losses(model, weights, hidden, targets, compute) * weight)
@@ -60,7 +60,7 @@ def summed_loss(
             piece = slice(start, start + chunk)
             total += jax.checkpoint(part)(hidden[:, piece], targets[:, piece], weight[:, piece])
     objective = total
-    if reading.penalty is not None:
+    if result.penalty is not None:
         # By row, so that it is the same however a batch is split.
-        objective += jnp.sum(reading.penalty * jnp.sum(weight, axis=1))
-    return Losses(objective, total, {name: jnp.sum(n) for name, n in reading.counts.items()})
+        objective += jnp.sum(result.penalty * jnp.sum(weight, axis=1))
+    return Losses(objective, total, {name: jnp.sum(n) for name, n in result.counts.items()})

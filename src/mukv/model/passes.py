@@ -20,14 +20,14 @@ from mukv.core.norm import RMSNorm
 from mukv.core.tap import capturing, scope, tap
 from mukv.core.typing import Array, Int, Residual
 from mukv.model.block import AnyResidual
-from mukv.model.plan import Resolved
+from mukv.model.plan import ResolvedLayer
 
-Remember = Callable[[Resolved, dict[str, Array], Callable[[], Queries]], tuple[Bag, ...]]
+Remember = Callable[[ResolvedLayer, dict[str, Array], Callable[[], Queries]], tuple[Bag, ...]]
 """Given what a layer wrote and what it looks for, the bags of entries that its readers see."""
 
 
 def layer_params(
-    layer: Resolved, norm: RMSNorm, residual: AnyResidual, d_model: int
+    layer: ResolvedLayer, norm: RMSNorm, residual: AnyResidual, d_model: int
 ) -> dict[str, Any]:
     """Weights of one layer; one that reads another's entries has none to write with."""
     declared = {
@@ -45,7 +45,7 @@ def layer_params(
 class Pass:
     """One pass through the layers: what all of them share. first: number of the first of them."""
 
-    layers: tuple[Resolved, ...]
+    layers: tuple[ResolvedLayer, ...]
     norm: RMSNorm
     residual: AnyResidual
     d_model: int
@@ -64,7 +64,7 @@ class Pass:
         return x
 
     def layer(
-        self, layer: Resolved, weights: Any, x: Residual, known: dict[int, tuple[Bag, ...]]
+        self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, tuple[Bag, ...]]
     ) -> Residual:
         """Through one layer; adds to `known` what it wrote."""
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mukv.attention import AnyAttention
+from mukv.core.counts import INT32, require_counts
 from mukv.core.errors import BadInput
-from mukv.core.numbers import INT32, require_counts
 from mukv.model.block import Gated
 from mukv.position import AnyPosition
 
@@ -49,7 +49,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedLayer:
     """A layer of the finished plan: nothing left open, `source` is the layer that wrote."""
 
     index: int
@@ -67,11 +67,13 @@ class Resolved:
         return self.source == self.index
 
 
-def resolve(stages: Sequence[Stage], attention: AnyAttention, mlp: Gated) -> tuple[Resolved, ...]:
+def resolve(
+    stages: Sequence[Stage], attention: AnyAttention, mlp: Gated
+) -> tuple[ResolvedLayer, ...]:
     """All layers in order, checked. Raises BadInput with the layer's number."""
     if (total := sum(stage.repeats * len(stage.pattern) for stage in stages)) > MOST_LAYERS:
         raise BadInput("plan", f"{total:,} layers", f"at most {MOST_LAYERS:,}")
-    layers: list[Resolved] = []
+    layers: list[ResolvedLayer] = []
     for s, stage in enumerate(stages):
         for repeat in range(stage.repeats):
             for slot, layer in enumerate(stage.pattern):
@@ -80,7 +82,7 @@ def resolve(stages: Sequence[Stage], attention: AnyAttention, mlp: Gated) -> tup
                     chosen = replace(chosen, position=layer.position)
                 index = len(layers)
                 reads = _target(index, layer.reads)
-                resolved = Resolved(
+                resolved = ResolvedLayer(
                     index=index,
                     stage=s,
                     slot=slot,
@@ -108,7 +110,7 @@ def _target(index: int, reads: int | None) -> int | None:
     return target
 
 
-def _check(layer: Resolved, before: Sequence[Resolved]) -> None:
+def _check(layer: ResolvedLayer, before: Sequence[ResolvedLayer]) -> None:
     if layer.window is not None and not 1 <= layer.window <= INT32:
         allowed = f"layer {layer.index} must see at least 1 token, and at most {INT32:,}"
         raise BadInput("plan", f"window {layer.window}", allowed)
@@ -131,7 +133,7 @@ def _check(layer: Resolved, before: Sequence[Resolved]) -> None:
         )
 
 
-def scannable(stage: int, layers: Sequence[Resolved]) -> bool:
+def scannable(stage: int, layers: Sequence[ResolvedLayer]) -> bool:
     """Whether each repeat of a stage needs nothing of another, nor any later layer of it."""
     here = {layer.index: layer for layer in layers if layer.stage == stage}
     for layer in layers:

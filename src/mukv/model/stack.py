@@ -26,7 +26,7 @@ from mukv.core.tap import capturing
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.model.block import AnyResidual, Gated
 from mukv.model.passes import Pass, Remember, layer_params
-from mukv.model.plan import Resolved, Stage, resolve, scannable
+from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
 
 
@@ -51,7 +51,7 @@ class Stack:
     prefix: str = ""
 
     @cached_property
-    def layers(self) -> tuple[Resolved, ...]:
+    def layers(self) -> tuple[ResolvedLayer, ...]:
         """Every layer, in order."""
         layers = resolve(self.plan, self.attention, self.mlp)
         return tuple(replace(layer, attention=self._scaled(layer.attention)) for layer in layers)
@@ -65,7 +65,7 @@ class Stack:
         return replace(attention, scale=factor * (attention.scale or attention.query_dim**-0.5))
 
     @cached_property
-    def writers(self) -> tuple[Resolved, ...]:
+    def writers(self) -> tuple[ResolvedLayer, ...]:
         """The layers that have a cache."""
         return tuple(layer for layer in self.layers if layer.writes)
 
@@ -75,7 +75,7 @@ class Stack:
         """All weights; those of a stage's slot are stacked over its repeats, slots are named by
         their place ("stage0.slot1")."""
 
-        def declared(layer: Resolved, repeats: int) -> dict[str, Any]:
+        def declared(layer: ResolvedLayer, repeats: int) -> dict[str, Any]:
             own = layer_params(layer, self.norm, self.residual, self.d_model)
             return map_params(lambda param: param.prefixed(self.prefix).stacked(repeats), own)
 
@@ -115,7 +115,7 @@ class Stack:
         """
 
         def remember(
-            layer: Resolved, written: dict[str, Array], query: Callable[[], Queries]
+            layer: ResolvedLayer, written: dict[str, Array], query: Callable[[], Queries]
         ) -> tuple[Bag, ...]:
             group_segment = None if segment is None else segment[:, None]
             return (Entries(written, position[:, None], segment=group_segment),)
@@ -168,11 +168,11 @@ class Stack:
         at steps of their own. policy: of layers without a window, `centres` its calibrated ones."""
         whole = [layer.index for layer in self.writers if layer.window is None]
 
-        def zeros(layer: Resolved, slots: int) -> dict[str, Array]:
+        def zeros(layer: ResolvedLayer, slots: int) -> dict[str, Array]:
             shapes = layer.attention.written(self.d_model, batch, slots, dtype)
             return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
 
-        def slot(layer: Resolved) -> Slot:
+        def slot(layer: ResolvedLayer) -> Slot:
             places = zeros(layer, tail)
             if policy.everything or layer.window is not None:
                 slots = min(length, layer.window or length)
@@ -180,7 +180,7 @@ class Stack:
             place = whole.index(layer.index), len(whole)
             own = (centres or {}).get(layer.index, {})
             body = policy.body(layer.attention, self.d_model, batch, length, dtype, place, own)
-            if body.looks:
+            if body.needs_queries:
                 shape = (batch, layer.attention.heads, tail, layer.attention.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
             return Slot(body, places)
@@ -221,11 +221,11 @@ class Stack:
         bodies: dict[int, Body] = {}
 
         def remember(
-            layer: Resolved, written: dict[str, Array], query: Callable[[], Queries]
+            layer: ResolvedLayer, written: dict[str, Array], query: Callable[[], Queries]
         ) -> tuple[Bag, ...]:
             body = cache.slots[self.writers.index(layer)].body
             reading = weights[layer.index]["read"]
-            reader = Reader(layer.attention, reading, query() if body.looks else None)
+            reader = Reader(layer.attention, reading, query() if body.needs_queries else None)
             bodies[layer.index] = body.extended(written, cache.length, count, reader, fresh)
             new = Entries(written, position[:, None])
             return (new,) if fresh else (body.entries(cache.length), new)
@@ -255,10 +255,10 @@ class Stack:
         more = 1 if which is None else which.astype(jnp.int32)
 
         def remember(
-            layer: Resolved, written: dict[str, Array], query: Callable[[], Queries]
+            layer: ResolvedLayer, written: dict[str, Array], query: Callable[[], Queries]
         ) -> tuple[Bag, ...]:
             slot = cache.slots[self.writers.index(layer)]
-            if slot.body.looks:
+            if slot.body.needs_queries:
                 written = {**written, QUERY: _by_head(query())}
             tails[layer.index] = (
                 append(slot.tail, written, cache.filled)
@@ -279,7 +279,7 @@ class Stack:
         """Move the tails into the bodies. weights: one entry per layer."""
         added = jnp.broadcast_to(cache.filled, cache.length.shape)
 
-        def folded(layer: Resolved, slot: Slot) -> Slot:
+        def folded(layer: ResolvedLayer, slot: Slot) -> Slot:
             attention, new = layer.attention, dict(slot.tail)
             query = new.pop(QUERY, None)
             if query is not None:

@@ -7,7 +7,7 @@ from mukv.position.fire import FIRE
 from mukv.position.kerple import KERPLE
 from mukv.position.nope import LogLength, NoPE, StepLength
 from mukv.position.rope import RoPE
-from mukv.position.rope_scaling import NTK, Linear, Llama3, YaRN
+from mukv.position.rope_scaling import NTK, LinearScaling, Llama3, YaRN
 
 POSITIONS: dict[str, type[Position]] = {
     "nope": NoPE,
@@ -27,7 +27,7 @@ __all__ = [
     "ALiBi",
     "AnyPosition",
     "CoPE",
-    "Linear",
+    "LinearScaling",
     "Llama3",
     "LogLength",
     "NoPE",

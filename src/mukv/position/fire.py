@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from mukv.core.numbers import require_counts
+from mukv.core.counts import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Weights
 from mukv.position.base import Logits, Pairs, Position

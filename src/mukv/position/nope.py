@@ -12,8 +12,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.numbers import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Weights
 from mukv.position.base import Position

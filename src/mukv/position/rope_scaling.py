@@ -43,7 +43,7 @@ class Slower:
 
 
 @dataclass(frozen=True)
-class Linear(Slower):
+class LinearScaling(Slower):
     kind: Literal["linear"] = "linear"
 
     def scale(self, frequency: np.ndarray, base: float) -> np.ndarray:
@@ -145,4 +145,4 @@ class YaRN(Slower):
         return frequency / self.factor * (1 - kept) + frequency * kept
 
 
-AnyScaling = Linear | NTK | Llama3 | YaRN
+AnyScaling = LinearScaling | NTK | Llama3 | YaRN

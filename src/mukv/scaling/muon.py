@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.numbers import require_counts
 from mukv.core.params import LAYER, Param, map_params
 from mukv.core.typing import Array
 from mukv.scaling.updates import Moments, Optimizer, by_layer

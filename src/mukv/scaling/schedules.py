@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
+from mukv.core.counts import INT32, require_counts
 from mukv.core.errors import BadInput
-from mukv.core.numbers import INT32, require_counts
 from mukv.core.typing import Array, Float, Int
 
 Rate = Float[Array, ""]

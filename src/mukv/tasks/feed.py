@@ -11,10 +11,10 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from mukv.core.errors import BadInput
-from mukv.core.schema import to_yaml
 from mukv.data.batches import Batch
 from mukv.data.feed import Half, Source
 from mukv.data.tokenizer import JsonTokenizer
+from mukv.schema.schema import to_yaml
 from mukv.tasks.base import Samples, Task
 
 VALIDATION_BATCHES = 16

@@ -21,7 +21,7 @@ from mukv.tasks.words import invented
 
 
 @dataclass(frozen=True)
-class Pairs(Task):
+class PairTask(Task):
     """Keys of one or two tokens, values of one.
 
     facts: pairs that are asked. distractors: pairs that are not. updates: facts whose key is
@@ -94,7 +94,7 @@ class Pairs(Task):
 
 
 @dataclass(frozen=True)
-class Mqar(Pairs):
+class Mqar(PairTask):
     """Pairs first, then each asked key at a distance whose density falls as one over itself."""
 
     kind: Literal["mqar"] = "mqar"
@@ -108,7 +108,7 @@ class Mqar(Pairs):
 
 
 @dataclass(frozen=True)
-class NoisyRecall(Pairs):
+class NoisyRecall(PairTask):
     """The same with noise anywhere between the pairs and the questions."""
 
     kind: Literal["noisy_recall"] = "noisy_recall"

@@ -9,7 +9,7 @@ from mukv.model.concept.pooling import (
     Attend,
     Concatenate,
     Max,
-    Select,
+    SelectPool,
     Sum,
     Weighted,
 )
@@ -29,7 +29,7 @@ __all__ = [
     "Max",
     "Prefix",
     "Residually",
-    "Select",
+    "SelectPool",
     "Sum",
     "Weighted",
 ]

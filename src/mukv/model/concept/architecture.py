@@ -10,22 +10,22 @@ import jax.numpy as jnp
 
 from mukv.attention import AnyAttention
 from mukv.core.compute import Compute
+from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.mesh import gather
-from mukv.core.numbers import require_counts
 from mukv.core.params import WIDEST, Param
 from mukv.core.typing import Weights
 from mukv.model.base import LanguageModel, Memory
 from mukv.model.block import Gated
 from mukv.model.concept.chunkers import AnyChunker, Delimiter
-from mukv.model.concept.chunks import State
+from mukv.model.concept.chunks import ChunkState
 from mukv.model.concept.injection import (
     CONCEPT,
     AnyInjection,
     Joint,
     Residually,
 )
-from mukv.model.concept.pooling import AnyPool, Select
+from mukv.model.concept.pooling import AnyPool, SelectPool
 from mukv.model.plan import Layer, Stage
 from mukv.model.stack import Stack
 
@@ -55,7 +55,7 @@ class Architecture(LanguageModel):
 
     encoder: tuple[Stage, ...] = LOCAL
     chunker: AnyChunker = field(default_factory=Delimiter)
-    pool: AnyPool = field(default_factory=Select)
+    pool: AnyPool = field(default_factory=SelectPool)
     concepts: Concepts = field(default_factory=Concepts)
     injection: AnyInjection = field(default_factory=Residually)
     decoder: tuple[Stage, ...] = LOCAL
@@ -108,7 +108,7 @@ class Architecture(LanguageModel):
         )
 
     @cached_property
-    def heard(self) -> Stack:
+    def cross(self) -> Stack:
         """What tokens read of concepts: a layer that only remembers, or none."""
         return Stack(
             self.width,
@@ -121,16 +121,16 @@ class Architecture(LanguageModel):
 
     @cached_property
     def after(self) -> Stack:
-        return self.stack_of(self.decoder, self.heard.first + len(self.heard.layers))
+        return self.stack_of(self.decoder, self.cross.first + len(self.cross.layers))
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
-        return self.before, self.globally, self.heard, self.after
+        return self.before, self.globally, self.cross, self.after
 
     @property
     def reader(self) -> AnyAttention:
         """What tokens read concepts with."""
-        return self.heard.layers[0].attention if self.heard.layers else self.attention
+        return self.cross.layers[0].attention if self.cross.layers else self.attention
 
     # Weights
 
@@ -177,7 +177,7 @@ class Architecture(LanguageModel):
         return (
             Memory(self.before, length, tail),
             Memory(self.globally, concepts, more, by_row=True),
-            Memory(self.heard, concepts, more, by_row=True),
+            Memory(self.cross, concepts, more, by_row=True),
             Memory(self.after, *local),
         )
 
@@ -185,10 +185,10 @@ class Architecture(LanguageModel):
         vectors = self.chunker.mark_width(self.d_model) + self.width
         return dtype.itemsize * (vectors + (self.reach - 1) * self.d_model) + 4
 
-    def start(self, batch: int, dtype: jnp.dtype) -> State:
-        return State(
+    def start(self, batch: int, dtype: jnp.dtype) -> ChunkState:
+        return ChunkState(
             mark=jnp.zeros((batch, self.chunker.mark_width(self.d_model)), dtype),
             recent=jnp.zeros((batch, self.reach - 1, self.d_model), dtype),
             inside=jnp.zeros(batch, jnp.int32),
-            thought=jnp.zeros((batch, self.width), dtype),
+            output=jnp.zeros((batch, self.width), dtype),
         )

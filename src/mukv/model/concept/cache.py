@@ -9,23 +9,23 @@ import jax
 
 from mukv.cache import Cache
 from mukv.core.typing import Array, Int
-from mukv.model.concept.chunks import State
+from mukv.model.concept.chunks import ChunkState
 
 
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ConceptCache:
-    """encoder, decoder: of the local layers. concepts: of the global ones. heard: what tokens read
+    """encoder, decoder: of the local layers. concepts: of the global ones. cross: what tokens read
     of the concepts, where the injection has such a memory. Rows make concepts at tokens of their
     own, so that the last two, and a decoder with prefixes, go on by row.
     """
 
     encoder: Cache
     concepts: Cache
-    heard: Cache
+    cross: Cache
     decoder: Cache
-    state: State
+    state: ChunkState
 
     @property
     def filled(self) -> Int[Array, ""]:
@@ -37,7 +37,7 @@ class ConceptCache:
 
     def split(self) -> tuple[Any, Any]:
         """What a decode loop only reads, and what its steps write."""
-        parts = (self.encoder, self.concepts, self.heard, self.decoder)
+        parts = (self.encoder, self.concepts, self.cross, self.decoder)
         frozen, live = zip(*(part.split() for part in parts), strict=True)
         return frozen, (*live, self.state)
 
@@ -45,8 +45,8 @@ class ConceptCache:
     def join(cls, frozen: Any, live: Any) -> ConceptCache:
         """The inverse of `split`."""
         *tails, state = live
-        encoder, concepts, heard, decoder = map(Cache.join, frozen, tails)
-        return cls(encoder, concepts, heard, decoder, state)
+        encoder, concepts, cross, decoder = map(Cache.join, frozen, tails)
+        return cls(encoder, concepts, cross, decoder, state)
 
     def nbytes(self) -> int:
         """Bytes as allocated (or as they would be, for abstract arrays)."""

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
-from mukv.core.numbers import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Tokens, Weights
 

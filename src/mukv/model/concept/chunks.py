@@ -16,7 +16,7 @@ from mukv.core.typing import Array, Bool, Float, Int, Residual, Tokens, Weights
 from mukv.model.concept.chunkers import Chunker, Wish, paced
 from mukv.model.concept.pooling import Present, Window
 
-Thoughts = Float[Array, "batch concept concept_embed"]
+ConceptOutputs = Float[Array, "batch concept concept_embed"]
 """What became of each concept."""
 
 
@@ -24,16 +24,16 @@ Thoughts = Float[Array, "batch concept concept_embed"]
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
+class ChunkState:
     """What a row's last token leaves besides entries. mark: the chunker's. recent: what the encoder
     said of the tokens that an unfinished chunk may yet be made of. inside: tokens of that chunk.
-    thought: what the last concept became.
+    output: what the last concept became.
     """
 
     mark: Float[Array, "batch _"]
     recent: Float[Array, "batch _ embed"]
     inside: Int[Array, " batch"]
-    thought: Float[Array, "batch concept_embed"]
+    output: Float[Array, "batch concept_embed"]
 
 
 class Chunks(NamedTuple):
@@ -80,7 +80,7 @@ def chunked(
     first: Bool[Array, "batch token"],
     place: Int[Array, "batch token"],
     real: Bool[Array, "batch token"],
-    state: State,
+    state: ChunkState,
     start: Int[Array, " batch"],
     concepts: int,
 ) -> Chunks:
@@ -123,27 +123,31 @@ def windows(
 
 
 def smoothed(
-    thoughts: Thoughts,
+    outputs: ConceptOutputs,
     chance: Float[Array, "batch concept"],
     anew: Bool[Array, "batch concept"],
     before: Float[Array, "batch concept_embed"],
-) -> Thoughts:
+) -> ConceptOutputs:
     """A concept of an unsure border is mixed with the one before it (H-Net, equation 5).
 
     anew: the first of its document. before: the one before the row's first.
     """
-    share = jnp.where(anew, 1.0, chance)[..., None].astype(thoughts.dtype)
+    share = jnp.where(anew, 1.0, chance)[..., None].astype(outputs.dtype)
 
     def then(one: tuple[Array, Array], two: tuple[Array, Array]) -> tuple[Array, Array]:
         return one[0] * two[0], one[1] * two[0] + two[1]
 
-    keep, mixed = jax.lax.associative_scan(then, (1 - share, share * thoughts), axis=1)
-    return mixed + keep * before[:, None].astype(thoughts.dtype)
+    keep, mixed = jax.lax.associative_scan(then, (1 - share, share * outputs), axis=1)
+    return mixed + keep * before[:, None].astype(outputs.dtype)
 
 
 def left(
-    chunks: Chunks, x: Residual, thoughts: Thoughts, state: State, count: Int[Array, " batch"]
-) -> State:
+    chunks: Chunks,
+    x: Residual,
+    outputs: ConceptOutputs,
+    state: ChunkState,
+    count: Int[Array, " batch"],
+) -> ChunkState:
     """What the last of `count` tokens of each row leaves."""
 
     def last(values: Array, place: Array) -> Array:
@@ -152,12 +156,12 @@ def left(
     behind = state.recent.shape[1]
     line = jnp.concatenate([state.recent.astype(x.dtype), x], axis=1)
     place = count[:, None] + jnp.arange(behind)
-    line_of_thoughts = jnp.concatenate([state.thought[:, None].astype(x.dtype), thoughts], axis=1)
+    outputs_so_far = jnp.concatenate([state.output[:, None].astype(x.dtype), outputs], axis=1)
     ended = last(chunks.ends[..., None], count - 1)[:, 0]
     inside = last(chunks.inside[..., None], count - 1)[:, 0]
-    return State(
+    return ChunkState(
         mark=last(chunks.mark, count - 1).astype(state.mark.dtype),
         recent=jnp.take_along_axis(line, place[..., None], axis=1).astype(state.recent.dtype),
         inside=jnp.where(ended, 0, inside),
-        thought=last(line_of_thoughts, chunks.total).astype(state.thought.dtype),
+        output=last(outputs_so_far, chunks.total).astype(state.output.dtype),
     )

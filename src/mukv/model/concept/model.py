@@ -19,12 +19,20 @@ from mukv.cache import FULL, Calibrated, Policy
 from mukv.core.compute import Compute
 from mukv.core.linear import project
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
-from mukv.model.base import Reading
+from mukv.model.base import ForwardResult
 from mukv.model.concept.architecture import Architecture
 from mukv.model.concept.cache import ConceptCache
-from mukv.model.concept.chunks import Chunks, State, Thoughts, chunked, left, smoothed, windows
+from mukv.model.concept.chunks import (
+    Chunks,
+    ChunkState,
+    ConceptOutputs,
+    chunked,
+    left,
+    smoothed,
+    windows,
+)
 from mukv.model.concept.injection import (
-    Heard,
+    InjectionInputs,
     Lasting,
 )
 
@@ -39,14 +47,14 @@ class Concept(Architecture):
 
     # Whole rows
 
-    def read(
+    def forward(
         self,
         weights: Weights,
         tokens: Tokens,
         position: Int[Array, "batch token"] | None = None,
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
-    ) -> Reading:
+    ) -> ForwardResult:
         compute = (compute or Compute()).resolve(self.vocab_size)
         outer = self.outer(weights, compute)
         here = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -63,32 +71,36 @@ class Concept(Architecture):
         shared = (first, place, here >= 0, state, jnp.zeros_like(tokens[:, 0]), room)
         chunks = chunked(self.chunker, outer["chunker"], tokens, x, *shared)
         count = chunks.at_ends(chunks.made, 1)
-        thoughts = self.globally.forward(
+        outputs = self.globally.forward(
             weights["concepts"],
             self._pooled(outer["pool"], chunks, x, state),
             count - 1,
             chunks.at_ends(documents, -1),
             compute,
         )
-        thoughts = self._smoothed(chunks, thoughts, state)
-        heard = Heard(chunks, thoughts, state.thought, position, documents)
+        outputs = self._smoothed(chunks, outputs, state)
+        inputs = InjectionInputs(chunks, outputs, state.output, position, documents)
         joint = self.joint(outer, weights.get("decoder", {}), compute)
-        x = self.injection.forward(joint, x, heard, packed=segment is not None)
+        x = self.injection.forward(joint, x, inputs, packed=segment is not None)
         made = jnp.sum(chunks.ends, axis=1).astype(jnp.float32)
         penalty = self.chunker.penalty(chunks.ends, chunks.wish)
         counts = {"concepts": made, "refused_borders": chunks.refused()}
-        return Reading(self.normed(weights, x), penalty, counts)
+        return ForwardResult(self.normed(weights, x), penalty, counts)
 
-    def _pooled(self, weights: Weights, chunks: Chunks, x: Residual, state: State) -> Thoughts:
+    def _pooled(
+        self, weights: Weights, chunks: Chunks, x: Residual, state: ChunkState
+    ) -> ConceptOutputs:
         """What goes into the global layers."""
         window, present = windows(chunks, x, state.recent)
         return project(self.pool.apply(weights, window, present), weights["enter"])
 
-    def _smoothed(self, chunks: Chunks, thoughts: Thoughts, state: State) -> Thoughts:
+    def _smoothed(
+        self, chunks: Chunks, outputs: ConceptOutputs, state: ChunkState
+    ) -> ConceptOutputs:
         if chunks.wish.chance is None:
-            return thoughts
+            return outputs
         chance = chunks.at_ends(chunks.wish.chance, 1.0)
-        return smoothed(thoughts, chance, chunks.at_ends(chunks.made) == 1, state.thought)
+        return smoothed(outputs, chance, chunks.at_ends(chunks.made) == 1, state.output)
 
     # Decoding
 
@@ -106,14 +118,14 @@ class Concept(Architecture):
         self.globally.check_policy(policy)
         first = self.globally.first
         own = {layer - first: each for layer, each in (centres or {}).items()}
-        encoder, concepts, heard, decoder = (
+        encoder, concepts, cross, decoder = (
             each.stack.empty_cache(
                 *(batch, each.length, each.tail, dtype, each.by_row),
                 **({"policy": policy, "centres": own} if each.stack is self.globally else {}),
             )
             for each in self.memories(length, tail)
         )
-        return ConceptCache(encoder, concepts, heard, decoder, self.start(batch, dtype))
+        return ConceptCache(encoder, concepts, cross, decoder, self.start(batch, dtype))
 
     def prefill(
         self,
@@ -136,18 +148,18 @@ class Concept(Architecture):
         shared = (place == 0, place, here < count[:, None], state, cache.concepts.length, room)
         chunks = chunked(self.chunker, outer["chunker"], tokens, x, *shared)
         rest = (chunks.total, fresh, compute)
-        thoughts, concepts = self.globally.prefill(
+        outputs, concepts = self.globally.prefill(
             weights["concepts"],
             cache.concepts,
             self._pooled(outer["pool"], chunks, x, state),
             *rest,
         )
-        thoughts = self._smoothed(chunks, thoughts, state)
-        heard = Heard(chunks, thoughts, state.thought, place, jnp.zeros_like(tokens))
+        outputs = self._smoothed(chunks, outputs, state)
+        inputs = InjectionInputs(chunks, outputs, state.output, place, jnp.zeros_like(tokens))
         joint = self.joint(outer, weights["decoder"], compute)
-        lasting = Lasting(cache.heard, cache.decoder)
-        y, lasting = self.injection.prefill(joint, lasting, x, heard, count, fresh)
-        after = ConceptCache(encoder, concepts, *lasting, left(chunks, x, thoughts, state, count))
+        lasting = Lasting(cache.cross, cache.decoder)
+        y, lasting = self.injection.prefill(joint, lasting, x, inputs, count, fresh)
+        after = ConceptCache(encoder, concepts, *lasting, left(chunks, x, outputs, state, count))
         return self.last_logits(weights, y, count - 1, compute), after
 
     def step(
@@ -167,29 +179,29 @@ class Concept(Architecture):
         had = cache.concepts.position()
         shared = (place == 0, place, place >= 0, state, had, 1)
         chunks = chunked(self.chunker, outer["chunker"], token[:, None], x, *shared)
-        ends, lasting = chunks.ends[:, 0], Lasting(cache.heard, cache.decoder)
+        ends, lasting = chunks.ends[:, 0], Lasting(cache.cross, cache.decoder)
 
         def think() -> Any:
             pooled = self._pooled(outer["pool"], chunks, x, state)
             made, concepts = self.globally.step(
                 weights["concepts"], cache.concepts, pooled, compute, ends
             )
-            made = self._smoothed(chunks, made, state)[:, 0].astype(state.thought.dtype)
-            thought = jnp.where(ends[:, None], made, state.thought)
-            noted = self.injection.note(joint, lasting, thought, ends)
-            return thought, [part.split()[1] for part in (concepts, *noted)]
+            made = self._smoothed(chunks, made, state)[:, 0].astype(state.output.dtype)
+            output = jnp.where(ends[:, None], made, state.output)
+            noted = self.injection.note(joint, lasting, output, ends)
+            return output, [part.split()[1] for part in (concepts, *noted)]
 
         def wait() -> Any:
-            return state.thought, [part.split()[1] for part in (cache.concepts, *lasting)]
+            return state.output, [part.split()[1] for part in (cache.concepts, *lasting)]
 
         # What a branch gives back is copied: the tails, never the bodies.
-        thought, tails = jax.lax.cond(jnp.any(ends), think, wait)
+        output, tails = jax.lax.cond(jnp.any(ends), think, wait)
         concepts, *noted = (
             type(part).join(part.split()[0], tail)
             for part, tail in zip((cache.concepts, *lasting), tails, strict=True)
         )
-        y, lasting = self.injection.step(joint, Lasting(*noted), x, thought, had + ends)
-        state = left(chunks, x, thought[:, None], state, jnp.ones_like(had))
+        y, lasting = self.injection.step(joint, Lasting(*noted), x, output, had + ends)
+        state = left(chunks, x, output[:, None], state, jnp.ones_like(had))
         after = ConceptCache(encoder, concepts, *lasting, state)
         return self.logits(weights, self.normed(weights, y), compute)[:, 0], after
 
@@ -198,7 +210,7 @@ class Concept(Architecture):
         return ConceptCache(
             self.before.fold(weights["encoder"], cache.encoder),
             self.globally.fold(weights["concepts"], cache.concepts),
-            self.heard.fold(read, cache.heard),
+            self.cross.fold(read, cache.cross),
             self.after.fold(weights["decoder"], cache.decoder),
             cache.state,
         )

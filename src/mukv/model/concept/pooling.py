@@ -113,7 +113,7 @@ class Concatenate(Pool):
 
 
 @dataclass(frozen=True)
-class Select(Pool):
+class SelectPool(Pool):
     """The last token, which has seen the others (H-Net)."""
 
     kind: Literal["select"] = "select"
@@ -136,6 +136,6 @@ POOLS: dict[str, type[Pool]] = {
     "weighted": Weighted,
     "attention": Attend,
     "concatenate": Concatenate,
-    "select": Select,
+    "select": SelectPool,
 }
-AnyPool = Sum | Max | Weighted | Attend | Concatenate | Select
+AnyPool = Sum | Max | Weighted | Attend | Concatenate | SelectPool

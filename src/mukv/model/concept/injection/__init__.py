@@ -1,6 +1,6 @@
 """How tokens hear of concepts. To add one: a file with a class, a line here."""
 
-from mukv.model.concept.injection.base import CONCEPT, Heard, Injection, Joint, Lasting
+from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInputs, Joint, Lasting
 from mukv.model.concept.injection.cross import Cross
 from mukv.model.concept.injection.prefix import Prefix
 from mukv.model.concept.injection.residual import Residually
@@ -17,8 +17,8 @@ __all__ = [
     "INJECTIONS",
     "AnyInjection",
     "Cross",
-    "Heard",
     "Injection",
+    "InjectionInputs",
     "Joint",
     "Lasting",
     "Prefix",

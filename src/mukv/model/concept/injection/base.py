@@ -17,7 +17,7 @@ from mukv.cache import Cache
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
-from mukv.model.concept.chunks import Chunks, Thoughts
+from mukv.model.concept.chunks import Chunks, ConceptOutputs
 from mukv.model.stack import Stack
 
 CONCEPT = "concept_"
@@ -37,12 +37,12 @@ class Joint(NamedTuple):
     compute: Compute
 
 
-class Heard(NamedTuple):
-    """Rows of tokens and what became of their concepts. before: the thought that a row begins with.
+class InjectionInputs(NamedTuple):
+    """Rows of tokens and what became of their concepts. before: the output that a row begins with.
     segment: document of each token, -1 nowhere."""
 
     chunks: Chunks
-    thoughts: Thoughts
+    outputs: ConceptOutputs
     before: Float[Array, "batch concept_embed"]
     position: Int[Array, "batch token"]
     segment: Int[Array, "batch token"]
@@ -60,13 +60,13 @@ class Heard(NamedTuple):
 class Lasting(NamedTuple):
     """The parts of a cache that an injection writes."""
 
-    heard: Cache
+    cross: Cache
     decoder: Cache
 
 
 @dataclass(frozen=True)
 class Injection:
-    """The contract; by default the decoder reads a stream that `mix` made."""
+    """The contract; by default the decoder reads a stream that `inject` made."""
 
     @property
     def slots_per_concept(self) -> int:
@@ -91,13 +91,13 @@ class Injection:
         """Weights used once per token."""
         return {}
 
-    def forward(self, joint: Joint, x: Residual, heard: Heard, packed: bool) -> Residual:
+    def forward(self, joint: Joint, x: Residual, inputs: InjectionInputs, packed: bool) -> Residual:
         """Whole rows: the stream after the decoder. packed: rows have several documents."""
-        segment = heard.segment if packed else None
-        x = self.mix(joint, x, heard)
-        return joint.decoder.forward(joint.layers, x, heard.position, segment, joint.compute)
+        segment = inputs.segment if packed else None
+        x = self.inject(joint, x, inputs)
+        return joint.decoder.forward(joint.layers, x, inputs.position, segment, joint.compute)
 
-    def mix(self, joint: Joint, x: Residual, heard: Heard) -> Residual:
+    def inject(self, joint: Joint, x: Residual, inputs: InjectionInputs) -> Residual:
         raise NotImplementedError
 
     def prefill(
@@ -105,11 +105,11 @@ class Injection:
         joint: Joint,
         cache: Lasting,
         x: Residual,
-        heard: Heard,
+        inputs: InjectionInputs,
         count: Int[Array, " batch"],
         fresh: bool,
     ) -> tuple[Residual, Lasting]:
-        x = self.mix(joint, x, heard)
+        x = self.inject(joint, x, inputs)
         shared = (count, fresh, joint.compute)
         x, decoder = joint.decoder.prefill(joint.layers, cache.decoder, x, *shared)
         return x, cache._replace(decoder=decoder)
@@ -118,7 +118,7 @@ class Injection:
         self,
         joint: Joint,
         cache: Lasting,
-        thought: Float[Array, "batch concept_embed"],
+        output: Float[Array, "batch concept_embed"],
         ends: Bool[Array, " batch"],
     ) -> Lasting:
         """The cache after a concept of the rows where a chunk ends, before that chunk's last token
@@ -130,9 +130,9 @@ class Injection:
         joint: Joint,
         cache: Lasting,
         x: Residual,
-        thought: Float[Array, "batch concept_embed"],
+        output: Float[Array, "batch concept_embed"],
         count: Int[Array, " batch"],
     ) -> tuple[Residual, Lasting]:
-        """One token per row. thought, count: of the latest concept of each row's document."""
+        """One token per row. output, count: of the latest concept of each row's document."""
         x, decoder = joint.decoder.step(joint.layers, cache.decoder, x, joint.compute)
         return x, cache._replace(decoder=decoder)

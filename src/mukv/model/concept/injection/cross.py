@@ -14,7 +14,7 @@ from mukv.core.norm import RMSNorm
 from mukv.core.params import Param, map_params
 from mukv.core.tap import scope
 from mukv.core.typing import Array, Bool, Float, Int, Residual
-from mukv.model.concept.injection.base import CONCEPT, Heard, Injection, Joint, Lasting
+from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInputs, Joint, Lasting
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Cross(Injection):
     def own_params(self, d_model: int, attention: AnyAttention, norm: RMSNorm) -> dict[str, Any]:
         return {"norm": norm.params(d_model), "read": attention.read_params(d_model)}
 
-    def _written(self, joint: Joint, thoughts: Array, position: Array) -> dict[str, Array]:
-        normed = joint.norm.apply(joint.give["norm"], thoughts)
+    def _written(self, joint: Joint, outputs: Array, position: Array) -> dict[str, Array]:
+        normed = joint.norm.apply(joint.give["norm"], outputs)
         return joint.attention.write(joint.give["write"], normed, position)
 
     def _read(
@@ -60,34 +60,34 @@ class Cross(Injection):
                 joint.own["read"], normed, count - 1, parts, Mask(segment=segment)
             )
 
-    def mix(self, joint: Joint, x: Residual, heard: Heard) -> Residual:
-        chunks = heard.chunks
+    def inject(self, joint: Joint, x: Residual, inputs: InjectionInputs) -> Residual:
+        chunks = inputs.chunks
         position = chunks.at_ends(chunks.made) - 1
-        segment = chunks.at_ends(heard.segment, -1)
-        written = self._written(joint, heard.thoughts, position)
+        segment = chunks.at_ends(inputs.segment, -1)
+        written = self._written(joint, inputs.outputs, position)
         entries = Entries(written, position[:, None], segment=segment[:, None])
-        read = self._read(joint, x, chunks.made, (entries,), heard.segment)
-        return x + read * heard.confidence().astype(x.dtype)
+        read = self._read(joint, x, chunks.made, (entries,), inputs.segment)
+        return x + read * inputs.confidence().astype(x.dtype)
 
     def prefill(
         self,
         joint: Joint,
         cache: Lasting,
         x: Residual,
-        heard: Heard,
+        inputs: InjectionInputs,
         count: Int[Array, " batch"],
         fresh: bool,
     ) -> tuple[Residual, Lasting]:
-        chunks, (slot,) = heard.chunks, cache.heard.slots
-        position = cache.heard.length[:, None] + jnp.arange(chunks.end.shape[1])
-        written = self._written(joint, heard.thoughts, position)
+        chunks, (slot,) = inputs.chunks, cache.cross.slots
+        position = cache.cross.length[:, None] + jnp.arange(chunks.end.shape[1])
+        written = self._written(joint, inputs.outputs, position)
         new = Entries(written, position[:, None])
-        parts = (new,) if fresh else (slot.body.entries(cache.heard.length), new)
+        parts = (new,) if fresh else (slot.body.entries(cache.cross.length), new)
         x = x + self._read(joint, x, chunks.made, parts)
         reader = Reader(joint.attention, joint.own["read"])
-        body = slot.body.extended(written, cache.heard.length, chunks.total, reader, fresh)
-        length = cache.heard.length + chunks.total
-        after = replace(cache.heard, slots=(Slot(body, slot.tail),), length=length)
+        body = slot.body.extended(written, cache.cross.length, chunks.total, reader, fresh)
+        length = cache.cross.length + chunks.total
+        after = replace(cache.cross, slots=(Slot(body, slot.tail),), length=length)
         shared = (count, fresh, joint.compute)
         x, decoder = joint.decoder.prefill(joint.layers, cache.decoder, x, *shared)
         return x, Lasting(after, decoder)
@@ -96,27 +96,27 @@ class Cross(Injection):
         self,
         joint: Joint,
         cache: Lasting,
-        thought: Float[Array, "batch concept_embed"],
+        output: Float[Array, "batch concept_embed"],
         ends: Bool[Array, " batch"],
     ) -> Lasting:
-        (slot,), filled = cache.heard.slots, cache.heard.filled
-        written = self._written(joint, thought[:, None], cache.heard.position()[:, None])
+        (slot,), filled = cache.cross.slots, cache.cross.filled
+        written = self._written(joint, output[:, None], cache.cross.position()[:, None])
         tail = append_some(slot.tail, written, filled, ends)
-        after = replace(cache.heard, slots=(Slot(slot.body, tail),), filled=filled + ends)
-        return cache._replace(heard=after)
+        after = replace(cache.cross, slots=(Slot(slot.body, tail),), filled=filled + ends)
+        return cache._replace(cross=after)
 
     def step(
         self,
         joint: Joint,
         cache: Lasting,
         x: Residual,
-        thought: Float[Array, "batch concept_embed"],
+        output: Float[Array, "batch concept_embed"],
         count: Int[Array, " batch"],
     ) -> tuple[Residual, Lasting]:
-        (slot,), heard = cache.heard.slots, cache.heard
+        (slot,), cross = cache.cross.slots, cache.cross
         parts = (
-            slot.body.bag(heard.length),
-            tail_entries(slot.tail, heard.length, heard.filled),
+            slot.body.bag(cross.length),
+            tail_entries(slot.tail, cross.length, cross.filled),
         )
         x = x + self._read(joint, x, count[:, None], parts)
-        return super().step(joint, cache, x, thought, count)
+        return super().step(joint, cache, x, output, count)

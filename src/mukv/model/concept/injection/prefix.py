@@ -8,14 +8,14 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from mukv.attention import AnyAttention
+from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
-from mukv.core.numbers import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Bool, Float, Int, Residual
 from mukv.model.concept.chunks import gathered
-from mukv.model.concept.injection.base import CONCEPT, Heard, Injection, Joint, Lasting
+from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInputs, Joint, Lasting
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,15 @@ class Prefix(Injection):
         dims = {f"{CONCEPT}embed": concept, "slot": self.slots, "embed": d_model}
         return {"give": Param(dims, fan_in=(f"{CONCEPT}embed",))}
 
-    def _line(self, joint: Joint, x: Residual, heard: Heard) -> tuple[Array, Array, Array]:
+    def _line(
+        self, joint: Joint, x: Residual, inputs: InjectionInputs
+    ) -> tuple[Array, Array, Array]:
         """Stream of tokens and slots; where in (tokens, slots) each place of it is from; and the
         place of each token."""
-        chunks, slots = heard.chunks, self.slots
+        chunks, slots = inputs.chunks, self.slots
         batch, length = x.shape[:2]
-        given = project(heard.thoughts, joint.give["give"])
-        sure = chunks.at_ends(heard.confidence()).astype(x.dtype)
+        given = project(inputs.outputs, joint.give["give"])
+        sure = chunks.at_ends(inputs.confidence()).astype(x.dtype)
         given = (given * sure[:, :, None]).reshape(batch, -1, x.shape[-1])
         line = jnp.concatenate([x, given], axis=1)
         whole = line.shape[1]
@@ -64,22 +66,22 @@ class Prefix(Injection):
         )
         return gathered(line, origin), origin, token
 
-    def forward(self, joint: Joint, x: Residual, heard: Heard, packed: bool) -> Residual:
-        stream, origin, token = self._line(joint, x, heard)
-        chunks, slots = heard.chunks, self.slots
+    def forward(self, joint: Joint, x: Residual, inputs: InjectionInputs, packed: bool) -> Residual:
+        stream, origin, token = self._line(joint, x, inputs)
+        chunks, slots = inputs.chunks, self.slots
 
         def spread(values: Array, of_slots: Array) -> Array:
             of_slots = of_slots.reshape(len(values), -1)
             return jnp.concatenate([values, of_slots], axis=1)
 
-        own = heard.position + slots * chunks.made
+        own = inputs.position + slots * chunks.made
         ends = chunks.at_ends(own)[..., None] - slots + jnp.arange(slots)
-        segments = jnp.repeat(chunks.at_ends(heard.segment, -1), slots, axis=1)
+        segments = jnp.repeat(chunks.at_ends(inputs.segment, -1), slots, axis=1)
         out = joint.decoder.forward(
             joint.layers,
             stream,
             gathered(spread(own, ends), origin),
-            gathered(spread(heard.segment, segments), origin, -1),
+            gathered(spread(inputs.segment, segments), origin, -1),
             joint.compute,
         )
         return gathered(out, token)
@@ -89,12 +91,12 @@ class Prefix(Injection):
         joint: Joint,
         cache: Lasting,
         x: Residual,
-        heard: Heard,
+        inputs: InjectionInputs,
         count: Int[Array, " batch"],
         fresh: bool,
     ) -> tuple[Residual, Lasting]:
-        stream, _, token = self._line(joint, x, heard)
-        shared = (count + self.slots * heard.chunks.total, fresh, joint.compute)
+        stream, _, token = self._line(joint, x, inputs)
+        shared = (count + self.slots * inputs.chunks.total, fresh, joint.compute)
         out, decoder = joint.decoder.prefill(joint.layers, cache.decoder, stream, *shared)
         return gathered(out, token), cache._replace(decoder=decoder)
 
@@ -102,10 +104,10 @@ class Prefix(Injection):
         self,
         joint: Joint,
         cache: Lasting,
-        thought: Float[Array, "batch concept_embed"],
+        output: Float[Array, "batch concept_embed"],
         ends: Bool[Array, " batch"],
     ) -> Lasting:
-        given = project(thought, joint.give["give"])
+        given = project(output, joint.give["give"])
         decoder = cache.decoder
         for slot in range(self.slots):
             x = given[:, slot, None]
@@ -117,7 +119,7 @@ class Prefix(Injection):
         joint: Joint,
         cache: Lasting,
         x: Residual,
-        thought: Float[Array, "batch concept_embed"],
+        output: Float[Array, "batch concept_embed"],
         count: Int[Array, " batch"],
     ) -> tuple[Residual, Lasting]:
         every = jnp.ones(len(x), bool)

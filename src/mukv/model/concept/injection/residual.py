@@ -13,7 +13,7 @@ from mukv.core.norm import RMSNorm
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual
 from mukv.model.concept.chunks import gathered
-from mukv.model.concept.injection.base import CONCEPT, Heard, Injection, Joint, Lasting
+from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInputs, Joint, Lasting
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,22 @@ class Residually(Injection):
     def own_params(self, d_model: int, attention: AnyAttention, norm: RMSNorm) -> dict[str, Any]:
         return {"skip": Param({"embed": d_model}, role="vector", init="ones")}
 
-    def mix(self, joint: Joint, x: Residual, heard: Heard) -> Residual:
-        line = jnp.concatenate([heard.before[:, None].astype(x.dtype), heard.thoughts], axis=1)
-        given = gathered(project(line, joint.give["give"]), heard.chunks.number)
-        return self._sum(joint, x, given * heard.confidence().astype(x.dtype), heard.chunks.made)
+    def inject(self, joint: Joint, x: Residual, inputs: InjectionInputs) -> Residual:
+        line = jnp.concatenate([inputs.before[:, None].astype(x.dtype), inputs.outputs], axis=1)
+        given = gathered(project(line, joint.give["give"]), inputs.chunks.number)
+        return self._sum(joint, x, given * inputs.confidence().astype(x.dtype), inputs.chunks.made)
 
     def step(
         self,
         joint: Joint,
         cache: Lasting,
         x: Residual,
-        thought: Float[Array, "batch concept_embed"],
+        output: Float[Array, "batch concept_embed"],
         count: Int[Array, " batch"],
     ) -> tuple[Residual, Lasting]:
-        given = project(thought.astype(x.dtype), joint.give["give"])[:, None]
+        given = project(output.astype(x.dtype), joint.give["give"])[:, None]
         x = self._sum(joint, x, given, count[:, None])
-        return super().step(joint, cache, x, thought, count)
+        return super().step(joint, cache, x, output, count)
 
     def _sum(self, joint: Joint, x: Residual, given: Residual, count: Array) -> Residual:
         return x * joint.own["skip"].astype(x.dtype) + jnp.where(count[..., None] > 0, given, 0)

@@ -1,0 +1,168 @@
+"""The demonstration: small models that remember differently, on text that every machine has.
+
+All have the same number of parameters: what a smaller memory saves in weights goes to the MLP.
+Each is trained on the Python library's own source, then quality (bits per byte of held-out text)
+and decoding speed far into a text are set against what the memory costs (cache bytes per token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mukv.core.params import count
+from mukv.infer.decode import Sampling
+from mukv.runs import config, loaded
+from mukv.runs.config import Run
+from mukv.runs.describe import describe
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import open_corpus
+from mukv.runs.train import train_run
+from mukv.show.figures import labels, legend, powers, saved_figure, series_styles
+from mukv.show.terminal import Console, styled, table
+from mukv.storage.files import write_atomic
+from mukv.storage.json_text import to_json
+
+PROMPT = "def __init__(self, "
+CONTINUATION = 160
+SAMPLING = Sampling(temperature=0.7, top_p=0.9)
+CONTEXT = 4096
+"""Tokens that a decoding step series_styles back on where its speed is measured."""
+MEASURED, ROUNDS = 128, 3
+MLP_MULTIPLE = 8
+CAPTION = (
+    "Models of equal size that remember differently, one run each: quality and decoding speed "
+    "against cache bytes per token."
+)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way of remembering: its name in tables, the preset that has it, and a few words."""
+
+    name: str
+    preset: str
+    words: str
+
+
+CONTESTANTS = (
+    Contestant("MHA", "tiny-mha", "a key and a value per head"),
+    Contestant("GQA", "tiny", "two heads share them"),
+    Contestant("MQA", "tiny-mqa", "all heads share them"),
+    Contestant("shared KV", "tiny-shared-kv", "keys are the rotated values"),
+    Contestant("MLA", "tiny-mla", "a latent and one rotated key"),
+    Contestant("cross-layer", "tiny-reuse", "every second layer reads the one before it"),
+)
+
+
+def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
+    """Train, compare, plot; returns the table as data and the paths of what was written.
+
+    fast: every second contestant, and fewer steps.
+    """
+    steps, contestants = (40, CONTESTANTS[::2]) if fast else (140, CONTESTANTS)
+    target = count(config.load(CONTESTANTS[0].preset).model.params())
+    rows = []
+    for contestant in contestants:
+        run = equal_size(contestant.preset, target, [f"train.steps={steps}"])
+        folder = RunDirectory(out / f"{contestant.preset}-{steps}")
+        console.print(styled((contestant.name, "bold"), f": {contestant.words}"))
+        outcome = train_run(run, folder, title=contestant.name)
+        outcome.require_finished(folder.path)
+        facts, model = describe(run), loaded.load(folder.path)
+        made = model.generate_ids([model.encode(PROMPT)], CONTINUATION, SAMPLING)
+        rows.append(
+            {
+                "name": contestant.name,
+                "run": str(folder.path),
+                "parameters": facts["parameters"],
+                "mlp_hidden": run.model.mlp.hidden,
+                "cache_bytes_per_token": facts["cache_bytes_per_token"],
+                "bits_per_byte": outcome.validation_bits_per_byte,
+                "decoding_context": CONTEXT,
+                "decoding_tokens_per_second": decoding_speed(run, model),
+                "continuation": model.tokenizer.decode(made.tokens[0]),
+            }
+        )
+    plot, results = out / "quality-against-memory.png", out / "results.json"
+    draw(rows, plot)
+    write_atomic(results, to_json(rows, indent=2))
+    show(rows, console)
+    console.say(f"plot:  {plot}\ntable: {results}")
+    for row in rows:
+        console.say(f"{row['name']:12} {row['run']}")
+    return {
+        "rows": rows,
+        "plot": str(plot),
+        "table": str(results),
+        "runs": [row["run"] for row in rows],
+    }
+
+
+def equal_size(preset: str, target: int, overrides: Sequence[str]) -> Run:
+    """A preset with its MLP as wide as brings it nearest to `target` parameters."""
+
+    def sized(hidden: int) -> Run:
+        return config.load(preset, [*overrides, f"model.mlp.hidden={hidden}"])
+
+    def parameters(hidden: int) -> int:
+        return count(sized(hidden).model.params())
+
+    own = config.load(preset).model.mlp.hidden
+    per_unit = parameters(own + 1) - parameters(own)
+    wanted = own + (target - parameters(own)) / per_unit
+    return sized(MLP_MULTIPLE * round(wanted / MLP_MULTIPLE))
+
+
+def decoding_speed(run: Run, model: loaded.Model) -> float:
+    """Tokens per second that follow CONTEXT tokens of held-out text: the best of a few, since
+    whatever else a machine does only slows it down."""
+    text = open_corpus(run).split("validation").tokens[:CONTEXT].tolist()
+    return max(model.generate_ids([text], MEASURED).tokens_per_second for _ in range(ROUNDS))
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """The comparison, and a continuation from each."""
+    numbers = ("parameters", "MLP width", "cache\nbytes/token", "held-out\nbits/byte")
+    words = f"one run each (one seed); decoding after {CONTEXT:,} tokens"
+    shown = table(("variant",), (*numbers, "decoding\ntokens/s"), caption=words)
+    for row in rows:
+        difference = row["parameters"] / rows[0]["parameters"] - 1
+        shown.add_row(
+            row["name"],
+            f"{row['parameters']:,} ({difference:+.1%})",
+            f"{row['mlp_hidden']}",
+            f"{row['cache_bytes_per_token']:,.0f}",
+            f"{row['bits_per_byte']:.3f}",
+            f"{row['decoding_tokens_per_second']:,.0f}",
+        )
+    console.print(shown)
+    for row in rows:
+        console.print(styled((row["name"], "bold"), " continues ", (PROMPT, "dim")))
+        console.print(row["continuation"])
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bits per byte, and decoding speed, against cache bytes per token."""
+    panels = (
+        ("bits_per_byte", "bits per byte, held-out text", "Quality (down and left is better)"),
+        (
+            "decoding_tokens_per_second",
+            f"decoding tokens/s after {CONTEXT:,} tokens",
+            "Speed (up and left is better)",
+        ),
+    )
+    with saved_figure(path, (10, 4.4), caption=CAPTION) as figure:
+        left, right = figure.subplots(1, 2)
+        names = labels(row["name"] for row in rows)
+        for axes, (key, label, title) in zip((left, right), panels, strict=True):
+            for row, name, style in zip(rows, names, series_styles(len(rows)), strict=True):
+                point = {"color": style["color"], "marker": style["marker"], "label": name}
+                axes.scatter(row["cache_bytes_per_token"], row[key], s=70, zorder=3, **point)
+            powers(axes.xaxis, [row["cache_bytes_per_token"] for row in rows])
+            axes.margins(0.2)
+            axes.grid(alpha=0.3, zorder=0)
+            axes.set(xlabel="cache bytes per token", ylabel=label, title=title)
+        legend(figure, left, "one run each (one seed)")

@@ -1,0 +1,80 @@
+"""`mukv report`: one page about finished runs, which needs nothing but itself.
+
+Curves of training, quality against the memory that it costs, and what `analyze`, `compress` and
+`bench` have left in each run directory. Only runs that read the same text share an axis of bits
+per byte, and only those that read the same tokens one of nats per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mukv.cli.report.found import findings
+from mukv.cli.report.pictures import curves, trade_off
+from mukv.cli.report.told import Told, gather, same_text
+from mukv.core.errors import telling_disk_errors
+from mukv.core.names import even, shortened
+from mukv.show.page import Page
+from mukv.storage.files import temporary
+
+COLUMNS = (
+    *("run", "data", "tokenizer", "parameters", "cache bytes/token", "constant cache bytes"),
+    *("step", "tokens seen", "training loss, nats/token (one batch)"),
+    *("held-out loss, nats/token", "held-out bits/byte"),
+)
+
+
+def report(sources: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Write the page; returns the numbers of its first table, the path, and what was left out.
+
+    Raises BadInput where a source is no run, or is one whose configuration can't be read; of a
+    folder of runs, those that can't be read are left out.
+    """
+    runs, left_out = gather(sources)
+    names = [shortened(run.name) for run in runs[:4]]
+    page = Page("Runs: " + ", ".join(names) + (" ..." * (len(runs) > 4)))
+    page.table(COLUMNS, _rows(runs))
+    if any(step for run in runs for step in run.stale.values()):
+        page.note("Held-out figures with a step are of then, and not of the last step.")
+    groups = same_text(runs)
+    if len(groups) > 1:
+        page.text(
+            f"These runs read {len(groups)} different texts. Their losses and bits per byte can't "
+            "be compared: each text has a section and axes of its own."
+        )
+    with telling_disk_errors(out), temporary(out) as drawn:
+        drawn.mkdir()
+        for group in groups:
+            if len(groups) > 1:
+                page.heading(f"Runs on {group[0].data}")
+            for draw in (curves, trade_off):
+                path = drawn / "drawn.png"
+                caption = draw(group, path)
+                if caption:
+                    page.picture(path, caption)
+    for run in runs:
+        left_out += [f"{run.name}: {why}" for why in run.left_out]
+        left_out += findings(page, run.name, run.folder)
+    if left_out:
+        page.heading("What was left out")
+        for why in left_out:
+            page.note(why)
+    page.save(out)
+    told = [{"run": str(run.folder), **run.facts} for run in runs]
+    return {"page": str(out), "runs": told, "left_out": left_out}
+
+
+def _rows(runs: Sequence[Told]) -> list[list[str]]:
+    def column(key: str) -> list[str]:
+        values = even([run.facts[key] for run in runs])
+        steps = [run.stale.get(key) for run in runs]
+        return [v if s is None else f"{v} (step {s:,})" for v, s in zip(values, steps, strict=True)]
+
+    keys = (
+        *("parameters", "cache_bytes_per_token", "cache_bytes_constant", "step", "tokens", "loss"),
+        *("validation_loss", "validation_bits_per_byte"),
+    )
+    columns = zip(*(column(key) for key in keys), strict=True)
+    return [[r.name, r.data, r.tokenizer, *rest] for r, rest in zip(runs, columns, strict=True)]

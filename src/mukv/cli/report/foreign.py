@@ -1,0 +1,115 @@
+"""Files that anybody may have written: read within bounds, or left out with the reason."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mukv.core.names import even, printable, shortened
+from mukv.show.figures import CAPTION
+
+MOST_BYTES = 32 << 20
+MOST_ROWS, MOST_COLUMNS = 60, 60
+"""Of a table; a larger one lies beside the run."""
+LONGEST_CELL, LONGEST_CAPTION = 120, 2000
+WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]{0,14})")
+DECIMAL = re.compile(
+    r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?|[+-]?inf|nan"
+)
+"""Numbers as programs write them; 007 is a name."""
+
+
+class LeftOut(Exception):
+    """Why a file is not shown."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def read_bytes(path: Path) -> bytes:
+    """A regular file as a whole. Raises LeftOut."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise LeftOut("no regular file")
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise LeftOut(f"{size:,} bytes; at most {MOST_BYTES:,} are read")
+        with path.open("rb") as file:
+            return file.read(MOST_BYTES)
+    except OSError as error:
+        raise LeftOut(f"can't be read ({error.strerror or type(error).__name__})") from None
+
+
+def read_table(path: Path) -> Table:
+    """A CSV file with names in its first line. Raises LeftOut."""
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LeftOut(f"no text in UTF-8: byte {error.start}") from None
+    if "\0" in text:
+        raise LeftOut("no text: it has bytes of 0")
+    rows: list[list[str]] = []
+    count = 0
+    try:
+        for row in csv.reader(io.StringIO(text, newline="")):
+            if row:
+                count += 1
+                if count <= MOST_ROWS + 1:
+                    rows.append(row)
+    except csv.Error as error:
+        raise LeftOut(f"no CSV: {error}") from None
+    if not rows:
+        raise LeftOut("an empty file")
+    if count > MOST_ROWS + 1:
+        raise LeftOut(f"a table of {count - 1:,} rows; at most {MOST_ROWS} are shown")
+    wide = max(map(len, rows))
+    if wide > MOST_COLUMNS:
+        raise LeftOut(f"a table of {wide:,} columns; at most {MOST_COLUMNS} are shown")
+    whole = [row + [""] * (wide - len(row)) for row in rows]
+    names, cells = whole[0], whole[1:]
+    columns = [_column([row[place] for row in cells]) for place in range(wide)]
+    shown = [list(row) for row in zip(*columns, strict=True)]
+    return Table([shortened(name, LONGEST_CELL) for name in names], shown)
+
+
+def _column(cells: Sequence[str]) -> list[str]:
+    """Numbers with even digits, anything else as it is."""
+    stripped = [cell.strip() for cell in cells]
+    there = [cell for cell in stripped if cell]
+    if all(WHOLE.fullmatch(cell) for cell in there):
+        return even([int(cell) if cell else None for cell in stripped])
+    if all(DECIMAL.fullmatch(cell) and len(cell) < LONGEST_CELL for cell in there):
+        numbers = [float(cell) if cell else None for cell in stripped]
+        # What is too large for a float would read as infinite.
+        if all(c[-1:] in "fn" or math.isfinite(float(c)) for c in there):
+            return even(numbers)
+    return [shortened(cell, LONGEST_CELL) for cell in cells]
+
+
+def read_picture(path: Path) -> tuple[bytes, str]:
+    """A PNG as bytes, and the caption that it has or else its name. Raises LeftOut."""
+    from PIL import Image
+
+    content = read_bytes(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+                caption = image.info.get(CAPTION)
+                image.verify()
+    except Exception:  # what is no picture takes its readers to errors of any kind
+        raise LeftOut("no PNG, or a damaged one") from None
+    if not isinstance(caption, str) or not caption.strip():
+        caption = path.stem.replace("-", " ")
+    return content, printable(caption)[:LONGEST_CAPTION]

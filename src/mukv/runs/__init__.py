@@ -1,0 +1,1 @@
+"""The run directory, and a model that is loaded from it."""

@@ -1,0 +1,174 @@
+"""What a configuration amounts to, without allocating anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import jax
+
+from mukv.core import params
+from mukv.core.mesh import specification
+from mukv.core.names import even
+from mukv.model.counting import cached, entry_bytes, flops_per_token
+from mukv.runs.config import Run
+from mukv.show.terminal import Console, styled, table
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Parameters, FLOPs and cache bytes as plain data; the field names are public.
+
+    Bytes are those of the compute type. A layer with a window costs a constant, any other an
+    amount per token; one that reads another layer's entries costs nothing. What decoding keeps
+    besides the layers is part of the constant.
+    """
+    model = run.model
+    compute = run.train.compute.resolve(model.vocab_size)
+    layers = []
+    grows = Fraction(0)
+    for stack in model.stacks:
+        for layer in stack.layers:
+            entry = entry_bytes(stack, layer, compute.type)
+            each = Fraction(0 if layer.window else entry, stack.every)
+            grows += each
+            layers.append(
+                {
+                    "layer": stack.first + layer.index,
+                    "attention": layer.attention.describe(),
+                    "position": layer.attention.position.kind,
+                    "window": layer.window,
+                    "reads": None if layer.reads is None else stack.first + layer.reads,
+                    "tokens_per_entry": stack.every,
+                    "core": "fused" if compute.fused else "plain",
+                    "cached": cached(stack, layer),
+                    "cache_bytes_per_token": plain(each),
+                    "cache_bytes_constant": entry * (layer.window or 0),
+                }
+            )
+    return {
+        "parameters": params.count(model.params()),
+        "flops_per_token": flops_per_token(model, run.train.length),
+        "cache_bytes_per_token": plain(grows),
+        "cache_bytes_constant": sum(layer["cache_bytes_constant"] for layer in layers)
+        + model.state_bytes(compute.type),
+        "dtype": compute.dtype,
+        "layers": layers,
+        "weights": weights(run),
+    }
+
+
+def plain(number: Fraction) -> int | float:
+    """A whole number where it is one."""
+    return int(number) if number.denominator == 1 else float(number)
+
+
+def shown(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
+
+
+def weights(run: Run) -> list[dict[str, Any]]:
+    """Each weight with its role, scaling and place on the mesh that the configuration asks for."""
+    mesh = jax.sharding.AbstractMesh((run.mesh.data, run.mesh.tensor), ("data", "tensor"))
+    rows = []
+    scaling = params.named(run.model.resolved(run.train.optimizer.family))
+    for name, param in params.named(run.model.params()).items():
+        resolved = scaling[name]
+        rows.append(
+            {
+                "weight": name,
+                "dims": dict(param.dims),
+                "role": param.role,
+                "deviation": 0.0 if param.init != "normal" else resolved.deviation,
+                "multiplier": resolved.multiplier,
+                "learning_rate": resolved.learning_rate,
+                "epsilon": resolved.epsilon,
+                "decays": resolved.decays,
+                "sharding": [
+                    None if axis is None else str(axis) for axis in specification(param.dims, mesh)
+                ],
+            }
+        )
+    return rows
+
+
+def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
+    """The same for a person."""
+    console.print(
+        styled(
+            *("parameters  ", (f"{facts['parameters']:,}", "bold"), "\n"),
+            *("training    ", (f"{facts['flops_per_token']:,}", "bold")),
+            f" FLOPs per token at {run.train.length:,} tokens\n",
+            *("cache       ", (shown(facts["cache_bytes_per_token"]), "bold")),
+            f" bytes per token and {facts['cache_bytes_constant']:,} bytes besides "
+            f"({facts['dtype']})",
+        )
+    )
+    for words in dict.fromkeys(layer["attention"] for layer in facts["layers"]):
+        console.print(f"attention   {words}")
+    console.print()
+    columns = ("layer", "attention", "position", "window", "reads", "core", "cached")
+    layers = table(columns, ("cache\nbytes/token", "ring\nbytes"))
+    groups = _alike(facts["layers"])
+    costs = even([group[0]["cache_bytes_per_token"] for group in groups])
+    for group, cost in zip(groups, costs, strict=True):
+        first, last = group[0], group[-1]
+        number = str(first["layer"])
+        ring = first["cache_bytes_constant"]
+        layers.add_row(
+            number if first is last else f"{number}-{last['layer']}",
+            first["attention"].split(" ")[0],
+            first["position"],
+            str(first["window"] or "all"),
+            "own" if first["reads"] is None else ", ".join(str(g["reads"]) for g in group),
+            first["core"],
+            ", ".join(f"{name} {h}x{width}" for name, (h, width) in first["cached"].items()),
+            cost,
+            f"{ring:,}" if ring else "",
+        )
+    console.print(layers, "", sep="\n")
+    columns = ("init\ndeviation", "multiplier", "learning rate,\nmultiple", "decay")
+    scaled = table(("weight", "shape / mesh axis"), columns)
+    rows = _merged(facts["weights"])
+    keys = ("deviation", "multiplier", "learning_rate")
+    numbers = zip(*(even([row[key] for _, row in rows], 3) for key in keys), strict=True)
+    for (name, row), cells in zip(rows, numbers, strict=True):
+        axes = zip(row["dims"].values(), row["sharding"], strict=True)
+        scaled.add_row(
+            name,
+            " x ".join(str(size) if axis is None else f"{size}/{axis}" for size, axis in axes),
+            *cells,
+            "yes" if row["decays"] else "no",
+        )
+    console.print(scaled)
+
+
+def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Rows that differ only in their slot become one, its name followed by how many they are."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in weights:
+        facts = {name: value for name, value in row.items() if name != "weight"}
+        inside = row["weight"].split(".", 2)[-1]
+        groups.setdefault(f"{inside} {facts}", []).append(row)
+    merged = []
+    for rows in groups.values():
+        stages = rows[0]["weight"].startswith("stage")
+        name = rows[0]["weight"].split(".", 2)[-1] if stages else rows[0]["weight"]
+        merged.append((f"{len(rows)} x {name}" if len(rows) > 1 else name, rows[0]))
+    return merged
+
+
+def _alike(layers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Neighbouring layers that differ only in their number."""
+    groups: list[list[dict[str, Any]]] = []
+    for layer in layers:
+        same = ("attention", "position", "window", "core", "cache_bytes_per_token")
+        if (
+            groups
+            and all(groups[-1][0][key] == layer[key] for key in same)
+            and (groups[-1][0]["reads"] is None) == (layer["reads"] is None)
+        ):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return groups

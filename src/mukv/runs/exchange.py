@@ -1,0 +1,247 @@
+"""Between folders of Hugging Face and run directories: `mukv import` and `mukv export`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.core.errors import BadInput
+from mukv.core.version import VERSION
+from mukv.hub import FAMILIES, Family
+from mukv.hub.base import WeightPiece, pairs_in_halves, pieces
+from mukv.hub.checkpoint import (
+    CONFIG,
+    GENERATION,
+    SPECIAL,
+    Checkpoint,
+    companions,
+    require,
+)
+from mukv.hub.settings import Given, read_json
+from mukv.hub.standard import require_same, standard
+from mukv.model import Decoder
+from mukv.position import RoPE
+from mukv.runs.folder import RunDirectory
+from mukv.runs.loaded import Model
+from mukv.runs.resolve import imported_run
+from mukv.schema import schema
+from mukv.storage.files import new_folder, write_atomic, writer_of
+from mukv.storage.tensors import INDEX, Spec, is_finite, write_tensors
+from mukv.storage.weights import FILE, not_finite
+
+SHARD_BYTES = 5 << 30
+
+
+def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[str, Any]:
+    """Make a run directory of a Hugging Face folder, hub id, or Meta's folder, tensor by tensor.
+
+    allow_nonfinite: take weights that are infinite or not a number. Returns what
+    `mukv import --json` prints. Raises BadInput.
+    """
+    before = _told(out)
+    again = before.get("imported_from") == source
+    _require_free(out, again)
+    found = require(source)
+    specs = found.specs()
+    if not allow_nonfinite:
+        where = str(found.folder)
+        specs = {name: _finite(f"{where}: {name}", spec) for name, spec in specs.items()}
+    with new_folder(out) as folder:
+        target = RunDirectory(folder)
+        write_tensors(target.weights / FILE, specs, {"step": "0"})
+        write_atomic(target.config, schema.to_yaml(imported_run(found)))
+        for path in companions(found.folder):
+            shutil.copy(path, folder / path.name)
+        if not (folder / GENERATION).exists():
+            special = {key: value for key, value in found.special.items() if value is not None}
+            write_atomic(folder / GENERATION, json.dumps(special, indent=2))
+        facts = _provenance(source, found)
+        if again:  # what is the same is kept as it is
+            facts["started"] = before.get("started")
+        write_atomic(folder / "provenance.json", json.dumps(facts, indent=2))
+    return {
+        "run": str(out),
+        "architecture": found.architecture,
+        "parameters": sum(int(np.prod(spec.shape)) for spec in specs.values()),
+        "bytes": sum(spec.nbytes for spec in specs.values()),
+        "tokenizer": found.tokenizer.vocab_size or None,
+    }
+
+
+def _provenance(source: str, found: Checkpoint) -> dict[str, Any]:
+    return {
+        "mukv": VERSION,
+        "imported_from": source,
+        "architecture": found.architecture,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _finite(where: str, spec: Spec) -> Spec:
+    """The same, which raises BadInput when it comes to numbers that are not finite."""
+
+    def pieces() -> Iterator[np.ndarray]:
+        for piece in spec.pieces():
+            if not is_finite(piece):
+                raise not_finite(where)
+            yield piece
+
+    return replace(spec, pieces=pieces)
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    """The provenance of a folder, as far as it can be read."""
+    path = folder / "provenance.json"
+    with suppress(BadInput):
+        return read_json(path) if path.is_file() else {}
+    return {}
+
+
+def _require_free(out: Path, again: bool) -> None:
+    """Raise BadInput for a path in use. again: what is there seems to be of the same command, and
+    will be compared with what that makes."""
+    if out.exists() and not again and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput("--out", str(out), "a path that is not in use")
+    writer = writer_of(out)
+    if writer is not None:
+        raise BadInput("--out", f"{out}, which {writer} is writing", "a path that is not in use")
+
+
+def export_model(
+    model: Model, source: Path, out: Path, dtype: str | None = None, shard: int = SHARD_BYTES
+) -> dict[str, Any]:
+    """Write a folder that transformers loads. source: the run directory or folder of the model.
+    dtype: of the weights; as they are if None. shard: bytes of a file at most.
+
+    Returns what `mukv export --json` prints. Raises BadInput with the part that has no name there.
+    """
+    there = out / CONFIG
+    _require_free(out, there.is_file() and not out.samefile(source))
+    decoder = model.network
+    if not isinstance(decoder, Decoder):
+        raise BadInput("model.kind", decoder.kind, "decoder: others have no name in Hugging Face")
+    family = _family(decoder, source)
+    plain, flat = standard(decoder, model.weights, family)
+    specs = _specs(plain, flat, family, dtype)
+    config = family.write(plain, model.run.train.length)
+    require_same(plain, family.read(Given(config, "model")))
+    kept = {spec.dtype.name for spec in specs.values()}
+    config["torch_dtype"] = kept.pop() if len(kept) == 1 else "float32"
+    # All of them: what is left out would have the default of the family.
+    special = dict.fromkeys(SPECIAL) | _special(model, source)
+    text = json.dumps(config | special, indent=2)
+    _require_free(out, there.is_file() and there.read_bytes() == text.encode())
+    with new_folder(out) as folder:
+        files = write_shards(folder, specs, shard)
+        write_atomic(folder / CONFIG, text)
+        for path in companions(source):
+            shutil.copy(path, folder / path.name)
+        if not (source / GENERATION).exists():
+            write_atomic(folder / GENERATION, json.dumps(special, indent=2))
+        _describe_tokenizer(model, folder)
+    return {
+        "path": str(out),
+        "architecture": family.architecture,
+        "parameters": sum(int(np.prod(spec.shape)) for spec in specs.values()),
+        "dtype": config["torch_dtype"],
+        "files": files,
+    }
+
+
+def _family(model: Decoder, source: Path) -> Family:
+    """The one that a model came from, or the first that it fits. Raises BadInput with what keeps
+    it from the nearest."""
+    told = source / "provenance.json"
+    named = read_json(told).get("architecture") if told.exists() else None
+    ordered = sorted(FAMILIES.values(), key=lambda family: family.architecture != named)
+    misfits = {family.architecture: list(family.misfits(model)) for family in ordered}
+    for family in ordered:
+        if not misfits[family.architecture]:
+            return family
+    nearest = min(ordered, key=lambda family: len(misfits[family.architecture]))
+    worst = misfits[nearest.architecture][0]
+    raise BadInput(
+        f"model.{worst.where}",
+        worst.given,
+        f"no architecture of Hugging Face that we write has it: {nearest.architecture} has "
+        f"{worst.allowed}; known: {', '.join(FAMILIES)}",
+    )
+
+
+def _specs(
+    model: Decoder, flat: Mapping[str, Any], family: Family, dtype: str | None
+) -> dict[str, Spec]:
+    """Their tensors, in the order of our layers."""
+    made: dict[str, Spec] = {}
+    position = model.layers[0].attention.position
+    interleaved = isinstance(position, RoPE) and position.pairing == "interleaved"
+    for piece in pieces(family.rules, model, pairs_in_halves if interleaved else None):
+        kept = jnp.dtype(dtype or flat[piece.ours].dtype)
+
+        def read(piece: WeightPiece = piece, kept: np.dtype = kept) -> Iterator[np.ndarray]:
+            whole = flat[piece.ours]
+            ours = np.asarray(whole if piece.repeat is None else whole[piece.repeat])
+            with np.errstate(over="ignore"):
+                theirs = piece.give(ours).astype(kept)
+            if not np.isfinite(theirs).all() and np.isfinite(ours).all():
+                raise BadInput(
+                    "--dtype", kept.name, f"a type that holds the numbers of {piece.ours}"
+                )
+            yield theirs
+
+        made[piece.theirs] = Spec(piece.shape, kept, read)
+    return made
+
+
+def write_shards(folder: Path, specs: Mapping[str, Spec], limit: int) -> int:
+    """One file, or several with an index; returns how many."""
+    shards: list[dict[str, Spec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += spec.nbytes
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0], {"format": "pt"})
+        return 1
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensors(folder / file, shard, {"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    total = sum(spec.nbytes for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    write_atomic(folder / INDEX, json.dumps(index, indent=2))
+    return len(shards)
+
+
+def _special(model: Model, source: Path) -> dict[str, Any]:
+    """Ids that begin, end and pad a text."""
+    said = source / GENERATION
+    if said.exists():
+        found = read_json(said)
+        return {key: value for key, value in found.items() if key.endswith("_token_id")}
+    start = model.tokenizer.start
+    return {"bos_token_id": start[0] if start else None, "eos_token_id": None}
+
+
+def _describe_tokenizer(model: Model, folder: Path) -> None:
+    """What transformers wants to know besides a tokenizer.json."""
+    path = folder / "tokenizer_config.json"
+    if path.exists() or not (folder / "tokenizer.json").exists():
+        return
+    told: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if model.tokenizer.start:
+        told["bos_token"] = model.tokenizer.inner.id_to_token(model.tokenizer.start[0])
+    write_atomic(path, json.dumps(told, indent=2))

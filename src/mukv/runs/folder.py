@@ -1,0 +1,55 @@
+"""The paths of a run directory, and the configuration that it holds.
+
+A run directory has config.yaml (complete, reloadable), metrics.jsonl, checkpoints/,
+tokenizer.json, weights/ and provenance.json. `train_run` makes or continues one,
+`mukv.load` reads one as a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mukv.runs.config import Run
+from mukv.schema import schema
+from mukv.schema.yaml_text import read_yaml
+from mukv.storage.locks import RUN
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / RUN
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def generation(self) -> Path:
+        """Only in a run that was imported: ids that begin and end a text, in their format."""
+        return self.path / "generation_config.json"
+
+    @property
+    def exists(self) -> bool:
+        return self.config.is_file()
+
+    def load_config(self) -> Run:
+        return schema.build(Run, read_yaml(self.config))

@@ -1,0 +1,339 @@
+"""A run directory as a model that speaks: what `mukv.load` returns.
+
+A model trained here and one that was imported are the same to everything that reads run
+directories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.cache import FULL, Calibrated, Policy
+from mukv.cache.centres import FOLDER, load_centres
+from mukv.cache.clusters import Clusters
+from mukv.core.arguments import require_types, strings, whole_numbers
+from mukv.core.compute import Compute
+from mukv.core.errors import BadInput, Failed, nearest_name
+from mukv.core.mesh import MeshShape, weight_shardings
+from mukv.core.typing import Array, Float
+from mukv.data.tokenizer import AnyTokenizer, find_tokenizer, load_tokenizer
+from mukv.hub import checkpoint
+from mukv.hub.chat import chat_text
+from mukv.hub.settings import read_json
+from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate
+from mukv.infer.evaluate import Evaluation, evaluate
+from mukv.model.base import LanguageModel
+from mukv.model.counting import cache_bytes
+from mukv.runs.config import Run
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import imported_run
+from mukv.storage.checkpoint import Checkpoints
+from mukv.storage.weights import load_weights, require_finite, require_weights, step_of
+from mukv.train.footprint import require_bytes
+from mukv.train.step import Trainer
+
+
+@dataclass(frozen=True)
+class Text:
+    """One generated continuation."""
+
+    text: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with its weights and tokenizer: what a run directory becomes when loaded."""
+
+    run: Run
+    weights: Any
+    tokenizer: AnyTokenizer
+    ends: tuple[int, ...] = ()
+    """Ids after which a text is over, where the model came with any."""
+    folder: Path | None = None
+    """Where it was loaded from."""
+
+    @property
+    def network(self) -> LanguageModel:
+        return self.run.model
+
+    @property
+    def decoder(self) -> LanguageModel:
+        """The former name of `network`."""
+        return self.network
+
+    @cached_property
+    def scaled(self) -> Any:
+        """Weights as the forward pass sees them."""
+        return self.network.scaled(self.weights)
+
+    @cached_property
+    def decoding(self) -> Any:
+        """Weights as decoding takes them."""
+        return decoding_weights(self.network, self.weights, self.run.train.compute)
+
+    def logits(
+        self, tokens: Any, position: Any = None, segment: Any = None
+    ) -> Float[Array, "batch token vocab"]:
+        """Float32 scores of the next token after each of `tokens`.
+
+        tokens: ids, [batch token] or [token], as lists or arrays of whole numbers. position: place
+        in the document (default: in the row). segment: number of the document; tokens see only
+        their own, so that padding is a document of its own. Both are of the shape of `tokens`.
+        Raises BadInput for anything else, and for ids that the model does not have. A shape is
+        compiled once.
+        """
+        ids = whole_numbers("tokens", tokens)
+        beyond = ids[(ids < 0) | (ids >= self.network.vocab_size)]
+        if beyond.size:
+            allowed = f"token ids go from 0 to {self.network.vocab_size - 1}"
+            raise BadInput("tokens", int(beyond[0]), allowed)
+        context = self.network.context
+        if context is not None and ids.shape[1] > context:
+            raise BadInput("tokens", f"{ids.shape[1]} tokens", f"the model's context is {context}")
+        places = []
+        for name, given in (("position", position), ("segment", segment)):
+            found = None if given is None else whole_numbers(name, given)
+            if found is not None and found.shape != ids.shape:
+                raise BadInput(name, found.shape, f"the shape of tokens, {ids.shape}")
+            places.append(found)
+        return _forward(self.network, self.run.train.compute)(self.scaled, ids, *places)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as the beginning of a document."""
+        return [*self.tokenizer.start, *self.tokenizer.encode(text).tolist()]
+
+    def encode_chat(self, message: str) -> list[int]:
+        """Ids of a user's message as the model's chat template puts it. Raises BadInput."""
+        if self.folder is None:
+            raise BadInput("--chat", message[:40], "a model that was loaded from a folder")
+        text = chat_text(self.folder, [{"role": "user", "content": message}])
+        return self.tokenizer.encode_marked(text)
+
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Collection[int] | None = None,
+        show: Any = None,
+        policy: Policy = FULL,
+        ended: Callable[[list[int]], bool] | None = None,
+    ) -> Generation:
+        """Continue token ids as `mukv.infer.decode.generate` does. stop defaults to `ends`."""
+        compute = self.run.train.compute
+        stop = self.ends if stop is None else stop
+        cache = self.calibrated(policy)
+        self._require_room(prompts, max_tokens, policy)
+        asked = prompts, max_tokens, sampling, stop, compute, show, *cache, ended
+        return generate(self.network, self.decoding, *asked)
+
+    def _require_room(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, policy: Policy
+    ) -> None:
+        """Raise BadInput for a cache that takes more memory than is free."""
+        if max_tokens < 1:
+            return  # refused with all else by `generate`
+        compute = self.run.train.compute.resolve(self.network.vocab_size)
+        sizes = Sizes.plan(len(prompts), max(map(len, prompts), default=1), max_tokens)
+        room = sizes.batch, sizes.body, sizes.tail
+        taken = cache_bytes(self.network, *room, compute.type, policy)
+        require_bytes("the cache", taken, "max_tokens", max_tokens)
+
+    @property
+    def by_head(self) -> bool:
+        """Whether every layer without a window keeps entries of each head, so that centres fit."""
+        layers = [layer for stack in self.network.stacks for layer in stack.layers]
+        kept = [layer.attention for layer in layers if layer.window is None]
+        return all(attention.stores == attention.key_heads for attention in kept)
+
+    def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
+        """A policy with what was calibrated for it, if anything was: the centres of `clusters`,
+        where keys have heads of their own to be clustered by.
+
+        Raises BadInput for a calibration of another model.
+        """
+        if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
+            return policy, {}
+        if not (self.folder / FOLDER).exists():
+            return policy, {}
+        centres = load_centres(self.folder, self.weights)
+        if not centres.rotated:
+            allowed = "centres of rotated keys, which a step can compare its query with"
+            raise BadInput(str(self.folder / FOLDER), "centres of unrotated keys", allowed)
+        select = replace(policy.select, calibrated=centres.kind)
+        return replace(policy, select=select), centres.arrays()
+
+    @overload
+    def generate(self, prompts: str, *args: Any, **kwargs: Any) -> Text: ...
+
+    @overload
+    def generate(
+        self, prompts: list[str] | tuple[str, ...], *args: Any, **kwargs: Any
+    ) -> list[Text]: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_tokens: int = 128,
+        sampling: Sampling | None = None,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        policy: str | Policy = FULL,
+        stop: str | Sequence[str] = (),
+    ) -> Text | list[Text]:
+        """Continue a text, or several that are decoded together.
+
+        sampling: how tokens are drawn; or its fields one by one: temperature (0, the default, is
+        greedy), top_k, top_p, seed. policy: of the cache, as text such as "snapkv:0.25+int8". stop:
+        texts before which a continuation ends, besides the model's own end. The token ids of one
+        that ended so go on to the token that completes the stop text. Returns one text for one
+        prompt, a list for a list. Raises BadInput for values of another type.
+        """
+        texts = strings("prompts", prompts)
+        if not texts:
+            raise BadInput("prompts", "[]", "a text, or a list of at least one")
+        fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        given = {name: value for name, value in fields.items() if value is not None}
+        if sampling is not None and given:
+            raise BadInput("sampling", sampling, f"either sampling or {', '.join(given)}")
+        require_types(max_tokens=(max_tokens, int), sampling=(sampling, Sampling | None))
+        if isinstance(policy, str):
+            policy = Policy.parse(policy, where="policy")
+        require_types(policy=(policy, Policy))
+        ends = [text for text in strings("stop", stop) if text]
+
+        def over(ids: list[int]) -> bool:
+            text = self.tokenizer.decode_further(ids)
+            return any(end in text for end in ends)
+
+        ids = [self.encode(text) for text in texts]
+        made = self.generate_ids(
+            ids,
+            max_tokens,
+            sampling or Sampling(**given),
+            policy=policy,
+            ended=over if ends else None,
+        )
+        found = [self._until(row, ends) for row in made.tokens]
+        return found[0] if isinstance(prompts, str) else found
+
+    def _until(self, ids: list[int], ends: Sequence[str]) -> Text:
+        """New tokens as a text that ends before the first of `ends`."""
+        text = self.tokenizer.decode_further(ids)
+        places = [text.index(end) for end in ends if end in text]
+        if not places:
+            return Text(text, ids)
+        count = next(
+            count
+            for count in range(1, len(ids) + 1)
+            if any(end in self.tokenizer.decode_further(ids[:count]) for end in ends)
+        )
+        return Text(text[: min(places)], ids[:count])
+
+    def evaluate(
+        self, rows: Sequence[np.ndarray], length: int | None = None, stride: int | None = None
+    ) -> Evaluation:
+        """Loss on rows of token ids, in windows of `length` (default: as in training)."""
+        return evaluate(
+            self.network,
+            self.scaled,
+            rows,
+            length or self.run.train.length,
+            self.tokenizer.token_bytes(self.network.vocab_size),
+            self.run.train.compute,
+            stride,
+        )
+
+
+@lru_cache(maxsize=32)
+def _forward(model: LanguageModel, compute: Compute) -> Any:
+    """The compiled function of `Model.logits`; kept, so that a shape is compiled once."""
+
+    def forward(weights: Any, ids: Array, *places: Array | None) -> Array:
+        hidden = model.hidden(weights, ids, *places, compute=compute)
+        return model.logits(weights, hidden, compute)
+
+    return jax.jit(forward)
+
+
+def load(source: str | Path, mesh: MeshShape | None = None, allow_nonfinite: bool = False) -> Model:
+    """A run directory as a model: its exported weights, or its latest checkpoint if newer. Or a
+    Hugging Face folder or hub id, whose weights stream to their places.
+
+    mesh: that the weights are split over; one device if None. allow_nonfinite: take weights that
+    are infinite or not a number. Raises BadInput, also for damaged weights.
+    """
+    model = _load(source, mesh or MeshShape())
+    if not allow_nonfinite:
+        require_finite(model.weights, source)
+    return model
+
+
+def _load(source: str | Path, mesh: MeshShape) -> Model:
+    folder = RunDirectory(Path(source))
+    if not folder.exists:
+        found = checkpoint.find(source)
+        if found is not None:
+            run = replace(imported_run(found), mesh=mesh)
+            ends = checkpoint.end_ids(found.special)
+            weights = found.place(mesh.build())
+            return Model(run, weights, found.tokenizer, ends, found.folder)
+        parent = folder.path.parent
+        siblings = [path.parent.name for path in parent.glob("*/config.yaml")]
+        near = nearest_name(folder.path.name, siblings)
+        raise BadInput(
+            "MODEL",
+            str(source),
+            "a run directory (with a config.yaml), a Hugging Face folder (with a config.json) or "
+            "a hub id",
+            str(parent / near) if near else None,
+        )
+    run = folder.load_config()
+    weights = _latest_weights(run, folder)
+    if mesh.size > 1:
+        weights = jax.device_put(weights, weight_shardings(run.model.params(), mesh.build()))
+    if not folder.generation.exists():
+        return Model(run, weights, load_tokenizer(folder.tokenizer), folder=folder.path)
+    ends = checkpoint.end_ids(read_json(folder.generation))
+    return Model(run, weights, find_tokenizer(folder.tokenizer), ends, folder.path)
+
+
+def _latest_weights(run: Run, folder: RunDirectory) -> Any:
+    exported, exported_step = None, 0
+    if folder.weights.exists():
+        exported, metadata = load_weights(folder.weights)
+        exported_step = step_of(metadata, folder.weights)
+    if folder.checkpoints.exists():
+        with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+            latest = checkpoints.latest()
+            if latest is not None and (exported is None or latest > exported_step):
+                single = replace(run.mesh, data=1, tensor=1).build()
+                trainer = Trainer(run.model, replace(run.train, accumulate=1), single)
+                return _restored(checkpoints, latest, trainer.abstract_state()).weights
+    if exported is None:
+        raise BadInput("MODEL", str(folder.path), "a run with weights; this one has none yet")
+    require_weights(run.model.params(), exported, folder.weights)
+    return jax.tree.map(jnp.asarray, exported)
+
+
+def _restored(checkpoints: Checkpoints, latest: int, like: Any) -> Any:
+    """The latest state; a newer one, where training deletes this one while it is read."""
+    try:
+        return checkpoints.restore(latest, like)
+    except (BadInput, Failed):
+        newer = checkpoints.latest()
+        if newer is None or newer <= latest:
+            raise
+    return _restored(checkpoints, newer, like)

@@ -1,0 +1,55 @@
+"""What a run directory says of how a run was made, and whether data is what it began with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mukv.core.errors import BadInput
+from mukv.core.version import VERSION, commit
+from mukv.data.feed import Origin
+from mukv.storage.checkpoint import Checkpoints
+
+FILE = "provenance.json"
+
+
+def record(origin: Origin) -> dict[str, Any]:
+    """What is written of a run before its first step."""
+    device = jax.devices()[0]
+    return {
+        "mukv": VERSION,
+        "commit": commit(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "processes": jax.process_count(),
+        "data_fingerprint": origin.fingerprint,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def began_with(folder: Path, origin: Origin) -> str | None:
+    """The fingerprint of the data that a run began with; None where that is not known and no
+    step was saved. Raises BadInput where some were."""
+    path = folder / FILE
+    try:
+        found = json.loads(path.read_text("utf-8"))["data_fingerprint"]
+        if isinstance(found, str):
+            return found
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        if checkpoints.latest() is None:
+            return None
+    given = "missing" if not path.exists() else "something in the way, or damaged"
+    raise BadInput(
+        f"{path}: data_fingerprint",
+        given,
+        "it tells with which data the run began; if with that at data.path, write "
+        f"{json.dumps({'data_fingerprint': origin.fingerprint})} into this file",
+    )

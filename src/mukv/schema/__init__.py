@@ -1,0 +1,1 @@
+"""Configuration: strict objects from YAML, presets and overrides."""

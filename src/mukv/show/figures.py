@@ -1,0 +1,212 @@
+"""Figures without a screen, written whole or not at all, and the styles that all of them share.
+
+A name is drawn letter by letter: no TeX, no control characters, and what begins with an
+underscore stays in the legend. Legends stand below the axes, where they hide no line.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mukv.core.names import LONGEST, distinct, printable, shortened
+from mukv.storage.files import replacing
+
+MARKERS = "osD^vPX*<>ph"
+STYLES = ("-", "--", "-.", ":")
+CAPTION = "Description"
+"""The key of the PNG's text under which the caption lies; one of those that PNG names."""
+LETTERS_PER_INCH = 12
+MOST_TICKS = 9
+LEGEND_SIZE, ROW_INCHES = 8, 0.19
+ALIKE, APART = 1.01, 1.2
+"""Ratios of values that share a tick, and of ticks whose labels do not touch."""
+
+
+@contextmanager
+def saved_figure(
+    path: Path, size: tuple[float, float], title: str | None = None, caption: str | None = None
+) -> Iterator[Any]:
+    """A figure that lies in `path` (PNG) once the block is left.
+
+    size: inches. caption: saved in the file, for a page that shows it.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # A font that lacks a letter draws a box; it need not be said for each.
+    with mpl.rc_context({"font.size": 10, "text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        if title:
+            wide = int(LETTERS_PER_INCH * size[0])
+            figure.suptitle(textwrap.fill(shortened(title, 3 * wide), wide))
+        _tidy(figure)
+        about = {CAPTION: printable(caption)} if caption else None
+        with replacing(path) as made:
+            figure.savefig(made, dpi=150, format="png", metadata=about)
+
+
+def series_styles(count: int) -> list[dict[str, Any]]:
+    """`color`, `marker` and `linestyle` of each of `count` series: no two have the same colour."""
+    import matplotlib as mpl
+
+    few = count <= 10
+    colours = [f"C{n}" if few else mpl.colormaps["turbo"]((n + 0.5) / count) for n in range(count)]
+    return [
+        {
+            "color": colour,
+            "marker": MARKERS[number % len(MARKERS)],
+            "linestyle": STYLES[number // (10 if few else len(MARKERS)) % len(STYLES)],
+        }
+        for number, colour in enumerate(colours)
+    ]
+
+
+def labels(names: Iterable[object]) -> list[str]:
+    """Names of series, short and told apart. One that begins with an underscore has a space before
+    it, since the library leaves such labels out of legends."""
+    return [f" {name}" if name.startswith("_") else name for name in distinct(names)]
+
+
+def legend(figure: Any, axes: Any, title: str | None = None) -> None:
+    """A legend below all axes of what is labelled in `axes`, in rows that fit.
+
+    The figure grows by the rows that the legend takes.
+    """
+    handles, names = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    letters = figure.get_figwidth() * LETTERS_PER_INCH * 10 / LEGEND_SIZE
+    columns = max(1, min(len(names), int(letters / (max(map(len, names)) + 6))))
+    rows = -(-len(names) // columns) + bool(title)
+    figure.set_figheight(figure.get_figheight() + ROW_INCHES * rows)
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+    where |= {"fontsize": LEGEND_SIZE, "title_fontsize": LEGEND_SIZE}
+    figure.legend(handles, names, title=title and shortened(title), **where)
+
+
+def powers(axis: Any, values: Sequence[float], unit: float = 1) -> None:
+    """A logarithmic axis that counts in powers of two.
+
+    values: what is drawn, all greater than 0: ticks stand there where they are few and apart, else
+    at powers. unit: what one of the numbers shown stands for.
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    found = sorted({float(value) for value in values if value > 0})
+    if not found:
+        return
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log", base=2)
+    ticks = [at for at, after in pairwise([*found, np.inf]) if after / at > ALIKE]
+    near = any(after / at < APART for at, after in pairwise(ticks))
+    if near or len(ticks) > MOST_TICKS or found[0] < 1:
+        low, high = int(np.floor(np.log2(found[0]))), int(np.ceil(np.log2(found[-1])))
+        step = 1 + (high - low) // MOST_TICKS
+        ticks = [2.0**power for power in range(high, low - 1, -step)][::-1]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: _number(value / unit))
+    if found[-1] / found[0] < ALIKE:
+        limits = (found[0] / 2, found[-1] * 2)
+        (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(limits)
+
+
+def _number(value: float) -> str:
+    """A tick: 16,384 or 0.003 or 1e-07."""
+    if value and (abs(value) < 1e-4 or abs(value) >= 1e9):
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if value == round(value) or value > 32 else f"{value:,.4g}"
+
+
+def _tidy(figure: Any) -> None:
+    """Names as they are, logarithmic axes with plain numbers, and ticks that do not overlap."""
+    from matplotlib.text import Text
+
+    axes = [each for each in figure.axes if each.axison]
+    for each in axes:
+        for axis in (each.xaxis, each.yaxis):
+            if axis.get_scale() == "log":
+                _plain(axis)
+            texts = [label.get_text() for label in axis.get_ticklabels()]
+            if any(shortened(text, LONGEST // 2) != text for text in texts):
+                axis.set_ticks(axis.get_ticklocs(), distinct(texts, LONGEST // 2))
+    longest = int(LETTERS_PER_INCH * figure.get_figwidth())
+    for text in figure.findobj(Text):
+        lines = text.get_text().split("\n")
+        text.set_text("\n".join(shortened(line, longest) for line in lines))
+    figure.draw_without_rendering()
+    for each in axes:
+        for axis in (each.xaxis, each.yaxis):
+            _thin(axis, figure)
+
+
+def _plain(axis: Any) -> None:
+    """Numbers in place of powers in TeX, and at least two ticks, however narrow the range."""
+    from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator, NullLocator
+
+    if not isinstance(axis.get_major_formatter(), LogFormatter):
+        return
+    low, high = sorted(axis.get_view_interval())
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks: list[float] = []
+    for digits in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [d * 10.0**n for n in decades for d in digits if low <= d * 10.0**n <= high]
+        if len(ticks) >= 3:
+            break
+    if len(ticks) < 2:
+        ticks = [t for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
+    while len(ticks) > MOST_TICKS:
+        ticks = ticks[::2]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: _number(value))
+
+
+def _thin(axis: Any, figure: Any) -> None:
+    """Turn words that would overlap; of numbers leave out every second, until none do."""
+    if axis.axis_name == "x" and overlapping(axis, figure):
+        texts = [label.get_text() for label in axis.get_ticklabels()]
+        if not all(_is_number(text) for text in texts if text):
+            axis.set_tick_params(rotation=35)
+            for label in axis.get_ticklabels():
+                label.set(ha="right", rotation_mode="anchor")
+            return
+    while overlapping(axis, figure):
+        axis.set_ticks(_inside(axis)[::-2][::-1])
+        figure.draw_without_rendering()
+
+
+def _inside(axis: Any) -> list[float]:
+    """Its ticks, without those that lie beyond its ends."""
+    low, high = sorted(axis.get_view_interval())
+    return [place for place in axis.get_ticklocs() if low <= place <= high]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace(",", "").replace("\N{MINUS SIGN}", "-"))
+    except ValueError:
+        return False
+    return True
+
+
+def overlapping(axis: Any, figure: Any) -> bool:
+    """Whether two labels of an axis touch. The figure must have been drawn."""
+    renderer = figure.canvas.get_renderer()
+    along = (lambda box: (box.x0, box.x1)) if axis.axis_name == "x" else lambda b: (b.y0, b.y1)
+    shown = axis.get_ticklabels()
+    places = zip(shown, axis.get_ticklocs(), strict=False)
+    inside = set(_inside(axis))
+    spans = sorted(along(text.get_window_extent(renderer)) for text, at in places if at in inside)
+    return any(left[1] > right[0] for left, right in pairwise(spans))

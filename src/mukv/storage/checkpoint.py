@@ -1,0 +1,317 @@
+"""Checkpoints of a training state: whole or not there, checked when read, on any mesh.
+
+Orbax writes every array in pieces from the devices that hold them and commits by one rename. It
+does not notice flipped bits (tried: it returns other numbers without a word), nor say in one line
+what does not fit or can't be read. So each step also carries a manifest, with which what
+`storage/stored.py` reads is compared. Arrays without elements can't be saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+
+from mukv.core.errors import BadInput, Failed, telling_disk_errors
+from mukv.core.params import named
+from mukv.storage import manifest
+from mukv.storage.manifest import Damaged, reason
+from mukv.storage.stored import read_arrays, require_path
+
+STATE, MANIFEST, DELETED = "state", "manifest", ".deleted"
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""In the name of a step that is being written."""
+
+
+@dataclass(frozen=True)
+class Preserve:
+    """Which steps stay: the last ones, those with the lowest score, and a step that is pinned."""
+
+    last: int
+    best: int
+    scores: dict[int, float]
+    pinned: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax asks this when a save begins, and deletes the others once it is complete."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        scored = sorted(self.scores.keys() & steps, key=lambda step: (self.scores[step], step))
+        kept = {*sorted(steps)[-self.last :], *scored[: self.best], self.pinned}
+        return [step in kept for step in steps]
+
+
+@dataclass(frozen=True)
+class _Info:
+    """What `Keep` asks of a checkpoint."""
+
+    step: int
+
+
+class Checkpoints:
+    """The checkpoints of one run, in folder/STEP. A context manager; all processes use it alike.
+
+    keep_last: newest steps to keep, at least 1. keep_best: steps with the lowest metric to keep
+    besides. pinned: a step to keep whatever else. asynchronous: `save` returns once the state is
+    copied to the host. read_only: create, delete and clean nothing, so that a run in progress may
+    be looked at.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        pinned: int | None = None,
+        asynchronous: bool = True,
+        read_only: bool = False,
+    ):
+        """Raises BadInput if the folder can't be used, or holds something else."""
+        self.folder, self.read_only = Path(folder).absolute(), read_only
+        foreign = [step for step in _numbered(self.folder) if _foreign(self.folder / str(step))]
+        if foreign:
+            raise BadInput(
+                str(self.folder / str(foreign[0])), "no checkpoint of mukv", "choose another folder"
+            )
+        self.saving: int | None = None
+        self.scores = self._read_scores()
+        self.keep = Preserve(keep_last, keep_best, self.scores, pinned)
+        self.manager: ocp.CheckpointManager | None = None
+        if read_only:
+            return
+        require_path(self.folder)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self.keep,
+            enable_async_checkpointing=asynchronous,
+            # Deleting in place, a kill would leave a part of a checkpoint, which looks like one.
+            todelete_subdir=DELETED,
+        )
+        with telling_disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                _remove_leftovers(self.folder)
+                self._empty_deleted()
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A save that fails now must not hide why the block was left.
+        with contextlib.suppress(Failed) if kind else contextlib.nullcontext():
+            self.close()
+        if kind is None and self._alone_writes:
+            self._forget_others()
+
+    def steps(self) -> list[int]:
+        """The complete checkpoints, oldest first."""
+        return [step for step in _numbered(self.folder) if _ours(self.folder / str(step))]
+
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step with the lowest metric, the earlier one of equals."""
+        scored = self.scores.keys() & self.steps()
+        return min(scored, key=lambda step: (self.scores[step], step), default=None)
+
+    def save(self, step: int, state: Any, metric: float | None = None) -> None:
+        """Save a pytree of jax arrays; does nothing if the step is there already.
+
+        metric: lower is better. The state may be donated as soon as this returns. Raises Failed
+        if this save, or an asynchronous one before it, can't be written; what was there stays.
+        """
+        if step == self.saving or step in self.steps():
+            return
+        assert self.manager is not None, "read only"
+        self.wait()
+        self._require_space(state)
+        if metric is not None and math.isfinite(metric):
+            self.scores[step] = float(metric)
+        described = manifest.describe(state, self.scores.get(step))
+        self.saving = step
+        arguments = {
+            STATE: ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
+            MANIFEST: ocp.args.JsonSave(described),  # pyright: ignore[reportCallIssue]
+        }
+        with self._telling_failure():
+            # Forced, since Orbax otherwise skips, without a word, a step older than the latest.
+            self.manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+
+    def forget_after(self, step: int) -> None:
+        """Delete what is newer than a step."""
+        assert self.manager is not None, "read only"
+        for later in reversed(self.steps()):
+            if later > step:
+                self.manager.delete(later)
+                self.scores.pop(later, None)
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises Failed if it can't be written."""
+        if self.manager is None:
+            return
+        with self._telling_failure():
+            self.manager.wait_until_finished()
+        self.saving = None
+        self._empty_deleted()
+
+    @property
+    def _alone_writes(self) -> bool:
+        return not self.read_only and jax.process_index() == 0
+
+    def _forget_others(self) -> None:
+        """Delete what is not to be kept: a kill after the last save has left it."""
+        infos = [_Info(step) for step in self.steps()]
+        kept = self.keep.should_preserve(infos, context=None)
+        for info, stays in zip(infos, kept, strict=True):
+            if not stays:
+                (self.folder / DELETED).mkdir(exist_ok=True)
+                os.rename(self.folder / str(info.step), self.folder / DELETED / str(info.step))
+        self._empty_deleted()
+
+    def _empty_deleted(self) -> None:
+        if self._alone_writes:
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
+
+    def close(self) -> None:
+        """Wait, then let go of the folder."""
+        try:
+            self.wait()
+        finally:
+            if self.manager is not None:
+                self.manager.close()
+
+    def restore(self, step: int | None, like: Any) -> Any:
+        """The state of a step, None for the latest.
+
+        like: pytree of `jax.ShapeDtypeStruct`, each with the sharding that it is wanted in (None:
+        the first device). Raises BadInput if there is no such checkpoint or it is another
+        model's, Failed if it is damaged.
+        """
+        self.wait()
+        steps = self.steps()
+        step = self.latest() if step is None else step
+        if step not in steps:
+            given = "no checkpoint" if step is None else f"step {step}"
+            there = f"saved steps: {', '.join(map(str, steps))}" if steps else "nothing is saved"
+            raise BadInput(str(self.folder), given, there)
+        try:
+            return self._read(step, like)
+        except Damaged as error:
+            path = self.folder / str(step)
+            good = self._newest_good(steps[: steps.index(step)], like)
+            if good is None:
+                advice = "no earlier one is whole: delete the damaged folder to begin anew"
+            else:
+                advice = f"the last good one is {good}: delete the damaged folder to go on from it"
+            raise Failed(f"{path}: {error}; {advice}") from error
+
+    def _newest_good(self, steps: Sequence[int], like: Any) -> int | None:
+        for step in reversed(steps):
+            with contextlib.suppress(Damaged, BadInput):
+                self._read(step, like)
+                return step
+        return None
+
+    def _read(self, step: int, like: Any) -> Any:
+        """Raises Damaged, or BadInput if it is another model's."""
+        path = self.folder / str(step)
+        saved = manifest.read(path / MANIFEST / "metadata")
+        manifest.require_same_tree(saved, like, path)
+        require_path(path)
+        found, problem = {}, None
+        try:
+            found = read_arrays(path / STATE, named(jax.tree.map(_placed, like)))
+        except Exception as error:  # TensorStore raises a dozen types
+            problem = error
+        # All processes must agree: those that read their parts would wait for the others.
+        if not np.all(multihost_utils.process_allgather(np.asarray(problem is None))):
+            why = "in another process" if problem is None else reason(problem)
+            raise Damaged(f"it can't be read ({why})") from problem
+        state = jax.tree.unflatten(jax.tree.structure(like), list(found.values()))
+        manifest.require_same_numbers(saved, state)
+        return state
+
+    def _read_scores(self) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for step in self.steps():
+            with contextlib.suppress(Damaged):
+                metric = manifest.read(self.folder / str(step) / MANIFEST / "metadata")["metric"]
+                found |= {} if metric is None else {step: metric}
+        return found
+
+    def _require_space(self, state: Any) -> None:
+        # Orbax's threads would also tell of a full disk, in a hundred lines.
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise Failed(
+                f"{self.folder}: the disk is full: a checkpoint needs {needed / 1e6:,.0f} MB and "
+                f"{free / 1e6:,.0f} MB are free; the checkpoints that are there are safe"
+            )
+
+    @contextlib.contextmanager
+    def _telling_failure(self) -> Any:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise a dozen types
+            step, self.saving = self.saving, None
+            text = str(error)
+            full = any(sign in text for sign in ("No space left", "os_error_code='28'"))
+            problem = "the disk is full" if full else reason(error)
+            good = self.latest()
+            advice = "nothing is saved" if good is None else f"step {good} is safe"
+            raise Failed(
+                f"{self.folder}: step {step} was not saved: {problem}; {advice}"
+            ) from error
+
+
+def _numbered(folder: Path) -> list[int]:
+    """Steps by the names of sub-folders; Orbax names unfinished ones otherwise."""
+    if not folder.is_dir():
+        return []
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal() and name.isascii())
+
+
+def _ours(path: Path) -> bool:
+    return (path / STATE).is_dir() or (path / MANIFEST).is_dir()
+
+
+def _foreign(path: Path) -> bool:
+    """Not even what is left of a checkpoint that was being deleted when the process was killed."""
+    names: set[str] = set()
+    with contextlib.suppress(FileNotFoundError):  # deleted by a training that goes on
+        names = {entry.name for entry in path.iterdir()}
+    return bool(names) and not names & {STATE, MANIFEST, "_CHECKPOINT_METADATA"}
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what a kill left: steps that were being written, and steps that were being deleted,
+    of whose name Orbax would not write one again.
+
+    Orbax can do the former in the background, and then may not have ended when it is closed.
+    """
+    unfinished = [entry for entry in folder.iterdir() if UNFINISHED in entry.name]
+    gone = [folder / str(step) for step in _numbered(folder) if not _ours(folder / str(step))]
+    for path in (*unfinished, *gone):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

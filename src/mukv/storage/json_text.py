@@ -1,0 +1,78 @@
+"""JSON as every reader takes it, without NaN, and files of one object that others wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mukv.core.errors import BadInput
+from mukv.storage.files import require_regular_file
+
+MOST_BYTES = 32 << 20
+"""The index of a model with 100,000 tensors has 10 MB; a parsed file takes 30 times its size."""
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written as UTF-8: a path of other bytes can't."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """The text of a value made of mappings, lists, tuples, numbers and text.
+
+    Numbers that are not finite become null, numpy's numbers and arrays what they hold, and
+    anything else, such as a path, its text.
+    """
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_key(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "tolist"):  # an array or a number of numpy's or JAX's
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _key(key: Any) -> Any:
+    return key if key is None or isinstance(key, bool | int | str) else str(key)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file with one JSON object. Raises BadInput for anything else, a key that stands there
+    twice included."""
+    size = require_regular_file(path).stat().st_size
+    if size > MOST_BYTES:
+        raise BadInput(str(path), f"{size:,} bytes", f"JSON of at most {MOST_BYTES:,} bytes")
+    try:
+        found = json.loads(path.read_text("utf-8"), object_pairs_hook=_each_key_once)
+    except _Twice as twice:
+        raise BadInput(f"{path}: {twice}", "two values", "a key stands once") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(str(path), f"a file that can't be read ({error})", "JSON") from None
+    if not isinstance(found, dict):
+        raise BadInput(str(path), type(found).__name__, "a JSON object")
+    return found
+
+
+class _Twice(Exception):
+    """The message is the key."""
+
+
+def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found

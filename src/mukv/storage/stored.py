@@ -1,0 +1,75 @@
+"""Arrays read back from where Orbax put them, one after another, each onto its devices; and the
+paths at which it can put any.
+
+Orbax reads them all at once in an event loop, which it closes at the first error; every read that
+ends later then prints a traceback of its own. Read one by one, a damaged file is one exception.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+from mukv.core.errors import BadInput
+from mukv.storage.json_text import is_text
+
+PATH_BYTES = 3800
+"""Of the folder's path: Linux allows 4096, and what lies below it takes up to 200."""
+
+
+def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Arrays by dotted name, each with the shape, type and sharding that is wanted.
+
+    folder: what Orbax saved with `StandardSave`. Raises ValueError, with TensorStore's message,
+    for what is missing or can't be decoded.
+    """
+    for entry in folder.rglob("*"):
+        if not entry.is_file() and not entry.is_dir():  # a pipe would be read for ever
+            raise ValueError(f"{entry.name} is neither a file nor a folder")
+    context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
+    return {name: _read(folder, name, leaf, context) for name, leaf in wanted.items()}
+
+
+def _read(folder: Path, name: str, leaf: jax.ShapeDtypeStruct, context: ts.Context) -> jax.Array:
+    database = {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": f"{folder}/"},
+        "path": f"{name}/",
+        "cache_pool": "cache_pool#ocdbt",
+    }
+    array = ts.open({"driver": "zarr", "kvstore": database}, read=True, context=context).result()
+    if array.shape != leaf.shape or array.dtype.numpy_dtype != leaf.dtype:
+        raise ValueError(f"{name} is {array.dtype.name}{list(array.shape)}")
+    parts: dict[str, np.ndarray] = {}
+
+    def part(place: Any) -> np.ndarray:
+        """Devices that hold the same part read it once."""
+        if str(place) not in parts:
+            parts[str(place)] = array[place].read().result()
+        return parts[str(place)]
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+
+def require_path(folder: Path) -> None:
+    """Raise BadInput for a path that Orbax takes for a pattern, or TensorStore for another one.
+
+    Orbax looks for what it wrote with `glob`; TensorStore reads a backslash as a slash, and takes
+    no text that is not UTF-8.
+    """
+    text = str(folder)
+    if not is_text(text):
+        raise BadInput("--out", text, "a path in UTF-8: checkpoints can't be kept in another")
+    found = sorted({letter for letter in text if letter in "[]*?\\"})
+    if found:
+        named = " ".join(map(ascii, found))
+        raise BadInput("--out", text, f"a path without {named}: checkpoints can't be kept there")
+    room = PATH_BYTES - len(os.fsencode(text))
+    if room < 0:
+        raise BadInput("--out", f"{text[:80]}...", f"a path of at most {PATH_BYTES} bytes")

@@ -1,0 +1,123 @@
+"""Weights as one safetensors file: a nested dict of arrays, its names joined by dots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+
+from mukv.core.errors import BadInput
+from mukv.core.params import abstract, named
+from mukv.storage import checksum
+from mukv.storage.tensors import Spec, is_finite, write_tensors
+
+FILE = "weights.safetensors"
+
+
+def save_weights(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
+    """Write a nested dict of arrays (any sharding, any type of 8 to 64 bits) into a folder.
+
+    Returns the file's path. All processes must call it, the first one writes. The file is whole
+    or not there, and carries a checksum; one of the same name is replaced. Raises BadInput for a
+    name with a dot, or a folder that can't be written, Failed for a full disk.
+    """
+    arrays = {name: _on_host(array) for name, array in _flatten(tree)}
+    path = folder / FILE
+    if jax.process_index() == 0:
+        specs = {
+            name: Spec(array.shape, array.dtype, partial(iter, (array,)))
+            for name, array in arrays.items()
+        }
+        write_tensors(path, specs, metadata)
+    return path
+
+
+def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The nested dict of numpy arrays that `save_weights` wrote, and its metadata.
+
+    Raises BadInput if the file is missing, damaged or something else.
+    """
+    path = folder / FILE
+    tree: dict[str, Any] = {}
+    checksum.require_whole(path)
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = dict(file.metadata() or {})
+            for name in file.keys():  # noqa: SIM118 (a file, not a dict)
+                *parents, last = name.split(".")
+                node = tree
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                node[last] = file.get_tensor(name)
+    except (IndexError, AttributeError):  # of an array, where a dict would have to be
+        given = "a name that begins with the name of another weight"
+        raise BadInput(str(path), given, "weights that mukv wrote") from None
+    except (SafetensorError, OSError, TypeError) as error:
+        given = f"a file that can't be read ({str(error).splitlines()[0]})"
+        raise BadInput(str(path), given, "it is cut short, or not written by mukv") from None
+    metadata.pop(checksum.KEY, None)
+    return tree, metadata
+
+
+def step_of(metadata: Mapping[str, str], path: Path) -> int:
+    """The step in the metadata of a run's weights. Raises BadInput if it is no number."""
+    step = metadata.get("step", "0")
+    if not (step.isascii() and step.isdecimal() and len(step) < 16):
+        raise BadInput(f"{path}: step", step[:40], "the number of the step, as mukv writes it")
+    return int(step)
+
+
+def require_finite(weights: Any, where: object) -> None:
+    """Raise BadInput for weights of which some are not finite numbers."""
+    for name, leaf in named(weights).items():
+        shards = getattr(leaf, "addressable_shards", None)
+        parts = [leaf] if shards is None else [s.data for s in shards if s.replica_id == 0]
+        if not all(is_finite(np.asarray(part)) for part in parts):
+            raise not_finite(f"{where}: {name}")
+
+
+def not_finite(where: str) -> BadInput:
+    """The error for weights that are not finite."""
+    given = "numbers that are infinite or not a number"
+    others = "eval, generate, export and import take others with --allow-nonfinite"
+    return BadInput(where, given, f"finite weights; {others}")
+
+
+def require_weights(declared: Any, found: Any, path: Path) -> None:
+    """Raise BadInput where weights are not those that a model declares, or no real numbers."""
+    wanted = {name: leaf.shape for name, leaf in named(abstract(declared)).items()}
+    shapes = {name: leaf.shape for name, leaf in named(found).items()}
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(name) != shapes.get(name):
+            raise BadInput(
+                f"{path}: {name}",
+                shapes.get(name, "missing"),
+                f"the configuration asks for {wanted.get(name, 'no such weight')}",
+            )
+    for name, leaf in named(found).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            allowed = "weights are floating point numbers"
+            raise BadInput(f"{path}: {name}", str(leaf.dtype), allowed)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if "." in key:
+            raise BadInput(f"{prefix}{key}", key, "the name of a weight has no dot")
+        inner = isinstance(value, Mapping)
+        flat += _flatten(value, f"{prefix}{key}.") if inner else [(f"{prefix}{key}", value)]
+    return flat
+
+
+def _on_host(array: Any) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array, order="C")

@@ -1,0 +1,172 @@
+"""The memory of a training step, known before the step runs, held against what is free.
+
+What the state and the residual stream alone need is counted first, in no time; what the whole step
+needs is read off the compiled program, which the run then uses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.core.errors import BadInput
+from mukv.core.mesh import batch_sharding
+from mukv.train.step import BATCH_FIELDS, Trainer
+
+GIBIBYTE = 1 << 30
+LEFT = 0.95
+"""Share of the free memory that a step may take: Python and the file system need the rest."""
+
+
+def free_memory() -> int:
+    """Bytes that are free: of a device's own memory, or of the computer for all devices that are
+    simulated on it."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats["bytes_in_use"])
+    available = _available()
+    # In a container the limit is that of its group.
+    limit, used = (
+        _number(Path("/sys/fs/cgroup") / f"memory.{name}") for name in ("max", "current")
+    )
+    if limit is not None and used is not None:
+        # The group's file cache counts as used and is given up when it is needed.
+        available = min(available, limit - used + _cached())
+    return max(available, 0)
+
+
+def _available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 62  # unknown: nothing is refused
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return None
+
+
+def _cached() -> int:
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    except OSError:
+        return 0
+
+
+def sharing() -> int:
+    """Devices whose memory is one: simulated ones share the computer's."""
+    devices = jax.local_devices()
+    return len(devices) if devices[0].platform == "cpu" else 1
+
+
+def least_bytes(trainer: Trainer) -> int:
+    """Bytes that a step needs at least, on all devices that share memory: weights, optimizer state
+    and gradient, and the input of each layer, which the backward pass starts from."""
+    state = trainer.abstract_state()
+    fixed = sum(_local(leaf) for leaf in jax.tree.leaves(state))
+    fixed += sum(_local(leaf) for leaf in jax.tree.leaves(state.weights))
+    return _here(trainer) * (fixed + _stream(trainer))
+
+
+def _here(trainer: Trainer) -> int:
+    return min(sharing(), trainer.mesh.size)
+
+
+def _local(leaf: Any) -> int:
+    """Bytes of an array's part on one device."""
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    return int(np.prod(shape, dtype=np.float64)) * leaf.dtype.itemsize
+
+
+def _stream(trainer: Trainer) -> int:
+    training, model = trainer.training, trainer.model
+    tokens = training.batch * training.length // training.accumulate // trainer.mesh.shape["data"]
+    layers = sum(len(stack.layers) * stack.d_model / stack.every for stack in model.stacks)
+    return int(tokens * (layers + model.d_model) * trainer.compute.type.itemsize)
+
+
+def step_bytes(trainer: Trainer) -> int:
+    """Bytes that the compiled step takes on all devices that share memory, state and batch
+    included. Compiles the step, once."""
+    training, sharding = trainer.training, batch_sharding(trainer.mesh)
+    shape = training.batch, training.length
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32 if name == "weight" else jnp.int32, sharding=sharding
+        )
+        for name in BATCH_FIELDS
+    }
+    found = trainer.compile(batch).memory_analysis()
+    taken = found.argument_size_in_bytes + found.temp_size_in_bytes
+    taken += found.output_size_in_bytes - found.alias_size_in_bytes
+    return _here(trainer) * taken
+
+
+def require_least(trainer: Trainer) -> int:
+    """Bytes that a step may take. Raises BadInput where it takes more whatever the compiler does;
+    compiles nothing."""
+    room = int(LEFT * free_memory())
+    least = least_bytes(trainer)
+    if least > room:
+        raise _too_large(trainer, f"at least {_shown(least)}", least, room)
+    return room
+
+
+def require_bytes(what: str, taken: int, where: str, given: int) -> None:
+    """Raise BadInput where something takes more bytes than are free.
+
+    what: such as "the cache". where, given: the number that made it large.
+    """
+    room = int(LEFT * free_memory())
+    if taken > room:
+        sizes = f"{what} takes {_shown(taken)} of memory, and {_shown(room)} are free"
+        raise BadInput(where, given, f"at most about {int(given * room / taken):,}: {sizes}")
+
+
+def require_room(trainer: Trainer) -> None:
+    """Raise BadInput for a step that takes more memory than is free, with the figure and with
+    what would fit. Absurd sizes are refused before anything is compiled."""
+    room = require_least(trainer)
+    taken = step_bytes(trainer)
+    if taken > room:
+        raise _too_large(trainer, _shown(taken), taken, room)
+
+
+def _too_large(trainer: Trainer, shown: str, taken: int, room: int) -> BadInput:
+    training = trainer.training
+    fixed = least_bytes(trainer) - _here(trainer) * _stream(trainer)
+    where = f"batch {training.batch:,} x length {training.length:,}"
+    said = f"a step takes {shown} of memory, and {_shown(room)} are free"
+    if fixed >= room:
+        said += f"; weights and optimizer alone take {_shown(fixed)}: a smaller model"
+        return BadInput("memory", where, f"{said} (or `ignore_memory`)")
+    share = (room - fixed) / (taken - fixed)
+    rows = training.batch // training.accumulate
+    split = trainer.mesh.shape["data"]
+    fits = int(rows * share) // split * split
+    ways: list[str] = []
+    if fits:
+        parts = [n for n in range(1, training.batch + 1) if training.batch % n == 0]
+        pieces = [
+            n for n in parts if training.batch // n <= fits and training.batch // n % split == 0
+        ]
+        ways += [f"train.accumulate={pieces[0]}"] if pieces else []
+        ways += [f"train.batch={fits * training.accumulate}"]
+    length = int(training.length * share)
+    ways += [f"train.length={length}"] if length else []
+    return BadInput(
+        "memory", where, f"{said}; about what fits: {' or '.join(ways)} (or `ignore_memory`)"
+    )
+
+
+def _shown(count: int) -> str:
+    return f"{count / GIBIBYTE:,.1f} GiB"

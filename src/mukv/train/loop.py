@@ -1,0 +1,274 @@
+"""The training loop: steps until the end, and everything that must happen on the way.
+
+Batches are a pure function of the step, so a run continues from its last checkpoint to the same
+bits. SIGTERM and SIGINT save and leave. A number that is not finite stops the run with the step,
+the layer and the last good checkpoint named. Knows no root configuration, only the parts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.core.device import peak_flops
+from mukv.core.errors import Failed
+from mukv.data.batches import Prefetch
+from mukv.data.feed import Source
+from mukv.model.counting import flops_per_token
+from mukv.show.progress import Bar
+from mukv.storage.checkpoint import Checkpoints
+from mukv.train.metrics import Trackers, read_metrics
+from mukv.train.step import Metrics, State, Trainer
+from mukv.train.stopping import StopSignal
+
+PROFILED_STEPS = range(10, 16)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. step: updates done. loss: training loss of one batch, in nats per token,
+    before the update `loss_step`. validation_loss: nats per token after `validation_step` updates.
+    wait_fraction: share of the time that steps waited for data.
+    """
+
+    state: State
+    step: int
+    loss: float
+    validation_loss: float | None
+    validation_bits_per_byte: float | None
+    tokens_per_second: float
+    wait_fraction: float
+    finished: bool
+    loss_step: int | None = None
+    validation_step: int | None = None
+
+    def require_finished(self, folder: Path) -> None:
+        """For what is done with the whole run. Raises Failed where a signal stopped it."""
+        if not self.finished:
+            raise Failed(
+                f"{folder}: stopped at step {self.step}; the same command goes on from there"
+            )
+
+
+@dataclass
+class Clock:
+    """Speed since the first step, which compiles and does not count; pauses left out."""
+
+    tokens_per_step: int
+    began: float | None = None
+    steps: int = 0
+    paused: float = 0.0
+
+    def tick(self) -> None:
+        if self.began is None:
+            self.began = time.monotonic()
+        else:
+            self.steps += 1
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.paused += time.monotonic() - start
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self.began is None else time.monotonic() - self.began - self.paused
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step * self.steps / self.seconds if self.steps else 0.0
+
+
+@dataclass
+class Loop:
+    """One run of one trainer in one folder."""
+
+    trainer: Trainer
+    batches: Source
+    validation: Source
+    token_bytes: np.ndarray
+    checkpoints: Checkpoints
+    folder: Path
+    title: str = "training"
+    begin: Callable[[], State] | None = None
+    """The state before the first step; drawn by the trainer if None."""
+    last: dict[str, float] = field(default_factory=dict)
+    """The latest value of each number."""
+    seen: dict[str, int] = field(default_factory=dict)
+    """The step of each latest value."""
+
+    def run(self) -> Outcome:
+        """Train from the latest checkpoint, or from the beginning, to the last step."""
+        training, trainer = self.trainer.training, self.trainer
+        start = self.checkpoints.latest() or 0
+        state = self.restore()
+        clock = Clock(training.batch * training.length)
+        peak = peak_flops(trainer.mesh.size)
+        flops = flops_per_token(trainer.model, training.length)
+        step, finished = start, True
+        stable = training.schedule.stable_until(training.steps)
+        self.last, self.seen = known_so_far(self.folder / "metrics.jsonl", start)
+        with ExitStack() as stack:
+            stack.enter_context(jax.set_mesh(trainer.mesh))
+            stop = stack.enter_context(StopSignal())
+            silent = jax.process_index() > 0
+            trackers = Trackers(self.folder, training.trackers, start, silent)
+            stack.callback(trackers.close)
+            bar = stack.enter_context(Bar(self.title, training.steps, start, silent))
+            if start >= training.steps:
+                bar.say(f"all {start} steps were done before: figures are those of then")
+            prefetch = Prefetch(
+                lambda step: self.batches.at(step, **trainer.share), range(start, training.steps)
+            )
+            stack.enter_context(prefetch)
+            for step, batch in enumerate(prefetch, start=start + 1):
+                state, metrics = trainer.step(state, step - 1, trainer.put(batch))
+                if training.profile:
+                    _profile(step - start, training.steps - start, self.folder)
+                clock.tick()
+                ends = step == training.steps
+                logs = ends or step % training.log_every == 0 or step == start + 1
+                # Asking the other processes costs a collective: only now and then.
+                leaves = (logs or jax.process_count() == 1) and stop.agreed()
+                logs = logs or leaves
+                evaluates = ends or _due(step, training.evaluate_every)
+                saves = ends or leaves or _due(step, training.checkpoint_every) or step == stable
+                if logs or evaluates or saves:
+                    self.require_sound(state, step, metrics)
+                if logs:
+                    rate = clock.tokens_per_second
+                    numbers = {
+                        "loss": float(metrics.loss),
+                        "gradient_norm": float(metrics.gradient_norm),
+                        "learning_rate": float(metrics.learning_rate),
+                        **{f"{name}_per_token": float(n) for name, n in metrics.counts.items()},
+                        "tokens": step * clock.tokens_per_step,
+                        "tokens_per_second": rate,
+                        "mfu": rate * flops / peak,
+                        "wait_fraction": prefetch.wait_seconds / max(clock.seconds, 1e-9),
+                    }
+                    self.note(step, numbers)
+                    trackers.log(step, numbers)
+                if evaluates:
+                    with clock.pause():
+                        validation = self.evaluate(state)
+                    self.note(step, validation)
+                    trackers.log(step, validation)
+                if logs or evaluates:
+                    bar.show(step, shown(step, self.last, self.seen))
+                if saves:
+                    with clock.pause():
+                        score = self.last.get("validation_loss") if evaluates else None
+                        self.checkpoints.save(step, state, score)
+                if leaves:
+                    finished = ends
+                    bar.say(f"{stop.name or 'another process'}: saved step {step}, leaving")
+                    break
+            self.checkpoints.wait()
+        return Outcome(
+            state=state,
+            step=step,
+            loss=self.last.get("loss", float("nan")),
+            loss_step=self.seen.get("loss"),
+            validation_step=self.seen.get("validation_loss"),
+            validation_loss=self.last.get("validation_loss"),
+            validation_bits_per_byte=self.last.get("validation_bits_per_byte"),
+            tokens_per_second=self.last.get("tokens_per_second", 0.0),
+            wait_fraction=self.last.get("wait_fraction", 0.0),
+            finished=finished,
+        )
+
+    def note(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Remember the latest numbers and their step."""
+        self.last |= numbers
+        self.seen |= dict.fromkeys(numbers, step)
+
+    def restore(self) -> State:
+        """The latest checkpoint on this mesh, or a new state."""
+        if self.checkpoints.latest() is None:
+            return (self.begin or self.trainer.initial_state)()
+        return self.checkpoints.restore(None, self.trainer.abstract_state())
+
+    def require_sound(self, state: State, step: int, metrics: Metrics) -> None:
+        """Raise Failed where a loss or gradient was not finite; the state stopped there."""
+        sound = int(state.step)
+        if sound == step:
+            return
+        batch = self.batches.at(sound, **self.trainer.share)
+        culprit = self.trainer.blame(state, self.trainer.put(batch))
+        self.checkpoints.wait()
+        # One of this very step would fail again: it holds the weights that failed.
+        good = [str(saved) for saved in self.checkpoints.steps() if saved < sound]
+        saved = f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"
+        raise Failed(
+            f"step {sound + 1}: not a finite number in {culprit}; {saved} in {self.folder}"
+        )
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        """Loss on the validation windows: nats per token and bits per byte."""
+        training = self.trainer.training
+        windows: Iterable[Any] = self.validation.once(
+            training.validation_batches, **self.trainer.share
+        )
+        total = np.zeros(3)
+        table = jnp.asarray(self.token_bytes, jnp.int32)
+        for batch in windows:
+            sums = self.trainer.validate(state.weights, self.trainer.put(batch), table)
+            total += np.asarray([float(number) for number in sums])
+        return validation_metrics(*total)
+
+
+def known_so_far(path: Path, step: int) -> tuple[dict[str, float], dict[str, int]]:
+    """The latest value of each number that was logged up to a step, and the step of each."""
+    known: dict[str, float] = {}
+    seen: dict[str, int] = {}
+    for record in read_metrics(path):
+        at = int(record.pop("step"))
+        if at <= step:
+            known |= record
+            seen |= dict.fromkeys(record, at)
+    return known, seen
+
+
+def validation_metrics(nats: float, tokens: float, read: float) -> dict[str, float]:
+    """From summed loss, number of tokens and of bytes."""
+    return {
+        "validation_loss": nats / max(tokens, 1),
+        "validation_bits_per_byte": nats / math.log(2) / max(read, 1),
+    }
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def shown(step: int, last: Mapping[str, float], seen: Mapping[str, int]) -> dict[str, str]:
+    """The numbers of the progress line. A number of an earlier step says which."""
+    text = {"training loss": f"{last['loss']:.3f}"}
+    if "validation_bits_per_byte" in last:
+        at = seen["validation_bits_per_byte"]
+        stale = "" if at == step else f" (step {at})"
+        text["validation bits/byte"] = f"{last['validation_bits_per_byte']:.3f}{stale}"
+    if last["tokens_per_second"]:  # not before the second step: the first one compiles
+        text["tokens/s"] = f"{last['tokens_per_second']:,.0f}"
+    if last["mfu"] and math.isfinite(last["mfu"]):
+        text["mfu"] = f"{last['mfu']:.0%}"
+    return text
+
+
+def _profile(done: int, steps: int, folder: Path) -> None:
+    """Trace a few steps, once compiled and warm, for TensorBoard's or Perfetto's profiler."""
+    if done == PROFILED_STEPS.start < steps:
+        jax.profiler.start_trace(str(folder / "profile"))
+    if PROFILED_STEPS.start < done == min(PROFILED_STEPS.stop, steps):
+        jax.profiler.stop_trace()

@@ -1,0 +1,169 @@
+"""Where the numbers of a run go: always to metrics.jsonl, on demand to a tracker.
+
+One line of JSON per record, appended and flushed at once. A tracker is a class with `log` and
+`close`; to add one: a class, a line in the table. Their packages are optional extras.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from mukv.core.counts import INT32
+from mukv.core.errors import BadInput, unknown_name
+from mukv.storage.files import write_atomic
+from mukv.storage.json_text import to_json
+
+LONGEST_LINE, MOST_STEPS = 1 << 20, INT32
+"""Characters of a line, and steps, of a metrics file that are believed."""
+LeftOut = Callable[[int, str], None]
+
+
+class Tracker(Protocol):
+    """Something that keeps numbers."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsFile:
+    """metrics.jsonl: one object per line, with the step."""
+
+    def __init__(self, path: Path, keep_until: int | None = None):
+        """keep_until: a resumed run forgets what an earlier one logged beyond this step."""
+        if path.exists():
+            kept = [r for r in read_metrics(path) if keep_until is None or r["step"] <= keep_until]
+            write_atomic(path, "".join(to_json(record) + "\n" for record in kept))
+        self.file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.file.write(to_json({"step": step, **values}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path, left_out: LeftOut | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file: a step of 32 bits, and the values that are numbers.
+
+    Whatever else stands there is passed over, such as a last line that a kill cut short, or text
+    in place of a loss. left_out: called with the number of such a line and the reason.
+    """
+    tell = left_out or (lambda number, why: None)
+    if not path.is_file():
+        if path.exists():
+            tell(0, "no regular file")
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        number, whole = 0, True
+        while line := file.readline(LONGEST_LINE):
+            began, whole = whole, line.endswith("\n")
+            number += began
+            if not began or not line.strip():
+                continue
+            if not whole and len(line) >= LONGEST_LINE:
+                tell(number, "a line that is too long")
+                continue
+            record = _parsed(line)
+            if record is None:
+                tell(number, "not what a run writes: an object with a step")
+                continue
+            numbers = {key: value for key, value in record.items() if _is_finite(value)}
+            for key in record.keys() - numbers.keys():
+                tell(number, f"{key[:40]} is no finite number")
+            yield numbers
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError of its own
+        return None
+    fits = isinstance(record, dict) and type(record.get("step")) is int
+    return record if fits and 0 <= record["step"] <= MOST_STEPS else None
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, through tensorboardX (extra `tensorboard`)."""
+
+    package = "tensorboardX"
+
+    def __init__(self, folder: Path, name: str):
+        self.writer = import_module(self.package).SummaryWriter(str(folder))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A Weights & Biases run (extra `wandb`)."""
+
+    package = "wandb"
+
+    def __init__(self, folder: Path, name: str):
+        self.run = import_module(self.package).init(
+            project="mukv", name=name, id=name, dir=str(folder), resume="allow"
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def require(names: Iterable[str]) -> None:
+    """Raise BadInput for a tracker that is not in the table, or whose package is missing."""
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown_name("train.trackers", name, TRACKERS)
+        try:
+            import_module(TRACKERS[name].package)
+        except ImportError:
+            allowed = f"needs an extra: pip install 'mukv[{name}]'"
+            raise BadInput("train.trackers", name, allowed) from None
+
+
+class Trackers:
+    """All of them at once."""
+
+    def __init__(
+        self, folder: Path, names: Sequence[str], keep_until: int | None, silent: bool = False
+    ):
+        """silent: log nothing, as all processes of a run do but the first."""
+        require(names)
+        self.all: list[Tracker] = []
+        if silent:
+            return
+        others = [TRACKERS[name](folder / name, folder.name) for name in names]
+        self.all = [MetricsFile(folder / "metrics.jsonl", keep_until), *others]
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """What is not finite is left out: JSON has no word for it."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for tracker in self.all:
+            tracker.log(step, finite)
+
+    def close(self) -> None:
+        for tracker in self.all:
+            tracker.close()

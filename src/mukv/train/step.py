@@ -1,0 +1,273 @@
+"""One training step, and what it needs: the state, the optimizer, the sharding of both.
+
+A step is a pure function of (state, batch): gradients of the summed loss over all pieces of the
+batch, divided by its weight, clipped, applied. A step whose loss or gradient is not finite leaves
+the state as it was, and so do all after it, so that the failure can be looked at where it
+happened. `loop.py` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from mukv.core import params
+from mukv.core.errors import BadInput
+from mukv.core.mesh import batch_sharding, replicated, share_of_batch, weight_shardings
+from mukv.core.tap import capture
+from mukv.core.typing import Array, Float, Int
+from mukv.model.base import LanguageModel
+from mukv.model.loss import Losses, summed_loss
+from mukv.scaling.schedules import Plan
+from mukv.scaling.updates import global_norm
+from mukv.train.training import Training
+
+BATCH_FIELDS = ("tokens", "targets", "weight", "position", "segment")
+Batch = Mapping[str, Array]
+"""tokens, targets, position, segment: int32 [batch token]; weight: float32 [batch token]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """weights and optimizer state in float32; step: updates done."""
+
+    weights: Any
+    optimizer: Any
+    step: Any
+
+
+class Metrics(NamedTuple):
+    """Of one step. loss: nats per token before the update. counts: what the model counts, per
+    token."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    counts: dict[str, Float[Array, ""]]
+
+
+class Trainer:
+    """The compiled functions of one model, training plan and mesh.
+
+    share: which of how many shares of each batch this process reads (`host`, `hosts`).
+    """
+
+    def __init__(self, model: LanguageModel, training: Training, mesh: Mesh):
+        """Raises BadInput if the batch can't be split over the mesh."""
+        rows = training.batch // training.accumulate
+        if rows % mesh.shape["data"]:
+            raise BadInput(
+                "train.batch",
+                training.batch,
+                f"batch / accumulate ({rows}) must be a multiple of mesh.data "
+                f"({mesh.shape['data']})",
+            )
+        training = training.effective
+        self.model, self.training, self.mesh = model, training, mesh
+        self.share = share_of_batch(mesh)
+        self.compute = training.compute.resolve(model.vocab_size)
+        self.declared = model.params()
+        self.resolved = model.resolved(training.optimizer.family)
+        self.optimizer = training.optimizer.transform(self.declared, self.resolved)
+        self._step = self._compiled_step = jax.jit(
+            self.update,
+            donate_argnums=0,
+            out_shardings=(self.shardings(), replicated(mesh)),
+        )
+        self.validate = jax.jit(self.validation_sums, out_shardings=replicated(mesh))
+
+    def step(self, state: State, step: int, batch: Batch) -> tuple[State, Metrics]:
+        """The update number `step`, counted from 0; the given state is used up."""
+        result = self._compiled_step(state, step, batch)
+        if jax.default_backend() == "cpu" and self.mesh.size > 1:
+            # Simulated devices share one pool of threads. A second program in flight can hold
+            # the threads that the first needs to finish a collective: a deadlock.
+            jax.block_until_ready(result)
+        return result
+
+    def compile(self, batch: Any) -> Any:
+        """The compiled step for batches of these shapes, which `step` then takes.
+
+        batch: `jax.ShapeDtypeStruct` by field, with shardings.
+        """
+        with jax.set_mesh(self.mesh):
+            self._compiled_step = self._step.lower(self.abstract_state(), 0, batch).compile()
+        return self._compiled_step
+
+    def abstract_state(self) -> State:
+        """Shapes and shardings of the state, nothing allocated."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self.draw, jax.random.key(0)),
+            self.shardings(),
+        )
+
+    def initial_state(self, seed: int | None = None) -> State:
+        """Weights drawn from the seed (default: that of the training), each device its own part."""
+        with jax.set_mesh(self.mesh):
+            key = jax.random.key(self.training.seed if seed is None else seed)
+            return jax.jit(self.draw, out_shardings=self.shardings())(key)
+
+    def state_of(self, weights: Any) -> State:
+        """A state before the first update that begins with these weights, of any type."""
+
+        def begin(weights: Any) -> State:
+            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
+            return State(wide, self.optimizer.init(wide), jnp.zeros((), jnp.int32))
+
+        with jax.set_mesh(self.mesh):
+            return jax.jit(begin, out_shardings=self.shardings())(weights)
+
+    def shardings(self) -> State:
+        """Where each part of the state lies."""
+        weights, whole = weight_shardings(self.declared, self.mesh), replicated(self.mesh)
+        shapes = params.abstract(self.declared)
+        shaped = {name: leaf.shape for name, leaf in params.named(shapes).items()}
+        placed = params.named(weights)
+
+        def place(path: Any, leaf: Any) -> Any:
+            # A part of the optimizer's state belongs to the weight that its path ends with.
+            for start in range(len(path)):
+                name = jax.tree_util.keystr(path[start:], simple=True, separator=".")
+                if shaped.get(name) == leaf.shape:
+                    return placed[name]
+            return whole
+
+        state = jax.eval_shape(self.optimizer.init, shapes)
+        return State(weights, jax.tree.map_with_path(place, state), whole)
+
+    def put(self, batch: Any) -> Batch:
+        """This process's `share` of a batch (numpy) as part of the global arrays on the mesh."""
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(sharding, getattr(batch, name))
+            for name in BATCH_FIELDS
+        }
+
+    def learning_rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        training = self.training
+        tokens = training.batch * training.length
+        plan = Plan(training.learning_rate, training.steps, tokens)
+        return training.schedule.rate(step, plan)
+
+    def blame(self, state: State, batch: Batch) -> str:
+        """Where the first number that is not finite appears, forward and then backward."""
+        with jax.set_mesh(self.mesh):
+            seen = jax.jit(self._finite)(state.weights, batch)
+            for name, finite in seen.items():
+                if not finite:
+                    return f"the output of {name}"
+            gradient = jax.jit(jax.grad(self._objective, has_aux=True))(state.weights, batch)[0]
+            # Gradients flow from the last layer to the first: the last bad one is the cause.
+            broken = [
+                name
+                for name, leaf in params.named(gradient).items()
+                if not jnp.isfinite(leaf).all()
+            ]
+        return f"the gradient of {broken[-1]}" if broken else "the norm of the gradient"
+
+    # Traced
+
+    def draw(self, key: Array) -> State:
+        """A state before the first update."""
+        deviations = jax.tree.map(lambda weight: weight.deviation, self.resolved)
+        weights = params.initialise(self.declared, deviations, key)
+        return State(weights, self.optimizer.init(weights), jnp.zeros((), jnp.int32))
+
+    def _objective(self, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Losses]:
+        losses = self._losses(weights, batch)
+        return losses.objective, losses
+
+    def _losses(self, weights: Any, batch: Batch) -> Losses:
+        return summed_loss(
+            self.model,
+            self.model.scaled(weights),
+            *(batch[name] for name in BATCH_FIELDS),
+            compute=self.compute,
+        )
+
+    def validation_sums(
+        self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+        """Summed loss in nats, number of tokens, number of bytes that they stand for."""
+        counted = batch["weight"] > 0
+        read = jnp.where(counted, token_bytes[batch["targets"]], 0)
+        # Float32 counts exactly up to 2**24, far beyond one batch.
+        nats = self._losses(weights, batch).cross_entropy
+        return nats, jnp.sum(batch["weight"]), jnp.sum(read * 1.0)
+
+    def _finite(self, weights: Any, batch: Batch) -> dict[str, Array]:
+        with capture() as taps:
+            self._losses(weights, batch)
+        return {name: jnp.isfinite(value).all() for name, value in taps.items()}
+
+    def _gradient(self, weights: Any, batch: Batch) -> tuple[Losses, Any]:
+        """Summed losses of the whole batch, and the gradient of the objective.
+
+        On a CPU whose devices only split the batch, each works through its rows by itself and
+        the sums are added up: the layouts that make products fast there (core/linear.py) are
+        opaque to the partitioner. 1.4 times faster; elsewhere the partitioner does it all.
+        """
+        mesh = self.mesh
+        if jax.default_backend() != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
+            return self._accumulated(weights, batch)
+
+        def local(weights: Any, batch: Batch) -> tuple[Losses, Any]:
+            return jax.lax.psum(self._accumulated(weights, batch), "data")
+
+        whole = PartitionSpec()
+        split = {name: PartitionSpec("data") for name in batch}
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False
+        )(weights, dict(batch))
+
+    def _accumulated(self, weights: Any, batch: Batch) -> tuple[Losses, Any]:
+        """The same, piece after piece of the batch."""
+        pieces = self.training.accumulate
+
+        def losses_and_gradient(weights: Any, batch: Batch) -> tuple[Losses, Any]:
+            (_, losses), gradient = jax.value_and_grad(self._objective, has_aux=True)(
+                weights, batch
+            )
+            return losses, gradient
+
+        if pieces == 1:
+            return losses_and_gradient(weights, batch)
+
+        def split(array: Array) -> Array:
+            # Row r goes to piece r modulo pieces: every device keeps the rows that it has.
+            return array.reshape(-1, pieces, *array.shape[1:]).swapaxes(0, 1)
+
+        def add(total: Any, piece: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, losses_and_gradient(weights, piece)), None
+
+        shapes = jax.eval_shape(losses_and_gradient, weights, batch)
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(add, start, jax.tree.map(split, dict(batch)))
+        return total
+
+    def update(self, state: State, step: Int[Array, ""], batch: Batch) -> tuple[State, Metrics]:
+        """The update number `step` (counted from 0); does nothing unless it is the next one."""
+        training = self.training
+        losses, gradient = self._gradient(state.weights, batch)
+        weight = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
+        loss, gradient = jax.tree.map(lambda leaf: leaf / weight, (losses.cross_entropy, gradient))
+        size = batch["tokens"].size
+        counts = {name: total / size for name, total in losses.counts.items()}
+        norm = global_norm(self.declared, gradient)
+        if training.clip_norm is not None:
+            factor = jnp.minimum(1.0, training.clip_norm / jnp.maximum(norm, 1e-12))
+            gradient = jax.tree.map(lambda leaf: leaf * factor, gradient)
+        rate = self.learning_rate(state.step)
+        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.weights)
+        weights = jax.tree.map(lambda leaf, update: leaf + rate * update, state.weights, updates)
+        sound = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.step == step)
+        updated = State(weights, optimizer, state.step + 1)
+        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, state)
+        return kept, Metrics(loss, norm, rate, counts)

@@ -1,0 +1,79 @@
+"""The plan of a training run: what `train` says in a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from mukv.core.compute import Compute
+from mukv.core.counts import INT32, require_counts
+from mukv.core.errors import BadInput
+from mukv.scaling.budget import AnyBudget
+from mukv.scaling.optimizers import AdamW, AnyOptimizer
+from mukv.scaling.schedules import AnySchedule, Cosine
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    start: weights to begin with: a run directory, or a folder of Hugging Face's; None to draw
+    them. batch: rows per step over all devices. length: tokens per row. learning_rate: the peak.
+    budget: batch and tokens that the numbers were tuned at; None for those given here.
+    clip_norm: largest norm of the whole gradient; None for no limit. accumulate: pieces that a
+    batch is worked through in. *_every: in steps, None for only at the end. keep_last,
+    keep_best: checkpoints. validation_batches: how much of the validation text is looked at,
+    None for all. profile: write a profile of the steps 10 to 15. trackers: where metrics go
+    besides metrics.jsonl.
+    """
+
+    start: str | None = None
+    steps: int = 100
+    seed: int = 0
+    batch: int = 8
+    length: int = 256
+    learning_rate: float = 3e-3
+    schedule: AnySchedule = field(default_factory=Cosine)
+    optimizer: AnyOptimizer = field(default_factory=AdamW)
+    budget: AnyBudget | None = None
+    clip_norm: float | None = 1.0
+    accumulate: int = 1
+    compute: Compute = field(default_factory=Compute)
+    log_every: int = 10
+    evaluate_every: int | None = 100
+    validation_batches: int | None = 16
+    checkpoint_every: int | None = None
+    keep_last: int = 2
+    keep_best: int = 1
+    profile: bool = False
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_counts(self, "steps", "batch", "length", "accumulate", "log_every", "keep_last")
+        require_counts(self, "evaluate_every", "checkpoint_every", "validation_batches")
+        if not 0 <= self.keep_best <= INT32:
+            raise BadInput("keep_best", self.keep_best, f"0 to {INT32:,}")
+        if self.start is not None and "\0" in self.start:
+            raise BadInput("start", self.start, "a path, which has no NUL character")
+        if not 0 <= self.seed < 1 << 32:
+            raise BadInput("seed", self.seed, "0 to 4294967295 (32 bits)")
+        if self.learning_rate <= 0:
+            raise BadInput("learning_rate", self.learning_rate, "greater than 0")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise BadInput("clip_norm", self.clip_norm, "greater than 0, or null")
+        if self.batch % self.accumulate:
+            raise BadInput("accumulate", self.accumulate, f"must divide batch ({self.batch})")
+        _ = self.effective
+
+    @property
+    def effective(self) -> Training:
+        """With the numbers that follow for this batch and number of tokens."""
+        if self.budget is None:
+            return self
+        tokens = self.batch * self.length
+        change = self.budget.change(tokens, tokens * self.steps)
+        return replace(
+            self,
+            learning_rate=self.learning_rate * change.rate,
+            optimizer=self.optimizer.changed(change),
+            budget=None,
+        )

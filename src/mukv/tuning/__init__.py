@@ -1,0 +1,1 @@
+"""Searching for hyperparameters and checking that they transfer across widths."""

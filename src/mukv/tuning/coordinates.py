@@ -1,0 +1,192 @@
+"""The coordinate check: how fast activations change in the first steps, against the width.
+
+Where a parameterisation lets hyperparameters transfer, the change of every activation since the
+start is as large in a wide model as in a narrow one: the slope of its logarithm against that of
+the width is near zero (Yang et al. 2022, appendix D.1; bounds and slopes with their uncertainty
+are ours). One batch is repeated, at a constant and large learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.core import statistics
+from mukv.core.errors import BadInput
+from mukv.core.mesh import MeshShape
+from mukv.core.tap import capture
+from mukv.core.typing import Array
+from mukv.model import LanguageModel
+from mukv.model.width import widened
+from mukv.scaling.schedules import Cosine
+from mukv.show.figures import ROW_INCHES, labels, powers, saved_figure, series_styles
+from mukv.show.progress import Bar
+from mukv.train.step import Trainer
+from mukv.train.training import Training
+
+LIMIT = 0.2
+LOGITS_LIMIT = 0.35
+"""Largest slopes that pass; logits start smaller than they become."""
+SIGMAS = 2.0
+"""Half the width of a slope's interval, in standard errors."""
+INSIDE_A_HEAD = (".weights", ".query", ".key", ".value")
+"""Taps that are not checked: the logits tell of queries and keys, what is read of the values."""
+LEARNING_RATE = 2.0**-7
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Of one activation: d log2 change / d log2 width after the last step, with its interval,
+    and the root mean square of the change by width: mean and deviation over seeds (none of one
+    seed)."""
+
+    name: str
+    slope: float
+    low: float
+    high: float
+    limit: float
+    changes: Mapping[int, float]
+    deviations: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return abs(self.slope) <= self.limit
+
+    @property
+    def sure(self) -> bool:
+        """Whether its whole interval lies beyond the limit or the slope within it."""
+        return self.passed or self.low > self.limit or self.high < -self.limit
+
+
+def check(
+    model: LanguageModel,
+    training: Training,
+    batch: Any,
+    widths: Sequence[int],
+    seeds: int = 3,
+    steps: int = 10,
+    learning_rate: float = LEARNING_RATE,
+) -> list[Slope]:
+    """Train at each width and seed, and fit. batch: of `training.batch` rows.
+
+    The base is the model's, or else the narrowest of the widths: there the learning rate is what
+    it says, and no width has a larger one.
+
+    Raises BadInput for widths that can't be compared or that break a size of the model.
+    """
+    if len(set(widths)) < 2:
+        raise BadInput("widths", list(widths), "at least two different ones")
+    if min(widths) < 1:
+        raise BadInput("widths", min(widths), "at least 1")
+    for name, number in (("seeds", seeds), ("steps", steps)):
+        if number < 1:
+            raise BadInput(name, number, "at least 1")
+    training = replace(
+        training, steps=steps, learning_rate=learning_rate, schedule=Cosine(final=1.0)
+    )
+    narrow = replace(widened(model, min(widths)), scaling=model.scaling)
+    models = {width: widened(narrow, width) for width in sorted(set(widths))}
+    seen: dict[int, list[dict[str, float]]] = {}
+    with Bar("coordinate check", len(models) * seeds) as bar:
+        for width, wide in models.items():
+            seen[width] = []
+            trainer = Trainer(wide, training, MeshShape().build())
+            put = trainer.put(batch)
+            for seed in range(seeds):
+                seen[width].append(changes(trainer, put, seed))
+                bar.show(sum(map(len, seen.values())), {"width": str(width)})
+    return [fit(name, seen) for name in seen[min(widths)][0]]
+
+
+def changes(trainer: Trainer, batch: Any, seed: int) -> dict[str, float]:
+    """Root mean square of what each activation became minus what it was, by name."""
+    style = jax.jit(lambda weights: _activations(trainer, weights, batch))
+    distance = jax.jit(lambda after, before: jax.tree.map(_distance, after, before))
+    with jax.set_mesh(trainer.mesh):
+        state = trainer.initial_state(seed)
+        before = style(state.weights)
+        for step in range(trainer.training.steps):
+            state, _ = trainer.step(state, step, batch)
+        found = distance(style(state.weights), before)
+    return {name: float(value) for name, value in found.items()}
+
+
+def fit(name: str, seen: Mapping[int, Sequence[Mapping[str, float]]]) -> Slope:
+    """Least squares over all widths and seeds."""
+    points = [(np.log2(width), np.log2(row[name])) for width, rows in seen.items() for row in rows]
+    slope, error = statistics.line(points)
+    return Slope(
+        name,
+        slope,
+        slope - SIGMAS * error,
+        slope + SIGMAS * error,
+        LOGITS_LIMIT if name == "logits" else LIMIT,
+        {width: float(np.mean([row[name] for row in rows])) for width, rows in seen.items()},
+        {
+            width: float(np.std([row[name] for row in rows], ddof=1))
+            for width, rows in seen.items()
+            if len(rows) > 1
+        },
+    )
+
+
+def _activations(trainer: Trainer, weights: Any, batch: Any) -> dict[str, Array]:
+    model, compute = trainer.model, trainer.compute
+    scaled = model.scaled(weights)
+    with capture() as taps:
+        place = batch["position"], batch["segment"]
+        hidden = model.hidden(scaled, batch["tokens"], *place, compute)
+        model.logits(scaled, hidden, compute)
+    return {name: value for name, value in taps.items() if not name.endswith(INSIDE_A_HEAD)}
+
+
+def _distance(after: Array, before: Array) -> Array:
+    # Masked pairs have infinite logits, before and after.
+    seen = jnp.isfinite(before)
+    change = jnp.where(seen, after, 0.0).astype(jnp.float32) - jnp.where(seen, before, 0.0)
+    return jnp.sqrt(jnp.sum(change**2) / jnp.sum(seen))
+
+
+def draw(slopes: Sequence[Slope], path: Path, title: str) -> None:
+    """Change against width, a panel for each kind of activation."""
+    kinds: dict[str, list[Slope]] = {}
+    for each in slopes:
+        kind = each.name.split(".")[-1]
+        inside = "attention logits" if kind == "logits" and "." in each.name else kind
+        kinds.setdefault(inside, []).append(each)
+    about = (
+        "Change of activations since the start against the width: flat where hyperparameters "
+        "transfer. Numbers: slopes; dashed: beyond the limit."
+        + " Bars: deviation of seeds."
+        * any(each.deviations for each in slopes)
+    )
+    rows = max(map(len, kinds.values()))
+    size = (3.4 * len(kinds), 3.4 + ROW_INCHES * rows)
+    with saved_figure(path, size, title, about) as figure:
+        panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+        for axes, (kind, group) in zip(panels, kinds.items(), strict=True):
+            names = labels(each.name.split(".")[0] if "." in each.name else kind for each in group)
+            for each, name, style in zip(group, names, series_styles(len(group)), strict=True):
+                style |= {"linestyle": "-" if each.passed else "--", "ms": 4, "capsize": 2}
+                widths, means = list(each.changes), list(each.changes.values())
+                bars = [each.deviations[width] for width in widths] if each.deviations else None
+                # Downwards no further than a logarithm goes.
+                bars = bars and [[min(b, m / 2) for b, m in zip(bars, means, strict=True)], bars]
+                axes.errorbar(widths, means, bars, label=f"{name} {each.slope:+.2f}", **style)
+            axes.set_yscale("log", base=2)
+            powers(axes.xaxis, [width for each in group for width in each.changes])
+            # A flat line must style flat: never less than a few octaves.
+            middle = np.sqrt(np.prod(axes.get_ylim()))
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, middle / 4), max(high, middle * 4))
+            axes.set(title=kind, xlabel="width")
+            axes.grid(alpha=0.3)
+            # Below its own panel: the numbers differ from one to the next.
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        panels[0].set_ylabel("RMS change since the start")

@@ -1,0 +1,268 @@
+"""Runs that differ only in numbers, trained together in one program.
+
+Learning rates, constants, decay, seeds and numbers of a schedule are data: the training step is
+mapped over them. Each point ends where it would have ended alone, up to rounding. One device; a
+group shrinks until the compiled step fits the memory that it may use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.core.mesh import MeshShape
+from mukv.core.typing import Array
+from mukv.data.batches import Batches, Prefetch
+from mukv.data.tokens import TokenFile
+from mukv.model import LanguageModel
+from mukv.schema import schema
+from mukv.schema.numbers import leaves, substituted
+from mukv.show.progress import Bar
+from mukv.train import footprint
+from mukv.train.step import BATCH_FIELDS, Metrics, State, Trainer
+from mukv.train.training import Training
+
+TRACED: dict[str, tuple[str, ...]] = {
+    "train": ("seed", "learning_rate", "clip_norm"),
+    "train.schedule": ("warmup", "final", "decay", "reference", "amplitude", "exponent"),
+    "train.optimizer": (
+        *("weight_decay", "beta1", "beta2", "momentum", "epsilon", "outer", "inner", "rate"),
+        *("decay_rate", "clip_threshold"),
+    ),
+    **{
+        f"model.scaling.{constant}": ("embedding", "hidden", "readout", "vector")
+        for constant in ("rate", "multiplier", "deviation")
+    },
+}
+"""Numbers that may differ between points of one program."""
+PATHS = frozenset(f"{where}.{name}" for where, names in TRACED.items() for name in names)
+
+
+class Point(NamedTuple):
+    """One run."""
+
+    model: LanguageModel
+    training: Training
+
+    def leaves(self) -> dict[str, Any]:
+        """Every value, by path; the training with what its budget makes of it."""
+        training = schema.to_mapping(self.training.effective)
+        return leaves({"model": schema.to_mapping(self.model), "train": training})
+
+
+class Report(NamedTuple):
+    """What was seen after a step: for each point numbers by name, infinite where it diverged."""
+
+    step: int
+    numbers: list[dict[str, float]]
+
+
+def grouped(points: Sequence[Point]) -> list[list[int]]:
+    """Indices of the points that can be trained together."""
+    groups: dict[Any, list[int]] = {}
+    for index, point in enumerate(points):
+        fixed = {
+            path: "number" if _traced(path, value) else repr(value)
+            for path, value in point.leaves().items()
+        }
+        groups.setdefault(tuple(sorted(fixed.items())), []).append(index)
+    return list(groups.values())
+
+
+def _traced(path: str, value: Any) -> bool:
+    return path in PATHS and isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def free_memory() -> int:
+    """Bytes that a group may take if nothing else is said: most of a device's own memory, half
+    of what a computer has left."""
+    return int(footprint.free_memory() * (0.5 if jax.default_backend() == "cpu" else 0.9))
+
+
+@dataclass
+class Together:
+    """A group of points, which must be one of `grouped`.
+
+    packing: as in `Batches`. across: how one step becomes that of all points: "vmap" at once, or
+    "map" one after the other within the program. None for what is faster: a CPU is busy with one
+    point, and saves only compilations (benchmarks/sweep.py).
+    """
+
+    points: Sequence[Point]
+    tokens: TokenFile
+    packing: Literal["packed", "contiguous"] = "packed"
+    across: Literal["vmap", "map"] | None = None
+    stopped: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        found = [point.leaves() for point in self.points]
+        first = self.points[0]
+        self.model, self.training = first.model, first.training.effective
+        self.mesh = MeshShape().build()
+        varied = [path for path in found[0] if len({each[path] for each in found}) > 1]
+        self.seeds = sorted({each["train.seed"] for each in found})
+        which = [self.seeds.index(each["train.seed"]) for each in found]
+        self.numbers: dict[str, np.ndarray] = {
+            path: np.array([each[path] for each in found], _dtype(path, found[0][path]))
+            for path in varied
+        }
+        self.which = np.array(which, np.int32)
+
+    # The program
+
+    def _trainer(self, numbers: dict[str, Array]) -> Trainer:
+        inside: dict[str, dict[str, Array]] = {"model": {}, "train": {}}
+        for path, number in numbers.items():
+            section, _, rest = path.partition(".")
+            inside[section][rest] = number
+        model = substituted(self.model, inside["model"])
+        return Trainer(model, substituted(self.training, inside["train"]), self.mesh)
+
+    def _map(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Over the leading axis of all arguments."""
+        if (self.across or ("map" if jax.default_backend() == "cpu" else "vmap")) == "map":
+            return lambda *arguments: jax.lax.map(lambda each: function(*each), arguments)
+        return jax.vmap(function)
+
+    def _draw(self, numbers: dict[str, Array]) -> State:
+        def one(numbers: dict[str, Array]) -> State:
+            trainer = self._trainer(numbers)
+            return trainer.draw(jax.random.key(trainer.training.seed))
+
+        return self._map(one)(numbers) if numbers else self._map(lambda _: one({}))(self.which)
+
+    def _update(
+        self, numbers: Any, which: Array, states: State, step: Array, batches: Any
+    ) -> tuple[State, Metrics]:
+        def one(numbers: Any, which: Array, state: State) -> tuple[State, Metrics]:
+            # One seed: the batch is the same for all, and what follows from it alone.
+            mine = jax.tree.map(lambda all: all[which if len(self.seeds) > 1 else 0], batches)
+            return self._trainer(numbers).update(state, step, mine)
+
+        return self._map(one)(numbers, which, states)
+
+    def _validate(self, numbers: Any, states: State, batch: Any, table: Array) -> Any:
+        def one(numbers: Any, state: State, _: Array) -> Any:
+            return self._trainer(numbers).validation_sums(state.weights, batch, table)
+
+        return self._map(one)(numbers, states, jnp.asarray(self.which))
+
+    @cached_property
+    def compiled(self) -> Any:
+        """The training step. Raises BadInput where a single point can't fit."""
+        footprint.require_least(self._trainer({}))
+        with jax.set_mesh(self.mesh):
+            states = jax.eval_shape(self._draw, self.numbers)
+            batches = jax.eval_shape(lambda: self._batch(0))
+            step = jax.ShapeDtypeStruct((), jnp.int32)
+            function = jax.jit(self._update, donate_argnums=2)
+            return function.lower(self.numbers, self.which, states, step, batches).compile()
+
+    def memory(self) -> int:
+        """Bytes that a step takes, states and batch included."""
+        found = self.compiled.memory_analysis()
+        taken = found.argument_size_in_bytes + found.temp_size_in_bytes
+        return taken + found.output_size_in_bytes - found.alias_size_in_bytes
+
+    def fitting(self, budget: int) -> list[Together]:
+        """This group, in as many parts as it takes for each to need at most `budget` bytes; a
+        single point is tried in any case."""
+        if len(self.points) == 1 or self.memory() <= budget:
+            return [self]
+        half = len(self.points) // 2
+        return [
+            part
+            for points in (self.points[:half], self.points[half:])
+            for part in Together(points, self.tokens, self.packing, self.across).fitting(budget)
+        ]
+
+    # The loop
+
+    def _batches(self, seed: int, split: Literal["train", "validation"]) -> Batches:
+        training = self.training
+        return Batches(self.tokens, seed, training.batch, training.length, split, self.packing)
+
+    def _batch(self, step: int) -> dict[str, np.ndarray]:
+        rows = [batches.at(step) for batches in self._training_batches]
+        return {name: np.stack([getattr(row, name) for row in rows]) for name in BATCH_FIELDS}
+
+    @cached_property
+    def _training_batches(self) -> list[Batches]:
+        return [self._batches(seed, "train") for seed in self.seeds]
+
+    def run(self, title: str = "training") -> Iterator[Report]:
+        """Train to the last step; a report whenever numbers are due. Ends early once all points
+        are in `stopped`, to which whoever reads the reports may add."""
+        training = self.training
+        with jax.set_mesh(self.mesh):
+            self.states = jax.jit(self._draw)(self.numbers)
+            step_all, validate = self.compiled, jax.jit(self._validate)
+            with (
+                Bar(title, training.steps) as bar,
+                Prefetch(self._batch, range(training.steps)) as prefetch,
+            ):
+                for step, batch in enumerate(prefetch, start=1):
+                    self.states, metrics = step_all(
+                        self.numbers, self.which, self.states, np.int32(step - 1), batch
+                    )
+                    ends = step == training.steps
+                    evaluates = ends or _due(step, training.evaluate_every)
+                    if not (evaluates or step % training.log_every == 0):
+                        continue
+                    numbers = self._numbers(metrics, step)
+                    if evaluates:
+                        for row, validation in zip(numbers, self._evaluate(validate), strict=True):
+                            row |= validation if row["loss"] < np.inf else _diverged(validation)
+                    losses = [row["loss"] for row in numbers]
+                    bar.show(step, {"points": str(len(losses)), "best loss": f"{min(losses):.3f}"})
+                    yield Report(step, numbers)
+                    if len(self.stopped) == len(self.points):
+                        break
+
+    def weights(self, point: int) -> Any:
+        """Of one point, after `run`."""
+        return jax.tree.map(lambda leaf: leaf[point], self.states.weights)
+
+    def _numbers(self, metrics: Metrics, step: int) -> list[dict[str, float]]:
+        found = jax.device_get((metrics, self.states.step))
+        names = ("loss", "gradient_norm", "learning_rate")
+        rows: list[dict[str, float]] = []
+        for point, done in enumerate(found[1]):
+            row = {name: float(getattr(found[0], name)[point]) for name in names}
+            # A state whose numbers were not finite stayed where it was.
+            rows.append(row if done == step else _diverged(row))
+        return rows
+
+    def _evaluate(self, validate: Callable[..., Any]) -> list[dict[str, float]]:
+        table = self.tokens.token_bytes(self.model.vocab_size)
+        sums = np.zeros((3, len(self.points)))
+        windows = self._batches(0, "validation")
+        for batch in windows.once(self.training.validation_batches):
+            arrays = {name: getattr(batch, name) for name in BATCH_FIELDS}
+            sums += np.array(validate(self.numbers, self.states, arrays, jnp.asarray(table)))
+        nats, tokens, read = sums
+        bits = nats / np.log(2) / np.maximum(read, 1)
+        return [
+            {"validation_loss": float(loss), "validation_bits_per_byte": float(bit)}
+            for loss, bit in zip(nats / np.maximum(tokens, 1), bits, strict=True)
+        ]
+
+
+def _diverged(row: dict[str, float]) -> dict[str, float]:
+    return dict.fromkeys(row, float("inf"))
+
+
+def _dtype(path: str, value: Any) -> np.dtype:
+    if path == "train.seed":
+        return np.dtype(np.uint32)
+    return np.dtype(np.int32 if isinstance(value, int) else np.float32)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

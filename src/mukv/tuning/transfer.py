@@ -1,0 +1,299 @@
+"""Learning-rate transfer: where the best learning rate lies at each width, and what it costs to
+use that of the narrowest.
+
+At each width rates are swept over octaves, with seeds, until the best is not at an edge; the
+optimum is the vertex of a parabola through the losses around it, over the logarithm of the rate.
+The drift is the slope of its logarithm against that of the width. Every loss that was measured is
+kept, so that an interrupted sweep goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mukv.core import statistics
+from mukv.core.errors import BadInput
+from mukv.data.tokens import TokenFile
+from mukv.model import LanguageModel
+from mukv.model.width import widened
+from mukv.schema import schema
+from mukv.schema.numbers import leaves
+from mukv.show.figures import legend, saved_figure, series_styles
+from mukv.storage.files import write_atomic
+from mukv.storage.json_text import to_json
+from mukv.train.training import Training
+from mukv.tuning.together import Point, Together, free_memory, grouped
+
+DRIFT_LIMIT = 0.3
+"""Octaves of rate per octave of width that pass (reference thresholds, section F)."""
+GAP_LIMIT = 0.03
+"""Nats per token that using the narrowest model's rate may cost the widest."""
+AROUND = 2
+"""Octaves around the best rate that the parabola goes through."""
+MOST_EXTENSIONS = 6
+SIGMAS = 2.0
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Of one width. rate: log2 of the best learning rate, with an interval of two standard errors
+    over seeds. loss: nats per token there. inside: whether rates on both sides were tried."""
+
+    rate: float
+    low: float
+    high: float
+    loss: float
+    inside: bool
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """drift: octaves of rate per octave of width, with its interval. gap: nats per token that the
+    narrowest model's best rate costs the widest."""
+
+    optima: Mapping[int, Optimum]
+    drift: float
+    low: float
+    high: float
+    gap: float
+
+    @property
+    def passed(self) -> bool:
+        found = abs(self.drift) <= DRIFT_LIMIT and self.gap <= GAP_LIMIT
+        return found and all(each.inside for each in self.optima.values())
+
+
+@dataclass
+class Search:
+    """losses: of held-out text after the last step by (width, log2 rate, seed); infinite where a
+    run diverged."""
+
+    model: LanguageModel
+    training: Training
+    tokens: TokenFile
+    packing: Literal["packed", "contiguous"]
+    widths: Sequence[int]
+    seeds: int
+    folder: Path
+    octaves: int = 2
+    memory: int | None = None
+    losses: dict[tuple[int, float, int], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for widths that can't be compared, or a folder of another search."""
+        if len(set(self.widths)) < 2:
+            raise BadInput("widths", list(self.widths), "at least two different ones")
+        for name, number in (("seeds", self.seeds), ("octaves", self.octaves)):
+            if number < 1:
+                raise BadInput(name, number, "at least 1")
+        if min(self.widths) < 1:
+            raise BadInput("widths", min(self.widths), "at least 1")
+        narrow = replace(widened(self.model, min(self.widths)), scaling=self.model.scaling)
+        self.models = {width: widened(narrow, width) for width in sorted(set(self.widths))}
+        sections = {"model": narrow, "train": replace(self.training, seed=0, learning_rate=1.0)}
+        mapping = {name: schema.to_mapping(part) for name, part in sections.items()}
+        self.facts = leaves({**mapping, "data": {"fingerprint": self.tokens.fingerprint}})
+        if self.path.exists():
+            self._read()
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "losses.json"
+
+    def run(self) -> Transfer:
+        """Measure what is not known yet."""
+        centre = round(math.log2(self.training.learning_rate) * 2) / 2
+        for width in self.models:
+            rates = [centre + step for step in range(-self.octaves, self.octaves + 1)]
+            self._measure(width, rates)
+            for _ in range(MOST_EXTENSIONS):
+                beyond = list(self._beyond(width))
+                if not beyond:
+                    break
+                self._measure(width, beyond)
+            # A width's best rate is where the next is looked for.
+            centre = self.optimum(width).rate
+            centre = round(centre)
+        return self.verdict()
+
+    def verdict(self) -> Transfer:
+        optima = {width: self.optimum(width) for width in self.models}
+        points = [
+            (math.log2(width), rate) for width in self.models for rate in self._vertices(width)
+        ]
+        drift, error = statistics.line(points)
+        widest, narrowest = max(self.models), min(self.models)
+        gap = self.loss_at(widest, optima[narrowest].rate) - optima[widest].loss
+        return Transfer(optima, drift, drift - SIGMAS * error, drift + SIGMAS * error, gap)
+
+    def rates(self, width: int) -> list[float]:
+        """What was tried, as log2."""
+        return sorted({rate for other, rate, _ in self.losses if other == width})
+
+    def mean(self, width: int, rate: float) -> float:
+        return float(np.mean([self.losses[width, rate, seed] for seed in range(self.seeds)]))
+
+    def loss_at(self, width: int, rate: float) -> float:
+        """Between the rates that were tried, by the parabola where it holds, else straight."""
+        optimum = self.optimum(width)
+        if abs(rate - optimum.rate) < 1e-9:
+            return optimum.loss
+        near, losses = self._near(width, None)
+        if len(near) >= 3 and near[0] <= rate <= near[-1]:
+            return float(np.polyval(np.polyfit(near, losses, 2), rate))
+        tried = self.rates(width)
+        means = [self.mean(width, each) for each in tried]
+        if not tried[0] <= rate <= tried[-1]:
+            return math.inf
+        return float(np.interp(rate, tried, means))
+
+    def optimum(self, width: int) -> Optimum:
+        tried = self.rates(width)
+        best = min(tried, key=lambda rate: self.mean(width, rate))
+        vertices = self._vertices(width)
+        error = float(np.std(vertices, ddof=1) / math.sqrt(len(vertices))) if self.seeds > 1 else 0
+        best_rate, loss = statistics.vertex(*self._near(width, None))
+        return Optimum(
+            best_rate,
+            best_rate - SIGMAS * error,
+            best_rate + SIGMAS * error,
+            loss,
+            tried[0] < best < tried[-1],
+        )
+
+    def _vertices(self, width: int) -> list[float]:
+        """The optimum of each seed."""
+        return [statistics.vertex(*self._near(width, seed))[0] for seed in range(self.seeds)]
+
+    def _near(self, width: int, seed: int | None) -> tuple[list[float], list[float]]:
+        """Rates around the best and their losses: of a seed, or the mean. Around the mean's best
+        in any case, and without what is far worse (a fifth, as where Everett et al. stop)."""
+        tried = self.rates(width)
+        best = min(tried, key=lambda rate: self.mean(width, rate))
+        limit = 1.2 * self.mean(width, best)
+        near = [
+            rate
+            for rate in tried
+            if abs(rate - best) <= AROUND and (self.mean(width, rate) <= limit or rate == best)
+        ]
+        if seed is None:
+            return near, [self.mean(width, rate) for rate in near]
+        return near, [self.losses[width, rate, seed] for rate in near]
+
+    def _beyond(self, width: int) -> Iterator[float]:
+        """Rates that are needed for one on both sides of the best."""
+        tried = self.rates(width)
+        best = min(tried, key=lambda rate: self.mean(width, rate))
+        if best == tried[0]:
+            yield from (best - 1, best - 2)
+        if best == tried[-1]:
+            yield best + 1
+
+    def _measure(self, width: int, rates: Sequence[float]) -> None:
+        wanted = [
+            (width, rate, seed)
+            for rate in rates
+            for seed in range(self.seeds)
+            if (width, rate, seed) not in self.losses
+        ]
+        points = [
+            Point(self.models[width], replace(self.training, learning_rate=2.0**rate, seed=seed))
+            for _, rate, seed in wanted
+        ]
+        budget = free_memory() if self.memory is None else self.memory
+        for indices in grouped(points):
+            names = iter(wanted[index] for index in indices)
+            whole = Together([points[index] for index in indices], self.tokens, self.packing)
+            for part in whole.fitting(budget):
+                last = [math.inf] * len(part.points)
+                for report in part.run(f"width {width}, {len(rates)} rates"):
+                    last = [row.get("validation_loss", math.inf) for row in report.numbers]
+                for loss in last:
+                    self.losses[next(names)] = loss
+                self._write()
+
+    def _write(self) -> None:
+        rows = [[*key, loss if math.isfinite(loss) else None] for key, loss in self.losses.items()]
+        write_atomic(self.path, to_json({"facts": self.facts, "losses": rows}) + "\n")
+
+    def _read(self) -> None:
+        found = json.loads(self.path.read_text())
+        before, now = found["facts"], json.loads(json.dumps(self.facts))
+        for name in {**now, **before}:
+            if before.get(name) != now.get(name):
+                raise BadInput(
+                    name,
+                    now.get(name, "nothing"),
+                    f"the search in {self.folder} has {before.get(name, 'nothing')}; give another "
+                    "folder with --out",
+                )
+        for width, rate, seed, loss in found["losses"]:
+            self.losses[width, rate, seed] = math.inf if loss is None else loss
+
+
+def facts(search: Search, found: Transfer) -> dict[str, Any]:
+    """For machines."""
+    return {
+        "drift": found.drift,
+        "low": found.low,
+        "high": found.high,
+        "gap": found.gap,
+        "passed": found.passed,
+        "optima": {str(width): vars(optimum) for width, optimum in found.optima.items()},
+        "losses": [
+            {"width": width, "log2_rate": rate, "seed": seed, "loss": loss}
+            for (width, rate, seed), loss in sorted(search.losses.items())
+            if math.isfinite(loss)
+        ],
+    }
+
+
+def draw(search: Search, found: Transfer, path: Path, title: str) -> None:
+    """Loss against rate by width, and the optimum against width."""
+    seeded = search.seeds > 1
+    bars = (
+        f"Bars: range of {search.seeds} seeds, and two standard errors of the best rate." * seeded
+    )
+    about = f"Loss against learning rate at each width; stars: the best rate of each. {bars}"
+    with saved_figure(path, (9.6, 4.0), title, about.strip()) as figure:
+        left, right = figure.subplots(1, 2)
+        for width, style in zip(search.models, series_styles(len(search.models)), strict=True):
+            tried = [rate for rate in search.rates(width) if search.mean(width, rate) < math.inf]
+            means = np.array([search.mean(width, rate) for rate in tried])
+            each = np.array(
+                [
+                    [search.losses[width, rate, seed] for seed in range(search.seeds)]
+                    for rate in tried
+                ]
+            ).reshape(len(tried), search.seeds)
+            spread = (means - each.min(axis=1), each.max(axis=1) - means) if seeded else None
+            optimum = found.optima[width]
+            left.errorbar(tried, means, spread, capsize=2, ms=4, label=f"{width}", **style)
+            left.plot(optimum.rate, optimum.loss, "*", ms=12, color=style["color"])
+        finite = [optimum.loss for optimum in found.optima.values()]
+        low, high = min(finite) - 0.1, max(finite) + 1.2
+        near = [rate for (_, rate, _), loss in search.losses.items() if loss <= high]
+        left.set(ylim=(low, high), xlim=(min(near) - 0.5, max(near) + 0.5))
+        left.set(xlabel="log2 of the learning rate", ylabel="validation loss, nats per token")
+        widths = np.log2(list(found.optima))
+        rates = np.array([optimum.rate for optimum in found.optima.values()])
+        errors = [optimum.high - optimum.rate for optimum in found.optima.values()]
+        right.errorbar(
+            widths, rates, errors if seeded else None, marker="o", capsize=3, linestyle="none"
+        )
+        middle = rates.mean() + found.drift * (widths - widths.mean())
+        right.plot(widths, middle, color="0.4")
+        right.set_xticks(widths, [str(width) for width in found.optima])
+        right.set_ylim(rates.min() - 1.5, rates.max() + 1.5)
+        right.set(xlabel="width", ylabel="log2 of the best learning rate")
+        right.set_title(f"drift {found.drift:+.2f} octaves per octave", fontsize=10)
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        legend(figure, left, "width")

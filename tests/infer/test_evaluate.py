@@ -1,0 +1,80 @@
+"""Evaluation is the mean over every token but the first, whatever the batches."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from mukv.core.errors import BadInput
+from mukv.infer import evaluate as module
+from mukv.infer.evaluate import Evaluation, evaluate
+from tests.laws import matrix
+from tests.laws.matrix import EXACT, VOCAB
+
+ROWS = [matrix.tokens(1, length, seed=length)[0] for length in (12, 5, 2, 9)]
+BYTES = 1 + np.arange(VOCAB) % 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return matrix.build("gqa", "rope", "plain")
+
+
+@pytest.fixture(scope="module")
+def weights(model):
+    return matrix.weights(model)
+
+
+def by_hand(model, weights, length):
+    """Sum of -log p and number of tokens, window after window in float64."""
+    forward, nats, tokens = matrix.logits(model), 0.0, 0
+    for row in ROWS:
+        for start in range(0, len(row) - 1, length):
+            window = row[start : start + length + 1]
+            ids = np.zeros((1, 12), np.int32)
+            ids[0, : len(window) - 1] = window[:-1]
+            place = np.arange(12)[None]
+            scores = np.asarray(forward(weights, ids, place, 0 * ids), np.float64)[0]
+            normal = np.log(np.exp(scores).sum(axis=-1))
+            chosen = scores[np.arange(len(window) - 1), window[1:]]
+            nats += float((normal[: len(chosen)] - chosen).sum())
+            tokens += len(chosen)
+    return nats, tokens
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 11, 100])
+@pytest.mark.parametrize("batch_tokens", [1, 24, 8192])
+def test_loss(model, weights, monkeypatch, length, batch_tokens):
+    monkeypatch.setattr(module, "BATCH_TOKENS", batch_tokens)
+    nats, tokens = by_hand(model, weights, length)
+    found = evaluate(model, weights, ROWS, length, BYTES, EXACT)
+    assert found.tokens == tokens == sum(len(row) - 1 for row in ROWS)
+    assert found.loss == pytest.approx(nats / tokens, rel=1e-5)
+    read = sum(BYTES[row[1:]].sum() for row in ROWS)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / read, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+
+
+def test_without_the_bytes_of_tokens(model, weights):
+    assert evaluate(model, weights, ROWS, 12, None, EXACT).bits_per_byte is None
+
+
+def test_a_hopeless_model_has_a_finite_perplexity():
+    assert math.isfinite(Evaluation(1, 1e6, None).perplexity)
+
+
+@pytest.mark.parametrize(
+    ("row", "length", "message"),
+    [
+        ([1], 4, "tokens: got 1; at least 2"),
+        ([1, VOCAB], 4, f"tokens: got {VOCAB}; token ids go from 0 to {VOCAB - 1}"),
+        ([-3, 1], 4, "tokens: got -3"),
+        ([1, 2], 9, "length: got 9; the model's context is 8"),
+    ],
+)
+def test_rows_that_can_not_be_read(weights, row, length, message):
+    model = matrix.build("gqa", "rope", "plain", context=8)
+    with pytest.raises(BadInput, match=message):
+        evaluate(model, weights, [np.array(row)], length)

@@ -1,0 +1,88 @@
+"""What a configuration amounts to: true figures, nothing allocated."""
+
+from __future__ import annotations
+
+import io
+
+import jax
+import pytest
+from rich.console import Console
+
+from mukv.core import params
+from mukv.model.counting import flops_per_token
+from mukv.runs import config
+from mukv.runs.describe import describe, show
+from mukv.train.step import Trainer
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "layers"),
+    [("llama-3.1-8b", 8_030_261_248, 32), ("llama-3.1-70b", 70_553_706_496, 80)],
+)
+def test_llama_allocates_nothing(preset, parameters, layers):
+    before = {id(array) for array in jax.live_arrays()}
+    facts = describe(config.load(preset))
+    assert {id(array) for array in jax.live_arrays()} <= before
+    assert facts["parameters"] == parameters
+    assert facts["dtype"] == "bfloat16"
+    # Keys and values of 8 heads of 128 numbers of 2 bytes.
+    assert [layer["cache_bytes_per_token"] for layer in facts["layers"]] == [4096] * layers
+    assert facts["cache_bytes_per_token"] == 4096 * layers
+    assert facts["cache_bytes_constant"] == 0
+
+
+def test_flops_of_llama():
+    """6 per weight that multiplies (all but embedding and gains), and attention besides."""
+    run = config.load("llama-3.1-8b")
+    declared = params.named(run.model.params()).values()
+    products = 6 * sum(param.size for param in declared if param.fan_in)
+    attention = 3 * 32 * 4 * 32 * 128 * (8192 + 1) / 2
+    assert describe(run)["flops_per_token"] == round(products + attention)
+    longer, shorter = (flops_per_token(run.model, length) for length in (8192, 4096))
+    assert longer - shorter == round(attention - 3 * 32 * 4 * 32 * 128 * (4096 + 1) / 2)
+
+
+def test_windows_and_reuse():
+    facts = describe(config.load("tiny-window"))
+    entry = 2 * 2 * 32 * 4  # key and value, two heads of 32 numbers of 4 bytes
+    assert [layer["cache_bytes_constant"] for layer in facts["layers"]] == [64 * entry] * 3 + [0]
+    assert [layer["cache_bytes_per_token"] for layer in facts["layers"]] == [0] * 3 + [entry]
+    assert facts["cache_bytes_constant"] == 3 * 64 * entry
+    reuse = describe(config.load("tiny-reuse"))
+    for layer in reuse["layers"]:
+        assert layer["cache_bytes_per_token"] == (0 if layer["reads"] is not None else entry)
+    assert any(layer["reads"] is not None for layer in reuse["layers"])
+
+
+def test_a_window_costs_less_to_train():
+    full, window = (config.load(name) for name in ("tiny", "tiny-window"))
+    assert flops_per_token(window.model, 256) < flops_per_token(full.model, 256)
+    assert flops_per_token(window.model, 64) == flops_per_token(full.model, 64)
+
+
+def test_every_token_asks_the_concepts_that_cross_attention_reads():
+    def longer(kind):
+        model = config.load("tiny-concept-fixed", [f"model.injection={{kind: {kind}}}"]).model
+        return flops_per_token(model, 256) - flops_per_token(model, 128)
+
+    # Of 64 concepts rather than 32 a token sees half; scores and values of 4 heads of 32 numbers.
+    assert longer("cross") - longer("residual") == 3 * 4 * 4 * 32 * (64 - 32) / 2
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (8, 1)])
+def test_weights_lie_where_it_says(mesh):
+    run = config.load("tiny", [f"mesh.data={mesh[0]}", f"mesh.tensor={mesh[1]}"])
+    rows = {row["weight"]: row for row in describe(run)["weights"]}
+    trainer = Trainer(run.model, run.train, run.mesh.build())
+    for name, leaf in params.named(trainer.abstract_state().weights).items():
+        assert list(leaf.sharding.spec) == rows[name]["sharding"]
+        assert leaf.shape == tuple(rows[name]["dims"].values())
+    assert len(rows) == len(params.named(run.model.params()))
+
+
+@pytest.mark.parametrize("preset", config.presets())
+def test_every_preset_shows_in_a_narrow_terminal(preset):
+    run, out = config.load(preset), io.StringIO()
+    show(describe(run), run, Console(file=out, width=80))
+    assert f"{params.count(run.model.params()):,}" in out.getvalue()
+    assert max(map(len, out.getvalue().splitlines())) <= 80

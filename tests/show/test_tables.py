@@ -1,0 +1,128 @@
+"""Tables of commands: units in the headers, the same decimals in a column, no number cut short."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.table import Table
+
+from mukv.cli import benching, demo, judging, scaling
+from mukv.compress import Result
+from mukv.runs import config, describe
+from mukv.show.terminal import Console, table
+from mukv.tuning.coordinates import Slope
+from mukv.tuning.transfer import Optimum, Transfer
+
+
+@pytest.fixture
+def tables(monkeypatch) -> list[Table]:
+    """The tables that are printed."""
+    found: list[Table] = []
+
+    def keep(self, *printed, **options):
+        found.extend(each for each in printed if isinstance(each, Table))
+
+    monkeypatch.setattr(Console, "print", keep)
+    return found
+
+
+def uneven(printed: Table) -> list[str]:
+    """Columns whose plain numbers have different numbers of decimals."""
+    wrong = []
+    for column in printed.columns:
+        numbers = [cell for cell in column.cells if re.fullmatch(r"[+-]?[0-9,.]+%?", str(cell))]
+        if len({len(cell.rstrip("%").partition(".")[2]) for cell in numbers}) > 1:
+            wrong.append(f"{column.header}: {numbers}")
+    return wrong
+
+
+def headers(printed: Table) -> str:
+    return " ".join(str(column.header) for column in printed.columns).replace("\n", " ")
+
+
+def result(policy: str, budget: float, perplexity: float, capped: float | None = None) -> Result:
+    return Result(policy, budget, perplexity, 0.5, 1.0, 16392, 256.1, 4098, 12345.6, 0.01, 8,
+                  None, None, 0.2, 0.8, capped)  # fmt: skip
+
+
+def test_compress(tables):
+    found = [
+        result("full", 1.0, 9.5),
+        result("snapkv", 0.25, 12345.678),
+        result("topp", 64, 10.25, 0.5),
+    ]
+    judging.show_results(found, Console())
+    assert uneven(tables[0]) == []
+    assert "cache bytes" in headers(tables[0])
+    assert "bytes/step" in headers(tables[0])
+    assert "tokens/s" in headers(tables[0])
+    assert list(tables[0].columns[1].cells) == ["100.0%", "25.0%", "64 entries"]
+
+
+def test_bench(tables):
+    rows = [
+        {"task": name, "length": length, "exact_match": 0.5, "interval": (0.25, 0.75),
+         "oracle": 1.0, "chance": chance, "cache_bytes_per_token": 256.02, "free_running": free}
+        for name, length, chance, free in (("a", 64, 0.5, None), ("b", 12800, 1 / 4096, 0.0625))
+    ]  # fmt: skip
+    benching.show(rows, None, False)
+    assert uneven(tables[0]) == []
+    assert all(unit in headers(tables[0]) for unit in ("length tokens", "cache bytes/token"))
+
+
+def test_transfer_and_check(tables):
+    optima = {64: Optimum(-8.0, -9, -7, 3.5, True), 128: Optimum(-2.5, -3, -1, 2.25, False)}
+    scaling.show_transfer(Transfer(optima, 0.1, 0.0, 0.2, 0.01), Console())
+    scaling.show_slopes([Slope("mlp", 0.5, 0.25, 0.75, 0.2, {})], Console())
+    assert [uneven(each) for each in tables] == [[], []]
+    assert "nats/token" in headers(tables[0])
+    assert "octaves per octave" in headers(tables[1])
+
+
+def test_sweep(tables):
+    rows = [
+        {
+            "run": "r",
+            "rate": rate,
+            "kind": kind,
+            "validation_loss": loss,
+            "reason": None,
+            "state": "x",
+        }
+        for rate, kind, loss in ((0.03, "a", 1.5), (0.00965, 1, None), (1e-3, True, 2.25))
+    ]
+    results = {"rows": rows, "complete": 2, "trials": 3, "study": "s", "edges": []}
+    scaling.show_sweep(results, ["rate", "kind"], Console())
+    assert uneven(tables[0]) == []
+    assert list(tables[0].columns[0].cells) == ["0.03000", "0.00965", "0.00100"]
+    assert list(tables[0].columns[1].cells) == ["a", "1", "True"]
+
+
+def test_describe(tables):
+    run = config.load("tiny-hybrid")
+    describe.show(describe.describe(run), run, Console())
+    assert [uneven(each) for each in tables] == [[], []]
+    assert "cache bytes/token ring bytes" in headers(tables[0])
+
+
+def test_demo(tables, tmp_path):
+    rows = [
+        {"name": name, "parameters": 10**6, "mlp_hidden": 384, "cache_bytes_per_token": size,
+         "bits_per_byte": 2.5, "decoding_tokens_per_second": 99.5, "continuation": "[/b]"}
+        for name, size in (("MHA", 4096), ("MQA", 1024.0))
+    ]  # fmt: skip
+    demo.show(rows, Console())
+    assert uneven(tables[0]) == []
+    assert "one seed" in str(tables[0].caption)
+    demo.draw(rows, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_a_number_is_never_cut_short():
+    shown = table(("a name",), ("bytes",))
+    shown.add_row("x" * 30, "123,456,789")
+    out = io.StringIO()
+    Console(file=out, width=20).print(shown)
+    assert re.sub(r"[^0-9]", "", out.getvalue()) == "123456789"

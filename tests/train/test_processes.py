@@ -1,0 +1,152 @@
+"""Two processes joined by jax.distributed train as one does, and their checkpoints move on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mukv.core.params import named
+from mukv.storage.locks import one_writer
+from mukv.storage.weights import load_weights
+from tests.conftest import MINUSCULE
+from tests.processes import contents, finish, start
+
+
+def arguments(token_file: Path, out: Path, *changes: str) -> list[object]:
+    given = (*MINUSCULE, "train.steps=6", "train.checkpoint_every=2", *changes)
+    return ["train", "tiny", *given, f"data.path={token_file}", "--out", out, "--json"]
+
+
+def alone(*args: object) -> dict:
+    status, out, error = finish(start(*args))
+    assert status == 0, error
+    return json.loads(out.splitlines()[-1])
+
+
+def launched(token_file: Path, out: Path, *changes: str) -> list[subprocess.Popen[str]]:
+    """Two processes that share a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        start(*arguments(token_file, out, *changes), "--distributed", f"{address},2,{number}")
+        for number in range(2)
+    ]
+
+
+def together(token_file: Path, out: Path, *changes: str) -> list[str]:
+    """What two processes that share a run say at its end."""
+    ended = [finish(process) for process in launched(token_file, out, *changes)]
+    for status, _, error in ended:
+        assert status == 0, error
+    return [out for _, out, _ in ended]
+
+
+@pytest.fixture(scope="module")
+def single(token_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("single") / "run"
+    return out, alone(*arguments(token_file, out))
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    """Up to float32 sums in another order: see laws/test_sharding.py."""
+    (first, _), (second, _) = (load_weights(folder / "weights") for folder in (one, two))
+    for name, leaf in named(first).items():
+        np.testing.assert_allclose(named(second)[name], leaf, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh", [("mesh.data=2",), ("mesh.tensor=2",), ("mesh.data=2", "mesh.tensor=2")], ids="-".join
+)
+def test_two_processes_are_one(token_file, tmp_path, single, mesh):
+    """They share the rows, or the weights and then read the same rows, or have two devices each.
+    Process 0 alone writes and speaks."""
+    run, facts = single
+    first, second = together(token_file, tmp_path / "run", *mesh)
+    assert "{" not in second
+    np.testing.assert_allclose(json.loads(first.splitlines()[-1])["loss"], facts["loss"], rtol=2e-5)
+    assert_same_weights(tmp_path / "run", run)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [record["step"] for record in map(json.loads, lines) if "loss" in record]
+    assert steps == [1, 6]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_to_other_meshes(token_file, tmp_path, single):
+    """Begun by two processes, ended by one, on one device and on 2 x 2."""
+    run, facts = single
+    together(token_file, tmp_path / "begun", "mesh.data=2")
+    shutil.rmtree(tmp_path / "begun" / "checkpoints" / "6")
+    for mesh in (("mesh.data=1",), ("mesh.data=2", "mesh.tensor=2")):
+        out = Path(shutil.copytree(tmp_path / "begun", tmp_path / "-".join(mesh)))
+        shutil.rmtree(out / "weights")
+        ended = alone(*arguments(token_file, out, *mesh))
+        np.testing.assert_allclose(ended["loss"], facts["loss"], rtol=2e-5)
+        assert_same_weights(out, run)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all(token_file, tmp_path):
+    """They agree on the step to save, at one that is logged."""
+    out = tmp_path / "run"
+    processes = launched(token_file, out, "mesh.data=2", "train.steps=100000")
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    (first, said, error), (second, _, _) = map(finish, processes)
+    assert (first, second) == (0, 0), error
+    facts = json.loads(said.splitlines()[-1])
+    assert not facts["finished"]
+    assert (out / "checkpoints" / str(facts["step"])).is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_who_is_left_says_so_and_ends(token_file, tmp_path, killed):
+    """A process that is killed takes the others with it, in one line with the last checkpoint."""
+    out = tmp_path / "run"
+    processes = launched(token_file, out, "mesh.data=2", "train.steps=100000")
+    while not (out / "checkpoints" / "2").is_dir():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    processes[killed].kill()
+    status, _, error = finish(processes[1 - killed], timeout=30)
+    finish(processes[killed])
+    assert status == 1
+    last = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1
+    assert f"process {killed} of 2 is gone; the last checkpoint is " in last[0]
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_run_that_is_written_is_refused_by_all(token_file, tmp_path):
+    """Process 0 finds the lock taken, and the other hears of it."""
+    with one_writer(tmp_path / "run"):
+        for status, _, error in map(finish, launched(token_file, tmp_path / "run", "mesh.data=2")):
+            assert status == 2
+            assert f"process {os.getpid()}" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_bad_input_ends_all(token_file, tmp_path, single):
+    """Before anything is compiled or written: nobody waits for a process that has left."""
+    run, _ = single
+    before = contents(run)
+    for status, _, error in map(finish, launched(token_file, run, "mesh.data=2", "train.seed=1")):
+        assert status == 2
+        assert "error: train.seed: got 1" in error
+    assert contents(run) == before

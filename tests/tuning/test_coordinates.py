@@ -1,0 +1,113 @@
+"""The coordinate check passes what transfers and catches what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from mukv.core.errors import BadInput
+from mukv.scaling import parameterization
+from mukv.scaling.optimizers import AdamAtan2
+from mukv.train.training import Training
+from mukv.tuning import coordinates
+from tests.laws import matrix
+from tests.training import EXACT, batch
+
+MODEL = matrix.build("gqa", "rope", "plain")
+TRAINING = Training(
+    batch=8, length=matrix.LENGTH, compute=EXACT, optimizer=AdamAtan2(weight_decay=0.0)
+)
+
+
+def slopes(model=MODEL, **scaling):
+    """Of what attention and MLP give, sorted."""
+    model = dataclasses.replace(model, scaling=dataclasses.replace(model.scaling, **scaling))
+    found = coordinates.check(model, TRAINING, batch(0), (16, 64), seeds=2, steps=6)
+    return sorted(each.slope for each in found if each.name.endswith(("attention", "mlp")))
+
+
+@pytest.mark.parametrize("kind", ["sp", "mup"])
+def test_full_alignment_is_flat(kind):
+    found = slopes(kind=kind)
+    assert max(map(abs, found)) < coordinates.LIMIT
+
+
+@pytest.mark.parametrize("attention", [*matrix.ATTENTIONS][1:])
+def test_every_attention_is_flat(attention):
+    found = slopes(matrix.build(attention, "rope", "plain"), kind="mup")
+    assert max(map(abs, found)) < coordinates.LIMIT
+
+
+@pytest.mark.parametrize("combination", matrix.CONCEPTS[4::4], ids="-".join)
+def test_concepts_are_flat(combination):
+    found = slopes(matrix.concept(*combination), kind="mup")
+    assert max(map(abs, found)) < coordinates.LIMIT
+
+
+@pytest.mark.parametrize(
+    ("middle", "passed", "sure"), [(0.1, True, True), (0.3, False, False), (0.5, False, True)]
+)
+def test_a_wide_interval_is_no_verdict(middle, passed, sure):
+    for sign in (-1, 1):
+        slope = sign * middle
+        found = coordinates.Slope("mlp", slope, slope - 0.2, slope + 0.2, coordinates.LIMIT, {})
+        assert (found.passed, found.sure) == (passed, sure)
+
+
+def test_one_rate_for_all_widths_is_caught():
+    assert slopes(alignment="ignored")[-1] > coordinates.LIMIT
+
+
+def test_a_rate_half_an_exponent_off_is_caught(monkeypatch):
+    rates = parameterization.LEARNING_RATES["adam", "full"]
+    embedding, hidden, readout = rates["sp"]
+    monkeypatch.setitem(rates, "sp", (embedding, hidden + 0.5, readout))
+    assert slopes()[-1] > coordinates.LIMIT
+
+
+def test_a_deviation_that_was_meant_as_a_variance_is_caught(monkeypatch):
+    embedding, (a, b), readout = parameterization.EXPONENTS["sp"]
+    monkeypatch.setitem(parameterization.EXPONENTS, "sp", (embedding, (a, 2 * b), readout))
+    assert slopes()[0] < -coordinates.LIMIT
+
+
+def test_a_slope_is_fitted_with_its_interval():
+    seen = {width: [{"x": width**0.5 * noise} for noise in (0.9, 1.1)] for width in (4, 8, 16)}
+    found = coordinates.fit("x", seen)
+    assert found.slope == pytest.approx(0.5)
+    assert found.low < 0.5 < found.high
+    assert not found.passed
+
+
+def test_the_command(mukv, token_file, tmp_path):
+    plot = tmp_path / "plot.png"
+    changes = ("train.batch=2", "train.length=16", "model.plan=[{}]", f"data.path={token_file}")
+    done = mukv(
+        *("transfer", "tiny", *changes, "model.scaling.kind=mup", "--check", "--widths", "64,128"),
+        *("--seeds", 1, "--steps", 1, "--out", plot, "--json"),
+    )
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == (0 if facts["passed"] else 1)
+    assert {"slope", "low", "high"} <= facts["slopes"]["layer0.mlp"].keys()
+    assert plot.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--widths", "64,x", "--check"], "--widths: got '64,x'; whole numbers"),
+        (["--widths", "64", "--check"], "at least two"),
+        (["--widths", "100,200", "--check"], "heads would be"),
+    ],
+)
+def test_bad_input(mukv, token_file, changes, message):
+    done = mukv("transfer", "tiny", f"data.path={token_file}", *changes)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_widths_are_checked():
+    with pytest.raises(BadInput, match="seeds: got 0"):
+        coordinates.check(MODEL, TRAINING, batch(0), (16, 32), seeds=0)

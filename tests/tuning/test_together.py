@@ -1,0 +1,100 @@
+"""Points that are trained together end where each would have ended alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mukv.core.params import named
+from mukv.runs import config
+from mukv.runs.resolve import open_corpus
+from mukv.train import metrics
+from mukv.tuning.together import Point, Together, grouped
+from tests.conftest import MINUSCULE
+
+POWER = "train.schedule={kind: power, warmup: 1, amplitude: 1, decay: 0.5}"
+ATAN2 = "train.optimizer={kind: adam_atan2}"
+SCALING = "model.scaling"
+VARIED = {
+    "rates and seeds": (
+        ["train.learning_rate=0.01", "train.seed=0"],
+        ["train.learning_rate=0.003", "train.seed=1"],
+    ),
+    "schedule": (
+        [POWER, "train.schedule.exponent=-0.4"],
+        [POWER, "train.schedule.warmup=2"],
+        [POWER, "train.schedule.decay=0.9"],
+    ),
+    "optimizer": (
+        [ATAN2, "train.optimizer.outer=1"],
+        [ATAN2, "train.optimizer.beta2=0.9"],
+        [ATAN2, "train.optimizer.weight_decay=1"],
+    ),
+    "constants": (
+        [f"{SCALING}.rate.embedding=4"],
+        [f"{SCALING}.multiplier.hidden=0.5"],
+        [f"{SCALING}.deviation.readout=0.1"],
+    ),
+    "budgets": (
+        ["train.budget={kind: sde, batch: 64, tokens: 192}"],
+        ["train.budget={kind: sde, batch: 128, tokens: 192}"],
+    ),
+}
+
+
+def points(token_file, changes):
+    given = [*MINUSCULE, f"data.path={token_file}", "train.compute={dtype: float32}"]
+    loaded = [config.load("tiny", given + change) for change in changes]
+    return open_corpus(loaded[0]), [Point(run.model, run.train) for run in loaded]
+
+
+def ends(group):
+    *_, last = group.run()
+    return last.numbers, [named(group.weights(index)) for index in range(len(group.points))]
+
+
+@pytest.mark.parametrize("across", ["vmap", "map"])
+@pytest.mark.parametrize("name", VARIED)
+def test_together_is_alone(token_file, name, across):
+    tokens, chosen = points(token_file, VARIED[name])
+    assert grouped(chosen) == [list(range(len(chosen)))]
+    numbers, weights = ends(Together(chosen, tokens, across=across))
+    assert len({row["validation_loss"] for row in numbers}) == len(chosen)
+    for point, row, mine in zip(chosen, numbers, weights, strict=True):
+        (alone,), (other,) = ends(Together([point], tokens))
+        assert row == pytest.approx(alone, rel=1e-4)
+        for path, leaf in mine.items():
+            np.testing.assert_allclose(leaf, other[path], rtol=1e-2, atol=1e-3, err_msg=path)
+
+
+def test_a_point_alone_is_the_run(token_file, trained):
+    tokens, (point,) = points(token_file, [[]])
+    numbers, _ = ends(Together([point], tokens))
+    last = [r for r in metrics.read_metrics(trained / "metrics.jsonl") if "loss" in r][-1]
+    assert numbers[0]["loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
+def test_what_differs_in_more_than_numbers_is_apart(token_file):
+    _, chosen = points(
+        token_file, [[], ["model.mlp.hidden=64"], ["train.seed=3"], ["train.clip_norm=null"]]
+    )
+    assert grouped(chosen) == [[0, 2], [1], [3]]
+
+
+def test_one_that_diverges_leaves_the_others_alone(token_file):
+    tokens, chosen = points(
+        token_file, [["train.learning_rate=0.01"], ["train.learning_rate=1e30"]]
+    )
+    numbers, _ = ends(Together(chosen, tokens))
+    assert numbers[0]["validation_loss"] < 6
+    assert numbers[1]["validation_loss"] == np.inf
+
+
+def test_a_group_shrinks_to_its_memory(token_file):
+    tokens, chosen = points(token_file, [[f"train.seed={seed}"] for seed in range(4)])
+    whole = Together(chosen, tokens, across="vmap")
+    assert whole.fitting(whole.memory()) == [whole]
+    parts = whole.fitting(whole.memory() - 1)
+    assert [point for part in parts for point in part.points] == chosen
+    assert len(parts) == 2
+    assert len(whole.fitting(0)) == 4
