@@ -18,7 +18,11 @@ MOST_BYTES = 32 << 20
 
 def is_text(value: str) -> bool:
     """Whether a text can be written as UTF-8: a path of other bytes can't."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
