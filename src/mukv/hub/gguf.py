@@ -38,7 +38,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
-class Architecture:
+class GgufArchitecture:
     """What sets an architecture of llama.cpp apart.
 
     name: of the class in Hugging Face. before_mlp, after_attention: names in llama.cpp of these
@@ -119,12 +119,12 @@ GEMMA3_NORMS = {
     "attn_k_norm": "self_attn.k_norm",
 }
 ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", LLAMA_NORMS, turned=True),
-    "mistral": Architecture("MistralForCausalLM", LLAMA_NORMS, turned=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", LLAMA_NORMS),
-    "qwen3": Architecture("Qwen3ForCausalLM", QWEN3_NORMS),
-    "gemma2": Architecture("Gemma2ForCausalLM", GEMMA_NORMS, offset=True, settings=_gemma2),
-    "gemma3": Architecture("Gemma3ForCausalLM", GEMMA3_NORMS, offset=True, settings=_gemma3),
+    "llama": GgufArchitecture("LlamaForCausalLM", LLAMA_NORMS, turned=True),
+    "mistral": GgufArchitecture("MistralForCausalLM", LLAMA_NORMS, turned=True),
+    "qwen2": GgufArchitecture("Qwen2ForCausalLM", LLAMA_NORMS),
+    "qwen3": GgufArchitecture("Qwen3ForCausalLM", QWEN3_NORMS),
+    "gemma2": GgufArchitecture("Gemma2ForCausalLM", GEMMA_NORMS, offset=True, settings=_gemma2),
+    "gemma3": GgufArchitecture("Gemma3ForCausalLM", GEMMA3_NORMS, offset=True, settings=_gemma3),
 }
 """By `general.architecture`."""
 PARTS = {
