@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mukv.core.arguments import require_text
 from mukv.core.errors import BadInput, Failed, unknown_name
 from mukv.hub import render
 from mukv.hub.settings import read_json
@@ -22,6 +24,8 @@ from mukv.hub.settings import read_json
 FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+ADDED = "AddedToken"
+"""The `__type` of a special token that tokenizer_config.json gives as a mapping."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message may hold its reasoning; templates read the first or the second."""
 MOST_BYTES = 1 << 20
@@ -32,17 +36,21 @@ WALL_SECONDS = 20.0
 def chat_text(folder: Path, messages: Sequence[Mapping[str, Any]]) -> str:
     """The messages (each with `role` and `content`), up to where the model's answer begins.
 
-    folder: where the template is. Raises BadInput if there is none, it can't be rendered within
-    seconds and a gigabyte, or it refuses the messages.
+    folder: where the template is. Keys of a message that are None are left out. Raises BadInput if
+    there is no template or no message, it can't be rendered within seconds and a gigabyte, or it
+    refuses the messages.
     """
+    if not messages or not all(isinstance(message, Mapping) for message in messages):
+        raise BadInput("messages", messages, "at least one mapping with `role` and `content`")
+    require_text("messages", messages)
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
     where, template = find_template(folder, settings)
     values = {
-        "messages": [_with_reasoning(message) for message in messages],
+        **special_tokens(folder, settings),
+        "messages": list(map(_given, messages)),
         "tools": None,
         "documents": None,
         "add_generation_prompt": True,
-        **special_tokens(folder, settings),
     }
     (answer,) = rendered([template], values, where)
     if "error" in answer:
@@ -58,20 +66,22 @@ def rendered(
 
     Raises BadInput where jinja2 is missing or the work was ended for the time that it took.
     """
-    request = json.dumps({"templates": list(templates), "values": values})
+    request = {"templates": list(templates), "values": values}
+    # As in transformers, templates see the name of the type of an image or an array.
+    text = json.dumps(request, default=lambda value: f"<{type(value).__name__}>")
     # The allocator's settings ask for more address space than the process may have.
     inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     command = [sys.executable, "-P", str(Path(render.__file__))]
-    slow = f"a template that takes more than {render.CPU_SECONDS} s"
     try:
         done = subprocess.run(
-            command, input=request, capture_output=True, text=True, env=inherited,
+            command, input=text, capture_output=True, text=True, env=inherited,
             timeout=WALL_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
+        slow = f"a template that takes more than {WALL_SECONDS:g} s"
         raise BadInput(where, slow, "a template that ends") from None
     if done.returncode < 0:
-        raise BadInput(where, slow, "a template that ends")
+        raise _death(where, -done.returncode)
     try:
         found = json.loads(done.stdout)
     except ValueError:
@@ -81,12 +91,51 @@ def rendered(
     return found
 
 
+def _death(where: str, number: int) -> BadInput:
+    """The error for rendering that a signal ended."""
+    if number == signal.SIGXCPU:
+        slow = f"a template that takes more than {render.CPU_SECONDS} s"
+        return BadInput(where, slow, "a template that ends")
+    names = {each.value: each.name for each in signal.Signals}
+    given = f"a template whose rendering was ended by {names.get(number, f'signal {number}')}"
+    if number in (signal.SIGKILL, signal.SIGABRT):  # of the system's, or of a failed allocation
+        return BadInput(where, given, "there may be too little memory")
+    return BadInput(where, given, "a template that jinja2 can render")
+
+
 def special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that a model names, as texts; those that it does not name are absent."""
+    """The special tokens that a model names, as texts; those that it does not name are absent.
+
+    What a special_tokens_map.json says counts before what `settings`, its tokenizer_config.json,
+    says, null included; but nothing that it says counts if the settings list `added_tokens_decoder`
+    (transformers 5, `PreTrainedTokenizerBase._from_pretrained`). Names of a model's own, such as
+    `image_token`, are the other way round.
+    """
+    named = dict(settings)
+    own = {key: named.pop(key) for key in list(named) if _is_own(key, named[key], (str,))}
+    own |= _mapping(named.pop("extra_special_tokens", None))
+    own = own or _mapping(named.pop("model_specific_special_tokens", None))
     path = folder / SPECIAL_TOKENS
-    named = {**(read_json(path) if path.exists() else {}), **settings}
-    found = {name: _text(named.get(name)) for name in TOKENS}
-    return {name: text for name, text in found.items() if text is not None}
+    if "added_tokens_decoder" not in settings and path.exists():
+        mapped = read_json(path)
+        named |= {
+            key: value | {"__type": ADDED} if isinstance(value, dict) else value
+            for key, value in mapped.items()
+        }
+        own |= _mapping(mapped.get("extra_special_tokens"))
+    found = {key: named[key] for key in named if key in TOKENS or _is_own(key, named[key])} | own
+    texts = {name: _text(value) for name, value in found.items()}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _is_own(key: str, value: Any, kinds: tuple[type, ...] = (str, dict)) -> bool:
+    """Whether this names a special token that not all models have."""
+    known = isinstance(value, kinds) and (isinstance(value, str) or value.get("__type") == ADDED)
+    return key.endswith("_token") and key not in TOKENS and known
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def find_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
@@ -103,9 +152,12 @@ def find_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
             raise BadInput(str(path), f"a file that can't be read ({error})", "UTF-8") from None
     where = f"{folder / SETTINGS}: chat_template"
     found = settings.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        entries = [each for each in found if isinstance(each, Mapping)]
-        names = {str(each.get("name")): each.get("template") for each in entries}
+    if isinstance(found, list | dict):  # several, by name
+        names = _mapping(found) or {
+            str(each.get("name")): each.get("template")
+            for each in found
+            if isinstance(each, Mapping)
+        }
         if "default" not in names:
             raise unknown_name(where, "default", names)
         found = names["default"]
@@ -113,16 +165,15 @@ def find_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
         allowed = f"a model with a chat template ({FILE}, or in {SETTINGS})"
         raise BadInput("--chat", str(folder), allowed)
     if not isinstance(found, str):
-        raise BadInput(where, type(found).__name__, "text, or a list of named templates")
+        raise BadInput(where, type(found).__name__, "text, or templates by name")
     return where, found
 
 
-def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose reasoning stands under the names that templates read."""
-    words = next((message[key] for key in REASONING if message.get(key) is not None), None)
-    if words is None:
-        return dict(message)
-    return {"thinking": words, **message, "reasoning_content": words}
+def _given(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates see it: its reasoning stands under the names that they read."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    words = next((kept[key] for key in REASONING if key in kept), None)
+    return kept if words is None else {"thinking": words, **kept, "reasoning_content": words}
 
 
 def _text(token: Any) -> str | None:

@@ -20,8 +20,10 @@ CPU_SECONDS, MEMORY_BYTES, MOST_CHARACTERS = 5, 1 << 30, 1 << 20
 def render(template: str, values: dict[str, Any]) -> str:
     """The text of a template, with the names and filters that transformers gives its templates."""
     from jinja2 import TemplateError, nodes
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
 
     class GenerationBlock(Extension):
         """`{% generation %}...{% endgeneration %}` gives its body: it marks the model's words."""
@@ -35,6 +37,32 @@ def render(template: str, values: dict[str, Any]) -> str:
 
         def same(self, caller: Any) -> str:
             return caller()
+
+    class PublicNamespace(Namespace):
+        """Has no names that begin with an underscore."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the names
+            named = dict(*args[1:], **kwargs)
+            for name in named:
+                require_public(name)
+            Namespace.__init__(args[0], named)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            require_public(name)
+            super().__setitem__(name, value)
+
+    class Dict:
+        """Makes a dict, and has nothing else of the type."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*args)
+
+    def require_public(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace can't have the name {name!r}")
 
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
@@ -55,6 +83,8 @@ def render(template: str, values: dict[str, Any]) -> str:
     world.filters["tojson"] = to_json
     world.globals["raise_exception"] = refuse
     world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    world.globals["dict"] = Dict()
+    world.globals["namespace"] = PublicNamespace
     pieces: list[str] = []
     length = 0
     for piece in world.from_string(template).generate(**values):

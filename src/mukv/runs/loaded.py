@@ -215,7 +215,7 @@ class Model:
         ends = [text for text in strings("stop", stop) if text]
 
         def over(ids: list[int]) -> bool:
-            text = self.tokenizer.decode(ids)
+            text = self.tokenizer.decode_further(ids)
             return any(end in text for end in ends)
 
         ids = [self.encode(text) for text in texts]
@@ -231,14 +231,14 @@ class Model:
 
     def _until(self, ids: list[int], ends: Sequence[str]) -> Text:
         """New tokens as a text that ends before the first of `ends`."""
-        text = self.tokenizer.decode(ids)
+        text = self.tokenizer.decode_further(ids)
         places = [text.index(end) for end in ends if end in text]
         if not places:
             return Text(text, ids)
         count = next(
             count
             for count in range(1, len(ids) + 1)
-            if any(end in self.tokenizer.decode(ids[:count]) for end in ends)
+            if any(end in self.tokenizer.decode_further(ids[:count]) for end in ends)
         )
         return Text(text[: min(places)], ids[:count])
 

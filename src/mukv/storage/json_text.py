@@ -20,7 +20,11 @@ takes 30 times its size in memory.
 
 def is_text(value: str) -> bool:
     """Whether a string can be encoded as UTF-8; paths with other bytes can't."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

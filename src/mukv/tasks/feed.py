@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from mukv.core.errors import BadInput
 from mukv.data.batches import Batch
@@ -79,5 +79,6 @@ class TaskFeed:
 def tokenizer(task: Task) -> JsonTokenizer:
     """Make a tokenizer that maps the task's text to its ids and back."""
     inner = Tokenizer(models.BPE(vocab={}, merges=[]))
+    inner.decoder = decoders.Fuse()  # without a decoder, a text has spaces between its tokens
     inner.add_tokens([AddedToken(word, normalized=False) for word in task.vocabulary.spelling])
     return JsonTokenizer(inner.to_str())
