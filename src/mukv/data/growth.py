@@ -1,7 +1,7 @@
-"""How much longer a tokenizer.json can make a text.
+"""Bound how much longer a tokenizer.json can make a text.
 
 Four steps that each replace "a" by 2,000 of them turn one character into 10**13, and the library
-ends the process when memory runs out. So files that multiply texts are refused before use.
+ends the process when memory is exhausted. So files that multiply texts are refused before use.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from tokenizers import Regex, normalizers
 from mukv.core.errors import BadInput
 
 MOST_GROWTH = 256
-"""Characters that one may become; published files reach 54. What the Unicode normal forms make
-of one (at most 18) comes on top."""
+"""Largest number of characters that one may become; published files reach 54. Growth by Unicode
+normal forms (at most 18) is not counted.
+"""
 LONGEST_WORD = 1000
-"""Characters of a word that WordPiece divides, in time that grows as their square; usual: 100."""
+"""Largest `max_input_chars_per_word` of WordPiece, whose time grows with its square; usual: 100."""
 LONGEST_AFFIX = 64
-"""Of what stands at each piece inside a word, such as "##", or at its end, such as "</w>"."""
+"""Largest number of characters of affixes such as "##" inside a word or "</w>" at its end."""
 VISIBLE = [chr(code) for code in range(0x21, 0x7F)]
 
 
 def require_bounded(tree: Mapping[str, Any], where: str) -> None:
-    """Raise BadInput for a tokenizer.json that may make a text, or what it decodes, longer by more
-    than `MOST_GROWTH`, or whose model takes words or affixes without a sensible limit."""
+    """Raise BadInput for a tokenizer.json without a sensible limit.
+
+    It may not make a text, or a decoded text, longer by more than `MOST_GROWTH`, and its model may
+    not accept longer words or affixes than the bounds above.
+    """
     model = tree["model"]
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         length = len(model.get(name) or "")
@@ -48,27 +52,34 @@ def require_bounded(tree: Mapping[str, Any], where: str) -> None:
 
 @dataclass
 class Weights:
-    """The most characters that each character becomes in the steps that follow."""
+    """The largest number of characters that each character becomes in the following steps.
+
+    others: of characters that are not in `known`
+    known: by character
+    """
 
     others: float = 1.0
     known: dict[str, float] = field(default_factory=dict)
 
     def of(self, text: str) -> float:
+        """Return the sum over the characters of a text."""
         return sum(self.known.get(c, self.others) for c in text)
 
     @property
     def most(self) -> float:
+        """Largest number of all characters."""
         return max(self.others, *self.known.values(), 0.0)
 
     def each(self, change: Any) -> Weights:
+        """Apply a function to all numbers."""
         return Weights(change(self.others), {c: change(w) for c, w in self.known.items()})
 
 
 def growth(parts: Iterable[Mapping[str, Any]]) -> float:
-    """A bound on the characters that one character becomes in a sequence of parts.
+    """Compute a bound on the characters that one character becomes in a sequence of parts.
 
-    It goes from the last part to the first. What a part puts in place of n characters is charged
-    to them in equal shares.
+    Parts are processed from last to first. What a part substitutes for n characters is divided
+    equally among them.
     """
     weights = Weights()
     for part in reversed(list(parts)):
@@ -86,7 +97,7 @@ def _before(part: Mapping[str, Any], after: Weights) -> Weights:
         return Weights(after.most * max(1, _longest(part["precompiled_charsmap"])))
     if part.get("type") == "ByteLevel":  # a character has up to four bytes
         return Weights(4 * after.most, {c: after.known.get(c, after.others) for c in VISIBLE})
-    return Weights(after.most)  # characters may become others
+    return Weights(after.most)  # characters may be replaced by others
 
 
 def _before_replacing(pattern: Any, added: float, after: Weights) -> Weights:
@@ -101,7 +112,7 @@ def _before_replacing(pattern: Any, added: float, after: Weights) -> Weights:
 
 
 def matches_nothing(expression: str) -> bool:
-    """Whether an expression may match between two characters."""
+    """Whether an expression may match the empty string between two characters."""
     plain = re.sub(r"\[\^?\]?(?:\\.|[^\]\\])*\]", "c", expression)
     if re.search(r"\(\?<?[=!]|[\^$]|\\[bBGKAzZ]", plain):
         return True
@@ -109,15 +120,16 @@ def matches_nothing(expression: str) -> bool:
 
 
 def _longest(charsmap: str) -> int:
-    """Characters of the longest text in a map of SentencePiece's: a trie of as many bytes as its
-    first four say, and then texts that end with a zero."""
+    """Return the number of characters of the longest text in a character map of SentencePiece: a
+    trie, whose size is in the first four bytes, followed by zero-terminated texts.
+    """
     data = base64.b64decode(charsmap)
     (trie,) = struct.unpack("<I", data[:4])
     return max(len(text.decode(errors="replace")) for text in data[4 + trie :].split(b"\0"))
 
 
 def _parts(part: Any) -> list[Mapping[str, Any]]:
-    """A part, or those that it consists of."""
+    """Return a part, or the parts that it consists of."""
     if not isinstance(part, Mapping):
         return []
     inner = [value for value in part.values() if isinstance(value, list)]

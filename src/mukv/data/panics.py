@@ -1,7 +1,8 @@
-"""Errors of the tokenizers library, told in one line.
+"""Convert errors of the tokenizers library to errors of one line.
 
 The library is written in Rust. It raises plain Exceptions, and its panics arrive as exceptions that
-are no `Exception`, after Rust has printed a trace of a hundred lines on standard error by itself.
+are not subclasses of `Exception`, after Rust has printed a trace of a hundred lines to standard
+error.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ HARMLESS = frozenset(
         "WordPiece",
     ]
 )
-"""Parts that never panic on a text, unless an expression of theirs does."""
+"""Types of parts that never panic on a text, unless their regular expression does."""
 
 
 @contextmanager
 def telling_tokenizer_errors(where: str, given: str, quiet: bool = False) -> Iterator[None]:
-    """Turn whatever the library raises into BadInput.
+    """Turn every exception of the library into BadInput.
 
-    quiet: keep the trace of a panic from standard error.
+    quiet: drop the trace of a panic from standard error
     """
     try:
         if quiet:
@@ -74,7 +75,7 @@ def telling_tokenizer_errors(where: str, given: str, quiet: bool = False) -> Ite
 def may_panic(tree: Mapping[str, Any]) -> bool:
     """Whether a tokenizer.json has parts that can panic on some text.
 
-    Such a tokenizer works as any other, but standard error is held back while it does.
+    While such a tokenizer works, standard error is held back.
     """
     parts = [tree.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
     return not all(map(_is_harmless, parts))
@@ -91,17 +92,17 @@ def _is_harmless(part: Any) -> bool:
     pattern = part.get("pattern")
     if isinstance(pattern, Mapping):
         expression = re.escape(pattern["String"]) if "String" in pattern else str(pattern["Regex"])
-        # The library fails to replace nothing at the end of a text.
+        # The library fails to replace an empty match at the end of a text.
         return is_quick(expression) and not ("content" in part and matches_nothing(expression))
     return all(map(_is_harmless, part.values()))
 
 
 def is_quick(expression: str) -> bool:
-    """Whether a regular expression surely takes steps in proportion to the text.
+    """Whether a regular expression certainly takes a number of steps proportional to the text.
 
-    The library's engine gives up, and panics, after 10**7 steps. True for expressions whose
-    alternatives have one repetition without a limit, or two of which the second is the end, as
-    those of GPT-2 and its successors.
+    The library's engine panics after 10**7 steps. True for expressions whose alternatives have one
+    unlimited repetition, or two of which the second is at the end, as those of GPT-2 and its
+    successors.
     """
     plain = re.sub(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[pP]\{[^}]*\}", "c", expression)
     if re.search(r"\\[1-9kg]", plain):
@@ -118,9 +119,9 @@ def is_quick(expression: str) -> bool:
 
 
 class _Traces:
-    """Holds back standard error of the whole process while any thread is in a block.
+    """Holds back the whole process's standard error while any thread is in a block.
 
-    What others write there is passed on at the end of each block, a panic's trace is dropped.
+    At the end of each block, what others wrote is passed on, and traces of panics are dropped.
     """
 
     TRACE = re.compile(rb"\n?thread '[^\n]* panicked at .*?(\nnote: [^\n]*\n|\Z)", re.DOTALL)
@@ -162,7 +163,7 @@ class _Traces:
             os.dup2(self.kept, 2)
         written = os.pread(self.file.fileno(), os.fstat(self.file.fileno()).st_size, 0)
         fresh = written[self.passed_on :]
-        # A trace that another thread is still writing waits for the end.
+        # A trace that another thread is still writing is processed at the end.
         if last or b"thread '" not in fresh:
             with suppress(OSError):
                 os.write(self.kept, self.TRACE.sub(b"", fresh))

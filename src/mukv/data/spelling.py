@@ -1,8 +1,8 @@
-"""The bytes that each id of a tokenizer.json stands for, as the file's decoder spells it.
+"""Compute the bytes of each id of a tokenizer.json, as its decoder spells them.
 
-Decoders look at a token's place: they join words by spaces, and strip the space before the first.
-So a token's text is taken from between two others, where it adds to a text what it adds in any
-place but the ends.
+Decoders depend on a token's position: they join words by spaces and strip the space before the
+first. So a token is decoded between two others, where it adds the same to a text as everywhere
+except at the ends.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 TRIED = 1000
-"""Tokens of which two are chosen to stand around the others."""
+"""Number of tokens among which the two neighbours are chosen."""
 
 
 def byte_alphabet() -> list[str]:
-    """The visible character that byte-level tokenizers write for each byte (GPT-2's table)."""
+    """Return the visible character that byte-level tokenizers write for each byte
+    (GPT-2's table).
+    """
     shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in shown]
     return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
@@ -28,10 +30,12 @@ VALUES = {shown: byte for byte, shown in enumerate(byte_alphabet())}
 
 
 def spelled(inner: Tokenizer, decoder: Any, silent: Collection[int], size: int) -> list[bytes]:
-    """The bytes of each id below `size`; none for ids of no token and for those in `silent`.
+    """Return the bytes of each id below `size`; empty for unused ids and for those in `silent`.
 
-    decoder: what the file says of its decoder. The bytes of tokens that follow another one add up
-    to those of the decoded text, if it is whole characters.
+    decoder: the file's decoder
+
+    The bytes of consecutive tokens, except the first, add up to the decoded text if it consists of
+    whole characters.
     """
     data = [b""] * size
     tokens = {
@@ -51,7 +55,7 @@ def spelled(inner: Tokenizer, decoder: Any, silent: Collection[int], size: int) 
         for token, text in tokens.items():
             known = VALUES.keys() >= set(text)
             data[token] = bytes(VALUES[c] for c in text) if known else text.encode()
-            # Parts of characters have no text.
+            # Partial characters have no text.
             if kinds == {"ByteLevel"} or not _is_text(data[token]):
                 contextual.pop(token, None)
     texts = _between(inner, contextual)
@@ -59,7 +63,7 @@ def spelled(inner: Tokenizer, decoder: Any, silent: Collection[int], size: int) 
 
 
 def _between(inner: Tokenizer, tokens: Mapping[int, str]) -> dict[int, str]:
-    """The text of each id between two others, or alone where there are no such others."""
+    """Return the text of each id between two others, or alone if no suitable others exist."""
     if not tokens:
         return {}
     ids = list(tokens)
@@ -69,7 +73,7 @@ def _between(inner: Tokenizer, tokens: Mapping[int, str]) -> dict[int, str]:
     for token, text in zip(ids, found, strict=True):
         if first and text.startswith(before) and text[len(before) :].endswith(behind):
             texts[token] = text[len(before) : len(text) - len(behind)]
-    # Some decoders drop a token that stands there twice.
+    # Some decoders drop a repeated token.
     for token in (*first, *last):
         if not texts.get(token):
             texts.pop(token, None)
@@ -81,7 +85,9 @@ def _between(inner: Tokenizer, tokens: Mapping[int, str]) -> dict[int, str]:
 def _neighbours(
     inner: Tokenizer, tokens: Mapping[int, str]
 ) -> tuple[list[int], list[int], str, str]:
-    """Two tokens to stand around another, and what they add to a text before and behind it."""
+    """Choose two tokens to put around another; also return what they add to a text before and after
+    it.
+    """
     letters = re.compile("[A-Za-z0-9]")
     tried = sorted(tokens, key=lambda t: (not letters.search(tokens[t]), len(tokens[t]), t))[:TRIED]
     alone = dict(zip(tried, inner.decode_batch([[token] for token in tried]), strict=True))
@@ -94,7 +100,7 @@ def _neighbours(
 
 
 def _kinds(decoder: Any) -> list[str]:
-    """Names of a decoder's parts."""
+    """Return the names of a decoder's parts."""
     if not isinstance(decoder, Mapping):
         return []
     parts = decoder.get("decoders")

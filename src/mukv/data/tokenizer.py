@@ -1,8 +1,8 @@
-"""Tokenizers: bytes, or anything a `tokenizer.json` says, behind one small interface.
+"""Tokenizers: bytes, or any `tokenizer.json`, behind one small interface.
 
-Both kinds are stored as a genuine `tokenizers` file. Every id stands for known bytes, so that
-bits per byte are exact for byte-level vocabularies (GPT-2, Llama 3, ours) and SentencePiece ones
-with byte fallback (Gemma); what other kinds (WordPiece) lose in their normalisation is not counted.
+Both kinds are stored as a `tokenizers` file. Every id has known bytes, so that bits per byte are
+exact for byte-level vocabularies (GPT-2, Llama 3, mukv's own) and SentencePiece ones with byte
+fallback (Gemma); what others (WordPiece) lose in their normalisation is not counted.
 """
 
 from __future__ import annotations
@@ -25,25 +25,30 @@ from mukv.data.spelling import byte_alphabet, spelled
 from mukv.storage.files import require_regular_file, write_atomic
 
 BEGIN = "<|begin|>"
-"""Stands before every document; its id in the byte tokenizer is 256."""
+"""Token before every document; its id in the byte tokenizer is 256."""
 MOST_BYTES = 200_000_000
-"""Of a tokenizer.json; that of Gemma 3 has 33 MB."""
+"""Largest tokenizer.json in bytes; that of Gemma 3 has 33 MB."""
 MOST_IDS = 1 << 24
-"""A larger id is a damaged file's: the largest published vocabularies have 2**18."""
+"""Upper bound of ids; larger ones are in damaged files. The largest published vocabularies have
+2**18.
+"""
 TRAINING_BYTES = 1 << 28
-"""Of text that a BPE is learnt from; more changes little and takes long."""
+"""Bytes of text that BPE is trained on, at most; more changes little and takes long."""
 
 
 @dataclass(frozen=True)
 class JsonTokenizer:
-    """What a tokenizer.json says. Safe to share between threads."""
+    """The tokenizer of a tokenizer.json. It can be shared between threads.
+
+    content: the text of the file
+    """
 
     content: str
 
     @cached_property
     def inner(self) -> Tokenizer:
         inner = _plain(self.content)
-        # A text that spells <|begin|> must not begin a document.
+        # The text <|begin|> inside a document must not begin a document.
         inner.encode_special_tokens = True
         special = [t.content for t in inner.get_added_tokens_decoder().values() if t.special]
         if _spells_one(inner, special):
@@ -52,18 +57,18 @@ class JsonTokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """The largest id plus one."""
         return 1 + max(self._vocab.values(), default=-1)
 
     @cached_property
     def text_vocab_size(self) -> int:
-        """One more than the largest id that a text can have: what a model's embedding must hold.
+        """The largest id that a text can have plus one: the size that a model's embedding needs.
 
-        Special tokens count only where they begin a text. Published files name some that their
-        models have no embedding for.
+        Special tokens count only if they begin a text. Published files name some that their models
+        have no embedding for.
         """
         special = {t for t, token in self._added.items() if token.special}
-        # A special token may stand for what is unknown.
+        # A special token may be the unknown token.
         unknown = getattr(self.inner.model, "unk_token", None) or ""
         special -= {*self.start, self._vocab.get(unknown)}
         ids = self._vocab.values()
@@ -71,8 +76,9 @@ class JsonTokenizer:
 
     @cached_property
     def start(self) -> tuple[int, ...]:
-        """Ids before every document: what the file's own template puts before a text. What it
-        puts behind one is left out."""
+        """Ids before every document: those that the file's own template puts before a text. Ids
+        that it puts after one are ignored.
+        """
         return _start(self.said.get("post_processor"))
 
     @cached_property
@@ -85,7 +91,7 @@ class JsonTokenizer:
 
     @cached_property
     def said(self) -> dict[str, Any]:
-        """What the file says besides its vocabulary and merges."""
+        """The file without its vocabulary and merges."""
         tree = json.loads(self.content)
         if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
             raise ValueError("no JSON object with a `model`")
@@ -98,15 +104,18 @@ class JsonTokenizer:
         return may_panic(self.said)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [token], without `start`. Raises BadInput for a text that is none:
-        one with lone surrogates."""
+        """Return the ids of a text, int32 [token], without `start`. Raises BadInput for lone
+        surrogates.
+        """
         require_text("text", text)
         with telling_tokenizer_errors("text", text[:40], self._may_panic):
             (found,) = self.inner.encode_batch_fast([text], add_special_tokens=False)
         return np.array(found.ids, np.int32)
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of a text that spells out its special tokens, as a chat template gives it."""
+        """Return the ids of a text in which special tokens are written out, as by a
+        chat template.
+        """
         require_text("text", text)
         with telling_tokenizer_errors("text", text[:40], self._may_panic):
             return self._marked.encode(text, add_special_tokens=False).ids
@@ -116,9 +125,9 @@ class JsonTokenizer:
         return _plain(self.content)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids that begin a text, as the file's decoder gives it.
+        """Return the text of ids that begin a text, as the file's decoder gives it.
 
-        Special tokens and ids of no token are silent, bytes that are no character become U+FFFD.
+        Special tokens and unused ids are left out; bytes that are not characters become U+FFFD.
         Some decoders drop the space before the first word.
         """
         known = [int(token) for token in ids if 0 <= token < self.vocab_size]
@@ -126,12 +135,13 @@ class JsonTokenizer:
             return self.inner.decode(known)
 
     def decode_further(self, ids: Iterable[int]) -> str:
-        """The text of ids that follow others: with the space before the first word."""
+        """Return the text of ids that follow others, with the space before the first word."""
         return b"".join(map(self.token_data, ids)).decode(errors="replace")
 
     def token_data(self, token: int) -> bytes:
-        """Bytes that an id adds to a text before it; none for special tokens and for ids of no
-        token."""
+        """Return the bytes that an id appends to a text; empty for special tokens and
+        unused ids.
+        """
         return self._data[token] if 0 <= token < len(self._data) else b""
 
     @cached_property
@@ -141,7 +151,9 @@ class JsonTokenizer:
             return spelled(self.inner, self.said.get("decoder"), silent, self.vocab_size)
 
     def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
-        """UTF-8 bytes of each id, int32 [vocab]. Raises BadInput for too small a vocabulary."""
+        """Return the UTF-8 bytes of each id, int32 [vocab]. Raises BadInput for too small a
+        vocabulary.
+        """
         size = self.vocab_size if vocab_size is None else vocab_size
         if size < self.text_vocab_size:
             raise BadInput("vocab_size", size, f"at least the tokenizer's {self.text_vocab_size}")
@@ -156,7 +168,9 @@ class JsonTokenizer:
 
 
 class ByteTokenizer(JsonTokenizer):
-    """Ids are byte values, and 256 begins a document. The file says the same to others."""
+    """Tokenizer whose ids are byte values, and 256, which begins a document; its file does the same
+    in other programs.
+    """
 
     def __init__(self) -> None:
         vocab = {shown: byte for byte, shown in enumerate(byte_alphabet())}
@@ -172,7 +186,7 @@ class ByteTokenizer(JsonTokenizer):
 
 
 class NoTokenizer(JsonTokenizer):
-    """Of a model that came without one: there are only ids, which stand for no text."""
+    """Tokenizer of a model without one: it has only ids, without text."""
 
     def __init__(self) -> None:
         super().__init__(Tokenizer(models.BPE()).to_str())
@@ -185,9 +199,12 @@ AnyTokenizer = ByteTokenizer | JsonTokenizer
 
 
 def _plain(content: str) -> Tokenizer:
-    """The tokenizer of a file, without the truncation and padding of its last use, and without
-    what makes encoding random: the dropout of merges, and sampling. What stands around a text is
-    left to `start`; a template may also double the text."""
+    """Load the tokenizer of a file without truncation, padding and randomness (dropout of merges,
+    sampling).
+
+    Its post-processor is removed, because `start` replaces it, and a template may also double the
+    text.
+    """
     inner = Tokenizer.from_str(content)
     inner.post_processor = None
     inner.no_padding()
@@ -199,7 +216,9 @@ def _plain(content: str) -> Tokenizer:
 
 
 def _start(processor: Any) -> tuple[int, ...]:
-    """Ids that a post-processor puts before a text. Raises ValueError for one that fails there."""
+    """Return the ids that a post-processor puts before a text. Raises ValueError if that is
+    ambiguous.
+    """
     if not isinstance(processor, dict):
         return ()
     if "processors" in processor:
@@ -221,7 +240,7 @@ def _start(processor: Any) -> tuple[int, ...]:
 
 
 def _spells_one(inner: Tokenizer, special: Iterable[str]) -> bool:
-    """Whether the model alone makes a special token, other than the unknown one, of its letters."""
+    """Whether the model alone forms a special token other than the unknown one from letters."""
     unknown = getattr(inner.model, "unk_token", None)
     return any(
         text != unknown and any(piece.value == text for piece in inner.model.tokenize(text))
@@ -230,9 +249,9 @@ def _spells_one(inner: Tokenizer, special: Iterable[str]) -> bool:
 
 
 def _without_words(model: dict[str, Any], words: set[str]) -> models.Model:
-    """A model, as its file says, that never makes one of these words of a text.
+    """Return the model of a file without these words, so that a text never yields them.
 
-    The unknown word stays. Other ids do not change.
+    The unknown token is kept. Other ids do not change.
     """
     vocab = model["vocab"]
     if isinstance(vocab, list):  # Unigram: an id is the place in the list
@@ -250,7 +269,7 @@ def _without_words(model: dict[str, Any], words: set[str]) -> models.Model:
 
 
 def _require_one_name(found: JsonTokenizer, where: str) -> None:
-    """Raise BadInput for an id that two tokens have."""
+    """Raise BadInput for an id with two tokens."""
     names: dict[int, str] = {}
     words = found.inner.get_vocab(with_added_tokens=False).items()
     added = [(token["content"], token["id"]) for token in found.said.get("added_tokens") or ()]
@@ -261,7 +280,7 @@ def _require_one_name(found: JsonTokenizer, where: str) -> None:
 
 
 def _finished(inner: Tokenizer, use_regex: bool = True) -> Tokenizer:
-    """With bytes as alphabet and `BEGIN` before each document."""
+    """Add the byte alphabet, and `BEGIN` before each document."""
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([BEGIN])
@@ -273,7 +292,7 @@ def _finished(inner: Tokenizer, use_regex: bool = True) -> Tokenizer:
 
 
 def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
-    """From the content of a tokenizer.json; `where` names it in messages. Raises BadInput."""
+    """Parse the content of a tokenizer.json. where: name in errors. Raises BadInput."""
     byte_level = ByteTokenizer()
     if text == byte_level.content:
         return byte_level
@@ -287,7 +306,7 @@ def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
         _require_one_name(found, where)
         if max(found.start, default=-1) >= size:
             raise BadInput(where, f"a template with id {max(found.start)}", f"ids below {size}")
-        # What is wrong in an expression shows when it is used.
+        # Errors in regular expressions appear only when they are used.
         _ = found.text_vocab_size
         found.inner.encode("A text, déjà vu: 1 + 1\n")
         found.inner.decode_batch([[token] for token in range(min(size, 300))])
@@ -297,7 +316,7 @@ def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
 
 
 def load_tokenizer(path: Path) -> AnyTokenizer:
-    """From a tokenizer.json, or a folder with one. Raises BadInput."""
+    """Load a tokenizer.json, or that of a folder. Raises BadInput."""
     path = path / "tokenizer.json" if path.is_dir() else path
     require_regular_file(path, "tokenizer")
     try:
@@ -314,18 +333,20 @@ def load_tokenizer(path: Path) -> AnyTokenizer:
 
 
 def find_tokenizer(path: Path) -> AnyTokenizer:
-    """The same; `NoTokenizer` where there is no such file. Raises BadInput for one that is bad."""
+    """Load a tokenizer.json, or return `NoTokenizer` if there is none. Raises BadInput for a bad
+    file.
+    """
     return load_tokenizer(path) if path.exists() else NoTokenizer()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
-    """A byte-level BPE from at most the first 256 MiB of text.
+    """Train a byte-level BPE on at most the first 256 MiB of text.
 
-    It has fewer ids than asked for where the text has nothing left to merge. Raises BadInput for
-    a vocabulary smaller than the 257 of the bytes alone.
+    It has fewer ids than requested if the text has nothing left to merge. Raises BadInput for a
+    vocabulary smaller than the 257 ids of the bytes and the begin token.
     """
     if vocab_size < 257:
-        raise BadInput("vocab_size", vocab_size, "at least 257: the bytes and the begin of a text")
+        raise BadInput("vocab_size", vocab_size, "at least 257: the bytes and the begin token")
     inner = _finished(Tokenizer(models.BPE()))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -1,8 +1,8 @@
-"""Chat templates: a conversation as the text that a model was trained to answer.
+"""Chat templates: format a conversation as the text that a model was trained to continue.
 
-A template comes with the model, as chat_template.jinja or in tokenizer_config.json. It is rendered
-by jinja2 in a sandbox, in a process of its own (render.py says why), with the names that
-transformers gives its templates.
+A template comes with the model, as chat_template.jinja or in tokenizer_config.json. jinja2 renders
+it in a sandbox, in a separate process (see render.py), with the names that transformers provides to
+templates.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 ADDED = "AddedToken"
-"""The `__type` of a special token that tokenizer_config.json gives as a mapping."""
+"""The `__type` of a special token that is a mapping in tokenizer_config.json."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys under which a message may hold its reasoning; templates read the first or the second."""
+"""Keys under which a message may have its reasoning; templates read the first or the second."""
 MOST_BYTES = 1 << 20
 WALL_SECONDS = 20.0
-"""A busy machine gives a process its seconds of CPU late."""
+"""Time limit of rendering; on a busy machine a process takes longer than its CPU time."""
 
 
 def chat_text(folder: Path, messages: Sequence[Mapping[str, Any]]) -> str:
-    """The messages (each with `role` and `content`), up to where the model's answer begins.
+    """Format messages (each with `role` and `content`), up to where the model's answer begins.
 
-    folder: where the template is. Keys of a message that are None are left out. Raises BadInput if
-    there is no template or no message, it can't be rendered within seconds and a gigabyte, or it
-    refuses the messages.
+    folder: folder with the template
+
+    Keys of a message that are None are left out. Raises BadInput if there is no template or no
+    message, rendering exceeds its limits of time and memory, or the template refuses the messages.
     """
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise BadInput("messages", messages, "at least one mapping with `role` and `content`")
@@ -62,14 +63,14 @@ def chat_text(folder: Path, messages: Sequence[Mapping[str, Any]]) -> str:
 def rendered(
     templates: Sequence[str], values: Mapping[str, Any], where: str
 ) -> list[dict[str, str]]:
-    """For each template its `text` or its `error`. where: names them in messages.
+    """Render templates; return `text` or `error` of each. where: their name in errors.
 
-    Raises BadInput where jinja2 is missing or the work was ended for the time that it took.
+    Raises BadInput if jinja2 is missing or the process was ended for its use of time or memory.
     """
     request = {"templates": list(templates), "values": values}
-    # As in transformers, templates see the name of the type of an image or an array.
+    # As in transformers, templates receive the name of the type of an image or an array.
     text = json.dumps(request, default=lambda value: f"<{type(value).__name__}>")
-    # The allocator's settings ask for more address space than the process may have.
+    # The allocator's settings need more address space than the process may have.
     inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     command = [sys.executable, "-P", str(Path(render.__file__))]
     try:
@@ -92,24 +93,24 @@ def rendered(
 
 
 def _death(where: str, number: int) -> BadInput:
-    """The error for rendering that a signal ended."""
+    """Make the error for a rendering process that a signal ended."""
     if number == signal.SIGXCPU:
         slow = f"a template that takes more than {render.CPU_SECONDS} s"
         return BadInput(where, slow, "a template that ends")
     names = {each.value: each.name for each in signal.Signals}
     given = f"a template whose rendering was ended by {names.get(number, f'signal {number}')}"
-    if number in (signal.SIGKILL, signal.SIGABRT):  # of the system's, or of a failed allocation
+    if number in (signal.SIGKILL, signal.SIGABRT):  # by the system, or after a failed allocation
         return BadInput(where, given, "there may be too little memory")
     return BadInput(where, given, "a template that jinja2 can render")
 
 
 def special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that a model names, as texts; those that it does not name are absent.
+    """Return the texts of the special tokens that a model names.
 
-    What a special_tokens_map.json says counts before what `settings`, its tokenizer_config.json,
-    says, null included; but nothing that it says counts if the settings list `added_tokens_decoder`
-    (transformers 5, `PreTrainedTokenizerBase._from_pretrained`). Names of a model's own, such as
-    `image_token`, are the other way round.
+    Values of special_tokens_map.json, null included, override those of `settings`, its
+    tokenizer_config.json; but the file is ignored if the settings have `added_tokens_decoder`
+    (transformers 5, `PreTrainedTokenizerBase._from_pretrained`). For a model's own names, such as
+    `image_token`, the precedence is reversed.
     """
     named = dict(settings)
     own = {key: named.pop(key) for key in list(named) if _is_own(key, named[key], (str,))}
@@ -129,7 +130,7 @@ def special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_own(key: str, value: Any, kinds: tuple[type, ...] = (str, dict)) -> bool:
-    """Whether this names a special token that not all models have."""
+    """Whether a key names a special token that only some models have."""
     known = isinstance(value, kinds) and (isinstance(value, str) or value.get("__type") == ADDED)
     return key.endswith("_token") and key not in TOKENS and known
 
@@ -139,13 +140,13 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def find_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
-    """The file that holds the template of a folder, and the template. Raises BadInput."""
+    """Return the file that contains a folder's template, and the template. Raises BadInput."""
     path = folder / FILE
     if path.exists():
         try:
             if not path.is_file() or path.stat().st_size > MOST_BYTES:
                 raise BadInput(
-                    str(path), "no ordinary file", f"text of at most {MOST_BYTES:,} bytes"
+                    str(path), "not a regular file", f"text of at most {MOST_BYTES:,} bytes"
                 )
             return str(path), path.read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
@@ -170,13 +171,13 @@ def find_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _given(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates see it: its reasoning stands under the names that they read."""
+    """Return a message for templates, with its reasoning under all names that they read."""
     kept = {key: value for key, value in message.items() if value is not None}
     words = next((kept[key] for key in REASONING if key in kept), None)
     return kept if words is None else {"thinking": words, **kept, "reasoning_content": words}
 
 
 def _text(token: Any) -> str | None:
-    """A special token is given as its text, or as a mapping with it."""
+    """Return the text of a special token, which is a string or a mapping with it."""
     found = token.get("content") if isinstance(token, Mapping) else token
     return found if isinstance(found, str) else None
