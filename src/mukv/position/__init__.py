@@ -1,4 +1,4 @@
-"""Position encodings. To add one: a file with a class, a line here."""
+"""Position encodings, by name. To add one: a file with a class, and a line in `POSITIONS`."""
 
 from mukv.position.alibi import ALiBi
 from mukv.position.base import Pairs, Position

@@ -1,10 +1,10 @@
-"""Frozen dataclasses as a schema: plain mappings are checked and become objects, and back.
+"""Frozen dataclasses as a schema: build them from checked plain mappings, and convert them back.
 
-A field that holds one of several dataclasses names it by `kind`. One rule merges a preset with
-its parent and an override with a preset: mappings merge key by key, all else replaces; and where
-`kind` changes, only the keys that the new kind also has are kept. What the whole leaves out is as
-in the fields' defaults, as long as these are of the kind that is asked for.
-Leaf types are checked by pydantic, strictly: "3", 3.0 and true are no integers.
+A field that holds one of several dataclasses selects it by `kind`. One rule merges a preset with
+its parent and an override with a preset: mappings merge key by key, everything else replaces; where
+`kind` changes, only keys that the new kind also has are kept. Keys that are left out have the
+fields' defaults if those are of the same kind. pydantic checks leaf types strictly: "3", 3.0 and
+true are not integers.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from mukv.schema.yaml_text import dump_yaml
 
 T = TypeVar("T")
 LARGEST_FLOAT = 3.4028235e38
-"""Beyond it a float32 is infinite."""
+"""Largest finite float32."""
 
 
 def build(cls: type[T], mapping: Any, where: str = "") -> T:
-    """An instance of a frozen dataclass from a mapping; what is left out is as in its defaults.
+    """Build an instance of a frozen dataclass from a mapping; missing keys have their defaults.
 
-    where: prefix of the dotted paths in errors. Raises BadInput for the first mistake, with the
-    number of the others.
+    where: prefix of the dotted paths in errors
+
+    Raises BadInput for the first mistake, with the number of further ones.
     """
     errors: list[BadInput] = []
     value = _value(cls, mapping, where, errors)
@@ -46,7 +47,7 @@ def build(cls: type[T], mapping: Any, where: str = "") -> T:
 
 
 def to_mapping(value: Any) -> Any:
-    """The complete mapping that `build` turns into an equal object."""
+    """Return the complete mapping from which `build` makes an equal object."""
     if is_dataclass(value):
         return {f.name: to_mapping(getattr(value, f.name)) for f in fields(value) if f.init}
     if isinstance(value, Mapping):
@@ -57,15 +58,15 @@ def to_mapping(value: Any) -> Any:
 
 
 def to_yaml(value: Any) -> str:
-    """`to_mapping` as YAML text."""
+    """Return `to_mapping` as YAML text."""
     return dump_yaml(to_mapping(value))
 
 
-# What an annotation says
+# Type annotations
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union."""
+    """Return the alternatives of a union."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -87,7 +88,7 @@ def _classes(hint: Any) -> list[type]:
 
 
 def _class_of(hint: Any, mapping: Mapping[Any, Any]) -> type | None:
-    """The dataclass that a mapping describes, if that can be told."""
+    """Return the dataclass that a mapping describes; None if that is undetermined."""
     classes = _classes(hint)
     if "kind" in mapping and any(map(_kinds, classes)):
         classes = [cls for cls in classes if mapping["kind"] in _kinds(cls)]
@@ -95,7 +96,7 @@ def _class_of(hint: Any, mapping: Mapping[Any, Any]) -> type | None:
 
 
 def item_hint(hint: Any, container: type, index: int = 0) -> Any:
-    """The annotation of what a tuple or dict of this annotation holds; None if it has none."""
+    """Return the annotation of the items of a tuple or dict annotation; None if there is none."""
     for option in _options(hint):
         if get_origin(option) is container:
             args = get_args(option)
@@ -108,12 +109,13 @@ def item_hint(hint: Any, container: type, index: int = 0) -> Any:
 
 
 def key_hint(hint: Any, mapping: Mapping[Any, Any], key: str) -> Any:
+    """Return the annotation of a key of a dataclass or dict; None if there is none."""
     cls = _class_of(hint, mapping)
     return _hints(cls).get(key) if cls else item_hint(hint, dict)
 
 
 def default_of(hint: Any, mapping: Mapping[Any, Any], key: str) -> Any:
-    """What a key stands for if the mapping leaves it out, as plain data."""
+    """Return the default of a key as plain data; None if it has none."""
     cls = _class_of(hint, mapping)
     for field in fields(cls) if cls else ():
         if field.name == key and field.default_factory is not MISSING:
@@ -124,6 +126,7 @@ def default_of(hint: Any, mapping: Mapping[Any, Any], key: str) -> Any:
 
 
 def _phrase(hint: Any) -> str:
+    """Describe an annotation in words, for errors."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     names |= {type(None): "null"}
     parts: list[str] = []
@@ -147,7 +150,7 @@ def _phrase(hint: Any) -> str:
 
 
 def merge(hint: Any, base: Any, change: Any) -> Any:
-    """`base` with `change` over it, by the rule above. hint: the annotation of both."""
+    """Merge `change` into `base` by the rule above. hint: the annotation of both."""
     if not isinstance(base, Mapping) or not isinstance(change, Mapping):
         return change
     merged = {**base, **change}
@@ -161,7 +164,7 @@ def merge(hint: Any, base: Any, change: Any) -> Any:
 
 
 def completed(default: Any, given: Any) -> Any:
-    """`given` with what it leaves out from `default`, wherever both are of the same kind."""
+    """Return `given` with missing keys from `default`, wherever both are of the same kind."""
     if not isinstance(given, Mapping) or not isinstance(default, Mapping):
         return given
     if "kind" in given and given["kind"] != default.get("kind"):
@@ -173,7 +176,7 @@ def completed(default: Any, given: Any) -> Any:
 
 
 def _value(hint: Any, given: Any, where: str, errors: list[BadInput]) -> Any:
-    """`given` as the annotated type; mistakes are appended to `errors`."""
+    """Convert `given` to the annotated type; append mistakes to `errors`."""
     if isinstance(given, Mapping) and _classes(hint):
         return _instance(hint, given, where, errors)
     if isinstance(given, Mapping) and _holds_classes(item := item_hint(hint, dict)):
@@ -245,7 +248,7 @@ def _leaf(hint: Any, given: Any, where: str, errors: list[BadInput]) -> Any:
         errors.append(BadInput(where, given, "needs a number that 32 bits hold, up to 3.4e38"))
         return None
     try:
-        # By way of JSON, since only there does pydantic's strictness take a list for a tuple.
+        # Through JSON, because only there does pydantic's strict mode accept a list for a tuple.
         return _adapter(hint).validate_json(json.dumps(given, allow_nan=False), strict=True)
     except (ValidationError, ValueError, TypeError, RecursionError):
         words = [word for o in _options(hint) if get_origin(o) is Literal for word in get_args(o)]

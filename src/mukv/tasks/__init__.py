@@ -1,4 +1,4 @@
-"""Synthetic tasks that ask what a model remembers; `docs/benchmark.md` shows a sample of each."""
+"""Synthetic tasks that test a model's memory; `docs/benchmark.md` shows a sample of each."""
 
 from mukv.tasks.base import SPLITS, Samples, Split, Task
 from mukv.tasks.copying import IndirectIndexing, SelectiveCopy
@@ -46,7 +46,7 @@ TASKS: dict[str, AnyTask] = {
     "indirect_indexing": IndirectIndexing(),
     "program": Program(),
 }
-"""The benchmark: each task with the knobs that it has unless told otherwise."""
+"""The benchmark: each task with the parameters that it has by default."""
 
 __all__ = [
     "SPLITS",
