@@ -79,7 +79,7 @@ def test_a_model_of_text_reads_text(mukv, trained, tmp_path):
         (("tiny", "--cache", "none"), "allowed: adaptive, all, clusters"),
         (("tiny", "--lengths", "8", "--tasks", "needle"), "at least 15"),
         (("tiny", "--free", "-1"), "at least 0"),
-        (("tiny", "--free", "0", "--cache", "int8"), "a cache policy shows"),
+        (("tiny", "--free", "0", "--cache", "int8"), "a cache policy changes"),
         (("tiny", "--facts", "90", "--tasks", "mqar"), "at least facts"),
         (("tiny", "model.context=128", "--lengths", "128,256"), "context"),
         (("tiny", "--growing", "--tasks", "counting", "--lengths", "80,160"), "words"),

@@ -60,7 +60,7 @@ def test_a_run_that_is_written(server, token_file, root):
     finished = contents(root / "run" / "weights")
     status, _, words = server.run(root, *given)
     assert status == 0
-    assert "all 2 steps were done before" in words
+    assert "all 2 steps are already done" in words
     assert contents(root / "run" / "weights") == finished
     assert not list(root.rglob(".*"))
 
