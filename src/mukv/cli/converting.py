@@ -22,11 +22,7 @@ def import_(
         str,
         typer.Argument(
             metavar="SOURCE",
-<<<<<<< HEAD
-            help="A Hugging Face folder or hub id, a GGUF file, or Meta's folder (.pth).",
-=======
             help="A folder of Hugging Face or Meta (consolidated.*.pth), a hub id or a GGUF file.",
->>>>>>> main
         ),
     ],
     out: Annotated[Path, typer.Option(help="Run directory to make.")],
