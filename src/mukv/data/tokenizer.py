@@ -29,19 +29,14 @@ BEGIN = "<|begin|>"
 MOST_BYTES = 200_000_000
 """Largest tokenizer.json in bytes; that of Gemma 3 has 33 MB."""
 MOST_IDS = 1 << 24
-"""Upper bound of ids; larger ones are in damaged files. The largest published vocabularies have
-2**18.
-"""
+"""Upper bound of ids: the largest published vocabularies have 2**18."""
 TRAINING_BYTES = 1 << 28
 """Bytes of text that BPE is trained on, at most; more changes little and takes long."""
 
 
 @dataclass(frozen=True)
 class JsonTokenizer:
-    """The tokenizer of a tokenizer.json. It can be shared between threads.
-
-    content: the text of the file
-    """
+    """The tokenizer of a tokenizer.json's text. It can be shared between threads."""
 
     content: str
 
@@ -76,9 +71,8 @@ class JsonTokenizer:
 
     @cached_property
     def start(self) -> tuple[int, ...]:
-        """Ids before every document: those that the file's own template puts before a text. Ids
-        that it puts after one are ignored.
-        """
+        """Ids before every document, from the file's template; ids that it puts after a text are
+        ignored."""
         return _start(self.said.get("post_processor"))
 
     @cached_property
@@ -105,8 +99,7 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int32 [token], without `start`. Raises BadInput for lone
-        surrogates.
-        """
+        surrogates."""
         require_text("text", text)
         with telling_tokenizer_errors("text", text[:40], self._may_panic):
             (found,) = self.inner.encode_batch_fast([text], add_special_tokens=False)
@@ -114,8 +107,7 @@ class JsonTokenizer:
 
     def encode_marked(self, text: str) -> list[int]:
         """Return the ids of a text in which special tokens are written out, as by a
-        chat template.
-        """
+        chat template."""
         require_text("text", text)
         with telling_tokenizer_errors("text", text[:40], self._may_panic):
             return self._marked.encode(text, add_special_tokens=False).ids
@@ -128,7 +120,6 @@ class JsonTokenizer:
         """Return the text of ids that begin a text, as the file's decoder gives it.
 
         Special tokens and unused ids are left out; bytes that are not characters become U+FFFD.
-        Some decoders drop the space before the first word.
         """
         known = [int(token) for token in ids if 0 <= token < self.vocab_size]
         with telling_tokenizer_errors("token ids", str(known[:20]), self._may_panic):
@@ -140,8 +131,7 @@ class JsonTokenizer:
 
     def token_data(self, token: int) -> bytes:
         """Return the bytes that an id appends to a text; empty for special tokens and
-        unused ids.
-        """
+        unused ids."""
         return self._data[token] if 0 <= token < len(self._data) else b""
 
     @cached_property
@@ -152,8 +142,7 @@ class JsonTokenizer:
 
     def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
         """Return the UTF-8 bytes of each id, int32 [vocab]. Raises BadInput for too small a
-        vocabulary.
-        """
+        vocabulary."""
         size = self.vocab_size if vocab_size is None else vocab_size
         if size < self.text_vocab_size:
             raise BadInput("vocab_size", size, f"at least the tokenizer's {self.text_vocab_size}")
@@ -168,9 +157,7 @@ class JsonTokenizer:
 
 
 class ByteTokenizer(JsonTokenizer):
-    """Tokenizer whose ids are byte values, and 256, which begins a document; its file does the same
-    in other programs.
-    """
+    """Tokenizer whose ids are byte values, and 256, which begins a document."""
 
     def __init__(self) -> None:
         vocab = {shown: byte for byte, shown in enumerate(byte_alphabet())}
@@ -199,11 +186,9 @@ AnyTokenizer = ByteTokenizer | JsonTokenizer
 
 
 def _plain(content: str) -> Tokenizer:
-    """Load the tokenizer of a file without truncation, padding and randomness (dropout of merges,
-    sampling).
+    """Load a tokenizer without truncation, padding and randomness (dropout of merges, sampling).
 
-    Its post-processor is removed, because `start` replaces it, and a template may also double the
-    text.
+    Its post-processor is removed: `start` replaces it, and a template may also double the text.
     """
     inner = Tokenizer.from_str(content)
     inner.post_processor = None
@@ -217,8 +202,7 @@ def _plain(content: str) -> Tokenizer:
 
 def _start(processor: Any) -> tuple[int, ...]:
     """Return the ids that a post-processor puts before a text. Raises ValueError if that is
-    ambiguous.
-    """
+    ambiguous."""
     if not isinstance(processor, dict):
         return ()
     if "processors" in processor:
@@ -249,10 +233,8 @@ def _spells_one(inner: Tokenizer, special: Iterable[str]) -> bool:
 
 
 def _without_words(model: dict[str, Any], words: set[str]) -> models.Model:
-    """Return the model of a file without these words, so that a text never yields them.
-
-    The unknown token is kept. Other ids do not change.
-    """
+    """Return the model of a file without these words, except the unknown token; ids do
+    not change."""
     vocab = model["vocab"]
     if isinstance(vocab, list):  # Unigram: an id is the place in the list
         kept = vocab[model["unk_id"]][0] if model.get("unk_id") is not None else None
@@ -333,17 +315,15 @@ def load_tokenizer(path: Path) -> AnyTokenizer:
 
 
 def find_tokenizer(path: Path) -> AnyTokenizer:
-    """Load a tokenizer.json, or return `NoTokenizer` if there is none. Raises BadInput for a bad
-    file.
-    """
+    """Load a tokenizer.json; `NoTokenizer` if there is none. Raises BadInput for a bad file."""
     return load_tokenizer(path) if path.exists() else NoTokenizer()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """Train a byte-level BPE on at most the first 256 MiB of text.
 
-    It has fewer ids than requested if the text has nothing left to merge. Raises BadInput for a
-    vocabulary smaller than the 257 ids of the bytes and the begin token.
+    It has fewer ids than requested if the text has nothing left to merge. Raises BadInput for fewer
+    than the 257 ids of the bytes and the begin token.
     """
     if vocab_size < 257:
         raise BadInput("vocab_size", vocab_size, "at least 257: the bytes and the begin token")

@@ -34,8 +34,7 @@ KEPT: Mapping[str, np.dtype] = {"F16": np.dtype("float16"), "BF16": jnp.dtype("b
 """Dtypes that are not converted to float32 if all layers have them."""
 ROPE_FACTORS = "rope_freqs.weight"
 """Tensor by which llama.cpp divides the frequencies of Llama 3.1, instead of storing
-its settings.
-"""
+its settings."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +253,7 @@ class GgufFiles:
 
     def _head_dim(self) -> int:
         """Return the width of a head, which older files of Llama give as the number of rotated
-        dimensions.
-        """
+        dimensions."""
         data = self.metadata
         given = data.get("attention.key_length")
         if given is None and self.architecture.turned:
@@ -327,8 +325,7 @@ def read_gguf(files: GgufFiles) -> tuple[Family, Decoder, Sequence[WeightPiece]]
 
 def _parts(path: Path) -> list[Path]:
     """Return all files of a model, in order, from the name of any of them. Raises BadInput if one
-    is missing.
-    """
+    is missing."""
     named = SPLIT.match(path.name)
     if named is None:
         return [path]

@@ -77,8 +77,7 @@ LEARNING_RATES: Mapping[tuple[Family, str], Mapping[str, tuple[float, float, flo
     },
 }
 """Exponents of n in the largest stable learning rates of embedding, hidden and readout, by
-optimizer family and alignment. `stability.py` derives each of them.
-"""
+optimizer family and alignment. `stability.py` derives each of them."""
 
 
 @dataclass(frozen=True)
@@ -278,8 +277,7 @@ class Scaling:
 
     def _gradient(self, role: Role) -> float:
         """Return the exponent of n in the size of a weight's gradient, to which epsilon
-        is added.
-        """
+        is added."""
         if role not in self._exponents:
             return 0.0
         (a, _), (a_out, b_out) = self._exponents[role], self._exponents["readout"]
@@ -316,8 +314,7 @@ def widths(param: Param) -> tuple[str, ...]:
 
 def sizes(declared: Any) -> dict[str, int]:
     """Return the size of every dimension that a parameterisation depends on: what a base must name.
-    Raises BadInput if layers differ in the size of a dimension.
-    """
+    Raises BadInput if layers differ in the size of a dimension."""
     seen: dict[str, int] = {}
     for name, param in named(declared).items():
         axes = widths(param)

@@ -51,8 +51,7 @@ class Preserve:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Say for each checkpoint whether it is kept. Orbax calls this when a save begins and
-        deletes the others once the save is complete.
-        """
+        deletes the others once the save is complete."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         scored = sorted(self.scores.keys() & steps, key=lambda step: (self.scores[step], step))
         kept = {*sorted(steps)[-self.last :], *scored[: self.best], self.pinned}
@@ -135,8 +134,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Return the step with the lowest metric, the earliest of equal ones; None if there is
-        none.
-        """
+        none."""
         scored = self.scores.keys() & self.steps()
         return min(scored, key=lambda step: (self.scores[step], step), default=None)
 
@@ -188,8 +186,7 @@ class Checkpoints:
 
     def _forget_others(self) -> None:
         """Delete checkpoints that should not be kept, which a kill after the last save may have
-        left.
-        """
+        left."""
         infos = [_Info(step) for step in self.steps()]
         kept = self.keep.should_preserve(infos, context=None)
         for info, stays in zip(infos, kept, strict=True):

@@ -57,8 +57,7 @@ class Place(NamedTuple):
 
 def parse(text: str) -> Place:
     """Parse HOST:PORT,PROCESSES,NUMBER; an IPv6 address is in brackets. Raises BadInput, also for a
-    host without an address.
-    """
+    host without an address."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]]+):(\d{1,9}),(\d{1,9}),(\d{1,9})", text)
     if match is None or not text.isascii():
         raise BadInput("--distributed", text, EXAMPLE)
@@ -121,8 +120,7 @@ class Watch:
 
     def leave(self) -> None:
         """End this process with one line that names the lost one. JAX's own exit handler would wait
-        for the lost process, and abort.
-        """
+        for the lost process, and abort."""
         self.leaving.acquire()  # never released: one thread prints the line
         sys.stdout.flush()
         os.write(2, f"error: {self.line()}\n".encode())
@@ -172,8 +170,7 @@ class Watch:
 
     def _notice(self, word: str, number: int) -> None:
         """Handle the failure or loss of another process: end this one, unless it ends by itself in
-        time.
-        """
+        time."""
         if self.lost is not None:
             return
         self.lost = number
@@ -220,8 +217,7 @@ def telling_wait(whom: str, tell: Tell) -> Iterator[None]:
 
 def _patience(place: Place, missing: Callable[[], str], tell: Tell) -> Callable[[], None]:
     """Return a function to call while waiting: it reports who is missing, and raises Failed at the
-    end.
-    """
+    end."""
     began, next_report = time.monotonic(), [TELL_SECONDS]
 
     def check() -> None:

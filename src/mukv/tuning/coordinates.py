@@ -33,14 +33,12 @@ from mukv.train.training import Training
 LIMIT = 0.2
 LOGITS_LIMIT = 0.35
 """Largest absolute slopes that pass, of most activations and of logits; logits are smaller at the
-start than later.
-"""
+start than later."""
 SIGMAS = 2.0
 """Half the width of a slope's interval, in standard errors."""
 INSIDE_A_HEAD = (".weights", ".query", ".key", ".value")
 """Taps that are not checked: the logits cover queries and keys, the attention output
-covers values.
-"""
+covers values."""
 LEARNING_RATE = 2.0**-7
 
 
@@ -70,8 +68,7 @@ class Slope:
     @property
     def sure(self) -> bool:
         """Whether the verdict is certain: the slope passes, or its whole interval is beyond the
-        limit.
-        """
+        limit."""
         return self.passed or self.low > self.limit or self.high < -self.limit
 
 

@@ -83,8 +83,7 @@ Space = dict[str, Interval | Choice]
 
 def split(given: Sequence[str]) -> tuple[Space, list[str]]:
     """Split arguments into the search space, by key, and the overrides that hold for all trials.
-    Raises BadInput.
-    """
+    Raises BadInput."""
     space: Space = {}
     fixed: list[str] = []
     for item in given:
@@ -131,8 +130,7 @@ def without_seeds(space: Space, seed: int) -> tuple[Space, tuple[int, ...]]:
 
 def at_edge(part: Interval | Choice, value: Any) -> bool:
     """Whether a value is at an end of the searched range, so that the best one may be beyond it.
-    Values without an order have no ends.
-    """
+    Values without an order have no ends."""
     if isinstance(part, Interval) and part.values is None:
         share = (value - part.low) / (part.high - part.low)
         if part.log:
@@ -219,6 +217,5 @@ def random(space: Space, seed: int) -> Iterator[dict[str, Any]]:
 
 def corners(space: Space) -> list[dict[str, Any]]:
     """Return the points at the low ends and at the high ends of all ranges, to be checked before
-    any trial.
-    """
+    any trial."""
     return [{name: part.at(share) for name, part in space.items()} for share in (0.0, 1.0)]

@@ -35,13 +35,11 @@ PRUNERS = {
 }
 POINT, ALIVE, FACTS = "point", "alive", "sweep"
 """Names of attributes of a trial (its point; time of its last heartbeat) and of a study (its
-facts).
-"""
+facts)."""
 ATTEMPTS = 6
 AT_ONCE, ROUNDS = 16, 8
 """Points that a worker takes at once, at most; and the least number of rounds of a sampler that
-learns.
-"""
+learns."""
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -74,8 +72,7 @@ class Settings:
     @property
     def at_once(self) -> int:
         """Number of points that a worker takes at once: few for a sampler that learns from earlier
-        ones.
-        """
+        ones."""
         return min(AT_ONCE, max(1, self.trials // ROUNDS)) if self.learns else AT_ONCE
 
     @property
@@ -219,8 +216,7 @@ class Study:
 
     def report(self, trial: Trial, value: float, step: int) -> bool:
         """Report the value of a running trial; return whether it should continue. It should not if
-        it is pruned, or if another worker has taken over its point.
-        """
+        it is pruned, or if another worker has taken over its point."""
         try:
             trial.report(value, step)
         except UpdateFinishedTrialError:
@@ -229,15 +225,13 @@ class Study:
 
     def note(self, trial: Trial, name: str, value: Any) -> None:
         """Store an attribute of a trial. Does nothing if another worker has taken over
-        its point.
-        """
+        its point."""
         with suppress(UpdateFinishedTrialError):
             trial.set_user_attr(name, value)
 
     def tell(self, trial: Trial, value: float | None, why: str | None = None) -> None:
         """End a trial with a value, or without one and with the reason. Does nothing if another
-        worker has taken over its point.
-        """
+        worker has taken over its point."""
         try:
             if why is not None:
                 trial.set_user_attr("reason", why)
@@ -309,8 +303,7 @@ def _lock_from_first_read(engine: Engine) -> None:
 
 def storage_of(folder: Path) -> str:
     """Return the URL of the database of a study in a folder. Raises BadInput for a path that has
-    none.
-    """
+    none."""
     path = str(folder.absolute() / "study.db")
     url = URL.create("sqlite", database=path).render_as_string(hide_password=False)
     if make_url(url).database != path:  # SQLAlchemy before 2.1 reads text after a "?" as options

@@ -191,8 +191,7 @@ class Sweep:
 
     def _tell(self, pending: Pending) -> None:
         """End a trial with its value, the mean over its seeds, or with the reason of its
-        early end.
-        """
+        early end."""
         if pending.why is not None:
             self._end(pending.trial, None, pending.why)
             return
@@ -228,8 +227,7 @@ class Sweep:
 
     def _prune(self, members: Sequence[Member], step: int) -> None:
         """Report trials whose seeds are all in this group to the study, and end those that it
-        prunes.
-        """
+        prunes."""
         present: dict[int, list[Member]] = {}
         for member in members:
             present.setdefault(member.pending.trial.number, []).append(member)

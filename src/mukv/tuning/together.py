@@ -58,8 +58,7 @@ class Point(NamedTuple):
 
 class Report(NamedTuple):
     """Metrics of all points after a step: for each point values by name, infinite where it
-    diverged.
-    """
+    diverged."""
 
     step: int
     numbers: list[dict[str, float]]
@@ -83,8 +82,7 @@ def _traced(path: str, value: Any) -> bool:
 
 def free_memory() -> int:
     """Return the bytes that a group may take by default: 90 % of a device's free memory, half of a
-    host's.
-    """
+    host's."""
     return int(footprint.free_memory() * (0.5 if jax.default_backend() == "cpu" else 0.9))
 
 
@@ -177,8 +175,7 @@ class Together:
 
     def fitting(self, budget: int) -> list[Together]:
         """Split this group until each part needs at most `budget` bytes; a single point is never
-        refused here.
-        """
+        refused here."""
         if len(self.points) == 1 or self.memory() <= budget:
             return [self]
         half = len(self.points) // 2

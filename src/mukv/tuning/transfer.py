@@ -33,8 +33,7 @@ from mukv.tuning.together import Point, Together, free_memory, grouped
 
 DRIFT_LIMIT = 0.3
 """Largest absolute drift that passes, in octaves of rate per octave of width (reference thresholds,
-section F).
-"""
+section F)."""
 GAP_LIMIT = 0.03
 """Largest loss in nats per token that the narrowest model's rate may cost the widest."""
 AROUND = 2
@@ -78,8 +77,7 @@ class Transfer:
     @property
     def passed(self) -> bool:
         """Whether drift and gap are within their limits and every optimum is inside the tried
-        range.
-        """
+        range."""
         small = abs(self.drift) <= DRIFT_LIMIT and self.gap <= GAP_LIMIT
         return small and all(each.inside for each in self.optima.values())
 
@@ -163,8 +161,7 @@ class Search:
 
     def loss_at(self, width: int, rate: float) -> float:
         """Interpolate the loss between tried rates: by the parabola where it applies, else
-        linearly.
-        """
+        linearly."""
         optimum = self.optimum(width)
         if abs(rate - optimum.rate) < 1e-9:
             return optimum.loss
