@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -64,19 +66,24 @@ def ends_well(done, name: str) -> bool:
 
 
 def shows(text: str, name: str) -> bool:
-    """Whether a name is there unchanged, but for what has no shape and for breaks of lines."""
-    return "".join(printable(name).split()) in "".join(text.split())
+    """Whether a name is there unchanged, but for the escapes of what has no shape."""
+    return printable(name) in text
 
 
-def each(work: Callable[[str], None]) -> list[tuple[str, Callable[[], None]]]:
-    return [(ascii(name), lambda name=name: work(name)) for name in NAMES]
+def each(
+    work: Callable[[str], None], names: Sequence[str] = NAMES
+) -> list[tuple[str, Callable[[], None]]]:
+    return [(ascii(name), lambda name=name: work(name)) for name in names]
 
 
-def writes(mukv, place: Path, record_property, area: str, *command: object) -> None:
+def writes(
+    mukv, place: Path, record_property, area: str, *command: object, names=NAMES, end: str = ""
+) -> None:
     """A command whose --out has each name: what it makes lies there alone, and is named."""
 
     def work(name: str) -> None:
         before = sorted(os.listdir(place))
+        name += end
         done = mukv(*command, "--out", as_given(name))
         found = sorted(set(os.listdir(place)) - set(before))
         if not ends_well(done, name):
@@ -87,9 +94,8 @@ def writes(mukv, place: Path, record_property, area: str, *command: object) -> N
         made = place / found[0]
         shutil.rmtree(made) if made.is_dir() else made.unlink()
 
-    assert len(NAMES) >= 60
-    counts = check_all(area, each(work), record_property)
-    assert counts["accepted"] > len(NAMES) / 2, counts
+    counts = check_all(area, each(work, names), record_property)
+    assert counts["accepted"] > len(names) / 2, counts
 
 
 def test_token_files(mukv, place, record_property):
@@ -114,4 +120,84 @@ def test_sources(mukv, place, record_property):
             source.unlink()
             shutil.rmtree(place / "x/tokens", ignore_errors=True)
 
-    check_all("names of sources", each(work)[1::3], record_property)
+    check_all("names of sources", each(work, NAMES[1::3]), record_property)
+
+
+class Cells(HTMLParser):
+    """The texts of the first cells of a page's rows, and its title, as a reader sees them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.title, self.within, self.column = "", "", 0
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.within = tag
+        self.column = 0 if tag == "tr" else self.column + (tag == "td")
+        if tag == "td" and self.column == 1:
+            self.found.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.within = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.within == "td" and self.column == 1:
+            self.found[-1] += data
+        elif self.within == "title":
+            self.title += data
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that takes little to copy and to report."""
+    copy = tmp_path_factory.mktemp("run") / "copy"
+    shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+    return copy
+
+
+def test_runs_of_a_folder_in_a_report(mukv, place, run):
+    (place / "runs").mkdir()
+    names = [name for name in NAMES[::8] if "/" not in name]
+    for name in names:
+        shutil.copytree(run, place / "runs" / name)
+    done = mukv("report", "runs", "--out", "page.html", "--json")
+    assert done.returncode == 0, done.stderr
+    page = Cells((place / "page.html").read_text())
+    assert page.found == [printable(name) for name in sorted(names)]
+    facts = json.loads(done.stdout)
+    assert [Path(each["run"]).name for each in facts["runs"]] == sorted(names)
+
+
+def test_runs_by_name(mukv, place, run, record_property):
+    """A run of each name in a report and a description."""
+
+    def work(name: str) -> None:
+        if "/" in name:
+            (place / name).parent.mkdir(exist_ok=True)
+        run.rename(place / name)
+        made = place / "page"
+        made.unlink(missing_ok=True)
+        try:
+            done = mukv("report", as_given(name), "--out", made.name)
+            if ends_well(done, name):
+                page = Cells(made.read_text())
+                assert page.found == [printable(Path(name).name)]
+                assert page.title.startswith("Runs: ")
+                assert ends_well(mukv("describe", as_given(name)), name)
+            else:
+                assert not made.exists()
+        finally:
+            (place / name).rename(run)
+
+    check_all("names of runs", each(work, NAMES[::8]), record_property)
+
+
+def test_reports(mukv, place, run, record_property):
+    names = [name for name in NAMES[2::4] if len(name) < 245]
+    writes(mukv, place, record_property, "names of pages", "report", run, names=names, end=".html")
+
+
+def test_exports(mukv, place, run, record_property):
+    names = ("[red]a  b\n", "\u65e5\\$x{", "-x")
+    writes(mukv, place, record_property, "names of exports", "export", run, names=names)

@@ -8,8 +8,9 @@ import io
 import pytest
 from rich.table import Table
 
+from mukv.show import output
 from mukv.show.progress import Bar
-from mukv.show.terminal import Console, column, styled
+from mukv.show.terminal import LINES, Console, column, styled, table
 from tests.test_structure import FILES, SOURCE
 
 NAMES = ("[/b]x", "[red]x[/red]", "[bold", ":smile:", "[link=x]y[/link]", "$x$", "\\[x]", "{0}%s")
@@ -34,6 +35,23 @@ def test_a_name_is_shown_as_it_is(name):
 def test_what_a_terminal_would_obey_is_escaped():
     assert shown("a\x1b[2Jb\udcff") == "a\\x1b[2Jb\\udcff\n"
     assert shown("a\nb") == "a\nb\n"
+    assert shown(styled("a\nb", keep=LINES)) == "a\nb\n"
+
+
+def test_a_name_with_line_breaks_tabs_or_two_spaces_stays_on_its_line(capsys):
+    name, one_line = "a\nb\tc  d ", "a\\nb\\tc  d"
+    console = Console(file=io.StringIO(), width=200)
+    console.say(f"run: {name}")
+    console.print(styled("run: ", name))
+    rows = table(("run",), ())
+    rows.add_row(name)
+    console.print(rows)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert lines == [f"run: {one_line}", f"run: {one_line}", "run", one_line]
+    output.warn(f"{name}.")
+    with pytest.raises(SystemExit):
+        output.complain(f"{name}: it is gone", 2)
+    assert capsys.readouterr().err == f"note: {one_line} .\nerror: {one_line} : it is gone\n"
 
 
 @pytest.mark.parametrize("name", [*NAMES, "\udcff\x1b[2J"])

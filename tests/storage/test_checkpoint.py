@@ -254,6 +254,7 @@ def test_a_full_disk_is_told_and_the_old_step_stays(tmp_path, asynchronous, full
         ):
             save_and_wait()
         assert "\n" not in str(caught.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["1"]
         assert_equal(checkpoints.restore(None, like(big)), big)
         checkpoints.save(3, big)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir())[-1] == "3"
@@ -307,11 +308,12 @@ def test_a_killed_process_leaves_whole_checkpoints_only(tmp_path):
 
 
 IN_A_PROCESS = """
-import logging, shutil, sys, jax, jax.numpy as jnp
+import logging, resource, shutil, signal, sys, jax, jax.numpy as jnp
 from pathlib import Path
 from mukv.storage.checkpoint import Checkpoints
 from mukv.core.errors import BadInput, Failed
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # as the command does
+for library in ("absl", "asyncio"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)  # as the command does
 saved, work = Path(sys.argv[1]), Path(sys.argv[2])
 like = {name: jax.ShapeDtypeStruct((8, 16), jnp.float32) for name in "abcdefgh"}
 told = 0
@@ -333,10 +335,26 @@ for path in sorted(path.relative_to(saved) for path in (saved / "2").rglob("*") 
                 told += 1
         shutil.rmtree(work)
 print(told)
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+arrays = {n: jax.random.normal(jax.random.key(0), (20_000,)) for n in "abcdefgh"}
+with Checkpoints(saved) as checkpoints:
+    for step in (3, 4, 5):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        try:
+            checkpoints.save(step, arrays)
+            checkpoints.wait()
+        except Failed as error:
+            assert f"step {step} was not saved: the disk is full; step 2 is safe" in str(error)
+            assert sorted(path.name for path in saved.iterdir()) == ["1", "2"]
+            told += 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    checkpoints.save(6, arrays)
+print(told)
 """
 
 
-def test_damage_is_told_once_and_nothing_else_is_printed(tmp_path):
+def test_damage_and_a_full_disk_are_told_once_and_nothing_else_is_printed(tmp_path):
     """Also after the error and when the process ends: a process of its own."""
     with Checkpoints(tmp_path / "saved") as checkpoints:
         for step in (1, 2):
@@ -348,7 +366,8 @@ def test_damage_is_told_once_and_nothing_else_is_printed(tmp_path):
     command = [sys.executable, "-c", IN_A_PROCESS, str(tmp_path / "saved"), str(tmp_path / "work")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
-    assert int(done.stdout) >= 8
+    damaged, all_told = map(int, done.stdout.split())
+    assert (damaged >= 8, all_told - damaged) == (True, 3)
 
 
 def test_what_is_no_file_is_told(saved, tmp_path):

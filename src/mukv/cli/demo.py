@@ -90,7 +90,8 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
     draw(rows, plot)
     write_atomic(results, to_json(rows, indent=2))
     show(rows, console)
-    console.say(f"plot:  {plot}\ntable: {results}")
+    console.say(f"plot:  {plot}")
+    console.say(f"table: {results}")
     for row in rows:
         console.say(f"{row['name']:12} {row['run']}")
     return {

@@ -48,8 +48,10 @@ def prepare(
 
     from mukv.core.mesh import simulate
 
-    # Orbax logs a traceback from its thread before the error reaches us as one line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Of a save that fails, Orbax logs a traceback before the error reaches us as one line, and
+    # asyncio one for each write that fails after it.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
     compiled = cache_folder() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(compiled))

@@ -21,7 +21,7 @@ from mukv.cli.app import (
 )
 from mukv.core.errors import BadInput
 from mukv.show import output
-from mukv.show.terminal import Console, styled
+from mukv.show.terminal import LINES, Console, styled
 
 
 @app.command("eval")
@@ -125,7 +125,7 @@ def generate(
     tell(notes.of_length(total, speaker.run, "the prompt and --max-tokens"))
     stream = None
     if not as_json and copies == 1:
-        shown = styled((str(given) if prompt is None else prompt, "dim"))
+        shown = styled((str(given) if prompt is None else prompt, "dim"), keep=LINES)
         stream = TokenStream(speaker.tokenizer, sys.stdout, shown)
     made = speaker.generate_ids(
         [given] * copies, max_tokens, sampling, ends, stream.show if stream else None, policy

@@ -94,11 +94,15 @@ def weights(run: Run) -> list[dict[str, Any]]:
 
 def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     """The same for a person."""
+    console.print(styled("parameters  ", (f"{facts['parameters']:,}", "bold")))
     console.print(
         styled(
-            *("parameters  ", (f"{facts['parameters']:,}", "bold"), "\n"),
             *("training    ", (f"{facts['flops_per_token']:,}", "bold")),
-            f" FLOPs per token at {run.train.length:,} tokens\n",
+            f" FLOPs per token at {run.train.length:,} tokens",
+        )
+    )
+    console.print(
+        styled(
             *("cache       ", (shown(facts["cache_bytes_per_token"]), "bold")),
             f" bytes per token and {facts['cache_bytes_constant']:,} bytes besides "
             f"({facts['dtype']})",

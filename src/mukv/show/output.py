@@ -9,21 +9,20 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from mukv.core.names import printable
 from mukv.show.terminal import Console, styled
 from mukv.storage.json_text import to_json
 
 
 def complain(message: str, status: int) -> NoReturn:
     """Print an error on one line and exit with `status`."""
-    text = styled(("error: ", "bold red"), " ".join(message.split()))
+    text = styled(("error: ", "bold red"), message)
     Console(stderr=True).print(text, soft_wrap=True)
     raise SystemExit(status)
 
 
 def warn(message: str) -> None:
     """Print a note on one line of standard error."""
-    text = styled(("note: ", "bold yellow"), printable(message))
+    text = styled(("note: ", "bold yellow"), message)
     Console(stderr=True).print(text, soft_wrap=True)
 
 
@@ -39,4 +38,4 @@ def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
         print_json(facts)
         return
     for name, value in facts.items():
-        Console().say(f"{name}: {printable(value)}")
+        Console().say(f"{name}: {value}")

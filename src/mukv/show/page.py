@@ -24,6 +24,7 @@ caption { caption-side: bottom; text-align: left; padding: 0.4rem 0; color: #888
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 figcaption, .note { color: #888; font-size: 0.9rem; }
+h1, h2, h3, p, th, td, caption, figcaption { white-space: pre-wrap; }
 """
 
 
@@ -43,9 +44,6 @@ class Page:
     def note(self, text: str) -> None:
         """Add a note in small print, such as one on missing data."""
         self.parts.append(f'<p class="note">{shown(text)}</p>')
-
-    def code(self, text: str) -> None:
-        self.parts.append(f'<pre class="wide">{shown(text)}</pre>')
 
     def table(
         self, columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str | None = None
@@ -84,8 +82,8 @@ class Page:
 
 
 def shown(text: object) -> str:
-    """Escape a text for HTML, control characters included."""
-    return escape(printable(text, keep="\n\t"))
+    """Escape a text for HTML; control characters become escapes."""
+    return escape(printable(text))
 
 
 def _cell(cell: object) -> str:

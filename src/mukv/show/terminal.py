@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
 from rich.progress import TextColumn
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from mukv.core.names import printable
 
 LINES = "\n\t"
-"""Control characters that are allowed in texts; names have none."""
+"""Control characters that a text of several lines may have; in a name they are escaped."""
 
 
 class Console(RichConsole):
@@ -35,13 +36,24 @@ class Console(RichConsole):
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line without wrapping, so that paths can be copied."""
-        self.print(text, style=style, soft_wrap=True)
+        self.print(printable(text), style=style, soft_wrap=True)
 
 
-def styled(*parts: str | tuple[str, str]) -> Text:
-    """Join texts, some of them with a style: `styled("a ", ("b", "bold"))`."""
+class Table(RichTable):
+    """A table whose cells have one line each, so that a name with a line break is one row."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        shown = (printable(cell) if isinstance(cell, str) else cell for cell in cells)
+        super().add_row(*shown, **options)
+
+
+def styled(*parts: str | tuple[str, str], keep: str = "") -> Text:
+    """Join texts, some of them with a style: `styled("a ", ("b", "bold"))`.
+
+    keep: control characters that are not escaped, such as LINES
+    """
     shown = (part if isinstance(part, tuple) else (part, "") for part in parts)
-    return Text.assemble(*((printable(text, keep=LINES), style) for text, style in shown))
+    return Text.assemble(*((printable(text, keep), style) for text, style in shown))
 
 
 def table(

@@ -12,6 +12,8 @@ import contextlib
 import math
 import os
 import shutil
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ from mukv.storage.stored import read_arrays, require_path
 STATE, MANIFEST, DELETED = "state", "manifest", ".deleted"
 UNFINISHED = ".orbax-checkpoint-tmp"
 """Part of the name of a step that is still being written."""
+REMOVALS, SETTLES = 20, 0.05
+"""Number of attempts to delete the folder of a failed save, and seconds between them."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Checkpoints:
                 str(self.folder / str(foreign[0])), "no checkpoint of mukv", "choose another folder"
             )
         self.saving: int | None = None
+        self.late = _LateWrites()
         self.scores = self._read_scores()
         self.keep = Preserve(keep_last, keep_best, self.scores, pinned)
         self.manager: ocp.CheckpointManager | None = None
@@ -155,6 +160,7 @@ class Checkpoints:
             self.scores[step] = float(metric)
         described = manifest.describe(state, self.scores.get(step))
         self.saving = step
+        self.late.ignore()
         arguments = {
             STATE: ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
             MANIFEST: ocp.args.JsonSave(described),  # pyright: ignore[reportCallIssue]
@@ -178,6 +184,7 @@ class Checkpoints:
         with self._telling_failure():
             self.manager.wait_until_finished()
         self.saving = None
+        self.late.report()
         self._empty_deleted()
 
     @property
@@ -294,11 +301,40 @@ class Checkpoints:
             signs = ("No space left", "os_error_code='28'", "File too large", "os_error_code='27'")
             full = any(sign in text for sign in signs)
             problem = "the disk is full" if full else reason(error)
+            if self._alone_writes:
+                _remove_unfinished(self.folder)
             good = self.latest()
             advice = "nothing is saved" if good is None else f"step {good} is safe"
             raise Failed(
                 f"{self.folder}: step {step} was not saved: {problem}; {advice}"
             ) from error
+
+
+class _LateWrites:
+    """Tells Python to print nothing of writes that end after the save has failed.
+
+    At the first error of a save Orbax closes the event loop in which TensorStore's threads announce
+    the end of their writes. Each later one then raises an error that no caller can catch, and of
+    which Python prints a traceback.
+    """
+
+    def __init__(self) -> None:
+        self.before: Any = None
+
+    def ignore(self) -> None:
+        """From the beginning of a save on; after one that failed, as long as the process lives,
+        since nobody knows when the last write ends."""
+        if self.before is None:
+            self.before, sys.unraisablehook = sys.unraisablehook, self._hook
+
+    def report(self) -> None:
+        """Nothing is being written any more: show every error again."""
+        if self.before is not None and sys.unraisablehook == self._hook:
+            sys.unraisablehook, self.before = self.before, None
+
+    def _hook(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed" or unraisable.object is not None:
+            self.before(unraisable)
 
 
 def _numbered(folder: Path) -> list[int]:
@@ -328,13 +364,30 @@ def _remove_leftovers(folder: Path) -> None:
     Orbax would refuse to write a step again under the name of a partly deleted one. It can remove
     unfinished steps in a background thread, but that may not have ended when the manager is closed.
     """
-    unfinished = [entry for entry in folder.iterdir() if UNFINISHED in entry.name]
     gone = [folder / str(step) for step in _numbered(folder) if not _ours(folder / str(step))]
-    for path in (*unfinished, *gone):
+    for path in (*_unfinished(folder), *gone):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if UNFINISHED in entry.name]
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Delete what a save that failed has written, as far as that is possible.
+
+    Writes that have not ended put files and folders back for a moment.
+    """
+    with contextlib.suppress(OSError):
+        for _ in range(REMOVALS):
+            for path in _unfinished(folder):
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(SETTLES)
+            if not _unfinished(folder):
+                return
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
