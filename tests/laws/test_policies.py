@@ -91,7 +91,6 @@ def whole():
     return of
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", PAIRS, ids="-".join)
 def test_full_budget_is_full_attention(case, whole):
     """Law 7, and law 4: what it weighs does not change while it is used."""
