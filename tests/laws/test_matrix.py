@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import get_args, get_type_hints
 
 import pytest
@@ -67,10 +66,3 @@ def test_plans_have_windows_reuse_and_both():
         for layer in stage.pattern
     }
     assert len(seen) == 4
-
-
-def test_concept_models_have_every_chunker_with_every_injection_and_every_reduction():
-    assert {(chunker, injection) for chunker, _, injection in matrix.CONCEPTS} == {
-        *itertools.product(matrix.CHUNKERS, matrix.INJECTIONS)
-    }
-    assert {pool for _, pool, _ in matrix.CONCEPTS} == matrix.POOLS.keys()

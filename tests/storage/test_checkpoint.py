@@ -279,7 +279,6 @@ with Checkpoints(Path(sys.argv[1]), keep_last=1) as checkpoints:
 """
 
 
-@pytest.mark.slow
 def test_a_killed_process_leaves_whole_checkpoints_only(tmp_path):
     rng = random.Random(0)
     wanted = {"w": jax.ShapeDtypeStruct((200_000,), jnp.float32)}
