@@ -45,29 +45,14 @@ def test_another_name_is_refused():
 
 
 def test_every_part_that_yaml_names_is_public():
-    from mukv.schema.schema import _classes, _hints
-
-    def reached(hint, seen):
-        for cls in _classes(hint):
-            if cls not in seen:
-                seen.add(cls)
-                for inner in _hints(cls).values():
-                    parts(inner, seen)
-        return seen
-
-    def parts(hint, seen):
-        from typing import get_args
-
-        reached(hint, seen)
-        for inner in get_args(hint):
-            parts(inner, seen)
-
     from mukv.cache.policy import KEEPERS, SELECTORS, STORES
+    from mukv.schema.reference import sections
+    from tests.laws.test_matrix import TABLES
 
-    found = reached(mukv.Run, set())
+    found = {cls for (_, cls), _ in sections(mukv.Run)}
     found |= {*KEEPERS.values(), *STORES.values(), *SELECTORS.values()}
     assert len(found) > 60
-    for cls in found:
+    for cls in (*found, *(table.base for table in TABLES)):
         assert getattr(mukv, cls.__name__) is cls
 
 

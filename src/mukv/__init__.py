@@ -55,17 +55,21 @@ if TYPE_CHECKING:
     from mukv.model import LanguageModel as LanguageModel
     from mukv.model import Layer as Layer
     from mukv.model import Stage as Stage
+    from mukv.model.block import Branching as Branching
     from mukv.model.block import Gated as Gated
     from mukv.model.block import PreNorm as PreNorm
     from mukv.model.block import SandwichNorm as SandwichNorm
     from mukv.model.concept import Attend as Attend
+    from mukv.model.concept import Chunker as Chunker
     from mukv.model.concept import Concatenate as Concatenate
     from mukv.model.concept import Concepts as Concepts
     from mukv.model.concept import Cross as Cross
     from mukv.model.concept import Delimiter as Delimiter
     from mukv.model.concept import Fixed as Fixed
+    from mukv.model.concept import Injection as Injection
     from mukv.model.concept import Learned as Learned
     from mukv.model.concept import Max as Max
+    from mukv.model.concept import Pool as Pool
     from mukv.model.concept import Prefix as Prefix
     from mukv.model.concept import Residually as Residually
     from mukv.model.concept import SelectPool as SelectPool
@@ -82,6 +86,7 @@ if TYPE_CHECKING:
     from mukv.position import NoPE as NoPE
     from mukv.position import Position as Position
     from mukv.position import RoPE as RoPE
+    from mukv.position import Slower as Slower
     from mukv.position import StepLength as StepLength
     from mukv.position import YaRN as YaRN
     from mukv.runs.config import Data as Data
@@ -89,6 +94,7 @@ if TYPE_CHECKING:
     from mukv.runs.loaded import Model as Model
     from mukv.runs.loaded import Text as Text
     from mukv.runs.loaded import load as load
+    from mukv.scaling.budget import Budget as Budget
     from mukv.scaling.budget import PowerLaw as PowerLaw
     from mukv.scaling.budget import SquareRoot as SquareRoot
     from mukv.scaling.optimizers import SGD as SGD
@@ -138,18 +144,18 @@ _MODULES = {
     "mukv.core.params": "Param",
     "mukv.infer.decode": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
-    "mukv.model.block": "Gated PreNorm SandwichNorm",
+    "mukv.model.block": "Branching Gated PreNorm SandwichNorm",
     "mukv.model.concept": (
-        "Attend Concatenate Concepts Cross Delimiter Fixed Learned Max Prefix Residually "
-        "SelectPool Sum Weighted"
+        "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "
+        "Pool Prefix Residually SelectPool Sum Weighted"
     ),
     "mukv.position": (
         "ALiBi CoPE FIRE KERPLE LinearScaling Llama3 LogLength NTK NoPE Position RoPE "
-        "StepLength YaRN"
+        "Slower StepLength YaRN"
     ),
     "mukv.runs.config": "Data Run",
     "mukv.runs.loaded": "Model Text load",
-    "mukv.scaling.budget": "PowerLaw SquareRoot",
+    "mukv.scaling.budget": "Budget PowerLaw SquareRoot",
     "mukv.scaling.optimizers": "Adafactor AdamAtan2 AdamW Lion Muon Optimizer SGD",
     "mukv.scaling.parameterization": "Constants Measured Scaling",
     "mukv.scaling.schedules": "Cosine InverseSqrt Linear Power Schedule WSD",

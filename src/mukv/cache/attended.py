@@ -32,7 +32,10 @@ class TOVA(Keep):
 @dataclass(frozen=True)
 class SnapKV(Keep):
     """What the last `window` queries read on average, smoothed over `kernel` neighbours; the
-    window itself stays, and is at most half of the budget (Li et al. 2024)."""
+    window itself stays, and is at most half of the budget (Li et al. 2024).
+
+    window: number of last queries. kernel: entries over which weights are averaged.
+    """
 
     window: int = 32
     kernel: int = 5

@@ -21,7 +21,9 @@ from mukv.core.typing import Array, Bool, Float
 class Expected(Keep):
     """Score of entry j: softmax over j of m'.k / sqrt(d) + k C' k / (2 d), mean of a group's heads,
     times |v_j| + epsilon. future: positions over which rotations are averaged. sinks: first
-    tokens, which stay, and whose queries are not counted."""
+    tokens, which stay, and whose queries are not counted. epsilon: added to the weight of each
+    entry before it is multiplied by the norm of its value.
+    """
 
     future: int = 512
     sinks: int = 4

@@ -15,7 +15,7 @@ from mukv.core.typing import Array, Bool
 @dataclass(frozen=True)
 class Streaming(Keep):
     """The first `sinks` tokens and the most recent ones (Xiao et al. 2023). Positions stay as
-    they were: entries are not renumbered."""
+    they were: entries are not renumbered. sinks: number of first tokens that stay."""
 
     sinks: int = 4
 
@@ -32,7 +32,7 @@ class Streaming(Keep):
 
 @dataclass(frozen=True)
 class Random(Keep):
-    """A hash of position and seed decides: the baseline."""
+    """A hash of position and seed decides: the baseline. seed: of the hash."""
 
     seed: int = 0
 

@@ -49,7 +49,10 @@ class TopK(Select):
 
 @dataclass(frozen=True)
 class TopP(TopK):
-    """The fewest values whose weights reach `mass` of what the body gets, at most `budget`."""
+    """The fewest values whose weights reach `mass` of what the body gets, at most `budget`.
+
+    mass: share of the attention weights, 0 to 1.
+    """
 
     mass: float = 0.95
 

@@ -25,6 +25,7 @@ from mukv.core.linear import project
 from mukv.core.mesh import constrain
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, initialise
+from mukv.core.table import Part
 from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.block import AnyResidual, Gated, PreNorm
@@ -56,9 +57,11 @@ class ForwardResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LanguageModel:
+class LanguageModel(Part):
     """The contract; fields are the YAML keys.
 
+    d_model: width of the residual stream. norm: the norm of every layer and after the last one.
+    scaling: how initialisation and learning rates change with the sizes.
     vocab_size: at least the tokenizer's. attention, mlp: those of layers that name none.
     residual: where the norms stand. embedding_scale: "root_width" multiplies embeddings by the
     root of their width. readout: weights of its own, or the embedding's. logit_softcap: bound of
