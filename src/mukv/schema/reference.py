@@ -224,12 +224,13 @@ def _unknown(root: type, path: str, where: str) -> BadInput:
     plain = [name.replace(f".{ITEM}", "") for name in known]
     last = path.rpartition(".")[2]
     words = [word for word in path.split(".") if not word.isdecimal() and word != ITEM]
-    near = nearest_name(".".join(words), plain)
+    prefix = f"{_parent(where)}." if _parent(where) else ""
+    beside = [name for name in plain if name.startswith(prefix)]
+    near = nearest_name(".".join(words), beside) or nearest_name(".".join(words), plain)
     others = [name for name in known if name.rpartition(".")[2] == last]
     if others and (near is None or near.rpartition(".")[2] != last):
         near = others[0]
-    prefix = f"{_parent(where)}." if _parent(where) else ""
-    inside = {n.removeprefix(prefix).partition(".")[0] for n in plain if n.startswith(prefix)}
+    inside = {name.removeprefix(prefix).partition(".")[0] for name in beside}
     allowed = f"the keys of {_parent(where) or 'a configuration'} are {', '.join(sorted(inside))}"
     return BadInput("KEY", path, allowed, near)
 
