@@ -9,7 +9,7 @@ import json
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ import pytest
 
 from mukv.core.errors import BadInput
 from mukv.core.params import named
+from mukv.core.table import Table
 from mukv.data.build import build_tokens
 from mukv.runs import config
 from mukv.runs.config import Run
@@ -278,7 +279,7 @@ def walked() -> set[str]:
     field of one class and nothing else is what its own fields are."""
     found = set()
     for cls in classes():
-        hints = get_type_hints(cls)
+        hints = get_type_hints(cls, include_extras=True)
         for field in fields(cls):
             hint = hints[field.name]
             chosen = len(inside(hint)) != 1 or get_args(hint)
@@ -296,6 +297,10 @@ def inside(hint: Any) -> list[type]:
     """The dataclasses in an annotation."""
     if isinstance(hint, type) and is_dataclass(hint):
         return [hint]
+    if isinstance(hint, Table):
+        return list(hint.values())
+    if get_origin(hint) is Annotated:
+        return [cls for part in hint.__metadata__ for cls in inside(part)]
     return [cls for part in get_args(hint) for cls in inside(part)]
 
 
@@ -305,7 +310,11 @@ def classes() -> set[type]:
     while waiting:
         cls = waiting.pop()
         found.add(cls)
-        inner = {each for hint in get_type_hints(cls).values() for each in inside(hint)}
+        inner = {
+            each
+            for hint in get_type_hints(cls, include_extras=True).values()
+            for each in inside(hint)
+        }
         # The knobs of a task are held to this in test_tasks.py.
         waiting += {cls for cls in inner - found if not issubclass(cls, Task)}
     return found

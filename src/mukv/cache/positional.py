@@ -17,6 +17,8 @@ class Streaming(Keep):
     """Keep the first `sinks` tokens and the most recent ones (Xiao et al. 2023).
 
     Entries keep their positions; they are not renumbered.
+
+    sinks: number of first tokens that are kept
     """
 
     sinks: int = 4
@@ -34,7 +36,10 @@ class Streaming(Keep):
 
 @dataclass(frozen=True)
 class Random(Keep):
-    """Score by a hash of position and seed: the random baseline."""
+    """Score by a hash of position and seed: the random baseline.
+
+    seed: of the hash
+    """
 
     seed: int = 0
 

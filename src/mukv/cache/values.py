@@ -51,6 +51,8 @@ class TopK(Select):
 class TopP(TopK):
     """Read the fewest values whose weights sum to `mass` of the body's total weight, at most
     `budget`.
+
+    mass: share of the attention weights, 0 to 1
     """
 
     mass: float = 0.95

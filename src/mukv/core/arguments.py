@@ -53,6 +53,18 @@ def require_text(where: str, given: Any) -> None:
             raise BadInput(where, given, "text without lone surrogates") from None
 
 
+def token_ids(where: str, given: Any, vocab_size: int) -> Int[np.ndarray, "batch token"]:
+    """Return int32 rows of ids from [token] or [batch token].
+
+    Raises BadInput as `whole_numbers` does, and for ids outside of 0 to vocab_size - 1.
+    """
+    found = whole_numbers(where, given)
+    beyond = found[(found < 0) | (found >= vocab_size)]
+    if beyond.size:
+        raise BadInput(where, int(beyond[0]), f"token ids go from 0 to {vocab_size - 1}")
+    return found
+
+
 def strings(where: str, given: Any) -> list[str]:
     """A text or a sequence of texts as a list. Raises BadInput."""
     require_text(where, given)

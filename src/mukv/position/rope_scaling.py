@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from mukv.core.errors import BadInput
+from mukv.core.table import Part, Table
 
 
 @dataclass(frozen=True)
-class Slower:
+class Slower(Part):
     """Base class of the scalings.
 
     factor: length of the new context divided by that of training
@@ -167,4 +168,7 @@ class YaRN(Slower):
         return frequency / self.factor * (1 - kept) + frequency * kept
 
 
-AnyScaling = LinearScaling | NTK | Llama3 | YaRN
+SCALINGS = Table(
+    "RoPE scaling", Slower, {"linear": LinearScaling, "ntk": NTK, "llama3": Llama3, "yarn": YaRN}
+)
+AnyScaling = Annotated[Slower, SCALINGS]

@@ -8,9 +8,10 @@ fitted to optimal learning rates (Shen et al. 2024).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from mukv.core.errors import BadInput
+from mukv.core.table import Part, Table
 
 
 class Change(NamedTuple):
@@ -29,7 +30,7 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Part):
     """Base class of the rules.
 
     batch: tokens per step of the run that the hyperparameters were tuned for
@@ -76,5 +77,5 @@ class PowerLaw(Budget):
         return Change(rate=batch / self.batch * (tokens / self.tokens) ** self.exponent)
 
 
-BUDGETS: dict[str, type[Budget]] = {"sde": SquareRoot, "power": PowerLaw}
-AnyBudget = SquareRoot | PowerLaw
+BUDGETS = Table("budget rule", Budget, {"sde": SquareRoot, "power": PowerLaw})
+AnyBudget = Annotated[Budget, BUDGETS]

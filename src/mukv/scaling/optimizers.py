@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mukv.core.table import Table
 from mukv.scaling.adafactor import Adafactor
 from mukv.scaling.muon import Muon
 from mukv.scaling.stability import Family
@@ -58,6 +59,11 @@ class AdamAtan2(Optimizer):
 
     Everett et al. 2024, section 4.5. Updates are bounded and invariant to the scale of the
     gradients. The default of `outer`, 4 / pi, makes the first step as long as Adam's.
+
+    beta1: decay of the running mean of gradients
+    beta2: decay of the running mean of squared gradients
+    outer: factor of the update
+    inner: factor of the root of the mean square
     """
 
     kind: Literal["adam_atan2"] = "adam_atan2"
@@ -77,7 +83,11 @@ class AdamAtan2(Optimizer):
 
 @dataclass(frozen=True)
 class Lion(Optimizer):
-    """Update by the sign of a running mean (Chen et al. 2023). Learning rates scale as Adam's."""
+    """Update by the sign of a running mean (Chen et al. 2023). Learning rates scale as Adam's.
+
+    beta1: weight of the running mean in the update
+    beta2: decay of the running mean of gradients
+    """
 
     kind: Literal["lion"] = "lion"
     beta1: float = 0.9
@@ -89,7 +99,10 @@ class Lion(Optimizer):
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
-    """Gradient descent with momentum."""
+    """Gradient descent with momentum.
+
+    momentum: decay of the running sum of gradients
+    """
 
     family: ClassVar[Family] = "sgd"
 
@@ -101,12 +114,16 @@ class SGD(Optimizer):
         return optax.trace(self.momentum)
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {
-    "adamw": AdamW,
-    "adam_atan2": AdamAtan2,
-    "lion": Lion,
-    "sgd": SGD,
-    "adafactor": Adafactor,
-    "muon": Muon,
-}
-AnyOptimizer = AdamW | AdamAtan2 | Lion | SGD | Adafactor | Muon
+OPTIMIZERS = Table(
+    "optimizer",
+    Optimizer,
+    {
+        "adamw": AdamW,
+        "adam_atan2": AdamAtan2,
+        "lion": Lion,
+        "sgd": SGD,
+        "adafactor": Adafactor,
+        "muon": Muon,
+    },
+)
+AnyOptimizer = Annotated[Optimizer, OPTIMIZERS]

@@ -82,7 +82,11 @@ optimizer family and alignment. `stability.py` derives each of them."""
 
 @dataclass(frozen=True)
 class Constants:
-    """Factors per role of a weight, the same at every width."""
+    """Factors per role of a weight, the same at every width.
+
+    embedding, hidden, readout: factor of the weights of this role
+    vector: factor of gains and biases
+    """
 
     embedding: float = 1.0
     hidden: float = 1.0
@@ -97,7 +101,10 @@ class Constants:
 
 @dataclass(frozen=True)
 class Measured:
-    """Measured alignment exponents, in place of "full" or "none"."""
+    """Measured alignment exponents, in place of "full" or "none".
+
+    hidden, readout: exponents of the weights of this role
+    """
 
     hidden: Alignment = field(default_factory=Alignment)
     readout: Alignment = field(default_factory=Alignment)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from mukv.core.counts import INT32, require_counts
 from mukv.core.errors import BadInput
+from mukv.core.table import Part, Table
 from mukv.core.typing import Array, Float, Int
 
 Rate = Float[Array, ""]
@@ -35,7 +36,7 @@ class Plan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Part):
     """Base class of the schedules.
 
     warmup: steps of the linear warm-up
@@ -165,6 +166,8 @@ class WSD(Prolongable):
 class InverseSqrt(Prolongable):
     """Keep the peak until step `reference`, then peak * sqrt(reference / step) (Vaswani et al.
     2017).
+
+    reference: step until which the peak is kept
     """
 
     kind: Literal["inverse_sqrt"] = "inverse_sqrt"
@@ -188,6 +191,9 @@ class Power(Prolongable):
 
     Shen et al. 2024, equations 7 and 8, with the batch in units of 4,096 tokens and the number of
     tokens seen so far. One setting serves any number of tokens and any batch size.
+
+    amplitude: factor of the power law
+    exponent: of the number of tokens seen; at most 0
     """
 
     kind: Literal["power"] = "power"
@@ -207,11 +213,15 @@ class Power(Prolongable):
         return jnp.minimum(plan.peak, batch * self.amplitude * seen**self.exponent)
 
 
-SCHEDULES: dict[str, type[Schedule]] = {
-    "cosine": Cosine,
-    "linear": Linear,
-    "wsd": WSD,
-    "inverse_sqrt": InverseSqrt,
-    "power": Power,
-}
-AnySchedule = Cosine | Linear | WSD | InverseSqrt | Power
+SCHEDULES = Table(
+    "schedule",
+    Schedule,
+    {
+        "cosine": Cosine,
+        "linear": Linear,
+        "wsd": WSD,
+        "inverse_sqrt": InverseSqrt,
+        "power": Power,
+    },
+)
+AnySchedule = Annotated[Schedule, SCHEDULES]

@@ -301,7 +301,7 @@ class Checkpoints:
             signs = ("No space left", "os_error_code='28'", "File too large", "os_error_code='27'")
             full = any(sign in text for sign in signs)
             problem = "the disk is full" if full else reason(error)
-            if self._alone_writes:
+            if self._may_write:
                 _remove_unfinished(self.folder)
             good = self.latest()
             advice = "nothing is saved" if good is None else f"step {good} is safe"

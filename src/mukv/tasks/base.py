@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mukv.core.errors import BadInput, unknown_name
+from mukv.core.table import Part
 from mukv.tasks.draws import Draws
 from mukv.tasks.words import FILLER, SALTS, Vocabulary
 
@@ -95,7 +96,7 @@ class Samples(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task(ABC):
+class Task(Part, ABC):
     """Base class of the tasks.
 
     facts: number of facts to remember; each family says of what kind
@@ -118,7 +119,7 @@ class Task(ABC):
             raise BadInput("filler", self.filler, f"at most {len(FILLER)} words")
         self.check()
 
-    def check(self) -> None:  # noqa: B027  (optional to override)
+    def check(self) -> None:
         """Raise BadInput for parameters that contradict each other."""
 
     # What each family defines

@@ -191,8 +191,7 @@ class Trainer:
 
     def draw(self, key: Array) -> State:
         """Draw the state before the first update."""
-        deviations = jax.tree.map(lambda weight: weight.deviation, self.resolved)
-        weights = params.initialise(self.declared, deviations, key)
+        weights = self.model.draw(key)
         return State(weights, self.optimizer.init(weights), jnp.zeros((), jnp.int32))
 
     def _objective(self, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Losses]:
