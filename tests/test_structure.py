@@ -80,8 +80,8 @@ def test_no_imports_in_a_circle():
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_file_has_at_most_350_lines(path):
-    assert len(path.read_text().splitlines()) <= 350
+def test_a_file_has_at_most_400_lines(path):
+    assert len(path.read_text().splitlines()) <= 400
 
 
 def loaded(code: str) -> set[str]:

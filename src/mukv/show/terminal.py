@@ -39,7 +39,7 @@ class Console(RichConsole):
         self.print(printable(text), style=style, soft_wrap=True)
 
 
-class Table(RichTable):
+class TerminalTable(RichTable):
     """A table whose cells have one line each, so that a name with a line break is one row."""
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
@@ -61,11 +61,11 @@ def table(
     numbers: Sequence[str],
     title: str | None = None,
     caption: str | None = None,
-) -> Table:
+) -> TerminalTable:
     """Make a table without rules: text columns left-aligned, number columns right-aligned, nothing
     cut.
     """
-    made = Table(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 1))
+    made = TerminalTable(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 1))
     for name in text:
         made.add_column(name, overflow="fold")
     for name in numbers:
