@@ -113,6 +113,7 @@ CHANGES = {
     "Attention.scale": "model.attention.scale=0.9",
     "Attention.softcap": "model.attention.softcap=0.1",
     "Attention.sinks": "model.attention.sinks=learned",
+    "Attention.gate": ("model.attention.gate=head", "model.attention.gate=channel"),
     "Attention.position": "model.attention.position={kind: nope}",
     "Groups.kv_heads": "model.attention.kv_heads=2",
     "Groups.head_dim": "model.attention.head_dim=8",

@@ -6,6 +6,7 @@ from mukv.attention.grouped import Grouped
 from mukv.attention.grouped_tied import GroupedTied
 from mukv.attention.latent import Latent
 from mukv.attention.mask import Mask
+from mukv.attention.mixer import Carried, EntryStore, Mixer, StateStore, Written
 from mukv.attention.recalled import Query, Recalled
 from mukv.attention.shared_kv import SharedKV
 from mukv.attention.tensor_product import TensorProduct
@@ -24,16 +25,21 @@ __all__ = [
     "AnyAttention",
     "Attention",
     "Bag",
+    "Carried",
     "Entries",
+    "EntryStore",
     "Grouped",
     "GroupedTied",
     "Latent",
     "Mask",
+    "Mixer",
     "Queries",
     "Query",
     "Recall",
     "Recalled",
     "Retrieved",
     "SharedKV",
+    "StateStore",
     "TensorProduct",
+    "Written",
 ]

@@ -6,7 +6,7 @@ p - window < j <= p. Rings, padding, packed documents and eviction all come down
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mukv.attention.entries import Entries
 from mukv.core.typing import Array, Bool, Int
@@ -23,6 +23,11 @@ class Mask:
     segment: Int[Array, "batch query"] | None = None
     window: int | None = None
     aligned: bool = False
+
+    def of(self, entries: Entries) -> Mask:
+        """The mask of one bag, which may have a window of its own."""
+        windows = [window for window in (self.window, entries.window) if window is not None]
+        return replace(self, window=min(windows, default=None))
 
     def visible(
         self, position: Int[Array, "batch query"], entries: Entries

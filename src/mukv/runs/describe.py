@@ -11,7 +11,7 @@ import jax
 from mukv.core import params
 from mukv.core.mesh import specification
 from mukv.core.names import even
-from mukv.model.counting import cached, entry_bytes, flops_per_token
+from mukv.model.counting import cached, entry_bytes, flops_per_token, state_bytes
 from mukv.runs.config import Run
 from mukv.show.terminal import Console, styled, table
 
@@ -19,9 +19,9 @@ from mukv.show.terminal import Console, styled, table
 def describe(run: Run) -> dict[str, Any]:
     """Parameters, FLOPs and cache bytes as plain data; the field names are public.
 
-    Bytes are those of the compute type. A layer with a window costs a constant, any other an
-    amount per token; one that reads another layer's entries costs nothing. What decoding keeps
-    besides the layers is part of the constant.
+    Bytes are those of the compute type, of states float32. A store with a window and a state cost
+    a constant, any other store an amount per token; a layer that reads another layer's entries
+    costs nothing. What decoding keeps besides the layers is part of the constant.
     """
     model = run.model
     compute = run.train.compute.resolve(model.vocab_size)
@@ -30,7 +30,12 @@ def describe(run: Run) -> dict[str, Any]:
     for stack in model.stacks:
         for layer in stack.layers:
             entry = entry_bytes(stack, layer, compute.type)
-            each = Fraction(0 if layer.window else entry, stack.every)
+            each, constant = Fraction(0), state_bytes(layer)
+            for name, bag in layer.bags.items() if layer.writes else ():
+                if bag.window is None:
+                    each += Fraction(entry[name], stack.every * bag.every)
+                else:
+                    constant += entry[name] * bag.places(bag.window)
             grows += each
             layers.append(
                 {
@@ -43,7 +48,7 @@ def describe(run: Run) -> dict[str, Any]:
                     "core": "fused" if compute.fused else "plain",
                     "cached": cached(stack, layer),
                     "cache_bytes_per_token": plain(each),
-                    "cache_bytes_constant": entry * (layer.window or 0),
+                    "cache_bytes_constant": constant,
                 }
             )
     return {
