@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.attention import (
+    HCA,
     AnyAttention,
     Grouped,
     GroupedTied,
@@ -86,6 +87,17 @@ ATTENTIONS: dict[str, AnyAttention] = {
     "latent": Latent(heads=4, rank=12, head_dim=6, rope_dim=4, head_value_dim=5, query_rank=10),
     "tied": GroupedTied(heads=4, kv_heads=2, head_dim=8, gate="head"),
     "tensor-product": TensorProduct(heads=4, head_dim=8, query_rank=3, rank=2),
+    "hca": HCA(
+        heads=4,
+        head_dim=8,
+        rope_dim=4,
+        query_rank=10,
+        window=4,
+        every=3,
+        groups=2,
+        output_rank=6,
+        sinks="learned",
+    ),
 }
 POSITIONS: dict[str, AnyPosition] = {
     "nope": NoPE(),

@@ -1,6 +1,7 @@
 """Attention variants. To add one: a file with a class, a line here."""
 
 from mukv.attention.base import Attention, Queries
+from mukv.attention.compressed import HCA
 from mukv.attention.entries import Bag, Entries, Recall, Retrieved
 from mukv.attention.grouped import Grouped
 from mukv.attention.grouped_tied import GroupedTied
@@ -17,11 +18,13 @@ ATTENTIONS: dict[str, type[Attention]] = {
     "latent": Latent,
     "grouped_tied": GroupedTied,
     "tensor_product": TensorProduct,
+    "hca": HCA,
 }
-AnyAttention = Grouped | SharedKV | Latent | GroupedTied | TensorProduct
+AnyAttention = Grouped | SharedKV | Latent | GroupedTied | TensorProduct | HCA
 
 __all__ = [
     "ATTENTIONS",
+    "HCA",
     "AnyAttention",
     "Attention",
     "Bag",
