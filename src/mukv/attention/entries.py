@@ -32,14 +32,6 @@ class Entries:
     segment: Int[Array, "batch #kv_heads key"] | None = None
     ordered: bool = field(default=True, metadata={"static": True})
 
-    def slice(self, start: int, stop: int) -> Entries:
-        """Entries number `start` up to `stop`."""
-
-        def cut(array: Array) -> Array:
-            return jax.lax.slice_in_dim(array, start, stop, axis=2)
-
-        return jax.tree.map(cut, self)
-
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
         """What a query finds here: all there is."""
         return recall(self), self
