@@ -11,6 +11,7 @@ import pytest
 
 from mukv.attention import Entries, Grouped, GroupedTied, Latent, Mask, SharedKV, TensorProduct
 from mukv.attention.base import Attention
+from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
@@ -40,8 +41,8 @@ def weights(attention: Attention, seed: int = 0) -> tuple[dict, dict]:
 def run(attention: Attention, write: dict, read: dict, aligned=True, chunk=None) -> jax.Array:
     x = draw(2, LENGTH, D_MODEL, seed=9)
     entries = Entries(attention.write(write, x, POSITION), POSITION[:, None])
-    mask = Mask(aligned=aligned)
-    return attention.read(read, x, POSITION, (entries,), mask, chunk=chunk)
+    compute = Compute(fused=chunk is not None, attention_chunk=chunk)
+    return attention.read(read, x, POSITION, (entries,), Mask(aligned=aligned), compute)
 
 
 @pytest.mark.parametrize("position", [NoPE(), RoPE(), ALiBi(), CoPE(positions=4)])
@@ -163,9 +164,9 @@ def test_a_gate_multiplies_what_each_head_read(gate):
     # The heads one by one, as rows of an output weight that leaves the others out.
     heads = []
     for head in range(4):
-        alone = np.zeros_like(read["output"], shape=(4, 8, 8))
-        alone[head] = np.eye(8)
-        heads.append(run(plain, write, {**read, "output": jnp.asarray(alone)}))
+        alone = np.zeros((4, 8, D_MODEL), np.float32)
+        alone[head] = np.eye(8, D_MODEL)
+        heads.append(run(plain, write, {**read, "output": jnp.asarray(alone)})[..., :8])
     share = 1 / (1 + np.exp(-np.einsum("btd,dh...->bth...", x, read["gate"])))
     share = share if gate == "channel" else share[..., None]
     expected = np.einsum("hbtv,bthv,hve->bte", np.stack(heads), share * np.ones(8), read["output"])

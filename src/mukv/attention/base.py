@@ -22,10 +22,12 @@ from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
 from mukv.attention.mixer import Mixer
 from mukv.attention.recalled import Query, Recalled
+from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.params import Param
+from mukv.core.tap import tapped
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 from mukv.position import AnyPosition, NoPE
 
@@ -137,27 +139,19 @@ class Attention(Mixer):
         position: Int[Array, "batch token"],
         parts: Sequence[Bag],
         mask: Mask,
-        chunk: int | None = None,
+        compute: Compute,
     ) -> Residual:
         """What each query makes of the entries that it may see, in one softmax over all parts.
 
-        parts: in the order of their positions. chunk: queries that the fused core takes at once,
-        only where `mask` is aligned; None for the plain core, which several parts always get.
+        parts: in the order of their positions. compute: decides which cores may be taken.
         """
         address, scores = self.asked(weights, self.query(weights, x, position), position)
-        retrieved = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
-        if chunk and len(retrieved) == 1:
-            ((recalled, entries),) = retrieved
-            # Products in the type that those with weights have.
-            operand = weights["query"].dtype
-            address, recalled = jax.tree.map(
-                lambda array: array.astype(operand), (address, recalled)
-            )
-            out = cores.fused(address, recalled, entries, scores, mask.of(entries), chunk)
-            out = out.astype(x.dtype)
-        else:
-            shown = [cores.Part.of(keys, part, position, mask.of(part)) for keys, part in retrieved]
-            out = cores.plain(address, shown, scores)
+        recall = partial(self.recall, weights)
+        found = [part.retrieve(address, recall) for part in parts]
+        shown = [cores.Part(keys, entries, mask.of(entries)) for keys, entries in found]
+        ordered = all(part.entries.ordered for part in shown)
+        demand = cores.Demand(x.shape[1], self.position, ordered, tapped())
+        out = cores.choose(demand, compute).core.apply(address, shown, scores)
         return self.output(weights, out, x, position)
 
     def asked(

@@ -19,6 +19,7 @@ from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
 from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense, Query
+from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
@@ -119,11 +120,11 @@ class Latent(Attention):
         position: Int[Array, "batch token"],
         parts: Sequence[Bag],
         mask: Mask,
-        chunk: int | None = None,
+        compute: Compute,
     ) -> Residual:
         """Expanded where every entry was written just now, absorbed where a cache is read."""
         form = self if mask.aligned else self.decoding()
-        return Attention.read(form, weights, x, position, parts, mask, chunk)
+        return Attention.read(form, weights, x, position, parts, mask, compute)
 
     def decoding(self) -> Absorbed:
         return Absorbed(**{f.name: getattr(self, f.name) for f in fields(self)})

@@ -25,9 +25,10 @@ class Mask:
     aligned: bool = False
 
     def of(self, entries: Entries) -> Mask:
-        """The mask of one bag, which may have a window of its own."""
+        """The mask of one bag, which may have a window and a rate of its own."""
         windows = [window for window in (self.window, entries.window) if window is not None]
-        return replace(self, window=min(windows, default=None))
+        aligned = self.aligned and entries.every == 1
+        return replace(self, window=min(windows, default=None), aligned=aligned)
 
     def visible(
         self, position: Int[Array, "batch query"], entries: Entries

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
+from mukv.core.compute import Compute
 from mukv.core.params import Param, abstract
 from mukv.core.typing import Array, Bool, Int, Residual, Weights
 
@@ -96,7 +97,7 @@ class EntryStore:
             if segment is not None:
                 segment = jnp.take_along_axis(segment, place, axis=1)
         own = None if segment is None else segment[:, None]
-        return Entries(tensors, position[:, None], there, own, window=self.window)
+        return Entries(tensors, position[:, None], there, own, window=self.window, every=self.every)
 
     def mean_visible(self, tokens: int) -> float:
         """Entries that a query sees on average in a document of this length."""
@@ -172,7 +173,7 @@ class Mixer:
         position: Int[Array, "batch token"],
         parts: Sequence[Bag],
         mask: Mask,
-        chunk: int | None = None,
+        compute: Compute,
     ) -> Residual:
         """What each token makes of the bags, which carry their own windows."""
         raise NotImplementedError

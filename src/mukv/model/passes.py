@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 
-from mukv.attention import Bag, Carried, Mask, Queries, Written, cores
+from mukv.attention import Bag, Carried, Mask, Queries, Written
 from mukv.core.compute import Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
-from mukv.core.tap import capturing, scope, tap
+from mukv.core.tap import scope, tap
 from mukv.core.typing import Array, Int, Residual
 from mukv.model.block import AnyResidual
 from mukv.model.plan import ResolvedLayer
@@ -85,7 +85,7 @@ class Pass:
                     parts = self.remember(layer, attention.by_store(written), query)
                 mask = Mask(self.segment, layer.window, self.aligned)
                 read = attention.read(
-                    weights["read"], normed, self.position, parts, mask, self.chunk()
+                    weights["read"], normed, self.position, parts, mask, self.compute
                 )
                 read = residual.leave(weights, "attention", norm, read)
                 x = tap("attention", constrain(x + read, "batch", None, None))
@@ -99,9 +99,3 @@ class Pass:
             apply = jax.checkpoint(apply)
         x, known[layer.index] = apply(weights, x, known.get(layer.source))
         return x
-
-    def chunk(self) -> int | None:
-        """Queries that the fused core takes at once; None for the plain core."""
-        if not self.compute.fused or not self.aligned or capturing():
-            return None
-        return self.compute.attention_chunk or cores.chunk_size(self.position.shape[1])

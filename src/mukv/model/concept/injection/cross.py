@@ -55,8 +55,9 @@ class Cross(Injection):
         normed = joint.norm.apply(joint.own["norm"], x)
         # Its entries are those of the layer before the decoder's.
         with scope(f"layer{joint.decoder.first - 1}"):
+            mask = Mask(segment=segment)
             return joint.attention.read(
-                joint.own["read"], normed, count - 1, parts, Mask(segment=segment)
+                joint.own["read"], normed, count - 1, parts, mask, joint.compute
             )
 
     def inject(self, joint: Joint, x: Residual, inputs: InjectionInputs) -> Residual:
