@@ -55,6 +55,9 @@ class Attention:
     """Fields that go with the width of the model."""
     values_apart: ClassVar[bool] = False
     """Whether values are kept in tensors of their own, which no key is made of."""
+    keys: ClassVar[tuple[str, ...]] = ()
+    """Names of the cached tensors that are quantised by channel, as keys are (KIVI); all others,
+    latents and states that are keys and values at once included, are quantised by token."""
 
     def __post_init__(self) -> None:
         require_counts(self, *self.sizes, most=1 << 16)

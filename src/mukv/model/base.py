@@ -208,7 +208,9 @@ class LanguageModel:
         declared = {"embedding": embedding, **self.body_params()}
         declared["final_norm"] = self.norm.params(self.d_model)
         if not tied:
-            declared["readout"] = Param(width | vocab, role="readout", fan_in=("embed",))
+            declared["readout"] = Param(
+                width | vocab, role="readout", fan_in=("embed",), tag="readout"
+            )
         return declared
 
     def resolved(self, family: Family = "adam") -> Any:

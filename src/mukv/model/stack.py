@@ -21,7 +21,7 @@ from mukv.cache.base import QUERY, append, append_some, tail_entries
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
-from mukv.core.params import map_params
+from mukv.core.params import map_params, tagged
 from mukv.core.tap import capturing
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.model.block import AnyResidual, Gated
@@ -58,8 +58,8 @@ class Stack:
 
     def _scaled(self, attention: AnyAttention) -> AnyAttention:
         """With its logits as the parameterisation wants them at this width."""
-        query = attention.read_params(self.d_model)["query"].prefixed(self.prefix)
-        factor = self.scaling.logit_factor(query)
+        query = tagged(attention.read_params(self.d_model), "query")
+        factor = self.scaling.logit_factor(query.prefixed(self.prefix))
         if factor == 1:
             return attention
         return replace(attention, scale=factor * (attention.scale or attention.query_dim**-0.5))
