@@ -40,6 +40,7 @@ class Param:
     batch: the axes that count separate matrices, such as experts: neither contracted nor part of
     what a matrix gives. They come first, behind that of a stack's layers.
     tag: what the weight is for; None where nothing depends on it.
+    active: the share of it that one token is multiplied with; below 1 for experts.
 
     Raises BadInput for an unknown role, init or tag, and for axes that it does not have.
     """
@@ -51,12 +52,15 @@ class Param:
     ends_branch: bool = False
     batch: tuple[str, ...] = ()
     tag: Tag | None = None
+    active: float = 1.0
 
     def __post_init__(self) -> None:
         for field, known in (("role", Role), ("init", Init), ("tag", Tag)):
             given = getattr(self, field)
             if given not in get_args(known) and not (field == "tag" and given is None):
                 raise unknown_name(f"Param.{field}", given, get_args(known))
+        if not 0 < self.active <= 1:
+            raise BadInput("Param.active", self.active, "above 0 and at most 1")
         for field in ("fan_in", "batch"):
             axes = getattr(self, field)
             for axis in axes:
@@ -151,6 +155,11 @@ def named(tree: Any) -> dict[str, Any]:
 def count(declared: Any) -> int:
     """The number of trained numbers."""
     return sum(param.size for param in named(declared).values())
+
+
+def active(declared: Any) -> int:
+    """The number of trained numbers that one token uses: of experts, those that it goes through."""
+    return round(sum(param.size * param.active for param in named(declared).values()))
 
 
 def abstract(declared: Any, dtype: DTypeLike = "float32") -> Any:

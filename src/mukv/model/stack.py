@@ -24,7 +24,9 @@ from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params, tagged
 from mukv.core.tap import capturing
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
-from mukv.model.block import AnyResidual, Gated
+from mukv.model.auxiliary import Auxiliary, over_layers
+from mukv.model.block import AnyResidual
+from mukv.model.feedforward import AnyFeedforward
 from mukv.model.passes import Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
@@ -40,7 +42,7 @@ class Stack:
 
     d_model: int
     attention: AnyAttention
-    mlp: Gated
+    mlp: AnyFeedforward
     plan: tuple[Stage, ...]
     norm: RMSNorm
     residual: AnyResidual
@@ -107,11 +109,12 @@ class Stack:
         position: Int[Array, "batch token"],
         segment: Int[Array, "batch token"] | None,
         compute: Compute,
-    ) -> Residual:
-        """The residual stream after the last layer.
+    ) -> tuple[Residual, Auxiliary]:
+        """The residual stream after the last layer, and what the layers report: penalties summed,
+        other numbers averaged over the layers that report them.
 
-        weights: stacked. position: place in the document. segment: number of the document; tokens
-        see only their own (None: one per row).
+        weights: stacked. position: place in the document. segment: number of the document from 1,
+        0 or less for padding; tokens see only their own (None: one per row).
         """
 
         def remember(
@@ -121,6 +124,10 @@ class Stack:
             return (Entries(written, position[:, None], segment=group_segment),)
 
         run = self._pass(compute, position, remember, aligned=True, segment=segment)
+        run = replace(
+            run, counted=jnp.ones_like(position, bool) if segment is None else segment > 0
+        )
+        reported: list[Auxiliary] = []
         known: dict[int, tuple[Bag, ...]] = {}
         for s, stage in enumerate(self.plan):
             stacked = weights[f"stage{s}"]
@@ -128,18 +135,23 @@ class Stack:
             if compute.unroll or capturing() or stage.repeats == 1 or not scannable(s, self.layers):
                 for layer in here:
                     own = jax.tree.map(lambda leaf, r=layer.repeat: leaf[r], stacked)
-                    x = run.layer(layer, own[f"slot{layer.slot}"], x, known)
+                    x, more = run.layer(layer, own[f"slot{layer.slot}"], x, known)
+                    reported.append(more)
             else:
                 first = here[: len(stage.pattern)]
 
-                def repeat(x: Residual, own: Any, first: Any = first) -> tuple[Residual, None]:
-                    inner = dict(known)
+                def repeat(
+                    x: Residual, own: Any, first: Any = first
+                ) -> tuple[Residual, list[Auxiliary]]:
+                    inner, found = dict(known), []
                     for layer in first:
-                        x = run.layer(layer, own[f"slot{layer.slot}"], x, inner)
-                    return x, None
+                        x, more = run.layer(layer, own[f"slot{layer.slot}"], x, inner)
+                        found.append(more)
+                    return x, found
 
-                x, _ = jax.lax.scan(repeat, x, stacked)
-        return x
+                x, more = jax.lax.scan(repeat, x, stacked)
+                reported += more
+        return x, over_layers(reported)
 
     def _pass(
         self,
