@@ -53,6 +53,7 @@ def describe(run: Run) -> dict[str, Any]:
             )
     return {
         "parameters": params.count(model.params()),
+        "active_parameters": params.active(model.params()),
         "flops_per_token": flops_per_token(model, run.train.length),
         "cache_bytes_per_token": plain(grows),
         "cache_bytes_constant": sum(layer["cache_bytes_constant"] for layer in layers)
@@ -99,9 +100,11 @@ def weights(run: Run) -> list[dict[str, Any]]:
 
 def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     """The same for a person."""
+    active = facts["active_parameters"]
+    used = f", {active:,} of them used by a token" if active < facts["parameters"] else ""
     console.print(
         styled(
-            *("parameters  ", (f"{facts['parameters']:,}", "bold"), "\n"),
+            *("parameters  ", (f"{facts['parameters']:,}", "bold"), f"{used}\n"),
             *("training    ", (f"{facts['flops_per_token']:,}", "bold")),
             f" FLOPs per token at {run.train.length:,} tokens\n",
             *("cache       ", (shown(facts["cache_bytes_per_token"]), "bold")),
