@@ -154,6 +154,32 @@ def test_sinks_take_their_share():
     assert not run(sunk, write, high).any()
 
 
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_a_gate_multiplies_what_each_head_read(gate):
+    """sigmoid(x W) times the output of each head, before the output projection."""
+    gated = Grouped(heads=4, kv_heads=2, head_dim=8, gate=gate)
+    write, read = weights(gated)
+    x = draw(2, LENGTH, D_MODEL, seed=9)
+    plain = dataclasses.replace(gated, gate=None)
+    # The heads one by one, as rows of an output weight that leaves the others out.
+    heads = []
+    for head in range(4):
+        alone = np.zeros_like(read["output"], shape=(4, 8, 8))
+        alone[head] = np.eye(8)
+        heads.append(run(plain, write, {**read, "output": jnp.asarray(alone)}))
+    share = 1 / (1 + np.exp(-np.einsum("btd,dh...->bth...", x, read["gate"])))
+    share = share if gate == "channel" else share[..., None]
+    expected = np.einsum("hbtv,bthv,hve->bte", np.stack(heads), share * np.ones(8), read["output"])
+    np.testing.assert_allclose(run(gated, write, read), expected, atol=1e-5)
+
+
+def test_latent_with_a_gate_absorbed_is_expanded():
+    latent = Latent(RoPE(), rank=12, head_dim=6, rope_dim=4, head_value_dim=5, gate="channel")
+    write, read = weights(latent)
+    expanded = run(latent, write, read)
+    np.testing.assert_allclose(run(latent, write, read, aligned=False), expanded, atol=1e-5)
+
+
 def test_softcap_bounds_and_vanishes():
     plain = Grouped(heads=4, kv_heads=2, head_dim=8)
     write, read = weights(plain)

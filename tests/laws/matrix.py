@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.attention import (
+    HCA,
     AnyAttention,
     Grouped,
     GroupedTied,
@@ -78,13 +79,25 @@ ATTENTIONS: dict[str, AnyAttention] = {
         softcap=2.0,
         scale=0.5,
         sinks="learned",
+        gate="channel",
         biases=("query", "key", "value", "output"),
     ),
     "shared-kv": SharedKV(heads=4, kv_heads=2, head_dim=8),
     "shared-kv-normed": SharedKV(heads=4, kv_heads=1, head_dim=8, norm=RMSNorm()),
     "latent": Latent(heads=4, rank=12, head_dim=6, rope_dim=4, head_value_dim=5, query_rank=10),
-    "tied": GroupedTied(heads=4, kv_heads=2, head_dim=8),
+    "tied": GroupedTied(heads=4, kv_heads=2, head_dim=8, gate="head"),
     "tensor-product": TensorProduct(heads=4, head_dim=8, query_rank=3, rank=2),
+    "hca": HCA(
+        heads=4,
+        head_dim=8,
+        rope_dim=4,
+        query_rank=10,
+        window=4,
+        every=3,
+        groups=2,
+        output_rank=6,
+        sinks="learned",
+    ),
 }
 POSITIONS: dict[str, AnyPosition] = {
     "nope": NoPE(),
@@ -138,10 +151,14 @@ def drawn(turn: int) -> tuple[str, str, str]:
     return attentions[turn % len(attentions)], position, plans[turn % len(plans)]
 
 
-WHOLE = [(*pair, "mixed") for pair in itertools.product(ATTENTIONS, POSITIONS)]
+REFUSED = {("hca", "cope")}
+"""Attentions and positions that can't work together."""
+WHOLE = [
+    (*pair, "mixed") for pair in itertools.product(ATTENTIONS, POSITIONS) if pair not in REFUSED
+]
 """Every attention with every position, in a plan that has windows, reuse and a layer with a
 position of its own."""
-ALONE = [drawn(turn) for turn in range(2 * PAIRS)]
+ALONE = [each for turn in range(2 * PAIRS) if (each := drawn(turn))[:2] not in REFUSED]
 """Every attention, every position and every other plan at least twice, each time with others."""
 COMBINATIONS = WHOLE + ALONE
 SAMPLE = ALONE[:PAIRS]

@@ -44,6 +44,10 @@ LATENT = "model.attention={kind: latent, heads: 2, rank: 5, head_dim: 4, rope_di
 TIED = "model.attention={kind: grouped_tied, heads: 2, kv_heads: 1, head_dim: 4}"
 HEADS = "{kind: grouped, heads: 1, kv_heads: 1, head_dim: 4}"
 PRODUCT = "model.attention={kind: tensor_product, heads: 2, head_dim: 4, query_rank: 2, rank: 1}"
+HCA = (
+    "model.attention={kind: hca, heads: 2, head_dim: 4, rope_dim: 2, query_rank: 3, window: 3, "
+    "every: 3, groups: 1, output_rank: 3, position: {kind: rope}}"
+)
 BASED = "model.scaling.base={embed: 4, heads: 1, head_dim: 4, value_dim: 4, hidden: 6, layer: 1}"
 MEASURED = (BASED, "model.scaling.alignment={hidden: {}, readout: {}}")
 READOUT = "model.scaling.alignment.readout"
@@ -113,6 +117,7 @@ CHANGES = {
     "Attention.scale": "model.attention.scale=0.9",
     "Attention.softcap": "model.attention.softcap=0.1",
     "Attention.sinks": "model.attention.sinks=learned",
+    "Attention.gate": ("model.attention.gate=head", "model.attention.gate=channel"),
     "Attention.position": "model.attention.position={kind: nope}",
     "Groups.kv_heads": "model.attention.kv_heads=2",
     "Groups.head_dim": "model.attention.head_dim=8",
@@ -128,6 +133,13 @@ CHANGES = {
     "TensorProduct.head_dim": (PRODUCT, "model.attention.head_dim=8"),
     "TensorProduct.query_rank": (PRODUCT, "model.attention.query_rank=3"),
     "TensorProduct.rank": (PRODUCT, "model.attention.rank=2"),
+    "HCA.head_dim": (HCA, "model.attention.head_dim=8"),
+    "HCA.rope_dim": (HCA, "model.attention.rope_dim=4"),
+    "HCA.query_rank": (HCA, "model.attention.query_rank=4"),
+    "HCA.window": (HCA, "model.attention.window=4"),
+    "HCA.every": (HCA, "model.attention.every=4"),
+    "HCA.groups": (HCA, "model.attention.groups=2"),
+    "HCA.output_rank": (HCA, "model.attention.output_rank=4"),
     "NoPE.temperature": (NOPE, f"{PLACE}.temperature={{kind: log_length}}"),
     "LogLength.typical": (
         f"{PLACE}={{kind: nope, temperature: {LOG}}}",

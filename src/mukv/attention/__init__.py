@@ -1,11 +1,13 @@
 """Attention variants. To add one: a file with a class, a line here."""
 
 from mukv.attention.base import Attention, Queries
+from mukv.attention.compressed import HCA
 from mukv.attention.entries import Bag, Entries, Recall, Retrieved
 from mukv.attention.grouped import Grouped
 from mukv.attention.grouped_tied import GroupedTied
 from mukv.attention.latent import Latent
 from mukv.attention.mask import Mask
+from mukv.attention.mixer import Carried, EntryStore, Mixer, StateStore, Written
 from mukv.attention.recalled import Query, Recalled
 from mukv.attention.shared_kv import SharedKV
 from mukv.attention.tensor_product import TensorProduct
@@ -16,24 +18,31 @@ ATTENTIONS: dict[str, type[Attention]] = {
     "latent": Latent,
     "grouped_tied": GroupedTied,
     "tensor_product": TensorProduct,
+    "hca": HCA,
 }
-AnyAttention = Grouped | SharedKV | Latent | GroupedTied | TensorProduct
+AnyAttention = Grouped | SharedKV | Latent | GroupedTied | TensorProduct | HCA
 
 __all__ = [
     "ATTENTIONS",
+    "HCA",
     "AnyAttention",
     "Attention",
     "Bag",
+    "Carried",
     "Entries",
+    "EntryStore",
     "Grouped",
     "GroupedTied",
     "Latent",
     "Mask",
+    "Mixer",
     "Queries",
     "Query",
     "Recall",
     "Recalled",
     "Retrieved",
     "SharedKV",
+    "StateStore",
     "TensorProduct",
+    "Written",
 ]

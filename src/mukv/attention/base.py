@@ -9,8 +9,8 @@ variant says how queries are made, what entries recall, and what becomes of what
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -20,12 +20,13 @@ import jax.numpy as jnp
 from mukv.attention import cores
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
+from mukv.attention.mixer import Mixer
 from mukv.attention.recalled import Query, Recalled
 from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
-from mukv.core.params import Param, abstract
+from mukv.core.params import Param
 from mukv.core.tap import tapped
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 from mukv.position import AnyPosition, NoPE
@@ -34,15 +35,14 @@ Queries = Float[Array, "batch kv_heads group query query_dim"]
 
 
 @dataclass(frozen=True)
-class Attention:
-    """The contract; fields are the YAML keys.
-
-    A variant is frozen and knows no weights: it declares them, split into those that write and
-    those that read, since a layer that reuses another's entries has none of the first kind.
+class Attention(Mixer):
+    """A mixer whose `read` is one softmax over all entries; a variant fills in short methods.
 
     scale: factor of the logits; 1 / sqrt(query_dim) if None. softcap: bound of the logits (Gemma
     2), None for none. sinks: "learned" gives each head a logit of its own in the softmax's sum,
-    which it may attend to instead of any entry (gpt-oss).
+    which it may attend to instead of any entry (gpt-oss). gate: what a head read is multiplied by
+    sigmoid(x W), one number per head or per head and channel (Qiu et al. 2025; Qwen3-Next); None
+    for no gate.
     """
 
     position: AnyPosition = dataclasses.field(default_factory=NoPE)
@@ -50,6 +50,7 @@ class Attention:
     scale: float | None = None
     softcap: float | None = None
     sinks: Literal["learned"] | None = None
+    gate: Literal["head", "channel"] | None = None
 
     sizes: ClassVar[tuple[str, ...]] = ("heads",)
     """Fields that are numbers of something."""
@@ -64,6 +65,9 @@ class Attention:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise BadInput(name, getattr(self, name), "greater than 0, or null")
         self.position.check(self.rotated_dim, self.heads)
+        if self.position.sequential and len(self.bags) > 1:
+            allowed = "one that does not count tokens, which lie in several stores here"
+            raise BadInput("position", self.position.kind, allowed)
 
     # What a variant answers
 
@@ -82,29 +86,26 @@ class Attention:
         """Width of what a position encoding rotates."""
         return self.query_dim
 
-    def write_params(self, d_model: int) -> dict[str, Param]:
-        """Weights that turn a token into entries."""
-        raise NotImplementedError
-
     def read_params(self, d_model: int) -> dict[str, Any]:
         """Weights that turn a token into a query, and what it read into the residual stream.
 
         A variant adds its own to these.
         """
-        out = {"heads": self.heads, "value_dim": self.value_dim, "embed": d_model}
-        fan_in = ("heads", "value_dim")
-        declared: dict[str, Any] = {"output": Param(out, fan_in=fan_in, ends_branch=True)}
+        declared = self.output_params(d_model)
+        if self.gate:
+            dims = {"embed": d_model, "heads": self.heads}
+            dims |= {"value_dim": self.value_dim} if self.gate == "channel" else {}
+            declared["gate"] = Param(dims, fan_in=("embed",))
         if position := self.position.params(self.query_dim, self.heads):
             declared["position"] = position
         if self.sinks:
             declared["sinks"] = Param({"heads": self.heads}, role="vector", init="zeros")
         return declared
 
-    def write(
-        self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
-    ) -> dict[str, Float[Array, "batch _ token _"]]:
-        """What each token leaves behind; never more than decoding must keep."""
-        raise NotImplementedError
+    def output_params(self, d_model: int) -> dict[str, Any]:
+        """Weights that turn what the heads read into the residual stream."""
+        dims = {"heads": self.heads, "value_dim": self.value_dim, "embed": d_model}
+        return {"output": Param(dims, fan_in=("heads", "value_dim"), ends_branch=True)}
 
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
         """What each token looks for."""
@@ -119,16 +120,15 @@ class Attention:
         raise NotImplementedError
 
     def output(
-        self, weights: Weights, out: Float[Array, "batch kv_heads group query width"]
+        self,
+        weights: Weights,
+        out: Float[Array, "batch kv_heads group query width"],
+        x: Residual,
+        position: Int[Array, "batch query"],
     ) -> Residual:
-        """What was read, as it enters the residual stream."""
-        batch, kv_heads, group, length, width = out.shape
-        heads = out.reshape(batch, kv_heads * group, length, width)
-        return project(heads.swapaxes(1, 2), weights["output"], contracted=2)
-
-    def memory(self) -> Hashable:
-        """What must agree between a layer that writes and another that reads its entries."""
-        raise NotImplementedError
+        """What was read, as it is added to the residual stream. x: what made the queries."""
+        heads = self.gated(weights, by_token(out), x)
+        return project(heads, weights["output"], contracted=2)
 
     # What all have in common
 
@@ -139,19 +139,25 @@ class Attention:
         position: Int[Array, "batch token"],
         parts: Sequence[Bag],
         mask: Mask,
-        compute: Compute,
+        compute: Compute | None = None,
     ) -> Residual:
         """What each query makes of the entries that it may see, in one softmax over all parts.
 
         parts: in the order of their positions. compute: decides which cores may be taken.
         """
         address, scores = self.asked(weights, self.query(weights, x, position), position)
-        recall = partial(self.recall, weights)
-        shown = [cores.Part(*part.retrieve(address, recall), mask) for part in parts]
+        shown = []
+        for part in parts:
+            recalled, entries = part.retrieve(address, partial(self.recall, weights))
+            shown.append(cores.Part(recalled, entries, mask.of(entries, x.shape[1])))
         ordered = all(part.entries.ordered for part in shown)
-        demand = cores.Demand(x.shape[1], self.position, ordered, tapped())
-        out = cores.choose(demand, compute).core.apply(address, shown, scores)
-        return self.output(weights, out)
+        core = self.core(x.shape[1], compute or Compute(), ordered, tapped()).core
+        return self.output(weights, core.apply(address, shown, scores), x, position)
+
+    def core(
+        self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
+    ) -> cores.CoreChoice:
+        return cores.choose(cores.Demand(queries, self.position, ordered, shows), compute)
 
     def asked(
         self, weights: Weights, query: Queries, position: Int[Array, "batch query"]
@@ -165,6 +171,15 @@ class Attention:
         scores = cores.Scores(query, position, own, sinks, self.position, scale, self.softcap)
         return self.address(weights, query), scores
 
+    def gated(
+        self, weights: Weights, heads: Float[Array, "batch query heads value_dim"], x: Residual
+    ) -> Float[Array, "batch query heads value_dim"]:
+        """What the heads read, times its gate."""
+        if self.gate is None:
+            return heads
+        share = jax.nn.sigmoid(project(x, weights["gate"], out=jnp.dtype("float32")))
+        return (heads * (share if self.gate == "channel" else share[..., None])).astype(heads.dtype)
+
     def decoding(self) -> Attention:
         """The form that reads a cache."""
         return self
@@ -175,34 +190,16 @@ class Attention:
         return self.heads
 
     @property
-    def stores(self) -> int:
-        """Sets of entries that may differ: KV heads, where each has all its tensors to itself."""
+    def entry_sets(self) -> int:
+        """Sets of entries that a policy may choose separately: KV heads, or 1 if they share a
+        tensor."""
         return 1
 
+    def logit_weight(self, d_model: int) -> Param:
+        return self.read_params(d_model)["query"]
+
     def read_flops(self) -> int:
-        """Floating-point operations of a forward pass in training, per query and visible entry."""
         return 2 * self.heads * (self.query_dim + self.value_dim)
-
-    def written(
-        self, d_model: int, batch: int, length: int, dtype: jnp.dtype
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and types of the entries of `length` tokens, from `write` itself."""
-        return jax.eval_shape(
-            self.write,
-            abstract(self.write_params(d_model), dtype),
-            jax.ShapeDtypeStruct((batch, length, d_model), dtype),
-            jax.ShapeDtypeStruct((batch, length), jnp.dtype("int32")),
-        )
-
-    def describe(self) -> str:
-        """The fields on one line."""
-        shown = [
-            field.name if dataclasses.is_dataclass(value) else f"{field.name} {value}"
-            for field in fields(self)
-            if (value := getattr(self, field.name)) not in (None, ())
-            and field.name not in ("kind", "position")
-        ]
-        return f"{getattr(self, 'kind', type(self).__name__)} ({', '.join(shown)})"
 
 
 def check_groups(heads: int, kv_heads: int) -> None:
@@ -216,6 +213,14 @@ def check_groups(heads: int, kv_heads: int) -> None:
         f"must divide heads ({heads}): one of {', '.join(map(str, divisors))}",
         str(min(divisors, key=lambda n: abs(n - kv_heads))),
     )
+
+
+def by_token(
+    out: Float[Array, "batch kv_heads group query width"],
+) -> Float[Array, "batch query heads width"]:
+    """What the heads read, token by token."""
+    batch, kv_heads, group, length, width = out.shape
+    return out.reshape(batch, kv_heads * group, length, width).swapaxes(1, 2)
 
 
 def by_group(query: Float[Array, "batch heads query query_dim"], kv_heads: int) -> Queries:

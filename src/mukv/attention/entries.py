@@ -24,6 +24,7 @@ class Entries:
     valid: which of the places hold an entry; None for all.
     segment: document within the row; None where there is one document per row.
     ordered: entries stand in the order of their positions (a ring that wraps does not).
+    window: tokens within which a query sees these entries, itself included; None for all.
     """
 
     tensors: dict[str, Float[Array, "batch _ key _"]]
@@ -31,6 +32,7 @@ class Entries:
     valid: Bool[Array, "batch #kv_heads key"] | None = None
     segment: Int[Array, "batch #kv_heads key"] | None = None
     ordered: bool = field(default=True, metadata={"static": True})
+    window: int | None = field(default=None, metadata={"static": True})
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
         """What a query finds here: all there is."""

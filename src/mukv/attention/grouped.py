@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from mukv.attention.base import Attention, Queries, by_group, check_groups
 from mukv.attention.entries import Entries
+from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
@@ -45,7 +46,7 @@ class Groups(Attention):
         return self.kv_heads
 
     @property
-    def stores(self) -> int:
+    def entry_sets(self) -> int:
         return self.kv_heads
 
     def read_params(self, d_model: int) -> dict[str, Any]:
@@ -102,12 +103,20 @@ class Grouped(Groups):
         return _added(super().project_query(weights, x), weights, "query_bias")
 
     def output(
-        self, weights: Weights, out: Float[Array, "batch kv_heads group query width"]
+        self,
+        weights: Weights,
+        out: Float[Array, "batch kv_heads group query width"],
+        x: Residual,
+        position: Int[Array, "batch query"],
     ) -> Residual:
-        return _added(super().output(weights, out), weights, "output_bias")
+        return _added(super().output(weights, out, x, position), weights, "output_bias")
 
     def write(
-        self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        memory: Carried | None = None,
     ) -> dict[str, Float[Array, "batch kv_heads token head_dim"]]:
         key, value = (
             _added(project(x, weights[name]), weights, f"{name}_bias").swapaxes(1, 2)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mukv.attention.base import Attention, Queries, by_group, check_groups
 from mukv.attention.entries import Entries
+from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense, Query
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
@@ -56,7 +57,11 @@ class GroupedTied(Attention):
         return {"query": Param(dims, fan_in=("embed",)), **super().read_params(d_model)}
 
     def write(
-        self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        memory: Carried | None = None,
     ) -> dict[str, Float[Array, "batch _ token _"]]:
         key = project(x, weights["key"])[:, None]
         return {

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from mukv.attention.base import Attention, Queries
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
+from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense, Query
 from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
@@ -83,7 +84,11 @@ class Latent(Attention):
         }
 
     def write(
-        self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        memory: Carried | None = None,
     ) -> dict[str, Float[Array, "batch 1 token _"]]:
         latent = self.norm.apply(weights["norm"], project(x, weights["latent"]))
         key = project(x, weights["key"])[:, None]
@@ -115,7 +120,7 @@ class Latent(Attention):
         position: Int[Array, "batch token"],
         parts: Sequence[Bag],
         mask: Mask,
-        compute: Compute,
+        compute: Compute | None = None,
     ) -> Residual:
         """Expanded where every entry was written just now, absorbed where a cache is read."""
         form = self if mask.aligned else self.decoding()
@@ -155,7 +160,13 @@ class Absorbed(Latent):
         latent = entries.tensors["latent"]
         return Dense((latent, entries.tensors["key"]), latent)
 
-    def output(self, weights: Weights, out: Float[Array, "batch 1 heads query latent"]) -> Residual:
+    def output(
+        self,
+        weights: Weights,
+        out: Float[Array, "batch 1 heads query latent"],
+        x: Residual,
+        position: Int[Array, "batch query"],
+    ) -> Residual:
         up = weights["value_up"].astype(out.dtype)
         value = jnp.einsum("bghql,lhv->bhqv", out, up, preferred_element_type=jnp.float32)
-        return super().output(weights, value.astype(out.dtype)[:, :, None])
+        return super().output(weights, value.astype(out.dtype)[:, :, None], x, position)

@@ -6,7 +6,7 @@ p - window < j <= p. Rings, padding, packed documents and eviction all come down
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mukv.attention.entries import Entries
 from mukv.core.typing import Array, Bool, Int
@@ -17,12 +17,19 @@ class Mask:
     """segment: document of each query, or None where there is one document per row.
     window: tokens that a query sees, itself included; None for all.
     aligned: entry number i was written by query number i, so that nothing above the diagonal is
-    visible; what the fused core relies on.
+    visible; a core may rely on it.
     """
 
     segment: Int[Array, "batch query"] | None = None
     window: int | None = None
     aligned: bool = False
+
+    def of(self, entries: Entries, queries: int) -> Mask:
+        """The mask of one bag, which may have a window of its own, and which is not aligned where
+        it has other than one entry for each of the queries."""
+        windows = [window for window in (self.window, entries.window) if window is not None]
+        aligned = self.aligned and entries.position.shape[-1] == queries
+        return replace(self, window=min(windows, default=None), aligned=aligned)
 
     def visible(
         self, position: Int[Array, "batch query"], entries: Entries

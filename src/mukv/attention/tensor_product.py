@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mukv.attention.base import Attention, Queries
 from mukv.attention.entries import Entries
+from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Query, Recalled, Whole
 from mukv.core.linear import project
 from mukv.core.params import Param
@@ -54,7 +55,11 @@ class TensorProduct(Attention):
         return {**query, **super().read_params(d_model)}
 
     def write(
-        self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        memory: Carried | None = None,
     ) -> dict[str, Float[Array, "batch rank token _"]]:
         names = ("key_heads", "key", "value_heads", "value")
         factors = {name: project(x, weights[name]).swapaxes(1, 2) for name in names}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import AnyAttention, Bag, Entries, Query, Recall, Retrieved
+from mukv.attention.mixer import ENTRIES
 from mukv.cache.base import Reader, Tensors
 from mukv.cache.keep import Keep
 from mukv.cache.seen import Seen
@@ -200,16 +201,18 @@ def empty(
     store: Store,
     select: Select,
     given: Mapping[str, Array],
+    bag: str = ENTRIES,
 ) -> Kept:
     """A body without entries, of the shape that it will have with them.
 
     slots: entries that there is to be room for, for each store. given: what the selector's index
-    holds from the start.
+    holds from the start. bag: name of the mixer's store whose entries these are.
     """
-    written = attention.written(d_model, batch, slots, dtype)
+    tokens = slots * attention.bags[bag].every
+    written = attention.written(d_model, batch, tokens, dtype)[bag]
     heads = attention.key_heads
     shared = keep.spread == "adaptive"
-    stores = attention.stores if keep.evicts or not isinstance(select, All) else 1
+    stores = attention.entry_sets if keep.evicts or not isinstance(select, All) else 1
     position = jnp.full((batch, 1 if shared else stores, slots * (heads if shared else 1)), NOWHERE)
     used = position != NOWHERE
     stored = {}

@@ -172,6 +172,7 @@ class Family:
             "embedding_scale": (model.embedding_scale, (self.embedding_scale,)),
             "attention.norm": (first.norm, (norm if self.query_norm else None,)),
             "attention.sinks": (first.sinks, (None,)),
+            "attention.gate": (first.gate, (None,)),
             "attention.biases": (set(first.biases), tuple(map(set, some))),
         }
         if len(pairings) > 1:

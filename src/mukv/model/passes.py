@@ -6,14 +6,14 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 
-from mukv.attention import Bag, Mask, Queries
+from mukv.attention import Bag, Carried, Mask, Queries, Written
 from mukv.core.compute import Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
@@ -22,7 +22,7 @@ from mukv.core.typing import Array, Int, Residual
 from mukv.model.block import AnyResidual
 from mukv.model.plan import ResolvedLayer
 
-Remember = Callable[[ResolvedLayer, dict[str, Array], Callable[[], Queries]], tuple[Bag, ...]]
+Remember = Callable[[ResolvedLayer, Written, Callable[[], Queries]], tuple[Bag, ...]]
 """Given what a layer wrote and what it looks for, the bags of entries that its readers see."""
 
 
@@ -43,7 +43,8 @@ def layer_params(
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass through the layers: what all of them share. first: number of the first of them."""
+    """One pass through the layers: what all of them share. first: number of the first of them.
+    carried: what layers continue from, by their index; in training nothing."""
 
     layers: tuple[ResolvedLayer, ...]
     norm: RMSNorm
@@ -55,6 +56,7 @@ class Pass:
     segment: Int[Array, "batch token"] | None
     remember: Remember
     aligned: bool
+    carried: Mapping[int, Carried] = field(default_factory=dict)
 
     def all(self, weights: Sequence[Any], x: Residual) -> Residual:
         """Through every layer, each with its own weights."""
@@ -77,9 +79,10 @@ class Pass:
                 normed = residual.enter(weights, "attention", norm, x)
                 parts = inherited
                 if layer.writes:
-                    written = attention.write(weights["write"], normed, self.position)
+                    carried = self.carried.get(layer.index)
+                    written = attention.write(weights["write"], normed, self.position, carried)
                     query = partial(attention.query, weights["read"], normed, self.position)
-                    parts = self.remember(layer, written, query)
+                    parts = self.remember(layer, attention.by_store(written), query)
                 mask = Mask(self.segment, layer.window, self.aligned)
                 read = attention.read(
                     weights["read"], normed, self.position, parts, mask, self.compute

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mukv.attention import AnyAttention
+from mukv.attention import AnyAttention, EntryStore
 from mukv.core.counts import INT32, require_counts
 from mukv.core.errors import BadInput
 from mukv.model.block import Gated
@@ -65,6 +65,16 @@ class ResolvedLayer:
     @property
     def writes(self) -> bool:
         return self.source == self.index
+
+    @property
+    def bags(self) -> dict[str, EntryStore]:
+        """Its stores of entries, within its window."""
+        return {name: bag.within(self.window) for name, bag in self.attention.bags.items()}
+
+    @property
+    def whole(self) -> dict[str, EntryStore]:
+        """Those without a window, which grow with the text: what a policy is for."""
+        return {name: bag for name, bag in self.bags.items() if bag.window is None}
 
 
 def resolve(

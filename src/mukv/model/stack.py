@@ -7,7 +7,7 @@ read. A stack knows no vocabulary: residual stream in, residual stream out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, Entries, Queries
-from mukv.cache import FULL, Body, Cache, Calibrated, Policy, Reader, Ring, Slot
-from mukv.cache.base import QUERY, append, append_some, tail_entries
+from mukv.attention import AnyAttention, Bag, Carried, EntryStore, Queries, Written
+from mukv.cache import FULL, Cache, Calibrated, Policy, Reader, Ring, Slot
+from mukv.cache.base import QUERY
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
@@ -58,8 +58,8 @@ class Stack:
 
     def _scaled(self, attention: AnyAttention) -> AnyAttention:
         """With its logits as the parameterisation wants them at this width."""
-        query = attention.read_params(self.d_model)["query"].prefixed(self.prefix)
-        factor = self.scaling.logit_factor(query)
+        query = attention.logit_weight(self.d_model)
+        factor = 1 if query is None else self.scaling.logit_factor(query.prefixed(self.prefix))
         if factor == 1:
             return attention
         return replace(attention, scale=factor * (attention.scale or attention.query_dim**-0.5))
@@ -68,6 +68,11 @@ class Stack:
     def writers(self) -> tuple[ResolvedLayer, ...]:
         """The layers that have a cache."""
         return tuple(layer for layer in self.layers if layer.writes)
+
+    @cached_property
+    def bags(self) -> tuple[tuple[ResolvedLayer, str, EntryStore], ...]:
+        """The stores of entries that the layers write, in the order of the cache's slots."""
+        return tuple((layer, *bag) for layer in self.writers for bag in layer.bags.items())
 
     # Weights
 
@@ -115,10 +120,10 @@ class Stack:
         """
 
         def remember(
-            layer: ResolvedLayer, written: dict[str, Array], query: Callable[[], Queries]
+            layer: ResolvedLayer, written: Written, query: Callable[[], Queries]
         ) -> tuple[Bag, ...]:
-            group_segment = None if segment is None else segment[:, None]
-            return (Entries(written, position[:, None], segment=group_segment),)
+            bags = layer.bags.items()
+            return tuple(bag.entries(written[name], position, segment) for name, bag in bags)
 
         run = self._pass(compute, position, remember, aligned=True, segment=segment)
         known: dict[int, tuple[Bag, ...]] = {}
@@ -148,9 +153,10 @@ class Stack:
         remember: Remember,
         aligned: bool,
         segment: Int[Array, "batch token"] | None = None,
+        carried: Mapping[int, Carried] = {},
     ) -> Pass:
         shared = (self.layers, self.norm, self.residual, self.d_model, self.first)
-        return Pass(*shared, compute, position, segment, remember, aligned)
+        return Pass(*shared, compute, position, segment, remember, aligned, carried)
 
     # Decoding
 
@@ -165,37 +171,44 @@ class Stack:
         centres: Calibrated | None = None,
     ) -> Cache:
         """Room for `length` entries a row in the bodies and `tail` behind them. by_row: rows go on
-        at steps of their own. policy: of layers without a window, `centres` its calibrated ones."""
-        whole = [layer.index for layer in self.writers if layer.window is None]
+        at steps of their own. policy: of stores without a window, `centres` its calibrated ones."""
+        whole = [(layer.index, name) for layer in self.writers for name in layer.whole]
 
-        def zeros(layer: ResolvedLayer, slots: int) -> dict[str, Array]:
-            shapes = layer.attention.written(self.d_model, batch, slots, dtype)
-            return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+        def slot(layer: ResolvedLayer, name: str, bag: EntryStore) -> Slot:
+            def zeros(entries: int) -> dict[str, Array]:
+                tokens = entries * bag.every
+                shapes = layer.attention.written(self.d_model, batch, tokens, dtype)[name]
+                return {part: jnp.zeros(shape.shape, shape.dtype) for part, shape in shapes.items()}
 
-        def slot(layer: ResolvedLayer) -> Slot:
-            places = zeros(layer, tail)
-            if policy.everything or layer.window is not None:
-                slots = min(length, layer.window or length)
-                return Slot(Ring(zeros(layer, slots), layer.window is not None), places)
-            place = whole.index(layer.index), len(whole)
+            places = zeros(bag.places(tail))
+            if policy.everything or bag.window is not None:
+                ring = Ring(zeros(bag.room(length)), bag.window is not None)
+                return Slot(ring, places, bag)
+            place = whole.index((layer.index, name)), len(whole)
             own = (centres or {}).get(layer.index, {})
-            body = policy.body(layer.attention, self.d_model, batch, length, dtype, place, own)
+            room = batch, bag.room(length), dtype
+            body = policy.body(layer.attention, self.d_model, *room, place, own, name)
             if body.needs_queries:
                 shape = (batch, layer.attention.heads, tail, layer.attention.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
-            return Slot(body, places)
+            return Slot(body, places, bag)
 
         return Cache(
-            slots=tuple(map(slot, self.writers)),
+            slots=tuple(slot(*bag) for bag in self.bags),
+            states=tuple(
+                {name: state.zeros(batch) for name, state in layer.attention.states.items()}
+                for layer in self.writers
+            ),
             length=jnp.zeros(batch, jnp.int32),
             filled=jnp.zeros(batch if by_row else (), jnp.int32),
+            tail_size=tail,
         )
 
     def check_policy(self, policy: Policy) -> None:
         """Raise BadInput, with the reason, for a policy that does not fit these layers."""
         if policy.everything:
             return
-        whole = [layer for layer in self.layers if layer.window is None]
+        whole = [layer for layer in self.layers if layer.whole]
         if not whole:
             allowed = "full: each layer has a window, which drops entries by itself"
             raise BadInput("policy", str(policy), allowed)
@@ -218,24 +231,27 @@ class Stack:
         empty, so that only the new entries are read.
         """
         position = cache.length[:, None] + jnp.arange(x.shape[1])
-        bodies: dict[int, Body] = {}
+        after = _After(self, cache)
 
         def remember(
-            layer: ResolvedLayer, written: dict[str, Array], query: Callable[[], Queries]
+            layer: ResolvedLayer, written: Written, query: Callable[[], Queries]
         ) -> tuple[Bag, ...]:
-            body = cache.slots[self.writers.index(layer)].body
-            reading = weights[layer.index]["read"]
-            reader = Reader(layer.attention, reading, query() if body.needs_queries else None)
-            bodies[layer.index] = body.extended(written, cache.length, count, reader, fresh)
-            new = Entries(written, position[:, None])
-            return (new,) if fresh else (body.entries(cache.length), new)
+            parts: list[Bag] = []
+            for name, bag in layer.bags.items():
+                slot, reading = after.slot(layer, name), weights[layer.index]["read"]
+                asked = query() if slot.body.needs_queries else None
+                reader = Reader(layer.attention, reading, asked)
+                new = written[name]
+                after.put(layer, name, slot.extended(new, cache.length, count, reader, fresh))
+                parts += () if fresh else (slot.entries(cache.length),)
+                parts.append(bag.entries(new, position))
+            after.keep_states(layer, written)
+            return tuple(parts)
 
-        x = self._pass(compute, position, remember, aligned=fresh).all(weights, x)
-        slots = tuple(
-            Slot(bodies[layer.index], slot.tail)
-            for layer, slot in zip(self.writers, cache.slots, strict=True)
-        )
-        return x, Cache(slots, cache.length + count, cache.filled)
+        carried = after.carried(count)
+        run = self._pass(compute, position, remember, aligned=fresh, carried=carried)
+        x = run.all(weights, x)
+        return x, replace(after.cache(), length=cache.length + count)
 
     def step(
         self,
@@ -251,29 +267,27 @@ class Stack:
         row; None for all. The bodies come back as they are: leave them out of a loop's carry.
         """
         position = cache.position()[:, None]
-        tails: dict[int, dict[str, Array]] = {}
         more = 1 if which is None else which.astype(jnp.int32)
+        after = _After(self, cache)
 
         def remember(
-            layer: ResolvedLayer, written: dict[str, Array], query: Callable[[], Queries]
+            layer: ResolvedLayer, written: Written, query: Callable[[], Queries]
         ) -> tuple[Bag, ...]:
-            slot = cache.slots[self.writers.index(layer)]
-            if slot.body.needs_queries:
-                written = {**written, QUERY: _by_head(query())}
-            tails[layer.index] = (
-                append(slot.tail, written, cache.filled)
-                if which is None
-                else append_some(slot.tail, written, cache.filled, which)
-            )
-            newest = tail_entries(tails[layer.index], cache.length, cache.filled + more)
-            return slot.body.bag(cache.length), newest
+            parts: list[Bag] = []
+            for name in layer.bags:
+                slot, new = after.slot(layer, name), written[name]
+                if slot.body.needs_queries:
+                    new = {**new, QUERY: _by_head(query())}
+                slot = slot.appended(new, cache.length, cache.filled, which)
+                after.put(layer, name, slot)
+                parts += slot.bag(cache.length), slot.newest(cache.length, cache.filled + more)
+            after.keep_states(layer, written)
+            return tuple(parts)
 
-        x = self._pass(compute, position, remember, aligned=False).all(weights, x)
-        slots = tuple(
-            Slot(slot.body, tails[layer.index])
-            for layer, slot in zip(self.writers, cache.slots, strict=True)
-        )
-        return x, Cache(slots, cache.length, cache.filled + more)
+        carried = after.carried(jnp.broadcast_to(jnp.asarray(more), cache.length.shape))
+        run = self._pass(compute, position, remember, aligned=False, carried=carried)
+        x = run.all(weights, x)
+        return x, replace(after.cache(), filled=cache.filled + more)
 
     def fold(self, weights: Sequence[Any], cache: Cache) -> Cache:
         """Move the tails into the bodies. weights: one entry per layer."""
@@ -285,10 +299,44 @@ class Stack:
             if query is not None:
                 query = query.reshape(len(added), attention.key_heads, -1, *query.shape[2:])
             reader = Reader(attention, weights[layer.index]["read"], query)
-            return Slot(slot.body.extended(new, cache.length, added, reader), slot.tail)
+            return slot.extended(new, cache.length, added, reader)
 
-        slots = tuple(map(folded, self.writers, cache.slots))
-        return Cache(slots, cache.length + added, jnp.zeros_like(cache.filled))
+        layers = (layer for layer, _, _ in self.bags)
+        slots = tuple(map(folded, layers, cache.slots))
+        return replace(
+            cache, slots=slots, length=cache.length + added, filled=jnp.zeros_like(cache.filled)
+        )
+
+
+class _After:
+    """The slots and states of a cache while a pass through a stack's layers replaces them."""
+
+    def __init__(self, stack: Stack, cache: Cache):
+        self.before = cache
+        self.slots = {
+            (layer.index, name): slot
+            for (layer, name, _), slot in zip(stack.bags, cache.slots, strict=True)
+        }
+        layers = (layer.index for layer in stack.writers)
+        self.states = dict(zip(layers, cache.states, strict=True))
+
+    def slot(self, layer: ResolvedLayer, name: str) -> Slot:
+        return self.slots[layer.index, name]
+
+    def put(self, layer: ResolvedLayer, name: str, slot: Slot) -> None:
+        self.slots[layer.index, name] = slot
+
+    def carried(self, count: Int[Array, " batch"]) -> dict[int, Carried]:
+        """What the layers continue from. count: new tokens of each row."""
+        return {index: Carried(states, count) for index, states in self.states.items()}
+
+    def keep_states(self, layer: ResolvedLayer, written: Written) -> None:
+        self.states[layer.index] = {name: written[name] for name in layer.attention.states}
+
+    def cache(self) -> Cache:
+        return replace(
+            self.before, slots=tuple(self.slots.values()), states=tuple(self.states.values())
+        )
 
 
 def _by_head(query: Queries) -> Float[Array, "batch heads query query_dim"]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from mukv.attention.cores.base import Core, Demand, Part, Scores
-from mukv.attention.cores.chunked import Chunked, chunk_size
+from mukv.attention.cores.chunked import Chunked
 from mukv.attention.cores.plain import Plain, weighed
 from mukv.core.compute import Compute
 
@@ -35,14 +35,13 @@ def choose(demand: Demand, compute: Compute) -> CoreChoice:
 
 __all__ = [
     "CORES",
-    "CoreChoice",
     "Chunked",
     "Core",
+    "CoreChoice",
     "Demand",
     "Part",
     "Plain",
     "Scores",
     "choose",
-    "chunk_size",
     "weighed",
 ]

@@ -73,6 +73,12 @@ class Architecture(LanguageModel):
         self.chunker.check(self.vocab_size)
         self.pool.check(self.d_model, self.reach)
         self.injection.check(len(self.after.layers))
+        if self.injection.remembers and len(self.reader.stores()) > 1:
+            raise BadInput(
+                "injection",
+                self.injection.kind,
+                f"residual or prefix: {self.reader.kind} remembers more than an entry per concept",
+            )
         super().__post_init__()
 
     def check_tokenizer(self, vocab_size: int) -> None:
