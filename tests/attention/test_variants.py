@@ -164,9 +164,9 @@ def test_a_gate_multiplies_what_each_head_read(gate):
     # The heads one by one, as rows of an output weight that leaves the others out.
     heads = []
     for head in range(4):
-        alone = np.zeros_like(read["output"], shape=(4, 8, 8))
-        alone[head] = np.eye(8)
-        heads.append(run(plain, write, {**read, "output": jnp.asarray(alone)}))
+        alone = np.zeros((4, 8, D_MODEL), np.float32)
+        alone[head] = np.eye(8, D_MODEL)
+        heads.append(run(plain, write, {**read, "output": jnp.asarray(alone)})[..., :8])
     share = 1 / (1 + np.exp(-np.einsum("btd,dh...->bth...", x, read["gate"])))
     share = share if gate == "channel" else share[..., None]
     expected = np.einsum("hbtv,bthv,hve->bte", np.stack(heads), share * np.ones(8), read["output"])

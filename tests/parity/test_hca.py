@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mukv.attention import HCA, Mask
+from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.position import RoPE, YaRN
@@ -121,20 +122,22 @@ def ours(config, layer, index):
     )
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_layer_agrees(theirs, index):
+def test_a_layer_agrees(theirs, index, fused):
     """Outputs within 1e-5 of the largest; the rotation to the bit of float32."""
     config, layers, seen, turns = theirs
     attention, (write, read) = ours(config, layers[index], index)
     np.testing.assert_allclose(attention.position.frequencies(WIDTH // 2), turns[index], rtol=1e-6)
     x, expected = seen[index]
+    compute = Compute(fused=fused, attention_chunk=8)
     position = jnp.tile(jnp.arange(LENGTH), (2, 1))
 
     @jax.jit
     def forward(x):
         written = attention.by_store(attention.write(write, x, position))
         bags = [bag.entries(written[name], position) for name, bag in attention.bags.items()]
-        return attention.read(read, x, position, bags, Mask(aligned=True))
+        return attention.read(read, x, position, bags, Mask(aligned=True), compute)
 
     found = np.asarray(forward(jnp.asarray(x)))
     assert np.abs(expected).max() > 1

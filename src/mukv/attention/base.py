@@ -139,7 +139,7 @@ class Attention(Mixer):
         position: Int[Array, "batch token"],
         parts: Sequence[Bag],
         mask: Mask,
-        compute: Compute | None = None,
+        compute: Compute,
     ) -> Residual:
         """What each query makes of the entries that it may see, in one softmax over all parts.
 
@@ -149,9 +149,9 @@ class Attention(Mixer):
         shown = []
         for part in parts:
             recalled, entries = part.retrieve(address, partial(self.recall, weights))
-            shown.append(cores.Part(recalled, entries, mask.of(entries, x.shape[1])))
+            shown.append(cores.Part(recalled, entries, mask.of(entries)))
         ordered = all(part.entries.ordered for part in shown)
-        core = self.core(x.shape[1], compute or Compute(), ordered, tapped()).core
+        core = self.core(x.shape[1], compute, ordered, tapped()).core
         return self.output(weights, core.apply(address, shown, scores), x, position)
 
     def core(

@@ -25,6 +25,7 @@ class Entries:
     segment: document within the row; None where there is one document per row.
     ordered: entries stand in the order of their positions (a ring that wraps does not).
     window: tokens within which a query sees these entries, itself included; None for all.
+    every: tokens per entry.
     """
 
     tensors: dict[str, Float[Array, "batch _ key _"]]
@@ -33,6 +34,7 @@ class Entries:
     segment: Int[Array, "batch #kv_heads key"] | None = None
     ordered: bool = field(default=True, metadata={"static": True})
     window: int | None = field(default=None, metadata={"static": True})
+    every: int = field(default=1, metadata={"static": True})
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
         """What a query finds here: all there is."""

@@ -120,7 +120,7 @@ class Latent(Attention):
         position: Int[Array, "batch token"],
         parts: Sequence[Bag],
         mask: Mask,
-        compute: Compute | None = None,
+        compute: Compute,
     ) -> Residual:
         """Expanded where every entry was written just now, absorbed where a cache is read."""
         form = self if mask.aligned else self.decoding()

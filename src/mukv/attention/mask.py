@@ -24,11 +24,10 @@ class Mask:
     window: int | None = None
     aligned: bool = False
 
-    def of(self, entries: Entries, queries: int) -> Mask:
-        """The mask of one bag, which may have a window of its own, and which is not aligned where
-        it has other than one entry for each of the queries."""
+    def of(self, entries: Entries) -> Mask:
+        """The mask of one bag, which may have a window and a rate of its own."""
         windows = [window for window in (self.window, entries.window) if window is not None]
-        aligned = self.aligned and entries.position.shape[-1] == queries
+        aligned = self.aligned and entries.every == 1
         return replace(self, window=min(windows, default=None), aligned=aligned)
 
     def visible(

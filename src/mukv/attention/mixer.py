@@ -98,7 +98,7 @@ class EntryStore:
             if segment is not None:
                 segment = jnp.take_along_axis(segment, place, axis=1)
         own = None if segment is None else segment[:, None]
-        return Entries(tensors, position[:, None], there, own, window=self.window)
+        return Entries(tensors, position[:, None], there, own, window=self.window, every=self.every)
 
     def mean_visible(self, tokens: int) -> float:
         """Entries that a query sees on average in a document of this length."""
@@ -174,7 +174,7 @@ class Mixer:
         position: Int[Array, "batch token"],
         parts: Sequence[Bag],
         mask: Mask,
-        compute: Compute | None = None,
+        compute: Compute,
     ) -> Residual:
         """What each token makes of the bags, which carry their own windows."""
         raise NotImplementedError

@@ -140,7 +140,8 @@ class Paced:
 
     def _placed(self, entries: Entries) -> Entries:
         position = self.store.last_token(entries.position)
-        return replace(entries, position=position, window=self.store.window)
+        every, window = self.store.every, self.store.window
+        return replace(entries, position=position, window=window, every=every)
 
 
 @no_type_check
