@@ -158,8 +158,7 @@ class Attention(Mixer):
         parts: in the order of their positions. compute: decides which cores may be taken.
         """
         address, scores = self.asked(weights, self.query(weights, x, position), position)
-        recall = partial(self.recall, weights)
-        found = [part.retrieve(address, recall) for part in parts]
+        found = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
         chosen = [self.choose(weights, x, position, entries) for _, entries in found]
         shown = [
             cores.Part(keys, entries, mask.of(entries, which))
@@ -168,9 +167,14 @@ class Attention(Mixer):
         ordered = all(part.entries.ordered for part in shown)
         picks = any(which is not None for which in chosen)
         shows = tapped() or ("each query chooses its entries" if picks else None)
-        demand = cores.Demand(x.shape[1], self.position, ordered, shows)
-        out = cores.choose(demand, compute).core.apply(address, shown, scores)
+        core = self.core(x.shape[1], compute, ordered, shows).core
+        out = core.apply(address, shown, scores)
         return self.output(weights, out, x, position), None
+
+    def core(
+        self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
+    ) -> cores.CoreChoice:
+        return cores.choose(cores.Demand(queries, self.position, ordered, shows), compute)
 
     def asked(
         self, weights: Weights, query: Queries, position: Int[Array, "batch query"]

@@ -17,7 +17,7 @@ class Mask:
     """segment: document of each query, or None where there is one document per row.
     window: tokens that a query sees, itself included; None for all.
     aligned: entry number i was written by query number i, so that nothing above the diagonal is
-    visible; what the fused core relies on.
+    visible; a core may rely on it.
     chosen: entries that each query may read of those; None for all.
     """
 

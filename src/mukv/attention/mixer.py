@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mukv.attention.cores import CoreChoice
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
 from mukv.core.compute import Compute
@@ -180,6 +181,16 @@ class Mixer:
         """What each token makes of the bags, which carry their own windows; and what training is
         told besides, such as a penalty."""
         raise NotImplementedError
+
+    def core(
+        self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
+    ) -> CoreChoice | None:
+        """The core that reads for so many queries per row; None for a mixer without a softmax.
+
+        ordered: whether the entries of every bag stand in the order of their positions. shows:
+        why all logits must exist; None if they need not.
+        """
+        return None
 
     def memory(self) -> Hashable:
         """What must agree between a layer that writes and another that reads its stores."""

@@ -21,7 +21,8 @@ def describe(run: Run) -> dict[str, Any]:
 
     Bytes are those of the compute type, of states float32. A store with a window and a state cost
     a constant, any other store an amount per token; a layer that reads another layer's entries
-    costs nothing. What decoding keeps besides the layers is part of the constant.
+    costs nothing. What decoding keeps besides the layers is part of the constant. `core` is what a
+    training step takes, `cores_refused` says why no faster one.
     """
     model = run.model
     compute = run.train.compute.resolve(model.vocab_size)
@@ -37,6 +38,8 @@ def describe(run: Run) -> dict[str, Any]:
                 else:
                     constant += entry[name] * bag.places(bag.window)
             grows += each
+            queries = max(1, run.train.length // (stack.asked or stack.every))
+            choice = layer.attention.core(queries, compute)
             layers.append(
                 {
                     "layer": stack.first + layer.index,
@@ -45,7 +48,8 @@ def describe(run: Run) -> dict[str, Any]:
                     "window": layer.window,
                     "reads": None if layer.reads is None else stack.first + layer.reads,
                     "tokens_per_entry": stack.every,
-                    "core": "fused" if compute.fused else "plain",
+                    "core": choice and choice.name,
+                    "cores_refused": choice.refused if choice else {},
                     "cached": cached(stack, layer),
                     "cache_bytes_per_token": plain(each),
                     "cache_bytes_constant": constant,
@@ -114,6 +118,9 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     )
     for words in dict.fromkeys(layer["attention"] for layer in facts["layers"]):
         console.print(f"attention   {words}")
+    reasons = [reason for layer in facts["layers"] for reason in layer["cores_refused"].items()]
+    for name, reason in dict.fromkeys(reasons):
+        console.print(f"core        not {name}: {reason}")
     console.print()
     columns = ("layer", "attention", "position", "window", "reads", "core", "cached")
     layers = table(columns, ("cache\nbytes/token", "ring\nbytes"))
@@ -129,7 +136,7 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
             first["position"],
             str(first["window"] or "all"),
             "own" if first["reads"] is None else ", ".join(str(g["reads"]) for g in group),
-            first["core"],
+            first["core"] or "none",
             ", ".join(f"{name} {h}x{width}" for name, (h, width) in first["cached"].items()),
             cost,
             f"{ring:,}" if ring else "",
@@ -170,7 +177,7 @@ def _alike(layers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Neighbouring layers that differ only in their number."""
     groups: list[list[dict[str, Any]]] = []
     for layer in layers:
-        same = ("attention", "position", "window", "core", "cache_bytes_per_token")
+        same = ("attention", "position", "window", "core", "cores_refused", "cache_bytes_per_token")
         if (
             groups
             and all(groups[-1][0][key] == layer[key] for key in same)

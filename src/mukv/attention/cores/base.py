@@ -101,14 +101,12 @@ class Demand:
 
     queries: per row. position: the encoding. ordered: whether the entries of every bag stand in
     the order of their positions. shows: why all logits are needed at once; None if they are not.
-    platform: of JAX ("cpu", "gpu", "tpu").
     """
 
     queries: int
     position: AnyPosition = field(default_factory=NoPE)
     ordered: bool = True
     shows: str | None = None
-    platform: str = "cpu"
 
 
 @dataclass(frozen=True)

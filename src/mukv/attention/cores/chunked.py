@@ -18,20 +18,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, Shown, finite
+from mukv.attention.cores.pairs import Cut, Places, aligned_pairs, pairs
 from mukv.attention.entries import Entries
 from mukv.attention.mask import Mask
 from mukv.attention.recalled import Query
 from mukv.core.compute import Compute
 from mukv.core.typing import Array
 from mukv.position import AnyPosition
-
-
-def chunk_size(length: int) -> int:
-    """Queries, and keys, that are taken at once: an eighth of them, 64 to 256."""
-    return min(max(length // 8, 64), 256)
 
 
 @dataclass(frozen=True)
@@ -66,9 +61,9 @@ class Chunked(Core):
         if self.operands is not None:
             operand = jnp.dtype(self.operands)
             query, recalled = jax.tree.map(lambda x: x.astype(operand), (query, recalled))
-        rows = _Cut.of(length, self.chunk)
+        rows = Cut.of(length, self.chunk)
         keys = tuple(
-            rows if part.mask.aligned else _Cut.of(part.entries.position.shape[-1], self.chunk)
+            rows if part.mask.aligned else Cut.of(part.entries.position.shape[-1], self.chunk)
             for part in parts
         )
         moving = _Moving(
@@ -83,7 +78,7 @@ class Chunked(Core):
         )
         fixed = _Fixed(
             rows.padded(scores.query_position, 1, mode="edge"),
-            tuple(_Places.of(part, rows, cut) for part, cut in zip(parts, keys, strict=True)),
+            tuple(Places.of(part, rows, cut) for part, cut in zip(parts, keys, strict=True)),
         )
         (moved, moving_tree), (placed, fixed_tree) = map(jax.tree.flatten, (moving, fixed))
         loops = _Loops(
@@ -100,48 +95,6 @@ class Chunked(Core):
         return out[:, :, :, :length].astype(kind)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """An axis of `length`, padded to `number` pieces of `size`."""
-
-    length: int
-    size: int
-    number: int
-
-    @classmethod
-    def of(cls, length: int, size: int | None) -> _Cut:
-        """size: of a piece; None for pieces of `chunk_size` at most, which pad the least."""
-        if size is None:
-            number = -(-length // chunk_size(length))
-            return cls(length, -(-length // number), number)
-        size = min(size, length)
-        return cls(length, size, -(-length // size))
-
-    @property
-    def padding(self) -> int:
-        return self.number * self.size - self.length
-
-    def padded(self, array: Any, axis: int, mode: str = "constant") -> Any:
-        if array is None or not self.padding:
-            return array
-        widths = [(0, self.padding if n == axis else 0) for n in range(array.ndim)]
-        return jnp.pad(array, widths, mode=mode)
-
-    def take(self, array: Any, index: Array, axis: int) -> Any:
-        """Piece number `index`."""
-        if array is None:
-            return None
-        return jax.lax.dynamic_slice_in_dim(array, index * self.size, self.size, axis)
-
-    def put(self, array: Array, piece: Array, index: Array, axis: int) -> Array:
-        """The array with another piece number `index`."""
-        return jax.lax.dynamic_update_slice_in_dim(array, piece, index * self.size, axis)
-
-    def add(self, array: Array, piece: Array, index: Array, axis: int) -> Array:
-        """The array with something added to piece number `index`."""
-        return self.put(array, self.take(array, index, axis) + piece, index, axis)
-
-
 class _Moving(NamedTuple):
     """What gets a gradient. asked: queries as a bias sees them; None where nothing is biased."""
 
@@ -152,36 +105,11 @@ class _Moving(NamedTuple):
     sinks: Any
 
 
-class _Places(NamedTuple):
-    """Where the entries of a bag stand: [batch #kv_heads key], and `asking` the documents of the
-    queries, [batch query]; None where there is nothing to tell."""
-
-    position: Any
-    valid: Any
-    segment: Any
-    asking: Any
-
-    @classmethod
-    def of(cls, part: Part, rows: _Cut, keys: _Cut) -> _Places:
-        entries, asking = part.entries, part.mask.segment
-        valid, segment = entries.valid, entries.segment
-        if keys.padding and valid is None:
-            valid = jnp.ones(entries.position.shape, bool)
-        if segment is None or asking is None:
-            segment = asking = None
-        return cls(
-            keys.padded(entries.position, 2, mode="edge"),
-            keys.padded(valid, 2),
-            keys.padded(segment, 2, mode="edge"),
-            rows.padded(asking, 1, mode="edge"),
-        )
-
-
 class _Fixed(NamedTuple):
     """What gets no gradient: positions of queries, and of each bag."""
 
     position: Any
-    places: tuple[_Places, ...]
+    places: tuple[Places, ...]
 
 
 @dataclass(frozen=True)
@@ -189,8 +117,8 @@ class _Loops:
     """The two passes over all pairs of pieces. masks: of each bag its window, whether it is
     aligned with the queries, and whether it is ordered. Trees: of `_Moving` and `_Fixed`."""
 
-    rows: _Cut
-    keys: tuple[_Cut, ...]
+    rows: Cut
+    keys: tuple[Cut, ...]
     masks: tuple[tuple[int | None, bool, bool], ...]
     position: AnyPosition
     scale: float
@@ -283,7 +211,7 @@ class _Loops:
         left = None if passed is None else rows.take(passed, i, 3)
         query, asked, weights, recalled, after = pull((gradient, share, left))
 
-        def add(cut: _Cut, axis: int, whole: Any, piece: Any) -> Any:
+        def add(cut: Cut, axis: int, whole: Any, piece: Any) -> Any:
             def one(x: Array, y: Array) -> Array:
                 return cut.add(x, y.astype(jnp.float32), i if axis == 3 else j, axis)
 
@@ -356,6 +284,12 @@ class _Loops:
             logits = scores.logits(products, shown)
         return jnp.where(visible[:, :, None], logits, -jnp.inf), after
 
+    def _pairs(self, bag: int, fixed: _Fixed) -> tuple[Any, Any]:
+        window, aligned, _ = self.masks[bag]
+        if aligned:
+            return aligned_pairs(self.rows, self.keys[bag], window)
+        return pairs(self.rows, self.keys[bag], window, fixed.position, fixed.places[bag])
+
     def _each(
         self,
         bag: int,
@@ -366,53 +300,14 @@ class _Loops:
     ) -> Any:
         """step(state, chunk, block, number of the pair) for all pairs of a bag: chunk by chunk,
         blocks right to left, or all in reverse."""
-        pairs, count = self._pairs(bag, fixed)
-        pairs = jnp.asarray(pairs)
+        found, count = self._pairs(bag, fixed)
+        found = jnp.asarray(found)
 
         def body(number: Array, state: Any) -> Any:
             number = count - 1 - number if reverse else number
-            return step(state, pairs[number, 0], pairs[number, 1], number)
+            return step(state, found[number, 0], found[number, 1], number)
 
         return jax.lax.fori_loop(0, count, body, state)
-
-    def _pairs(self, bag: int, fixed: _Fixed) -> tuple[Any, Any]:
-        """Chunks and blocks of a bag of which some query may see some key: [pair 2], and how many
-        of the pairs count. Known beforehand where entries are aligned with queries."""
-        rows, keys, (window, aligned, _) = self.rows, self.keys[bag], self.masks[bag]
-        if aligned:
-            i, j = np.indices((rows.number, keys.number))
-            seen = j * keys.size < (i + 1) * rows.size
-            if window is not None:
-                seen &= (j + 1) * keys.size - 1 > i * rows.size - window
-            i, j = np.nonzero(seen[:, ::-1])
-            return np.stack([i, keys.number - 1 - j], axis=1).astype(np.int32), len(i)
-        seen = _reachable(rows, keys, window, fixed.position, fixed.places[bag])
-        flat = jnp.nonzero(seen[:, ::-1].reshape(-1), size=seen.size, fill_value=0)[0]
-        i, j = flat // keys.number, keys.number - 1 - flat % keys.number
-        return jnp.stack([i, j], axis=1), jnp.sum(seen)
-
-
-def _reachable(
-    rows: _Cut, keys: _Cut, window: int | None, position: Array, places: _Places
-) -> Array:
-    """Whether a query of each chunk may see a key of each block, in any row: [chunk block]; true
-    wherever one does."""
-    asks = position.reshape(len(position), 1, rows.number, 1, rows.size)
-    stands = places.position.reshape(*places.position.shape[:2], 1, keys.number, keys.size)
-    nearest = furthest = stands
-    if places.valid is not None:
-        valid = places.valid.reshape(stands.shape)
-        nearest = jnp.where(valid, stands, jnp.iinfo(stands.dtype).max)
-        furthest = jnp.where(valid, stands, -1)
-    seen = asks.max(-1) >= nearest.min(-1)
-    if window is not None:
-        seen &= asks.min(-1) - furthest.max(-1) < window
-    if places.segment is not None:
-        asking = places.asking.reshape(asks.shape)
-        segment = places.segment.reshape(*places.segment.shape[:2], *stands.shape[2:])
-        seen &= asking.max(-1) >= segment.min(-1)
-        seen &= asking.min(-1) <= segment.max(-1)
-    return jnp.any(seen, axis=(0, 1))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
