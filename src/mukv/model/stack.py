@@ -262,6 +262,8 @@ class Stack:
             return tuple(parts)
 
         carried = after.carried(count)
+        # Nothing is differentiated, and what a layer leaves in the cache must leave its checkpoint.
+        compute = replace(compute, rematerialise=False)
         run = self._pass(compute, position, remember, aligned=fresh, carried=carried)
         x = run.all(weights, x)
         return x, replace(after.cache(), length=cache.length + count)
