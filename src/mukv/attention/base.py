@@ -1,9 +1,9 @@
-"""A memory is what a token writes and how a query reads it.
+"""Attention: a mixer whose `read` is one softmax over entries.
 
-Every attention variant is two functions. Training is `read(x, write(x))`; decoding appends what
-`write` gives for one token and reads the lot; reuse across layers reads another layer's entries.
-What `write` returns is the cache: bytes are computed from it. `read` is the same for all: a
-variant says how queries are made, what entries recall, and what becomes of what was read.
+Training is `read(x, write(x))`; decoding appends what `write` gives for one token and reads the
+lot; reuse across layers reads another layer's entries. What `write` returns is the cache: bytes
+are computed from it. `read` is the same for all variants: a variant says how queries are made, what
+entries recall, and what becomes of what was read.
 """
 
 from __future__ import annotations

@@ -104,11 +104,13 @@ class EntryStore:
 
     def mean_visible(self, tokens: int) -> float:
         """Entries that a query sees on average in a document of this length."""
-        window, every = min(self.window or tokens, tokens), self.every
-        if every == 1:
-            return (window * (window + 1) / 2 + (tokens - window) * window) / tokens
-        seen = (t // every - max(t - window, 0) // every for t in range(1, tokens + 1))
-        return sum(seen) / tokens
+
+        def closed(last: int) -> int:
+            """Sum of t // every over the first `last` tokens, counted from 1."""
+            whole = last // self.every
+            return self.every * whole * (whole - 1) // 2 + whole * (last - whole * self.every + 1)
+
+        return (closed(tokens) - closed(tokens - min(self.window or tokens, tokens))) / tokens
 
 
 @dataclass(frozen=True)

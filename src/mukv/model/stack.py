@@ -223,7 +223,11 @@ class Stack:
             return
         whole = [layer for layer in self.layers if layer.whole]
         if not whole:
-            allowed = "full: each layer has a window, which drops entries by itself"
+            names = sorted({name for layer in self.layers for name in layer.attention.stores()})
+            allowed = (
+                f"full: each layer has a window or a state ({', '.join(names)}), which drops "
+                "entries by itself"
+            )
             raise BadInput("policy", str(policy), allowed)
         for layer in whole:
             policy.check(self.first + layer.index, layer.attention)

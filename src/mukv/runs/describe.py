@@ -123,13 +123,13 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
         console.print(f"core        not {name}: {reason}")
     console.print()
     columns = ("layer", "attention", "position", "window", "reads", "core", "cached")
-    layers = table(columns, ("cache\nbytes/token", "ring\nbytes"))
+    layers = table(columns, ("cache\nbytes/token", "fixed\nbytes"))
     groups = _alike(facts["layers"])
     costs = even([group[0]["cache_bytes_per_token"] for group in groups])
     for group, cost in zip(groups, costs, strict=True):
         first, last = group[0], group[-1]
         number = str(first["layer"])
-        ring = first["cache_bytes_constant"]
+        fixed = first["cache_bytes_constant"]
         layers.add_row(
             number if first is last else f"{number}-{last['layer']}",
             first["attention"].split(" ")[0],
@@ -139,7 +139,7 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
             first["core"] or "none",
             ", ".join(f"{name} {h}x{width}" for name, (h, width) in first["cached"].items()),
             cost,
-            f"{ring:,}" if ring else "",
+            f"{fixed:,}" if fixed else "",
         )
     console.print(layers, "", sep="\n")
     columns = ("init\ndeviation", "multiplier", "learning rate,\nmultiple", "decay")
