@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from mukv.core.errors import BadInput
+from mukv.core.mesh import MeshShape, batch_sharding, weight_shardings
 from mukv.core.params import active, count, named
 from mukv.core.typing import Array
 from mukv.model import Decoder, Layer, Stage
@@ -281,3 +283,23 @@ def test_parity_with_qwen3_moe():
                 (logits[row * LENGTH : (row + 1) * LENGTH],), 5, 2
             )
             assert mine == pytest.approx(float(their) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_experts_in_pieces_are_the_same(capacity):
+    """Law 6 of one part, on 8 devices: experts stored over data, each split over tensor."""
+    part = replace(PART, experts=4, shared=1, capacity=capacity)
+    declared, own = part.params(WIDTH), weights(part)
+    x, counted = inputs(rows=8), np.ones((8, LENGTH), bool)
+    alone = applied(part, own, x, counted)
+    mesh = MeshShape(4, 2).build()
+    shardings = weight_shardings(declared, mesh)
+    assert shardings["gate"].spec == PartitionSpec("data", None, "tensor")
+    assert shardings["down"].spec == PartitionSpec("data", "tensor", None)
+    with jax.set_mesh(mesh):
+        pieces = jax.device_put(own, shardings)
+        x, counted = jax.device_put((x, counted), batch_sharding(mesh))
+        y, told = applied(part, pieces, x, counted)
+    np.testing.assert_allclose(y, alone[0], atol=1e-5)
+    for name, value in alone[1].items():
+        np.testing.assert_allclose(told[name], value, atol=1e-6)

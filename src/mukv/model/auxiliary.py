@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from mukv.core.typing import Array, Float
 
-Auxiliary = dict[str, Float[Array, "*layer batch"]]
+Auxiliary = dict[str, Float[Array, "... batch"]]
+"""[batch], or [repeats batch] of layers that were scanned."""
 PENALTY = "penalty"
 
 

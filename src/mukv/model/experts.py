@@ -151,7 +151,7 @@ class Experts(Feedforward):
         number, size = _numbered(jax.nn.one_hot(expert, self.experts, dtype=jnp.int32))
         needed = -(-size // block)
         last = jnp.cumsum(needed)
-        owner = jnp.searchsorted(last, jnp.arange(blocks), side="right")
+        owner = jnp.sum(jnp.arange(blocks)[:, None] >= last, axis=1)
         owner = jnp.minimum(owner, self.experts - 1)
         slot = (last - needed)[expert] * block + number
         flat = x.reshape(-1, x.shape[-1])
