@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mukv.attention import Entries, Grouped, Mask
-from mukv.attention.cores import chunk_size
+from mukv.core.compute import Compute
 from mukv.core.errors import unknown_name
 from mukv.core.params import map_params
 from mukv.position import POSITIONS
@@ -41,13 +41,13 @@ def layer(position: str, length: int, core: str) -> tuple[Any, tuple[Any, ...]]:
     weights = map_params(lambda p: 0.02 * jax.random.normal(key, p.shape), declared)
     x = jax.random.normal(key, (1, length, D_MODEL))
     place = jnp.arange(length)[None]
-    chunk = chunk_size(length) if core == "fused" else None
+    compute = Compute(operands="float32", fused=core == "fused")
 
     def loss(weights: Any, x: jax.Array) -> jax.Array:
         write, read = weights
         entries = Entries(attention.write(write, x, place), place[:, None])
-        mask = Mask(aligned=True)
-        return jnp.sum(attention.read(read, x, place, (entries,), mask, chunk=chunk) ** 2)
+        read_out, _ = attention.read(read, x, place, (entries,), Mask(aligned=True), compute)
+        return jnp.sum(read_out**2)
 
     return jax.jit(jax.grad(loss, (0, 1))).lower(weights, x).compile(), (weights, x)
 

@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mukv.attention import Grouped
-from mukv.cache import Cache, Policy, Reader, Slot
+from mukv.cache import Cache, Policy, Reader
 from mukv.cache.reads import bytes_read
 from mukv.core.compute import Compute
 from mukv.infer.decode import decoding_weights
@@ -69,10 +70,10 @@ def filled(model: Decoder, weights: Any, context: int, policy: Policy, compute: 
         reader = Reader(attention, own["read"], padded if empty.needs_queries else None)
         return empty.extended(new, zero, count, reader, fresh=True)
 
-    slots = []
+    slots, asked = [], jnp.asarray(queries, compute.type)
     for slot, own in zip(cache.slots, weights["layers"], strict=True):
-        slots.append(Slot(body(slot.body, own, new, jnp.asarray(queries, compute.type)), slot.tail))
-    return Cache(tuple(slots), cache.length + context, cache.filled)
+        slots.append(replace(slot, body=body(slot.body, own, new, asked)))
+    return replace(cache, slots=tuple(slots), length=cache.length + context)
 
 
 class Case:

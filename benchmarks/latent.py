@@ -25,6 +25,7 @@ from rich.table import Table
 from mukv.attention import Entries, Latent, Mask
 from mukv.attention.base import Attention
 from mukv.attention.recalled import Dense
+from mukv.core.compute import Compute
 from mukv.core.params import map_params
 from mukv.core.typing import Weights
 from mukv.position import RoPE
@@ -82,7 +83,7 @@ def main() -> None:
 
         def run(read: Any, query: jax.Array, entries: Entries) -> jax.Array:
             def one(query: jax.Array, _: None) -> tuple[jax.Array, None]:
-                out = Attention.read(attention, read, query, here, (entries,), Mask())
+                out, _ = Attention.read(attention, read, query, here, (entries,), Mask(), Compute())
                 return query + out, None
 
             return jax.lax.scan(one, query, length=STEPS)[0]

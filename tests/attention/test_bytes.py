@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mukv.attention import Grouped, GroupedTied, Latent, SharedKV, TensorProduct
+from mukv.attention import HCA, Grouped, GroupedTied, Latent, SharedKV, TensorProduct
 from mukv.model import Decoder, Layer, Stage
 
 H, G, D, L, BYTES = 12, 4, 64, 12, 2
@@ -40,6 +40,10 @@ ROWS = {
     ),
     "tensor product, rank 2": (
         TensorProduct(heads=H, head_dim=D, rank=2), PLAIN, 4 * (H + D) * BYTES * L, 0,
+    ),
+    "HCA, an entry per 16": (
+        HCA(heads=H, head_dim=512, rope_dim=D, window=W, every=16),
+        PLAIN, 512 * BYTES * L // 16, 512 * BYTES * L,
     ),
     "cross-layer, pairs (GQA)": (
         GQA, (Stage((Layer(), Layer(reads=-1)), repeats=L // 2),), 2 * G * D * BYTES * L // 2, 0,

@@ -11,6 +11,7 @@ import pytest
 
 from mukv.attention import Entries, Grouped, GroupedTied, Latent, Mask, SharedKV, TensorProduct
 from mukv.attention.base import Attention
+from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
@@ -40,8 +41,8 @@ def weights(attention: Attention, seed: int = 0) -> tuple[dict, dict]:
 def run(attention: Attention, write: dict, read: dict, aligned=True, chunk=None) -> jax.Array:
     x = draw(2, LENGTH, D_MODEL, seed=9)
     entries = Entries(attention.write(write, x, POSITION), POSITION[:, None])
-    mask = Mask(aligned=aligned)
-    return attention.read(read, x, POSITION, (entries,), mask, chunk=chunk)
+    compute = Compute(fused=chunk is not None, attention_chunk=chunk)
+    return attention.read(read, x, POSITION, (entries,), Mask(aligned=aligned), compute)[0]
 
 
 @pytest.mark.parametrize("position", [NoPE(), RoPE(), ALiBi(), CoPE(positions=4)])
@@ -151,6 +152,49 @@ def test_sinks_take_their_share():
     # The first token sees itself alone: its share is sigmoid(logit - sink).
     high = read | {"sinks": jnp.full(4, 1e9)}
     assert not run(sunk, write, high).any()
+
+
+def test_a_variant_may_choose_what_each_query_reads():
+    """Entries less than three tokens back, chosen one by one: a window of three."""
+
+    class Near(Grouped):
+        def choose(self, weights, x, position, entries):
+            return position[:, None, :, None] - entries.position[:, :, None, :] < 3
+
+    plain = Grouped(RoPE(), heads=4, kv_heads=2, head_dim=8)
+    write, read = weights(plain)
+    x = draw(2, LENGTH, D_MODEL, seed=9)
+    entries = Entries(plain.write(write, x, POSITION), POSITION[:, None])
+    window = Mask(window=3, aligned=True)
+    expected, _ = plain.read(read, x, POSITION, (entries,), window, Compute())
+    near = Near(RoPE(), heads=4, kv_heads=2, head_dim=8)
+    np.testing.assert_allclose(run(near, write, read, chunk=4), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_a_gate_multiplies_what_each_head_read(gate):
+    """sigmoid(x W) times the output of each head, before the output projection."""
+    gated = Grouped(heads=4, kv_heads=2, head_dim=8, gate=gate)
+    write, read = weights(gated)
+    x = draw(2, LENGTH, D_MODEL, seed=9)
+    plain = dataclasses.replace(gated, gate=None)
+    # The heads one by one, as rows of an output weight that leaves the others out.
+    heads = []
+    for head in range(4):
+        alone = np.zeros((4, 8, D_MODEL), np.float32)
+        alone[head] = np.eye(8, D_MODEL)
+        heads.append(run(plain, write, {**read, "output": jnp.asarray(alone)})[..., :8])
+    share = 1 / (1 + np.exp(-np.einsum("btd,dh...->bth...", x, read["gate"])))
+    share = share if gate == "channel" else share[..., None]
+    expected = np.einsum("hbtv,bthv,hve->bte", np.stack(heads), share * np.ones(8), read["output"])
+    np.testing.assert_allclose(run(gated, write, read), expected, atol=1e-5)
+
+
+def test_latent_with_a_gate_absorbed_is_expanded():
+    latent = Latent(RoPE(), rank=12, head_dim=6, rope_dim=4, head_value_dim=5, gate="channel")
+    write, read = weights(latent)
+    expanded = run(latent, write, read)
+    np.testing.assert_allclose(run(latent, write, read, aligned=False), expanded, atol=1e-5)
 
 
 def test_softcap_bounds_and_vanishes():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.attention import (
+    HCA,
     AnyAttention,
     Grouped,
     GroupedTied,
@@ -44,6 +45,7 @@ from mukv.model.concept import (
     Sum,
     Weighted,
 )
+from mukv.model.experts import Experts
 from mukv.model.loss import summed_loss
 from mukv.position import (
     FIRE,
@@ -79,13 +81,25 @@ ATTENTIONS: dict[str, AnyAttention] = {
         softcap=2.0,
         scale=0.5,
         sinks="learned",
+        gate="channel",
         biases=("query", "key", "value", "output"),
     ),
     "shared-kv": SharedKV(heads=4, kv_heads=2, head_dim=8),
     "shared-kv-normed": SharedKV(heads=4, kv_heads=1, head_dim=8, norm=RMSNorm()),
     "latent": Latent(heads=4, rank=12, head_dim=6, rope_dim=4, head_value_dim=5, query_rank=10),
-    "tied": GroupedTied(heads=4, kv_heads=2, head_dim=8),
+    "tied": GroupedTied(heads=4, kv_heads=2, head_dim=8, gate="head"),
     "tensor-product": TensorProduct(heads=4, head_dim=8, query_rank=3, rank=2),
+    "hca": HCA(
+        heads=4,
+        head_dim=8,
+        rope_dim=4,
+        query_rank=10,
+        window=4,
+        every=3,
+        groups=2,
+        output_rank=6,
+        sinks="learned",
+    ),
 }
 POSITIONS: dict[str, AnyPosition] = {
     "nope": NoPE(),
@@ -121,6 +135,9 @@ MIXED = Stage(
 REUSE = Stage((Layer(), Layer(reads=-1)), repeats=2)
 REUSE_WINDOW = Stage((Layer(window=4), Layer(window=4, reads=-1)), repeats=2)
 HYBRID = Stage((Layer(window=5), Layer(position=NoPE())))
+ROUTED = Experts(experts=5, top_k=2, hidden=12, balance=0.1, z_loss=0.01)
+SHARED = Experts(experts=4, top_k=3, hidden=12, shared=1, router="sigmoid", activation="gelu")
+DENSE_AND_SHARED = Stage((Layer(window=4), Layer(mlp=SHARED, reads=0)))
 SIMPLE: dict[str, tuple[Stage, ...]] = {
     "plain": (Stage(repeats=2),),
     "window": (Stage((Layer(window=3),), repeats=2),),
@@ -128,24 +145,31 @@ SIMPLE: dict[str, tuple[Stage, ...]] = {
     "reuse-window": (REUSE_WINDOW,),
     "last-layers": (Stage(repeats=2), Stage((Layer(reads=1),), repeats=2)),
     "hybrid": (HYBRID, Stage()),
+    "experts": (Stage((Layer(mlp=ROUTED),), repeats=2),),
+    "experts-dense": (Stage(), DENSE_AND_SHARED),
 }
 COMPOSED: dict[str, tuple[Stage, ...]] = {
     "mixed": (MIXED,),
     "local-global": (Stage((Layer(window=3), Layer()), repeats=2),),
     "reuse-both": (REUSE, dataclasses.replace(REUSE_WINDOW, repeats=1)),
     "hybrid-last": (HYBRID, Stage(), Stage((Layer(reads=2),), repeats=2)),
+    "experts-both": (Stage((Layer(mlp=ROUTED),)), DENSE_AND_SHARED),
 }
 """The stages of all simple plans, in fewer models."""
 PLANS = COMPOSED | SIMPLE
 Combination = tuple[str, str, str]
 """Names of attention, first position, and plan."""
-COMBINATIONS: list[Combination] = [*itertools.product(ATTENTIONS, POSITIONS, PLANS)]
+REFUSED = {("hca", "cope")}
+"""Attentions and positions that can't work together."""
+COMBINATIONS: list[Combination] = [
+    row for row in itertools.product(ATTENTIONS, POSITIONS, PLANS) if row[:2] not in REFUSED
+]
 
 
-def in_turn(plan: Sequence[Stage], first: str) -> tuple[Stage, ...]:
+def in_turn(plan: Sequence[Stage], first: str, attention: str) -> tuple[Stage, ...]:
     """The plan, with a position for every layer that has none: the layers that write entries take
     those of the table in turn, from `first` on, and the others that of the layer they read."""
-    names = [*POSITIONS]
+    names = [name for name in POSITIONS if (attention, name) not in REFUSED]
     turn = itertools.cycle(names[names.index(first) :] + names[: names.index(first)])
     layers: list[Layer] = []
     stages: list[Stage] = []
@@ -166,7 +190,8 @@ def in_turn(plan: Sequence[Stage], first: str) -> tuple[Stage, ...]:
 def parts(combination: Combination) -> set[tuple[str, str]]:
     """What meets in a combination."""
     attention, first, plan = combination
-    layers = [layer for stage in in_turn(PLANS[plan], first) for layer in stage.pattern]
+    stages = in_turn(PLANS[plan], first, attention)
+    layers = [layer for stage in stages for layer in stage.pattern]
     known = {position: name for name, position in POSITIONS.items()}
     places = {("position", known[layer.position]) for layer in layers if layer.position}
     return {("attention", attention), ("plan", plan), *places}
@@ -186,7 +211,7 @@ def build(attention: str, position: str, plan: str, **changes: object) -> Decode
         d_model=D_MODEL,
         attention=chosen,
         mlp=Gated(hidden=24),
-        plan=in_turn(PLANS[plan], position),
+        plan=in_turn(PLANS[plan], position, attention),
         **DRESSES.get(attention, {}),
     )
     return dataclasses.replace(model, **changes)  # pyright: ignore[reportArgumentType]

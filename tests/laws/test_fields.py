@@ -44,8 +44,13 @@ PLACE = "model.attention.position"
 SHARED = "model.attention={kind: shared_kv, heads: 2, kv_heads: 1, head_dim: 4}"
 LATENT = "model.attention={kind: latent, heads: 2, rank: 5, head_dim: 4, rope_dim: 2}"
 TIED = "model.attention={kind: grouped_tied, heads: 2, kv_heads: 1, head_dim: 4}"
+EXPERTS = "model.mlp={kind: experts, experts: 4, hidden: 6}"
 HEADS = "{kind: grouped, heads: 1, kv_heads: 1, head_dim: 4}"
 PRODUCT = "model.attention={kind: tensor_product, heads: 2, head_dim: 4, query_rank: 2, rank: 1}"
+HCA = (
+    "model.attention={kind: hca, heads: 2, head_dim: 4, rope_dim: 2, query_rank: 3, window: 3, "
+    "every: 3, groups: 1, output_rank: 3, position: {kind: rope}}"
+)
 BASED = "model.scaling.base={embed: 4, heads: 1, head_dim: 4, value_dim: 4, hidden: 6, layer: 1}"
 MEASURED = (BASED, "model.scaling.alignment={hidden: {}, readout: {}}")
 READOUT = "model.scaling.alignment.readout"
@@ -115,6 +120,7 @@ CHANGES = {
     "Attention.scale": "model.attention.scale=0.9",
     "Attention.softcap": "model.attention.softcap=0.1",
     "Attention.sinks": "model.attention.sinks=learned",
+    "Attention.gate": ("model.attention.gate=head", "model.attention.gate=channel"),
     "Attention.position": "model.attention.position={kind: nope}",
     "Groups.kv_heads": "model.attention.kv_heads=2",
     "Groups.head_dim": "model.attention.head_dim=8",
@@ -130,6 +136,13 @@ CHANGES = {
     "TensorProduct.head_dim": (PRODUCT, "model.attention.head_dim=8"),
     "TensorProduct.query_rank": (PRODUCT, "model.attention.query_rank=3"),
     "TensorProduct.rank": (PRODUCT, "model.attention.rank=2"),
+    "HCA.head_dim": (HCA, "model.attention.head_dim=8"),
+    "HCA.rope_dim": (HCA, "model.attention.rope_dim=4"),
+    "HCA.query_rank": (HCA, "model.attention.query_rank=4"),
+    "HCA.window": (HCA, "model.attention.window=4"),
+    "HCA.every": (HCA, "model.attention.every=4"),
+    "HCA.groups": (HCA, "model.attention.groups=2"),
+    "HCA.output_rank": (HCA, "model.attention.output_rank=4"),
     "NoPE.temperature": (NOPE, f"{PLACE}.temperature={{kind: log_length}}"),
     "LogLength.typical": (
         f"{PLACE}={{kind: nope, temperature: {LOG}}}",
@@ -165,6 +178,17 @@ CHANGES = {
     "Llama3.original_length": f"{PLACE}.scaling.original_length=64",
     "Gated.hidden": "model.mlp.hidden=16",
     "Gated.activation": "model.mlp.activation=gelu",
+    "LanguageModel.mlp": EXPERTS,
+    "Experts.experts": (EXPERTS, "model.mlp.experts=5"),
+    "Experts.top_k": (EXPERTS, "model.mlp.top_k=3"),
+    "Experts.hidden": (EXPERTS, "model.mlp.hidden=8"),
+    "Experts.shared": (EXPERTS, "model.mlp.shared=1"),
+    "Experts.activation": (EXPERTS, "model.mlp.activation=gelu"),
+    "Experts.router": (EXPERTS, "model.mlp.router=sigmoid"),
+    "Experts.normalise": (EXPERTS, "model.mlp.normalise=false"),
+    "Experts.balance": (EXPERTS, "model.mlp.balance=1"),
+    "Experts.z_loss": (EXPERTS, "model.mlp.z_loss=1"),
+    "Experts.capacity": (EXPERTS, "model.mlp.capacity=0.5"),
     "RMSNorm.epsilon": "model.norm.epsilon=0.01",
     "RMSNorm.stored": "model.norm.stored=offset",
     "Training.steps": "train.steps=9",
@@ -185,6 +209,7 @@ CHANGES = {
     "Constants.embedding": "model.scaling.rate.embedding=2",
     "Constants.hidden": "model.scaling.multiplier.hidden=2",
     "Constants.readout": "model.scaling.deviation.readout=2",
+    "Constants.router": (EXPERTS, "model.scaling.rate.router=2"),
     "Constants.vector": "model.scaling.rate.vector=2",
     "Alignment.alpha": (*MEASURED, f"{READOUT}.both=0.5", f"{READOUT}.alpha=0.6"),
     "Alignment.omega": (*MEASURED, "model.scaling.alignment.readout.omega=0.6"),

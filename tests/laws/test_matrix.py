@@ -13,6 +13,7 @@ from mukv.model.block import RESIDUALS
 from mukv.model.concept.chunkers import CHUNKERS
 from mukv.model.concept.injection import INJECTIONS
 from mukv.model.concept.pooling import POOLS
+from mukv.model.feedforward import FEEDFORWARDS
 from mukv.position import POSITIONS
 from mukv.position.rope_scaling import SCALINGS
 from mukv.scaling.budget import BUDGETS
@@ -23,7 +24,7 @@ from mukv.tasks import TASK_KINDS
 from tests.laws import matrix, test_fields
 
 TABLES = (
-    *(ATTENTIONS, POSITIONS, SCALINGS, OPTIMIZERS, SCHEDULES, BUDGETS),
+    *(ATTENTIONS, POSITIONS, SCALINGS, OPTIMIZERS, SCHEDULES, BUDGETS, FEEDFORWARDS),
     *(CHUNKERS, POOLS, INJECTIONS, RESIDUALS, MODELS, TASK_KINDS),
 )
 
@@ -56,6 +57,11 @@ def test_the_fields_of_every_part_are_changed(table):
 
 def test_every_parameterization_can_be_chosen():
     assert {*EXPONENTS, "custom"} == set(get_args(get_type_hints(Scaling)["kind"]))
+
+
+def test_the_laws_walk_every_feedforward_part():
+    layers = itertools.chain(*(matrix.build("gqa", "rope", plan).layers for plan in matrix.PLANS))
+    assert {type(layer.mlp) for layer in layers} == set(FEEDFORWARDS.values())
 
 
 def test_plans_have_windows_reuse_and_both():

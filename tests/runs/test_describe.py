@@ -54,6 +54,35 @@ def test_windows_and_reuse():
     assert any(layer["reads"] is not None for layer in reuse["layers"])
 
 
+def test_compressed_entries_cost_a_fraction_of_a_byte_per_token():
+    """HCA of DeepSeek V4's size: 8 bytes a token, 128 tokens in the window, 3 float32 vectors."""
+    keys = "kind: hca, head_dim: 512, rope_dim: 64, window: 128"
+    facts = describe(
+        config.load(
+            "tiny", [f"model.attention={{{keys}, every: 128}}", "train.compute.dtype=bfloat16"]
+        )
+    )
+    layer = facts["layers"][0]
+    assert layer["cache_bytes_per_token"] == 512 * 2 / 128
+    assert layer["cache_bytes_constant"] == 128 * 512 * 2 + 3 * 512 * 4
+    assert layer["cached"] == {"window.key": (1, 512), "compressed.key": (1, 512)}
+    tiny = describe(config.load("tiny", [f"model.attention={{{keys}, every: 1000}}"]))
+    assert tiny["layers"][0]["cache_bytes_per_token"] == 512 * 4 / 1000
+    assert tiny["cache_bytes_per_token"] == 4 * 512 * 4 / 1000
+
+
+def test_flops_of_compressed_attention():
+    """4 H d for each entry that is seen: the window's, and of (t + 1) // m compressed ones."""
+    run = config.load("tiny-hca")
+    attention = run.model.layers[0].attention
+    seen = [min(t, attention.window) + t // attention.every for t in range(1, 129)]
+    products = 6 * sum(
+        param.size for param in params.named(run.model.params()).values() if param.fan_in
+    )
+    expected = products + 3 * 4 * 4 * 4 * 32 * sum(seen) / 128
+    assert flops_per_token(run.model, 128) == round(expected)
+
+
 def test_a_window_costs_less_to_train():
     full, window = (config.load(name) for name in ("tiny", "tiny-window"))
     assert flops_per_token(window.model, 256) < flops_per_token(full.model, 256)

@@ -1,16 +1,16 @@
-"""A memory is what a token writes and how a query reads it.
+"""Attention: a mixer whose `read` is one softmax over entries.
 
-Every attention variant is two functions. Training is `read(x, write(x))`; decoding appends what
-`write` gives for one token and reads the lot; reuse across layers reads another layer's entries.
-What `write` returns is the cache: bytes are computed from it. `read` is the same for all: a
-variant says how queries are made, what entries recall, and what becomes of what was read.
+Training is `read(x, write(x))`; decoding appends what `write` gives for one token and reads the
+lot; reuse across layers reads another layer's entries. What `write` returns is the cache: bytes
+are computed from it. `read` is the same for all variants: a variant says how queries are made, what
+entries recall, and what becomes of what was read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -20,29 +20,30 @@ import jax.numpy as jnp
 from mukv.attention import cores
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
+from mukv.attention.mixer import Mixer, Reported
 from mukv.attention.recalled import Query, Recalled
+from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
-from mukv.core.params import Param, abstract
-from mukv.core.table import Part
-from mukv.core.typing import Array, Float, Int, Residual, Weights
+from mukv.core.params import Param, tagged
+from mukv.core.tap import tapped
+from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.position import AnyPosition, NoPE
 
 Queries = Float[Array, "batch kv_heads group query query_dim"]
 
 
 @dataclass(frozen=True)
-class Attention(Part):
-    """The contract; fields are the YAML keys.
-
-    A variant is frozen and knows no weights: it declares them, split into those that write and
-    those that read, since a layer that reuses another's entries has none of the first kind.
+class Attention(Mixer):
+    """A mixer whose `read` is one softmax over all entries; a variant fills in short methods.
 
     position: position encoding. heads: number of query heads.
     scale: factor of the logits; 1 / sqrt(query_dim) if None. softcap: bound of the logits (Gemma
     2), None for none. sinks: "learned" gives each head a logit of its own in the softmax's sum,
-    which it may attend to instead of any entry (gpt-oss).
+    which it may attend to instead of any entry (gpt-oss). gate: what a head read is multiplied by
+    sigmoid(x W), one number per head or per head and channel (Qiu et al. 2025; Qwen3-Next); None
+    for no gate.
     """
 
     position: AnyPosition = dataclasses.field(default_factory=NoPE)
@@ -50,6 +51,7 @@ class Attention(Part):
     scale: float | None = None
     softcap: float | None = None
     sinks: Literal["learned"] | None = None
+    gate: Literal["head", "channel"] | None = None
 
     sizes: ClassVar[tuple[str, ...]] = ("heads",)
     """Fields that are numbers of something."""
@@ -57,6 +59,9 @@ class Attention(Part):
     """Fields that go with the width of the model."""
     values_apart: ClassVar[bool] = False
     """Whether values are kept in tensors of their own, which no key is made of."""
+    keys: ClassVar[tuple[str, ...]] = ()
+    """Names of the cached tensors that are quantised by channel, as keys are (KIVI); all others,
+    latents and states that are keys and values at once included, are quantised by token."""
 
     def __post_init__(self) -> None:
         require_counts(self, *self.sizes, most=1 << 16)
@@ -64,6 +69,9 @@ class Attention(Part):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise BadInput(name, getattr(self, name), "greater than 0, or null")
         self.position.check(self.rotated_dim, self.heads)
+        if self.position.sequential and len(self.bags) > 1:
+            allowed = "one that does not count tokens, which lie in several stores here"
+            raise BadInput("position", self.position.kind, allowed)
 
     # What a variant answers
 
@@ -82,29 +90,26 @@ class Attention(Part):
         """Width of what a position encoding rotates."""
         return self.query_dim
 
-    def write_params(self, d_model: int) -> dict[str, Param]:
-        """Weights that turn a token into entries."""
-        raise NotImplementedError
-
     def read_params(self, d_model: int) -> dict[str, Any]:
         """Weights that turn a token into a query, and what it read into the residual stream.
 
         A variant adds its own to these.
         """
-        out = {"heads": self.heads, "value_dim": self.value_dim, "embed": d_model}
-        fan_in = ("heads", "value_dim")
-        declared: dict[str, Any] = {"output": Param(out, fan_in=fan_in, ends_branch=True)}
+        declared = self.output_params(d_model)
+        if self.gate:
+            dims = {"embed": d_model, "heads": self.heads}
+            dims |= {"value_dim": self.value_dim} if self.gate == "channel" else {}
+            declared["gate"] = Param(dims, fan_in=("embed",), tag="gate")
         if position := self.position.params(self.query_dim, self.heads):
             declared["position"] = position
         if self.sinks:
             declared["sinks"] = Param({"heads": self.heads}, role="vector", init="zeros")
         return declared
 
-    def write(
-        self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
-    ) -> dict[str, Float[Array, "batch _ token _"]]:
-        """What each token leaves behind; never more than decoding must keep."""
-        raise NotImplementedError
+    def output_params(self, d_model: int) -> dict[str, Any]:
+        """Weights that turn what the heads read into the residual stream."""
+        dims = {"heads": self.heads, "value_dim": self.value_dim, "embed": d_model}
+        return {"output": Param(dims, fan_in=("heads", "value_dim"), ends_branch=True)}
 
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
         """What each token looks for."""
@@ -118,17 +123,25 @@ class Attention(Part):
         """Keys and values of entries."""
         raise NotImplementedError
 
-    def output(
-        self, weights: Weights, out: Float[Array, "batch kv_heads group query width"]
-    ) -> Residual:
-        """What was read, as it enters the residual stream."""
-        batch, kv_heads, group, length, width = out.shape
-        heads = out.reshape(batch, kv_heads * group, length, width)
-        return project(heads.swapaxes(1, 2), weights["output"], contracted=2)
+    def choose(
+        self, weights: Weights, x: Residual, position: Int[Array, "batch query"], entries: Entries
+    ) -> Bool[Array, "batch #kv_heads query key"] | None:
+        """Which entries of a bag each query may read, of those that the mask leaves; None for all.
 
-    def memory(self) -> Hashable:
-        """What must agree between a layer that writes and another that reads its entries."""
-        raise NotImplementedError
+        Where it is not None, all logits of the bag exist at once.
+        """
+        return None
+
+    def output(
+        self,
+        weights: Weights,
+        out: Float[Array, "batch kv_heads group query width"],
+        x: Residual,
+        position: Int[Array, "batch query"],
+    ) -> Residual:
+        """What was read, as it is added to the residual stream. x: what made the queries."""
+        heads = self.gated(weights, by_token(out), x)
+        return project(heads, weights["output"], contracted=2)
 
     # What all have in common
 
@@ -139,27 +152,30 @@ class Attention(Part):
         position: Int[Array, "batch token"],
         parts: Sequence[Bag],
         mask: Mask,
-        chunk: int | None = None,
-    ) -> Residual:
+        compute: Compute,
+    ) -> tuple[Residual, Reported]:
         """What each query makes of the entries that it may see, in one softmax over all parts.
 
-        parts: in the order of their positions. chunk: queries that the fused core takes at once,
-        only where `mask` is aligned and there is one part; None for the plain core.
+        parts: in the order of their positions. compute: decides which cores may be taken.
         """
         address, scores = self.asked(weights, self.query(weights, x, position), position)
-        retrieved = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
-        if chunk:
-            recalled, entries = retrieved[0]
-            # Products in the type that those with weights have.
-            operand = weights["output"].dtype
-            address, recalled = jax.tree.map(
-                lambda array: array.astype(operand), (address, recalled)
-            )
-            out = cores.fused(address, recalled, entries, scores, mask, chunk).astype(x.dtype)
-        else:
-            shown = [cores.Part.of(keys, part, position, mask) for keys, part in retrieved]
-            out = cores.plain(address, shown, scores)
-        return self.output(weights, out)
+        found = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
+        chosen = [self.choose(weights, x, position, entries) for _, entries in found]
+        shown = [
+            cores.Part(keys, entries, mask.of(entries, which))
+            for (keys, entries), which in zip(found, chosen, strict=True)
+        ]
+        ordered = all(part.entries.ordered for part in shown)
+        picks = any(which is not None for which in chosen)
+        shows = tapped() or ("each query chooses its entries" if picks else None)
+        core = self.core(x.shape[1], compute, ordered, shows).core
+        out = core.apply(address, shown, scores)
+        return self.output(weights, out, x, position), None
+
+    def core(
+        self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
+    ) -> cores.CoreChoice:
+        return cores.choose(cores.Demand(queries, self.position, ordered, shows), compute)
 
     def asked(
         self, weights: Weights, query: Queries, position: Int[Array, "batch query"]
@@ -173,6 +189,15 @@ class Attention(Part):
         scores = cores.Scores(query, position, own, sinks, self.position, scale, self.softcap)
         return self.address(weights, query), scores
 
+    def gated(
+        self, weights: Weights, heads: Float[Array, "batch query heads value_dim"], x: Residual
+    ) -> Float[Array, "batch query heads value_dim"]:
+        """What the heads read, times its gate."""
+        if self.gate is None:
+            return heads
+        share = jax.nn.sigmoid(project(x, weights["gate"], out=jnp.dtype("float32")))
+        return (heads * (share if self.gate == "channel" else share[..., None])).astype(heads.dtype)
+
     def decoding(self) -> Attention:
         """The form that reads a cache."""
         return self
@@ -183,34 +208,16 @@ class Attention(Part):
         return self.heads
 
     @property
-    def stores(self) -> int:
-        """Sets of entries that may differ: KV heads, where each has all its tensors to itself."""
+    def entry_sets(self) -> int:
+        """Sets of entries that a policy may choose separately: KV heads, or 1 if they share a
+        tensor."""
         return 1
 
+    def logit_weight(self, d_model: int) -> Param:
+        return tagged(self.read_params(d_model), "query")
+
     def read_flops(self) -> int:
-        """Floating-point operations of a forward pass in training, per query and visible entry."""
         return 2 * self.heads * (self.query_dim + self.value_dim)
-
-    def written(
-        self, d_model: int, batch: int, length: int, dtype: jnp.dtype
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and types of the entries of `length` tokens, from `write` itself."""
-        return jax.eval_shape(
-            self.write,
-            abstract(self.write_params(d_model), dtype),
-            jax.ShapeDtypeStruct((batch, length, d_model), dtype),
-            jax.ShapeDtypeStruct((batch, length), jnp.dtype("int32")),
-        )
-
-    def describe(self) -> str:
-        """The fields on one line."""
-        shown = [
-            field.name if dataclasses.is_dataclass(value) else f"{field.name} {value}"
-            for field in fields(self)
-            if (value := getattr(self, field.name)) not in (None, ())
-            and field.name not in ("kind", "position")
-        ]
-        return f"{getattr(self, 'kind', type(self).__name__)} ({', '.join(shown)})"
 
 
 def check_groups(heads: int, kv_heads: int) -> None:
@@ -224,6 +231,14 @@ def check_groups(heads: int, kv_heads: int) -> None:
         f"must divide heads ({heads}): one of {', '.join(map(str, divisors))}",
         str(min(divisors, key=lambda n: abs(n - kv_heads))),
     )
+
+
+def by_token(
+    out: Float[Array, "batch kv_heads group query width"],
+) -> Float[Array, "batch query heads width"]:
+    """What the heads read, token by token."""
+    batch, kv_heads, group, length, width = out.shape
+    return out.reshape(batch, kv_heads * group, length, width).swapaxes(1, 2)
 
 
 def by_group(query: Float[Array, "batch heads query query_dim"], kv_heads: int) -> Queries:

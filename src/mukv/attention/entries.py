@@ -24,6 +24,8 @@ class Entries:
     valid: which of the places hold an entry; None for all.
     segment: document within the row; None where there is one document per row.
     ordered: entries stand in the order of their positions (a ring that wraps does not).
+    window: tokens within which a query sees these entries, itself included; None for all.
+    every: tokens per entry.
     """
 
     tensors: dict[str, Float[Array, "batch _ key _"]]
@@ -31,14 +33,8 @@ class Entries:
     valid: Bool[Array, "batch #kv_heads key"] | None = None
     segment: Int[Array, "batch #kv_heads key"] | None = None
     ordered: bool = field(default=True, metadata={"static": True})
-
-    def slice(self, start: int, stop: int) -> Entries:
-        """Entries number `start` up to `stop`."""
-
-        def cut(array: Array) -> Array:
-            return jax.lax.slice_in_dim(array, start, stop, axis=2)
-
-        return jax.tree.map(cut, self)
+    window: int | None = field(default=None, metadata={"static": True})
+    every: int = field(default=1, metadata={"static": True})
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
         """What a query finds here: all there is."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from mukv.attention.base import Attention, Queries, by_group, check_groups
 from mukv.attention.entries import Entries
+from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
@@ -46,12 +47,15 @@ class Groups(Attention):
         return self.kv_heads
 
     @property
-    def stores(self) -> int:
+    def entry_sets(self) -> int:
         return self.kv_heads
 
     def read_params(self, d_model: int) -> dict[str, Any]:
         dims = {"embed": d_model, "heads": self.heads, "head_dim": self.head_dim}
-        declared = {"query": Param(dims, fan_in=("embed",)), **super().read_params(d_model)}
+        declared = {
+            "query": Param(dims, fan_in=("embed",), tag="query"),
+            **super().read_params(d_model),
+        }
         if self.norm:
             declared["query_norm"] = self.norm.params(self.head_dim, "head_dim")
         return declared
@@ -77,6 +81,7 @@ class Grouped(Groups):
     biases: tuple[Literal["query", "key", "value", "output"], ...] = ()
 
     values_apart: ClassVar[bool] = True
+    keys: ClassVar[tuple[str, ...]] = ("key",)
 
     def read_params(self, d_model: int) -> dict[str, Any]:
         declared = super().read_params(d_model)
@@ -89,7 +94,8 @@ class Grouped(Groups):
     def write_params(self, d_model: int) -> dict[str, Any]:
         dims = {"embed": d_model, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
         declared: dict[str, Any] = {
-            name: Param(dims, fan_in=("embed",)) for name in ("key", "value")
+            "key": Param(dims, fan_in=("embed",), tag="key"),
+            "value": Param(dims, fan_in=("embed",), tag="value"),
         }
         if self.norm:
             declared["key_norm"] = self.norm.params(self.head_dim, "head_dim")
@@ -103,12 +109,20 @@ class Grouped(Groups):
         return _added(super().project_query(weights, x), weights, "query_bias")
 
     def output(
-        self, weights: Weights, out: Float[Array, "batch kv_heads group query width"]
+        self,
+        weights: Weights,
+        out: Float[Array, "batch kv_heads group query width"],
+        x: Residual,
+        position: Int[Array, "batch query"],
     ) -> Residual:
-        return _added(super().output(weights, out), weights, "output_bias")
+        return _added(super().output(weights, out, x, position), weights, "output_bias")
 
     def write(
-        self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        memory: Carried | None = None,
     ) -> dict[str, Float[Array, "batch kv_heads token head_dim"]]:
         key, value = (
             _added(project(x, weights[name]), weights, f"{name}_bias").swapaxes(1, 2)

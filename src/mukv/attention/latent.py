@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from mukv.attention.base import Attention, Queries
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
+from mukv.attention.mixer import Carried, Reported
 from mukv.attention.recalled import Dense, Query
+from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
@@ -42,6 +44,7 @@ class Latent(Attention):
 
     sizes: ClassVar[tuple[str, ...]] = ("heads", "rank", "head_dim", "rope_dim")
     grows: ClassVar[tuple[str, ...]] = ("heads", "rank", "query_rank")
+    keys: ClassVar[tuple[str, ...]] = ("key",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +65,9 @@ class Latent(Attention):
     def write_params(self, d_model: int) -> dict[str, Any]:
         return {
             "latent": Param({"embed": d_model, "latent": self.rank}, fan_in=("embed",)),
-            "key": Param({"embed": d_model, "rope_dim": self.rope_dim}, fan_in=("embed",)),
+            "key": Param(
+                {"embed": d_model, "rope_dim": self.rope_dim}, fan_in=("embed",), tag="key"
+            ),
             "norm": self.norm.params(self.rank, "latent"),
         }
 
@@ -76,13 +81,23 @@ class Latent(Attention):
         heads, latent = {"heads": self.heads}, {"latent": self.rank}
         return {
             **declared,
-            "query": Param(source | heads | {"query_dim": self.query_dim}, fan_in=tuple(source)),
-            "key_up": Param(latent | heads | {"head_dim": self.head_dim}, fan_in=("latent",)),
-            "value_up": Param(latent | heads | {"value_dim": self.value_dim}, fan_in=("latent",)),
+            "query": Param(
+                source | heads | {"query_dim": self.query_dim}, fan_in=tuple(source), tag="query"
+            ),
+            "key_up": Param(
+                latent | heads | {"head_dim": self.head_dim}, fan_in=("latent",), tag="key"
+            ),
+            "value_up": Param(
+                latent | heads | {"value_dim": self.value_dim}, fan_in=("latent",), tag="value"
+            ),
         }
 
     def write(
-        self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        memory: Carried | None = None,
     ) -> dict[str, Float[Array, "batch 1 token _"]]:
         latent = self.norm.apply(weights["norm"], project(x, weights["latent"]))
         key = project(x, weights["key"])[:, None]
@@ -114,11 +129,11 @@ class Latent(Attention):
         position: Int[Array, "batch token"],
         parts: Sequence[Bag],
         mask: Mask,
-        chunk: int | None = None,
-    ) -> Residual:
+        compute: Compute,
+    ) -> tuple[Residual, Reported]:
         """Expanded where every entry was written just now, absorbed where a cache is read."""
         form = self if mask.aligned else self.decoding()
-        return Attention.read(form, weights, x, position, parts, mask, chunk)
+        return Attention.read(form, weights, x, position, parts, mask, compute)
 
     def decoding(self) -> Absorbed:
         return Absorbed(**{f.name: getattr(self, f.name) for f in fields(self)})
@@ -154,7 +169,13 @@ class Absorbed(Latent):
         latent = entries.tensors["latent"]
         return Dense((latent, entries.tensors["key"]), latent)
 
-    def output(self, weights: Weights, out: Float[Array, "batch 1 heads query latent"]) -> Residual:
+    def output(
+        self,
+        weights: Weights,
+        out: Float[Array, "batch 1 heads query latent"],
+        x: Residual,
+        position: Int[Array, "batch query"],
+    ) -> Residual:
         up = weights["value_up"].astype(out.dtype)
         value = jnp.einsum("bghql,lhv->bhqv", out, up, preferred_element_type=jnp.float32)
-        return super().output(weights, value.astype(out.dtype)[:, :, None])
+        return super().output(weights, value.astype(out.dtype)[:, :, None], x, position)

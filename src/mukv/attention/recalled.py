@@ -41,10 +41,6 @@ class Recalled:
         """Of a value."""
         raise NotImplementedError
 
-    def slice(self, start: int, stop: int) -> Recalled:
-        """Keys and values number `start` up to `stop`."""
-        return jax.tree.map(lambda array: jax.lax.slice_in_dim(array, start, stop, axis=2), self)
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

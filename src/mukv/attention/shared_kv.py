@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from mukv.attention.entries import Entries
 from mukv.attention.grouped import Groups
+from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense
 from mukv.core.linear import project
 from mukv.core.params import Param
@@ -27,7 +28,7 @@ class SharedKV(Groups):
 
     def write_params(self, d_model: int) -> dict[str, Param]:
         dims = {"embed": d_model, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
-        return {"value": Param(dims, fan_in=("embed",))}
+        return {"value": Param(dims, fan_in=("embed",), tag="value")}
 
     def read_params(self, d_model: int) -> dict[str, Any]:
         declared = super().read_params(d_model)
@@ -36,7 +37,11 @@ class SharedKV(Groups):
         return declared
 
     def write(
-        self, weights: Weights, x: Residual, position: Int[Array, "batch token"]
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        memory: Carried | None = None,
     ) -> dict[str, Float[Array, "batch kv_heads token head_dim"]]:
         value = project(x, weights["value"]).swapaxes(1, 2)
         return {"value": self.norm.unit(value) if self.norm else value}

@@ -8,13 +8,14 @@ over the bodies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, Entries, Queries
+from mukv.attention import AnyAttention, Bag, Entries, Queries, Query, Recall, Retrieved
+from mukv.attention.mixer import EntryStore, Written
 from mukv.core.typing import Array, Bool, Float, Int
 
 Tensors = dict[str, Float[Array, "batch _ slot _"]]
@@ -37,7 +38,8 @@ class Reader:
 
 @runtime_checkable
 class Body(Protocol):
-    """What is kept of one layer apart from its tail."""
+    """What is kept of one store apart from its tail. It counts entries, not tokens: lengths and
+    positions are numbers of entries."""
 
     @property
     def needs_queries(self) -> bool:
@@ -45,7 +47,7 @@ class Body(Protocol):
         ...
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:
-        """What the query of one token reads. length: tokens folded so far."""
+        """What the query of one token reads. length: entries folded so far."""
         ...
 
     def entries(self, length: Int[Array, " batch"]) -> Entries:
@@ -60,8 +62,8 @@ class Body(Protocol):
         reader: Reader,
         fresh: bool = False,
     ) -> Body:
-        """With `added` more tokens per row, whose entries are the first ones of `new`. fresh:
-        nothing is in it yet."""
+        """With `added` more entries per row, the first ones of `new`. fresh: nothing is in it
+        yet."""
         ...
 
 
@@ -70,28 +72,94 @@ class Body(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slot:
-    """What is kept of one layer that writes: a body, and a tail of the newest entries."""
+    """What is kept of one store of entries: a body, and a tail of the newest entries. It turns
+    numbers of tokens, which the cache counts, into numbers of entries, which the body counts."""
 
     body: Body
     tail: Tail
+    store: EntryStore = field(default=EntryStore(), metadata={"static": True})
+
+    def bag(self, length: Int[Array, " batch"]) -> Bag:
+        """What the query of one token reads of the body. length: tokens folded so far."""
+        return self._of_tokens(self.body.bag(self.store.count(length)))
+
+    def entries(self, length: Int[Array, " batch"]) -> Bag:
+        """All of the body."""
+        return self._of_tokens(self.body.entries(self.store.count(length)))
+
+    def newest(self, length: Int[Array, " batch"], filled: Int[Array, "*row"]) -> Bag:
+        """What is in the tail after `filled` tokens."""
+        added = self.store.added(length, filled)
+        return self._of_tokens(tail_entries(self.tail, self.store.count(length), added))
+
+    def appended(
+        self,
+        new: Token,
+        length: Int[Array, " batch"],
+        filled: Int[Array, "*row"],
+        which: Bool[Array, " batch"] | None,
+    ) -> Slot:
+        """With one more token behind the `filled` ones. which: rows that go on; None for all."""
+        if self.store.every > 1:
+            last = jnp.broadcast_to(length + filled, length.shape) + 1
+            closes = last % self.store.every == 0
+            filled = self.store.added(length, filled)
+            which = closes if which is None else which & closes
+        if which is None:
+            return replace(self, tail=append(self.tail, new, filled))
+        return replace(self, tail=append_some(self.tail, new, filled, which))
+
+    def extended(
+        self,
+        new: Tensors,
+        length: Int[Array, " batch"],
+        added: Int[Array, " batch"],
+        reader: Reader,
+        fresh: bool = False,
+    ) -> Slot:
+        """With the entries of `added` more tokens in the body, the first ones of `new`."""
+        count, more = self.store.count(length), self.store.added(length, added)
+        return replace(self, body=self.body.extended(new, count, more, reader, fresh))
+
+    def _of_tokens(self, bag: Bag) -> Bag:
+        return bag if self.store == EntryStore() else Paced(bag, self.store)
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Paced:
+    """A bag whose positions are numbers of entries, seen by queries that count tokens."""
+
+    bag: Bag
+    store: EntryStore = field(metadata={"static": True})
+
+    def retrieve(self, query: Query, recall: Recall) -> Retrieved:
+        recalled, entries = self.bag.retrieve(query, lambda found: recall(self._placed(found)))
+        return recalled, self._placed(entries)
+
+    def _placed(self, entries: Entries) -> Entries:
+        position = self.store.last_token(entries.position)
+        every, window = self.store.every, self.store.window
+        return replace(entries, position=position, window=window, every=every)
 
 
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """slots: one per layer that writes, in order.
+    """slots: one per store of entries of each layer that writes, in order.
+    states: of each layer that writes, the arrays of its state stores.
     length: tokens of each row that have been folded into the bodies.
     filled: tokens in the tails: one number for all rows, or one for each.
+    tail_size: tokens that the tails have room for.
     """
 
     slots: tuple[Slot, ...]
+    states: tuple[Written, ...]
     length: Int[Array, " batch"]
     filled: Int[Array, "*row"]
-
-    @property
-    def tail_size(self) -> int:
-        return next(iter(self.slots[0].tail.values())).shape[2]
+    tail_size: int = field(metadata={"static": True})
 
     def position(self) -> Int[Array, " batch"]:
         """Position of the token that comes next in each row."""
@@ -99,14 +167,19 @@ class Cache:
 
     def split(self) -> tuple[Any, Any]:
         """What a decode loop only reads, and what its steps write: the loop carries the latter."""
-        frozen = tuple(slot.body for slot in self.slots), self.length
-        return frozen, (tuple(slot.tail for slot in self.slots), self.filled)
+        bodies = tuple(replace(slot, tail=None) for slot in self.slots)
+        tails = tuple(slot.tail for slot in self.slots)
+        frozen = replace(self, slots=bodies, states=None, filled=None)
+        return frozen, (tails, self.states, self.filled)
 
     @classmethod
     def join(cls, frozen: Any, live: Any) -> Cache:
         """The inverse of `split`."""
-        (bodies, length), (tails, filled) = frozen, live
-        return cls(tuple(map(Slot, bodies, tails)), length, filled)
+        tails, states, filled = live
+        slots = tuple(
+            replace(slot, tail=tail) for slot, tail in zip(frozen.slots, tails, strict=True)
+        )
+        return replace(frozen, slots=slots, states=states, filled=filled)
 
     def nbytes(self) -> int:
         """Bytes as allocated (or as they would be, for abstract arrays)."""

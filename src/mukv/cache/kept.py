@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import AnyAttention, Bag, Entries, Query, Recall, Retrieved
+from mukv.attention.mixer import ENTRIES
 from mukv.cache.base import Reader, Tensors
 from mukv.cache.keep import Keep
 from mukv.cache.seen import Seen
@@ -106,7 +107,9 @@ class Kept:
             owner = jnp.broadcast_to(jnp.repeat(jnp.arange(heads), places), position.shape)
         stored = {name: {"exact": x} for name, x in new.items()}
         carried = jnp.zeros(position.shape) if self.keep.carries else None
-        shelf = Shelf(stored, position, owner, EXACT, self.shelf.widths, self.shelf.heads)
+        shelf = Shelf(
+            stored, position, owner, EXACT, self.shelf.widths, self.shelf.keys, self.shelf.heads
+        )
         return replace(self, shelf=shelf, carried=carried)
 
     def _after(self, new: Kept) -> Kept:
@@ -187,7 +190,7 @@ class Kept:
         def encode(name: str, tensor: Array, old: dict[str, Array]) -> dict[str, Array]:
             # Empty slots must decode to finite numbers.
             tensor = jnp.where(used[..., None], tensor, 0)
-            parts = store.encode(name, tensor, used)
+            parts = store.encode(name in like.shelf.keys, tensor, used)
             return {part: array.astype(old[part].dtype) for part, array in parts.items()}
 
         stored = {
@@ -207,16 +210,19 @@ def empty(
     store: Store,
     select: Select,
     given: Mapping[str, Array],
+    bag: str = ENTRIES,
 ) -> Kept:
     """Make a body without entries, of the same shape as with entries.
 
     slots: number of entries that each store has room for
     given: arrays that the index of the read policy has from the start, such as calibrated centres
+    bag: name of the mixer's store that holds these entries
     """
-    written = attention.written(d_model, batch, slots, dtype)
+    tokens = slots * attention.bags[bag].every
+    written = attention.written(d_model, batch, tokens, dtype)[bag]
     heads = attention.key_heads
     shared = keep.spread == "adaptive"
-    stores = attention.stores if keep.evicts or not isinstance(select, All) else 1
+    stores = attention.entry_sets if keep.evicts or not isinstance(select, All) else 1
     position = jnp.full((batch, 1 if shared else stores, slots * (heads if shared else 1)), NOWHERE)
     used = position != NOWHERE
     stored = {}
@@ -233,6 +239,7 @@ def empty(
             jnp.zeros_like(position) if shared else None,
             EXACT,
             tuple((name, shape.shape[3]) for name, shape in written.items()),
+            attention.keys,
             heads,
         ),
         carried=jnp.zeros(position.shape) if keep.carries else None,
@@ -250,7 +257,10 @@ def empty(
         abstract(attention.read_params(d_model)),
     )
     zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in index.items()}
-    encoded = {name: store.encode(name, parts["exact"], used) for name, parts in stored.items()}
+    encoded = {
+        name: store.encode(name in attention.keys, parts["exact"], used)
+        for name, parts in stored.items()
+    }
     shelf = replace(exact.shelf, stored=encoded, store=store)
     # Copied, because a cache is donated to prefill, while centres are used again by the next one.
     own = {name: jnp.array(array, copy=True) for name, array in given.items()}

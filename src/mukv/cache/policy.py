@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mukv.attention import AnyAttention
+from mukv.attention.mixer import ENTRIES
 from mukv.cache.attended import H2O, TOVA, SnapKV
 from mukv.cache.budget import CacheBudget
 from mukv.cache.by_key import KeyDiff, KeyNorm
@@ -149,8 +150,16 @@ class Policy:
                 f"{layer} makes keys and values of the same numbers ({attention.kind}): leaving "
                 "out values would read nothing less; pages, clusters and sparq fit",
             )
+        paced = [bag for bag in attention.bags.values() if bag.every > 1 and bag.window is None]
+        if self.keep.needs_queries and paced:
+            raise BadInput(
+                "policy",
+                str(self),
+                f"{layer} keeps an entry per {paced[0].every} tokens ({attention.kind}), which "
+                "can't be judged by queries; streaming, random, knorm and keydiff fit",
+            )
         if self.keep.spread == "adaptive":
-            if attention.stores == 1:
+            if attention.entry_sets == 1:
                 raise BadInput(
                     "policy",
                     str(self),
@@ -161,7 +170,7 @@ class Policy:
                     "policy", str(self), "adaptive keeps heads in one pool: read it whole"
                 )
         calibrated = isinstance(self.select, Clusters) and self.select.calibrated
-        if calibrated and attention.stores != attention.key_heads:
+        if calibrated and attention.entry_sets != attention.key_heads:
             raise BadInput(
                 "policy",
                 str(self),
@@ -178,11 +187,13 @@ class Policy:
         dtype: jnp.dtype,
         place: tuple[int, int],
         centres: Mapping[str, Array] | None = None,
+        bag: str = ENTRIES,
     ) -> Kept:
-        """Make an empty body for `length` tokens.
+        """Make an empty body for `length` entries.
 
         place: index of the layer among the layers with a policy, and their number
         centres: calibrated centres of this layer; None for none
+        bag: name of the mixer's store that holds these entries
 
         Raises BadInput for a budget below what the policy must hold.
         """
@@ -200,7 +211,7 @@ class Policy:
         if not select.budget.everything and read < select.minimum:
             raise _too_small(self, select.budget, read, slots, select.minimum)
         given = dict(centres or {}) if isinstance(select, Clusters) and select.calibrated else {}
-        return empty(attention, d_model, batch, slots, dtype, keep, self.store, select, given)
+        return empty(attention, d_model, batch, slots, dtype, keep, self.store, select, given, bag)
 
 
 FULL = Policy()

@@ -87,7 +87,7 @@ class Seen:
         queries = jnp.take_along_axis(queries, index, axis=3)
         address, scores = attention.asked(self.reader.weights, queries, position)
         recalled = attention.recall(self.reader.weights, self.entries)
-        part = cores.Part.of(recalled, self.entries, position, Mask())
+        part = cores.Part(recalled, self.entries, Mask())
         weights, total = cores.weighed(address, [part], scores)
         there = (place >= 0) & (place < self.added[:, None])
         return jnp.where(there[:, None, None, :, None], weights / total, 0.0)

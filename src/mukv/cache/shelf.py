@@ -34,6 +34,7 @@ class Shelf:
     owner: head that an entry belongs to, where heads share one store; None where they don't
     store: encoding
     widths: names and widths of the tensors
+    keys: names of the tensors that are keys
     heads: KV heads as queries see them
     """
 
@@ -42,6 +43,7 @@ class Shelf:
     owner: Int[Array, "batch 1 slot"] | None
     store: Store = field(metadata={"static": True})
     widths: tuple[tuple[str, int], ...] = field(metadata={"static": True})
+    keys: tuple[str, ...] = field(metadata={"static": True})
     heads: int = field(metadata={"static": True})
 
     @property
@@ -85,7 +87,9 @@ class Shelf:
 
     def _entries(self, stored: dict[str, Parts], position: Array, there: Array) -> Entries:
         decode = self.store.decode
-        tensors = {name: decode(name, stored[name], width) for name, width in self.widths}
+        tensors = {
+            name: decode(name in self.keys, stored[name], width) for name, width in self.widths
+        }
         return Entries(tensors, position, there)
 
 

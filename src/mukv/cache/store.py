@@ -28,15 +28,15 @@ class Store:
     blockwise: ClassVar[bool] = True
     """Whether decoding makes a copy; if so, it is done in blocks, never of everything at once."""
 
-    def encode(self, name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
         """Encode a tensor.
 
-        name: name of the tensor in its attention variant
+        key: whether it is one of the keys of its attention variant
         there: which slots are in use
         """
         raise NotImplementedError
 
-    def decode(self, name: str, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
         """Decode a tensor to float32 or its original dtype; empty slots have arbitrary finite
         numbers.
         """
@@ -49,10 +49,10 @@ class Exact(Store):
 
     blockwise: ClassVar[bool] = False
 
-    def encode(self, name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
         return {"exact": tensor}
 
-    def decode(self, name: str, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
         return parts["exact"]
 
 

@@ -78,7 +78,7 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
                 "name": contestant.name,
                 "run": str(folder.path),
                 "parameters": facts["parameters"],
-                "mlp_hidden": run.model.mlp.hidden,
+                "mlp_hidden": _inner_width(run),
                 "cache_bytes_per_token": facts["cache_bytes_per_token"],
                 "bits_per_byte": outcome.validation_bits_per_byte,
                 "decoding_context": CONTEXT,
@@ -111,7 +111,7 @@ def equal_size(preset: str, target: int, overrides: Sequence[str]) -> Run:
     def parameters(hidden: int) -> int:
         return count(sized(hidden).model.params())
 
-    own = config.load(preset).model.mlp.hidden
+    own = _inner_width(config.load(preset))
     per_unit = parameters(own + 1) - parameters(own)
     wanted = own + (target - parameters(own)) / per_unit
     return sized(MLP_MULTIPLE * round(wanted / MLP_MULTIPLE))
@@ -167,3 +167,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.grid(alpha=0.3, zorder=0)
             axes.set(xlabel="cache bytes per token", ylabel=label, title=title)
         legend(figure, left, "one run each (one seed)")
+
+
+def _inner_width(run: Run) -> int:
+    """Return the inner width of the MLP, which all models of the demonstration have."""
+    assert isinstance(run.model.mlp, Gated)
+    return run.model.mlp.hidden

@@ -19,7 +19,7 @@ T = TypeVar("T")
 OURS = __name__.partition(".")[0]
 
 
-class Part:
+class Registrable:
     """Base of the base classes of a table whose classes have a field `kind: Literal["name"]`."""
 
     kind: Any
@@ -121,7 +121,7 @@ def path_of(part: Any) -> str:
 
 def from_outside(cls: type) -> bool:
     """Whether a class is a part that another package has."""
-    return issubclass(cls, Part) and cls.__module__.partition(".")[0] != OURS
+    return issubclass(cls, Registrable) and cls.__module__.partition(".")[0] != OURS
 
 
 def imported(path: str, where: str) -> Any:

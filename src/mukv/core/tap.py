@@ -40,6 +40,11 @@ def capturing() -> bool:
     return _collected.get() is not None
 
 
+def tapped() -> str | None:
+    """Why all intermediate values must exist; None where nobody captures them."""
+    return "a tap captures them" if capturing() else None
+
+
 @contextmanager
 def scope(name: str) -> Iterator[None]:
     """Prefix the names of the taps inside the block."""

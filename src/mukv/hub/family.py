@@ -161,6 +161,10 @@ class Family:
         if not isinstance(first, Grouped):
             yield BadInput("attention.kind", getattr(first, "kind", "?"), "grouped")
             return
+        others = [layer.mlp for layer in layers if not isinstance(layer.mlp, Gated)]
+        if others:
+            yield BadInput("mlp.kind", getattr(others[0], "kind", "?"), "gated")
+            return
         for place in {layer.attention.position for layer in layers}:
             if not isinstance(place, RoPE):
                 yield BadInput("attention.position.kind", place.kind, "rope")
@@ -183,12 +187,14 @@ class Family:
                 ({first},),
             ),
             "plan: mlp": ({layer.mlp for layer in layers}, ({layers[0].mlp},)),
+            "mlp.kind": (layers[0].mlp.kind, ("gated",)),
             "plan: position": (self._positions(model), (True,)),
             "norm.stored": (model.norm.stored, (self.norm,)),
             "residual.kind": (model.residual.kind, (self.residual.kind,)),
             "embedding_scale": (model.embedding_scale, (self.embedding_scale,)),
             "attention.norm": (first.norm, (norm if self.query_norm else None,)),
             "attention.sinks": (first.sinks, (None,)),
+            "attention.gate": (first.gate, (None,)),
             "attention.biases": (set(first.biases), tuple(map(set, some))),
         }
         if len(pairings) > 1:
@@ -226,6 +232,7 @@ class Family:
         layers = model.layers
         attention, mlp = layers[0].attention, layers[0].mlp
         assert isinstance(attention, Grouped)
+        assert isinstance(mlp, Gated)
         whole = [layer for layer in layers if not layer.window] or layers
         place = whole[0].attention.position
         assert isinstance(place, RoPE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import jax
@@ -16,19 +17,40 @@ from mukv.model.stack import Stack
 
 
 def cached(stack: Stack, layer: ResolvedLayer) -> dict[str, tuple[int, int]]:
-    """What an entry is made of in this layer: heads and width of each tensor, from `write`."""
-    return _entry(layer.attention, stack.d_model) if layer.writes else {}
+    """Heads and width of each tensor of an entry in this layer, from `write`; where the layer has
+    several stores their names come first ("window.key")."""
+    bags = _entries(layer.attention, stack.d_model) if layer.writes else {}
+    alone = len(bags) == 1
+    return {
+        tensor if alone else f"{name}.{tensor}": shape
+        for name, entry in bags.items()
+        for tensor, shape in entry.items()
+    }
 
 
 @cache
-def _entry(attention: AnyAttention, d_model: int) -> dict[str, tuple[int, int]]:
+def _entries(attention: AnyAttention, d_model: int) -> dict[str, dict[str, tuple[int, int]]]:
+    """Heads and width of each tensor of an entry, by store."""
     written = attention.written(d_model, 1, 1, jnp.dtype("float32"))
-    return {name: (leaf.shape[1], leaf.shape[3]) for name, leaf in written.items()}
+    return {
+        name: {tensor: (leaf.shape[1], leaf.shape[3]) for tensor, leaf in written[name].items()}
+        for name in attention.bags
+    }
 
 
-def entry_bytes(stack: Stack, layer: ResolvedLayer, dtype: jnp.dtype) -> int:
-    """Bytes of one entry in this layer."""
-    return dtype.itemsize * sum(heads * width for heads, width in cached(stack, layer).values())
+def entry_bytes(stack: Stack, layer: ResolvedLayer, dtype: jnp.dtype) -> dict[str, int]:
+    """Bytes of one entry in each store of this layer; of none if it reads another's."""
+    bags = _entries(layer.attention, stack.d_model) if layer.writes else {}
+    return {
+        name: dtype.itemsize * sum(heads * width for heads, width in entry.values())
+        for name, entry in bags.items()
+    }
+
+
+def state_bytes(layer: ResolvedLayer) -> int:
+    """Bytes a row of the states of this layer."""
+    states = layer.attention.states.values() if layer.writes else ()
+    return 4 * sum(math.prod(shape) for state in states for shape in state.shapes.values())
 
 
 def cache_bytes(
@@ -46,31 +68,30 @@ def cache_bytes(
     total = batch * model.state_bytes(dtype)
     for memory in model.memories(length, tail):
         for layer in memory.stack.writers:
-            kept = min(memory.length, layer.window or memory.length) + memory.tail
-            total += batch * kept * entry_bytes(memory.stack, layer, dtype)
+            sizes = entry_bytes(memory.stack, layer, dtype)
+            for name, bag in layer.bags.items():
+                kept = bag.room(memory.length) + bag.places(memory.tail)
+                total += batch * kept * sizes[name]
+            total += batch * state_bytes(layer)
         total += 4 * (batch + (batch if memory.by_row else 1))
     return total
 
 
 def flops_per_token(model: LanguageModel, length: int) -> int:
     """Floating-point operations of training per token at this sequence length: products
-    only, backward counted twice the forward pass, attention as the mask leaves it."""
+    only, backward counted twice the forward pass, attention as the mask leaves it, of experts those
+    that a token goes through."""
     products = sum(
-        2 * param.size / model.every(name.split(".")[0])
+        2 * param.size * param.active / model.every(name.split(".")[0])
         for name, param in named(model.params()).items()
         if param.fan_in
     )
     attention = sum(
         layer.attention.read_flops()
-        * _mean_visible(max(length // stack.every, 1), layer.window)
+        * bag.mean_visible(max(length // stack.every, 1))
         / (stack.asked or stack.every)
         for stack in model.stacks
         for layer in stack.layers
+        for bag in layer.bags.values()
     )
     return round(3 * (products + attention))
-
-
-def _mean_visible(length: int, window: int | None) -> float:
-    """Entries that a query sees on average, in a sequence of this length."""
-    window = min(window or length, length)
-    return (window * (window + 1) / 2 + (length - window) * window) / length

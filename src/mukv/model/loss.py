@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -52,15 +53,27 @@ def summed_loss(
     def part(hidden: Array, targets: Array, weight: Array) -> Float[Array, ""]:
         return jnp.sum(token_losses(model, weights, hidden, targets, compute) * weight)
 
+    def more(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + jax.checkpoint(part)(*piece), None
+
     if hidden.shape[1] <= chunk:
         total = part(hidden, targets, weight)
     else:
-        total = jnp.zeros((), jnp.float32)
-        for start in range(0, hidden.shape[1], chunk):
-            piece = slice(start, start + chunk)
-            total += jax.checkpoint(part)(hidden[:, piece], targets[:, piece], weight[:, piece])
+        pieces = jax.tree.map(partial(_chunks, chunk=chunk), (hidden, targets, weight))
+        total, _ = jax.lax.scan(more, jnp.zeros((), jnp.float32), pieces)
     objective = total
     if result.penalty is not None:
         # By row, so that it is the same however a batch is split.
         objective += jnp.sum(result.penalty * jnp.sum(weight, axis=1))
     return Losses(objective, total, {name: jnp.sum(n) for name, n in result.counts.items()})
+
+
+def _chunks(array: Array, chunk: int) -> Array:
+    """[chunk batch token ...] of an array [batch token ...], padded with zeros. The chunks are as
+    few as can be, and of equal size."""
+    batch, length, *rest = array.shape
+    number = -(-length // chunk)
+    size = -(-length // number)
+    if number * size > length:
+        array = jnp.pad(array, [(0, 0), (0, number * size - length), *((0, 0) for _ in rest)])
+    return array.reshape(batch, number, size, *rest).swapaxes(0, 1)

@@ -6,23 +6,24 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 
-from mukv.attention import Bag, Mask, Queries, cores
+from mukv.attention import Bag, Carried, Mask, Queries, Written
 from mukv.core.compute import Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
-from mukv.core.tap import capturing, scope, tap
-from mukv.core.typing import Array, Int, Residual
+from mukv.core.tap import scope, tap
+from mukv.core.typing import Array, Bool, Int, Residual
+from mukv.model.auxiliary import Auxiliary, together
 from mukv.model.block import AnyResidual
 from mukv.model.plan import ResolvedLayer
 
-Remember = Callable[[ResolvedLayer, dict[str, Array], Callable[[], Queries]], tuple[Bag, ...]]
+Remember = Callable[[ResolvedLayer, Written, Callable[[], Queries]], tuple[Bag, ...]]
 """Given what a layer wrote and what it looks for, the bags of entries that its readers see."""
 
 
@@ -43,7 +44,8 @@ def layer_params(
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass through the layers: what all of them share. first: number of the first of them."""
+    """One pass through the layers: what all of them share. first: number of the first of them.
+    carried: what layers continue from, by their index; in training nothing."""
 
     layers: tuple[ResolvedLayer, ...]
     norm: RMSNorm
@@ -55,20 +57,23 @@ class Pass:
     segment: Int[Array, "batch token"] | None
     remember: Remember
     aligned: bool
+    carried: Mapping[int, Carried] = field(default_factory=dict)
+    counted: Bool[Array, "batch token"] | None = None
+    """Which tokens are no padding, in a pass whose layers report something; None in others."""
 
     def all(self, weights: Sequence[Any], x: Residual) -> Residual:
         """Through every layer, each with its own weights."""
         known: dict[int, tuple[Bag, ...]] = {}
         for layer, own in zip(self.layers, weights, strict=True):
-            x = self.layer(layer, own, x, known)
+            x, _ = self.layer(layer, own, x, known)
         return x
 
     def layer(
         self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, tuple[Bag, ...]]
-    ) -> Residual:
-        """Through one layer; adds to `known` what it wrote."""
+    ) -> tuple[Residual, Auxiliary]:
+        """Through one layer, and what it reports; adds to `known` what it wrote."""
 
-        def apply(weights: Any, x: Residual, inherited: Any) -> tuple[Residual, Any]:
+        def apply(weights: Any, x: Residual, inherited: Any) -> tuple[Residual, Any, Auxiliary]:
             attention = layer.attention
             residual, norm = self.residual, self.norm
             declared = layer_params(layer, norm, residual, self.d_model)
@@ -77,28 +82,23 @@ class Pass:
                 normed = residual.enter(weights, "attention", norm, x)
                 parts = inherited
                 if layer.writes:
-                    written = attention.write(weights["write"], normed, self.position)
+                    carried = self.carried.get(layer.index)
+                    written = attention.write(weights["write"], normed, self.position, carried)
                     query = partial(attention.query, weights["read"], normed, self.position)
-                    parts = self.remember(layer, written, query)
+                    parts = self.remember(layer, attention.by_store(written), query)
                 mask = Mask(self.segment, layer.window, self.aligned)
-                read = attention.read(
-                    weights["read"], normed, self.position, parts, mask, self.chunk()
+                read, own = attention.read(
+                    weights["read"], normed, self.position, parts, mask, self.compute
                 )
                 read = residual.leave(weights, "attention", norm, read)
                 x = tap("attention", constrain(x + read, "batch", None, None))
                 normed = residual.enter(weights, "mlp", norm, x)
-                mlp = layer.mlp.apply(weights["mlp"], normed)
+                mlp, reported = layer.mlp.apply(weights["mlp"], normed, self.counted)
                 mlp = residual.leave(weights, "mlp", norm, mlp)
                 x = tap("mlp", constrain(x + mlp, "batch", None, None))
-            return x, parts
+            return x, parts, together(own, reported)
 
         if self.compute.rematerialise and self.aligned:
             apply = jax.checkpoint(apply)
-        x, known[layer.index] = apply(weights, x, known.get(layer.source))
-        return x
-
-    def chunk(self) -> int | None:
-        """Queries that the fused core takes at once; None for the plain core."""
-        if not self.compute.fused or not self.aligned or capturing():
-            return None
-        return self.compute.attention_chunk or cores.chunk_size(self.position.shape[1])
+        x, known[layer.index], auxiliary = apply(weights, x, known.get(layer.source))
+        return x, auxiliary

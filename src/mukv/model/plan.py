@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mukv.attention import AnyAttention
+from mukv.attention import AnyAttention, EntryStore
 from mukv.core.counts import INT32, require_counts
 from mukv.core.errors import BadInput
-from mukv.model.block import Gated
+from mukv.model.feedforward import AnyFeedforward
 from mukv.position import AnyPosition
 
 MOST_LAYERS = 10_000
@@ -32,7 +32,7 @@ class Layer:
 
     attention: AnyAttention | None = None
     position: AnyPosition | None = None
-    mlp: Gated | None = None
+    mlp: AnyFeedforward | None = None
     window: int | None = None
     reads: int | None = None
 
@@ -63,7 +63,7 @@ class ResolvedLayer:
     slot: int
     repeat: int
     attention: AnyAttention
-    mlp: Gated
+    mlp: AnyFeedforward
     window: int | None
     reads: int | None
     source: int
@@ -72,9 +72,19 @@ class ResolvedLayer:
     def writes(self) -> bool:
         return self.source == self.index
 
+    @property
+    def bags(self) -> dict[str, EntryStore]:
+        """Its stores of entries, within its window."""
+        return {name: bag.within(self.window) for name, bag in self.attention.bags.items()}
+
+    @property
+    def whole(self) -> dict[str, EntryStore]:
+        """Those without a window, which grow with the text: what a policy is for."""
+        return {name: bag for name, bag in self.bags.items() if bag.window is None}
+
 
 def resolve(
-    stages: Sequence[Stage], attention: AnyAttention, mlp: Gated
+    stages: Sequence[Stage], attention: AnyAttention, mlp: AnyFeedforward
 ) -> tuple[ResolvedLayer, ...]:
     """All layers in order, checked. Raises BadInput with the layer's number."""
     if (total := sum(stage.repeats * len(stage.pattern) for stage in stages)) > MOST_LAYERS:

@@ -7,7 +7,7 @@ read. A stack knows no vocabulary: residual stream in, residual stream out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,16 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, Entries, Queries
-from mukv.cache import FULL, Body, Cache, Calibrated, Policy, Reader, Ring, Slot
-from mukv.cache.base import QUERY, append, append_some, tail_entries
+from mukv.attention import AnyAttention, Bag, Carried, EntryStore, Queries, Written
+from mukv.cache import FULL, Cache, Calibrated, Policy, Reader, Ring, Slot
+from mukv.cache.base import QUERY
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.core.tap import capturing
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
-from mukv.model.block import AnyResidual, Gated
+from mukv.model.auxiliary import Auxiliary, over_layers
+from mukv.model.block import AnyResidual
+from mukv.model.cache_update import CacheUpdate, LayerBag
+from mukv.model.feedforward import AnyFeedforward
 from mukv.model.passes import Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
@@ -40,7 +43,7 @@ class Stack:
 
     d_model: int
     attention: AnyAttention
-    mlp: Gated
+    mlp: AnyFeedforward
     plan: tuple[Stage, ...]
     norm: RMSNorm
     residual: AnyResidual
@@ -58,8 +61,8 @@ class Stack:
 
     def _scaled(self, attention: AnyAttention) -> AnyAttention:
         """With its logits as the parameterisation wants them at this width."""
-        query = attention.read_params(self.d_model)["query"].prefixed(self.prefix)
-        factor = self.scaling.logit_factor(query)
+        query = attention.logit_weight(self.d_model)
+        factor = 1 if query is None else self.scaling.logit_factor(query.prefixed(self.prefix))
         if factor == 1:
             return attention
         return replace(attention, scale=factor * (attention.scale or attention.query_dim**-0.5))
@@ -68,6 +71,11 @@ class Stack:
     def writers(self) -> tuple[ResolvedLayer, ...]:
         """The layers that have a cache."""
         return tuple(layer for layer in self.layers if layer.writes)
+
+    @cached_property
+    def bags(self) -> tuple[LayerBag, ...]:
+        """The stores of entries that the layers write, in the order of the cache's slots."""
+        return tuple((layer, *bag) for layer in self.writers for bag in layer.bags.items())
 
     # Weights
 
@@ -107,20 +115,25 @@ class Stack:
         position: Int[Array, "batch token"],
         segment: Int[Array, "batch token"] | None,
         compute: Compute,
-    ) -> Residual:
-        """The residual stream after the last layer.
+    ) -> tuple[Residual, Auxiliary]:
+        """The residual stream after the last layer, and what the layers report: penalties summed,
+        other numbers averaged over the layers that report them.
 
-        weights: stacked. position: place in the document. segment: number of the document; tokens
-        see only their own (None: one per row).
+        weights: stacked. position: place in the document. segment: number of the document from 1,
+        0 or less for padding; tokens see only their own (None: one per row).
         """
 
         def remember(
-            layer: ResolvedLayer, written: dict[str, Array], query: Callable[[], Queries]
+            layer: ResolvedLayer, written: Written, query: Callable[[], Queries]
         ) -> tuple[Bag, ...]:
-            group_segment = None if segment is None else segment[:, None]
-            return (Entries(written, position[:, None], segment=group_segment),)
+            bags = layer.bags.items()
+            return tuple(bag.entries(written[name], position, segment) for name, bag in bags)
 
         run = self._pass(compute, position, remember, aligned=True, segment=segment)
+        run = replace(
+            run, counted=jnp.ones_like(position, bool) if segment is None else segment > 0
+        )
+        reported: list[Auxiliary] = []
         known: dict[int, tuple[Bag, ...]] = {}
         for s, stage in enumerate(self.plan):
             stacked = weights[f"stage{s}"]
@@ -128,18 +141,23 @@ class Stack:
             if compute.unroll or capturing() or stage.repeats == 1 or not scannable(s, self.layers):
                 for layer in here:
                     own = jax.tree.map(lambda leaf, r=layer.repeat: leaf[r], stacked)
-                    x = run.layer(layer, own[f"slot{layer.slot}"], x, known)
+                    x, more = run.layer(layer, own[f"slot{layer.slot}"], x, known)
+                    reported.append(more)
             else:
                 first = here[: len(stage.pattern)]
 
-                def repeat(x: Residual, own: Any, first: Any = first) -> tuple[Residual, None]:
-                    inner = dict(known)
+                def repeat(
+                    x: Residual, own: Any, first: Any = first
+                ) -> tuple[Residual, list[Auxiliary]]:
+                    inner, found = dict(known), []
                     for layer in first:
-                        x = run.layer(layer, own[f"slot{layer.slot}"], x, inner)
-                    return x, None
+                        x, more = run.layer(layer, own[f"slot{layer.slot}"], x, inner)
+                        found.append(more)
+                    return x, found
 
-                x, _ = jax.lax.scan(repeat, x, stacked)
-        return x
+                x, more = jax.lax.scan(repeat, x, stacked)
+                reported += more
+        return x, over_layers(reported)
 
     def _pass(
         self,
@@ -148,9 +166,10 @@ class Stack:
         remember: Remember,
         aligned: bool,
         segment: Int[Array, "batch token"] | None = None,
+        carried: Mapping[int, Carried] = {},
     ) -> Pass:
         shared = (self.layers, self.norm, self.residual, self.d_model, self.first)
-        return Pass(*shared, compute, position, segment, remember, aligned)
+        return Pass(*shared, compute, position, segment, remember, aligned, carried)
 
     # Decoding
 
@@ -165,39 +184,50 @@ class Stack:
         centres: Calibrated | None = None,
     ) -> Cache:
         """Room for `length` entries a row in the bodies and `tail` behind them. by_row: rows go on
-        at steps of their own. policy: of layers without a window, `centres` its calibrated ones."""
-        whole = [layer.index for layer in self.writers if layer.window is None]
+        at steps of their own. policy: of stores without a window, `centres` its calibrated ones."""
+        whole = [(layer.index, name) for layer in self.writers for name in layer.whole]
 
-        def zeros(layer: ResolvedLayer, slots: int) -> dict[str, Array]:
-            shapes = layer.attention.written(self.d_model, batch, slots, dtype)
-            return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+        def slot(layer: ResolvedLayer, name: str, bag: EntryStore) -> Slot:
+            def zeros(entries: int) -> dict[str, Array]:
+                tokens = entries * bag.every
+                shapes = layer.attention.written(self.d_model, batch, tokens, dtype)[name]
+                return {part: jnp.zeros(shape.shape, shape.dtype) for part, shape in shapes.items()}
 
-        def slot(layer: ResolvedLayer) -> Slot:
-            places = zeros(layer, tail)
-            if policy.everything or layer.window is not None:
-                slots = min(length, layer.window or length)
-                return Slot(Ring(zeros(layer, slots), layer.window is not None), places)
-            place = whole.index(layer.index), len(whole)
+            places = zeros(bag.places(tail))
+            if policy.everything or bag.window is not None:
+                ring = Ring(zeros(bag.room(length)), bag.window is not None)
+                return Slot(ring, places, bag)
+            place = whole.index((layer.index, name)), len(whole)
             own = (centres or {}).get(layer.index, {})
-            body = policy.body(layer.attention, self.d_model, batch, length, dtype, place, own)
+            room = batch, bag.room(length), dtype
+            body = policy.body(layer.attention, self.d_model, *room, place, own, name)
             if body.needs_queries:
                 shape = (batch, layer.attention.heads, tail, layer.attention.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
-            return Slot(body, places)
+            return Slot(body, places, bag)
 
         return Cache(
-            slots=tuple(map(slot, self.writers)),
+            slots=tuple(slot(*bag) for bag in self.bags),
+            states=tuple(
+                {name: state.zeros(batch) for name, state in layer.attention.states.items()}
+                for layer in self.writers
+            ),
             length=jnp.zeros(batch, jnp.int32),
             filled=jnp.zeros(batch if by_row else (), jnp.int32),
+            tail_size=tail,
         )
 
     def check_policy(self, policy: Policy) -> None:
         """Raise BadInput, with the reason, for a policy that does not fit these layers."""
         if policy.everything:
             return
-        whole = [layer for layer in self.layers if layer.window is None]
+        whole = [layer for layer in self.layers if layer.whole]
         if not whole:
-            allowed = "full: each layer has a window, which drops entries by itself"
+            names = sorted({name for layer in self.layers for name in layer.attention.stores()})
+            allowed = (
+                f"full: each layer has a window or a state ({', '.join(names)}), which drops "
+                "entries by itself"
+            )
             raise BadInput("policy", str(policy), allowed)
         for layer in whole:
             policy.check(self.first + layer.index, layer.attention)
@@ -218,24 +248,29 @@ class Stack:
         empty, so that only the new entries are read.
         """
         position = cache.length[:, None] + jnp.arange(x.shape[1])
-        bodies: dict[int, Body] = {}
+        after = CacheUpdate(self.bags, self.writers, cache)
 
         def remember(
-            layer: ResolvedLayer, written: dict[str, Array], query: Callable[[], Queries]
+            layer: ResolvedLayer, written: Written, query: Callable[[], Queries]
         ) -> tuple[Bag, ...]:
-            body = cache.slots[self.writers.index(layer)].body
-            reading = weights[layer.index]["read"]
-            reader = Reader(layer.attention, reading, query() if body.needs_queries else None)
-            bodies[layer.index] = body.extended(written, cache.length, count, reader, fresh)
-            new = Entries(written, position[:, None])
-            return (new,) if fresh else (body.entries(cache.length), new)
+            parts: list[Bag] = []
+            for name, bag in layer.bags.items():
+                slot, reading = after.slot(layer, name), weights[layer.index]["read"]
+                asked = query() if slot.body.needs_queries else None
+                reader = Reader(layer.attention, reading, asked)
+                new = written[name]
+                after.put(layer, name, slot.extended(new, cache.length, count, reader, fresh))
+                parts += () if fresh else (slot.entries(cache.length),)
+                parts.append(bag.entries(new, position))
+            after.keep_states(layer, written)
+            return tuple(parts)
 
-        x = self._pass(compute, position, remember, aligned=fresh).all(weights, x)
-        slots = tuple(
-            Slot(bodies[layer.index], slot.tail)
-            for layer, slot in zip(self.writers, cache.slots, strict=True)
-        )
-        return x, Cache(slots, cache.length + count, cache.filled)
+        carried = after.carried(count)
+        # Nothing is differentiated, and what a layer leaves in the cache must leave its checkpoint.
+        compute = replace(compute, rematerialise=False)
+        run = self._pass(compute, position, remember, aligned=fresh, carried=carried)
+        x = run.all(weights, x)
+        return x, replace(after.cache(), length=cache.length + count)
 
     def step(
         self,
@@ -251,29 +286,27 @@ class Stack:
         row; None for all. The bodies come back as they are: leave them out of a loop's carry.
         """
         position = cache.position()[:, None]
-        tails: dict[int, dict[str, Array]] = {}
         more = 1 if which is None else which.astype(jnp.int32)
+        after = CacheUpdate(self.bags, self.writers, cache)
 
         def remember(
-            layer: ResolvedLayer, written: dict[str, Array], query: Callable[[], Queries]
+            layer: ResolvedLayer, written: Written, query: Callable[[], Queries]
         ) -> tuple[Bag, ...]:
-            slot = cache.slots[self.writers.index(layer)]
-            if slot.body.needs_queries:
-                written = {**written, QUERY: _by_head(query())}
-            tails[layer.index] = (
-                append(slot.tail, written, cache.filled)
-                if which is None
-                else append_some(slot.tail, written, cache.filled, which)
-            )
-            newest = tail_entries(tails[layer.index], cache.length, cache.filled + more)
-            return slot.body.bag(cache.length), newest
+            parts: list[Bag] = []
+            for name in layer.bags:
+                slot, new = after.slot(layer, name), written[name]
+                if slot.body.needs_queries:
+                    new = {**new, QUERY: _by_head(query())}
+                slot = slot.appended(new, cache.length, cache.filled, which)
+                after.put(layer, name, slot)
+                parts += slot.bag(cache.length), slot.newest(cache.length, cache.filled + more)
+            after.keep_states(layer, written)
+            return tuple(parts)
 
-        x = self._pass(compute, position, remember, aligned=False).all(weights, x)
-        slots = tuple(
-            Slot(slot.body, tails[layer.index])
-            for layer, slot in zip(self.writers, cache.slots, strict=True)
-        )
-        return x, Cache(slots, cache.length, cache.filled + more)
+        carried = after.carried(jnp.broadcast_to(jnp.asarray(more), cache.length.shape))
+        run = self._pass(compute, position, remember, aligned=False, carried=carried)
+        x = run.all(weights, x)
+        return x, replace(after.cache(), filled=cache.filled + more)
 
     def fold(self, weights: Sequence[Any], cache: Cache) -> Cache:
         """Move the tails into the bodies. weights: one entry per layer."""
@@ -285,10 +318,13 @@ class Stack:
             if query is not None:
                 query = query.reshape(len(added), attention.key_heads, -1, *query.shape[2:])
             reader = Reader(attention, weights[layer.index]["read"], query)
-            return Slot(slot.body.extended(new, cache.length, added, reader), slot.tail)
+            return slot.extended(new, cache.length, added, reader)
 
-        slots = tuple(map(folded, self.writers, cache.slots))
-        return Cache(slots, cache.length + added, jnp.zeros_like(cache.filled))
+        layers = (layer for layer, _, _ in self.bags)
+        slots = tuple(map(folded, layers, cache.slots))
+        return replace(
+            cache, slots=slots, length=cache.length + added, filled=jnp.zeros_like(cache.filled)
+        )
 
 
 def _by_head(query: Queries) -> Float[Array, "batch heads query query_dim"]:

@@ -16,11 +16,11 @@ from typing import Annotated, Literal
 import numpy as np
 
 from mukv.core.errors import BadInput
-from mukv.core.table import Part, Table
+from mukv.core.table import Registrable, Table
 
 
 @dataclass(frozen=True)
-class Slower(Part):
+class Slower(Registrable):
     """Base class of the scalings.
 
     factor: length of the new context divided by that of training

@@ -11,7 +11,7 @@ import jax
 from mukv.core import params
 from mukv.core.mesh import specification
 from mukv.core.names import even
-from mukv.model.counting import cached, entry_bytes, flops_per_token
+from mukv.model.counting import cached, entry_bytes, flops_per_token, state_bytes
 from mukv.runs.config import Run
 from mukv.show.terminal import Console, styled, table
 
@@ -19,9 +19,10 @@ from mukv.show.terminal import Console, styled, table
 def describe(run: Run) -> dict[str, Any]:
     """Parameters, FLOPs and cache bytes as plain data; the field names are public.
 
-    Bytes are those of the compute type. A layer with a window costs a constant, any other an
-    amount per token; one that reads another layer's entries costs nothing. What decoding keeps
-    besides the layers is part of the constant.
+    Bytes are those of the compute type, of states float32. A store with a window and a state cost
+    a constant, any other store an amount per token; a layer that reads another layer's entries
+    costs nothing. What decoding keeps besides the layers is part of the constant. `core` is what a
+    training step takes, `cores_refused` says why no faster one.
     """
     model = run.model
     compute = run.train.compute.resolve(model.vocab_size)
@@ -30,8 +31,15 @@ def describe(run: Run) -> dict[str, Any]:
     for stack in model.stacks:
         for layer in stack.layers:
             entry = entry_bytes(stack, layer, compute.type)
-            each = Fraction(0 if layer.window else entry, stack.every)
+            each, constant = Fraction(0), state_bytes(layer)
+            for name, bag in layer.bags.items() if layer.writes else ():
+                if bag.window is None:
+                    each += Fraction(entry[name], stack.every * bag.every)
+                else:
+                    constant += entry[name] * bag.places(bag.window)
             grows += each
+            queries = max(1, run.train.length // (stack.asked or stack.every))
+            choice = layer.attention.core(queries, compute)
             layers.append(
                 {
                     "layer": stack.first + layer.index,
@@ -40,14 +48,16 @@ def describe(run: Run) -> dict[str, Any]:
                     "window": layer.window,
                     "reads": None if layer.reads is None else stack.first + layer.reads,
                     "tokens_per_entry": stack.every,
-                    "core": "fused" if compute.fused else "plain",
+                    "core": choice and choice.name,
+                    "cores_refused": choice.refused if choice else {},
                     "cached": cached(stack, layer),
                     "cache_bytes_per_token": plain(each),
-                    "cache_bytes_constant": entry * (layer.window or 0),
+                    "cache_bytes_constant": constant,
                 }
             )
     return {
         "parameters": params.count(model.params()),
+        "active_parameters": params.active(model.params()),
         "flops_per_token": flops_per_token(model, run.train.length),
         "cache_bytes_per_token": plain(grows),
         "cache_bytes_constant": sum(layer["cache_bytes_constant"] for layer in layers)
@@ -94,7 +104,9 @@ def weights(run: Run) -> list[dict[str, Any]]:
 
 def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     """The same for a person."""
-    console.print(styled("parameters  ", (f"{facts['parameters']:,}", "bold")))
+    active = facts["active_parameters"]
+    used = f", {active:,} of them used by a token" if active < facts["parameters"] else ""
+    console.print(styled("parameters  ", (f"{facts['parameters']:,}", "bold"), used))
     console.print(
         styled(
             *("training    ", (f"{facts['flops_per_token']:,}", "bold")),
@@ -110,25 +122,28 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     )
     for words in dict.fromkeys(layer["attention"] for layer in facts["layers"]):
         console.print(f"attention   {words}")
+    reasons = [reason for layer in facts["layers"] for reason in layer["cores_refused"].items()]
+    for name, reason in dict.fromkeys(reasons):
+        console.print(f"core        not {name}: {reason}")
     console.print()
     columns = ("layer", "attention", "position", "window", "reads", "core", "cached")
-    layers = table(columns, ("cache\nbytes/token", "ring\nbytes"))
+    layers = table(columns, ("cache\nbytes/token", "fixed\nbytes"))
     groups = _alike(facts["layers"])
     costs = even([group[0]["cache_bytes_per_token"] for group in groups])
     for group, cost in zip(groups, costs, strict=True):
         first, last = group[0], group[-1]
         number = str(first["layer"])
-        ring = first["cache_bytes_constant"]
+        fixed = first["cache_bytes_constant"]
         layers.add_row(
             number if first is last else f"{number}-{last['layer']}",
             first["attention"].split(" ")[0],
             first["position"],
             str(first["window"] or "all"),
             "own" if first["reads"] is None else ", ".join(str(g["reads"]) for g in group),
-            first["core"],
+            first["core"] or "none",
             ", ".join(f"{name} {h}x{width}" for name, (h, width) in first["cached"].items()),
             cost,
-            f"{ring:,}" if ring else "",
+            f"{fixed:,}" if fixed else "",
         )
     console.print(layers, "", sep="\n")
     columns = ("init\ndeviation", "multiplier", "learning rate,\nmultiple", "decay")
@@ -166,7 +181,7 @@ def _alike(layers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Neighbouring layers that differ only in their number."""
     groups: list[list[dict[str, Any]]] = []
     for layer in layers:
-        same = ("attention", "position", "window", "core", "cache_bytes_per_token")
+        same = ("attention", "position", "window", "core", "cores_refused", "cache_bytes_per_token")
         if (
             groups
             and all(groups[-1][0][key] == layer[key] for key in same)

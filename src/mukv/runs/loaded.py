@@ -165,8 +165,8 @@ class Model:
     def by_head(self) -> bool:
         """Whether every layer without a window keeps entries of each head, so that centres fit."""
         layers = [layer for stack in self.network.stacks for layer in stack.layers]
-        kept = [layer.attention for layer in layers if layer.window is None]
-        return all(attention.stores == attention.key_heads for attention in kept)
+        kept = [layer.attention for layer in layers if layer.whole]
+        return all(attention.entry_sets == attention.key_heads for attention in kept)
 
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
         """A policy with what was calibrated for it, if anything was: the centres of `clusters`,

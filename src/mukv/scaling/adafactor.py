@@ -3,7 +3,7 @@
 Shazeer and Stern 2018, algorithms 4 and 5, without momentum. A matrix of the paper is here the
 weight of one layer with its contracted axes as rows. A stack of equal layers has a leading layer
 axis and is treated as that many matrices, so that `repeats: 4` and a pattern of four layers train
-identically.
+identically; each expert is a matrix as well.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from mukv.core.params import LAYER, Param, map_params
+from mukv.core.params import Param, map_params
 from mukv.core.typing import Array
 from mukv.scaling.stability import Family
-from mukv.scaling.updates import Optimizer, by_layer
+from mukv.scaling.updates import Optimizer, by_matrix
 
 SMALLEST_FACTORED = 128
 """Matrices with fewer rows or columns keep unfactored second moments: factors would save little."""
@@ -38,7 +38,7 @@ class Factors(NamedTuple):
     columns: running mean of squared gradients per column, of factored matrices
     square: running mean of squared gradients per element, of all other weights
 
-    What a weight does not use has one placeholder number per layer.
+    What a weight does not use has one placeholder number per matrix.
     """
 
     steps: Array
@@ -72,14 +72,14 @@ class Adafactor(Optimizer):
                 jnp.zeros((), jnp.int32),
                 zeros(lambda param: _part(param, _matrix(param)[:1], factored(param))),
                 zeros(lambda param: _part(param, _matrix(param)[1:], factored(param))),
-                zeros(lambda param: _part(param, _own(param), not factored(param))),
+                zeros(lambda param: _part(param, param.own_shape, not factored(param))),
             )
 
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Factors]:
             forget = (state.steps + 1.0) ** -self.decay_rate
 
             def one(param: Param, *arrays: Array) -> Any:
-                return by_layer(
+                return by_matrix(
                     param,
                     partial(
                         self._update_layer, _matrix(param) if factored(param) else None, forget
@@ -136,15 +136,11 @@ def factored(param: Param) -> bool:
     return min(_matrix(param)) >= SMALLEST_FACTORED
 
 
-def _own(param: Param) -> tuple[int, ...]:
-    """Return the shape of one layer's weight."""
-    return tuple(size for name, size in param.dims.items() if name != LAYER)
-
-
 def _part(param: Param, shape: tuple[int, ...], kept: bool) -> tuple[int, ...]:
-    """Return the shape of a running mean over all layers; one placeholder per layer if not kept."""
-    layers = tuple(size for name, size in param.dims.items() if name == LAYER)
-    return (*layers, *(shape if kept else (1,)))
+    """Return the shape of a running mean over all matrices; one placeholder per matrix if not
+    kept."""
+    leading = tuple(param.dims[name] for name in param.leading)
+    return (*leading, *(shape if kept else (1,)))
 
 
 def _matrix(param: Param) -> tuple[int, int]:
@@ -152,9 +148,9 @@ def _matrix(param: Param) -> tuple[int, int]:
     If no axis is contracted, or the contracted axes are neither first nor last, the first axis and
     the others.
     """
-    own = {name: size for name, size in param.dims.items() if name != LAYER}
-    names, contracted = list(own), set(param.fan_in)
+    names = [name for name in param.dims if name not in param.leading]
+    contracted = set(param.fan_in)
     splits = [k for k in range(1, len(names)) if contracted in (set(names[:k]), set(names[k:]))]
-    sizes = list(own.values())
+    sizes = param.own_shape
     cut = splits[0] if splits else 1
     return math.prod(sizes[:cut]), math.prod(sizes[cut:])

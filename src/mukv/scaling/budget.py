@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 from mukv.core.errors import BadInput
-from mukv.core.table import Part, Table
+from mukv.core.table import Registrable, Table
 
 
 class Change(NamedTuple):
@@ -30,7 +30,7 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Budget(Part):
+class Budget(Registrable):
     """Base class of the rules.
 
     batch: tokens per step of the run that the hyperparameters were tuned for

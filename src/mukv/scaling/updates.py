@@ -12,7 +12,7 @@ import optax
 
 from mukv.core.errors import BadInput
 from mukv.core.params import LAYER, Param, map_params
-from mukv.core.table import Part
+from mukv.core.table import Registrable
 from mukv.core.typing import Array, Number
 from mukv.scaling.budget import Change
 from mukv.scaling.stability import Family
@@ -21,7 +21,7 @@ AVERAGES = ("beta1", "beta2", "momentum")
 
 
 @dataclass(frozen=True)
-class Optimizer(Part):
+class Optimizer(Registrable):
     """Base class of the optimizers, with weight decay.
 
     weight_decay: fraction of a weight, times the schedule's learning rate, that each step
@@ -91,9 +91,20 @@ def by_layer(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
     This is a loop, not a vmap: sums over a slice and over a separate array are then the same
     program, so that stacked and separate layers give the same bits.
     """
-    if LAYER not in param.dims:
+    return _each(int(LAYER in param.dims), function, *arrays)
+
+
+def by_matrix(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
+    """The same for each separate matrix: each expert of each layer. All arrays have the leading
+    axes of the weight."""
+    return _each(len(param.leading), function, *arrays)
+
+
+def _each(axes: int, function: Callable[..., Any], *arrays: Array) -> Any:
+    """`function` of each part along the first axes."""
+    if axes == 0:
         return function(*arrays)
-    return jax.lax.map(lambda parts: function(*parts), arrays)
+    return jax.lax.map(lambda parts: _each(axes - 1, function, *parts), arrays)
 
 
 def global_norm(declared: Any, gradient: Any) -> Array:

@@ -116,6 +116,8 @@ def _class_of(hint: Any, mapping: Mapping[Any, Any]) -> type | None:
         if not classes and table is not None and isinstance(kind, str):
             with suppress(BadInput):  # told where the object is built
                 classes = [table.find(kind, "kind")]
+    elif len(classes) > 1:
+        classes = [cls for cls in classes if getattr(cls, "kind_may_be_left_out", False)]
     return classes[0] if len(classes) == 1 else None
 
 

@@ -8,8 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from mukv.attention import AnyAttention, Bag, Entries, Mask
-from mukv.cache import Reader, Slot
-from mukv.cache.base import append_some, tail_entries
+from mukv.cache import Reader
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param, map_params
 from mukv.core.tap import scope
@@ -56,9 +55,11 @@ class Cross(Injection):
         normed = joint.norm.apply(joint.own["norm"], x)
         # Its entries are those of the layer before the decoder's.
         with scope(f"layer{joint.decoder.first - 1}"):
-            return joint.attention.read(
-                joint.own["read"], normed, count - 1, parts, Mask(segment=segment)
+            mask = Mask(segment=segment)
+            read, _ = joint.attention.read(
+                joint.own["read"], normed, count - 1, parts, mask, joint.compute
             )
+        return read
 
     def inject(self, joint: Joint, x: Residual, inputs: InjectionInputs) -> Residual:
         chunks = inputs.chunks
@@ -82,12 +83,12 @@ class Cross(Injection):
         position = cache.cross.length[:, None] + jnp.arange(chunks.end.shape[1])
         written = self._written(joint, inputs.outputs, position)
         new = Entries(written, position[:, None])
-        parts = (new,) if fresh else (slot.body.entries(cache.cross.length), new)
+        parts = (new,) if fresh else (slot.entries(cache.cross.length), new)
         x = x + self._read(joint, x, chunks.made, parts)
         reader = Reader(joint.attention, joint.own["read"])
-        body = slot.body.extended(written, cache.cross.length, chunks.total, reader, fresh)
+        slot = slot.extended(written, cache.cross.length, chunks.total, reader, fresh)
         length = cache.cross.length + chunks.total
-        after = replace(cache.cross, slots=(Slot(body, slot.tail),), length=length)
+        after = replace(cache.cross, slots=(slot,), length=length)
         shared = (count, fresh, joint.compute)
         x, decoder = joint.decoder.prefill(joint.layers, cache.decoder, x, *shared)
         return x, Lasting(after, decoder)
@@ -99,11 +100,10 @@ class Cross(Injection):
         output: Float[Array, "batch concept_embed"],
         ends: Bool[Array, " batch"],
     ) -> Lasting:
-        (slot,), filled = cache.cross.slots, cache.cross.filled
-        written = self._written(joint, output[:, None], cache.cross.position()[:, None])
-        tail = append_some(slot.tail, written, filled, ends)
-        after = replace(cache.cross, slots=(Slot(slot.body, tail),), filled=filled + ends)
-        return cache._replace(cross=after)
+        (slot,), cross = cache.cross.slots, cache.cross
+        written = self._written(joint, output[:, None], cross.position()[:, None])
+        slot = slot.appended(written, cross.length, cross.filled, ends)
+        return cache._replace(cross=replace(cross, slots=(slot,), filled=cross.filled + ends))
 
     def step(
         self,
@@ -114,9 +114,6 @@ class Cross(Injection):
         count: Int[Array, " batch"],
     ) -> tuple[Residual, Lasting]:
         (slot,), cross = cache.cross.slots, cache.cross
-        parts = (
-            slot.body.bag(cross.length),
-            tail_entries(slot.tail, cross.length, cross.filled),
-        )
+        parts = slot.bag(cross.length), slot.newest(cross.length, cross.filled)
         x = x + self._read(joint, x, count[:, None], parts)
         return super().step(joint, cache, x, output, count)

@@ -1,0 +1,79 @@
+"""Attention with all logits in view, as single steps, policies and taps need them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, Shown, finite
+from mukv.attention.recalled import Query
+from mukv.core.compute import Compute
+from mukv.core.tap import capturing, tap
+from mukv.core.typing import Array, Float
+from mukv.position.base import Logits
+
+
+@dataclass(frozen=True)
+class Plain(Core):
+    """Parts are never joined: a decode step reads a large body and a small tail without copying
+    either."""
+
+    @classmethod
+    def supports(cls, demand: Demand, compute: Compute) -> str | None:
+        return None
+
+    def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
+        # Division by the sum waits until the values are added up: the smaller of the two tensors.
+        weights, total = weighed(query, parts, scores)
+        if capturing():
+            tap("weights", weights / total)
+            _show(query, parts)
+        out, start = jnp.zeros((), jnp.float32), 0
+        for part in parts:
+            stop = start + part.entries.position.shape[-1]
+            share = jax.lax.slice_in_dim(weights, start, stop, axis=4)
+            out, start = out + part.recalled.mixture(share), stop
+        return (out / total).astype(query[0].dtype)
+
+
+def weighed(
+    query: Query, parts: Sequence[Part], scores: Scores
+) -> tuple[Logits, Float[Array, "batch kv_heads group query 1"]]:
+    """What each query gives to each key, and the sum to divide it by."""
+    products = jnp.concatenate([part.recalled.products(query) for part in parts], axis=-1)
+    shown = [part.shown(scores.query_position) for part in parts]
+    whole = Shown(
+        _end_to_end([one.position for one in shown]),
+        _end_to_end([one.visible for one in shown]),
+        all(one.ordered for one in shown),
+    )
+    logits = tap("logits", scores.logits(products, whole))
+    masked = jnp.where(whole.visible[:, :, None], logits, -jnp.inf)
+    top = finite(jax.lax.stop_gradient(jnp.max(masked, axis=-1, keepdims=True)))
+    if scores.sinks is not None:
+        sinks = scores.sinks[..., None, None]
+        top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
+    weights = jnp.exp(masked - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if scores.sinks is not None:
+        total = total + jnp.exp(scores.sinks[..., None, None] - top)
+    return weights, jnp.where(total > 0, total, 1.0)
+
+
+def _end_to_end(arrays: Sequence[Array]) -> Array:
+    """Joined along keys; what is the same for all heads is repeated beside what is not."""
+    heads = max(array.shape[1] for array in arrays)
+    alike = [jnp.broadcast_to(x, (len(x), heads, *x.shape[2:])) for x in arrays]
+    return jnp.concatenate(alike, axis=-1)
+
+
+def _show(query: Query, parts: Sequence[Part]) -> None:
+    """Tap what was multiplied and mixed, whatever form the variant keeps it in."""
+    heads = query[0].shape[1]
+    tap("query", jnp.concatenate(query, axis=-1))
+    keys, values = zip(*(part.recalled.dense(heads) for part in parts), strict=True)
+    tap("key", jnp.concatenate(keys, axis=2))
+    tap("value", jnp.concatenate(values, axis=2))

@@ -1,0 +1,12 @@
+"""The kinds of feed-forward parts. To add one: a file with a class, a line here."""
+
+from typing import Annotated
+
+from mukv.core.table import Table
+from mukv.model.block import Feedforward, Gated
+from mukv.model.experts import Experts
+
+FEEDFORWARDS = Table("mlp", Feedforward, {"gated": Gated, "experts": Experts})
+AnyFeedforward = Annotated[Feedforward, FEEDFORWARDS]
+
+__all__ = ["FEEDFORWARDS", "AnyFeedforward", "Experts", "Feedforward", "Gated"]

@@ -1,0 +1,144 @@
+"""Law 11 for compressed attention: layers of transformers' DeepSeek V4 and ours agree, whole and
+token by token."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mukv.attention import HCA, Mask
+from mukv.core.compute import Compute
+from mukv.core.norm import RMSNorm
+from mukv.core.params import map_params
+from mukv.position import RoPE, YaRN
+from tests.parity.models import torch, transformers
+
+LENGTH, WINDOW, EVERY, HEADS, WIDTH, GROUPS = 37, 6, 5, 4, 16, 2
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """Two layers, a window alone and HCA; what entered and left each; their rotations."""
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "heavily_compressed_attention"]
+    config = transformers.DeepseekV4Config(
+        vocab_size=97,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=1,
+        head_dim=WIDTH,
+        q_lora_rank=12,
+        num_experts_per_tok=2,
+        n_routed_experts=4,
+        partial_rotary_factor=0.5,
+        sliding_window=WINDOW,
+        o_groups=GROUPS,
+        o_lora_rank=8,
+        hc_mult=2,
+        hc_sinkhorn_iters=3,
+        max_position_embeddings=256,
+        mlp_layer_types=["moe"] * 2,
+        layer_types=kinds,
+        compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": EVERY},
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+        attn_implementation="eager",
+    )
+    model = transformers.DeepseekV4ForCausalLM(config).eval()
+    layers, seen = [layer.self_attn for layer in model.model.layers], {}
+    with torch.no_grad():
+        # What begins as zeros or ones must not hide what it does.
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2:
+                weight.normal_(0, 1.5 / weight.shape[-1] ** 0.5)
+            if "position_bias" in name or "sinks" in name or name.endswith("base"):
+                weight.normal_(0, 1.0)
+            if "norm.weight" in name:
+                weight.normal_(1, 0.3)
+        for index, layer in enumerate(layers):
+
+            def keep(_, given, __, out, index=index):
+                seen[index] = given[0].numpy(), out[0].numpy()
+
+            layer.register_forward_hook(keep, with_kwargs=True)
+        model(torch.randint(0, 97, (2, LENGTH)))
+    rotary = model.model.rotary_emb
+    turns = [getattr(rotary, f"{layer.rope_layer_type}_inv_freq").numpy() for layer in layers]
+    return config, layers, [seen[0], seen[1]], turns
+
+
+def ours(config, layer, index):
+    """The same layer and its weights."""
+    scaling = YaRN(factor=4.0, original_length=32, temperature="none") if index else None
+    attention = HCA(
+        position=RoPE(
+            base=160_000.0 if index else 10_000.0, scaling=scaling, pairing="interleaved"
+        ),
+        heads=HEADS,
+        head_dim=WIDTH,
+        rope_dim=WIDTH // 2,
+        query_rank=12,
+        window=WINDOW,
+        every=EVERY if index else None,
+        groups=GROUPS,
+        output_rank=8,
+        sinks="learned",
+        norm=RMSNorm(epsilon=config.rms_norm_eps),
+    )
+    flat = {name: weight.detach().numpy() for name, weight in layer.named_parameters()}
+
+    def across(name):
+        return flat[f"{name}.weight"].T
+
+    write = {"key": across("kv_proj"), "norm": {"gain": flat["kv_norm.weight"]}}
+    if index:
+        write["compressed"] = {
+            "value": across("compressor.kv_proj"),
+            "gate": across("compressor.gate_proj"),
+            "bias": flat["compressor.position_bias"],
+            "norm": {"gain": flat["compressor.kv_norm.weight"]},
+        }
+    down = flat["o_a_proj.weight"].reshape(GROUPS, 8, HEADS // GROUPS, WIDTH)
+    read = {
+        "query_latent": across("q_a_proj"),
+        "query_norm": {"gain": flat["q_a_norm.weight"]},
+        "query": across("q_b_proj").reshape(12, HEADS, WIDTH),
+        "sinks": flat["sinks"],
+        "output_down": np.moveaxis(down, 1, 3),
+        "output_up": across("o_b_proj").reshape(GROUPS, 8, 32),
+    }
+    declared = attention.write_params(32), attention.read_params(32)
+    return attention, map_params(
+        lambda param, weight: jnp.asarray(weight.reshape(param.shape)), declared, (write, read)
+    )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_layer_agrees(theirs, index, fused):
+    """Outputs within 1e-5 of the largest; the rotation to the bit of float32."""
+    config, layers, seen, turns = theirs
+    attention, (write, read) = ours(config, layers[index], index)
+    np.testing.assert_allclose(attention.position.frequencies(WIDTH // 2), turns[index], rtol=1e-6)
+    x, expected = seen[index]
+    compute = Compute(fused=fused, attention_chunk=8)
+    position = jnp.tile(jnp.arange(LENGTH), (2, 1))
+
+    @jax.jit
+    def forward(x):
+        written = attention.by_store(attention.write(write, x, position))
+        bags = [bag.entries(written[name], position) for name, bag in attention.bags.items()]
+        return attention.read(read, x, position, bags, Mask(aligned=True), compute)[0]
+
+    found = np.asarray(forward(jnp.asarray(x)))
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
