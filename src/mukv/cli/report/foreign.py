@@ -30,7 +30,7 @@ class LeftOut(Exception):
 
 
 @dataclass(frozen=True)
-class Table:
+class ForeignTable:
     """Cells as they are shown."""
 
     columns: list[str]
@@ -51,7 +51,7 @@ def read_bytes(path: Path) -> bytes:
         raise LeftOut(f"can't be read ({error.strerror or type(error).__name__})") from None
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> ForeignTable:
     """A CSV file with names in its first line. Raises LeftOut."""
     try:
         text = read_bytes(path).decode("utf-8-sig")
@@ -80,7 +80,7 @@ def read_table(path: Path) -> Table:
     names, cells = whole[0], whole[1:]
     columns = [_column([row[place] for row in cells]) for place in range(wide)]
     shown = [list(row) for row in zip(*columns, strict=True)]
-    return Table([shortened(name, LONGEST_CELL) for name in names], shown)
+    return ForeignTable([shortened(name, LONGEST_CELL) for name in names], shown)
 
 
 def _column(cells: Sequence[str]) -> list[str]:
