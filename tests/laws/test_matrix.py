@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import get_args, get_type_hints
 
 import pytest
 
 from mukv.attention import ATTENTIONS, AnyAttention
+from mukv.core.errors import BadInput
 from mukv.model.concept.chunkers import CHUNKERS, AnyChunker
 from mukv.model.concept.injection import INJECTIONS, AnyInjection
 from mukv.model.concept.pooling import POOLS, AnyPool
@@ -56,6 +58,14 @@ def test_the_fields_of_every_part_are_changed(table):
 
 def test_every_parameterization_can_be_chosen():
     assert {*EXPONENTS, "custom"} == set(get_args(get_type_hints(Scaling)["kind"]))
+
+
+def test_concept_models_that_are_left_out_are_refused():
+    left = {*itertools.product(*matrix.CONCEPT_AXES.values())} - {*matrix.CONCEPTS}
+    assert len(left) == 6
+    for row in left:
+        with pytest.raises(BadInput, match="divides d_model"):
+            matrix.concept(*row)
 
 
 def test_plans_have_windows_reuse_and_both():
