@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import get_args, get_type_hints
 
 import pytest
 
 from mukv.attention import ATTENTIONS
+from mukv.core.errors import BadInput
 from mukv.core.table import kind_of
 from mukv.model import MODELS
 from mukv.model.block import RESIDUALS
@@ -62,6 +64,14 @@ def test_every_parameterization_can_be_chosen():
 def test_the_laws_walk_every_feedforward_part():
     layers = itertools.chain(*(matrix.build("gqa", "rope", plan).layers for plan in matrix.PLANS))
     assert {type(layer.mlp) for layer in layers} == set(FEEDFORWARDS.values())
+
+
+def test_concept_models_that_are_left_out_are_refused():
+    left = {*itertools.product(*matrix.CONCEPT_AXES.values())} - {*matrix.CONCEPTS}
+    assert len(left) == 6
+    for row in left:
+        with pytest.raises(BadInput, match="divides d_model"):
+            matrix.concept(*row)
 
 
 def test_plans_have_windows_reuse_and_both():
