@@ -80,7 +80,7 @@ def test_a_model_of_text_reads_text(mukv, trained, tmp_path):
         (("tiny", "--free", "0", "--cache", "int8"), "a cache policy changes"),
         (("tiny", "--facts", "90", "--tasks", "mqar"), "at least facts"),
         (("tiny", "model.context=128", "--lengths", "128,256"), "context"),
-        (("tiny", "--growing", "--tasks", "counting", "--lengths", "80,160"), "words"),
+        (("tiny", "--growing", "--tasks", "counting", "--lengths", "80,160"), "vocabulary"),
         (("tinny",), "tiny"),
     ],
 )
