@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 
 from mukv.core import params
 from mukv.core.compute import Compute
-from mukv.model.concept import Fixed
 from mukv.model.loss import summed_loss
 from tests.laws import matrix
 
@@ -62,9 +60,3 @@ def test_programs_do_not_grow_with_length(combination):
     assert training(model, SHORT) == training(model, LONG)
     assert prefill(model, SHORT, fresh=True) == prefill(model, LONG, fresh=True)
     assert prefill(model, SHORT, fresh=False) == prefill(model, LONG, fresh=False)
-
-
-def test_concepts_do_not_grow_with_length():
-    # Concepts of 4 tokens: their number is cut without padding at both lengths.
-    model = replace(matrix.concept("fixed", "sum", "cross"), chunker=Fixed(size=4))
-    assert training(model, SHORT) == training(model, LONG)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from mukv.bench.grading import calibration_error
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.typing import Array
 from mukv.model.base import LanguageModel
 from mukv.tasks import Samples
@@ -56,7 +56,7 @@ def score(
     model: LanguageModel, weights: Any, samples: Samples, compute: Compute | None = None
 ) -> AnswerScores:
     """Grade every answer, teacher-forced. weights: stacked and scaled."""
-    compute = (compute or Compute()).resolve(model.vocab_size)
+    compute = settled(compute, model.vocab_size)
     rows, length = samples.tokens.shape
     graded = samples.graded
     most = int(graded.sum(axis=1).max())

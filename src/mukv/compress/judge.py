@@ -12,6 +12,7 @@ import numpy as np
 from mukv.cache import FULL, Policy
 from mukv.compress.reader import PolicyReader, Read
 from mukv.compress.rows import Rows
+from mukv.core.compute import settled
 from mukv.core.statistics import of_mean, wilson
 from mukv.runs.loaded import Model
 from mukv.show.progress import Bar
@@ -67,7 +68,7 @@ def judge(
 ) -> list[Result]:
     """Every policy on the same rows; the first is what others are compared with. Raises BadInput,
     before anything is compiled, where one does not fit."""
-    compute = model.run.train.compute.resolve(model.network.vocab_size)
+    compute = settled(model.run.train.compute, model.network.vocab_size)
     length = rows.tokens.shape[1]
     readers = []
     for policy, budget in policies:

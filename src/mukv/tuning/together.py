@@ -82,7 +82,7 @@ def _traced(path: str, value: Any) -> bool:
 def free_memory() -> int:
     """Bytes that a group may take if nothing else is said: most of a device's own memory, half
     of what a computer has left."""
-    return int(footprint.free_memory() * (0.5 if jax.default_backend() == "cpu" else 0.9))
+    return int(footprint.free_memory() * (0.5 if jax.devices()[0].platform == "cpu" else 0.9))
 
 
 @dataclass
@@ -126,7 +126,8 @@ class Together:
 
     def _map(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Over the leading axis of all arguments."""
-        if (self.across or ("map" if jax.default_backend() == "cpu" else "vmap")) == "map":
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        if (self.across or ("map" if on_cpu else "vmap")) == "map":
             return lambda *arguments: jax.lax.map(lambda each: function(*each), arguments)
         return jax.vmap(function)
 
