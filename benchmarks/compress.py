@@ -27,7 +27,7 @@ from rich.table import Table
 from mukv.attention import Grouped
 from mukv.cache import Cache, Policy, Reader
 from mukv.cache.reads import bytes_read
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.infer.decode import decoding_weights
 from mukv.model import Decoder, Stage
 from mukv.model.block import Gated
@@ -80,7 +80,7 @@ class Case:
     """One policy at one length: a compiled step, and its times."""
 
     def __init__(self, model: Decoder, weights: Any, context: int, name: str, budget: float):
-        compute = Compute().resolve(model.vocab_size)
+        compute = settled(None, model.vocab_size)
         self.name, self.policy = name, Policy.parse(name, budget)
         self.weights = weights
         cache = filled(model, weights, context, self.policy, compute)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.linear import project
 from mukv.core.mesh import MeshShape
 from mukv.data.batches import Batches
@@ -81,7 +81,7 @@ class Unskipped(Concept):
         segment: Any = None,
         compute: Compute | None = None,
     ) -> ForwardResult:
-        compute = (compute or Compute()).resolve(self.vocab_size)
+        compute = settled(compute, self.vocab_size)
         raw = self.embed(weights, tokens, compute)
         given = replace(self, injection=replace(cast("NoSkip", self.injection), raw=raw))
         return Concept.read(given, weights, tokens, position, segment, compute)

@@ -25,7 +25,7 @@ import numpy as np
 import yaml
 from matplotlib.ticker import EngFormatter
 
-from mukv.core.compute import Compute
+from mukv.core.compute import settled
 from mukv.core.params import initialise
 from mukv.infer.decode import decoding_weights
 from mukv.model import Concept, LanguageModel
@@ -76,7 +76,7 @@ def reader(model: LanguageModel, context: int, text: np.ndarray) -> tuple[Callab
     resolved = jax.tree.map(lambda r: r.deviation, model.resolved(), is_leaf=is_resolved)
     weights = initialise(model.params(), resolved, jax.random.key(0))
     weights = decoding_weights(model, weights)
-    compute = Compute().resolve(model.vocab_size)
+    compute = settled(None, model.vocab_size)
 
     @jax.jit
     def read(weights: Any, frozen: Any, live: Any, tokens: Any) -> Any:

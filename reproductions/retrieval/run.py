@@ -31,6 +31,7 @@ from rich.table import Table
 import mukv
 from mukv.cache import FULL, Policy
 from mukv.cli import launch
+from mukv.core.compute import settled
 from mukv.core.errors import BadInput
 from mukv.data.build import build_tokens, default_corpus
 from mukv.runs import config
@@ -150,7 +151,7 @@ class Trial:
         """Compile the predictions of a model after a context, and after each of some tokens: [row
         step].
         """
-        model, compute = self.model.network, self.model.run.train.compute.resolve(264)
+        model, compute = self.model.network, settled(self.model.run.train.compute, 264)
 
         def run(weights: Any, context: jax.Array, count: jax.Array, tokens: jax.Array) -> jax.Array:
             cache = self.cache(len(context))

@@ -260,6 +260,7 @@ CHANGES = {
     "Muon.epsilon": (MUON, f"{OPTIMIZER}.epsilon=0.1"),
     "Compute.dtype": "train.compute.dtype=bfloat16",
     "Compute.operands": "train.compute.operands=bfloat16",
+    "Compute.platform": "train.compute.platform=gpu",
     "MeshShape.data": "mesh.data=2",
     "MeshShape.tensor": "mesh.tensor=2",
 }

@@ -23,7 +23,7 @@ from mukv.cache.centres import (
     fingerprint,
     unrotated,
 )
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float
 from mukv.model.decoder import Decoder
@@ -55,7 +55,7 @@ def calibrate(
     stored: weights as they are saved; their fingerprint ties the centres to them. batches: of one
     shape, without padding. Raises BadInput for more clusters than there are points.
     """
-    compute = (compute or Compute()).resolve(model.vocab_size)
+    compute = settled(compute, model.vocab_size)
     weights, batches = model.scaled(stored), list(batches)
     names = POINTS[kind]
 

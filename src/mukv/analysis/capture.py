@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.attention import EntryStore
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Float, Int
@@ -100,7 +100,7 @@ def summed(
     weights: stacked and scaled. reduction: its sums are named. combine: for names that are not
     added up but, for instance, of which the least is kept.
     """
-    look = looked_at(model, reduction, (compute or Compute()).resolve(model.vocab_size))
+    look = looked_at(model, reduction, settled(compute, model.vocab_size))
     total: dict[int, dict[str, np.ndarray]] = {}
     for rows in batches:
         for index, sums in look(weights, rows).items():

@@ -15,6 +15,7 @@ from mukv.bench.oracle import solved
 from mukv.bench.scoring import AnswerScores, score
 from mukv.bench.text import TextForm
 from mukv.cache import FULL, Policy
+from mukv.core.compute import settled
 from mukv.core.errors import BadInput
 from mukv.core.statistics import wilson
 from mukv.model.counting import cache_bytes
@@ -97,7 +98,7 @@ def examine(
         known = task.batch(max(task.smallest, 64), settings.seed, split, indices)
     scores = score(model.network, model.scaled, samples, model.run.train.compute)
     checked = solved(task, Samples(*(part[:CHECKED] for part in known)))
-    compute = model.run.train.compute.resolve(model.network.vocab_size)
+    compute = settled(model.run.train.compute, model.network.vocab_size)
     right = scores.right[scores.present]
     taken = cache_bytes(model.network, 1, length, 0, compute.type)
     free, graded = None, right

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from mukv.bench.grading import calibration_error
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.typing import Array
 from mukv.model.base import LanguageModel
 from mukv.tasks import Samples
@@ -66,7 +66,7 @@ def score(
     model: LanguageModel, weights: Any, samples: Samples, compute: Compute | None = None
 ) -> AnswerScores:
     """Grade every answer with teacher forcing. weights: stacked and scaled."""
-    compute = (compute or Compute()).resolve(model.vocab_size)
+    compute = settled(compute, model.vocab_size)
     rows, length = samples.tokens.shape
     graded = samples.graded
     most = int(graded.sum(axis=1).max())

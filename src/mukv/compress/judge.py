@@ -12,6 +12,7 @@ import numpy as np
 from mukv.cache import FULL, Policy
 from mukv.compress.reader import PolicyReader, Read
 from mukv.compress.rows import Rows
+from mukv.core.compute import settled
 from mukv.core.statistics import of_mean, wilson
 from mukv.runs.loaded import Model
 from mukv.show.progress import Bar
@@ -79,7 +80,7 @@ def judge(
 
     Raises BadInput before anything is compiled if a policy does not fit.
     """
-    compute = model.run.train.compute.resolve(model.network.vocab_size)
+    compute = settled(model.run.train.compute, model.network.vocab_size)
     length = rows.tokens.shape[1]
     readers = []
     for policy, budget in policies:

@@ -8,13 +8,15 @@ loss are computed in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 
 from mukv.core.counts import require_counts
 from mukv.core.params import Param, map_params
+
+Platform = Literal["cpu", "gpu", "tpu"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Compute:
     fused: attention without a token x token tensor.
     attention_chunk: queries that the fused core takes at once.
     loss_chunk: tokens per row whose logits exist at once.
+    platform: that the other choices are made for; the one that JAX runs on if None.
     """
 
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -35,13 +38,14 @@ class Compute:
     fused: bool = True
     attention_chunk: int | None = None
     loss_chunk: int | None = None
+    platform: Platform | None = None
 
     def __post_init__(self) -> None:
         require_counts(self, "attention_chunk", "loss_chunk", unit="token")
 
-    def resolve(self, vocab_size: int, platform: str | None = None) -> Compute:
-        """The same with nothing left open."""
-        on_cpu = (platform or jax.default_backend()) == "cpu"
+    def resolve(self, vocab_size: int, platform: Platform) -> Compute:
+        """The same with nothing left open. platform: that of the device, where none is named."""
+        on_cpu = (self.platform or platform) == "cpu"
         dtype = self.dtype or ("float32" if on_cpu else "bfloat16")
         return replace(
             self,
@@ -50,6 +54,7 @@ class Compute:
             unroll=on_cpu if self.unroll is None else self.unroll,
             # At most 32 MiB of float32 logits per row; smaller chunks only cost time.
             loss_chunk=self.loss_chunk or max(128, (1 << 23) // vocab_size),
+            platform=self.platform or platform,
         )
 
     @property
@@ -66,3 +71,12 @@ class Compute:
             return weight.astype(operand) if param.fan_in and param.role != "router" else weight
 
         return map_params(rounded, declared, weights)
+
+
+def settled(compute: Compute | None, vocab_size: int) -> Compute:
+    """Resolve the settings of an entry point, for the platform that JAX runs on if none is named.
+
+    Settings that are resolved already stay as they are.
+    """
+    platform = cast(Platform, jax.default_backend())
+    return (compute or Compute()).resolve(vocab_size, platform)

@@ -32,7 +32,7 @@ def peak_flops(devices: int) -> float:
     for name, peak in PEAK_FLOPS.items():
         if name in kind:
             return peak * devices
-    return _measured() if jax.default_backend() == "cpu" else float("nan")
+    return _measured() if jax.devices()[0].platform == "cpu" else float("nan")
 
 
 def _measured(size: int = 1024, rounds: int = 5) -> float:

@@ -70,10 +70,13 @@ _product.defvjp(_forward, _backward)
 def _turned(x: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch columns rows"]:
     """The transposed matrices. A CPU multiplies row by row: they have to lie in memory as they
     are read, or the product takes up to five times as long."""
+
+    def laid_out(transposed: Array) -> Array:
+        return with_layout_constraint(transposed, Layout(tuple(range(x.ndim))))
+
     transposed = jnp.swapaxes(x, -1, -2)
-    if jax.default_backend() != "cpu":
-        return transposed
-    return with_layout_constraint(transposed, Layout(tuple(range(x.ndim))))
+    # Decided when the program is lowered, for the platform that it is lowered for.
+    return jax.lax.platform_dependent(transposed, cpu=laid_out, default=lambda same: same)
 
 
 @jax.custom_vjp

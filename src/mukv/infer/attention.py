@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Int, Weights
@@ -31,7 +31,7 @@ def attention_weights(
         raise BadInput("MODEL", network.kind, "a model of kind decoder")
     if len(ids) != 1:
         raise BadInput("text", f"{len(ids)} rows", "one text, or its token ids: [token]")
-    found = _captured(network, (compute or Compute()).resolve(network.vocab_size))(weights, ids)
+    found = _captured(network, settled(compute, network.vocab_size))(weights, ids)
     return {layer: np.asarray(each) for layer, each in found.items()}
 
 

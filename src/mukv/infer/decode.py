@@ -19,7 +19,7 @@ import numpy as np
 
 from mukv.cache import FULL, Calibrated, Policy
 from mukv.core.arguments import require_types
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.programs import Programs
 from mukv.core.typing import Array, Float, Int, Weights
@@ -130,7 +130,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | None = None) -> Any:
     """Prepare weights for decoding: scaled, in the compute dtype, one entry per layer."""
-    compute = (compute or Compute()).resolve(model.vocab_size)
+    compute = settled(compute, model.vocab_size)
     declared = model.params()
     return model.unstack(compute.working_copy(declared, model.scaled(weights)))
 
@@ -196,7 +196,7 @@ def generate(
     """
     _check(model, prompts, max_tokens)
     sampling = sampling or Sampling()
-    compute = (compute or Compute()).resolve(model.vocab_size)
+    compute = settled(compute, model.vocab_size)
     sizes = Sizes.plan(len(prompts), max(map(len, prompts)), max_tokens)
     # The seed is an argument of the compiled functions: another seed needs no compilation.
     prefill, block, fold = _functions(model, replace(sampling, seed=0), compute)

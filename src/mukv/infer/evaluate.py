@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float
 from mukv.model.base import LanguageModel
@@ -70,7 +70,7 @@ def evaluate(
 
     Raises BadInput for ids out of range and rows of one token.
     """
-    compute = (compute or Compute()).resolve(model.vocab_size)
+    compute = settled(compute, model.vocab_size)
     if model.context is not None and length > model.context:
         raise BadInput("length", length, f"the model's context is {model.context} tokens")
     if stride is not None and not 1 <= stride <= length:

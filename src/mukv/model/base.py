@@ -18,7 +18,7 @@ from jax.core import Tracer
 from mukv.attention import AnyAttention, Grouped
 from mukv.cache import FULL, Cache, Calibrated, Policy
 from mukv.core.arguments import token_ids
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
@@ -274,7 +274,7 @@ class LanguageModel(Registrable):
         self, weights: Weights, hidden: Residual, compute: Compute | None = None
     ) -> Float[Array, "batch token vocab"]:
         """Float32 scores of the next token."""
-        compute = (compute or Compute()).resolve(self.vocab_size)
+        compute = settled(compute, self.vocab_size)
         if self.readout == "tied":
             hidden = hidden * self.scaling.tied_factor(self.params()["embedding"])
             table = weights["embedding"].T

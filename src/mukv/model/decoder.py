@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from mukv.cache import FULL, Cache, Calibrated, Policy
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int, Tokens, Weights
 from mukv.model.base import ForwardResult, LanguageModel
@@ -60,7 +60,7 @@ class Decoder(LanguageModel):
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
     ) -> ForwardResult:
-        compute = (compute or Compute()).resolve(self.vocab_size)
+        compute = settled(compute, self.vocab_size)
         if position is None:
             position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.embed(weights, tokens, compute)
@@ -76,7 +76,7 @@ class Decoder(LanguageModel):
         policy: Policy = FULL,
         centres: Calibrated | None = None,
     ) -> Cache:
-        dtype = dtype or Compute().resolve(self.vocab_size).type
+        dtype = dtype or settled(None, self.vocab_size).type
         self.stack.check_policy(policy)
         return self.stack.empty_cache(
             batch, length, tail, dtype, policy=policy, centres=centres or {}
@@ -91,7 +91,7 @@ class Decoder(LanguageModel):
         fresh: bool = True,
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
-        compute = (compute or Compute()).resolve(self.vocab_size)
+        compute = settled(compute, self.vocab_size)
         x = self.embed(weights, tokens, compute)
         x, cache = self.stack.prefill(weights["layers"], cache, x, count, fresh, compute)
         return self.last_logits(weights, x, count - 1, compute), cache
@@ -103,7 +103,7 @@ class Decoder(LanguageModel):
         token: Int[Array, " batch"],
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
-        compute = (compute or Compute()).resolve(self.vocab_size)
+        compute = settled(compute, self.vocab_size)
         x = self.embed(weights, token[:, None], compute)
         x, cache = self.stack.step(weights["layers"], cache, x, compute)
         return self.logits(weights, self.normed(weights, x), compute)[:, 0], cache

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import LanguageModel
 
@@ -46,7 +46,7 @@ def summed_loss(
     The logits of a chunk of tokens are made, used and dropped, and made again for the backward
     pass, so that batch x token x vocab numbers never exist together.
     """
-    compute = (compute or Compute()).resolve(model.vocab_size)
+    compute = settled(compute, model.vocab_size)
     result = model.forward(weights, tokens, position, segment, compute)
     hidden, chunk = result.hidden, compute.loss_chunk or tokens.shape[1]
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from mukv.core import params
+from mukv.core.compute import settled
 from mukv.core.mesh import specification
 from mukv.core.names import even
 from mukv.model.counting import cached, entry_bytes, flops_per_token, state_bytes
@@ -25,7 +26,7 @@ def describe(run: Run) -> dict[str, Any]:
     training step takes, `cores_refused` says why no faster one.
     """
     model = run.model
-    compute = run.train.compute.resolve(model.vocab_size)
+    compute = settled(run.train.compute, model.vocab_size)
     layers = []
     grows = Fraction(0)
     for stack in model.stacks:

@@ -19,7 +19,7 @@ from mukv.cache import FULL, Calibrated, Policy
 from mukv.cache.centres import FOLDER, load_centres
 from mukv.cache.clusters import Clusters
 from mukv.core.arguments import require_types, strings, token_ids, whole_numbers
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput, nearest_name
 from mukv.core.mesh import MeshShape, weight_shardings
 from mukv.core.typing import Array, Float, Int
@@ -155,7 +155,7 @@ class Model:
         """Raise BadInput for a cache that takes more memory than is free."""
         if max_tokens < 1:
             return  # refused with all else by `generate`
-        compute = self.run.train.compute.resolve(self.network.vocab_size)
+        compute = settled(self.run.train.compute, self.network.vocab_size)
         sizes = Sizes.plan(len(prompts), max(map(len, prompts), default=1), max_tokens)
         room = sizes.batch, sizes.body, sizes.tail
         taken = cache_bytes(self.network, *room, compute.type, policy)

@@ -81,7 +81,8 @@ class Trainer:
         training = training.effective
         self.model, self.training, self.mesh = model, training, mesh
         self.share = share_of_batch(mesh)
-        self.compute = training.compute.resolve(model.vocab_size)
+        self.platform = mesh.devices.flat[0].platform
+        self.compute = training.compute.resolve(model.vocab_size, self.platform)
         self.declared = model.params()
         self.resolved = model.resolved(training.optimizer.family)
         self.optimizer = training.optimizer.transform(self.declared, self.resolved)
@@ -95,7 +96,7 @@ class Trainer:
     def step(self, state: State, step: int, batch: Batch) -> tuple[State, Metrics]:
         """Do update number `step`, counted from 0; the given state is donated."""
         result = self._compiled_step(state, step, batch)
-        if jax.default_backend() == "cpu" and self.mesh.size > 1:
+        if self.platform == "cpu" and self.mesh.size > 1:
             # Simulated devices share one pool of threads. A second program in flight can occupy the
             # threads that the first needs to finish a collective: a deadlock.
             jax.block_until_ready(result)
@@ -230,7 +231,7 @@ class Trainer:
         everything.
         """
         mesh = self.mesh
-        if jax.default_backend() != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
+        if self.platform != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
             return self._accumulated(weights, batch)
 
         def local(weights: Any, batch: Batch) -> tuple[Losses, Any]:

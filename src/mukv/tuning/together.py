@@ -83,7 +83,7 @@ def _traced(path: str, value: Any) -> bool:
 def free_memory() -> int:
     """Return the bytes that a group may take by default: 90 % of a device's free memory, half of a
     host's."""
-    return int(footprint.free_memory() * (0.5 if jax.default_backend() == "cpu" else 0.9))
+    return int(footprint.free_memory() * (0.5 if jax.devices()[0].platform == "cpu" else 0.9))
 
 
 @dataclass
@@ -129,7 +129,8 @@ class Together:
 
     def _map(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Map a function over the leading axis of all arguments."""
-        if (self.across or ("map" if jax.default_backend() == "cpu" else "vmap")) == "map":
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        if (self.across or ("map" if on_cpu else "vmap")) == "map":
             return lambda *arguments: jax.lax.map(lambda each: function(*each), arguments)
         return jax.vmap(function)
 

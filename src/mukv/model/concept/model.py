@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.cache import FULL, Calibrated, Policy
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, settled
 from mukv.core.linear import project
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.auxiliary import PENALTY, over_layers
@@ -56,7 +56,7 @@ class Concept(Architecture):
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
     ) -> ForwardResult:
-        compute = (compute or Compute()).resolve(self.vocab_size)
+        compute = settled(compute, self.vocab_size)
         outer = self.outer(weights, compute)
         here = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         position = here if position is None else position
@@ -120,7 +120,7 @@ class Concept(Architecture):
         centres: Calibrated | None = None,
     ) -> ConceptCache:
         """As every model's; a policy is for the global layers."""
-        dtype = dtype or Compute().resolve(self.vocab_size).type
+        dtype = dtype or settled(None, self.vocab_size).type
         self.globally.check_policy(policy)
         first = self.globally.first
         own = {layer - first: each for layer, each in (centres or {}).items()}
@@ -142,7 +142,7 @@ class Concept(Architecture):
         fresh: bool = True,
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], ConceptCache]:
-        compute = (compute or Compute()).resolve(self.vocab_size)
+        compute = settled(compute, self.vocab_size)
         outer, state = self.outer(weights, compute), cache.state
         here = jnp.arange(tokens.shape[1])
         place = cache.length[:, None] + here
@@ -176,7 +176,7 @@ class Concept(Architecture):
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], ConceptCache]:
         """As every model's; the global layers work only if a chunk ends in some row."""
-        compute = (compute or Compute()).resolve(self.vocab_size)
+        compute = settled(compute, self.vocab_size)
         outer, state = self.outer(weights, compute), cache.state
         joint = self.joint(outer, weights["decoder"], compute)
         place = cache.encoder.position()[:, None]
