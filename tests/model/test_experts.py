@@ -22,6 +22,7 @@ from mukv.model.counting import flops_per_token
 from mukv.model.experts import Experts
 from mukv.model.feedforward import Gated
 from mukv.model.width import widened
+from mukv.runs import config
 from mukv.scaling.optimizers import OPTIMIZERS
 from tests.laws import matrix
 
@@ -303,3 +304,11 @@ def test_experts_in_pieces_are_the_same(capacity):
     np.testing.assert_allclose(y, alone[0], atol=1e-5)
     for name, value in alone[1].items():
         np.testing.assert_allclose(told[name], value, atol=1e-6)
+
+
+def test_a_mapping_without_a_kind_is_a_gated_mlp():
+    """Configurations from before there were experts, also where a layer has an MLP of its own."""
+    run = config.load("tiny", ["model.plan=[{pattern: [{mlp: {hidden: 8}}, {}]}]"])
+    assert [layer.mlp for layer in run.model.layers] == [Gated(hidden=8), Gated(hidden=384)]
+    with pytest.raises(BadInput, match=r"mlp.*kind: got 'expert'.*experts"):
+        config.load("tiny", ["model.mlp={kind: expert}"])
