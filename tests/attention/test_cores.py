@@ -1,0 +1,144 @@
+"""Law 13: all cores agree, forward and backward, on every combination that each supports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mukv.attention import Entries, Mask
+from mukv.attention.cores import CORES, Chunked, Demand, Part, Plain, Scores, choose
+from mukv.attention.recalled import Dense
+from mukv.core.compute import Compute
+from mukv.core.params import map_params
+from mukv.position import POSITIONS, CoPE
+from tests.laws import matrix
+
+BATCH, KV_HEADS, GROUP, WIDTH, QUERIES = 2, 2, 2, 4, 11
+OLD = 6
+"""Tokens before the queries' own."""
+
+
+def bags(random: np.random.Generator, position: Any) -> tuple[list[Entries], list[Mask], Any]:
+    """Old tokens in a ring or none, those that the queries wrote, and compressed ones; each with
+    its own mask. Positions of the queries come last."""
+    at = np.tile(OLD + np.arange(QUERIES), (BATCH, 1))
+    documents = np.zeros((BATCH, QUERIES), int)
+    if packed := bool(random.integers(2)):
+        cut = random.integers(1, QUERIES)
+        documents[:, cut:], at[:, :cut], at[:, cut:] = 1, np.arange(cut), np.arange(QUERIES - cut)
+    segment = jnp.asarray(documents) if packed else None
+    window = [None, 3, 5][random.integers(3)]
+    found, masks = [], []
+    if not packed and random.integers(3):
+        wraps = not position.sequential and bool(random.integers(2))
+        old = np.roll(np.arange(OLD), 2 if wraps else 0)
+        valid = jnp.asarray(np.tile(old > 1, (BATCH, 1, 1)))
+        place = jnp.asarray(np.tile(old, (BATCH, 1, 1)))
+        if not position.sequential:
+            # Each KV head has entries of its own.
+            place = jnp.stack([place[:, 0], jnp.flip(place[:, 0], axis=-1)], axis=1)
+            valid, wraps = jnp.concatenate([valid, valid[..., ::-1]], axis=1), True
+        found.append(Entries({}, place, valid, ordered=not wraps))
+        masks.append(Mask(window=window))
+    if packed or not position.sequential:
+        every = 3
+        ends = np.arange(QUERIES // every) * every + every - 1
+        if not position.sequential:
+            document = None if segment is None else segment[:, None, ends]
+            found.append(Entries({}, jnp.asarray(at[:, None, ends]), segment=document))
+            masks.append(Mask(segment))
+    new = None if segment is None else segment[:, None]
+    found.append(Entries({}, jnp.asarray(at)[:, None], segment=new))
+    masks.append(Mask(segment, window, aligned=True))
+    return found, masks, jnp.asarray(at)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", POSITIONS)
+def test_cores_agree(name, seed):
+    random = np.random.default_rng((seed, *name.encode()))
+    position = CoPE(positions=4) if name == "cope" else POSITIONS[name]()
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+    entries, masks, at = bags(random, position)
+    declared = position.params(WIDTH, KV_HEADS * GROUP)
+    moving = {
+        "query": draw(BATCH, KV_HEADS, GROUP, QUERIES, WIDTH),
+        "keys": [draw(BATCH, KV_HEADS, one.position.shape[-1], WIDTH) for one in entries],
+        "values": [draw(BATCH, 1, one.position.shape[-1], 3) for one in entries],
+        "weights": map_params(lambda param: 0.5 + 0.1 * draw(*param.shape), declared),
+        "sinks": draw(KV_HEADS, GROUP) if random.integers(2) else None,
+    }
+    softcap = [None, 1.5][random.integers(2)]
+    direction = draw(BATCH, KV_HEADS, GROUP, QUERIES, 3)
+
+    def read(moving: Any, core: Any) -> Any:
+        scores = Scores(
+            moving["query"], at, moving["weights"], moving["sinks"], position, 1.0, softcap
+        )
+        parts = [
+            Part(Dense((key,), value), entries, mask)
+            for key, value, entries, mask in zip(
+                moving["keys"], moving["values"], entries, masks, strict=True
+            )
+        ]
+        out = core.apply((moving["query"],), parts, scores)
+        return jnp.sum(out * direction), out
+
+    def both(core: Any) -> Any:
+        return jax.jit(jax.value_and_grad(lambda moving: read(moving, core), has_aux=True))(moving)
+
+    ordered = all(one.ordered for one in entries)
+    assert Chunked.supports(Demand(QUERIES, position, ordered), Compute()) is None
+    one, two = both(Plain()), both(Chunked(int(random.integers(2, 6))))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), one, two)
+
+
+def test_the_chooser_says_why():
+    fast = choose(Demand(8), Compute())
+    assert (fast.name, fast.refused) == ("fused", {})
+    for demand, compute, words in (
+        (Demand(8), Compute(fused=False), "compute.fused is false"),
+        (Demand(1), Compute(), "one query"),
+        (Demand(8, CoPE(), ordered=False), Compute(), "in the order of their positions"),
+        (Demand(8, shows="a tap captures them"), Compute(), "a tap captures them"),
+    ):
+        chosen = choose(demand, compute)
+        assert (chosen.name, list(chosen.refused)) == ("plain", ["fused"])
+        assert words in chosen.refused["fused"]
+
+
+def test_every_attention_reads_by_the_chosen_core(monkeypatch):
+    """Training, prefill in pieces and single steps take the core that `Attention.core` names."""
+    taken: list[str] = []
+    for name, core in CORES.items():
+
+        def apply(self: Any, *given: Any, name: str = name, inner: Any = core.apply) -> Any:
+            taken.append(name)
+            return inner(self, *given)
+
+        monkeypatch.setattr(core, "apply", apply)
+    for name in matrix.ATTENTIONS:
+        model = matrix.build(name, "rope", "plain")
+        weights, ids = matrix.weights(model), matrix.tokens(1)
+        cache = model.empty_cache(1, 2 * matrix.LENGTH, 4, matrix.EXACT.type)
+        rows, count = model.unstack(weights), jnp.array([matrix.LENGTH])
+
+        def every(weights, rows, cache, ids, model=model, count=count):
+            model.hidden(weights, ids, compute=matrix.EXACT)
+            _, cache = model.prefill(rows, cache, ids, count, compute=matrix.EXACT)
+            _, cache = model.prefill(rows, cache, ids, count, fresh=False, compute=matrix.EXACT)
+            model.step(rows, cache, ids[:, 0], compute=matrix.EXACT)
+
+        taken.clear()
+        jax.eval_shape(every, weights, rows, cache, ids)
+        assert taken == ["fused"] * 6 + ["plain"] * 2
+        attention = model.layers[0].attention
+        assert attention.core(matrix.LENGTH, matrix.EXACT).name == "fused"
+        assert attention.core(1, matrix.EXACT).name == "plain"
