@@ -20,7 +20,7 @@ from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
 from mukv.core.compute import Compute
 from mukv.core.params import Param, abstract
-from mukv.core.table import Registrable
+from mukv.core.table import Component
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 
 Tensors = dict[str, Array]
@@ -137,7 +137,7 @@ class Carried(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Mixer(Registrable):
+class Mixer(Component):
     """The contract; fields are the YAML keys.
 
     A mixer is frozen and knows no weights: it declares them, split into those that write and those

@@ -12,7 +12,7 @@ from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, map_params
-from mukv.core.table import Registrable, Table
+from mukv.core.table import Component, PartTable
 from mukv.core.typing import Array, Bool, Residual, Weights
 from mukv.model.auxiliary import Auxiliary
 from mukv.scaling.parameterization import Scaling
@@ -21,7 +21,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate
 
 
 @dataclass(frozen=True)
-class Feedforward(Registrable):
+class Feedforward(Component):
     """Base class of feed-forward parts, which process each token by itself.
 
     The fields are the YAML keys.
@@ -79,7 +79,7 @@ class Gated(Feedforward):
 
 
 @dataclass(frozen=True)
-class Branching(Registrable):
+class Branching(Component):
     """A branch (attention, MLP) reads the normed stream: x + branch(norm x)."""
 
     def check(self, norm: RMSNorm, scaling: Scaling) -> None:
@@ -125,5 +125,5 @@ class SandwichNorm(Branching):
         return norm.apply(weights[f"{name}_post_norm"], branch)
 
 
-RESIDUALS = Table("residual", Branching, {"pre": PreNorm, "sandwich": SandwichNorm})
+RESIDUALS = PartTable("residual", Branching, {"pre": PreNorm, "sandwich": SandwichNorm})
 AnyResidual = Annotated[Branching, RESIDUALS]

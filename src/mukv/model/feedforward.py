@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-from mukv.core.table import Table
+from mukv.core.table import PartTable
 from mukv.model.block import Feedforward, Gated
 from mukv.model.experts import Experts
 
-FEEDFORWARDS = Table("mlp", Feedforward, {"gated": Gated, "experts": Experts})
+FEEDFORWARDS = PartTable("mlp", Feedforward, {"gated": Gated, "experts": Experts})
 AnyFeedforward = Annotated[Feedforward, FEEDFORWARDS]
 
 __all__ = ["FEEDFORWARDS", "AnyFeedforward", "Experts", "Feedforward", "Gated"]

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mukv.core.errors import LONGEST_VALUE, BadInput, nearest_name
 from mukv.core.names import shortened
-from mukv.core.table import Table, from_outside, path_of
+from mukv.core.table import PartTable, from_outside, path_of
 from mukv.schema.yaml_text import dump_yaml
 
 T = TypeVar("T")
@@ -83,10 +83,10 @@ def options(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def table_of(hint: Any) -> Table[Any] | None:
+def table_of(hint: Any) -> PartTable[Any] | None:
     """The table that an annotation takes its classes from, if it has one."""
     if get_origin(hint) is Annotated:
-        return next((each for each in get_args(hint)[1:] if isinstance(each, Table)), None)
+        return next((each for each in get_args(hint)[1:] if isinstance(each, PartTable)), None)
     if get_origin(hint) in (Union, types.UnionType):
         return next((table for each in get_args(hint) if (table := table_of(each))), None)
     return None
