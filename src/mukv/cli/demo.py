@@ -14,6 +14,7 @@ from typing import Any
 
 from mukv.core.params import count
 from mukv.infer.decode import Sampling
+from mukv.model.block import Gated
 from mukv.runs import config, loaded
 from mukv.runs.config import Run
 from mukv.runs.describe import describe
@@ -78,7 +79,7 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
                 "name": contestant.name,
                 "run": str(folder.path),
                 "parameters": facts["parameters"],
-                "mlp_hidden": run.model.mlp.hidden,
+                "mlp_hidden": hidden_of(run),
                 "cache_bytes_per_token": facts["cache_bytes_per_token"],
                 "bits_per_byte": outcome.validation_bits_per_byte,
                 "decoding_context": CONTEXT,
@@ -110,10 +111,16 @@ def equal_size(preset: str, target: int, overrides: Sequence[str]) -> Run:
     def parameters(hidden: int) -> int:
         return count(sized(hidden).model.params())
 
-    own = config.load(preset).model.mlp.hidden
+    own = hidden_of(config.load(preset))
     per_unit = parameters(own + 1) - parameters(own)
     wanted = own + (target - parameters(own)) / per_unit
     return sized(MLP_MULTIPLE * round(wanted / MLP_MULTIPLE))
+
+
+def hidden_of(run: Run) -> int:
+    """The width of the MLP of a preset, whose MLPs are gated."""
+    assert isinstance(run.model.mlp, Gated)
+    return run.model.mlp.hidden
 
 
 def decoding_speed(run: Run, model: loaded.Model) -> float:

@@ -165,6 +165,7 @@ class Family:
                 {replace(layer.attention, position=first.position) for layer in layers},
                 ({first},),
             ),
+            "mlp.kind": (layers[0].mlp.kind, ("gated",)),
             "plan: mlp": ({layer.mlp for layer in layers}, ({layers[0].mlp},)),
             "plan: position": (self._positions(model), (True,)),
             "norm.stored": (model.norm.stored, (self.norm,)),
@@ -207,6 +208,7 @@ class Family:
         layers = model.layers
         attention, mlp = layers[0].attention, layers[0].mlp
         assert isinstance(attention, Grouped)
+        assert isinstance(mlp, Gated)
         whole = [layer for layer in layers if not layer.window] or layers
         place = whole[0].attention.position
         assert isinstance(place, RoPE)

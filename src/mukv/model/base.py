@@ -29,6 +29,7 @@ from mukv.core.table import Part
 from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.block import AnyResidual, Gated, PreNorm
+from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
 from mukv.scaling.parameterization import Scaling
@@ -73,7 +74,7 @@ class LanguageModel(Part):
     vocab_size: int = 264
     d_model: int = 128
     attention: AnyAttention = field(default_factory=Grouped)
-    mlp: Gated = field(default_factory=Gated)
+    mlp: AnyFeedforward = field(default_factory=Gated)
     norm: RMSNorm = field(default_factory=RMSNorm)
     residual: AnyResidual = field(default_factory=PreNorm)
     embedding_scale: Literal["root_width"] | None = None

@@ -20,7 +20,25 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate
 
 
 @dataclass(frozen=True)
-class Gated:
+class Feedforward(Part):
+    """The contract; fields are the YAML keys. What a layer does with each token by itself."""
+
+    grows: ClassVar[tuple[str, ...]] = ()
+    """Fields that go with the width of the model."""
+    kind_may_be_left_out: ClassVar[bool] = False
+    """Whether a mapping without `kind` is of this class."""
+
+    def params(self, d_model: int) -> dict[str, Any]:
+        """Weights."""
+        raise NotImplementedError
+
+    def apply(self, weights: Weights, x: Residual) -> Residual:
+        """What is added to the residual stream."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Gated(Feedforward):
     """Gated linear unit (Shazeer 2020): down(activation(gate x) * up x).
 
     hidden: inner width
@@ -32,7 +50,7 @@ class Gated:
     activation: Literal["silu", "gelu"] = "silu"
 
     grows: ClassVar[tuple[str, ...]] = ("hidden",)
-    """Fields that go with the width of the model."""
+    kind_may_be_left_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_counts(self, "hidden", most=4 * WIDEST)

@@ -24,7 +24,8 @@ from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.core.tap import capturing
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
-from mukv.model.block import AnyResidual, Gated
+from mukv.model.block import AnyResidual
+from mukv.model.feedforward import AnyFeedforward
 from mukv.model.passes import Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
@@ -40,7 +41,7 @@ class Stack:
 
     d_model: int
     attention: AnyAttention
-    mlp: Gated
+    mlp: AnyFeedforward
     plan: tuple[Stage, ...]
     norm: RMSNorm
     residual: AnyResidual

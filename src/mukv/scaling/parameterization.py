@@ -13,12 +13,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 
-from mukv.core.errors import BadInput
+from mukv.core.errors import BadInput, unknown_name
 from mukv.core.params import LAYER, Param, Role, map_params, named
+from mukv.core.table import Names, imported
 from mukv.core.typing import Array, Number
 from mukv.scaling.stability import (
     FULL,
@@ -30,12 +31,14 @@ from mukv.scaling.stability import (
     learning_rate_powers,
 )
 
-EXPONENTS: Mapping[str, tuple[tuple[float, float], ...]] = {
-    "sp": ((0.0, 0.0), (0.0, 0.5), (0.0, 0.5)),
-    "ntk": ((0.0, 0.0), (0.5, 0.0), (0.5, 0.0)),
-    "mup": ((-0.5, 0.5), (0.0, 0.5), (0.5, 0.5)),
-    "mean_field": ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0)),
-}
+EXPONENTS = Names[tuple[tuple[float, float], ...]](
+    {
+        "sp": ((0.0, 0.0), (0.0, 0.5), (0.0, 0.5)),
+        "ntk": ((0.0, 0.0), (0.5, 0.0), (0.5, 0.0)),
+        "mup": ((-0.5, 0.5), (0.0, 0.5), (0.5, 0.5)),
+        "mean_field": ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0)),
+    }
+)
 """(a, b) of embedding, hidden and readout: multiplier n ** -a, initial deviation n ** -b."""
 
 LEARNING_RATES: Mapping[tuple[Family, str], Mapping[str, tuple[float, float, float]]] = {
@@ -79,6 +82,33 @@ LEARNING_RATES: Mapping[tuple[Family, str], Mapping[str, tuple[float, float, flo
 """Exponents of n in the largest stable learning rates of embedding, hidden and readout, by
 optimizer family and alignment. `stability.py` derives each of them.
 """
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """A row for the table, from outside of the package; its learning rates are derived.
+
+    embedding, hidden, readout: (a, b): multiplier n ** -a, initial deviation n ** -b
+    """
+
+    embedding: tuple[float, float]
+    hidden: tuple[float, float]
+    readout: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        check_start(dict(zip(SCALED, self.row, strict=True)))
+
+    @property
+    def row(self) -> tuple[tuple[float, float], ...]:
+        """(a, b) of embedding, hidden and readout."""
+        return self.embedding, self.hidden, self.readout
+
+
+def add_row(part: Parameterization, name: str) -> None:
+    """Add a row to the table. Raises BadInput for a name in use."""
+    if name == "custom" or EXPONENTS.get(name, part.row) != part.row:
+        raise BadInput("register Parameterization: name", name, "another name: this one is in use")
+    EXPONENTS[name] = part.row
 
 
 @dataclass(frozen=True)
@@ -144,7 +174,7 @@ class Scaling:
     zeros: weights that are initialised to zero
     """
 
-    kind: Literal["sp", "mup", "ntk", "mean_field", "custom"] = "sp"
+    kind: Annotated[str, EXPONENTS] = "sp"
     base: dict[str, int] | None = None
     alignment: Literal["full", "none", "ignored"] | Measured = "full"
     exponents: dict[str, tuple[float, float]] | None = None
@@ -155,6 +185,13 @@ class Scaling:
     zeros: tuple[Literal["query", "readout"], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.kind != "custom" and self.kind not in EXPONENTS:
+            if "." not in self.kind:
+                raise unknown_name("kind", self.kind, (*EXPONENTS, "custom"))
+            part = imported(self.kind, "kind")
+            if not isinstance(part, Parameterization):
+                raise BadInput("kind", self.kind, "the path of a mukv.Parameterization")
+            add_row(part, self.kind)
         if (self.kind == "custom") != (self.exponents is not None):
             raise BadInput(
                 "exponents", self.exponents, "(a, b) of each role for kind custom, else null"
@@ -274,9 +311,10 @@ class Scaling:
     def _learning_rates(self, family: Family) -> dict[str, float]:
         if self.alignment == "ignored":
             return {}
-        if self.kind != "custom" and not isinstance(self.alignment, Measured):
-            cells = LEARNING_RATES[family, self.alignment][self.kind]
-            return dict(zip(SCALED, cells, strict=True))
+        if not isinstance(self.alignment, Measured):
+            cells = LEARNING_RATES[family, self.alignment].get(self.kind)
+            if cells is not None:
+                return dict(zip(SCALED, cells, strict=True))
         if isinstance(self.alignment, Measured):
             hidden, readout = self.alignment.hidden, self.alignment.readout
         else:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from mukv.core.errors import BadInput, nearest_name, shortened
-from mukv.core.table import Table, from_outside, path_of
+from mukv.core.table import Names, Table, from_outside, path_of
 from mukv.schema.yaml_text import dump_yaml
 
 T = TypeVar("T")
@@ -80,6 +80,12 @@ def options(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
+def names_of(hint: Any) -> Names[Any] | None:
+    """The names that an annotation of text takes, if it has a table of them."""
+    found = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return next((each for each in found if type(each) is Names), None)
+
+
 def table_of(hint: Any) -> Table[Any] | None:
     """The table that an annotation takes its classes from, if it has one."""
     if get_origin(hint) is Annotated:
@@ -97,7 +103,8 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 @cache
 def kinds_of(cls: type) -> tuple[str, ...]:
-    return get_args(hints_of(cls)["kind"]) if "kind" in hints_of(cls) else ()
+    hint = hints_of(cls).get("kind")
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def classes_of(hint: Any) -> list[type]:
@@ -113,6 +120,8 @@ def _class_of(hint: Any, mapping: Mapping[Any, Any]) -> type | None:
         if not classes and table is not None and isinstance(kind, str):
             with suppress(BadInput):  # told where the object is built
                 classes = [table.find(kind, "kind")]
+    elif len(classes) > 1:
+        classes = [cls for cls in classes if getattr(cls, "kind_may_be_left_out", False)]
     return classes[0] if len(classes) == 1 else None
 
 
