@@ -17,7 +17,7 @@ from mukv.cache.policy import Policy
 from mukv.core.table import Names
 from mukv.runs import config, parts
 from mukv.runs.folder import RunDirectory
-from mukv.scaling.parameterization import EXPONENTS
+from mukv.scaling.rows import EXPONENTS
 from mukv.schema import reference, schema
 from tests.conftest import MINUSCULE
 

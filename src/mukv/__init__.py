@@ -109,8 +109,8 @@ if TYPE_CHECKING:
     from mukv.scaling.optimizers import Optimizer as Optimizer
     from mukv.scaling.parameterization import Constants as Constants
     from mukv.scaling.parameterization import Measured as Measured
-    from mukv.scaling.parameterization import Parameterization as Parameterization
     from mukv.scaling.parameterization import Scaling as Scaling
+    from mukv.scaling.rows import Parameterization as Parameterization
     from mukv.scaling.schedules import WSD as WSD
     from mukv.scaling.schedules import Cosine as Cosine
     from mukv.scaling.schedules import InverseSqrt as InverseSqrt
@@ -163,7 +163,8 @@ _MODULES = {
     "mukv.runs.loaded": "Model Text load",
     "mukv.scaling.budget": "Budget PowerLaw SquareRoot",
     "mukv.scaling.optimizers": "Adafactor AdamAtan2 AdamW Lion Muon Optimizer SGD",
-    "mukv.scaling.parameterization": "Constants Measured Parameterization Scaling",
+    "mukv.scaling.parameterization": "Constants Measured Scaling",
+    "mukv.scaling.rows": "Parameterization",
     "mukv.scaling.schedules": "Cosine InverseSqrt Linear Power Schedule WSD",
     "mukv.scaling.stability": "Alignment",
     "mukv.tasks": (

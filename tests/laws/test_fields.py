@@ -16,7 +16,7 @@ import pytest
 
 from mukv.core.errors import BadInput
 from mukv.core.params import named
-from mukv.core.table import Table
+from mukv.core.table import PartTable
 from mukv.data.build import build_tokens
 from mukv.runs import config, describe
 from mukv.runs.config import Run
@@ -294,7 +294,7 @@ def inside(hint: Any) -> list[type]:
     """The dataclasses in an annotation."""
     if isinstance(hint, type) and is_dataclass(hint):
         return [hint]
-    if isinstance(hint, Table):
+    if isinstance(hint, PartTable):
         return list(hint.values())
     if get_origin(hint) is Annotated:
         return [cls for part in hint.__metadata__ for cls in inside(part)]

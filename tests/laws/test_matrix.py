@@ -18,7 +18,8 @@ from mukv.position import POSITIONS
 from mukv.position.rope_scaling import SCALINGS
 from mukv.scaling.budget import BUDGETS
 from mukv.scaling.optimizers import OPTIMIZERS
-from mukv.scaling.parameterization import EXPONENTS, Scaling
+from mukv.scaling.parameterization import Scaling
+from mukv.scaling.rows import EXPONENTS
 from mukv.scaling.schedules import SCHEDULES
 from mukv.tasks import TASK_KINDS
 from tests.laws import matrix, test_fields

@@ -11,9 +11,9 @@ from mukv.attention.mask import Mask
 from mukv.attention.recalled import Query, Recalled
 from mukv.attention.shared_kv import SharedKV
 from mukv.attention.tensor_product import TensorProduct
-from mukv.core.table import Table
+from mukv.core.table import PartTable
 
-ATTENTIONS = Table(
+ATTENTIONS = PartTable(
     "attention",
     Attention,
     {

@@ -25,7 +25,7 @@ from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.params import Param, abstract
-from mukv.core.table import Part
+from mukv.core.table import Component
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 from mukv.position import AnyPosition, NoPE
 
@@ -33,7 +33,7 @@ Queries = Float[Array, "batch kv_heads group query query_dim"]
 
 
 @dataclass(frozen=True)
-class Attention(Part):
+class Attention(Component):
     """The contract; fields are the YAML keys.
 
     A variant is frozen and knows no weights: it declares them, split into those that write and

@@ -30,10 +30,10 @@ from mukv.cache.sparq import SparQ
 from mukv.cache.store import Exact, Store
 from mukv.cache.values import TopK, TopP
 from mukv.core.errors import BadInput, unknown_name
-from mukv.core.table import Table, imported
+from mukv.core.table import PartTable, imported
 from mukv.core.typing import Array
 
-KEEPERS = Table(
+KEEPERS = PartTable(
     "keep",
     Keep,
     {
@@ -49,8 +49,8 @@ KEEPERS = Table(
     },
     kinds=False,
 )
-STORES = Table("store", Store, {"exact": Exact, "int8": Int8, "int4": Int4}, kinds=False)
-SELECTORS = Table(
+STORES = PartTable("store", Store, {"exact": Exact, "int8": Int8, "int4": Int4}, kinds=False)
+SELECTORS = PartTable(
     "select",
     Select,
     {

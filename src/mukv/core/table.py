@@ -19,7 +19,7 @@ T = TypeVar("T")
 OURS = __name__.partition(".")[0]
 
 
-class Part:
+class Component:
     """Base of the base classes of a table whose classes have a field `kind: Literal["name"]`."""
 
     kind: Any
@@ -34,7 +34,7 @@ class Names(dict[str, T], Generic[T]):
         return self is other
 
 
-class Table(Names[type[T]], Generic[T]):
+class PartTable(Names[type[T]], Generic[T]):
     """Classes of one part, by the name that YAML gives them.
 
     part: what the classes are, such as "attention"
@@ -125,7 +125,7 @@ def path_of(part: Any) -> str:
 
 def from_outside(cls: type) -> bool:
     """Whether a class is a part that another package has."""
-    return issubclass(cls, Part) and cls.__module__.partition(".")[0] != OURS
+    return issubclass(cls, Component) and cls.__module__.partition(".")[0] != OURS
 
 
 def imported(path: str, where: str) -> Any:

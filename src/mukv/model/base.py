@@ -25,7 +25,7 @@ from mukv.core.linear import project
 from mukv.core.mesh import constrain
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, initialise
-from mukv.core.table import Part
+from mukv.core.table import Component
 from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.block import AnyResidual, Gated, PreNorm
@@ -58,7 +58,7 @@ class ForwardResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LanguageModel(Part):
+class LanguageModel(Component):
     """The contract; fields are the YAML keys.
 
     d_model: width of the residual stream. norm: the norm of every layer and after the last one.

@@ -12,7 +12,7 @@ from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, map_params
-from mukv.core.table import Part, Table
+from mukv.core.table import Component, PartTable
 from mukv.core.typing import Residual, Weights
 from mukv.scaling.parameterization import Scaling
 
@@ -20,7 +20,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate
 
 
 @dataclass(frozen=True)
-class Feedforward(Part):
+class Feedforward(Component):
     """The contract; fields are the YAML keys. What a layer does with each token by itself."""
 
     grows: ClassVar[tuple[str, ...]] = ()
@@ -68,7 +68,7 @@ class Gated(Feedforward):
 
 
 @dataclass(frozen=True)
-class Branching(Part):
+class Branching(Component):
     """A branch (attention, MLP) reads the normed stream: x + branch(norm x)."""
 
     def check(self, norm: RMSNorm, scaling: Scaling) -> None:
@@ -114,5 +114,5 @@ class SandwichNorm(Branching):
         return norm.apply(weights[f"{name}_post_norm"], branch)
 
 
-RESIDUALS = Table("residual", Branching, {"pre": PreNorm, "sandwich": SandwichNorm})
+RESIDUALS = PartTable("residual", Branching, {"pre": PreNorm, "sandwich": SandwichNorm})
 AnyResidual = Annotated[Branching, RESIDUALS]

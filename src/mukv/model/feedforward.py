@@ -2,10 +2,10 @@
 
 from typing import Annotated
 
-from mukv.core.table import Table
+from mukv.core.table import PartTable
 from mukv.model.block import Feedforward, Gated
 
-FEEDFORWARDS = Table("mlp", Feedforward, {"gated": Gated})
+FEEDFORWARDS = PartTable("mlp", Feedforward, {"gated": Gated})
 AnyFeedforward = Annotated[Feedforward, FEEDFORWARDS]
 
 __all__ = ["FEEDFORWARDS", "AnyFeedforward", "Feedforward", "Gated"]

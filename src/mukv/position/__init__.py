@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from mukv.core.table import Table
+from mukv.core.table import PartTable
 from mukv.position.alibi import ALiBi
 from mukv.position.base import Pairs, Position
 from mukv.position.cope import CoPE
@@ -12,7 +12,7 @@ from mukv.position.nope import LogLength, NoPE, StepLength
 from mukv.position.rope import RoPE
 from mukv.position.rope_scaling import NTK, LinearScaling, Llama3, Slower, YaRN
 
-POSITIONS = Table(
+POSITIONS = PartTable(
     "position",
     Position,
     {

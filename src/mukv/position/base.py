@@ -12,7 +12,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from mukv.core.params import Param
-from mukv.core.table import Part
+from mukv.core.table import Component
 from mukv.core.typing import Array, Bool, Float, Int, Weights
 
 
@@ -48,7 +48,7 @@ Logits = Float[Array, "batch kv_heads group query key"]
 
 
 @dataclass(frozen=True)
-class Position(Part):
+class Position(Component):
     """Base class of position encodings. Its own methods leave their inputs unchanged."""
 
     @property

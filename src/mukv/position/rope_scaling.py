@@ -16,11 +16,11 @@ from typing import Annotated, Literal
 import numpy as np
 
 from mukv.core.errors import BadInput
-from mukv.core.table import Part, Table
+from mukv.core.table import Component, PartTable
 
 
 @dataclass(frozen=True)
-class Slower(Part):
+class Slower(Component):
     """Base class of the scalings.
 
     factor: length of the new context divided by that of training
@@ -168,7 +168,7 @@ class YaRN(Slower):
         return frequency / self.factor * (1 - kept) + frequency * kept
 
 
-SCALINGS = Table(
+SCALINGS = PartTable(
     "RoPE scaling", Slower, {"linear": LinearScaling, "ntk": NTK, "llama3": Llama3, "yarn": YaRN}
 )
 AnyScaling = Annotated[Slower, SCALINGS]

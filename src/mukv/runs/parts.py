@@ -9,7 +9,7 @@ from typing import Any, overload
 from mukv.attention import ATTENTIONS
 from mukv.cache.policy import KEEPERS, SELECTORS, SPREADS, STORES
 from mukv.core.errors import BadInput
-from mukv.core.table import Table, check_name, path_of
+from mukv.core.table import PartTable, check_name, path_of
 from mukv.data.sources import FORMATS, SOURCES
 from mukv.hub import FAMILIES
 from mukv.hub.family import Family
@@ -21,12 +21,12 @@ from mukv.position import POSITIONS
 from mukv.position.rope_scaling import SCALINGS
 from mukv.scaling.budget import BUDGETS
 from mukv.scaling.optimizers import OPTIMIZERS
-from mukv.scaling.parameterization import Parameterization, add_row
+from mukv.scaling.rows import Parameterization, add_row
 from mukv.scaling.schedules import SCHEDULES
 from mukv.tasks import TASK_KINDS, TASKS
 from mukv.train.metrics import TRACKERS
 
-TABLES: tuple[Table[Any], ...] = (
+TABLES: tuple[PartTable[Any], ...] = (
     *(ATTENTIONS, POSITIONS, SCALINGS, FEEDFORWARDS, RESIDUALS, MODELS),
     *(CHUNKERS, POOLS, INJECTIONS, SCHEDULES, OPTIMIZERS, BUDGETS, TASK_KINDS),
     *(KEEPERS, STORES, SELECTORS),

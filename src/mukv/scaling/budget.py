@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 from mukv.core.errors import BadInput
-from mukv.core.table import Part, Table
+from mukv.core.table import Component, PartTable
 
 
 class Change(NamedTuple):
@@ -30,7 +30,7 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Budget(Part):
+class Budget(Component):
     """Base class of the rules.
 
     batch: tokens per step of the run that the hyperparameters were tuned for
@@ -77,5 +77,5 @@ class PowerLaw(Budget):
         return Change(rate=batch / self.batch * (tokens / self.tokens) ** self.exponent)
 
 
-BUDGETS = Table("budget rule", Budget, {"sde": SquareRoot, "power": PowerLaw})
+BUDGETS = PartTable("budget rule", Budget, {"sde": SquareRoot, "power": PowerLaw})
 AnyBudget = Annotated[Budget, BUDGETS]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mukv.core.table import Table
+from mukv.core.table import PartTable
 from mukv.scaling.adafactor import Adafactor
 from mukv.scaling.muon import Muon
 from mukv.scaling.stability import Family
@@ -114,7 +114,7 @@ class SGD(Optimizer):
         return optax.trace(self.momentum)
 
 
-OPTIMIZERS = Table(
+OPTIMIZERS = PartTable(
     "optimizer",
     Optimizer,
     {

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mukv.core.counts import INT32, require_counts
 from mukv.core.errors import BadInput
-from mukv.core.table import Part, Table
+from mukv.core.table import Component, PartTable
 from mukv.core.typing import Array, Float, Int
 
 Rate = Float[Array, ""]
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schedule(Part):
+class Schedule(Component):
     """Base class of the schedules.
 
     warmup: steps of a linear rise from zero
@@ -213,7 +213,7 @@ class Power(Prolongable):
         return jnp.minimum(plan.peak, batch * self.amplitude * seen**self.exponent)
 
 
-SCHEDULES = Table(
+SCHEDULES = PartTable(
     "schedule",
     Schedule,
     {

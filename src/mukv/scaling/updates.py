@@ -12,7 +12,7 @@ import optax
 
 from mukv.core.errors import BadInput
 from mukv.core.params import LAYER, Param, map_params
-from mukv.core.table import Part
+from mukv.core.table import Component
 from mukv.core.typing import Array, Number
 from mukv.scaling.budget import Change
 from mukv.scaling.stability import Family
@@ -21,7 +21,7 @@ AVERAGES = ("beta1", "beta2", "momentum")
 
 
 @dataclass(frozen=True)
-class Optimizer(Part):
+class Optimizer(Component):
     """Base class of the optimizers, with weight decay.
 
     weight_decay: fraction of a weight, times the schedule's learning rate, that each step

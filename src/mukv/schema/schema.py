@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from mukv.core.errors import BadInput, nearest_name, shortened
-from mukv.core.table import Names, Table, from_outside, path_of
+from mukv.core.table import Names, PartTable, from_outside, path_of
 from mukv.schema.yaml_text import dump_yaml
 
 T = TypeVar("T")
@@ -86,10 +86,10 @@ def names_of(hint: Any) -> Names[Any] | None:
     return next((each for each in found if type(each) is Names), None)
 
 
-def table_of(hint: Any) -> Table[Any] | None:
+def table_of(hint: Any) -> PartTable[Any] | None:
     """The table that an annotation takes its classes from, if it has one."""
     if get_origin(hint) is Annotated:
-        return next((each for each in get_args(hint)[1:] if isinstance(each, Table)), None)
+        return next((each for each in get_args(hint)[1:] if isinstance(each, PartTable)), None)
     if get_origin(hint) in (Union, types.UnionType):
         return next((table for each in get_args(hint) if (table := table_of(each))), None)
     return None

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from mukv.core.table import Table
+from mukv.core.table import PartTable
 from mukv.tasks.base import SPLITS, Samples, Split, Task
 from mukv.tasks.copying import IndirectIndexing, SelectiveCopy
 from mukv.tasks.draws import Draws
@@ -13,7 +13,7 @@ from mukv.tasks.recall import FuzzyRecall, Mqar, NoisyRecall
 from mukv.tasks.states import Counting, FlipFlop
 from mukv.tasks.tracking import VariableTracking
 
-TASK_KINDS = Table(
+TASK_KINDS = PartTable(
     "task",
     Task,
     {

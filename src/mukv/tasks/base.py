@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mukv.core.errors import BadInput, unknown_name
-from mukv.core.table import Part
+from mukv.core.table import Component
 from mukv.tasks.draws import Draws
 from mukv.tasks.words import FILLER, SALTS, Vocabulary
 
@@ -96,7 +96,7 @@ class Samples(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task(Part, ABC):
+class Task(Component, ABC):
     """Base class of the tasks.
 
     facts: number of facts to remember; each family says of what kind

@@ -18,7 +18,7 @@ from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.params import Param
-from mukv.core.table import Part, Table
+from mukv.core.table import Component, PartTable
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Tokens, Weights
 
 HUGE = 1 << 29
@@ -33,7 +33,7 @@ class Wish(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chunker(Part):
+class Chunker(Component):
     """The contract; fields are the YAML keys. room: tokens for which there is one concept. span:
     tokens of a chunk, from its end backwards, that a concept is made of."""
 
@@ -261,5 +261,7 @@ def paced(
     return jnp.minimum(start[:, None] + steps, limits)
 
 
-CHUNKERS = Table("chunker", Chunker, {"fixed": Fixed, "delimiter": Delimiter, "learned": Learned})
+CHUNKERS = PartTable(
+    "chunker", Chunker, {"fixed": Fixed, "delimiter": Delimiter, "learned": Learned}
+)
 AnyChunker = Annotated[Chunker, CHUNKERS]

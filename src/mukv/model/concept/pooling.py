@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.params import Param
-from mukv.core.table import Part, Table
+from mukv.core.table import Component, PartTable
 from mukv.core.typing import Array, Bool, Float, Weights
 
 Window = Float[Array, "batch concept span embed"]
@@ -24,7 +24,7 @@ Present = Bool[Array, "batch concept span"]
 
 
 @dataclass(frozen=True)
-class Pool(Part):
+class Pool(Component):
     """The contract."""
 
     def reach(self, span: int) -> int:
@@ -131,7 +131,7 @@ def _root(present: Present, dtype: Any) -> Float[Array, "batch concept 1"]:
     return jax.lax.rsqrt(count.astype(jnp.float32))[..., None].astype(dtype)
 
 
-POOLS = Table(
+POOLS = PartTable(
     "reduction",
     Pool,
     {

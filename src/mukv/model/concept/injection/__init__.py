@@ -2,13 +2,13 @@
 
 from typing import Annotated
 
-from mukv.core.table import Table
+from mukv.core.table import PartTable
 from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInputs, Joint, Lasting
 from mukv.model.concept.injection.cross import Cross
 from mukv.model.concept.injection.prefix import Prefix
 from mukv.model.concept.injection.residual import Residually
 
-INJECTIONS = Table(
+INJECTIONS = PartTable(
     "injection",
     Injection,
     {
