@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from mukv.core.mesh import MeshShape as MeshShape
     from mukv.core.norm import RMSNorm as RMSNorm
     from mukv.core.params import Param as Param
+    from mukv.hub.family import Family as Family
     from mukv.infer.decode import Sampling as Sampling
     from mukv.model import Concept as Concept
     from mukv.model import Decoder as Decoder
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from mukv.model import Layer as Layer
     from mukv.model import Stage as Stage
     from mukv.model.block import Branching as Branching
+    from mukv.model.block import Feedforward as Feedforward
     from mukv.model.block import Gated as Gated
     from mukv.model.block import PreNorm as PreNorm
     from mukv.model.block import SandwichNorm as SandwichNorm
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from mukv.runs.loaded import Model as Model
     from mukv.runs.loaded import Text as Text
     from mukv.runs.loaded import load as load
+    from mukv.runs.parts import register as register
     from mukv.scaling.budget import Budget as Budget
     from mukv.scaling.budget import PowerLaw as PowerLaw
     from mukv.scaling.budget import SquareRoot as SquareRoot
@@ -107,6 +110,7 @@ if TYPE_CHECKING:
     from mukv.scaling.parameterization import Constants as Constants
     from mukv.scaling.parameterization import Measured as Measured
     from mukv.scaling.parameterization import Scaling as Scaling
+    from mukv.scaling.rows import Parameterization as Parameterization
     from mukv.scaling.schedules import WSD as WSD
     from mukv.scaling.schedules import Cosine as Cosine
     from mukv.scaling.schedules import InverseSqrt as InverseSqrt
@@ -144,7 +148,7 @@ _MODULES = {
     "mukv.core.params": "Param",
     "mukv.infer.decode": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
-    "mukv.model.block": "Branching Gated PreNorm SandwichNorm",
+    "mukv.model.block": "Branching Feedforward Gated PreNorm SandwichNorm",
     "mukv.model.concept": (
         "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "
         "Pool Prefix Residually SelectPool Sum Weighted"
@@ -154,10 +158,13 @@ _MODULES = {
         "Slower StepLength YaRN"
     ),
     "mukv.runs.config": "Data Run",
+    "mukv.hub.family": "Family",
+    "mukv.runs.parts": "register",
     "mukv.runs.loaded": "Model Text load",
     "mukv.scaling.budget": "Budget PowerLaw SquareRoot",
     "mukv.scaling.optimizers": "Adafactor AdamAtan2 AdamW Lion Muon Optimizer SGD",
     "mukv.scaling.parameterization": "Constants Measured Scaling",
+    "mukv.scaling.rows": "Parameterization",
     "mukv.scaling.schedules": "Cosine InverseSqrt Linear Power Schedule WSD",
     "mukv.scaling.stability": "Alignment",
     "mukv.tasks": (

@@ -15,7 +15,8 @@ from mukv.core.errors import BadInput
 from mukv.core.params import named
 from mukv.model.width import widened
 from mukv.scaling.optimizers import OPTIMIZERS, AdamAtan2, AdamW, Muon
-from mukv.scaling.parameterization import EXPONENTS, LEARNING_RATES, Constants, Scaling, widths
+from mukv.scaling.parameterization import Constants, Scaling, widths
+from mukv.scaling.rows import EXPONENTS, LEARNING_RATES
 from tests.laws import matrix
 from tests.laws.matrix import D_MODEL, SAMPLE, SAMPLE_CONCEPTS
 from tests.pairs import pairs, params

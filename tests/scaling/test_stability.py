@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mukv.core.errors import BadInput
-from mukv.scaling.parameterization import EXPONENTS, LEARNING_RATES
+from mukv.scaling.rows import EXPONENTS, LEARNING_RATES
 from mukv.scaling.stability import (
     FULL,
     NONE,

@@ -95,7 +95,7 @@ def test_entries_of_a_list(path):
     ("root", "path", "near"),
     [
         (Outer, "part.sise", "part.size"),
-        (Outer, "parts.0.lst", "parts.last"),
+        (Outer, "parts.0.lst", "parts.N.last"),
         (Run, "train.optimiser", "train.optimizer"),
         (Run, "model.window", "model.plan.N.pattern.N.window"),
         (Run, "0", None),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mukv.core.errors import BadInput
 from mukv.core.statistics import wilson
 from mukv.tasks import AnyTask, Draws, Samples
 from mukv.tasks.solvers import SOLVERS
@@ -21,7 +22,10 @@ def same(one: str, other: str) -> bool:
 
 def solved(task: AnyTask, samples: Samples) -> np.ndarray:
     """Whether the task's independent solver answers correctly from the text, bool [answer]."""
-    solve = SOLVERS[task.kind]
+    solve = SOLVERS.get(task.kind) or getattr(task, "solve", None)
+    if solve is None:
+        allowed = "a task with a method solve(text), which answers the questions of a text"
+        raise BadInput("--tasks", task.kind, allowed)
     right: list[bool] = []
     for row in range(len(samples.tokens)):
         text, answers = task.questions(samples, row)

@@ -31,28 +31,39 @@ from mukv.cache.sparq import SparQ
 from mukv.cache.store import Exact, Store
 from mukv.cache.values import TopK, TopP
 from mukv.core.errors import BadInput, unknown_name
+from mukv.core.table import PartTable, imported
 from mukv.core.typing import Array
 
-KEEPERS: dict[str, type[Keep]] = {
-    "full": Everything,
-    "streaming": Streaming,
-    "snapkv": SnapKV,
-    "h2o": H2O,
-    "tova": TOVA,
-    "knorm": KeyNorm,
-    "keydiff": KeyDiff,
-    "expected": Expected,
-    "random": Random,
-}
-STORES: dict[str, type[Store]] = {"exact": Exact, "int8": Int8, "int4": Int4}
-SELECTORS: dict[str, type[Select]] = {
-    "all": All,
-    "topk": TopK,
-    "topp": TopP,
-    "sparq": SparQ,
-    "pages": Pages,
-    "clusters": Clusters,
-}
+KEEPERS = PartTable(
+    "keep",
+    Keep,
+    {
+        "full": Everything,
+        "streaming": Streaming,
+        "snapkv": SnapKV,
+        "h2o": H2O,
+        "tova": TOVA,
+        "knorm": KeyNorm,
+        "keydiff": KeyDiff,
+        "expected": Expected,
+        "random": Random,
+    },
+    kinds=False,
+)
+STORES = PartTable("store", Store, {"exact": Exact, "int8": Int8, "int4": Int4}, kinds=False)
+SELECTORS = PartTable(
+    "select",
+    Select,
+    {
+        "all": All,
+        "topk": TopK,
+        "topp": TopP,
+        "sparq": SparQ,
+        "pages": Pages,
+        "clusters": Clusters,
+    },
+    kinds=False,
+)
 SPREADS: dict[str, Spread] = {"uniform": "uniform", "pyramid": "pyramid", "adaptive": "adaptive"}
 Calibrated = Mapping[int, Mapping[str, Array]]
 """A model's calibrated centres: arrays of each writing layer, by its index."""
@@ -83,6 +94,7 @@ class Policy:
         answers: dict[str, Any] = {}
         for word in text.split("+"):
             name, _, own = word.strip().partition(":")
+            name = _imported(name, where)
             amount = CacheBudget(_number(own, where, word) if own else budget)
             if name in KEEPERS:
                 question, answer = "keep", KEEPERS[name](amount)
@@ -93,7 +105,7 @@ class Policy:
             elif name in SPREADS:
                 question, answer = "spread", SPREADS[name]
             else:
-                raise unknown_name(where, name, NAMES)
+                raise unknown_name(where, name, (*KEEPERS, *STORES, *SELECTORS, *SPREADS))
             if own and not hasattr(answer, "budget"):
                 raise BadInput(where, word, f"{name} has no budget")
             if question in answers:
@@ -215,6 +227,22 @@ class Policy:
 
 
 FULL = Policy()
+
+
+def _imported(name: str, where: str) -> str:
+    """The name in a table of a part of another package, which may be given as its dotted path.
+
+    Raises BadInput for a path that can't be imported, and for a class that is no part of a policy.
+    """
+    tables = (KEEPERS, STORES, SELECTORS)
+    if "." not in name or any(name in table for table in tables):
+        return name
+    cls = imported(name, where)
+    for table in tables:
+        if isinstance(cls, type) and issubclass(cls, table.base):
+            cls = table.find(name, where)
+            return next(known for known, other in table.items() if other is cls)
+    raise BadInput(where, name, "a class that extends mukv.Keep, mukv.Store or mukv.Select")
 
 
 def _too_small(policy: Policy, budget: CacheBudget, entries: int, of: int, least: int) -> BadInput:

@@ -7,6 +7,7 @@ the modules here; it imports what it needs when it runs, so that a wrong one is 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -60,6 +61,8 @@ def main() -> NoReturn:
     try:
         launch.restart_with_allocator()
         _require_text(sys.argv[1:])
+        if not sys.flags.safe_path and "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # parts that YAML names by their dotted path
         with beat:
             code = app(prog_name="mukv", standalone_mode=False)
         ending.flush()

@@ -79,7 +79,7 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
                 "name": contestant.name,
                 "run": str(folder.path),
                 "parameters": facts["parameters"],
-                "mlp_hidden": _inner_width(run),
+                "mlp_hidden": hidden_of(run),
                 "cache_bytes_per_token": facts["cache_bytes_per_token"],
                 "bits_per_byte": outcome.validation_bits_per_byte,
                 "decoding_context": CONTEXT,
@@ -112,10 +112,16 @@ def equal_size(preset: str, target: int, overrides: Sequence[str]) -> Run:
     def parameters(hidden: int) -> int:
         return count(sized(hidden).model.params())
 
-    own = _inner_width(config.load(preset))
+    own = hidden_of(config.load(preset))
     per_unit = parameters(own + 1) - parameters(own)
     wanted = own + (target - parameters(own)) / per_unit
     return sized(MLP_MULTIPLE * round(wanted / MLP_MULTIPLE))
+
+
+def hidden_of(run: Run) -> int:
+    """The width of the MLP of a preset, whose MLPs are gated."""
+    assert isinstance(run.model.mlp, Gated)
+    return run.model.mlp.hidden
 
 
 def decoding_speed(run: Run, model: loaded.Model) -> float:
@@ -168,9 +174,3 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.grid(alpha=0.3, zorder=0)
             axes.set(xlabel="cache bytes per token", ylabel=label, title=title)
         legend(figure, left, "one run each (one seed)")
-
-
-def _inner_width(run: Run) -> int:
-    """Return the inner width of the MLP, which all models of the demonstration have."""
-    assert isinstance(run.model.mlp, Gated)
-    return run.model.mlp.hidden

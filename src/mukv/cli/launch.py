@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from mukv.core.errors import BadInput, Failed
@@ -20,15 +21,47 @@ ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_th
 a CPU (benchmarks/train_step.py measures with it)."""
 
 
-def restart_with_allocator() -> None:
-    """Start this command again with glibc told how to allocate, which it reads only at birth.
+HEAVY = frozenset(
+    {"demo", "train", "eval", "generate", "chat", "sweep", "transfer", "compress", "bench"}
+)
+"""Commands that train or decode, so that allocation counts."""
+ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd", "vfio/[0-9]*")
+"""Devices of GPUs and TPUs in /dev."""
 
-    Leaves alone what is not Linux, and a GLIBC_TUNABLES that is already set, if only to nothing.
+
+def restart_with_allocator() -> None:
+    """Start this command again with settings for the allocator of glibc, where that helps.
+
+    glibc reads GLIBC_TUNABLES only when a process starts, so that a running command can't change
+    it: hence the second start, which costs some 30 ms before anything heavy is imported. It is left
+    out where it has no effect (another C library, a command that neither trains nor decodes, an
+    accelerator, whose memory glibc does not allocate) and where GLIBC_TUNABLES is set, if only to
+    the empty text.
     """
-    if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
-        return
-    os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-    os.execv(sys.executable, [sys.executable, "-m", "mukv", *sys.argv[1:]])
+    if allocator_helps(sys.argv[1:]):
+        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
+        os.execv(sys.executable, [sys.executable, "-m", "mukv", *sys.argv[1:]])
+
+
+def allocator_helps(words: Sequence[str]) -> bool:
+    """Whether the allocator's settings are not made yet and make this command line faster."""
+    command = next((word for word in words if not word.startswith("-")), None)
+    if command not in HEAVY or {"-h", "--help"} & set(words) or "GLIBC_TUNABLES" in os.environ:
+        return False
+    return has_glibc() and not has_accelerator()
+
+
+def has_glibc() -> bool:
+    """Whether the C library is that of GNU, which only Linux has here."""
+    return sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
+
+
+def has_accelerator(devices: Path = Path("/dev")) -> bool:
+    """Whether JAX may find a GPU or TPU, told without the seconds that importing JAX takes."""
+    chosen = os.environ.get("JAX_PLATFORMS")
+    if chosen:
+        return chosen != "cpu"
+    return any(next(devices.glob(name), None) is not None for name in ACCELERATORS)
 
 
 def prepare(

@@ -25,7 +25,16 @@ class Component:
     kind: Any
 
 
-class PartTable(dict[str, type[T]], Generic[T]):
+class Names(dict[str, T], Generic[T]):
+    """Rows by the names that a field `Annotated[str, NAMES]` takes."""
+
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class PartTable(Names[type[T]], Generic[T]):
     """Classes of one part, by the name that YAML gives them.
 
     part: what the classes are, such as "attention"
@@ -38,11 +47,6 @@ class PartTable(dict[str, type[T]], Generic[T]):
     ) -> None:
         super().__init__(classes)
         self.part, self.base, self.kinds = part, base, kinds
-
-    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     def add(self, cls: Any, name: str | None = None) -> None:
         """Add a class from outside; it replaces one of the same path (a module that was reloaded).

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mukv.core.errors import BadInput, nearest_name, unknown_name
+from mukv.core.table import imported
 from mukv.storage.files import require_regular_file
 
 TESTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
@@ -36,6 +37,8 @@ def open_source(source: str, field: str) -> Source:
     kind, _, name = source.partition(":")
     if kind in SOURCES:
         return SOURCES[kind](name, field)
+    if name and "." in kind and not os.path.lexists(source):
+        return imported(kind, "SOURCE")(name, field)
     return _path(source, field)
 
 

@@ -13,13 +13,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 
-from mukv.core.errors import BadInput
+from mukv.core.errors import BadInput, unknown_name
 from mukv.core.params import LAYER, Param, Role, map_params, named
+from mukv.core.table import imported
 from mukv.core.typing import Array, Number
+from mukv.scaling.rows import EXPONENTS, LEARNING_RATES, Parameterization, add_row
 from mukv.scaling.stability import (
     FULL,
     NONE,
@@ -31,55 +33,6 @@ from mukv.scaling.stability import (
     learning_rate_powers,
     router_power,
 )
-
-EXPONENTS: Mapping[str, tuple[tuple[float, float], ...]] = {
-    "sp": ((0.0, 0.0), (0.0, 0.5), (0.0, 0.5)),
-    "ntk": ((0.0, 0.0), (0.5, 0.0), (0.5, 0.0)),
-    "mup": ((-0.5, 0.5), (0.0, 0.5), (0.5, 0.5)),
-    "mean_field": ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0)),
-}
-"""(a, b) of embedding, hidden and readout: multiplier n ** -a, initial deviation n ** -b."""
-
-LEARNING_RATES: Mapping[tuple[Family, str], Mapping[str, tuple[float, float, float]]] = {
-    ("sgd", "full"): {
-        "sp": (0.5, -0.5, -1.0),
-        "ntk": (0.5, 0.5, 0.0),
-        "mup": (0.0, 0.0, 0.0),
-        "mean_field": (1.0, 1.0, 1.0),
-    },
-    ("sgd", "none"): {
-        "sp": (0.5, 0.0, -0.5),
-        "ntk": (0.5, 1.0, 0.5),
-        "mup": (0.0, 0.5, 0.0),
-        "mean_field": (1.0, 1.5, 1.0),
-    },
-    ("adam", "full"): {
-        "sp": (0.0, -1.0, -1.0),
-        "ntk": (0.0, -0.5, -0.5),
-        "mup": (-0.5, -1.0, -0.5),
-        "mean_field": (0.0, -0.5, 0.0),
-    },
-    ("adam", "none"): {
-        "sp": (0.0, -0.5, -0.5),
-        "ntk": (0.0, 0.0, 0.0),
-        "mup": (-0.5, -0.5, 0.0),
-        "mean_field": (0.0, 0.0, 0.5),
-    },
-    ("adafactor", "full"): {
-        "sp": (0.0, -0.5, -0.5),
-        "ntk": (0.0, -0.5, -0.5),
-        "mup": (0.0, -0.5, 0.0),
-        "mean_field": (0.0, -0.5, 0.0),
-    },
-    ("adafactor", "none"): {
-        "sp": (0.0, 0.0, 0.0),
-        "ntk": (0.0, 0.0, 0.0),
-        "mup": (0.0, 0.0, 0.0),
-        "mean_field": (0.0, 0.0, 0.0),
-    },
-}
-"""Exponents of n in the largest stable learning rates of embedding, hidden and readout, by
-optimizer family and alignment. `stability.py` derives each of them."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +99,7 @@ class Scaling:
     zeros: weights that are initialised to zero
     """
 
-    kind: Literal["sp", "mup", "ntk", "mean_field", "custom"] = "sp"
+    kind: Annotated[str, EXPONENTS] = "sp"
     base: dict[str, int] | None = None
     alignment: Literal["full", "none", "ignored"] | Measured = "full"
     exponents: dict[str, tuple[float, float]] | None = None
@@ -157,6 +110,13 @@ class Scaling:
     zeros: tuple[Literal["query", "readout"], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.kind != "custom" and self.kind not in EXPONENTS:
+            if "." not in self.kind:
+                raise unknown_name("kind", self.kind, (*EXPONENTS, "custom"))
+            part = imported(self.kind, "kind")
+            if not isinstance(part, Parameterization):
+                raise BadInput("kind", self.kind, "the path of a mukv.Parameterization")
+            add_row(part, self.kind)
         if (self.kind == "custom") != (self.exponents is not None):
             raise BadInput(
                 "exponents", self.exponents, "(a, b) of each role for kind custom, else null"
@@ -281,9 +241,10 @@ class Scaling:
         else:
             hidden = readout = FULL if self.alignment == "full" else NONE
         router = {"router": router_power(family, hidden)}
-        if self.kind != "custom" and not isinstance(self.alignment, Measured):
-            cells = LEARNING_RATES[family, self.alignment][self.kind]
-            return router | dict(zip(SCALED, cells, strict=True))
+        if not isinstance(self.alignment, Measured):
+            cells = LEARNING_RATES[family, self.alignment].get(self.kind)
+            if cells is not None:
+                return router | dict(zip(SCALED, cells, strict=True))
         return router | learning_rate_powers(self._exponents, family, hidden, readout)
 
     def _gradient(self, role: Role) -> float:

@@ -16,7 +16,16 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from mukv.core.errors import BadInput, nearest_name
-from mukv.schema.schema import classes_of, default_of, hints_of, join, kinds_of, options, phrase
+from mukv.schema.schema import (
+    classes_of,
+    default_of,
+    hints_of,
+    join,
+    kinds_of,
+    names_of,
+    options,
+    phrase,
+)
 from mukv.schema.yaml_text import dump_yaml
 
 _FIELD = re.compile(r"(?<![\w`.])([a-z][a-z0-9_]*(?:, [a-z][a-z0-9_]*)*):\s")
@@ -146,11 +155,15 @@ def _allowed(hint: Any) -> Iterator[str]:
             yield from ("true", "false")
         elif option is NoneType:
             yield "null"
+    if (names := names_of(hint)) is not None:
+        yield from names
 
 
 def _type(hint: Any) -> str:
     """The type in words; classes by their kinds."""
     classes = classes_of(hint)
+    if names_of(hint) is not None:
+        return f"one of {', '.join(_allowed(hint))}"
     if not classes:
         inner = [get_args(option)[0] for option in options(hint) if get_origin(option) is tuple]
         if inner and classes_of(inner[0]):
@@ -176,7 +189,7 @@ def find(root: type, path: str) -> list[Key]:
         if not found and (word.isdecimal() or word == ITEM) and number:
             continue
         if not found:
-            raise _unknown(root, path, ".".join(words[: number + 1]))
+            raise _unknown(root, path, word, places)
         places = [(key.path, key.hint) for key in found]
     return found
 
@@ -219,24 +232,21 @@ def _merged(keys: Iterable[Key]) -> list[Key]:
     return list(found.values())
 
 
-def _unknown(root: type, path: str, where: str) -> BadInput:
+def _unknown(root: type, path: str, word: str, places: list[tuple[str, Any]]) -> BadInput:
+    """The error for a path with a word that no class has at these places."""
+    siblings = {
+        name: join(where, name)
+        for place, hint in places
+        for cls, where in _classes_inside(hint, place)
+        for name in hints_of(cls)
+    }
     known = [key.path for _, keys in sections(root) for key in keys]
-    plain = [name.replace(f".{ITEM}", "") for name in known]
-    last = path.rpartition(".")[2]
-    words = [word for word in path.split(".") if not word.isdecimal() and word != ITEM]
-    prefix = f"{_parent(where)}." if _parent(where) else ""
-    beside = [name for name in plain if name.startswith(prefix)]
-    near = nearest_name(".".join(words), beside) or nearest_name(".".join(words), plain)
-    others = [name for name in known if name.rpartition(".")[2] == last]
-    if others and (near is None or near.rpartition(".")[2] != last):
-        near = others[0]
-    inside = {name.removeprefix(prefix).partition(".")[0] for name in beside}
-    allowed = f"the keys of {_parent(where) or 'a configuration'} are {', '.join(sorted(inside))}"
-    return BadInput("KEY", path, allowed, near)
-
-
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0].replace(f".{ITEM}", "")
+    same = [name for name in known if name.rpartition(".")[2] == path.rpartition(".")[2]]
+    close = nearest_name(word, siblings)
+    near = same[0] if same else siblings[close] if close else nearest_name(path, known)
+    parent = ", ".join(dict.fromkeys(place for place, _ in places if place)) or "a configuration"
+    allowed = f"the keys of {parent} are {', '.join(sorted(siblings))}"
+    return BadInput("KEY", path, allowed if siblings else f"{parent} has no keys", near)
 
 
 def sections(root: type) -> list[tuple[tuple[str, type], list[Key]]]:

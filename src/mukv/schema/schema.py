@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mukv.core.errors import LONGEST_VALUE, BadInput, nearest_name
 from mukv.core.names import shortened
-from mukv.core.table import PartTable, from_outside, path_of
+from mukv.core.table import Names, PartTable, from_outside, path_of
 from mukv.schema.yaml_text import dump_yaml
 
 T = TypeVar("T")
@@ -83,6 +83,12 @@ def options(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
+def names_of(hint: Any) -> Names[Any] | None:
+    """The names that an annotation of text takes, if it has a table of them."""
+    found = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return next((each for each in found if type(each) is Names), None)
+
+
 def table_of(hint: Any) -> PartTable[Any] | None:
     """The table that an annotation takes its classes from, if it has one."""
     if get_origin(hint) is Annotated:
@@ -100,7 +106,8 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 @cache
 def kinds_of(cls: type) -> tuple[str, ...]:
-    return get_args(hints_of(cls)["kind"]) if "kind" in hints_of(cls) else ()
+    hint = hints_of(cls).get("kind")
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def classes_of(hint: Any) -> list[type]:

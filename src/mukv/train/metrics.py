@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from mukv.core.counts import INT32
 from mukv.core.errors import BadInput, unknown_name
+from mukv.core.table import imported
 from mukv.storage.files import write_atomic
 from mukv.storage.json_text import to_json
 
@@ -135,16 +136,19 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def require(names: Iterable[str]) -> None:
     """Raise BadInput for a tracker that is not in the table or whose package is missing."""
     for name in names:
+        if name not in TRACKERS and "." in name:
+            TRACKERS[name] = imported(name, "train.trackers")
         if name not in TRACKERS:
             raise unknown_name("train.trackers", name, TRACKERS)
         try:
-            import_module(TRACKERS[name].package)
+            if package := getattr(TRACKERS[name], "package", None):
+                import_module(package)
         except ImportError:
             allowed = f"needs an extra: pip install 'mukv[{name}]'"
             raise BadInput("train.trackers", name, allowed) from None
