@@ -18,7 +18,14 @@ COMPRESSED = {"policy", "budget", "perplexity", "recall", "cache_bytes", "bytes_
 DESCRIBED = {"parameters", "flops_per_token", "cache_bytes_per_token", "cache_bytes_constant"}
 LAYER = {"attention", "position", "window", "reads", "cache_bytes_per_token"}
 EVALUATED = {"tokens", "loss", "perplexity", "bits_per_byte"}
-GENERATED = {"token_ids", "text", "cache_bytes", "prefill_seconds", "tokens_per_second"}
+GENERATED = {
+    "token_ids",
+    "text",
+    "texts",
+    "cache_bytes",
+    "prefill_seconds",
+    "tokens_per_second",
+} | {"compile_seconds"}
 TRAINED = {"run", "step", "loss", "validation_bits_per_byte", "tokens_per_second"}
 PROMPT = "Déjà"
 

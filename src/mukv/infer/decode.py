@@ -1,7 +1,8 @@
 """Decoding: prefill in one pass, then a compiled loop over a cache of static shape.
 
 The loop carries only the small tails; the large bodies are read where they are, and the tails are
-folded into them when full. Text can be shown while it is made. Times exclude compilation.
+folded into them when full. Text can be shown while it is made. All programs are compiled before the
+first token is drawn; times exclude compilation.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,14 @@ from mukv.cache import FULL, Calibrated, Policy
 from mukv.core.arguments import require_types
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
-from mukv.core.programs import Programs
+from mukv.core.programs import Programs, outputs
 from mukv.core.typing import Array, Float, Int, Weights
 from mukv.model.base import LanguageModel
 
 BLOCK = 16
-"""Steps per call of the compiled loop: how often text is shown and stop tokens are looked for."""
+"""Largest number of steps per call of the compiled loop, after which stop tokens are looked for."""
+SHOWN_EVERY = 0.1
+"""Seconds: a block of steps whose tokens are shown grows only while it takes less than this."""
 TAIL = 64
 """Largest tail. A larger one is read more often for nothing, a smaller one folded more often."""
 PROMPT_MULTIPLE = 64
@@ -81,12 +84,14 @@ class Sampling:
 class Generation:
     """tokens: the new ones of each row, a stop token included. cache_bytes: as allocated.
     prefill_seconds: until the first token; tokens_per_second: over all rows, after the first.
+    compile_seconds: compiling all programs, or reading them from the disk.
     """
 
     tokens: list[list[int]]
     cache_bytes: int
     prefill_seconds: float
     tokens_per_second: float
+    compile_seconds: float
 
 
 @dataclass(frozen=True)
@@ -119,37 +124,55 @@ def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | 
     return model.unstack(compute.working_copy(declared, model.scaled(weights)))
 
 
+class DecodeFunctions(NamedTuple):
+    """Compiled functions of a model, one program per shape.
+
+    prefill, extend: (weights, cache, tokens, count, key) to (token, cache), for an empty cache and
+    for one with tokens in it. block: (weights, frozen, live, token, number, key, steps) to (tokens,
+    live, token, number); `steps` is at most BLOCK and data, so that one program serves all. fold:
+    (weights, cache) to cache.
+    """
+
+    prefill: Programs
+    extend: Programs
+    block: Programs
+    fold: Programs
+
+
 @lru_cache(maxsize=32)
-def _functions(model: LanguageModel, sampling: Sampling, compute: Compute) -> tuple[Any, Any, Any]:
-    """prefill, block and fold of a model, to be compiled for the shapes that come."""
+def decode_functions(model: LanguageModel, sampling: Sampling, compute: Compute) -> DecodeFunctions:
+    """The functions that decode with a model. The seed of `sampling` is not used."""
 
     def rows(key: Array, number: Array, batch: int) -> Array:
         step = jax.random.fold_in(key, number)
         return jax.vmap(partial(jax.random.fold_in, step))(jnp.arange(batch))
 
     def prefill(
-        weights: Any, cache: Any, tokens: Array, count: Array, key: Array
+        fresh: bool, weights: Any, cache: Any, tokens: Array, count: Array, key: Array
     ) -> tuple[Array, Any]:
-        logits, cache = model.prefill(weights, cache, tokens, count, compute=compute)
+        logits, cache = model.prefill(weights, cache, tokens, count, fresh, compute)
         return sampling.draw(logits, rows(key, jnp.zeros((), jnp.int32), len(count))), cache
 
     def block(
-        weights: Any, frozen: Any, live: Any, token: Array, number: Array, key: Array
+        weights: Any, frozen: Any, live: Any, token: Array, number: Array, key: Array, steps: Array
     ) -> tuple[Array, Any, Array, Array]:
-        def step(carry: Any, _: None) -> tuple[Any, Array]:
-            live, token, number = carry
+        def step(place: Array, carry: Any) -> Any:
+            live, token, number, tokens = carry
             cache = model.cache_class.join(frozen, live)
             logits, cache = model.step(weights, cache, token, compute=compute)
             token = sampling.draw(logits, rows(key, number, len(token)))
-            return (cache.split()[1], token, number + 1), token
+            return cache.split()[1], token, number + 1, tokens.at[place].set(token)
 
-        (live, token, number), tokens = jax.lax.scan(step, (live, token, number), length=BLOCK)
+        tokens = jnp.zeros((BLOCK, len(token)), jnp.int32)
+        carry = live, token, number, tokens
+        live, token, number, tokens = jax.lax.fori_loop(0, steps, step, carry)
         return tokens.T, live, token, number
 
-    return (
-        Programs(prefill, donate_argnums=1),
+    return DecodeFunctions(
+        Programs(partial(prefill, True), donate_argnums=1),
+        Programs(partial(prefill, False), donate_argnums=1),
         Programs(block, donate_argnums=2),
-        jax.jit(model.fold, donate_argnums=1),
+        Programs(model.fold, donate_argnums=1),
     )
 
 
@@ -178,7 +201,7 @@ def generate(
     compute = (compute or Compute()).resolve(model.vocab_size)
     sizes = Sizes.plan(len(prompts), max(map(len, prompts)), max_tokens)
     # The seed is data: another one needs no other program.
-    prefill, block, fold = _functions(model, replace(sampling, seed=0), compute)
+    functions = decode_functions(model, replace(sampling, seed=0), compute)
 
     padded = np.zeros((sizes.batch, sizes.prompt), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
@@ -189,28 +212,41 @@ def generate(
     cache = model.empty_cache(*room, compute.type, policy, centres)
     cache_bytes = cache.nbytes()
 
-    prefill = prefill.compiled(weights, cache, padded, count, key)
+    number, one = jnp.ones((), jnp.int32), np.int32(1)
+    start = time.perf_counter()
+    prefill = functions.prefill.compiled(weights, cache, padded, count, key)
+    if max_tokens > 1:
+        token, after = outputs(prefill)
+        functions.block.compiled(weights, *after.split(), token, number, key, one)
+        if max_tokens - 1 > sizes.tail:
+            functions.fold.compiled(weights, after)
+    compile_seconds = time.perf_counter() - start
+
     start = time.perf_counter()
     token, cache = prefill(weights, cache, padded, count, key)
     rows = _Rows(stop, max_tokens, show, ended)
     rows.add(np.asarray(token)[:, None])
     prefill_seconds = time.perf_counter() - start
     if rows.done:
-        return Generation(rows.tokens, cache_bytes, prefill_seconds, 0.0)
+        return Generation(rows.tokens, cache_bytes, prefill_seconds, 0.0, compile_seconds)
 
     frozen, live = cache.split()
-    number = jnp.ones((), jnp.int32)
-    block = block.compiled(weights, frozen, live, token, number, key)
+    block = functions.block.compiled(weights, frozen, live, token, number, key, one)
     start = time.perf_counter()
-    steps = 0
+    done, steps = 0, 1 if show else BLOCK
     while not rows.done:
-        if steps and steps % sizes.tail == 0:
-            frozen, live = fold(weights, model.cache_class.join(frozen, live)).split()
-        new, live, token, number = block(weights, frozen, live, token, number, key)
-        rows.add(np.asarray(new))
-        steps += BLOCK
-    seconds = time.perf_counter() - start
-    return Generation(rows.tokens, cache_bytes, prefill_seconds, steps * len(prompts) / seconds)
+        if done and done % sizes.tail == 0:
+            cache = model.cache_class.join(frozen, live)
+            frozen, live = functions.fold.compiled(weights, cache)(weights, cache).split()
+        now = min(steps, sizes.tail - done % sizes.tail)
+        begun = time.perf_counter()
+        new, live, token, number = block(weights, frozen, live, token, number, key, np.int32(now))
+        rows.add(np.asarray(new)[:, :now])
+        done += now
+        if time.perf_counter() - begun < SHOWN_EVERY / 2:
+            steps = min(2 * steps, BLOCK)
+    speed = done * len(prompts) / (time.perf_counter() - start)
+    return Generation(rows.tokens, cache_bytes, prefill_seconds, speed, compile_seconds)
 
 
 class _Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich.text import Text
@@ -12,25 +13,66 @@ from mukv.show.terminal import Console
 
 
 class TokenStream:
-    """Prints tokens as they come, holding back the bytes of a character that is not complete.
+    """The text of tokens that come one after the other, printed as it becomes certain: bytes of a
+    character that is not complete, and what may be the beginning of a stop text, are held back.
 
-    opening: what stands before the first ones.
+    out: where it is printed; None for nowhere. opening: what stands before the first tokens.
+    stop: texts before which the text ends.
     """
 
-    def __init__(self, tokenizer: AnyTokenizer, out: TextIO, opening: Text | None = None):
-        self.tokenizer, self.out, self.opening = tokenizer, out, opening
+    def __init__(
+        self,
+        tokenizer: AnyTokenizer,
+        out: TextIO | None,
+        opening: Text | None = None,
+        stop: Sequence[str] = (),
+    ):
+        self.tokenizer, self.out, self.opening, self.stop = tokenizer, out, opening, stop
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text = ""
+        self.printed = 0
+        self.ended = False
+        """Whether a stop text has come."""
 
     def show(self, fresh: list[list[int]]) -> None:
         """New tokens of each row; the first row is shown."""
-        if self.opening:
+        if self.opening and self.out:
             Console(file=self.out).print(self.opening, end="", soft_wrap=True)
-            self.opening = None
-        data = b"".join(self.tokenizer.token_data(token) for token in fresh[0])
-        self.out.write(self.decoder.decode(data))
-        self.out.flush()
+        self.opening = None
+        self.add(fresh[0])
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """New tokens of the one text."""
+        data = b"".join(self.tokenizer.token_data(token) for token in tokens)
+        self._add(self.decoder.decode(data))
 
     def end(self) -> None:
         """Show what is still held back, as what it is."""
-        self.out.write(self.decoder.decode(b"", final=True) + "\n")
-        self.out.flush()
+        self._add(self.decoder.decode(b"", final=True))
+        self._print(len(self.text))
+        if self.out:
+            self.out.write("\n")
+            self.out.flush()
+
+    def _add(self, more: str) -> None:
+        if self.ended:
+            return
+        self.text += more
+        places = [self.text.find(stop) for stop in self.stop if stop in self.text]
+        if places:
+            self.text, self.ended = self.text[: min(places)], True
+        self._print(len(self.text) if self.ended else len(self.text) - self._held())
+
+    def _held(self) -> int:
+        """Characters at the end that may begin a stop text."""
+        longest = max(map(len, self.stop), default=0) - 1
+        for size in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-size:]) for stop in self.stop):
+                return size
+        return 0
+
+    def _print(self, to: int) -> None:
+        if self.out and to > self.printed:
+            self.out.write(self.text[self.printed : to])
+            self.out.flush()
+            self.printed = to
