@@ -129,7 +129,7 @@ class _Session:
     def _say(self, message: str) -> None:
         out = None if self.as_json else sys.stdout
         try:
-            with _interruptible() as interrupted, Heartbeat("mukv chat"):
+            with interruptible() as interrupted, Heartbeat("mukv chat"):
                 if out is not None:
                     out = sys.stdout  # as the heartbeat watches it
                 reply = self.talker.say(message, out, lambda: bool(interrupted))
@@ -210,7 +210,7 @@ def _lines(terminal: bool) -> Iterator[str]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
+def interruptible() -> Iterator[list[int]]:
     """The list is no longer empty once Ctrl-C was pressed. A second one ends the command: the
     program that runs may take long."""
     pressed: list[int] = []
