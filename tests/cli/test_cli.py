@@ -14,7 +14,7 @@ import mukv as package
 from mukv.data.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.xdist_group("trained")
-COMMANDS = ("demo", "data", "train", "eval", "generate", "compress", "describe")
+COMMANDS = ("demo", "data", "train", "eval", "generate", "chat", "compress", "describe")
 COMPRESSED = {"policy", "budget", "perplexity", "recall", "cache_bytes", "bytes_read_per_step"}
 DESCRIBED = {"parameters", "flops_per_token", "cache_bytes_per_token", "cache_bytes_constant"}
 LAYER = {"attention", "position", "window", "reads", "cache_bytes_per_token"}
