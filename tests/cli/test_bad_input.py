@@ -88,6 +88,21 @@ GENERATE = ("generate", "run", "--prompt", "a")
 COMPRESS = ("compress", "run", "--text", "long.txt")
 IDS = ("generate", "run", "--token-ids")
 BAD = [
+    # Prompts from files.
+    (("generate", "run", "--prompt-file", "no.txt"), ["--prompt-file", "no.txt", "readable"]),
+    (("generate", "run", "--prompt-file", "latin.txt"), ["--prompt-file", "latin.txt", "UTF-8"]),
+    (
+        ("generate", "run", "--prompt-file", "-", "--prompt-file", "-"),
+        ["--prompt-file", "standard input once"],
+    ),
+    (("generate", "run", "--special", "--token-ids", "1"), ["--special", "--prompt"]),
+    (("generate", "run", "--prompt-file", "a.txt", "--token-ids", "1"), ["exactly one"]),
+    # Chat.
+    (("chat", "run"), ["run", "chat template"]),
+    (("chat", "nowhere"), ["MODEL", "nowhere"]),
+    (("chat", "run", "--policy", "snapkw"), ["--policy", "snapkw", "did you mean 'snapkv'"]),
+    (("chat", "run", "--stop", ""), ["--stop", "at least one character"]),
+    (("chat", "run", "--length", "1"), ["--length", "at least 2"]),
     # The command itself.
     (("trian",), ["trian", "train"]),
     (("eval", "empty folder", "--text", "a.txt"), ["MODEL", "empty folder", "config.yaml"]),

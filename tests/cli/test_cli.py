@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -13,12 +14,14 @@ import mukv as package
 from mukv.data.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.xdist_group("trained")
-COMMANDS = ("demo", "data", "train", "eval", "generate", "compress", "describe")
+COMMANDS = ("demo", "data", "train", "eval", "generate", "chat", "compress", "describe")
 COMPRESSED = {"policy", "budget", "perplexity", "recall", "cache_bytes", "bytes_read_per_step"}
 DESCRIBED = {"parameters", "flops_per_token", "cache_bytes_per_token", "cache_bytes_constant"}
 LAYER = {"attention", "position", "window", "reads", "cache_bytes_per_token"}
 EVALUATED = {"tokens", "loss", "perplexity", "bits_per_byte"}
-GENERATED = {"token_ids", "text", "cache_bytes", "prefill_seconds", "tokens_per_second"}
+GENERATED = {"token_ids", "text", "texts", "cache_bytes", "tokens_per_second"} | {
+    *("compile_seconds", "prefill_seconds")
+}
 TRAINED = {"run", "step", "loss", "validation_bits_per_byte", "tokens_per_second"}
 PROMPT = "Déjà"
 
@@ -111,6 +114,37 @@ def test_seeds_stops_and_copies(facts, trained):
     copies = made["all_token_ids"]
     assert copies[0] == made["token_ids"] == drawn[0]
     assert len({tuple(ids) for ids in copies}) == 3
+
+
+def test_several_prompts_are_one_batch(facts, mukv, trained, tmp_path):
+    (tmp_path / "a.txt").write_text("number 3")
+    base = ("generate", trained, "--max-tokens", 6)
+    many = facts(*base, "--prompt", PROMPT, "--prompt", "vu", "--prompt-file", tmp_path / "a.txt")
+    alone = [facts(*base, "--prompt", text)["token_ids"] for text in (PROMPT, "vu", "number 3")]
+    assert many["all_token_ids"] == alone
+    assert many["token_ids"] == alone[0]
+    assert many["texts"] == [ByteTokenizer().decode(ids) for ids in alone]
+    shown = mukv(*base, "--prompt", PROMPT, "--prompt", "vu", "--copies", 2).stdout
+    assert [line for line in shown.splitlines() if line.startswith("--- ")] == [
+        f"--- {number}" for number in range(4)
+    ]
+    assert shown.count(PROMPT) == 2
+
+
+def test_a_prompt_from_standard_input(facts, trained, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
+    made = facts("generate", trained, "--max-tokens", 6, "--prompt-file", "-")
+    assert made["token_ids"] == generate(facts, trained, "--prompt", PROMPT)
+
+
+def test_special_tokens_of_a_prompt(facts, trained):
+    marked = generate(facts, trained, "--prompt", "a<|begin|>b", "--special")
+    assert marked == generate(facts, trained, "--token-ids", "256,97,256,98")
+    own = generate(facts, trained, "--prompt", "<|begin|>b", "--special")
+    assert own == generate(facts, trained, "--token-ids", "256,98")
+    letters = ",".join(map(str, [256, *b"a<|begin|>b"]))
+    plain = generate(facts, trained, "--prompt", "a<|begin|>b")
+    assert plain == generate(facts, trained, "--token-ids", letters)
 
 
 def test_generate_under_a_policy(facts, trained):

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from mukv.cli import (
     benching,
+    chatting,
     converting,
     ending,
     judging,
@@ -34,6 +35,7 @@ from mukv.storage.json_text import is_text
 __all__ = [
     "app",
     "benching",
+    "chatting",
     "converting",
     "judging",
     "listing",
@@ -57,7 +59,9 @@ def main() -> NoReturn:
     ending.settle_streams()
     # Processes that share a run would all print; their first one shows its progress.
     alone = not any(part.startswith("--distributed") for part in sys.argv)
-    beat = Heartbeat(" ".join(["mukv", *sys.argv[1:2]])) if alone else nullcontext()
+    # A chat waits for a person, and watches its answers itself.
+    watched = alone and sys.argv[1:2] != ["chat"]
+    beat = Heartbeat(" ".join(["mukv", *sys.argv[1:2]])) if watched else nullcontext()
     try:
         launch.restart_with_allocator()
         _require_text(sys.argv[1:])

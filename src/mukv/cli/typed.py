@@ -21,6 +21,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "": {"preset": "CONFIG", "override": "key=value"},
     "eval": {"tokens": "--text or --tokens", "stride": "--stride"},
     "generate": {"prompt": "--prompt or --token-ids", "text": "--prompt"},
+    "chat": {"conversation": "conversation", "messages": "message"},
     "compress": {"text": "--text or --tokens", "tokens": "--text or --tokens"},
     "analyze": {"tokens": "--text or --tokens", "text": "--text or --tokens"},
     "data": {"package": "SOURCE", "hf": "SOURCE", "vocab_size": "--tokenizer"},

@@ -71,10 +71,20 @@ def evaluate(
 @app.command()
 def generate(
     model: ModelName,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; may be repeated.")
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(help="A UTF-8 text file to continue, - for standard input; may be repeated."),
+    ] = None,
     token_ids: Annotated[str | None, typer.Option(help="Ids to continue, as 1,2,3.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a message, in the model's own template.")
+    ] = False,
+    special: Annotated[
+        bool,
+        typer.Option("--special", help="Special tokens that the prompt spells out are such."),
     ] = False,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -84,7 +94,7 @@ def generate(
     stop: Annotated[
         str | None, typer.Option(help="Ids that end the text, as 1,2; default: the model's own.")
     ] = None,
-    copies: Annotated[int, typer.Option(help="Continuations, decoded together.")] = 1,
+    copies: Annotated[int, typer.Option(help="Continuations of each, decoded together.")] = 1,
     cache: Annotated[
         str, typer.Option(metavar="POLICY", help="Of the cache, such as snapkv+int8.")
     ] = "full",
@@ -95,7 +105,7 @@ def generate(
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a text; reports speed and cache bytes.
+    """Continue a text, or several that are decoded together; reports speed and cache bytes.
 
     Example: `mukv generate runs/demo/tiny-140 --prompt "def main(" --max-tokens 64`
     """
@@ -105,7 +115,8 @@ def generate(
     from mukv.infer.stream import TokenStream
     from mukv.runs import inputs, loaded, notes
 
-    exactly_one("generate", prompt=prompt, token_ids=token_ids)
+    texts_given = bool(prompt or prompt_file) or None
+    exactly_one("generate", prompt=texts_given, token_ids=token_ids)
     policy = Policy.parse(cache, 0.25 if budget is None else budget, "--cache")
     if budget is not None:
         note_unused_budget(cache)
@@ -113,33 +124,39 @@ def generate(
         raise BadInput("--copies", copies, "at least 1")
     sampling = Sampling(temperature, top_k, top_p, seed)
     ends = inputs.ids(stop, "--stop") if stop else None
-    if chat and prompt is None:
-        raise BadInput("--chat", token_ids, "a message, with --prompt")
+    for option, given in {"--chat": chat, "--special": special}.items():
+        if given and token_ids is not None:
+            raise BadInput(option, token_ids, "a text, with --prompt or --prompt-file")
+    prompts = [*(prompt or ()), *inputs.texts(prompt_file or (), "--prompt-file")]
     speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
-    if prompt is None:
-        given = inputs.ids(token_ids or "", "--token-ids")
+    if token_ids is not None:
+        rows = [inputs.ids(token_ids, "--token-ids")]
     else:
-        given = speaker.encode_chat(prompt) if chat else speaker.encode(prompt)
+        encode = speaker.encode_marked if special else speaker.encode
+        rows = [*map(speaker.encode_chat if chat else encode, prompts)]
     tell(notes.of_stop(ends or (), speaker.network.vocab_size))
-    total = len(given) + max_tokens
+    total = max(map(len, rows)) + max_tokens
     tell(notes.of_length(total, speaker.run, "the prompt and --max-tokens"))
+    rows = [row for row in rows for _ in range(copies)]
     stream = None
-    if not as_json and copies == 1:
-        shown = styled((str(given) if prompt is None else prompt, "dim"), keep=LINES)
-        stream = TokenStream(speaker.tokenizer, sys.stdout, shown)
-    made = speaker.generate_ids(
-        [given] * copies, max_tokens, sampling, ends, stream.show if stream else None, policy
-    )
+    if not as_json and len(rows) == 1:
+        shown = str(rows[0]) if token_ids is not None else prompts[0]
+        opening = styled((f"{shown}\n---\n" if chat else shown, "dim"), keep=LINES)
+        stream = TokenStream(speaker.tokenizer, sys.stdout, opening)
+    show = stream.show if stream else None
+    made = speaker.generate_ids(rows, max_tokens, sampling, ends, show, policy)
     texts = [speaker.tokenizer.decode_further(row) for row in made.tokens]
     if as_json:
         facts = {
             "token_ids": made.tokens[0],
             "text": texts[0],
+            "texts": texts,
             "cache_bytes": made.cache_bytes,
+            "compile_seconds": made.compile_seconds,
             "prefill_seconds": made.prefill_seconds,
             "tokens_per_second": made.tokens_per_second,
         }
-        if copies > 1:
+        if len(rows) > 1:
             facts["all_token_ids"] = made.tokens
         output.print_json(facts)
         return
@@ -147,10 +164,14 @@ def generate(
         stream.end()
     for number, text in enumerate(() if stream else texts):
         Console().print(f"--- {number}", style="bold")
+        if len(prompts) > 1 or chat:
+            shown = prompts[number // copies] + ("\n---\n" if chat else "")
+            Console().print(styled((shown, "dim")), end="", soft_wrap=True)
         sys.stdout.write(text + "\n")
     Console(stderr=True).print(
         f"{made.tokens_per_second:,.0f} tokens/s, first token after "
-        f"{made.prefill_seconds:.3f} s, cache {made.cache_bytes:,} bytes",
+        f"{made.prefill_seconds:.3f} s (and {made.compile_seconds:.1f} s of compilation), "
+        f"cache {made.cache_bytes:,} bytes",
         style="dim",
     )
 

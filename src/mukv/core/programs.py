@@ -26,7 +26,17 @@ class Programs:
         return self.programs[key]
 
 
+def outputs(program: Any) -> Any:
+    """What a compiled program gives, as abstract arrays: another can be compiled for them before
+    this one has run."""
+
+    def abstract(about: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(about.shape, about.dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, program.out_info, program.output_shardings)
+
+
 def _signature(leaf: Any) -> Hashable:
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return leaf.shape, leaf.dtype, leaf.sharding, getattr(leaf, "weak_type", False)
     return np.shape(leaf), np.result_type(leaf)

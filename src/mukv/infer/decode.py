@@ -1,7 +1,8 @@
 """Decoding: prefill in one pass, then a compiled loop over a cache of static shape.
 
 The loop carries only the small tails of the cache. The large bodies are read in place, and full
-tails are folded into them. Text can be shown while it is decoded. Times exclude compilation.
+tails are folded into them. Text can be shown while it is decoded. All programs are compiled before
+the first token is drawn; times exclude compilation.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,16 @@ from mukv.cache import FULL, Calibrated, Policy
 from mukv.core.arguments import require_types
 from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
-from mukv.core.programs import Programs
+from mukv.core.programs import Programs, outputs
 from mukv.core.typing import Array, Float, Int, Weights
 from mukv.model.base import LanguageModel
 
 BLOCK = 16
-"""Decode steps per call of the compiled loop; text is shown and stop tokens are checked
-in between.
+"""Largest number of decode steps per call of the compiled loop; stop tokens are checked in
+between.
 """
+SHOWN_EVERY = 0.1
+"""Seconds: a block of steps whose tokens are shown grows only while it takes less than this."""
 TAIL = 64
 """Largest tail in tokens. A larger one means more reads of unused entries, a smaller one more
 folds.
@@ -97,12 +100,14 @@ class Generation:
     cache_bytes: bytes of the allocated cache
     prefill_seconds: time until the first token
     tokens_per_second: over all rows, after the first token
+    compile_seconds: time to compile all programs, or to read them from disk
     """
 
     tokens: list[list[int]]
     cache_bytes: int
     prefill_seconds: float
     tokens_per_second: float
+    compile_seconds: float
 
 
 @dataclass(frozen=True)
@@ -135,39 +140,55 @@ def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | 
     return model.unstack(compute.working_copy(declared, model.scaled(weights)))
 
 
-@lru_cache(maxsize=32)
-def _functions(model: LanguageModel, sampling: Sampling, compute: Compute) -> tuple[Any, Any, Any]:
-    """Return prefill, block and fold of a model, each compiled on its first call with
-    given shapes.
+class DecodeFunctions(NamedTuple):
+    """Compiled functions of a model, one program per shape.
+
+    prefill, extend: (weights, cache, tokens, count, key) to (token, cache), for an empty cache and
+    for one with tokens in it. block: (weights, frozen, live, token, number, key, steps) to (tokens,
+    live, token, number); `steps` is at most BLOCK and data, so that one program serves all. fold:
+    (weights, cache) to cache.
     """
+
+    prefill: Programs
+    extend: Programs
+    block: Programs
+    fold: Programs
+
+
+@lru_cache(maxsize=32)
+def decode_functions(model: LanguageModel, sampling: Sampling, compute: Compute) -> DecodeFunctions:
+    """Return the functions that decode with a model. The seed of `sampling` is not used."""
 
     def rows(key: Array, number: Array, batch: int) -> Array:
         step = jax.random.fold_in(key, number)
         return jax.vmap(partial(jax.random.fold_in, step))(jnp.arange(batch))
 
     def prefill(
-        weights: Any, cache: Any, tokens: Array, count: Array, key: Array
+        fresh: bool, weights: Any, cache: Any, tokens: Array, count: Array, key: Array
     ) -> tuple[Array, Any]:
-        logits, cache = model.prefill(weights, cache, tokens, count, compute=compute)
+        logits, cache = model.prefill(weights, cache, tokens, count, fresh, compute)
         return sampling.draw(logits, rows(key, jnp.zeros((), jnp.int32), len(count))), cache
 
     def block(
-        weights: Any, frozen: Any, live: Any, token: Array, number: Array, key: Array
+        weights: Any, frozen: Any, live: Any, token: Array, number: Array, key: Array, steps: Array
     ) -> tuple[Array, Any, Array, Array]:
-        def step(carry: Any, _: None) -> tuple[Any, Array]:
-            live, token, number = carry
+        def step(place: Array, carry: Any) -> Any:
+            live, token, number, tokens = carry
             cache = model.cache_class.join(frozen, live)
             logits, cache = model.step(weights, cache, token, compute=compute)
             token = sampling.draw(logits, rows(key, number, len(token)))
-            return (cache.split()[1], token, number + 1), token
+            return cache.split()[1], token, number + 1, tokens.at[place].set(token)
 
-        (live, token, number), tokens = jax.lax.scan(step, (live, token, number), length=BLOCK)
+        tokens = jnp.zeros((BLOCK, len(token)), jnp.int32)
+        carry = live, token, number, tokens
+        live, token, number, tokens = jax.lax.fori_loop(0, steps, step, carry)
         return tokens.T, live, token, number
 
-    return (
-        Programs(prefill, donate_argnums=1),
+    return DecodeFunctions(
+        Programs(partial(prefill, True), donate_argnums=1),
+        Programs(partial(prefill, False), donate_argnums=1),
         Programs(block, donate_argnums=2),
-        jax.jit(model.fold, donate_argnums=1),
+        Programs(model.fold, donate_argnums=1),
     )
 
 
@@ -199,7 +220,7 @@ def generate(
     compute = settled(compute, model.vocab_size)
     sizes = Sizes.plan(len(prompts), max(map(len, prompts)), max_tokens)
     # The seed is an argument of the compiled functions: another seed needs no compilation.
-    prefill, block, fold = _functions(model, replace(sampling, seed=0), compute)
+    functions = decode_functions(model, replace(sampling, seed=0), compute)
 
     padded = np.zeros((sizes.batch, sizes.prompt), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
@@ -210,28 +231,41 @@ def generate(
     cache = model.empty_cache(*room, compute.type, policy, centres)
     cache_bytes = cache.nbytes()
 
-    prefill = prefill.compiled(weights, cache, padded, count, key)
+    number, one = jnp.ones((), jnp.int32), np.int32(1)
+    start = time.perf_counter()
+    prefill = functions.prefill.compiled(weights, cache, padded, count, key)
+    if max_tokens > 1:
+        token, after = outputs(prefill)
+        functions.block.compiled(weights, *after.split(), token, number, key, one)
+        if max_tokens - 1 > sizes.tail:
+            functions.fold.compiled(weights, after)
+    compile_seconds = time.perf_counter() - start
+
     start = time.perf_counter()
     token, cache = prefill(weights, cache, padded, count, key)
     rows = _Rows(stop, max_tokens, show, ended)
     rows.add(np.asarray(token)[:, None])
     prefill_seconds = time.perf_counter() - start
     if rows.done:
-        return Generation(rows.tokens, cache_bytes, prefill_seconds, 0.0)
+        return Generation(rows.tokens, cache_bytes, prefill_seconds, 0.0, compile_seconds)
 
     frozen, live = cache.split()
-    number = jnp.ones((), jnp.int32)
-    block = block.compiled(weights, frozen, live, token, number, key)
+    block = functions.block.compiled(weights, frozen, live, token, number, key, one)
     start = time.perf_counter()
-    steps = 0
+    done, steps = 0, 1 if show else BLOCK
     while not rows.done:
-        if steps and steps % sizes.tail == 0:
-            frozen, live = fold(weights, model.cache_class.join(frozen, live)).split()
-        new, live, token, number = block(weights, frozen, live, token, number, key)
-        rows.add(np.asarray(new))
-        steps += BLOCK
-    seconds = time.perf_counter() - start
-    return Generation(rows.tokens, cache_bytes, prefill_seconds, steps * len(prompts) / seconds)
+        if done and done % sizes.tail == 0:
+            cache = model.cache_class.join(frozen, live)
+            frozen, live = functions.fold.compiled(weights, cache)(weights, cache).split()
+        now = min(steps, sizes.tail - done % sizes.tail)
+        begun = time.perf_counter()
+        new, live, token, number = block(weights, frozen, live, token, number, key, np.int32(now))
+        rows.add(np.asarray(new)[:, :now])
+        done += now
+        if time.perf_counter() - begun < SHOWN_EVERY / 2:
+            steps = min(2 * steps, BLOCK)
+    speed = done * len(prompts) / (time.perf_counter() - start)
+    return Generation(rows.tokens, cache_bytes, prefill_seconds, speed, compile_seconds)
 
 
 class _Rows:

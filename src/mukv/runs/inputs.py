@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from mukv.runs.loaded import Model
 from mukv.runs.resolve import open_corpus
 from mukv.storage.files import require_regular_file
 
+STANDARD_INPUT = Path("-")
+
 
 def ids(text: str, where: str) -> list[int]:
     """Token ids from "1,2,3"."""
@@ -21,20 +25,43 @@ def ids(text: str, where: str) -> list[int]:
         raise BadInput(where, text, "whole numbers with commas between, such as 1,2,3") from None
 
 
+def texts(paths: Iterable[Path], where: str) -> list[str]:
+    """The texts of UTF-8 files; - is standard input, read once. where: names them in messages.
+    Raises BadInput."""
+    paths = list(paths)
+    if paths.count(STANDARD_INPUT) > 1:
+        raise BadInput(where, "-", "standard input once: it can be read only once")
+    return [_text(path, where) for path in paths]
+
+
+def _text(path: Path, where: str) -> str:
+    if path == STANDARD_INPUT:
+        found = _standard_input()
+    else:
+        require_regular_file(path, where)
+        try:
+            found = path.read_bytes()
+        except OSError as error:
+            raise BadInput(where, str(path), f"a readable file ({error.strerror})") from None
+    try:
+        text = found if isinstance(found, str) else found.decode("utf-8")
+    except UnicodeDecodeError as error:
+        allowed = f"UTF-8 text; byte {error.start} is not part of any"
+        raise BadInput(where, str(path), allowed) from None
+    if not text:
+        raise BadInput(where, str(path), "a text that is not empty")
+    return text
+
+
+def _standard_input() -> bytes | str:
+    """Bytes, so that they are UTF-8 wherever this runs; what stands in for it may have none."""
+    stream = getattr(sys.stdin, "buffer", sys.stdin)
+    return stream.read() if stream is not None else b""
+
+
 def rows_of_text(model: Model, path: Path) -> list[np.ndarray]:
     """A text file as the ids of one document."""
-    require_regular_file(path, "--text")
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise BadInput("--text", str(path), f"a readable file ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            "--text", str(path), f"UTF-8 text; byte {error.start} is not part of any"
-        ) from None
-    if not text:
-        raise BadInput("--text", str(path), "a text that is not empty")
-    return [np.asarray(model.encode(text))]
+    return [np.asarray(model.encode(_text(path, "--text")))]
 
 
 def rows_of_ids(path: Path) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ from mukv.cache.centres import FOLDER, load_centres
 from mukv.cache.clusters import Clusters
 from mukv.core.arguments import require_types, strings, token_ids, whole_numbers
 from mukv.core.compute import Compute, settled
-from mukv.core.errors import BadInput, nearest_name
+from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape, weight_shardings
 from mukv.core.typing import Array, Float, Int
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer, load_tokenizer
@@ -35,7 +35,7 @@ from mukv.model.counting import cache_bytes
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.latest import latest_weights
-from mukv.runs.resolve import imported_run
+from mukv.runs.located import Located, locate
 from mukv.storage.weights import require_finite
 from mukv.train.footprint import require_bytes
 
@@ -123,6 +123,11 @@ class Model:
     def encode(self, text: str) -> list[int]:
         """Ids of a text as the beginning of a document."""
         return [*self.tokenizer.start, *self.tokenizer.encode(text).tolist()]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """The same, with special tokens that the text spells out."""
+        ids, start = self.tokenizer.encode_marked(text), self.tokenizer.start
+        return ids if tuple(ids[: len(start)]) == start else [*start, *ids]
 
     def encode_chat(self, message: str) -> list[int]:
         """Ids of a user's message as the model's chat template puts it. Raises BadInput."""
@@ -281,39 +286,29 @@ def _forward(model: LanguageModel, compute: Compute) -> Any:
     return jax.jit(forward)
 
 
-def load(source: str | Path, mesh: MeshShape | None = None, allow_nonfinite: bool = False) -> Model:
+def load(
+    source: str | Path | Located, mesh: MeshShape | None = None, allow_nonfinite: bool = False
+) -> Model:
     """A run directory as a model: its exported weights, or its latest checkpoint if newer. Or a
     Hugging Face folder, GGUF file or hub id, whose weights stream to their places.
 
     mesh: that the weights are split over; one device if None. allow_nonfinite: take weights that
     are infinite or not a number. Raises BadInput, also for damaged weights.
     """
-    model = _load(source, mesh or MeshShape())
+    found = source if isinstance(source, Located) else locate(source)
+    model = _load(found, mesh or MeshShape())
     if not allow_nonfinite:
-        require_finite(model.weights, source)
+        require_finite(model.weights, found.source)
     return model
 
 
-def _load(source: str | Path, mesh: MeshShape) -> Model:
-    folder = RunDirectory(Path(source))
-    if not folder.exists:
-        found = checkpoint.find(source)
-        if found is not None:
-            run = replace(imported_run(found), mesh=mesh)
-            ends = checkpoint.end_ids(found.special)
-            weights = found.place(mesh.build())
-            return Model(run, weights, found.tokenizer, ends, found.folder)
-        parent = folder.path.parent
-        siblings = [path.parent.name for path in parent.glob("*/config.yaml")]
-        near = nearest_name(folder.path.name, siblings)
-        raise BadInput(
-            "MODEL",
-            str(source),
-            "a run directory (with a config.yaml), a Hugging Face folder (with a config.json), a "
-            ".gguf file or a hub id",
-            str(parent / near) if near else None,
-        )
-    run = folder.load_config()
+def _load(found: Located, mesh: MeshShape) -> Model:
+    if found.checkpoint is not None:
+        run = replace(found.run, mesh=mesh)
+        ends = checkpoint.end_ids(found.checkpoint.special)
+        weights = found.checkpoint.place(mesh.build())
+        return Model(run, weights, found.checkpoint.tokenizer, ends, found.folder)
+    folder, run = RunDirectory(found.folder), found.run
     weights = latest_weights(run, folder)
     if mesh.size > 1:
         weights = jax.device_put(weights, weight_shardings(run.model.params(), mesh.build()))

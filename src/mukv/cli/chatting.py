@@ -1,0 +1,227 @@
+"""The command that talks: messages from a terminal or a pipe, answers as they are made."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mukv.cli import launch
+from mukv.cli.app import AllowNonfinite, Json, ModelName, app
+from mukv.core.errors import BadInput, nearest_name
+from mukv.show import output
+from mukv.show.heartbeat import Heartbeat
+from mukv.show.terminal import Console
+from mukv.storage.json_text import is_text
+
+if TYPE_CHECKING:
+    from mukv.runs.talk import Chat, Reply
+
+COMMANDS = {
+    "/help": "show these commands",
+    "/reset": "forget all messages; the system prompt stays",
+    "/system": "TEXT: take another system prompt and forget all messages; without TEXT: none",
+    "/stats": "turns, tokens and bytes of the cache, speed",
+    "/quit": "end the chat, as the end of the input does",
+}
+PROMPT = "> "
+
+
+@app.command()
+def chat(
+    model: ModelName,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    policy: Annotated[
+        str, typer.Option(metavar="POLICY", help="Of the cache, such as snapkv:0.25+int8.")
+    ] = "full",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End an answer before this text; may be repeated."),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the whole conversation at most; default: the model's context, "
+            "at most 4096."
+        ),
+    ] = None,
+    allow_nonfinite: AllowNonfinite = False,
+    as_json: Json = False,
+) -> None:
+    """Chat with a model that has a chat template, one message per line; `/help` lists commands.
+
+    Example: `mukv chat HuggingFaceTB/SmolLM2-135M-Instruct --system "Answer briefly."`
+    """
+    launch.prepare()
+    from mukv.cache import Policy
+    from mukv.infer.decode import Sampling
+    from mukv.runs import loaded, talk
+    from mukv.runs.located import locate
+
+    rule = Policy.parse(policy, 0.25, "--policy")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    if stop and "" in stop:
+        raise BadInput("--stop", "", "a text of at least one character")
+    with Heartbeat("mukv chat"):
+        found = locate(model)
+        tokens = talk.room(found, length)
+        talk.check(found, system, rule, tokens)
+        speaker = loaded.load(found, allow_nonfinite=allow_nonfinite)
+        asked = system, sampling, rule, max_tokens, stop or ()
+        session = _Session(talk.Chat(speaker, tokens, *asked), as_json)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        Console(stderr=True).say(f"{model}: /help lists commands, /quit ends", style="dim")
+        with suppress(ImportError):
+            import readline  # noqa: F401  (lines of `input` can be edited)
+    for line in _lines(terminal):
+        if not session.take(line):
+            return
+
+
+class _Session:
+    """What is typed, and what is printed for it."""
+
+    def __init__(self, talker: Chat, as_json: bool):
+        self.talker, self.as_json = talker, as_json
+        self.last: Reply | None = None
+
+    def take(self, line: str) -> bool:
+        """Do what a line says; whether the chat goes on."""
+        if not line.strip():
+            return True
+        if not is_text(line):
+            raise BadInput("standard input", line[:40], "UTF-8 text")
+        if not line.startswith("/") or line.startswith("//"):
+            self._say(line.removeprefix("/") if line.startswith("//") else line)
+            return True
+        name, _, rest = line.strip().partition(" ")
+        if name == "/quit":
+            return False
+        if name == "/help":
+            for command, meaning in COMMANDS.items():
+                self._note(f"{command}: {meaning}")
+            self._note("//TEXT: a message that begins with /")
+        elif name == "/reset":
+            self.talker.reset()
+            self._note("all messages are forgotten")
+        elif name == "/stats":
+            self._stats()
+        elif name == "/system":
+            try:
+                self.talker.set_system(rest.strip() or None)
+                self._note("the chat begins anew with this system prompt")
+            except BadInput as error:
+                output.warn(str(error))
+        else:
+            output.warn(str(_unknown(name)))
+        return True
+
+    def _say(self, message: str) -> None:
+        out = None if self.as_json else sys.stdout
+        try:
+            with interruptible() as interrupted, Heartbeat("mukv chat"):
+                if out is not None:
+                    out = sys.stdout  # as the heartbeat watches it
+                reply = self.talker.say(message, out, lambda: bool(interrupted))
+        except BadInput as error:
+            output.warn(f"{error}; /reset begins anew")
+            return
+        self.last = reply
+        if reply.restarted:
+            output.warn(
+                "the template changed earlier messages: the conversation was read anew "
+                f"({reply.read:,} tokens)"
+            )
+        if reply.cache_tokens + 1 >= self.talker.conversation.length:
+            output.warn("the conversation is as long as --length; /reset begins anew")
+        if self.as_json:
+            output.print_json(_facts(reply))
+
+    def _stats(self) -> None:
+        """On standard error with --json, whose lines are turns."""
+        talker, last = self.talker, self.last
+        facts: dict[str, Any] = {
+            "turns": len(talker.messages) // 2,
+            "cache_tokens": len(talker.conversation.ids),
+            "cache_bytes": talker.conversation.cache_bytes,
+        }
+        if last is not None:
+            facts |= {
+                "tokens_per_second": round(last.tokens_per_second, 1),
+                "first_token_seconds": round(last.first_token_seconds, 3),
+                "prefill_seconds": round(last.prefill_seconds, 3),
+                "compile_seconds": round(last.compile_seconds, 3),
+            }
+        for name, value in facts.items():
+            shown = f"{value:,}" if isinstance(value, int) else value
+            Console(stderr=self.as_json).say(f"{name}: {shown}")
+
+    def _note(self, text: str) -> None:
+        Console(stderr=True).say(text, style="dim")
+
+
+def _facts(reply: Reply) -> dict[str, Any]:
+    return {
+        "role": "assistant",
+        "text": reply.text,
+        "tokens": reply.tokens,
+        "cache_tokens": reply.cache_tokens,
+        "cache_bytes": reply.cache_bytes,
+        "prefill_tokens": reply.read,
+        "prefill_seconds": reply.prefill_seconds,
+        "compile_seconds": reply.compile_seconds,
+        "first_token_seconds": reply.first_token_seconds,
+        "tokens_per_second": reply.tokens_per_second,
+        "restarted": reply.restarted,
+    }
+
+
+def _unknown(name: str) -> BadInput:
+    return BadInput("command", name, f"one of {', '.join(COMMANDS)}", nearest_name(name, COMMANDS))
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    """Lines of standard input, without their ends. Ctrl-C at the prompt drops the line."""
+    while True:
+        try:
+            line = input(PROMPT) if terminal else sys.stdin.readline()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            sys.stdout.write("\n")
+            continue
+        except UnicodeDecodeError as error:
+            raise BadInput("standard input", f"byte {error.start}", "UTF-8 text") from None
+        if not terminal and not line:
+            return
+        yield line.rstrip("\r\n")
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """The list is no longer empty once Ctrl-C was pressed. A second one ends the command: the
+    program that runs may take long."""
+    pressed: list[int] = []
+
+    def press(number: int, _: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

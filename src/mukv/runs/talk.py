@@ -1,0 +1,179 @@
+"""A chat with a model: messages, the model's own template, and one cache kept between turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+import jax
+
+from mukv.cache import FULL, Policy
+from mukv.core.compute import settled
+from mukv.core.errors import BadInput
+from mukv.hub.chat import chat_text
+from mukv.infer.conversation import Conversation
+from mukv.infer.decode import TAIL, Sampling
+from mukv.infer.stream import TokenStream
+from mukv.model.counting import cache_bytes
+from mukv.runs.loaded import Model
+from mukv.runs.located import Located
+from mukv.train.footprint import require_bytes
+
+MOST_TOKENS = 4096
+"""Tokens that a conversation has room for, unless asked for more: the cache is allocated whole."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's turn. text: without stop texts and special tokens. tokens: number of new ones.
+    cache_tokens: tokens in the cache after it, of which `read` were new in this turn. restarted:
+    whether the cache had to begin anew, since the template changed what it holds. Seconds:
+    `first_token_seconds` is all that a user waits, rendering and compilation included.
+    """
+
+    text: str
+    tokens: int
+    cache_tokens: int
+    cache_bytes: int
+    read: int
+    restarted: bool
+    prefill_seconds: float
+    compile_seconds: float
+    first_token_seconds: float
+    tokens_per_second: float
+
+
+def room(found: Located, length: int | None) -> int:
+    """Tokens that a conversation may have. Raises BadInput for more than the model's context."""
+    context = found.run.model.context
+    if length is None:
+        return min(context or MOST_TOKENS, MOST_TOKENS)
+    if length < 2:
+        raise BadInput("length", length, "at least 2 tokens")
+    if context is not None and length > context:
+        raise BadInput("length", length, f"the model's context is {context} tokens")
+    return length
+
+
+def check(found: Located, system: str | None, policy: Policy, length: int) -> None:
+    """Raise BadInput, before weights are read, for a model without a chat template, a template that
+    refuses the system prompt, a policy that does not fit and a cache that takes too much memory."""
+    chat_text(found.folder, _messages(system, [{"role": "user", "content": "Hello"}]))
+    model = found.run.model
+    compute = settled(found.run.train.compute, model.vocab_size)
+    sizes = 1, length, min(TAIL, length)
+    jax.eval_shape(lambda: model.empty_cache(*sizes, compute.type, policy))
+    taken = cache_bytes(model, *sizes, compute.type, policy)
+    require_bytes("the cache", taken, "length", length)
+
+
+class Chat:
+    """Messages of a user and answers of a model."""
+
+    def __init__(
+        self,
+        speaker: Model,
+        length: int,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        policy: Policy = FULL,
+        max_tokens: int = 512,
+        stop: Sequence[str] = (),
+    ):
+        """length: tokens of the whole conversation. max_tokens: of an answer. stop: texts before
+        which an answer ends. Raises BadInput for a model without a folder."""
+        if speaker.folder is None:
+            raise BadInput("chat", str(speaker.folder), "a model that was loaded from a folder")
+        self.speaker, self.folder = speaker, speaker.folder
+        self.system, self.max_tokens, self.stop = system, max_tokens, tuple(filter(None, stop))
+        self.messages: list[dict[str, str]] = []
+        policy, centres = speaker.calibrated(policy)
+        compute = speaker.run.train.compute
+        self.conversation = Conversation(
+            speaker.network, speaker.decoding, length, sampling, compute, policy, centres
+        )
+        self.written = ""
+        """The text of what is in the cache."""
+
+    def reset(self) -> None:
+        """Forget all messages; the system prompt stays."""
+        self.messages = []
+        self._forget()
+
+    def set_system(self, system: str | None) -> None:
+        """Take another system prompt, and forget all messages. Raises BadInput for one that the
+        template refuses; then nothing changes."""
+        chat_text(self.folder, _messages(system, [{"role": "user", "content": "Hello"}]))
+        self.system = system
+        self.reset()
+
+    def say(
+        self,
+        message: str,
+        out: TextIO | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Reply:
+        """Answer a message. out: where the answer is printed token by token. interrupted: asked
+        after each token whether the answer is to end here.
+
+        Raises BadInput for a message that can't be read, or that there is no room for; then it is
+        as if it had not been said.
+        """
+        begun = time.perf_counter()
+        first: list[float] = []
+        messages = [*self.messages, {"role": "user", "content": message}]
+        rendered = chat_text(self.folder, _messages(self.system, messages))
+        before = bool(self.conversation.ids)
+        ids, text = self._continued(rendered)
+        restarted = before and not self.conversation.continues(ids)
+        stream = TokenStream(self.speaker.tokenizer, out, stop=self.stop)
+
+        def show(token: int) -> None:
+            if not first:
+                first.append(time.perf_counter() - begun)
+            stream.add([token])
+
+        made = self.conversation.answer(
+            ids,
+            self.max_tokens,
+            self.speaker.ends,
+            show,
+            lambda tokens: stream.ended or interrupted(),
+        )
+        stream.end()
+        in_cache = self.conversation.ids
+        self.written = text + self.speaker.tokenizer.decode_further(in_cache[len(ids) :])
+        self.messages = [*messages, {"role": "assistant", "content": stream.text}]
+        return Reply(
+            text=stream.text,
+            tokens=len(made.tokens),
+            cache_tokens=len(in_cache),
+            cache_bytes=made.cache_bytes,
+            read=made.read,
+            restarted=restarted,
+            prefill_seconds=made.prefill_seconds,
+            compile_seconds=made.compile_seconds,
+            first_token_seconds=first[0],
+            tokens_per_second=made.tokens_per_second,
+        )
+
+    def _continued(self, rendered: str) -> tuple[list[int], str]:
+        """Ids of a rendered conversation, and their text: with those of the cache where its text
+        goes on from that of the cache, since a model need not write as its tokenizer would."""
+        ids = self.speaker.tokenizer.encode_marked(rendered)
+        if not self.conversation.ids or self.conversation.continues(ids):
+            return ids, rendered
+        if len(rendered) > len(self.written) and rendered.startswith(self.written):
+            rest = self.speaker.tokenizer.encode_marked(rendered[len(self.written) :])
+            return [*self.conversation.ids, *rest], rendered
+        return ids, rendered
+
+    def _forget(self) -> None:
+        self.conversation.reset()
+        self.written = ""
+
+
+def _messages(system: str | None, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    return [*([{"role": "system", "content": system}] if system else []), *messages]
