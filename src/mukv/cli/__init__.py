@@ -46,14 +46,15 @@ def main() -> NoReturn:
     alone = not any(part.startswith("--distributed") for part in sys.argv)
     beat = Heartbeat(" ".join(["mukv", *sys.argv[1:2]])) if alone else nullcontext()
     try:
-        launch.restart_with_allocator()
-        _require_text(sys.argv[1:])
-        with beat:
-            code = app(prog_name="mukv", standalone_mode=False)
-        ending.flush()
-    except SystemExit:
-        raise
+        with ending.signals():
+            launch.restart_with_allocator()
+            _require_text(sys.argv[1:])
+            with beat:
+                code = app(prog_name="mukv", standalone_mode=False)
+            ending.flush()
     except BaseException as error:  # a panic of a Rust library is no Exception
+        if isinstance(error, SystemExit) and not isinstance(error, ending.Signalled):
+            raise
         ending.show_traceback(error)
         message, code = ending.told(error)
         with suppress(OSError, Failed):

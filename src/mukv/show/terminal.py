@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.progress import TextColumn
-from rich.table import Table as RichTable
+from rich.table import Table
 from rich.text import Text
 
 from mukv.core.names import printable
@@ -37,8 +37,8 @@ class Console(RichConsole):
         self.print(printable(text), style=style, soft_wrap=True)
 
 
-class Table(RichTable):
-    """One whose cells have one line each, so that a name with a line break is one row."""
+class OneLineTable(Table):
+    """A table whose cells have one line each, so that a name with a line break is one row."""
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         shown = (printable(cell) if isinstance(cell, str) else cell for cell in cells)
@@ -61,7 +61,7 @@ def table(
     caption: str | None = None,
 ) -> Table:
     """A table without lines: columns of text at the left, of numbers at the right. None is cut."""
-    found = Table(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 1))
+    found = OneLineTable(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 1))
     for name in text:
         found.add_column(name, overflow="fold")
     for name in numbers:

@@ -94,7 +94,7 @@ class Watch:
         self.ended = True
         if error is None:
             self._send("bye")
-        elif isinstance(error, BadInput | Failed | KeyboardInterrupt):
+        elif isinstance(error, BadInput | Failed | KeyboardInterrupt | SystemExit):
             self._send("failed")
             # Before JAX's own end, which would wait for those that have left, and abort.
             atexit.register(self._leave_after_others, getattr(error, "status", 1))
