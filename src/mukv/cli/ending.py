@@ -46,9 +46,10 @@ class Signalled(SystemExit):
 
 @contextmanager
 def signals() -> Iterator[None]:
-    """Raise Signalled for SIGINT and SIGTERM in this block; a second one kills the process.
+    """Raise Signalled for SIGINT and SIGTERM in this block.
 
-    Signals that the process was started to ignore stay ignored.
+    Python raises it when the library call that runs ends (a compilation may take a minute). A
+    signal after that kills the process. Signals that it was started to ignore stay ignored.
     """
     usual = (signal.SIG_DFL, signal.default_int_handler)
     here = threading.current_thread() is threading.main_thread()
