@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from typing import Any, get_args
 
 import pytest
@@ -13,6 +14,7 @@ import typer
 from mukv.cli import app, ending
 from mukv.cli.typed import Command, require_number, spellings
 from mukv.core.errors import BadInput
+from mukv.storage.files import temporary
 from tests.conftest import command
 from tests.hostile.harness import check_all
 
@@ -217,3 +219,37 @@ def test_every_exception_ends_in_a_line(mukv, monkeypatch, error, status, start)
         assert "mukv/cli/looking.py:" in done.stderr or "mukv/cli/using.py:" in done.stderr
         monkeypatch.setenv(ending.TRACEBACK, "1")
         assert "Traceback" in mukv("describe", "tiny").stderr
+
+
+@pytest.fixture
+def handlers():
+    """Puts back what handles signals, which one that ends a command sets to kill."""
+    before = {number: signal.getsignal(number) for number in ending.SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_ends_in_a_line(mukv, monkeypatch, tmp_path, handlers, number, status, word):
+    """What is open is closed on the way, as after any exception."""
+
+    def wait(*_: object) -> None:
+        with temporary(tmp_path / "x") as made:
+            made.write_text("half")
+            os.kill(os.getpid(), number)
+            raise AssertionError("nobody heard the signal")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mukv.runs.resolve.resolve", wait)
+        done = mukv("describe", "tiny")
+    assert (done.returncode, done.stderr) == (status, f"error: {word}\n")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_command_that_ends_leaves_the_handlers_as_they_were(mukv, handlers):
+    assert mukv("describe", "tyny").returncode == 2
+    assert {number: signal.getsignal(number) for number in handlers} == handlers

@@ -63,16 +63,17 @@ def main() -> NoReturn:
     watched = alone and sys.argv[1:2] != ["chat"]
     beat = Heartbeat(" ".join(["mukv", *sys.argv[1:2]])) if watched else nullcontext()
     try:
-        launch.restart_with_allocator()
-        _require_text(sys.argv[1:])
-        if not sys.flags.safe_path and "" not in sys.path and os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # parts that YAML names by their dotted path
-        with beat:
-            code = app(prog_name="mukv", standalone_mode=False)
-        ending.flush()
-    except SystemExit:
-        raise
+        with ending.signals():
+            launch.restart_with_allocator()
+            _require_text(sys.argv[1:])
+            if not sys.flags.safe_path and "" not in sys.path and os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())  # parts that YAML names by their dotted path
+            with beat:
+                code = app(prog_name="mukv", standalone_mode=False)
+            ending.flush()
     except BaseException as error:  # a panic of a Rust library is no Exception
+        if isinstance(error, SystemExit) and not isinstance(error, ending.Signalled):
+            raise
         ending.show_traceback(error)
         message, code = ending.told(error)
         with suppress(OSError, Failed):

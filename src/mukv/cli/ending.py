@@ -1,6 +1,7 @@
 """How a command ends: every exception becomes one line and a status.
 
-Status 1 is for what went wrong at run time, 2 for bad input. An exception that no part of mukv
+Status 1 is for what went wrong at run time, 2 for bad input, 130 and 143 for the signals SIGINT
+and SIGTERM. An exception that no part of mukv
 expects is told as a fault of mukv, with its place in the source; MUKV_TRACEBACK=1 shows the
 traceback of any error.
 """
@@ -9,9 +10,15 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
@@ -26,6 +33,42 @@ MISTYPED = {
 }
 """Errors of the file system that another path mends."""
 PACKAGE = Path(__file__).parents[1]
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class Signalled(SystemExit):
+    """A signal ends the command. Locks are released and temporary files removed on the way."""
+
+    def __init__(self, number: int) -> None:
+        self.line, self.status = SIGNALS[signal.Signals(number)], 128 + number
+        super().__init__(self.status)
+
+
+@contextmanager
+def signals() -> Iterator[None]:
+    """Raise Signalled for SIGINT and SIGTERM in this block.
+
+    Python raises it when the library call that runs ends (a compilation may take a minute). A
+    signal after that kills the process. Signals that it was started to ignore stay ignored.
+    """
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS if here}
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        raise Signalled(number)
+
+    for number, handler in before.items():
+        if handler in usual:
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is leave:
+                signal.signal(number, handler)
 
 
 def told(error: BaseException) -> tuple[str, int]:
@@ -39,8 +82,8 @@ def told(error: BaseException) -> tuple[str, int]:
         return "", error.exit_code
     if isinstance(error, typer.Abort):
         return "", 1
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 1
+    if isinstance(error, Signalled):
+        return error.line, error.status
     if isinstance(error, BrokenPipeError):
         return "", 1
     if hasattr(error, "format_message"):  # click says best what is wrong with an option

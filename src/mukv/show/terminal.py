@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.progress import TextColumn
-from rich.table import Table as RichTable
+from rich.table import Table
 from rich.text import Text
 
 from mukv.core.names import printable
@@ -39,7 +39,7 @@ class Console(RichConsole):
         self.print(printable(text), style=style, soft_wrap=True)
 
 
-class TerminalTable(RichTable):
+class OneLineTable(Table):
     """A table whose cells have one line each, so that a name with a line break is one row."""
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
@@ -61,11 +61,11 @@ def table(
     numbers: Sequence[str],
     title: str | None = None,
     caption: str | None = None,
-) -> TerminalTable:
+) -> Table:
     """Make a table without rules: text columns left-aligned, number columns right-aligned, nothing
     cut.
     """
-    made = TerminalTable(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 1))
+    made = OneLineTable(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 1))
     for name in text:
         made.add_column(name, overflow="fold")
     for name in numbers:

@@ -12,8 +12,6 @@ import contextlib
 import math
 import os
 import shutil
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +26,11 @@ from jax.sharding import SingleDeviceSharding
 from mukv.core.errors import BadInput, Failed, telling_disk_errors
 from mukv.core.params import named
 from mukv.storage import manifest
+from mukv.storage.failed_saves import LateWrites, remove_unfinished, unfinished
 from mukv.storage.manifest import Damaged, reason
 from mukv.storage.stored import read_arrays, require_path
 
 STATE, MANIFEST, DELETED = "state", "manifest", ".deleted"
-UNFINISHED = ".orbax-checkpoint-tmp"
-"""Part of the name of a step that is still being written."""
-REMOVALS, SETTLES = 20, 0.05
-"""Number of attempts to delete the folder of a failed save, and seconds between them."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ class Checkpoints:
                 str(self.folder / str(foreign[0])), "no checkpoint of mukv", "choose another folder"
             )
         self.saving: int | None = None
-        self.late = _LateWrites()
+        self.late = LateWrites()
         self.scores = self._read_scores()
         self.keep = Preserve(keep_last, keep_best, self.scores, pinned)
         self.manager: ocp.CheckpointManager | None = None
@@ -302,39 +297,12 @@ class Checkpoints:
             full = any(sign in text for sign in signs)
             problem = "the disk is full" if full else reason(error)
             if self._may_write:
-                _remove_unfinished(self.folder)
+                remove_unfinished(self.folder)
             good = self.latest()
             advice = "nothing is saved" if good is None else f"step {good} is safe"
             raise Failed(
                 f"{self.folder}: step {step} was not saved: {problem}; {advice}"
             ) from error
-
-
-class _LateWrites:
-    """Tells Python to print nothing of writes that end after the save has failed.
-
-    At the first error of a save Orbax closes the event loop in which TensorStore's threads announce
-    the end of their writes. Each later one then raises an error that no caller can catch, and of
-    which Python prints a traceback.
-    """
-
-    def __init__(self) -> None:
-        self.before: Any = None
-
-    def ignore(self) -> None:
-        """From the beginning of a save on; after one that failed, as long as the process lives,
-        since nobody knows when the last write ends."""
-        if self.before is None:
-            self.before, sys.unraisablehook = sys.unraisablehook, self._hook
-
-    def report(self) -> None:
-        """Nothing is being written any more: show every error again."""
-        if self.before is not None and sys.unraisablehook == self._hook:
-            sys.unraisablehook, self.before = self.before, None
-
-    def _hook(self, unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed" or unraisable.object is not None:
-            self.before(unraisable)
 
 
 def _numbered(folder: Path) -> list[int]:
@@ -365,29 +333,11 @@ def _remove_leftovers(folder: Path) -> None:
     unfinished steps in a background thread, but that may not have ended when the manager is closed.
     """
     gone = [folder / str(step) for step in _numbered(folder) if not _ours(folder / str(step))]
-    for path in (*_unfinished(folder), *gone):
+    for path in (*unfinished(folder), *gone):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _unfinished(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if UNFINISHED in entry.name]
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Delete what a save that failed has written, as far as that is possible.
-
-    Writes that have not ended put files and folders back for a moment.
-    """
-    with contextlib.suppress(OSError):
-        for _ in range(REMOVALS):
-            for path in _unfinished(folder):
-                shutil.rmtree(path, ignore_errors=True)
-            time.sleep(SETTLES)
-            if not _unfinished(folder):
-                return
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -101,7 +101,7 @@ class Watch:
         self.ended = True
         if error is None:
             self._send("bye")
-        elif isinstance(error, BadInput | Failed | KeyboardInterrupt):
+        elif isinstance(error, BadInput | Failed | KeyboardInterrupt | SystemExit):
             self._send("failed")
             # Runs before JAX's own exit handler, which would wait for processes that have ended,
             # and abort.
