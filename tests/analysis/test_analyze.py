@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mukv.cli.looking import names_of
+from mukv.analysis.command import names_of
 
 
 @pytest.mark.slow
