@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mukv.cli.looking import names_of
+from mukv.analysis.command import names_of
 
 
 def test_texts_side_by_side(mukv, trained, tmp_path):

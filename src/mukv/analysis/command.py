@@ -1,0 +1,156 @@
+"""The work of `mukv analyze`: choose texts, measure a model on them, calibrate clusters, write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mukv.analysis import calibrate, samples, study
+from mukv.analysis.capture import CapturedRows, batch_rows
+from mukv.analysis.clusters import judge
+from mukv.cache.centres import KINDS
+from mukv.core.errors import BadInput, unknown_name
+from mukv.model import Decoder
+from mukv.runs import inputs
+from mukv.runs.loaded import Model
+from mukv.show.page import Page
+
+
+@dataclass(frozen=True)
+class AnalyzeSettings:
+    """What is measured, as the options of the command say it.
+
+    text: text files; tokens: a .npy file of ids; neither for held-out text
+    samples: windows of each text
+    calibrate: what is clustered; None for nothing
+    clusters: centres of each head
+    before_rotation: whether keys and queries are clustered without their rotation
+    calibration_tokens: tokens of the training text that are clustered
+    """
+
+    text: tuple[Path, ...] = ()
+    tokens: Path | None = None
+    samples: int = 32
+    calibrate: str | None = None
+    clusters: int = 64
+    before_rotation: bool = False
+    calibration_tokens: int = 1 << 16
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise BadInput("--samples", self.samples, "at least 1")
+        if self.text and self.tokens:
+            raise BadInput("analyze", "--text and --tokens", "one of the two")
+        if self.calibrate is not None and self.calibrate not in KINDS:
+            raise unknown_name("--calibrate", self.calibrate, KINDS)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Results. found: measured, by text. facts: what `--json` prints."""
+
+    found: study.Found
+    facts: dict[str, Any]
+
+
+def analyze(
+    model: Model,
+    name: str,
+    length: int,
+    settings: AnalyzeSettings,
+    folder: Path,
+    beside: Path | None,
+) -> Analysis:
+    """Measure a model, and write tables, pictures and a page into a folder.
+
+    name: of the model, as it was typed. length: of a window, in tokens. beside: run directory that
+    calibrated centres are saved in; None to save them in `folder`. Raises BadInput for texts that
+    do not fit the model, and for a model that is no decoder.
+    """
+    texts = chosen_texts(model, length, settings)
+    to_cluster = to_judge = samples.joined(texts.values())
+    if settings.calibrate is not None:
+        to_cluster, to_judge = _parted(model, length, settings, to_judge)
+        calibrate.check(settings.clusters, to_cluster.tokens.size)
+    if not isinstance(model.network, Decoder):
+        raise BadInput("MODEL", model.network.kind, "a model of kind decoder")
+    found = study.look(model.network, model.scaled, texts, model.run.train.compute)
+    about = {
+        "model": name,
+        "window": f"{length} tokens",
+        "tokens": ", ".join(f"{text} {each.tokens.size:,}" for text, each in texts.items()),
+    }
+    page = study.write(found, folder, f"Who reads what: {Path(name).name}", about)
+    facts = {"texts": study.facts(found), "out": str(folder)}
+    if settings.calibrate is not None:
+        saved = beside or folder
+        facts["calibration"] = _clusters(model, settings, to_cluster, to_judge, folder, saved, page)
+    page.save(folder / "analysis.html")
+    return Analysis(found, facts)
+
+
+def chosen_texts(model: Model, length: int, settings: AnalyzeSettings) -> dict[str, CapturedRows]:
+    """Windows of each text by its name. Raises BadInput for ids that the model does not have."""
+    count = settings.samples
+    if settings.text:
+        names = names_of(settings.text)
+        rows = {n: inputs.rows_of_text(model, p) for n, p in zip(names, settings.text, strict=True)}
+        texts = {name: samples.windows(name, each, length, count) for name, each in rows.items()}
+    elif settings.tokens is not None:
+        name = settings.tokens.stem
+        given: Sequence[np.ndarray] = inputs.rows_of_ids(settings.tokens)
+        texts = {name: samples.windows(name, given, length, count)}
+    else:
+        texts = {"validation": samples.held_out(inputs.corpus(model), length, count)}
+    for each in texts.values():
+        inputs.check_ids(model, each.tokens)
+    return texts
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """What texts are called: their file names, and whole paths where those are alike."""
+    stems = [path.stem for path in paths]
+    return [s if stems.count(s) == 1 else str(p) for s, p in zip(stems, paths, strict=True)]
+
+
+def _parted(
+    model: Model, length: int, settings: AnalyzeSettings, rows: CapturedRows
+) -> tuple[CapturedRows, CapturedRows]:
+    """Windows to cluster and windows to judge by: halves of given texts, or else text of the
+    training and held-out text."""
+    if settings.text or settings.tokens:
+        return samples.halves(rows)
+    count = -(-settings.calibration_tokens // length)
+    return samples.from_training(inputs.corpus(model), length, count), rows
+
+
+def _clusters(
+    model: Model,
+    settings: AnalyzeSettings,
+    to_cluster: CapturedRows,
+    to_judge: CapturedRows,
+    folder: Path,
+    saved: Path,
+    page: Page,
+) -> Mapping[str, Any]:
+    """Calibrate centres, save and judge them; adds to the page and returns the facts."""
+    decoder, kind, compute = model.network, settings.calibrate, model.run.train.compute
+    assert isinstance(decoder, Decoder)
+    size = batch_rows(decoder, to_cluster.tokens.shape[1])
+    centres = calibrate.calibrate(
+        decoder,
+        model.weights,
+        samples.even(to_cluster, size),
+        kind,  # pyright: ignore[reportArgumentType] (checked by the settings)
+        settings.clusters,
+        not settings.before_rotation,
+        compute=compute,
+    )
+    batches = samples.batched(to_judge, size)
+    predicted = judge(decoder, model.scaled, centres, batches, compute)
+    path = centres.save(saved)
+    return {**study.write_clusters(predicted, centres, folder, page), "path": str(path)}
