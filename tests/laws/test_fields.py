@@ -308,8 +308,9 @@ def walked() -> set[str]:
         hints = get_type_hints(cls, include_extras=True)
         for field in fields(cls):
             hint = hints[field.name]
-            chosen = len(inside(hint)) != 1 or get_args(hint)
-            if chosen and not (field.name == "kind" and get_origin(hint) is Literal):
+            several = get_args(hint) and get_origin(hint) is not Annotated
+            chosen = len(inside(hint)) != 1 or several
+            if chosen and not (field.name == "kind" and get_origin(hint) in (Literal, Annotated)):
                 found.add(f"{declaring(cls, field.name)}.{field.name}")
     return found
 
