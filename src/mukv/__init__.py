@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mukv.core.version import VERSION
 
 if TYPE_CHECKING:
+    from mukv.attention import HCA as HCA
     from mukv.attention import Attention as Attention
     from mukv.attention import Grouped as Grouped
     from mukv.attention import GroupedTied as GroupedTied
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from mukv.model.concept import SelectPool as SelectPool
     from mukv.model.concept import Sum as Sum
     from mukv.model.concept import Weighted as Weighted
+    from mukv.model.feedforward import Experts as Experts
     from mukv.position import FIRE as FIRE
     from mukv.position import KERPLE as KERPLE
     from mukv.position import NTK as NTK
@@ -136,7 +138,7 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 _MODULES = {
-    "mukv.attention": ("Attention Grouped GroupedTied Latent SharedKV TensorProduct"),
+    "mukv.attention": "Attention Grouped GroupedTied HCA Latent SharedKV TensorProduct",
     "mukv.cache.policy": (
         "All Clusters Everything Exact Expected H2O Int4 Int8 Keep KeyDiff KeyNorm Pages "
         "Policy Random Select SnapKV SparQ Store Streaming TOVA TopK TopP"
@@ -149,6 +151,7 @@ _MODULES = {
     "mukv.infer.decode": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
     "mukv.model.block": "Branching Feedforward Gated PreNorm SandwichNorm",
+    "mukv.model.feedforward": "Experts",
     "mukv.model.concept": (
         "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "
         "Pool Prefix Residually SelectPool Sum Weighted"

@@ -97,7 +97,7 @@ def test_entries_of_a_list(path):
         (Outer, "part.sise", "part.size"),
         (Outer, "parts.0.lst", "parts.N.last"),
         (Run, "train.optimiser", "train.optimizer"),
-        (Run, "model.window", "model.plan.N.pattern.N.window"),
+        (Run, "model.window", "model.attention.window"),
         (Run, "0", None),
     ],
 )

@@ -32,11 +32,16 @@ WINDOW, COMPRESSED, UNFINISHED = "window", "compressed", "unfinished"
 
 @dataclass(frozen=True)
 class HCA(Attention):
-    """head_dim: width of a key, which is the value as well. rope_dim: of its last dimensions, which
-    are rotated. query_rank: width of the normed latent that queries come from. window: tokens whose
-    own entries a query sees, itself included; None for all. every: tokens per compressed entry;
-    None for the window alone. groups: of consecutive heads, whose outputs are projected together
-    to output_rank numbers each.
+    """Compressed attention with a window: HCA of DeepSeek V4.
+
+    head_dim: width of a key, which is the value as well
+    rope_dim: number of the last dimensions of a head, which are rotated
+    query_rank: width of the normed latent from which queries are projected
+    window: tokens whose own entries a query sees, itself included; None for all
+    every: tokens per compressed entry; None for the window alone
+    groups: number of groups of consecutive heads, each with an output projection of its own
+    output_rank: width of the output projection of one group
+    norm: normalisation of the latent, the entries and each query head
     """
 
     kind: Literal["hca"] = "hca"

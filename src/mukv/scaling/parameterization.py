@@ -40,6 +40,7 @@ class Constants:
     """Factors per role of a weight, the same at every width.
 
     embedding, hidden, readout: factor of the weights of this role
+    router: factor of the weights that score experts
     vector: factor of gains and biases
     """
 
