@@ -39,14 +39,22 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True)
 class Experts(Feedforward):
-    """experts, top_k: number of experts, and how many a token goes through. hidden: inner width of
-    each. shared: number of experts besides that every token goes through. router: what turns
-    logits into scores; experts with the largest are chosen. normalise: weights of the chosen
-    experts sum to one. balance: weight of the load-balancing loss (Switch Transformer, Fedus et al.
-    2022, equations 4 to 6; here of each row, 1 for uniform routing). z_loss: weight of the squared
-    logarithm of the router's normaliser (ST-MoE, Zoph et al. 2022, equation 5). capacity: in
-    passes over whole rows (training, evaluation) an expert takes at most capacity * top_k * tokens
-    / experts tokens of a row, the first ones, and drops the others; None to drop none.
+    """Mixture of experts: each token is processed by the `top_k` experts with the largest scores.
+
+    experts: number of experts that a router chooses from
+    top_k: number of experts that process a token
+    hidden: inner width of an expert
+    shared: number of further experts, which process every token
+    activation: function of the gate
+    router: function that turns the router's logits into scores
+    normalise: whether the weights of a token's experts are divided by their sum
+    balance: weight of the load-balancing loss, per row, 1 for uniform routing (Switch Transformer,
+        Fedus et al. 2022, equations 4 to 6)
+    z_loss: weight of the squared logarithm of the router's normaliser (ST-MoE, Zoph et al. 2022,
+        equation 5)
+    capacity: in training and evaluation an expert processes the first
+        capacity * top_k * tokens / experts tokens of a row that choose it and drops the others;
+        None to drop none
     """
 
     kind: Literal["experts"] = "experts"
