@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mukv demo
 
+# Every pair of parts: minutes.
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+# The whole product, with XLA's optimisations: hours.
+test-all: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m ""
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,10 +1,10 @@
-"""The fused attention core against the plain one: time and memory of a layer's gradient.
+"""Compare the fused attention core with the plain one: time and memory of a layer's gradient.
 
     python benchmarks/attention.py                      # RoPE, ALiBi and CoPE at 1,024 to 8,192
 
-Memory is what the compiler plans for temporaries and, where that fits the machine, what a process
-that does nothing else really takes; what does not fit is not run. Both cores compute the same
-(tests/laws); rounds alternate between them.
+Memory is what the compiler plans for temporaries and, where it fits the machine, the peak of a
+process that does nothing else; what does not fit is not run. Both cores compute the same result
+(tests/laws). Rounds alternate between them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CORES = ("plain", "fused")
 
 
 def layer(position: str, length: int, core: str) -> tuple[Any, tuple[Any, ...]]:
-    """A compiled gradient of one attention layer, and its arguments."""
+    """Compile the gradient of one attention layer; return it and its arguments."""
     attention = Grouped(POSITIONS[position](), heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     declared = (attention.write_params(D_MODEL), attention.read_params(D_MODEL))
     key = jax.random.key(0)
@@ -53,7 +53,7 @@ def layer(position: str, length: int, core: str) -> tuple[Any, tuple[Any, ...]]:
 
 
 def measure(position: str, length: int, rounds: int) -> dict[str, Any]:
-    """Medians of alternating rounds, and bytes, of each core that fits."""
+    """Measure each core that fits: medians of alternating rounds, and bytes."""
     compiled = {core: layer(position, length, core) for core in CORES}
     row: dict[str, Any] = {"position": position, "length": length}
     for core, (step, _) in compiled.items():
@@ -79,7 +79,7 @@ def free_bytes() -> int:
 
 
 def resident(position: str, length: int, core: str) -> int:
-    """Peak resident bytes that one gradient adds to a fresh process."""
+    """Measure the peak resident bytes that one gradient adds to a fresh process."""
     command = [sys.executable, __file__, "--resident", position, str(length), core]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
@@ -87,7 +87,7 @@ def resident(position: str, length: int, core: str) -> int:
 
 def report_resident(position: str, length: int, core: str) -> None:
     step, arguments = layer(position, length, core)
-    # Linux forgets the peak so far, that of the compiler, when 5 is written here.
+    # Writing 5 resets the peak so far, which is that of the compiler.
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
     jax.block_until_ready(step(*arguments))
@@ -95,7 +95,7 @@ def report_resident(position: str, length: int, core: str) -> None:
 
 
 def memory(field: str) -> int:
-    """Bytes of this process, as the kernel counts them."""
+    """Return bytes of this process from the kernel's statistics."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 

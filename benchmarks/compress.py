@@ -1,10 +1,10 @@
-"""A decode step with the full cache and with policies, in one run.
+"""Time a decode step with the full cache and with cache policies, in one run.
 
 Run: python benchmarks/compress.py [--contexts 8192,32768] [--policies pages,int8] [--budget 0.1]
 
-Bodies are filled with random entries, by what fills them after a prompt; then single steps are
-timed, all policies in turn, so that a busy machine slows all of them. One layer's worth of weights
-is small beside the cache at these lengths, as it is in a large model that reads a long text.
+Bodies are filled with random entries by the same code as after a prefill. Then single steps are
+timed, all policies in turn, so that other load affects all of them. The weights of one layer are
+small beside the cache at these lengths, as in a large model with a long text.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def model_of(layers: int, heads: int, head_dim: int) -> Decoder:
 
 
 def filled(model: Decoder, weights: Any, context: int, policy: Policy, compute: Compute) -> Cache:
-    """A cache of `context` random entries, keys in bunches as those of texts are."""
+    """Make a cache of `context` random entries, with clustered keys as real texts have."""
     cache = model.empty_cache(1, context, TAIL, compute.type, policy)
     attention = model.attention
     random = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def filled(model: Decoder, weights: Any, context: int, policy: Policy, compute: 
 
     @jax.jit
     def body(empty: Any, own: Any, new: Any, queries: Any) -> Any:
-        # Of the queries the last ones are enough: no policy here looks at more.
+        # The last queries suffice: no policy here uses more.
         padded = jnp.pad(queries, [(0, 0)] * 3 + [(context - QUERIES, 0), (0, 0)])
         reader = Reader(attention, own["read"], padded if empty.needs_queries else None)
         return empty.extended(new, zero, count, reader, fresh=True)
@@ -76,7 +76,7 @@ def filled(model: Decoder, weights: Any, context: int, policy: Policy, compute: 
 
 
 class Case:
-    """One policy at one length: a compiled step, and the times that it took."""
+    """One policy at one length: a compiled step, and its times."""
 
     def __init__(self, model: Decoder, weights: Any, context: int, name: str, budget: float):
         compute = Compute().resolve(model.vocab_size)
@@ -90,7 +90,7 @@ class Case:
             return logits, cache.split()[1]
 
         self.read = bytes_read(step, cache, weights)
-        # A few steps that fill the tail, as decoding does: only the tail is carried.
+        # A few steps that fill the tail, as in decoding: the loop carries only the tail.
         frozen, live = cache.split()
 
         def steps(frozen: Any, live: Any, weights: Any) -> Any:

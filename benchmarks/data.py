@@ -1,12 +1,12 @@
-"""How fast text becomes tokens and tokens become batches, beside plain code for the same.
+"""Measure how fast text becomes tokens and tokens become batches, beside plain code for the same.
 
 Run: python benchmarks/data.py [--json]
 
-Building reads, tokenises on all cores, hashes and writes the Python library's source; its peer is
-`tokenizers` alone on one thread, with the text already in memory. Batches are shuffled epochs with
-segments, positions and weights; their peer is the usual loop over random windows of a memory map,
-which has none of these. Best of several alternating runs. Last, a real training run of the preset
-tiny says which share of its time steps waited for their batch.
+Building reads, tokenises on all cores, hashes and writes the Python library's source; it is
+compared with `tokenizers` alone on one thread, with the text already in memory. Batches are
+shuffled epochs with segments, positions and weights; they are compared with a loop over random
+windows of a memory map, which has none of these. Best of several alternating runs. Last, a training
+run of the preset tiny measures the fraction of its time in which steps waited for their batch.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ from mukv.runs.train import train_run
 REPEATS = 5
 SHAPES = ((8, 256), (64, 1024), (4, 16384))
 TOKENS = 1 << 22
-"""Read per timed run of batches."""
+"""Tokens read per timed run of batches."""
 
 
 def fastest(*runs: Callable[[], object]) -> list[float]:
-    """Seconds of each, its best of several, taking turns so that noise meets all."""
+    """Return the best time of each function in seconds; they alternate, so that noise
+    affects all.
+    """
     seconds = [float("inf")] * len(runs)
     for _ in range(REPEATS):
         for number, run in enumerate(runs):
@@ -50,7 +52,7 @@ def fastest(*runs: Callable[[], object]) -> list[float]:
 
 
 def building(spec: str, folder: Path) -> tuple[TokenFile, float, float]:
-    """MB/s of a whole build, and of `tokenizers` on one thread."""
+    """Return MB/s of a whole build, and of `tokenizers` on one thread."""
     file = build_tokens(["stdlib"], folder / spec.replace(":", ""), spec)
     texts = [piece.data.decode() for piece in pieces(["stdlib"])]
     inner, out = file.tokenizer.inner, folder / "out"
@@ -69,7 +71,7 @@ def building(spec: str, folder: Path) -> tuple[TokenFile, float, float]:
 
 
 def batching(file: TokenFile, batch: int, length: int) -> tuple[float, float]:
-    """Million tokens per second of our batches, and of random windows."""
+    """Return million tokens per second of mukv's batches, and of random windows."""
     steps = TOKENS // (batch * length)
     batches = Batches(file, seed=0, batch=batch, length=length)
     generator = np.random.default_rng(0)
@@ -90,7 +92,7 @@ def batching(file: TokenFile, batch: int, length: int) -> tuple[float, float]:
 
 
 def waiting(file: TokenFile, folder: Path) -> float:
-    """Share of the time of 100 training steps that they waited for data."""
+    """Return the fraction of the time of 100 training steps in which they waited for data."""
     run = config.load("tiny", [f"data.path={file.path}", "train.validation_batches=1"])
     outcome = train_run(run, RunDirectory(folder / "run"))
     outcome.require_finished(folder)

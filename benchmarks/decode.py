@@ -1,12 +1,12 @@
-"""Speed of greedy decoding beside transformers, at equal dimensions and context.
+"""Measure the speed of greedy decoding beside transformers, at equal dimensions and context.
 
 Run: python benchmarks/decode.py --peers PYTHON [--size 37m] [--contexts 128,2048] [--batches 1]
-[--quick]
+    [--quick]
 
-Ours is what `mukv generate` runs: one prefill, then the compiled loop over a frozen body and a
-small tail. The peers are transformers' LlamaForCausalLM with its dynamic and its static cache.
-All read the same number of random tokens, then decode; both are timed, compilation is not.
-Float32 on a CPU, bfloat16 on a GPU.
+mukv runs the code of `mukv generate`: one prefill, then the compiled loop over a frozen body and a
+small tail. It is compared with transformers' LlamaForCausalLM with its dynamic and its static
+cache. All prefill the same number of random tokens, then decode; both are timed, compilation is
+not. Float32 on a CPU, bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ LARGE = {
         "tied": True,
     }
 }
-"""Shapes of which a small machine's memory holds one contender at a time."""
+"""Shapes of which a small machine's memory holds only one contender at a time."""
 
 
 def ours(precision: str) -> Contender:
@@ -65,7 +65,7 @@ def theirs(python: str, precision: str, cache: str) -> Contender:
 
 
 def starters(python: str | None, precision: str) -> list[Callable[[], Contender]]:
-    """Everyone, in the order in which they take turns."""
+    """Return functions that start the contenders, in the order of their turns."""
     caches = ("dynamic", "static") if python else ()
     peers = [partial(theirs, str(python), precision, cache) for cache in caches]
     return [partial(ours, precision), *peers]
@@ -74,7 +74,7 @@ def starters(python: str | None, precision: str) -> list[Callable[[], Contender]
 def together(
     everyone: Sequence[Callable[[], Contender]], case: Mapping[str, Any], rounds: int, say: Console
 ) -> Case:
-    """In alternating rounds."""
+    """Measure the contenders in alternating rounds."""
     made = [start() for start in everyone]
     try:
         return compare(made, case, rounds, 0.0, LIMIT, say)
@@ -86,7 +86,9 @@ def together(
 def in_turn(
     everyone: Sequence[Callable[[], Contender]], case: Mapping[str, Any], rounds: int, say: Console
 ) -> Case:
-    """One after the other has done all its rounds: the machine may have changed in between."""
+    """Measure all rounds of one contender after those of another; the machine may change in
+    between.
+    """
     cases = [together([start], case, rounds, say) for start in everyone]
     busy = [each for case in cases for each in case.busy]
     return Case([one for case in cases for one in case.contenders], busy)
@@ -95,7 +97,7 @@ def in_turn(
 def rows(
     context: int, batch: int, new_tokens: int, case: Case, bandwidth: float
 ) -> list[dict[str, Any]]:
-    """What to print and keep of one case."""
+    """Return the rows to print and save for one case."""
     made = []
     read = case.contenders[0].told.get("read_bytes", float("nan"))
     for one in case.contenders:
@@ -126,8 +128,10 @@ def rows(
 def main() -> int:
     options = parser("Speed of decoding")
     options.add_argument("--size", choices=[*SIZES, *LARGE], default="37m")
-    options.add_argument("--precision", choices=("float32", "bfloat16"), help="of the weights")
-    options.add_argument("--contexts", help="tokens before the new ones; default 128,2048,8192")
+    options.add_argument(
+        "--precision", choices=("float32", "bfloat16"), help="dtype of the weights"
+    )
+    options.add_argument("--contexts", help="tokens of the prompt; default 128,2048,8192")
     options.add_argument("--batches", help="rows decoded together; default 1,8")
     chosen = options.parse_args()
     keep_to(chosen.cores)

@@ -1,10 +1,10 @@
-"""k-means of 8 heads x 4,096 keys x 64 dimensions, 64 clusters, against scikit-learn's default.
+"""Compare k-means of 8 heads x 4,096 keys x 64 dimensions, 64 clusters, with scikit-learn's.
 
     python benchmarks/kmeans.py [--rounds 5]
 
 Keys are drawn from mixtures, as those of real heads are: 200 centres of unequal weight, and noise.
-Prints seconds (median; compiled before), the ratio, the sums of squares, and our time for more
-heads and layers.
+scikit-learn runs with its defaults. Prints seconds (median, without compilation), the ratio, the
+sums of squares, and mukv's time for more heads and layers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def keys(sets: int, seed: int = 0) -> np.ndarray:
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
-    """Median of a few rounds, the first of which compiles and does not count."""
+    """Return the median time of several rounds after a first one, which compiles."""
     work()
     taken = []
     for _ in range(rounds):

@@ -1,11 +1,11 @@
-"""Which positions stay after a prompt, here and in kvpress, on the same Llama weights.
+"""Compare which positions mukv and kvpress keep after a prefill, with the same Llama weights.
 
 Run: python benchmarks/kvpress_agreement.py --peers PYTHON [--length 256] [--ratios 0.5,0.75]
 
-PYTHON is of an environment with `torch`, `transformers<5.3` and `kvpress`. It makes a small Llama
-of random weights, saves it, and compresses a prompt of random tokens; we import the same folder
-and prefill the same prompt. Shown: positions that both keep, and heads that keep
-the same, or the same but for the last token, which always stays here.
+PYTHON belongs to an environment with `torch`, `transformers<5.3` and `kvpress`. It makes a small
+Llama of random weights, saves it, and compresses a prompt of random tokens. mukv imports the same
+folder and prefills the same prompt. Prints the positions that both keep, and the heads that keep
+the same ones, or the same except for the last token, which mukv always keeps.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ for name, press in presses.items():
 json.dump({"ids": ids[0].tolist(), "kept": found}, sys.stdout)
 """
 WINDOW = 16
-"""Queries that SnapKV looks at, in both."""
+"""Queries that SnapKV uses, in both."""
 
 
 def ours(folder: Path, ids: list[int], name: str, ratio: float) -> list[list[list[int]]]:
-    """Positions by layer and KV head."""
+    """Return the kept positions by layer and KV head."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -111,7 +111,8 @@ def main() -> int:
                     "shared": sum(len(a & b) for a, b in pairs),
                     "heads": len(pairs),
                     "heads_equal": sum(a == b for a, b in pairs),
-                    # All that differs is that the last token took the place of the worst one.
+                    # The only difference is that the last token replaced the one with the lowest
+                    # score.
                     "heads_equal_but_last": sum(
                         len(a) == len(b) and len(b - a) <= (last not in b) for a, b in pairs
                     ),

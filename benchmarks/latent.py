@@ -1,9 +1,9 @@
-"""One decoding step of multi-head latent attention: absorbed against an expanded cache.
+"""Time one decode step of multi-head latent attention: absorbed against an expanded cache.
 
     python benchmarks/latent.py [--context 8192]
 
-The peer is the same model whose cache holds every head's key and value, as a plain
-implementation of the paper's equations keeps them. Both give the same output; rounds alternate.
+It is compared with the same model whose cache has every head's key and value, as a direct
+implementation of the paper's equations does. Both give the same output; rounds alternate.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class ExpandedCache(Latent):
-    """The same attention; what is kept is what each head multiplies with."""
+    """The same attention with keys and values of every head in the cache."""
 
     def recall(self, weights: Weights, entries: Entries) -> Dense:
         tensors = entries.tensors
@@ -76,7 +76,9 @@ def main() -> None:
     query = jax.random.normal(jax.random.key(1), (given.batch, 1, d_model), dtype)
 
     def steps(attention: Latent) -> Any:
-        """Several steps in one program, each fed by the one before it."""
+        """Compile several steps as one program, each with the output of the previous one
+        as input.
+        """
 
         def run(read: Any, query: jax.Array, entries: Entries) -> jax.Array:
             def one(query: jax.Array, _: None) -> tuple[jax.Array, None]:

@@ -1,12 +1,12 @@
-"""Time and memory of loading a pretrained model, beside transformers.
+"""Measure time and memory of loading a pretrained model, beside transformers.
 
 Run: python benchmarks/load.py --peers PYTHON [--preset llama-3.2-1b] [--folder DIR]
 
-A checkpoint of the preset's shape is written first, of random bfloat16 numbers in files of 1 GiB,
-as Hugging Face lays it out. Then each contender loads it in a process of its own, in turn:
-`mukv.load`, `mukv import` (which writes a run directory), and transformers. Seconds are of the
-load alone, until every weight was read, with the files in the page cache; memory is the largest
-that the process had resident, of its own (anonymous) and of mapped files.
+First a checkpoint of the preset's shape is written in Hugging Face's format, with random bfloat16
+weights in files of 1 GiB. Then each contender loads it in a process of its own, in turn:
+`mukv.load`, `mukv import` (which writes a run directory), and transformers. Seconds are of the load
+alone, until every weight was read, with the files in the page cache. Memory is the peak resident
+memory of the process, anonymous and mapped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GIB = 1 << 30
 
 
 def write(preset: str, folder: Path) -> int:
-    """A checkpoint of the preset's shape; returns its bytes."""
+    """Write a checkpoint of the preset's shape; return its bytes."""
     import jax.numpy as jnp
 
     from mukv.hub import FAMILIES
@@ -67,7 +67,7 @@ def write(preset: str, folder: Path) -> int:
     return sum(spec.nbytes for spec in specs.values())
 
 
-# Contenders, each in a process of its own
+# Contenders; each runs in a process of its own
 
 
 def load_ours(folder: Path) -> Any:
@@ -92,7 +92,7 @@ def load_theirs(folder: Path) -> Any:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    # On a CPU its weights are the mapped files, which are read when first used.
+    # On a CPU the weights are the mapped files; read them once.
     return model, [weight.sum().item() for weight in model.parameters()]
 
 
@@ -106,7 +106,7 @@ def start_theirs() -> None:
     import torch
     import transformers
 
-    # Its parts are imported when first used.
+    # transformers imports its parts on first use.
     transformers.AutoModelForCausalLM  # noqa: B018
     torch.zeros(1)
 
@@ -119,7 +119,7 @@ CONTENDERS: dict[str, tuple[Callable[[], None], Callable[[Path], Any]]] = {
 
 
 class Watch:
-    """The largest resident memory of this process, looked at every 5 ms."""
+    """Samples this process's resident memory every 5 ms and keeps the peak."""
 
     def __init__(self) -> None:
         self.peaks = {"RssAnon": 0, "RssFile": 0, "VmRSS": 0}
@@ -143,7 +143,7 @@ class Watch:
 
 
 def alone(name: str, folder: Path) -> dict[str, float]:
-    """One load; what it took."""
+    """Measure one load."""
     start, load = CONTENDERS[name]
     start()
     with Watch() as before:

@@ -1,9 +1,9 @@
-"""Our side of the speed comparisons, as a worker process: the same protocol as peers.py.
+"""mukv's side of the speed comparisons, as a worker process with the same protocol as peers.py.
 
-`python ours.py`: one JSON request per line of stdin, one JSON answer per line of stdout. Goes
-through what `mukv train` and `mukv generate` go through. The number of simulated devices and the
-allocator are settled at birth: `rounds.py` starts one worker for each number of devices, with
-the environment that `mukv` gives itself. Weights and tokens are random: speed, never quality.
+`python ours.py` reads one JSON request per line of stdin and writes one JSON answer per line of
+stdout. It runs the code of `mukv train` and `mukv generate`. The number of simulated devices and
+the allocator are fixed when a process starts: `rounds.py` starts one worker for each number of
+devices, with mukv's own environment. Weights and tokens are random: only speed is measured.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from mukv.train.training import Training
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to time; the keys of a `setup` request mean the same as in peers.py.
+    """One measurement; the keys of a `setup` request mean the same as in peers.py.
 
-    precision: of products with weights, and except on a CPU of activations. devices: the batch
-    is split over so many, in training.
+    precision: of matrix products with weights, and of activations except on a CPU
+    devices: number of devices that a training batch is split over
     """
 
     task: str = "train"
@@ -76,7 +76,9 @@ class Job:
         )
 
     def read_bytes(self) -> int:
-        """That a decoding step must read: weights that multiply, and the cache of all rows."""
+        """Return the bytes that a decode step must read: weights of matrix products, and the cache
+        of all rows.
+        """
         model, compute = self.model(), self.compute()
         multiply = (param.size for param in params.named(model.params()).values() if param.fan_in)
         (stack,) = model.stacks
@@ -101,7 +103,7 @@ Round = Callable[[], dict[str, float]]
 
 
 def training(job: Job) -> Round:
-    """A round is one step, its loss read back."""
+    """Set up training. A round is one step, including the transfer of its loss to the host."""
     mesh = MeshShape(data=job.devices).build()
     trainer = Trainer(
         job.model(), Training(batch=job.batch, length=job.length, compute=job.compute()), mesh
@@ -130,7 +132,9 @@ def training(job: Job) -> Round:
 
 
 def decoding(job: Job) -> Round:
-    """A round reads `length` tokens per row and decodes `new_tokens` more, greedily."""
+    """Set up decoding. A round prefills `length` tokens per row and decodes `new_tokens` more,
+    greedily.
+    """
     model = job.model()
     declared = model.params()
     resolved = model.resolved()
@@ -141,7 +145,7 @@ def decoding(job: Job) -> Round:
     prompts = job.tokens(job.batch, job.length).tolist()
 
     def decode() -> dict[str, float]:
-        # The first of the new tokens comes out of prefill.
+        # The prefill yields the first new token.
         made = generate(model, ready, prompts, job.new_tokens + 1, compute=job.compute())
         return {
             "seconds": job.batch * job.new_tokens / made.tokens_per_second,
@@ -152,8 +156,9 @@ def decoding(job: Job) -> Round:
 
 
 def bandwidth(size: int = 1 << 28, rounds: int = 7) -> float:
-    """Bytes per second of reading 1 GiB, by a product with a vector or by a sum, whichever is
-    faster here."""
+    """Measure the bytes per second of reading 1 GiB, by a matrix-vector product or a sum, whichever
+    is faster.
+    """
     matrix = jax.numpy.ones((size >> 12, 1 << 12), jax.numpy.float32)
     vector = jax.numpy.ones(1 << 12, jax.numpy.float32)
     ways = (
@@ -177,12 +182,15 @@ class Worker:
         self.step: Round | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """{"op": "setup", **Job fields} -> {"parameters", "tokens", "jax", "device",
-            "flops_per_token", "peak_flops", "warmup_seconds"}: builds, compiles, warms up.
-        {"op": "round"} -> {"seconds"}, and "prefill_seconds" in decoding.
-        {"op": "device"} -> {"platform", "bandwidth"}: cpu, gpu or tpu; bytes per second that it
-            reads at best, measured.
-        Any failure -> {"error": "one line"}, and the worker lives on. End of input ends it.
+        """Answer one request.
+
+            {"op": "setup", **Job fields} -> {"parameters", "tokens", "jax", "device",
+                "flops_per_token", "peak_flops", "warmup_seconds"}: builds, compiles, warms up.
+            {"op": "round"} -> {"seconds"}, and "prefill_seconds" in decoding.
+            {"op": "device"} -> {"platform", "bandwidth"}: cpu, gpu or tpu; measured peak of bytes
+                read per second.
+
+        Any failure gives {"error": "one line"}, and the worker continues. It ends with its input.
         """
         request = dict(request)
         op = request.pop("op", None)
@@ -219,7 +227,7 @@ class Worker:
 
 
 def main() -> None:
-    """Answer until the input ends; only answers go to stdout."""
+    """Answer requests until the input ends; only answers go to stdout."""
     out, sys.stdout = sys.stdout, sys.stderr
     worker = Worker()
     for line in sys.stdin:

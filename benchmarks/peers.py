@@ -1,10 +1,10 @@
-"""The other side of the speed comparisons: plain torch and transformers, as a worker process.
+"""The peers' side of the speed comparisons: plain torch and transformers, as a worker process.
 
-Needs torch and transformers only (nothing of mukv, no JAX). Two ways in:
+Needs only torch and transformers (nothing of mukv, no JAX). Two ways to run it:
 - `python peers.py '{"op": "setup", ...}'`: one job, `rounds` rounds, one JSON line out.
-- `python peers.py`: one JSON request per line of stdin, one JSON answer per line of stdout, so
-  that a benchmark alternates rounds with a peer kept warm. See `answer` for the protocol.
-Weights and tokens are random: the figures are speed, never quality.
+- `python peers.py`: one JSON request per line of stdin, one JSON answer per line of stdout, so that
+  a benchmark can alternate rounds with a warm peer. `answer` describes the protocol. Weights and
+  tokens are random: only speed is measured.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to time; the keys of a `setup` request.
+    """One measurement: the keys of a `setup` request.
 
-    task: `train` (forward, backward, clipping, AdamW) or `decode` (greedy, one token at a time).
-    peer: `plain` (a GPT-2-class decoder in bare torch; trains only) or `transformers` (Llama).
-    precision: `float32`, or `bfloat16`: autocast in training, bfloat16 weights in decoding.
-    compile: through torch.compile; the first round is then the compilation, see `warmup`.
-    length: tokens per row in training, read before the first new one in decoding.
-    hidden: units of Llama's three products; None for what its class of model usually has.
-    new_tokens: decoded per round.
-    cache: `dynamic` or `static`; decoding only.
-    threads: of torch; None leaves its default. tied: the embedding is the readout too.
+    task: `train` (forward, backward, clipping, AdamW) or `decode` (greedy, one token at a time)
+    peer: `plain` (a GPT-2-class decoder in bare torch; trains only) or `transformers` (Llama)
+    precision: `float32`, or `bfloat16`: autocast in training, bfloat16 weights in decoding
+    compile: whether to use torch.compile; the first round then includes compilation, see `warmup`
+    length: tokens per row in training; tokens of the prompt in decoding
+    hidden: hidden units of Llama's MLP; None means the usual number for its class of model
+    new_tokens: tokens decoded per round
+    cache: `dynamic` or `static`; decoding only
+    threads: torch's number of threads; None means its default
+    tied: whether the embedding is also the readout
     """
 
     task: str = "train"
@@ -81,7 +82,7 @@ class Job:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def now(self) -> float:
-        """Seconds, once the device has done all that it was asked for."""
+        """Return the time in seconds, after waiting for the device."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -109,14 +110,17 @@ class PlainBlock(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """Learnt positions, as in GPT-2: the class of model that nanoGPT trains. The readout has
-    weights of its own, so that all sides have as many."""
+    """Decoder with learned positions, as in GPT-2: the class of model that nanoGPT trains.
+
+    The readout has its own weights, so that all sides have the same number.
+    """
 
     def __init__(self, job: Job) -> None:
         super().__init__()
         self.embedding = nn.Embedding(job.vocab_size, job.d_model)
         self.position = nn.Embedding(job.length, job.d_model)
-        # Two products where Llama has three: as many weights with 1.5 times the hidden units.
+        # This MLP has two matrices where Llama's has three: 1.5 times the hidden units give as many
+        # weights.
         hidden = job.hidden * 3 // 2 if job.hidden else 4 * job.d_model
         self.blocks = nn.ModuleList(
             PlainBlock(job.d_model, job.heads, hidden) for _ in range(job.layers)
@@ -153,7 +157,9 @@ Round = Callable[[], dict[str, float]]
 
 
 def training(job: Job) -> tuple[nn.Module, Round]:
-    """A round is one step; fused AdamW, clipping at norm 1, the loss read back."""
+    """Set up training. A round is one step with fused AdamW and clipping at norm 1,
+    loss included.
+    """
     model = (PlainDecoder(job) if job.peer == "plain" else llama(job)).to(job.device)
     run: Any = torch.compile(model) if job.compile else model
     optimizer = torch.optim.AdamW(
@@ -178,7 +184,9 @@ def training(job: Job) -> tuple[nn.Module, Round]:
 
 
 def decoding(job: Job) -> tuple[nn.Module, Round]:
-    """A round reads `length` tokens per row into an empty cache and decodes `new_tokens` more."""
+    """Set up decoding. A round prefills `length` tokens per row into an empty cache and decodes
+    `new_tokens`.
+    """
     model = llama(job).to(job.device).eval()
     if job.precision == "bfloat16":
         model = model.bfloat16()
@@ -215,11 +223,14 @@ class Worker:
         self.step: Round | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """{"op": "setup", **Job fields} -> {"parameters", "tokens", "torch", "transformers",
-            "threads", "warmup_seconds"}: builds, warms up; `tokens`: tokens per round, all rows.
-        {"op": "round"} -> {"seconds"}: one training step, or `new_tokens` decoded per row; in
-            decoding also "prefill_seconds".
-        Any failure -> {"error": "one line"}, and the worker lives on. End of input ends it.
+        """Answer one request.
+
+            {"op": "setup", **Job fields} -> {"parameters", "tokens", "torch", "transformers",
+                "threads", "warmup_seconds"}: builds, warms up. `tokens`: per round, all rows.
+            {"op": "round"} -> {"seconds"}: one training step, or `new_tokens` decoded per row; in
+                decoding also "prefill_seconds".
+
+        Any failure gives {"error": "one line"}, and the worker continues. It ends with its input.
         """
         request = dict(request)
         op = request.pop("op", None)
@@ -258,7 +269,7 @@ class Worker:
 
 
 def serve() -> None:
-    """Answer until the input ends; only answers go to stdout."""
+    """Answer requests until the input ends; only answers go to stdout."""
     out, sys.stdout = sys.stdout, sys.stderr
     worker = Worker()
     for line in sys.stdin:
@@ -272,7 +283,7 @@ def serve() -> None:
 
 
 def once(request: dict[str, Any]) -> dict[str, Any]:
-    """Set up, time `rounds` rounds (5 unless given), and say how it went."""
+    """Set up, time `rounds` rounds (5 by default), and return the results."""
     worker, rounds = Worker(), int(request.pop("rounds", 5))
     told = worker.answer({"op": "setup", **request})
     seconds = [worker.answer({"op": "round"})["seconds"] for _ in range(rounds)]

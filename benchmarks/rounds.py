@@ -1,9 +1,9 @@
-"""Fair speed comparisons: everyone stays warm in a process of its own, and they take turns.
+"""Fair speed comparisons: contenders stay warm in processes of their own and alternate.
 
-A machine drifts, and a foreign program on one core can slow a thread pool several times over. So
-contenders alternate within every round, ratios are taken within rounds, and before each turn we
-wait a little for quiet cores and record how many were busy with something else. The first round
-is thrown away.
+A machine's speed drifts, and another program on one core can slow a thread pool several times over.
+So contenders alternate within every round, ratios are computed within rounds, and before each turn
+we wait briefly for idle cores and record how many were busy with other work. The first round is
+discarded.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from mukv.cli.launch import ALLOCATOR
 
 HERE = Path(__file__).parent
 QUIET = 0.3
-"""Foreign busy cores up to which we call the machine quiet."""
+"""Number of cores busy with other work up to which the machine counts as idle."""
 PATIENCE = 0.3
-"""Seconds that a turn waits for that."""
+"""Seconds that a turn waits for an idle machine."""
 LONGEST_ANSWER = 300.0
 
 
 class Refused(Exception):
-    """A worker could not do what it was asked; the message is one line."""
+    """A worker could not do what was requested; the message is one line."""
 
 
 class Worker:
-    """A process that answers one JSON line with another, and sleeps in between."""
+    """A process that answers one JSON line with another and sleeps in between."""
 
     def __init__(self, script: str, python: str = sys.executable, allocator: bool = False):
-        """allocator: give it the memory settings that `mukv` gives itself."""
+        """allocator: whether it gets the memory settings that `mukv` uses"""
         environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
         if allocator:
             environment["GLIBC_TUNABLES"] = ALLOCATOR
@@ -57,7 +57,9 @@ class Worker:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Its answer. Raises Refused if that is an error, or takes too long: then it is dead."""
+        """Return the answer to a request. Raises Refused for an error or a timeout, after which the
+        worker is dead.
+        """
         asked, told = self.process.stdin, self.process.stdout
         assert asked
         assert told
@@ -81,7 +83,7 @@ class Worker:
 
 @dataclass
 class Contender:
-    """One side of a comparison. request: what its `setup` is asked for besides the case."""
+    """One side of a comparison. request: fields of its `setup` request besides the case."""
 
     name: str
     worker: Worker
@@ -91,7 +93,7 @@ class Contender:
     why_not: str | None = None
 
     def turn(self, least: float) -> None:
-        """One round: as many steps as fill `least` seconds."""
+        """Run one round: as many steps as fill `least` seconds."""
         total: dict[str, float] = {}
         steps = 0
         while not steps or (total["seconds"] < least and steps < 1000):
@@ -101,19 +103,24 @@ class Contender:
         self.answers.append({key: value / steps for key, value in total.items()})
 
     def per_second(self, amount: float, key: str = "seconds") -> list[float]:
-        """`amount` over what each round took; empty if it did not take part."""
+        """Return `amount` divided by the time of each round; empty if the contender did not take
+        part.
+        """
         return [amount / answer[key] for answer in self.answers]
 
 
 @dataclass
 class Case:
-    """What everyone did with one set of dimensions. busy: foreign busy cores, per round."""
+    """Results of all contenders with one set of dimensions.
+
+    busy: cores busy with other work, per round
+    """
 
     contenders: list[Contender]
     busy: list[float]
 
     def ratios(self, one: Contender, other: str, key: str = "seconds") -> list[float]:
-        """How many times faster `one` was than the one called `other`, per round."""
+        """Return how many times faster `one` was than the one called `other`, per round."""
         for peer in self.contenders:
             if peer.name == other:
                 pairs = zip(one.answers, peer.answers, strict=False)
@@ -133,9 +140,10 @@ def compare(
     limit: float,
     say: Console,
 ) -> Case:
-    """Set everyone up for the case, then alternate; the first of `rounds` + 1 does not count.
+    """Set up all contenders for the case, then alternate; the first of `rounds` + 1 rounds is
+    discarded.
 
-    limit: seconds after which no further round begins, once two have counted.
+    limit: seconds after which no further round begins, once two have counted
     """
     taking_part = []
     for contender in contenders:
@@ -166,7 +174,7 @@ def compare(
 
 
 def wait_for_quiet() -> float:
-    """Busy cores of others, after waiting at most PATIENCE seconds for few of them."""
+    """Wait at most PATIENCE seconds for an idle machine; return the number of busy cores."""
     deadline = time.monotonic() + PATIENCE
     while True:
         busy = _busy_cores()
@@ -175,7 +183,7 @@ def wait_for_quiet() -> float:
 
 
 def _busy_cores(seconds: float = 0.15) -> float:
-    """How many of the cores that we may use are at work, while we sleep; 0 if not to be seen."""
+    """Return how many of the usable cores are busy while this process sleeps; 0 if unknown."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
@@ -198,19 +206,19 @@ def _busy_cores(seconds: float = 0.15) -> float:
 
 
 def cores() -> int:
-    """That this process, and so its workers, may use."""
+    """Return the number of cores that this process, and so its workers, may use."""
     known = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 def keep_to(number: int | None) -> None:
-    """Use the first `number` cores only, and so do workers that are started from now on."""
+    """Restrict this process, and workers started from now on, to the first `number` cores."""
     if number and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
 
 
 def find_peers(python: str | None) -> tuple[str, str | None]:
-    """The Python that shall run the peers, and why it can't, if it can't."""
+    """Return the Python that runs the peers, and why it can't, if it can't."""
     python = python or sys.executable
     check = "import torch, transformers"
     try:
@@ -227,7 +235,7 @@ def find_peers(python: str | None) -> tuple[str, str | None]:
 
 
 def processor() -> str:
-    """Name of the processor."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -237,7 +245,7 @@ def processor() -> str:
 
 
 def versions(contenders: Sequence[Contender]) -> dict[str, Any]:
-    """Machine, devices, versions and threads, as the workers tell them."""
+    """Return machine, devices, versions and threads, as reported by the workers."""
     found: dict[str, Any] = {
         "processor": processor(),
         "cores": cores(),
@@ -256,17 +264,19 @@ def names(text: str) -> list[str]:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that both benchmarks have."""
+    """Make a parser with the options that both benchmarks share."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--rounds", type=int, help="that count, after one that doesn't; default 5")
-    made.add_argument("--peers", metavar="PYTHON", help="one that has torch and transformers")
+    made.add_argument("--rounds", type=int, help="rounds after a discarded first one; default 5")
+    made.add_argument("--peers", metavar="PYTHON", help="Python with torch and transformers")
     made.add_argument(
         "--cores",
         type=int,
-        help="keep everyone on so many, where a busy machine has them to spare; default: all",
+        help="number of cores that all contenders use; default: all",
     )
-    made.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures there")
-    made.add_argument("--quick", action="store_true", help="a small part, in under two minutes")
+    made.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="write all results to this file"
+    )
+    made.add_argument("--quick", action="store_true", help="run a small part, in under two minutes")
     return made
 
 
@@ -275,7 +285,7 @@ def show(found: float | None, form: str = ",.0f") -> str:
 
 
 def table(title: str, columns: Sequence[str]) -> Table:
-    """A table whose numbers stand to the right; the first column is a name."""
+    """Make a table with right-aligned numbers; the first column is a name."""
     made = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         made.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -283,7 +293,7 @@ def table(title: str, columns: Sequence[str]) -> Table:
 
 
 def report(rows: list[dict[str, Any]], told: dict[str, Any], busy: float, out: Path | None) -> None:
-    """What stands below the tables, and the file."""
+    """Print the notes below the tables, and write the file."""
     console = Console()
     console.print(", ".join(f"{name} {value}" for name, value in told.items()))
     if busy > QUIET:

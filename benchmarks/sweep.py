@@ -1,10 +1,10 @@
-"""Sixteen learning rates trained in one program, against sixteen runs one after the other.
+"""Train sixteen learning rates in one program, and as sixteen runs one after the other.
 
     python benchmarks/sweep.py [--widths 64,128,256] [--points 16] [--steps 40]
 
-"alone" is one `Together` for each point, in one process that has JAX started already and finds
-nothing in the compilation cache: what a loop over `mukv train` would take is more by the start of
-a process each. Losses are compared, and must agree.
+"alone" is one `Together` per point, in one process that has started JAX and finds nothing in the
+compilation cache; a loop over `mukv train` would also take the start of a process each. Losses are
+compared and must agree.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def points(width: int, count: int, steps: int) -> tuple[TokenFile, list[Point]]:
 
 
 def losses(groups: Sequence[Together]) -> tuple[float, float, list[float]]:
-    """Seconds with and without compilation, and final validation losses."""
+    """Return seconds with and without compilation, and final validation losses."""
     found: list[float] = []
     whole = training = 0.0
     for group in groups:
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     given = parser.parse_args()
     launch.prepare()
-    # Compiled afresh each time: a cache would hide what a second run saves.
+    # Compile each time: a compilation cache would hide the savings.
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
     jax.config.update("jax_enable_compilation_cache", False)
     device = jax.devices()[0]

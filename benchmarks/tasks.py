@@ -1,10 +1,10 @@
-"""How fast samples of the synthetic tasks are made, on one core.
+"""Measure how fast samples of the synthetic tasks are made, on one core.
 
 Run: python benchmarks/tasks.py [--json]
 
-Tokens per second of processor time, for whole batches; best of several.
-The aims are 20 million for tasks of arrays and 2 million for the pseudo-program. The peer is the
-usual way, one sample after the other with a generator of its own, for the simplest of the tasks.
+Prints tokens per second of CPU time, for whole batches; best of several. The targets are 20 million
+for tasks of arrays and 2 million for the pseudo-program. For comparison, the simplest task is also
+made one sample after the other, each with a generator of its own.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mukv.tasks import TASKS
 
 REPEATS = 7
 TOKENS = 1 << 19
-"""Of a batch."""
+"""Tokens of a batch."""
 LENGTHS = (256, 1024, 4096)
 AIMS = {"program": 2.0}
 AIM = 20.0
 
 
 def rate(tokens: int, make: Callable[[], object]) -> float:
-    """Million tokens per second, the best of several."""
+    """Return million tokens per second, the best of several runs."""
     best = float("inf")
     for _ in range(REPEATS):
         began = time.process_time()
@@ -40,7 +40,7 @@ def rate(tokens: int, make: Callable[[], object]) -> float:
 
 
 def one_by_one(length: int, rows: int) -> np.ndarray:
-    """A needle in filler, as it is usually made."""
+    """Make a needle in filler, one sample after the other."""
     out = np.zeros((rows, length), np.int32)
     for row in range(rows):
         random = np.random.default_rng((0, row))

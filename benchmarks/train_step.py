@@ -1,12 +1,12 @@
-"""Speed of a training step beside plain torch and transformers, at equal dimensions.
+"""Measure the speed of a training step beside plain torch and transformers, at equal dimensions.
 
 Run: python benchmarks/train_step.py --peers PYTHON [--sizes 10m] [--lengths 1024] [--quick]
 
-A step is forward, backward, clipping and AdamW. Ours is `mukv train`'s, on one device and with the
-batch split over simulated ones; the peers are a GPT-2-class decoder in bare torch and
-transformers' LlamaForCausalLM, eager and through torch.compile, with fused AdamW. Layers, widths,
-weights (learnt positions apart) and batches are equal, and so is precision: float32, or bfloat16
-operands against bfloat16 autocast.
+A step is forward, backward, clipping and AdamW. mukv runs the step of `mukv train`, on one device
+and with the batch split over simulated ones. The peers are a GPT-2-class decoder in bare torch and
+transformers' LlamaForCausalLM, eager and with torch.compile, with fused AdamW. Layers, widths,
+weights (apart from learned positions) and batches are equal, and so is precision: float32, or
+bfloat16 operands against bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rounds import (
 
 @dataclass(frozen=True)
 class Size:
-    """tokens: per step."""
+    """Dimensions of a model, and tokens per step."""
 
     d_model: int
     layers: int
@@ -54,17 +54,19 @@ SIZES = {
     "1b": Size(2048, 16, 16, 5632, 32768, 16384),
 }
 COMPILED = ("10m", "300m")
-"""Where torch.compile takes part: it needs minutes, and gains the same elsewhere."""
+"""Sizes at which torch.compile takes part: it needs minutes, and gains the same at others."""
 LEAST, LIMIT = 0.6, 70.0
 
 
 def simulated() -> int:
-    """Devices to split a batch over: the largest power of two that the cores serve, up to 8."""
+    """Return the number of devices to split a batch over: the largest power of two within the
+    cores, up to 8.
+    """
     return min(8, 1 << (cores().bit_length() - 1))
 
 
 def contenders(python: str | None, compiled: bool, on_cpu: bool) -> list[Contender]:
-    """Everyone, in the order in which they take turns."""
+    """Return the contenders, in the order of their turns."""
     made: list[Contender] = []
     precisions = ("float32", "bfloat16") if on_cpu else ("bfloat16",)
     devices = sorted({1, simulated()}) if on_cpu else [1]
@@ -88,7 +90,7 @@ def contenders(python: str | None, compiled: bool, on_cpu: bool) -> list[Contend
 
 
 def rows(size: str, length: int, case: Case, on_cpu: bool) -> list[dict[str, Any]]:
-    """What to print and keep of one case."""
+    """Return the rows to print and save for one case."""
     made = []
     for one in case.contenders:
         precision = one.request["precision"]
@@ -113,7 +115,7 @@ def rows(size: str, length: int, case: Case, on_cpu: bool) -> list[dict[str, Any
 
 def main() -> int:
     options = parser("Speed of a training step")
-    options.add_argument("--sizes", help=f"of {', '.join(SIZES)}; default: what the device is for")
+    options.add_argument("--sizes", help=f"of {', '.join(SIZES)}; default: by device")
     options.add_argument("--lengths", help="tokens per row; default 256,1024")
     chosen = options.parse_args()
     keep_to(chosen.cores)

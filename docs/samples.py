@@ -13,20 +13,20 @@ from mukv.tasks import TASKS, AnyTask
 PAGE = Path(__file__).with_name("benchmark.md")
 BEGIN, END = "<!-- samples: python docs/samples.py -->", "<!-- end of samples -->"
 MORE = 16
-"""Tokens of filler."""
+"""Tokens of filler per sample."""
 
 
 def sample(name: str, task: AnyTask) -> str:
-    """Sample 0 of the test split, its answers apart."""
-    found = task.sample(task.smallest + MORE, 0, "test", 0)
-    text, answers = task.questions(found)
+    """Format sample 0 of the test split, with its answers listed separately."""
+    samples = task.sample(task.smallest + MORE, 0, "test", 0)
+    text, answers = task.questions(samples)
     lines = "\n".join(line.rstrip() for line in text.splitlines())
-    told = ", ".join(" ".join(answer.split()) for answer in answers)
-    return f"**{name}** (answers: {told})\n\n```\n{lines}\n```\n"
+    listed = ", ".join(" ".join(answer.split()) for answer in answers)
+    return f"**{name}** (answers: {listed})\n\n```\n{lines}\n```\n"
 
 
 def page(text: str) -> str:
-    """The page with its samples as they are now."""
+    """Return the page with its samples replaced by the current ones."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     samples = "\n".join(sample(name, task) for name, task in TASKS.items())

@@ -1,12 +1,12 @@
-"""Train variants of a model on synthetic tasks at one length, test them at longer ones.
+"""Train variants of a model on synthetic tasks at one length, and test them at longer ones.
 
     python reproductions/bench.py reproductions/positions/cpu.yaml [--minutes 14] [--draw]
 
-Every variant has the same learning rates and seeds, and the same steps unless its overrides say
-otherwise, and is judged at its own best rate (`mukv.bench.trial`). Runs are run directories below
-runs/, so that an interrupted comparison goes on where it was; one of another configuration is
-refused. Writes the rows as JSON and a figure with a column for each task beside the configuration
-(`compare.Place`); --draw makes the figure from the file that is there.
+Every variant has the same learning rates and seeds, the same steps unless its overrides change
+them, and is tested at its own best learning rate (`mukv.bench.trial`). Runs are run directories in
+runs/, so that an interrupted comparison resumes; one of another configuration is refused. Writes
+the rows as JSON and a figure with a column for each task beside the configuration
+(`compare.Place`); --draw makes the figure from the existing file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mukv.tasks import AnyTask
 
 @dataclass(frozen=True)
 class Tested:
-    """A task, and how long it is trained."""
+    """A task, and the number of training steps on it."""
 
     task: AnyTask
     steps: int
@@ -44,8 +44,11 @@ class Tested:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a YAML file asks for. variants: overrides of `base` by name. lengths: the first is
-    that of training."""
+    """Contents of a YAML file.
+
+    variants: overrides of `base` by name
+    lengths: lengths of the test; the first is that of training
+    """
 
     base: str
     overrides: tuple[str, ...]
@@ -70,8 +73,12 @@ class Comparison:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no variant after that")
-    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="start no variant after this time"
+    )
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the figure, from the existing file"
+    )
     given = parser.parse_args()
     if given.draw:
         place = Place(given.config)
@@ -99,7 +106,7 @@ def main() -> None:
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Exact match by length, a table for each task."""
+    """Print exact match by length, a table for each task."""
     for name in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == name]
         lengths = sorted({row["length"] for row in own})
@@ -113,14 +120,15 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def spread(shares: Sequence[float]) -> str:
-    """Mean over seeds and the farthest from it."""
+    """Return the mean over seeds and the largest deviation from it."""
     mean = sum(shares) / len(shares)
     return f"{mean:.2f} ± {max(abs(share - mean) for share in shares):.2f}"
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Above exact match by length (dotted: a guess), below at the longest against cache bytes per
-    token."""
+    """Draw exact match by length (dotted: chance) above, and at the longest length against cache
+    bytes per token below.
+    """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     with saved_figure(path, (5 * len(tasks), 7.6)) as figure:
@@ -133,7 +141,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 style = {key: series[key] for key in ("color", "marker")} | {"label": variant}
                 lengths, scores = ([row[k] for row in own] for k in ("length", "exact_match"))
                 above.plot(lengths, scores, ms=5, **style)
-                # Beside each other, so that every range can be seen.
+                # Offset, so that every range can be seen.
                 aside = 1 + 0.02 * (number - (len(variants) - 1) / 2)
                 for row in own:
                     above.vlines(row["length"] * aside, min(row["by_seed"]), max(row["by_seed"]),

@@ -1,12 +1,12 @@
-"""Every figure on a finding's page, made from its results.
+"""Check every figure on a finding's page against its results.
 
-    python reproductions/claims.py            # what the pages lack, and what they say beyond
-    python reproductions/claims.py shared-kv  # all that the page of a folder must say
+    python reproductions/claims.py            # figures that pages lack, and figures without a claim
+    python reproductions/claims.py shared-kv  # all sentences that a folder's page must contain
 
-A folder's claims.py has `said()`, sentences and tables with figures made from the results, and
-`GIVEN`, sentences whose figures are settings or others' results. Each stands on the page; what a
-page says beyond them has no decimal number, percentage, factor or table.
-tests/test_reproductions.py holds that.
+A folder's claims.py has `said()`, sentences and tables with figures computed from the results, and
+`GIVEN`, sentences whose figures are settings or others' results. Each must be on the page, and the
+rest of the page must have no decimal number, percentage, factor or table.
+tests/test_reproductions.py checks that.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ HERE = Path(__file__).parent
 FIGURE = re.compile(
     r"[-+±]?\d[\d,]*\.\d+|[-+±]?\d[\d,]*(?= (?:%|times|x|points)(?![\w]))|\|[^|\n]*\d[^|\n]*\|"
 )
-"""What needs a claim: decimal numbers, percentages, factors and losses, cells of tables."""
+"""Pattern of what needs a claim: decimal numbers, percentages, factors and losses, cells
+of tables.
+"""
 
 
 def read(claims: str, name: str = "results.json") -> Any:
-    """Results beside a claims.py (its __file__)."""
+    """Read results beside a claims.py (its __file__)."""
     return json.loads((Path(claims).parent / name).read_text())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown. Bold cells are written as any others: pages may have them bold."""
+    """Format a table in Markdown. Bold marks are ignored, because pages may have bold cells."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("| --- ", "|---")
 
@@ -42,13 +44,13 @@ def percent(share: float, digits: int = 0) -> str:
 
 
 def beyond(share: float, interval: Sequence[float] | None = None) -> str:
-    """Steps or bytes beyond those of another, with an interval."""
+    """Format steps or bytes relative to those of another variant, with an interval."""
     ends = "" if interval is None else " ({:+.0f} to {:+.0f})".format(*(100 * x for x in interval))
     return f"{100 * share:+.0f} %{ends}"
 
 
 def plain(page: str) -> str:
-    """A page without code, pictures, targets of links, emphasis and line breaks."""
+    """Return a page without code, pictures, targets of links, emphasis and line breaks."""
     page = re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
     page = re.sub(r"^    .*$", "", page, flags=re.M)
     page = re.sub(r"^!\[.*$", "", page, flags=re.M)
@@ -63,7 +65,7 @@ def flat(text: str) -> str:
 
 
 def faults(page: str, claims: Iterable[str]) -> list[str]:
-    """What a page lacks of its claims, and figures on it that no claim has."""
+    """Return the claims that a page lacks, and its figures without a claim."""
     rest, found = plain(page), []
     for claim in sorted(map(flat, claims), key=len, reverse=True):
         if not re.search("[A-Za-z]{3}", claim):
@@ -71,7 +73,7 @@ def faults(page: str, claims: Iterable[str]) -> list[str]:
         elif claim not in rest:
             found.append(f"not on the page: {claim}")
         else:
-            # One claim is for one place; what stands there is gone, its borders stay.
+            # Each claim matches one place; remove its text, but keep its borders.
             rest = rest.replace(claim, " ... ", 1)
     rest = re.sub(r"`[^`]*`", "`...`", rest)
     for figure in FIGURE.finditer(rest):
@@ -81,7 +83,7 @@ def faults(page: str, claims: Iterable[str]) -> list[str]:
 
 
 def of(folder: Path) -> list[str]:
-    """All that the page of a folder must say."""
+    """Return all that the page of a folder must contain."""
     if str(HERE) not in sys.path:
         sys.path.insert(0, str(HERE))
     name = f"claims_of_{folder.name.replace('-', '_')}"
@@ -95,7 +97,7 @@ def of(folder: Path) -> list[str]:
 
 
 def folders() -> list[Path]:
-    """Of all pages: the findings', and the overview's."""
+    """Return the folders of all pages: those of the findings, and that of the overview."""
     return [HERE, *sorted(page.parent for page in HERE.glob("*/README.md"))]
 
 

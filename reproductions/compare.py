@@ -1,12 +1,12 @@
-"""Train variants of a model with every learning rate and seed, and say which is better by how much.
+"""Train variants of a model with every learning rate and seed, and compare them.
 
     python reproductions/compare.py reproductions/shared-kv/cpu.yaml [--draw]
 
-Every point is a run directory, so that an interrupted comparison goes on where it was. Each
-variant is judged at its own best learning rate, by bits per byte of held-out text: mean over
-seeds, and the steps that it needs to reach what the reference reaches, with two standard errors
-over seeds. Writes results.json and figure.png beside the configuration; --draw makes the figure and
-the intervals from the file that is there.
+Every point is a run directory, so that an interrupted comparison resumes. Each variant is evaluated
+at its own best learning rate, by bits per byte of held-out text (mean over seeds) and by the steps
+that it needs to reach the reference's loss, with two standard errors over seeds. Writes
+results.json and figure.png beside the configuration; --draw makes the figure and the intervals from
+the existing file.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a comparison has its results: cpu.yaml is the one of its folder, and of others each has
-    its own name."""
+    """Paths of a comparison's results: those of cpu.yaml are the folder's, other files have results
+    with their own name.
+    """
 
     config: Path
 
@@ -82,10 +83,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a YAML file asks for. variants: overrides of `base` by name. bases: presets of variants
-    that have another. swept: how many of the seeds all rates are tried with, None for all; the
-    others only train at a variant's best rate. equal: all have the parameters of `reference`, by
-    the width of their MLPs, or the sizes that are written (None).
+    """Contents of a YAML file.
+
+    variants: overrides of `base` by name
+    bases: presets of variants with another base
+    swept: number of seeds with which all learning rates are tried, None for all; the others train
+        only at a variant's best rate
+    equal: "parameters" adjusts the width of MLPs so that all variants have as many parameters as
+        `reference`; None uses the sizes in the file
     """
 
     base: str
@@ -99,12 +104,14 @@ class Comparison:
     swept: int | None = None
 
     def sweep(self) -> list[Point]:
-        """One seed after the other, so that what is interrupted can be judged by the first."""
+        """Return the points seed by seed, so that an interrupted comparison can be evaluated by the
+        first seeds.
+        """
         found = product(self.seeds[: self.swept], self.learning_rates, self.variants)
         return [Point(variant, rate, seed) for seed, rate, variant in found]
 
     def final(self, best: dict[str, dict[str, Any]]) -> list[Point]:
-        """The other seeds at each variant's best rate."""
+        """Return the points of the other seeds at each variant's best learning rate."""
         rest = [] if self.swept is None else self.seeds[self.swept :]
         return [Point(v, best[v]["learning_rate"], seed) for seed in rest for v in best]
 
@@ -112,7 +119,7 @@ class Comparison:
         return self.bases.get(variant, self.base)
 
     def sized(self, variant: str) -> list[str]:
-        """All overrides of a variant, the width of its MLP included."""
+        """Return all overrides of a variant, the width of its MLP included."""
         if self.equal is None:
             return self.overrides + self.variants[variant]
         target = count(
@@ -124,7 +131,7 @@ class Comparison:
 
 
 def train(comparison: Comparison, points: list[Point], root: Path, processes: int) -> None:
-    """Every one of the points that is not finished, each process with cores of its own."""
+    """Train all unfinished points, each in a process with cores of its own."""
     steps = config.load(comparison.base, comparison.overrides).train.steps
     todo = [p for p in points if not finished(p.folder(root), steps)]
     cores: Queue[set[int]] = Queue()
@@ -164,7 +171,7 @@ def train(comparison: Comparison, points: list[Point], root: Path, processes: in
 
 
 def curve(folder: Path) -> dict[int, float]:
-    """Bits per byte of held-out text by step."""
+    """Return bits per byte of held-out text by step."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return {}
@@ -175,7 +182,7 @@ def curve(folder: Path) -> dict[int, float]:
 def curves(
     comparison: Comparison, variant: str, rate: float, root: Path, seeds: int | None = None
 ) -> list[dict[int, float]]:
-    """Of the finished runs with the first `seeds` seeds, or with all."""
+    """Return the curves of the finished runs with the first `seeds` seeds, or with all."""
     points = (Point(variant, rate, seed) for seed in comparison.seeds[:seeds])
     folders = (point.folder(root) for point in points)
     return [curve(folder) for folder in folders if (folder / "weights").exists()]
@@ -190,8 +197,11 @@ def finished(folder: Path, steps: int) -> bool:
 
 
 def judge(comparison: Comparison, root: Path) -> dict[str, Any]:
-    """Each variant against the reference, at the learning rate that is best in the seeds with which
-    all rates were tried; of that rate then all seeds."""
+    """Compare each variant with the reference.
+
+    The learning rate is the best over the seeds with which all rates were tried; the result is over
+    all seeds at that rate.
+    """
     best: dict[str, dict[str, Any]] = {}
     for variant in comparison.variants:
         swept = {rate: curves(comparison, variant, rate, root, comparison.swept)
@@ -221,7 +231,7 @@ def judge(comparison: Comparison, root: Path) -> dict[str, Any]:
 
 
 def sizes(comparison: Comparison, best: dict[str, dict[str, Any]]) -> None:
-    """Put parameters, FLOPs and bytes of each variant into its row."""
+    """Add parameters, FLOPs and bytes of each variant to its row."""
     for variant, row in best.items():
         configured = config.load(comparison.base_of(variant), comparison.sized(variant))
         facts = describe(configured)
@@ -234,7 +244,7 @@ def sizes(comparison: Comparison, best: dict[str, dict[str, Any]]) -> None:
 
 
 def compared(best: dict[str, dict[str, Any]]) -> None:
-    """Put the steps that each variant needs beyond each other into its row."""
+    """Add the relative steps that each variant needs against every other to its row."""
     curves = {
         variant: {int(step): loss for step, loss in row["curve"].items()}
         for variant, row in best.items()
@@ -264,7 +274,9 @@ def show(best: dict[str, dict[str, Any]], reference: str) -> None:
 
 
 def draw(best: dict[str, dict[str, Any]], path: Path, title: str) -> None:
-    """Loss by step, and at the end against the memory of a row as long as those of training."""
+    """Draw the loss by step, and the final loss against the cache bytes of a row of the training
+    length.
+    """
     with saved_figure(path, (10.5, 4.6), title) as figure:
         curves, front = figure.subplots(1, 2, width_ratios=(3, 2))
         for number, (variant, row) in enumerate(best.items()):
@@ -296,9 +308,11 @@ def draw(best: dict[str, dict[str, Any]], path: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("comparison", type=Path)
-    parser.add_argument("--runs", type=Path, help="default: a folder below runs/")
+    parser.add_argument("--runs", type=Path, help="folder of the runs; default: a folder in runs/")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the figure, from the existing file"
+    )
     given = parser.parse_args()
     comparison = Comparison(**yaml.safe_load(given.comparison.read_text()))
     place = Place(given.comparison)

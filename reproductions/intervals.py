@@ -1,4 +1,4 @@
-"""Intervals of what the findings compare, from what their results files hold."""
+"""Compute intervals for the comparisons of the findings, from their results files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ RESAMPLED = 10_000
 
 
 def extra_steps(mine: Mapping[int, float], other: Mapping[int, float]) -> float | None:
-    """Share of steps that `mine` needs beyond `other` for the same loss, at the later of the
-    losses that both reach; None if it can't be told from the curves."""
+    """Compute the fraction of steps that `mine` needs beyond `other` for the same loss.
+
+    The loss is the higher of the two final losses, which both reach; None if the curves don't
+    determine it.
+    """
     goal = max(min(mine.values()), min(other.values()))
 
     def steps_to(curve: Mapping[int, float]) -> float | None:
@@ -22,7 +25,7 @@ def extra_steps(mine: Mapping[int, float], other: Mapping[int, float]) -> float 
         values = np.minimum.accumulate([curve[step] for step in steps])
         if values[-1] > goal or values[0] < goal:
             return None
-        # Loss falls with the logarithm of steps.
+        # Interpolate in the logarithm of steps, with which the loss falls linearly.
         return float(np.exp(np.interp(-goal, -values, np.log(steps))))
 
     here, there = steps_to(mine), steps_to(other)
@@ -30,11 +33,11 @@ def extra_steps(mine: Mapping[int, float], other: Mapping[int, float]) -> float 
 
 
 def steps_interval(mine: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float] | None:
-    """`extra_steps` with two standard errors to both sides; None if it can't be told, or of one
-    seed.
+    """Compute `extra_steps` with two standard errors on both sides; None if undetermined, or for
+    one seed.
 
-    Seeds differ in their last loss by its standard error; the slope of the mean curves over the
-    last half of the steps turns that into a share of steps.
+    Seeds differ in their final loss by its standard error; the slope of the mean curves over the
+    last half of the steps converts that into a fraction of steps.
     """
     curves = [{int(step): loss for step, loss in row["curve"].items()} for row in (mine, other)]
     ends = [row["by_seed"] for row in (mine, other)]
@@ -52,8 +55,11 @@ def steps_interval(mine: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[f
 
 
 def resampled(counts: Sequence[int], most: int) -> tuple[float, float]:
-    """95 % interval of the share of right answers when texts are drawn anew: questions about one
-    text stand or fall together. counts: right answers of each text, of `most`."""
+    """Compute the 95 % interval of the fraction of correct answers by resampling texts.
+
+    Questions about one text are not independent, so whole texts are drawn. counts: correct answers
+    of each text, out of `most`.
+    """
     drawn = np.random.default_rng(0).integers(len(counts), size=(RESAMPLED, len(counts)))
     shares = np.asarray(counts, float)[drawn].mean(axis=1) / most
     low, high = np.percentile(shares, (2.5, 97.5))

@@ -1,4 +1,4 @@
-"""Figures of the overview."""
+"""Compute the figures of the overview."""
 
 import importlib.util
 from pathlib import Path
@@ -18,7 +18,7 @@ GIVEN = [
 
 
 def page(folder: str) -> ModuleType:
-    """The claims of a folder."""
+    """Return the claims of a folder."""
     path = HERE / folder / "claims.py"
     spec = importlib.util.spec_from_file_location(f"page_{folder.replace('-', '_')}", path)
     assert spec is not None
@@ -90,7 +90,7 @@ def said() -> list[str]:
 
 
 def least_right(mqar: ModuleType) -> float:
-    """Of the models that learnt all segments."""
+    """Return the worst score among the models that learned all segments."""
     points = ((32, 2000), (64, 500), (128, 500))
     rows = [mqar.row_of("local + NoPE", width, steps) for width, steps in points]
     return min(min(row["right"].values()) for row in rows)

@@ -1,8 +1,8 @@
-"""Whom the studies of attention look at: a model that we trained, one in the shape of Llama.
+"""Models for the studies of attention: one that we trained, one in the shape of Llama.
 
 The trained one is that of `retrieval/`: text with facts to be recalled. The other has the heads of
-Llama 3.2 1B (32 query heads of 64 on 8 KV heads, its rotation) in four layers and random weights:
-nothing that it shows was learnt, which is what it is for.
+Llama 3.2 1B (32 query heads of 64 on 8 KV heads, its rotation) in four layers and random weights;
+it serves as a baseline without training.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LLAMA = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its weights, stored and as the forward pass takes them."""
+    """A model with its weights, as stored and as scaled for the forward pass."""
 
     name: str
     model: Decoder
@@ -63,8 +63,9 @@ def llama_shaped(seed: int = 0) -> Subject:
 
 
 def texts(length: int, samples: int) -> dict[str, CapturedRows]:
-    """Code (held out from training), prose (this project's pages), dialogue (sessions with the
-    Python interpreter in the library's own docstrings, turn by turn)."""
+    """Return code (held out from training), prose (this project's pages) and dialogue (sessions
+    with the Python interpreter from the library's docstrings).
+    """
     tokens = default_corpus(cache_folder()).split("validation").tokens
     code = bytes(tokens[tokens < 256].astype("uint8"))
     pages = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

@@ -1,4 +1,8 @@
-"""Tests share compiled programs between runs and keep XLA from optimising what runs once."""
+"""Tests share compiled programs between runs.
+
+The quick round keeps XLA from optimising what runs once; the whole one (`-m ""`, `make test-all`)
+optimises as users do.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,10 @@ import pytest
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache/jax").absolute()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+QUICK = "not product"
+"""The selection of tests that pyproject.toml makes."""
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -38,6 +44,15 @@ MINUSCULE = (
     "train.validation_batches=2",
 )
 """Makes of the preset tiny what trains in a second."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Decide about optimisations before JAX is imported; processes inherit it."""
+    quick = config.option.markexpr == QUICK
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
+    if quick:
+        # Emitters through MLIR take a third of the time of compiling.
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Figures of this page."""
+"""Compute the figures of this page."""
 
 from claims import read, table
 
@@ -10,7 +10,7 @@ VARIANTS = tuple(dict.fromkeys(row["variant"] for row in RESULTS))
 
 
 def percents(shares: list[float]) -> str:
-    """A hundred is all of them; what misses one answer is not."""
+    """Format percentages; 100 only if no answer is wrong."""
     return ", ".join("100" if share == 1 else f"{100 * share:.1f}" for share in shares)
 
 

@@ -1,14 +1,12 @@
-"""The predecessor's defects, one by one: what each costs a concept model of chunks of four bytes.
+"""Measure the cost of each defect of the predecessor, in a concept model with chunks of four bytes.
 
     python reproductions/concept-model/ablation.py
 
-lag: a concept is heard one chunk after it is complete. no skip: the decoder begins with embedded
-tokens and hears of the encoder only through concepts. cross: concepts are read by an attention.
-bag of bytes: no encoder, and a sum for a reduction. leak: tokens before the first concept hear the
-mean of all concepts of the row, those of the future included; judged without it, as decoding would
-be. all: lag, no skip, bag of bytes and leak together; not cross attention, and documents are kept
-apart in every variant. Writes ablation.json and ablation.png; a defect in the file is not trained
-again.
+lag: a concept is used one chunk late. no skip: the decoder starts from embedded tokens and gets the
+    encoder's output only through concepts. cross: cross attention to concepts. bag of bytes: no
+    encoder, sum pooling. leak: tokens before the first concept use the mean of all concepts of the
+    row, future ones included; evaluated without it, as in decoding. all: lag, no skip, bag of bytes
+    and leak. Writes ablation.json and ablation.png; defects in the file are not trained again.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ PLAN = (
     "train.schedule={kind: cosine, warmup: 20, final: 0.1}",
 )
 SOUND = ("model.injection={kind: residual}", "model.decoder=[{pattern: [{window: 32}]}]")
-"""Of the concept models."""
+"""Settings of the concept models without defects."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Lag(Residually):
 
 @dataclass(frozen=True)
 class NoSkip(Residually):
-    """raw: the tokens as they were embedded."""
+    """The decoder's input is the embedded tokens. raw: these embeddings."""
 
     raw: Any = None
 
@@ -73,7 +71,7 @@ class NoSkip(Residually):
 
 @dataclass(frozen=True)
 class Unskipped(Concept):
-    """Its decoder begins with the tokens themselves, not with what the encoder said of them."""
+    """Model whose decoder starts from embedded tokens instead of the encoder's output."""
 
     def read(
         self,
@@ -101,16 +99,18 @@ class Leak(Residually):
 
 @dataclass(frozen=True)
 class Fair(Lag, NoSkip):
-    """All of them but for the leak."""
+    """All defects except the leak."""
 
 
 @dataclass(frozen=True)
 class Worst(Leak, Fair):
-    """All of them: neither cross attention nor documents that mix."""
+    """All defects except cross attention and documents that mix."""
 
 
 def variants(plain: LanguageModel, model: Concept) -> dict[str, tuple[Any, Any]]:
-    """By name the model that is trained and the one that is judged. plain: of as many layers."""
+    """Return by name the trained model and the evaluated one. plain: a decoder with as
+    many layers.
+    """
 
     def both(other: LanguageModel) -> tuple[Any, Any]:
         return other, other
@@ -136,7 +136,7 @@ def variants(plain: LanguageModel, model: Concept) -> dict[str, tuple[Any, Any]]
 
 
 def bits_per_byte(trained: Any, judged: Any, run: Any, seed: int) -> tuple[float, float]:
-    """Of held-out text: as trained, and as judged."""
+    """Compute bits per byte of held-out text, as trained and as evaluated."""
     training = replace(run.train, seed=seed)
     tokens, mesh = open_corpus(run), MeshShape().build()
     common = {"seed": seed, "batch": training.batch, "length": training.length}
@@ -157,7 +157,7 @@ def bits_per_byte(trained: Any, judged: Any, run: Any, seed: int) -> tuple[float
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """A bar for each defect, grey for models without one, the seeds as points on it."""
+    """Draw a bar for each defect, grey for models without one, with the seeds as points."""
     with saved_figure(path, (8, 3.6), "Chunks of four bytes: what each defect costs") as figure:
         axes = figure.subplots()
         for place, (name, row) in enumerate(found.items()):

@@ -1,11 +1,12 @@
-"""Decode speed and cache bytes of concept models beside byte-level decoders of equal FLOPs.
+"""Measure decoding speed and cache bytes of concept models beside byte-level decoders of equal
+FLOPs.
 
     python reproductions/concept-model/decode.py [--draw]
 
-The sizes of equal-flops.yaml and equal-cache.yaml (prose.py first) with random weights, which do
-not change the time. Caches are as full as after that many bytes; then real text is read byte by
-byte, so that chunks end where they do in text. All models of a context are measured in turns.
-Writes decode.json and decode.png; --draw makes the figure from the file that is there.
+Models have the sizes of equal-flops.yaml and equal-cache.yaml (run prose.py first) and random
+weights, which do not change the time. Caches are filled as after that many bytes; then real text is
+read byte by byte, so that chunks end as in text. All models of a context are measured in
+alternation. Writes decode.json and decode.png; --draw makes the figure from the existing file.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ MODELS = {
     "words, reuse": ("equal-cache", "words, reuse"),
     "words, cross": ("equal-flops", "words, cross"),
 }
-"""By name: the comparison that has it, and its name there."""
+"""By name: the comparison that has the model, and its name there."""
 
 
 def full(model: LanguageModel, context: int) -> Any:
-    """A cache as after `context` tokens."""
+    """Make a cache filled as after `context` tokens."""
     cache = model.empty_cache(1, context, TAIL)
     length = jnp.full(1, context, jnp.int32)
     if not isinstance(model, Concept):
@@ -69,7 +70,9 @@ def full(model: LanguageModel, context: int) -> Any:
 
 
 def reader(model: LanguageModel, context: int, text: np.ndarray) -> tuple[Callable[[], None], int]:
-    """What reads the text once after `context` tokens, compiled; allocated bytes of the cache."""
+    """Compile a function that reads the text once after `context` tokens; also return the allocated
+    bytes of the cache.
+    """
     resolved = jax.tree.map(lambda r: r.deviation, model.resolved(), is_leaf=is_resolved)
     weights = initialise(model.params(), resolved, jax.random.key(0))
     weights = decoding_weights(model, weights)
@@ -100,7 +103,7 @@ def is_resolved(leaf: Any) -> bool:
 
 
 def models() -> Iterator[tuple[str, LanguageModel, np.ndarray]]:
-    """Name, model and the text that it reads."""
+    """Return name, model and text of each."""
     for name, (comparison, variant) in MODELS.items():
         asked = yaml.safe_load((HERE / f"{comparison}.yaml").read_text())
         base = asked["bases"].get(variant, asked["base"])
@@ -110,7 +113,7 @@ def models() -> Iterator[tuple[str, LanguageModel, np.ndarray]]:
 
 
 def measure(context: int) -> dict[str, dict[str, float]]:
-    """Of each model: tokens per second (the best and the median of all rounds), cache bytes."""
+    """Measure tokens per second (best and median of all rounds) and cache bytes of each model."""
     readers = {name: reader(model, context, text) for name, model, text in models()}
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(ROUNDS):
@@ -148,7 +151,9 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the figure, from the existing file"
+    )
     given = parser.parse_args()
     path = HERE / "decode.json"
     found: dict[str, dict[str, Any]] = {name: {} for name in MODELS}

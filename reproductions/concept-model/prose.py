@@ -1,9 +1,9 @@
-"""Prose to read byte by byte: what the Python standard library says about itself.
+"""Build a byte-level token file of prose: the docstrings of the Python standard library.
 
     python reproductions/concept-model/prose.py
 
-One document of each module's docstrings and one of each help topic, 2.4 MB, as a token file where
-the comparisons of this folder look for it. Code repeats itself to the letter; prose less.
+One document for each module's docstrings and one for each help topic, 2.4 MB, in the token file
+that the comparisons of this folder use. Code repeats itself literally; prose does less.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def documents() -> Iterator[str]:
-    """Each docstring once; those shorter than `SHORTEST` characters say little."""
+    """Yield one document per module or help topic, from docstrings longer than `SHORTEST` that are
+    new.
+    """
     root, seen = Path(sysconfig.get_path("stdlib")), set[str]()
     for path in sorted(root.rglob("*.py")):
         if "site-packages" in path.parts:
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError):  # files that tests read on purpose
+        except (SyntaxError, ValueError):  # test data
             continue
         said = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
         new = [text for text in said if text and len(text) > SHORTEST and text not in seen]

@@ -1,4 +1,4 @@
-"""Figures of this page."""
+"""Compute the figures of this page."""
 
 from statistics import mean
 

@@ -1,12 +1,12 @@
-"""Counting: CoPE learns what RoPE does not (Golovneva et al. 2024, section 5.2, at small size).
+"""Counting: CoPE learns it, RoPE does not (Golovneva et al. 2024, section 5.2, at small size).
 
     python reproductions/cope-counting/run.py [--draw]
 
-A program sets variables to zero, increments them, and passes the time; at its end it prints one of
-them. Models differ in their position encoding alone; each is judged at its own best learning rate,
-by the share of wrong answers, at the length of training and at longer programs whose additional
-steps all pass the time. Writes results.json and figure.png beside this file; --draw makes the
-figure from the file that is there.
+A program sets variables to zero, increments them, and has `pass` steps; at its end it prints one
+variable. Models differ only in their position encoding. Each is tested at its own best learning
+rate, by the percentage of wrong answers, at the training length and on longer programs whose
+additional steps are all `pass`. Writes results.json and figure.png beside this file; --draw makes
+the figure from the existing file.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ LONGER = (1, 2, 4)
 POSITIONS = ("rope", "alibi", "nope", "cope")
 NAMES = {"rope": "RoPE", "alibi": "ALiBi", "nope": "NoPE", "cope": "CoPE"}
 GUESS = 100 * LARGEST / (LARGEST + 1)
-"""Wrong answers, %, of one who says any of the numbers."""
+"""Wrong answers in % of a random guess among the numbers."""
 RATES = (1e-3, 3e-3)
 SEEDS = (0, 1)
 
 
 def programs(seed: int, rows: int, times: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [row token] of programs, all but the answer, and the answers [row].
+    """Make token ids [row token] of programs, without the answer, and the answers [row].
 
-    times: that many times as long, by steps that pass.
+    times: factor of the length, by added `pass` steps
     """
     random = np.random.default_rng(seed)
     steps = LENGTH - 1 - VARIABLES
@@ -54,7 +54,7 @@ def programs(seed: int, rows: int, times: int = 1) -> tuple[np.ndarray, np.ndarr
         count[here, variable] = np.where(resets, 0, count[here, variable] + adds)
     asked = random.integers(VARIABLES, size=rows)
     longer = np.zeros((rows, steps + (times - 1) * LENGTH), np.int64)
-    # The order of the steps stays; where they stand among the added ones is drawn.
+    # The order of the steps is kept; their places among the added ones are drawn.
     places = np.sort(
         random.permuted(np.tile(np.arange(longer.shape[1]), (rows, 1)), axis=1)[:, :steps]
     )
@@ -65,7 +65,7 @@ def programs(seed: int, rows: int, times: int = 1) -> tuple[np.ndarray, np.ndarr
 
 
 def train(point: tuple[str, float, int]) -> dict[str, Any]:
-    """One model; its wrong answers by length."""
+    """Train one model; return its wrong answers by length."""
     import jax
 
     from mukv.attention import Grouped
@@ -120,12 +120,14 @@ def train(point: tuple[str, float, int]) -> dict[str, Any]:
 
 
 def settle(cores: Any) -> None:
-    """Keep this process to a core of its own: small models do not fill more."""
+    """Restrict this process to one core: small models do not use more."""
     os.sched_setaffinity(0, {cores.get()})
 
 
 def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each position, the rate with the fewest wrong answers at the length of training."""
+    """Select for each position encoding the learning rate with the fewest wrong answers at the
+    training length.
+    """
     best = {}
     for position in POSITIONS:
         by_rate = {
@@ -182,7 +184,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the figure, from the existing file"
+    )
     given = parser.parse_args()
     here = Path(__file__).parent
     if given.draw:

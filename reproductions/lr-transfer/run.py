@@ -1,12 +1,12 @@
-"""How the best learning rate moves with the width under each parameterisation.
+"""Measure how the best learning rate changes with the width under each parameterisation.
 
     python reproductions/lr-transfer/run.py [--widths 64,128,256] [--seeds 3] [--only muP] [--draw]
 
-Decoders of two layers on the Python library's own source, the learning rate swept at each width,
-with Adam-atan2. Everything that was measured is kept in runs/lr-transfer, so that an interrupted
-run goes on where it was. Writes results.json and figure.png beside this file. A parameterisation
-that was not measured, or was measured at more widths before, keeps what the file says of it.
---draw makes verdicts and figure from the losses in the file.
+Decoders of two layers are trained on the Python library's own source with Adam-atan2, with a sweep
+of the learning rate at each width. All losses are saved in runs/lr-transfer, so that an interrupted
+run resumes. Writes results.json and figure.png beside this file. A parameterisation that was not
+measured now, or was measured at more widths before, keeps its entry in the file. --draw computes
+verdicts and figure from the losses in the file.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ BASE = (
     "train.schedule={kind: linear, warmup: 10, final: 0}",
     "train.validation_batches=32",
 )
-# The narrowest width is the base: every condition is the same network there.
+# The narrowest width is the base, where all conditions are the same network.
 RAISED = "one rate, the embedding's raised"
-"""By the ratio of widths (Kalra and Barkeshli 2026)."""
+"""The embedding's learning rate is multiplied by the ratio of widths (Kalra and Barkeshli 2026)."""
 COMMON = 256
-"""The widest that all parameterisations have."""
+"""The largest width that all parameterisations have."""
 CONDITIONS = {
     "one rate for all": ["model.scaling.alignment=ignored"],
     RAISED: ["model.scaling.alignment=ignored"],
@@ -69,14 +69,14 @@ def search(name: str, widths: list[int], seeds: int, root: Path) -> transfer.Sea
 
 
 def verdict(found: transfer.Search, widths: list[int]) -> transfer.Transfer:
-    """Of some of the widths that were measured."""
+    """Compute the verdict over some of the measured widths."""
     part = copy.copy(found)
     part.models = {width: found.models[width] for width in widths}
     return part.verdict()
 
 
 def facts(found: transfer.Search) -> dict[str, Any]:
-    """Of all widths, and of those that every parameterisation has."""
+    """Return the verdicts over all widths, and over those that every parameterisation has."""
     common = verdict(found, [width for width in found.models if width <= COMMON])
     numbers = {name: getattr(common, name) for name in ("drift", "low", "high", "gap")}
     whole = transfer.facts(found, found.verdict())
@@ -84,7 +84,7 @@ def facts(found: transfer.Search) -> dict[str, Any]:
 
 
 def from_file(name: str, entry: dict[str, Any], root: Path) -> transfer.Search:
-    """A search that knows the losses of an entry of the file, and no others."""
+    """Make a search with the losses of an entry of the file."""
     seeds = 1 + max(row["seed"] for row in entry["losses"])
     found = search(name, [int(width) for width in entry["optima"]], seeds, root / "from-file")
     keys = ("width", "log2_rate", "seed")
@@ -93,8 +93,9 @@ def from_file(name: str, entry: dict[str, Any], root: Path) -> transfer.Search:
 
 
 def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """What the file says next: of each parameterisation the new entry, unless the old one has more
-    widths."""
+    """Merge old and new entries: the new one of each parameterisation, unless the old one has more
+    widths.
+    """
     kept = {
         name: entry
         for name, entry in before.items()
@@ -110,7 +111,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=list(CONDITIONS), default=None)
     parser.add_argument("--runs", type=Path, default=Path("runs/lr-transfer"))
-    parser.add_argument("--draw", action="store_true", help="from what is there")
+    parser.add_argument(
+        "--draw",
+        action="store_true",
+        help="only compute verdicts and figure, from the existing file",
+    )
     given = parser.parse_args()
     launch.prepare()
     path = HERE / "results.json"

@@ -2,10 +2,11 @@
 
     python reproductions/mqar/run.py [--large] [--draw]
 
-Two layers are trained on five segments (tokens, pairs), from (64, 4) to (256, 64), and tested on
-seven, up to (1024, 256). Variants differ in how they remember. Each point is written to
-results.json when it is done, and is not repeated; figure.png beside it. --large: the published
-vocabulary of 8,192, widths to 256, three seeds. --draw: the figure from the file that is there.
+Models of two layers are trained on five segments (tokens, pairs), from (64, 4) to (256, 64), and
+tested on seven, up to (1024, 256). Variants differ in their attention layers. Each point is written
+to results.json when it is done, and is not repeated; figure.png is beside it. --large: the
+published vocabulary of 8,192, widths to 256, three seeds. --draw: the figure from the existing
+file.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ HERE = Path(__file__).parent
 TRAINED = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))
 TESTED = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
 TOKENS = 4096
-"""Of a batch, whatever its rows are long."""
+"""Tokens of a batch, whatever the length of its rows."""
 SAMPLES = 100
 SALT = 1
-"""Every sequence of ours begins with one token more."""
+"""Tokens that our sequences have more than the published ones."""
 LOCAL = {"window": 2}
 GLOBAL = {"position": {"kind": "nope"}}
 HYBRID = [{"pattern": [LOCAL, GLOBAL]}]
@@ -40,11 +41,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "MLA, rank width / 4": {"plan": HYBRID, "rank": 4},
     "reuse": {"plan": [{"pattern": [LOCAL, GLOBAL, {**GLOBAL, "reads": -1}]}]},
 }  # fmt: skip
-"""By name: what differs from two layers of two heads, the first of them local."""
+"""By name: differences from a model of two layers of two heads, the first of which is local."""
 
 
 def configuration(variant: str, width: int, vocab: int) -> dict[str, Any]:
-    """Of the model."""
+    """Return the configuration of a model."""
     changes = VARIANTS[variant]
     grouped = {"heads": 2, "kv_heads": changes.get("kv_heads", 2), "head_dim": width // 2}
     own: dict[str, Any] = grouped
@@ -62,7 +63,7 @@ def configuration(variant: str, width: int, vocab: int) -> dict[str, Any]:
 
 
 def point(variant: str, width: int, rate: float, seed: int, steps: int, words: int) -> dict:
-    """Train one model; its share of right answers by segment."""
+    """Train one model; return its fraction of correct answers by segment."""
     import jax
 
     from mukv.bench.scoring import score
@@ -126,13 +127,13 @@ SMALL = (
     ("local + NoPE", 128, 0, 500),
     ("local + NoPE", 32, 0, 2000),
 )
-"""Variant, width, seed, steps: smaller memories learn later."""
+"""Variant, width, seed, steps. Smaller models learn later."""
 
 KEYS = ("variant", "width", "learning_rate", "seed", "steps", "words")
 
 
 def plan(large: bool) -> list[tuple[Any, ...]]:
-    """All points, the most telling first."""
+    """Return all points, the most informative first."""
     if large:
         rates, widths, seeds = (1e-4, 4.6e-4, 2.2e-3, 1e-2), (32, 64, 128, 256), (0, 1, 2)
         return [
@@ -145,8 +146,12 @@ def plan(large: bool) -> list[tuple[Any, ...]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--minutes", type=float, default=14.0, help="stop beginning points then")
-    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
+    parser.add_argument(
+        "--minutes", type=float, default=14.0, help="start no point after this time"
+    )
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the figure, from the existing file"
+    )
     given = parser.parse_args()
     path, began = HERE / "results.json", time.monotonic()
     if given.draw:
@@ -168,7 +173,7 @@ def main() -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Share of right answers by model (the longest trained of each) and segment."""
+    """Draw the fraction of correct answers by model (the longest trained of each) and segment."""
     from mukv.show.figures import saved_figure
 
     longest = {
@@ -199,12 +204,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def text(share: float) -> str:
-    """Per cent; two places where what is missing to a hundred counts."""
+    """Format a percentage; with two decimals close to a hundred."""
     return "100" if share == 100 else f"{share:.2f}" if share > 99 else f"{share:.0f}"
 
 
 def label(row: dict[str, Any]) -> str:
-    """A model: its width, variant, steps, and seed where it is not the first."""
+    """Name a model by its width, variant, steps, and its seed unless it is the first."""
     seed = f", seed {row['seed']}" if row["seed"] else ""
     return f"{row['width']}: {row['variant']} ({row['steps']:,} steps{seed})"
 

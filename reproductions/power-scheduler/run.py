@@ -1,13 +1,13 @@
-"""One setting of the power scheduler for any horizon and batch, against cosine tuned for each.
+"""Compare one setting of the power scheduler for all horizons and batches with cosine tuned for
+each.
 
     python reproductions/power-scheduler/run.py [--draw]
 
-Amplitude and exponent are fitted at two short horizons and one batch. They are then used as they
-are at four and eight times the longer one and at half and twice the batch, where cosine is tuned
-each time. Beside it cosine with the rate of the short horizon, as it is and as either rule of
-`train.budget` changes it. Rates are tuned in half octaves, until those beside the best are worse.
-Losses of finished points are kept in runs/power-scheduler. Writes results.json and figure.png
-beside this file; --draw makes the figure from the file that is there.
+The setting is fitted at two short horizons and one batch size, then used at four and eight times
+the longer horizon and at half and twice the batch size. Cosine is tuned there in half octaves, and
+also run with the short horizon's learning rate, unchanged and changed by each rule of
+`train.budget`. Losses are saved in runs/power-scheduler, results.json and figure.png beside this
+file; --draw makes the figure from the existing file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHORT = (50, 100)
 PUBLISHED = -0.51
 EXPONENTS = (0.0, -0.25, PUBLISHED, -0.75)
 FIRST = -7.0
-"""log2 of the rate that tuning begins at."""
+"""log2 of the learning rate at which tuning begins."""
 TARGETS = {"4 x tokens": (16, 400), "8 x tokens": (16, 800), "half batch": (8, 800),
            "twice the batch": (32, 200)}  # fmt: skip
 """Rows and steps; the last two have four times the tokens."""
@@ -78,7 +78,7 @@ class Bench:
     def measure(
         self, rows: int, steps: int, settings: Sequence[Setting], title: str
     ) -> list[float]:
-        """Mean loss over seeds of each setting of the schedule."""
+        """Return the mean loss over seeds of each setting of the schedule."""
         size = (f"train.batch={rows}", f"train.steps={steps}")
         given = [(*size, *each) for each in settings]
         keys = [(*each, f"train.seed={seed}") for each in given for seed in SEEDS]
@@ -94,7 +94,7 @@ class Bench:
         return [statistics.mean(self.by_seed(rows, steps, each)) for each in settings]
 
     def by_seed(self, rows: int, steps: int, setting: Setting) -> list[float]:
-        """What was measured of a setting."""
+        """Return the measured losses of a setting by seed."""
         size = (f"train.batch={rows}", f"train.steps={steps}")
         keys = ((*size, *setting, f"train.seed={seed}") for seed in SEEDS)
         return [self.losses[" ".join(key)] for key in keys]
@@ -103,7 +103,9 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/power-scheduler"))
-    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the figure, from the existing file"
+    )
     given = parser.parse_args()
     if given.draw:
         draw(json.loads((HERE / "results.json").read_text())["targets"])
@@ -114,7 +116,9 @@ def main() -> None:
     unit = BATCH * LENGTH / 4096
 
     def power(rate: float, exponent: float) -> Setting:
-        """The setting whose rate is `rate` after the tokens of the longer short horizon."""
+        """Return the setting whose learning rate is `rate` after the tokens of the longer short
+        horizon.
+        """
         amplitude = rate / unit / seen**exponent
         numbers = f"warmup: 10, decay: 0.2, amplitude: {amplitude}, exponent: {exponent}"
         return "train.learning_rate=0.06", f"train.schedule={{kind: power, {numbers}}}"
@@ -126,7 +130,7 @@ def main() -> None:
     }
 
     def cosine(rows: int, steps: int, title: str, start: float) -> dict[float, float]:
-        """Losses by log2 of the rate."""
+        """Return losses by log2 of the learning rate."""
         return tuned(
             lambda rates: bench.measure(rows, steps, [peak(2**rate) for rate in rates], title),
             start,
@@ -168,7 +172,9 @@ def peak(rate: float) -> Setting:
 
 
 def tuned(measure: Callable[[list[float]], list[float]], start: float) -> dict[float, float]:
-    """Losses by log2 of the rate, from `start` on, until the best has neighbours on both sides."""
+    """Return losses by log2 of the learning rate, from `start` on until the best has neighbours on
+    both sides.
+    """
     losses: dict[float, float] = {}
     best = start
     while new := [rate for rate in (best - 0.5, best, best + 0.5) if rate not in losses]:
@@ -187,7 +193,7 @@ def rule(kind: str) -> str:
 
 
 def fit(bench: Bench, power: Callable[[float, float], Setting]) -> dict[str, Any]:
-    """The setting with the lowest sum of losses over the short horizons."""
+    """Return the setting with the lowest sum of losses over the short horizons."""
     sums: dict[tuple[float, float], float] = {}
     for exponent in EXPONENTS:
 

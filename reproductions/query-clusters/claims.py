@@ -1,4 +1,4 @@
-"""Figures of this page."""
+"""Compute the figures of this page."""
 
 from statistics import mean
 
@@ -13,7 +13,7 @@ GIVEN = [
 ]
 KINDS = {"keys": "keys", "queries": "queries", "means": "mean keys", "aligned": "aligned"}
 BUDGETS = (1, 2, 3)
-"""Places of 1/16, 1/8 and 1/4 among the shares that are read."""
+"""Indices of 1/16, 1/8 and 1/4 among the fractions that are read."""
 
 
 def at(row: dict, name: str = "captured") -> list[str]:

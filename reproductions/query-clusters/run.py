@@ -1,11 +1,11 @@
-"""Which choice of clusters knows the entries that a query needs.
+"""Measure which kind of clusters best predicts the entries that a query needs.
 
     python reproductions/query-clusters/run.py [--model runs/retrieval/model] [--clusters 32]
 
-Four choices of what is clustered (keys; queries; attention-weighted mean keys; queries and keys
-apart with a table between them), before and after rotation, calibrated on one half of the windows
-and judged on the other. Writes results.json and figure.png beside this file; --draw makes the
-figure from the file that is there.
+Four kinds of clusters (keys; queries; attention-weighted mean keys; queries and keys separately,
+with a table between them), before and after rotation, are calibrated on one half of the windows and
+evaluated on the other. Writes results.json and figure.png beside this file; --draw makes the figure
+from the existing file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--clusters", type=int, default=32)
-    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the figure, from the existing file"
+    )
     given = parser.parse_args()
     if given.draw:
         draw(json.loads((HERE / "results.json").read_text()), HERE / "figure.png")
@@ -74,7 +76,7 @@ def main() -> None:
 
 
 def means(found: list[Prediction]) -> dict[str, Any]:
-    """Over layers and heads, by share of the entries that is read; and by layer at an eighth."""
+    """Return means over layers and heads by fraction of entries read; and by layer at an eighth."""
     eighth = READS.index(1 / 8)
     shown: dict[str, Any] = {
         name: np.mean([getattr(x, name).mean(axis=0) for x in found], axis=0).tolist()

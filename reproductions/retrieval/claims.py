@@ -1,4 +1,4 @@
-"""Figures of this page."""
+"""Compute the figures of this page."""
 
 from statistics import mean
 
@@ -47,13 +47,15 @@ def to_choose_by(row: dict, known: bool) -> float:
 
 
 def chosen(rows: dict, known: bool, limit: float) -> str:
-    """The composition that is best on the other texts, of those with so few bytes."""
+    """Return the composition with the best accuracy on the other texts among those with few enough
+    bytes.
+    """
     fit = [name for name in COMPOSED if rows[name, 1.0]["share_of_bytes"] <= limit]
     return max(fit, key=lambda name: to_choose_by(rows[name, 1.0], known))
 
 
 def verdict(rows: dict, known: bool) -> str:
-    """What the chosen composition keeps of the full cache's accuracy."""
+    """Return the fraction of the full cache's accuracy that the chosen composition has."""
     name = chosen(rows, known, 0.25)
     row, full = rows[name, 1.0], rows["full", 1.0]
     low, high = (100 * end / recalled(full, known) for end in interval(row, known))

@@ -1,8 +1,9 @@
-"""Documents with facts to be recalled: lines of a text, and between them lines such as `@K:qzv`.
+"""Make documents with facts to be recalled: lines of a text, and between them lines such as
+`@K:qzv`.
 
-The line comes once as a fact, which nobody can guess, and later again, where it can be known. Asked
-with `@K:q`, its cue, a model must answer `zv`. Everything is ordinary text, so that training,
-evaluation and compression know nothing of it.
+A fact occurs once, when it can't be predicted, and later again, when it can. After its cue `@K:q` a
+model must answer `zv`. Everything is ordinary text, so that training, evaluation and compression
+need no special code.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import numpy as np
 MARK = "@"
 VALUE = 3
 CUE, ANSWER = 4, 2
-"""Bytes of a line that ask, and that must follow."""
+"""Bytes of the cue and of the answer of a line."""
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A text and the lines of it that are facts."""
+    """A text and its lines that are facts."""
 
     text: str
     facts: tuple[str, ...]
@@ -33,14 +34,14 @@ def fact(key: str, value: str) -> str:
 
 
 def drawn_facts(random: np.random.Generator, count: int) -> dict[str, str]:
-    """As many different keys with values."""
+    """Draw facts with different keys."""
     keys = random.choice(list(string.ascii_uppercase), count, replace=False)
     letters = random.choice(list(string.ascii_lowercase), (count, VALUE))
     return {str(key): "".join(row) for key, row in zip(keys, letters, strict=True)}
 
 
 def lines_of(text: bytes, random: np.random.Generator, size: int) -> list[str]:
-    """Whole lines of a text from a random place on, about `size` bytes of them."""
+    """Return whole lines of a text from a random place on, about `size` bytes."""
     start = int(random.integers(0, max(len(text) - 2 * size, 1)))
     piece = text[start : start + size + 80].decode("utf-8", "ignore").replace(MARK, "#")
     lines, taken = [], 0
@@ -53,7 +54,7 @@ def lines_of(text: bytes, random: np.random.Generator, size: int) -> list[str]:
 
 
 def document(text: bytes, random: np.random.Generator, length: int) -> str:
-    """To train on: facts, each asked for one to three times somewhere after it."""
+    """Make a training document: facts, each repeated one to three times after it."""
     dense = random.random() < 0.4
     each = len(fact("K", "v" * VALUE))
     asked = int(random.integers(1, 4))
@@ -72,9 +73,9 @@ def document(text: bytes, random: np.random.Generator, length: int) -> str:
 
 
 def puzzle(text: bytes, random: np.random.Generator, length: int, facts: int) -> Puzzle:
-    """To test with: about `length` bytes of text with facts in it, none asked for yet."""
+    """Make a test text of about `length` bytes with facts in it, none repeated yet."""
     keys = random.choice(list(string.ascii_uppercase), facts, replace=False)
-    # Cues that differ in both letters: there is one answer to each.
+    # Cues with distinct letters, so that each has one answer.
     firsts = random.choice(list(string.ascii_lowercase), facts, replace=False)
     rest = random.choice(list(string.ascii_lowercase), (facts, VALUE - 1))
     lines = [
@@ -90,7 +91,7 @@ def puzzle(text: bytes, random: np.random.Generator, length: int, facts: int) ->
 
 
 def write_documents(text: bytes, path: Path, count: int, length: int, seed: int = 0) -> None:
-    """A JSONL file of documents; one of the same name is kept."""
+    """Write a JSONL file of documents; an existing one is kept."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

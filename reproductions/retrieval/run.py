@@ -1,14 +1,12 @@
-"""A small model that retrieves, and what it still finds under each cache policy.
+"""Train a small model on retrieval, and measure what it retrieves under each cache policy.
 
-    python reproductions/retrieval/run.py
-    python reproductions/retrieval/run.py --seed 1 --steps 800 --composed
-    python reproductions/retrieval/run.py --draw
+    python reproductions/retrieval/run.py [--seed 1] [--steps 800] [--composed] [--draw]
 
-Trains on the Python library's own source with facts to be recalled between its lines (resumes where
-it was), then asks for facts of held-out texts: the whole answer must be right, decoded through the
-cache that the policy leaves. Compositions are asked about a second set of texts too, on which the
-best of them is chosen. Writes results.json and figure.png beside this file, or seed-N.json and
-seed-N.png for another seed; --draw makes the figure from the file that is there.
+Trains on the Python library's own source with facts between its lines (resumes if interrupted),
+then asks for facts of held-out texts: the whole answer must be correct, decoded with the compressed
+cache. A second set of texts serves to choose the best composition of policies. Writes results.json
+and figure.png beside this file, or seed-N.json and seed-N.png for another seed; --draw makes the
+figure from the existing file.
 """
 
 from __future__ import annotations
@@ -48,9 +46,9 @@ LENGTH = 256
 DOCUMENTS = 48_000
 PUZZLES, FACTS, READ = 64, 6, 232
 JUDGED, CHOOSING = 1, 2
-"""Seeds of the two sets of texts."""
+"""Seeds of the set of texts for the results and of that for choosing a composition."""
 TAIL = CUE + ANSWER - 1
-"""Tokens that are fed after the text: none of them is judged by a policy."""
+"""Tokens that are decoded after the text; no policy evicts them."""
 MODEL = (
     "model.d_model=64",
     "model.attention={heads: 4, kv_heads: 2, head_dim: 32}",
@@ -79,7 +77,7 @@ COMPOSED = (
 )
 STYLES, MARKS = {"int8": ":", "int4": "--"}, {"adaptive": "D", "pyramid": "v", "full": "*"}
 NUMBER = ", by number"
-"""Of policies that keep a number of entries, not a share."""
+"""Suffix of policies with a number of entries instead of a fraction."""
 BUDGETS = (0.5, 0.25, 0.125)
 
 
@@ -89,7 +87,7 @@ def text(split: str) -> bytes:
 
 
 def corpus(root: Path) -> Path:
-    """The token file to train on, made once."""
+    """Return the token file to train on; build it on first use."""
     out = root / "tokens"
     if not out.exists():
         write_documents(text("train"), root / "documents.jsonl", DOCUMENTS, LENGTH - 12)
@@ -99,8 +97,9 @@ def corpus(root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Asked:
-    """Rows of held-out texts, each followed by the cue of one of its facts and the answer: the
-    FACTS rows of a text one after the other."""
+    """Rows of held-out texts, each followed by the cue of one of its facts and the answer; the
+    FACTS rows of a text are consecutive.
+    """
 
     context: np.ndarray
     count: np.ndarray
@@ -114,7 +113,7 @@ class Asked:
 
 
 def asked(model: Model, seed: int) -> Asked:
-    """Every fact of every puzzle once. seed: of the set of texts."""
+    """Return a row for every fact of every puzzle. seed: of the set of texts."""
     random, source = np.random.default_rng(seed), text("validation")
     rows, cues, answers = [], [], []
     for _ in range(PUZZLES):
@@ -132,8 +131,11 @@ def asked(model: Model, seed: int) -> Asked:
 
 @dataclass(frozen=True)
 class Trial:
-    """A policy on a model. entries: type of what is not quantised; 16 bits, as caches usually have,
-    float32 as on a CPU."""
+    """A policy on a model.
+
+    entries: dtype of entries that are not quantised; 16 bits, as caches usually have, or float32 as
+        on a CPU
+    """
 
     model: Model
     policy: Policy
@@ -145,7 +147,9 @@ class Trial:
 
     @cached_property
     def program(self) -> Any:
-        """What a model says after a context, and after each of some tokens: [row step]."""
+        """Compile the predictions of a model after a context, and after each of some tokens: [row
+        step].
+        """
         model, compute = self.model.network, self.model.run.train.compute.resolve(264)
 
         def run(weights: Any, context: jax.Array, count: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -162,10 +166,10 @@ class Trial:
         return jax.jit(run)
 
     def right(self, given: Asked, aware: bool) -> str:
-        """How many facts of each text are recalled, a digit for a text.
+        """Return how many facts of each text are recalled, a digit per text.
 
-        aware: the cue is part of what is compressed; its answer's first letter then comes from the
-        prefill, as in the papers that compress with the question at hand.
+        aware: whether the cue is part of the compressed text; the prefill then predicts the first
+            letter of the answer, as in papers that compress with the question included
         """
         context, count = given.context, given.count
         tokens, start = np.concatenate([given.cue, given.answer[:, :-1]], axis=1), CUE
@@ -173,15 +177,16 @@ class Trial:
             rows = np.arange(len(context))[:, None]
             context = context.copy()
             context[rows, count[:, None] + np.arange(CUE)] = given.cue
-            # What follows the answer is not looked at: one program for both.
+            # Tokens after the answer are ignored, so that one program serves both cases.
             count, tokens, start = count + CUE, np.roll(tokens, -CUE, axis=1), 0
         said = np.asarray(self.program(self.model.decoding, context, count, tokens))
         right = (said[:, start : start + ANSWER] == given.answer).all(axis=1)
         return "".join(str(number) for number in right.reshape(-1, FACTS).sum(axis=1))
 
     def bytes(self, length: int) -> int:
-        """Of one row's cache with room for `length` tokens, as allocated; with a little more where
-        the policy needs more entries than its share of so few."""
+        """Return the allocated bytes of one row's cache for `length` tokens, or a few more where
+        the policy needs more entries than its fraction of them.
+        """
         try:
             return jax.eval_shape(lambda: self.cache(1, length)).nbytes()
         except BadInput:
@@ -189,21 +194,25 @@ class Trial:
 
 
 def grid(composed: bool) -> list[tuple[str, float]]:
-    """A budget of 1: each part has its own, or none. composed: without single parts."""
+    """Return policies with budgets: compositions at 1 (each part has its own budget or none), and
+    single policies at each budget, unless `composed`.
+    """
     whole = [(name, 1.0) for name in ("full", *STORES, *COMPOSED)]
     alone = () if composed else (*KEEPERS, *SELECTORS)
     return whole + [(name, budget) for name in alone for budget in BUDGETS]
 
 
 def accuracy(right: str) -> float:
-    """From the facts recalled of each text."""
+    """Compute the accuracy from the facts recalled of each text."""
     return sum(map(int, right)) / (FACTS * len(right))
 
 
 def judge(model: Model, entries: str, grid: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
-    """Every policy and budget on the same questions; compositions on those to choose by, too.
+    """Test every policy and budget on the same questions, compositions also on the texts for
+    choosing.
 
-    share_of_bytes: of a full cache with as much room as the text has tokens, mean over texts.
+    share_of_bytes: relative to a full cache with as many slots as the text has tokens, mean over
+        texts
     """
     given, other = asked(model, JUDGED), asked(model, CHOOSING)
     everything = {n: Trial(model, FULL, entries).bytes(n) for n in set(given.lengths)}
@@ -248,8 +257,12 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Facts recalled against allocated bytes, the question unknown and known when entries go: a
-    line for each policy, budgets apart. Selectors keep all bytes and are in the table alone."""
+    """Draw facts recalled against allocated bytes, with the question unknown and known at
+    compression.
+
+    One line per policy, its budgets as points. Read policies keep all bytes and are only in the
+    table.
+    """
     sides = (("accuracy", "question unknown"), ("accuracy_question_known", "question known"))
     smaller = [row for row in rows if not any(name in row["policy"] for name in SELECTORS)]
     series: dict[str, list[dict[str, Any]]] = {}
@@ -278,7 +291,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _shown(name: str) -> dict[str, Any]:
-    """Colour by what stays, line by how it is stored, mark by how the budget is spread."""
+    """Return colour (by eviction), line (by encoding) and marker (by spread of the budget)."""
     parts = name.replace(NUMBER, "").split("+")
     plain = "s" if NUMBER in name else "o"
     keeper = next((part for part in KEEPERS if part in parts), None)
@@ -297,9 +310,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--composed", action="store_true", help="compositions alone")
-    parser.add_argument("--root", type=Path, default=Path("runs/retrieval"), help="of the models")
-    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
+    parser.add_argument("--composed", action="store_true", help="only compositions of policies")
+    parser.add_argument(
+        "--root", type=Path, default=Path("runs/retrieval"), help="folder of the models"
+    )
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the figure, from the existing file"
+    )
     given = parser.parse_args()
     path = HERE / (f"seed-{given.seed}.json" if given.seed else "results.json")
     picture = HERE / (f"seed-{given.seed}.png" if given.seed else "figure.png")
@@ -327,7 +344,7 @@ def main() -> None:
 
 
 def text_of(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """JSON with a line for each row."""
+    """Format JSON with one line per row."""
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     return f'{{"about": {json.dumps(about)},\n "rows": [\n{lines}\n ]}}\n'
 

@@ -1,12 +1,12 @@
-"""How much of the attention few values hold, what the output loses with the others, and whether
-the heads of a layer need the same ones.
+"""Measure the attention mass of few values, the output's error without the others, and head
+agreement.
 
     python reproductions/sparse-v/run.py [--model runs/retrieval/model]
     python reproductions/sparse-v/run.py --draw
 
-Reads code, prose and dialogue with a model that we trained and with one of Llama's heads and random
-weights. Writes results.json and figure.png beside this file; --draw makes the figure from the file
-that is there.
+Reads code, prose and dialogue with a model that we trained and with one that has Llama's heads and
+random weights. Writes results.json and figure.png beside this file; --draw makes the figure from
+the existing file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/retrieval/model"))
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--draw", action="store_true", help="the figure, from what is there")
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the figure, from the existing file"
+    )
     given = parser.parse_args()
     path = HERE / "results.json"
     if given.draw:
@@ -64,8 +66,9 @@ def main() -> None:
 
 
 def between_heads(layer: Sparsity, kv_heads: int) -> dict[str, float]:
-    """Mean agreement of two query heads that read one KV head, and of two that read different ones;
-    the range over all pairs."""
+    """Return the mean agreement of two query heads that share a KV head, and of two that don't,
+    with the range over all pairs.
+    """
     heads = len(layer.agreement)
     of = np.arange(heads) // (heads // kv_heads)
     same, other = of[:, None] == of, of[:, None] != of
@@ -79,7 +82,7 @@ def between_heads(layer: Sparsity, kv_heads: int) -> dict[str, float]:
 
 
 def shown(layer: Sparsity) -> dict[str, list[float]]:
-    """What the figure has of a layer. lost, error: by head and share of the entries."""
+    """Return the data of one layer for the figure. lost, error: by head and fraction of entries."""
     last, place = layer.longest, MASSES.index(0.95)
     numbers = {
         "ranks": layer.ranks,
@@ -93,7 +96,7 @@ def shown(layer: Sparsity) -> dict[str, list[float]]:
 
 
 def text_of(results: dict[str, Any]) -> str:
-    """JSON with a line for each layer."""
+    """Format JSON with one line per layer."""
     subjects = [
         f" {json.dumps(name)}: {{\n"
         + ",\n".join(
@@ -122,7 +125,9 @@ def show(results: dict[str, Any]) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Sorted mass, entries for a mass by context, and error against lost mass, for each model."""
+    """Draw sorted mass, entries for a mass by context, and error against lost mass, for
+    each model.
+    """
     with saved_figure(path, (12, 3.4 * len(results) + 0.3)) as figure:
         rows = figure.subplots(len(results), 3, squeeze=False)
         for (left, middle, right), (name, texts) in zip(rows, results.items(), strict=True):

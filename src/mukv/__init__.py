@@ -1,26 +1,182 @@
 """mukv: a JAX laboratory for transformers with a small memory.
 
-`mukv.load(path)` turns a run directory into a model: `model.logits(tokens)`,
-`model.generate(prompt)`. Loaded on first use, so that importing mukv costs nothing.
+`mukv.load(path)` reads a run directory, a Hugging Face folder, a GGUF file or a hub id as a model:
+`model.logits(tokens)`, `model.generate(prompt)`, `model.attention(text)`. The classes that YAML
+names build networks: `network = mukv.Decoder(attention=mukv.Grouped(heads=8))`,
+`weights = network.init(seed=0)`, `network(weights, tokens)`. Every name is imported on first use,
+so that `import mukv` is quick.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mukv.core.version import VERSION
 
 if TYPE_CHECKING:
+    from mukv.attention import Attention as Attention
+    from mukv.attention import Grouped as Grouped
+    from mukv.attention import GroupedTied as GroupedTied
+    from mukv.attention import Latent as Latent
+    from mukv.attention import SharedKV as SharedKV
+    from mukv.attention import TensorProduct as TensorProduct
+    from mukv.cache.policy import H2O as H2O
+    from mukv.cache.policy import TOVA as TOVA
+    from mukv.cache.policy import All as All
+    from mukv.cache.policy import Clusters as Clusters
+    from mukv.cache.policy import Everything as Everything
+    from mukv.cache.policy import Exact as Exact
+    from mukv.cache.policy import Expected as Expected
+    from mukv.cache.policy import Int4 as Int4
+    from mukv.cache.policy import Int8 as Int8
+    from mukv.cache.policy import Keep as Keep
+    from mukv.cache.policy import KeyDiff as KeyDiff
+    from mukv.cache.policy import KeyNorm as KeyNorm
+    from mukv.cache.policy import Pages as Pages
+    from mukv.cache.policy import Policy as Policy
+    from mukv.cache.policy import Random as Random
+    from mukv.cache.policy import Select as Select
+    from mukv.cache.policy import SnapKV as SnapKV
+    from mukv.cache.policy import SparQ as SparQ
+    from mukv.cache.policy import Store as Store
+    from mukv.cache.policy import Streaming as Streaming
+    from mukv.cache.policy import TopK as TopK
+    from mukv.cache.policy import TopP as TopP
+    from mukv.core.compute import Compute as Compute
+    from mukv.core.errors import BadInput as BadInput
+    from mukv.core.errors import Failed as Failed
+    from mukv.core.mesh import MeshShape as MeshShape
+    from mukv.core.norm import RMSNorm as RMSNorm
+    from mukv.core.params import Param as Param
+    from mukv.infer.decode import Sampling as Sampling
+    from mukv.model import Concept as Concept
+    from mukv.model import Decoder as Decoder
+    from mukv.model import LanguageModel as LanguageModel
+    from mukv.model import Layer as Layer
+    from mukv.model import Stage as Stage
+    from mukv.model.block import Branching as Branching
+    from mukv.model.block import Gated as Gated
+    from mukv.model.block import PreNorm as PreNorm
+    from mukv.model.block import SandwichNorm as SandwichNorm
+    from mukv.model.concept import Attend as Attend
+    from mukv.model.concept import Chunker as Chunker
+    from mukv.model.concept import Concatenate as Concatenate
+    from mukv.model.concept import Concepts as Concepts
+    from mukv.model.concept import Cross as Cross
+    from mukv.model.concept import Delimiter as Delimiter
+    from mukv.model.concept import Fixed as Fixed
+    from mukv.model.concept import Injection as Injection
+    from mukv.model.concept import Learned as Learned
+    from mukv.model.concept import Max as Max
+    from mukv.model.concept import Pool as Pool
+    from mukv.model.concept import Prefix as Prefix
+    from mukv.model.concept import Residually as Residually
+    from mukv.model.concept import SelectPool as SelectPool
+    from mukv.model.concept import Sum as Sum
+    from mukv.model.concept import Weighted as Weighted
+    from mukv.position import FIRE as FIRE
+    from mukv.position import KERPLE as KERPLE
+    from mukv.position import NTK as NTK
+    from mukv.position import ALiBi as ALiBi
+    from mukv.position import CoPE as CoPE
+    from mukv.position import LinearScaling as LinearScaling
+    from mukv.position import Llama3 as Llama3
+    from mukv.position import LogLength as LogLength
+    from mukv.position import NoPE as NoPE
+    from mukv.position import Position as Position
+    from mukv.position import RoPE as RoPE
+    from mukv.position import Slower as Slower
+    from mukv.position import StepLength as StepLength
+    from mukv.position import YaRN as YaRN
+    from mukv.runs.config import Data as Data
+    from mukv.runs.config import Run as Run
     from mukv.runs.loaded import Model as Model
+    from mukv.runs.loaded import Text as Text
     from mukv.runs.loaded import load as load
+    from mukv.scaling.budget import Budget as Budget
+    from mukv.scaling.budget import PowerLaw as PowerLaw
+    from mukv.scaling.budget import SquareRoot as SquareRoot
+    from mukv.scaling.optimizers import SGD as SGD
+    from mukv.scaling.optimizers import Adafactor as Adafactor
+    from mukv.scaling.optimizers import AdamAtan2 as AdamAtan2
+    from mukv.scaling.optimizers import AdamW as AdamW
+    from mukv.scaling.optimizers import Lion as Lion
+    from mukv.scaling.optimizers import Muon as Muon
+    from mukv.scaling.optimizers import Optimizer as Optimizer
+    from mukv.scaling.parameterization import Constants as Constants
+    from mukv.scaling.parameterization import Measured as Measured
+    from mukv.scaling.parameterization import Scaling as Scaling
+    from mukv.scaling.schedules import WSD as WSD
+    from mukv.scaling.schedules import Cosine as Cosine
+    from mukv.scaling.schedules import InverseSqrt as InverseSqrt
+    from mukv.scaling.schedules import Linear as Linear
+    from mukv.scaling.schedules import Power as Power
+    from mukv.scaling.schedules import Schedule as Schedule
+    from mukv.scaling.stability import Alignment as Alignment
+    from mukv.tasks import CommonWords as CommonWords
+    from mukv.tasks import Counting as Counting
+    from mukv.tasks import FlipFlop as FlipFlop
+    from mukv.tasks import FrequentWords as FrequentWords
+    from mukv.tasks import FuzzyRecall as FuzzyRecall
+    from mukv.tasks import IndirectIndexing as IndirectIndexing
+    from mukv.tasks import Mqar as Mqar
+    from mukv.tasks import Needle as Needle
+    from mukv.tasks import NoisyRecall as NoisyRecall
+    from mukv.tasks import NoLiteral as NoLiteral
+    from mukv.tasks import Program as Program
+    from mukv.tasks import SelectiveCopy as SelectiveCopy
+    from mukv.tasks import Task as Task
+    from mukv.tasks import VariableTracking as VariableTracking
+    from mukv.train.training import Training as Training
 
 __version__ = VERSION
-__all__ = ["Model", "__version__", "load"]
+_MODULES = {
+    "mukv.attention": ("Attention Grouped GroupedTied Latent SharedKV TensorProduct"),
+    "mukv.cache.policy": (
+        "All Clusters Everything Exact Expected H2O Int4 Int8 Keep KeyDiff KeyNorm Pages "
+        "Policy Random Select SnapKV SparQ Store Streaming TOVA TopK TopP"
+    ),
+    "mukv.core.compute": "Compute",
+    "mukv.core.errors": "BadInput Failed",
+    "mukv.core.mesh": "MeshShape",
+    "mukv.core.norm": "RMSNorm",
+    "mukv.core.params": "Param",
+    "mukv.infer.decode": "Sampling",
+    "mukv.model": "Concept Decoder LanguageModel Layer Stage",
+    "mukv.model.block": "Branching Gated PreNorm SandwichNorm",
+    "mukv.model.concept": (
+        "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "
+        "Pool Prefix Residually SelectPool Sum Weighted"
+    ),
+    "mukv.position": (
+        "ALiBi CoPE FIRE KERPLE LinearScaling Llama3 LogLength NTK NoPE Position RoPE "
+        "Slower StepLength YaRN"
+    ),
+    "mukv.runs.config": "Data Run",
+    "mukv.runs.loaded": "Model Text load",
+    "mukv.scaling.budget": "Budget PowerLaw SquareRoot",
+    "mukv.scaling.optimizers": "Adafactor AdamAtan2 AdamW Lion Muon Optimizer SGD",
+    "mukv.scaling.parameterization": "Constants Measured Scaling",
+    "mukv.scaling.schedules": "Cosine InverseSqrt Linear Power Schedule WSD",
+    "mukv.scaling.stability": "Alignment",
+    "mukv.tasks": (
+        "CommonWords Counting FlipFlop FrequentWords FuzzyRecall IndirectIndexing Mqar "
+        "Needle NoLiteral NoisyRecall Program SelectiveCopy Task VariableTracking"
+    ),
+    "mukv.train.training": "Training",
+}
+"""The public names, by the module that has them. Type checkers read the imports above; a test
+compares the two."""
+_PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = ["__version__", *_PLACES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("load", "Model"):
+    if name not in _PLACES:
         raise AttributeError(f"module 'mukv' has no attribute {name!r}")
-    from mukv.runs import loaded
+    return getattr(import_module(_PLACES[name]), name)
 
-    return getattr(loaded, name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

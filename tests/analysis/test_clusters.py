@@ -78,7 +78,6 @@ def test_rows_to_cluster(token_file):
     assert [len(part.tokens) for part in parts] == [3, 3]
 
 
-@pytest.mark.slow
 def test_calibrated_beside_a_model(mukv, trained, tmp_path):
     import shutil
 

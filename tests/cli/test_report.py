@@ -209,7 +209,7 @@ def test_pipes_and_directories_are_not_waited_for(tmp_path):
         read_picture(tmp_path / "x.png")
     told: list[tuple[int, str]] = []
     assert list(read_metrics(tmp_path / "metrics.jsonl", lambda *line: told.append(line))) == []
-    assert told == [(0, "no regular file")]
+    assert told == [(0, "not a regular file")]
 
 
 def test_metrics_keep_what_is_a_number(tmp_path):

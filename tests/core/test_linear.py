@@ -52,7 +52,6 @@ for batch, rows, columns, width in itertools.product((1, 2), (1, 16, 64), (1, 5,
 """
 
 
-@pytest.mark.slow
 def test_every_shape_in_bfloat16():
     """In a process of its own: with optimisations off, as they are here, XLA has none of them."""
     done = subprocess.run(

@@ -119,7 +119,7 @@ def test_bad_parquet(tmp_path: Path):
     ("source", "says"),
     [
         ("stdlb", "did you mean 'stdlib'"),
-        ("stdlib:re", "just stdlib"),
+        ("stdlib:re", "takes no name"),
         ("package:jsn", "did you mean 'json'"),
         ("package:", "importable"),
         ("package:sys", "source"),

@@ -101,3 +101,78 @@ def test_tokenizers(record_property):
     ]
     counts = check_all("tokenizers", calls, record_property)
     assert min(counts.values()) > 20
+
+
+NORMALIZERS = (
+    *({"type": "Replace", "pattern": {"String": "a"}, "content": "a" * n} for n in (0, 3, 2000)),
+    *({"type": "Replace", "pattern": {"String": "x"}, "content": "x" * n} for n in (2, 20, 2000)),
+    *(
+        {"type": "Replace", "pattern": {"Regex": text}, "content": "ax"}
+        for text in ("(x+x+)+y", "$", "a*", "(?=x)", r"\s+", "[", "(a|aa)+$")
+    ),
+    {"type": "Prepend", "prepend": "\u2581a"},
+    {"type": "Prepend", "prepend": "a" * 3000},
+    {"type": "Replace", "pattern": {"String": ""}, "content": "a"},
+    *({"type": name} for name in ("NFKD", "Lowercase", "ByteLevel", "Nmt", "StripAccents")),
+)
+PRE_TOKENIZERS = (
+    *(
+        {"type": "Split", "pattern": {"Regex": text}, "behavior": "Isolated", "invert": False}
+        for text in ("(x+x+)+y", "$", "a*", "(?=x)", r"\s+", "(a|aa)+$")
+    ),
+    {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False},
+    {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+    {"type": "Digits", "individual_digits": True},
+    {"type": "FixedLength", "length": 0},
+    {"type": "WhitespaceSplit"},
+)
+DECODERS = (
+    *NORMALIZERS[:13],
+    {"type": "Strip", "content": "a", "start": 1, "stop": 3},
+    {"type": "Strip", "content": " ", "start": 1 << 40, "stop": 0},
+    {"type": "CTC", "pad_token": "a", "word_delimiter_token": "|", "cleanup": True},
+    {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    {"type": "BPEDecoder", "suffix": "a"},
+    *({"type": name} for name in ("Fuse", "ByteFallback")),
+    {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+)
+
+
+def assembled(original: dict[str, Any], rng: random.Random) -> str:
+    """A file whose parts are valid each by itself."""
+    tree = copy.deepcopy(original)
+    places = (
+        ("normalizer", "normalizers", NORMALIZERS),
+        ("pre_tokenizer", "pretokenizers", PRE_TOKENIZERS),
+        ("decoder", "decoders", DECODERS),
+    )
+    for place, name, parts in places:
+        if rng.random() < 0.6:
+            chosen = [rng.choice(parts) for _ in range(rng.choice((1, 1, 2, 4, 30)))]
+            tree[place] = {"type": "Sequence", name: chosen}
+    if tree["model"]["type"] == "BPE":
+        tree["model"]["dropout"] = rng.choice((None, 0.5, 1.0))
+    return json.dumps(tree)
+
+
+def test_parts_that_do_harm_together(record_property, capfd):
+    rng = random.Random(1)
+    files = originals()
+
+    def use_long(text: str) -> None:
+        use(text)
+        tokenizer = parse_tokenizer(text, "tokenizer.json")
+        for words in ("x" * 40, "a" * 300, "xa " * 50):
+            ids = tokenizer.encode(words)
+            assert ids.tolist() == tokenizer.encode(words).tolist()
+            tokenizer.decode(ids.tolist())
+
+    calls = [
+        (f"{name}: {text[:300]}", lambda text=text: use_long(text))
+        for name, original in files.items()
+        for text in (assembled(original, rng) for _ in range(60))
+    ]
+    counts = check_all("assembled tokenizers", calls, record_property)
+    assert min(counts.values()) > 40
+    assert "panicked" not in capfd.readouterr().err

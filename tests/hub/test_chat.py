@@ -9,7 +9,8 @@ import signal
 import pytest
 
 from mukv.core.errors import BadInput
-from mukv.hub.chat import chat_text, rendered
+from mukv.hub import render
+from mukv.hub.chat import _given, chat_text, rendered, special_tokens
 
 BOS = {"content": "<s>", "lstrip": False}
 SETTINGS = {"bos_token": BOS, "eos_token": "</s>", "pad_token": None}
@@ -42,6 +43,14 @@ TEMPLATES = (
     "{% filter upper %}abc{% endfilter %}{{ range(3) | list }}{{ cycler is defined }}{{ loop }}",
     "{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}",
     "{{ raise_exception('roles must alternate') if messages | length == 3 else 'ok' }}",
+    "{{ messages[0].get('tool_calls') }}{{ messages[0].name is defined }}",
+    "{{ messages[0] | tojson }}",
+    "{% set ns = namespace(_a=1) %}x",
+    "{% set ns = namespace(a=1) %}{% set ns._a = 2 %}x",
+    "{% set ns = namespace({'__x': 1}) %}x",
+    "{% set ns = namespace({'a': 1}, self=2) %}{{ ns.a }}{{ ns.self }}{{ ns._b is defined }}",
+    "{{ dict.fromkeys('ab', 1) }}{{ dict(a=1) }}{{ dict.mro is defined }}{{ dict is mapping }}",
+    "{{ namespace.mro is defined }}{{ dict.__class__ }}",
     "{{ messages[7].content }}{{ missing }}{{ missing.deeper if missing is defined }}",
 )
 CONVERSATIONS = (
@@ -54,6 +63,8 @@ CONVERSATIONS = (
     ],
     [{"role": "user", "content": [{"type": "text", "text": "parts"}], "name": "me"}],
     [{"role": "assistant", "content": "x", "thinking": "t"}],
+    [{"role": "assistant", "content": None, "tool_calls": None, "name": None, "reasoning": "r"}],
+    [{"role": "user", "content": {"text": None}, "thinking": None, "reasoning": "r"}],
 )
 
 
@@ -74,9 +85,7 @@ def test_as_transformers(theirs):
     values |= {"bos_token": "<s>", "eos_token": "</s>"}
     compared = 0
     for messages in CONVERSATIONS:
-        from mukv.hub.chat import _with_reasoning
-
-        mine = {**values, "messages": list(map(_with_reasoning, messages))}
+        mine = {**values, "messages": list(map(_given, messages))}
         for template, answer in zip(TEMPLATES, rendered(TEMPLATES, mine, "t"), strict=True):
             try:
                 expected = theirs.apply_chat_template(
@@ -90,7 +99,7 @@ def test_as_transformers(theirs):
     assert compared == len(TEMPLATES) * len(CONVERSATIONS)
 
 
-@pytest.mark.parametrize("place", ["file", "text", "list"])
+@pytest.mark.parametrize("place", ["file", "text", "list", "mapping"])
 def test_where_a_template_is(tmp_path, place):
     template, settings = "{{ bos_token }}{{ messages[0].content }}", dict(SETTINGS)
     if place == "file":
@@ -98,6 +107,8 @@ def test_where_a_template_is(tmp_path, place):
         settings["chat_template"] = "{{ 'the file wins' }}"
     elif place == "text":
         settings["chat_template"] = template
+    elif place == "mapping":
+        settings["chat_template"] = {"tool_use": "tools", "default": template}
     else:
         settings["chat_template"] = [
             {"name": "tool_use", "template": "tools"},
@@ -107,11 +118,101 @@ def test_where_a_template_is(tmp_path, place):
     assert chat_text(tmp_path, [{"role": "user", "content": "hi"}]) == "<s>hi"
 
 
-def test_special_tokens_have_a_file_of_their_own(tmp_path):
-    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ cls_token }}")
-    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<a>", "cls_token": "<c>"}')
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<b>"}')
-    assert chat_text(tmp_path, []) == "<b><c>"
+MARK = {
+    "content": "<m>",
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "single_word": False,
+}
+TYPED = MARK | {"__type": "AddedToken"}
+LISTED = {"added_tokens_decoder": {"1": MARK | {"content": "<s>", "special": True}}}
+OWN = {"image_token": "<i>", "boi": "<x>"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "mapped", "right"),
+    [
+        ({"bos_token": "<s>"}, {"bos_token": "<m>"}, {"bos_token": "<m>"}),
+        ({"bos_token": "<s>"}, {"cls_token": MARK}, {"bos_token": "<s>", "cls_token": "<m>"}),
+        ({"bos_token": "<s>"} | LISTED, {"bos_token": "<m>"}, {"bos_token": "<s>"}),
+        ({"bos_token": "<s>"} | LISTED, {"cls_token": "<c>"}, {"bos_token": "<s>"}),
+        ({"bos_token": None}, {"bos_token": "<m>"}, {"bos_token": "<m>"}),
+        ({"bos_token": "<s>"}, {"bos_token": None}, {}),
+        ({"bos_token": TYPED}, None, {"bos_token": "<m>"}),
+        ({"image_token": "<i>"}, {"image_token": "<x>"}, {"image_token": "<i>"}),
+        ({"image_token": "<i>"}, {"image_token": None}, {"image_token": "<i>"}),
+        ({}, {"image_token": MARK}, {"image_token": "<m>"}),
+        ({"image_token": TYPED}, None, {"image_token": "<m>"}),
+        ({"image_token": 3, "audio_token": MARK}, None, {}),
+        ({"extra_special_tokens": OWN}, None, OWN),
+        ({}, {"extra_special_tokens": OWN}, OWN),
+        ({"image_token": "<y>"}, {"extra_special_tokens": OWN}, OWN),
+        ({"image_token": "<y>", "extra_special_tokens": OWN}, None, OWN),
+        ({"image_token": "<i>"} | LISTED, {"image_token": "<x>"}, {"image_token": "<i>"}),
+        ({"model_specific_special_tokens": OWN}, None, OWN),
+        ({"model_specific_special_tokens": OWN, "a_token": "<s>"}, None, {"a_token": "<s>"}),
+        ({"additional_special_tokens": ["<x>"], "add_bos_token": True}, {"foo": "<x>"}, {}),
+    ],
+)  # fmt: skip
+def test_special_tokens_as_transformers(settings, mapped, right, theirs, tmp_path):
+    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if mapped is not None:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(mapped))
+    assert special_tokens(tmp_path, settings) == right
+    assert type(theirs).from_pretrained(tmp_path).special_tokens_map == right
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ image_token }}{{ boi }}")
+    text = chat_text(tmp_path, [{"role": "user", "content": "hi"}])
+    assert text == "".join(right.get(name, "") for name in ("bos_token", "image_token", "boi"))
+
+
+def test_a_special_token_can_not_stand_for_the_messages(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    settings = {"extra_special_tokens": {"messages": "<x>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert chat_text(tmp_path, [{"role": "user", "content": "hi"}]) == "hi"
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "at least one"),
+        (["hi"], "mapping"),
+        ([{"role": "user", "content": "a\ud800"}], r"\[0\].content: .*lone surrogates"),
+        ([{"role": "user", "content": [{"text": "\udfff"}]}], "lone surrogates"),
+    ],
+)
+def test_messages_that_are_none(tmp_path, messages, words):
+    (tmp_path / "chat_template.jinja").write_text("x")
+    with pytest.raises(BadInput, match=f"^messages.*{words}"):
+        chat_text(tmp_path, messages)
+
+
+def test_images_are_seen_by_the_name_of_their_type(theirs, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content[0].image }}")
+    messages = [{"role": "user", "content": [{"image": object()}]}]
+    expected = theirs.apply_chat_template(
+        messages, chat_template="{{ messages[0].content[0].image }}", tokenize=False
+    )
+    assert chat_text(tmp_path, messages) == expected == "<object>"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("SIGXCPU", "takes more than 5 s"),
+        ("SIGKILL", "ended by SIGKILL.*memory"),
+        ("SIGABRT", "ended by SIGABRT.*memory"),
+        ("SIGSEGV", "ended by SIGSEGV.*jinja2 can render"),
+    ],
+)
+def test_how_rendering_ended_is_told(name, words, monkeypatch, tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\n")
+    monkeypatch.setattr(render, "__file__", str(script))
+    with pytest.raises(BadInput, match=f"^t: .*{words}"):
+        rendered(["x"], {}, "t")
 
 
 HOSTILE = {
@@ -151,12 +252,11 @@ def test_hostile_templates_are_one_line(tmp_path, template):
     assert len(message) < 500
 
 
-@pytest.mark.slow
 def test_an_endless_template_is_ended(tmp_path):
     loops = "".join(f"{{% for i{n} in range(99999) %}}" for n in range(4))
     (tmp_path / "chat_template.jinja").write_text(loops + "{% endfor %}" * 4)
     with pytest.raises(BadInput, match="more than 5 s"):
-        chat_text(tmp_path, [])
+        chat_text(tmp_path, [{"role": "user", "content": "hi"}])
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "binary", "long", "number", "no default"])
@@ -178,6 +278,6 @@ def test_files_that_hold_no_template(tmp_path, kind):
     signal.alarm(10)
     try:
         with pytest.raises(BadInput, match=r"chat_template|--chat"):
-            chat_text(tmp_path, [])
+            chat_text(tmp_path, [{"role": "user", "content": "hi"}])
     finally:
         signal.alarm(0)

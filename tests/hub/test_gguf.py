@@ -195,7 +195,7 @@ def test_bad_files_are_refused(tmp_path):
     refused(header(tmp_path / "a.gguf", architecture="llamma"), "general.architecture", "'llama'")
     refused(header(tmp_path / "b.gguf"), "llama.attention.head_count", "missing")
     (tmp_path / "c.gguf").write_bytes(b"GGML" + content[4:])
-    refused(tmp_path / "c.gguf", "no GGUF")
+    refused(tmp_path / "c.gguf", "not GGUF")
     (tmp_path / "d.gguf").write_bytes(content[: len(content) // 2])
     refused(tmp_path / "d.gguf", "ends before byte")
     writer = GGUFWriter(tmp_path / "e.gguf", "llama", endianess=GGUFEndian.BIG)

@@ -1,14 +1,14 @@
-"""Every combination of attention, position and layer plan that exists, at tiny size.
+"""Every combination of attention, position and layer plan, at tiny size.
 
-The laws walk it. A new part joins by a line in its own table here; a table that lacks a part
-fails in test_matrix.py.
+The laws walk every pair of parts in `make test`, the product in `make test-all`. A new part joins
+by a line in its own table here; a table that lacks a part fails in test_matrix.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +57,7 @@ from mukv.position import (
     RoPE,
     YaRN,
 )
+from tests.pairs import cover, pairs
 
 D_MODEL, VOCAB, LENGTH = 16, 31, 12
 EXACT = Compute(dtype="float32", operands="float32", unroll=True)
@@ -117,46 +118,75 @@ MIXED = Stage(
         Layer(position=NoPE()),
     )
 )
-PLANS: dict[str, tuple[Stage, ...]] = {
-    "mixed": (MIXED,),
+REUSE = Stage((Layer(), Layer(reads=-1)), repeats=2)
+REUSE_WINDOW = Stage((Layer(window=4), Layer(window=4, reads=-1)), repeats=2)
+HYBRID = Stage((Layer(window=5), Layer(position=NoPE())))
+SIMPLE: dict[str, tuple[Stage, ...]] = {
     "plain": (Stage(repeats=2),),
     "window": (Stage((Layer(window=3),), repeats=2),),
-    "local-global": (Stage((Layer(window=3), Layer()), repeats=2),),
-    "reuse": (Stage((Layer(), Layer(reads=-1)), repeats=2),),
-    "reuse-window": (Stage((Layer(window=4), Layer(window=4, reads=-1)), repeats=2),),
+    "reuse": (REUSE,),
+    "reuse-window": (REUSE_WINDOW,),
     "last-layers": (Stage(repeats=2), Stage((Layer(reads=1),), repeats=2)),
-    "hybrid": (Stage((Layer(window=5), Layer(position=NoPE())), repeats=1), Stage()),
+    "hybrid": (HYBRID, Stage()),
 }
+COMPOSED: dict[str, tuple[Stage, ...]] = {
+    "mixed": (MIXED,),
+    "local-global": (Stage((Layer(window=3), Layer()), repeats=2),),
+    "reuse-both": (REUSE, dataclasses.replace(REUSE_WINDOW, repeats=1)),
+    "hybrid-last": (HYBRID, Stage(), Stage((Layer(reads=2),), repeats=2)),
+}
+"""The stages of all simple plans, in fewer models."""
+PLANS = COMPOSED | SIMPLE
+Combination = tuple[str, str, str]
+"""Names of attention, first position, and plan."""
+COMBINATIONS: list[Combination] = [*itertools.product(ATTENTIONS, POSITIONS, PLANS)]
 
-PAIRS = max(len(ATTENTIONS), len(POSITIONS))
+
+def in_turn(plan: Sequence[Stage], first: str) -> tuple[Stage, ...]:
+    """The plan, with a position for every layer that has none: the layers that write entries take
+    those of the table in turn, from `first` on, and the others that of the layer they read."""
+    names = [*POSITIONS]
+    turn = itertools.cycle(names[names.index(first) :] + names[: names.index(first)])
+    layers: list[Layer] = []
+    stages: list[Stage] = []
+    for stage in plan:
+        start = len(layers)
+        for layer in stage.pattern:
+            position = layer.position
+            if position is None and layer.reads is None:
+                position = POSITIONS[next(turn)]
+            elif position is None:
+                position = layers[layer.reads].position
+            layers.append(dataclasses.replace(layer, position=position))
+        stages.append(Stage(tuple(layers[start:]), stage.repeats))
+        layers += layers[start:] * (stage.repeats - 1)
+    return tuple(stages)
 
 
-def drawn(turn: int) -> tuple[str, str, str]:
-    """A combination that shares no part with the ones next to it."""
-    attentions, positions, plans = list(ATTENTIONS), list(POSITIONS), list(PLANS)[1:]
-    position = positions[(turn + turn // PAIRS) % len(positions)]
-    return attentions[turn % len(attentions)], position, plans[turn % len(plans)]
+def parts(combination: Combination) -> set[tuple[str, str]]:
+    """What meets in a combination."""
+    attention, first, plan = combination
+    layers = [layer for stage in in_turn(PLANS[plan], first) for layer in stage.pattern]
+    known = {position: name for name, position in POSITIONS.items()}
+    places = {("position", known[layer.position]) for layer in layers if layer.position}
+    return {("attention", attention), ("plan", plan), *places}
 
 
-WHOLE = [(*pair, "mixed") for pair in itertools.product(ATTENTIONS, POSITIONS)]
-"""Every attention with every position, in a plan that has windows, reuse and a layer with a
-position of its own."""
-ALONE = [drawn(turn) for turn in range(2 * PAIRS)]
-"""Every attention, every position and every other plan at least twice, each time with others."""
-COMBINATIONS = WHOLE + ALONE
-SAMPLE = ALONE[:PAIRS]
-"""Every part at least once, for what is too dear to do with every combination."""
+QUICK = cover([row for row in COMBINATIONS if row[2] in COMPOSED], parts)
+"""Every pair of attention, position and composed plan at least once."""
+SAMPLE = cover(QUICK, parts, size=1)
+"""Every part at least once, for what is too slow for every pair."""
 
 
 def build(attention: str, position: str, plan: str, **changes: object) -> Decoder:
-    """The model of one combination."""
+    """The model of one combination; its layers have the positions from `position` on."""
     chosen = dataclasses.replace(ATTENTIONS[attention], position=POSITIONS[position])
     model = Decoder(
         vocab_size=VOCAB,
         d_model=D_MODEL,
         attention=chosen,
         mlp=Gated(hidden=24),
-        plan=PLANS[plan],
+        plan=in_turn(PLANS[plan], position),
         **DRESSES.get(attention, {}),
     )
     return dataclasses.replace(model, **changes)  # pyright: ignore[reportArgumentType]
@@ -176,18 +206,12 @@ POOLS = {
     "select": SelectPool(),
 }
 INJECTIONS = {"residual": Residually(), "prefix": Prefix(slots=2), "cross": Cross()}
-CONCEPTS = [
-    ("fixed", "sum", "residual"),
-    ("fixed", "max", "prefix"),
-    ("fixed", "weighted", "cross"),
-    ("delimiter", "attention", "residual"),
-    ("delimiter", "concatenate", "prefix"),
-    ("delimiter", "sum", "cross"),
-    ("learned", "select", "residual"),
-    ("learned", "weighted", "prefix"),
-    ("learned", "max", "cross"),
-]
-"""Every chunker with every injection, every reduction at least once."""
+CONCEPT_AXES = {"chunker": CHUNKERS, "pool": POOLS, "injection": INJECTIONS}
+CONCEPTS = [*itertools.product(*CONCEPT_AXES.values())]
+QUICK_CONCEPTS = pairs(CONCEPT_AXES)
+"""Every two parts of a concept model meet."""
+SAMPLE_CONCEPTS = cover(QUICK_CONCEPTS, lambda row: zip(CONCEPT_AXES, row, strict=True), size=1)
+"""Every part at least once."""
 
 
 def concept(chunker: str, pool: str, injection: str, **changes: object) -> Concept:

@@ -1,4 +1,4 @@
-"""Laws 1 to 5 of the house over every combination that exists.
+"""Laws 1 to 5 of the house over combinations of attention, positions and plan.
 
 The forward passes of all laws on a combination are rows of one batch, which is compiled once.
 """
@@ -15,16 +15,11 @@ import pytest
 from mukv.core.params import named
 from mukv.model.counting import cache_bytes
 from tests.laws import matrix
-from tests.laws.matrix import COMBINATIONS, CUTS, EXACT, LENGTH, OTHER
+from tests.laws.matrix import COMBINATIONS, CUTS, EXACT, LENGTH, OTHER, QUICK, SAMPLE
+from tests.pairs import params
 
 
-def grouped(combination):
-    """Keeps the tests of one combination in one process, where they share its compilation."""
-    name = "-".join(combination)
-    return pytest.param(combination, id=name, marks=pytest.mark.xdist_group(name))
-
-
-@pytest.fixture(scope="module", params=map(grouped, COMBINATIONS))
+@pytest.fixture(scope="module", params=params(COMBINATIONS, QUICK, "-".join))
 def case(request):
     yield matrix.Case(matrix.build(*request.param))
     # Hundreds of compiled models would fill the memory of a small machine.
@@ -82,7 +77,7 @@ def test_packing_isolates(case):
         np.testing.assert_allclose(case.packed[start:stop], alone[: stop - start], atol=2e-5)
 
 
-@pytest.mark.parametrize("case", [*map(grouped, matrix.ALONE)], indirect=True)
+@pytest.mark.parametrize("case", params(COMBINATIONS, SAMPLE, "-".join), indirect=True)
 def test_ways_of_computing_agree(case):
     """Scan = unrolled, fused core = plain core, chunked loss = whole loss; gradients too."""
     loss, gradient = matrix.loss_and_gradient(case.model, OTHER)(case.weights, case.ids)

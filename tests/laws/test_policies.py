@@ -91,7 +91,6 @@ def whole():
     return of
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", PAIRS, ids="-".join)
 def test_full_budget_is_full_attention(case, whole):
     """Law 7, and law 4: what it weighs does not change while it is used."""
@@ -452,6 +451,26 @@ def test_smaller_budgets_weigh_less(name):
     full = cache_bytes(model, *room)
     assert all(2 * small < 1.25 * large for large, small in pairwise(sizes))
     assert sizes[-1] < 0.5 * full
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["streaming", "knorm", "h2o", "topk", "pages", "sparq"])
+def test_bytes_are_those_of_the_parts(name, budget):
+    """Law 4: of one layer with 2 KV heads of 8 in float32, by a formula of each policy."""
+    model, policy = model_of("gqa", "rope"), Policy.parse(name, budget)
+    evicts = name in ("streaming", "knorm", "h2o")
+    slots = int(LENGTH * budget) if evicts else LENGTH
+    entry = 2 * 2 * 8 * 4  # keys and values
+    places = 2 * slots * 4  # a position for each head
+    extra = {
+        "h2o": 2 * slots * 4 + TAIL * 4 * 8 * 4,  # a score for each entry, queries in the tail
+        "pages": 2 * (slots // 4) * (2 * 8 * 4 + 2),  # bounds, and whether read always or at all
+        "sparq": 2 * (slots * (8 * 4 + 1) + 8 * 4),  # keys by component, and a mean of the values
+    }
+    row = (slots + TAIL) * entry + places + extra.get(name, 0)
+    cache = model.empty_cache(3, LENGTH, TAIL, EXACT.type, policy)
+    assert cache.nbytes() == 3 * row + 4 * (3 + 1)  # lengths, and where the tail ends
+    assert cache_bytes(model, 3, LENGTH, TAIL, EXACT.type, policy) == cache.nbytes()
 
 
 def test_reads_are_fewer():

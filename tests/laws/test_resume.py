@@ -8,6 +8,7 @@ import pytest
 
 from mukv.storage.checkpoint import Checkpoints
 from tests.laws import matrix
+from tests.pairs import params
 from tests.training import run, steps, trainer
 
 LAST = 4
@@ -28,17 +29,17 @@ def assert_same_bits(one, two):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-@pytest.mark.parametrize(
-    ("combination", "stop"),
-    [(combination, 1 + number % (LAST - 1)) for number, combination in enumerate(matrix.SAMPLE)],
-)
+STOPS = [(combination, 1 + number % (LAST - 1)) for number, combination in enumerate(matrix.SAMPLE)]
+
+
+@pytest.mark.parametrize(("combination", "stop"), params(STOPS, STOPS[: LAST - 1], unpack=True))
 def test_resume_is_bit_equal(combination, stop, tmp_path):
     model = matrix.build(*combination)
     whole, _ = run(trainer(model), LAST)
     assert_same_bits(resumed(model, stop, tmp_path), whole)
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_at_any_step(tmp_path):
     model = matrix.build(*matrix.SAMPLE[0])
     train = trainer(model)
@@ -53,7 +54,6 @@ def test_at_any_step(tmp_path):
             assert_same_bits(steps(fresh, state, stop, LAST)[0], whole)
 
 
-@pytest.mark.slow
 def test_on_a_mesh(tmp_path):
     model, mesh = matrix.build(*matrix.SAMPLE[0]), {"data": 2, "tensor": 2, "accumulate": 2}
     whole, _ = run(trainer(model, **mesh), LAST)

@@ -192,7 +192,7 @@ def test_every_export_is_the_model_or_refused(tmp_path, record_property):
     check(60, 0, tmp_path, record_property)
 
 
-@pytest.mark.slow
+@pytest.mark.product
 @pytest.mark.parametrize("seed", range(1, 3))
 def test_more_exports(tmp_path, record_property, seed):
     check(200, seed, tmp_path, record_property)

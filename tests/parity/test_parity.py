@@ -14,6 +14,7 @@ from mukv.core.compute import Compute
 from mukv.core.mesh import MeshShape
 from mukv.core.params import named
 from mukv.runs.exchange import export_model, import_model
+from tests.pairs import params
 from tests.parity import models
 from tests.parity.models import FAMILIES, TINY, VOCAB, logits, saved, torch, transformers
 
@@ -86,8 +87,7 @@ def test_there_and_back(pair, tmp_path):
     assert mukv.load(tmp_path / "two").network == run.network
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pair", ["llama-3", "gemma-2"], indirect=True)
+@pytest.mark.parametrize("pair", params(["llama-3", "gemma-2"], ["gemma-2"]), indirect=True)
 def test_256_greedy_tokens(pair):
     theirs, _, ours = pair
     prompt = IDS[:1, :50]
@@ -161,7 +161,7 @@ GEMMA_100M = {
 BIG = {"Llama": LLAMA_100M, "Gemma2": GEMMA_100M}
 
 
-@pytest.mark.slow
+@pytest.mark.product
 @pytest.mark.parametrize("family", BIG)
 def test_of_100_million_parameters(family, tmp_path):
     """True heads, vocabulary and rotation, at positions beyond what the rotation was slowed from

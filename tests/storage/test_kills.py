@@ -19,6 +19,7 @@ from mukv.data.build import build_tokens
 from mukv.data.tokens import open_tokens
 from tests.conftest import MINUSCULE
 from tests.kills import Server, pattern
+from tests.pairs import params
 from tests.processes import contents
 
 pytestmark = pytest.mark.xdist_group("kills")
@@ -61,12 +62,14 @@ def check(
     folder: Path,
     prepare: Prepare,
     arguments: list[object],
+    every: int,
     skip: str = "nothing",
     chain: int = 4,
     survives: Prepare | None = None,
 ) -> Counter[str]:
     """Kill a command before each kind of operation and repeat it; returns counts.
 
+    every: of the kinds one in so many, the last among them, where a result takes its place.
     skip: kinds with this in their name are left out. chain: kills, one after another on the same
     folder, before a repetition ends. That must end as the undisturbed command, in the same files
     with the same content; a kill that was never reached is tried again on a new folder.
@@ -80,7 +83,7 @@ def check(
     expected = shape(result(undisturbed))
     kinds = list(dict.fromkeys(map(pattern, operations)))
     counts = Counter(operations=len(operations), kinds=len(kinds))
-    waiting = [kind for kind in kinds if skip not in kind]
+    waiting = [kind for kind in kinds if skip not in kind][::-every][::-1]
     wrong: list[str] = []
     place = 0
     while waiting:
@@ -122,18 +125,24 @@ def count(record_property) -> Callable[[str, Counter[str]], None]:
     return lambda command, counts: record_property("kills", (command, dict(counts)))
 
 
+@pytest.fixture(params=params([4, 1], [4]), ids=["some", "all"])
+def every(request: pytest.FixtureRequest) -> int:
+    """The quick round kills before one in four kinds of operation."""
+    return request.param
+
+
 SMALL = (*MINUSCULE, "model.plan=[{repeats: 1}]", "train.steps=2")
 
 
-def test_checkpoints(server, tmp_path, count):
+def test_checkpoints(server, tmp_path, count, every):
     given = ["count-up", "checkpoints", 3]
-    count("checkpoints", check(server, tmp_path, nothing, given, chain=8))
+    count("checkpoints", check(server, tmp_path, nothing, given, every, chain=8))
 
 
-def test_train(server, token_file, tmp_path, count):
+def test_train(server, token_file, tmp_path, count, every):
     """What lies inside a checkpoint is left to the test above."""
     given = ["train", "tiny", *SMALL, f"data.path={token_file}", "--out", "runs/new"]
-    count("train", check(server, tmp_path, nothing, given, skip="checkpoint-tmp/"))
+    count("train", check(server, tmp_path, nothing, given, every, skip="checkpoint-tmp/"))
 
 
 def texts(root: Path) -> None:
@@ -142,12 +151,12 @@ def texts(root: Path) -> None:
         (root / "texts" / f"{number}.txt").write_text(f"Text number {number}. " * 20)
 
 
-def test_data(server, tmp_path, count):
+def test_data(server, tmp_path, count, every):
     given = ["data", "texts", "--tokenizer", "bpe:300", "--out", "tokens"]
-    count("data", check(server, tmp_path, texts, given, chain=1))
+    count("data", check(server, tmp_path, texts, given, every, chain=1))
 
 
-def test_data_in_place_of_others(server, tmp_path, count):
+def test_data_in_place_of_others(server, tmp_path, count, every):
     """After every kill the old or the new ones are there."""
 
     def whole(root: Path) -> None:
@@ -158,36 +167,36 @@ def test_data_in_place_of_others(server, tmp_path, count):
         build_tokens([str(root / "texts")], root / "tokens")
 
     given = ["data", "texts", "--tokenizer", "bpe:300", "--out", "tokens", "--overwrite"]
-    counts = check(server, tmp_path, old, given, chain=1, survives=whole)
+    counts = check(server, tmp_path, old, given, every, chain=1, survives=whole)
     count("data --overwrite", counts)
 
 
-def test_import(server, exported, tmp_path, count):
+def test_import(server, exported, tmp_path, count, every):
     given = ["import", exported, "--out", "runs/new"]
-    count("import", check(server, tmp_path, nothing, given))
+    count("import", check(server, tmp_path, nothing, given, every))
 
 
-def test_export(server, trained, tmp_path, count):
-    count("export", check(server, tmp_path, nothing, ["export", trained, "--out", "new"]))
+def test_export(server, trained, tmp_path, count, every):
+    count("export", check(server, tmp_path, nothing, ["export", trained, "--out", "new"], every))
 
 
 def run_of(trained: Path) -> Prepare:
     return lambda root: shutil.copytree(trained, root / "run") and None
 
 
-def test_compress(server, trained, tmp_path, count):
+def test_compress(server, trained, tmp_path, count, every):
     given = ["compress", "run", "--tokens", trained.parent / "ids.npy", "--policy", "streaming"]
     np.save(trained.parent / "ids.npy", np.arange(400).reshape(4, 100) % 250)
     sizes = ["--samples", 1, "--length", 64]
-    count("compress", check(server, tmp_path, run_of(trained), [*given, *sizes], chain=20))
+    count("compress", check(server, tmp_path, run_of(trained), [*given, *sizes], every, chain=20))
 
 
-def test_report(server, trained, tmp_path, count):
+def test_report(server, trained, tmp_path, count, every):
     given = ["report", "run", "--out", "run/report.html"]
-    count("report", check(server, tmp_path, run_of(trained), given))
+    count("report", check(server, tmp_path, run_of(trained), given, every))
 
 
-def test_sweep(server, token_file, tmp_path, count):
+def test_sweep(server, token_file, tmp_path, count, every):
     given = ["sweep", "tiny", *SMALL, f"data.path={token_file}", "train.learning_rate=1e-3,1e-2"]
     rest = ["--out", "sweep", "--patience", "0.2"]
-    count("sweep", check(server, tmp_path, nothing, [*given, *rest], chain=12))
+    count("sweep", check(server, tmp_path, nothing, [*given, *rest], every, chain=12))

@@ -34,7 +34,7 @@ UNFINISHED = "*orbax-checkpoint-tmp*"
 """Orbax writes under a temporary name until a checkpoint is complete."""
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_killed_ten_times(token_file, tmp_path):
     """Half of the kills aim at the writing of a checkpoint, half at any moment after one."""
     undisturbed = start(*arguments(token_file, tmp_path / "undisturbed"))

@@ -14,6 +14,7 @@ import pytest
 
 from mukv.train.step import Trainer
 from tests.conftest import MINUSCULE
+from tests.pairs import params
 from tests.processes import contents, finish, start
 
 
@@ -30,8 +31,7 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", params(["SIGTERM", "SIGINT"], ["SIGTERM"]))
 def test_a_signal_saves_and_leaves(token_file, tmp_path, name):
     changes = ("train.steps=4000", "train.log_every=1")
     process = start(*arguments(token_file, tmp_path / "run", *changes), "--json")

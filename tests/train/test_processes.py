@@ -18,6 +18,7 @@ from mukv.core.params import named
 from mukv.storage.locks import one_writer
 from mukv.storage.weights import load_weights
 from tests.conftest import MINUSCULE
+from tests.pairs import params
 from tests.processes import contents, finish, start
 
 
@@ -57,6 +58,9 @@ def single(token_file, tmp_path_factory):
     return out, alone(*arguments(token_file, out))
 
 
+MESHES = [("mesh.data=2",), ("mesh.tensor=2",), ("mesh.data=2", "mesh.tensor=2")]
+
+
 def assert_same_weights(one: Path, two: Path) -> None:
     """Up to float32 sums in another order: see laws/test_sharding.py."""
     (first, _), (second, _) = (load_weights(folder / "weights") for folder in (one, two))
@@ -64,10 +68,7 @@ def assert_same_weights(one: Path, two: Path) -> None:
         np.testing.assert_allclose(named(second)[name], leaf, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh", [("mesh.data=2",), ("mesh.tensor=2",), ("mesh.data=2", "mesh.tensor=2")], ids="-".join
-)
+@pytest.mark.parametrize("mesh", params(MESHES, MESHES[2:], "-".join))
 def test_two_processes_are_one(token_file, tmp_path, single, mesh):
     """They share the rows, or the weights and then read the same rows, or have two devices each.
     Process 0 alone writes and speaks."""
@@ -81,7 +82,7 @@ def test_two_processes_are_one(token_file, tmp_path, single, mesh):
     assert steps == [1, 6]
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_a_checkpoint_moves_to_other_meshes(token_file, tmp_path, single):
     """Begun by two processes, ended by one, on one device and on 2 x 2."""
     run, facts = single
@@ -95,7 +96,6 @@ def test_a_checkpoint_moves_to_other_meshes(token_file, tmp_path, single):
         assert_same_weights(out, run)
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_stops_all(token_file, tmp_path):
     """They agree on the step to save, at one that is logged."""
     out = tmp_path / "run"
@@ -112,8 +112,7 @@ def test_a_signal_to_one_stops_all(token_file, tmp_path):
     assert (out / "checkpoints" / str(facts["step"])).is_dir()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", params([0, 1], [1]))
 def test_who_is_left_says_so_and_ends(token_file, tmp_path, killed):
     """A process that is killed takes the others with it, in one line with the last checkpoint."""
     out = tmp_path / "run"
@@ -131,7 +130,6 @@ def test_who_is_left_says_so_and_ends(token_file, tmp_path, killed):
     assert "Traceback" not in error
 
 
-@pytest.mark.slow
 def test_a_run_that_is_written_is_refused_by_all(token_file, tmp_path):
     """Process 0 finds the lock taken, and the other hears of it."""
     with one_writer(tmp_path / "run"):
@@ -141,7 +139,6 @@ def test_a_run_that_is_written_is_refused_by_all(token_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_bad_input_ends_all(token_file, tmp_path, single):
     """Before anything is compiled or written: nobody waits for a process that has left."""
     run, _ = single

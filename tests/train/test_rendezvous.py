@@ -70,7 +70,7 @@ def test_a_port_in_use(port):
 
 
 @pytest.mark.parametrize(
-    ("processes", "message"), [(2, "told of 3 processes"), (3, "another process 1")]
+    ("processes", "message"), [(2, "started for 3 processes"), (3, "another process 1")]
 )
 def test_a_process_of_another_plan(monkeypatch, port, processes, message):
     monkeypatch.setattr(rendezvous, "WAIT_SECONDS", 3)

@@ -49,7 +49,7 @@ def _first_moments(state):
     return jax.tree.leaves(state.optimizer[0].mean)
 
 
-@pytest.mark.slow
+@pytest.mark.product
 def test_bfloat16_operands_stay_close(token_file, tmp_path):
     """Eight bits of mantissa: products move by up to 2^-8, the loss by far less. In processes of
     their own, since XLA has no such products while its optimisations are off, as they are here."""

@@ -54,7 +54,7 @@ def test_random_points_depend_on_their_number_alone():
         ("a=0..1:log", "greater than 0"),
         ("a=1..2:cubic", "LOW..HIGH:log"),
         ("a=1..2:1", "COUNT at least 2"),
-        ("a=1,1", "different values"),
+        ("a=1,1", "distinct values"),
         ("a=1,[2]", "plain values"),
         ("a=1", "sweep: got 'a=1'; at least one key="),
     ],

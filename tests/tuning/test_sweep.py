@@ -191,7 +191,6 @@ def test_bad_input(mukv, token_file, tmp_path, given, message):
     assert message in done.stderr
 
 
-@pytest.mark.slow
 def test_four_workers_of_which_one_is_killed(token_file, tmp_path):
     out = tmp_path / "s"
     given = arguments(

@@ -25,6 +25,7 @@ from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.params import Param, abstract
+from mukv.core.table import Part
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 from mukv.position import AnyPosition, NoPE
 
@@ -32,12 +33,13 @@ Queries = Float[Array, "batch kv_heads group query query_dim"]
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(Part):
     """The contract; fields are the YAML keys.
 
     A variant is frozen and knows no weights: it declares them, split into those that write and
     those that read, since a layer that reuses another's entries has none of the first kind.
 
+    position: position encoding. heads: number of query heads.
     scale: factor of the logits; 1 / sqrt(query_dim) if None. softcap: bound of the logits (Gemma
     2), None for none. sinks: "learned" gives each head a logit of its own in the softmax's sum,
     which it may attend to instead of any entry (gpt-oss).

@@ -22,6 +22,7 @@ from mukv.core.typing import Array, Float, Int, Residual, Weights
 class Groups(Attention):
     """Query heads that share KV heads, whatever these remember.
 
+    kv_heads: number of heads that keys and values have; divides heads. head_dim: width of a head.
     norm: of queries and keys, per head, before they are rotated (QK norm); None for none.
     """
 

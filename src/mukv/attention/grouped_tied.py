@@ -21,6 +21,11 @@ from mukv.core.typing import Array, Float, Int, Residual, Weights
 
 @dataclass(frozen=True)
 class GroupedTied(Attention):
+    """Grouped-query attention whose keys and values share a tensor.
+
+    kv_heads: number of heads that keys and values have; divides heads. head_dim: width of a head.
+    """
+
     kind: Literal["grouped_tied"] = "grouped_tied"
     kv_heads: int = 4
     head_dim: int = 32

@@ -28,8 +28,8 @@ from mukv.core.typing import Array, Float, Int, Residual, Weights
 @dataclass(frozen=True)
 class Latent(Attention):
     """rank: width of the latent. head_dim: of a key's part that comes from the latent. rope_dim:
-    of the rotated part. head_value_dim: of a value; head_dim if None. query_rank: queries come
-    from a normed latent of their own; None for none.
+    width of the rotated part. head_value_dim: of a value; head_dim if None. query_rank: queries
+    come from a normed latent of this width; None for none. norm: of the latents.
     """
 
     kind: Literal["latent"] = "latent"

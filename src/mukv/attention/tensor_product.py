@@ -24,6 +24,12 @@ from mukv.position.base import Logits
 
 @dataclass(frozen=True)
 class TensorProduct(Attention):
+    """Heads whose queries, keys and values are sums of outer products.
+
+    head_dim: width of a head. query_rank: outer products that a query is the sum of. rank: the same
+    of a key and of a value.
+    """
+
     kind: Literal["tensor_product"] = "tensor_product"
     head_dim: int = 32
     query_rank: int = 6

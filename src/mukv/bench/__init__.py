@@ -1,1 +1,1 @@
-"""The long-context benchmark: what of a text a model still knows, at which length and price."""
+"""The long-context benchmark: which facts of a text a model retrieves, by length and cache size."""

@@ -1,6 +1,6 @@
-"""One model, one task, one length: what it gets right, and what that costs in cache.
+"""Test one model on one task at one length: correct answers, and the cache that they take.
 
-A model that was trained on tasks reads their arrays, any other their text.
+A model trained on the task receives the samples' ids, any other model their text.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ from mukv.tasks import AnyTask, Samples
 
 DEPTHS = [0.0, 0.25, 0.5, 0.75]
 CHECKED = 50
-"""Samples that the solver answers again beside a model."""
+"""Samples that the independent solver answers as well."""
 
 
 @dataclass(frozen=True)
 class ExamineSettings:
-    """samples: of each task and length. free: of these, how many are also decoded, without being
-    told the answer's first tokens. shots: solved samples before each text. policy: of the cache
-    that these are decoded with."""
+    """How a model is tested.
+
+    samples: number of samples per task and length
+    free: number of these that are also decoded freely, without the answer's tokens as input
+    shots: solved samples before each text
+    policy: cache policy of decoding
+    """
 
     samples: int = 200
     seed: int = 0
@@ -43,19 +47,23 @@ class ExamineSettings:
             if getattr(self, name) < low:
                 raise BadInput(f"--{name}", getattr(self, name), f"at least {low}")
         if self.policy != FULL and not self.free:
-            raise BadInput("--free", 0, "at least 1: a cache policy shows in what is decoded")
+            raise BadInput("--free", 0, "at least 1: a cache policy changes only what is decoded")
 
 
 @dataclass(frozen=True)
 class Examination:
-    """row: what the table shows. answers: of every sample."""
+    """Result of a test.
+
+    row: row of the table
+    answers: every answer of every sample
+    """
 
     row: dict[str, Any]
     answers: list[dict[str, Any]]
 
 
 def check(model: Model, task: AnyTask, length: int) -> None:
-    """Raise BadInput where a model can't be examined at this length."""
+    """Raise BadInput if a model can't be tested at this length."""
     context = model.network.context
     if context is not None and length > context:
         raise BadInput("--lengths", length, f"at most the model's context ({context})")
@@ -64,7 +72,7 @@ def check(model: Model, task: AnyTask, length: int) -> None:
 
 
 def own(model: Model, task: AnyTask) -> bool:
-    """Whether the model's ids are the task's own."""
+    """Whether the model was trained on ids of this task's vocabulary."""
     trained = model.run.data.task
     return trained is not None and trained.vocabulary.spelling == task.vocabulary.spelling
 
@@ -77,7 +85,7 @@ def examine(
     settings: ExamineSettings,
     split: Any = "test",
 ) -> Examination:
-    """Grade a model. Raises BadInput where it can't be asked this."""
+    """Test a model. Raises BadInput if it can't be tested at this length."""
     check(model, task, length)
     indices = np.arange(settings.samples)
     if own(model, task):
@@ -96,7 +104,7 @@ def examine(
     if settings.free:
         free, allocated = decoded(model, samples, settings)
         if settings.policy != FULL:
-            # A policy shows only where there is a cache: answers count as they were decoded.
+            # A policy has an effect only with a cache: count answers as they were decoded.
             graded, taken = free, allocated
     row = {
         "task": name,
@@ -121,7 +129,7 @@ def examine(
 
 
 def distances(length: int) -> list[float]:
-    """Edges of buckets: powers of four."""
+    """Return the edges of distance buckets (tokens): powers of four."""
     edges = [0.0]
     while 4 ** len(edges) < length:
         edges.append(4.0 ** len(edges))
@@ -129,10 +137,12 @@ def distances(length: int) -> list[float]:
 
 
 def decoded(model: Model, samples: Samples, settings: ExamineSettings) -> tuple[np.ndarray, float]:
-    """Whether the last answer of the first samples comes out when decoded greedily, bool [row],
-    and the bytes of cache that were allocated for a row."""
+    """Decode the last answer of the first `free` samples greedily.
+
+    Returns whether each is correct, bool [row], and the allocated bytes of cache per row.
+    """
     rows = np.arange(min(settings.free, len(samples.tokens)))
-    # Answers stand in the order of the text, absent ones anywhere.
+    # Answers are in the order of the text; absent ones may be anywhere among them.
     last = np.argmax(np.where(samples.present, samples.start, -1), axis=1)[rows]
     start, stop = samples.start[rows, last], samples.stop[rows, last]
     prompts = [samples.tokens[row, :end].tolist() for row, end in zip(rows, start, strict=True)]
@@ -147,7 +157,7 @@ def decoded(model: Model, samples: Samples, settings: ExamineSettings) -> tuple[
 
 
 def _answers(samples: Samples, scores: AnswerScores, length: int) -> list[dict[str, Any]]:
-    """One entry for each answer."""
+    """Return one entry per answer."""
     return [
         {
             "length": length,

@@ -1,4 +1,4 @@
-"""Shares of right answers, and how far a model's confidence agrees with them."""
+"""Compute fractions of correct answers, effective length and calibration error."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Mapping
 import numpy as np
 
 BASE_SHARE = 0.85
-"""Of the score at the shortest length, that a length must keep to count as mastered: RULER's
-threshold (Hsieh et al. 2024) is its baseline's 85.6 %."""
+"""Fraction of the score at the shortest length that a length must reach to count as mastered.
+RULER's threshold (Hsieh et al. 2024) is its baseline's score, 85.6 %.
+"""
 CONFIDENCES = np.linspace(0, 1, 10, endpoint=False)
-"""Where the buckets of confidence begin."""
+"""Lower edges of the confidence buckets."""
 
 
 def calibration_error(right: np.ndarray, confidence: np.ndarray) -> float:
-    """How far confidence is from the share of right tokens: the expected calibration error over ten
-    equal buckets of confidence (Guo et al. 2017, equation 3).
+    """Compute the expected calibration error over ten equal buckets of confidence (Guo et al. 2017,
+    equation 3).
 
-    right: bool [token]; confidence: probability of the likeliest token, [token].
+    right: whether each token is predicted correctly, bool [token]
+    confidence: probability of the likeliest token, [token]
     """
     bucket = np.searchsorted(CONFIDENCES, confidence, side="right") - 1
     gaps = np.bincount(bucket, weights=right - confidence)
@@ -25,10 +27,10 @@ def calibration_error(right: np.ndarray, confidence: np.ndarray) -> float:
 
 
 def effective_length(scores: Mapping[int, float], chance: float) -> int:
-    """The longest length up to which every score is at least 85 % of that at the shortest one;
-    0 where that one is no better than chance.
+    """Return the longest length up to which every score is at least 85 % of that at the shortest
+    length; 0 if the score at the shortest length is at most twice the chance.
 
-    scores: by length.
+    scores: by length
     """
     lengths = sorted(scores)
     base = scores[lengths[0]]
@@ -45,8 +47,12 @@ def effective_length(scores: Mapping[int, float], chance: float) -> int:
 def shares(
     right: np.ndarray, value: np.ndarray, edges: list[float] | np.ndarray
 ) -> list[dict[str, float]]:
-    """Share of right answers by bucket of a value. right: bool [answer]; edges: of the buckets,
-    the last one open."""
+    """Compute the fraction of correct answers by bucket of a value.
+
+    right: bool [answer]
+    value: [answer]
+    edges: lower edges of the buckets; the last bucket is open
+    """
     bucket = np.searchsorted(edges, value, side="right") - 1
     rows = []
     for number, low in enumerate(edges):

@@ -1,4 +1,6 @@
-"""The benchmark without a model: what a reader, a guesser and a clock would score."""
+"""The benchmark's scores without a model: of an independent solver, of guessing, of
+position alone.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,25 @@ from mukv.tasks.solvers import SOLVERS
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two texts differ at most in their white space."""
+    """Whether two texts are equal apart from white space."""
     return one.split() == other.split()
 
 
 def solved(task: AnyTask, samples: Samples) -> np.ndarray:
-    """Whether the task's independent solver answers right from the text, bool [answer]."""
+    """Whether the task's independent solver answers correctly from the text, bool [answer]."""
     solve = SOLVERS[task.kind]
     right: list[bool] = []
     for row in range(len(samples.tokens)):
         text, answers = task.questions(samples, row)
-        found = solve(text)
-        right += [same(*pair) for pair in zip(answers, found, strict=True)]
+        solutions = solve(text)
+        right += [same(*pair) for pair in zip(answers, solutions, strict=True)]
     return np.array(right)
 
 
 def by_position(seen: Samples, samples: Samples) -> np.ndarray:
-    """Whether the commonest token at each place of other samples is right, bool [answer]."""
+    """Whether the most common token at each place of the samples `seen` is the correct one, bool
+    [answer].
+    """
     columns = seen.tokens.T
     common = [np.bincount(column).argmax() for column in columns]
     return samples.right(np.broadcast_to(common, samples.tokens.shape))[samples.present]
@@ -38,8 +42,12 @@ def by_position(seen: Samples, samples: Samples) -> np.ndarray:
 def check(
     tasks: Mapping[str, AnyTask], lengths: Sequence[int], count: int, seed: int
 ) -> list[dict[str, Any]]:
-    """A row for each task and length. count: samples of each. Raises BadInput for a length that
-    is too short for a task, before any work."""
+    """Return a row for each task and length.
+
+    count: samples of each
+
+    Raises BadInput before any work for a length that is too short for a task.
+    """
     for task in tasks.values():
         for length in lengths:
             task.check_length(length)
@@ -49,7 +57,7 @@ def check(
 
 
 def row(name: str, task: AnyTask, length: int, count: int, seed: int) -> dict[str, Any]:
-    """One task at one length; the reader takes the model's place."""
+    """Score one task at one length, with the solver in place of a model."""
     indices = np.arange(count)
     samples = task.batch(length, seed, "test", indices)
     oracle = solved(task, samples)

@@ -1,4 +1,4 @@
-"""The headline picture: what is still right, by length and against the cache that it takes."""
+"""Draw exact match by length and by cache bytes per token."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ CAPTION = (
 
 
 ASIDE = 0.03
-"""Octaves of length between neighbouring series."""
+"""Horizontal offset between neighbouring series, in octaves of length."""
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path, series: str = "task") -> None:
-    """Exact match by length (left) and against cache bytes per token (right).
+    """Draw exact match by length (left) and against cache bytes per token (right).
 
-    rows: as `mukv bench --json` gives them; series: the key whose values are the lines.
+    rows: as in `mukv bench --json`
+    series: key whose values are the lines
     """
     names = list(dict.fromkeys(str(row[series]) for row in rows))
     with saved_figure(path, (10, 4.4), caption=CAPTION) as figure:
@@ -31,15 +32,15 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, series: str = "task") ->
             own = sorted(
                 (row for row in rows if str(row[series]) == name), key=lambda row: row["length"]
             )
-            # Beside one another, so that equal scores do not hide each other.
-            aside = 2 ** (ASIDE * (number - (len(names) - 1) / 2))
-            lengths = [row["length"] * aside for row in own]
+            # Offset, so that equal scores do not hide each other.
+            shift = 2 ** (ASIDE * (number - (len(names) - 1) / 2))
+            lengths = [row["length"] * shift for row in own]
             scores = [row["exact_match"] for row in own]
             bars = _bars(own)
             left.errorbar(
                 lengths, scores, bars, label=label, ms=5, capsize=2, elinewidth=1, **style
             )
-            bytes_each = [row["cache_bytes_per_token"] * aside for row in own]
+            bytes_each = [row["cache_bytes_per_token"] * shift for row in own]
             faint = {"color": style["color"], "alpha": 0.4}
             right.errorbar(bytes_each, scores, bars, elinewidth=1, **faint)
             for place, (x, y) in enumerate(zip(bytes_each, scores, strict=True)):
@@ -65,7 +66,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, series: str = "task") ->
 
 
 def _bars(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """How far the intervals go down and up."""
+    """Return the distances from the scores down and up to the ends of their intervals."""
     low, high = ([row["interval"][end] for row in rows] for end in (0, 1))
     scores = [row["exact_match"] for row in rows]
     return [

@@ -1,4 +1,6 @@
-"""The benchmark of a model, or of a configuration that is trained for it, and its files."""
+"""Run the benchmark on a model, or on a configuration that is trained for it, and write
+its files.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ Tell = Callable[[str], None]
 def try_configuration(
     trial: Trial, tasks: Mapping[str, AnyTask], out: Path, tell: Tell
 ) -> list[dict[str, Any]]:
-    """Train and test on each task. Raises BadInput before the first is trained."""
+    """Train and test a configuration on each task. Raises BadInput before the first is trained."""
     for name, task in tasks.items():
         with_name(name, lambda task=task: trial.check(task))
     rows: list[dict[str, Any]] = []
@@ -45,14 +47,14 @@ def test_model(
     out: Path,
     tell: Tell,
 ) -> list[dict[str, Any]]:
-    """Test a trained model on each task. Raises BadInput before the first is begun."""
+    """Test a trained model on each task. Raises BadInput before the first test."""
     for name, task in tasks.items():
         for length in lengths:
             with_name(name, lambda task=task, length=length: check(model, task, length))
     rows: list[dict[str, Any]] = []
     for name, task in tasks.items():
         tell(f"{name}: {settings.samples} samples at {', '.join(map(str, lengths))}")
-        found = [
+        results = [
             with_name(
                 name,
                 lambda task=task, length=length, name=name: examine(
@@ -61,18 +63,18 @@ def test_model(
             )
             for length in lengths
         ]
-        scores = {each.row["length"]: each.row["exact_match"] for each in found}
-        mastered = effective_length(scores, found[0].row["chance"])
-        own = [{**each.row, "effective_length": mastered} for each in found]
+        scores = {each.row["length"]: each.row["exact_match"] for each in results}
+        mastered = effective_length(scores, results[0].row["chance"])
+        own = [{**each.row, "effective_length": mastered} for each in results]
         rows += own
-        every = {"every": [answer for each in found for answer in each.answers]}
+        every = {"every": [answer for each in results for answer in each.answers]}
         write(out, name, task, own, every)
         draw(rows, out / "benchmark.png")
     return rows
 
 
 def with_name(name: str, work: Callable[[], Any]) -> Any:
-    """What `work` gives; what it refuses is told with the task's name."""
+    """Return the result of `work`; put the task's name into a BadInput that it raises."""
     try:
         return work()
     except BadInput as error:
@@ -86,13 +88,13 @@ def write(
     rows: Sequence[Mapping[str, Any]],
     seen: Mapping[str, Any],
 ) -> None:
-    """One task's file: its knobs, its rows, and every answer."""
+    """Write one task's file: its parameters, its rows, and every answer."""
     whole = {"task": name, "knobs": schema.to_mapping(task), "rows": rows, **seen}
     write_atomic(out / f"{name}.json", to_json(whole) + "\n")
 
 
 def with_facts(tasks: Mapping[str, AnyTask], facts: int | None) -> dict[str, AnyTask]:
-    """The tasks with another number of facts. Raises BadInput where one can't have so many."""
+    """Return the tasks with another number of facts. Raises BadInput if a task can't have it."""
     if facts is None:
         return dict(tasks)
     return {

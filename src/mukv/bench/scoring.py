@@ -1,4 +1,6 @@
-"""What a model says at the graded places of samples, told the text before each of them."""
+"""Grade a model's predictions of answer tokens, given the true text before each
+(teacher forcing).
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,18 @@ from mukv.model.base import LanguageModel
 from mukv.tasks import Samples
 
 BATCH_TOKENS = 8192
-"""Tokens that are worked on at once."""
+"""Tokens per forward pass."""
 
 
 class AnswerScores(NamedTuple):
-    """right: the whole answer, where there is one. tokens: share of its tokens that are right.
-    bits: of surprise at the whole answer. present: whether there is an answer. calibration_error:
-    of all graded tokens together."""
+    """Scores of all answers.
+
+    right: whether the whole answer is correct; false where there is none
+    tokens: fraction of its tokens that are correct
+    bits: negative log2 probability of the whole answer
+    present: whether there is an answer
+    calibration_error: of all graded tokens together
+    """
 
     right: Bool[np.ndarray, "row answer"]
     tokens: Float[np.ndarray, "row answer"]
@@ -34,8 +41,11 @@ class AnswerScores(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _graded(model: LanguageModel, compute: Compute) -> Any:
-    """weights, tokens [row token], places [row graded] -> whether the token at each place is
-    told apart as the likeliest, -log p of it in nats, and p of the likeliest, float32."""
+    """Compile a function of weights, tokens [row token] and places [row graded].
+
+    For the token at each place it returns whether its logit is larger than all others, its negative
+    log probability in nats, and the probability of the likeliest token; float32 [row graded].
+    """
 
     def graded(weights: Any, tokens: Array, places: Array) -> tuple[Array, Array, Array]:
         hidden = model.hidden(weights, tokens, compute=compute)
@@ -44,7 +54,7 @@ def _graded(model: LanguageModel, compute: Compute) -> Any:
         wanted = jnp.take_along_axis(tokens, places, axis=1)[..., None]
         own = jnp.take_along_axis(logits, wanted, axis=-1)
         others = jnp.where(jnp.arange(logits.shape[-1]) == wanted, -jnp.inf, logits)
-        # Strictly more than all others: a tie is wrong, and so is what is not a number.
+        # Strictly larger than all others: a tie is wrong, and so is NaN.
         right = own[..., 0] > others.max(axis=-1)
         total = jax.nn.logsumexp(logits, axis=-1)
         return right, total - own[..., 0], jnp.exp(logits.max(axis=-1) - total)
@@ -55,12 +65,12 @@ def _graded(model: LanguageModel, compute: Compute) -> Any:
 def score(
     model: LanguageModel, weights: Any, samples: Samples, compute: Compute | None = None
 ) -> AnswerScores:
-    """Grade every answer, teacher-forced. weights: stacked and scaled."""
+    """Grade every answer with teacher forcing. weights: stacked and scaled."""
     compute = (compute or Compute()).resolve(model.vocab_size)
     rows, length = samples.tokens.shape
     graded = samples.graded
     most = int(graded.sum(axis=1).max())
-    # The graded places of each row, in order, and then any others to fill up.
+    # The graded places of each row in order, then others as padding.
     places = np.argsort(~graded, axis=1, kind="stable")[:, :most]
     batch = max(1, min(rows, BATCH_TOKENS // length))
     call = partial(_graded(model, compute), weights)
@@ -68,10 +78,10 @@ def score(
     confidence = np.zeros(graded.shape)
     for first in range(0, rows, batch):
         here = np.arange(first, first + batch)
-        # The last batch is filled up with its last row, so that one shape is compiled.
+        # The last batch is padded with the last row, so that one shape is compiled.
         chosen = np.minimum(here, rows - 1)
-        found = call(jnp.asarray(samples.tokens[chosen]), jnp.asarray(places[chosen]))
-        for whole, part in zip((right, nats, confidence), found, strict=True):
+        parts = call(jnp.asarray(samples.tokens[chosen]), jnp.asarray(places[chosen]))
+        for whole, part in zip((right, nats, confidence), parts, strict=True):
             whole[chosen[:, None], places[chosen]] = np.asarray(part)
     error = calibration_error(right[graded], confidence[graded])
     return _summed(samples, right, nats, error)
@@ -83,7 +93,7 @@ def _summed(
     nats: Float[np.ndarray, "row token"],
     error: float,
 ) -> AnswerScores:
-    """From places to answers."""
+    """Sum scores of tokens into scores of answers."""
     row = np.arange(len(right))[:, None]
 
     def total(values: np.ndarray) -> Float[np.ndarray, "row answer"]:

@@ -1,7 +1,7 @@
-"""Tasks as text for any tokenizer: the same puzzles, as long as asked in its tokens.
+"""Tasks as text for any tokenizer: the same puzzles, with a given length in its tokens.
 
-Questions and answers are encoded apart, so that an answer's tokens are the same whatever stands
-before it. Shots are solved samples of the training split, put before.
+Questions and answers are encoded separately, so that the tokens of an answer do not depend on the
+text before it. Shots are solved samples of the training split, put before each text.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from mukv.data.tokenizer import AnyTokenizer
 from mukv.tasks import AnyTask, Samples
 
 PILOTS = 8
-"""Samples from which the number of a text's tokens is estimated."""
+"""Samples from which the number of tokens of a text is estimated."""
 
 
 @dataclass(frozen=True)
 class TextForm:
-    """A task in the tokens of a model. Raises BadInput where they can't write it."""
+    """A task in the tokens of a tokenizer. Raises BadInput if the tokenizer can't encode it.
+
+    shots: solved samples before each text
+    """
 
     task: AnyTask
     tokenizer: AnyTokenizer
@@ -31,12 +34,15 @@ class TextForm:
         if self.shots < 0:
             raise BadInput("--shots", self.shots, "at least 0")
         for word in self.task.vocabulary.spelling:
-            # Some tokenizers add or drop a space at the beginning: that is no loss.
+            # Some tokenizers add or drop a leading space, which does not matter.
             if self.tokenizer.decode(self.tokenizer.encode(word)).strip() != word.strip():
-                raise BadInput("tokenizer", word, f"one that can write what {self.task.kind} says")
+                raise BadInput(
+                    "tokenizer", word, f"one that can write the words of {self.task.kind}"
+                )
 
     def batch(self, length: int, seed: int, indices: Int[np.ndarray, " row"]) -> Samples:
-        """Test samples of at most `length` tokens, filled up behind; positions count in them.
+        """Make test samples of at most `length` tokens, padded at the end; positions refer to these
+        tokens.
 
         Raises BadInput for a length that is too short.
         """
@@ -46,7 +52,7 @@ class TextForm:
             allowed = f"at least {needed + len(before)} tokens of this tokenizer for {task.kind}"
             raise BadInput("length", length, allowed)
         size = task.smallest
-        # As much filler as fits: by bisection, for a text's tokens grow with its filler.
+        # As much filler as fits, by bisection, because the number of tokens grows with the filler.
         step = 1 << max(length.bit_length() - 1, 0)
         while step:
             pilots = indices[:PILOTS]
@@ -55,26 +61,28 @@ class TextForm:
             step //= 2
         while size > task.smallest and self._needed(size, seed, indices) > room:
             size = max(task.smallest, size - max(1, size // 64))
-        found = task.batch(size, seed, "test", indices)
-        return _joined([self._row(found, row, before) for row in range(len(indices))], length)
+        samples = task.batch(size, seed, "test", indices)
+        return _joined([self._row(samples, row, before) for row in range(len(indices))], length)
 
     def _needed(self, size: int, seed: int, indices: Int[np.ndarray, " row"]) -> int:
-        """Tokens of the longest text of these samples, at a length in the task's own tokens."""
-        found = self.task.batch(size, seed, "test", indices)
-        return max(len(self._row(found, row, [])[0]) for row in range(len(indices)))
+        """Return the tokens of the longest of these samples' texts; `size` is in the task's own
+        tokens.
+        """
+        samples = self.task.batch(size, seed, "test", indices)
+        return max(len(self._row(samples, row, [])[0]) for row in range(len(indices)))
 
     def _shots(self, seed: int) -> list[int]:
-        """What stands before every sample."""
+        """Return the ids before every sample."""
         ids = list(self.tokenizer.start)
         if self.shots:
             size = self.task.smallest
-            found = self.task.batch(size, seed, "train", np.arange(self.shots))
-            for row in found.tokens:
+            samples = self.task.batch(size, seed, "train", np.arange(self.shots))
+            for row in samples.tokens:
                 ids += self.tokenizer.encode(self.task.render(row) + "\n\n").tolist()
         return ids
 
     def _row(self, samples: Samples, row: int, before: list[int]) -> tuple[list[int], np.ndarray]:
-        """Ids of one sample, and (start, stop, fact) of each answer in them."""
+        """Return the ids of one sample, and (start, stop, fact) of each answer in them."""
         task, encode = self.task, self.tokenizer.encode
         ids, done, spans = list(before), 0, []
         tokens = samples.tokens[row]
@@ -88,7 +96,7 @@ class TextForm:
             spans.append((begin, len(ids)))
             done = stop
         ids += encode(task.render(tokens[done:])).tolist()
-        # Where a fact stands is known to within the tokens' mean length.
+        # The index of a fact is estimated from the mean number of ids per token of the task.
         scale = (len(ids) - len(before)) / len(tokens)
         fact = len(before) + np.floor(samples.fact[row] * scale)
         begins = np.array([span[0] for span in spans])
@@ -96,7 +104,7 @@ class TextForm:
 
 
 def _joined(rows: list[tuple[list[int], np.ndarray]], length: int) -> Samples:
-    """Rows of equal length: what is behind is never read by what comes before it."""
+    """Pad rows to equal length; earlier tokens never attend to the padding after them."""
     tokens = np.zeros((len(rows), length), np.int32)
     for row, (ids, _) in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids

@@ -1,8 +1,8 @@
-"""A configuration on trial: trained on a task at one length, tested at that and longer ones.
+"""Train a configuration on a task at one length, and test it at that and longer lengths.
 
-Every learning rate has the same budget; the best is the one with most right answers on validation
-samples at the length of training, over all seeds. Runs are run directories, so that an interrupted
-trial goes on where it was.
+Every learning rate has the same budget. The best is that with the most correct answers on
+validation samples at the training length, over all seeds. Runs are run directories, so that an
+interrupted trial resumes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,16 @@ from mukv.tasks import AnyTask
 
 @dataclass(frozen=True)
 class Trial:
-    """run: model and training; its data, vocabulary, length, rate and seed are replaced. lengths:
-    of the test, the first is that of training. growing: facts grow with the length."""
+    """A configuration to be trained and tested.
+
+    run: model and training; its data, vocabulary size, length, learning rate and seed are replaced
+    lengths: lengths of the test in tokens; the first is that of training
+    rates: learning rates to try
+    seeds: number of seeds
+    folder: where runs are written
+    settings: how models are tested
+    growing: whether the number of facts grows with the length
+    """
 
     run: Run
     lengths: tuple[int, ...]
@@ -45,7 +53,7 @@ class Trial:
             raise BadInput("--seeds", self.seeds, "at least 1")
 
     def check(self, task: AnyTask) -> None:
-        """Raise BadInput for what can't be trained or tested, before any work."""
+        """Raise BadInput for a task that can't be trained or tested on, before any work."""
         for length in self.lengths:
             self.at(task, length).check_length(length)
             context = self.run.model.context
@@ -54,20 +62,24 @@ class Trial:
         _ = self.runs(task)
 
     def at(self, task: AnyTask, length: int) -> AnyTask:
-        """The task as it is tested at a length."""
+        """Return the task as it is tested at a length."""
         times = length // self.lengths[0]
         if not self.growing or times == 1:
             return task
         grown = replace(task, facts=task.facts * times)
         if grown.vocab_size != task.vocab_size:
-            raise BadInput("--growing", task.kind, "a task whose words do not follow its facts")
+            raise BadInput(
+                "--growing",
+                task.kind,
+                "a task whose vocabulary does not depend on the number of facts",
+            )
         return grown
 
     def runs(self, task: AnyTask) -> dict[tuple[float, int], Run]:
-        """By learning rate and seed."""
+        """Return the runs by learning rate and seed."""
         vocab = -(-task.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         model = replace(self.run.model, vocab_size=vocab)
-        found = {}
+        runs = {}
         for rate in self.rates:
             for number in range(self.seeds):
                 training = replace(
@@ -76,13 +88,13 @@ class Trial:
                     learning_rate=rate,
                     seed=self.run.train.seed + number,
                 )
-                found[rate, number] = replace(
+                runs[rate, number] = replace(
                     self.run, model=model, data=Data(task=task), train=training
                 )
-        return found
+        return runs
 
     def examine(self, name: str, task: AnyTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Rows by length, and everything that was seen."""
+        """Return the rows by length, and the details of all runs."""
         models, validated = {}, {}
         only = replace(self.settings, free=0, policy=FULL)
         for (rate, number), run in self.runs(task).items():
@@ -91,8 +103,8 @@ class Trial:
             outcome.require_finished(folder.path)
             model = loaded.load(folder.path)
             models[rate, number] = model
-            found = examine(model, name, task, self.lengths[0], only, "validation")
-            validated[rate, number] = found.row
+            result = examine(model, name, task, self.lengths[0], only, "validation")
+            validated[rate, number] = result.row
 
         def quality(rate: float) -> tuple[float, float]:
             rows = [validated[rate, number] for number in range(self.seeds)]
@@ -107,7 +119,7 @@ class Trial:
             ]
             for length in self.lengths
         }
-        rows = [summary(found, best) for found in tested.values()]
+        rows = [summary(results, best) for results in tested.values()]
         mastered = effective_length(
             {row["length"]: row["exact_match"] for row in rows}, rows[0]["chance"]
         )
@@ -119,16 +131,16 @@ class Trial:
             ],
             "seeds": [
                 {"seed": number, **each.row, "every": each.answers}
-                for found in tested.values()
-                for number, each in enumerate(found)
+                for results in tested.values()
+                for number, each in enumerate(results)
             ],
         }
         return rows, seen
 
 
-def summary(found: Sequence[Examination], rate: float) -> dict[str, Any]:
-    """Means over seeds; the interval is of all their answers together."""
-    rows = [each.row for each in found]
+def summary(results: Sequence[Examination], rate: float) -> dict[str, Any]:
+    """Return means over seeds, with one interval of all their answers together."""
+    rows = [each.row for each in results]
     means = (
         "exact_match",
         "teacher_forced",

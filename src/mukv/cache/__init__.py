@@ -1,6 +1,6 @@
-"""The memory of a decoding model: a large frozen body, a small tail, both of static shape.
+"""The cache of a decoding model: a large body that is only read, a small tail, static shapes.
 
-A policy says what of it is kept, how it is stored and what of it is read.
+A policy says which entries the body keeps, how they are stored and which of them a query reads.
 """
 
 from mukv.cache.base import Body, Cache, Reader, Ring, Slot

@@ -1,4 +1,4 @@
-"""What stays by the attention that it gets: from the last query, a last few, or all of them."""
+"""Eviction by attention weight: from the last query (TOVA), a few (SnapKV) or all of them (H2O)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from mukv.cache.seen import Score, Seen
 from mukv.core.typing import Array, Bool, Int
 
 CHUNK = 128
-"""Queries whose weights exist at once while H2O adds them up."""
+"""Queries whose attention weights are in memory at once while H2O sums them."""
 
 
 @dataclass(frozen=True)
 class TOVA(Keep):
-    """What the last query reads, on average over all heads of the layer (Oren et al. 2024)."""
+    """Score: attention weight of the last query, mean over all heads of the layer (Oren et al.
+    2024).
+    """
 
     needs_queries: ClassVar[bool] = True
 
@@ -31,8 +33,13 @@ class TOVA(Keep):
 
 @dataclass(frozen=True)
 class SnapKV(Keep):
-    """What the last `window` queries read on average, smoothed over `kernel` neighbours; the
-    window itself stays, and is at most half of the budget (Li et al. 2024)."""
+    """Score: mean attention weight of the last queries, smoothed over neighbouring keys.
+
+    Li et al. 2024. Entries of the window itself are always kept.
+
+    window: number of last queries; at most half of the budget
+    kernel: number of neighbours of the moving average
+    """
 
     window: int = 32
     kernel: int = 5
@@ -65,8 +72,10 @@ class SnapKV(Keep):
 
 @dataclass(frozen=True)
 class H2O(Keep):
-    """What all queries so far read, added up; the most recent half of the budget stays (Zhang et
-    al. 2023)."""
+    """Score: attention weight summed over all queries so far (Zhang et al. 2023).
+
+    The most recent half of the budget is always kept.
+    """
 
     needs_queries: ClassVar[bool] = True
     carries: ClassVar[bool] = True

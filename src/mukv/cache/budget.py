@@ -1,4 +1,4 @@
-"""How much a policy may keep or read: a share of what was read, or a number of entries."""
+"""The budget of a policy: a fraction of the tokens read so far, or a number of entries."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Int
 
 FINEST = 1000
-"""Shares are fractions with no larger denominator, so that counting by them is exact."""
+"""Largest denominator of a fraction, so that products with lengths are exact."""
 
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """amount: a share (above 0, at most 1) or a whole number of entries (above 1)."""
+    """Number of entries to keep or read.
+
+    amount: a fraction (above 0, at most 1) or a whole number of entries (above 1)
+    """
 
     amount: float = 1.0
 
@@ -33,6 +36,7 @@ class CacheBudget:
 
     @property
     def everything(self) -> bool:
+        """Whether the budget has no limit."""
         return self.amount == 1
 
     @property
@@ -40,20 +44,24 @@ class CacheBudget:
         return Fraction(self.amount).limit_denominator(FINEST)
 
     def of(self, length: int) -> int:
-        """Entries out of `length`."""
+        """Return the number of entries for a static `length` in tokens."""
         if self.amount > 1:
             return min(int(self.amount), length)
         return int(length * self._share)
 
     def number(self, length: Int[Array, " batch"]) -> Int[Array, " batch"]:
-        """The same for lengths that are data."""
+        """Return the number of entries for traced lengths in tokens."""
         if self.amount > 1:
             return jnp.minimum(length, int(self.amount))
         return length * self._share.numerator // self._share.denominator
 
     def pyramid(self, place: int, layers: int, steepness: int = 20) -> CacheBudget:
-        """That of one of `layers` layers, falling evenly from the first to the last, whose mean is
-        this one (PyramidKV, Cai et al. 2024: the last has 1 / steepness of it)."""
+        """Return the budget of layer `place` of `layers`, falling linearly from the first to the
+        last.
+
+        The mean over layers is this budget (PyramidKV, Cai et al. 2024); the last layer has 1 /
+        steepness of it.
+        """
         if layers == 1:
             return self
         share = self.amount <= 1

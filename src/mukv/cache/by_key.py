@@ -1,4 +1,4 @@
-"""What stays by its key alone, so that no query need be known."""
+"""Eviction by keys alone, without queries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mukv.core.typing import Array
 
 @dataclass(frozen=True)
 class KeyNorm(Keep):
-    """Short keys stay: -|k| (Devoto et al. 2024)."""
+    """Score: -|k|, so that short keys are kept (Devoto et al. 2024)."""
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
         return -jnp.linalg.norm(seen.keys(), axis=-1), {}
@@ -22,14 +22,15 @@ class KeyNorm(Keep):
 
 @dataclass(frozen=True)
 class KeyDiff(Keep):
-    """Keys that point elsewhere than the mean of all directions stay: -cos(k, mean of k / |k|)
-    (Park et al. 2025)."""
+    """Score: -cos(k, mean of k / |k|), so that keys far from the mean direction are kept (Park et
+    al. 2025).
+    """
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
         key = seen.keys()
         unit = key / jnp.maximum(jnp.linalg.norm(key, axis=-1, keepdims=True), 1e-12)
         there = seen.valid[..., None]
-        # The length of the mean changes no order, only its direction counts.
+        # The length of the mean does not change the order of scores.
         mean = jnp.sum(jnp.where(there, unit, 0.0), axis=2, keepdims=True)
         mean = mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
         return -jnp.sum(unit * mean, axis=-1), {}

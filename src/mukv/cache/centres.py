@@ -1,10 +1,10 @@
-"""Centres of clusters, calibrated once per model: which entries a query should look at.
+"""Cluster centres calibrated once per model, to choose the entries that a query reads.
 
-Every entry gets a label when it is written, every query a score for each label; a policy reads
-the entries of the labels with the highest scores. What was clustered decides how: `keys`, or
-`means` (what queries read: their attention-weighted mean keys), label an entry by the nearest
-centre and score it by the product with the query; `queries` label an entry by the query centre
-that it answers best; `aligned` has centres of both, and a table of the mass between them.
+Every entry is labelled when it is written, every query has a score for each label, and a policy
+reads the entries of the labels with the highest scores. The kind says what was clustered. `keys`
+and `means` (attention-weighted mean keys of queries) label an entry by the nearest centre and score
+a label by the centre's product with the query. `queries` label an entry by the query centre with
+the largest product. `aligned` has centres of both, and a table of attention between them.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ Points = Float[Array, "*batch kv_heads point width"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCentres:
-    """Centres of one layer that writes.
+    """Centres of one layer that writes entries.
 
-    key: what entries are labelled by (of the kind `queries`: the centres of queries themselves).
-    query, table: only of `aligned`: centres of queries, and for each the logarithm of the mean
-    weight that its queries give to an entry of each label.
+    key: centres that label entries; for kind `queries`, the centres of queries
+    query: centres of queries; only for kind `aligned`, else None
+    table: logarithm of the mean attention weight that queries of a query cluster give to an entry
+        of each label; only for kind `aligned`, else None
     """
 
     key: Float[Array, "kv_heads cluster width"]
@@ -52,15 +53,18 @@ class LayerCentres:
     table: Float[Array, "kv_heads query_cluster cluster"] | None = None
 
     def labels(self, key: Points, kind: Kind) -> Int[Array, "*batch kv_heads point"]:
-        """The cluster of each entry. key: as multiplied with queries, its pieces joined."""
+        """Return the cluster of each entry. key: as multiplied with queries, its pieces
+        concatenated.
+        """
         if kind == "queries":
             return jnp.argmax(_products(key, self.key), axis=-1).astype(jnp.int32)
         return nearest(key, self.key)
 
     def scores(self, query: Points, kind: Kind) -> Float[Array, "*batch kv_heads point cluster"]:
-        """How much each query wants each cluster; only their order means something.
+        """Return each query's score of each cluster; only the order of scores is meaningful.
 
-        query: as multiplied with keys: scaled, its pieces joined; those of a group one by one.
+        query: as multiplied with keys: scaled, its pieces concatenated, one point per query head of
+            a group
         """
         if kind == "queries":
             return -distances(query, self.key)
@@ -74,11 +78,14 @@ class LayerCentres:
 
 @dataclass(frozen=True)
 class Centres:
-    """What `mukv analyze MODEL --calibrate KIND` saves beside a model.
+    """Calibration that `mukv analyze MODEL --calibrate KIND` saves beside a model.
 
-    layers: by index of the writing layer. rotated: centres are of rotated keys and queries; if
-    not, both are turned back first (`unrotated`). fingerprint: of the model's weights. facts:
-    what the centres were made from, for people.
+    kind: what was clustered
+    rotated: whether keys and queries were clustered with their rotation, or without it
+        (`unrotated`)
+    fingerprint: SHA-256 of the model's weights
+    layers: centres by index of the writing layer
+    facts: how the centres were made, for people
     """
 
     kind: Kind
@@ -89,11 +96,11 @@ class Centres:
 
     @property
     def clusters(self) -> int:
-        """Labels of each head."""
+        """Number of labels of each head."""
         return next(iter(self.layers.values())).key.shape[1]
 
     def arrays(self) -> dict[int, dict[str, Array]]:
-        """Those of each layer, by name."""
+        """Return the arrays of each layer, by name."""
         names = ("key", "query", "table")
         return {
             index: {name: value for name in names if (value := getattr(layer, name)) is not None}
@@ -101,7 +108,7 @@ class Centres:
         }
 
     def save(self, folder: Path) -> Path:
-        """Write them into the folder of a model, as `calibration/`."""
+        """Save the centres in a model's folder, as `calibration/`; return its path."""
         path = folder / FOLDER
         tree = {f"layer{index}": arrays for index, arrays in self.arrays().items()}
         about = {
@@ -120,9 +127,9 @@ class Centres:
 
 
 def load_centres(folder: Path, weights: Mapping[str, Any]) -> Centres:
-    """The centres beside a model. weights: the model's, as they are stored.
+    """Load the centres beside a model. weights: the model's, as stored.
 
-    Raises BadInput if there are none, they are damaged, or were made for other weights.
+    Raises BadInput if there are none, or they are damaged or were made for other weights.
     """
     path = folder / FOLDER
     try:
@@ -158,7 +165,7 @@ def load_centres(folder: Path, weights: Mapping[str, Any]) -> Centres:
 
 
 def fingerprint(weights: Mapping[str, Any]) -> str:
-    """SHA-256 of all weights, names and shapes included."""
+    """Compute the SHA-256 of all weights, names and shapes included."""
     total = hashlib.sha256()
     for name, leaf in sorted(named(weights).items()):
         array = np.ascontiguousarray(leaf)
@@ -172,7 +179,7 @@ def unrotated(
     x: Float[Array, "batch heads token width"],
     position: Int[Array, "batch #heads token"],
 ) -> Float[Array, "batch heads token width"]:
-    """Keys or queries (pieces joined, the rotated one last) turned back to position 0."""
+    """Rotate keys or queries (pieces concatenated, the rotated one last) back to position 0."""
     start = x.shape[-1] - attention.rotated_dim
     turned = attention.position.rotate(x[..., start:], -position)
     return jnp.concatenate([x[..., :start], turned], axis=-1)

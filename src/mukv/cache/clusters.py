@@ -1,9 +1,9 @@
-"""Clusters: a query looks at one centre for each cluster of keys, and reads the entries of those
-that it is most aligned with, from the top until its budget is spent.
+"""Clusters: score one centre per cluster of keys, and read the entries of the best clusters.
 
-Centres are made of the prompt's own keys (ClusterKV, Liu et al. 2024; Squeezed Attention, Hooper
-et al. 2024), or calibrated once per model (`centres.py`). The body lies in the order of clusters,
-so that each is one run; entries that are always read are the first of them.
+Clusters are read in order of their score until the budget is spent. Centres are fitted to the
+prompt's keys (ClusterKV, Liu et al. 2024; Squeezed Attention, Hooper et al. 2024), or calibrated
+once per model (`centres.py`). The body is sorted by cluster, so that each cluster is a contiguous
+run. Entries that are always read come first.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from mukv.core.linear import similarity
 from mukv.core.typing import Array, Bool, Float, Int
 
 ITERATIONS, PER_CLUSTER = 5, 16
-"""Of k-means, which sees so many keys per cluster."""
+"""Iterations of k-means, and number of keys per cluster that it is fitted to."""
 
 
 @dataclass(frozen=True)
 class Clusters(Select):
-    """clusters: centres per head; about the root of the number of entries if None. calibrated:
-    what the centres that come with the model were made of; None for those of the prompt."""
+    """Read the entries of the clusters with the highest scores.
+
+    clusters: centres per head; None means about the root of the number of entries
+    calibrated: kind of the model's calibrated centres; None fits centres to the prompt
+    """
 
     clusters: int | None = None
     calibrated: Kind | None = None
@@ -40,7 +43,7 @@ class Clusters(Select):
 
     def order(self, view: View) -> tuple[Int[Array, "batch stores slot"], View]:
         batch, stores, slots = view.there.shape
-        # Heads that share a store share the clusters of their keys side by side.
+        # Heads that share a store are clustered together, by their concatenated keys.
         key = view.key.reshape(batch, stores, -1, *view.key.shape[2:]).swapaxes(2, 3)
         key = key.reshape(batch, stores, slots, -1)
         centres = self._centres(key, view)
@@ -96,13 +99,13 @@ class Clusters(Select):
 def _filled(
     first: Int[Array, " cluster"], size: Int[Array, " cluster"], number: int
 ) -> Int[Array, " chosen"]:
-    """Slots of the clusters one after another, until there are so many of them."""
+    """Return the slots of the clusters one after another, `number` in total."""
     end = jnp.cumsum(size)
     place = jnp.arange(number)
     cluster = jnp.searchsorted(end, place, side="right")
     found = jnp.minimum(cluster, len(end) - 1)
     slot = first[found] + place - (end - size)[found]
-    # Behind the last cluster all slots are empty.
+    # After the last cluster all slots are empty.
     return jnp.where(cluster < len(end), slot, place)
 
 
@@ -111,7 +114,7 @@ def _fitted(
     there: Bool[Array, "batch stores slot"],
     clusters: int,
 ) -> Float[Array, "batch stores cluster width"]:
-    """k-means of some of the keys, evenly spaced, as are those that it starts from."""
+    """Fit k-means to an evenly spaced sample of the keys, starting from evenly spaced keys."""
     batch, stores, slots, width = key.shape
     sample = min(slots, PER_CLUSTER * clusters)
     count = jnp.sum(there, axis=-1, keepdims=True)

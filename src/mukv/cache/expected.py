@@ -1,6 +1,7 @@
-"""What stays by the attention that queries yet to come can be expected to give (Devoto et al.
-2025): queries before rotation are taken as Gaussian, with the mean and covariance of those so
-far, and turned by the average rotation over the next positions.
+"""Eviction by the expected attention of future queries (Devoto et al. 2025).
+
+Queries before rotation are modelled as Gaussian, with the mean and covariance of the queries so
+far, and rotated by the average rotation over the next positions.
 """
 
 from __future__ import annotations
@@ -19,9 +20,15 @@ from mukv.core.typing import Array, Bool, Float
 
 @dataclass(frozen=True)
 class Expected(Keep):
-    """Score of entry j: softmax over j of m'.k / sqrt(d) + k C' k / (2 d), mean of a group's heads,
-    times |v_j| + epsilon. future: positions over which rotations are averaged. sinks: first
-    tokens, which stay, and whose queries are not counted."""
+    """Score of key j: softmax over j of m'.k / sqrt(d) + k C' k / (2 d), times |v_j| + epsilon.
+
+    m' and C' are mean and covariance of rotated future queries; the softmax is averaged over the
+    heads of a group.
+
+    future: number of next positions over which rotations are averaged
+    sinks: number of first tokens, which are always kept, and whose queries are not counted
+    epsilon: added to the norm of the value
+    """
 
     future: int = 512
     sinks: int = 4
@@ -47,7 +54,7 @@ class Expected(Keep):
         spread = jnp.einsum("bde,bhgef,bcf->bhgdc", turn, spread, turn) * scale**2
         key = seen.keys()
         logits = jnp.einsum("bhgd,bhkd->bhgk", mean, key)
-        # The exponential of a Gaussian has this mean.
+        # Second-order term of the mean of the exponential of a Gaussian.
         logits += jnp.einsum("bhkd,bhgdc,bhkc->bhgk", key, spread, key) / 2
         there = seen.valid & ~seen.first(self.sinks)
         weights = jax.nn.softmax(jnp.where(there[:, :, None], logits, -jnp.inf), axis=-1)
@@ -55,13 +62,16 @@ class Expected(Keep):
         return weights * (jnp.linalg.norm(seen.values(), axis=-1) + self.epsilon), notes
 
     def _noted(self, seen: Seen) -> dict[str, Array]:
-        """Number, sum and sum of squares of all queries so far, turned back to position 0."""
+        """Update number, sum and sum of outer products of all queries so far, rotated back to
+        position 0.
+        """
         queries = seen.queries.astype(jnp.float32)
         place = jnp.arange(queries.shape[3])
         position = seen.length[:, None] + place
         batch, heads, group, length, width = queries.shape
         flat = queries.reshape(batch, heads * group, length, width)
-        # What rotation also multiplies with (YaRN) comes off twice: once for turning back.
+        # A factor of the rotation (YaRN) is divided out twice, because rotating back multiplies by
+        # it again.
         gain = self._rotated(seen, jnp.ones((1, 1, 1, width)), jnp.zeros((1, 1, 1), jnp.int32))
         turned = self._rotated(seen, flat, -position[:, None]) / gain**2
         turned = turned.reshape(queries.shape)
@@ -81,7 +91,7 @@ class Expected(Keep):
         }
 
     def _average_rotation(self, seen: Seen) -> Float[Array, "batch width width"]:
-        """The matrix by which queries at the next positions are turned, on average."""
+        """Compute the mean rotation matrix over the next `future` positions."""
         width = seen.reader.attention.query_dim
         units = jnp.eye(width)[None, :, None]
 
@@ -91,7 +101,8 @@ class Expected(Keep):
 
         zeros = jnp.zeros((width, width))
         total, _ = jax.lax.scan(add, zeros, jnp.arange(self.future))
-        # Rows are turned units, i.e. columns of the matrix; then on to each row's own end.
+        # Rows are rotated unit vectors, i.e. columns of the matrix; then rotate to each row's own
+        # end.
         rows = jnp.tile((total / self.future)[None, :, None], (len(seen.length), 1, 1, 1))
         end = (seen.length + seen.added)[:, None, None]
         return self._rotated(seen, rows, end)[:, :, 0].swapaxes(-1, -2)
@@ -99,7 +110,7 @@ class Expected(Keep):
     def _rotated(
         self, seen: Seen, x: Float[Array, "batch heads token width"], position: Array
     ) -> Float[Array, "batch heads token width"]:
-        """Turned by position alone: the part of a query that turns is its last one."""
+        """Rotate by position alone; only the last `rotated_dim` dimensions are rotated."""
         attention = seen.reader.attention
         start = x.shape[-1] - attention.rotated_dim
         turned = attention.position.rotate(x[..., start:], position)

@@ -1,8 +1,8 @@
-"""Which entries stay, for a static budget: the contract, and the answer "all of them".
+"""Eviction: choose the entries to keep within a static budget. The default keeps all.
 
-A policy gives scores; the best stay, in the order of their positions, the newer one where two are
-equal, and never without the last token. That happens when a prompt was read and whenever a tail
-is folded, so a body never holds more than its budget plus one tail.
+A policy scores the entries. Those with the highest scores are kept, in the order of their
+positions, the newer one of equal scores, and always the last token. This happens after prefill and
+whenever a tail is folded, so that a body plus tail never exceeds its budget plus one tail.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from mukv.core.typing import Array, Bool, Float, Int
 
 Spread = Literal["uniform", "pyramid", "adaptive"]
 FLOOR = 0.2
-"""Share of the budget that each head has for certain where heads share one (AdaKV's alpha)."""
+"""Fraction of the budget that each head keeps for certain where heads share one (AdaKV's alpha)."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """index: of the entries that stay, in the order of their positions. there: which of these
-    places are in use. score: what the entries at all places were given."""
+    """Result of a choice.
+
+    index: indices of the kept entries, in the order of their positions
+    there: which of these places are in use
+    score: score of every entry
+    notes: state of the policy for the next choice
+    """
 
     index: Int[Array, "batch stores slot"]
     there: Bool[Array, "batch stores slot"]
@@ -36,9 +41,13 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Keep:
-    """budget: per store (a KV head, where heads have tensors to themselves). spread: `uniform`;
-    `pyramid`: more in early layers than in late ones; `adaptive`: the heads of a layer share one
-    pool, so that those with flat attention have more (AdaKV, Feng et al. 2024)."""
+    """Base class of eviction policies.
+
+    budget: per store (a KV head, where each head has its own tensors)
+    spread: "uniform"; "pyramid" gives early layers more than late ones; "adaptive" lets the heads
+        of a layer share one budget, so that heads with flat attention keep more (AdaKV, Feng et al.
+        2024)
+    """
 
     budget: CacheBudget = field(default_factory=CacheBudget)
     spread: Spread = "uniform"
@@ -46,32 +55,36 @@ class Keep:
     needs_queries: ClassVar[bool] = False
     """Whether scores depend on queries."""
     carries: ClassVar[bool] = False
-    """Whether scores add up from one choice to the next."""
+    """Whether scores are accumulated from one choice to the next."""
     evicts: ClassVar[bool] = True
+    """Whether any entry is ever dropped."""
 
     @property
     def minimum(self) -> int:
-        """Entries that a budget must hold."""
+        """Smallest number of entries that a budget may allow."""
         return 2
 
     def empty(self, batch: int, heads: int, group: int, width: int) -> dict[str, Array]:
-        """Notes before anything was read."""
+        """Return the initial state of the policy."""
         return {}
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
-        """Of each entry, for each KV head or for all; and what to note for the next time."""
+        """Score each entry, per KV head or for all heads alike; also return the policy's
+        new state.
+        """
         raise NotImplementedError
 
     def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
-        """Entries that stay whatever their score."""
+        """Return which entries are kept whatever their score."""
         return seen.recent(1)
 
     def chosen(self, seen: Seen, capacity: int) -> Chosen:
-        """At most `seen.number` entries per store, in `capacity` places."""
+        """Choose at most `seen.number` entries per store, into `capacity` places."""
         score, notes = self.score(seen)
         stores, keys = seen.entries.position.shape[1:]
         if self.spread == "adaptive":
-            # One pool: an entry counts for the head that it belongs to.
+            # In a shared pool an entry belongs to one head, so its scores of other heads are
+            # dropped.
             must = seen.valid & (self.must(seen) | self._floor(score, seen))
             score = jnp.sum(jnp.where(seen.valid, score, 0.0), axis=1, keepdims=True)
             must, valid = must.any(axis=1, keepdims=True), seen.valid.any(axis=1, keepdims=True)
@@ -88,7 +101,7 @@ class Keep:
         return Chosen(jnp.minimum(index, keys - 1), index < keys, score, notes)
 
     def _floor(self, score: Score, seen: Seen) -> Bool[Array, "batch heads key"]:
-        """The best entries of each head, up to its certain share."""
+        """Return the best entries of each head, up to its guaranteed fraction of the budget."""
         own = jnp.where(seen.valid, score, -jnp.inf)
         ordered = jnp.sort(own, axis=-1, descending=True)
         number = (seen.number * FLOOR).astype(jnp.int32)
@@ -98,7 +111,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Everything(Keep):
-    """Nothing is ever dropped."""
+    """Keep all entries."""
 
     evicts: ClassVar[bool] = False
 

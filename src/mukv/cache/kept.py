@@ -1,6 +1,4 @@
-"""The body of a layer under a policy: its entries on a shelf, and what the policy must remember to
-choose among them again and to find them.
-"""
+"""The body of a layer under a policy: its stored entries and the state of the policy."""
 
 from __future__ import annotations
 
@@ -29,7 +27,14 @@ LAST = jnp.iinfo(jnp.int32).max
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Kept:
-    """carried: of each entry, where scores add up. notes: of the keeper. index: of the selector."""
+    """Body of one layer under a policy.
+
+    shelf: the stored entries
+    carried: accumulated score of each entry; None if the policy does not accumulate scores
+    notes: state of the eviction policy
+    index: index of the read policy
+    keep, select: eviction policy and read policy
+    """
 
     shelf: Shelf
     carried: Float[Array, "batch stores slot"] | None
@@ -49,7 +54,7 @@ class Kept:
         return self.shelf.entries()
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
-        """What the query of one token reads."""
+        """Return what one query token reads."""
         return self.select.retrieve(self.shelf, self.index, query, recall)
 
     def extended(
@@ -60,7 +65,9 @@ class Kept:
         reader: Reader,
         fresh: bool = False,
     ) -> Kept:
-        """All that there is in the order of positions, of which the keeper leaves some."""
+        """Merge new entries in the order of positions, and keep those that the eviction policy
+        chooses.
+        """
         candidates = self._shelved(new, length, added)
         if not fresh:
             candidates = self._sorted(self._after(candidates))
@@ -86,7 +93,7 @@ class Kept:
     def _shelved(
         self, new: Tensors, length: Int[Array, " batch"], added: Int[Array, " batch"]
     ) -> Kept:
-        """New entries by themselves, as they are."""
+        """Return the new entries alone, unencoded."""
         stores = self.shelf.position.shape[1]
         batch, _, places, _ = next(iter(new.values())).shape
         place = jnp.arange(places)
@@ -103,7 +110,7 @@ class Kept:
         return replace(self, shelf=shelf, carried=carried)
 
     def _after(self, new: Kept) -> Kept:
-        """New entries behind the old ones, decoded."""
+        """Append new entries to the decoded old ones."""
         entries = self.shelf.entries()
 
         def behind(old: Array, more: Array, axis: int = 2) -> Array:
@@ -124,7 +131,7 @@ class Kept:
         return replace(new, shelf=shelf, carried=carried)
 
     def _sorted(self, among: Kept) -> Kept:
-        """In the order of positions, head by head where they share a store, empty places last."""
+        """Sort by position, by head first where heads share a store; empty slots are last."""
         shelf = among.shelf
         used = shelf.position != NOWHERE
         place = jnp.where(used, shelf.position, LAST)
@@ -139,7 +146,7 @@ class Kept:
         index: Int[Array, "batch stores slot"],
         there: Bool[Array, "batch stores slot"] | None = None,
     ) -> Kept:
-        """The entries of these places; without those that are not `there`."""
+        """Gather the entries at these indices; mark those that are not `there` as empty."""
 
         def pick(array: Array) -> Array:
             return jnp.take_along_axis(array, index, axis=2)
@@ -158,7 +165,7 @@ class Kept:
         )
 
     def _indexed(self, read: Int[Array, " batch"], reader: Reader, fresh: bool) -> Kept:
-        """In the selector's order, with its index."""
+        """Put the entries into the order of the read policy and build its index."""
         if isinstance(self.select, All):
             return self
         form = reader.attention.decoding()
@@ -174,11 +181,11 @@ class Kept:
         return replace(kept, index=self.select.index(view))
 
     def _encoded(self, like: Kept) -> Kept:
-        """As `like` stores its entries."""
+        """Encode the entries as those of `like` are."""
         store, used = like.shelf.store, self.shelf.position != NOWHERE
 
         def encode(name: str, tensor: Array, old: dict[str, Array]) -> dict[str, Array]:
-            # An entry that is not there must read as something finite.
+            # Empty slots must decode to finite numbers.
             tensor = jnp.where(used[..., None], tensor, 0)
             parts = store.encode(name, tensor, used)
             return {part: array.astype(old[part].dtype) for part, array in parts.items()}
@@ -201,10 +208,10 @@ def empty(
     select: Select,
     given: Mapping[str, Array],
 ) -> Kept:
-    """A body without entries, of the shape that it will have with them.
+    """Make a body without entries, of the same shape as with entries.
 
-    slots: entries that there is to be room for, for each store. given: what the selector's index
-    holds from the start.
+    slots: number of entries that each store has room for
+    given: arrays that the index of the read policy has from the start, such as calibrated centres
     """
     written = attention.written(d_model, batch, slots, dtype)
     heads = attention.key_heads
@@ -245,6 +252,6 @@ def empty(
     zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in index.items()}
     encoded = {name: store.encode(name, parts["exact"], used) for name, parts in stored.items()}
     shelf = replace(exact.shelf, stored=encoded, store=store)
-    # Copies: a cache is donated to what fills it, centres serve the next one as well.
+    # Copied, because a cache is donated to prefill, while centres are used again by the next one.
     own = {name: jnp.array(array, copy=True) for name, array in given.items()}
     return replace(exact, shelf=shelf, index={**zeros, **own})

@@ -1,9 +1,9 @@
-"""k-means of many sets of points at once: heads and layers are one leading axis, all compiled.
+"""k-means of many independent sets of points at once, along a leading axis; all compiled.
 
-Starts by greedy k-means++ (Arthur and Vassilvitskii 2007; of a few candidates the one that lowers
-the sum of squares most), goes on by Lloyd's iterations, and takes further points in mini-batches
-with a rate of its own for each centre (Sculley 2010). Assignments are products and comparisons:
-neither arg-reductions nor scatters, which are slow on a CPU.
+It starts by greedy k-means++ (Arthur and Vassilvitskii 2007; of a few candidates, the one that
+reduces the sum of squares most), continues with Lloyd's iterations, and takes further points in
+mini-batches with one learning rate per centre (Sculley 2010). Assignments are products and
+comparisons, without arg-reductions and scatters, which are slow on a CPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int
 
 START_POINTS = 16
-"""Points per cluster that the start is chosen from: enough for its sum of squares to be that of
-all points within a percent."""
+"""Points per cluster of the sample for the start: enough for a sum of squares within a percent of
+that of all points.
+"""
 
 Points = Float[Array, "sets point width"]
 Centroids = Float[Array, "sets cluster width"]
@@ -30,8 +31,13 @@ Centroids = Float[Array, "sets cluster width"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Fit:
-    """centres, and the points that each has seen. inertia: sum of squared distances of each set's
-    points, to the centres of the last iteration but one. iterations: that were made."""
+    """Result of k-means.
+
+    centres: float32 [sets cluster width]
+    counts: number of points assigned to each centre
+    inertia: sum of squared distances of each set's points to the centres before the last update
+    iterations: number of iterations made
+    """
 
     centres: Centroids
     counts: Float[Array, "sets cluster"]
@@ -46,10 +52,12 @@ def fit(
     iterations: int = 100,
     tolerance: float = 1e-3,
 ) -> Fit:
-    """Cluster each set by itself.
+    """Cluster each set.
 
-    iterations: at most. tolerance: the share by which an iteration must lower the sum of squares
-    of some set for another one to follow. Raises BadInput for more clusters than points.
+    iterations: upper bound
+    tolerance: stop once no set's sum of squares falls by more than this fraction in an iteration
+
+    Raises BadInput for more clusters than points.
     """
     if not 1 <= clusters <= points.shape[1]:
         raise BadInput("clusters", clusters, f"1 to the number of points ({points.shape[1]})")
@@ -68,13 +76,13 @@ def _fit(points: Points, clusters: int, key: Array, iterations: int, tolerance: 
 
 
 def plus_plus(points: Points, clusters: int, key: Array) -> Centroids:
-    """Points far from one another, chosen one by one."""
+    """Choose initial centres one by one, far from one another (greedy k-means++)."""
     sets, count, _ = points.shape
     tries = 2 + int(math.log(clusters))
     squares = jnp.sum(points**2, axis=-1)
 
     def choose(number: Array, weights: Array, candidates: int) -> Array:
-        """Points of each set drawn by weight: an exponential race."""
+        """Draw points of each set in proportion to their weights, by an exponential race."""
         race = jax.random.exponential(jax.random.fold_in(key, number), (sets, candidates, count))
         race = jnp.where(weights[:, None] > 0, race / weights[:, None], jnp.inf)
         return jnp.argmin(race, axis=-1)
@@ -100,7 +108,7 @@ def plus_plus(points: Points, clusters: int, key: Array) -> Centroids:
 
 
 def lloyd(points: Points, centres: Centroids, iterations: int, tolerance: float) -> Fit:
-    """Means of what is nearest, again and again. A centre that nothing is near stays."""
+    """Iterate Lloyd's algorithm. A centre without points stays where it is."""
     squares = jnp.sum(points**2, axis=(1, 2))
 
     def step(state: tuple[Fit, Array]) -> tuple[Fit, Array]:
@@ -121,8 +129,11 @@ def lloyd(points: Points, centres: Centroids, iterations: int, tolerance: float)
 
 
 def gathered(points: Points, centres: Centroids) -> tuple[Any, Any, Any]:
-    """Sums [sets cluster width] and numbers [sets cluster] of the points nearest to each centre,
-    and the sum of squared distances [sets] less the points' own squares."""
+    """Sum the points nearest to each centre.
+
+    Returns sums [sets cluster width], numbers [sets cluster] and the sum of squared distances
+    [sets] without the points' own squares.
+    """
     far = distances(points, centres)
     least = jnp.min(far, axis=-1, keepdims=True)
     own = (far <= least).astype(jnp.float32)
@@ -133,7 +144,9 @@ def gathered(points: Points, centres: Centroids) -> tuple[Any, Any, Any]:
 def distances(
     points: Float[Array, "*sets point width"], centres: Float[Array, "*some cluster width"]
 ) -> Float[Array, "*sets point cluster"]:
-    """Squared, less the points' own squares, which change no comparison."""
+    """Compute squared distances without the points' own squares, which do not change
+    their order.
+    """
     products = jnp.einsum("...pd,...cd->...pc", points, centres, preferred_element_type=jnp.float32)
     return jnp.sum(centres**2, axis=-1)[..., None, :] - 2 * products
 
@@ -141,13 +154,15 @@ def distances(
 def nearest(
     points: Float[Array, "*sets point width"], centres: Float[Array, "*some cluster width"]
 ) -> Int[Array, "*sets point"]:
-    """Number of the centre at the smallest distance."""
+    """Return the index of the nearest centre."""
     return jnp.argmin(distances(points, centres), axis=-1).astype(jnp.int32)
 
 
 @jax.jit
 def absorb(known: Fit, points: Points) -> Fit:
-    """Centres after further points: each is the mean of all that it ever took."""
+    """Update centres with further points: each is the mean of all points that it was
+    ever assigned.
+    """
     points = points.astype(jnp.float32)
     sums, counts, least = gathered(points, known.centres)
     total = known.counts + counts

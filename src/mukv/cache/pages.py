@@ -1,6 +1,7 @@
-"""Quest (Tang et al. 2024): the body in pages; beside each the least and the largest number of its
-keys, by channel. They bound what a query's product with any key of the page can be, and the
-pages with the largest bounds are read.
+"""Quest (Tang et al. 2024): read the pages of the body whose keys may have the largest products.
+
+Each page has the minimum and the maximum of its keys per channel. They bound the product of a query
+with any key of the page; the pages with the largest bounds are read.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ from mukv.core.linear import similarity
 from mukv.core.typing import Array
 
 PAGE, SMALL, SHORT = 16, 4, 1024
+"""Slots per page in large and in small bodies, and the number of slots below which a body
+is small.
+"""
 
 
 @dataclass(frozen=True)
 class Pages(Select):
-    """size: slots per page; 16 if None, 4 in bodies of fewer than 1,024."""
+    """Read the pages with the largest bounds.
+
+    size: slots per page; None means 16, or 4 in bodies of fewer than 1,024 slots
+    """
 
     size: int | None = None
 
@@ -30,7 +37,7 @@ class Pages(Select):
 
     @property
     def minimum(self) -> int:
-        # The first page, those of recent tokens, which may begin at a page's edge, and one.
+        # The first page, the pages of recent tokens (which may begin within a page), and one more.
         return self.run * (1 + -(-(RECENT - 1) // self.run) + 1 + 1)
 
     def sized(self, slots: int) -> Pages:

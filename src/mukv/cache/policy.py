@@ -1,8 +1,8 @@
-"""A cache policy: which entries stay, how they are stored, which a query reads.
+"""Cache policies: which entries are kept, how they are stored, which of them a query reads.
 
-Three independent questions, each with the default "everything". A policy is named by its answers,
-joined by "+": `snapkv+int8+topk`. A budget goes to every answer that has one; `snapkv:0.5+topk:64`
-gives each its own. Layers with a window are left as they are.
+These are three independent choices, each with the default "everything". A policy is named by its
+choices, joined by "+": `snapkv+int8+topk`. A budget applies to every choice that has one;
+`snapkv:0.5+topk:64` gives each its own. Layers with a window are not affected.
 """
 
 from __future__ import annotations
@@ -54,13 +54,18 @@ SELECTORS: dict[str, type[Select]] = {
 }
 SPREADS: dict[str, Spread] = {"uniform": "uniform", "pyramid": "pyramid", "adaptive": "adaptive"}
 Calibrated = Mapping[int, Mapping[str, Array]]
-"""Centres that come with a model: arrays of each layer that writes, by its number."""
+"""A model's calibrated centres: arrays of each writing layer, by its index."""
 NAMES = (*KEEPERS, *STORES, *SELECTORS, *SPREADS)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """keep, store, select: the three answers."""
+    """A cache policy.
+
+    keep: which entries are kept
+    store: how they are stored
+    select: which of them a query reads
+    """
 
     keep: Keep = field(default_factory=Everything)
     store: Store = field(default_factory=Exact)
@@ -68,7 +73,12 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str, budget: float = 1.0, where: str = "policy") -> Policy:
-        """Raises BadInput for names that there are not, and two answers to one question."""
+        """Parse the name of a policy. Raises BadInput for unknown names and for two choices of one
+        kind.
+
+        budget: of the choices that do not have their own
+        where: name of the policy in errors
+        """
         answers: dict[str, Any] = {}
         for word in text.split("+"):
             name, _, own = word.strip().partition(":")
@@ -97,7 +107,7 @@ class Policy:
         return replace(policy, keep=replace(policy.keep, spread=spread))
 
     def __str__(self) -> str:
-        """As it is named, budgets apart."""
+        """Return the name without budgets."""
         tables = ((KEEPERS, self.keep), (STORES, self.store), (SELECTORS, self.select))
         names = [next(n for n, t in table.items() if type(part) is t) for table, part in tables]
         if self.keep.spread != "uniform":
@@ -106,22 +116,23 @@ class Policy:
 
     @property
     def everything(self) -> bool:
-        """Whether it changes nothing at all."""
+        """Whether the policy has no effect."""
         return str(self) == "full"
 
     @classmethod
     def takes_budget(cls, text: str, where: str = "policy") -> bool:
-        """Whether the budget given beside a name means anything to it: not where it has none, or
-        one of its own."""
+        """Whether the separately given budget has an effect: not if no choice has a budget, or each
+        has its own.
+        """
         return cls.parse(text, 1.0, where) != cls.parse(text, 0.5, where)
 
     @property
     def budget(self) -> float:
-        """That of what stays, or else of what is read; 1 without any."""
+        """The budget of kept entries, or else of read entries; 1 without either."""
         return (self.keep if self.keep.evicts else self.select).budget.amount
 
     def check(self, number: int, attention: AnyAttention) -> None:
-        """Raise BadInput, with the reason, where it does not fit a layer that reads."""
+        """Raise BadInput, with the reason, if the policy does not fit a reading layer."""
         layer = f"layer {number}"
         if attention.position.sequential and (self.keep.evicts or self.select.skips_keys):
             raise BadInput(
@@ -168,8 +179,10 @@ class Policy:
         place: tuple[int, int],
         centres: Mapping[str, Array] | None = None,
     ) -> Kept:
-        """An empty body for `length` tokens. place: number of the layer, of how many that have a
-        policy. centres: calibrated ones of this layer.
+        """Make an empty body for `length` tokens.
+
+        place: index of the layer among the layers with a policy, and their number
+        centres: calibrated centres of this layer; None for none
 
         Raises BadInput for a budget below what the policy must hold.
         """

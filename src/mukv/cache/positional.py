@@ -1,4 +1,4 @@
-"""What stays by where it stands, whatever it says: StreamingLLM, and chance."""
+"""Eviction by position alone: StreamingLLM, and a random baseline."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from mukv.core.typing import Array, Bool
 
 @dataclass(frozen=True)
 class Streaming(Keep):
-    """The first `sinks` tokens and the most recent ones (Xiao et al. 2023). Positions stay as
-    they were: entries are not renumbered."""
+    """Keep the first `sinks` tokens and the most recent ones (Xiao et al. 2023).
+
+    Entries keep their positions; they are not renumbered.
+
+    sinks: number of first tokens that are kept
+    """
 
     sinks: int = 4
 
@@ -32,12 +36,15 @@ class Streaming(Keep):
 
 @dataclass(frozen=True)
 class Random(Keep):
-    """A hash of position and seed decides: the baseline."""
+    """Score by a hash of position and seed: the random baseline.
+
+    seed: of the hash
+    """
 
     seed: int = 0
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
-        # The finaliser of MurmurHash3: positions that differ in any bit are far apart.
+        # MurmurHash3's finaliser: positions that differ in any bit get unrelated hashes.
         x = seen.entries.position.astype(jnp.uint32) + jnp.uint32(0x9E3779B9) * (self.seed + 1)
         for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
             x = (x ^ (x >> shift)) * jnp.uint32(factor)

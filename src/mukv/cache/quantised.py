@@ -1,10 +1,11 @@
-"""Entries in 8 or 4 bits a number. What the newest tokens left is exact: it is in the tail.
+"""Store entries in 8 or 4 bits per number. The newest entries are exact: they are in the tail.
 
-Keys lie between the least and the largest of a channel in a run of 32 tokens, as in KIVI (Liu et
-al. 2024), since some channels are large throughout (the biases of Qwen 2 are) and must not set the
-step of the others. Anything else is grouped by token, over 32 channels: in 4 bits between least and
-largest, in 8 bits symmetric. Least values are float32, so that a channel far from zero keeps its
-differences; steps are bfloat16, which has float32's range, rounded up, so that they reach.
+Keys are quantised between minimum and maximum of each channel over a run of 32 tokens, as in KIVI
+(Liu et al. 2024): some channels are large throughout (because of Qwen 2's biases) and must not set
+the step of others. Other tensors are grouped per token, over 32 channels: 4 bits between minimum
+and maximum, 8 bits symmetric. Minima are float32, so that channels far from zero keep their
+differences; steps are bfloat16, which has float32's range, rounded up, so that the largest level
+covers the maximum.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from mukv.core.typing import Array, Bool, Float, UInt4, UInt8
 
 GROUP = 32
 ROUNDED_UP = 1 + 2**-7
-"""Times a step: its bfloat16 is then at least the step."""
+"""Factor by which a step is multiplied, so that its bfloat16 value is not below the exact step."""
 
 
 @dataclass(frozen=True)
 class Int8(Store):
+    """Store 8 bits per number."""
+
     multiple: ClassVar[int] = GROUP
 
     def encode(self, name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
@@ -46,6 +49,8 @@ class Int8(Store):
 
 @dataclass(frozen=True)
 class Int4(Store):
+    """Store 4 bits per number."""
+
     multiple: ClassVar[int] = GROUP
 
     def encode(self, name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
@@ -61,15 +66,17 @@ class Int4(Store):
 def _between(
     name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"], levels: int
 ) -> tuple[UInt8[Array, "batch heads slot width"], Parts]:
-    """Numbers from 0 to `levels` between the least and the largest of each group, and the group's
-    `low` and `step`; slots that are not there do not count."""
+    """Quantise each group to integers 0 to `levels` between its minimum and maximum.
+
+    Returns the integers and the group's `low` and `step`. Empty slots are ignored.
+    """
     runs, axis = (_runs, 3) if _is_key(name) else (_channels, 4)
     grouped = runs(tensor.astype(jnp.float32))
     counted = runs(jnp.broadcast_to(there[..., None], tensor.shape))
     low = jnp.min(jnp.where(counted, grouped, jnp.inf), axis=axis, keepdims=True)
     high = jnp.max(jnp.where(counted, grouped, -jnp.inf), axis=axis, keepdims=True)
     low, high = (jnp.where(jnp.isfinite(end), end, 0.0) for end in (low, high))
-    # Divided first: the difference of two float32 may be infinite.
+    # Divide first, because the difference of two float32 numbers may be infinite.
     step = _step(high / levels - low / levels)
     parts = grouped / _divisor(step) - low / _divisor(step)
     number = jnp.clip(jnp.round(parts), 0, levels).astype(jnp.uint8)
@@ -78,19 +85,19 @@ def _between(
 
 
 def _step(exact: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """In bfloat16, and no smaller."""
+    """Round up to bfloat16."""
     return (exact * ROUNDED_UP).astype(jnp.bfloat16)
 
 
 def _flat(number: Array, shape: tuple[int, ...]) -> Array:
-    """Groups as slots and channels again, without what filled up the last group."""
+    """Ungroup into slots and channels, without the padding of the last group."""
     return number.reshape(*shape[:3], -1)[..., : shape[-1]]
 
 
 def _spread(
     name: str, factor: Float[Array, "batch heads row some"], slots: int, width: int
 ) -> Float[Array, "batch heads slot #width"]:
-    """A factor for each number, float32."""
+    """Broadcast a group's factor to its numbers, float32."""
     factor = factor.astype(jnp.float32)
     if _is_key(name):
         return jnp.repeat(factor, slots // factor.shape[2], axis=2)
@@ -102,18 +109,20 @@ def _is_key(name: str) -> bool:
 
 
 def _group(width: int) -> int:
-    """Channels of a token that share a factor."""
+    """Return the number of channels of a token that share a factor."""
     return min(GROUP, width)
 
 
 def _runs(tensor: Array) -> Array:
-    """[batch heads run slot width]"""
+    """Group by runs of slots: [batch heads run slot width]."""
     batch, heads, _, width = tensor.shape
     return tensor.reshape(batch, heads, -1, GROUP, width)
 
 
 def _channels(tensor: Array) -> Array:
-    """[batch heads slot run channel], the last run filled up with the last channel."""
+    """Group by runs of channels: [batch heads slot run channel]; the last run is padded with its
+    last channel.
+    """
     batch, heads, slots, width = tensor.shape
     group = _group(width)
     padded = jnp.pad(tensor, [(0, 0)] * 3 + [(0, -width % group)], mode="edge")
@@ -131,10 +140,10 @@ def _packed(
 def _unpacked(
     packed: UInt8[Array, "batch heads slot half"],
 ) -> UInt4[Array, "batch heads slot width"]:
-    # XLA's own view of a byte as two numbers: shifts and a concatenation take 6 times as long.
+    # XLA's bitcast of a byte to two numbers; shifts and a concatenation take 6 times as long.
     return jax.lax.bitcast_convert_type(packed, jnp.uint4).reshape(*packed.shape[:3], -1)
 
 
 def _divisor(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """float32, and 1 where everything is equal."""
+    """Return the step as float32, with 1 for groups of equal numbers."""
     return jnp.where(scale > 0, scale, 1).astype(jnp.float32)

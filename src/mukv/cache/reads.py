@@ -1,7 +1,7 @@
-"""How many bytes of its arguments a program reads, found in the program itself.
+"""Count the bytes of its arguments that a program reads, from its jaxpr.
 
-What is gathered or sliced counts as much as is taken, everything else as a whole, nothing more
-than once: a mask saves no reads here, and neither does it on a machine.
+Gathers and slices count what they take, other operations their whole operand, and no byte counts
+twice. Masking therefore saves no reads, as on a real machine.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import jax
 SAME = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "slice"} | {
     *("convert_element_type", "copy", "stop_gradient")
 }
-"""Operations whose result is their operand in another form: what is done with it counts."""
+"""Operations whose result is their operand in another form; the uses of the result are counted."""
 TAKEN = {"gather", "dynamic_slice"}
 
 
 def bytes_read(program: Callable[..., Any], tracked: Any, *others: Any) -> int:
-    """Of the arrays of `tracked`, its first argument, which may be abstract as all may."""
+    """Return the bytes that a program reads of its first argument `tracked`. Arguments may be
+    abstract.
+    """
     jaxpr = jax.make_jaxpr(program)(tracked, *others).jaxpr
     leaves = jax.tree.leaves(tracked)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
@@ -31,7 +33,7 @@ def bytes_read(program: Callable[..., Any], tracked: Any, *others: Any) -> int:
         read[source] += numbers * widths[source]
 
     sources = dict(zip(jaxpr.invars, range(len(leaves)), strict=False))
-    # What comes back as it is was not read.
+    # An argument that is returned unchanged was not read.
     _walk(jaxpr, sources, [True] * len(jaxpr.outvars), 1, add)
     return int(sum(map(min, read, sizes)))
 
@@ -43,7 +45,9 @@ def _walk(
     times: int,
     add: Callable[[int, int], None],
 ) -> list[int | None]:
-    """Count what one program reads of its sources, so often; of which each result is a form."""
+    """Count the reads of a jaxpr that runs `times` times; return the source that each result is a
+    form of.
+    """
     sources = dict(sources)
     alive = _alive(jaxpr, wanted)
     for equation in jaxpr.eqns:
@@ -78,7 +82,7 @@ def _walk(
 
 
 def _alive(jaxpr: Any, wanted: list[bool]) -> set[Any]:
-    """Values that the wanted results depend on."""
+    """Return the values that the wanted results depend on."""
     alive = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and not _literal(v)}
     for equation in reversed(jaxpr.eqns):
         if any(out in alive for out in equation.outvars):

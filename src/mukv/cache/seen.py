@@ -1,4 +1,4 @@
-"""What there is to judge entries by when a body must choose which of them to keep."""
+"""The data by which an eviction policy scores entries."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ Score = Float[Array, "batch heads key"]
 
 @dataclass(frozen=True)
 class Seen:
-    """entries: all that could stay, in the order of their positions. length: tokens of each row
-    before the new ones, of which there are `added`. number: entries that each store may keep.
-    carried: what was noted of each entry when it was judged last, 0 for new ones. notes: what was
-    noted besides.
+    """Candidate entries and the state of a policy.
+
+    reader: layer that reads the entries, with its weights and new queries
+    entries: all candidates, in the order of their positions
+    length: tokens of each row before the new ones
+    added: number of new tokens of each row
+    number: number of entries that each store may keep
+    carried: accumulated score of each entry, 0 for new ones; None if scores are not accumulated
+    notes: state of the policy from its last choice
     """
 
     reader: Reader
@@ -42,16 +47,18 @@ class Seen:
         return self.entries.valid
 
     def recent(self, number: Int[Array, "*batch"] | int) -> Bool[Array, "batch stores key"]:
-        """The newest `number` tokens of each row."""
+        """Return the newest `number` tokens of each row."""
         first = jnp.asarray(self.length + self.added - number)[:, None, None]
         return self.valid & (self.entries.position >= first)
 
     def first(self, number: int) -> Bool[Array, "batch stores key"]:
-        """The oldest `number` tokens."""
+        """Return the oldest `number` tokens of each row."""
         return self.valid & (self.entries.position < number)
 
     def keys(self) -> Float[Array, "batch kv_heads key query_dim"]:
-        """Keys as queries see them: what they answer to the unit vectors."""
+        """Return the keys that queries are multiplied with, from their products with
+        unit vectors.
+        """
         attention = self.reader.attention
         recalled = attention.recall(self.reader.weights, self.entries)
         shape = (len(self.length), attention.key_heads, 1, 1, 1)
@@ -65,13 +72,15 @@ class Seen:
         return recalled.dense(attention.key_heads)[1]
 
     def last(self, number: int) -> Int[Array, "batch query"]:
-        """Places of the last `number` new queries; negative where there are fewer."""
+        """Return the indices of the last `number` new queries; negative where there are fewer."""
         return self.added[:, None] - number + jnp.arange(number)
 
     def weights(
         self, place: Int[Array, "batch query"]
     ) -> Float[Array, "batch kv_heads group query key"]:
-        """What the new queries at these places give to each entry; 0 for places without one."""
+        """Return the attention weights of the new queries at these indices; 0 for
+        negative indices.
+        """
         attention = self.reader.attention
         queries, position = self.queries, self.length[:, None] + place
         index = jnp.clip(place, 0, queries.shape[3] - 1)[:, None, None, :, None]

@@ -1,9 +1,9 @@
-"""Which entries a query reads: the contract, and the answer "all of them".
+"""Read policies: choose the entries that a query reads. The default reads all.
 
-The memory stays, reads shrink: beside the body lies an index, made when the body was; a step's
-query looks at it and has what it chose gathered. One choice serves all query heads of a store:
-each gives every entry (or page, or cluster) a share of 1, and the shares are added up. First
-tokens and recent ones are always read, as is the tail.
+All entries stay in memory, but fewer are read: an index beside the body, built with it, is compared
+with the query of a decode step, and the chosen entries are gathered. One choice serves all query
+heads of a store: each head distributes a weight of 1 over entries (or pages, or clusters), and the
+weights are summed. The first tokens, recent tokens and the tail are always read.
 """
 
 from __future__ import annotations
@@ -21,17 +21,22 @@ from mukv.cache.shelf import Shelf
 from mukv.core.typing import Array, Bool, Float, Int
 
 SINKS = 4
-"""First tokens that are always read."""
+"""Number of first tokens that are always read."""
 RECENT = 8
-"""Newest tokens of a body that are always read."""
+"""Number of newest tokens of a body that are always read."""
 
 Index = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
 class View:
-    """A body as it is to be indexed. key: pieces joined, as the decoding form has them. length:
-    tokens read. before: the index that it had. fresh: nothing was in it before."""
+    """A body from which an index is built.
+
+    key: keys in the decoding form, pieces concatenated
+    length: tokens read so far
+    before: the previous index
+    fresh: whether the body was empty before
+    """
 
     key: Float[Array, "batch heads slot width"]
     value: Float[Array, "batch heads slot value_width"]
@@ -46,7 +51,7 @@ class View:
         return self.entries.valid
 
     def always(self) -> Bool[Array, "batch stores slot"]:
-        """Entries that every query reads."""
+        """Return the entries that every query reads."""
         position = self.entries.position
         recent = position >= self.length[:, None, None] - RECENT
         return self.there & ((position < SINKS) | recent)
@@ -54,45 +59,52 @@ class View:
 
 @dataclass(frozen=True)
 class Select:
-    """budget: of the entries that a body has room for."""
+    """Base class of read policies.
+
+    budget: of the entries that a body has room for
+    """
 
     budget: CacheBudget = field(default_factory=CacheBudget)
 
     skips_keys: ClassVar[bool] = True
     """Whether some keys are not read at all."""
     orders: ClassVar[bool] = False
-    """Whether the body is put in an order of its own, for each store."""
+    """Whether the policy sorts the body, for each store."""
 
     @property
     def run(self) -> int:
-        """Slots that are read together."""
+        """Number of slots that are read together."""
         return 1
 
     @property
     def minimum(self) -> int:
-        """Entries that a budget must hold: those that are always read, and one."""
+        """Smallest number of entries that a budget may allow: those that are always read,
+        and one.
+        """
         return SINKS + RECENT + 1
 
     def sized(self, slots: int) -> Select:
-        """The same with nothing left open, for a body of this size."""
+        """Return this policy with defaults filled in for a body of this size."""
         return self
 
     def order(self, view: View) -> tuple[Int[Array, "batch stores slot"], View]:
-        """In which the body's slots are to be filled, where it `orders`; what `index` needs."""
+        """Return the order in which slots are filled if the policy `orders`, and the view for
+        `index`.
+        """
         raise NotImplementedError
 
     def index(self, view: View) -> dict[str, Array]:
-        """What lies beside the body."""
+        """Build the index beside the body."""
         return {}
 
     def retrieve(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Retrieved:
-        """What the query of one token reads of the body."""
+        """Return what one query token reads of the body."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class All(Select):
-    """All of them."""
+    """Read all entries."""
 
     skips_keys: ClassVar[bool] = False
 
@@ -101,14 +113,14 @@ class All(Select):
 
 
 def joined(query: Query) -> Float[Array, "batch heads group width"]:
-    """The query of one token, its pieces as those of keys are joined."""
+    """Concatenate the pieces of one query token, as those of keys are."""
     return jnp.concatenate(query, axis=-1)[:, :, :, 0]
 
 
 def shares(
     logits: Float[Array, "batch heads group choice"], allowed: Bool[Array, "batch stores choice"]
 ) -> Float[Array, "batch stores choice"]:
-    """How much the heads of a store want each choice, together; each has 1 to give."""
+    """Sum the softmax of each head of a store over the allowed choices."""
     batch, stores, choices = allowed.shape
     of_store = logits.reshape(batch, stores, -1, choices)
     given = jax.nn.softmax(jnp.where(allowed[:, :, None], of_store, -1e30), axis=-1)
@@ -120,6 +132,6 @@ def best(
     always: Bool[Array, "batch stores choice"],
     number: int,
 ) -> Int[Array, "batch stores chosen"]:
-    """The `number` most wanted choices, in their order."""
+    """Return the indices of the `number` choices with the largest weights, ascending."""
     _, index = jax.lax.top_k(jnp.where(always, jnp.inf, wanted), number)
     return jnp.sort(index, axis=-1)

@@ -1,6 +1,4 @@
-"""Entries as a policy has left them: each with its position, stored in some form, to be read whole
-or in part.
-"""
+"""Stored entries of a body with their positions, to be read whole or in part."""
 
 from __future__ import annotations
 
@@ -18,19 +16,25 @@ from mukv.core.typing import Array, Bool, Float, Int
 from mukv.position.base import Logits
 
 BLOCK = 512
-"""Slots that are decoded at once: what they become stays in a core's own cache. Reading int8 on
-two cores takes 1.0 times as long as reading float32, against 2.4 times in blocks of 4,096."""
+"""Slots that are decoded at once, so that the result stays in a processor's cache. Reading int8 on
+two cores takes 1.0 times as long as reading float32, against 2.4 times in blocks of 4,096.
+"""
 NOWHERE = -1
-"""Position of a slot that is not in use."""
+"""Position of an empty slot."""
 
 
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Shelf:
-    """stored: by name of tensor. position: of each slot, for each store. owner: the head that an
-    entry belongs to, where heads share one store; None where each has its own, or all the same.
-    widths: of the tensors. heads: KV heads of the queries.
+    """Entries in their stored form.
+
+    stored: encoded arrays by name of tensor
+    position: position of each slot, per store; `NOWHERE` if empty
+    owner: head that an entry belongs to, where heads share one store; None where they don't
+    store: encoding
+    widths: names and widths of the tensors
+    heads: KV heads as queries see them
     """
 
     stored: Stored
@@ -45,18 +49,18 @@ class Shelf:
         return self.position.shape[-1]
 
     def there(self) -> Bool[Array, "batch heads slot"]:
-        """Which slots are in use, for each store, or each head where they share one."""
+        """Return which slots are in use, per store, or per head where heads share one."""
         there = self.position != NOWHERE
         if self.owner is None:
             return there
         return there & (self.owner == jnp.arange(self.heads)[:, None])
 
     def entries(self) -> Entries:
-        """Everything, in a copy if need be."""
+        """Return all entries, decoded into a copy if necessary."""
         return self._entries(self.stored, self.position, self.there())
 
     def whole(self, recall: Recall) -> tuple[Recalled, Entries]:
-        """Everything, never in a copy of everything."""
+        """Return all entries without ever decoding all at once."""
         if not self.store.blockwise or self.slots <= BLOCK:
             entries = self.entries()
             return recall(entries), entries
@@ -64,7 +68,7 @@ class Shelf:
         return recalled, Entries({}, self.position, self.there())
 
     def runs(self, index: Int[Array, "batch stores run"], length: int = 1) -> Entries:
-        """The entries of some runs of slots, gathered. index: number of the run."""
+        """Gather the entries of some runs of `length` slots. index: index of each run."""
         slot = (index[..., None] * length + jnp.arange(length)).reshape(*index.shape[:2], -1)
         position = jnp.take_along_axis(self.position, slot, axis=2)
         taken = {

@@ -1,6 +1,8 @@
-"""SparQ (Ribar et al. 2024): keys lie by component a second time; the few components in which a
-query is largest give approximate weights of all entries. The best entries are read exactly, and
-the mass that the others seem to have goes to the mean of all values.
+"""SparQ (Ribar et al. 2024): approximate the attention weights from a few components of the keys.
+
+Keys are also stored by component. The components in which a query is largest give approximate
+weights of all entries. The entries with the largest weights are read exactly; the approximate
+weight of the others goes to the mean of all values.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from mukv.position.base import Logits
 
 @dataclass(frozen=True)
 class SparQ(Select):
-    """components: numbers of each key that are looked at; a quarter of them if None."""
+    """Read the entries with the largest approximate weights.
+
+    components: number of components of each key that are read; None means a quarter
+    """
 
     components: int | None = None
 
@@ -40,7 +45,7 @@ class SparQ(Select):
         whole = joined(query)
         width = whole.shape[-1]
         number = min(self.components or max(width // 4, 1), width)
-        # One choice for the group, so that rows are read once.
+        # One choice of components for the group, so that each is read once.
         _, largest = jax.lax.top_k(jnp.sum(jnp.abs(whole), axis=2), number)
         keys = jnp.take_along_axis(index["component"], largest[..., None], axis=2)
         short = jnp.take_along_axis(whole, largest[:, :, None], axis=3)
@@ -54,7 +59,7 @@ class SparQ(Select):
             shares(logits, there), index["always"], min(self.budget.of(shelf.slots), shelf.slots)
         )
         entries = shelf.runs(slots)
-        # What the entries that are read have of the approximate weights, for each query head.
+        # Approximate weight of the entries that are read, per query head.
         per_store = whole.shape[1] // there.shape[1]
         seen = jnp.repeat(there, per_store, axis=1)[:, :, None]
         weights = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
@@ -67,7 +72,7 @@ class SparQ(Select):
 def _with_rest(
     recalled: Recalled, entries: Entries, mean: Array, read: Array, shelf: Shelf
 ) -> Retrieved:
-    """The entries, and one more that stands for all others."""
+    """Append one entry that stands for all others."""
     newest = jnp.max(shelf.position, axis=-1, keepdims=True)
     assert entries.valid is not None
     some = jnp.any(shelf.position != NOWHERE, axis=-1, keepdims=True)
@@ -84,7 +89,9 @@ def _with_rest(
 
 @dataclass(frozen=True)
 class WithRest(Recalled):
-    """Some entries, and behind them the mean of all, which gets `missing` times their mass."""
+    """Some entries followed by the mean of all, which gets `missing` times their
+    attention weight.
+    """
 
     recalled: Recalled
     mean: Float[Array, "batch kv_heads 1 width"]

@@ -1,7 +1,7 @@
-"""How an entry is stored: the contract, and the answer "as it is".
+"""Encodings of entries. The default stores them unchanged.
 
-What is stored is a dict of arrays for each tensor of an entry, all [batch heads row width]: a row
-per slot, or one per `multiple` slots for what a run of them has in common.
+A stored tensor is a dict of arrays, all [batch heads row width], with one row per slot, or one per
+`multiple` slots for what a run of slots has in common.
 """
 
 from __future__ import annotations
@@ -21,23 +21,31 @@ Stored = dict[str, Parts]
 
 @dataclass(frozen=True)
 class Store:
+    """Base class of encodings."""
+
     multiple: ClassVar[int] = 1
-    """Slots that have something in common."""
+    """Number of slots that share a row."""
     blockwise: ClassVar[bool] = True
-    """Whether reading makes a copy, which must never be one of everything."""
+    """Whether decoding makes a copy; if so, it is done in blocks, never of everything at once."""
 
     def encode(self, name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
-        """name: what a tensor is to its variant. there: which slots are in use."""
+        """Encode a tensor.
+
+        name: name of the tensor in its attention variant
+        there: which slots are in use
+        """
         raise NotImplementedError
 
     def decode(self, name: str, parts: Parts, width: int) -> Tensor:
-        """float32, or as it was given; slots that are not in use hold anything finite."""
+        """Decode a tensor to float32 or its original dtype; empty slots have arbitrary finite
+        numbers.
+        """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Exact(Store):
-    """As it is."""
+    """Store entries unchanged."""
 
     blockwise: ClassVar[bool] = False
 
@@ -49,7 +57,7 @@ class Exact(Store):
 
 
 def rows(parts: Parts, slots: int, start: Int[Array, ""] | int, size: int) -> Parts:
-    """What is stored of slots `start` up to `start + size`, whole multiples."""
+    """Slice the stored arrays to slots `start` to `start + size`, both multiples of `multiple`."""
 
     def cut(array: Array) -> Array:
         per = slots // array.shape[2]
@@ -59,8 +67,7 @@ def rows(parts: Parts, slots: int, start: Int[Array, ""] | int, size: int) -> Pa
 
 
 def runs(parts: Parts, slots: int, index: Int[Array, "batch stores run"], length: int) -> Parts:
-    """What is stored of slots number index * length and the `length` - 1 after each: gathered, a
-    row for each slot."""
+    """Gather runs of slots: `length` slots from index * length on; one row per slot."""
 
     def pick(array: Array) -> Array:
         per = slots // array.shape[2]

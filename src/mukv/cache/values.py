@@ -1,6 +1,6 @@
-"""Sparse V: all keys are read, and of the values only those with the largest weights.
+"""Sparse V: read all keys, but only the values with the largest attention weights.
 
-The rest of the mass is dropped, not shared out anew.
+The weight of the other values is dropped, not redistributed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from mukv.core.typing import Array, Float, Int
 from mukv.position.base import Logits
 
 CAPPED = "capped"
-"""Name of a tap: where the budget ended before the mass was reached, [batch store]."""
+"""Name of a tap: whether the budget was exhausted before the mass was reached, [batch store]."""
 
 
 @dataclass(frozen=True)
 class TopK(Select):
-    """The values of the `budget` largest weights."""
+    """Read the values of the `budget` largest weights."""
 
     skips_keys: ClassVar[bool] = False
 
@@ -49,7 +49,11 @@ class TopK(Select):
 
 @dataclass(frozen=True)
 class TopP(TopK):
-    """The fewest values whose weights reach `mass` of what the body gets, at most `budget`."""
+    """Read the fewest values whose weights sum to `mass` of the body's total weight, at most
+    `budget`.
+
+    mass: share of the attention weights, 0 to 1
+    """
 
     mass: float = 0.95
 
@@ -59,8 +63,13 @@ class TopP(TopK):
 
 @dataclass(frozen=True)
 class Heaviest(Recalled):
-    """All keys, and values by demand. values: those in some slots. mass: share of the weights, in
-    falling order, at which to stop."""
+    """All keys, and values gathered by weight.
+
+    values: function that gathers the values of some slots
+    stores: number of stores
+    number: number of values that are read at most
+    mass: fraction of the total weight, in falling order, at which reading stops
+    """
 
     whole: Recalled
     values: Callable[[Int[Array, "batch stores chosen"]], Recalled]

@@ -12,7 +12,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import NoReturn
 
-from mukv.cli import benching, converting, ending, judging, launch, looking, making, scaling, using
+from mukv.cli import (
+    benching,
+    converting,
+    ending,
+    judging,
+    launch,
+    listing,
+    looking,
+    making,
+    scaling,
+    using,
+)
 from mukv.cli.app import app
 from mukv.core.errors import BadInput, Failed
 from mukv.show import output
@@ -24,6 +35,7 @@ __all__ = [
     "benching",
     "converting",
     "judging",
+    "listing",
     "looking",
     "main",
     "making",

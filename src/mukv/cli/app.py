@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mukv.cli.typed import App
 from mukv.core.errors import BadInput
+from mukv.core.version import VERSION
 from mukv.show import output
 from mukv.storage.locks import writing, writing_inside
 
+ORDER = (
+    *("demo", "data", "train", "eval", "generate", "chat", "sweep", "transfer", "analyze"),
+    *("compress", "bench", "import", "export", "report", "runs", "describe", "presets"),
+    *("policies", "docs"),
+)
+"""The commands in the order of use, as `mukv --help` lists them."""
+
+
+class InOrder(TyperGroup):
+    """A group that lists its commands in the order of use."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+
 app = App(
+    cls=InOrder,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -21,13 +40,33 @@ app = App(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A JAX laboratory for transformers with a small memory.",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"mukv {VERSION}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """A JAX laboratory for transformers with a small memory."""
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="For instance train.steps=50")
 ]
 ModelName = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A run directory, a Hugging Face folder or a hub id."),
+    typer.Argument(
+        metavar="MODEL", help="A run directory, a Hugging Face folder, a GGUF file or a hub id."
+    ),
 ]
 
 AllowNonfinite = Annotated[

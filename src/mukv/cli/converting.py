@@ -22,7 +22,7 @@ def import_(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A Hugging Face folder or hub id, or Meta's folder with consolidated.*.pth.",
+            help="A folder of Hugging Face or Meta (consolidated.*.pth), a hub id or a GGUF file.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Run directory to make.")],

@@ -130,7 +130,7 @@ def generate(
     made = speaker.generate_ids(
         [given] * copies, max_tokens, sampling, ends, stream.show if stream else None, policy
     )
-    texts = [speaker.tokenizer.decode(row) for row in made.tokens]
+    texts = [speaker.tokenizer.decode_further(row) for row in made.tokens]
     if as_json:
         facts = {
             "token_ids": made.tokens[0],

@@ -1,4 +1,4 @@
-"""What is left of a model under a cache policy: perplexity, recall, bytes and speed."""
+"""Measure a model under cache policies: perplexity, recall, bytes and speed."""
 
 from mukv.compress.judge import Result, grid, judge
 from mukv.compress.rows import USUAL, Rows, rows_of

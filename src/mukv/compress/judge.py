@@ -1,4 +1,4 @@
-"""Every policy with every budget, on the same rows."""
+"""Measure every policy with every budget on the same rows."""
 
 from __future__ import annotations
 
@@ -17,18 +17,28 @@ from mukv.runs.loaded import Model
 from mukv.show.progress import Bar
 
 TOKENS = 16_384
-"""Tokens of all rows that are worked on at once."""
+"""Tokens of all rows in one batch."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One policy with one budget; field names are public.
+    """Measurements of one policy with one budget; field names are public.
 
-    cache_bytes, bytes_read_per_step: of one row. tokens_per_second: of decoding, all rows together.
-    prefill_seconds: of one row, with what the policy does to it. samples: rows of each kind.
-    perplexity_low, perplexity_high: 95 % interval of the difference to `full` on the same rows,
-    None where there is one row. recall_low, recall_high: of as many strings. capped: share of the
-    choices of `topp` at which the budget ended before the mass was reached; None elsewhere.
+    perplexity: of plain text
+    recall: fraction of the planted strings' tokens that are predicted, with the cue after
+        compression
+    recall_aware: the same with the cue before compression
+    cache_bytes: of one row
+    bytes_per_token: cache_bytes divided by the length of a row
+    bytes_read_per_step: bytes of the cache read in one decode step of one row
+    tokens_per_second: decoding speed over all rows
+    prefill_seconds: of one row, compression included
+    samples: rows of each kind
+    perplexity_low, perplexity_high: 95 % interval of the difference to `full` on the same rows;
+        None for one row
+    recall_low, recall_high: 95 % interval of recall
+    capped: fraction of the choices of `topp` at which the budget was exhausted before the
+        probability mass was reached; None for other policies
     """
 
     policy: str
@@ -50,7 +60,7 @@ class Result:
 
 
 def grid(names: str, budgets: Sequence[float]) -> list[tuple[Policy, float]]:
-    """`full`, then each policy with each budget; once, if budgets mean nothing to it."""
+    """Return `full`, then each policy with each budget; only once where a policy has no budget."""
     made: list[tuple[Policy, float]] = [(FULL, 1.0)]
     for name in names.split(","):
         takes = Policy.takes_budget(name, "--policy")
@@ -65,8 +75,10 @@ def grid(names: str, budgets: Sequence[float]) -> list[tuple[Policy, float]]:
 def judge(
     model: Model, rows: Rows, policies: Sequence[tuple[Policy, float]], silent: bool = False
 ) -> list[Result]:
-    """Every policy on the same rows; the first is what others are compared with. Raises BadInput,
-    before anything is compiled, where one does not fit."""
+    """Measure every policy on the same rows; the first is the baseline of the others.
+
+    Raises BadInput before anything is compiled if a policy does not fit.
+    """
     compute = model.run.train.compute.resolve(model.network.vocab_size)
     length = rows.tokens.shape[1]
     readers = []
@@ -94,7 +106,7 @@ def judge(
 
 
 def _together(rows: Rows) -> int:
-    """Rows that are worked on at once."""
+    """Return the number of rows per batch."""
     return min(len(rows.tokens), max(1, TOKENS // rows.tokens.shape[1]))
 
 
@@ -103,7 +115,7 @@ def _reads(reader: PolicyReader, rows: Rows, tick: Callable[[], None]) -> list[R
     reader.warm(rows.tokens[:batch], programs)
     reads = []
     for first in range(0, count, batch):
-        # The last ones are read again where rows are left over: one shape, one compilation.
+        # The last batch repeats earlier rows if needed, so that one shape is compiled.
         start = min(first, count - batch)
         read = reader(rows.tokens[start : start + batch], programs, tick=tick)
         new = slice(first - start, None)
@@ -114,15 +126,17 @@ def _reads(reader: PolicyReader, rows: Rows, tick: Callable[[], None]) -> list[R
 def _result(
     reader: PolicyReader, budget: float, rows: Rows, reads: Sequence[Read], full: np.ndarray | None
 ) -> tuple[Result, np.ndarray]:
-    """The result, and the loss of each row of plain text. full: these losses of the full cache."""
+    """Return the result, and the loss of each row of plain text. full: these losses with the full
+    cache.
+    """
     loss, hit = (np.concatenate([getattr(r, name) for r in reads]) for name in ("loss", "hit"))
     _, unaware, aware = rows.asked[:, :, rows.read :]
     losses = loss[: rows.samples].mean(axis=1, dtype=np.float64)
     base = losses if full is None else full
-    apart = of_mean(losses - base) or (None, None)
-    low, high = (None if x is None else _perplexity(base.mean() + x) for x in apart)
+    difference = of_mean(losses - base) or (None, None)
+    low, high = (None if x is None else _perplexity(base.mean() + x) for x in difference)
     recall, capped = float(hit[unaware].mean()), float(np.mean([read.capped for read in reads]))
-    sure = wilson(recall * rows.samples, rows.samples)
+    interval = wilson(recall * rows.samples, rows.samples)
     worked = len(reads) * _together(rows)
     seconds = sum(read.decode_seconds for read in reads)
     result = Result(
@@ -139,8 +153,8 @@ def _result(
         samples=rows.samples,
         perplexity_low=low,
         perplexity_high=high,
-        recall_low=sure[0],
-        recall_high=sure[1],
+        recall_low=interval[0],
+        recall_high=interval[1],
         capped=None if math.isnan(capped) else capped,
     )
     return result, losses

@@ -1,5 +1,7 @@
-"""A model that reads rows under one policy: three quarters at once, after which the policy has
-chosen, the rest token by token, through the same steps and folds that `generate` runs.
+"""Read rows with a model under one cache policy.
+
+Three quarters of a row are prefilled, after which the policy has compressed the cache; the rest is
+read token by token, through the same steps and folds as `generate`.
 """
 
 from __future__ import annotations
@@ -25,16 +27,22 @@ from mukv.model import Decoder
 from mukv.model.base import LanguageModel
 
 TAIL, SHARE, LEAST = 64, 16, 8
-"""Places of the tail, i.e. how often the policy chooses anew while decoding: at most, as a share
-of a row, and at least."""
+"""Size of the tail in tokens, which is the interval at which the policy compresses while decoding:
+upper bound, fraction of a row (1 / SHARE), lower bound.
+"""
 Programs = tuple[Any, Any, Any]
 
 
 @dataclass(frozen=True)
 class Read:
-    """What was found in some rows. loss, hit: of each token from `read` on, [row token]. capped:
-    share of choices of `topp` whose budget ended before the mass was reached; nan where there are
-    none. prefill_seconds, decode_seconds: of reading at once, and of all that follows."""
+    """Measurements of some rows.
+
+    loss: nats of each token from `read` on, [row token]
+    hit: whether each such token was the likeliest, [row token]
+    capped: fraction of the choices of `topp` at which the budget was exhausted before the mass was
+        reached; NaN if there are none
+    prefill_seconds, decode_seconds: time of prefill, and of all steps and folds
+    """
 
     loss: np.ndarray
     hit: np.ndarray
@@ -45,7 +53,12 @@ class Read:
 
 @dataclass(frozen=True)
 class PolicyReader:
-    """A model that reads rows under one policy."""
+    """A model that reads rows under one policy.
+
+    weights: from `decoding_weights`
+    read: tokens of a row that are prefilled
+    length: tokens of a row
+    """
 
     model: LanguageModel
     weights: Any
@@ -57,27 +70,31 @@ class PolicyReader:
 
     @property
     def tail(self) -> int:
+        """Size of the cache's tail in tokens."""
         return min(TAIL, max(self.length // SHARE, LEAST))
 
     @property
     def blocks(self) -> int:
+        """Number of blocks of `tail` decode steps."""
         return math.ceil((self.length - self.read) / self.tail)
 
     def cache(self, batch: int) -> Any:
+        """Make an empty cache."""
         body = self.read + (self.blocks - 1) * self.tail
         return self.model.empty_cache(
             batch, body, self.tail, self.compute.type, self.policy, self.centres
         )
 
     def check(self) -> None:
-        """Raise BadInput where the policy does not fit; nothing is allocated."""
+        """Raise BadInput if the policy does not fit; allocates nothing."""
         jax.eval_shape(lambda: self.cache(1))
 
     def cache_bytes(self) -> int:
+        """Return the bytes of one row's cache."""
         return jax.eval_shape(lambda: self.cache(1)).nbytes()
 
     def bytes_read(self) -> int:
-        """Of the cache, in one step of one row."""
+        """Return the bytes of the cache read in one decode step of one row."""
 
         def step(cache: Any, weights: Any) -> Any:
             token = jnp.zeros(1, jnp.int32)
@@ -88,14 +105,17 @@ class PolicyReader:
 
     @property
     def caps(self) -> bool:
-        """Whether it is known where a budget ended before its mass was reached: not of a concept
-        model, whose global layers run under a condition that no tap leaves."""
+        """Whether capped choices can be counted. They can't in a concept model, whose global layers
+        run inside a conditional, which taps can't leave.
+        """
         return isinstance(self.policy.select, TopP) and isinstance(self.model, Decoder)
 
     def programs(self) -> Programs:
-        """Reading at once, a block of steps, and folding. The first two give, for each token, the
-        loss of the next and whether it was the likeliest, the second also the share of choices
-        that were capped, nan if there were none: [token batch], [token]."""
+        """Return the compiled functions of prefill, of a block of steps, and of folding.
+
+        The first two return the loss of the next token and whether it was the likeliest, [token
+        batch]; the second also the fraction of capped choices, [token], NaN if there were none.
+        """
         model, compute = self.model, self.compute
 
         def judged(logits: Array, target: Array) -> tuple[Array, Array]:
@@ -126,7 +146,7 @@ class PolicyReader:
         )
 
     def warm(self, tokens: np.ndarray, programs: Programs) -> None:
-        """Run every program once, so that what follows compiles nothing."""
+        """Run every program once, so that later calls compile nothing."""
         self(tokens, programs, min(self.blocks, 2))
 
     def __call__(
@@ -136,8 +156,11 @@ class PolicyReader:
         blocks: int | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> Read:
-        """Rows of tokens. blocks: of steps; all if None. tick: called after reading at once and
-        after each block."""
+        """Read rows of tokens.
+
+        blocks: number of blocks of steps; None means all
+        tick: called after prefill and after each block
+        """
         prefill, block, fold = programs
         end = self.read + self.blocks * self.tail + 1
         padded = jnp.asarray(np.pad(tokens, [(0, 0), (0, end - tokens.shape[1])]))

@@ -1,8 +1,9 @@
-"""What policies are judged on: rows of a text, cut in two.
+"""The rows on which policies are measured: windows of a text, cut in two.
 
-Recall is of strings that were planted in the text: tokens drawn from it at random, so that nothing
-but memory predicts them. The cue comes after the cache was compressed, so that the question is not
-known then, or it ends what is read at once ("aware").
+Recall is that of strings planted in the text. Their tokens are drawn from the text's tokens at
+random, so that they can be predicted only from the cache. The cue comes after compression, so that
+the question is unknown when the cache is compressed ("unaware"), or at the end of the prefill
+("aware").
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import numpy as np
 from mukv.core.errors import BadInput
 
 CUE, ANSWER = 4, 4
-"""Tokens of a planted string that are shown, and that are asked for."""
+"""Tokens of a planted string that are shown as the cue, and that are to be predicted."""
 SHORTEST, USUAL = 32, 64
-"""Tokens of a row: at least, and where a model was trained on fewer."""
+"""Tokens of a row: the minimum, and the default where a model was trained on fewer."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """tokens: int32 [row token]. read: tokens of each that are read at once. answers: where those
-    that are asked for stand: bool [kind row token], text, unaware and aware in this order."""
+    """Rows of three kinds: plain text, unaware and aware.
+
+    tokens: int32 [row token]
+    read: tokens of each row that are prefilled
+    asked: true at graded tokens, bool [kind row token], kinds in the order above
+    """
 
     tokens: np.ndarray
     read: int
@@ -36,8 +41,9 @@ class Rows:
 
 
 def rows_of(texts: Sequence[np.ndarray], length: int, samples: int, seed: int = 0) -> Rows:
-    """`samples` windows of the texts as they are, as many with a string planted and its cue to
-    come, as many with the cue already read. Raises BadInput for texts that are too short."""
+    """Make `samples` rows of each kind: windows as they are, with a planted string whose cue comes
+    after the prefill, and with the cue at its end. Raises BadInput for texts that are too short.
+    """
     longest = max(map(len, texts))
     for name, given in (("text", longest), ("--length", length)):
         if given < SHORTEST:

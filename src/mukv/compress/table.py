@@ -1,4 +1,4 @@
-"""What was found, as a table and as a picture."""
+"""Write the results as a table and a figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNITS = {"perplexity": "perplexity", "recall": "recall, share of planted strings
 
 
 def write(results: Sequence[Result], folder: Path, title: str) -> list[Path]:
-    """The table, and the trade-off as a picture."""
+    """Write the table and the figure of the trade-off; return their paths."""
     text = io.StringIO()
     table = csv.DictWriter(text, list(asdict(results[0])), lineterminator="\n")
     table.writeheader()
@@ -28,7 +28,7 @@ def write(results: Sequence[Result], folder: Path, title: str) -> list[Path]:
 
 
 def _draw(results: Sequence[Result], path: Path, title: str) -> None:
-    """Perplexity and recall against what is kept and what is read, full = 1."""
+    """Draw perplexity and recall against bytes kept and bytes read, relative to the full cache."""
     full, names = results[0], list(dict.fromkeys(result.policy for result in results))
     across = {
         "bytes kept, of full": lambda r: r.cache_bytes / full.cache_bytes,
@@ -49,9 +49,9 @@ def _draw(results: Sequence[Result], path: Path, title: str) -> None:
                     style = others[number - 1] if number else FULL
                     line = sorted((place(r), *_bar(r, label)) for r in results if r.policy == name)
                     x, y, *bars = zip(*line, strict=True)
-                    there = any(map(any, bars))
+                    intervals = any(map(any, bars))
                     axis.errorbar(
-                        *(x, y, bars if there else None),
+                        *(x, y, bars if intervals else None),
                         **{"label": shown, "linewidth": 1, "elinewidth": 0.7, "markersize": 5},
                         **style,
                     )
@@ -66,11 +66,11 @@ def _draw(results: Sequence[Result], path: Path, title: str) -> None:
 
 
 def _bar(result: Result, name: str) -> tuple[float, float, float]:
-    """A figure, and how far its interval goes down and up."""
+    """Return a value and the distances down and up to the ends of its interval."""
     middle, low, high = (getattr(result, f"{name}{end}") for end in ("", "_low", "_high"))
     return middle, middle - (middle if low is None else low), (high or middle) - middle
 
 
 def _share(x: float, _: int) -> str:
-    """A tick: 2, 1, 1/2, 1/4."""
+    """Format a tick: 2, 1, 1/2, 1/4."""
     return f"{x:.3g}" if x >= 1 else f"1/{1 / x:.3g}"

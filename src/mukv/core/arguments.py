@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,41 @@ def whole_numbers(where: str, given: Any) -> Int[np.ndarray, "batch token"]:
     return np.atleast_2d(found).astype(np.int32)
 
 
+def require_text(where: str, given: Any) -> None:
+    """Raise BadInput unless this is a text, and those in mappings and sequences too.
+
+    A lone surrogate, which no UTF-8 can hold, is the half of a character or stands for a byte of a
+    command line that is not UTF-8.
+    """
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            require_text(where, key)
+            require_text(f"{where}.{key}", value)
+    elif isinstance(given, list | tuple):
+        for place, value in enumerate(given):
+            require_text(f"{where}[{place}]", value)
+    elif isinstance(given, str):
+        try:
+            given.encode()
+        except UnicodeEncodeError:
+            raise BadInput(where, given, "text without lone surrogates") from None
+
+
+def token_ids(where: str, given: Any, vocab_size: int) -> Int[np.ndarray, "batch token"]:
+    """Return int32 rows of ids from [token] or [batch token].
+
+    Raises BadInput as `whole_numbers` does, and for ids outside of 0 to vocab_size - 1.
+    """
+    found = whole_numbers(where, given)
+    beyond = found[(found < 0) | (found >= vocab_size)]
+    if beyond.size:
+        raise BadInput(where, int(beyond[0]), f"token ids go from 0 to {vocab_size - 1}")
+    return found
+
+
 def strings(where: str, given: Any) -> list[str]:
     """A text or a sequence of texts as a list. Raises BadInput."""
+    require_text(where, given)
     if isinstance(given, str):
         return [given]
     if not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):

@@ -41,7 +41,11 @@ SIMULATED_LIMIT = 8
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Sizes of the mesh axes; on a CPU the devices are simulated when there are too few."""
+    """Sizes of the mesh axes; on a CPU the devices are simulated when there are too few.
+
+    data: devices that split the batch and, for storage, the weights (FSDP)
+    tensor: devices that split heads, hidden units and the vocabulary
+    """
 
     data: int = 1
     tensor: int = 1

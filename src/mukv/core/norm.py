@@ -15,7 +15,11 @@ from mukv.core.typing import Array, Float
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """stored: what the weight is: the gain, or its offset from one (Gemma)."""
+    """Root mean square norm (Zhang and Sennrich 2019).
+
+    epsilon: added to the mean square
+    stored: what the weight is: the gain, or its offset from one (Gemma)
+    """
 
     epsilon: float = 1e-6
     stored: Literal["gain", "offset"] = "gain"

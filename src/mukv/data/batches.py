@@ -1,7 +1,8 @@
-"""Batches as a pure function of (seed, step, row): resuming needs the step alone.
+"""Batches as a pure function of (seed, step, row), so that resuming needs only the step.
 
-A stream is read in windows of `length` + 1 tokens that overlap by one, so that an epoch predicts
-every token once. An epoch is a keyed permutation of the windows, computed, not stored.
+A stream is cut into windows of `length` + 1 tokens that overlap by one, so that every token is
+predicted once per epoch. The order of windows in an epoch is a keyed permutation, which is
+computed, not stored.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ T = TypeVar("T")
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and what is to be predicted after each.
+    """Rows of tokens with the target of each token.
 
-    position: place in the document, counted from where the window cuts it. segment: 1, 2, ... by
-    document, 0 for padding. weight: 0 where the target is padding or begins a document.
+    tokens: ids, int32 [batch, token]
+    targets: the id after each token, int32 [batch, token]
+    position: position in the document, from 0 at the document's first token in this window
+    segment: number of the document in the row, from 1; 0 is padding
+    weight: weight of the target in the loss: 0 where the target is padding or the first token of a
+        document, else 1
     """
 
     tokens: Int[np.ndarray, "batch token"]
@@ -43,10 +48,13 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """One split of a token file, cut into rows.
+    """Batches of one split of a token file. Raises BadInput for values that can't work.
 
-    batch: rows over all hosts. length: tokens per row. packing: "packed" keeps documents apart by
-    segment and counts positions in each; "contiguous" makes a row one segment. Raises BadInput.
+    seed: key of the permutation of windows
+    batch: rows over all hosts
+    length: tokens per row
+    packing: "packed" gives each document its own segment and positions; "contiguous" makes a row
+        one segment
     """
 
     tokens: TokenFile
@@ -68,34 +76,36 @@ class Batches:
 
     @cached_property
     def stream(self) -> Stream:
+        """The tokens of the split."""
         return self.tokens.split(self.split)
 
     @property
     def windows(self) -> int:
-        """Rows in one epoch; the last may be partly padding."""
+        """Windows in one epoch; the last may be partly padding."""
         return -(-(len(self.stream.tokens) - 1) // self.length)
 
     def at(self, step: int, host: int = 0, hosts: int = 1) -> Batch:
-        """This host's rows of the training batch of a step; the batch of all is independent of
-        the number of hosts."""
+        """Return this host's rows of the training batch of a step. All hosts' rows together do not
+        depend on the number of hosts.
+        """
         epoch, place = np.divmod(self._rows(step, host, hosts), self.windows)
         return self._read(permuted(place, epoch, self.windows, self.seed))
 
     def once(self, limit: int | None = None, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
-        """Each window once, in order; the last batch is filled up with rows of weight 0.
+        """Yield every window once, in order; the last batch is filled with rows of weight 0.
 
-        limit: at most so many batches, of windows spread evenly over the stream.
+        limit: largest number of batches; their windows are spread evenly over the stream
         """
         steps = -(-self.windows // self.batch)
-        rows, of = self.windows, self.windows
+        rows, total = self.windows, self.windows
         if limit is not None and limit < steps:
             steps, rows = limit, limit * self.batch
         for step in range(steps):
             row = self._rows(step, host, hosts)
-            yield self._read(np.where(row < rows, row * of // rows, of))
+            yield self._read(np.where(row < rows, row * total // rows, total))
 
     def _rows(self, step: int, host: int, hosts: int) -> Int[np.ndarray, " row"]:
-        """Numbers of this host's rows, counted from the beginning of training."""
+        """Return the numbers of this host's rows, counted from the beginning of training."""
         if self.batch % hosts:
             raise BadInput("batch", self.batch, f"a multiple of the number of hosts ({hosts})")
         share = self.batch // hosts
@@ -113,7 +123,7 @@ class Batches:
             rows[row, : len(piece)] = piece
             begins[row, stream.starts[edges[0, row] : edges[1, row]] - start] = True
         check_ids(self.tokens, rows)
-        # int32 throughout: these passes over the whole batch are what a batch costs.
+        # int32 throughout, because these passes over the whole batch dominate its cost.
         place = np.arange(length + 1, dtype=np.int32)
         real = place < (count - first)[:, None]
         learned = (real & ~begins)[:, 1:]
@@ -132,10 +142,16 @@ class Batches:
 
 
 class Prefetch(Generic[T]):
-    """Makes the next few batches in a thread while the device works on this one.
+    """Make the next batches in a thread while the device works on the current one.
 
-    Iterating yields `make(step)` for each step, in order. wait_seconds: how long the caller
-    waited for them. What `make` raises is raised where its batch would have come.
+    Iterating yields `make(step)` for each step, in order. An exception of `make` is raised where
+    its batch would have been yielded.
+
+    make: function of a step
+    steps: the steps, in order
+    depth: batches made ahead
+
+    `wait_seconds` is the time for which the caller has waited for batches.
     """
 
     def __init__(self, make: Callable[[int], T], steps: Iterable[int], depth: int = 2):
@@ -155,11 +171,11 @@ class Prefetch(Generic[T]):
         self.pool.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[T]:
-        coming = (self.pool.submit(self.make, step) for step in self.steps)
-        pending: deque[Future[T]] = deque(islice(coming, self.depth))
+        futures = (self.pool.submit(self.make, step) for step in self.steps)
+        pending: deque[Future[T]] = deque(islice(futures, self.depth))
         while pending:
             began = time.monotonic()
             batch = pending.popleft().result()
             self.wait_seconds += time.monotonic() - began
-            pending.extend(islice(coming, 1))
+            pending.extend(islice(futures, 1))
             yield batch

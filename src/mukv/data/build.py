@@ -1,9 +1,9 @@
-"""Sources become a token file: read in order, tokenised in parallel, written as a stream.
+"""Build a token file: read sources in order, tokenise in parallel, write two streams.
 
-A document belongs to validation when a hash of its text falls below the held-out share, whatever
-else is in the corpus; of a text beyond 1 MiB each block of 64 KiB decides for itself, and
-neighbours that agree stay one document. Where that leaves a split empty (few documents), the end
-of the tokens is held out instead. Threads suffice: `tokenizers` works outside Python's lock.
+A document belongs to validation if a hash of its text falls below the held-out fraction, whatever
+else is in the corpus. A text beyond 1 MiB is assigned block by block (64 KiB); neighbouring blocks
+of the same split stay one document. If that leaves a split empty (few documents), the end of the
+tokens is held out instead. Threads suffice because `tokenizers` releases Python's lock.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from mukv.show.terminal import Console, column
 from mukv.storage.files import new_folder, write_atomic
 
 TASK_BYTES = 1 << 18
-"""Text that a thread tokenises at once."""
+"""Bytes of text that a thread tokenises at once."""
 Report = Callable[[int], None]
-"""Called now and then with the bytes of text written so far."""
+"""Callback that receives the bytes of text written so far."""
 
 
 def build_tokens(
@@ -51,13 +51,20 @@ def build_tokens(
 ) -> TokenFile:
     """Write the token file `out` and open it. Its content does not depend on `workers`.
 
-    sources: see `mukv.data.text`. tokenizer: `bytes`, `bpe:SIZE` (learnt from the sources) or the
-    path of a tokenizer.json. validation: share of the text that is held out. workers: threads,
-    one per core if None. A token file of the same content that is already there is kept; another
-    is refused unless `overwrite`. Raises BadInput and Failed, and then leaves nothing behind.
+    sources: see `mukv.data.text`
+    tokenizer: `bytes`, `bpe:SIZE` (trained on the sources) or the path of a tokenizer.json
+    field: name of the text in JSONL, Parquet and data sets
+    validation: fraction of the text that is held out, between 0 and 1
+    on_invalid: treatment of text that is not UTF-8; see `pieces`
+    workers: threads; None means one per core
+    overwrite: whether a different token file at `out` is replaced; without it, it is an error. One
+        of the same content is kept.
+    report: called with the bytes written so far
+
+    Raises BadInput and Failed, and then leaves nothing behind.
     """
     if not 0 < validation < 1:
-        raise BadInput("validation", validation, "a share between 0 and 1")
+        raise BadInput("validation", validation, "a fraction between 0 and 1")
     if workers is not None and workers < 1:
         raise BadInput("workers", workers, "at least 1")
     with telling_disk_errors(out):
@@ -92,7 +99,7 @@ def build_tokens(
 
 
 def default_corpus(cache: Path) -> TokenFile:
-    """The Python library's own source as bytes, built in the folder `cache` when first asked."""
+    """Return the Python library's own source as bytes, built in the folder `cache` on first use."""
     path = cache / f"stdlib-{platform.python_version()}"
     if not is_token_file(path):
         # Processes that start together may build it together; the first to finish wins.
@@ -105,7 +112,9 @@ def default_corpus(cache: Path) -> TokenFile:
 
 
 def make_tokenizer(spec: str, read: Callable[[], Iterable[Piece]]) -> AnyTokenizer:
-    """From `bytes`, `bpe:SIZE` (learnt from what `read` gives) or the path of a tokenizer.json."""
+    """Make a tokenizer from `bytes`, `bpe:SIZE` (trained on what `read` yields) or the path of a
+    tokenizer.json.
+    """
     if spec == "bytes":
         return ByteTokenizer()
     kind, _, size = spec.partition(":")
@@ -124,7 +133,7 @@ def make_tokenizer(spec: str, read: Callable[[], Iterable[Piece]]) -> AnyTokeniz
 
 @contextmanager
 def speed_meter(title: str, console: Console | None = None) -> Iterator[Report]:
-    """Megabytes and megabytes per second on a terminal, for `build_tokens(report=...)`."""
+    """Show megabytes and megabytes per second on a terminal, for `build_tokens(report=...)`."""
     columns = SpinnerColumn(), column("task.description"), DownloadColumn()
     progress = Progress(
         *columns, TransferSpeedColumn(), console=console or Console(stderr=True), transient=True
@@ -135,7 +144,7 @@ def speed_meter(title: str, console: Console | None = None) -> Iterator[Report]:
 
 
 class _AlreadyThere(Exception):
-    """The same token file is at the target: keep it."""
+    """Raised where a token file of the same content is at the target, which is then kept."""
 
 
 def _check_free(out: Path) -> None:
@@ -148,7 +157,7 @@ def _check_free(out: Path) -> None:
 def _check_same(out: Path, stamp: str, overwrite: bool) -> None:
     if not is_token_file(out):
         return
-    with suppress(BadInput):  # a damaged one is never the same
+    with suppress(BadInput):  # a damaged file is never the same
         if open_tokens(out).fingerprint == stamp:
             raise _AlreadyThere
     if not overwrite:
@@ -158,7 +167,12 @@ def _check_same(out: Path, stamp: str, overwrite: bool) -> None:
 
 
 class _Encoded(NamedTuple):
-    """A piece as ids."""
+    """The ids of a piece of text.
+
+    bytes: UTF-8 bytes of the text
+    first: whether a document begins with it
+    held_out: whether it belongs to validation
+    """
 
     ids: np.ndarray
     bytes: int
@@ -169,7 +183,7 @@ class _Encoded(NamedTuple):
 def _encoded(
     texts: Iterable[Piece], tokenizer: AnyTokenizer, share: float, workers: int
 ) -> Iterator[_Encoded]:
-    """In the order of the texts, with a few tasks per thread under way."""
+    """Yield the ids of each text, in order, with a few tasks per thread in flight."""
     dtype = layout.DTYPES[layout.dtype_name(tokenizer.vocab_size)]
 
     def encode(task: list[Piece]) -> list[_Encoded]:
@@ -210,14 +224,14 @@ def _tasks(texts: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def held_out(data: bytes, share: float) -> bool:
-    """Whether a text belongs to validation: a function of nothing but the text and the share."""
+    """Whether a text belongs to validation: a function only of the text and the fraction."""
     digest = hashlib.blake2b(data, digest_size=8, person=b"mukv split").digest()
     return int.from_bytes(digest, "little") < share * 2**64
 
 
 @dataclass
 class _Count:
-    """What one stream holds; the keys of meta.json."""
+    """Counts of one stream, with the keys of meta.json."""
 
     tokens: int = 0
     documents: int = 0
@@ -231,7 +245,7 @@ def _write(
     share: float,
     report: Report | None,
 ) -> dict[str, _Count]:
-    """Both streams, piece by piece."""
+    """Write both streams and return their counts."""
     dtype = layout.DTYPES[layout.dtype_name(tokenizer.vocab_size)]
     begin = np.array(tokenizer.start, dtype)
     counts = {name: _Count() for name in layout.SPLITS}
@@ -270,7 +284,7 @@ def _write(
 def _hold_out_end(
     folder: Path, tokenizer: AnyTokenizer, counts: dict[str, _Count], share: float
 ) -> dict[str, _Count]:
-    """Cut the only stream that is not empty in two."""
+    """Move the end of the only non-empty stream into validation."""
     train, validation = layout.SPLITS
     if counts[validation].tokens:
         for kind in ("bin", "starts"):

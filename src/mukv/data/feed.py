@@ -1,4 +1,4 @@
-"""What a run reads: batches of two splits, and the names of their ids."""
+"""Interfaces of a run's input: batches of two splits, and their tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Source(Protocol):
 
 
 class Origin(Protocol):
-    """What is remembered of where a run's ids come from."""
+    """Identity of a run's input: its tokenizer, and a fingerprint of its content."""
 
     @property
     def tokenizer(self) -> AnyTokenizer: ...
@@ -32,14 +32,17 @@ class Origin(Protocol):
 
 
 class Feed(Origin, Protocol):
-    """What a run reads."""
+    """Input of a run: its identity, and the batches of each split."""
 
     def source(self, split: Half, seed: int, batch: int, length: int) -> Source: ...
 
 
 @dataclass(frozen=True, eq=False)
 class TextFeed:
-    """A token file, its documents packed as `Batches` says."""
+    """Batches of a token file.
+
+    packing: see `Batches`
+    """
 
     tokens: TokenFile
     packing: Literal["packed", "contiguous"]

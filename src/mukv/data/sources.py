@@ -1,8 +1,8 @@
-"""Where text comes from: files, folders, Python packages, data sets.
+"""Sources of text: files, folders, Python packages, data sets.
 
-A source is a string: a path, or `kind:name` with a kind of the table at the end. A source function
-yields documents as open binary files. To add a source: one function, one table line. The order is
-deterministic: sorted paths, rows as they come.
+A source is a string: a path, or `kind:name` with a kind of the table `SOURCES`. A source function
+yields documents as open binary files. To add a source: one function, one line in the table. The
+order is deterministic: paths are sorted, rows are in their order.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from mukv.core.errors import BadInput, nearest_name, unknown_name
 from mukv.storage.files import require_regular_file
 
 TESTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
-"""Folders that are not the standard library itself."""
+"""Folders that are left out of the standard library."""
 SAVED_DATA_SET = ("dataset_dict.json", "dataset_info.json")
 Source = Iterator[tuple[str, BinaryIO]]
-"""Names (for messages) and contents of documents."""
+"""Names (for messages) and open files of documents."""
 
 
 def open_source(source: str, field: str) -> Source:
-    """The documents of a source, with the text of records in `field`. Raises BadInput, for a name
-    of nothing at once and for what can't be read when it comes to it."""
+    """Open the documents of a source; of records, the text in `field`. Raises BadInput: at once for
+    an unknown name, while iterating for what can't be read.
+    """
     kind, _, name = source.partition(":")
     if kind in SOURCES:
         return SOURCES[kind](name, field)
@@ -40,15 +41,15 @@ def open_source(source: str, field: str) -> Source:
 
 @contextmanager
 def telling_read_errors(name: str) -> Iterator[None]:
-    """What the file system refuses while reading, in one line about `name`."""
+    """Turn the file system's errors while reading into one BadInput about `name`."""
     try:
         yield
     except OSError as error:
-        raise BadInput(name, error.strerror or str(error), "a text that can be read") from error
+        raise BadInput(name, error.strerror or str(error), "a readable text") from error
 
 
 def nearest_path(path: Path) -> str | None:
-    """What lies beside a path that is not there and was most likely meant."""
+    """Return the path in the same folder whose name is nearest to a missing one, if any is near."""
     try:
         return nearest_name(str(path), (str(each) for each in path.parent.iterdir()))
     except OSError:
@@ -56,7 +57,7 @@ def nearest_path(path: Path) -> str | None:
 
 
 def _path(source: str, field: str) -> Source:
-    """A file by its suffix, or all of a folder: hidden and binary files are left out."""
+    """Open a file by its suffix, or all files of a folder except hidden and binary ones."""
     path = Path(source)
     if not path.exists():
         near = nearest_name(source, SOURCES) or nearest_path(path)
@@ -76,7 +77,9 @@ def _folder(path: Path, field: str) -> Source:
 
 
 def binary_files(source: str) -> int:
-    """How many files of a source are left out because they are binary: 0 unless it is a folder."""
+    """Count the files of a folder that are left out because they are binary; 0 for
+    other sources.
+    """
     path = Path(source)
     if source.partition(":")[0] in SOURCES or not path.is_dir():
         return 0
@@ -92,7 +95,7 @@ def _file(path: Path, field: str) -> Source:
 
 
 def _walk(folder: Path, leave_out: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Regular files in sorted order, without hidden ones and __pycache__."""
+    """Yield regular files in sorted order, without hidden ones and __pycache__."""
 
     def stop(error: OSError) -> None:
         raise BadInput(error.filename, error.strerror, "a folder that can be read")
@@ -110,7 +113,7 @@ def _walk(folder: Path, leave_out: frozenset[str] = frozenset()) -> Iterator[Pat
 
 
 def _binary(path: Path) -> bool:
-    """Whether the file begins as no text does, by the rule of git: a NUL in its first 8 KiB."""
+    """Whether there is a NUL in the file's first 8 KiB, git's rule for binary files."""
     with telling_read_errors(str(path)), path.open("rb") as file:
         return b"\0" in file.read(8192)
 
@@ -127,12 +130,12 @@ def _jsonl(path: Path, field: str) -> Source:
                 continue
             where = f"{path}:{number}"
             try:
-                # Bytes that are not UTF-8 pass through to where they are judged.
+                # Bytes that are not UTF-8 are kept here and treated by `pieces`.
                 record = json.loads(line.decode(errors="surrogateescape"))
             except (ValueError, RecursionError) as error:
-                raise BadInput(where, _start(line), f"one JSON object a line ({error})") from None
+                raise BadInput(where, _start(line), f"one JSON object per line ({error})") from None
             if not isinstance(record, dict):
-                raise BadInput(where, _start(line), "one JSON object a line")
+                raise BadInput(where, _start(line), "one JSON object per line")
             if field not in record:
                 raise unknown_name(f"{where}: field", field, map(str, record))
             yield _record(where, field, record[field])
@@ -173,15 +176,15 @@ def _parquet(path: Path, field: str) -> Source:
 
 
 def _stdlib(name: str, field: str) -> Source:
-    """The Python library's own source, without its tests."""
+    """Open the Python library's own source, without its tests."""
     if name:
-        raise BadInput("SOURCE", f"stdlib:{name}", "just stdlib")
+        raise BadInput("SOURCE", f"stdlib:{name}", "`stdlib` takes no name")
     folder = Path(sysconfig.get_path("stdlib"))
     return _python(_walk(folder, TESTS), field)
 
 
 def _package(name: str, field: str) -> Source:
-    """The source of an importable package or module, found without importing it."""
+    """Open the source of an importable package or module, found without importing it."""
     top, _, inner = name.partition(".")
     try:
         spec = importlib.util.find_spec(top) if top else None
@@ -208,8 +211,9 @@ def _python(paths: Iterable[Path], field: str) -> Source:
 
 
 def _hugging_face(name: str, field: str) -> Source:
-    """NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, on the hub or a folder; the split is `train` if none
-    is given."""
+    """Open NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, on the hub or in a folder. SPLIT is `train` if
+    none is given.
+    """
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -247,4 +251,4 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "hf": _hugging_face,
 }
 FORMATS: dict[str, Callable[[Path, str], Source]] = {".jsonl": _jsonl, ".parquet": _parquet}
-"""By suffix; all else is text."""
+"""Readers by suffix; all other files are read as text."""

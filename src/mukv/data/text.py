@@ -1,7 +1,7 @@
-"""Text as a stream of pieces: all documents of all sources, one after another, valid UTF-8.
+"""Read all documents of all sources as a stream of pieces of valid UTF-8.
 
-A document of any size is read bit by bit: beyond 1 MiB it comes in blocks. Where the documents
-come from is in sources.py.
+A document of up to 1 MiB is one piece, a longer one comes in blocks, so that documents of any size
+fit in memory. sources.py opens the documents.
 """
 
 from __future__ import annotations
@@ -13,32 +13,38 @@ from mukv.core.errors import BadInput, unknown_name
 from mukv.data.sources import open_source, telling_read_errors
 
 WHOLE_BYTES = 1 << 20
-"""A longer text is cut into blocks, so that a book of gigabytes never lies in memory."""
+"""Longer texts are cut into blocks, so that a file of gigabytes is never in memory as a whole."""
 BLOCK_BYTES = 1 << 16
 Invalid = Literal["strict", "replace", "skip"]
 
 
 class Piece(NamedTuple):
-    """Valid UTF-8 that is tokenised at once: a document, or a block of a long one."""
+    """Valid UTF-8 that is tokenised at once: a document, or a block of a long one.
+
+    name: document, for messages
+    data: the text
+    first: whether a document begins here
+    """
 
     name: str
     data: bytes
     first: bool
-    """Whether a document begins here."""
 
 
 def pieces(
     sources: Sequence[str], field: str = "text", on_invalid: str = "strict"
 ) -> Iterator[Piece]:
-    """All documents of all sources, those beyond 1 MiB in blocks of 64 KiB cut at line ends.
+    """Yield all documents of all sources, those beyond 1 MiB in blocks of 64 KiB cut at line ends.
 
-    field: name of the text in JSONL, Parquet and data sets. on_invalid: what to do where a text
-    is not UTF-8: "strict" raises BadInput, "replace" puts U+FFFD, "skip" leaves the piece out.
+    field: name of the text in JSONL, Parquet and data sets
+    on_invalid: what to do with text that is not UTF-8: "strict" raises BadInput, "replace" inserts
+        U+FFFD, "skip" leaves the piece out
+
     Empty documents are left out. Raises BadInput for a source that can't be read.
     """
     if on_invalid not in get_args(Invalid):
         raise unknown_name("on_invalid", on_invalid, get_args(Invalid))
-    opened = [open_source(source, field) for source in sources]  # all names are judged first
+    opened = [open_source(source, field) for source in sources]  # raises for unknown names first
     for source in opened:
         for name, file in source:
             first, offset = True, 0
@@ -52,8 +58,9 @@ def pieces(
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    """A document whole, or in blocks that end with a line, else before a space, else with a
-    character."""
+    """Yield a short document whole, a long one in blocks that end after a line, else before a
+    space, else after a character.
+    """
     rest = file.read(WHOLE_BYTES + 1)
     if len(rest) <= WHOLE_BYTES:
         yield rest
@@ -83,6 +90,6 @@ def _valid(name: str, data: bytes, offset: int, on_invalid: str) -> bytes:
         place = offset + error.start
         given = f"byte 0x{data[error.start]:02x} at offset {place}"
         raise BadInput(
-            name, given, "UTF-8 text; or say what to do with other text: replace or skip"
+            name, given, "UTF-8 text; other text can be handled by replace or skip"
         ) from None
     return data

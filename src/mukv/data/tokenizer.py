@@ -1,19 +1,14 @@
-"""Tokenizers: bytes, or anything a `tokenizer.json` says, behind one small interface.
+"""Tokenizers: bytes, or any `tokenizer.json`, behind one small interface.
 
-Both kinds are stored as a genuine `tokenizers` file. Every id stands for known bytes, so that
-decoding is joining them and bits per byte are exact for byte-level vocabularies (GPT-2, Llama 3,
-ours) and SentencePiece ones with byte fallback (Gemma); what other kinds (WordPiece) lose in
-their normalisation is not counted.
+Both kinds are stored as a `tokenizers` file. Every id has known bytes, so that bits per byte are
+exact for byte-level vocabularies (GPT-2, Llama 3, mukv's own) and SentencePiece ones with byte
+fallback (Gemma); what others (WordPiece) lose in their normalisation is not counted.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,80 +17,99 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from mukv.core.arguments import require_text
 from mukv.core.errors import BadInput
+from mukv.data.growth import require_bounded
+from mukv.data.panics import may_panic, telling_tokenizer_errors
+from mukv.data.spelling import byte_alphabet, spelled
 from mukv.storage.files import require_regular_file, write_atomic
 
 BEGIN = "<|begin|>"
-"""Stands before every document; its id in the byte tokenizer is 256."""
-PROBES = ("a", "A", "0", ".", " ", "\n")
-"""Texts of which one has a token in any vocabulary of a language."""
+"""Token before every document; its id in the byte tokenizer is 256."""
+MOST_BYTES = 200_000_000
+"""Largest tokenizer.json in bytes; that of Gemma 3 has 33 MB."""
 MOST_IDS = 1 << 24
-"""A larger id is a damaged file's: the largest published vocabularies have 2**18."""
+"""Upper bound of ids: the largest published vocabularies have 2**18."""
 TRAINING_BYTES = 1 << 28
-"""Of text that a BPE is learnt from; more changes little and takes long."""
-
-
-def byte_alphabet() -> list[str]:
-    """The visible character that byte-level tokenizers write for each byte (GPT-2's table)."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
+"""Bytes of text that BPE is trained on, at most; more changes little and takes long."""
 
 
 @dataclass(frozen=True)
 class JsonTokenizer:
-    """What a tokenizer.json says. Safe to share between threads."""
+    """The tokenizer of a tokenizer.json's text. It can be shared between threads."""
 
     content: str
 
     @cached_property
     def inner(self) -> Tokenizer:
         inner = _plain(self.content)
-        # A text that spells <|begin|> must not begin a document.
+        # The text <|begin|> inside a document must not begin a document.
         inner.encode_special_tokens = True
+        special = [t.content for t in inner.get_added_tokens_decoder().values() if t.special]
+        if _spells_one(inner, special):
+            inner.model = _without_words(json.loads(self.content)["model"], set(special))
         return inner
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return 1 + max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1)
+        """The largest id plus one."""
+        return 1 + max(self._vocab.values(), default=-1)
 
     @cached_property
     def text_vocab_size(self) -> int:
-        """One more than the largest id that a text can have: what a model's embedding must hold.
+        """The largest id that a text can have plus one: the size that a model's embedding needs.
 
-        Special tokens count only where they begin a text. Published files name some that their
-        models have no embedding for.
+        Special tokens count only if they begin a text. Published files name some that their models
+        have no embedding for.
         """
-        special = {t for t, token in self._added.items() if token.special} - set(self.start)
-        ids = self.inner.get_vocab(with_added_tokens=True).values()
+        special = {t for t, token in self._added.items() if token.special}
+        # A special token may be the unknown token.
+        unknown = getattr(self.inner.model, "unk_token", None) or ""
+        special -= {*self.start, self._vocab.get(unknown)}
+        ids = self._vocab.values()
         return 1 + max((token for token in ids if token not in special), default=-1)
 
     @cached_property
     def start(self) -> tuple[int, ...]:
-        """Ids before every document: what the file's own template puts before a text. What it
-        puts behind one is left out."""
-        marked = self._marked
-        for probe in PROBES:
-            found = marked.encode(probe)
-            own = [place for place, text in enumerate(found.sequence_ids) if text is not None]
-            if own:
-                return tuple(found.ids[: own[0]])
-        return ()
+        """Ids before every document, from the file's template; ids that it puts after a text are
+        ignored."""
+        return _start(self.said.get("post_processor"))
+
+    @cached_property
+    def _vocab(self) -> dict[str, int]:
+        return self.inner.get_vocab(with_added_tokens=True)
 
     @cached_property
     def _added(self) -> dict[int, Any]:
         return self.inner.get_added_tokens_decoder()
 
+    @cached_property
+    def said(self) -> dict[str, Any]:
+        """The file without its vocabulary and merges."""
+        tree = json.loads(self.content)
+        if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+            raise ValueError("no JSON object with a `model`")
+        for name in ("vocab", "merges"):
+            tree["model"].pop(name, None)
+        return tree
+
+    @cached_property
+    def _may_panic(self) -> bool:
+        return may_panic(self.said)
+
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [token], without `start`."""
-        with telling_tokenizer_errors("text", text[:40]):
+        """Return the ids of a text, int32 [token], without `start`. Raises BadInput for lone
+        surrogates."""
+        require_text("text", text)
+        with telling_tokenizer_errors("text", text[:40], self._may_panic):
             (found,) = self.inner.encode_batch_fast([text], add_special_tokens=False)
         return np.array(found.ids, np.int32)
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of a text that spells out its special tokens, as a chat template gives it."""
-        with telling_tokenizer_errors("text", text[:40]):
+        """Return the ids of a text in which special tokens are written out, as by a
+        chat template."""
+        require_text("text", text)
+        with telling_tokenizer_errors("text", text[:40], self._may_panic):
             return self._marked.encode(text, add_special_tokens=False).ids
 
     @cached_property
@@ -103,24 +117,32 @@ class JsonTokenizer:
         return _plain(self.content)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens are silent, bytes that are no character become U+FFFD."""
+        """Return the text of ids that begin a text, as the file's decoder gives it.
+
+        Special tokens and unused ids are left out; bytes that are not characters become U+FFFD.
+        """
+        known = [int(token) for token in ids if 0 <= token < self.vocab_size]
+        with telling_tokenizer_errors("token ids", str(known[:20]), self._may_panic):
+            return self.inner.decode(known)
+
+    def decode_further(self, ids: Iterable[int]) -> str:
+        """Return the text of ids that follow others, with the space before the first word."""
         return b"".join(map(self.token_data, ids)).decode(errors="replace")
 
     def token_data(self, token: int) -> bytes:
-        """Bytes that an id stands for; none for special tokens and for ids of no token."""
+        """Return the bytes that an id appends to a text; empty for special tokens and
+        unused ids."""
         return self._data[token] if 0 <= token < len(self._data) else b""
 
     @cached_property
     def _data(self) -> list[bytes]:
-        spell = _spelling(self)
-        data = [b""] * self.vocab_size
-        for text, token in self.inner.get_vocab(with_added_tokens=True).items():
-            if token not in self._added or not self._added[token].special:
-                data[token] = spell(token, text)
-        return data
+        silent = {token for token, added in self._added.items() if added.special}
+        with telling_tokenizer_errors("tokenizer.json", "its decoder", self._may_panic):
+            return spelled(self.inner, self.said.get("decoder"), silent, self.vocab_size)
 
     def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
-        """UTF-8 bytes of each id, int32 [vocab]. Raises BadInput for too small a vocabulary."""
+        """Return the UTF-8 bytes of each id, int32 [vocab]. Raises BadInput for too small a
+        vocabulary."""
         size = self.vocab_size if vocab_size is None else vocab_size
         if size < self.text_vocab_size:
             raise BadInput("vocab_size", size, f"at least the tokenizer's {self.text_vocab_size}")
@@ -135,7 +157,7 @@ class JsonTokenizer:
 
 
 class ByteTokenizer(JsonTokenizer):
-    """Ids are byte values, and 256 begins a document. The file says the same to others."""
+    """Tokenizer whose ids are byte values, and 256, which begins a document."""
 
     def __init__(self) -> None:
         vocab = {shown: byte for byte, shown in enumerate(byte_alphabet())}
@@ -143,11 +165,15 @@ class ByteTokenizer(JsonTokenizer):
         super().__init__(_finished(byte_level, use_regex=False).to_str())
 
     def encode(self, text: str) -> np.ndarray:
+        require_text("text", text)
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_further(ids)
 
 
 class NoTokenizer(JsonTokenizer):
-    """Of a model that came without one: there are only ids, which stand for no text."""
+    """Tokenizer of a model without one: it has only ids, without text."""
 
     def __init__(self) -> None:
         super().__init__(Tokenizer(models.BPE()).to_str())
@@ -159,45 +185,84 @@ class NoTokenizer(JsonTokenizer):
 AnyTokenizer = ByteTokenizer | JsonTokenizer
 
 
-@contextmanager
-def telling_tokenizer_errors(where: str, given: str) -> Iterator[None]:
-    """Turn whatever the library raises into BadInput. It raises plain Exceptions, and panics of
-    its Rust code, which are none."""
-    try:
-        yield
-    except (BadInput, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        words = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        allowed = "what a tokenizer.json of Hugging Face's tokenizers can encode"
-        raise BadInput(where, f"{given} ({words})", allowed) from None
-
-
-@contextmanager
-def _without_panics() -> Iterator[None]:
-    """Keep from standard error what a panic of the library's Rust code prints there by itself: a
-    trace of a hundred lines, of an error that is told in one."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def _plain(content: str) -> Tokenizer:
-    """The tokenizer of a file, without the truncation and padding of its last use."""
+    """Load a tokenizer without truncation, padding and randomness (dropout of merges, sampling).
+
+    Its post-processor is removed: `start` replaces it, and a template may also double the text.
+    """
     inner = Tokenizer.from_str(content)
+    inner.post_processor = None
     inner.no_padding()
     inner.no_truncation()
+    for name in ("dropout", "alpha", "nbest_size"):
+        if getattr(inner.model, name, None) is not None:
+            setattr(inner.model, name, None)
     return inner
 
 
+def _start(processor: Any) -> tuple[int, ...]:
+    """Return the ids that a post-processor puts before a text. Raises ValueError if that is
+    ambiguous."""
+    if not isinstance(processor, dict):
+        return ()
+    if "processors" in processor:
+        found = [ids for ids in map(_start, processor["processors"]) if ids]
+        if len(found) > 1:
+            raise ValueError("two parts of its post_processor put something before a text")
+        return found[0] if found else ()
+    if "cls" in processor:
+        return (processor["cls"][1],)
+    before: list[int] = []
+    for piece in processor.get("single", ()):
+        if "Sequence" not in piece:
+            before += processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+        elif piece["Sequence"]["id"] == "A":
+            return tuple(before)
+        else:
+            raise ValueError("the post_processor of a text alone names a second text")
+    return ()
+
+
+def _spells_one(inner: Tokenizer, special: Iterable[str]) -> bool:
+    """Whether the model alone forms a special token other than the unknown one from letters."""
+    unknown = getattr(inner.model, "unk_token", None)
+    return any(
+        text != unknown and any(piece.value == text for piece in inner.model.tokenize(text))
+        for text in special
+    )
+
+
+def _without_words(model: dict[str, Any], words: set[str]) -> models.Model:
+    """Return the model of a file without these words, except the unknown token; ids do
+    not change."""
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # Unigram: an id is the place in the list
+        kept = vocab[model["unk_id"]][0] if model.get("unk_id") is not None else None
+        words = words - {kept}
+        vocab = [["", score] if word in words else [word, score] for word, score in vocab]
+    else:
+        words = words - {model.get("unk_token")}
+        vocab = {word: token for word, token in vocab.items() if word not in words}
+    changed = model | {"vocab": vocab}
+    if "merges" in model:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        changed["merges"] = [[one, two] for one, two in pairs if not {one, two, one + two} & words]
+    return Tokenizer.from_str(json.dumps({"version": "1.0", "model": changed})).model
+
+
+def _require_one_name(found: JsonTokenizer, where: str) -> None:
+    """Raise BadInput for an id with two tokens."""
+    names: dict[int, str] = {}
+    words = found.inner.get_vocab(with_added_tokens=False).items()
+    added = [(token["content"], token["id"]) for token in found.said.get("added_tokens") or ()]
+    for word, token in (*words, *added):
+        if word and names.setdefault(token, word) != word:  # see `_without_words`
+            given = f"{names[token]!r} and {word!r}, both with id {token}"
+            raise BadInput(where, given, "an id of its own for each token")
+
+
 def _finished(inner: Tokenizer, use_regex: bool = True) -> Tokenizer:
-    """With bytes as alphabet and `BEGIN` before each document."""
+    """Add the byte alphabet, and `BEGIN` before each document."""
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([BEGIN])
@@ -208,54 +273,40 @@ def _finished(inner: Tokenizer, use_regex: bool = True) -> Tokenizer:
     return inner
 
 
-def _spelling(tokenizer: JsonTokenizer) -> Callable[[int, str], bytes]:
-    """How the text of a token becomes bytes, by what the decoder says."""
-    decoder = json.dumps(json.loads(tokenizer.content).get("decoder"), ensure_ascii=False)
-    values = {shown: byte for byte, shown in enumerate(byte_alphabet())}
-
-    def byte_level(token: int, text: str) -> bytes:
-        return bytes(values[c] for c in text) if values.keys() >= set(text) else text.encode()
-
-    def sentence_piece(token: int, text: str) -> bytes:
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", text)
-        return bytes.fromhex(byte[1]) if byte else text.replace("▁", " ").encode()
-
-    def other(token: int, text: str) -> bytes:
-        return tokenizer.inner.decode([token]).encode()
-
-    if '"ByteLevel"' in decoder:
-        return byte_level
-    return sentence_piece if "▁" in decoder else other
-
-
 def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
-    """From the content of a tokenizer.json; `where` names it in messages. Raises BadInput."""
+    """Parse the content of a tokenizer.json. where: name in errors. Raises BadInput."""
     byte_level = ByteTokenizer()
     if text == byte_level.content:
         return byte_level
     allowed = "a tokenizer.json of Hugging Face's tokenizers"
-    with telling_tokenizer_errors(where, "a file that can't be used"), _without_panics():
+    with telling_tokenizer_errors(where, "a file that can't be used", quiet=True):
         found = JsonTokenizer(text)
+        require_bounded(found.said, where)
         size = found.vocab_size
         if size > MOST_IDS:
             raise BadInput(where, f"an id of {size - 1:,}", f"ids below {MOST_IDS:,}")
-        # What is wrong in a template or an expression shows when it is used.
-        _ = found.start, found.text_vocab_size
-        found.inner.encode_batch_fast(["A text, déjà vu: 1 + 1\n"], add_special_tokens=False)
-        for token in range(min(size, 300)):
-            found.inner.decode([token])
+        _require_one_name(found, where)
+        if max(found.start, default=-1) >= size:
+            raise BadInput(where, f"a template with id {max(found.start)}", f"ids below {size}")
+        # Errors in regular expressions appear only when they are used.
+        _ = found.text_vocab_size
+        found.inner.encode("A text, déjà vu: 1 + 1\n")
+        found.inner.decode_batch([[token] for token in range(min(size, 300))])
     if not size:
         raise BadInput(where, "an empty vocabulary", allowed)
     return found
 
 
 def load_tokenizer(path: Path) -> AnyTokenizer:
-    """From a tokenizer.json, or a folder with one. Raises BadInput."""
+    """Load a tokenizer.json, or that of a folder. Raises BadInput."""
     path = path / "tokenizer.json" if path.is_dir() else path
     require_regular_file(path, "tokenizer")
     try:
         if path.exists() and not path.is_file():
             raise BadInput("tokenizer", str(path), "a tokenizer.json, which is an ordinary file")
+        size = path.stat().st_size if path.exists() else 0
+        if size > MOST_BYTES:
+            raise BadInput("tokenizer", str(path), f"at most {MOST_BYTES:,} bytes, not {size:,}")
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
@@ -264,18 +315,18 @@ def load_tokenizer(path: Path) -> AnyTokenizer:
 
 
 def find_tokenizer(path: Path) -> AnyTokenizer:
-    """The same; `NoTokenizer` where there is no such file. Raises BadInput for one that is bad."""
+    """Load a tokenizer.json; `NoTokenizer` if there is none. Raises BadInput for a bad file."""
     return load_tokenizer(path) if path.exists() else NoTokenizer()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
-    """A byte-level BPE from at most the first 256 MiB of text.
+    """Train a byte-level BPE on at most the first 256 MiB of text.
 
-    It has fewer ids than asked for where the text has nothing left to merge. Raises BadInput for
-    a vocabulary smaller than the 257 of the bytes alone.
+    It has fewer ids than requested if the text has nothing left to merge. Raises BadInput for fewer
+    than the 257 ids of the bytes and the begin token.
     """
     if vocab_size < 257:
-        raise BadInput("vocab_size", vocab_size, "at least 257: the bytes and the begin of a text")
+        raise BadInput("vocab_size", vocab_size, "at least 257: the bytes and the begin token")
     inner = _finished(Tokenizer(models.BPE()))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

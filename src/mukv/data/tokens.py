@@ -1,9 +1,9 @@
 """A token file: a folder with two memory-mapped streams of tokens, training and validation.
 
-`train.bin` and `validation.bin` hold ids, `*.starts` where documents begin, tokenizer.json what
-the ids mean, meta.json the counts and the fingerprint; docs/formats.md has the details. Opening
-checks all sizes and document starts, but not every id: `verify` does, and `Batches` looks at
-those that it hands out.
+`train.bin` and `validation.bin` hold ids, `*.starts` the index of each document's first token,
+tokenizer.json the vocabulary, meta.json counts and fingerprint (see docs/formats.md). Opening
+checks all sizes and document starts, but not every id: `verify` checks all, and `Batches` those
+that it returns.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 COUNTS = ("tokens", "documents", "bytes")
 START_DTYPE = np.dtype("<i8")
 CONTENT = (*(f"{s}.{kind}" for s in SPLITS for kind in ("bin", "starts")), "tokenizer.json")
-"""The files of which the fingerprint is made, in this order."""
+"""Files that the fingerprint covers, in this order."""
 _unchanged: set[tuple[Any, ...]] = set()
-"""Fingerprints that were found right, with what the files were then."""
+"""Fingerprints that were verified, with the files' inodes, sizes and times at that moment."""
 
 
 def dtype_name(vocab_size: int) -> str:
-    """The smallest dtype that holds every id."""
+    """Return the name of the smallest dtype that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """One split: documents one after another, each with the tokenizer's `start` before it.
+    """One split: documents one after another, each preceded by the tokenizer's `start` tokens.
 
-    tokens: ids [token], memory-mapped. starts: where documents begin, int64 [document], ascending
-    from 0. bytes: UTF-8 bytes of the text.
+    tokens: ids [token], memory-mapped
+    starts: index of each document's first token, int64 [document], ascending from 0
+    bytes: UTF-8 bytes of the text
     """
 
     tokens: np.ndarray
@@ -52,7 +53,11 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class TokenFile:
-    """An opened token file. sources: what it was made from, as given."""
+    """An open token file.
+
+    fingerprint: SHA-256 of its content
+    sources: the sources it was made from, as typed
+    """
 
     path: Path
     train: Stream
@@ -71,32 +76,34 @@ class TokenFile:
         return self.train.bytes + self.validation.bytes
 
     def split(self, name: str) -> Stream:
-        """The stream called "train" or "validation"."""
+        """Return the stream called "train" or "validation"."""
         return {"train": self.train, "validation": self.validation}[name]
 
     def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
-        """UTF-8 bytes of each id, int32 [vocab], for a model of at least as large a vocabulary."""
+        """Return the UTF-8 bytes of each id, int32 [vocab], padded with zeros to a model's larger
+        vocabulary.
+        """
         return self.tokenizer.token_bytes(vocab_size)
 
     def require_unchanged(self) -> None:
-        """Raise BadInput unless the content is what its fingerprint says.
+        """Raise BadInput unless the content has the recorded fingerprint.
 
-        Reads everything: 0.6 s per GB. What was read is not read again in this process.
+        Reads everything: 0.6 s per GB. Files that were read are not read again in this process.
         """
         files = [(self.path / name).stat() for name in CONTENT]
         state = (self.fingerprint, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in files))
         if state in _unchanged:
             return
-        found = fingerprint(self.path)
-        if found != self.fingerprint:
+        actual = fingerprint(self.path)
+        if actual != self.fingerprint:
             allowed = (
-                f"its fingerprint is {self.fingerprint[:12]}, that of its content {found[:12]}"
+                f"its fingerprint is {self.fingerprint[:12]}, that of its content {actual[:12]}"
             )
             raise BadInput(str(self.path), "a changed token file", f"{allowed}: build it again")
         _unchanged.add(state)
 
     def verify(self) -> None:
-        """Read everything, ids too: raise BadInput unless all is as it was written."""
+        """Read everything, ids included; raise BadInput unless the file is intact."""
         self.require_unchanged()
         for name in SPLITS:
             for start in range(0, len(self.split(name).tokens), 1 << 24):
@@ -104,15 +111,17 @@ class TokenFile:
 
 
 def check_ids(file: TokenFile, ids: np.ndarray) -> None:
-    """Raise BadInput for ids that the tokenizer does not have."""
+    """Raise BadInput for ids beyond the tokenizer's vocabulary."""
     if ids.size and ids.max() >= file.vocab_size:
         raise BadInput(
-            str(file.path), f"id {ids.max()}", f"the tokenizer's go up to {file.vocab_size - 1}"
+            str(file.path),
+            f"id {ids.max()}",
+            f"the tokenizer's largest id is {file.vocab_size - 1}",
         )
 
 
 def open_tokens(path: Path) -> TokenFile:
-    """Open a token file. Raises BadInput where it is missing, truncated or foreign."""
+    """Open a token file. Raises BadInput where it is missing, truncated or of another format."""
     meta = _read_meta(path)
     tokenizer = load_tokenizer(path / "tokenizer.json")
     dtype, sources, stamp = dtype_name(tokenizer.vocab_size), meta["sources"], meta["fingerprint"]
@@ -125,13 +134,15 @@ def open_tokens(path: Path) -> TokenFile:
     }
     for key, fits in right.items():
         if not fits:
-            raise BadInput(f"{path}/meta.json: {key}", meta[key], "a value that fits the rest")
+            raise BadInput(
+                f"{path}/meta.json: {key}", meta[key], "a value that agrees with the other files"
+            )
     streams = {name: _open_stream(path, name, DTYPES[dtype], meta[name]) for name in SPLITS}
     return TokenFile(path, **streams, tokenizer=tokenizer, fingerprint=stamp, sources=(*sources,))
 
 
 def is_token_file(path: Path) -> bool:
-    """Whether a folder says that it is one; `open_tokens` says whether it is right."""
+    """Whether a folder has the meta.json of a token file; only `open_tokens` checks the rest."""
     try:
         _read_meta(path)
     except BadInput:
@@ -140,7 +151,7 @@ def is_token_file(path: Path) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of the content: ids, starts and tokenizer."""
+    """Compute the SHA-256 of the content: ids, starts and tokenizer."""
     total = hashlib.sha256()
     for name in CONTENT:
         with (folder / name).open("rb") as file:
@@ -150,7 +161,7 @@ def fingerprint(folder: Path) -> str:
 
 def _read_meta(path: Path) -> dict[str, Any]:
     if not path.exists():
-        clear_leftovers(path.parent)  # where a kill interrupted its replacement, it lies there
+        clear_leftovers(path.parent)  # restores a file whose replacement was interrupted
     try:
         meta = json.loads((path / "meta.json").read_text("utf-8"))
     except OSError:
@@ -158,21 +169,21 @@ def _read_meta(path: Path) -> dict[str, Any]:
         allowed = "a token file: a folder that `mukv data` wrote"
         raise BadInput("data.path", str(path), allowed, near) from None
     except (ValueError, RecursionError):
-        raise BadInput(f"{path}/meta.json", "no JSON", "what `mukv data` wrote") from None
+        raise BadInput(f"{path}/meta.json", "not JSON", "the file that `mukv data` wrote") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise BadInput(f"{path}/meta.json", "another format", f"format must be {FORMAT!r}")
     if meta.get("version") != VERSION:
         raise BadInput(f"{path}/meta.json", meta.get("version"), f"version must be {VERSION}")
     for key in ("dtype", "vocab_size", "fingerprint", "sources", *SPLITS):
         if key not in meta:
-            raise BadInput(f"{path}/meta.json: {key}", None, "this key can't be missing")
+            raise BadInput(f"{path}/meta.json: {key}", None, "this key is required")
     return meta
 
 
-def _are_counts(found: Any) -> bool:
-    """Whether these are the counts of a stream, as numbers of at least 0."""
-    return isinstance(found, dict) and all(
-        type(found.get(key)) is int and found[key] >= 0 for key in COUNTS
+def _are_counts(value: Any) -> bool:
+    """Whether `value` has all counts of a stream, as integers of at least 0."""
+    return isinstance(value, dict) and all(
+        type(value.get(key)) is int and value[key] >= 0 for key in COUNTS
     )
 
 
@@ -181,7 +192,9 @@ def _open_stream(path: Path, name: str, dtype: np.dtype, counts: dict[str, int])
     starts = _map(path / f"{name}.starts", START_DTYPE, counts["documents"])
     ascending = len(starts) and starts[0] == 0 and starts[-1] < len(tokens)
     if not ascending or not np.all(starts[1:] > starts[:-1]):
-        raise BadInput(f"{path}/{name}.starts", "a damaged file", "starts ascend from 0")
+        raise BadInput(
+            f"{path}/{name}.starts", "a damaged file", "document starts must ascend from 0"
+        )
     return Stream(tokens, starts, counts["bytes"])
 
 

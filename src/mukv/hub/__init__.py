@@ -1,4 +1,6 @@
-"""Models of Hugging Face, both ways. To add a family: its data in a file, a line here."""
+"""Convert models from and to Hugging Face's format. To add a family: its data in a file, a line
+here.
+"""
 
 from mukv.hub.family import Family
 from mukv.hub.gemma import GEMMA2, GEMMA3
@@ -14,6 +16,8 @@ FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
 }
-"""By `architectures[0]` of a config.json; where several could say a model, the first one does."""
+"""By `architectures[0]` of a config.json; where several can express a model, the first one
+is used.
+"""
 
 __all__ = ["FAMILIES", "Family"]

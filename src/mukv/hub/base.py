@@ -1,7 +1,7 @@
-"""Rules between our weights and the tensors of a checkpoint, in both directions.
+"""Rules that map our weights to the tensors of a checkpoint, in both directions.
 
-A rule names a tensor of theirs, a weight of ours, and how the axes of the one merge the named
-dimensions of the other, as in einops: "(heads head_dim) embed". Shapes, reshapes, transposes and
+A rule names a tensor of theirs, a weight of ours, and how the axes of the former merge the named
+dimensions of the latter, as in einops: "(heads head_dim) embed". Shapes, reshapes, transposes and
 the slice of a file that a device needs follow from these.
 """
 
@@ -23,7 +23,7 @@ from mukv.model.plan import ResolvedLayer
 from mukv.storage.tensors import Cut, Tensor
 
 OURS_FIRST = re.compile(r"^stage\d+\.slot\d+\.")
-TURNED = frozenset(
+ROTATED = frozenset(
     f"{place}{kind}"
     for place in ("read.query", "write.key")
     for kind in ("", "_bias", "_norm.gain", "_norm.offset")
@@ -32,7 +32,7 @@ TURNED = frozenset(
 
 
 class WeightSource(Protocol):
-    """Where tensors are read from: `TensorFiles`, or another format that looks like it."""
+    """A source of tensors: `TensorFiles`, or another format with the same interface."""
 
     tensors: dict[str, Tensor]
 
@@ -41,8 +41,11 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
-    """theirs: "{layer}" stands for the layer's number. ours: path in a layer, or outside of all.
-    axes: for each axis of theirs the dimensions of ours that it merges.
+    """Maps one tensor of theirs to one weight of ours.
+
+    theirs: name of the tensor; "{layer}" stands for the layer's index
+    ours: dotted path of the weight, inside its layer if it belongs to one
+    axes: for each axis of theirs, the dimensions of ours that it merges
     """
 
     theirs: str
@@ -50,16 +53,20 @@ class Rule:
     axes: str
 
     def merged(self) -> tuple[tuple[str, ...], ...]:
-        found = re.findall(r"\(([^)]*)\)|(\S+)", self.axes)
-        return tuple(tuple((group or single).split()) for group, single in found)
+        """Return the dimensions of ours that each axis of theirs merges."""
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.axes)
+        return tuple(tuple((group or single).split()) for group, single in groups)
 
 
 @dataclass(frozen=True)
 class WeightPiece:
-    """One tensor of theirs, and the weight of ours that it is, or a layer of a stacked one.
+    """One tensor of theirs and the weight of ours, or the layer of a stacked weight, that it holds.
 
-    param: not stacked. repeat: place in the stack; None outside of the layers. order: where each
-    of our head's dimensions is in theirs; None for the same order.
+    theirs, ours: names
+    repeat: index in the stack; None for weights outside of layers
+    param: declaration of the weight, not stacked
+    axes: for each axis of theirs, the dimensions of ours that it merges
+    order: index in their head of each dimension of our head; None for the same order
     """
 
     theirs: str
@@ -71,7 +78,7 @@ class WeightPiece:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Of theirs."""
+        """Shape of their tensor."""
         dims = self.param.dims
         return tuple(math.prod(dims[name] for name in group) for group in self.axes)
 
@@ -80,8 +87,9 @@ class WeightPiece:
         return [name for group in self.axes for name in group]
 
     def read(self, source: WeightSource, cut: Cut | None = None) -> np.ndarray:
-        """Ours, or a slice of it; of a file no more is read than the slice needs, where it
-        is one of whole rows or heads."""
+        """Read our weight, or a slice of it. Of a file, only the slice is read if it consists of
+        whole rows or heads.
+        """
         dims = self.param.dims
         whole = dict(zip(dims, cut or (), strict=False))
         bounds = {name: whole.get(name, slice(None)).indices(size) for name, size in dims.items()}
@@ -91,16 +99,16 @@ class WeightPiece:
             inner = math.prod(dims[name] for name in rest)
             theirs.append(slice(start * inner, stop * inner))
             shape += [stop - start, *(dims[name] for name in rest)]
-        found = source.read(self.theirs, tuple(theirs)).reshape(shape)
-        found = found.transpose([self._flat.index(name) for name in dims])
+        weight = source.read(self.theirs, tuple(theirs)).reshape(shape)
+        weight = weight.transpose([self._flat.index(name) for name in dims])
         if self.order is not None:
-            found = found[..., np.asarray(self.order)]
+            weight = weight[..., np.asarray(self.order)]
         later = {name for _, *rest in self.axes for name in rest}
         inside = tuple(slice(*bounds[name]) if name in later else slice(None) for name in dims)
-        return found[inside]
+        return weight[inside]
 
     def give(self, weight: np.ndarray) -> np.ndarray:
-        """Theirs, from all of ours."""
+        """Convert our whole weight to their tensor."""
         if self.order is not None:
             weight = weight[..., np.argsort(self.order)]
         names = list(self.param.dims)
@@ -110,10 +118,12 @@ class WeightPiece:
 def pieces(
     rules: Sequence[Rule], model: Decoder, order: Callable[[int], Sequence[int]] | None = None
 ) -> list[WeightPiece]:
-    """Every tensor that a model of this kind has, by our names in order.
+    """Return every tensor of a model, in the order of our names.
 
-    order: where each dimension of a rotated head of ours is in theirs, by the head's width; None
-    for the same order. Raises BadInput for a weight that no rule knows.
+    order: function from a head's width to the index in their head of each dimension of our rotated
+        head; None for the same order
+
+    Raises BadInput for a weight without a rule.
     """
     by_ours = {rule.ours: rule for rule in rules}
     by_slot: dict[str, list[ResolvedLayer]] = {}
@@ -124,10 +134,12 @@ def pieces(
         inside = OURS_FIRST.sub("", name)
         rule = by_ours.get(inside)
         if rule is None:
-            raise BadInput(f"model: {name}", list(param.shape), "this weight has no name in theirs")
+            raise BadInput(
+                f"model: {name}", list(param.shape), "this weight has no name in their format"
+            )
         single = Param({k: v for k, v in param.dims.items() if k != LAYER})
-        turned = tuple(order(param.shape[-1])) if order and inside in TURNED else None
-        shared = (single, rule.merged(), turned)
+        indices = tuple(order(param.shape[-1])) if order and inside in ROTATED else None
+        shared = (single, rule.merged(), indices)
         if inside == name:
             found.append(WeightPiece(rule.theirs, name, None, *shared))
             continue
@@ -138,39 +150,41 @@ def pieces(
 
 
 def halves_in_pairs(width: int) -> list[int]:
-    """Where the dimensions of a head that is rotated in halves are in one in interleaved pairs."""
+    """Return the index, in a head with interleaved pairs, of each dimension of a head with rotated
+    halves.
+    """
     return [*range(0, width, 2), *range(1, width, 2)]
 
 
 def pairs_in_halves(width: int) -> list[int]:
-    """The inverse."""
+    """Return the inverse of `halves_in_pairs`."""
     return np.argsort(halves_in_pairs(width)).tolist()
 
 
 def check(
     found: Iterable[WeightPiece], source: WeightSource, where: str, ignored: str = "$^"
 ) -> None:
-    """Raise BadInput unless every tensor is there, has its shape, and none is left over.
+    """Raise BadInput unless every tensor is present with its shape and no other tensor is.
 
-    ignored: a pattern of names that nothing depends on.
+    ignored: pattern of names of tensors that may be present
     """
     wanted = {piece.theirs: piece.shape for piece in found}
     for name, shape in wanted.items():
-        there = source.tensors.get(name)
-        if there is None:
+        tensor = source.tensors.get(name)
+        if tensor is None:
             near = nearest_name(name, source.tensors.keys() - wanted.keys())
             raise BadInput(f"{where}: {name}", "missing", "the configuration asks for it", near)
-        if there.shape != shape:
+        if tensor.shape != shape:
             allowed = f"the configuration asks for {list(shape)}"
-            raise BadInput(f"{where}: {name}", list(there.shape), allowed)
-    for name, there in source.tensors.items():
+            raise BadInput(f"{where}: {name}", list(tensor.shape), allowed)
+    for name, tensor in source.tensors.items():
         if name not in wanted and not re.search(ignored, name):
             allowed = "the configuration asks for no such tensor"
-            raise BadInput(f"{where}: {name}", list(there.shape), allowed)
+            raise BadInput(f"{where}: {name}", list(tensor.shape), allowed)
 
 
 def grouped_by_weight(found: Iterable[WeightPiece]) -> dict[str, list[WeightPiece]]:
-    """The pieces of each weight of ours, in the order of the stack."""
+    """Group the pieces by our weight, each group in the order of the stack."""
     groups: dict[str, list[WeightPiece]] = {}
     for piece in found:
         groups.setdefault(piece.ours, []).append(piece)
@@ -178,7 +192,7 @@ def grouped_by_weight(found: Iterable[WeightPiece]) -> dict[str, list[WeightPiec
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree from dotted names."""
+    """Make a nested dict from dotted names."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *parents, last = name.split(".")

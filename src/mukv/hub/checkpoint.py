@@ -1,8 +1,7 @@
-"""A folder of Hugging Face's as a model: its configuration, and its weights as a stream.
+"""Read a Hugging Face folder as a model: its configuration, and its weights as a stream.
 
-No tensor is read before it is needed and none is kept: each goes straight to its place on the
-mesh, or in a file of ours, so that beyond these no more lies in memory than the largest tensor
-and the mapping of one file.
+Each tensor is read when it is needed and goes directly to its shards on the mesh, or into a file of
+ours. Besides these, memory holds only the largest tensor and the mapping of one file.
 """
 
 from __future__ import annotations
@@ -46,17 +45,22 @@ COMPANIONS = (
     "chat_template.jinja",
     GENERATION,
 )
-"""Files that come along both ways."""
+"""Files that are copied in both directions."""
 IGNORED = r"rotary_emb\.inv_freq$"
-"""Old files hold what follows from the configuration."""
+"""Old files contain this buffer, which follows from the configuration."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS = 4096
-"""Of an embedding that are compared at once."""
+"""Rows of an embedding that are compared at once."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """pieces: every tensor of theirs and which weight of ours it is."""
+    """An open checkpoint.
+
+    architecture: their name of the model class
+    source: where tensors are read from
+    pieces: every tensor of theirs with the weight of ours that it holds
+    """
 
     folder: Path
     architecture: str
@@ -65,50 +69,53 @@ class Checkpoint:
     pieces: tuple[WeightPiece, ...]
     tokenizer: AnyTokenizer
     special: dict[str, Any]
-    """Ids that begin, end and pad a text."""
+    """Ids of tokens that begin, end and pad a text."""
 
     def place(self, mesh: Mesh) -> dict[str, Any]:
-        """The weights on a mesh, in the types of the files."""
+        """Read the weights onto a mesh, in the dtypes of the files."""
         declared = named(self.model.params())
         made: dict[str, Any] = {}
-        # In the order of the files, each of which is then mapped once.
+        # In the order of the files, so that each is mapped once.
         for piece in sorted(self.pieces, key=lambda p: str(self.source.tensors[p.theirs].file)):
             dims = piece.param.dims
-            part = jax.make_array_from_callback(
+            layer = jax.make_array_from_callback(
                 piece.param.shape,
                 NamedSharding(mesh, specification(dims, mesh)),
                 partial(piece.read, self.source),
             )
             if piece.repeat is None:
-                made[piece.ours] = part
+                made[piece.ours] = layer
                 continue
             if piece.ours not in made:
                 whole = declared[piece.ours]
                 sharding = NamedSharding(mesh, specification(whole.dims, mesh))
-                made[piece.ours] = jnp.zeros(whole.shape, part.dtype, device=sharding)
-            made[piece.ours] = _put(made[piece.ours], part, piece.repeat)
+                made[piece.ours] = jnp.zeros(whole.shape, layer.dtype, device=sharding)
+            made[piece.ours] = _put(made[piece.ours], layer, piece.repeat)
             # One program at a time: simulated devices share their threads.
             jax.block_until_ready(made[piece.ours])
         return nested({name: made[name] for name in declared})
 
     def specs(self) -> dict[str, Spec]:
-        """The weights as tensors to write, by our names."""
+        """Return the weights as tensors to be written, by our names."""
         declared = named(self.model.params())
-        found: dict[str, Spec] = {}
+        specs: dict[str, Spec] = {}
         for name, parts in grouped_by_weight(self.pieces).items():
 
             def read(parts: list[WeightPiece] = parts) -> Iterable[np.ndarray]:
                 return (part.read(self.source) for part in parts)
 
             dtype = self.source.tensors[parts[0].theirs].dtype
-            found[name] = Spec(declared[name].shape, dtype, read)
-        return found
+            specs[name] = Spec(declared[name].shape, dtype, read)
+        return specs
 
 
 @partial(jax.jit, donate_argnums=0)
 def _put(whole: Array, part: Array, place: int) -> Array:
-    """A layer into its place in the stack, as bits: a CPU would take a whole bfloat16 stack to
-    float32 and back, fifteen times as slow."""
+    """Put a layer into its place in the stack.
+
+    It copies bits, because a CPU converts a whole bfloat16 stack to float32 and back: fifteen times
+    as slow.
+    """
     bits = jnp.dtype(f"uint{8 * whole.dtype.itemsize}")
     stack, layer = (jax.lax.bitcast_convert_type(array, bits) for array in (whole, part))
     stack = jax.lax.dynamic_update_index_in_dim(stack, layer, place, 0)
@@ -116,18 +123,25 @@ def _put(whole: Array, part: Array, place: int) -> Array:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder says that it holds one; `open_checkpoint` says whether it is right."""
+    """Whether a folder contains a checkpoint's configuration; only `open_checkpoint` checks the
+    rest.
+    """
     return (folder / CONFIG).is_file() or meta.is_meta(folder)
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a folder that come along both ways. Raises BadInput for one that is no regular
-    file, or that a link brings from outside of the folder: it would be copied."""
+    """Return the files of a folder that are copied with the weights.
+
+    Raises BadInput for one that is not a regular file or that a link takes from outside of the
+    folder, because its content would be copied.
+    """
     return [file_inside(folder, name) for name in COMPANIONS if os.path.lexists(folder / name)]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the configuration, and compare all names and shapes with it. Raises BadInput."""
+    """Read the configuration, and check names and shapes of all tensors against it. Raises
+    BadInput.
+    """
     if meta.is_meta(folder):
         return _opened(folder, *meta.open_meta(folder), {})
     path = file_inside(folder, CONFIG)
@@ -149,7 +163,7 @@ def _opened(
     special: dict[str, Any],
 ) -> Checkpoint:
     found = tuple(found)
-    came_along = {path.name: path for path in companions(folder)}
+    copied = {path.name: path for path in companions(folder)}
     tied = f"|^{re.escape(HEAD)}$" if model.readout == "tied" else ""
     check(found, source, str(folder), IGNORED + tied)
     for name, parts in grouped_by_weight(found).items():
@@ -167,9 +181,9 @@ def _opened(
             f"{tokenizer.text_vocab_size} ids",
             f"at most the model's {model.vocab_size}: it is another model's tokenizer",
         )
-    if said := came_along.get(GENERATION):
-        ids = {key: v for key, v in read_json(said).items() if key.endswith("_token_id")}
-        _check_ids(ids, said)
+    if generation := copied.get(GENERATION):
+        ids = {key: v for key, v in read_json(generation).items() if key.endswith("_token_id")}
+        _check_ids(ids, generation)
         special |= ids
     return Checkpoint(folder, architecture, model, source, found, tokenizer, special)
 
@@ -183,7 +197,7 @@ def _check_ids(special: dict[str, Any], path: Path) -> None:
 
 
 def _check_tied(source: WeightSource, folder: Path) -> None:
-    """Raise BadInput unless a readout that is there is the embedding that it is tied to."""
+    """Raise BadInput unless the readout, where present, equals the embedding that it is tied to."""
     if source.tensors[HEAD].shape != source.tensors[EMBEDDING].shape:
         allowed = f"tie_word_embeddings is true: {list(source.tensors[EMBEDDING].shape)}"
         raise BadInput(f"{folder}: {HEAD}", list(source.tensors[HEAD].shape), allowed)
@@ -206,22 +220,25 @@ def _family(config: dict[str, Any], path: Path) -> Family:
 
 
 def end_ids(special: dict[str, Any]) -> tuple[int, ...]:
-    """Ids that end a text: one, several or none."""
-    found = special.get("eos_token_id")
-    ids = found if isinstance(found, list) else [found]
+    """Return the ids that end a text: one, several or none."""
+    value = special.get("eos_token_id")
+    ids = value if isinstance(value, list) else [value]
     return tuple(token for token in ids if type(token) is int and abs(token) <= LARGEST)
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source that is no path could be the name of a model on the hub."""
+    """Whether a source that is not a path may be the name of a model on the hub."""
     named_like_one = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source) is not None
     a_file = source.endswith((".yaml", ".yml"))
     return named_like_one and not a_file and not Path(source).parent.exists()
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """The checkpoint of a GGUF file. Its tokenizer, which takes seconds to make of the metadata, is
-    kept in the user's cache as the files of a Hugging Face folder. Raises BadInput."""
+    """Open a GGUF file. Raises BadInput.
+
+    Making its tokenizer from the metadata takes seconds, so the tokenizer is saved in the user's
+    cache as files of a Hugging Face folder.
+    """
     files = gguf.GgufFiles(path)
     family, model, found = gguf.read_gguf(files)
     special = {key: files.config.get(key, family.defaults[key]) for key in SPECIAL}
@@ -237,7 +254,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def find(source: str | Path) -> Checkpoint | None:
-    """The checkpoint of a folder, a GGUF file or a hub id; None if it is none of them."""
+    """Open the checkpoint of a folder, GGUF file or hub id; None if the source is none of these."""
     folder = Path(source)
     if gguf.is_gguf(folder):
         return open_gguf(folder)
@@ -251,10 +268,10 @@ def find(source: str | Path) -> Checkpoint | None:
 
 
 def require(source: str | Path) -> Checkpoint:
-    """The same. Raises BadInput if it is neither."""
-    found = find(source)
-    if found is not None:
-        return found
+    """Open the checkpoint of a folder, GGUF file or hub id. Raises BadInput for anything else."""
+    checkpoint = find(source)
+    if checkpoint is not None:
+        return checkpoint
     folder = Path(source)
     near = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG}")]
     raise BadInput(

@@ -1,4 +1,4 @@
-"""A model's files from the Hugging Face hub, through its own client and cache."""
+"""Download a model's files from the Hugging Face hub, through its own client and cache."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ LEFT_OUT = ["original/*", "*.bin", "onnx/*"]
 def download(source: str) -> Path:
     """Fetch a hub id ("owner/name", or "owner/name@revision") and return its folder.
 
-    Raises BadInput where the client is missing, or the name is unknown or gated, Failed where the
-    hub can't be reached.
+    Raises BadInput if the client is missing or the name is unknown or gated, Failed if the hub
+    can't be reached.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -48,5 +48,5 @@ def download(source: str) -> Path:
         raise BadInput("SOURCE", source, f"{allowed}; {by_hand}") from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        said = f"{source}: no such folder, and the hub can't be reached ({reason})"
-        raise Failed(f"{said}; {by_hand}") from error
+        problem = f"{source}: no such folder, and the hub can't be reached ({reason})"
+        raise Failed(f"{problem}; {by_hand}") from error

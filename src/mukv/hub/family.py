@@ -1,5 +1,7 @@
-"""A family of models under one name in Hugging Face: what sets it apart, as data, from which
-both directions of its configuration follow. Its weights are rules (base.py).
+"""A family of models under one Hugging Face name, as data.
+
+Reading and writing its configuration both follow from the data. Its weights are mapped by rules
+(base.py).
 """
 
 from __future__ import annotations
@@ -22,19 +24,24 @@ from mukv.position import RoPE
 Windows = Sequence[int | None]
 QKV = ("query", "key", "value")
 MOST_HEADS, MOST_LAYERS = 1 << 16, 1 << 10
-"""What no model has is a slip of the finger, and takes long to be refused elsewhere."""
+"""Upper bounds that no real model reaches; larger numbers are mistakes, and slow to
+refuse later.
+"""
 
 
 @dataclass(frozen=True)
 class WindowKeys:
-    """How a configuration says which layers see how far. Of these, none does."""
+    """How a configuration says which layers have a window. In this base class none has."""
 
     def read(self, given: Given, layers: int) -> Windows:
+        """Return each layer's window in tokens; None for a layer without one."""
         given.require("use_sliding_window", False)
         return [None] * layers
 
     def write(self, windows: Windows) -> dict[str, Any]:
-        """Raises BadInput for windows that can't be said."""
+        """Return the keys of these windows. Raises BadInput for windows that the family can't
+        express.
+        """
         if any(windows):
             raise BadInput("plan: window", sorted({w for w in windows if w}), "null in all layers")
         return {}
@@ -42,12 +49,22 @@ class WindowKeys:
 
 @dataclass(frozen=True)
 class Family:
-    """architecture, model_type: theirs. rules: of its tensors. defaults: of the keys that a
-    config.json may leave out. norm: how gains are stored. biases: those that all of its models
-    have; `attention_bias` says whether there are others. query_norm: of queries and keys too.
-    query_scale, softcaps: keys that say them. width_of_heads: whether the heads must divide the
-    width. local: the rotation of layers with a window, where it is another one; write_ropes: of
-    both.
+    """What distinguishes a family of models.
+
+    architecture, model_type: its names in a config.json
+    rules: mapping of its tensors
+    defaults: values of the keys that a config.json may leave out
+    norm: how gains of norms are stored
+    residual, embedding_scale: as in `Decoder`
+    activation: key of the activation
+    biases: biases that all of its models have; None if `attention_bias` says whether there are any
+    query_norm: whether queries and keys are normalised
+    query_scale, attention_softcap, logit_softcap: keys of these numbers; None if there is no key
+    width_of_heads: whether the number of heads must divide the width
+    windows: how windows are expressed
+    position: reads the rotation
+    local: reads the rotation of layers with a window; None if it is the same
+    write_ropes: writes both rotations; None if there is one
     """
 
     architecture: str
@@ -69,10 +86,10 @@ class Family:
     local: Callable[[Given], RoPE] | None = None
     write_ropes: Callable[[RoPE, RoPE], dict[str, Any]] | None = None
 
-    # From theirs
+    # Reading their configuration
 
     def read(self, given: Given) -> Decoder:
-        """The model that a config.json describes. Raises BadInput with the key."""
+        """Return the model that a config.json describes. Raises BadInput with the key."""
         given = replace(given, defaults=self.defaults)
         given.require("model_type", self.model_type)
         given.require("mlp_bias", False)
@@ -88,7 +105,7 @@ class Family:
             raise BadInput(f"{given.where}: num_key_value_heads", kv_heads, allowed)
         head_dim = given.whole("head_dim", null=True) or width // heads
         if head_dim < 2 or head_dim % 2:
-            allowed = "an even number: what is rotated are pairs; hidden_size / heads if left out"
+            allowed = "an even number, as pairs are rotated; hidden_size / heads if left out"
             raise BadInput(f"{given.where}: head_dim", head_dim, allowed)
         norm = RMSNorm(given.number("rms_norm_eps"), self.norm)
         attention = Grouped(
@@ -136,10 +153,10 @@ class Family:
             return self.biases
         return (*QKV, "output") if given.flag("attention_bias") else ()
 
-    # To theirs
+    # Writing their configuration
 
     def misfits(self, model: Decoder) -> Iterator[BadInput]:
-        """What a model has that this family has not."""
+        """Yield an error for each property of a model that this family can't express."""
         first, layers = model.layers[0].attention, model.layers
         if not isinstance(first, Grouped):
             yield BadInput("attention.kind", getattr(first, "kind", "?"), "grouped")
@@ -194,16 +211,18 @@ class Family:
             yield error
 
     def _positions(self, model: Decoder) -> bool:
-        """Whether each layer's rotation is the one that its window says."""
+        """Whether layers with a window share one rotation, and layers without one share one."""
         by_window: dict[bool, set[Any]] = {}
         for layer in model.layers:
             by_window.setdefault(bool(layer.window), set()).add(layer.attention.position)
         if not self.local:
             return len(set().union(*by_window.values())) == 1
-        return all(len(found) == 1 for found in by_window.values())
+        return all(len(positions) == 1 for positions in by_window.values())
 
     def write(self, model: Decoder, context: int) -> dict[str, Any]:
-        """The config.json of a model that fits. context: where the model itself has no limit."""
+        """Return the config.json of a model that fits. context: used if the model itself has no
+        limit.
+        """
         layers = model.layers
         attention, mlp = layers[0].attention, layers[0].mlp
         assert isinstance(attention, Grouped)
@@ -244,8 +263,9 @@ class Family:
 
 
 def whole_scalar(scale: float | None) -> int | None:
-    """The whole number whose root divides logits, which is all that a config.json can say of a
-    scale; None if there is none."""
+    """Return the whole number whose root divides the logits, the only form of a scale in a
+    config.json; None if there is none.
+    """
     if scale is None:
         return None
     scalar = scale**-2

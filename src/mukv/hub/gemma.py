@@ -1,6 +1,8 @@
-"""Gemma 2 and the text model of Gemma 3 (Gemma Team 2024, 2025): norms before and after each
-branch, gains stored as offsets from one, scaled embeddings, local and global layers. Gemma 3
-norms queries and keys in place of capping logits, and rotates local layers faster.
+"""Gemma 2 and the text model of Gemma 3 (Gemma Team 2024, 2025).
+
+They have norms before and after each branch, gains stored as offsets from one, scaled embeddings,
+and local and global layers. Gemma 3 normalises queries and keys instead of capping logits, and
+rotates local layers with higher frequencies.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from mukv.hub.settings import Given
 from mukv.model.block import SandwichNorm
 
 UNUSED = 4096
+"""Window written where no layer has one."""
 RULES = (
     *ENDS,
     *BRANCHES,
@@ -32,10 +35,10 @@ RULES = (
 
 @dataclass(frozen=True)
 class ByType(WindowKeys):
-    """`layer_types` names the layers that have a window; all windows are equally wide."""
+    """`layer_types` names the layers that have a window; all windows have the same size."""
 
     def default(self, given: Given, layers: int) -> list[bool]:
-        """Which layers have one where there are no types."""
+        """Return which layers have a window where `layer_types` is left out."""
         raise NotImplementedError
 
     def read(self, given: Given, layers: int) -> Windows:
@@ -51,7 +54,7 @@ class ByType(WindowKeys):
         return [window if here else None for here in local]
 
     def window(self, given: Given) -> int:
-        """The width of those that there are."""
+        """Return the size of the windows in tokens."""
         return given.whole("sliding_window")
 
     def write(self, windows: Windows) -> dict[str, Any]:
@@ -66,7 +69,10 @@ class ByType(WindowKeys):
 
 @dataclass(frozen=True)
 class EveryNthGlobal(ByType):
-    """Without types, the last of each `period` layers sees all. key: says another period."""
+    """Where `layer_types` is left out, the last of every `period` layers has no window.
+
+    key: key with another period; None if there is none
+    """
 
     period: int
     key: str | None = None
@@ -76,9 +82,9 @@ class EveryNthGlobal(ByType):
         return [(layer + 1) % period != 0 for layer in range(layers)]
 
     def write(self, windows: Windows) -> dict[str, Any]:
-        said = super().write(windows)
-        # transformers wants a size even where no layer has a window.
-        return said if any(windows) else said | {"sliding_window": UNUSED}
+        keys = super().write(windows)
+        # transformers requires a size even where no layer has a window.
+        return keys if any(windows) else keys | {"sliding_window": UNUSED}
 
 
 DEFAULTS = {

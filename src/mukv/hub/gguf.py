@@ -1,11 +1,10 @@
-"""GGUF files, the format of llama.cpp: configuration, weights and tokenizer in one file, which may
-be split into several.
+"""Read GGUF files, llama.cpp's format of configuration, weights and tokenizer in one or more files.
 
-The metadata becomes what a config.json of the family would say, so that families, their rules and
-their checks are those of Hugging Face folders. Quantised tensors are dequantised to float32 by the
-`gguf` package when they are read, row by row where rows are asked for. llama.cpp stores the query
-and key weights of Llama in interleaved pairs, and Gemma's norms as gains instead of offsets from
-one; both are undone.
+The metadata is converted to the config.json of the family, so that families, their rules and checks
+are those of Hugging Face folders. Quantised tensors are dequantised to float32 by the `gguf`
+package when they are read, row by row if rows are requested. llama.cpp stores the query and key
+weights of Llama in interleaved pairs, and Gemma's norms as gains instead of offsets from one; both
+are converted back.
 """
 
 from __future__ import annotations
@@ -32,18 +31,21 @@ from mukv.storage.tensors import Cut, Tensor
 SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 """Name of one file of several, as llama.cpp's gguf-split writes them."""
 KEPT: Mapping[str, np.dtype] = {"F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
-"""Types that are not made float32, where all layers have them."""
+"""Dtypes that are not converted to float32 if all layers have them."""
 ROPE_FACTORS = "rope_freqs.weight"
-"""What llama.cpp divides the frequencies of Llama 3.1 by, in place of the settings."""
+"""Tensor by which llama.cpp divides the frequencies of Llama 3.1, instead of storing
+its settings."""
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What sets an architecture of llama.cpp apart.
+class GgufArchitecture:
+    """Description of an architecture of llama.cpp.
 
-    name: of the class in Hugging Face. before_mlp, after_attention: names in llama.cpp of these
-    norms. turned: whether queries and keys are stored in interleaved pairs. offset: whether norms
-    are stored as gains that are one more than the family's. settings: further keys of config.json.
+    name: of the class in Hugging Face
+    norms: name in Hugging Face of each norm of llama.cpp
+    turned: whether queries and keys are stored in interleaved pairs
+    offset: whether norms are stored as gains, which are the family's offsets plus one
+    settings: further keys of config.json
     """
 
     name: str
@@ -54,16 +56,18 @@ class Architecture:
 
 
 class Metadata:
-    """The metadata of a file under the prefix of its architecture, checked when it is read."""
+    """The metadata of a file under the prefix of its architecture."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self.values, self.where = values, where
         self.architecture = str(values.get("general.architecture"))
 
     def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, without the architecture's prefix."""
         return self.values.get(f"{self.architecture}.{key}", default)
 
     def require(self, key: str) -> Any:
+        """Return the value of a key. Raises BadInput if it is missing."""
         found = self.get(key)
         if found is None:
             allowed = "metadata that llama.cpp writes for this architecture"
@@ -77,7 +81,8 @@ def _gemma2(metadata: Metadata) -> dict[str, Any]:
         "attn_logit_softcapping": metadata.get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": metadata.get("final_logit_softcapping", 30.0),
     }
-    # llama.cpp tells Gemma 2 27B by its layers: its scale is not that of the head's width.
+    # llama.cpp recognises Gemma 2 27B by its number of layers: its scale is not that of its head
+    # width.
     if metadata.require("block_count") == 46:
         found["query_pre_attn_scalar"] = width // heads
     return found
@@ -119,12 +124,12 @@ GEMMA3_NORMS = {
     "attn_k_norm": "self_attn.k_norm",
 }
 ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", LLAMA_NORMS, turned=True),
-    "mistral": Architecture("MistralForCausalLM", LLAMA_NORMS, turned=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", LLAMA_NORMS),
-    "qwen3": Architecture("Qwen3ForCausalLM", QWEN3_NORMS),
-    "gemma2": Architecture("Gemma2ForCausalLM", GEMMA_NORMS, offset=True, settings=_gemma2),
-    "gemma3": Architecture("Gemma3ForCausalLM", GEMMA3_NORMS, offset=True, settings=_gemma3),
+    "llama": GgufArchitecture("LlamaForCausalLM", LLAMA_NORMS, turned=True),
+    "mistral": GgufArchitecture("MistralForCausalLM", LLAMA_NORMS, turned=True),
+    "qwen2": GgufArchitecture("Qwen2ForCausalLM", LLAMA_NORMS),
+    "qwen3": GgufArchitecture("Qwen3ForCausalLM", QWEN3_NORMS),
+    "gemma2": GgufArchitecture("Gemma2ForCausalLM", GEMMA_NORMS, offset=True, settings=_gemma2),
+    "gemma3": GgufArchitecture("Gemma3ForCausalLM", GEMMA3_NORMS, offset=True, settings=_gemma3),
 }
 """By `general.architecture`."""
 PARTS = {
@@ -144,7 +149,7 @@ ENDS = {
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a file that begins as GGUF files do, or is named as they are."""
+    """Whether a path is a file with the suffix or the first bytes of GGUF files."""
     if not path.is_file():
         return False
     if path.suffix == ".gguf":
@@ -154,10 +159,10 @@ def is_gguf(path: Path) -> bool:
 
 
 class GgufFiles:
-    """Metadata and tensors of a GGUF file and of the others that it was split into.
+    """Metadata and tensors of a GGUF file and of the other files that it was split into.
 
-    Tensors go by their names in Hugging Face. Raises BadInput for a file that can't be read, a
-    missing part, an unknown architecture, and tensors of a type or name that is not known.
+    Tensors have their Hugging Face names. Raises BadInput for a file that can't be read, a missing
+    part, an unknown architecture, and tensors of unknown type or name.
     """
 
     def __init__(self, path: Path):
@@ -167,7 +172,7 @@ class GgufFiles:
         name = self.metadata.architecture
         if name not in ARCHITECTURES:
             raise unknown_name(f"{path}: general.architecture", name, ARCHITECTURES)
-        # llama.cpp writes Mistral as llama; only a window tells them apart.
+        # llama.cpp writes Mistral as llama; only the window distinguishes them.
         windowed = name == "llama" and self.metadata.get("attention.sliding_window")
         self.architecture = ARCHITECTURES["mistral" if windowed else name]
         names = ENDS | {
@@ -196,7 +201,7 @@ class GgufFiles:
         }
 
     def read(self, name: str, cut: Cut) -> np.ndarray:
-        """A part of a tensor, dequantised."""
+        """Return a dequantised part of a tensor."""
         (file, theirs), dtype = self.stored[name], self.tensors[name].dtype
         rows, *rest = cut or (slice(None),)
         found = file.read(theirs, rows)
@@ -207,7 +212,7 @@ class GgufFiles:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What the config.json of this model would say."""
+        """The config.json of this model."""
         data = self.metadata
         heads, kv_heads = data.require("attention.head_count"), data.get("attention.head_count_kv")
         if isinstance(heads, list) or isinstance(kv_heads, list):
@@ -247,7 +252,8 @@ class GgufFiles:
         return self.tensors[name].shape[0]
 
     def _head_dim(self) -> int:
-        """Width of a head, which older files of Llama state as the number of rotated dimensions."""
+        """Return the width of a head, which older files of Llama give as the number of rotated
+        dimensions."""
         data = self.metadata
         given = data.get("attention.key_length")
         if given is None and self.architecture.turned:
@@ -264,7 +270,7 @@ class GgufFiles:
         return given or wide
 
     def _scaling(self) -> dict[str, Any] | None:
-        """`rope_scaling`: of the metadata, or from the factors that stand for Llama 3.1's."""
+        """Return `rope_scaling` from the metadata, or from the factors of Llama 3.1's scaling."""
         data = self.metadata
         kind, factor = data.get("rope.scaling.type"), data.get("rope.scaling.factor")
         if self.factors is not None:
@@ -275,14 +281,17 @@ class GgufFiles:
         if kind == "linear":
             return {"rope_type": "linear", "factor": factor}
         if kind == "yarn":
-            said = {"rope_type": "yarn", "factor": factor}
-            return said | ({"original_max_position_embeddings": original} if original else {})
+            scaling = {"rope_type": "yarn", "factor": factor}
+            return scaling | ({"original_max_position_embeddings": original} if original else {})
         where = f"{self.path}: {data.architecture}.rope.scaling.type"
         raise unknown_name(where, str(kind), ("none", "linear", "yarn"))
 
     def _llama3(self, factors: np.ndarray) -> dict[str, Any]:
-        """The settings of Llama 3.1's slowed rotation that give these factors. llama.cpp computes
-        them with these four numbers, of which files state none. Raises BadInput for others."""
+        """Return the settings of Llama 3.1's scaled rotation that give these factors.
+
+        llama.cpp computes the factors from these four numbers, which files don't contain. Raises
+        BadInput for other factors.
+        """
         low, high, original = 1.0, 4.0, 8192
         factor = float(factors.max())
         base, width = self.metadata.get("rope.freq_base", 10_000.0), 2 * len(factors)
@@ -303,11 +312,11 @@ class GgufFiles:
 
 
 NULL = ("sliding_window", "rope_scaling")
-"""Keys whose absence would stand for another value."""
+"""Keys that must be present as null, because a missing key has another default."""
 
 
 def read_gguf(files: GgufFiles) -> tuple[Family, Decoder, Sequence[WeightPiece]]:
-    """Family, model and pieces of a GGUF file. Raises BadInput."""
+    """Return family, model and pieces of a GGUF file. Raises BadInput."""
     family = FAMILIES[files.architecture.name]
     model = family.read(Given(files.config, str(files.path)))
     order = halves_in_pairs if files.architecture.turned else None
@@ -315,8 +324,8 @@ def read_gguf(files: GgufFiles) -> tuple[Family, Decoder, Sequence[WeightPiece]]
 
 
 def _parts(path: Path) -> list[Path]:
-    """All files of a model, in order, by the name of any of them. Raises BadInput if one is
-    missing."""
+    """Return all files of a model, in order, from the name of any of them. Raises BadInput if one
+    is missing."""
     named = SPLIT.match(path.name)
     if named is None:
         return [path]
@@ -329,10 +338,10 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _everywhere(name: str) -> str:
-    """The name of a tensor without the number of its layer."""
+    """Return the name of a tensor without the number of its layer."""
     return re.sub(r"\.layers\.\d+\.", ".layers.", name)
 
 
 def _dtype(kinds: set[str]) -> np.dtype:
-    """One type for all layers of a tensor."""
+    """Return one dtype for all layers of a tensor."""
     return KEPT.get(next(iter(kinds)), np.dtype("float32")) if len(kinds) == 1 else np.dtype("f4")

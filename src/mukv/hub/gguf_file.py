@@ -1,8 +1,8 @@
-"""One GGUF file (version 2 or 3, little-endian): its metadata, and its tensors by name.
+"""Read one GGUF file (version 2 or 3, little-endian): its metadata, and its tensors by name.
 
-The layout is that of llama.cpp's gguf.md. The header is read here because the reader of the `gguf`
-package takes half a minute for a vocabulary of 262,144 tokens, this one a second; sizes of blocks
-and dequantisation are the package's. A tensor is read when it is asked for.
+The layout is that of llama.cpp's gguf.md. The header is parsed here because the reader of the
+`gguf` package takes half a minute for a vocabulary of 262,144 tokens, this one a second. Sizes of
+blocks and dequantisation are the package's. A tensor is read on request.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TYPES = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
 )
-"""Types of tensors that are read."""
+"""Types of tensors that can be read."""
 SCALARS = {
     0: "B",
     1: "b",
@@ -41,7 +41,7 @@ SCALARS = {
     11: "q",
     12: "d",
 }
-"""Number of a type of metadata -> its code in `struct`."""
+"""Code in `struct` of each scalar type of metadata."""
 TEXT, LIST = 8, 9
 MOST_DIMS = 4
 ALIGNMENT = "general.alignment"
@@ -49,7 +49,12 @@ ALIGNMENT = "general.alignment"
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """shape: as numpy has it, rows first. kind: name of the type. start: of its first byte."""
+    """A tensor in the file.
+
+    shape: in NumPy's order, rows first
+    kind: name of the type
+    start: offset of its first byte
+    """
 
     shape: tuple[int, ...]
     kind: str
@@ -97,8 +102,11 @@ class _Header:
 class GgufFile:
     """Metadata and tensors of one file.
 
-    values: metadata by key. tensors: by llama.cpp's names. Raises BadInput for a file that is no
-    GGUF, is cut short, has the other byte order, or has tensors of a type that is not read.
+    values: metadata by key
+    tensors: by llama.cpp's names
+
+    Raises BadInput for a file that is not GGUF, is cut short, has the other byte order, or has
+    tensors of a type that can't be read.
     """
 
     def __init__(self, path: Path):
@@ -107,7 +115,7 @@ class GgufFile:
         self.sizes, self.dequantize = _library(path)
         with path.open("rb") as file:
             if file.read(4) != MAGIC:
-                raise BadInput(str(path), "a file that is no GGUF", "one that begins with GGUF")
+                raise BadInput(str(path), "a file that is not GGUF", "one that begins with GGUF")
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self._read()
@@ -161,11 +169,11 @@ class GgufFile:
                 raise ValueError(f"{name}: it ends before byte {end:,}")
 
     def _block(self, kind: str) -> tuple[int, int]:
-        """Numbers and bytes of a block of a type."""
+        """Return the numbers and bytes in a block of a type."""
         return next((length, size) for name, length, size in self.sizes.values() if name == kind)
 
     def read(self, name: str, rows: slice = slice(None)) -> Float[np.ndarray, "..."]:
-        """Some rows of a tensor; float32, or its own type where it is a float of 16 bits."""
+        """Read some rows of a tensor, as float32 or its own dtype if that is a 16-bit float."""
         tensor = self.tensors[name]
         length, size = self._block(tensor.kind)
         start, stop, _ = rows.indices(tensor.shape[0])
@@ -182,8 +190,11 @@ class GgufFile:
 
 
 def _library(path: Path) -> tuple[dict[int, tuple[str, int, int]], Callable[..., Any]]:
-    """Of the `gguf` package: name, numbers and bytes of a block for each type, and a function of
-    bytes [row, byte] and a type's name that gives numbers [row, number]."""
+    """Load the `gguf` package.
+
+    Returns name, numbers and bytes of a block for each type, and a function from bytes [row, byte]
+    and a type's name to numbers [row, number].
+    """
     try:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize

@@ -1,8 +1,8 @@
-"""The tokenizer of a GGUF file, as the files of a Hugging Face folder.
+"""Convert the tokenizer of a GGUF file to the files of a Hugging Face folder.
 
 A GGUF file has the vocabulary, scores or merges, the type of each token, and the names of two
-algorithms: `tokenizer.ggml.model` (byte-level BPE, or SentencePiece) and `tokenizer.ggml.pre` (how
-byte-level BPE splits a text first). Everything else of a tokenizer.json follows from these.
+algorithms: `tokenizer.ggml.model` (byte-level BPE or SentencePiece) and `tokenizer.ggml.pre`
+(pre-tokenizer of byte-level BPE). Everything else in a tokenizer.json follows from these.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mukv.core.errors import BadInput, unknown_name
 from mukv.data.tokenizer import byte_alphabet
 
 SPACE = "▁"
-"""How SentencePiece writes a space."""
+"""SentencePiece's character for a space."""
 CONTROL, USER_DEFINED = 3, 4
-"""Types of tokens that a text is never cut into: special ones, and words such as `<think>`."""
+"""Types of tokens that are never split: special tokens, and words such as `<think>`."""
 GEMMA = ("gemma", "gemma2", "gemma3")
 
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -44,7 +44,7 @@ TEKKEN = (
 
 
 def _split(pattern: str) -> Any:
-    """Cut a text by an expression, then write its bytes."""
+    """Split a text by a regular expression, then encode its bytes."""
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_])
 
@@ -64,15 +64,17 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), lambda: _split(QWEN2)),
     "tekken": lambda: _split(TEKKEN),
 }
-"""By `tokenizer.ggml.pre`: how a text is cut before merges are looked up."""
+"""By `tokenizer.ggml.pre`: how a text is split before merges are applied."""
 
 
 def tokenizer_files(values: Mapping[str, Any], architecture: str, where: str) -> dict[str, str]:
-    """The texts of tokenizer.json and tokenizer_config.json, by their names; empty if the file has
-    no tokenizer.
+    """Make the texts of tokenizer.json and tokenizer_config.json, by name; empty if the file has no
+    tokenizer.
 
-    values: all metadata. where: names the file in messages. Raises BadInput for an unknown
-    algorithm, and where parts are missing or do not fit each other.
+    values: all metadata
+    where: name of the file in errors
+
+    Raises BadInput for an unknown algorithm, and if parts are missing or don't match.
     """
     data = {
         key.removeprefix("tokenizer.ggml."): value
@@ -140,7 +142,7 @@ def _token(tokens: Sequence[str], number: Any, key: str, where: str) -> str | No
 
 
 def _byte_level(data: Mapping[str, Any], where: str) -> Tokenizer:
-    """Byte-level BPE (GPT-2). Tokens outside the byte alphabet are spelled in it."""
+    """Make byte-level BPE (GPT-2). Tokens outside the byte alphabet are written in it."""
     alphabet = byte_alphabet()
     letters = set(alphabet)
     vocab = {
@@ -157,8 +159,9 @@ def _byte_level(data: Mapping[str, Any], where: str) -> Tokenizer:
 
 
 def _sentence_piece(data: Mapping[str, Any], where: str) -> Tokenizer:
-    """SentencePiece's BPE with byte fallback (Llama 2): a text begins as if a space stood before
-    it, unless `add_space_prefix` says otherwise."""
+    """Make SentencePiece's BPE with byte fallback (Llama 2). A space is put before a text unless
+    `add_space_prefix` is false.
+    """
     tokens = data["tokens"]
     inner = _with_byte_fallback(data, tokens, _scores(data, where), where)
     prefix = bool(data.get("add_space_prefix", True))
@@ -173,8 +176,9 @@ def _sentence_piece(data: Mapping[str, Any], where: str) -> Tokenizer:
 
 
 def _gemma(data: Mapping[str, Any], where: str) -> Tokenizer:
-    """Gemma's: runs of spaces are tokens, spelled as spaces in the file, and the order of merges
-    is that of the tokens."""
+    """Make Gemma's tokenizer: runs of spaces are tokens, which the file stores as spaces, and
+    merges are in the order of the tokens.
+    """
     tokens = [
         SPACE * len(token) if " " in token and not token.strip() else token
         for token in data["tokens"]
@@ -220,8 +224,10 @@ def _given_merges(data: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
 
 
 def _merges(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The merges that SentencePiece's BPE implies: every pair of tokens that makes a token, those
-    of the highest score first, and of equal ones the longest first part."""
+    """Return the merges that SentencePiece's BPE implies: all pairs of tokens that form a token.
+
+    They are ordered by falling score, and equal ones by falling length of the first part.
+    """
     numbers = {token: number for number, token in enumerate(tokens)}
     found: list[tuple[float, int, int, str, str]] = []
     for token, score in zip(tokens, scores, strict=True):

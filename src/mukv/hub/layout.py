@@ -1,4 +1,4 @@
-"""The layers of a model as the shortest plan that says the same."""
+"""Find the shortest plan with given layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from mukv.model import Layer, Stage
 
 
 def planned(layers: Sequence[Layer]) -> tuple[Stage, ...]:
-    """Stages whose repeats cover as much as they can, the shortest pattern of equals first."""
+    """Return stages with these layers whose repeats cover as much as possible; of equal ones, the
+    shortest pattern.
+    """
     stages: list[Stage] = []
     rest = tuple(layers)
     while rest:
@@ -20,7 +22,9 @@ def planned(layers: Sequence[Layer]) -> tuple[Stage, ...]:
 
 
 def _covered(layers: tuple[Layer, ...], period: int) -> int:
-    """Layers that repeats of the first `period` cover; none where there is no second one."""
+    """Count the layers that repeats of the first `period` layers cover; 0 if there is no second
+    repeat.
+    """
     repeats = 1
     while layers[repeats * period : (repeats + 1) * period] == layers[:period]:
         repeats += 1

@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2, 3.3 and what is laid out like it (Touvron et al. 2023)."""
+"""Llama 2, 3, 3.1, 3.2, 3.3 and models with the same layout (Touvron et al. 2023)."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ DEFAULTS = {
     "mlp_bias": False,
     "rope_theta": 10_000.0,
 }
-"""Of transformers 5, as in every family."""
+"""Defaults of transformers 5, as in every family."""
 
 LLAMA = Family("LlamaForCausalLM", "llama", RULES, DEFAULTS, width_of_heads=True)

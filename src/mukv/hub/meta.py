@@ -1,6 +1,7 @@
-"""Meta's own layout of Llama: params.json and consolidated.*.pth, each file with a share of
-every large tensor (model parallel). Their heads are rotated in interleaved pairs; what we make of
-them is in halves, as at Hugging Face. Needs torch, to read its files.
+"""Read Meta's own format of Llama: params.json and consolidated.*.pth.
+
+Each .pth file has a shard of every large tensor (model parallelism). Meta rotates heads in
+interleaved pairs; we convert to halves, as Hugging Face does. Needs torch to read the files.
 """
 
 from __future__ import annotations
@@ -46,16 +47,21 @@ RULES = (
 )
 IGNORED = "rope.freqs"
 CONTEXTS = {False: 8192, True: 131_072}
-"""Of Llama 3, and of those since 3.1 with slowed rotation; params.json does not say it."""
+"""Context of Llama 3, and of Llama 3.1 and later, which have scaled rotation; params.json
+lacks it.
+"""
 
 
 def is_meta(folder: Path) -> bool:
+    """Whether a folder has Meta's format."""
     return (folder / PARAMS).is_file() and any(folder.glob(FILES))
 
 
 class TorchFiles:
-    """The tensors of consolidated.*.pth, joined along the axis that makes the shape right. Raises
-    BadInput for what is no file of tensors; nothing in it is executed."""
+    """The tensors of consolidated.*.pth, joined along the axis that gives the right shape.
+
+    Raises BadInput for files of anything else than tensors; nothing in them is executed.
+    """
 
     def __init__(self, folder: Path):
         try:
@@ -79,20 +85,20 @@ class TorchFiles:
             self.tensors[name] = Tensor(files[0], tuple(first.shape), dtype)
 
     def _part(self, path: Path) -> dict[str, Any]:
-        """The tensors of a file, without what nothing depends on."""
+        """Return the tensors of one file, without buffers that are ignored."""
         try:
             with zipfile.ZipFile(path) as parts:
                 packed = [part.filename for part in parts.infolist() if part.compress_type]
-            found = None if packed else self.torch.load(path, mmap=True, weights_only=True)
+            tensors = None if packed else self.torch.load(path, mmap=True, weights_only=True)
         except Exception as error:  # torch raises a dozen types
             given = f"a file that can't be read ({str(error).splitlines()[:1]})"
             raise BadInput(str(path), given, "weights that torch.save wrote") from None
         if packed:
             raise BadInput(f"{path}: {packed[0]}", "compressed", "weights that torch.save wrote")
-        if not isinstance(found, dict) or not found:
-            raise BadInput(str(path), type(found).__name__, "tensors by their names")
+        if not isinstance(tensors, dict) or not tensors:
+            raise BadInput(str(path), type(tensors).__name__, "tensors by their names")
         room = 2 * path.stat().st_size
-        for name, tensor in found.items():
+        for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, self.torch.Tensor):
                 given = type(tensor).__name__
                 raise BadInput(f"{path}: {name}", given, "a tensor with a name")
@@ -102,28 +108,31 @@ class TorchFiles:
                 given = f"{kind}, {tensor.layout}, {tensor.device.type}"
                 raise BadInput(f"{path}: {name}", given, f"dense, {' or '.join(TYPES)}")
             room -= tensor.numel() * tensor.element_size()
-        if room < 0:  # twice: an embedding and the readout that is tied to it
+        if room < 0:  # factor 2: a readout may be tied to the embedding
             allowed = "at most two tensors with the same numbers"
             raise BadInput(str(path), "tensors of more bytes than the file has", allowed)
-        return {name: tensor for name, tensor in found.items() if name != IGNORED}
+        return {name: tensor for name, tensor in tensors.items() if name != IGNORED}
 
     def join(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Learn from the shapes that are wanted how the parts lie; what does not fit is left."""
+        """Find the axis along which each tensor is split, from the wanted shapes; leave what does
+        not fit.
+        """
         for name, wanted in shapes.items():
-            found = self.tensors.get(name)
-            parts = [tuple(part[name].shape) for part in self.parts] if found else []
-            if found is None or found.shape == wanted or len(found.shape) != len(wanted):
+            first = self.tensors.get(name)
+            parts = [tuple(part[name].shape) for part in self.parts] if first else []
+            if first is None or first.shape == wanted or len(first.shape) != len(wanted):
                 continue
             for axis in range(len(wanted)):
-                whole = list(found.shape)
+                whole = list(first.shape)
                 whole[axis] = sum(shape[axis] for shape in parts if len(shape) == len(wanted))
                 rest = {(*shape[:axis], *shape[axis + 1 :]) for shape in parts}
                 if tuple(whole) == wanted and len(rest) == 1:
                     self.axes[name] = axis
-                    self.tensors[name] = Tensor(found.file, wanted, found.dtype)
+                    self.tensors[name] = Tensor(first.file, wanted, first.dtype)
                     break
 
     def read(self, name: str, cut: Cut) -> np.ndarray:
+        """Return a part of a tensor."""
         axis = self.axes[name]
         parts = [part[name] for part in (self.parts if axis is not None else self.parts[:1])]
         whole = np.concatenate([self._numpy(part) for part in parts], axis=axis or 0)
@@ -137,7 +146,7 @@ class TorchFiles:
 
 
 def open_meta(folder: Path) -> tuple[str, Decoder, TorchFiles, Sequence[WeightPiece]]:
-    """Architecture, model, tensors and pieces of such a folder. Raises BadInput."""
+    """Return architecture, model, tensors and pieces of such a folder. Raises BadInput."""
     path = file_inside(folder, PARAMS)
     given = Given(read_json(path), str(path))
     files = TorchFiles(folder)
@@ -156,19 +165,19 @@ def _model(given: Given, files: TorchFiles, folder: Path) -> Decoder:
     if heads % kv_heads:
         raise BadInput(f"{given.where}: n_kv_heads", kv_heads, f"must divide n_heads ({heads})")
     if width % (2 * heads):
-        allowed = f"a multiple of 2 n_heads ({2 * heads}): what is rotated are pairs"
+        allowed = f"a multiple of 2 n_heads ({2 * heads}), as pairs are rotated"
         raise BadInput(f"{given.where}: dim", width, allowed)
     for part in files.parts:
-        there = part.get(EMBEDDING)
-        if there is None or there.ndim != 2:
-            shape = "missing" if there is None else list(there.shape)
-            raise BadInput(f"{folder}: {EMBEDDING}", shape, "a matrix, in any Llama of Meta's")
+        embedding = part.get(EMBEDDING)
+        if embedding is None or embedding.ndim != 2:
+            shape = "missing" if embedding is None else list(embedding.shape)
+            raise BadInput(f"{folder}: {EMBEDDING}", shape, "a matrix, as in every Llama by Meta")
     # Llama 2 splits the width of its embedding, Llama 3 the vocabulary.
     shapes = [tuple(part[EMBEDDING].shape) for part in files.parts]
     vocab = sum(rows for rows, _ in shapes) if shapes[0][1] == width else shapes[0][0]
     if vocab < 1:
         raise BadInput(f"{folder}: {EMBEDDING}", list(shapes[0]), "at least one row")
-    slowed = given.flag("use_scaled_rope", False)
+    scaled = given.flag("use_scaled_rope", False)
     tied = _tied(files)
     factor = given.number("rope_scaling_factor", 32.0 if tied else 8.0)
     if factor < 1:
@@ -179,7 +188,7 @@ def _model(given: Given, files: TorchFiles, folder: Path) -> Decoder:
         attention=Grouped(
             position=RoPE(
                 base=given.number("rope_theta", 10_000.0, low=1.0),
-                scaling=Llama3(factor=factor) if slowed else None,
+                scaling=Llama3(factor=factor) if scaled else None,
             ),
             heads=heads,
             kv_heads=kv_heads,
@@ -189,19 +198,19 @@ def _model(given: Given, files: TorchFiles, folder: Path) -> Decoder:
         plan=(Stage(repeats=given.whole("n_layers", high=MOST_LAYERS)),),
         norm=RMSNorm(given.number("norm_eps", 1e-5)),
         readout="tied" if tied else "linear",
-        context=CONTEXTS[slowed] if "rope_theta" in given.mapping else 4096,
+        context=CONTEXTS[scaled] if "rope_theta" in given.mapping else 4096,
     )
 
 
 def _tied(files: TorchFiles) -> bool:
-    """Llama 3.2's small models repeat the embedding as their readout, or leave that out."""
+    """Whether the readout is the embedding: Llama 3.2's small models repeat it or leave it out."""
     return all(
         HEAD not in part or files.torch.equal(part[EMBEDDING], part[HEAD]) for part in files.parts
     )
 
 
 def _hidden(given: Given, width: int) -> int:
-    """Two thirds of four times the width, times a factor, rounded up."""
+    """Compute the hidden width: two thirds of four times the width, times a factor, rounded up."""
     times = given.number("ffn_dim_multiplier", None, null=True) or 1.0
     hidden = int(int(2 * (4 * width) / 3) * times)
     multiple = given.whole("multiple_of", 256)

@@ -14,6 +14,8 @@ from mukv.hub.settings import Given
 
 @dataclass(frozen=True)
 class EveryLayer(WindowKeys):
+    """All layers have the same window, or none has one."""
+
     def read(self, given: Given, layers: int) -> Windows:
         window = given.whole("sliding_window", null=True)
         types, wanted = given.items("layer_types"), [LOCAL if window else GLOBAL] * layers

@@ -1,5 +1,7 @@
-"""Qwen 2 and 2.5, whose queries, keys and values have biases, and Qwen 3, which norms queries and
-keys instead; dense models only (Yang et al. 2024, 2025)."""
+"""Qwen 2, 2.5 and 3; dense models only (Yang et al. 2024, 2025).
+
+Queries, keys and values of Qwen 2 and 2.5 have biases; Qwen 3 normalises queries and keys instead.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ from mukv.hub.settings import Given
 
 @dataclass(frozen=True)
 class LastLayers(ByType):
-    """Windows count only where `use_sliding_window` says so; without types the last layers
-    have them."""
+    """Windows apply only if `use_sliding_window` is true; without `layer_types` the last layers
+    have them.
+    """
 
     def default(self, given: Given, layers: int) -> list[bool]:
         first = given.whole("max_window_layers", low=0)

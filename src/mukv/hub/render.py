@@ -1,9 +1,9 @@
-"""Render a chat template in this process, which is made for it: `python -P render.py`.
+"""Render chat templates in a process of its own: `python -P render.py`.
 
-A template is a program from a stranger. It may loop for ever or ask for any amount of memory, and
-neither can be stopped inside the process that holds a model; so this file is run as a process of
-its own, under limits of time and memory. It reads one JSON object from standard input and writes
-one: `text`, or `error` with a line for a person. It imports nothing of mukv.
+A template is an untrusted program. It may loop for ever or allocate any amount of memory, and
+neither can be stopped inside the process that holds a model, so this file runs as a separate
+process with limits of time and memory. It reads one JSON object from standard input and writes a
+list with `text` or `error` (one line) for each template. It imports nothing of mukv.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ CPU_SECONDS, MEMORY_BYTES, MOST_CHARACTERS = 5, 1 << 30, 1 << 20
 
 
 def render(template: str, values: dict[str, Any]) -> str:
-    """The text of a template, with the names and filters that transformers gives its templates."""
+    """Render a template with the names and filters that transformers provides to templates."""
     from jinja2 import TemplateError, nodes
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
 
     class GenerationBlock(Extension):
-        """`{% generation %}...{% endgeneration %}` gives its body: it marks the model's words."""
+        """`{% generation %}...{% endgeneration %}` returns its body; it marks the model's words."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja2's own form)
 
@@ -35,6 +37,32 @@ def render(template: str, values: dict[str, Any]) -> str:
 
         def same(self, caller: Any) -> str:
             return caller()
+
+    class PublicNamespace(Namespace):
+        """A namespace without names that begin with an underscore."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the names
+            named = dict(*args[1:], **kwargs)
+            for name in named:
+                require_public(name)
+            Namespace.__init__(args[0], named)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            require_public(name)
+            super().__setitem__(name, value)
+
+    class Dict:
+        """Makes a dict, and exposes nothing else of the type."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*args)
+
+    def require_public(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace can't have the name {name!r}")
 
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
@@ -55,6 +83,8 @@ def render(template: str, values: dict[str, Any]) -> str:
     world.filters["tojson"] = to_json
     world.globals["raise_exception"] = refuse
     world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    world.globals["dict"] = Dict()
+    world.globals["namespace"] = PublicNamespace
     pieces: list[str] = []
     length = 0
     for piece in world.from_string(template).generate(**values):
@@ -63,13 +93,13 @@ def render(template: str, values: dict[str, Any]) -> str:
             refuse(f"more than {MOST_CHARACTERS:,} characters")
         pieces.append(piece)
     text = "".join(pieces)
-    text.encode()  # a lone surrogate is no text
+    text.encode()  # raises for a lone surrogate
     return text
 
 
 def main() -> None:
     """Answer the request on standard input."""
-    asked = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     try:
         import jinja2  # noqa: F401
     except ImportError:
@@ -79,9 +109,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = []
-    for template in asked["templates"]:
+    for template in request["templates"]:
         try:
-            answers.append({"text": render(template, asked["values"])})
+            answers.append({"text": render(template, request["values"])})
         except MemoryError:
             answers.append({"error": f"more than {MEMORY_BYTES >> 30} GB of memory"})
         except Exception as error:

@@ -1,7 +1,7 @@
-"""What a config.json says, read key by key: errors name the key.
+"""Read a config.json key by key; errors name the key.
 
-A key that is left out has the default of the family, null is a value of its own, as in
-transformers 5, and what no model can have (no heads, an infinite number) is refused.
+A missing key has the family's default, null is a value of its own, as in transformers 5, and values
+that no model can have (no heads, an infinite number) are refused.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ ACTIVATIONS = {
     "gelu_fast": "gelu",
     "gelu_python_tanh": "gelu",
 }
-"""Theirs -> ours; the first of equals is what we write."""
+"""Their names -> ours; of several with the same meaning, the first is written."""
 LARGEST = 2**31 - 1
-"""Whole numbers beyond it are no sizes that an array has."""
+"""Largest whole number that is accepted; no array axis is longer."""
 SMALLEST_NUMBER, LARGEST_NUMBER = 1e-30, 1e30
-"""Beyond them lie numbers whose products float32 does not hold."""
+"""Bounds of accepted numbers; products of numbers beyond them leave the range of float32."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """A mapping out of a config.json, where it is, and what stands for keys that it leaves out."""
+    """A mapping of a config.json.
+
+    where: its place, for errors
+    defaults: values of keys that it leaves out
+    """
 
     mapping: Mapping[str, Any]
     where: str
@@ -40,8 +44,13 @@ class Given:
     def whole(
         self, key: str, default: Any = ..., low: int = 1, high: int = LARGEST, null: bool = False
     ) -> Any:
-        """A whole number from `low` to `high`. default: where the family has none; `...`: the key
-        is required. null: None is allowed too. So in all methods below."""
+        """Return a whole number from `low` to `high`.
+
+        default: value if the family has none; `...` makes the key required
+        null: whether None is allowed
+
+        All methods below treat these arguments alike.
+        """
         value = self._value(key, default, "a whole number")
         if value is None and null:
             return None
@@ -52,7 +61,7 @@ class Given:
         return value
 
     def number(self, key: str, default: Any = ..., low: float = 0.0, null: bool = False) -> Any:
-        """A number greater than `low` that float32 holds, as a float."""
+        """Return a number greater than `low` that float32 can represent, as a float."""
         value = self._value(key, default, "a number")
         if value is None and null:
             return None
@@ -64,34 +73,35 @@ class Given:
         return float(value)
 
     def flag(self, key: str, default: Any = ...) -> bool:
+        """Return a boolean."""
         value = self._value(key, default, "true or false")
         if type(value) is not bool:
             raise self._wrong(key, value, _needed(value, "true or false"))
         return value
 
     def items(self, key: str) -> list[Any] | None:
-        """A list; None where it is left out or null."""
+        """Return a list; None if it is missing or null."""
         value = self._value(key, None, "a list")
         if value is not None and type(value) is not list:
             raise self._wrong(key, value, "needs a list")
         return value
 
     def inside(self, key: str) -> Given:
-        """The mapping at a key, empty if there is none."""
+        """Return the mapping at a key, empty if there is none."""
         value = self._value(key, None, "a mapping")
         if value is not None and type(value) is not dict:
             raise self._wrong(key, value, "needs a mapping")
         return Given(value or {}, f"{self.where}: {key}")
 
     def require(self, key: str, *allowed: Any) -> None:
-        """Raise BadInput unless the key is left out, null or one of these."""
+        """Raise BadInput unless the key is missing, null or one of the allowed values."""
         value = self.mapping.get(key)
         if value is not None and value not in allowed:
             words = ", ".join(map(str, allowed)) or "null"
             raise self._wrong(key, value, f"not supported; allowed: {words}")
 
     def one_of(self, key: str, table: Mapping[str, Any], default: Any = ...) -> Any:
-        """What a table has for the word at a key."""
+        """Return the table's entry for the word at a key."""
         word = self._value(key, default, "text")
         if not isinstance(word, str):
             raise self._wrong(key, word, f"needs text; allowed: {', '.join(table)}")
@@ -103,10 +113,10 @@ class Given:
     def _value(self, key: str, default: Any, what: str) -> Any:
         if key in self.mapping:
             return self.mapping[key]
-        found = self.defaults.get(key, default)
-        if found is ...:
+        value = self.defaults.get(key, default)
+        if value is ...:
             raise self._wrong(key, None, f"required: {what}")
-        return found
+        return value
 
     def _wrong(self, key: str, value: Any, allowed: str) -> BadInput:
         return BadInput(f"{self.where}: {key}", value, allowed)
@@ -117,5 +127,5 @@ def _needed(value: Any, what: str) -> str:
 
 
 def same_number(one: float, other: float) -> bool:
-    """Whether two numbers differ by rounding alone."""
+    """Whether two numbers differ only by rounding."""
     return math.isclose(one, other, rel_tol=1e-9)

@@ -1,6 +1,7 @@
-"""A model as others know it: the same function with nothing between its weights and the forward
-pass. Multipliers of a parameterisation go into the weights, factors of logits into queries and
-the last norm. Where all are one, no number changes.
+"""Convert a model to an equal one without scaling factors, as other programs expect it.
+
+Multipliers of a parameterisation are merged into the weights; factors of logits are merged into
+queries and the last norm. Where all factors are one, no number changes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mukv.schema.schema import to_mapping
 
 
 def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dict[str, Any]]:
-    """An equal model that scales nothing, and its weights by dotted name."""
+    """Return an equal model without scaling, and its weights by dotted name."""
     flat = named(model.scaled(weights))
     plain = replace(model, scaling=Scaling())
     width = (model.scaling.base or {}).get("embed", model.d_model)
@@ -58,7 +59,9 @@ def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dic
 
 
 def _multiply(flat: dict[str, Any], factor: float, names: Iterable[str]) -> None:
-    """What these weights do, times a factor; an offset from one keeps to its one."""
+    """Multiply these weights by a factor; for weights stored as offsets from one, multiply 1 +
+    offset.
+    """
     if abs(factor - 1) < 1e-12:
         return
     for name in names:
@@ -69,28 +72,34 @@ def _multiply(flat: dict[str, Any], factor: float, names: Iterable[str]) -> None
 
 
 def require_same(model: Decoder, again: Decoder) -> None:
-    """Raise BadInput with the field that a model lost on its way into a config.json. again: what
-    the file says. Whatever families and readers come to be, nothing is lost silently."""
-    wanted, found = _meaning(model), _meaning(again)
-    for name in [*wanted, *found]:
-        one, other = wanted.get(name), found.get(name)
+    """Raise BadInput with the field that is lost when a model is written to a config.json.
+
+    again: the model that the file describes
+
+    This check holds for all families and readers, so that nothing is lost silently.
+    """
+    wanted, written = _meaning(model), _meaning(again)
+    for name in [*wanted, *written]:
+        one, other = wanted.get(name), written.get(name)
         rounded = isinstance(one, float) and isinstance(other, float) and same_number(one, other)
         if one != other and not rounded:
-            raise BadInput(f"model.{name}", one, f"a config.json would say {other!r} of it")
+            raise BadInput(f"model.{name}", one, f"a config.json would contain {other!r}")
 
 
 def _meaning(model: Decoder) -> dict[str, Any]:
-    """What a model computes, by the names of fields; layers one by one."""
-    told: dict[str, Any] = {
+    """Return everything that determines what a model computes, by field name, each layer
+    by itself.
+    """
+    meaning: dict[str, Any] = {
         name: to_mapping(getattr(model, name))
         for name in ("vocab_size", "d_model", "norm", "residual", "embedding_scale", "readout")
     }
-    told["logit_softcap"] = model.logit_softcap
+    meaning["logit_softcap"] = model.logit_softcap
     for layer in model.layers:
         attention = to_mapping(layer.attention)
         attention["scale"] = layer.attention.scale or layer.attention.query_dim**-0.5
         attention["biases"] = sorted(attention["biases"])
         attention["position"].pop("pairing")
-        said = {"attention": attention, "mlp": to_mapping(layer.mlp), "window": layer.window}
-        told[f"layer {layer.index}"] = said
-    return leaves(told)
+        fields = {"attention": attention, "mlp": to_mapping(layer.mlp), "window": layer.window}
+        meaning[f"layer {layer.index}"] = fields
+    return leaves(meaning)

@@ -1,1 +1,1 @@
-"""Using a model: decoding and evaluation."""
+"""Inference: decoding and evaluation."""

@@ -1,7 +1,7 @@
 """Decoding: prefill in one pass, then a compiled loop over a cache of static shape.
 
-The loop carries only the small tails; the large bodies are read where they are, and the tails are
-folded into them when full. Text can be shown while it is made. Times exclude compilation.
+The loop carries only the small tails of the cache. The large bodies are read in place, and full
+tails are folded into them. Text can be shown while it is decoded. Times exclude compilation.
 """
 
 from __future__ import annotations
@@ -26,17 +26,26 @@ from mukv.core.typing import Array, Float, Int, Weights
 from mukv.model.base import LanguageModel
 
 BLOCK = 16
-"""Steps per call of the compiled loop: how often text is shown and stop tokens are looked for."""
+"""Decode steps per call of the compiled loop; text is shown and stop tokens are checked
+in between.
+"""
 TAIL = 64
-"""Largest tail. A larger one is read more often for nothing, a smaller one folded more often."""
+"""Largest tail in tokens. A larger one means more reads of unused entries, a smaller one more
+folds.
+"""
 PROMPT_MULTIPLE = 64
-"""Prompts are padded to a multiple of this, so that few lengths are compiled."""
+"""Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. temperature 0 is greedy; top_k and top_p keep the likeliest
-    tokens, by number and by probability mass."""
+    """Parameters of drawing the next token.
+
+    temperature: divisor of the logits; 0 takes the likeliest token (greedy)
+    top_k: number of likeliest tokens to draw from; None means no limit
+    top_p: probability mass of the likeliest tokens to draw from; None means no limit
+    seed: 32-bit seed
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -60,7 +69,10 @@ class Sampling:
             raise BadInput("seed", self.seed, "0 to 4294967295 (32 bits)")
 
     def draw(self, logits: Float[Array, "batch vocab"], keys: Array) -> Int[Array, " batch"]:
-        """One token per row; `keys` has one per row, so a row does not depend on its batch."""
+        """Draw one token per row.
+
+        keys: one random key per row, so that a row does not depend on its batch
+        """
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = logits / self.temperature
@@ -71,7 +83,7 @@ class Sampling:
             ordered = jnp.sort(logits, axis=-1, descending=True)
             before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
             before -= jax.nn.softmax(ordered, axis=-1)
-            # The likeliest token always stays: nothing comes before it.
+            # The likeliest token is always kept: the mass before it is 0.
             least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), -1, keepdims=True)
             logits = jnp.where(logits < least, -jnp.inf, logits)
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
@@ -79,8 +91,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """tokens: the new ones of each row, a stop token included. cache_bytes: as allocated.
-    prefill_seconds: until the first token; tokens_per_second: over all rows, after the first.
+    """Result of decoding.
+
+    tokens: new tokens of each row, a stop token included
+    cache_bytes: bytes of the allocated cache
+    prefill_seconds: time until the first token
+    tokens_per_second: over all rows, after the first token
     """
 
     tokens: list[list[int]]
@@ -91,7 +107,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Static shapes of one generation."""
+    """Static shapes of one generation, in rows and tokens."""
 
     batch: int
     prompt: int
@@ -100,7 +116,7 @@ class Sizes:
 
     @classmethod
     def plan(cls, batch: int, longest_prompt: int, max_tokens: int) -> Sizes:
-        """The smallest cache that holds the prompt and all tokens that will be read back."""
+        """Compute the smallest cache that holds the prompt and all tokens that are read back."""
         prompt = _round_up(longest_prompt, PROMPT_MULTIPLE)
         read_back = _round_up(max(max_tokens - 1, 1), BLOCK)
         tails = math.ceil(read_back / TAIL)
@@ -113,7 +129,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | None = None) -> Any:
-    """Weights as decoding takes them: scaled, in the compute type, one entry per layer."""
+    """Prepare weights for decoding: scaled, in the compute dtype, one entry per layer."""
     compute = (compute or Compute()).resolve(model.vocab_size)
     declared = model.params()
     return model.unstack(compute.working_copy(declared, model.scaled(weights)))
@@ -121,7 +137,9 @@ def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | 
 
 @lru_cache(maxsize=32)
 def _functions(model: LanguageModel, sampling: Sampling, compute: Compute) -> tuple[Any, Any, Any]:
-    """prefill, block and fold of a model, to be compiled for the shapes that come."""
+    """Return prefill, block and fold of a model, each compiled on its first call with
+    given shapes.
+    """
 
     def rows(key: Array, number: Array, batch: int) -> Array:
         step = jax.random.fold_in(key, number)
@@ -168,16 +186,19 @@ def generate(
 ) -> Generation:
     """Continue each prompt by up to `max_tokens` tokens.
 
-    weights: from `decoding_weights`. stop: ids after which a row ends. show: is given the new
-    tokens of every row as they come. policy, centres: of the cache. ended: whether a row is over,
-    asked with all its new tokens after each block. Raises BadInput for prompts
-    that the model can't read, and policies that do not fit it.
+    weights: from `decoding_weights`
+    stop: ids that end a row
+    show: called with the new tokens of every row as they are decoded
+    policy, centres: cache policy, and its calibrated centres if it needs them
+    ended: whether a row is complete; called with all its new tokens after each block
+
+    Raises BadInput for prompts that the model can't read and policies that do not fit it.
     """
     _check(model, prompts, max_tokens)
     sampling = sampling or Sampling()
     compute = (compute or Compute()).resolve(model.vocab_size)
     sizes = Sizes.plan(len(prompts), max(map(len, prompts)), max_tokens)
-    # The seed is data: another one needs no other program.
+    # The seed is an argument of the compiled functions: another seed needs no compilation.
     prefill, block, fold = _functions(model, replace(sampling, seed=0), compute)
 
     padded = np.zeros((sizes.batch, sizes.prompt), np.int32)
@@ -214,7 +235,7 @@ def generate(
 
 
 class _Rows:
-    """The new tokens of each row, cut at stop tokens and at the limit."""
+    """Collects the new tokens of each row, up to a stop token or the limit."""
 
     def __init__(
         self,
@@ -232,7 +253,7 @@ class _Rows:
         return all(self.ended)
 
     def add(self, new: np.ndarray) -> None:
-        """new: int [batch token]."""
+        """Append new tokens, int [batch token]."""
         if not self.tokens:
             self.tokens = [[] for _ in new]
             self.ended = [False] * len(new)

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a model on a text or on token ids."""
+"""Compute loss, perplexity and bits per byte of a model on token ids."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from mukv.model.base import LanguageModel
 from mukv.model.loss import token_losses
 
 BATCH_TOKENS = 8192
-"""Tokens that are worked on at once."""
+"""Tokens per forward pass."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """tokens: those predicted. loss: nats per token. bits_per_byte: None where the number of
-    bytes is not known."""
+    """Result of an evaluation.
+
+    tokens: number of predicted tokens
+    loss: mean loss in nats per token
+    bits_per_byte: loss in bits per UTF-8 byte of text; None if the number of bytes is unknown
+    """
 
     tokens: int
     loss: float
@@ -54,13 +58,17 @@ def evaluate(
     compute: Compute | None = None,
     stride: int | None = None,
 ) -> Evaluation:
-    """Predict every token of each row but its first.
+    """Predict every token of each row except its first.
 
-    weights: stacked and scaled. A row longer than `length` is cut into windows, each of which is
-    read anew. stride: tokens from the beginning of one to that of the next; what both predict
-    counts in the first. None for `length`: neighbours share the one token that is predicted from.
-    token_bytes: UTF-8 bytes of each id [vocab]. Raises BadInput for ids out of range and rows of
-    one token.
+    weights: stacked and scaled
+    rows: token ids, int [token] each
+    length: tokens per window; longer rows are cut into windows, each with a forward pass of its own
+    token_bytes: UTF-8 bytes of each id, int [vocab]; None if unknown
+    stride: tokens from the start of a window to that of the next. Of predictions in both, the first
+        window's counts. None means `length`: neighbours share only the one token that the next
+        window predicts from.
+
+    Raises BadInput for ids out of range and rows of one token.
     """
     compute = (compute or Compute()).resolve(model.vocab_size)
     if model.context is not None and length > model.context:
@@ -94,7 +102,9 @@ def evaluate(
 
 
 def _windows(row: np.ndarray, length: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Windows of a row, each with how many of its predictions an earlier one has made."""
+    """Yield the windows of a row, each with the number of its predictions that an earlier
+    one made.
+    """
     done = 0
     for start in range(0, len(row) - 1, stride):
         stop = min(start + length, len(row) - 1)

@@ -12,9 +12,9 @@ from mukv.show.terminal import Console
 
 
 class TokenStream:
-    """Prints tokens as they come, holding back the bytes of a character that is not complete.
+    """Prints tokens as they are decoded, holding back the bytes of an incomplete character.
 
-    opening: what stands before the first ones.
+    opening: text printed before the first token; None for none
     """
 
     def __init__(self, tokenizer: AnyTokenizer, out: TextIO, opening: Text | None = None):
@@ -22,7 +22,7 @@ class TokenStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def show(self, fresh: list[list[int]]) -> None:
-        """New tokens of each row; the first row is shown."""
+        """Print the new tokens of the first row."""
         if self.opening:
             Console(file=self.out).print(self.opening, end="", soft_wrap=True)
             self.opening = None
@@ -31,6 +31,6 @@ class TokenStream:
         self.out.flush()
 
     def end(self) -> None:
-        """Show what is still held back, as what it is."""
+        """Print what is still held back, with replacement characters."""
         self.out.write(self.decoder.decode(b"", final=True) + "\n")
         self.out.flush()

@@ -1,10 +1,14 @@
 """Models: what is built from attention, positions and a plan."""
 
+from typing import Annotated
+
+from mukv.core.table import Table
 from mukv.model.base import ForwardResult, LanguageModel
 from mukv.model.concept import Concept
 from mukv.model.decoder import Decoder
 from mukv.model.plan import Layer, Stage
 
-AnyModel = Decoder | Concept
+MODELS = Table("model", LanguageModel, {"decoder": Decoder, "concept": Concept})
+AnyModel = Annotated[LanguageModel, MODELS]
 
 __all__ = ["AnyModel", "Concept", "Decoder", "ForwardResult", "LanguageModel", "Layer", "Stage"]

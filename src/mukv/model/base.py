@@ -10,17 +10,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from mukv.attention import AnyAttention, Grouped
 from mukv.cache import FULL, Cache, Calibrated, Policy
+from mukv.core.arguments import token_ids
 from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.mesh import constrain
 from mukv.core.norm import RMSNorm
-from mukv.core.params import WIDEST, Param
+from mukv.core.params import WIDEST, Param, initialise
+from mukv.core.table import Part
 from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.block import AnyResidual, Gated, PreNorm
@@ -52,9 +57,11 @@ class ForwardResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LanguageModel:
+class LanguageModel(Part):
     """The contract; fields are the YAML keys.
 
+    d_model: width of the residual stream. norm: the norm of every layer and after the last one.
+    scaling: how initialisation and learning rates change with the sizes.
     vocab_size: at least the tokenizer's. attention, mlp: those of layers that name none.
     residual: where the norms stand. embedding_scale: "root_width" multiplies embeddings by the
     root of their width. readout: weights of its own, or the embedding's. logit_softcap: bound of
@@ -218,6 +225,34 @@ class LanguageModel:
     def scaled(self, weights: Weights) -> Any:
         """The weights as the forward pass sees them; every function below takes these."""
         return self.scaling.scale(self.params(), weights, len(self.layers))
+
+    def draw(self, key: Array) -> dict[str, Any]:
+        """Draw float32 weights with the deviations of the parameterisation."""
+        deviations = jax.tree.map(lambda weight: weight.deviation, self.resolved())
+        return initialise(self.params(), deviations, key)
+
+    def init(self, seed: int = 0) -> dict[str, Any]:
+        """Draw the weights that training with this seed begins with: float32, by nested names."""
+        return self.draw(jax.random.key(seed))
+
+    def __call__(self, weights: Weights, tokens: Any) -> Float[Array, "*batch token vocab"]:
+        """Compute the float32 logits of the token after each of `tokens`.
+
+        A pure function: jit, grad and vmap apply. weights: as `init` draws and training saves them;
+        the multipliers of the parameterisation are applied here. tokens: ids, [batch token] or
+        [token]. Raises BadInput for other shapes and types, and, where they are known (not
+        traced), for ids outside of the vocabulary.
+        """
+        if not isinstance(tokens, Tracer):
+            ids = jnp.asarray(token_ids("tokens", tokens, self.vocab_size))
+        elif tokens.ndim in (1, 2) and jnp.issubdtype(tokens.dtype, jnp.integer):
+            ids = jnp.atleast_2d(tokens)
+        else:
+            allowed = "integers of shape [token] or [batch token]"
+            raise BadInput("tokens", f"{tokens.dtype} of shape {tokens.shape}", allowed)
+        scaled = self.scaled(weights)
+        logits = self.logits(scaled, self.hidden(scaled, ids))
+        return logits[0] if len(np.shape(tokens)) == 1 else logits
 
     def hidden(
         self,

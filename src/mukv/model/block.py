@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 
@@ -12,6 +12,7 @@ from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, map_params
+from mukv.core.table import Part, Table
 from mukv.core.typing import Residual, Weights
 from mukv.scaling.parameterization import Scaling
 
@@ -20,7 +21,11 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate
 
 @dataclass(frozen=True)
 class Gated:
-    """Gated linear unit (Shazeer 2020): down(activation(gate x) * up x)."""
+    """Gated linear unit (Shazeer 2020): down(activation(gate x) * up x).
+
+    hidden: inner width
+    activation: function of the gate
+    """
 
     kind: Literal["gated"] = "gated"
     hidden: int = 128
@@ -45,7 +50,7 @@ class Gated:
 
 
 @dataclass(frozen=True)
-class Branching:
+class Branching(Part):
     """A branch (attention, MLP) reads the normed stream: x + branch(norm x)."""
 
     def check(self, norm: RMSNorm, scaling: Scaling) -> None:
@@ -66,6 +71,8 @@ class Branching:
 
 @dataclass(frozen=True)
 class PreNorm(Branching):
+    """Norm before each branch: x + branch(norm x)."""
+
     kind: Literal["pre"] = "pre"
 
 
@@ -89,4 +96,5 @@ class SandwichNorm(Branching):
         return norm.apply(weights[f"{name}_post_norm"], branch)
 
 
-AnyResidual = PreNorm | SandwichNorm
+RESIDUALS = Table("residual", Branching, {"pre": PreNorm, "sandwich": SandwichNorm})
+AnyResidual = Annotated[Branching, RESIDUALS]

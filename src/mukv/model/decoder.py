@@ -19,7 +19,10 @@ from mukv.model.stack import Stack
 
 @dataclass(frozen=True)
 class Decoder(LanguageModel):
-    """plan: stages of layers; what a layer leaves open is `attention` and `mlp`."""
+    """Decoder-only transformer.
+
+    plan: stages of layers; what a layer leaves open is `attention` and `mlp`
+    """
 
     kind: Literal["decoder"] = "decoder"
     plan: tuple[Stage, ...] = (Stage(),)

@@ -24,6 +24,8 @@ MOST_LAYERS = 10_000
 class Layer:
     """One layer of a pattern; None means: as the model says.
 
+    attention: of this layer. position: encoding in place of that of its attention. mlp: of this
+    layer.
     window: tokens that a query sees, itself included; None for all.
     reads: the layer whose entries it reads; None to write and read its own.
     """
@@ -37,7 +39,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """A pattern of layers, repeated. Repeats are scanned where their memory allows."""
+    """A pattern of layers, repeated. Repeats are scanned where their memory allows.
+
+    pattern: layers in order
+    repeats: how many times the pattern stands in the plan
+    """
 
     pattern: tuple[Layer, ...] = (Layer(),)
     repeats: int = 1

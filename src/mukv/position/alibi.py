@@ -1,7 +1,8 @@
-"""ALiBi: each head looks less far back than the one before it (Press et al. 2021).
+"""ALiBi: logits fall linearly with distance, with a fixed slope per head (Press et al. 2021).
 
-Head h of n, counted from 1, subtracts 2 ** (-8 h / n) per token of distance. Where n is no power
-of two, the slopes of the largest power below are followed by every second one of twice as many.
+Head h of n, counted from 1, subtracts 2 ** (-8 h / n) per token of distance. Where n is not a power
+of two, the slopes of the largest smaller power are followed by every second slope of twice that
+power.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mukv.position.base import Logits, Pairs, Position
 
 
 def slopes(heads: int) -> np.ndarray:
-    """Of each query head, float64 [heads]."""
+    """Compute the slope of each query head: float64 [heads], in logits per token of distance."""
     power = 1 << (heads.bit_length() - 1)
     first = 2.0 ** (-8 * np.arange(1, power + 1) / power)
     if power == heads:
@@ -27,6 +28,8 @@ def slopes(heads: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ALiBi(Position):
+    """Linear bias of the logits with a fixed slope per head; no trained weights."""
+
     kind: Literal["alibi"] = "alibi"
 
     @property

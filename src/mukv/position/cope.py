@@ -1,8 +1,9 @@
-"""CoPE: a query counts what it looks back on, not tokens (Golovneva et al. 2024).
+"""CoPE: positions count gated tokens instead of all tokens (Golovneva et al. 2024).
 
-Gate g = sigmoid(q k) of every visible key; the position of a key is the sum of the gates from it
-up to the query, at most `positions` - 1; what it adds to the logit is read, interpolated, from
-the query's products with a trained table that all heads of a layer share.
+Every visible key has a gate g = sigmoid(q k). The position of a key is the sum of the gates from
+that key up to the query, clipped at `positions` - 1. The bias of a logit is the query's product
+with a row of a trained table, interpolated linearly between the two rows next to that position. All
+heads of a layer share the table.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from mukv.position.base import Logits, Pairs, Position
 
 @dataclass(frozen=True)
 class CoPE(Position):
-    """positions: rows of the table. scaled: the table's products are scaled as the logits are
-    (the authors' code), or not (the listing of their paper)."""
+    """Contextual position encoding.
+
+    positions: rows of the table; larger counts are clipped
+    scaled: true scales the table's products as the logits are scaled (the authors' code); false
+        leaves them unscaled (the listing in their paper)
+    """
 
     kind: Literal["cope"] = "cope"
     positions: int = 64
@@ -54,7 +59,9 @@ class CoPE(Position):
         pairs: Pairs,
         after: Float[Array, "batch kv_heads group query"],
     ) -> tuple[Logits, Float[Array, "batch kv_heads group query"]]:
-        """after: sum of the gates to the right of this block of keys."""
+        """Compute `bias` of one block of keys. after: sum of the gates to the right of
+        this block.
+        """
         gates = jnp.where(pairs.visible[:, :, None], jax.nn.sigmoid(logits), 0.0)
         counted = _sum_from_right(gates, pairs) + after[..., None]
         count = jnp.minimum(counted, self.positions - 1.0)
@@ -64,7 +71,7 @@ class CoPE(Position):
         )
         if not self.scaled:
             value = value / pairs.scale
-        # The step between two rows holds the last one twice, so that the count may reach it.
+        # The last row is repeated, so that the difference at the largest count is zero.
         step = jnp.diff(value, axis=-1, append=value[..., -1:])
         floor = jax.lax.stop_gradient(jnp.floor(count))
         row = floor.astype(jnp.int32)
@@ -74,7 +81,7 @@ class CoPE(Position):
 
 
 def _sum_from_right(gates: Array, pairs: Pairs) -> Array:
-    """Of each key, the gates from it up to the newest key, in the order of positions."""
+    """Sum for each key the gates from it to the newest key, in the order of positions."""
     if pairs.ordered:
         return jax.lax.cumsum(gates, axis=gates.ndim - 1, reverse=True)
     order = jnp.argsort(pairs.key_position, axis=-1)[:, :, None, None]
@@ -88,5 +95,5 @@ def _sum_from_right(gates: Array, pairs: Pairs) -> Array:
 
 
 def _like(gates: Array, index: Array) -> tuple[int, ...]:
-    """Shape of an index into the last axis of the gates."""
+    """Return the shape of an index into the last axis of the gates."""
     return (*gates.shape[:-1], index.shape[-1])

@@ -1,8 +1,8 @@
-"""FIRE: a small network maps relative distance to a bias (Li et al. 2023).
+"""FIRE: a small MLP maps normalised distance to a bias per head (Li et al. 2023).
 
-bias = MLP(psi(distance) / psi(max(query position, threshold))) with psi(x) = ln(|c| x + 1); the
-threshold and c are trained. Distances become shares of the text, so that longer texts than those
-of training look familiar.
+bias = MLP(psi(distance) / psi(max(query position, threshold))) with psi(x) = ln(|c| x + 1); c and
+the threshold are trained. Distances are normalised by the query's position, so that texts longer
+than those of training give inputs in the same range.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from mukv.position.base import Logits, Pairs, Position
 
 EPSILON = 1e-6
 CURVE = 0.1
-"""c at the start; the weight `curve` multiplies it."""
+"""Initial value of c; the trained weight `curve` multiplies it."""
 
 
 @dataclass(frozen=True)
 class FIRE(Position):
-    """hidden: width of the network. threshold: tokens below which distance counts as such, at
-    the start."""
+    """Trained function of the normalised distance.
+
+    hidden: hidden width of the MLP
+    threshold: initial value of the trained threshold (tokens): query positions below it are
+        normalised by the threshold
+    """
 
     kind: Literal["fire"] = "fire"
     hidden: int = 32
@@ -69,7 +73,7 @@ class FIRE(Position):
             grouped = jnp.moveaxis(per_head[:, 0], -1, 1)
             grouped = grouped.reshape(-1, kv_heads, group, *grouped.shape[2:])
         else:
-            # Each KV head keeps entries of its own: take its own heads' biases.
+            # Every KV head has its own entries: select the biases of that head's own query heads.
             split = per_head.reshape(*per_head.shape[:-1], kv_heads, group)
             grouped = jnp.einsum("bgqkgr->bgrqk", split)
         return logits + grouped

@@ -1,7 +1,7 @@
-"""KERPLE, logarithmic form: a trained ALiBi that flattens with distance (Chi et al. 2022).
+"""KERPLE, logarithmic form: logits fall with the logarithm of distance (Chi et al. 2022).
 
-Head h subtracts p_h ln(1 + a_h distance); both are kept at 0.01 or more. They start at 1, the
-mean of the paper's p and the bound of its a.
+Head h subtracts p_h ln(1 + a_h distance). Trained p and a are clipped below at 0.01. Both start at
+1, the mean of the paper's initial p and the upper bound of its initial a.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ SMALLEST = 0.01
 
 @dataclass(frozen=True)
 class KERPLE(Position):
+    """Logarithmic bias with two trained scalars per head: `strength` (p) and `rate` (a)."""
+
     kind: Literal["kerple"] = "kerple"
 
     @property

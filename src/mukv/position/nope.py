@@ -1,8 +1,9 @@
-"""NoPE: no position encoding; the causal mask alone tells order (Kazemnejad et al. 2023).
+"""NoPE: no position encoding; only the causal mask carries order (Kazemnejad et al. 2023).
 
-Attention over n tokens flattens as n grows; a temperature sharpens queries with their position:
-`LogLength` by g ln(n) with a trained g per head (SSMax, Nakanishi 2025), `StepLength` by
-1 + strength ln(1 + floor(n / every)) (Llama 4's layers without RoPE).
+Attention over n tokens becomes flatter as n grows. An optional temperature multiplies queries by a
+factor that grows with their position: `LogLength` by g ln(n) with a trained g per head (SSMax,
+Nakanishi 2025), `StepLength` by 1 + strength ln(1 + floor(n / every)) (Llama 4's layers without
+RoPE).
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from mukv.position.base import Position
 
 @dataclass(frozen=True)
 class LogLength:
-    """g starts as 1 / ln(typical): at that length attention is as without a temperature."""
+    """Trained logarithmic temperature: g ln(n), with a trained g per head.
+
+    typical: length (tokens) at which the initial factor is 1: g starts as 1 / ln(typical)
+    """
 
     kind: Literal["log_length"] = "log_length"
     typical: int = 256
@@ -31,17 +35,25 @@ class LogLength:
             raise BadInput("typical", self.typical, "at least 2 tokens")
 
     def params(self, heads: int) -> dict[str, Param]:
+        """Declare the weights: `sharpness`, which is g ln(typical), per query head."""
         return {"sharpness": Param({"heads": heads}, role="vector", init="ones")}
 
     def factor(
         self, weights: Weights, position: Int[Array, "batch query"]
     ) -> Float[Array, "batch heads query"]:
+        """Compute the factor of each head's queries at 0-based positions (tokens), float32."""
         length = jnp.log(position + 1.0)[:, None] / jnp.log(self.typical)
         return weights["sharpness"].astype(jnp.float32)[:, None] * length
 
 
 @dataclass(frozen=True)
 class StepLength:
+    """Fixed temperature that grows in steps: 1 + strength ln(1 + floor(n / every)).
+
+    every: tokens per step
+    strength: factor of the logarithm; 0 means no temperature
+    """
+
     kind: Literal["step_length"] = "step_length"
     every: int = 8192
     strength: float = 0.1
@@ -52,17 +64,26 @@ class StepLength:
             raise BadInput("strength", self.strength, "at least 0")
 
     def params(self, heads: int) -> dict[str, Param]:
+        """Declare no weights."""
         return {}
 
     def factor(
         self, weights: Weights, position: Int[Array, "batch query"]
     ) -> Float[Array, "batch 1 query"]:
+        """Compute the factor of queries at 0-based positions (tokens), float32, the same for all
+        heads.
+        """
         steps = (position + 1) // self.every
         return 1 + self.strength * jnp.log(1.0 + steps)[:, None]
 
 
 @dataclass(frozen=True)
 class NoPE(Position):
+    """No position encoding.
+
+    temperature: scaling of queries by their position; None means none
+    """
+
     kind: Literal["nope"] = "nope"
     temperature: LogLength | StepLength | None = None
 

@@ -1,8 +1,8 @@
-"""RoPE: queries and keys are rotated by angles proportional to their position (Su et al. 2021).
+"""RoPE: rotate queries and keys by angles proportional to position (Su et al. 2021).
 
-`pairing` says which dimensions form a pair: "half" is (x[m], x[m + d/2]) (GPT-NeoX, Hugging
-Face), "interleaved" (x[2m], x[2m + 1]) (Meta's Llama, DeepSeek): the same model up to a fixed
-order of each head's dimensions. Angles are computed in float32.
+`pairing` says which dimensions form a pair: "half" is (x[m], x[m + d/2]) (GPT-NeoX, Hugging Face),
+"interleaved" is (x[2m], x[2m + 1]) (Meta's Llama, DeepSeek). The two differ only in the order of
+each head's dimensions. Angles are computed in float32.
 """
 
 from __future__ import annotations
@@ -22,9 +22,16 @@ from mukv.position.rope_scaling import AnyScaling
 
 @dataclass(frozen=True)
 class RoPE(Position):
-    """partial: share of the dimensions that is rotated at all, as if the head were that small
-    (GPT-NeoX). p: share of the pairs, fastest first, that turns; the others stand still (p-RoPE,
-    Barbero et al. 2024; Gemma 4)."""
+    """Rotary position encoding.
+
+    base: pair m of a head with d rotated dimensions turns by base ** (-2m / d) radians per token
+    scaling: change of the frequencies for longer contexts; None means none
+    pairing: which dimensions form a pair (see above)
+    partial: fraction of a head's dimensions that is rotated, with the frequencies of a head of that
+        width (GPT-NeoX)
+    p: fraction of the pairs, highest frequencies first, that is rotated; the other pairs have
+        frequency zero (p-RoPE, Barbero et al. 2024; Gemma 4)
+    """
 
     kind: Literal["rope"] = "rope"
     base: float = 10_000.0
@@ -52,19 +59,19 @@ class RoPE(Position):
             raise BadInput(
                 "head_dim",
                 rotated_dim,
-                "rope rotates pairs: an even number"
-                + (f" of dimensions, {self.partial} of them" if self.partial < 1 else ""),
+                "an even number, because rope rotates pairs"
+                + (f" (of {self.partial} of the dimensions)" if self.partial < 1 else ""),
             )
 
     def _width(self, head_dim: int) -> int:
-        """Dimensions that are rotated."""
+        """Return the number of dimensions that are rotated."""
         return int(self.partial * head_dim)
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians per token of each pair, fastest first: float32 [pair].
+        """Compute the radians per token of each pair, highest first: float32 [pair].
 
-        Power and reciprocal are rounded one after the other, as in the code that published models
-        were trained with: other roundings differ by 1e-3 radians after 9,000 tokens.
+        The power and the reciprocal are rounded one after the other, as in the code that published
+        models were trained with; other roundings differ by 1e-3 radians after 9,000 tokens.
         """
         width = self._width(head_dim)
         exponent = (np.arange(0, width, 2) / max(width, 1)).astype(np.float32)

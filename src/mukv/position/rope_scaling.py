@@ -1,26 +1,30 @@
-"""How RoPE's frequencies are slowed for contexts beyond those of training.
+"""Scalings of RoPE's frequencies for contexts longer than those of training.
 
-Each answer is `scale` (frequencies, fastest first, before and after) and may raise the
-temperature. `Linear`: position interpolation (Chen et al. 2023). `NTK`: the fastest pair is kept,
-the slowest slowed in full (bloc97 2023). `Llama3`: Llama 3.1. `YaRN`: Peng et al. 2023. A factor
-that changes with the length (dynamic NTK) is left out: cached keys would not agree with it.
+Each class has `scale`, which maps frequencies (highest first) to lower ones, and may scale the
+logits. `LinearScaling`: position interpolation (Chen et al. 2023). `NTK`: the highest frequency is
+kept, the lowest is divided by the factor (bloc97 2023). `Llama3`: Llama 3.1. `YaRN`: Peng et al.
+2023. A factor that depends on the current length (dynamic NTK) is left out: keys already in the
+cache would have been rotated with other frequencies.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from mukv.core.errors import BadInput
+from mukv.core.table import Part, Table
 
 
 @dataclass(frozen=True)
-class Slower:
-    """factor: times the context of training. rotation_factor multiplies rotated queries and
-    keys, logit_factor all logits."""
+class Slower(Part):
+    """Base class of the scalings.
+
+    factor: length of the new context divided by that of training
+    """
 
     factor: float = 1.0
 
@@ -30,20 +34,27 @@ class Slower:
 
     @property
     def rotation_factor(self) -> float:
+        """Factor that multiplies rotated queries and keys."""
         return 1.0
 
     @property
     def logit_factor(self) -> float:
+        """Factor that multiplies all logits."""
         return 1.0
 
     def scale(self, frequency: np.ndarray, base: float) -> np.ndarray:
-        """Radians per token of each pair, float32 [pair], before and after; operations stand in
-        the order of transformers' code, whose roundings are those of published models."""
+        """Map the radians per token of each pair to lower ones; float32 [pair], highest first.
+
+        Operations are in the order of transformers' code, so that roundings equal those of
+        published models.
+        """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class LinearScaling(Slower):
+    """Divide all frequencies by `factor`."""
+
     kind: Literal["linear"] = "linear"
 
     def scale(self, frequency: np.ndarray, base: float) -> np.ndarray:
@@ -52,7 +63,9 @@ class LinearScaling(Slower):
 
 @dataclass(frozen=True)
 class NTK(Slower):
-    """The base times factor ** (d / (d - 2)): pair m of M slows by factor ** (m / (M - 1))."""
+    """Multiply the base by factor ** (d / (d - 2)): pair m of M is divided by factor ** (m / (M -
+    1)).
+    """
 
     kind: Literal["ntk"] = "ntk"
 
@@ -64,8 +77,14 @@ class NTK(Slower):
 
 @dataclass(frozen=True)
 class Llama3(Slower):
-    """Wavelengths beyond original_length / low_frequency_factor are stretched by `factor`, those
-    below original_length / high_frequency_factor are kept; linear in frequency between."""
+    """Divide low frequencies by `factor`, keep high ones, interpolate linearly in frequency
+    between.
+
+    low_frequency_factor: wavelengths above original_length / low_frequency_factor are divided by
+        `factor`
+    high_frequency_factor: wavelengths below original_length / high_frequency_factor are kept
+    original_length: context of training (tokens)
+    """
 
     kind: Literal["llama3"] = "llama3"
     factor: float = 8.0
@@ -95,12 +114,16 @@ class Llama3(Slower):
 
 @dataclass(frozen=True)
 class YaRN(Slower):
-    """Pairs that turn more than `fast` times within original_length are kept, those that turn
-    less than `slow` times are slowed in full; linear in the pair's number between.
+    """Divide low frequencies by `factor`, keep high ones, interpolate linearly in the pair's index.
 
-    rounded: whole pairs bound the ramp (Hugging Face, DeepSeek), or not (gpt-oss). temperature:
-    c = 0.1 ln(factor) + 1 multiplies what is rotated (Hugging Face, gpt-oss), or c^2 all logits,
-    dimensions that are not rotated included (DeepSeek).
+    original_length: context of training (tokens)
+    fast: pairs with more than this many full turns within original_length are kept
+    slow: pairs with fewer than this many full turns are divided by `factor`
+    rounded: whether the bounds of the ramp are rounded to whole pairs (Hugging Face, DeepSeek) or
+        not (gpt-oss)
+    temperature: with c = 0.1 ln(factor) + 1, "rotation" multiplies rotated queries and keys by c
+        (Hugging Face, gpt-oss), "logits" multiplies all logits, unrotated dimensions included, by
+        c^2 (DeepSeek)
     """
 
     kind: Literal["yarn"] = "yarn"
@@ -120,29 +143,32 @@ class YaRN(Slower):
 
     @property
     def rotation_factor(self) -> float:
-        return self._warmth() if self.temperature == "rotation" else 1.0
+        return self._temperature() if self.temperature == "rotation" else 1.0
 
     @property
     def logit_factor(self) -> float:
-        return self._warmth() ** 2 if self.temperature == "logits" else 1.0
+        return self._temperature() ** 2 if self.temperature == "logits" else 1.0
 
-    def _warmth(self) -> float:
+    def _temperature(self) -> float:
         return 0.1 * math.log(self.factor) + 1
 
     def scale(self, frequency: np.ndarray, base: float) -> np.ndarray:
         pairs = len(frequency)
 
-        def pair_that_turns(times: float) -> float:
-            length = self.original_length / (2 * math.pi * times)
+        def pair_with_turns(turns: float) -> float:
+            length = self.original_length / (2 * math.pi * turns)
             return pairs * math.log(length) / math.log(base)
 
-        low, high = pair_that_turns(self.fast), pair_that_turns(self.slow)
+        low, high = pair_with_turns(self.fast), pair_with_turns(self.slow)
         if self.rounded:
             low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * pairs - 1)
-        # Where the bounds cross, published code goes on to divide by what is negative then.
+        # Where the bounds cross, the published code divides by a negative number; this is the same.
         ramp = (np.arange(pairs, dtype=np.float32) - low) / ((high - low) or 1e-3)
         kept = 1 - np.clip(ramp, 0, 1)
         return frequency / self.factor * (1 - kept) + frequency * kept
 
 
-AnyScaling = LinearScaling | NTK | Llama3 | YaRN
+SCALINGS = Table(
+    "RoPE scaling", Slower, {"linear": LinearScaling, "ntk": NTK, "llama3": Llama3, "yarn": YaRN}
+)
+AnyScaling = Annotated[Slower, SCALINGS]

@@ -41,7 +41,13 @@ class Data:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a training run depends on."""
+    """Everything that a training run depends on.
+
+    model: architecture and its sizes
+    data: what the model is trained on
+    train: hyperparameters and cadence of training
+    mesh: how devices share the work
+    """
 
     model: AnyModel = field(default_factory=Decoder)
     data: Data = field(default_factory=Data)

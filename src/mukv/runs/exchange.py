@@ -42,7 +42,9 @@ SHARD_BYTES = 5 << 30
 
 
 def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[str, Any]:
-    """Make a run directory of a Hugging Face folder, hub id, or Meta's folder, tensor by tensor.
+    """Make a run directory of a pretrained model, tensor by tensor.
+
+    source: a Hugging Face folder, a GGUF file, a hub id, or a folder in Meta's layout.
 
     allow_nonfinite: take weights that are infinite or not a number. Returns what
     `mukv import --json` prints. Raises BadInput.

@@ -100,7 +100,8 @@ class Answers:
         sampling = Sampling(float((warm and settings.get("temperature", 1.0)) or 0.0))
         ids = self._fitting(self.model.encode(context) or [*self._prefix], most)
         made = self.model.generate_ids([ids], most, sampling).tokens[0]
-        text = self.model.tokenizer.decode(token for token in made if token not in self.model.ends)
+        kept = [token for token in made if token not in self.model.ends]
+        text = self.model.tokenizer.decode_further(kept)
         return _before([until] if isinstance(until, str) else until, text)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:

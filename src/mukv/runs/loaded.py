@@ -13,32 +13,31 @@ from pathlib import Path
 from typing import Any, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mukv.cache import FULL, Calibrated, Policy
 from mukv.cache.centres import FOLDER, load_centres
 from mukv.cache.clusters import Clusters
-from mukv.core.arguments import require_types, strings, whole_numbers
+from mukv.core.arguments import require_types, strings, token_ids, whole_numbers
 from mukv.core.compute import Compute
-from mukv.core.errors import BadInput, Failed, nearest_name
+from mukv.core.errors import BadInput, nearest_name
 from mukv.core.mesh import MeshShape, weight_shardings
-from mukv.core.typing import Array, Float
+from mukv.core.typing import Array, Float, Int
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer, load_tokenizer
 from mukv.hub import checkpoint
 from mukv.hub.chat import chat_text
 from mukv.hub.settings import read_json
+from mukv.infer.attention import attention_weights
 from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate
 from mukv.infer.evaluate import Evaluation, evaluate
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
+from mukv.runs.latest import latest_weights
 from mukv.runs.resolve import imported_run
-from mukv.storage.checkpoint import Checkpoints
-from mukv.storage.weights import load_weights, require_finite, require_weights, step_of
+from mukv.storage.weights import require_finite
 from mukv.train.footprint import require_bytes
-from mukv.train.step import Trainer
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,7 @@ class Model:
         Raises BadInput for anything else, and for ids that the model does not have. A shape is
         compiled once.
         """
-        ids = whole_numbers("tokens", tokens)
-        beyond = ids[(ids < 0) | (ids >= self.network.vocab_size)]
-        if beyond.size:
-            allowed = f"token ids go from 0 to {self.network.vocab_size - 1}"
-            raise BadInput("tokens", int(beyond[0]), allowed)
-        context = self.network.context
-        if context is not None and ids.shape[1] > context:
-            raise BadInput("tokens", f"{ids.shape[1]} tokens", f"the model's context is {context}")
+        ids = self._token_ids("tokens", tokens)
         places = []
         for name, given in (("position", position), ("segment", segment)):
             found = None if given is None else whole_numbers(name, given)
@@ -106,6 +98,27 @@ class Model:
                 raise BadInput(name, found.shape, f"the shape of tokens, {ids.shape}")
             places.append(found)
         return _forward(self.network, self.run.train.compute)(self.scaled, ids, *places)
+
+    def _token_ids(self, where: str, given: Any) -> Int[np.ndarray, "batch token"]:
+        """Rows of ids that the model has, as many as it has room for. Raises BadInput."""
+        ids = token_ids(where, given, self.network.vocab_size)
+        context = self.network.context
+        if context is not None and ids.shape[1] > context:
+            raise BadInput(where, f"{ids.shape[1]} tokens", f"the model's context is {context}")
+        return ids
+
+    def attention(self, text: str | Sequence[int] | Any) -> dict[int, np.ndarray]:
+        """Attention weights by number of the layer: float32 [head query key].
+
+        text: a text, or the token ids [token] of one. The weights of each query sum to 1, to less
+        where heads have sinks. Raises BadInput for other ids, for a model that is no
+        decoder, and for more weights than fit into the memory that is free.
+        """
+        given = self.encode(text) if isinstance(text, str) else text
+        ids = self._token_ids("text", given)
+        heads = sum(layer.attention.heads for layer in self.network.layers)
+        require_bytes("attention weights", 4 * heads * ids.size**2, "text", ids.size)
+        return attention_weights(self.network, self.scaled, ids, self.run.train.compute)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as the beginning of a document."""
@@ -215,7 +228,7 @@ class Model:
         ends = [text for text in strings("stop", stop) if text]
 
         def over(ids: list[int]) -> bool:
-            text = self.tokenizer.decode(ids)
+            text = self.tokenizer.decode_further(ids)
             return any(end in text for end in ends)
 
         ids = [self.encode(text) for text in texts]
@@ -231,14 +244,14 @@ class Model:
 
     def _until(self, ids: list[int], ends: Sequence[str]) -> Text:
         """New tokens as a text that ends before the first of `ends`."""
-        text = self.tokenizer.decode(ids)
+        text = self.tokenizer.decode_further(ids)
         places = [text.index(end) for end in ends if end in text]
         if not places:
             return Text(text, ids)
         count = next(
             count
             for count in range(1, len(ids) + 1)
-            if any(end in self.tokenizer.decode(ids[:count]) for end in ends)
+            if any(end in self.tokenizer.decode_further(ids[:count]) for end in ends)
         )
         return Text(text[: min(places)], ids[:count])
 
@@ -270,7 +283,7 @@ def _forward(model: LanguageModel, compute: Compute) -> Any:
 
 def load(source: str | Path, mesh: MeshShape | None = None, allow_nonfinite: bool = False) -> Model:
     """A run directory as a model: its exported weights, or its latest checkpoint if newer. Or a
-    Hugging Face folder or hub id, whose weights stream to their places.
+    Hugging Face folder, GGUF file or hub id, whose weights stream to their places.
 
     mesh: that the weights are split over; one device if None. allow_nonfinite: take weights that
     are infinite or not a number. Raises BadInput, also for damaged weights.
@@ -296,44 +309,15 @@ def _load(source: str | Path, mesh: MeshShape) -> Model:
         raise BadInput(
             "MODEL",
             str(source),
-            "a run directory (with a config.yaml), a Hugging Face folder (with a config.json) or "
-            "a hub id",
+            "a run directory (with a config.yaml), a Hugging Face folder (with a config.json), a "
+            ".gguf file or a hub id",
             str(parent / near) if near else None,
         )
     run = folder.load_config()
-    weights = _latest_weights(run, folder)
+    weights = latest_weights(run, folder)
     if mesh.size > 1:
         weights = jax.device_put(weights, weight_shardings(run.model.params(), mesh.build()))
     if not folder.generation.exists():
         return Model(run, weights, load_tokenizer(folder.tokenizer), folder=folder.path)
     ends = checkpoint.end_ids(read_json(folder.generation))
     return Model(run, weights, find_tokenizer(folder.tokenizer), ends, folder.path)
-
-
-def _latest_weights(run: Run, folder: RunDirectory) -> Any:
-    exported, exported_step = None, 0
-    if folder.weights.exists():
-        exported, metadata = load_weights(folder.weights)
-        exported_step = step_of(metadata, folder.weights)
-    if folder.checkpoints.exists():
-        with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-            latest = checkpoints.latest()
-            if latest is not None and (exported is None or latest > exported_step):
-                single = replace(run.mesh, data=1, tensor=1).build()
-                trainer = Trainer(run.model, replace(run.train, accumulate=1), single)
-                return _restored(checkpoints, latest, trainer.abstract_state()).weights
-    if exported is None:
-        raise BadInput("MODEL", str(folder.path), "a run with weights; this one has none yet")
-    require_weights(run.model.params(), exported, folder.weights)
-    return jax.tree.map(jnp.asarray, exported)
-
-
-def _restored(checkpoints: Checkpoints, latest: int, like: Any) -> Any:
-    """The latest state; a newer one, where training deletes this one while it is read."""
-    try:
-        return checkpoints.restore(latest, like)
-    except (BadInput, Failed):
-        newer = checkpoints.latest()
-        if newer is None or newer <= latest:
-            raise
-    return _restored(checkpoints, newer, like)

@@ -1,8 +1,9 @@
-"""Adafactor: factored second moments, updates relative to the weight's size, layer by layer.
+"""Adafactor: factored second moments, updates relative to the weight's size, per layer.
 
-Shazeer and Stern 2018, algorithms 4 and 5, without momentum. What the paper calls a matrix is one
-layer's weight with its contracted axes as rows: a stack of equal layers, which has a leading axis,
-is as many matrices, so that a plan said as `repeats: 4` or as a pattern of four trains alike.
+Shazeer and Stern 2018, algorithms 4 and 5, without momentum. A matrix of the paper is here the
+weight of one layer with its contracted axes as rows. A stack of equal layers has a leading layer
+axis and is treated as that many matrices, so that `repeats: 4` and a pattern of four layers train
+identically.
 """
 
 from __future__ import annotations
@@ -22,16 +23,23 @@ from mukv.scaling.stability import Family
 from mukv.scaling.updates import Optimizer, by_layer
 
 SMALLEST_FACTORED = 128
-"""A matrix with fewer rows or columns keeps every second moment: factors would save little."""
+"""Matrices with fewer rows or columns keep unfactored second moments: factors would save little."""
 SQUARE_EPSILON = 1e-30
 """Added to squared gradients (epsilon 1 of the paper)."""
 SMALLEST_SIZE = 1e-3
-"""Root mean square that a weight has at least when its update is scaled (epsilon 2)."""
+"""Lower bound of a weight's root mean square when its update is scaled (epsilon 2)."""
 
 
 class Factors(NamedTuple):
-    """Updates done, and by weight averages of squared gradients: of rows and columns of a factored
-    matrix, of every number otherwise. One number a layer stands for what a weight does not keep."""
+    """State of Adafactor.
+
+    steps: updates done, int32 scalar
+    rows: running mean of squared gradients per row, of factored matrices
+    columns: running mean of squared gradients per column, of factored matrices
+    square: running mean of squared gradients per element, of all other weights
+
+    What a weight does not use has one placeholder number per layer.
+    """
 
     steps: Array
     rows: Any
@@ -43,8 +51,9 @@ class Factors(NamedTuple):
 class Adafactor(Optimizer):
     """Adam with factored second moments and updates relative to the weight's own size.
 
-    decay_rate: the average of step t forgets by t ** -decay_rate. clip_threshold: largest root
-    mean square of an update.
+    weight_decay: as in `Optimizer`
+    decay_rate: at step t the running means forget a fraction t ** -decay_rate
+    clip_threshold: upper bound of an update's root mean square
     """
 
     family: ClassVar[Family] = "adafactor"
@@ -72,21 +81,23 @@ class Adafactor(Optimizer):
             def one(param: Param, *arrays: Array) -> Any:
                 return by_layer(
                     param,
-                    partial(self._moved, _matrix(param) if factored(param) else None, forget),
+                    partial(
+                        self._update_layer, _matrix(param) if factored(param) else None, forget
+                    ),
                     *arrays,
                 )
 
-            found = map_params(
+            updated = map_params(
                 one, declared, updates, state.rows, state.columns, state.square, params
             )
             moved, *averages = (
-                map_params(lambda _, row, i=i: row[i], declared, found) for i in range(4)
+                map_params(lambda _, row, i=i: row[i], declared, updated) for i in range(4)
             )
             return moved, Factors(state.steps + 1, *averages)
 
         return optax.GradientTransformation(init, update)
 
-    def _moved(
+    def _update_layer(
         self,
         matrix: tuple[int, int] | None,
         forget: Array,
@@ -96,8 +107,10 @@ class Adafactor(Optimizer):
         square: Array,
         weight: Array,
     ) -> tuple[Array, Array, Array, Array]:
-        """The update of one layer's weight, and its averages. matrix: its shape where it is
-        factored."""
+        """Compute the update of one layer's weight and its new running means.
+
+        matrix: (rows, columns) of a factored weight; None means not factored
+        """
         squared = slope**2 + SQUARE_EPSILON
         if matrix is not None:
             squared = squared.reshape(matrix)
@@ -114,29 +127,31 @@ class Adafactor(Optimizer):
 
 
 def root_mean_square(array: Array) -> Array:
-    """Float32 scalar."""
+    """Compute the root mean square of all elements: float32 scalar."""
     return jnp.sqrt(jnp.mean(array**2))
 
 
 def factored(param: Param) -> bool:
-    """Whether a weight's second moments are those of its rows and columns."""
+    """Whether a weight's second moments are factored into rows and columns."""
     return min(_matrix(param)) >= SMALLEST_FACTORED
 
 
 def _own(param: Param) -> tuple[int, ...]:
-    """The shape of one layer's weight."""
+    """Return the shape of one layer's weight."""
     return tuple(size for name, size in param.dims.items() if name != LAYER)
 
 
 def _part(param: Param, shape: tuple[int, ...], kept: bool) -> tuple[int, ...]:
-    """The shape of an average over all layers; one number a layer stands for what is not kept."""
+    """Return the shape of a running mean over all layers; one placeholder per layer if not kept."""
     layers = tuple(size for name, size in param.dims.items() if name == LAYER)
     return (*layers, *(shape if kept else (1,)))
 
 
 def _matrix(param: Param) -> tuple[int, int]:
-    """Rows and columns: the contracted axes and the others, in the order in which they lie; the
-    first axis and the others where nothing is contracted."""
+    """Return rows and columns: the contracted axes and the others, in the order in which they lie.
+    If no axis is contracted, or the contracted axes are neither first nor last, the first axis and
+    the others.
+    """
     own = {name: size for name, size in param.dims.items() if name != LAYER}
     names, contracted = list(own), set(param.fan_in)
     splits = [k for k in range(1, len(names)) if contracted in (set(names[:k]), set(names[k:]))]

@@ -1,21 +1,27 @@
-"""How numbers tuned for one batch size and number of tokens change for others.
+"""Rules that adapt learning rate, decay and betas to another batch size and number of tokens.
 
-Two published rules, which disagree about the batch: by the square root, from the stochastic
-differential equation that training approximates (Complete(d)P, 2025), and by a power law that was
+There are two published rules, which disagree about the batch: the square-root rule from the
+stochastic differential equation that training approximates (Complete(d)P, 2025), and a power law
 fitted to optimal learning rates (Shen et al. 2024).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from mukv.core.errors import BadInput
+from mukv.core.table import Part, Table
 
 
 class Change(NamedTuple):
-    """Factors of learning rate, weight decay and Adam's epsilon, and of what an average forgets
-    at a step (1 - beta)."""
+    """Factors by which hyperparameters change.
+
+    rate: factor of the learning rate
+    decay: factor of the weight decay
+    epsilon: factor of Adam's epsilon
+    forgetting: factor of 1 - beta, the fraction that a running mean forgets per step
+    """
 
     rate: float = 1.0
     decay: float = 1.0
@@ -24,8 +30,12 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Budget:
-    """The contract. batch, tokens: per step and in all, of the run that the numbers are of."""
+class Budget(Part):
+    """Base class of the rules.
+
+    batch: tokens per step of the run that the hyperparameters were tuned for
+    tokens: tokens in all of that run
+    """
 
     batch: int
     tokens: int
@@ -36,14 +46,15 @@ class Budget:
                 raise BadInput(name, getattr(self, name), "at least 1 token")
 
     def change(self, batch: int, tokens: int) -> Change:
-        """For a run of `batch` tokens per step and `tokens` in all."""
+        """Return the factors for a run of `batch` tokens per step and `tokens` in all."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class SquareRoot(Budget):
-    """Rate and decay with the root of batch / tokens, epsilon with its inverse; averages forget
-    in proportion to it."""
+    """Scale rate and decay by sqrt(batch / tokens), epsilon by its inverse, 1 - beta by batch /
+    tokens.
+    """
 
     kind: Literal["sde"] = "sde"
 
@@ -54,7 +65,10 @@ class SquareRoot(Budget):
 
 @dataclass(frozen=True)
 class PowerLaw(Budget):
-    """The rate in proportion to the batch, and with a power of the tokens; nothing else."""
+    """Scale the learning rate by batch * tokens ** exponent; change nothing else.
+
+    exponent: power of the number of tokens
+    """
 
     kind: Literal["power"] = "power"
     exponent: float = -0.51
@@ -63,5 +77,5 @@ class PowerLaw(Budget):
         return Change(rate=batch / self.batch * (tokens / self.tokens) ** self.exponent)
 
 
-BUDGETS: dict[str, type[Budget]] = {"sde": SquareRoot, "power": PowerLaw}
-AnyBudget = SquareRoot | PowerLaw
+BUDGETS = Table("budget rule", Budget, {"sde": SquareRoot, "power": PowerLaw})
+AnyBudget = Annotated[Budget, BUDGETS]

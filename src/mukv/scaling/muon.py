@@ -23,6 +23,8 @@ class Muon(Optimizer):
     has singular values near sqrt(fan_out / fan_in): the change that it makes to activations then
     has the same size at every width, and learning rates transfer.
 
+    momentum: decay of the momentum of matrices. iterations: Newton-Schulz steps of the
+    orthogonalisation. beta1, beta2, epsilon: those of Adam, for all other weights.
     rate: of matrices, as a multiple of the learning rate that the others have.
     """
 

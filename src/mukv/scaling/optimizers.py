@@ -1,20 +1,21 @@
-"""Optimizers over optax, with each weight's own learning rate, epsilon and decay.
+"""Optimizers over optax, with a learning rate, epsilon and decay per weight.
 
-`transform` turns gradients into updates of the size of one learning rate; the caller multiplies
-by the schedule's rate, so that the rate stays a plain traced number. To add one: a class with a
-`direction` and the family of its learning-rate exponents, and a line in the table.
+`transform` turns gradients into updates for a learning rate of 1; the caller multiplies them by the
+schedule's learning rate, which thereby stays a plain traced scalar. To add one: a class with a
+`direction` and the `family` of its learning-rate exponents, and a line in the table.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mukv.core.table import Table
 from mukv.scaling.adafactor import Adafactor
 from mukv.scaling.muon import Muon
 from mukv.scaling.stability import Family
@@ -23,10 +24,14 @@ from mukv.scaling.updates import Optimizer, adam
 
 @dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Adam (Kingma and Ba 2014) with decoupled decay (Loshchilov and Hutter 2019).
+    """Adam (Kingma and Ba 2014) with decoupled weight decay (Loshchilov and Hutter 2019).
 
-    epsilon_by: "layer" lets it shrink with each weight's gradient as the model widens, so that
-    it means the same at every width (Everett et al. 2024, section 4.4).
+    beta1: decay of the running mean of gradients
+    beta2: decay of the running mean of squared gradients
+    epsilon: added to the root of the mean square
+    epsilon_by: "all" uses `epsilon` for every weight; "layer" scales it with the size of each
+        weight's gradient as the model widens, so that its effect is the same at every width
+        (Everett et al. 2024, section 4.4)
     """
 
     kind: Literal["adamw"] = "adamw"
@@ -50,9 +55,15 @@ class AdamW(Optimizer):
 
 @dataclass(frozen=True)
 class AdamAtan2(Optimizer):
-    """Adam without an epsilon: outer * atan2(m, inner * sqrt(v)) (Everett et al. 2024, section
-    4.5), bounded and exactly invariant to the scale of gradients. The default of `outer`, 4 / pi,
-    makes the first step as long as Adam's.
+    """Adam without an epsilon: update = outer * atan2(m, inner * sqrt(v)).
+
+    Everett et al. 2024, section 4.5. Updates are bounded and invariant to the scale of the
+    gradients. The default of `outer`, 4 / pi, makes the first step as long as Adam's.
+
+    beta1: decay of the running mean of gradients
+    beta2: decay of the running mean of squared gradients
+    outer: factor of the update
+    inner: factor of the root of the mean square
     """
 
     kind: Literal["adam_atan2"] = "adam_atan2"
@@ -72,7 +83,11 @@ class AdamAtan2(Optimizer):
 
 @dataclass(frozen=True)
 class Lion(Optimizer):
-    """The sign of an average (Chen et al. 2023); learning rates scale as Adam's."""
+    """Update by the sign of a running mean (Chen et al. 2023). Learning rates scale as Adam's.
+
+    beta1: weight of the running mean in the update
+    beta2: decay of the running mean of gradients
+    """
 
     kind: Literal["lion"] = "lion"
     beta1: float = 0.9
@@ -84,7 +99,10 @@ class Lion(Optimizer):
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
-    """Gradient descent with momentum."""
+    """Gradient descent with momentum.
+
+    momentum: decay of the running sum of gradients
+    """
 
     family: ClassVar[Family] = "sgd"
 
@@ -96,12 +114,16 @@ class SGD(Optimizer):
         return optax.trace(self.momentum)
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {
-    "adamw": AdamW,
-    "adam_atan2": AdamAtan2,
-    "lion": Lion,
-    "sgd": SGD,
-    "adafactor": Adafactor,
-    "muon": Muon,
-}
-AnyOptimizer = AdamW | AdamAtan2 | Lion | SGD | Adafactor | Muon
+OPTIMIZERS = Table(
+    "optimizer",
+    Optimizer,
+    {
+        "adamw": AdamW,
+        "adam_atan2": AdamAtan2,
+        "lion": Lion,
+        "sgd": SGD,
+        "adafactor": Adafactor,
+        "muon": Muon,
+    },
+)
+AnyOptimizer = Annotated[Optimizer, OPTIMIZERS]

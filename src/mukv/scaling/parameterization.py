@@ -1,9 +1,10 @@
-"""How initialisation, forward multiplier and learning rate of a weight follow from its sizes.
+"""Parameterisations: initial deviation, multiplier and learning rate of a weight from its width.
 
-A parameterisation is a row of a table (abc-parameterisations, Everett et al. 2024, table 1): for
-each role of a weight the powers that multiplier, deviation and learning rate take of the ratio of
-its width to a base width. The base is only declared: a model of just its sizes is the same under
-all of them. Depth follows CompleteP (Dey et al. 2025).
+A parameterisation is a row of a table (abc-parameterisations, Everett et al. 2024, table 1). For
+each role of a weight it has the exponents of multiplier, initial standard deviation and learning
+rate in the ratio of the weight's width to a base width. The base is given in the configuration; at
+exactly the base sizes all parameterisations are the same model. Depth follows CompleteP (Dey et al.
+2025).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ EXPONENTS: Mapping[str, tuple[tuple[float, float], ...]] = {
     "mup": ((-0.5, 0.5), (0.0, 0.5), (0.5, 0.5)),
     "mean_field": ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0)),
 }
-"""(a, b) of embedding, hidden and readout: multiplier n ** -a, deviation n ** -b."""
+"""(a, b) of embedding, hidden and readout: multiplier n ** -a, initial deviation n ** -b."""
 
 LEARNING_RATES: Mapping[tuple[Family, str], Mapping[str, tuple[float, float, float]]] = {
     ("sgd", "full"): {
@@ -75,13 +76,17 @@ LEARNING_RATES: Mapping[tuple[Family, str], Mapping[str, tuple[float, float, flo
         "mean_field": (0.0, 0.0, 0.0),
     },
 }
-"""Powers of n that the largest stable learning rates of embedding, hidden and readout take, by
-optimizer and alignment. `stability.py` derives each of them."""
+"""Exponents of n in the largest stable learning rates of embedding, hidden and readout, by
+optimizer family and alignment. `stability.py` derives each of them."""
 
 
 @dataclass(frozen=True)
 class Constants:
-    """A factor for each role of a weight, the same at every width."""
+    """Factors per role of a weight, the same at every width.
+
+    embedding, hidden, readout: factor of the weights of this role
+    vector: factor of gains and biases
+    """
 
     embedding: float = 1.0
     hidden: float = 1.0
@@ -96,7 +101,10 @@ class Constants:
 
 @dataclass(frozen=True)
 class Measured:
-    """Alignments as they were measured, rather than full or none."""
+    """Measured alignment exponents, in place of "full" or "none".
+
+    hidden, readout: exponents of the weights of this role
+    """
 
     hidden: Alignment = field(default_factory=Alignment)
     readout: Alignment = field(default_factory=Alignment)
@@ -104,8 +112,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a weight is given: deviation of its initial values; factors of its values in the
-    forward pass, of the learning rate and of Adam's epsilon; and whether it decays."""
+    """Hyperparameters of one weight.
+
+    deviation: standard deviation of its initial values
+    multiplier: factor of its values in the forward pass
+    learning_rate: factor of the learning rate
+    epsilon: factor of Adam's epsilon
+    decays: whether weight decay applies
+    """
 
     deviation: Number
     multiplier: Number
@@ -116,13 +130,17 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How a model's numbers change with its sizes.
+    """How hyperparameters change with a model's sizes.
 
-    kind: a row of the table, or custom. base: size that each dimension has in the model whose
-    numbers are given; None for the model's own sizes. alignment: what the learning rates assume
-    of updates and activations; "ignored" gives all weights one rate at every width. exponents:
-    (a, b) of each role, for kind custom. depth: CompleteP's alpha, 0.5 to 1; None to leave depth
-    alone. rate, multiplier, deviation: constants by role. zeros: weights that start at zero.
+    kind: row of the table, or "custom"
+    base: size of each dimension in the model that the hyperparameters were tuned for; None means
+        the model's own sizes
+    alignment: what the learning rates assume of the alignment of updates with activations;
+        "ignored" gives all weights one learning rate at every width
+    exponents: (a, b) of each role, for kind "custom"; None otherwise
+    depth: CompleteP's alpha, 0.5 to 1; None means no change with depth
+    rate, multiplier, deviation: factors per role of learning rate, multiplier and initial deviation
+    zeros: weights that are initialised to zero
     """
 
     kind: Literal["sp", "mup", "ntk", "mean_field", "custom"] = "sp"
@@ -149,11 +167,11 @@ class Scaling:
                 raise BadInput(f"base.{name}", size, "at least 1")
 
     def __hash__(self) -> int:
-        # Mappings have no hash; what is equal still agrees in these.
+        # Dicts have no hash; equal objects are equal in these fields.
         return hash((self.kind, self.alignment, self.depth, self.zeros))
 
     def check(self, declared: Any) -> None:
-        """Raise BadInput unless the base has every dimension that the weights depend on."""
+        """Raise BadInput unless `base` names exactly the dimensions that the weights depend on."""
         if self.base is None:
             return
         needed = sizes(declared)
@@ -170,21 +188,25 @@ class Scaling:
                     f"scaling.base.{name}", self.base[name], f"needs {', '.join(needed)}"
                 )
 
-    # What follows for a weight
+    # Hyperparameters of a weight
 
     def resolve(self, declared: Any, layers: int, family: Family = "adam") -> Any:
-        """For each declared weight its `Resolved`. layers: of the whole model."""
-        deep = layers / (self.base or {}).get(LAYER, layers)
+        """Compute the `Resolved` of each declared weight, as a tree of the same structure.
+
+        layers: number of layers of the whole model
+        family: optimizer family, which decides the exponents of learning rates
+        """
+        depth_ratio = layers / (self.base or {}).get(LAYER, layers)
         powers = self._learning_rates(family)
         resolved = [
-            self._resolve(param, deep, powers, name.split(".")[-1] in self.zeros)
+            self._resolve(param, depth_ratio, powers, name.split(".")[-1] in self.zeros)
             for name, param in named(declared).items()
         ]
         structure = jax.tree.structure(declared, is_leaf=lambda leaf: isinstance(leaf, Param))
         return structure.unflatten(resolved)
 
     def scale(self, declared: Any, weights: Any, layers: int) -> Any:
-        """The weights as the forward pass sees them."""
+        """Return the weights times their multipliers, as the forward pass uses them."""
         return map_params(
             lambda _, resolved, weight: (
                 weight * resolved.multiplier if changes(resolved.multiplier) else weight
@@ -195,41 +217,50 @@ class Scaling:
         )
 
     def logit_factor(self, query: Param) -> float:
-        """Of attention: under full alignment a query and a key agree like 1 / head_dim, not like
-        its root. query: the weight whose last axis is the width of a query."""
+        """Return the factor of the attention logits.
+
+        Under full alignment the product of a query and a key grows like head_dim, not like its
+        root. query: the weight whose last axis is the width of a query.
+        """
         *_, (axis, size) = query.dims.items()
         return (size / (self.base or {}).get(axis, size)) ** -self._excess
 
     def tied_factor(self, embedding: Param) -> float:
-        """Of the logits where the embedding is the readout. One weight can't have the learning
-        rates of both, so it has the embedding's, and the logits bear the difference."""
+        """Return the factor of the output logits where the embedding is also the readout.
+
+        One weight can't have the learning rates of both roles: it has the embedding's, and this
+        factor makes up the difference.
+        """
         return self._ratio(embedding) ** (-0.5 - self._excess)
 
     @property
     def _excess(self) -> float:
-        """By how much a product grows beyond the root of its width."""
+        """Exponent by which a product over n terms grows beyond the root of n."""
         if isinstance(self.alignment, Measured):
             return self.alignment.readout.alpha - 0.5
         return 0.5 if self.alignment == "full" else 0.0
 
     def _resolve(
-        self, param: Param, deep: float, powers: Mapping[str, float], zero: bool
+        self, param: Param, depth_ratio: float, powers: Mapping[str, float], zero: bool
     ) -> Resolved:
         role: Role = param.role
         ratio = self._ratio(param)
         a, b = self._exponents.get(role, (0.0, 0.0))
-        branch = deep**-self.depth if self.depth is not None and param.ends_branch else 1.0
+        branch = depth_ratio**-self.depth if self.depth is not None and param.ends_branch else 1.0
         inside = self.depth is not None and LAYER in param.dims
-        slower = deep ** (self.depth - 1) if inside and self.depth is not None else 1.0
-        flatter = deep**-self.depth if inside and self.depth is not None else 1.0
+        rate_factor = depth_ratio ** (self.depth - 1) if inside and self.depth is not None else 1.0
+        epsilon_factor = depth_ratio**-self.depth if inside and self.depth is not None else 1.0
         base_width = math.prod(size for _, size in self._widths(param, of_base=True))
-        # An embedding that is only looked up sums nothing: its values are those of the stream.
+        # An embedding is looked up, not summed over: its rows have the scale of the residual
+        # stream.
         fan_in = base_width if param.fan_in else 1
         return Resolved(
             deviation=0.0 if zero else self._constant("deviation", role) * fan_in**-0.5 * ratio**-b,
             multiplier=self._constant("multiplier", role) * ratio**-a * branch,
-            learning_rate=self._constant("rate", role) * ratio ** powers.get(role, 0.0) * slower,
-            epsilon=ratio ** self._gradient(role) * flatter,
+            learning_rate=self._constant("rate", role)
+            * ratio ** powers.get(role, 0.0)
+            * rate_factor,
+            epsilon=ratio ** self._gradient(role) * epsilon_factor,
             decays=role != "vector",
         )
 
@@ -252,7 +283,8 @@ class Scaling:
         return learning_rate_powers(self._exponents, family, hidden, readout)
 
     def _gradient(self, role: Role) -> float:
-        """The power of n that a weight's gradient goes with: what epsilon is added to."""
+        """Return the exponent of n in the size of a weight's gradient, to which epsilon
+        is added."""
         if role not in self._exponents:
             return 0.0
         (a, _), (a_out, b_out) = self._exponents[role], self._exponents["readout"]
@@ -262,7 +294,7 @@ class Scaling:
         return getattr(getattr(self, field), role)
 
     def _ratio(self, param: Param) -> float:
-        """Of a weight's width to that of the base."""
+        """Return a weight's width divided by its width in the base."""
         mine = math.prod(size for _, size in self._widths(param))
         return mine / math.prod(size for _, size in self._widths(param, of_base=True))
 
@@ -272,28 +304,31 @@ class Scaling:
 
 
 def changes(factor: Number) -> bool:
-    """Whether multiplying by it does anything; a traced one may."""
+    """Whether multiplication by the factor has an effect; a traced factor may."""
     return isinstance(factor, Array) or factor != 1
 
 
 def widths(param: Param) -> tuple[str, ...]:
-    """The dimensions whose product is a weight's width n: what it sums over, or, of an embedding
-    (whose rows are looked up), what a row is long."""
+    """Return the names of the dimensions whose product is a weight's width n.
+
+    These are the contracted axes, or, for an embedding (whose rows are looked up), the axes of a
+    row.
+    """
     if param.role == "embedding":
         return tuple(param.dims)[1:]
     return param.fan_in if param.role in SCALED else ()
 
 
 def sizes(declared: Any) -> dict[str, int]:
-    """Every dimension that a parameterisation looks at: what a base must name. Raises BadInput
-    where layers have different ones."""
-    found: dict[str, int] = {}
+    """Return the size of every dimension that a parameterisation depends on: what a base must name.
+    Raises BadInput if layers differ in the size of a dimension."""
+    seen: dict[str, int] = {}
     for name, param in named(declared).items():
         axes = widths(param)
         if name.split(".")[-1] == "query":
             axes = (*axes, tuple(param.dims)[-1])
         for axis in axes:
-            if found.setdefault(axis, param.dims[axis]) != param.dims[axis]:
-                given = f"{axis} {found[axis]} and {param.dims[axis]}"
+            if seen.setdefault(axis, param.dims[axis]) != param.dims[axis]:
+                given = f"{axis} {seen[axis]} and {param.dims[axis]}"
                 raise BadInput("base", given, "one size per dimension, in all layers")
-    return found
+    return seen

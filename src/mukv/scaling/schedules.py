@@ -1,20 +1,21 @@
-"""How the learning rate goes with the step.
+"""Learning-rate schedules: `rate(step, plan)` gives the learning rate of a step.
 
-A schedule answers `rate(step, plan)`; to add one: a class, a line in the table. One whose rate
-does not depend on the number of steps until its final decay says where that begins, so that a run
-can be prolonged from there.
+To add one: a class, and a line in the table. A schedule that does not depend on the number of steps
+until its final decay says by `stable_until` where that decay begins, so that a run can be extended
+from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from mukv.core.counts import INT32, require_counts
 from mukv.core.errors import BadInput
+from mukv.core.table import Part, Table
 from mukv.core.typing import Array, Float, Int
 
 Rate = Float[Array, ""]
@@ -22,7 +23,12 @@ Share = Float[Array, ""]
 
 
 class Plan(NamedTuple):
-    """What a schedule may look at: the peak learning rate, steps in all, and tokens per step."""
+    """Inputs of a schedule besides the step.
+
+    peak: highest learning rate
+    steps: steps of the run in all
+    tokens: tokens per step
+    """
 
     peak: float
     steps: int
@@ -30,8 +36,11 @@ class Plan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The contract. warmup: steps of a linear rise."""
+class Schedule(Part):
+    """Base class of the schedules.
+
+    warmup: steps of the linear warm-up
+    """
 
     warmup: int = 0
 
@@ -40,28 +49,39 @@ class Schedule:
             raise BadInput("warmup", self.warmup, f"at least 0 steps, at most {INT32:,}")
 
     def rate(self, step: Int[Array, ""], plan: Plan) -> Rate:
-        """Of the update that follows `step` completed ones."""
+        """Compute the learning rate of the update after `step` completed updates;
+        float32 scalar.
+        """
         rise = (step + 1) / jnp.maximum(self.warmup, 1)
         risen = self.after(jnp.maximum(step, self.warmup), plan)
         return (jnp.where(step < self.warmup, rise, 1.0) * risen).astype(jnp.float32)
 
     def after(self, step: Int[Array, ""], plan: Plan) -> Rate:
-        """The same after the warm-up; what it is at the end of it, the warm-up rises to."""
+        """Compute the learning rate after the warm-up, which rises to its value at
+        step `warmup`.
+        """
         raise NotImplementedError
 
     def stable_until(self, steps: int) -> int | None:
-        """The step up to which a longer run does the same; None if there is none."""
+        """Return the step until which a longer run has the same learning rates; None if there is
+        none.
+        """
         return None
 
     def _progress(self, step: Int[Array, ""], plan: Plan) -> Share:
-        """From 0 at the end of the warm-up to 1 at the last update."""
+        """Compute the fraction of the run that is past: 0 at the end of the warm-up, 1 at the last
+        update.
+        """
         span = jnp.maximum(plan.steps - 1 - self.warmup, 1)
         return jnp.clip((step - self.warmup) / span, 0, 1)
 
 
 @dataclass(frozen=True)
 class Falling(Schedule):
-    """From the peak at once. final: fraction of the peak that the last update has."""
+    """Schedules that fall from the peak right after the warm-up.
+
+    final: learning rate of the last update, as a fraction of the peak
+    """
 
     final: float = 0.1
 
@@ -73,7 +93,7 @@ class Falling(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Falling):
-    """Half a cosine (Loshchilov and Hutter 2016)."""
+    """Fall along half a period of a cosine (Loshchilov and Hutter 2016)."""
 
     kind: Literal["cosine"] = "cosine"
 
@@ -84,6 +104,8 @@ class Cosine(Falling):
 
 @dataclass(frozen=True)
 class Linear(Falling):
+    """Fall linearly."""
+
     kind: Literal["linear"] = "linear"
 
     def after(self, step: Int[Array, ""], plan: Plan) -> Rate:
@@ -91,20 +113,22 @@ class Linear(Falling):
 
 
 DECAYS: dict[str, Callable[[Share], Share]] = {
-    # 0.01 ** share falls to a hundredth; taking that off everywhere makes it fall to zero.
+    # 0.01 ** share ends at 0.01; subtracting that (and rescaling) makes it end at zero.
     "exponential": lambda share: (0.01**share - 0.01) / 0.99,
     "linear": lambda share: 1 - share,
     "root": lambda share: 1 - jnp.sqrt(share),
 }
-"""From 1 to 0 over the final decay, by the share of it that is past."""
+"""Factor of the learning rate, from 1 to 0, by the fraction of the final decay that is past."""
 
 
 @dataclass(frozen=True)
 class Prolongable(Schedule):
-    """A phase that knows nothing of the end, then a decay towards zero.
+    """Schedules with a stable phase that does not depend on the end, then a decay to zero.
 
-    decay: share of all steps that the final decay takes. shape: how it falls. The update after
-    the last one would have a rate of zero, so that no update is lost.
+    The update after the last one would have a learning rate of zero, so that no update is wasted.
+
+    decay: final decay, as a fraction of all steps
+    shape: curve of the final decay
     """
 
     decay: float = 0.1
@@ -116,7 +140,7 @@ class Prolongable(Schedule):
             raise BadInput("decay", self.decay, "a fraction between 0 and 1")
 
     def stable(self, step: Int[Array, ""], plan: Plan) -> Rate:
-        """The rate as if there were no end."""
+        """Compute the learning rate without the final decay."""
         raise NotImplementedError
 
     def stable_until(self, steps: int) -> int | None:
@@ -140,7 +164,11 @@ class WSD(Prolongable):
 
 @dataclass(frozen=True)
 class InverseSqrt(Prolongable):
-    """The peak times the root of `reference` / step, from there on (Vaswani et al. 2017)."""
+    """Keep the peak until step `reference`, then peak * sqrt(reference / step) (Vaswani et al.
+    2017).
+
+    reference: step until which the peak is kept
+    """
 
     kind: Literal["inverse_sqrt"] = "inverse_sqrt"
     reference: int = 1000
@@ -154,14 +182,18 @@ class InverseSqrt(Prolongable):
 
 
 TOKENS_PER_SEQUENCE = 4096
-"""The unit in which the power scheduler's paper counts a batch."""
+"""Tokens per unit in which the power scheduler's paper counts a batch."""
 
 
 @dataclass(frozen=True)
 class Power(Prolongable):
-    """min(peak, batch * amplitude * tokens ** exponent), with the batch in units of 4,096 tokens
-    and the tokens seen so far (Shen et al. 2024, equations 7 and 8): one setting for any budget
-    of tokens and size of batch.
+    """Power scheduler: min(peak, batch * amplitude * tokens ** exponent).
+
+    Shen et al. 2024, equations 7 and 8, with the batch in units of 4,096 tokens and the number of
+    tokens seen so far. One setting serves any number of tokens and any batch size.
+
+    amplitude: factor of the power law
+    exponent: of the number of tokens seen; at most 0
     """
 
     kind: Literal["power"] = "power"
@@ -181,11 +213,15 @@ class Power(Prolongable):
         return jnp.minimum(plan.peak, batch * self.amplitude * seen**self.exponent)
 
 
-SCHEDULES: dict[str, type[Schedule]] = {
-    "cosine": Cosine,
-    "linear": Linear,
-    "wsd": WSD,
-    "inverse_sqrt": InverseSqrt,
-    "power": Power,
-}
-AnySchedule = Cosine | Linear | WSD | InverseSqrt | Power
+SCHEDULES = Table(
+    "schedule",
+    Schedule,
+    {
+        "cosine": Cosine,
+        "linear": Linear,
+        "wsd": WSD,
+        "inverse_sqrt": InverseSqrt,
+        "power": Power,
+    },
+)
+AnySchedule = Annotated[Schedule, SCHEDULES]

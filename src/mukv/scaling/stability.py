@@ -1,8 +1,8 @@
-"""Learning-rate exponents from the constraints of stability (Everett et al. 2024, section 3).
+"""Learning-rate exponents from stability constraints (Everett et al. 2024, section 3).
 
-How features and logits grow with the width n follows from a parameterisation, the optimizer and
-how much updates align with what they act on. The largest stable learning rates are those that
-keep every activation's change from growing: a linear programme, solved for one embedding, one
+A parameterisation, an optimizer and the alignment of updates with activations decide how features
+and logits grow with the width n. The largest stable learning rates are those for which no
+activation's change grows with n. They solve a linear programme, set up here for one embedding, one
 hidden layer and one readout.
 """
 
@@ -21,10 +21,13 @@ SCALED = ("embedding", "hidden", "readout")
 
 @dataclass(frozen=True)
 class Alignment:
-    """Exponents of n in the norm of a product beyond that of its factors' roots of mean squares.
+    """Exponents of n by which the norm of a product exceeds the product of the factors' RMS norms.
 
-    alpha: an update and an old activation. omega: an old weight and a change of an activation.
-    both: an update and a change of an activation (u in the paper). 1/2 is none, 1 is full.
+    alpha: of an update with an old activation
+    omega: of an old weight with the change of an activation
+    both: of an update with the change of an activation (u in the paper)
+
+    0.5 means no alignment, 1 means full alignment.
     """
 
     alpha: float = 1.0
@@ -42,7 +45,7 @@ NONE = Alignment(0.5, 0.5, 0.5)
 
 
 def check_start(exponents: Mapping[str, tuple[float, float]]) -> None:
-    """Raise BadInput unless activations start at one size at every width, and logits no larger."""
+    """Raise BadInput unless initial activations are of constant size in n, and logits no larger."""
     if sorted(exponents) != sorted(SCALED):
         raise BadInput("exponents", dict(exponents), f"needs (a, b) of {', '.join(SCALED)}")
     sums = {role: sum(exponents[role]) for role in SCALED}
@@ -59,18 +62,20 @@ def learning_rate_powers(
     hidden: Alignment,
     readout: Alignment,
 ) -> dict[str, float]:
-    """The power of n that each role's learning rate may grow with.
+    """Compute the largest stable exponent of n in each role's learning rate.
 
-    exponents: (a, b) of embedding, hidden and readout; multipliers go with n ** -a, deviations
-    with n ** -b. Raises BadInput where activations don't start at one size.
+    exponents: (a, b) of embedding, hidden and readout; multipliers are n ** -a, deviations n ** -b
+    hidden, readout: alignment in hidden layers and in the readout
+
+    Raises BadInput where initial activations depend on n.
     """
     check_start(exponents)
-    # Importing scipy takes a while, and most runs look their exponents up.
+    # Imported here because scipy loads slowly and most runs look their exponents up.
     from scipy.optimize import linprog
 
     (a_e, _), (a_h, b_h), (a_o, b_o) = (exponents[role] for role in SCALED)
-    # Variables: c of the three roles (learning rates go with n ** -c), r of embedding and hidden
-    # (their changes go with n ** -r), and g (gradients go with n ** -g times n ** -a).
+    # Variables: c of the three roles (learning rates are n ** -c), r of embedding and hidden
+    # (changes of their activations are n ** -r), and g (gradients are n ** -g times n ** -a).
     rows, bounds = [], []
 
     def at_least(bound: float, **terms: int) -> None:
@@ -78,8 +83,8 @@ def learning_rate_powers(
         rows.append([-terms.get(name, 0) for name in names])
         bounds.append(-bound)
 
-    # What an update adds to a weight's effect, besides c: Adam's is as large as the learning rate,
-    # SGD's as the gradient, Adafactor's as the weight.
+    # Size of an update besides c: Adam's is that of the learning rate, SGD's that of the gradient,
+    # Adafactor's that of the weight.
     own = {
         "adam": (a_e, a_h, a_o),
         "sgd": (2 * a_e, 2 * a_h, 2 * a_o),
@@ -96,13 +101,13 @@ def learning_rate_powers(
     at_least(-(a_o + b_o), g=-1)
     at_least(-2 * a_o, c_o=1, g=-1)
     least = 0 if family == "adafactor" else None
-    # Where changes could as well shrink, they are kept: the small costs of r decide ties.
-    found = linprog(
+    # The small costs of r break ties in favour of changes that do not shrink with n.
+    solution = linprog(
         [1, 1, 1, 1e-3, 1e-3, 0],
         rows,
         bounds,
         bounds=[(least, None)] * 3 + [(0, None)] * 2 + [(None, None)],
     )
-    assert found.success, "c may be as large as it takes"
-    powers = [0.0 - round(float(c), 9) for c in found.x[:3]]
+    assert solution.success, "c may be as large as it takes"
+    powers = [0.0 - round(float(c), 9) for c in solution.x[:3]]
     return dict(zip(SCALED, powers, strict=True))

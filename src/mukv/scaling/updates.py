@@ -1,4 +1,4 @@
-"""What optimizers have in common: the contract, decay, moments, and numbers for each weight."""
+"""The base class of optimizers, with weight decay, Adam's moments and per-weight factors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import optax
 
 from mukv.core.errors import BadInput
 from mukv.core.params import LAYER, Param, map_params
+from mukv.core.table import Part
 from mukv.core.typing import Array, Number
 from mukv.scaling.budget import Change
 from mukv.scaling.stability import Family
@@ -20,13 +21,13 @@ AVERAGES = ("beta1", "beta2", "momentum")
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    """The contract, and decay.
+class Optimizer(Part):
+    """Base class of the optimizers, with weight decay.
 
-    weight_decay: share of a weight, times the schedule's learning rate, that each step takes
-    off; gains and biases never decay. decay: "independent" of a weight's own learning rate, so
-    that the product of rate and decay is the same at every width (Wortsman et al. 2023; Kosson
-    et al. 2025), or "coupled" to it.
+    weight_decay: fraction of a weight, times the schedule's learning rate, that each step
+        subtracts; gains and biases never decay
+    decay: "independent" of a weight's own learning rate, so that the product of rate and decay is
+        the same at every width (Wortsman et al. 2023; Kosson et al. 2025), or "coupled" to it
     """
 
     family: ClassVar[Family] = "adam"
@@ -45,22 +46,32 @@ class Optimizer:
                 raise BadInput(name, getattr(self, name), "greater than 0")
 
     def changed(self, change: Change) -> Any:
-        """For another batch or number of tokens. Raises BadInput where an average would have to
-        forget more than all."""
+        """Return this optimizer for another batch size or number of tokens. Raises BadInput if a
+        beta would become negative.
+        """
         rules: dict[str, Callable[[float], float]] = {
             "weight_decay": lambda decay: decay * change.decay,
             "epsilon": lambda epsilon: epsilon * change.epsilon,
             **dict.fromkeys(AVERAGES, lambda beta: 1 - (1 - beta) * change.forgetting),
         }
-        there = {name: rule for name, rule in rules.items() if hasattr(self, name)}
-        return replace(self, **{name: rule(getattr(self, name)) for name, rule in there.items()})
+        present = {name: rule for name, rule in rules.items() if hasattr(self, name)}
+        return replace(self, **{name: rule(getattr(self, name)) for name, rule in present.items()})
 
     def direction(self, declared: Any, resolved: Any) -> optax.GradientTransformation:
-        """Gradients to updates, before learning rates of the weights and decay."""
+        """Build the transformation from gradients to updates, before per-weight learning rates and
+        decay.
+
+        declared: tree of each weight's `Param`
+        resolved: tree of each weight's `scaling.parameterization.Resolved`
+        """
         raise NotImplementedError
 
     def transform(self, declared: Any, resolved: Any) -> optax.GradientTransformation:
-        """declared: each weight's `Param`; resolved: its `scaling.parameterization.Resolved`."""
+        """Build the transformation from gradients to updates for a learning rate of 1.
+
+        declared: tree of each weight's `Param`
+        resolved: tree of each weight's `scaling.parameterization.Resolved`
+        """
         rates = jax.tree.map(lambda weight: weight.learning_rate, resolved)
         coupled = self.decay == "coupled"
         decays = jax.tree.map(
@@ -75,10 +86,10 @@ class Optimizer:
 
 
 def by_layer(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
-    """`function` of each layer's part of a weight; of the whole where it is not a stack.
+    """Apply `function` to each layer's slice of a stacked weight, or to the whole weight otherwise.
 
-    A loop, not a vmap: sums of a slice and of an array are then the same program, so that a stack
-    and its layers apart give the same bits.
+    This is a loop, not a vmap: sums over a slice and over a separate array are then the same
+    program, so that stacked and separate layers give the same bits.
     """
     if LAYER not in param.dims:
         return function(*arrays)
@@ -86,10 +97,10 @@ def by_layer(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
 
 
 def global_norm(declared: Any, gradient: Any) -> Array:
-    """Euclidean norm of a whole gradient, float32 scalar.
+    """Compute the Euclidean norm of a whole gradient: float32 scalar.
 
-    Squares are summed layer by layer and the sums added by size, so that the norm is the same to
-    the bit however the layers are stacked.
+    Squares are summed layer by layer and the sums are added in order of size, so that the norm is
+    the same to the bit however the layers are stacked.
     """
 
     def squares(param: Param, leaf: Array) -> Array:
@@ -100,7 +111,9 @@ def global_norm(declared: Any, gradient: Any) -> Array:
 
 
 class Moments(NamedTuple):
-    """Updates done, and averages of gradients and of their squares."""
+    """State of Adam: updates done (int32 scalar), running means of gradients and of
+    their squares.
+    """
 
     steps: Array
     mean: Any
@@ -110,7 +123,12 @@ class Moments(NamedTuple):
 def adam(
     beta1: Number, beta2: Number, ratio: Callable[..., Array], epsilons: Any
 ) -> optax.GradientTransformation:
-    """`ratio` of unbiased mean, unbiased mean square and each weight's epsilon."""
+    """Build Adam's transformation with another formula for the update.
+
+    ratio: update from the bias-corrected mean, the bias-corrected mean square and the weight's
+        epsilon
+    epsilons: tree of each weight's epsilon
+    """
 
     def init(params: Any) -> Moments:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -132,7 +150,7 @@ def adam(
 
 
 def scale_by_tree(factors: Any) -> optax.GradientTransformation:
-    """Multiply each update by its own number."""
+    """Multiply each update by its own factor."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return jax.tree.map(lambda update, factor: update * factor, updates, factors), state
@@ -141,7 +159,7 @@ def scale_by_tree(factors: Any) -> optax.GradientTransformation:
 
 
 def decay_by_tree(shares: Any) -> optax.GradientTransformation:
-    """Add to each update its own share of the weight."""
+    """Add to each update its own fraction of the weight."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         added = jax.tree.map(lambda u, share, weight: u + share * weight, updates, shares, params)

@@ -1,4 +1,4 @@
-"""Numbers inside configuration objects, by dotted path: found, and replaced by traced ones."""
+"""Find the numbers in configuration objects by dotted path, and replace them by traced ones."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ T = TypeVar("T")
 
 
 def leaves(mapping: Any, where: str = "") -> dict[str, Any]:
-    """The values in nested mappings and lists, by dotted path."""
+    """Return the values in nested mappings and lists, by dotted path."""
     if not isinstance(mapping, dict | list):
         return {where: mapping}
     pairs = mapping.items() if isinstance(mapping, dict) else enumerate(mapping)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        found |= leaves(value, join(where, str(key)))
-    return found
+        values |= leaves(value, join(where, str(key)))
+    return values
 
 
 def substituted(part: T, numbers: Mapping[str, Any]) -> T:
-    """A copy of a dataclass with numbers at dotted paths of its fields.
+    """Copy a dataclass with other numbers at dotted paths of its fields.
 
-    Nothing is checked, since a traced number can't be compared: check the object with ordinary
-    numbers first.
+    Values are not checked, because a traced number can't be compared: build the object with
+    ordinary numbers first.
     """
     if not numbers:
         return part

@@ -1,7 +1,7 @@
-"""What a run's configuration is made of: presets that extend each other, and overrides.
+"""Resolve a run's configuration: presets that extend each other, and overrides.
 
-Both are merged by the one rule of `schema.merge`, so that a variant differs from what it extends
-only in what it names.
+Both are merged by the rule of `schema.merge`, so that a variant differs from what it extends only
+in the keys that it names.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mukv.schema.yaml_text import has_comment, parse_yaml, read_yaml
 
 
 def apply_overrides(cls: type, mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict:
-    """The mapping with each "path.to.key=value" merged in, in order; the value is YAML.
+    """Merge each "path.to.key=value" into the mapping, in order; the value is YAML.
 
-    A number in a path is an index into a list. What the mapping leaves out is taken from the
-    class's defaults. Keys are checked by `build`, except that a path must not end in the middle
-    of a value. An explicit override outlives a change of `kind`. Raises BadInput.
+    A number in a path is an index into a list. Keys that the mapping leaves out have the class's
+    defaults. `build` checks keys, except that a path must not continue past a value. An explicit
+    override is kept when a later one changes `kind`. Raises BadInput.
     """
     result: Any = dict(mapping)
     done: list[str] = []
@@ -38,10 +38,13 @@ def apply_overrides(cls: type, mapping: Mapping[str, Any], overrides: Iterable[s
 
 
 def resolve_preset(cls: type, name: str | Path, folder: Path) -> dict[str, Any]:
-    """The mapping of a YAML file, merged into the ones that it `extends`.
+    """Read the mapping of a YAML file, merged into the ones that it `extends`.
 
-    name: of a file NAME.yaml in `folder`, or a path; an `extends` path counts from its own file.
-    Raises BadInput for an unknown name, and for files that extend each other in a circle.
+    name: NAME of a file NAME.yaml in `folder`, or a path; a path in `extends` is relative to its
+        own file
+    folder: folder of the presets
+
+    Raises BadInput for an unknown name and for files that extend each other in a circle.
     """
     chain: list[Path] = []
     mappings: list[dict[str, Any]] = []
@@ -84,10 +87,11 @@ def _set(
     where: str,
     done: Sequence[str],
 ) -> Any:
-    """`node` with `value` merged in at `keys`.
+    """Return `node` with `value` merged in at `keys`.
 
-    default: what the class puts where the node leaves something out; of it, only a list that an
-    index needs is copied. done: paths that were overridden before.
+    default: the class's value of what the node leaves out; only a list that an index needs is
+        copied from it
+    done: paths of earlier overrides
     """
     if not keys:
         return merge(hint, node, value)

@@ -1,10 +1,10 @@
-"""Frozen dataclasses as a schema: plain mappings are checked and become objects, and back.
+"""Frozen dataclasses as a schema: build them from checked plain mappings, and convert them back.
 
-A field that holds one of several dataclasses names it by `kind`. One rule merges a preset with
-its parent and an override with a preset: mappings merge key by key, all else replaces; and where
-`kind` changes, only the keys that the new kind also has are kept. What the whole leaves out is as
-in the fields' defaults, as long as these are of the kind that is asked for.
-Leaf types are checked by pydantic, strictly: "3", 3.0 and true are no integers.
+A field that holds one of several dataclasses selects it by `kind`. One rule merges a preset with
+its parent and an override with a preset: mappings merge key by key, everything else replaces; where
+`kind` changes, only keys that the new kind also has are kept. Keys that are left out have the
+fields' defaults if those are of the same kind. pydantic checks leaf types strictly: "3", 3.0 and
+true are not integers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -21,18 +22,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from mukv.core.errors import LONGEST_VALUE, BadInput, nearest_name
 from mukv.core.names import shortened
+from mukv.core.table import Table, from_outside, path_of
 from mukv.schema.yaml_text import dump_yaml
 
 T = TypeVar("T")
 LARGEST_FLOAT = 3.4028235e38
-"""Beyond it a float32 is infinite."""
+"""Largest finite float32."""
 
 
 def build(cls: type[T], mapping: Any, where: str = "") -> T:
-    """An instance of a frozen dataclass from a mapping; what is left out is as in its defaults.
+    """Build an instance of a frozen dataclass from a mapping; missing keys have their defaults.
 
-    where: prefix of the dotted paths in errors. Raises BadInput for the first mistake, with the
-    number of the others.
+    where: prefix of the dotted paths in errors
+
+    Raises BadInput for the first mistake, with the number of further ones.
     """
     errors: list[BadInput] = []
     value = _value(cls, mapping, where, errors)
@@ -46,9 +49,15 @@ def build(cls: type[T], mapping: Any, where: str = "") -> T:
 
 
 def to_mapping(value: Any) -> Any:
-    """The complete mapping that `build` turns into an equal object."""
+    """Return the complete mapping that `build` turns into an equal object.
+
+    The kind of a class from outside is its dotted path, by which another process finds it.
+    """
     if is_dataclass(value):
-        return {f.name: to_mapping(getattr(value, f.name)) for f in fields(value) if f.init}
+        mapping = {f.name: to_mapping(getattr(value, f.name)) for f in fields(value) if f.init}
+        if "kind" in mapping and from_outside(type(value)):
+            mapping["kind"] = path_of(type(value))
+        return mapping
     if isinstance(value, Mapping):
         return {key: to_mapping(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -57,46 +66,62 @@ def to_mapping(value: Any) -> Any:
 
 
 def to_yaml(value: Any) -> str:
-    """`to_mapping` as YAML text."""
+    """Return `to_mapping` as YAML text."""
     return dump_yaml(to_mapping(value))
 
 
-# What an annotation says
+# Type annotations
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union."""
+def options(hint: Any) -> tuple[Any, ...]:
+    """Return the alternatives of a union, and the classes of a table."""
     if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        table = table_of(hint)
+        return options(get_args(hint)[0]) if table is None else tuple(table.values())
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(option for each in get_args(hint) for option in options(each))
+    return (hint,)
+
+
+def table_of(hint: Any) -> Table[Any] | None:
+    """The table that an annotation takes its classes from, if it has one."""
+    if get_origin(hint) is Annotated:
+        return next((each for each in get_args(hint)[1:] if isinstance(each, Table)), None)
+    if get_origin(hint) in (Union, types.UnionType):
+        return next((table for each in get_args(hint) if (table := table_of(each))), None)
+    return None
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def hints_of(cls: type) -> dict[str, Any]:
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in fields(cls) if field.init}
 
 
 @cache
-def _kinds(cls: type) -> tuple[str, ...]:
-    return get_args(_hints(cls)["kind"]) if "kind" in _hints(cls) else ()
+def kinds_of(cls: type) -> tuple[str, ...]:
+    return get_args(hints_of(cls)["kind"]) if "kind" in hints_of(cls) else ()
 
 
-def _classes(hint: Any) -> list[type]:
-    return [o for o in _options(hint) if isinstance(o, type) and is_dataclass(o)]
+def classes_of(hint: Any) -> list[type]:
+    return [o for o in options(hint) if isinstance(o, type) and is_dataclass(o)]
 
 
 def _class_of(hint: Any, mapping: Mapping[Any, Any]) -> type | None:
-    """The dataclass that a mapping describes, if that can be told."""
-    classes = _classes(hint)
-    if "kind" in mapping and any(map(_kinds, classes)):
-        classes = [cls for cls in classes if mapping["kind"] in _kinds(cls)]
+    """Return the dataclass that a mapping describes; None if that is undetermined."""
+    classes, kind = classes_of(hint), mapping.get("kind")
+    if "kind" in mapping and any(map(kinds_of, classes)):
+        classes = [cls for cls in classes if kind in kinds_of(cls)]
+        table = table_of(hint)
+        if not classes and table is not None and isinstance(kind, str):
+            with suppress(BadInput):  # told where the object is built
+                classes = [table.find(kind, "kind")]
     return classes[0] if len(classes) == 1 else None
 
 
 def item_hint(hint: Any, container: type, index: int = 0) -> Any:
-    """The annotation of what a tuple or dict of this annotation holds; None if it has none."""
-    for option in _options(hint):
+    """Return the annotation of the items of a tuple or dict annotation; None if there is none."""
+    for option in options(hint):
         if get_origin(option) is container:
             args = get_args(option)
             if container is dict:
@@ -108,12 +133,13 @@ def item_hint(hint: Any, container: type, index: int = 0) -> Any:
 
 
 def key_hint(hint: Any, mapping: Mapping[Any, Any], key: str) -> Any:
+    """Return the annotation of a key of a dataclass or dict; None if there is none."""
     cls = _class_of(hint, mapping)
-    return _hints(cls).get(key) if cls else item_hint(hint, dict)
+    return hints_of(cls).get(key) if cls else item_hint(hint, dict)
 
 
 def default_of(hint: Any, mapping: Mapping[Any, Any], key: str) -> Any:
-    """What a key stands for if the mapping leaves it out, as plain data."""
+    """Return the default of a key as plain data; None if it has none."""
     cls = _class_of(hint, mapping)
     for field in fields(cls) if cls else ():
         if field.name == key and field.default_factory is not MISSING:
@@ -123,21 +149,22 @@ def default_of(hint: Any, mapping: Mapping[Any, Any], key: str) -> Any:
     return None
 
 
-def _phrase(hint: Any) -> str:
+def phrase(hint: Any) -> str:
+    """Describe an annotation in words, for errors."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     names |= {type(None): "null"}
     parts: list[str] = []
-    for option in _options(hint):
+    for option in options(hint):
         if get_origin(option) is Literal:
             parts.append(f"one of {', '.join(map(str, get_args(option)))}")
         elif get_origin(option) is tuple and get_args(option)[-1] is Ellipsis:
-            parts.append(f"a list, each: {_phrase(get_args(option)[0])}")
+            parts.append(f"a list, each: {phrase(get_args(option)[0])}")
         elif get_origin(option) is tuple:
-            parts.append(f"a list of {', '.join(map(_phrase, get_args(option)))}")
+            parts.append(f"a list of {', '.join(map(phrase, get_args(option)))}")
         elif get_origin(option) is dict:
-            parts.append(f"a mapping, each: {_phrase(get_args(option)[1])}")
+            parts.append(f"a mapping, each: {phrase(get_args(option)[1])}")
         elif is_dataclass(option):
-            parts.append(f"a mapping with {', '.join(_hints(option))}")
+            parts.append(f"a mapping with {', '.join(hints_of(option))}")
         else:
             parts.append(names.get(option, str(option)))
     return " or ".join(dict.fromkeys(parts))
@@ -147,13 +174,13 @@ def _phrase(hint: Any) -> str:
 
 
 def merge(hint: Any, base: Any, change: Any) -> Any:
-    """`base` with `change` over it, by the rule above. hint: the annotation of both."""
+    """Merge `change` into `base` by the rule above. hint: the annotation of both."""
     if not isinstance(base, Mapping) or not isinstance(change, Mapping):
         return change
     merged = {**base, **change}
     cls = _class_of(hint, merged)
     if cls and "kind" in change and change["kind"] != base.get("kind"):
-        base = {key: value for key, value in base.items() if key in _hints(cls)}
+        base = {key: value for key, value in base.items() if key in hints_of(cls)}
     return {**base} | {
         key: merge(key_hint(hint, merged, key), base.get(key), value)
         for key, value in change.items()
@@ -161,7 +188,7 @@ def merge(hint: Any, base: Any, change: Any) -> Any:
 
 
 def completed(default: Any, given: Any) -> Any:
-    """`given` with what it leaves out from `default`, wherever both are of the same kind."""
+    """Return `given` with missing keys from `default`, wherever both are of the same kind."""
     if not isinstance(given, Mapping) or not isinstance(default, Mapping):
         return given
     if "kind" in given and given["kind"] != default.get("kind"):
@@ -173,8 +200,8 @@ def completed(default: Any, given: Any) -> Any:
 
 
 def _value(hint: Any, given: Any, where: str, errors: list[BadInput]) -> Any:
-    """`given` as the annotated type; mistakes are appended to `errors`."""
-    if isinstance(given, Mapping) and _classes(hint):
+    """Convert `given` to the annotated type; append mistakes to `errors`."""
+    if isinstance(given, Mapping) and classes_of(hint):
         return _instance(hint, given, where, errors)
     if isinstance(given, Mapping) and _holds_classes(item := item_hint(hint, dict)):
         return {k: _value(item, v, join(where, str(k)), errors) for k, v in given.items()}
@@ -183,44 +210,51 @@ def _value(hint: Any, given: Any, where: str, errors: list[BadInput]) -> Any:
             _value(item_hint(hint, tuple, i), item, join(where, str(i)), errors)
             for i, item in enumerate(given)
         )
-    if given is None and type(None) in _options(hint):
+    if given is None and type(None) in options(hint):
         return None
-    words = [o for o in _options(hint) if get_origin(o) is Literal]
+    words = [o for o in options(hint) if get_origin(o) is Literal]
     if isinstance(given, str) and any(given in get_args(option) for option in words):
         return given
     if _holds_classes(hint):
-        errors.append(BadInput(where or "configuration", given, f"needs {_phrase(hint)}"))
+        errors.append(BadInput(where or "configuration", given, f"needs {phrase(hint)}"))
         return None
     return _leaf(hint, given, where, errors)
 
 
 def _holds_classes(hint: Any) -> bool:
-    options = _options(hint)
-    return any(is_dataclass(o) or any(map(_holds_classes, get_args(o))) for o in options)
+    return any(is_dataclass(o) or any(map(_holds_classes, get_args(o))) for o in options(hint))
 
 
 def _instance(hint: Any, given: Mapping[Any, Any], where: str, errors: list[BadInput]) -> Any:
     cls = _class_of(hint, given)
     if cls is None:
-        kinds = sorted(kind for option in _classes(hint) for kind in _kinds(option))
-        kind = given.get("kind")
+        kinds = sorted(kind for option in classes_of(hint) for kind in kinds_of(option))
+        kind, table = given.get("kind"), table_of(hint)
+        if table is not None and isinstance(kind, str) and "." in kind:
+            try:
+                table.find(kind, join(where, "kind"))
+            except BadInput as error:
+                errors.append(error)
+                return None
         near = nearest_name(kind, kinds) if isinstance(kind, str) else None
         errors.append(BadInput(join(where, "kind"), kind, f"one of {', '.join(kinds)}", near))
         return None
     before = len(errors)
-    hints, values = _hints(cls), {}
+    hints, values = hints_of(cls), {}
     for key, item in given.items():
         path = join(where, str(key))
         if key not in hints:
             allowed = f"no such key; allowed: {', '.join(hints)}"
             errors.append(BadInput(path, item, allowed, nearest_name(str(key), hints)))
             continue
+        if key == "kind" and item not in kinds_of(cls) and from_outside(cls):
+            item = kinds_of(cls)[0]  # it was named by its path
         whole = completed(default_of(cls, given, key), item)
         values[key] = _value(hints[key], whole, path, errors)
     for field in fields(cls):
         required = field.default is MISSING and field.default_factory is MISSING
         if field.init and required and field.name not in given:
-            allowed = f"required: {_phrase(hints[field.name])}"
+            allowed = f"required: {phrase(hints[field.name])}"
             errors.append(BadInput(join(where, field.name), None, allowed))
     if len(errors) > before:
         return None
@@ -245,13 +279,13 @@ def _leaf(hint: Any, given: Any, where: str, errors: list[BadInput]) -> Any:
         errors.append(BadInput(where, given, "needs a number that 32 bits hold, up to 3.4e38"))
         return None
     try:
-        # By way of JSON, since only there does pydantic's strictness take a list for a tuple.
+        # Through JSON, because only there does pydantic's strict mode accept a list for a tuple.
         return _adapter(hint).validate_json(json.dumps(given, allow_nan=False), strict=True)
     except (ValidationError, ValueError, TypeError, RecursionError):
-        words = [word for o in _options(hint) if get_origin(o) is Literal for word in get_args(o)]
+        words = [word for o in options(hint) if get_origin(o) is Literal for word in get_args(o)]
         near = nearest_name(given, map(str, words)) if isinstance(given, str) else None
         finite = "finite: " if isinstance(given, float) and not math.isfinite(given) else ""
-        errors.append(BadInput(where, given, f"needs {finite}{_phrase(hint)}", near))
+        errors.append(BadInput(where, given, f"needs {finite}{phrase(hint)}", near))
         return None
 
 

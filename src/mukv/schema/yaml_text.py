@@ -1,7 +1,7 @@
-"""YAML in and out, by the core schema of YAML 1.2 and with one clear line for every mistake.
+"""Read and write YAML by the core schema of YAML 1.2, with one clear line for every mistake.
 
-PyYAML speaks YAML 1.1, where 1e-3 is text, `no` is false and a date is an object. Here numbers
-are numbers, only true and false are truth values, all else is text. Keys given twice are refused.
+PyYAML implements YAML 1.1, where 1e-3 is text, `no` is false and a date is an object. Here numbers
+are numbers, only true and false are booleans, everything else is text. Duplicate keys are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PLAIN = {
     ),
     "merge": ("<", r"<<"),
 }
-"""What a word without quotes may mean other than itself: first characters, whole word."""
+"""Patterns of unquoted words that are not text: possible first characters, whole word."""
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
@@ -41,9 +41,9 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 LARGEST = 1 << 20
-"""Bytes of a YAML text. The complete configuration of 1,000 layers that all differ has fewer."""
+"""Largest YAML text in bytes. The complete configuration of 1,000 different layers is smaller."""
 MOST_VALUES = 20_000
-"""Values that a YAML text may stand for once its aliases are expanded."""
+"""Largest number of values of a YAML text after its aliases are expanded."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
-            # A tag with a text that it does not fit, such as !!bool "x"; a number of 5,000 digits.
+            # A tag that does not match its text, such as !!bool "x", or a number of 5,000 digits.
             tag = str(node.tag).rpartition(":")[2]
             text = node.value if isinstance(node, yaml.ScalarNode) else type(node).__name__
             raise yaml.constructor.ConstructorError(
@@ -92,8 +92,12 @@ def _too_many(mark: yaml.Mark) -> yaml.composer.ComposerError:
 
 
 def _values(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values that a node stands for with its aliases expanded. known: those of nodes seen before,
-    0 for one that is being counted. Raises YAML's error for too many, and for one inside itself."""
+    """Count the values of a node with its aliases expanded.
+
+    known: counts of nodes seen before, 0 for one that is being counted
+
+    Raises YAML's error for too many values, and for a node inside itself.
+    """
     if id(node) in known:
         if not known[id(node)]:
             raise yaml.composer.ComposerError(
@@ -120,7 +124,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        # Unicode's own line breaks are folded into spaces anywhere but in double quotes.
+        # YAML folds Unicode's line breaks into spaces except in double quotes.
         style = '"' if any(mark in data for mark in "\x85\u2028\u2029") else None
         return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 
@@ -129,9 +133,11 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that a YAML text stands for, made of what JSON has.
+    """Parse a YAML text into values that JSON can represent.
 
-    where: what errors call the text. Raises BadInput with line and column.
+    where: name of the text in errors
+
+    Raises BadInput with line and column.
     """
     if len(text) > LARGEST:
         raise BadInput(where, f"{len(text):,} characters", f"at most {LARGEST:,} of YAML")
@@ -153,21 +159,21 @@ def parse_yaml(text: str, where: str) -> Any:
         raise BadInput(where, "lists or mappings nested too deep", "plain YAML is needed") from None
     except UnicodeEncodeError:
         raise BadInput(where, "half of a surrogate pair", "texts of Unicode are needed") from None
-    except ValueError:  # from json.dumps, as Python does not write such a number
+    except ValueError:  # from json.dumps: Python's limit of digits
         raise BadInput(where, "a number of too many digits", "a smaller one is needed") from None
-    except TypeError as error:  # dates, sets and bytes by tag, or keys that are such
+    except TypeError as error:  # dates, sets and bytes by tag, as values or keys
         raise BadInput(where, _first_line(error), "plain numbers, texts, lists, mappings") from None
     return value
 
 
 def has_comment(text: str) -> bool:
-    """Whether a text of one value, which `parse_yaml` takes, ends with a comment."""
+    """Whether a text of one value, which `parse_yaml` accepts, ends with a comment."""
     *_, last, _ = yaml.scan(text)
     return bool(text[last.end_mark.index :].strip())
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises BadInput for anything else."""
+    """Read the mapping in a YAML file. Raises BadInput for anything else."""
     where = str(path)
     try:
         require_regular_file(path)
@@ -188,7 +194,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_yaml(mapping: Any) -> str:
-    """The text that `parse_yaml` reads back to the same value; keys keep their order."""
+    """Write YAML that `parse_yaml` reads back to the same value; keys keep their order."""
     return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 

@@ -1,1 +1,1 @@
-"""What a person sees: progress, pages, figures, messages."""
+"""Output for people: progress, pages, figures, messages."""

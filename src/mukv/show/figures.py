@@ -1,7 +1,8 @@
-"""Figures without a screen, written whole or not at all, and the styles that all of them share.
+"""Save figures without a display, and define the styles that all figures share.
 
-A name is drawn letter by letter: no TeX, no control characters, and what begins with an
-underscore stays in the legend. Legends stand below the axes, where they hide no line.
+Names are drawn as plain text: TeX is not interpreted, control characters are escaped, and a label
+that begins with an underscore stays in the legend. Legends are below the axes, where they hide no
+line.
 """
 
 from __future__ import annotations
@@ -22,27 +23,30 @@ from mukv.storage.files import replacing
 MARKERS = "osD^vPX*<>ph"
 STYLES = ("-", "--", "-.", ":")
 CAPTION = "Description"
-"""The key of the PNG's text under which the caption lies; one of those that PNG names."""
+"""Key of the PNG text chunk that holds the caption, one of those that the PNG standard names."""
 LETTERS_PER_INCH = 12
 MOST_TICKS = 9
 LEGEND_SIZE, ROW_INCHES = 8, 0.19
 ALIKE, APART = 1.01, 1.2
-"""Ratios of values that share a tick, and of ticks whose labels do not touch."""
+"""Ratio below which two values share a tick, and below which the labels of two ticks
+would touch.
+"""
 
 
 @contextmanager
 def saved_figure(
     path: Path, size: tuple[float, float], title: str | None = None, caption: str | None = None
 ) -> Iterator[Any]:
-    """A figure that lies in `path` (PNG) once the block is left.
+    """Yield a figure that is saved to `path` (PNG) when the block ends.
 
-    size: inches. caption: saved in the file, for a page that shows it.
+    size: width and height in inches
+    caption: text saved in the file, for a page that shows the figure
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # A font that lacks a letter draws a box; it need not be said for each.
+    # A font without a glyph draws a box; suppress the warning for each one.
     with mpl.rc_context({"font.size": 10, "text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure = Figure(figsize=size, layout="constrained")
@@ -58,7 +62,9 @@ def saved_figure(
 
 
 def series_styles(count: int) -> list[dict[str, Any]]:
-    """`color`, `marker` and `linestyle` of each of `count` series: no two have the same colour."""
+    """Return `color`, `marker` and `linestyle` of each of `count` series; no two have the same
+    colour.
+    """
     import matplotlib as mpl
 
     few = count <= 10
@@ -74,15 +80,16 @@ def series_styles(count: int) -> list[dict[str, Any]]:
 
 
 def labels(names: Iterable[object]) -> list[str]:
-    """Names of series, short and told apart. One that begins with an underscore has a space before
-    it, since the library leaves such labels out of legends."""
+    """Return short and distinct names of series. A space is put before a leading underscore,
+    because matplotlib leaves labels with one out of legends.
+    """
     return [f" {name}" if name.startswith("_") else name for name in distinct(names)]
 
 
 def legend(figure: Any, axes: Any, title: str | None = None) -> None:
-    """A legend below all axes of what is labelled in `axes`, in rows that fit.
+    """Add a legend below all axes, of what is labelled in `axes`, in rows that fit.
 
-    The figure grows by the rows that the legend takes.
+    The figure grows by the height of the legend.
     """
     handles, names = axes.get_legend_handles_labels()
     if not handles:
@@ -97,40 +104,46 @@ def legend(figure: Any, axes: Any, title: str | None = None) -> None:
 
 
 def powers(axis: Any, values: Sequence[float], unit: float = 1) -> None:
-    """A logarithmic axis that counts in powers of two.
+    """Make an axis logarithmic with base 2.
 
-    values: what is drawn, all greater than 0: ticks stand there where they are few and apart, else
-    at powers. unit: what one of the numbers shown stands for.
+    values: the values that are drawn, all greater than 0; ticks are at these values if they are few
+        and far enough apart, else at powers of two
+    unit: value that the label 1 stands for
     """
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    found = sorted({float(value) for value in values if value > 0})
-    if not found:
+    distinct_values = sorted({float(value) for value in values if value > 0})
+    if not distinct_values:
         return
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log", base=2)
-    ticks = [at for at, after in pairwise([*found, np.inf]) if after / at > ALIKE]
+    ticks = [at for at, after in pairwise([*distinct_values, np.inf]) if after / at > ALIKE]
     near = any(after / at < APART for at, after in pairwise(ticks))
-    if near or len(ticks) > MOST_TICKS or found[0] < 1:
-        low, high = int(np.floor(np.log2(found[0]))), int(np.ceil(np.log2(found[-1])))
+    if near or len(ticks) > MOST_TICKS or distinct_values[0] < 1:
+        low, high = (
+            int(np.floor(np.log2(distinct_values[0]))),
+            int(np.ceil(np.log2(distinct_values[-1]))),
+        )
         step = 1 + (high - low) // MOST_TICKS
         ticks = [2.0**power for power in range(high, low - 1, -step)][::-1]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: _number(value / unit))
-    if found[-1] / found[0] < ALIKE:
-        limits = (found[0] / 2, found[-1] * 2)
+    if distinct_values[-1] / distinct_values[0] < ALIKE:
+        limits = (distinct_values[0] / 2, distinct_values[-1] * 2)
         (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(limits)
 
 
 def _number(value: float) -> str:
-    """A tick: 16,384 or 0.003 or 1e-07."""
+    """Format a tick: 16,384 or 0.003 or 1e-07."""
     if value and (abs(value) < 1e-4 or abs(value) >= 1e9):
         return f"{value:.3g}"
     return f"{value:,.0f}" if value == round(value) or value > 32 else f"{value:,.4g}"
 
 
 def _tidy(figure: Any) -> None:
-    """Names as they are, logarithmic axes with plain numbers, and ticks that do not overlap."""
+    """Shorten long names, label logarithmic axes with plain numbers, and prevent
+    overlapping ticks.
+    """
     from matplotlib.text import Text
 
     axes = [each for each in figure.axes if each.axison]
@@ -152,7 +165,9 @@ def _tidy(figure: Any) -> None:
 
 
 def _plain(axis: Any) -> None:
-    """Numbers in place of powers in TeX, and at least two ticks, however narrow the range."""
+    """Label a logarithmic axis with plain numbers instead of TeX powers, with at least
+    two ticks.
+    """
     from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator, NullLocator
 
     if not isinstance(axis.get_major_formatter(), LogFormatter):
@@ -174,7 +189,7 @@ def _plain(axis: Any) -> None:
 
 
 def _thin(axis: Any, figure: Any) -> None:
-    """Turn words that would overlap; of numbers leave out every second, until none do."""
+    """Rotate overlapping words; of overlapping numbers, remove every second until none overlap."""
     if axis.axis_name == "x" and overlapping(axis, figure):
         texts = [label.get_text() for label in axis.get_ticklabels()]
         if not all(_is_number(text) for text in texts if text):
@@ -188,7 +203,7 @@ def _thin(axis: Any, figure: Any) -> None:
 
 
 def _inside(axis: Any) -> list[float]:
-    """Its ticks, without those that lie beyond its ends."""
+    """Return the ticks within the limits of an axis."""
     low, high = sorted(axis.get_view_interval())
     return [place for place in axis.get_ticklocs() if low <= place <= high]
 

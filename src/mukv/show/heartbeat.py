@@ -1,7 +1,7 @@
-"""A heartbeat: a line on standard error when a command has shown nothing for a while.
+"""A heartbeat: a line on standard error when a command has printed nothing for a while.
 
-Compilation and long single steps show nothing by themselves; a person must see that the command
-is alive. Imports nothing heavy, so that a wrong command line is answered at once.
+Compilation and long single steps print nothing; a person must see that the command is alive.
+Imports nothing heavy, so that a wrong command line is answered at once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 QUIET_SECONDS = 9.0
-"""Longest time without output; a person is promised a line within 10 seconds."""
+"""Longest time without output; the documentation promises a line within 10 seconds."""
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it: "42 s", "2 min 10 s", "12 min", "3 h 05 min"."""
+    """Format a time: "42 s", "2 min 10 s", "12 min", "3 h 05 min"."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     if seconds < 599.5:
@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
 
 
 class _Watched:
-    """A stream that remembers when it was last written to."""
+    """Stream that records when it was last written to."""
 
     def __init__(self, stream: TextIO, beat: Heartbeat):
         self._stream, self._beat = stream, beat
@@ -41,8 +41,9 @@ class _Watched:
 
 
 class Heartbeat:
-    """A context manager that prints "TITLE: still working, 20 s" whenever neither standard output
-    nor standard error were written to for `quiet` seconds."""
+    """Context manager that prints "TITLE: still working, 20 s" whenever neither standard output nor
+    standard error was written to for `quiet` seconds.
+    """
 
     def __init__(self, title: str, quiet: float = QUIET_SECONDS):
         self.title, self.quiet = title, quiet
@@ -64,7 +65,7 @@ class Heartbeat:
         at: TracebackType | None,
     ) -> None:
         self.over.set()
-        # Whoever replaced the streams meanwhile puts back its own.
+        # If other code has replaced the streams meanwhile, it restores them itself.
         if sys.stdout is self.watched[0]:
             sys.stdout = self.streams[0]
         if sys.stderr is self.watched[1]:

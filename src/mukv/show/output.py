@@ -1,4 +1,4 @@
-"""What a command says: results on standard output, errors and notes on standard error.
+"""Print a command's output: results to standard output, errors and notes to standard error.
 
 Imports nothing heavy, so that a wrong command line is answered at once.
 """
@@ -14,26 +14,26 @@ from mukv.storage.json_text import to_json
 
 
 def complain(message: str, status: int) -> NoReturn:
-    """Say what went wrong on one line, and leave."""
+    """Print an error on one line and exit with `status`."""
     text = styled(("error: ", "bold red"), message)
     Console(stderr=True).print(text, soft_wrap=True)
     raise SystemExit(status)
 
 
 def warn(message: str) -> None:
-    """Say on one line of standard error what is not as it may seem."""
+    """Print a note on one line of standard error."""
     text = styled(("note: ", "bold yellow"), message)
     Console(stderr=True).print(text, soft_wrap=True)
 
 
 def print_json(facts: Any) -> None:
-    """One object, as the last line."""
+    """Print a JSON object as the last line."""
     sys.stdout.write(to_json(facts) + "\n")
     sys.stdout.flush()
 
 
 def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
-    """Named values, one a line or as one object."""
+    """Print named values, one per line or as one JSON object."""
     if as_json:
         print_json(facts)
         return

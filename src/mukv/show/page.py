@@ -1,4 +1,4 @@
-"""One page of HTML that needs nothing else: tables and pictures lie inside it."""
+"""Make a self-contained HTML page: tables and pictures are embedded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ h1, h2, h3, p, th, td, caption, figcaption { white-space: pre-wrap; }
 
 @dataclass
 class Page:
-    """Parts are added from top to bottom; all text is escaped."""
+    """An HTML page whose parts are added from top to bottom; all text is escaped."""
 
     title: str
     parts: list[str] = field(default_factory=list)
@@ -42,13 +42,15 @@ class Page:
         self.parts.append(f"<p>{shown(text)}</p>")
 
     def note(self, text: str) -> None:
-        """What a reader should know of what is not there."""
+        """Add a note in small print, such as one on missing data."""
         self.parts.append(f'<p class="note">{shown(text)}</p>')
 
     def table(
         self, columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str | None = None
     ) -> None:
-        """The first column is a name; numbers, as they shall be shown, stand at the right."""
+        """Add a table. The first column is a name; cells that begin like a number are
+        right-aligned.
+        """
         head = "".join(f"<th>{shown(column)}</th>" for column in columns)
         body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
         below = "" if caption is None else f"<caption>{shown(caption)}</caption>"
@@ -58,7 +60,7 @@ class Page:
         )
 
     def picture(self, picture: Path | bytes, caption: str) -> None:
-        """A PNG, taken into the page."""
+        """Embed a PNG."""
         content = picture.read_bytes() if isinstance(picture, Path) else picture
         data = base64.b64encode(content).decode()
         self.parts.append(
@@ -67,7 +69,7 @@ class Page:
         )
 
     def html(self) -> str:
-        """The whole page."""
+        """Return the whole page."""
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -80,7 +82,7 @@ class Page:
 
 
 def shown(text: object) -> str:
-    """A text as HTML has it: letter by letter, control characters as escapes."""
+    """Escape a text for HTML; control characters become escapes."""
     return escape(printable(text))
 
 

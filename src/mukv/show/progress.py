@@ -1,7 +1,7 @@
-"""What a person sees while something takes long: rate, time left, loss.
+"""Show the progress of long work: steps done, time left, loss.
 
-On a terminal a live line; elsewhere (a log file, CI) a plain line now and then. Everything goes
-to standard error, so that standard output stays for results.
+On a terminal this is a live line, elsewhere (a log file, CI) a plain line at intervals. Everything
+goes to standard error, so that standard output has only results.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mukv.show.heartbeat import duration
 from mukv.show.terminal import Console, column
 
 QUIET_SECONDS = 9.0
-"""Longest time between two lines where the output is no terminal."""
+"""Longest time between two lines where the output is not a terminal."""
 
 
 def say(text: str) -> None:
-    """Print a line to standard error that stays."""
+    """Print a permanent line to standard error."""
     Console(stderr=True).say(text)
 
 
@@ -30,7 +30,9 @@ class Bar:
     """Progress of one task of known size, with changing numbers beside it."""
 
     def __init__(self, title: str, total: int, start: int = 0, silent: bool = False):
-        """start: what is done already. silent: show nothing."""
+        """start: steps done before
+        silent: show nothing
+        """
         self.console = Console(stderr=True, quiet=silent)
         self.title, self.total, self.start = printable(title), total, start
         self.began: tuple[float, int] | None = None
@@ -65,7 +67,7 @@ class Bar:
             self.live.stop()
 
     def show(self, done: int, numbers: Mapping[str, str]) -> None:
-        """done: how much of the total; numbers: by name, ready to print."""
+        """Update the line. done: steps done, of `total`; numbers: formatted values by name."""
         text = printable("  ".join(f"{name} {value}" for name, value in numbers.items()))
         if self.live:
             self.live.update(self.task, completed=done, numbers=text)
@@ -73,7 +75,7 @@ class Bar:
         now = time.monotonic()
         if now - self.last_line < QUIET_SECONDS and done < self.total:
             return
-        # From the first report on: what came before was compilation.
+        # Count from the first report, because compilation comes before it.
         self.began = self.began or (now, done)
         seconds, steps = now - self.began[0], done - self.began[1]
         left = ""
@@ -83,5 +85,5 @@ class Bar:
         self.last_line = now
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self.console.say(text)

@@ -1,7 +1,7 @@
-"""Consoles of the terminal library, made in one place: what is printed is shown as it is.
+"""Consoles of rich, configured in one place to print text unchanged.
 
-By default the library reads `[x]` in a text as markup and `:x:` as a picture, so that a path may
-lose a part, or end a command. Styles are given as an argument or as `Text`.
+By default rich interprets `[x]` as markup and `:x:` as an emoji, so that a path may lose a part or
+end a command with an error. Styles are given as an argument or as `Text`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ LINES = "\n\t"
 
 
 class Console(RichConsole):
-    """One that shows every text and every cell of a table letter by letter."""
+    """A console that prints every text and table cell unchanged, except escaped
+    control characters.
+    """
 
     def __init__(self, stderr: bool = False, quiet: bool = False, **options: Any) -> None:
-        """options: of rich's Console."""
+        """options: further arguments of rich's Console"""
         fixed = {"markup": False, "emoji": False, "highlight": False}
         super().__init__(stderr=stderr, quiet=quiet, **{**options, **fixed})
 
@@ -33,7 +35,7 @@ class Console(RichConsole):
         return super().render_str(printable(text, keep=LINES), **options)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Print one line that is not broken, as paths must not be to be copied."""
+        """Print a line without wrapping, so that paths can be copied."""
         self.print(printable(text), style=style, soft_wrap=True)
 
 
@@ -46,9 +48,9 @@ class OneLineTable(Table):
 
 
 def styled(*parts: str | tuple[str, str], keep: str = "") -> Text:
-    """A line of texts, some of them with a style: `styled("a ", ("b", "bold"))`.
+    """Join texts, some of them with a style: `styled("a ", ("b", "bold"))`.
 
-    keep: control characters that are not escaped, such as LINES.
+    keep: control characters that are not escaped, such as LINES
     """
     shown = (part if isinstance(part, tuple) else (part, "") for part in parts)
     return Text.assemble(*((printable(text, keep), style) for text, style in shown))
@@ -60,15 +62,17 @@ def table(
     title: str | None = None,
     caption: str | None = None,
 ) -> Table:
-    """A table without lines: columns of text at the left, of numbers at the right. None is cut."""
-    found = OneLineTable(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 1))
+    """Make a table without rules: text columns left-aligned, number columns right-aligned, nothing
+    cut.
+    """
+    made = OneLineTable(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 1))
     for name in text:
-        found.add_column(name, overflow="fold")
+        made.add_column(name, overflow="fold")
     for name in numbers:
-        found.add_column(name, justify="right", overflow="fold")
-    return found
+        made.add_column(name, justify="right", overflow="fold")
+    return made
 
 
 def column(field: str, style: str = "none") -> TextColumn:
-    """A column of a progress bar: of a field such as "task.description"."""
+    """Make a column of a progress bar from a field such as "task.description"."""
     return TextColumn(f"{{{field}}}", style=style, markup=False)

@@ -1,1 +1,1 @@
-"""Files that are whole or not there: weights, checkpoints."""
+"""Files that are written whole or not at all: weights, checkpoints, JSON; and folder locks."""

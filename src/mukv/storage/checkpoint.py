@@ -1,8 +1,8 @@
-"""Checkpoints of a training state: whole or not there, checked when read, on any mesh.
+"""Checkpoints of a training state: atomic, verified when read, independent of the mesh.
 
-Orbax writes every array in pieces from the devices that hold them and commits by one rename. It
-does not notice flipped bits (tried: it returns other numbers without a word), nor say in one line
-what does not fit or can't be read. So each step also carries a manifest, with which what
+Orbax writes every array in shards from the devices that hold them and commits with one rename. It
+does not detect flipped bits (tested: it silently returns other numbers) and reports what does not
+match or can't be read in many lines. Therefore each step also has a manifest, against which what
 `storage/stored.py` reads is compared. Arrays without elements can't be saved.
 """
 
@@ -35,7 +35,13 @@ STATE, MANIFEST, DELETED = "state", "manifest", ".deleted"
 
 @dataclass(frozen=True)
 class Preserve:
-    """Which steps stay: the last ones, those with the lowest score, and a step that is pinned."""
+    """Orbax's policy of which steps to keep.
+
+    last: number of newest steps
+    best: number of steps with the lowest score
+    scores: metric of each step that has one
+    pinned: a step that is always kept; None for none
+    """
 
     last: int
     best: int
@@ -43,7 +49,8 @@ class Preserve:
     pinned: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax asks this when a save begins, and deletes the others once it is complete."""
+        """Say for each checkpoint whether it is kept. Orbax calls this when a save begins and
+        deletes the others once the save is complete."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         scored = sorted(self.scores.keys() & steps, key=lambda step: (self.scores[step], step))
         kept = {*sorted(steps)[-self.last :], *scored[: self.best], self.pinned}
@@ -52,18 +59,21 @@ class Preserve:
 
 @dataclass(frozen=True)
 class _Info:
-    """What `Keep` asks of a checkpoint."""
+    """The part of Orbax's checkpoint info that `Preserve` reads."""
 
     step: int
 
 
 class Checkpoints:
-    """The checkpoints of one run, in folder/STEP. A context manager; all processes use it alike.
+    """The checkpoints of one run, in folder/STEP. A context manager; all processes make the same
+    calls.
 
-    keep_last: newest steps to keep, at least 1. keep_best: steps with the lowest metric to keep
-    besides. pinned: a step to keep whatever else. asynchronous: `save` returns once the state is
-    copied to the host. read_only: create, delete and clean nothing, so that a run in progress may
-    be looked at.
+    folder: where the checkpoints are
+    keep_last: number of newest steps to keep, at least 1
+    keep_best: number of steps with the lowest metric to keep in addition
+    pinned: a step that is always kept; None for none
+    asynchronous: whether `save` returns as soon as the state is copied to the host
+    read_only: create, delete and clean nothing, so that a run in progress can be inspected
     """
 
     def __init__(
@@ -75,7 +85,7 @@ class Checkpoints:
         asynchronous: bool = True,
         read_only: bool = False,
     ):
-        """Raises BadInput if the folder can't be used, or holds something else."""
+        """Raises BadInput if the folder can't be used or holds something else."""
         self.folder, self.read_only = Path(folder).absolute(), read_only
         foreign = [step for step in _numbered(self.folder) if _foreign(self.folder / str(step))]
         if foreign:
@@ -93,7 +103,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self.keep,
             enable_async_checkpointing=asynchronous,
-            # Deleting in place, a kill would leave a part of a checkpoint, which looks like one.
+            # Move before deleting: a kill during a deletion in place would leave a part that looks
+            # like a checkpoint.
             todelete_subdir=DELETED,
         )
         with telling_disk_errors(self.folder):
@@ -107,30 +118,33 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # A save that fails now must not hide why the block was left.
+        # A failing save must not hide the exception with which the block was left.
         with contextlib.suppress(Failed) if kind else contextlib.nullcontext():
             self.close()
-        if kind is None and self._alone_writes:
+        if kind is None and self._may_write:
             self._forget_others()
 
     def steps(self) -> list[int]:
-        """The complete checkpoints, oldest first."""
+        """Return the complete checkpoints, oldest first."""
         return [step for step in _numbered(self.folder) if _ours(self.folder / str(step))]
 
     def latest(self) -> int | None:
-        """The newest complete step."""
+        """Return the newest complete step; None if there is none."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step with the lowest metric, the earlier one of equals."""
+        """Return the step with the lowest metric, the earliest of equal ones; None if there is
+        none."""
         scored = self.scores.keys() & self.steps()
         return min(scored, key=lambda step: (self.scores[step], step), default=None)
 
     def save(self, step: int, state: Any, metric: float | None = None) -> None:
-        """Save a pytree of jax arrays; does nothing if the step is there already.
+        """Save a pytree of jax arrays; do nothing if the step is already saved.
 
-        metric: lower is better. The state may be donated as soon as this returns. Raises Failed
-        if this save, or an asynchronous one before it, can't be written; what was there stays.
+        metric: score of the step, lower is better; None for none
+
+        The state may be donated as soon as this returns. Raises Failed if this save, or an
+        asynchronous one before it, can't be written; earlier checkpoints stay.
         """
         if step == self.saving or step in self.steps():
             return
@@ -147,11 +161,11 @@ class Checkpoints:
             MANIFEST: ocp.args.JsonSave(described),  # pyright: ignore[reportCallIssue]
         }
         with self._telling_failure():
-            # Forced, since Orbax otherwise skips, without a word, a step older than the latest.
+            # Forced, because Orbax otherwise silently skips a step older than the latest.
             self.manager.save(step, args=ocp.args.Composite(**arguments), force=True)
 
     def forget_after(self, step: int) -> None:
-        """Delete what is newer than a step."""
+        """Delete all checkpoints newer than a step."""
         assert self.manager is not None, "read only"
         for later in reversed(self.steps()):
             if later > step:
@@ -159,7 +173,7 @@ class Checkpoints:
                 self.scores.pop(later, None)
 
     def wait(self) -> None:
-        """Until everything is on disk. Raises Failed if it can't be written."""
+        """Wait until everything is on disk. Raises Failed if it can't be written."""
         if self.manager is None:
             return
         with self._telling_failure():
@@ -169,11 +183,12 @@ class Checkpoints:
         self._empty_deleted()
 
     @property
-    def _alone_writes(self) -> bool:
+    def _may_write(self) -> bool:
         return not self.read_only and jax.process_index() == 0
 
     def _forget_others(self) -> None:
-        """Delete what is not to be kept: a kill after the last save has left it."""
+        """Delete checkpoints that should not be kept, which a kill after the last save may have
+        left."""
         infos = [_Info(step) for step in self.steps()]
         kept = self.keep.should_preserve(infos, context=None)
         for info, stays in zip(infos, kept, strict=True):
@@ -183,11 +198,11 @@ class Checkpoints:
         self._empty_deleted()
 
     def _empty_deleted(self) -> None:
-        if self._alone_writes:
+        if self._may_write:
             shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def close(self) -> None:
-        """Wait, then let go of the folder."""
+        """Wait until everything is on disk, then release the folder."""
         try:
             self.wait()
         finally:
@@ -195,28 +210,35 @@ class Checkpoints:
                 self.manager.close()
 
     def restore(self, step: int | None, like: Any) -> Any:
-        """The state of a step, None for the latest.
+        """Read the state of a step.
 
-        like: pytree of `jax.ShapeDtypeStruct`, each with the sharding that it is wanted in (None:
-        the first device). Raises BadInput if there is no such checkpoint or it is another
-        model's, Failed if it is damaged.
+        step: the step; None means the latest
+        like: pytree of `jax.ShapeDtypeStruct`, each with the sharding to read it into (None: the
+            first device)
+
+        Raises BadInput if there is no such checkpoint or it is of another model, Failed if it is
+        damaged.
         """
         self.wait()
         steps = self.steps()
         step = self.latest() if step is None else step
         if step not in steps:
             given = "no checkpoint" if step is None else f"step {step}"
-            there = f"saved steps: {', '.join(map(str, steps))}" if steps else "nothing is saved"
-            raise BadInput(str(self.folder), given, there)
+            available = (
+                f"saved steps: {', '.join(map(str, steps))}" if steps else "nothing is saved"
+            )
+            raise BadInput(str(self.folder), given, available)
         try:
             return self._read(step, like)
         except Damaged as error:
             path = self.folder / str(step)
             good = self._newest_good(steps[: steps.index(step)], like)
             if good is None:
-                advice = "no earlier one is whole: delete the damaged folder to begin anew"
+                advice = "no earlier one is intact: delete the damaged folder to start again"
             else:
-                advice = f"the last good one is {good}: delete the damaged folder to go on from it"
+                advice = (
+                    f"the last good one is {good}: delete the damaged folder to continue from it"
+                )
             raise Failed(f"{path}: {error}; {advice}") from error
 
     def _newest_good(self, steps: Sequence[int], like: Any) -> int | None:
@@ -227,34 +249,35 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: Any) -> Any:
-        """Raises Damaged, or BadInput if it is another model's."""
+        """Read the state of a step. Raises Damaged, or BadInput if it is of another model."""
         path = self.folder / str(step)
         saved = manifest.read(path / MANIFEST / "metadata")
         manifest.require_same_tree(saved, like, path)
         require_path(path)
-        found, problem = {}, None
+        arrays, problem = {}, None
         try:
-            found = read_arrays(path / STATE, named(jax.tree.map(_placed, like)))
+            arrays = read_arrays(path / STATE, named(jax.tree.map(_placed, like)))
         except Exception as error:  # TensorStore raises a dozen types
             problem = error
-        # All processes must agree: those that read their parts would wait for the others.
+        # All processes must agree on success: otherwise those that succeeded would wait for the
+        # others.
         if not np.all(multihost_utils.process_allgather(np.asarray(problem is None))):
             why = "in another process" if problem is None else reason(problem)
             raise Damaged(f"it can't be read ({why})") from problem
-        state = jax.tree.unflatten(jax.tree.structure(like), list(found.values()))
+        state = jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
         manifest.require_same_numbers(saved, state)
         return state
 
     def _read_scores(self) -> dict[int, float]:
-        found: dict[int, float] = {}
+        scores: dict[int, float] = {}
         for step in self.steps():
             with contextlib.suppress(Damaged):
                 metric = manifest.read(self.folder / str(step) / MANIFEST / "metadata")["metric"]
-                found |= {} if metric is None else {step: metric}
-        return found
+                scores |= {} if metric is None else {step: metric}
+        return scores
 
     def _require_space(self, state: Any) -> None:
-        # Orbax's threads would also tell of a full disk, in a hundred lines.
+        # Checked here because Orbax's threads report a full disk in a hundred lines.
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -273,7 +296,7 @@ class Checkpoints:
             signs = ("No space left", "os_error_code='28'", "File too large", "os_error_code='27'")
             full = any(sign in text for sign in signs)
             problem = "the disk is full" if full else reason(error)
-            if self._alone_writes:
+            if self._may_write:
                 remove_unfinished(self.folder)
             good = self.latest()
             advice = "nothing is saved" if good is None else f"step {good} is safe"
@@ -283,7 +306,7 @@ class Checkpoints:
 
 
 def _numbered(folder: Path) -> list[int]:
-    """Steps by the names of sub-folders; Orbax names unfinished ones otherwise."""
+    """Return the sub-folders whose names are numbers; Orbax gives unfinished steps other names."""
     if not folder.is_dir():
         return []
     names = (entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -291,22 +314,23 @@ def _numbered(folder: Path) -> list[int]:
 
 
 def _ours(path: Path) -> bool:
+    """Whether a folder is a complete checkpoint of mukv."""
     return (path / STATE).is_dir() or (path / MANIFEST).is_dir()
 
 
 def _foreign(path: Path) -> bool:
-    """Not even what is left of a checkpoint that was being deleted when the process was killed."""
+    """Whether a folder is neither a checkpoint nor what a killed process left of deleting one."""
     names: set[str] = set()
-    with contextlib.suppress(FileNotFoundError):  # deleted by a training that goes on
+    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile by a running training
         names = {entry.name for entry in path.iterdir()}
     return bool(names) and not names & {STATE, MANIFEST, "_CHECKPOINT_METADATA"}
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Delete what a kill left: steps that were being written, and steps that were being deleted,
-    of whose name Orbax would not write one again.
+    """Delete what killed processes left: steps in the middle of being written or deleted.
 
-    Orbax can do the former in the background, and then may not have ended when it is closed.
+    Orbax would refuse to write a step again under the name of a partly deleted one. It can remove
+    unfinished steps in a background thread, but that may not have ended when the manager is closed.
     """
     gone = [folder / str(step) for step in _numbered(folder) if not _ours(folder / str(step))]
     for path in (*unfinished(folder), *gone):

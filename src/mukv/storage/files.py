@@ -1,8 +1,8 @@
-"""Files that are whole or not there: written in a temporary folder, then renamed.
+"""Write files and folders whole or not at all: in a temporary folder, then renamed.
 
-The folder, `.NAME.PROCESS.partial`, lies beside what is written, and its process holds its lock.
-Those that nobody holds are what killed processes have left: the next process that writes beside
-them removes them.
+The temporary folder, `.NAME.PROCESS.partial`, is made beside the target, and its process holds a
+lock on it. Folders without a holder were left by killed processes; the next process that writes
+beside them removes them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from mukv.storage.locks import LOCK, NoLocks, acquire, holder, release
 
 PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+(-\d+)?\.partial", re.DOTALL)
 MOST_TRIES = 99
-"""Names that are tried for a temporary folder."""
+"""Number of names that are tried for a temporary folder."""
 OLD = ".old"
-"""In a temporary folder, where two folders can't be exchanged at once: what is being replaced."""
+"""Name, in a temporary folder, of the folder being replaced, where two can't be exchanged
+at once.
+"""
 AT_WORKING_FOLDER, EXCHANGE = -100, 2
-"""Of Linux's renameat2: AT_FDCWD and RENAME_EXCHANGE."""
+"""Arguments of Linux's renameat2: AT_FDCWD and RENAME_EXCHANGE."""
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -39,7 +41,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which becomes `path` in one step when the block ends well."""
+    """Yield a path to write a file to; it replaces `path` in one step if the block succeeds."""
     with telling_disk_errors(path), temporary(path) as made:
         yield made
         with made.open("rb") as file:
@@ -49,10 +51,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder that becomes `path` when the block ends well, and vanishes otherwise.
+    """Yield a new folder that becomes `path` if the block succeeds and is removed otherwise.
 
-    overwrite: a folder that is there by then is replaced, so that at every moment one of the two
-    is there; else it stays, and BadInput is raised unless its files are the same.
+    overwrite: replace an existing folder, so that at every moment one of the two is there;
+        otherwise raise BadInput unless the existing one has the same files
     """
     with telling_disk_errors(path), temporary(path) as made:
         made.mkdir()
@@ -60,14 +62,15 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         if overwrite and path.is_dir():
             _replace_folder(made, path)
         elif not _same(made, path):
-            os.rename(made, os.path.abspath(path))  # onto nothing, or onto an empty folder
+            os.rename(made, os.path.abspath(path))  # `path` is missing or an empty folder
 
 
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """A path of the same name in a temporary folder of its own beside `path`.
+    """Yield a path of the same name in a new temporary folder beside `path`.
 
-    The folder is removed in the end, and those that killed processes have left there at once.
+    The folder is removed at the end; temporary folders left there by killed processes are removed
+    at once.
     """
     path = Path(os.path.abspath(path))  # "." has no name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,18 +84,21 @@ def temporary(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(parent: Path) -> None:
-    """Remove the temporary folders in a folder whose processes are gone; what can't be removed,
-    or can't be told from that of a living process, stays."""
+    """Remove the temporary folders of ended processes from a folder. Keeps what can't be removed or
+    might belong to a running process.
+    """
     with suppress(OSError):
         for entry in list(os.scandir(parent)):
             match = PARTIAL.fullmatch(entry.name)
             if match and entry.is_dir(follow_symlinks=False):
-                with suppress(OSError):  # one that is held does not keep the others
+                with suppress(OSError):  # continue with the others
                     _clear(Path(entry.path), parent / match["name"])
 
 
 def writer_of(path: Path) -> str | None:
-    """The living process that makes `path` in a temporary folder, such as "process 12"."""
+    """Name the running process that is writing `path`, such as "process 12"; None if there
+    is none.
+    """
     with suppress(OSError):
         for entry in os.scandir(Path(os.path.abspath(path)).parent):
             match = PARTIAL.fullmatch(entry.name)
@@ -105,12 +111,12 @@ def writer_of(path: Path) -> str | None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether this is a temporary folder, or a lock."""
+    """Whether a path is a temporary folder or a lock file."""
     return path.name == LOCK or PARTIAL.fullmatch(path.name) is not None
 
 
 def _private(path: Path) -> tuple[Path, int | None]:
-    """A new folder beside a path, and the lock on it."""
+    """Make a new folder beside a path; return it and the lock on it (None without locks)."""
     for number in count():
         last = number > MOST_TRIES
         again = f"-{number}" if number else ""
@@ -119,19 +125,21 @@ def _private(path: Path) -> tuple[Path, int | None]:
             folder.mkdir()
             return folder, acquire(folder)
         except (FileExistsError, FileNotFoundError, BlockingIOError):
-            # Of another thread; or who clears leftovers was quicker than this lock.
+            # Another thread has made it, or another process removed it before it was locked.
             if last or not path.parent.is_dir():
-                raise  # also where nothing can be made, as in /proc
+                raise  # also where folders can't be made, as in /proc
         except NoLocks:
             return folder, None
     raise AssertionError
 
 
 def _clear(folder: Path, target: Path) -> None:
-    """Raises BlockingIOError if a process holds the folder."""
+    """Remove the temporary folder of an ended process. Raises BlockingIOError if a process holds
+    it.
+    """
     names = os.listdir(folder)
     if names and LOCK not in names:
-        return  # not one of ours
+        return  # not made by mukv
     try:
         lock = acquire(folder)
     except NoLocks:
@@ -143,8 +151,7 @@ def _clear(folder: Path, target: Path) -> None:
 
 
 def _remove(folder: Path, target: Path) -> None:
-    """Remove a temporary folder that is locked, the lock last: without it nobody would know
-    what the folder is."""
+    """Remove a locked temporary folder, its lock file last, because the lock file identifies it."""
     with suppress(OSError):
         if (folder / OLD).exists() and not target.exists():
             os.rename(folder / OLD, target)
@@ -164,7 +171,7 @@ def _delete(path: Path) -> None:
 
 
 def _same(one: Path, two: Path) -> bool:
-    """Whether two folders have files of the same names and content, locks aside."""
+    """Whether two folders have files of the same names and contents, apart from lock files."""
     names, others = (
         sorted(
             path.relative_to(folder)
@@ -186,13 +193,14 @@ def _replace_folder(new: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
             raise
-        # A kill between these two is mended by whoever next looks for leftovers.
+        # After a kill between these two, the next call of `clear_leftovers` restores the old
+        # folder.
         os.rename(path, new.parent / OLD)
         os.rename(new, path)
 
 
 def _exchange(one: Path, two: Path) -> None:
-    """Let two paths change places in one step. Raises OSError where the system can't."""
+    """Exchange two paths in one step. Raises OSError where the system can't."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         raise OSError(errno.ENOSYS, "no renameat2")
@@ -203,9 +211,11 @@ def _exchange(one: Path, two: Path) -> None:
 
 
 def require_regular_file(path: Path, where: str | None = None) -> Path:
-    """`path` itself. Raises BadInput unless it ends: a FIFO or a device could be read for ever.
+    """Return `path`. Raises BadInput unless it is a regular file: a FIFO or a device may never end.
 
-    where: what the error calls the path, if not by itself. Links are followed.
+    where: name of the path in the error; None means the path itself
+
+    Links are followed.
     """
     try:
         mode = path.stat().st_mode
@@ -224,9 +234,11 @@ def require_regular_file(path: Path, where: str | None = None) -> Path:
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The regular file of this name in a folder that others made. Raises BadInput for a name or a
-    link that leaves the folder; links into the blobs of the hub's cache, which its snapshots
-    consist of, stay in it."""
+    """Return the regular file of this name in a folder from elsewhere.
+
+    Raises BadInput for a name or a link that leaves the folder. Links into the blobs of the Hugging
+    Face cache, of which its snapshots consist, are allowed.
+    """
     path = folder / name
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise BadInput(str(folder), name, "the name of a file inside this folder")
@@ -239,6 +251,8 @@ def file_inside(folder: Path, name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where compiled programs and the default corpus are kept: $MUKV_CACHE or the user's cache."""
+    """Return the folder of compiled programs and the default corpus: $MUKV_CACHE or the user's
+    cache.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(os.environ.get("MUKV_CACHE") or Path(base) / "mukv")

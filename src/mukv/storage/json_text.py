@@ -1,4 +1,4 @@
-"""JSON as every reader takes it, without NaN, and files of one object that others wrote."""
+"""Read and write JSON without NaN, which not every reader accepts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from mukv.core.errors import BadInput
 from mukv.storage.files import require_regular_file
 
 MOST_BYTES = 32 << 20
-"""The index of a model with 100,000 tensors has 10 MB; a parsed file takes 30 times its size."""
+"""Largest file that is read. The index of a model with 100,000 tensors has 10 MB; a parsed file
+takes 30 times its size in memory.
+"""
 
 
 def is_text(value: str) -> bool:
-    """Whether a text can be written as UTF-8: a path of other bytes can't."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+    """Whether a string can be encoded as UTF-8; paths with other bytes can't."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """The text of a value made of mappings, lists, tuples, numbers and text.
+    """Encode a value made of mappings, lists, tuples, numbers and text.
 
-    Numbers that are not finite become null, numpy's numbers and arrays what they hold, and
+    Numbers that are not finite become null, NumPy's numbers and arrays plain numbers and lists, and
     anything else, such as a path, its text.
     """
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
@@ -35,7 +41,7 @@ def _plain(value: Any) -> Any:
         return {_key(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    if hasattr(value, "tolist"):  # an array or a number of numpy's or JAX's
+    if hasattr(value, "tolist"):  # an array or a number of NumPy or JAX
         return _plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -47,28 +53,29 @@ def _key(key: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file with one JSON object. Raises BadInput for anything else, a key that stands there
-    twice included."""
+    """Read a file with one JSON object. Raises BadInput for anything else, including a duplicate
+    key.
+    """
     size = require_regular_file(path).stat().st_size
     if size > MOST_BYTES:
         raise BadInput(str(path), f"{size:,} bytes", f"JSON of at most {MOST_BYTES:,} bytes")
     try:
-        found = json.loads(path.read_text("utf-8"), object_pairs_hook=_each_key_once)
-    except _Twice as twice:
-        raise BadInput(f"{path}: {twice}", "two values", "a key stands once") from None
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=_each_key_once)
+    except _DuplicateKey as duplicate:
+        raise BadInput(f"{path}: {duplicate}", "two values", "each key may occur once") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(str(path), f"a file that can't be read ({error})", "JSON") from None
-    if not isinstance(found, dict):
-        raise BadInput(str(path), type(found).__name__, "a JSON object")
-    return found
+    if not isinstance(value, dict):
+        raise BadInput(str(path), type(value).__name__, "a JSON object")
+    return value
 
 
-class _Twice(Exception):
-    """The message is the key."""
+class _DuplicateKey(Exception):
+    """Raised for a duplicate key, which is the message."""
 
 
 def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _Twice(Counter(name for name, _ in pairs).most_common(1)[0][0])
-    return found
+    merged = dict(pairs)
+    if len(merged) < len(pairs):
+        raise _DuplicateKey(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return merged

@@ -1,7 +1,7 @@
-"""A folder has one writer: whoever holds the lock on the file `.lock` in it.
+"""Locks that allow one writer per folder: the process that holds the lock on its file `.lock`.
 
-The system releases a lock when its process ends, however it ends; the file says which process it
-is. Processes that only read take no lock.
+The operating system releases a lock when its process ends, however it ends; the file names the
+process. Processes that only read take no lock.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from mukv.core.errors import BadInput, telling_disk_errors
 
 LOCK = ".lock"
 RUN = "config.yaml"
-"""The file that makes a folder a run directory."""
+"""File that marks a folder as a run directory."""
 
 
 ATTEMPTS = 100
-"""To make a folder that others may be removing."""
+"""Attempts at making a folder that other processes may be removing."""
 
 
 class NoLocks(OSError):
-    """The file system has none."""
+    """The file system does not support locks."""
 
 
 class Held(BadInput):
-    """Another process writes here."""
+    """Another process is writing to the folder."""
 
 
 def run_around(path: Path) -> Path | None:
-    """The run directory that a path is, or lies in."""
+    """Return the run directory that a path is, or lies in; None if there is none."""
     if (path / RUN).is_file():
         return path
     whole = Path(os.path.abspath(path))
@@ -44,10 +44,11 @@ def run_around(path: Path) -> Path | None:
 
 @contextmanager
 def writing(*folders: Path) -> Iterator[None]:
-    """Hold the run directories that these folders are or lie in, or else the folders themselves:
-    see `one_writer`."""
-    found = (run_around(folder) or folder for folder in folders)
-    wanted = {os.path.realpath(folder): folder for folder in found}
+    """Hold the locks of the run directories that these folders are or lie in, or else of the
+    folders themselves; see `one_writer`.
+    """
+    roots = (run_around(folder) or folder for folder in folders)
+    wanted = {os.path.realpath(folder): folder for folder in roots}
     with ExitStack() as held:
         for name in sorted(wanted):
             held.enter_context(one_writer(wanted[name]))
@@ -56,7 +57,7 @@ def writing(*folders: Path) -> Iterator[None]:
 
 @contextmanager
 def writing_inside(path: Path) -> Iterator[None]:
-    """Hold the run directory that a path lies in, if it lies in one."""
+    """Hold the lock of the run directory that a path lies in, if there is one."""
     run = run_around(path)
     with writing(*([run] if run else [])):
         yield
@@ -64,10 +65,11 @@ def writing_inside(path: Path) -> Iterator[None]:
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made if it is not there and removed again if it stays empty.
+    """Hold the lock of a folder; make the folder if necessary and remove it again if it stays
+    empty.
 
-    Raises Held with the number of the process that holds it. On a file system without locks a
-    note on standard error says that nothing is held.
+    Raises Held with the number of the process that holds it. On a file system without locks, prints
+    a note to standard error and holds nothing.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with telling_disk_errors(folder):
@@ -95,23 +97,23 @@ def _hold(folder: Path) -> int | None:
             words = f"note: {folder}: no locks on this file system: let one process write here"
             print(words, file=sys.stderr)
             return None
-        except FileNotFoundError:  # removed by the one that had made it
+        except FileNotFoundError:  # removed by the process that had made it
             if attempt == ATTEMPTS - 1:
                 raise
     raise AssertionError
 
 
 def acquire(folder: Path) -> int:
-    """An open file that holds the lock in a folder.
+    """Lock a folder; return the open file that holds the lock.
 
-    Raises BlockingIOError if another process holds it, NoLocks if the file system has none.
+    Raises BlockingIOError if another process holds it, NoLocks if the file system has no locks.
     """
     path = folder / LOCK
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
             _flock(file)
-            # Whoever held it before may have removed it in the meantime.
+            # The previous holder may have removed the file in the meantime.
             if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):
                 os.ftruncate(file, 0)
                 os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
@@ -132,19 +134,20 @@ def _flock(file: int) -> None:
 
 
 def release(lock: int | None) -> None:
+    """Release a lock; None means that there is none."""
     if lock is not None:
         os.close(lock)
 
 
 def holder(folder: Path) -> str:
-    """ "process 12", which holds the lock in a folder."""
+    """Name the process that holds a folder's lock, such as "process 12"."""
     for _ in range(20):
         with suppress(OSError, ValueError):
             number, host = (folder / LOCK).read_text().split()
             if host != socket.gethostname():
                 return f"process {number} on {host}"
-            with suppress(PermissionError):  # another user's
+            with suppress(PermissionError):  # of another user
                 os.kill(int(number), 0)
             return f"process {number}"
-        time.sleep(0.05)  # it has just begun, and not said yet who it is
+        time.sleep(0.05)  # it has not written its number yet
     return "another process"

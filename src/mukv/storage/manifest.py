@@ -1,7 +1,8 @@
-"""What a saved state was: name, shape, type and checksum of every leaf, sealed by one of its own.
+"""The manifest of a saved state: name, shape, dtype and checksum of every leaf, plus its own
+checksum.
 
-Checksums are computed on the devices, so that they do not depend on the sharding and cost one
-pass over the state; they hold what was in memory, not what some file format made of it.
+Checksums are computed on the devices, so that they don't depend on the sharding and cost one pass
+over the state. They cover what was in memory, not what a file format made of it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from mukv.core.typing import Array, Int
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was saved: the message says where."""
+    """A checkpoint differs from what was saved; the message says where."""
 
 
 def describe(state: Any, metric: float | None) -> dict[str, Any]:
-    """The manifest of a pytree of arrays, as JSON has it."""
+    """Make the manifest of a pytree of arrays, as JSON."""
     return _sealed(
         {
             "metric": metric,
@@ -36,39 +37,41 @@ def describe(state: Any, metric: float | None) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The manifest in a file. Raises Damaged."""
-    if path.exists() and not path.is_file():  # a pipe would be read for ever
-        raise Damaged("its manifest is no file")
+    """Read a manifest from a file. Raises Damaged."""
+    if path.exists() and not path.is_file():  # reading a pipe would never end
+        raise Damaged("its manifest is not a file")
     try:
         sealed = json.loads(path.read_bytes())
         manifest = {key: value for key, value in sealed.items() if key != "seal"}
     except (OSError, ValueError, AttributeError) as error:
         raise Damaged(f"its manifest can't be read ({reason(error)})") from error
     if sealed != _sealed(manifest):
-        raise Damaged("its manifest is not what was saved")
+        raise Damaged("its manifest has changed since it was saved")
     return manifest
 
 
 def require_same_tree(manifest: dict[str, Any], like: Any, path: Path) -> None:
-    """Raise BadInput with the first leaf by which the saved state differs from `like`."""
+    """Raise BadInput with the first leaf whose name, shape or dtype differs between the manifest
+    and `like`.
+    """
     wanted = {name: _signature(leaf) for name, leaf in named(like).items()}
     saved = manifest["leaves"]
     for name in [*wanted, *saved]:
         want, have = wanted.get(name, "nothing of this name"), saved.get(name, "nothing")
         if want != have:
-            allowed = f"the model wants {want}: it is another model's checkpoint"
+            allowed = f"the model has {want}: it is another model's checkpoint"
             raise BadInput(f"{path}: {name}", have, allowed)
 
 
 def require_same_numbers(manifest: dict[str, Any], state: Any) -> None:
-    """Raise Damaged if a leaf is not what was saved."""
+    """Raise Damaged if a leaf has another checksum than when it was saved."""
     for name, checksum in _checksums(state).items():
         if checksum != manifest["checksums"][name]:
-            raise Damaged(f"{name} is not what was saved")
+            raise Damaged(f"{name} has changed since it was saved")
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error was caused by."""
+    """Return the first line of an error's root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error) or type(error).__name__).splitlines()[0][:200]
@@ -84,14 +87,17 @@ def _signature(leaf: Any) -> str:
 
 
 def _checksums(state: Any) -> dict[str, int]:
-    # One after another: simulated devices deadlock with two programs in flight (train.py).
+    # One after another, because simulated devices deadlock with two programs in flight (train.py).
     return {name: int(np.asarray(checksum(leaf))) for name, leaf in named(state).items()}
 
 
 @jax.jit
 def checksum(array: Array) -> Int[Array, ""]:
-    """Sum modulo 2**32 of all bits, each element times an odd number of its own: whatever the
-    sharding, any single flipped bit changes it, and so do elements that change places."""
+    """Sum all elements' bits modulo 2**32, each times an odd number that depends on its index.
+
+    The sum is independent of the sharding and changes with any single flipped bit and with
+    exchanged elements. uint32 scalar.
+    """
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):

@@ -1,4 +1,4 @@
-"""What the processes of one job (`--distributed`) do together."""
+"""Coordinate the processes of one job (`--distributed`)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jax.experimental import multihost_utils
 from mukv.core.errors import BadInput
 from mukv.storage.locks import one_writer
 
-TOLD = 2048
-"""Bytes of an error that the first process tells the others."""
+ERROR_BYTES = 2048
+"""Bytes of the message with which process 0 sends an error to the others."""
 
 
 @contextmanager
 def one_job_writes(folder: Path) -> Iterator[None]:
-    """Hold a folder against other jobs: process 0 takes its lock.
+    """Lock a folder against other jobs: process 0 takes its lock.
 
     Raises BadInput, in every process, with the number of the process that holds it.
     """
@@ -30,7 +30,7 @@ def one_job_writes(folder: Path) -> Iterator[None]:
 
 
 def first_alone(work: Callable[[], object]) -> None:
-    """Let process 0 do some work; every process returns, or raises its BadInput, after it."""
+    """Let process 0 call `work`; then every process returns, or raises process 0's BadInput."""
     refused: BadInput | None = None
     if jax.process_index() == 0:
         try:
@@ -38,11 +38,11 @@ def first_alone(work: Callable[[], object]) -> None:
         except BadInput as error:
             refused = error
     if jax.process_count() > 1:
-        told = [] if refused is None else [refused.where, str(refused.given), refused.allowed]
-        text = json.dumps(told).encode().ljust(TOLD)
-        assert len(text) == TOLD
+        message = [] if refused is None else [refused.where, str(refused.given), refused.allowed]
+        text = json.dumps(message).encode().ljust(ERROR_BYTES)
+        assert len(text) == ERROR_BYTES
         received = np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8)))
-        told = json.loads(received.tobytes())
-        refused = BadInput(*told) if told else None
+        message = json.loads(received.tobytes())
+        refused = BadInput(*message) if message else None
     if refused is not None:
         raise refused

@@ -1,8 +1,8 @@
-"""Arrays read back from where Orbax put them, one after another, each onto its devices; and the
-paths at which it can put any.
+"""Read arrays that Orbax saved, one after another, each onto its devices.
 
-Orbax reads them all at once in an event loop, which it closes at the first error; every read that
-ends later then prints a traceback of its own. Read one by one, a damaged file is one exception.
+Orbax reads all of them at once in an event loop, which it closes at the first error; every read
+that ends later then prints a traceback. Read one by one, a damaged file is one exception.
+`require_path` checks the paths that Orbax and TensorStore can use.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from mukv.core.errors import BadInput
 from mukv.storage.json_text import is_text
 
 PATH_BYTES = 3800
-"""Of the folder's path: Linux allows 4096, and what lies below it takes up to 200."""
+"""Longest path of a folder in bytes: Linux allows 4096, and names inside it take up to 200."""
 
 
 def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Arrays by dotted name, each with the shape, type and sharding that is wanted.
+    """Read arrays by dotted name, each with the wanted shape, dtype and sharding.
 
-    folder: what Orbax saved with `StandardSave`. Raises ValueError, with TensorStore's message,
-    for what is missing or can't be decoded.
+    folder: what Orbax saved with `StandardSave`
+
+    Raises ValueError, with TensorStore's message, for what is missing or can't be decoded.
     """
     for entry in folder.rglob("*"):
-        if not entry.is_file() and not entry.is_dir():  # a pipe would be read for ever
+        if not entry.is_file() and not entry.is_dir():  # reading a pipe would never end
             raise ValueError(f"{entry.name} is neither a file nor a folder")
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
     return {name: _read(folder, name, leaf, context) for name, leaf in wanted.items()}
@@ -49,7 +50,7 @@ def _read(folder: Path, name: str, leaf: jax.ShapeDtypeStruct, context: ts.Conte
     parts: dict[str, np.ndarray] = {}
 
     def part(place: Any) -> np.ndarray:
-        """Devices that hold the same part read it once."""
+        """Read a slice once for all devices that hold it."""
         if str(place) not in parts:
             parts[str(place)] = array[place].read().result()
         return parts[str(place)]
@@ -58,17 +59,17 @@ def _read(folder: Path, name: str, leaf: jax.ShapeDtypeStruct, context: ts.Conte
 
 
 def require_path(folder: Path) -> None:
-    """Raise BadInput for a path that Orbax takes for a pattern, or TensorStore for another one.
+    """Raise BadInput for a path that Orbax takes for a pattern or TensorStore for another path.
 
-    Orbax looks for what it wrote with `glob`; TensorStore reads a backslash as a slash, and takes
-    no text that is not UTF-8.
+    Orbax finds what it wrote with `glob`; TensorStore reads a backslash as a slash and accepts only
+    UTF-8.
     """
     text = str(folder)
     if not is_text(text):
-        raise BadInput("--out", text, "a path in UTF-8: checkpoints can't be kept in another")
-    found = sorted({letter for letter in text if letter in "[]*?\\"})
-    if found:
-        named = " ".join(map(ascii, found))
+        raise BadInput("--out", text, "a path in UTF-8, which checkpoints need")
+    special = sorted({letter for letter in text if letter in "[]*?\\"})
+    if special:
+        named = " ".join(map(ascii, special))
         raise BadInput("--out", text, f"a path without {named}: checkpoints can't be kept there")
     room = PATH_BYTES - len(os.fsencode(text))
     if room < 0:

@@ -1,7 +1,7 @@
-"""Safetensors, tensor by tensor: what is read or written never lies in memory as a whole.
+"""Read and write safetensors tensor by tensor, without holding a whole file in memory.
 
-`TensorFiles` shows a folder's tensors, in one file or in shards with an index, of which one is
-mapped at a time. `write_tensors` takes each tensor as the pieces that it is made of.
+`TensorFiles` gives access to a folder's tensors, in one file or in shards with an index; one file
+is mapped at a time. `write_tensors` takes each tensor as an iterator of pieces.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ DTYPES: Mapping[str, np.dtype] = {
     "BF16": jnp.dtype("bfloat16"),
     "F16": np.dtype("float16"),
 }
-"""Types of weights."""
+"""Dtypes of weights."""
 WRITTEN: Mapping[np.dtype, str] = {dtype: code for code, dtype in DTYPES.items()} | {
     np.dtype(f"{kind}{bits}"): f"{code}{bits}"
     for kind, code in (("int", "I"), ("uint", "U"))
     for bits in (8, 16, 32, 64)
 }
-"""Types of anything else that is kept in such a file."""
+"""Dtypes that can be written: those of weights and integers."""
 Cut = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies and what it is."""
+    """Location, shape and dtype of a tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -51,8 +51,11 @@ class Tensor:
 
 
 class TensorFiles:
-    """The tensors of a folder, by name. Raises BadInput where a file is missing or damaged, lies
-    outside of the folder, or has a tensor that another one has."""
+    """The tensors of a folder, by name.
+
+    Raises BadInput if a file is missing or damaged, lies outside of the folder, or repeats a tensor
+    of another file.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -62,63 +65,68 @@ class TensorFiles:
         for path, names in _files(folder).items():
             checksum.require_whole(path)
             file = self._open(path)
-            there = set(file.keys())
-            for name in sorted(names - there):
+            present = set(file.keys())
+            for name in sorted(names - present):
                 raise BadInput(f"{path}: {name}", "missing", f"{INDEX} says that it is there")
-            for name in sorted(there):
+            for name in sorted(present):
                 if name in self.tensors:
                     other = f"also in {self.tensors[name].file.name}"
                     raise BadInput(f"{path}: {name}", other, "each tensor in one file")
-                found = file.get_slice(name)
-                dtype = found.get_dtype()
+                stored = file.get_slice(name)
+                dtype = stored.get_dtype()
                 if dtype not in DTYPES:
                     raise BadInput(f"{path}: {name}", dtype, f"allowed: {', '.join(DTYPES)}")
-                self.tensors[name] = Tensor(path, tuple(found.get_shape()), DTYPES[dtype])
+                self.tensors[name] = Tensor(path, tuple(stored.get_shape()), DTYPES[dtype])
 
     def read(self, name: str, cut: Cut) -> np.ndarray:
-        """A part of a tensor, copied."""
-        found = self._open(self.tensors[name].file).get_slice(name)
-        return found[cut] if cut else found[...]
+        """Return a copy of a part of a tensor."""
+        stored = self._open(self.tensors[name].file).get_slice(name)
+        return stored[cut] if cut else stored[...]
 
     def _open(self, path: Path) -> Any:
-        """The file, mapped; the one before is let go."""
+        """Map a file and close the previous one."""
         if path != self._path:
             self._path, self._file = None, None
             try:
                 self._file = safe_open(path, "numpy")
             except (SafetensorError, OSError) as error:
                 given = f"a file that can't be read ({str(error).splitlines()[0]})"
-                raise BadInput(str(path), given, "it is cut short, or no safetensors") from None
+                raise BadInput(
+                    str(path), given, "it is cut short, or not a safetensors file"
+                ) from None
             self._path = path
         return self._file
 
 
 def _files(folder: Path) -> dict[Path, set[str]]:
-    """The files of a folder with the names that its index puts there."""
+    """Return the files of a folder, each with the names of its tensors according to the index."""
     if os.path.lexists(folder / INDEX):
         index = file_inside(folder, INDEX)
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise BadInput(f"{index}: weight_map", places, "the file of each tensor, by its name")
-        found: dict[Path, set[str]] = {}
+        names: dict[Path, set[str]] = {}
         for name, file in places.items():
             if not isinstance(file, str):
                 raise BadInput(f"{index}: {name}", file, "the name of a file")
-            found.setdefault(folder / file, set()).add(name)
+            names.setdefault(folder / file, set()).add(name)
         for file in set(places.values()):
             file_inside(folder, file)
-        return found
+        return names
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         given = f"{len(files)} .safetensors files"
         raise BadInput(str(folder), given, f"one such file, or several with {INDEX}")
-    # The only weights file may be a link of the user to where the numbers lie.
+    # The only weights file may be a symbolic link to a place outside of the folder.
     return {require_regular_file(files[0]): set()}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor that is to be written; `pieces` gives its numbers in order, piece by piece."""
+    """A tensor to be written.
+
+    pieces: makes an iterator of its elements, in order
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -130,11 +138,11 @@ class Spec:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, with a checksum in its metadata; it is whole or not there.
+    """Write one safetensors file with a checksum in its metadata, whole or not at all.
 
     Raises BadInput for a folder that can't be written, Failed for a full disk.
     """
-    # Wide numbers first, so that all lie at multiples of their size.
+    # Widest dtypes first, so that every tensor is aligned to its element size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {checksum.KEY: checksum.EMPTY, **metadata}}
     end = 0
@@ -161,11 +169,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Spec], metadata: Mapping[str
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether all numbers are finite as float32. 0.1 s for 135 million float32 numbers."""
+    """Whether all elements are finite as float32. Takes 0.1 s for 135 million float32 elements."""
     flat = array.reshape(-1)
     for start in range(0, flat.size, CHUNK):
         part = flat[start : start + CHUNK]
-        if array.dtype.name in EXPONENTS:  # by bits: numpy has no fast test for these types
+        if array.dtype.name in EXPONENTS:  # by bits: NumPy's test is slow for these types
             mask = np.uint16(EXPONENTS[array.dtype.name])
             if np.any((part.view(np.uint16) & mask) == mask):
                 return False
@@ -177,24 +185,27 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 CHUNK = 1 << 18
-"""Numbers that fit the processor's cache."""
+"""Elements per block, which fit the processor's cache."""
 EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00}
-"""Bits that are all set where a number is not finite."""
+"""Exponent bits, which are all set where a number is not finite."""
 TILE = 128
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The same in its own order of axes. Where its first axes were the last ones in memory it is
-    turned in tiles that fit the processor's cache: six times as fast as numpy's own copy."""
+    """Return the array contiguous in its own order of axes.
+
+    If its first axes are the last ones in memory, it is transposed in tiles that fit the
+    processor's cache: six times as fast as NumPy's copy.
+    """
     for split in range(1, array.ndim):
-        lying = array.transpose(*range(split, array.ndim), *range(split))
-        if lying.flags.c_contiguous and not array.flags.c_contiguous:
-            rows = lying.reshape(math.prod(array.shape[split:]), -1)
-            return _turned(rows).reshape(array.shape)
+        in_memory = array.transpose(*range(split, array.ndim), *range(split))
+        if in_memory.flags.c_contiguous and not array.flags.c_contiguous:
+            rows = in_memory.reshape(math.prod(array.shape[split:]), -1)
+            return _transposed(rows).reshape(array.shape)
     return np.ascontiguousarray(array)
 
 
-def _turned(matrix: np.ndarray) -> np.ndarray:
+def _transposed(matrix: np.ndarray) -> np.ndarray:
     made = np.empty(matrix.shape[::-1], matrix.dtype)
     for row in range(0, matrix.shape[0], TILE):
         for column in range(0, matrix.shape[1], TILE):
@@ -204,7 +215,7 @@ def _turned(matrix: np.ndarray) -> np.ndarray:
 
 
 def _checked(spec: Spec) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor's pieces."""
+    """Yield the bytes of a tensor's pieces; assert their dtype and total size."""
     written = 0
     for piece in spec.pieces():
         assert piece.dtype == spec.dtype

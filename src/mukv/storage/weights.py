@@ -1,4 +1,4 @@
-"""Weights as one safetensors file: a nested dict of arrays, its names joined by dots."""
+"""Save and load weights as one safetensors file: a nested dict of arrays, names joined by dots."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ FILE = "weights.safetensors"
 
 
 def save_weights(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
-    """Write a nested dict of arrays (any sharding, any type of 8 to 64 bits) into a folder.
+    """Write a nested dict of arrays (any sharding, dtypes of 8 to 64 bits) to a file in a folder.
 
-    Returns the file's path. All processes must call it, the first one writes. The file is whole
-    or not there, and carries a checksum; one of the same name is replaced. Raises BadInput for a
-    name with a dot, or a folder that can't be written, Failed for a full disk.
+    Returns the file's path. All processes must call it; process 0 writes. The file is written whole
+    or not at all, has a checksum, and replaces one of the same name. Raises BadInput for a name
+    with a dot or a folder that can't be written, Failed for a full disk.
     """
     arrays = {name: _on_host(array) for name, array in _flatten(tree)}
     path = folder / FILE
@@ -40,7 +40,7 @@ def save_weights(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, s
 
 
 def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The nested dict of numpy arrays that `save_weights` wrote, and its metadata.
+    """Read the nested dict of NumPy arrays that `save_weights` wrote, and its metadata.
 
     Raises BadInput if the file is missing, damaged or something else.
     """
@@ -56,7 +56,7 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 for parent in parents:
                     node = node.setdefault(parent, {})
                 node[last] = file.get_tensor(name)
-    except (IndexError, AttributeError):  # of an array, where a dict would have to be
+    except (IndexError, AttributeError):  # an array where a dict is needed
         given = "a name that begins with the name of another weight"
         raise BadInput(str(path), given, "weights that mukv wrote") from None
     except (SafetensorError, OSError, TypeError) as error:
@@ -67,7 +67,7 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def step_of(metadata: Mapping[str, str], path: Path) -> int:
-    """The step in the metadata of a run's weights. Raises BadInput if it is no number."""
+    """Read the step from the metadata of a run's weights. Raises BadInput if it is not a number."""
     step = metadata.get("step", "0")
     if not (step.isascii() and step.isdecimal() and len(step) < 16):
         raise BadInput(f"{path}: step", step[:40], "the number of the step, as mukv writes it")
@@ -75,7 +75,7 @@ def step_of(metadata: Mapping[str, str], path: Path) -> int:
 
 
 def require_finite(weights: Any, where: object) -> None:
-    """Raise BadInput for weights of which some are not finite numbers."""
+    """Raise BadInput if any weight is not finite."""
     for name, leaf in named(weights).items():
         shards = getattr(leaf, "addressable_shards", None)
         parts = [leaf] if shards is None else [s.data for s in shards if s.replica_id == 0]
@@ -84,16 +84,21 @@ def require_finite(weights: Any, where: object) -> None:
 
 
 def not_finite(where: str) -> BadInput:
-    """The error for weights that are not finite."""
+    """Make the error for weights that are not finite."""
     given = "numbers that are infinite or not a number"
     others = "eval, generate, export and import take others with --allow-nonfinite"
     return BadInput(where, given, f"finite weights; {others}")
 
 
-def require_weights(declared: Any, found: Any, path: Path) -> None:
-    """Raise BadInput where weights are not those that a model declares, or no real numbers."""
+def require_weights(declared: Any, given: Any, path: Path) -> None:
+    """Raise BadInput if weights differ in name or shape from what a model declares, or are not
+    floating-point.
+
+    declared: tree of `Param`
+    given: tree of arrays
+    """
     wanted = {name: leaf.shape for name, leaf in named(abstract(declared)).items()}
-    shapes = {name: leaf.shape for name, leaf in named(found).items()}
+    shapes = {name: leaf.shape for name, leaf in named(given).items()}
     for name in sorted(wanted.keys() | shapes.keys()):
         if wanted.get(name) != shapes.get(name):
             raise BadInput(
@@ -101,7 +106,7 @@ def require_weights(declared: Any, found: Any, path: Path) -> None:
                 shapes.get(name, "missing"),
                 f"the configuration asks for {wanted.get(name, 'no such weight')}",
             )
-    for name, leaf in named(found).items():
+    for name, leaf in named(given).items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             allowed = "weights are floating point numbers"
             raise BadInput(f"{path}: {name}", str(leaf.dtype), allowed)

@@ -1,5 +1,8 @@
-"""Synthetic tasks that ask what a model remembers; `docs/benchmark.md` shows a sample of each."""
+"""Synthetic tasks that test a model's memory; `docs/benchmark.md` shows a sample of each."""
 
+from typing import Annotated
+
+from mukv.core.table import Table
 from mukv.tasks.base import SPLITS, Samples, Split, Task
 from mukv.tasks.copying import IndirectIndexing, SelectiveCopy
 from mukv.tasks.draws import Draws
@@ -10,21 +13,26 @@ from mukv.tasks.recall import FuzzyRecall, Mqar, NoisyRecall
 from mukv.tasks.states import Counting, FlipFlop
 from mukv.tasks.tracking import VariableTracking
 
-AnyTask = (
-    Mqar
-    | NoisyRecall
-    | FuzzyRecall
-    | Needle
-    | NoLiteral
-    | VariableTracking
-    | CommonWords
-    | FrequentWords
-    | SelectiveCopy
-    | FlipFlop
-    | Counting
-    | IndirectIndexing
-    | Program
+TASK_KINDS = Table(
+    "task",
+    Task,
+    {
+        "mqar": Mqar,
+        "noisy_recall": NoisyRecall,
+        "fuzzy_recall": FuzzyRecall,
+        "needle": Needle,
+        "no_literal": NoLiteral,
+        "variable_tracking": VariableTracking,
+        "common_words": CommonWords,
+        "frequent_words": FrequentWords,
+        "selective_copy": SelectiveCopy,
+        "flip_flop": FlipFlop,
+        "counting": Counting,
+        "indirect_indexing": IndirectIndexing,
+        "program": Program,
+    },
 )
+AnyTask = Annotated[Task, TASK_KINDS]
 
 TASKS: dict[str, AnyTask] = {
     "mqar": Mqar(),
@@ -46,11 +54,12 @@ TASKS: dict[str, AnyTask] = {
     "indirect_indexing": IndirectIndexing(),
     "program": Program(),
 }
-"""The benchmark: each task with the knobs that it has unless told otherwise."""
+"""The benchmark: each task with the parameters that it has by default."""
 
 __all__ = [
     "SPLITS",
     "TASKS",
+    "TASK_KINDS",
     "AnyTask",
     "CommonWords",
     "Counting",

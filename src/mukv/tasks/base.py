@@ -1,10 +1,10 @@
-"""What a task is: a puzzle without filler, and how much filler stands before each of its items.
+"""The base class of tasks: a puzzle without filler, and the amount of filler before each item.
 
-Sample i is a pure function of (seed, split, i). Its puzzle does not depend on the length, so that
-the same sample at another length is the same puzzle with more filler. Every sequence begins with
-a salt, one of three tokens, which makes the sum of salt and puzzle, modulo 3, the number of the
-split: no puzzle of one split can occur in another, whatever the seeds. A salt says nothing else:
-each is as frequent in every split.
+Sample i is a pure function of (seed, split, i). Its puzzle does not depend on the length, so the
+same sample at another length is the same puzzle with more filler. Every sequence begins with a
+salt, one of three tokens, chosen so that the sum of salt and puzzle, modulo 3, is the number of the
+split: no puzzle of one split can occur in another, whatever the seeds. A salt carries no other
+information: each of the three is equally frequent in every split.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mukv.core.errors import BadInput, unknown_name
+from mukv.core.table import Part
 from mukv.tasks.draws import Draws
 from mukv.tasks.words import FILLER, SALTS, Vocabulary
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 ABSENT = -1
-"""In a puzzle: no token stands here."""
+"""Marks a place of a puzzle at which a row has no token."""
 LONGEST = 1 << 30
+"""Tokens of the longest sequence."""
 
 
 class Puzzle(NamedTuple):
-    """Rows without filler.
+    """Rows of items without filler.
 
-    tokens: `ABSENT` where a row has none. begins: places before which filler may stand. start,
-    stop: places of each answer (equal where a row has no such answer). fact: the place of what
-    the answer follows from, the latest where there are several.
+    tokens: ids; `ABSENT` where a row has no token
+    begins: true at places before which filler may be inserted
+    start, stop: range of places of each answer; equal where a row has no such answer
+    fact: first place of the item that determines the answer, the latest one if there are several
     """
 
     tokens: Int[np.ndarray, "row place"]
@@ -47,8 +50,9 @@ class Puzzle(NamedTuple):
 class Samples(NamedTuple):
     """Rows of exactly `length` tokens.
 
-    tokens: int32. start, stop: where each answer stands (tokens[start:stop]); equal where a row
-    has no such answer. fact: where the fact begins that it follows from.
+    tokens: ids, int32
+    start, stop: range of each answer, tokens[start:stop]; equal where a row has no such answer
+    fact: index of the first token of the fact that determines the answer
     """
 
     tokens: Int[np.ndarray, "row token"]
@@ -58,7 +62,7 @@ class Samples(NamedTuple):
 
     @property
     def graded(self) -> Bool[np.ndarray, "row token"]:
-        """The tokens that belong to answers; each is predicted from those before it."""
+        """True at tokens of answers; each is predicted from the tokens before it."""
         rows, length = self.tokens.shape
         edges = np.zeros((rows, length + 1), np.int32)
         row = np.arange(rows)[:, None]
@@ -68,10 +72,13 @@ class Samples(NamedTuple):
 
     @property
     def present(self) -> Bool[np.ndarray, "row answer"]:
+        """True at answers that the row has."""
         return self.stop > self.start
 
     def right(self, predicted: Int[np.ndarray, "row token"]) -> Bool[np.ndarray, "row answer"]:
-        """Which answers are right as a whole, where `predicted` says what stands at each place."""
+        """Return which answers are predicted correctly as a whole; `predicted` has the predicted
+        token at each place.
+        """
         wrong = (predicted != self.tokens) & self.graded
         before = np.cumsum(np.pad(wrong, ((0, 0), (1, 0))), axis=1)
         row = np.arange(len(self.tokens))[:, None]
@@ -79,27 +86,30 @@ class Samples(NamedTuple):
 
     @property
     def distance(self) -> Int[np.ndarray, "row answer"]:
-        """Tokens from a fact to its answer."""
+        """Tokens from the fact to its answer."""
         return self.start - self.fact
 
     @property
     def depth(self) -> Float[np.ndarray, "row answer"]:
-        """Where the fact stands: 0 at the beginning, 1 at the end of the sequence."""
+        """Relative position of the fact: 0 at the beginning of the sequence, 1 at its end."""
         return self.fact / self.tokens.shape[1]
 
 
 @dataclass(frozen=True)
-class Task(ABC):
-    """facts: how many there are to be remembered (a family says of what). filler: how many
-    different words there are between them; 1 for the same again and again."""
+class Task(Part, ABC):
+    """Base class of the tasks.
+
+    facts: number of facts to remember; each family says of what kind
+    filler: number of different filler words; 1 repeats one word
+    """
 
     facts: int = 4
     filler: int = 16
 
     fewest: ClassVar[Mapping[str, int]] = {}
-    """The smallest value of each knob that is a number."""
+    """The smallest value of each numeric parameter."""
     ends: ClassVar[int] = 0
-    """Tokens at the end of each answer that say only that it is complete."""
+    """Tokens at the end of each answer that only mark its end."""
 
     def __post_init__(self) -> None:
         for name, low in {"facts": 1, "filler": 1, **self.fewest}.items():
@@ -109,68 +119,77 @@ class Task(ABC):
             raise BadInput("filler", self.filler, f"at most {len(FILLER)} words")
         self.check()
 
-    def check(self) -> None:  # noqa: B027  (a family may have nothing to refuse)
-        """Raise BadInput for knobs that contradict each other."""
+    def check(self) -> None:
+        """Raise BadInput for parameters that contradict each other."""
 
-    # What a family says
+    # What each family defines
 
     @abstractmethod
     def symbols(self) -> dict[str, Sequence[str]]:
-        """Its own groups of tokens, in the order of their ids, and how each is written."""
+        """Return the family's groups of tokens, in the order of their ids, with the text of each
+        token.
+        """
 
     @abstractmethod
     def puzzle(self, draws: Draws) -> Puzzle:
-        """Puzzles of many samples."""
+        """Make the puzzles of many samples, one row each."""
 
     @property
     @abstractmethod
     def choices(self) -> Int[np.ndarray, " choice"]:
-        """The ids that may stand at a place of an answer, all equally likely."""
+        """Ids that may occur in an answer, all equally likely."""
 
     def gaps(
         self, draws: Draws, items: int, free: Int[np.ndarray, "row 1"]
     ) -> Int[np.ndarray, "row item"]:
-        """Filler before each item, counted from the beginning: it grows along the items up to
-        `free`. By default the last item ends the sequence, the others lie anywhere before it."""
+        """Return the cumulative number of filler tokens before each item, increasing up to `free`.
+
+        By default the last item ends the sequence and the others are uniformly distributed before
+        it.
+        """
         inner = np.sort(draws.integers(free + 1, items - 1), axis=1)
         return np.concatenate([inner, free], axis=1)
 
     def fill(self, draws: Draws, length: int) -> Int[np.ndarray, "row token"]:
-        """A whole row of filler."""
+        """Return rows of `length` filler tokens."""
         return self.vocabulary.filler + draws.small(self.filler, length)
 
     def chance(self, samples: Samples) -> float:
-        """Share of the answers that a guesser gets who knows their form and length, but has not
-        read the text."""
+        """Return the expected fraction of correct answers of a random guess that knows form and
+        length of each answer.
+        """
         width = (samples.stop - samples.start)[samples.present] - self.ends
         return float(np.mean(float(len(self.choices)) ** -width))
 
     def guess(self, samples: Samples, draws: Draws) -> Int[np.ndarray, "row token"]:
-        """The rows with every answer replaced by such a guess."""
+        """Return the rows with every answer replaced by such a random guess."""
         drawn = self.choices[draws.integers(len(self.choices), samples.tokens.shape[1])]
         guessed = samples._replace(stop=samples.stop - self.ends).graded
         return np.where(guessed, drawn, samples.tokens).astype(np.int32)
 
-    # What follows
+    # What follows from these definitions
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
+        """Ids and text of all tokens."""
         return Vocabulary({"salt": SALTS, "filler": self.filler_words(), **self.symbols()})
 
     def filler_words(self) -> Sequence[str]:
+        """Return the text of each filler token."""
         return [f" {word}" for word in FILLER[: self.filler]]
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids."""
         return len(self.vocabulary.spelling)
 
     @cached_property
     def smallest(self) -> int:
-        """Tokens of the shortest sequence that every puzzle fits."""
+        """Tokens of the shortest sequence that holds every puzzle."""
         return 1 + self.puzzle(Draws.of(0, 0, np.arange(1))).tokens.shape[1]
 
     def check_length(self, length: int) -> None:
-        """Raises BadInput where not every puzzle would fit."""
+        """Raise BadInput for a length that does not hold every puzzle."""
         if not self.smallest <= length <= LONGEST:
             allowed = (
                 f"at least {self.smallest} tokens for {type(self).__name__} with {self.facts} facts"
@@ -178,51 +197,51 @@ class Task(ABC):
             raise BadInput("length", length, allowed)
 
     def sample(self, length: int, seed: int, split: Split, i: int) -> Samples:
-        """One row."""
+        """Make sample `i`, as one row."""
         return self.batch(length, seed, split, np.array([i]))
 
     def batch(
         self, length: int, seed: int, split: Split, indices: Int[np.ndarray, " row"]
     ) -> Samples:
-        """The samples of these numbers. Raises BadInput for a length that is too short."""
+        """Make the samples with these indices. Raises BadInput for a length that is too short."""
         self.check_length(length)
         if split not in SPLITS:
             raise unknown_name("split", split, SPLITS)
         number = SPLITS.index(split)
         draws = Draws.of(seed, number, np.asarray(indices))
         puzzle = self.puzzle(draws.stream("puzzle"))
-        placed = draws.stream(f"length {length}")
+        layout = draws.stream(f"length {length}")
         row = np.arange(len(draws.keys))[:, None]
 
-        there = puzzle.tokens != ABSENT
-        end = 1 + there.sum(axis=1, keepdims=True)
-        cumulated = self.gaps(placed, int(puzzle.begins.sum()), length - end)
+        in_use = puzzle.tokens != ABSENT
+        end = 1 + in_use.sum(axis=1, keepdims=True)
+        cumulated = self.gaps(layout, int(puzzle.begins.sum()), length - end)
         item = np.cumsum(puzzle.begins) - 1
-        at = np.cumsum(there, axis=1) + cumulated[:, item]
+        at = np.cumsum(in_use, axis=1) + cumulated[:, item]
 
-        tokens = self.fill(placed, length).astype(np.int32)
-        flat = (at + row * length)[there]
-        tokens.reshape(-1)[flat] = puzzle.tokens[there]
-        total = np.where(there, puzzle.tokens, 0).sum(axis=1)
+        tokens = self.fill(layout, length).astype(np.int32)
+        flat = (at + row * length)[in_use]
+        tokens.reshape(-1)[flat] = puzzle.tokens[in_use]
+        total = np.where(in_use, puzzle.tokens, 0).sum(axis=1)
         tokens[:, 0] = (number - total) % len(SALTS)
 
         present = puzzle.stop > puzzle.start
         start = at[row, puzzle.start]
-        # The answer's last token, then one beyond: the place after it may be in another item.
+        # One past the answer's last token, because the place after it may belong to another item.
         stop = np.where(present, at[row, np.maximum(puzzle.stop - 1, 0)] + 1, start)
         return Samples(tokens, start, stop, at[row, puzzle.fact])
 
     def content(self, tokens: Int[np.ndarray, " token"]) -> Int[np.ndarray, " token"]:
-        """A row's puzzle: without salt and filler."""
+        """Return a row's puzzle, without salt and filler."""
         return tokens[tokens >= self.vocabulary.filler + self.filler]
 
     def render(self, tokens: Int[np.ndarray, " token"]) -> str:
-        """As text."""
+        """Return the text of some tokens."""
         spelling = self.vocabulary.spelling
         return "".join(spelling[token] for token in tokens)
 
     def questions(self, samples: Samples, row: int = 0) -> tuple[str, list[str]]:
-        """A row as text with " ?" for each answer, and the answers in order."""
+        """Return a row as text with " ?" for each answer, and the answers in order."""
         text, answers, done = [], [], 0
         for start, stop in zip(samples.start[row], samples.stop[row], strict=True):
             if stop > start:
@@ -233,7 +252,7 @@ class Task(ABC):
 
 
 def consecutive(widths: Sequence[int]) -> tuple[Bool[np.ndarray, " place"], list[int]]:
-    """Items of these widths one after the other: where they begin, as a mask and as places."""
+    """Return where consecutive items of these widths begin, as a mask and as places."""
     edges = np.cumsum([0, *widths])
     begins = np.zeros(edges[-1], bool)
     begins[edges[:-1]] = True

@@ -1,7 +1,7 @@
-"""Order and place: selective copying and indirect indexing.
+"""Tasks on order and place: selective copying and indirect indexing.
 
-Selective copying after Mamba and MAD (Gu and Dao 2023; Poli et al. 2024); indirect indexing after
-PoPE (Gopalakrishnan et al. 2025): which symbol stands so many places from a given one?
+Selective copying follows Mamba and MAD (Gu and Dao 2023; Poli et al. 2024). Indirect indexing
+follows PoPE (Gopalakrishnan et al. 2025): which symbol is n places after (or before) a given one?
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from mukv.tasks.words import invented
 
 @dataclass(frozen=True)
 class SelectiveCopy(Task):
-    """facts: symbols among the filler, to be copied in their order, as one answer. values: how
-    many different ones there are."""
+    """Symbols lie among filler and are to be copied in order, as one answer.
+
+    facts: number of symbols
+    values: number of different symbols
+    """
 
     kind: Literal["selective_copy"] = "selective_copy"
     facts: int = 8
@@ -51,10 +54,13 @@ class SelectiveCopy(Task):
 
 @dataclass(frozen=True)
 class IndirectIndexing(Task):
-    """A list of different symbols, then: which stands so many places after (before) this one?
+    """A list of different symbols, then questions: which symbol is n places after (or before) this
+    one?
 
-    facts: questions. listed: symbols in the list. farthest: largest number of places. symbols in
-    the alphabet: `values`.
+    facts: number of questions
+    listed: number of symbols in the list
+    farthest: largest n
+    values: number of symbols in the alphabet
     """
 
     kind: Literal["indirect_indexing"] = "indirect_indexing"
@@ -90,7 +96,7 @@ class IndirectIndexing(Task):
         value = ids.value + draws.distinct(self.listed, self.values)
         by = 1 + draws.integers(self.farthest, self.facts)
         back = draws.integers(2, self.facts) == 1
-        # The place that is asked is drawn among those that have such a neighbour.
+        # The place in question is drawn among those that have such a neighbour.
         room = draws.integers(self.listed - by, self.facts)
         source = np.where(back, room + by, room)
         target = np.where(back, source - by, source + by)

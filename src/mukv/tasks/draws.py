@@ -1,7 +1,7 @@
 """Random numbers for many samples at once, each row a pure function of its key.
 
-A row's key follows from (seed, split, i); its numbers are SplitMix64's, looked up by counter. Any
-worker makes any sample, in any order, alone or with others, and makes the same.
+A row's key is a hash of (seed, split, i); its numbers are SplitMix64's, indexed by a counter. Any
+worker can make any sample, in any order, alone or with others, with the same result.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from mukv.core.mixing import GOLDEN, mixed, permuted
 
 
 class Draws:
-    """Numbers for the rows of a batch; each call goes on where the last one stopped.
+    """Random numbers for the rows of a batch; each call continues where the last one ended.
 
-    keys: uint64 [row].
+    keys: uint64 [row]
     """
 
     def __init__(self, keys: np.ndarray):
@@ -25,6 +25,7 @@ class Draws:
 
     @classmethod
     def of(cls, seed: int, split: int, indices: Int[np.ndarray, " row"]) -> Draws:
+        """Return the numbers of the samples `indices` of a split."""
         base = mixed(mixed(np.uint64(seed)) ^ np.uint64(split))
         return cls(mixed(base ^ indices.astype(np.uint64)))
 
@@ -33,36 +34,36 @@ class Draws:
         return len(self.keys)
 
     def stream(self, name: str) -> Draws:
-        """Other numbers of the same rows, whatever was drawn here before."""
+        """Return other numbers of the same rows, which do not depend on earlier draws."""
         return Draws(mixed(self.keys ^ np.uint64(crc32(name.encode()))))
 
     def bits(self, count: int) -> np.ndarray:
-        """uint64 [row, count]."""
+        """Draw uint64 [row, count]."""
         counter = np.arange(self.used, self.used + count, dtype=np.uint64) * GOLDEN
         self.used += count
         return mixed(self.keys[:, None] + counter)
 
     def integers(self, below: int | np.ndarray, *shape: int) -> Int[np.ndarray, "row ..."]:
-        """0 <= number < below, int64 [row, *shape]; `below` broadcasts."""
+        """Draw integers with 0 <= number < below: int64 [row, *shape]; `below` broadcasts."""
         high = self.bits(int(np.prod(shape, dtype=int))).reshape(self.rows, *shape)
         scaled = (high >> np.uint64(32)) * np.asarray(below).astype(np.uint64)
         return (scaled >> np.uint64(32)).astype(np.int64)
 
     def small(self, below: int, count: int) -> Int[np.ndarray, "row count"]:
-        """As `integers` with below < 256, int32 and four numbers to a draw: for filler."""
+        """Draw as `integers` with below < 256, int32 and four numbers per draw: for filler."""
         words = self.bits(-(-count // 4)).view(np.uint16)[:, :count].astype(np.int32)
         return words * below >> 16
 
     def uniform(self, *shape: int) -> Float[np.ndarray, "row ..."]:
-        """In [0, 1)."""
+        """Draw uniform numbers in [0, 1)."""
         return self.integers(1 << 32, *shape) / 2.0**32
 
     def order(self, count: int) -> Int[np.ndarray, "row count"]:
-        """A permutation of 0 .. count - 1."""
+        """Draw permutations of 0 .. count - 1."""
         return np.argsort(self.bits(count), axis=1)
 
     def distinct(self, count: int, below: int) -> Int[np.ndarray, "row count"]:
-        """Different numbers, 0 <= number < below, in random order."""
+        """Draw distinct integers, 0 <= number < below, in random order."""
         if below <= 2 * count:
             return self.order(below)[:, :count]
         epoch = np.repeat(self.bits(1)[:, 0], count)

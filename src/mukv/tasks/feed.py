@@ -1,4 +1,4 @@
-"""A task as something to train on: batches, a tokenizer, a fingerprint."""
+"""Train on a task: its batches, tokenizer and fingerprint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from mukv.core.errors import BadInput
 from mukv.data.batches import Batch
@@ -18,11 +18,11 @@ from mukv.schema.schema import to_yaml
 from mukv.tasks.base import Samples, Task
 
 VALIDATION_BATCHES = 16
-"""Where no number is asked for: a task has no end."""
+"""Batches of a validation without a limit, because a task has no last sample."""
 
 
 def as_batch(samples: Samples) -> Batch:
-    """Samples to be learnt: only answers have weight."""
+    """Turn samples into a training batch; only tokens of answers have weight."""
     tokens, graded = samples.tokens, samples.graded
     return Batch(
         tokens=tokens,
@@ -35,7 +35,7 @@ def as_batch(samples: Samples) -> Batch:
 
 @dataclass(frozen=True, eq=False)
 class TaskBatches:
-    """One split of a task: batch number `step` holds the samples from step x batch on."""
+    """Batches of one split of a task: batch `step` holds the samples from step * batch on."""
 
     task: Task
     seed: int
@@ -44,7 +44,7 @@ class TaskBatches:
     split: Half
 
     def at(self, step: int, host: int = 0, hosts: int = 1) -> Batch:
-        """This host's rows of a batch."""
+        """Return this host's rows of a batch."""
         if self.batch % hosts:
             raise BadInput("batch", self.batch, f"a multiple of the number of hosts ({hosts})")
         share = self.batch // hosts
@@ -52,14 +52,14 @@ class TaskBatches:
         return as_batch(self.task.batch(self.length, self.seed, self.split, rows))
 
     def once(self, limit: int | None = None, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
-        """The first batches."""
+        """Yield the first `limit` batches."""
         for step in range(limit or VALIDATION_BATCHES):
             yield self.at(step, host, hosts)
 
 
 @dataclass(frozen=True)
 class TaskFeed:
-    """A task as a run's feed."""
+    """A task as the input of a run."""
 
     task: Task
 
@@ -77,7 +77,8 @@ class TaskFeed:
 
 @lru_cache
 def tokenizer(task: Task) -> JsonTokenizer:
-    """One that turns the task's text into its ids, and back."""
+    """Make a tokenizer that maps the task's text to its ids and back."""
     inner = Tokenizer(models.BPE(vocab={}, merges=[]))
+    inner.decoder = decoders.Fuse()  # without a decoder, a text has spaces between its tokens
     inner.add_tokens([AddedToken(word, normalized=False) for word in task.vocabulary.spelling])
     return JsonTokenizer(inner.to_str())

@@ -1,7 +1,8 @@
-"""Words to be counted: common words and frequent words (after RULER, Hsieh et al. 2024).
+"""Tasks of counting words: common words and frequent words (after RULER, Hsieh et al. 2024).
 
 RULER's samples all share one order, so that the common words are always at the same places; here
-each sample has its own. The order of an answer is fixed, so that it is right or wrong as a whole.
+each sample has its own order. The order of an answer is defined, so that it is right or wrong as a
+whole.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from mukv.tasks.words import invented
 
 @dataclass(frozen=True)
 class Mentions(Task):
-    """facts: words that are asked. distractors: words that are mentioned less. words: how many
-    different ones there are."""
+    """Base class: some words are mentioned more often than others and are to be named.
+
+    facts: number of words in the answer
+    distractors: number of words that are mentioned less often
+    words: number of different words in the vocabulary
+    """
 
     facts: int = 3
     distractors: int = 6
@@ -31,7 +36,7 @@ class Mentions(Task):
 
     fewest: ClassVar = {"distractors": 0, "often": 1, "seldom": 1, "words": 1}
     question: ClassVar[str]
-    """Of which the number of words is to be filled in."""
+    """Text of the question, formatted with the number of words."""
 
     def check(self) -> None:
         if self.facts + self.distractors > self.words:
@@ -47,18 +52,22 @@ class Mentions(Task):
     @property
     @abstractmethod
     def mentions(self) -> list[int]:
-        """Of each word, the asked ones first."""
+        """Number of mentions of each word, words of the answer first."""
 
     @abstractmethod
     def answer_order(self, first: Int[np.ndarray, "row fact"]) -> Int[np.ndarray, "row fact"]:
-        """Numbers of the asked words in the order that is asked for. first: their first places."""
+        """Return the indices of the answer's words in the order in which they are to be named.
+        first: place of each word's first mention.
+        """
 
     @property
     def choices(self) -> Int[np.ndarray, " choice"]:
         return self.vocabulary.word + np.arange(self.words)
 
     def chance(self, samples: Samples) -> float:
-        """A guesser knows that the asked words differ."""
+        """Return the expected fraction of correct answers of a guess that knows that the words
+        differ.
+        """
         return float(1 / np.prod(np.arange(self.words, self.words - self.facts, -1, dtype=float)))
 
     def guess(self, samples: Samples, draws: Draws) -> Int[np.ndarray, "row token"]:
@@ -75,8 +84,8 @@ class Mentions(Task):
         word = ids.word + draws.distinct(shown, self.words)
         row = np.arange(rows)[:, None]
         whose = np.repeat(np.arange(shown), self.mentions)[draws.order(total)]
-        # Sorted by word, each word's mentions in the order of the text: the first stand at the
-        # edges between words.
+        # Sort mentions by word, each word's in the order of the text: first mentions are then at
+        # the edges between words.
         where = np.argsort(whose, axis=1, kind="stable")
         edges = np.cumsum([0, *self.mentions])
         first, last = where[:, edges[: self.facts]], where[:, edges[1 : self.facts + 1] - 1]
@@ -91,8 +100,11 @@ class Mentions(Task):
 
 @dataclass(frozen=True)
 class CommonWords(Mentions):
-    """Some words are common, the others rare; the answer has the order of their first mention.
-    often, seldom: mentions of each."""
+    """Common words are to be named in the order of their first mention; the others are rare.
+
+    often: mentions of each common word
+    seldom: mentions of each rare word
+    """
 
     kind: Literal["common_words"] = "common_words"
     often: int = 5
@@ -115,9 +127,15 @@ class CommonWords(Mentions):
 
 @dataclass(frozen=True)
 class FrequentWords(Mentions):
-    """Frequencies fall as a power of the rank; the asked words are the first, whose frequencies
-    are all different and give the order. often, seldom: mentions of the first, and of any at
-    least. exponent: of the power."""
+    """Frequencies fall as a power of the rank; the words of the first ranks are to be named in
+    order.
+
+    Their frequencies are all different.
+
+    often: mentions of the first word
+    seldom: smallest number of mentions of any word
+    exponent: exponent of the power
+    """
 
     kind: Literal["frequent_words"] = "frequent_words"
     often: int = 12

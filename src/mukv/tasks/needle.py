@@ -1,8 +1,8 @@
 """Needles in a haystack: facts among filler, asked at the end.
 
-Single, multi-key, multi-value and multi-query forms of RULER (Hsieh et al. 2024), and recall
-without literal match (NoLiMa, Modarressi et al. 2025), where the question names what the fact's
-key belongs to.
+Single, multi-key, multi-value and multi-query forms of RULER (Hsieh et al. 2024), and retrieval
+without literal match (NoLiMa, Modarressi et al. 2025), where the question names the country of the
+city that the fact names.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ CITIES = {
 
 @dataclass(frozen=True)
 class Haystack(Task):
-    """Sentences that say a number of a key.
+    """Base class: sentences that give the number of a key.
 
-    facts: keys that are asked, one after the other. values: of each key; all are asked, in the
-    order of the text. distractors: values of keys that are not asked. digits: of a value. keys:
-    how many different ones there are.
+    facts: number of keys that are asked, one after the other
+    values: values of each such key; all are asked, in the order of the text
+    distractors: number of values of keys that are not asked
+    digits: digits of a value
+    keys: number of different keys
     """
 
     facts: int = 1
@@ -71,7 +73,7 @@ class Haystack(Task):
     def puzzle(self, draws: Draws) -> Puzzle:
         ids, needles = self.vocabulary, self.facts * self.values + self.distractors
         key = ids.key + draws.distinct(self.facts + self.distractors, self.keys)
-        # Whose value each needle has: the asked keys have several, the others one.
+        # Key of each needle: asked keys have several values, the others one.
         whose = np.concatenate(
             [
                 np.repeat(np.arange(self.facts), self.values),
@@ -83,7 +85,7 @@ class Haystack(Task):
         digit = ids.digit + draws.integers(10, needles, self.digits)
         row = np.arange(draws.rows)[:, None]
         haystack = self._sentences(ids.fact, key[row, whose], digit)
-        # Stable: the values of a key stay in the order of the text.
+        # A stable sort keeps the values of a key in the order of the text.
         where = np.argsort(whose, axis=1, kind="stable")[:, : self.facts * self.values]
         answer = digit[row, where].reshape(draws.rows, self.facts, -1)
         questions = self._sentences(ids.question, self.asked(key[:, : self.facts]), answer)
@@ -97,7 +99,7 @@ class Haystack(Task):
         return Puzzle(tokens, begins, start, start + self.values * self.digits, latest * width)
 
     def asked(self, key: Int[np.ndarray, "row fact"]) -> Int[np.ndarray, "row fact"]:
-        """What a question calls a key."""
+        """Return the token by which a question names a key."""
         return key
 
     def _sentences(
@@ -123,8 +125,11 @@ class Needle(Haystack):
 
 @dataclass(frozen=True)
 class NoLiteral(Haystack):
-    """Facts speak of cities, questions of the countries that they lie in: which belongs to which
-    is to be known, not read. Countries have tokens of their own."""
+    """Facts name cities, questions name the countries in which they lie.
+
+    Which city belongs to which country must be learnt, not read. Countries have tokens of their
+    own.
+    """
 
     kind: Literal["no_literal"] = "no_literal"
     distractors: int = 3

@@ -1,7 +1,7 @@
-"""Pseudo-programs: strings handed about by names, tuples and functions, printed in comments.
+"""Pseudo-programs: strings are passed through names, tuples and functions and printed in comments.
 
-Names x hold strings, names t pairs of them. Functions f are defined in the text (repeat, map,
-shift, reverse), so that every graded comment follows from what stands before it.
+Names x hold strings, names t hold pairs of strings. Functions f are defined in the text (repeat,
+map, shift, reverse), so that every graded comment follows from the text before it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from mukv.tasks.base import ABSENT, Puzzle, Task
 from mukv.tasks.draws import Draws
 
 Strings = Int[np.ndarray, "row letter"]
-"""Letters from 0, `ABSENT` behind the end."""
+"""Letters from 0, then `ABSENT` after the end of the string."""
 REVERSE, REPEAT, SHIFT, MAP = range(4)
 COPY, TUPLE, ITEM, CALL = range(4)
 
 
 class Functions(NamedTuple):
-    """What each function of a row does. one, two: the letters of a map; one: of a shift, less 1."""
+    """Definitions of each row's functions.
+
+    kind: REVERSE, REPEAT, SHIFT or MAP
+    one, two: letters of a map; `one` is also the shift minus 1 (modulo 3)
+    """
 
     kind: Int[np.ndarray, "row function"]
     one: Int[np.ndarray, "row function"]
@@ -33,10 +37,13 @@ class Functions(NamedTuple):
 
 @dataclass(frozen=True)
 class Program(Task):
-    """facts: comments that are asked: of prints, and of evaluations of a call or of a tuple's
-    item. statements: assignments between two of them. names, tuples, functions: of each kind.
-    letters: different ones in strings. shortest, longest: letters of a string in the text; what
-    functions make of it is at most twice as long.
+    """Programs of assignments with comments that show values.
+
+    facts: graded comments: of prints, and of evaluations of a call or a tuple's item
+    statements: assignments between two of them
+    names, tuples, functions: number of each
+    letters: number of different letters in strings
+    shortest, longest: letters of a string in the text; a function's result is at most twice as long
     """
 
     kind: Literal["program"] = "program"
@@ -102,7 +109,7 @@ class Program(Task):
 
 
 class Writer:
-    """Programs of many rows, statement by statement, with the values that names have."""
+    """Writes programs of many rows, statement by statement, and tracks the value of each name."""
 
     def __init__(self, task: Program, draws: Draws):
         self.task, self.draws = task, draws
@@ -110,7 +117,7 @@ class Writer:
         self.row = np.arange(rows)
         self.values = np.full((rows, task.names, task.room), ABSENT)
         self.pairs = np.full((rows, task.tuples, 2, task.room), ABSENT)
-        # The places where names got their values, and tuples their items.
+        # Place of the statement that assigned each name and each tuple.
         self.made = np.zeros((rows, task.names), np.int64)
         self.paired = np.zeros((rows, task.tuples), np.int64)
         self.pieces: list[np.ndarray] = []
@@ -124,6 +131,7 @@ class Writer:
         )
 
     def write(self) -> Puzzle:
+        """Write the whole programs."""
         task, draws = self.task, self.draws
         self.define()
         for name in range(task.names):
@@ -143,7 +151,9 @@ class Writer:
     # Lines
 
     def line(self, *parts: int | np.ndarray) -> int:
-        """Append tokens, each the same for all rows, [row], or [row token]; where they begin."""
+        """Append tokens, each the same for all rows, [row], or [row token]; return their first
+        place.
+        """
         rows = len(self.row)
         columns = [
             np.full((rows, 1), part) if isinstance(part, int) else part.reshape(rows, -1)
@@ -156,7 +166,7 @@ class Writer:
         return begin
 
     def written(self, string: Strings) -> np.ndarray:
-        """Letters as tokens."""
+        """Return the tokens of a string's letters."""
         return np.where(string == ABSENT, ABSENT, self.task.vocabulary.letter + string)
 
     def define(self) -> None:
@@ -188,20 +198,22 @@ class Writer:
         self.paired[self.row, number] = begin
 
     def call(self, function: np.ndarray, string: Strings) -> Strings:
-        """What a function makes of strings of at most half the room."""
+        """Apply each row's function to its string, which has at most half of `room` letters where
+        it repeats.
+        """
         task, row = self.task, self.row[:, None]
         kind, one, two = (part[self.row, function][:, None] for part in self.functions)
         length = (string != ABSENT).sum(axis=1, keepdims=True)
         place = np.arange(task.room)
-        there = place < length
+        inside = place < length
         source = np.where(kind == REVERSE, length - 1 - place, place) % length
         moved = string[row, source]
         moved = np.where(kind == SHIFT, (moved + 1 + one % 3) % task.letters, moved)
         moved = np.where((kind == MAP) & (moved == one), two, moved)
-        return np.where(there | ((kind == REPEAT) & (place < 2 * length)), moved, ABSENT)
+        return np.where(inside | ((kind == REPEAT) & (place < 2 * length)), moved, ABSENT)
 
     def callable(self, function: np.ndarray, string: Strings) -> np.ndarray:
-        """Whether what would be made has room."""
+        """Return whether the result of a call fits into `room` letters."""
         length = (string != ABSENT).sum(axis=1)
         repeats = self.functions.kind[self.row, function] == REPEAT
         return ~repeats | (2 * length <= self.task.room)
@@ -209,7 +221,7 @@ class Writer:
     # Statements of random kind
 
     def statement(self) -> None:
-        """A copy, a tuple, an item of one, or a call."""
+        """Write a copy, a tuple, an item of a tuple, or a call."""
         task, ids, row = self.task, self.task.vocabulary, self.row
         kind, pick = self.draws.integers(4), self.draws.integers(2)
         target, one, two = self.draws.integers(task.names, 3).T
@@ -248,7 +260,7 @@ class Writer:
         self.values[r, t], self.made[r, t] = made[~pairs], begin
 
     def comment(self) -> None:
-        """A print of a name, or an evaluation, with what comes of it."""
+        """Write a print of a name or an evaluation, with its result."""
         task, ids, row = self.task, self.task.vocabulary, self.row
         kind, pick = self.draws.integers(3), self.draws.integers(2)
         name, number = self.draws.integers(task.names), self.draws.integers(task.tuples)

@@ -1,4 +1,4 @@
-"""Associative recall: pairs of key and value are shown, then keys, whose values are asked.
+"""Associative recall: pairs of key and value are shown, then keys whose values are asked.
 
 Multi-query associative recall with its compositional and forgetting forms (Arora et al. 2024,
 "Zoology"; their code), and the noisy and fuzzy recall of MAD (Poli et al. 2024).
@@ -22,11 +22,14 @@ from mukv.tasks.words import invented
 
 @dataclass(frozen=True)
 class PairTask(Task):
-    """Keys of one or two tokens, values of one.
+    """Base class: keys of one or two tokens, values of one.
 
-    facts: pairs that are asked. distractors: pairs that are not. updates: facts whose key is
-    given another value later; the last one counts. parts: tokens of a key; a key of two lies on a
-    grid, so that no half of it tells which. keys, values: how many different ones there are.
+    facts: pairs that are asked
+    distractors: pairs that are not asked
+    updates: facts whose key later gets another value; the last value is the answer
+    parts: tokens of a key; keys of two are all pairs of two sets, so that neither token alone
+        identifies the key
+    keys, values: number of different keys and values
     """
 
     distractors: int = 0
@@ -44,13 +47,13 @@ class PairTask(Task):
         if self.updates > self.facts:
             raise BadInput("updates", self.updates, f"at most facts ({self.facts})")
         if self.parts > 2:
-            raise BadInput("parts", self.parts, "1, or 2 for keys on a grid")
+            raise BadInput("parts", self.parts, "1 or 2")
         if self.parts == 2 and self.side**2 != self.keys:
             raise BadInput("keys", self.keys, "a square number where parts is 2")
 
     @property
     def side(self) -> int:
-        """Different tokens at each place of a key."""
+        """Number of different tokens at each place of a key."""
         return math.isqrt(self.keys) if self.parts == 2 else self.keys
 
     def symbols(self) -> dict[str, Sequence[str]]:
@@ -69,7 +72,7 @@ class PairTask(Task):
         shown, width = self.facts + self.distractors, self.parts + 1
         key = self._key_tokens(draws.distinct(shown, self.keys))
         value = self.vocabulary.value + draws.integers(self.values, shown + self.updates)
-        # Which of the shown are asked and rewritten is random, for keys and values are.
+        # Pairs to ask are drawn at random; the first `updates` of them are updated.
         asked = draws.order(shown)[:, : self.facts]
         source = np.concatenate(
             [np.tile(np.arange(shown), (draws.rows, 1)), asked[:, : self.updates]], axis=1
@@ -95,7 +98,7 @@ class PairTask(Task):
 
 @dataclass(frozen=True)
 class Mqar(PairTask):
-    """Pairs first, then each asked key at a distance whose density falls as one over itself."""
+    """Pairs first, then each asked key at a distance with density proportional to 1 / distance."""
 
     kind: Literal["mqar"] = "mqar"
 
@@ -109,17 +112,20 @@ class Mqar(PairTask):
 
 @dataclass(frozen=True)
 class NoisyRecall(PairTask):
-    """The same with noise anywhere between the pairs and the questions."""
+    """As `PairTask`, with filler anywhere between pairs and questions."""
 
     kind: Literal["noisy_recall"] = "noisy_recall"
 
 
 @dataclass(frozen=True)
 class FuzzyRecall(Task):
-    """Keys and values of one to `motif` symbols each; the end of a value is asked as well.
+    """Keys and values of one to `motif` symbols each; the end mark of a value is part of the
+    answer.
 
-    facts: pairs that are asked. distractors: pairs that are not. keys, values: different symbols
-    of keys and of values.
+    facts: pairs that are asked
+    distractors: pairs that are not asked
+    motif: largest number of symbols
+    keys, values: number of different symbols of keys and of values
     """
 
     kind: Literal["fuzzy_recall"] = "fuzzy_recall"
@@ -144,7 +150,7 @@ class FuzzyRecall(Task):
 
     @property
     def different(self) -> int:
-        """Keys that there are."""
+        """Number of different keys."""
         return sum(self.keys**length for length in range(1, self.motif + 1))
 
     def symbols(self) -> dict[str, Sequence[str]]:
@@ -159,7 +165,7 @@ class FuzzyRecall(Task):
         shown, width = self.facts + self.distractors, 2 * self.motif + 2
         place = np.arange(self.motif)
         number = draws.distinct(shown, self.different)
-        # Keys of one symbol have the first numbers, those of two the next ...
+        # Keys are numbered by length: those of one symbol first, then those of two, and so on.
         edges = np.cumsum([0, *(self.keys**length for length in range(1, self.motif + 1))])
         size = np.searchsorted(edges, number, side="right")
         digits = (number - edges[size - 1])[..., None] // self.keys**place % self.keys
@@ -177,13 +183,13 @@ class FuzzyRecall(Task):
         tokens = np.concatenate([pairs, pairs[row, asked]], axis=1).reshape(draws.rows, -1)
         widths = [width] * shown + [width] * self.facts
         begins, at = consecutive(widths)
-        # The questions stand together at the end.
+        # No filler between the questions, which are at the end.
         begins[at[shown + 1 :]] = False
         answers = np.array(at[shown:]) + self.motif + 1
         return Puzzle(tokens, begins, answers, answers + self.motif + 1, asked * width)
 
 
 def numbers(count: int) -> list[str]:
-    """Of equal width, for text."""
+    """Return the text of `count` numbers of equal width."""
     first = 10 ** max(2, len(str(count)))
     return [f" {first + number}" for number in range(count)]

@@ -1,7 +1,7 @@
-"""A state that instructions change: flip-flop and counting.
+"""Tasks with a state that instructions change: flip-flop and counting.
 
 Flip-flop language (Liu et al. 2023, "Exposing attention glitches"): write, ignore and read a bit.
-Counting (Golovneva et al. 2024, CoPE): variables are set and incremented while time passes.
+Counting (Golovneva et al. 2024, CoPE): variables are set to zero and incremented, among filler.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from mukv.tasks.words import invented
 
 @dataclass(frozen=True)
 class FlipFlop(Task):
-    """Instructions with a bit each; the bit of a read is that of the last write.
+    """Instructions with one bit each; the bit of a read is that of the last write.
 
-    facts: reads. writes: instructions that write, the first of all among them. Filler is
-    instructions to ignore, so that their share grows with the length; `filler` must be 1.
+    facts: number of reads
+    writes: number of writes; the first instruction is one
+    filler: must be 1; filler is `ignore` instructions, whose share grows with the length
     """
 
     kind: Literal["flip_flop"] = "flip_flop"
@@ -36,7 +37,7 @@ class FlipFlop(Task):
 
     def check(self) -> None:
         if self.filler != 1:
-            raise BadInput("filler", self.filler, "1: what stands between are bits to ignore")
+            raise BadInput("filler", self.filler, "must be 1: the filler is `ignore` instructions")
 
     def symbols(self) -> dict[str, Sequence[str]]:
         return {"write": ["\nwrite"], "read": ["\nread"], "bit": [" 0", " 1"]}
@@ -50,7 +51,7 @@ class FlipFlop(Task):
 
     def puzzle(self, draws: Draws) -> Puzzle:
         ids, rows, count = self.vocabulary, draws.rows, self.writes + self.facts
-        # Begins with a write and ends with a read; what lies between is shuffled.
+        # The first instruction is a write and the last a read; those between are shuffled.
         inner = np.arange(count - 2) >= self.writes - 1
         reads = np.zeros((rows, count), bool)
         reads[:, 1:-1] = inner[draws.order(count - 2)]
@@ -69,7 +70,8 @@ class FlipFlop(Task):
     def gaps(
         self, draws: Draws, items: int, free: Int[np.ndarray, "row 1"]
     ) -> Int[np.ndarray, "row item"]:
-        # Whole instructions; one token too many stands at the beginning, without a bit.
+        # Filler is whole instructions; if one token is left over, it is an `ignore` without a bit
+        # at the beginning.
         return super().gaps(draws, items, free // 2) * 2 + free % 2
 
     def fill(self, draws: Draws, length: int) -> Int[np.ndarray, "row token"]:
@@ -87,11 +89,12 @@ class FlipFlop(Task):
 
 @dataclass(frozen=True)
 class Counting(Task):
-    """Each variable is set to zero and incremented; at the end some are asked, one after the
-    other. Filler passes the time.
+    """Each variable is set to zero and incremented; at the end some are asked, one after the other.
 
-    facts: variables that are asked. distractors: variables that are not. largest: of a count;
-    each is equally likely. resets: how often a variable is set to zero again, at random times.
+    facts: variables that are asked
+    distractors: variables that are not asked
+    largest: largest count; all counts are equally likely
+    resets: number of times that a variable is set to zero again, at random times
     """
 
     kind: Literal["counting"] = "counting"
@@ -122,15 +125,16 @@ class Counting(Task):
     def puzzle(self, draws: Draws) -> Puzzle:
         ids, rows, variables = self.vocabulary, draws.rows, self.facts + self.distractors
         row = np.arange(rows)[:, None]
-        # A life of a variable: set, then as many increments as its count, at most `largest`.
+        # A life of a variable is a reset and as many increments as its count, at most `largest`.
         lives = variables * (self.resets + 1)
         count = draws.integers(self.largest + 1, lives)
         step = np.arange(self.largest + 1)
         whose = np.arange(lives) % variables
         life = np.where(step == 0, ids.set, ids.add) + whose[:, None]
         life = np.where(step <= count[..., None], life, ABSENT).reshape(rows, lives, -1)
-        # Steps of different variables are interleaved at random, those of one in their order: a
-        # shuffle of the variables' numbers, then the n-th step of each where its n-th turn is.
+        # Interleave the steps of different variables at random and keep the order of each: shuffle
+        # the variables' indices, then put the n-th step of a variable at the n-th occurrence of its
+        # index.
         own = life.reshape(rows, self.resets + 1, variables, -1).swapaxes(1, 2)
         own = own.reshape(rows, -1)
         turns = np.repeat(np.arange(variables), own.shape[1] // variables)
@@ -138,8 +142,8 @@ class Counting(Task):
         nth = np.argsort(np.argsort(turns, axis=1, kind="stable"), axis=1)
         steps = own[row, nth]
         asked = draws.order(variables)[:, : self.facts]
-        told = count.reshape(rows, self.resets + 1, variables)[:, -1][row, asked]
-        questions = np.stack([ids.ask + asked, ids.count + told], axis=-1).reshape(rows, -1)
+        answer = count.reshape(rows, self.resets + 1, variables)[:, -1][row, asked]
+        questions = np.stack([ids.ask + asked, ids.count + answer], axis=-1).reshape(rows, -1)
         tokens = np.concatenate([steps, questions], axis=1)
         begins, at = consecutive([1] * steps.shape[1] + [2 * self.facts])
         start = at[-1] + 1 + 2 * np.arange(self.facts)

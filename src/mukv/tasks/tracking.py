@@ -1,7 +1,7 @@
-"""Variable tracking: values handed from name to name (after RULER, Hsieh et al. 2024).
+"""Variable tracking: values are passed from name to name (after RULER, Hsieh et al. 2024).
 
-RULER asks for all names of a value; here one asks for the value behind the last name of a chain,
-which can't be answered without every hop.
+RULER asks for all names of a value. Here the question is the value of the last name of a chain,
+which can't be answered without following every hop.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from mukv.tasks.words import invented
 
 @dataclass(frozen=True)
 class VariableTracking(Task):
-    """facts: chains whose last name is asked. distractors: chains that are not. hops: names that
-    the value is handed to after the first. names, values: how many different ones there are."""
+    """Chains of assignments.
+
+    facts: chains whose last name is asked
+    distractors: chains that are not asked
+    hops: assignments of a chain after the first
+    names, values: number of different names and values
+    """
 
     kind: Literal["variable_tracking"] = "variable_tracking"
     facts: int = 1
@@ -59,18 +64,18 @@ class VariableTracking(Task):
         source = np.concatenate([value[..., None], name[..., :-1]], axis=2)
         let, equals = np.full_like(name, ids.let), np.full_like(name, ids.equals)
         lines = np.stack([let, name, equals, source], axis=-1).reshape(rows, -1, 4)
-        # Chains are interleaved at random, the links of each in their order: shuffle the chains'
-        # numbers, and give to the n-th mention of a chain its n-th link.
+        # Interleave chains at random and keep the order of each: shuffle the chains' indices, and
+        # put the n-th link of a chain at the n-th occurrence of its index.
         whose = np.repeat(np.arange(chains), links)[draws.order(chains * links)]
         mention = np.argsort(np.argsort(whose, axis=1, kind="stable"), axis=1)
         row = np.arange(rows)[:, None]
         lines = lines[row, mention]
-        last, told = name[:, : self.facts, -1], value[:, : self.facts]
+        last, answer = name[:, : self.facts, -1], value[:, : self.facts]
         ask, equals = np.full_like(last, ids.ask), np.full_like(last, ids.equals)
-        questions = np.stack([ask, last, equals, told], axis=-1)
+        questions = np.stack([ask, last, equals, answer], axis=-1)
         tokens = np.concatenate([lines.reshape(rows, -1), questions.reshape(rows, -1)], axis=1)
         begins, at = consecutive([4] * (chains * links) + [4 * self.facts])
         start = at[-1] + 3 + 4 * np.arange(self.facts)
-        # The place of the line that makes the last link of each asked chain.
+        # Line that assigns the last name of each asked chain.
         where = np.argsort(mention, axis=1)[:, links - 1 : self.facts * links : links]
         return Puzzle(tokens, begins, start, start + 1, 4 * where)

@@ -1,4 +1,4 @@
-"""What tokens are called: named groups of ids, and how each id is written as text."""
+"""The tokens of a task: named groups of ids, and the text of each id."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SYLLABLES = [consonant + vowel for vowel in VOWELS for consonant in CONSONANTS]
 
 
 def invented(count: int) -> list[str]:
-    """So many different words of two or more syllables: bada, badu ..."""
+    """Return `count` different words of two or more syllables: bada, badu ..."""
     syllables = 2
     while len(SYLLABLES) ** syllables < count:
         syllables += 1
-    # The last syllable varies first in a product; a stride spreads the first letters as well.
+    # In a product the last syllable varies fastest; the stride makes first letters vary as well.
     stride = max(1, len(SYLLABLES) ** syllables // max(count, 1))
     every = product(SYLLABLES, repeat=syllables)
     return ["".join(word) for word in islice(every, 0, stride * count, stride)]
@@ -31,12 +31,15 @@ def invented(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids in the order of the groups; each group is how its tokens are written."""
+    """Ids in the order of the groups.
+
+    groups: text of each token of a group, by the group's name
+    """
 
     groups: dict[str, Sequence[str]]
 
     def __getattr__(self, name: str) -> int:
-        """The first id of a group."""
+        """Return the first id of a group."""
         groups = self.__dict__["groups"]
         if name not in groups:
             raise AttributeError(name)
@@ -45,5 +48,5 @@ class Vocabulary:
 
     @property
     def spelling(self) -> list[str]:
-        """How each id is written."""
+        """Text of each id."""
         return [word for group in self.groups.values() for word in group]

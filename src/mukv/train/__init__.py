@@ -1,1 +1,1 @@
-"""Training: one step, the loop around it, metrics."""
+"""Training: the step, the loop around it, metrics, the plan."""

@@ -1,7 +1,7 @@
-"""The memory of a training step, known before the step runs, held against what is free.
+"""Compute the memory of a training step before it runs, and compare it with the free memory.
 
-What the state and the residual stream alone need is counted first, in no time; what the whole step
-needs is read off the compiled program, which the run then uses.
+A lower bound from state and residual stream is computed first, at no cost. The exact number is read
+from the compiled program, which the run then uses.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from mukv.train.step import BATCH_FIELDS, Trainer
 
 GIBIBYTE = 1 << 30
 LEFT = 0.95
-"""Share of the free memory that a step may take: Python and the file system need the rest."""
+"""Fraction of the free memory that a step may take; Python and the file system need the rest."""
 
 
 def free_memory() -> int:
-    """Bytes that are free: of a device's own memory, or of the computer for all devices that are
-    simulated on it."""
+    """Return the free bytes: of a device's own memory, or of the host for all devices simulated on
+    it.
+    """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats["bytes_in_use"])
     available = _available()
-    # In a container the limit is that of its group.
+    # In a container the limit is that of its control group.
     limit, used = (
         _number(Path("/sys/fs/cgroup") / f"memory.{name}") for name in ("max", "current")
     )
     if limit is not None and used is not None:
-        # The group's file cache counts as used and is given up when it is needed.
+        # The group's file cache counts as used, but is released when memory is needed.
         available = min(available, limit - used + _cached())
     return max(available, 0)
 
@@ -63,14 +64,17 @@ def _cached() -> int:
 
 
 def sharing() -> int:
-    """Devices whose memory is one: simulated ones share the computer's."""
+    """Return the number of devices that share one memory: simulated devices share the host's."""
     devices = jax.local_devices()
     return len(devices) if devices[0].platform == "cpu" else 1
 
 
 def least_bytes(trainer: Trainer) -> int:
-    """Bytes that a step needs at least, on all devices that share memory: weights, optimizer state
-    and gradient, and the input of each layer, which the backward pass starts from."""
+    """Return a lower bound of a step's bytes, over all devices that share memory.
+
+    It counts weights, optimizer state, gradient and the input of each layer, which the backward
+    pass needs.
+    """
     state = trainer.abstract_state()
     fixed = sum(_local(leaf) for leaf in jax.tree.leaves(state))
     fixed += sum(_local(leaf) for leaf in jax.tree.leaves(state.weights))
@@ -82,7 +86,7 @@ def _here(trainer: Trainer) -> int:
 
 
 def _local(leaf: Any) -> int:
-    """Bytes of an array's part on one device."""
+    """Return the bytes of one device's shard of an array."""
     shape = leaf.sharding.shard_shape(leaf.shape)
     return int(np.prod(shape, dtype=np.float64)) * leaf.dtype.itemsize
 
@@ -95,8 +99,9 @@ def _stream(trainer: Trainer) -> int:
 
 
 def step_bytes(trainer: Trainer) -> int:
-    """Bytes that the compiled step takes on all devices that share memory, state and batch
-    included. Compiles the step, once."""
+    """Return the bytes of the compiled step, over all devices that share memory, state and batch
+    included. Compiles the step once.
+    """
     training, sharding = trainer.training, batch_sharding(trainer.mesh)
     shape = training.batch, training.length
     batch = {
@@ -105,15 +110,16 @@ def step_bytes(trainer: Trainer) -> int:
         )
         for name in BATCH_FIELDS
     }
-    found = trainer.compile(batch).memory_analysis()
-    taken = found.argument_size_in_bytes + found.temp_size_in_bytes
-    taken += found.output_size_in_bytes - found.alias_size_in_bytes
+    memory = trainer.compile(batch).memory_analysis()
+    taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    taken += memory.output_size_in_bytes - memory.alias_size_in_bytes
     return _here(trainer) * taken
 
 
 def require_least(trainer: Trainer) -> int:
-    """Bytes that a step may take. Raises BadInput where it takes more whatever the compiler does;
-    compiles nothing."""
+    """Return the bytes that a step may take. Raises BadInput if the lower bound exceeds them;
+    compiles nothing.
+    """
     room = int(LEFT * free_memory())
     least = least_bytes(trainer)
     if least > room:
@@ -122,9 +128,11 @@ def require_least(trainer: Trainer) -> int:
 
 
 def require_bytes(what: str, taken: int, where: str, given: int) -> None:
-    """Raise BadInput where something takes more bytes than are free.
+    """Raise BadInput if something takes more bytes than are free.
 
-    what: such as "the cache". where, given: the number that made it large.
+    what: its name, such as "the cache"
+    taken: its bytes
+    where, given: the field that made it large, and its value
     """
     room = int(LEFT * free_memory())
     if taken > room:
@@ -133,8 +141,11 @@ def require_bytes(what: str, taken: int, where: str, given: int) -> None:
 
 
 def require_room(trainer: Trainer) -> None:
-    """Raise BadInput for a step that takes more memory than is free, with the figure and with
-    what would fit. Absurd sizes are refused before anything is compiled."""
+    """Raise BadInput if a step takes more memory than is free, with the amount and with what would
+    fit.
+
+    Absurd sizes are refused before anything is compiled.
+    """
     room = require_least(trainer)
     taken = step_bytes(trainer)
     if taken > room:
@@ -145,10 +156,10 @@ def _too_large(trainer: Trainer, shown: str, taken: int, room: int) -> BadInput:
     training = trainer.training
     fixed = least_bytes(trainer) - _here(trainer) * _stream(trainer)
     where = f"batch {training.batch:,} x length {training.length:,}"
-    said = f"a step takes {shown} of memory, and {_shown(room)} are free"
+    message = f"a step takes {shown} of memory, and {_shown(room)} are free"
     if fixed >= room:
-        said += f"; weights and optimizer alone take {_shown(fixed)}: a smaller model"
-        return BadInput("memory", where, f"{said} (or `ignore_memory`)")
+        message += f"; weights and optimizer alone take {_shown(fixed)}: a smaller model"
+        return BadInput("memory", where, f"{message} (or `ignore_memory`)")
     share = (room - fixed) / (taken - fixed)
     rows = training.batch // training.accumulate
     split = trainer.mesh.shape["data"]
@@ -164,7 +175,7 @@ def _too_large(trainer: Trainer, shown: str, taken: int, room: int) -> BadInput:
     length = int(training.length * share)
     ways += [f"train.length={length}"] if length else []
     return BadInput(
-        "memory", where, f"{said}; about what fits: {' or '.join(ways)} (or `ignore_memory`)"
+        "memory", where, f"{message}; about what fits: {' or '.join(ways)} (or `ignore_memory`)"
     )
 
 

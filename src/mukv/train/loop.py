@@ -1,8 +1,8 @@
-"""The training loop: steps until the end, and everything that must happen on the way.
+"""The training loop: steps, logging, validation, checkpoints, stop signals.
 
-Batches are a pure function of the step, so a run continues from its last checkpoint to the same
-bits. SIGTERM and SIGINT save and leave. A number that is not finite stops the run with the step,
-the layer and the last good checkpoint named. Knows no root configuration, only the parts.
+Batches are a pure function of the step, so a resumed run gives the same bits. SIGTERM and SIGINT
+save a checkpoint and stop. A number that is not finite stops the run and names the step, the layer
+and the last good checkpoint. The loop does not know the root configuration, only its parts.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ PROFILED_STEPS = range(10, 16)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. step: updates done. loss: training loss of one batch, in nats per token,
-    before the update `loss_step`. validation_loss: nats per token after `validation_step` updates.
-    wait_fraction: share of the time that steps waited for data.
+    """Result of a run.
+
+    step: updates done
+    loss: training loss of one batch in nats per token, before the update `loss_step`
+    validation_loss: nats per token after `validation_step` updates; None without validation
+    wait_fraction: fraction of the time in which steps waited for data
+    finished: false if a signal stopped the run
     """
 
     state: State
@@ -52,7 +56,7 @@ class Outcome:
     validation_step: int | None = None
 
     def require_finished(self, folder: Path) -> None:
-        """For what is done with the whole run. Raises Failed where a signal stopped it."""
+        """Raise Failed if a signal stopped the run."""
         if not self.finished:
             raise Failed(
                 f"{folder}: stopped at step {self.step}; the same command goes on from there"
@@ -61,7 +65,7 @@ class Outcome:
 
 @dataclass
 class Clock:
-    """Speed since the first step, which compiles and does not count; pauses left out."""
+    """Measures speed from the end of the first step (which compiles), without pauses."""
 
     tokens_per_step: int
     began: float | None = None
@@ -91,7 +95,11 @@ class Clock:
 
 @dataclass
 class Loop:
-    """One run of one trainer in one folder."""
+    """One run of one trainer in one folder.
+
+    batches, validation: sources of training and validation batches
+    token_bytes: UTF-8 bytes of each id, int [vocab]
+    """
 
     trainer: Trainer
     batches: Source
@@ -101,11 +109,11 @@ class Loop:
     folder: Path
     title: str = "training"
     begin: Callable[[], State] | None = None
-    """The state before the first step; drawn by the trainer if None."""
+    """Makes the state before the first step; None lets the trainer draw it."""
     last: dict[str, float] = field(default_factory=dict)
-    """The latest value of each number."""
+    """Latest value of each metric."""
     seen: dict[str, int] = field(default_factory=dict)
-    """The step of each latest value."""
+    """Step of each latest value."""
 
     def run(self) -> Outcome:
         """Train from the latest checkpoint, or from the beginning, to the last step."""
@@ -126,7 +134,9 @@ class Loop:
             stack.callback(trackers.close)
             bar = stack.enter_context(Bar(self.title, training.steps, start, silent))
             if start >= training.steps:
-                bar.say(f"all {start} steps were done before: figures are those of then")
+                bar.say(
+                    f"all {start} steps are already done; metrics are those of the finished run"
+                )
             prefetch = Prefetch(
                 lambda step: self.batches.at(step, **trainer.share), range(start, training.steps)
             )
@@ -138,7 +148,7 @@ class Loop:
                 clock.tick()
                 ends = step == training.steps
                 logs = ends or step % training.log_every == 0 or step == start + 1
-                # Asking the other processes costs a collective: only now and then.
+                # Asking the other processes costs a collective, so do it only when logging.
                 leaves = (logs or jax.process_count() == 1) and stop.agreed()
                 logs = logs or leaves
                 evaluates = ends or _due(step, training.evaluate_every)
@@ -189,25 +199,25 @@ class Loop:
         )
 
     def note(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Remember the latest numbers and their step."""
+        """Record the latest values and their step."""
         self.last |= numbers
         self.seen |= dict.fromkeys(numbers, step)
 
     def restore(self) -> State:
-        """The latest checkpoint on this mesh, or a new state."""
+        """Return the latest checkpoint on this mesh, or a new state."""
         if self.checkpoints.latest() is None:
             return (self.begin or self.trainer.initial_state)()
         return self.checkpoints.restore(None, self.trainer.abstract_state())
 
     def require_sound(self, state: State, step: int, metrics: Metrics) -> None:
-        """Raise Failed where a loss or gradient was not finite; the state stopped there."""
+        """Raise Failed if a loss or gradient was not finite; the state has stopped at that step."""
         sound = int(state.step)
         if sound == step:
             return
         batch = self.batches.at(sound, **self.trainer.share)
         culprit = self.trainer.blame(state, self.trainer.put(batch))
         self.checkpoints.wait()
-        # One of this very step would fail again: it holds the weights that failed.
+        # A checkpoint of this step has the weights that failed.
         good = [str(saved) for saved in self.checkpoints.steps() if saved < sound]
         saved = f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"
         raise Failed(
@@ -215,7 +225,7 @@ class Loop:
         )
 
     def evaluate(self, state: State) -> dict[str, float]:
-        """Loss on the validation windows: nats per token and bits per byte."""
+        """Compute the loss on the validation windows: nats per token and bits per byte."""
         training = self.trainer.training
         windows: Iterable[Any] = self.validation.once(
             training.validation_batches, **self.trainer.share
@@ -229,7 +239,7 @@ class Loop:
 
 
 def known_so_far(path: Path, step: int) -> tuple[dict[str, float], dict[str, int]]:
-    """The latest value of each number that was logged up to a step, and the step of each."""
+    """Read the latest logged value of each metric up to a step, and the step of each."""
     known: dict[str, float] = {}
     seen: dict[str, int] = {}
     for record in read_metrics(path):
@@ -241,7 +251,9 @@ def known_so_far(path: Path, step: int) -> tuple[dict[str, float], dict[str, int
 
 
 def validation_metrics(nats: float, tokens: float, read: float) -> dict[str, float]:
-    """From summed loss, number of tokens and of bytes."""
+    """Compute the validation metrics from summed loss (nats), number of tokens and number
+    of bytes.
+    """
     return {
         "validation_loss": nats / max(tokens, 1),
         "validation_bits_per_byte": nats / math.log(2) / max(read, 1),
@@ -253,13 +265,15 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def shown(step: int, last: Mapping[str, float], seen: Mapping[str, int]) -> dict[str, str]:
-    """The numbers of the progress line. A number of an earlier step says which."""
+    """Format the numbers of the progress line. A number of an earlier step is shown with
+    that step.
+    """
     text = {"training loss": f"{last['loss']:.3f}"}
     if "validation_bits_per_byte" in last:
         at = seen["validation_bits_per_byte"]
         stale = "" if at == step else f" (step {at})"
         text["validation bits/byte"] = f"{last['validation_bits_per_byte']:.3f}{stale}"
-    if last["tokens_per_second"]:  # not before the second step: the first one compiles
+    if last["tokens_per_second"]:  # known from the second step, as the first one compiles
         text["tokens/s"] = f"{last['tokens_per_second']:,.0f}"
     if last["mfu"] and math.isfinite(last["mfu"]):
         text["mfu"] = f"{last['mfu']:.0%}"
@@ -267,7 +281,7 @@ def shown(step: int, last: Mapping[str, float], seen: Mapping[str, int]) -> dict
 
 
 def _profile(done: int, steps: int, folder: Path) -> None:
-    """Trace a few steps, once compiled and warm, for TensorBoard's or Perfetto's profiler."""
+    """Trace a few steps, compiled and warm, for the profilers of TensorBoard and Perfetto."""
     if done == PROFILED_STEPS.start < steps:
         jax.profiler.start_trace(str(folder / "profile"))
     if PROFILED_STEPS.start < done == min(PROFILED_STEPS.stop, steps):

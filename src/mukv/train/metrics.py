@@ -1,7 +1,7 @@
-"""Where the numbers of a run go: always to metrics.jsonl, on demand to a tracker.
+"""Log a run's metrics: always to metrics.jsonl, optionally to trackers.
 
-One line of JSON per record, appended and flushed at once. A tracker is a class with `log` and
-`close`; to add one: a class, a line in the table. Their packages are optional extras.
+Each record is one line of JSON, appended and flushed at once. A tracker is a class with `log` and
+`close`; to add one: a class, and a line in the table. Trackers' packages are optional extras.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from mukv.storage.files import write_atomic
 from mukv.storage.json_text import to_json
 
 LONGEST_LINE, MOST_STEPS = 1 << 20, INT32
-"""Characters of a line, and steps, of a metrics file that are believed."""
+"""Longest line in characters, and largest step, that are accepted in a metrics file."""
 LeftOut = Callable[[int, str], None]
+"""Callback that receives the number of an ignored line, and the reason."""
 
 
 class Tracker(Protocol):
-    """Something that keeps numbers."""
+    """A destination of metrics."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -35,7 +36,9 @@ class MetricsFile:
     """metrics.jsonl: one object per line, with the step."""
 
     def __init__(self, path: Path, keep_until: int | None = None):
-        """keep_until: a resumed run forgets what an earlier one logged beyond this step."""
+        """keep_until: records beyond this step, logged before a run was resumed, are deleted; None
+        keeps all
+        """
         if path.exists():
             kept = [r for r in read_metrics(path) if keep_until is None or r["step"] <= keep_until]
             write_atomic(path, "".join(to_json(record) + "\n" for record in kept))
@@ -50,15 +53,18 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, left_out: LeftOut | None = None) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file: a step of 32 bits, and the values that are numbers.
+    """Yield the records of a metrics file: the step (32 bits) and all values that are finite
+    numbers.
 
-    Whatever else stands there is passed over, such as a last line that a kill cut short, or text
-    in place of a loss. left_out: called with the number of such a line and the reason.
+    Everything else is skipped, such as a last line that a kill cut short, or text in place of a
+    loss.
+
+    left_out: called with the number of a skipped line and the reason
     """
     tell = left_out or (lambda number, why: None)
     if not path.is_file():
         if path.exists():
-            tell(0, "no regular file")
+            tell(0, "not a regular file")
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         number, whole = 0, True
@@ -72,18 +78,18 @@ def read_metrics(path: Path, left_out: LeftOut | None = None) -> Iterator[dict[s
                 continue
             record = _parsed(line)
             if record is None:
-                tell(number, "not what a run writes: an object with a step")
+                tell(number, "not an object with a step")
                 continue
             numbers = {key: value for key, value in record.items() if _is_finite(value)}
             for key in record.keys() - numbers.keys():
-                tell(number, f"{key[:40]} is no finite number")
+                tell(number, f"{key[:40]} is not a finite number")
             yield numbers
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError of its own
+    except (ValueError, RecursionError):  # ValueError also for a number of 5,000 digits
         return None
     fits = isinstance(record, dict) and type(record.get("step")) is int
     return record if fits and 0 <= record["step"] <= MOST_STEPS else None
@@ -133,7 +139,7 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def require(names: Iterable[str]) -> None:
-    """Raise BadInput for a tracker that is not in the table, or whose package is missing."""
+    """Raise BadInput for a tracker that is not in the table or whose package is missing."""
     for name in names:
         if name not in TRACKERS:
             raise unknown_name("train.trackers", name, TRACKERS)
@@ -145,12 +151,12 @@ def require(names: Iterable[str]) -> None:
 
 
 class Trackers:
-    """All of them at once."""
+    """The metrics file and the chosen trackers."""
 
     def __init__(
         self, folder: Path, names: Sequence[str], keep_until: int | None, silent: bool = False
     ):
-        """silent: log nothing, as all processes of a run do but the first."""
+        """silent: log nothing, for all processes of a run except process 0"""
         require(names)
         self.all: list[Tracker] = []
         if silent:
@@ -159,7 +165,7 @@ class Trackers:
         self.all = [MetricsFile(folder / "metrics.jsonl", keep_until), *others]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """What is not finite is left out: JSON has no word for it."""
+        """Log the finite values; JSON can't represent others."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         for tracker in self.all:
             tracker.log(step, finite)

@@ -1,8 +1,8 @@
-"""Processes that train together find each other, and notice when one is gone.
+"""Connect the processes that train together, and notice when one of them ends.
 
-Process 0 listens at the address until all have come, then JAX takes the port over. The connections
-stay open: the system closes those of a process that dies, whatever killed it, so that the others
-end with one line instead of waiting in a collective. Imports nothing heavy.
+Process 0 listens at the address until all have connected, then JAX takes over the port. The
+connections stay open: the operating system closes those of a process that dies, however it dies, so
+that the others end with one line instead of waiting in a collective. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -23,21 +23,26 @@ from typing import NamedTuple
 from mukv.core.errors import BadInput, Failed
 
 WAIT_SECONDS = 300.0
-"""A process waits for the others for so long."""
+"""Time that a process waits for the others to connect."""
 TELL_SECONDS = 5.0
-"""It says for whom after so long, and again every `TELL_AGAIN_SECONDS`."""
+"""Time after which it reports whom it waits for; it repeats that every `TELL_AGAIN_SECONDS`."""
 TELL_AGAIN_SECONDS = 60.0
 GRACE_SECONDS = 20.0
-"""After another process has failed, the time in which this one may end with an error of its own."""
+"""Time in which a process may end with its own error after another process has failed."""
 SETTLE_SECONDS = 5.0
-"""News of a process that is gone come within so long after the error that it causes."""
+"""Time within which a lost process is noticed after the error that its loss causes."""
 MOST_PROCESSES = 1 << 16
 EXAMPLE = "auto, or HOST:PORT,PROCESSES,NUMBER such as 10.0.0.1:9000,2,0"
 Tell = Callable[[str], None]
 
 
 class Place(NamedTuple):
-    """Address of process 0, number of processes, number of this one."""
+    """Position of this process in the job.
+
+    host, port: address of process 0
+    processes: number of processes
+    number: number of this process, from 0
+    """
 
     host: str
     port: int
@@ -51,12 +56,12 @@ class Place(NamedTuple):
 
 
 def parse(text: str) -> Place:
-    """From HOST:PORT,PROCESSES,NUMBER; an IPv6 address stands in brackets. Raises BadInput, also
-    for a host that has no address."""
-    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]]+):(\d{1,9}),(\d{1,9}),(\d{1,9})", text)
-    if found is None or not text.isascii():
+    """Parse HOST:PORT,PROCESSES,NUMBER; an IPv6 address is in brackets. Raises BadInput, also for a
+    host without an address."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]]+):(\d{1,9}),(\d{1,9}),(\d{1,9})", text)
+    if match is None or not text.isascii():
         raise BadInput("--distributed", text, EXAMPLE)
-    host, (port, processes, number) = found[1].strip("[]"), map(int, found.groups()[1:])
+    host, (port, processes, number) = match[1].strip("[]"), map(int, match.groups()[1:])
     if not 1 <= port <= 65535:
         raise BadInput("--distributed", text, "PORT goes from 1 to 65535")
     if not 1 <= processes <= MOST_PROCESSES:
@@ -66,16 +71,18 @@ def parse(text: str) -> Place:
     try:
         socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "no name of a host"
+        reason = getattr(error, "strerror", None) or "not a host name"
         raise BadInput("--distributed", text, f"a HOST that has an address ({reason})") from None
     return Place(host, port, processes, number)
 
 
 class Watch:
-    """The connections between processes. As a context: leaves in peace, or ends this process in
-    one line where another is gone.
+    """The connections between processes.
 
-    checkpoints: the folder whose newest checkpoint the line names.
+    As a context manager it tells the other processes how the block ended, and ends this process
+    with one line if another process is lost.
+
+    `checkpoints` is the folder whose newest checkpoint that line names.
     """
 
     def __init__(self, place: Place, peers: dict[int, socket.socket]):
@@ -96,24 +103,25 @@ class Watch:
             self._send("bye")
         elif isinstance(error, BadInput | Failed | KeyboardInterrupt | SystemExit):
             self._send("failed")
-            # Before JAX's own end, which would wait for those that have left, and abort.
+            # Runs before JAX's own exit handler, which would wait for processes that have ended,
+            # and abort.
             atexit.register(self._leave_after_others, getattr(error, "status", 1))
-        # An error of a collective comes a moment before or after the news of its cause.
+        # An error of a collective arrives shortly before or after the notice of its cause.
         elif self.noticed.wait(SETTLE_SECONDS):
             self.leave()
 
     def _leave_after_others(self, status: int) -> None:
-        """End this process once the others have failed too, or had the time to notice."""
+        """End this process once the others have failed too or had time to notice."""
         self.alone.wait(GRACE_SECONDS + SETTLE_SECONDS)
-        if self.place.number == 0:  # JAX aborts the others as soon as this one is gone
+        if self.place.number == 0:  # JAX aborts the others as soon as this process ends
             time.sleep(1)
         sys.stdout.flush()
         os._exit(status)
 
     def leave(self) -> None:
-        """End this process with one line on the one that is gone. JAX's own end would wait for
-        it, and abort."""
-        self.leaving.acquire()  # never given back: one thread says it
+        """End this process with one line that names the lost one. JAX's own exit handler would wait
+        for the lost process, and abort."""
+        self.leaving.acquire()  # never released: one thread prints the line
         sys.stdout.flush()
         os.write(2, f"error: {self.line()}\n".encode())
         os._exit(1)
@@ -143,25 +151,26 @@ class Watch:
         for number, peer in self.peers.items():
             peer.settimeout(None)
             selector.register(peer, selectors.EVENT_READ, number)
-        there = set(self.peers)
-        while there:
+        connected = set(self.peers)
+        while connected:
             for key, _ in selector.select():
                 try:
-                    said = os.read(key.fd, 256).decode(errors="replace").split()
+                    words = os.read(key.fd, 256).decode(errors="replace").split()
                 except OSError:
-                    said = []
-                known, word = key.data in there, said[0] if said else "lost"
-                relayed = int(said[1]) if len(said) > 1 and said[1].isdecimal() else None
+                    words = []
+                known, word = key.data in connected, words[0] if words else "lost"
+                relayed = int(words[1]) if len(words) > 1 and words[1].isdecimal() else None
                 if relayed is None:
-                    there.discard(key.data)
-                if not said:
+                    connected.discard(key.data)
+                if not words:
                     selector.unregister(key.fileobj)
                 if known and word != "bye":
                     self._notice(word, key.data if relayed is None else relayed)
         self.alone.set()
 
     def _notice(self, word: str, number: int) -> None:
-        """Another process has failed, or is lost: this one ends, unless it does so by itself."""
+        """Handle the failure or loss of another process: end this one, unless it ends by itself in
+        time."""
         if self.lost is not None:
             return
         self.lost = number
@@ -177,10 +186,10 @@ class Watch:
 
 
 def meet(place: Place, tell: Tell) -> Watch:
-    """Wait until all processes are there. tell: is given a line on whom is waited for.
+    """Wait until all processes have connected. tell: called with a line on whom this one waits for.
 
-    Raises BadInput where the port can't be had, and for a process of another plan; Failed where
-    not all have come after `WAIT_SECONDS`.
+    Raises BadInput if the port can't be used and for a process of another job, Failed if not all
+    have connected after `WAIT_SECONDS`.
     """
     peers = _gather(place, tell) if place.number == 0 else {0: _join(place, tell)}
     return Watch(place, peers)
@@ -188,7 +197,7 @@ def meet(place: Place, tell: Tell) -> Watch:
 
 @contextmanager
 def telling_wait(whom: str, tell: Tell) -> Iterator[None]:
-    """While the block runs, tell whom it waits for after 5 s, and again every minute."""
+    """Report whom the block waits for after 5 s, and again every minute."""
     over = threading.Event()
 
     def wait() -> None:
@@ -207,23 +216,24 @@ def telling_wait(whom: str, tell: Tell) -> Iterator[None]:
 
 
 def _patience(place: Place, missing: Callable[[], str], tell: Tell) -> Callable[[], None]:
-    """A function to be called while waiting: it tells for whom, and gives up in the end."""
-    began, told = time.monotonic(), [TELL_SECONDS]
+    """Return a function to call while waiting: it reports who is missing, and raises Failed at the
+    end."""
+    began, next_report = time.monotonic(), [TELL_SECONDS]
 
     def check() -> None:
         waited = time.monotonic() - began
         if waited > WAIT_SECONDS:
             reason = f"{missing()} did not come to {place.address} in {WAIT_SECONDS:.0f} s"
             raise Failed(f"--distributed: {reason}")
-        if waited > told[0]:
-            told[0] = waited + TELL_AGAIN_SECONDS
+        if waited > next_report[0]:
+            next_report[0] = waited + TELL_AGAIN_SECONDS
             tell(f"waiting for {missing()} at {place.address} (up to {WAIT_SECONDS:.0f} s)")
 
     return check
 
 
 def _gather(place: Place, tell: Tell) -> dict[int, socket.socket]:
-    """What process 0 does: take a connection of each other process, then let all go on."""
+    """Accept a connection from each other process, then let all continue. Runs in process 0."""
     peers: dict[int, socket.socket] = {}
 
     def missing() -> str:
@@ -262,15 +272,15 @@ def _gather(place: Place, tell: Tell) -> dict[int, socket.socket]:
 def _introduced(
     peer: socket.socket, place: Place, known: dict[int, socket.socket]
 ) -> tuple[int | None, str]:
-    """The number of a process that has connected, or None and why it is not taken."""
+    """Return the number of a process that has connected, or None and why it is refused."""
     peer.settimeout(2)
     try:
-        said = peer.recv(64).decode().split()
-        word, number, processes = said[0], int(said[1]), int(said[2])
+        words = peer.recv(64).decode().split()
+        word, number, processes = words[0], int(words[1]), int(words[2])
     except (OSError, ValueError, IndexError):
         return None, "not a process of mukv"
     if word != "mukv" or processes != place.processes:
-        return None, f"process 0 was told of {place.processes} processes"
+        return None, f"process 0 was started for {place.processes} processes"
     if not 1 <= number < processes or number in known:
         return None, f"there is another process {number}"
     return number, ""
@@ -284,7 +294,7 @@ def _say(peer: socket.socket, line: str) -> None:
 
 
 def _join(place: Place, tell: Tell) -> socket.socket:
-    """What any other process does: connect to process 0, and wait until it says go."""
+    """Connect to process 0 and wait until it sends "go". Runs in all other processes."""
     here = False
 
     def missing() -> str:
@@ -299,24 +309,24 @@ def _join(place: Place, tell: Tell) -> socket.socket:
             time.sleep(0.2)
             continue
         _say(peer, f"mukv {place.number} {place.processes}")
-        here, said = True, b""
+        here, reply = True, b""
         peer.settimeout(0.5)
-        while not said:
+        while not reply:
             check()
             try:
-                said = peer.recv(256)
+                reply = peer.recv(256)
             except TimeoutError:
                 continue
             except OSError:
-                said = b""
-            if not said:  # closed: process 0 left, or something else listens there
+                reply = b""
+            if not reply:  # closed: process 0 ended, or another program listens there
                 break
-        words = said.decode(errors="replace").strip()
+        words = reply.decode(errors="replace").strip()
         if words == "go":
             return peer
         peer.close()
         if words.startswith("no "):
-            allowed = f"one that fits with process 0: {words[3:]}"
+            allowed = f"must fit process 0: {words[3:]}"
             raise BadInput("--distributed", f"{place.address}, process {place.number}", allowed)
         here = False
         time.sleep(0.5)

@@ -1,9 +1,9 @@
-"""One training step, and what it needs: the state, the optimizer, the sharding of both.
+"""One training step: the state, the optimizer and their sharding.
 
-A step is a pure function of (state, batch): gradients of the summed loss over all pieces of the
-batch, divided by its weight, clipped, applied. A step whose loss or gradient is not finite leaves
-the state as it was, and so do all after it, so that the failure can be looked at where it
-happened. `loop.py` runs it.
+A step is a pure function of (state, batch). It sums loss and gradient over all pieces of the batch,
+divides by the weight, clips and applies the update. If loss or gradient is not finite, this step
+and all later ones leave the state unchanged, so that the failure can be examined where it happened.
+`loop.py` runs the steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ Batch = Mapping[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """weights and optimizer state in float32; step: updates done."""
+    """Training state.
+
+    weights: float32
+    optimizer: state of the optimizer, float32
+    step: updates done, int32 scalar
+    """
 
     weights: Any
     optimizer: Any
@@ -43,8 +48,13 @@ class State:
 
 
 class Metrics(NamedTuple):
-    """Of one step. loss: nats per token before the update. counts: what the model counts, per
-    token."""
+    """Metrics of one step.
+
+    loss: nats per token, before the update
+    gradient_norm: Euclidean norm of the whole gradient, before clipping
+    learning_rate: that of the schedule
+    counts: what the model counts, per token
+    """
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
@@ -55,7 +65,7 @@ class Metrics(NamedTuple):
 class Trainer:
     """The compiled functions of one model, training plan and mesh.
 
-    share: which of how many shares of each batch this process reads (`host`, `hosts`).
+    `share` says which share of each batch this process reads (`host` of `hosts`).
     """
 
     def __init__(self, model: LanguageModel, training: Training, mesh: Mesh):
@@ -83,25 +93,25 @@ class Trainer:
         self.validate = jax.jit(self.validation_sums, out_shardings=replicated(mesh))
 
     def step(self, state: State, step: int, batch: Batch) -> tuple[State, Metrics]:
-        """The update number `step`, counted from 0; the given state is used up."""
+        """Do update number `step`, counted from 0; the given state is donated."""
         result = self._compiled_step(state, step, batch)
         if jax.default_backend() == "cpu" and self.mesh.size > 1:
-            # Simulated devices share one pool of threads. A second program in flight can hold
-            # the threads that the first needs to finish a collective: a deadlock.
+            # Simulated devices share one pool of threads. A second program in flight can occupy the
+            # threads that the first needs to finish a collective: a deadlock.
             jax.block_until_ready(result)
         return result
 
     def compile(self, batch: Any) -> Any:
-        """The compiled step for batches of these shapes, which `step` then takes.
+        """Compile the step for batches of these shapes; `step` then uses the result.
 
-        batch: `jax.ShapeDtypeStruct` by field, with shardings.
+        batch: `jax.ShapeDtypeStruct` by field, with shardings
         """
         with jax.set_mesh(self.mesh):
             self._compiled_step = self._step.lower(self.abstract_state(), 0, batch).compile()
         return self._compiled_step
 
     def abstract_state(self) -> State:
-        """Shapes and shardings of the state, nothing allocated."""
+        """Return shapes and shardings of the state without allocating it."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             jax.eval_shape(self.draw, jax.random.key(0)),
@@ -109,13 +119,13 @@ class Trainer:
         )
 
     def initial_state(self, seed: int | None = None) -> State:
-        """Weights drawn from the seed (default: that of the training), each device its own part."""
+        """Draw weights from a seed (None: that of the training plan), each device its own shard."""
         with jax.set_mesh(self.mesh):
             key = jax.random.key(self.training.seed if seed is None else seed)
             return jax.jit(self.draw, out_shardings=self.shardings())(key)
 
     def state_of(self, weights: Any) -> State:
-        """A state before the first update that begins with these weights, of any type."""
+        """Make the state before the first update from these weights, of any dtype."""
 
         def begin(weights: Any) -> State:
             wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
@@ -125,14 +135,14 @@ class Trainer:
             return jax.jit(begin, out_shardings=self.shardings())(weights)
 
     def shardings(self) -> State:
-        """Where each part of the state lies."""
+        """Return the sharding of each part of the state."""
         weights, whole = weight_shardings(self.declared, self.mesh), replicated(self.mesh)
         shapes = params.abstract(self.declared)
         shaped = {name: leaf.shape for name, leaf in params.named(shapes).items()}
         placed = params.named(weights)
 
         def place(path: Any, leaf: Any) -> Any:
-            # A part of the optimizer's state belongs to the weight that its path ends with.
+            # A leaf of the optimizer's state belongs to the weight whose name its path ends with.
             for start in range(len(path)):
                 name = jax.tree_util.keystr(path[start:], simple=True, separator=".")
                 if shaped.get(name) == leaf.shape:
@@ -143,7 +153,9 @@ class Trainer:
         return State(weights, jax.tree.map_with_path(place, state), whole)
 
     def put(self, batch: Any) -> Batch:
-        """This process's `share` of a batch (numpy) as part of the global arrays on the mesh."""
+        """Turn this process's `share` of a batch (NumPy) into its shards of global arrays on the
+        mesh.
+        """
         sharding = batch_sharding(self.mesh)
         return {
             name: jax.make_array_from_process_local_data(sharding, getattr(batch, name))
@@ -151,20 +163,23 @@ class Trainer:
         }
 
     def learning_rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        """Compute the schedule's learning rate of update number `step`."""
         training = self.training
         tokens = training.batch * training.length
         plan = Plan(training.learning_rate, training.steps, tokens)
         return training.schedule.rate(step, plan)
 
     def blame(self, state: State, batch: Batch) -> str:
-        """Where the first number that is not finite appears, forward and then backward."""
+        """Name the place where the first number that is not finite appears, forward and then
+        backward.
+        """
         with jax.set_mesh(self.mesh):
             seen = jax.jit(self._finite)(state.weights, batch)
             for name, finite in seen.items():
                 if not finite:
                     return f"the output of {name}"
             gradient = jax.jit(jax.grad(self._objective, has_aux=True))(state.weights, batch)[0]
-            # Gradients flow from the last layer to the first: the last bad one is the cause.
+            # Gradients flow from the last layer to the first, so the last bad one is the cause.
             broken = [
                 name
                 for name, leaf in params.named(gradient).items()
@@ -175,9 +190,8 @@ class Trainer:
     # Traced
 
     def draw(self, key: Array) -> State:
-        """A state before the first update."""
-        deviations = jax.tree.map(lambda weight: weight.deviation, self.resolved)
-        weights = params.initialise(self.declared, deviations, key)
+        """Draw the state before the first update."""
+        weights = self.model.draw(key)
         return State(weights, self.optimizer.init(weights), jnp.zeros((), jnp.int32))
 
     def _objective(self, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Losses]:
@@ -195,7 +209,7 @@ class Trainer:
     def validation_sums(
         self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"]
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-        """Summed loss in nats, number of tokens, number of bytes that they stand for."""
+        """Compute the summed loss (nats), the number of tokens, and the number of their bytes."""
         counted = batch["weight"] > 0
         read = jnp.where(counted, token_bytes[batch["targets"]], 0)
         # Float32 counts exactly up to 2**24, far beyond one batch.
@@ -208,11 +222,12 @@ class Trainer:
         return {name: jnp.isfinite(value).all() for name, value in taps.items()}
 
     def _gradient(self, weights: Any, batch: Batch) -> tuple[Losses, Any]:
-        """Summed losses of the whole batch, and the gradient of the objective.
+        """Compute the summed losses of the whole batch and the gradient of the objective.
 
-        On a CPU whose devices only split the batch, each works through its rows by itself and
-        the sums are added up: the layouts that make products fast there (core/linear.py) are
-        opaque to the partitioner. 1.4 times faster; elsewhere the partitioner does it all.
+        On a CPU whose devices only split the batch, each device processes its rows by itself and
+        the sums are added: the partitioner can't see through the layouts that make matrix products
+        fast there (core/linear.py). This is 1.4 times faster. Elsewhere the partitioner does
+        everything.
         """
         mesh = self.mesh
         if jax.default_backend() != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
@@ -228,7 +243,7 @@ class Trainer:
         )(weights, dict(batch))
 
     def _accumulated(self, weights: Any, batch: Batch) -> tuple[Losses, Any]:
-        """The same, piece after piece of the batch."""
+        """Compute the same with the batch cut into `accumulate` pieces, one after another."""
         pieces = self.training.accumulate
 
         def losses_and_gradient(weights: Any, batch: Batch) -> tuple[Losses, Any]:
@@ -241,7 +256,7 @@ class Trainer:
             return losses_and_gradient(weights, batch)
 
         def split(array: Array) -> Array:
-            # Row r goes to piece r modulo pieces: every device keeps the rows that it has.
+            # Row r goes to piece r modulo pieces, so that every device keeps its own rows.
             return array.reshape(-1, pieces, *array.shape[1:]).swapaxes(0, 1)
 
         def add(total: Any, piece: Batch) -> tuple[Any, None]:
@@ -253,7 +268,7 @@ class Trainer:
         return total
 
     def update(self, state: State, step: Int[Array, ""], batch: Batch) -> tuple[State, Metrics]:
-        """The update number `step` (counted from 0); does nothing unless it is the next one."""
+        """Do update number `step` (counted from 0); do nothing unless it is the next one."""
         training = self.training
         losses, gradient = self._gradient(state.weights, batch)
         weight = jnp.maximum(jnp.sum(batch["weight"]), 1.0)

@@ -1,4 +1,4 @@
-"""Stop signals: SIGTERM and SIGINT ask a training loop to save and leave."""
+"""Stop signals: SIGTERM and SIGINT make a training loop save a checkpoint and stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-    """SIGTERM or SIGINT asks the loop to save and leave; a second one leaves at once."""
+    """Records SIGTERM or SIGINT; a second one has its usual effect at once."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -32,7 +32,9 @@ class StopSignal:
         signal.signal(number, self.before[number])
 
     def agreed(self) -> bool:
-        """Whether any process was asked; all processes must ask this together."""
+        """Whether any process received a signal. A collective: all processes must call
+        it together.
+        """
         mine = np.asarray(self.name is not None)
         if jax.process_count() == 1:
             return bool(mine)

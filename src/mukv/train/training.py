@@ -1,4 +1,4 @@
-"""The plan of a training run: what `train` says in a configuration."""
+"""The training plan: the section `train` of a configuration."""
 
 from __future__ import annotations
 
@@ -16,14 +16,24 @@ from mukv.scaling.schedules import AnySchedule, Cosine
 class Training:
     """How a model is trained.
 
-    start: weights to begin with: a run directory, or a folder of Hugging Face's; None to draw
-    them. batch: rows per step over all devices. length: tokens per row. learning_rate: the peak.
-    budget: batch and tokens that the numbers were tuned at; None for those given here.
-    clip_norm: largest norm of the whole gradient; None for no limit. accumulate: pieces that a
-    batch is worked through in. *_every: in steps, None for only at the end. keep_last,
-    keep_best: checkpoints. validation_batches: how much of the validation text is looked at,
-    None for all. profile: write a profile of the steps 10 to 15. trackers: where metrics go
-    besides metrics.jsonl.
+    start: initial weights: a run directory or a Hugging Face folder; None draws them
+    steps: number of updates
+    seed: of weights and data order, 32 bits
+    batch: rows per step over all devices
+    length: tokens per row
+    learning_rate: the peak
+    schedule, optimizer: their configurations
+    budget: batch and tokens that the hyperparameters were tuned for; None means those of this run
+    clip_norm: largest norm of the whole gradient; None means no limit
+    accumulate: pieces into which a batch is cut to save memory
+    compute: dtypes and cores
+    log_every: steps between two records of metrics
+    evaluate_every: steps between two validations; None means only at the end
+    validation_batches: validation batches at most; None means all
+    checkpoint_every: steps between two checkpoints; None means only at the end
+    keep_last, keep_best: number of newest and of best checkpoints that are kept
+    profile: whether steps 10 to 15 are profiled
+    trackers: where metrics go besides metrics.jsonl
     """
 
     start: str | None = None
@@ -66,7 +76,9 @@ class Training:
 
     @property
     def effective(self) -> Training:
-        """With the numbers that follow for this batch and number of tokens."""
+        """The plan with the hyperparameters that `budget` gives for this batch and number of
+        tokens.
+        """
         if self.budget is None:
             return self
         tokens = self.batch * self.length

@@ -1,1 +1,1 @@
-"""Searching for hyperparameters and checking that they transfer across widths."""
+"""Search hyperparameters, and test whether they transfer across widths."""

@@ -1,9 +1,9 @@
-"""The coordinate check: how fast activations change in the first steps, against the width.
+"""The coordinate check: how the change of activations in the first steps depends on the width.
 
-Where a parameterisation lets hyperparameters transfer, the change of every activation since the
-start is as large in a wide model as in a narrow one: the slope of its logarithm against that of
-the width is near zero (Yang et al. 2022, appendix D.1; bounds and slopes with their uncertainty
-are ours). One batch is repeated, at a constant and large learning rate.
+If hyperparameters transfer, the change of every activation since the start is equally large in a
+wide and a narrow model: the slope of its logarithm against that of the width is near zero (Yang et
+al. 2022, appendix D.1; bounds and intervals of slopes are ours). One batch is repeated, at a
+constant and large learning rate.
 """
 
 from __future__ import annotations
@@ -32,19 +32,25 @@ from mukv.train.training import Training
 
 LIMIT = 0.2
 LOGITS_LIMIT = 0.35
-"""Largest slopes that pass; logits start smaller than they become."""
+"""Largest absolute slopes that pass, of most activations and of logits; logits are smaller at the
+start than later."""
 SIGMAS = 2.0
 """Half the width of a slope's interval, in standard errors."""
 INSIDE_A_HEAD = (".weights", ".query", ".key", ".value")
-"""Taps that are not checked: the logits tell of queries and keys, what is read of the values."""
+"""Taps that are not checked: the logits cover queries and keys, the attention output
+covers values."""
 LEARNING_RATE = 2.0**-7
 
 
 @dataclass(frozen=True)
 class Slope:
-    """Of one activation: d log2 change / d log2 width after the last step, with its interval,
-    and the root mean square of the change by width: mean and deviation over seeds (none of one
-    seed)."""
+    """Slope of one activation's change: d log2 change / d log2 width after the last step.
+
+    slope, low, high: the slope and its interval
+    limit: largest absolute slope that passes
+    changes: root mean square of the change by width, mean over seeds
+    deviations: standard deviation over seeds by width; empty for one seed
+    """
 
     name: str
     slope: float
@@ -56,11 +62,13 @@ class Slope:
 
     @property
     def passed(self) -> bool:
+        """Whether the absolute slope is at most the limit."""
         return abs(self.slope) <= self.limit
 
     @property
     def sure(self) -> bool:
-        """Whether its whole interval lies beyond the limit or the slope within it."""
+        """Whether the verdict is certain: the slope passes, or its whole interval is beyond the
+        limit."""
         return self.passed or self.low > self.limit or self.high < -self.limit
 
 
@@ -73,12 +81,14 @@ def check(
     steps: int = 10,
     learning_rate: float = LEARNING_RATE,
 ) -> list[Slope]:
-    """Train at each width and seed, and fit. batch: of `training.batch` rows.
+    """Train at each width with each seed, and fit the slopes.
 
-    The base is the model's, or else the narrowest of the widths: there the learning rate is what
-    it says, and no width has a larger one.
+    batch: `training.batch` rows
 
-    Raises BadInput for widths that can't be compared or that break a size of the model.
+    The base is the model's, or else the narrowest of the widths. At the base the learning rate is
+    `learning_rate`, and no other width has a larger one.
+
+    Raises BadInput for widths that can't be compared or do not fit a size of the model.
     """
     if len(set(widths)) < 2:
         raise BadInput("widths", list(widths), "at least two different ones")
@@ -105,20 +115,20 @@ def check(
 
 
 def changes(trainer: Trainer, batch: Any, seed: int) -> dict[str, float]:
-    """Root mean square of what each activation became minus what it was, by name."""
-    style = jax.jit(lambda weights: _activations(trainer, weights, batch))
+    """Compute the root mean square of each activation's change, by name."""
+    activations = jax.jit(lambda weights: _activations(trainer, weights, batch))
     distance = jax.jit(lambda after, before: jax.tree.map(_distance, after, before))
     with jax.set_mesh(trainer.mesh):
         state = trainer.initial_state(seed)
-        before = style(state.weights)
+        before = activations(state.weights)
         for step in range(trainer.training.steps):
             state, _ = trainer.step(state, step, batch)
-        found = distance(style(state.weights), before)
-    return {name: float(value) for name, value in found.items()}
+        change = distance(activations(state.weights), before)
+    return {name: float(value) for name, value in change.items()}
 
 
 def fit(name: str, seen: Mapping[int, Sequence[Mapping[str, float]]]) -> Slope:
-    """Least squares over all widths and seeds."""
+    """Fit a slope by least squares over all widths and seeds."""
     points = [(np.log2(width), np.log2(row[name])) for width, rows in seen.items() for row in rows]
     slope, error = statistics.line(points)
     return Slope(
@@ -147,14 +157,14 @@ def _activations(trainer: Trainer, weights: Any, batch: Any) -> dict[str, Array]
 
 
 def _distance(after: Array, before: Array) -> Array:
-    # Masked pairs have infinite logits, before and after.
+    # Masked pairs have infinite logits, before and after; leave them out.
     seen = jnp.isfinite(before)
     change = jnp.where(seen, after, 0.0).astype(jnp.float32) - jnp.where(seen, before, 0.0)
     return jnp.sqrt(jnp.sum(change**2) / jnp.sum(seen))
 
 
 def draw(slopes: Sequence[Slope], path: Path, title: str) -> None:
-    """Change against width, a panel for each kind of activation."""
+    """Draw the change against the width, with a panel for each kind of activation."""
     kinds: dict[str, list[Slope]] = {}
     for each in slopes:
         kind = each.name.split(".")[-1]
@@ -176,17 +186,17 @@ def draw(slopes: Sequence[Slope], path: Path, title: str) -> None:
                 style |= {"linestyle": "-" if each.passed else "--", "ms": 4, "capsize": 2}
                 widths, means = list(each.changes), list(each.changes.values())
                 bars = [each.deviations[width] for width in widths] if each.deviations else None
-                # Downwards no further than a logarithm goes.
+                # Lower ends stay positive, for the logarithmic axis.
                 bars = bars and [[min(b, m / 2) for b, m in zip(bars, means, strict=True)], bars]
                 axes.errorbar(widths, means, bars, label=f"{name} {each.slope:+.2f}", **style)
             axes.set_yscale("log", base=2)
             powers(axes.xaxis, [width for each in group for width in each.changes])
-            # A flat line must style flat: never less than a few octaves.
+            # A flat line must look flat, so show at least four octaves.
             middle = np.sqrt(np.prod(axes.get_ylim()))
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, middle / 4), max(high, middle * 4))
             axes.set(title=kind, xlabel="width")
             axes.grid(alpha=0.3)
-            # Below its own panel: the numbers differ from one to the next.
+            # Each panel has its own legend, because the numbers differ.
             axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         panels[0].set_ylabel("RMS change since the start")

@@ -1,6 +1,6 @@
-"""What a sweep may try: `key=LOW..HIGH[:log][:COUNT]`, or `key=A,B,C`.
+"""Parse the search space of a sweep: `key=LOW..HIGH[:log][:COUNT]`, or `key=A,B,C`.
 
-Anything else is an ordinary override and holds for every trial.
+Everything else is an ordinary override and holds for all trials.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ FORM = "LOW..HIGH, LOW..HIGH:log, LOW..HIGH:log:COUNT, or values separated by co
 
 @dataclass(frozen=True)
 class Interval:
-    """Numbers from low to high; on a logarithmic scale, or whole. count: how many of them a grid
-    has."""
+    """Numbers from low to high.
+
+    log: whether the scale is logarithmic
+    count: number of values in a grid; None if it has none
+    """
 
     low: float
     high: float
@@ -35,39 +38,43 @@ class Interval:
 
     @property
     def whole(self) -> bool:
+        """Whether its numbers are integers."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     @property
     def values(self) -> tuple[Any, ...] | None:
-        """Of a grid, if it says how many."""
+        """The values of the grid; None if it has no count."""
         if self.count is None:
             return None
         shares = np.linspace(0, 1, self.count).tolist()
         return tuple(dict.fromkeys(self.at(share) for share in shares))
 
     def at(self, share: float) -> float:
-        """The number at a share of the way."""
+        """Return the number at a fraction of the way from low to high."""
         if self.log:
-            found = self.low * (self.high / self.low) ** share
+            value = self.low * (self.high / self.low) ** share
         else:
-            found = self.low + (self.high - self.low) * share
-        return round(found) if self.whole else found
+            value = self.low + (self.high - self.low) * share
+        return round(value) if self.whole else value
 
     def suggest(self, trial: Any, name: str) -> Any:
+        """Let an Optuna trial choose a value."""
         pick = trial.suggest_int if self.whole else trial.suggest_float
         return pick(name, self.low, self.high, log=self.log)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values."""
+    """One of several values."""
 
     values: tuple[Any, ...]
 
     def at(self, share: float) -> Any:
+        """Return the value at a fraction of the way through the values."""
         return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
 
     def suggest(self, trial: Any, name: str) -> Any:
+        """Let an Optuna trial choose a value."""
         return trial.suggest_categorical(name, self.values)
 
 
@@ -75,18 +82,19 @@ Space = dict[str, Interval | Choice]
 
 
 def split(given: Sequence[str]) -> tuple[Space, list[str]]:
-    """What is to be searched, by key, and the overrides that hold for all. Raises BadInput."""
+    """Split arguments into the search space, by key, and the overrides that hold for all trials.
+    Raises BadInput."""
     space: Space = {}
     fixed: list[str] = []
     for item in given:
         key, equals, text = item.partition("=")
-        found = _range(key, text) if equals else None
-        if found is None:
+        part = _range(key, text) if equals else None
+        if part is None:
             fixed.append(item)
         elif key in space:
-            raise BadInput(key, text, "once only")
+            raise BadInput(key, text, "a key may be given only once")
         else:
-            space[key] = found
+            space[key] = part
     if not space:
         raise BadInput("sweep", " ".join(given) or "no range", f"at least one key={FORM}")
     return space, fixed
@@ -97,10 +105,14 @@ MOST_SEEDS = 64
 
 
 def without_seeds(space: Space, seed: int) -> tuple[Space, tuple[int, ...]]:
-    """The space without `train.seed`, and the seeds that each of its points is trained with.
+    """Return the space without `train.seed`, and the seeds with which each of its points is
+    trained.
 
-    A seed is not chosen but averaged over: the best of several seeds is a lucky one. seed: the
-    only one where the space names none. Raises BadInput for seeds that are no whole numbers.
+    A seed is averaged over, not chosen: the best of several seeds is a matter of luck.
+
+    seed: the only seed if the space has none
+
+    Raises BadInput for seeds that are not whole numbers.
     """
     part = space.get(SEED)
     if part is None:
@@ -117,8 +129,8 @@ def without_seeds(space: Space, seed: int) -> tuple[Space, tuple[int, ...]]:
 
 
 def at_edge(part: Interval | Choice, value: Any) -> bool:
-    """Whether a number lies at an end of what was searched: the best may be beyond. Values
-    without an order have no end."""
+    """Whether a value is at an end of the searched range, so that the best one may be beyond it.
+    Values without an order have no ends."""
     if isinstance(part, Interval) and part.values is None:
         share = (value - part.low) / (part.high - part.low)
         if part.log:
@@ -143,7 +155,7 @@ def _range(key: str, text: str) -> Interval | Choice | None:
         if isinstance(value, dict | list) or value is None:
             raise BadInput(key, text, "plain values between the commas")
     if len(set(values)) < len(values):
-        raise BadInput(key, text, "different values")
+        raise BadInput(key, text, "distinct values")
     return Choice(values)
 
 
@@ -184,7 +196,7 @@ def _parts(text: str) -> list[str]:
 
 
 def grid(space: Space) -> list[dict[str, Any]]:
-    """Every combination. Raises BadInput for an interval that does not say how many."""
+    """Return every combination. Raises BadInput for an interval without a count."""
     for name, part in space.items():
         if part.values is None:
             given = f"{part.at(0)}..{part.at(1)}"
@@ -194,7 +206,7 @@ def grid(space: Space) -> list[dict[str, Any]]:
 
 
 def random(space: Space, seed: int) -> Iterator[dict[str, Any]]:
-    """Points without end; number i depends on the seed and i alone."""
+    """Yield points without end; point i depends only on the seed and i."""
     number = 0
     while True:
         shares = np.random.default_rng([seed, number]).random(len(space)).tolist()
@@ -204,5 +216,6 @@ def random(space: Space, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def corners(space: Space) -> list[dict[str, Any]]:
-    """Both ends of everything: what can be checked before any trial."""
+    """Return the points at the low ends and at the high ends of all ranges, to be checked before
+    any trial."""
     return [{name: part.at(share) for name, part in space.items()} for share in (0.0, 1.0)]

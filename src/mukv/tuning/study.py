@@ -1,8 +1,8 @@
 """A study that several processes and machines share, over Optuna and its database.
 
-All points of a study are put into the queue when it begins; one that is killed gives its point
-back: whoever notices that a trial has shown no life for a while fails it and queues the point
-again. Of two trials of one point the older counts, so that nothing needs a lock.
+All points of a study are queued when it begins. If a process is killed, its points return to the
+queue: any worker that sees a trial without a heartbeat for a while marks it as failed and queues
+its point again. Of two trials of one point the older counts, so that no lock is needed.
 """
 
 from __future__ import annotations
@@ -34,18 +34,24 @@ PRUNERS = {
     "halving": optuna.pruners.SuccessiveHalvingPruner,
 }
 POINT, ALIVE, FACTS = "point", "alive", "sweep"
-"""Names of what is kept with a trial (the point that it tries; when it last showed life) and with
-a study (what it is of)."""
+"""Names of attributes of a trial (its point; time of its last heartbeat) and of a study (its
+facts)."""
 ATTEMPTS = 6
 AT_ONCE, ROUNDS = 16, 8
-"""Points that a worker takes at a time; of a sampler that learns, in how many rounds at least."""
+"""Points that a worker takes at once, at most; and the least number of rounds of a sampler that
+learns."""
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a space is searched. patience: seconds without life after which a trial counts as
-    killed."""
+    """How a space is searched.
+
+    sampler: name of the sampler
+    pruner: name of Optuna's pruner
+    trials: number of points
+    patience: seconds without a heartbeat after which a trial counts as killed
+    """
 
     sampler: str = "random"
     pruner: str = "none"
@@ -65,16 +71,17 @@ class Settings:
 
     @property
     def at_once(self) -> int:
-        """Points that a worker takes from the queue at a time: few of a sampler that learns from
-        what came of those before."""
+        """Number of points that a worker takes at once: few for a sampler that learns from earlier
+        ones."""
         return min(AT_ONCE, max(1, self.trials // ROUNDS)) if self.learns else AT_ONCE
 
     @property
     def learns(self) -> bool:
+        """Whether the sampler uses results of earlier points."""
         return self.sampler in ("tpe", "gp")
 
     def points(self, space: Space) -> list[dict[str, Any]]:
-        """What the queue begins with; nothing of a point that is left to the sampler."""
+        """Return the points that are queued at the start; empty ones where the sampler chooses."""
         if self.sampler == "grid":
             return grid(space)
         if self.sampler == "random":
@@ -84,7 +91,12 @@ class Settings:
 
 @dataclass
 class Study:
-    """facts: what the study is of, by name; a study of other facts is refused."""
+    """A study in a database.
+
+    storage: URL of the database
+    facts: configuration of the study by name; a study with other facts is refused
+    mine: running trials of this worker, by number
+    """
 
     storage: str
     name: str
@@ -101,14 +113,14 @@ class Study:
             self.study = self._joined()
         except ImportError as error:
             raise BadInput("--storage", self.storage, f"needs a package: {error}") from error
-        except Exception as error:  # SQLAlchemy's many
+        except Exception as error:  # SQLAlchemy raises many types
             reason = str(error).splitlines()[0]
             raise BadInput("--storage", self.storage, f"a database ({reason})") from error
         self._require_same()
 
     def _joined(self) -> optuna.Study:
         lite = self.storage.startswith("sqlite:")
-        # Writers of one file wait for each other.
+        # Let writers of one SQLite file wait for each other.
         waiting = {"connect_args": {"timeout": 120}} if lite else {}
         for attempt in range(ATTEMPTS):
             try:
@@ -123,7 +135,7 @@ class Study:
                     load_if_exists=True,
                 )
             except DBAPIError:
-                # Workers that begin together all create the tables; all but one are refused.
+                # Of workers that start together and create the tables, all but one get an error.
                 if attempt == ATTEMPTS - 1:
                     raise
                 time.sleep(0.2 * 2**attempt)
@@ -146,8 +158,8 @@ class Study:
 
     def _sampler(self, point: int) -> optuna.samplers.BaseSampler:
         seed = self.settings.seed + point
-        # Drawn at random before the sampler has something to learn from; Optuna's 10 would be
-        # most of a short study.
+        # Number of random points before the sampler learns; Optuna's 10 would be most of a short
+        # study.
         first = min(10, max(2, self.settings.trials // 3))
         if self.settings.sampler == "tpe":
             return optuna.samplers.TPESampler(n_startup_trials=first, seed=seed)
@@ -160,16 +172,16 @@ class Study:
     # The queue
 
     def trials(self) -> list[FrozenTrial]:
-        """Those that count: the oldest of each point that has not failed, by point."""
-        found: dict[int, FrozenTrial] = {}
+        """Return the trials that count, by point: the oldest of each point that has not failed."""
+        oldest: dict[int, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False):
             point = trial.user_attrs.get(POINT)
             if trial.state != TrialState.FAIL and point is not None:
-                found.setdefault(point, trial)
-        return [found[point] for point in sorted(found)]
+                oldest.setdefault(point, trial)
+        return [oldest[point] for point in sorted(oldest)]
 
     def heal(self) -> None:
-        """Queue every point that has no trial, or whose trial shows no life."""
+        """Queue every point without a trial, or whose trial has no heartbeat."""
         now = time.time()
         drawn: dict[int, dict[str, Any]] = {}
         for trial in self.study.get_trials(deepcopy=False):
@@ -180,19 +192,19 @@ class Study:
                     self._fail(trial.number)
             if trial.params and point is not None:
                 drawn[point] = trial.params
-        there = {trial.user_attrs[POINT] for trial in self.trials()}
+        queued = {trial.user_attrs[POINT] for trial in self.trials()}
         for point, given in enumerate(self.points):
-            if point not in there:
+            if point not in queued:
                 self.study.enqueue_trial(given or drawn.get(point, {}), user_attrs={POINT: point})
 
     def take(self, count: int) -> list[tuple[Trial, dict[str, Any]]]:
-        """Up to `count` points of the queue, with a value for each key."""
+        """Take up to `count` points of the queue, each with a value for every key."""
         taken: list[tuple[Trial, dict[str, Any]]] = []
         while len(taken) < count and self._waiting():
             trial = self.study.ask()
             point = trial.user_attrs.get(POINT)
             if point is None or not any(each.number == trial.number for each in self.trials()):
-                # Another was quicker: a trial of nothing, or of a point that has one.
+                # Another worker was faster: the trial has no point, or its point has a trial.
                 self._fail(trial.number)
                 continue
             self.mine[trial.number] = trial
@@ -203,8 +215,8 @@ class Study:
         return taken
 
     def report(self, trial: Trial, value: float, step: int) -> bool:
-        """Tell of a trial in progress; whether it should go on: it may lag, or have been taken
-        over by another who saw no life in it."""
+        """Report the value of a running trial; return whether it should continue. It should not if
+        it is pruned, or if another worker has taken over its point."""
         try:
             trial.report(value, step)
         except UpdateFinishedTrialError:
@@ -212,13 +224,14 @@ class Study:
         return not trial.should_prune()
 
     def note(self, trial: Trial, name: str, value: Any) -> None:
-        """Keep something with a trial. Nothing if another has taken it over."""
+        """Store an attribute of a trial. Does nothing if another worker has taken over
+        its point."""
         with suppress(UpdateFinishedTrialError):
             trial.set_user_attr(name, value)
 
     def tell(self, trial: Trial, value: float | None, why: str | None = None) -> None:
-        """How a trial ended: with a value, or with none and the reason. Nothing if another has
-        taken it over."""
+        """End a trial with a value, or without one and with the reason. Does nothing if another
+        worker has taken over its point."""
         try:
             if why is not None:
                 trial.set_user_attr("reason", why)
@@ -229,16 +242,17 @@ class Study:
         self.mine.pop(trial.number, None)
 
     def give_back(self, trial: Trial) -> None:
-        """Leave a point to be queued again."""
+        """Fail a trial, so that its point is queued again."""
         self._fail(trial.number)
 
     def finished(self) -> bool:
-        found = self.trials()
-        return len(found) >= len(self.points) and all(trial.state in DONE for trial in found)
+        """Whether all points have a completed or pruned trial."""
+        trials = self.trials()
+        return len(trials) >= len(self.points) and all(trial.state in DONE for trial in trials)
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Shows life of the trials that are in hand, from a thread of its own."""
+        """Send heartbeats of this worker's trials from a thread while the block runs."""
         over = threading.Event()
 
         def beat() -> None:
@@ -246,7 +260,7 @@ class Study:
                 for trial in list(self.mine.values()):
                     try:
                         trial.set_user_attr(ALIVE, time.time())
-                    except Exception:  # finished in this moment, or the database is away a while
+                    except Exception:  # just finished, or the database is temporarily unavailable
                         continue
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -257,7 +271,7 @@ class Study:
             over.set()
             thread.join()
             for number in list(self.mine):
-                # Whoever leaves gives back what it has not done.
+                # Return unfinished points to the queue.
                 self._fail(number)
 
     def _waiting(self) -> Sequence[FrozenTrial]:
@@ -265,29 +279,33 @@ class Study:
 
     def _fail(self, number: int) -> None:
         self.mine.pop(number, None)
-        with suppress(UpdateFinishedTrialError):  # by another, since Optuna looked
+        with suppress(UpdateFinishedTrialError):  # ended by another worker in the meantime
             self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _lock_from_first_read(engine: Engine) -> None:
-    """Let a transaction hold an SQLite file from its first read. Python's driver begins with the
-    first write: two workers that read the same waiting trial would both take it."""
+    """Make transactions lock an SQLite file from their first read.
+
+    Python's driver locks it at the first write, so that two workers that read the same waiting
+    trial would both take it.
+    """
 
     @event.listens_for(engine, "connect")
-    def leave_to_us(connection: Any, _: Any) -> None:
+    def disable_implicit_begin(connection: Any, _: Any) -> None:
         connection.isolation_level = None
 
     @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    engine.dispose()  # of connections made before
+    engine.dispose()  # close connections made before
 
 
 def storage_of(folder: Path) -> str:
-    """The database of a study in a folder, as a URL. Raises BadInput for a path that has none."""
+    """Return the URL of the database of a study in a folder. Raises BadInput for a path that has
+    none."""
     path = str(folder.absolute() / "study.db")
     url = URL.create("sqlite", database=path).render_as_string(hide_password=False)
-    if make_url(url).database != path:  # SQLAlchemy before 2.1 takes what follows a "?" as options
+    if make_url(url).database != path:  # SQLAlchemy before 2.1 reads text after a "?" as options
         raise BadInput("--out", str(folder), "a path that can be part of a URL")
     return url

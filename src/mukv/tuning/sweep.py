@@ -1,9 +1,9 @@
-"""A sweep: trials of a study until the study is finished.
+"""A sweep: run trials of a study until the study is finished.
 
-A trial is a point of the searched space, trained with each seed; its value is the mean over the
-seeds, each of which is a run directory. A worker takes some points of the queue and trains those
-that differ only in numbers together. Any number of workers may share a study; one that is killed
-loses what it had in hand, to those that are left or to the next that joins.
+A trial trains one point of the search space with each seed; its value is the mean over the seeds,
+each of which is a run directory. A worker takes some points of the queue and trains those that
+differ only in numbers together. Any number of workers may share a study; points of a killed worker
+return to the queue.
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ from mukv.tuning.together import Point, Together, free_memory, grouped
 POLL_SECONDS = 1.0
 OBJECTIVE = "validation_loss"
 LOSSES = "losses"
-"""Name of what is kept with a trial: the objective by seed."""
+"""Attribute of a trial with the objective by seed."""
 
 
 @dataclass
 class Pending:
-    """A trial in hand. losses: the latest objective by seed. why: the reason if it ended early."""
+    """A trial that this worker is training.
+
+    losses: latest objective by seed
+    why: reason of an early end; None if there was none
+    """
 
     trial: Trial
     losses: dict[int, float] = field(default_factory=dict)
@@ -65,10 +69,13 @@ class Member(NamedTuple):
 
 @dataclass
 class Sweep:
-    """source, overrides: as of `mukv train`. together: points that a worker takes at a
-    time; None for the settings' own number. memory: bytes that a program may take; None for
-    `free_memory`. held, locks: on the run directories of the trials in hand, together and by
-    trial."""
+    """A worker of a sweep.
+
+    source, overrides: as of `mukv train`
+    together: points that the worker takes at once; None means the number in `settings`
+    memory: bytes that a program may take; None means `free_memory`
+    held, locks: locks on the run directories of the current trials, all and by trial
+    """
 
     source: str
     overrides: Sequence[str]
@@ -82,7 +89,7 @@ class Sweep:
     locks: dict[int, ExitStack] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises BadInput where a point of the space makes no run, before any is trained."""
+        """Raises BadInput if a point of the space is not a valid run, before any is trained."""
         if self.together is not None and self.together < 1:
             raise BadInput("--together", self.together, "at least 1")
         self.base = config.load(self.source, self.overrides)
@@ -110,12 +117,12 @@ class Sweep:
         )
 
     def run_of(self, point: Mapping[str, Any], seed: int) -> Run:
-        """The configuration of a point with a seed. Raises BadInput."""
+        """Return the configuration of a point with a seed. Raises BadInput."""
         given = [f"{name}={json.dumps(value)}" for name, value in {**point, SEED: seed}.items()]
         return config.load(self.source, [*self.overrides, *given])
 
     def work(self) -> None:
-        """Until every point of the study is done, by whomever."""
+        """Train points until all points of the study are done, by any worker."""
         with self.study.alive():
             while True:
                 self.study.heal()
@@ -131,8 +138,11 @@ class Sweep:
         self.draw()
 
     def _hold(self, trial: Trial) -> bool:
-        """Whether its run directories are ours to write now. They are not where a process that was
-        taken for dead lives on: its point is given back, and queued again once it shows no life."""
+        """Lock a trial's run directories; return whether that succeeded.
+
+        It fails if a process that seemed dead is still running: the point is given back, and queued
+        again once its heartbeat ends.
+        """
         lock = self.held.enter_context(ExitStack())
         try:
             for seed in self.seeds:
@@ -146,7 +156,7 @@ class Sweep:
         return True
 
     def _end(self, trial: Trial, value: float | None, why: str | None = None) -> None:
-        """How a trial ended; its lock goes before, since nobody comes back to it after."""
+        """End a trial; release its locks first, because this worker does not return to it."""
         self.locks.pop(trial.number).close()
         self.study.tell(trial, value, why)
 
@@ -180,7 +190,8 @@ class Sweep:
             self._tell(pending)
 
     def _tell(self, pending: Pending) -> None:
-        """The value of a trial: the mean over its seeds."""
+        """End a trial with its value, the mean over its seeds, or with the reason of its
+        early end."""
         if pending.why is not None:
             self._end(pending.trial, None, pending.why)
             return
@@ -192,7 +203,7 @@ class Sweep:
         trackers: list[Trackers] = []
         for member, folder in zip(members, folders, strict=True):
             describe_run(member.run, folder, self.tokens)
-            # A trial that was killed begins anew.
+            # A killed trial starts again from step 0.
             trackers.append(Trackers(folder.path, member.run.train.trackers, keep_until=0))
         for report in group.run(f"{self.folder.name}: {len(members)} runs"):
             for index, (pending, seed, _) in enumerate(members):
@@ -215,7 +226,8 @@ class Sweep:
                 save_weights(folders[index].weights, group.weights(index), {})
 
     def _prune(self, members: Sequence[Member], step: int) -> None:
-        """Tell the study of the trials whose seeds are all in this group; end those that lag."""
+        """Report trials whose seeds are all in this group to the study, and end those that it
+        prunes."""
         present: dict[int, list[Member]] = {}
         for member in members:
             present.setdefault(member.pending.trial.number, []).append(member)
@@ -226,20 +238,20 @@ class Sweep:
                 pending.why = f"pruned at step {step}"
 
     def _folder(self, trial: Trial | FrozenTrial, seed: int) -> RunDirectory:
-        """trials/POINT where there is one seed, else trials/POINT-seed-SEED."""
+        """Return trials/POINT for one seed, else trials/POINT-seed-SEED."""
         name = f"{trial.user_attrs['point']:04d}"
         if len(self.seeds) > 1:
             name += f"-seed-{seed}"
         return RunDirectory(self.folder / "trials" / name)
 
-    # What came of it
+    # Results
 
     def results(self) -> dict[str, Any]:
-        """The rows of all points, best first; `trials` and `complete` count runs.
+        """Return the rows of all points, best first; `trials` and `complete` count runs.
 
         A row has the searched keys, `validation_loss` (the mean over seeds), with several seeds
         also `deviation` (of one seed, n - 1) and `seeds` (the loss of each), and `run`, the run
-        directory of the best seed. `edges`: keys whose best value is at an end of its range.
+        directory of the best seed. `edges` are keys whose best value is at an end of its range.
         """
         rows = [self._row(trial) for trial in self.study.trials()]
         rows.sort(key=lambda row: math.inf if row[OBJECTIVE] is None else row[OBJECTIVE])
@@ -268,7 +280,7 @@ class Sweep:
         return row | {"state": trial.state.name.lower(), "reason": trial.user_attrs.get("reason")}
 
     def draw(self) -> None:
-        """The objective against everything that was searched; bars: deviation over seeds."""
+        """Draw the objective against every searched key; bars are deviations over seeds."""
         rows = [row for row in self.results()["rows"] if row[OBJECTIVE] is not None]
         if not rows or not self.space:
             return

@@ -1,8 +1,8 @@
-"""Runs that differ only in numbers, trained together in one program.
+"""Train runs that differ only in numbers together, in one program.
 
-Learning rates, constants, decay, seeds and numbers of a schedule are data: the training step is
-mapped over them. Each point ends where it would have ended alone, up to rounding. One device; a
-group shrinks until the compiled step fits the memory that it may use.
+Learning rates, constants, decay, seeds and numbers of a schedule are arguments of the program, and
+the training step is mapped over them. Each point ends where it would have ended alone, up to
+rounding. One device; a group is split until the compiled step fits the memory that it may use.
 """
 
 from __future__ import annotations
@@ -45,26 +45,27 @@ PATHS = frozenset(f"{where}.{name}" for where, names in TRACED.items() for name 
 
 
 class Point(NamedTuple):
-    """One run."""
+    """Model and training of one run."""
 
     model: LanguageModel
     training: Training
 
     def leaves(self) -> dict[str, Any]:
-        """Every value, by path; the training with what its budget makes of it."""
+        """Return every value by path, of the training after its budget is applied."""
         training = schema.to_mapping(self.training.effective)
         return leaves({"model": schema.to_mapping(self.model), "train": training})
 
 
 class Report(NamedTuple):
-    """What was seen after a step: for each point numbers by name, infinite where it diverged."""
+    """Metrics of all points after a step: for each point values by name, infinite where it
+    diverged."""
 
     step: int
     numbers: list[dict[str, float]]
 
 
 def grouped(points: Sequence[Point]) -> list[list[int]]:
-    """Indices of the points that can be trained together."""
+    """Return the indices of the points that can be trained together, by group."""
     groups: dict[Any, list[int]] = {}
     for index, point in enumerate(points):
         fixed = {
@@ -80,8 +81,8 @@ def _traced(path: str, value: Any) -> bool:
 
 
 def free_memory() -> int:
-    """Bytes that a group may take if nothing else is said: most of a device's own memory, half
-    of what a computer has left."""
+    """Return the bytes that a group may take by default: 90 % of a device's free memory, half of a
+    host's."""
     return int(footprint.free_memory() * (0.5 if jax.default_backend() == "cpu" else 0.9))
 
 
@@ -89,9 +90,11 @@ def free_memory() -> int:
 class Together:
     """A group of points, which must be one of `grouped`.
 
-    packing: as in `Batches`. across: how one step becomes that of all points: "vmap" at once, or
-    "map" one after the other within the program. None for what is faster: a CPU is busy with one
-    point, and saves only compilations (benchmarks/sweep.py).
+    packing: as in `Batches`
+    across: how one step is mapped over all points: "vmap" computes them at once, "map" one after
+        another within the program; None means the faster one. A CPU is busy with one point and
+        saves only compilations (benchmarks/sweep.py).
+    stopped: indices of points that are not needed any more
     """
 
     points: Sequence[Point]
@@ -101,15 +104,15 @@ class Together:
     stopped: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        found = [point.leaves() for point in self.points]
+        values = [point.leaves() for point in self.points]
         first = self.points[0]
         self.model, self.training = first.model, first.training.effective
         self.mesh = MeshShape().build()
-        varied = [path for path in found[0] if len({each[path] for each in found}) > 1]
-        self.seeds = sorted({each["train.seed"] for each in found})
-        which = [self.seeds.index(each["train.seed"]) for each in found]
+        varied = [path for path in values[0] if len({each[path] for each in values}) > 1]
+        self.seeds = sorted({each["train.seed"] for each in values})
+        which = [self.seeds.index(each["train.seed"]) for each in values]
         self.numbers: dict[str, np.ndarray] = {
-            path: np.array([each[path] for each in found], _dtype(path, found[0][path]))
+            path: np.array([each[path] for each in values], _dtype(path, values[0][path]))
             for path in varied
         }
         self.which = np.array(which, np.int32)
@@ -125,7 +128,7 @@ class Together:
         return Trainer(model, substituted(self.training, inside["train"]), self.mesh)
 
     def _map(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Over the leading axis of all arguments."""
+        """Map a function over the leading axis of all arguments."""
         if (self.across or ("map" if jax.default_backend() == "cpu" else "vmap")) == "map":
             return lambda *arguments: jax.lax.map(lambda each: function(*each), arguments)
         return jax.vmap(function)
@@ -141,7 +144,7 @@ class Together:
         self, numbers: Any, which: Array, states: State, step: Array, batches: Any
     ) -> tuple[State, Metrics]:
         def one(numbers: Any, which: Array, state: State) -> tuple[State, Metrics]:
-            # One seed: the batch is the same for all, and what follows from it alone.
+            # With one seed the batch is the same for all points, and so is what depends only on it.
             mine = jax.tree.map(lambda all: all[which if len(self.seeds) > 1 else 0], batches)
             return self._trainer(numbers).update(state, step, mine)
 
@@ -155,7 +158,7 @@ class Together:
 
     @cached_property
     def compiled(self) -> Any:
-        """The training step. Raises BadInput where a single point can't fit."""
+        """The compiled training step. Raises BadInput if a single point can't fit the memory."""
         footprint.require_least(self._trainer({}))
         with jax.set_mesh(self.mesh):
             states = jax.eval_shape(self._draw, self.numbers)
@@ -165,14 +168,14 @@ class Together:
             return function.lower(self.numbers, self.which, states, step, batches).compile()
 
     def memory(self) -> int:
-        """Bytes that a step takes, states and batch included."""
-        found = self.compiled.memory_analysis()
-        taken = found.argument_size_in_bytes + found.temp_size_in_bytes
-        return taken + found.output_size_in_bytes - found.alias_size_in_bytes
+        """Return the bytes of a step, states and batch included."""
+        memory = self.compiled.memory_analysis()
+        taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        return taken + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
     def fitting(self, budget: int) -> list[Together]:
-        """This group, in as many parts as it takes for each to need at most `budget` bytes; a
-        single point is tried in any case."""
+        """Split this group until each part needs at most `budget` bytes; a single point is never
+        refused here."""
         if len(self.points) == 1 or self.memory() <= budget:
             return [self]
         half = len(self.points) // 2
@@ -197,8 +200,10 @@ class Together:
         return [self._batches(seed, "train") for seed in self.seeds]
 
     def run(self, title: str = "training") -> Iterator[Report]:
-        """Train to the last step; a report whenever numbers are due. Ends early once all points
-        are in `stopped`, to which whoever reads the reports may add."""
+        """Train to the last step; yield a report whenever metrics are due.
+
+        Ends early once all points are in `stopped`, to which the caller may add.
+        """
         training = self.training
         with jax.set_mesh(self.mesh):
             self.states = jax.jit(self._draw)(self.numbers)
@@ -226,16 +231,16 @@ class Together:
                         break
 
     def weights(self, point: int) -> Any:
-        """Of one point, after `run`."""
+        """Return the weights of one point after `run`."""
         return jax.tree.map(lambda leaf: leaf[point], self.states.weights)
 
     def _numbers(self, metrics: Metrics, step: int) -> list[dict[str, float]]:
-        found = jax.device_get((metrics, self.states.step))
+        values, steps = jax.device_get((metrics, self.states.step))
         names = ("loss", "gradient_norm", "learning_rate")
         rows: list[dict[str, float]] = []
-        for point, done in enumerate(found[1]):
-            row = {name: float(getattr(found[0], name)[point]) for name in names}
-            # A state whose numbers were not finite stayed where it was.
+        for point, done in enumerate(steps):
+            row = {name: float(getattr(values, name)[point]) for name in names}
+            # A state whose loss or gradient was not finite has stopped at that step.
             rows.append(row if done == step else _diverged(row))
         return rows
 

@@ -1,10 +1,10 @@
-"""Learning-rate transfer: where the best learning rate lies at each width, and what it costs to
-use that of the narrowest.
+"""Learning-rate transfer: the best learning rate at each width, and the cost of using the
+narrowest's.
 
-At each width rates are swept over octaves, with seeds, until the best is not at an edge; the
-optimum is the vertex of a parabola through the losses around it, over the logarithm of the rate.
-The drift is the slope of its logarithm against that of the width. Every loss that was measured is
-kept, so that an interrupted sweep goes on where it was.
+At each width learning rates are swept over octaves, with seeds, until the best is not at an edge.
+The optimum is the vertex of a parabola through the losses around it, over the logarithm of the
+rate. The drift is the slope of the optimum's logarithm against that of the width. Every measured
+loss is saved, so that an interrupted search resumes.
 """
 
 from __future__ import annotations
@@ -32,19 +32,25 @@ from mukv.train.training import Training
 from mukv.tuning.together import Point, Together, free_memory, grouped
 
 DRIFT_LIMIT = 0.3
-"""Octaves of rate per octave of width that pass (reference thresholds, section F)."""
+"""Largest absolute drift that passes, in octaves of rate per octave of width (reference thresholds,
+section F)."""
 GAP_LIMIT = 0.03
-"""Nats per token that using the narrowest model's rate may cost the widest."""
+"""Largest loss in nats per token that the narrowest model's rate may cost the widest."""
 AROUND = 2
-"""Octaves around the best rate that the parabola goes through."""
+"""Octaves on each side of the best rate that the parabola is fitted to."""
 MOST_EXTENSIONS = 6
 SIGMAS = 2.0
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """Of one width. rate: log2 of the best learning rate, with an interval of two standard errors
-    over seeds. loss: nats per token there. inside: whether rates on both sides were tried."""
+    """Best learning rate of one width.
+
+    rate: log2 of it
+    low, high: interval of two standard errors over seeds
+    loss: nats per token there
+    inside: whether rates on both sides were tried
+    """
 
     rate: float
     low: float
@@ -55,8 +61,12 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Transfer:
-    """drift: octaves of rate per octave of width, with its interval. gap: nats per token that the
-    narrowest model's best rate costs the widest."""
+    """Result of a search.
+
+    optima: best learning rate by width
+    drift, low, high: octaves of rate per octave of width, with its interval
+    gap: nats per token that the narrowest model's best rate costs the widest
+    """
 
     optima: Mapping[int, Optimum]
     drift: float
@@ -66,14 +76,21 @@ class Transfer:
 
     @property
     def passed(self) -> bool:
-        found = abs(self.drift) <= DRIFT_LIMIT and self.gap <= GAP_LIMIT
-        return found and all(each.inside for each in self.optima.values())
+        """Whether drift and gap are within their limits and every optimum is inside the tried
+        range."""
+        small = abs(self.drift) <= DRIFT_LIMIT and self.gap <= GAP_LIMIT
+        return small and all(each.inside for each in self.optima.values())
 
 
 @dataclass
 class Search:
-    """losses: of held-out text after the last step by (width, log2 rate, seed); infinite where a
-    run diverged."""
+    """A search of the best learning rate at several widths.
+
+    octaves: octaves on each side of the centre that are tried first
+    memory: bytes that a program may take; None means `free_memory`
+    losses: validation loss after the last step by (width, log2 rate, seed); infinite where a run
+        diverged
+    """
 
     model: LanguageModel
     training: Training
@@ -108,7 +125,7 @@ class Search:
         return self.folder / "losses.json"
 
     def run(self) -> Transfer:
-        """Measure what is not known yet."""
+        """Measure what is not measured yet, and return the result."""
         centre = round(math.log2(self.training.learning_rate) * 2) / 2
         for width in self.models:
             rates = [centre + step for step in range(-self.octaves, self.octaves + 1)]
@@ -118,12 +135,13 @@ class Search:
                 if not beyond:
                     break
                 self._measure(width, beyond)
-            # A width's best rate is where the next is looked for.
+            # The search at the next width is centred on this width's best rate.
             centre = self.optimum(width).rate
             centre = round(centre)
         return self.verdict()
 
     def verdict(self) -> Transfer:
+        """Compute the result from the measured losses."""
         optima = {width: self.optimum(width) for width in self.models}
         points = [
             (math.log2(width), rate) for width in self.models for rate in self._vertices(width)
@@ -134,14 +152,16 @@ class Search:
         return Transfer(optima, drift, drift - SIGMAS * error, drift + SIGMAS * error, gap)
 
     def rates(self, width: int) -> list[float]:
-        """What was tried, as log2."""
+        """Return the log2 of the tried rates."""
         return sorted({rate for other, rate, _ in self.losses if other == width})
 
     def mean(self, width: int, rate: float) -> float:
+        """Return the mean loss over seeds."""
         return float(np.mean([self.losses[width, rate, seed] for seed in range(self.seeds)]))
 
     def loss_at(self, width: int, rate: float) -> float:
-        """Between the rates that were tried, by the parabola where it holds, else straight."""
+        """Interpolate the loss between tried rates: by the parabola where it applies, else
+        linearly."""
         optimum = self.optimum(width)
         if abs(rate - optimum.rate) < 1e-9:
             return optimum.loss
@@ -155,6 +175,7 @@ class Search:
         return float(np.interp(rate, tried, means))
 
     def optimum(self, width: int) -> Optimum:
+        """Compute the optimum of a width."""
         tried = self.rates(width)
         best = min(tried, key=lambda rate: self.mean(width, rate))
         vertices = self._vertices(width)
@@ -169,12 +190,15 @@ class Search:
         )
 
     def _vertices(self, width: int) -> list[float]:
-        """The optimum of each seed."""
+        """Return the optimum of each seed."""
         return [statistics.vertex(*self._near(width, seed))[0] for seed in range(self.seeds)]
 
     def _near(self, width: int, seed: int | None) -> tuple[list[float], list[float]]:
-        """Rates around the best and their losses: of a seed, or the mean. Around the mean's best
-        in any case, and without what is far worse (a fifth, as where Everett et al. stop)."""
+        """Return the rates around the best and their losses, of one seed or the mean (seed None).
+
+        The best is that of the mean. Rates with a loss more than a fifth above the best are left
+        out (the threshold of Everett et al.).
+        """
         tried = self.rates(width)
         best = min(tried, key=lambda rate: self.mean(width, rate))
         limit = 1.2 * self.mean(width, best)
@@ -188,7 +212,7 @@ class Search:
         return near, [self.losses[width, rate, seed] for rate in near]
 
     def _beyond(self, width: int) -> Iterator[float]:
-        """Rates that are needed for one on both sides of the best."""
+        """Yield the rates that are missing for one on each side of the best."""
         tried = self.rates(width)
         best = min(tried, key=lambda rate: self.mean(width, rate))
         if best == tried[0]:
@@ -224,8 +248,8 @@ class Search:
         write_atomic(self.path, to_json({"facts": self.facts, "losses": rows}) + "\n")
 
     def _read(self) -> None:
-        found = json.loads(self.path.read_text())
-        before, now = found["facts"], json.loads(json.dumps(self.facts))
+        saved = json.loads(self.path.read_text())
+        before, now = saved["facts"], json.loads(json.dumps(self.facts))
         for name in {**now, **before}:
             if before.get(name) != now.get(name):
                 raise BadInput(
@@ -234,19 +258,19 @@ class Search:
                     f"the search in {self.folder} has {before.get(name, 'nothing')}; give another "
                     "folder with --out",
                 )
-        for width, rate, seed, loss in found["losses"]:
+        for width, rate, seed, loss in saved["losses"]:
             self.losses[width, rate, seed] = math.inf if loss is None else loss
 
 
-def facts(search: Search, found: Transfer) -> dict[str, Any]:
-    """For machines."""
+def facts(search: Search, result: Transfer) -> dict[str, Any]:
+    """Return the result as fields of --json."""
     return {
-        "drift": found.drift,
-        "low": found.low,
-        "high": found.high,
-        "gap": found.gap,
-        "passed": found.passed,
-        "optima": {str(width): vars(optimum) for width, optimum in found.optima.items()},
+        "drift": result.drift,
+        "low": result.low,
+        "high": result.high,
+        "gap": result.gap,
+        "passed": result.passed,
+        "optima": {str(width): vars(optimum) for width, optimum in result.optima.items()},
         "losses": [
             {"width": width, "log2_rate": rate, "seed": seed, "loss": loss}
             for (width, rate, seed), loss in sorted(search.losses.items())
@@ -255,8 +279,8 @@ def facts(search: Search, found: Transfer) -> dict[str, Any]:
     }
 
 
-def draw(search: Search, found: Transfer, path: Path, title: str) -> None:
-    """Loss against rate by width, and the optimum against width."""
+def draw(search: Search, result: Transfer, path: Path, title: str) -> None:
+    """Draw the loss against the learning rate by width, and the optimum against the width."""
     seeded = search.seeds > 1
     bars = (
         f"Bars: range of {search.seeds} seeds, and two standard errors of the best rate." * seeded
@@ -274,26 +298,26 @@ def draw(search: Search, found: Transfer, path: Path, title: str) -> None:
                 ]
             ).reshape(len(tried), search.seeds)
             spread = (means - each.min(axis=1), each.max(axis=1) - means) if seeded else None
-            optimum = found.optima[width]
+            optimum = result.optima[width]
             left.errorbar(tried, means, spread, capsize=2, ms=4, label=f"{width}", **style)
             left.plot(optimum.rate, optimum.loss, "*", ms=12, color=style["color"])
-        finite = [optimum.loss for optimum in found.optima.values()]
+        finite = [optimum.loss for optimum in result.optima.values()]
         low, high = min(finite) - 0.1, max(finite) + 1.2
         near = [rate for (_, rate, _), loss in search.losses.items() if loss <= high]
         left.set(ylim=(low, high), xlim=(min(near) - 0.5, max(near) + 0.5))
         left.set(xlabel="log2 of the learning rate", ylabel="validation loss, nats per token")
-        widths = np.log2(list(found.optima))
-        rates = np.array([optimum.rate for optimum in found.optima.values()])
-        errors = [optimum.high - optimum.rate for optimum in found.optima.values()]
+        widths = np.log2(list(result.optima))
+        rates = np.array([optimum.rate for optimum in result.optima.values()])
+        errors = [optimum.high - optimum.rate for optimum in result.optima.values()]
         right.errorbar(
             widths, rates, errors if seeded else None, marker="o", capsize=3, linestyle="none"
         )
-        middle = rates.mean() + found.drift * (widths - widths.mean())
+        middle = rates.mean() + result.drift * (widths - widths.mean())
         right.plot(widths, middle, color="0.4")
-        right.set_xticks(widths, [str(width) for width in found.optima])
+        right.set_xticks(widths, [str(width) for width in result.optima])
         right.set_ylim(rates.min() - 1.5, rates.max() + 1.5)
         right.set(xlabel="width", ylabel="log2 of the best learning rate")
-        right.set_title(f"drift {found.drift:+.2f} octaves per octave", fontsize=10)
+        right.set_title(f"drift {result.drift:+.2f} octaves per octave", fontsize=10)
         for axes in (left, right):
             axes.grid(alpha=0.3)
         legend(figure, left, "width")

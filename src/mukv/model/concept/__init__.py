@@ -1,14 +1,15 @@
 """The concept model and its parts: chunkers, reductions, injections."""
 
 from mukv.model.concept.architecture import Concepts
-from mukv.model.concept.chunkers import CHUNKERS, Delimiter, Fixed, Learned
-from mukv.model.concept.injection import INJECTIONS, Cross, Prefix, Residually
+from mukv.model.concept.chunkers import CHUNKERS, Chunker, Delimiter, Fixed, Learned
+from mukv.model.concept.injection import INJECTIONS, Cross, Injection, Prefix, Residually
 from mukv.model.concept.model import Concept
 from mukv.model.concept.pooling import (
     POOLS,
     Attend,
     Concatenate,
     Max,
+    Pool,
     SelectPool,
     Sum,
     Weighted,
@@ -19,14 +20,17 @@ __all__ = [
     "INJECTIONS",
     "POOLS",
     "Attend",
+    "Chunker",
     "Concatenate",
     "Concept",
     "Concepts",
     "Cross",
     "Delimiter",
     "Fixed",
+    "Injection",
     "Learned",
     "Max",
+    "Pool",
     "Prefix",
     "Residually",
     "SelectPool",

@@ -34,7 +34,8 @@ LOCAL = (Stage((Layer(window=64),)),)
 
 @dataclass(frozen=True)
 class Concepts:
-    """The global layers. d_model, attention, mlp: None for those of the local ones."""
+    """The global layers. d_model, attention, mlp: None for those of the local ones. plan: stages of
+    layers."""
 
     d_model: int | None = None
     attention: AnyAttention | None = None
@@ -51,7 +52,14 @@ class Concepts:
 
 @dataclass(frozen=True)
 class Architecture(LanguageModel):
-    """encoder, decoder: local layers before and after, each with a window; may be empty."""
+    """Local layers over tokens around global layers over concepts.
+
+    encoder, decoder: local layers before and after, each with a window; may be empty
+    chunker: where chunks end
+    pool: how the tokens of a chunk become one vector
+    concepts: the global layers
+    injection: how later tokens read concepts
+    """
 
     encoder: tuple[Stage, ...] = LOCAL
     chunker: AnyChunker = field(default_factory=Delimiter)

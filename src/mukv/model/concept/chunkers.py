@@ -9,7 +9,7 @@ that comes too early is refused and counted, and its chunk goes on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.params import Param
+from mukv.core.table import Part, Table
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Tokens, Weights
 
 HUGE = 1 << 29
@@ -32,7 +33,7 @@ class Wish(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chunker:
+class Chunker(Part):
     """The contract; fields are the YAML keys. room: tokens for which there is one concept. span:
     tokens of a chunk, from its end backwards, that a concept is made of."""
 
@@ -90,7 +91,7 @@ class Chunker:
 
 @dataclass(frozen=True)
 class Fixed(Chunker):
-    """Chunks of `size` tokens."""
+    """Chunks of equal length. size: tokens of a chunk."""
 
     kind: Literal["fixed"] = "fixed"
     size: int = 4
@@ -260,5 +261,5 @@ def paced(
     return jnp.minimum(start[:, None] + steps, limits)
 
 
-CHUNKERS: dict[str, type[Chunker]] = {"fixed": Fixed, "delimiter": Delimiter, "learned": Learned}
-AnyChunker = Fixed | Delimiter | Learned
+CHUNKERS = Table("chunker", Chunker, {"fixed": Fixed, "delimiter": Delimiter, "learned": Learned})
+AnyChunker = Annotated[Chunker, CHUNKERS]

@@ -39,7 +39,7 @@ from mukv.model.concept.injection import (
 
 @dataclass(frozen=True)
 class Concept(Architecture):
-    """Its parts at work; see `Architecture`."""
+    """Model whose global layers run once per chunk of tokens; see `Architecture`."""
 
     kind: Literal["concept"] = "concept"
 

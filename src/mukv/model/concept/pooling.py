@@ -7,7 +7,7 @@ single steps use the same function, so that no running sums are kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.params import Param
+from mukv.core.table import Part, Table
 from mukv.core.typing import Array, Bool, Float, Weights
 
 Window = Float[Array, "batch concept span embed"]
@@ -23,7 +24,7 @@ Present = Bool[Array, "batch concept span"]
 
 
 @dataclass(frozen=True)
-class Pool:
+class Pool(Part):
     """The contract."""
 
     def reach(self, span: int) -> int:
@@ -130,12 +131,16 @@ def _root(present: Present, dtype: Any) -> Float[Array, "batch concept 1"]:
     return jax.lax.rsqrt(count.astype(jnp.float32))[..., None].astype(dtype)
 
 
-POOLS: dict[str, type[Pool]] = {
-    "sum": Sum,
-    "max": Max,
-    "weighted": Weighted,
-    "attention": Attend,
-    "concatenate": Concatenate,
-    "select": SelectPool,
-}
-AnyPool = Sum | Max | Weighted | Attend | Concatenate | SelectPool
+POOLS = Table(
+    "reduction",
+    Pool,
+    {
+        "sum": Sum,
+        "max": Max,
+        "weighted": Weighted,
+        "attention": Attend,
+        "concatenate": Concatenate,
+        "select": SelectPool,
+    },
+)
+AnyPool = Annotated[Pool, POOLS]

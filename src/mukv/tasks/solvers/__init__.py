@@ -1,7 +1,7 @@
-"""Independent solvers: the answers to a task's questions, from its text alone.
+"""Independent solvers: compute the answers to a task's questions from its text alone.
 
-They share nothing with the generators, so that what they answer follows from the text. A solver
-is given the text with " ?" for each answer, and returns the answers in order.
+They share no code with the generators, so that their answers follow from the text. A solver
+receives the text with " ?" for each answer and returns the answers in order.
 """
 
 from collections.abc import Callable

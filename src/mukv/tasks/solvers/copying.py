@@ -1,4 +1,4 @@
-"""Selective copying and indirect indexing, from the text."""
+"""Solve selective copying and indirect indexing from the text."""
 
 import re
 
@@ -8,15 +8,15 @@ QUESTION = re.compile(r"^From ([A-Z]+) (\d+) (on|back): \?", re.MULTILINE)
 
 
 def capitals(text: str) -> list[str]:
-    """All words in capitals, in order."""
+    """Return all words in capitals, in order."""
     return [" ".join(CAPITALS.findall(text))]
 
 
 def neighbours(text: str) -> list[str]:
-    """So many places on or back in the list."""
-    found = LIST.search(text)
-    assert found
-    listed = found[1].split()
+    """Return the symbol n places after (on) or before (back) each named one in the list."""
+    match = LIST.search(text)
+    assert match
+    listed = match[1].split()
     return [
         listed[listed.index(word) + (int(by) if way == "on" else -int(by))]
         for word, by, way in QUESTION.findall(text)

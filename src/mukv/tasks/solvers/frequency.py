@@ -1,4 +1,4 @@
-"""Common and frequent words, from the text: words in capitals are counted."""
+"""Solve common and frequent words from the text by counting words in capitals."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ QUESTION = re.compile(r"^The (\d+) most (common|frequent),.*: \?", re.MULTILINE)
 
 
 def most(text: str) -> list[str]:
-    """Those mentioned most; the common ones by first mention, the frequent ones by frequency."""
+    """Return the most mentioned words: common ones by first mention, frequent ones by frequency."""
     question = QUESTION.search(text)
     assert question
     counts = Counter(WORD.findall(text[: question.start()]))

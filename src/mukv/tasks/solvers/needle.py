@@ -1,4 +1,4 @@
-"""Needles, from the text: all numbers that a name was said to have."""
+"""Solve needles from the text: return all numbers that the text gives for a name."""
 
 import re
 
@@ -18,7 +18,9 @@ CAPITAL: dict[str, str] = {
 
 
 def numbers(text: str) -> list[str]:
-    """A question names what facts name, or the country that it is the capital of."""
+    """Return all numbers of each asked name: the name in the facts, or the country of the city in
+    them.
+    """
     known: dict[str, list[str]] = {}
     for key, number in FACT.findall(text):
         known.setdefault(key, []).append(number)

@@ -1,4 +1,4 @@
-"""Pseudo-programs, from the text: an interpreter."""
+"""Solve pseudo-programs with an interpreter."""
 
 import re
 from collections.abc import Callable
@@ -11,7 +11,7 @@ CALL = re.compile(r"(f\d+)\((x\d+)\)|\((x\d+),(x\d+)\)|(t\d+)\[([01])\]|\"([a-z]
 
 
 def function(does: str, how: str, alphabet: str) -> Callable[[str], str]:
-    """What a definition means."""
+    """Return the function that a definition describes."""
     if does == "reverse":
         return lambda text: text[::-1]
     if does == "repeat":
@@ -25,16 +25,16 @@ def function(does: str, how: str, alphabet: str) -> Callable[[str], str]:
 
 
 def comments(text: str) -> list[str]:
-    """What each print and evaluation shows."""
+    """Return the value of each print and evaluation."""
     functions: dict[str, Callable[[str], str]] = {}
     values: dict[str, str] = {}
     pairs: dict[str, tuple[str, str]] = {}
-    told = []
+    answers = []
 
     def value(expression: str) -> str:
-        found = CALL.fullmatch(expression)
-        assert found, expression
-        called, argument, _, _, pair, item, literal, name = found.groups()
+        match = CALL.fullmatch(expression)
+        assert match, expression
+        called, argument, _, _, pair, item, literal, name = match.groups()
         if called:
             return functions[called](values[argument])
         if pair:
@@ -45,11 +45,11 @@ def comments(text: str) -> list[str]:
         if line["def"]:
             functions[line["def"]] = function(line["does"], line["how"], line["alphabet"])
         elif line["shown"]:
-            told.append(value(line["shown"]))
+            answers.append(value(line["shown"]))
         elif line["left"].startswith("t"):
-            found = CALL.fullmatch(line["right"])
-            assert found
-            pairs[line["left"]] = (values[found[3]], values[found[4]])
+            match = CALL.fullmatch(line["right"])
+            assert match
+            pairs[line["left"]] = (values[match[3]], values[match[4]])
         else:
             values[line["left"]] = value(line["right"])
-    return told
+    return answers

@@ -1,4 +1,4 @@
-"""Recall, from the text: the latest value of each key."""
+"""Solve recall from the text: return the latest value of each key."""
 
 import re
 
@@ -7,24 +7,24 @@ MOTIF = re.compile(r"((?: [A-Z])+) =(?:((?: \d+)+);| (\?))")
 
 
 def pairs(text: str) -> list[str]:
-    """Lines "key = value"."""
+    """Answer questions of lines "key = value"."""
     known: dict[str, str] = {}
-    told = []
+    answers = []
     for key, value in PAIR.findall(text):
         if value == "?":
-            told.append(known[key])
+            answers.append(known[key])
         else:
             known[key] = value
-    return told
+    return answers
 
 
 def motifs(text: str) -> list[str]:
-    """Letters, an equals sign, numbers and a semicolon."""
+    """Answer questions of items "LETTERS = NUMBERS;"."""
     known: dict[str, str] = {}
-    told = []
+    answers = []
     for key, value, asked in MOTIF.findall(text):
         if asked:
-            told.append(known[key] + ";")
+            answers.append(known[key] + ";")
         else:
             known[key] = value
-    return told
+    return answers

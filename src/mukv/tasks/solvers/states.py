@@ -1,4 +1,4 @@
-"""Flip-flop and counting, from the text: run the instructions."""
+"""Solve flip-flop and counting by running the instructions."""
 
 import re
 
@@ -6,23 +6,23 @@ COUNT = re.compile(r"^(set|add|ask) (\w+)", re.MULTILINE)
 
 
 def flip_flop(text: str) -> list[str]:
-    """Reads give what was written last."""
-    bit, told = "", []
+    """Return the bit last written before each read."""
+    bit, answers = "", []
     for line in text.splitlines():
         if line.startswith("write"):
             bit = line.split()[1]
         elif line.startswith("read"):
-            told.append(bit)
-    return told
+            answers.append(bit)
+    return answers
 
 
 def counts(text: str) -> list[str]:
-    """Increments since a variable was last set."""
+    """Return the number of increments of each asked variable since it was last set."""
     state: dict[str, int] = {}
-    told = []
+    answers = []
     for verb, name in COUNT.findall(text):
         if verb == "ask":
-            told.append(str(state[name]))
+            answers.append(str(state[name]))
         else:
             state[name] = state[name] + 1 if verb == "add" else 0
-    return told
+    return answers

@@ -1,4 +1,4 @@
-"""Variable tracking, from the text: follow the names back to a number."""
+"""Solve variable tracking: follow the names back to a number."""
 
 import re
 
@@ -7,11 +7,12 @@ QUESTION = re.compile(r"^ask (\w+) = \?", re.MULTILINE)
 
 
 def values(text: str) -> list[str]:
+    """Return the value of each name that is asked."""
     source = dict(LINE.findall(text))
-    told = []
+    answers = []
     for name in QUESTION.findall(text):
         value = name
         while not value.isdecimal():
             value = source[value]
-        told.append(value)
-    return told
+        answers.append(value)
+    return answers

@@ -16,6 +16,7 @@ from mukv.attention import AnyAttention
 from mukv.cache import Cache
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
+from mukv.core.table import Part
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.model.concept.chunks import Chunks, ConceptOutputs
 from mukv.model.stack import Stack
@@ -65,7 +66,7 @@ class Lasting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Injection:
+class Injection(Part):
     """The contract; by default the decoder reads a stream that `inject` made."""
 
     @property

@@ -21,7 +21,10 @@ from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInput
 @dataclass(frozen=True)
 class Prefix(Injection):
     """Each concept stands in the decoder's stream as `slots` entries right before the token that
-    ended it (Block Transformer, Ho et al. 2024); windows count them."""
+    ended it (Block Transformer, Ho et al. 2024); windows count them.
+
+    slots: entries of a concept
+    """
 
     kind: Literal["prefix"] = "prefix"
     slots: int = 2

@@ -1,0 +1,152 @@
+"""Commands that list what there is: runs, presets, policies, and keys of the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mukv.cli import launch
+from mukv.cli.app import Json, app
+from mukv.core.errors import BadInput
+from mukv.core.names import even
+from mukv.show import output
+from mukv.show.terminal import Console, styled, table
+
+if TYPE_CHECKING:
+    from mukv.schema.reference import Key
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Of run directories.")] = Path(
+        "runs"
+    ),
+    as_json: Json = False,
+) -> None:
+    """List run directories with their steps and last losses.
+
+    Example: `mukv runs runs/demo`
+    """
+    launch.prepare()
+    from mukv.runs.listing import run_list
+
+    found = run_list(folder)
+    if as_json:
+        output.print_json({"runs": found})
+        return
+    shown = table(("run", "preset"), ("step", "of", "loss,\nnats/token", "held out,\nnats/token"))
+    losses = (even([run[name] for run in found]) for name in ("loss", "validation_loss"))
+    for run, *cells in zip(found, *losses, strict=True):
+        steps = ("" if run[name] is None else f"{run[name]:,}" for name in ("step", "steps"))
+        shown.add_row(run["run"], run["preset"] or "", *steps, *cells)
+    Console().print(shown)
+
+
+@app.command()
+def presets(as_json: Json = False) -> None:
+    """List the presets: configurations to train, describe or change.
+
+    Example: `mukv presets`
+    """
+    launch.prepare()
+    from mukv.runs.listing import preset_list
+
+    found = preset_list()
+    if as_json:
+        output.print_json({"presets": found})
+        return
+    shown = table(("preset", "meaning"), ("parameters",))
+    for each in found:
+        shown.add_row(each["name"], each["meaning"], f"{each['parameters']:,}")
+    Console().print(shown)
+
+
+@app.command()
+def policies(as_json: Json = False) -> None:
+    """List the cache policies: what they answer, their parameters and defaults, their papers.
+
+    Example: `mukv policies`
+    """
+    launch.prepare()
+    from mukv.runs.listing import policy_list
+
+    found = policy_list()
+    if as_json:
+        output.print_json({"policies": found})
+        return
+    shown = table(("policy", "what to", "meaning", "parameters", "source"), ())
+    for each in found:
+        parameters = (f"{k}={v['default']}" for k, v in each["parameters"].items())
+        words = ", ".join([*(["budget"] if each["budget"] else []), *parameters])
+        shown.add_row(each["name"], each["answers"], each["meaning"], words, each["source"] or "")
+    Console().print(shown)
+    Console().say("join parts by +, one for each question: --cache snapkv:0.25+int8", "dim")
+
+
+@app.command()
+def docs(
+    key: Annotated[
+        str | None, typer.Argument(metavar="[KEY]", help="Such as train.schedule; default: all.")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the whole reference as a page.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Meaning, type, default and allowed values of a configuration key.
+
+    Example: `mukv docs train.learning_rate`
+    """
+    launch.prepare()
+    from mukv.runs.config import Run
+    from mukv.schema import reference
+
+    if markdown and (key is not None or as_json):
+        raise BadInput("docs", key or "--json", "--markdown alone")
+    if markdown:
+        Console().file.write(reference.markdown(Run))
+        return
+    keys = reference.keys_of(Run) if key is None else reference.find(Run, key)
+    inside = [] if key is None else reference.inside(keys)
+    if as_json:
+        output.print_json({"key": key, **_facts(keys, inside, key is None)})
+        return
+    if key is None:
+        _show_keys(keys)
+        return
+    for each in keys:
+        _show_key(each)
+    for kind, meaning, fields in inside:
+        Console().say("")
+        Console().print(styled((f"kind {kind}: " if kind else "", "bold"), meaning))
+        _show_keys(fields)
+
+
+def _facts(keys: list[Key], inside: list[Any], top: bool) -> dict[str, Any]:
+    """The first field's facts, those of others of this name, and the keys below."""
+    if top:
+        return {"keys": {key.path: key.facts() for key in keys}}
+    below = [
+        {"kind": kind, "meaning": meaning, "keys": {each.path: each.facts() for each in fields}}
+        for kind, meaning, fields in inside
+    ]
+    return {**keys[0].facts(), "variants": [key.facts() for key in keys], "inside": below}
+
+
+def _show_key(key: Key) -> None:
+    of = f" (of kind {', '.join(key.kinds)})" if key.kinds else ""
+    Console().print(styled((key.path, "bold"), of))
+    Console().print(f"  meaning: {key.meaning}")
+    Console().print(f"  type:    {key.type}")
+    Console().print(f"  default: {key.default_text}")
+    if key.allowed:
+        Console().print(f"  allowed: {', '.join(key.allowed)}")
+
+
+def _show_keys(keys: list[Key]) -> None:
+    shown = table(("key", "meaning", "type", "default"), ())
+    for key in keys:
+        shown.add_row(key.path, key.meaning, key.type, key.default_text)
+    Console().print(shown)

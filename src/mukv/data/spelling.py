@@ -1,0 +1,117 @@
+"""Compute the bytes of each id of a tokenizer.json, as its decoder spells them.
+
+Decoders depend on a token's position: they join words by spaces and strip the space before the
+first. So a token is decoded between two others, where it adds the same to a text as everywhere
+except at the ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tokenizers import Tokenizer
+
+TRIED = 1000
+"""Number of tokens among which the two neighbours are chosen."""
+
+
+def byte_alphabet() -> list[str]:
+    """Return the visible character that byte-level tokenizers write for each byte
+    (GPT-2's table).
+    """
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
+
+
+VALUES = {shown: byte for byte, shown in enumerate(byte_alphabet())}
+
+
+def spelled(inner: Tokenizer, decoder: Any, silent: Collection[int], size: int) -> list[bytes]:
+    """Return the bytes of each id below `size`; empty for unused ids and for those in `silent`.
+
+    decoder: the file's decoder
+
+    The bytes of consecutive tokens, except the first, add up to the decoded text if it consists of
+    whole characters.
+    """
+    data = [b""] * size
+    tokens = {
+        token: text
+        for text, token in inner.get_vocab(with_added_tokens=True).items()
+        if token not in silent and token < size
+    }
+    kinds = set(_kinds(decoder))
+    contextual = dict(tokens)
+    if "ByteFallback" in kinds:
+        for token, text in tokens.items():
+            byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", text)
+            if byte:
+                data[token] = bytes.fromhex(byte[1])
+                del contextual[token]
+    if "ByteLevel" in kinds:
+        for token, text in tokens.items():
+            known = VALUES.keys() >= set(text)
+            data[token] = bytes(VALUES[c] for c in text) if known else text.encode()
+            # Partial characters have no text.
+            if kinds == {"ByteLevel"} or not _is_text(data[token]):
+                contextual.pop(token, None)
+    texts = _between(inner, contextual)
+    return [texts[token].encode() if token in texts else data[token] for token in range(size)]
+
+
+def _between(inner: Tokenizer, tokens: Mapping[int, str]) -> dict[int, str]:
+    """Return the text of each id between two others, or alone if no suitable others exist."""
+    if not tokens:
+        return {}
+    ids = list(tokens)
+    first, last, before, behind = _neighbours(inner, tokens)
+    found = inner.decode_batch([[*first, token, *last] for token in ids])
+    texts: dict[int, str] = {}
+    for token, text in zip(ids, found, strict=True):
+        if first and text.startswith(before) and text[len(before) :].endswith(behind):
+            texts[token] = text[len(before) : len(text) - len(behind)]
+    # Some decoders drop a repeated token.
+    for token in (*first, *last):
+        if not texts.get(token):
+            texts.pop(token, None)
+    alone = [token for token in ids if token not in texts]
+    texts.update(zip(alone, inner.decode_batch([[token] for token in alone]), strict=True))
+    return texts
+
+
+def _neighbours(
+    inner: Tokenizer, tokens: Mapping[int, str]
+) -> tuple[list[int], list[int], str, str]:
+    """Choose two tokens to put around another; also return what they add to a text before and after
+    it.
+    """
+    letters = re.compile("[A-Za-z0-9]")
+    tried = sorted(tokens, key=lambda t: (not letters.search(tokens[t]), len(tokens[t]), t))[:TRIED]
+    alone = dict(zip(tried, inner.decode_batch([[token] for token in tried]), strict=True))
+    good = [token for token in tried if alone[token].strip() and "\ufffd" not in alone[token]]
+    for last in good[1:]:
+        both, before = inner.decode([good[0], last]), alone[good[0]]
+        if both.startswith(before) and len(both) > len(before):
+            return [good[0]], [last], before, both[len(before) :]
+    return [], [], "", ""
+
+
+def _kinds(decoder: Any) -> list[str]:
+    """Return the names of a decoder's parts."""
+    if not isinstance(decoder, Mapping):
+        return []
+    parts = decoder.get("decoders")
+    if isinstance(parts, list):
+        return [kind for part in parts for kind in _kinds(part)]
+    return [str(decoder.get("type"))]
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,112 @@
+"""Short lists of what there is: presets, cache policies, run directories."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from mukv.cache.policy import KEEPERS, SELECTORS, SPREADS, STORES, Policy
+from mukv.core.errors import BadInput
+from mukv.core.params import count
+from mukv.runs import config
+from mukv.runs.folder import RunDirectory
+from mukv.schema.reference import meanings, summary
+from mukv.schema.yaml_text import read_yaml
+from mukv.train.metrics import read_metrics
+
+SPREAD_MEANINGS = {
+    "uniform": "the same budget in every layer and head",
+    "pyramid": "more in early layers than in late ones (Cai et al. 2024)",
+    "adaptive": "the heads of a layer share one budget (Feng et al. 2024)",
+}
+
+
+def preset_list() -> list[dict[str, Any]]:
+    """Return name, meaning (the first comment of the file) and parameters of every preset."""
+    found = []
+    for name in config.presets():
+        text = (config.presets_folder() / f"{name}.yaml").read_text("utf-8")
+        comment = re.match(r"(?:#.*\n)*", text)
+        words = " ".join((comment[0] if comment else "").replace("#", " ").split())
+        model = config.load(name).model
+        found.append({"name": name, "meaning": words, "parameters": count(model.params())})
+    return found
+
+
+def policy_list() -> list[dict[str, Any]]:
+    """Return every part of a cache policy: name, question that it answers, meaning, source, and its
+    parameters with their defaults."""
+    found: list[dict[str, Any]] = []
+    for question, table in (("keep", KEEPERS), ("store", STORES), ("select", SELECTORS)):
+        for name, cls in table.items():
+            text = " ".join((cls.__doc__ or "").split())
+            parameters = {
+                field.name: {
+                    "default": None if field.default is MISSING else field.default,
+                    "meaning": meanings(cls).get(field.name, ""),
+                }
+                for field in fields(cls)
+                if field.name not in ("budget", "spread")
+            }
+            found.append(
+                {
+                    "name": name,
+                    "answers": question,
+                    "meaning": summary(cls),
+                    "source": source_of(text) or source_of(summary(cls)),
+                    "budget": Policy.takes_budget(name) and not Policy.parse(name).everything,
+                    "parameters": parameters,
+                }
+            )
+    for name in SPREADS:
+        meaning = SPREAD_MEANINGS[name]
+        found.append(
+            {
+                "name": name,
+                "answers": "spread",
+                "meaning": meaning,
+                "source": source_of(meaning),
+                "budget": False,
+                "parameters": {},
+            }
+        )
+    return found
+
+
+def source_of(text: str) -> str | None:
+    """Return the first paper that a text names in brackets: author and year."""
+    found = re.search(r"\(([^()]*?[A-Z][^()]*? (?:19|20)\d\d)[^()]*\)", text)
+    return found[1] if found else None
+
+
+def run_list(folder: Path) -> list[dict[str, Any]]:
+    """Return every run directory that is the folder or lies in it: its preset where its name tells
+    one, its steps in all and so far, its last losses. Raises BadInput where there is none."""
+    itself = [folder] if RunDirectory(folder).exists else []
+    found = itself or sorted(path.parent for path in folder.glob("**/config.yaml"))
+    if not found:
+        raise BadInput("FOLDER", str(folder), "a run directory, or a folder of some")
+    return [_of_run(path) for path in found]
+
+
+def _of_run(path: Path) -> dict[str, Any]:
+    directory = RunDirectory(path)
+    last: dict[str, Any] = {}
+    for record in read_metrics(directory.metrics):
+        last |= record
+    try:
+        training = read_yaml(directory.config).get("train")
+    except BadInput:
+        training = None
+    steps = training.get("steps") if isinstance(training, dict) else None
+    preset = re.sub(r"-[0-9a-f]{8}$", "", path.name)
+    return {
+        "run": str(path),
+        "preset": preset if preset in config.presets() else None,
+        "steps": steps if isinstance(steps, int) else None,
+        "step": last.get("step"),
+        "loss": last.get("loss"),
+        "validation_loss": last.get("validation_loss"),
+    }

@@ -1,0 +1,63 @@
+"""The quick round meets every pair of parts; `make test-all` has the product."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from tests.laws import matrix
+from tests.pairs import cover, pairs
+
+
+def met(rows, axes):
+    """All pairs of values that stand in one row, with their axes."""
+    numbered = [list(zip(axes, row, strict=True)) for row in rows]
+    return {frozenset(pair) for row in numbered for pair in itertools.combinations(row, 2)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [((2, 2, 2), 4), ((3, 3, 3), 11), ((8, 10, 8), 88), ((4,) * 5, 28)],
+)
+def test_every_pair_is_covered_by_few_rows(sizes, most):
+    axes = {f"axis{number}": range(size) for number, size in enumerate(sizes)}
+    rows, product = pairs(axes), list(itertools.product(*axes.values()))
+    assert set(rows) <= set(product)
+    assert met(rows, axes) == met(product, axes)
+    assert len(rows) == len(set(rows)) <= most
+    assert len(sizes) < 3 or len(rows) <= math.prod(sizes) * 0.55
+    assert rows == pairs(axes)
+
+
+def test_a_row_may_have_several_values_of_an_axis():
+    """Two of four positions in every row halve their number; size 1 needs each value once."""
+    rows = [(kind, first) for kind in "ab" for first in range(4)]
+
+    def parts(row):
+        kind, first = row
+        return [("kind", kind), ("place", first), ("place", (first + 1) % 4)]
+
+    assert len(cover(rows, parts)) == 4
+    assert len(cover(rows, parts, size=1)) == 2
+
+
+def test_the_laws_meet_every_pair_of_attention_position_and_plan():
+    """Positions are those that layers of the model really have."""
+
+    def found(rows):
+        seen = set()
+        for attention, position, plan in rows:
+            model = matrix.build(attention, position, plan)
+            places = {layer.attention.position for layer in model.layers}
+            names = {name for name, each in matrix.POSITIONS.items() if each in places}
+            seen |= {(attention, name) for name in names} | {(attention, plan)}
+            seen |= {(name, plan) for name in names}
+        return seen
+
+    axes = matrix.ATTENTIONS, matrix.POSITIONS, matrix.COMPOSED
+    wanted = {pair for two in itertools.combinations(axes, 2) for pair in itertools.product(*two)}
+    assert wanted <= found(matrix.QUICK)
+    assert {row[2] for row in matrix.COMBINATIONS} == {*matrix.COMPOSED, *matrix.SIMPLE}
+    assert 16 * len(matrix.QUICK) < len(matrix.COMBINATIONS)
