@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".orbax-checkpoint-tmp"
-"""In the name of a step that is being written."""
+"""Part of the name of a step that is still being written."""
 REMOVALS, SETTLES = 20, 0.05
-"""How often, and after how many seconds each, the folder of a failed save is deleted again."""
+"""Number of attempts to delete the folder of a failed save, and seconds between them."""
 
 
 class LateWrites:
