@@ -225,16 +225,17 @@ def test_every_exception_ends_in_a_line(mukv, monkeypatch, error, status, start)
 def handlers():
     """Puts back what handles signals, which one that ends a command sets to kill."""
     before = {number: signal.getsignal(number) for number in ending.SIGNALS}
+    # A process in the background may have been started to ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
 )
-def test_a_signal_ends_in_a_line(mukv, monkeypatch, tmp_path, handlers, number, status, word):
+def test_a_signal_ends_in_a_line(mukv, monkeypatch, tmp_path, handlers, number, word):
     """What is open is closed on the way, as after any exception."""
 
     def wait(*_: object) -> None:
@@ -246,7 +247,7 @@ def test_a_signal_ends_in_a_line(mukv, monkeypatch, tmp_path, handlers, number, 
     with monkeypatch.context() as patch:
         patch.setattr("mukv.runs.resolve.resolve", wait)
         done = mukv("describe", "tiny")
-    assert (done.returncode, done.stderr) == (status, f"error: {word}\n")
+    assert (done.returncode, done.stderr) == (1, f"error: {word}\n")
     assert os.listdir(tmp_path) == []
 
 

@@ -33,9 +33,9 @@ class TOVA(Keep):
 
 @dataclass(frozen=True)
 class SnapKV(Keep):
-    """Score: mean attention weight of the last queries, smoothed over neighbouring keys.
+    """Score: mean attention weight of the last queries, smoothed over neighbours (Li et al. 2024).
 
-    Li et al. 2024. Entries of the window itself are always kept.
+    Entries of the window itself are always kept.
 
     window: number of last queries; at most half of the budget
     kernel: number of neighbours of the moving average

@@ -30,7 +30,7 @@ ITERATIONS, PER_CLUSTER = 5, 16
 
 @dataclass(frozen=True)
 class Clusters(Select):
-    """Read the entries of the clusters with the highest scores.
+    """Read the entries of the clusters with the highest scores (ClusterKV, Liu et al. 2024).
 
     clusters: centres per head; None means about the root of the number of entries
     calibrated: kind of the model's calibrated centres; None fits centres to the prompt

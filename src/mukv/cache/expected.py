@@ -20,7 +20,8 @@ from mukv.core.typing import Array, Bool, Float
 
 @dataclass(frozen=True)
 class Expected(Keep):
-    """Score of key j: softmax over j of m'.k / sqrt(d) + k C' k / (2 d), times |v_j| + epsilon.
+    """Score of key j: softmax over j of m'.k / sqrt(d) + k C' k / (2 d), times |v_j| + epsilon
+    (Devoto et al. 2025).
 
     m' and C' are mean and covariance of rotated future queries; the softmax is averaged over the
     heads of a group.

@@ -24,7 +24,7 @@ is small.
 
 @dataclass(frozen=True)
 class Pages(Select):
-    """Read the pages with the largest bounds.
+    """Read the pages with the largest bounds (Quest, Tang et al. 2024).
 
     size: slots per page; None means 16, or 4 in bodies of fewer than 1,024 slots
     """

@@ -36,9 +36,9 @@ class Streaming(Keep):
 
 @dataclass(frozen=True)
 class Random(Keep):
-    """Score by a hash of position and seed: the random baseline.
+    """Score by a hash of the position: the random baseline.
 
-    seed: of the hash
+    seed: number that the hash depends on
     """
 
     seed: int = 0

@@ -22,7 +22,7 @@ from mukv.position.base import Logits
 
 @dataclass(frozen=True)
 class SparQ(Select):
-    """Read the entries with the largest approximate weights.
+    """Read the entries with the largest approximate weights (Ribar et al. 2024).
 
     components: number of components of each key that are read; None means a quarter
     """

@@ -1,9 +1,8 @@
 """How a command ends: every exception becomes one line and a status.
 
-Status 1 is for what went wrong at run time, 2 for bad input, 130 and 143 for the signals SIGINT
-and SIGTERM. An exception that no part of mukv
-expects is told as a fault of mukv, with its place in the source; MUKV_TRACEBACK=1 shows the
-traceback of any error.
+Status 1 is for what went wrong at run time, the signals SIGINT and SIGTERM included, and 2 for bad
+input. An exception that no part of mukv expects is reported as a fault of mukv, with its place in
+the source; MUKV_TRACEBACK=1 shows the traceback of any error.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Signalled(SystemExit):
     """A signal ends the command. Locks are released and temporary files removed on the way."""
 
     def __init__(self, number: int) -> None:
-        self.line, self.status = SIGNALS[signal.Signals(number)], 128 + number
+        self.line, self.status = SIGNALS[signal.Signals(number)], 1
         super().__init__(self.status)
 
 

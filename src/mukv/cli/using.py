@@ -173,6 +173,7 @@ def generate(
         f"{made.prefill_seconds:.3f} s (and {made.compile_seconds:.1f} s of compilation), "
         f"cache {made.cache_bytes:,} bytes",
         style="dim",
+        soft_wrap=True,
     )
 
 
