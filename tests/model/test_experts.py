@@ -106,7 +106,7 @@ def test_products_are_those_of_ragged_dot():
     _, _, chosen, weight = part.route(own, jnp.asarray(x))
     order = np.argsort(np.asarray(chosen).reshape(-1), kind="stable")
     sizes = jnp.bincount(chosen.reshape(-1), length=part.experts)
-    tokens = x.reshape(-1, WIDTH)[order // part.top_k]
+    tokens = jnp.asarray(x.reshape(-1, WIDTH)[order // part.top_k])
     gate, up = (jax.lax.ragged_dot(tokens, own[name], sizes) for name in ("gate", "up"))
     out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, own["down"], sizes)
     total = np.zeros_like(x).reshape(-1, WIDTH)
@@ -117,8 +117,9 @@ def test_products_are_those_of_ragged_dot():
 def limited(part: Experts, own: dict, x: np.ndarray, counted: np.ndarray) -> tuple:
     """Token by token: what each expert still takes, and how many choices of a row it refuses."""
     _, _, chosen, weight = map(np.asarray, part.route(own, jnp.asarray(x)))
+    assert part.capacity is not None
     room = math.ceil(part.capacity * part.top_k * LENGTH / part.experts)
-    total, dropped = np.zeros_like(x), np.zeros(len(x))
+    total, dropped, left = np.zeros_like(x), np.zeros(len(x)), [room]
     for row, t in np.ndindex(x.shape[:2]):
         if t == 0:
             left = [room] * part.experts
