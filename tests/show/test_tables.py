@@ -104,7 +104,7 @@ def test_describe(tables):
     run = config.load("tiny-hybrid")
     describe.show(describe.describe(run), run, Console())
     assert [uneven(each) for each in tables] == [[], []]
-    assert "cache bytes/token ring bytes" in headers(tables[0])
+    assert "cache bytes/token fixed bytes" in headers(tables[0])
 
 
 def test_demo(tables, tmp_path):

@@ -303,7 +303,8 @@ class _Loops:
         found, count = self._pairs(bag, fixed)
         found = jnp.asarray(found)
 
-        def body(number: Array, state: Any) -> Any:
+        def body(number: Any, state: Any) -> Any:
+            number = jnp.asarray(number)  # a Python number where nothing is compiled
             number = count - 1 - number if reverse else number
             return step(state, found[number, 0], found[number, 1], number)
 
