@@ -263,7 +263,7 @@ def test_borders_that_come_too_early_are_refused_and_counted():
     ids = np.concatenate([early, np.ones_like(early)])
     for room, made in ((2, LENGTH // 2), (4, LENGTH // 4)):
         model = replace(model, chunker=replace(model.chunker, room=room))
-        counts = jax.jit(lambda w, i, m=model: m.read(w, i, compute=EXACT).counts)(
+        counts = jax.jit(lambda w, i, m=model: m.forward(w, i, compute=EXACT).counts)(
             matrix.weights(model), ids
         )
         assert counts["concepts"].tolist() == [made, 0]
