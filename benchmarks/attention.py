@@ -46,7 +46,7 @@ def layer(position: str, length: int, core: str) -> tuple[Any, tuple[Any, ...]]:
     def loss(weights: Any, x: jax.Array) -> jax.Array:
         write, read = weights
         entries = Entries(attention.write(write, x, place), place[:, None])
-        read_out = attention.read(read, x, place, (entries,), Mask(aligned=True), compute)
+        read_out, _ = attention.read(read, x, place, (entries,), Mask(aligned=True), compute)
         return jnp.sum(read_out**2)
 
     return jax.jit(jax.grad(loss, (0, 1))).lower(weights, x).compile(), (weights, x)

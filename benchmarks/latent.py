@@ -81,7 +81,7 @@ def main() -> None:
 
         def run(read: Any, query: jax.Array, entries: Entries) -> jax.Array:
             def one(query: jax.Array, _: None) -> tuple[jax.Array, None]:
-                out = Attention.read(attention, read, query, here, (entries,), Mask(), Compute())
+                out, _ = Attention.read(attention, read, query, here, (entries,), Mask(), Compute())
                 return query + out, None
 
             return jax.lax.scan(one, query, length=STEPS)[0]

@@ -35,7 +35,7 @@ def batch(step: int, rows: int = 8) -> Batch:
         targets=tokens[:, 1:],
         weight=(random.random((rows, matrix.LENGTH)) > 0.1).astype(np.float32),
         position=np.tile(np.where(place < cut, place, place - cut), (rows, 1)).astype(np.int32),
-        segment=np.tile(place >= cut, (rows, 1)).astype(np.int32),
+        segment=np.tile(1 + (place >= cut), (rows, 1)).astype(np.int32),
     )
 
 

@@ -116,3 +116,9 @@ def test_memory_of_a_pass_is_bounded():
     model = matrix.build("gqa", "rope", "plain")
     assert batch_rows(model, 1 << 13) == 1
     assert batch_rows(model, 1 << 10) == 4
+
+
+def test_attention_to_entries_of_several_tokens_is_refused():
+    model, given = matrix.build("hca", "rope", "plain"), rows()
+    with pytest.raises(BadInput, match="hca in layer 0"):
+        measure(model, matrix.weights(model), batched(given, 2), LENGTH, matrix.EXACT)

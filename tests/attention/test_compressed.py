@@ -66,7 +66,7 @@ def run(attention: HCA, write: dict, read: dict, x: np.ndarray, only: str | None
             for name, bag in attention.bags.items()
             if only in (None, name)
         ]
-        return attention.read(read, x, position, bags, Mask(aligned=True), PLAIN)
+        return attention.read(read, x, position, bags, Mask(aligned=True), PLAIN)[0]
 
     return np.asarray(forward(x))
 
@@ -154,7 +154,7 @@ def test_only_distances_matter():
         position = jnp.tile(jnp.arange(TOKENS), (2, 1)) + shift
         written = SMALL.write(write, x, position)
         bags = [bag.entries(written[name], position) for name, bag in SMALL.bags.items()]
-        return np.asarray(SMALL.read(read, x, position, bags, Mask(aligned=True), PLAIN))
+        return np.asarray(SMALL.read(read, x, position, bags, Mask(aligned=True), PLAIN)[0])
 
     np.testing.assert_allclose(at(400), at(0), atol=1e-4)
 

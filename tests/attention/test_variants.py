@@ -42,7 +42,7 @@ def run(attention: Attention, write: dict, read: dict, aligned=True, chunk=None)
     x = draw(2, LENGTH, D_MODEL, seed=9)
     entries = Entries(attention.write(write, x, POSITION), POSITION[:, None])
     compute = Compute(fused=chunk is not None, attention_chunk=chunk)
-    return attention.read(read, x, POSITION, (entries,), Mask(aligned=aligned), compute)
+    return attention.read(read, x, POSITION, (entries,), Mask(aligned=aligned), compute)[0]
 
 
 @pytest.mark.parametrize("position", [NoPE(), RoPE(), ALiBi(), CoPE(positions=4)])
@@ -152,6 +152,23 @@ def test_sinks_take_their_share():
     # The first token sees itself alone: its share is sigmoid(logit - sink).
     high = read | {"sinks": jnp.full(4, 1e9)}
     assert not run(sunk, write, high).any()
+
+
+def test_a_variant_may_choose_what_each_query_reads():
+    """Entries less than three tokens back, chosen one by one: a window of three."""
+
+    class Near(Grouped):
+        def choose(self, weights, x, position, entries):
+            return position[:, None, :, None] - entries.position[:, :, None, :] < 3
+
+    plain = Grouped(RoPE(), heads=4, kv_heads=2, head_dim=8)
+    write, read = weights(plain)
+    x = draw(2, LENGTH, D_MODEL, seed=9)
+    entries = Entries(plain.write(write, x, POSITION), POSITION[:, None])
+    window = Mask(window=3, aligned=True)
+    expected, _ = plain.read(read, x, POSITION, (entries,), window, Compute())
+    near = Near(RoPE(), heads=4, kv_heads=2, head_dim=8)
+    np.testing.assert_allclose(run(near, write, read, chunk=4), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mukv.cache import Policy
 from mukv.cache.quantised import GROUP, Int4, Int8
+from tests.laws import matrix
 
 STORES = {"int8": (Int8(), 255), "int4": (Int4(), 15)}
 SHAPE = (2, 2, 2 * GROUP, 40)
@@ -35,11 +37,11 @@ def drawn(kind: str) -> np.ndarray:
     return x
 
 
-def stored(name: str, store, x: np.ndarray, there: np.ndarray) -> np.ndarray:
-    parts = store.encode(name, jnp.asarray(x), jnp.asarray(there))
+def stored(key: bool, store, x: np.ndarray, there: np.ndarray) -> np.ndarray:
+    parts = store.encode(key, jnp.asarray(x), jnp.asarray(there))
     for part in parts.values():
         assert not np.isnan(np.asarray(part, np.float32)).any()
-    return np.asarray(store.decode(name, parts, x.shape[-1]), np.float64)
+    return np.asarray(store.decode(key, parts, x.shape[-1]), np.float64)
 
 
 KINDS = (
@@ -54,7 +56,7 @@ def test_keys_by_channel(bits, kind):
     store, levels = STORES[bits]
     x, there = drawn(kind), np.ones(SHAPE[:3], bool)
     there[1, :, GROUP + 5 :] = False
-    found = stored("key", store, x, there)
+    found = stored(True, store, x, there)
     for run in (slice(0, GROUP), slice(GROUP, 2 * GROUP)):
         seen = np.where(there[:, :, run, None], x[:, :, run].astype(np.float64), np.nan)
         with np.errstate(all="ignore"):
@@ -70,7 +72,7 @@ def test_keys_by_channel(bits, kind):
 def test_values_by_token(bits, kind):
     store, levels = STORES[bits]
     x = drawn(kind)
-    found = stored("value", store, x, np.ones(SHAPE[:3], bool))
+    found = stored(False, store, x, np.ones(SHAPE[:3], bool))
     for group in (slice(0, GROUP), slice(GROUP, None)):
         seen = x[..., group].astype(np.float64)
         largest = np.abs(seen).max(-1, keepdims=True)
@@ -83,7 +85,7 @@ def test_values_by_token(bits, kind):
 def test_bfloat16_entries(bits):
     store, levels = STORES[bits]
     x = np.asarray(jnp.asarray(drawn("outlier"), jnp.bfloat16))
-    found = stored("key", store, x, np.ones(SHAPE[:3], bool))
+    found = stored(True, store, x, np.ones(SHAPE[:3], bool))
     assert np.abs(found - x.astype(np.float64))[..., :7].max() < 8 / levels
 
 
@@ -91,6 +93,25 @@ def test_a_bias_of_one_channel_changes_no_other():
     """Channel 7 far from zero: the others are stored as without it."""
     for store, _ in STORES.values():
         there = np.ones(SHAPE[:3], bool)
-        plain, biased = (stored("key", store, drawn(k), there) for k in ("normal", "outlier"))
+        plain, biased = (stored(True, store, drawn(k), there) for k in ("normal", "outlier"))
         others = np.arange(SHAPE[-1]) != 7
         np.testing.assert_array_equal(plain[..., others], biased[..., others])
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("gqa", {"key"}),
+        ("shared-kv", set()),
+        ("latent", {"key"}),
+        ("tied", {"key"}),
+        ("tensor-product", {"key", "key_heads"}),
+    ],
+)
+def test_each_variant_says_which_of_its_tensors_are_keys(name, keys):
+    """By channel: steps for runs of tokens, so that their rows are fewer than the slots."""
+    attention = matrix.ATTENTIONS[name]
+    policy = Policy.parse("int4", 1.0)
+    body = policy.body(attention, matrix.D_MODEL, 1, 2 * GROUP, jnp.dtype("float32"), (0, 1))
+    by_channel = {n for n, parts in body.shelf.stored.items() if parts["step"].shape[2] == 2}
+    assert by_channel == keys

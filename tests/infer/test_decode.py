@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,12 @@ def test_greedy_is_the_argmax_of_the_full_pass(model, continued):
         row[start : start + LONG].tolist() for row, start in zip(ids, count, strict=True)
     ]
     assert len(set(made[0])) > 3
+
+
+def test_a_model_trained_with_rematerialisation_decodes(model, weights):
+    sparing = replace(EXACT, rematerialise=True)
+    made = [generate(model, weights, PROMPTS, 4, compute=each).tokens for each in (EXACT, sparing)]
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize(

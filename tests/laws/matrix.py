@@ -45,6 +45,7 @@ from mukv.model.concept import (
     Sum,
     Weighted,
 )
+from mukv.model.experts import Experts
 from mukv.model.loss import summed_loss
 from mukv.position import (
     FIRE,
@@ -130,6 +131,8 @@ MIXED = Stage(
         Layer(position=NoPE()),
     )
 )
+ROUTED = Experts(experts=5, top_k=2, hidden=12, balance=0.1, z_loss=0.01)
+SHARED = Experts(experts=4, top_k=3, hidden=12, shared=1, router="sigmoid", activation="gelu")
 PLANS: dict[str, tuple[Stage, ...]] = {
     "mixed": (MIXED,),
     "plain": (Stage(repeats=2),),
@@ -139,6 +142,8 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "reuse-window": (Stage((Layer(window=4), Layer(window=4, reads=-1)), repeats=2),),
     "last-layers": (Stage(repeats=2), Stage((Layer(reads=1),), repeats=2)),
     "hybrid": (Stage((Layer(window=5), Layer(position=NoPE())), repeats=1), Stage()),
+    "experts": (Stage((Layer(mlp=ROUTED),), repeats=2),),
+    "experts-dense": (Stage(), Stage((Layer(window=4), Layer(mlp=SHARED, reads=0)))),
 }
 
 PAIRS = max(len(ATTENTIONS), len(POSITIONS))

@@ -266,5 +266,5 @@ def test_borders_that_come_too_early_are_refused_and_counted():
         counts = jax.jit(lambda w, i, m=model: m.forward(w, i, compute=EXACT).counts)(
             matrix.weights(model), ids
         )
-        assert counts["concepts"].tolist() == [made, 0]
-        assert counts["refused_borders"].tolist() == [LENGTH // 2 - made, 0]
+        assert counts["concepts_per_token"].tolist() == [made, 0]
+        assert counts["refused_borders_per_token"].tolist() == [LENGTH // 2 - made, 0]

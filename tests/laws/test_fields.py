@@ -42,6 +42,7 @@ PLACE = "model.attention.position"
 SHARED = "model.attention={kind: shared_kv, heads: 2, kv_heads: 1, head_dim: 4}"
 LATENT = "model.attention={kind: latent, heads: 2, rank: 5, head_dim: 4, rope_dim: 2}"
 TIED = "model.attention={kind: grouped_tied, heads: 2, kv_heads: 1, head_dim: 4}"
+EXPERTS = "model.mlp={kind: experts, experts: 4, hidden: 6}"
 HEADS = "{kind: grouped, heads: 1, kv_heads: 1, head_dim: 4}"
 PRODUCT = "model.attention={kind: tensor_product, heads: 2, head_dim: 4, query_rank: 2, rank: 1}"
 HCA = (
@@ -175,6 +176,17 @@ CHANGES = {
     "Llama3.original_length": f"{PLACE}.scaling.original_length=64",
     "Gated.hidden": "model.mlp.hidden=16",
     "Gated.activation": "model.mlp.activation=gelu",
+    "LanguageModel.mlp": EXPERTS,
+    "Experts.experts": (EXPERTS, "model.mlp.experts=5"),
+    "Experts.top_k": (EXPERTS, "model.mlp.top_k=3"),
+    "Experts.hidden": (EXPERTS, "model.mlp.hidden=8"),
+    "Experts.shared": (EXPERTS, "model.mlp.shared=1"),
+    "Experts.activation": (EXPERTS, "model.mlp.activation=gelu"),
+    "Experts.router": (EXPERTS, "model.mlp.router=sigmoid"),
+    "Experts.normalise": (EXPERTS, "model.mlp.normalise=false"),
+    "Experts.balance": (EXPERTS, "model.mlp.balance=1"),
+    "Experts.z_loss": (EXPERTS, "model.mlp.z_loss=1"),
+    "Experts.capacity": (EXPERTS, "model.mlp.capacity=0.5"),
     "RMSNorm.epsilon": "model.norm.epsilon=0.01",
     "RMSNorm.stored": "model.norm.stored=offset",
     "Training.steps": "train.steps=9",
@@ -195,6 +207,7 @@ CHANGES = {
     "Constants.embedding": "model.scaling.rate.embedding=2",
     "Constants.hidden": "model.scaling.multiplier.hidden=2",
     "Constants.readout": "model.scaling.deviation.readout=2",
+    "Constants.router": (EXPERTS, "model.scaling.rate.router=2"),
     "Constants.vector": "model.scaling.rate.vector=2",
     "Alignment.alpha": (*MEASURED, f"{READOUT}.both=0.5", f"{READOUT}.alpha=0.6"),
     "Alignment.omega": (*MEASURED, "model.scaling.alignment.readout.omega=0.6"),

@@ -11,6 +11,7 @@ from mukv.attention import ATTENTIONS, AnyAttention
 from mukv.model.concept.chunkers import CHUNKERS, AnyChunker
 from mukv.model.concept.injection import INJECTIONS, AnyInjection
 from mukv.model.concept.pooling import POOLS, AnyPool
+from mukv.model.feedforward import FEEDFORWARDS, AnyFeedforward
 from mukv.position import POSITIONS, AnyPosition
 from mukv.scaling.optimizers import OPTIMIZERS, AnyOptimizer
 from mukv.scaling.parameterization import EXPONENTS, Scaling
@@ -23,6 +24,7 @@ TABLES = {
     "injection": (INJECTIONS, AnyInjection),
     "attention": (ATTENTIONS, AnyAttention),
     "position": (POSITIONS, AnyPosition),
+    "feedforward": (FEEDFORWARDS, AnyFeedforward),
     "optimizer": (OPTIMIZERS, AnyOptimizer),
     "schedule": (SCHEDULES, AnySchedule),
 }
@@ -57,6 +59,11 @@ def test_the_fields_of_every_part_are_changed(table):
 
 def test_every_parameterization_can_be_chosen():
     assert {*EXPONENTS, "custom"} == set(get_args(get_type_hints(Scaling)["kind"]))
+
+
+def test_the_laws_walk_every_feedforward_part():
+    layers = itertools.chain(*(matrix.build("gqa", "rope", plan).layers for plan in matrix.PLANS))
+    assert {type(layer.mlp) for layer in layers} == set(FEEDFORWARDS.values())
 
 
 def test_plans_have_windows_reuse_and_both():

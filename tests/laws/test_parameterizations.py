@@ -59,6 +59,7 @@ def test_powers_of_each_weight_are_the_table_s(model, kind):
     rows = zip(("embedding", "hidden", "readout"), EXPONENTS[kind], strict=True)
     exponents = dict(rows)
     rates = dict(zip(exponents, LEARNING_RATES["adam", "full"][kind], strict=True))
+    exponents["router"], rates["router"] = (0.0, 0.5), -1.0
     pairs = zip(named(wide.resolved()).items(), named(base.resolved()).values(), strict=True)
     declared = zip(named(wide.params()).values(), named(base.params()).values(), strict=True)
     grown = 0

@@ -137,7 +137,7 @@ def test_a_layer_agrees(theirs, index, fused):
     def forward(x):
         written = attention.by_store(attention.write(write, x, position))
         bags = [bag.entries(written[name], position) for name, bag in attention.bags.items()]
-        return attention.read(read, x, position, bags, Mask(aligned=True), compute)
+        return attention.read(read, x, position, bags, Mask(aligned=True), compute)[0]
 
     found = np.asarray(forward(jnp.asarray(x)))
     assert np.abs(expected).max() > 1

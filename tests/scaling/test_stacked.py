@@ -1,4 +1,5 @@
-"""Layers said as `repeats: 4` or as a pattern of four are updated alike, to the bit."""
+"""Layers said as `repeats: 4` or as a pattern of four are updated alike, to the bit; experts are
+updated as weights of their own are."""
 
 from __future__ import annotations
 
@@ -21,6 +22,9 @@ ONE = {
     "query": Param({"embed": 160, "heads": 4, "head_dim": 40}, fan_in=("embed",)),
     "output": Param({"heads": 4, "head_dim": 40, "embed": 160}, fan_in=("heads", "head_dim")),
     "narrow": Param({"embed": 160, "rank": 8}, fan_in=("embed",)),
+    "experts": Param(
+        {"experts": 3, "embed": 160, "hidden": 136}, fan_in=("embed",), batch=("experts",)
+    ),
     "gain": Param({"embed": 160}, role="vector", init="ones"),
     "bias": Param({"heads": 4, "head_dim": 40}, role="vector", init="zeros"),
 }
@@ -71,6 +75,34 @@ def test_a_stack_is_its_layers(kind, decay):
         weights = jax.tree.map(lambda weight, change: weight + 0.1 * change, weights, moved)
 
 
+@pytest.mark.parametrize("fan_in", ["embed", "hidden"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_expert_is_a_matrix_of_its_own(kind, fan_in):
+    """Against a loop over experts, one of which has gradients ten times as large."""
+    optimizer = OPTIMIZERS[kind](weight_decay=0.1)
+    together = {"e": Param(ONE["experts"].dims, fan_in=(fan_in,), batch=("experts",))}
+    apart = {f"e{i}": Param({"embed": 160, "hidden": 136}, fan_in=(fan_in,)) for i in range(3)}
+
+    def updates(declared: Any, weights: Any, slopes: list[Any]) -> Any:
+        resolved = map_params(lambda _: Resolved(1.0, 1.0, 0.5, 0.25, True), declared)
+        transform = optimizer.transform(declared, resolved)
+        state, found = transform.init(weights), []
+        for slope in slopes:
+            moved, state = jax.jit(transform.update)(slope, state, weights)
+            found.append(moved)
+        return found
+
+    rng, sizes = np.random.default_rng(0), np.array([1, 1, 10]).reshape(3, 1, 1)
+    whole = [sizes * rng.normal(size=together["e"].shape) for _ in range(3)]
+    whole = [jnp.asarray(each, jnp.float32) for each in whole]
+    split = [{name: each[i] for i, name in enumerate(apart)} for each in whole]
+    one = updates(together, {"e": whole[0]}, [{"e": each} for each in whole[1:]])
+    three = updates(apart, split[0], split[1:])
+    for moved, expected in zip(one, three, strict=True):
+        for i, name in enumerate(apart):
+            np.testing.assert_allclose(moved["e"][i], expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_the_norm_of_a_gradient():
     slopes = drawn(0, 0.01)
     norm = jax.jit(lambda tree: global_norm(STACKED, tree))(slopes)
@@ -80,7 +112,7 @@ def test_the_norm_of_a_gradient():
 
 
 def test_what_adafactor_sees_as_a_matrix():
-    assert all(factored(ONE[name]) for name in ("up", "query", "output"))
+    assert all(factored(ONE[name]) for name in ("up", "query", "output", "experts"))
     assert not any(factored(ONE[name]) for name in ("narrow", "gain", "bias"))
     # An embedding that is also the readout contracts its last axis.
     tied = Param({"vocab": 264, "embed": 128}, role="embedding", fan_in=("embed",))

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mukv.attention import EntryStore
 from mukv.core.compute import Compute, settled
+from mukv.core.errors import BadInput
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Float, Int
 from mukv.model.decoder import Decoder
@@ -59,7 +61,14 @@ def batch_rows(model: Decoder, length: int) -> int:
 def looked_at(
     model: Decoder, reduction: Reduction, compute: Compute
 ) -> Callable[[Any, CapturedRows], dict[int, Any]]:
-    """The compiled pass over one batch: (weights, rows) -> sums by layer."""
+    """The compiled pass over one batch: (weights, rows) -> sums by layer.
+
+    Raises BadInput for layers whose queries read more than an entry per token.
+    """
+    for layer in model.layers:
+        if list(layer.attention.bags.values()) != [EntryStore()]:
+            allowed = "attention with one entry per token: what queries need is counted in tokens"
+            raise BadInput("MODEL", f"{layer.attention.kind} in layer {layer.index}", allowed)
 
     @jax.jit
     def look(weights: Any, tokens: Array, position: Array, segment: Array) -> dict[int, Any]:

@@ -1,9 +1,9 @@
-"""A memory is what a token writes and how a query reads it.
+"""Attention: a mixer whose `read` is one softmax over entries.
 
-Every attention variant is two functions. Training is `read(x, write(x))`; decoding appends what
-`write` gives for one token and reads the lot; reuse across layers reads another layer's entries.
-What `write` returns is the cache: bytes are computed from it. `read` is the same for all: a
-variant says how queries are made, what entries recall, and what becomes of what was read.
+Training is `read(x, write(x))`; decoding appends what `write` gives for one token and reads the
+lot; reuse across layers reads another layer's entries. What `write` returns is the cache: bytes
+are computed from it. `read` is the same for all variants: a variant says how queries are made, what
+entries recall, and what becomes of what was read.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import jax.numpy as jnp
 from mukv.attention import cores
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
-from mukv.attention.mixer import Mixer
+from mukv.attention.mixer import Mixer, Reported
 from mukv.attention.recalled import Query, Recalled
 from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
-from mukv.core.params import Param
+from mukv.core.params import Param, tagged
 from mukv.core.tap import tapped
-from mukv.core.typing import Array, Float, Int, Residual, Weights
+from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.position import AnyPosition, NoPE
 
 Queries = Float[Array, "batch kv_heads group query query_dim"]
@@ -58,6 +58,9 @@ class Attention(Mixer):
     """Fields that go with the width of the model."""
     values_apart: ClassVar[bool] = False
     """Whether values are kept in tensors of their own, which no key is made of."""
+    keys: ClassVar[tuple[str, ...]] = ()
+    """Names of the cached tensors that are quantised by channel, as keys are (KIVI); all others,
+    latents and states that are keys and values at once included, are quantised by token."""
 
     def __post_init__(self) -> None:
         require_counts(self, *self.sizes, most=1 << 16)
@@ -95,7 +98,7 @@ class Attention(Mixer):
         if self.gate:
             dims = {"embed": d_model, "heads": self.heads}
             dims |= {"value_dim": self.value_dim} if self.gate == "channel" else {}
-            declared["gate"] = Param(dims, fan_in=("embed",))
+            declared["gate"] = Param(dims, fan_in=("embed",), tag="gate")
         if position := self.position.params(self.query_dim, self.heads):
             declared["position"] = position
         if self.sinks:
@@ -119,6 +122,15 @@ class Attention(Mixer):
         """Keys and values of entries."""
         raise NotImplementedError
 
+    def choose(
+        self, weights: Weights, x: Residual, position: Int[Array, "batch query"], entries: Entries
+    ) -> Bool[Array, "batch #kv_heads query key"] | None:
+        """Which entries of a bag each query may read, of those that the mask leaves; None for all.
+
+        Where it is not None, all logits of the bag exist at once.
+        """
+        return None
+
     def output(
         self,
         weights: Weights,
@@ -140,19 +152,24 @@ class Attention(Mixer):
         parts: Sequence[Bag],
         mask: Mask,
         compute: Compute,
-    ) -> Residual:
+    ) -> tuple[Residual, Reported]:
         """What each query makes of the entries that it may see, in one softmax over all parts.
 
         parts: in the order of their positions. compute: decides which cores may be taken.
         """
         address, scores = self.asked(weights, self.query(weights, x, position), position)
-        shown = []
-        for part in parts:
-            recalled, entries = part.retrieve(address, partial(self.recall, weights))
-            shown.append(cores.Part(recalled, entries, mask.of(entries)))
+        found = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
+        chosen = [self.choose(weights, x, position, entries) for _, entries in found]
+        shown = [
+            cores.Part(keys, entries, mask.of(entries, which))
+            for (keys, entries), which in zip(found, chosen, strict=True)
+        ]
         ordered = all(part.entries.ordered for part in shown)
-        core = self.core(x.shape[1], compute, ordered, tapped()).core
-        return self.output(weights, core.apply(address, shown, scores), x, position)
+        picks = any(which is not None for which in chosen)
+        shows = tapped() or ("each query chooses its entries" if picks else None)
+        core = self.core(x.shape[1], compute, ordered, shows).core
+        out = core.apply(address, shown, scores)
+        return self.output(weights, out, x, position), None
 
     def core(
         self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
@@ -196,7 +213,7 @@ class Attention(Mixer):
         return 1
 
     def logit_weight(self, d_model: int) -> Param:
-        return self.read_params(d_model)["query"]
+        return tagged(self.read_params(d_model), "query")
 
     def read_flops(self) -> int:
         return 2 * self.heads * (self.query_dim + self.value_dim)

@@ -8,7 +8,7 @@ rotated back by its position, so that only distances matter though values are ro
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
-from mukv.core.params import Param
+from mukv.core.params import Param, Tag
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 
 WINDOW, COMPRESSED, UNFINISHED = "window", "compressed", "unfinished"
@@ -74,7 +74,7 @@ class HCA(Attention):
     def key_heads(self) -> int:
         return 1
 
-    def stores(self) -> dict[str, EntryStore | StateStore]:
+    def stores(self) -> Mapping[str, EntryStore | StateStore]:
         window = {WINDOW: EntryStore(window=self.window)}
         if self.every is None:
             return window
@@ -84,15 +84,16 @@ class HCA(Attention):
     # Weights
 
     def write_params(self, d_model: int) -> dict[str, Any]:
-        def vector() -> Param:
-            return Param({"embed": d_model, "head_dim": self.head_dim}, fan_in=("embed",))
+        def vector(tag: Tag) -> Param:
+            dims = {"embed": d_model, "head_dim": self.head_dim}
+            return Param(dims, fan_in=("embed",), tag=tag)
 
-        declared = {"key": vector(), "norm": self.norm.params(self.head_dim, "head_dim")}
+        declared = {"key": vector("key"), "norm": self.norm.params(self.head_dim, "head_dim")}
         if self.every is not None:
             bias = {"every": self.every, "head_dim": self.head_dim}
             declared["compressed"] = {
-                "value": vector(),
-                "gate": vector(),
+                "value": vector("value"),
+                "gate": vector("gate"),
                 "bias": Param(bias, role="vector", init="zeros"),
                 "norm": self.norm.params(self.head_dim, "head_dim"),
             }
@@ -105,7 +106,7 @@ class HCA(Attention):
             **super().read_params(d_model),
             "query_latent": Param({"embed": d_model, **latent}, fan_in=("embed",)),
             "query_norm": self.norm.params(self.query_rank, "query_latent"),
-            "query": Param(query, fan_in=tuple(latent)),
+            "query": Param(query, fan_in=tuple(latent), tag="query"),
         }
 
     def output_params(self, d_model: int) -> dict[str, Any]:
@@ -113,7 +114,8 @@ class HCA(Attention):
         heads = {"group_heads": self.heads // self.groups, "head_dim": self.head_dim}
         rank = {"output_rank": self.output_rank}
         up = Param(group | rank | {"embed": d_model}, fan_in=(*group, *rank), ends_branch=True)
-        return {"output_down": Param(group | heads | rank, fan_in=tuple(heads)), "output_up": up}
+        down = Param(group | heads | rank, fan_in=tuple(heads), batch=tuple(group))
+        return {"output_down": down, "output_up": up}
 
     # Writing
 
@@ -149,9 +151,9 @@ class HCA(Attention):
         length = jnp.full_like(last, every)
         if memory is not None:
             # One more, of the tokens behind the last border: what the next ones go on with.
-            count = memory.count[:, None]
-            last = jnp.concatenate([last, count - 1], axis=1)
-            length = jnp.concatenate([length, (position[:, :1] + count) % every], axis=1)
+            added = memory.added[:, None]
+            last = jnp.concatenate([last, added - 1], axis=1)
+            length = jnp.concatenate([length, (position[:, :1] + added) % every], axis=1)
         made = running(value, logit, last, length, min(every, x.shape[1]))
         state: Tensors = {}
         if memory is not None:

@@ -51,7 +51,10 @@ class Groups(Attention):
 
     def read_params(self, d_model: int) -> dict[str, Any]:
         dims = {"embed": d_model, "heads": self.heads, "head_dim": self.head_dim}
-        declared = {"query": Param(dims, fan_in=("embed",)), **super().read_params(d_model)}
+        declared = {
+            "query": Param(dims, fan_in=("embed",), tag="query"),
+            **super().read_params(d_model),
+        }
         if self.norm:
             declared["query_norm"] = self.norm.params(self.head_dim, "head_dim")
         return declared
@@ -77,6 +80,7 @@ class Grouped(Groups):
     biases: tuple[Literal["query", "key", "value", "output"], ...] = ()
 
     values_apart: ClassVar[bool] = True
+    keys: ClassVar[tuple[str, ...]] = ("key",)
 
     def read_params(self, d_model: int) -> dict[str, Any]:
         declared = super().read_params(d_model)
@@ -89,7 +93,8 @@ class Grouped(Groups):
     def write_params(self, d_model: int) -> dict[str, Any]:
         dims = {"embed": d_model, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
         declared: dict[str, Any] = {
-            name: Param(dims, fan_in=("embed",)) for name in ("key", "value")
+            "key": Param(dims, fan_in=("embed",), tag="key"),
+            "value": Param(dims, fan_in=("embed",), tag="value"),
         }
         if self.norm:
             declared["key_norm"] = self.norm.params(self.head_dim, "head_dim")

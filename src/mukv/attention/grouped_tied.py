@@ -28,6 +28,7 @@ class GroupedTied(Attention):
 
     sizes: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim")
     grows: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
+    keys: ClassVar[tuple[str, ...]] = ("key",)
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:
@@ -50,11 +51,17 @@ class GroupedTied(Attention):
     def write_params(self, d_model: int) -> dict[str, Param]:
         state = {"embed": d_model, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
         key = {"embed": d_model, "rope_dim": self.rotated_dim}
-        return {"state": Param(state, fan_in=("embed",)), "key": Param(key, fan_in=("embed",))}
+        return {
+            "state": Param(state, fan_in=("embed",), tag="value"),
+            "key": Param(key, fan_in=("embed",), tag="key"),
+        }
 
     def read_params(self, d_model: int) -> dict[str, Any]:
         dims = {"embed": d_model, "heads": self.heads, "head_dim": self.head_dim}
-        return {"query": Param(dims, fan_in=("embed",)), **super().read_params(d_model)}
+        return {
+            "query": Param(dims, fan_in=("embed",), tag="query"),
+            **super().read_params(d_model),
+        }
 
     def write(
         self,

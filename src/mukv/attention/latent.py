@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mukv.attention.base import Attention, Queries
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
-from mukv.attention.mixer import Carried
+from mukv.attention.mixer import Carried, Reported
 from mukv.attention.recalled import Dense, Query
 from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
@@ -44,6 +44,7 @@ class Latent(Attention):
 
     sizes: ClassVar[tuple[str, ...]] = ("heads", "rank", "head_dim", "rope_dim")
     grows: ClassVar[tuple[str, ...]] = ("heads", "rank", "query_rank")
+    keys: ClassVar[tuple[str, ...]] = ("key",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +65,9 @@ class Latent(Attention):
     def write_params(self, d_model: int) -> dict[str, Any]:
         return {
             "latent": Param({"embed": d_model, "latent": self.rank}, fan_in=("embed",)),
-            "key": Param({"embed": d_model, "rope_dim": self.rope_dim}, fan_in=("embed",)),
+            "key": Param(
+                {"embed": d_model, "rope_dim": self.rope_dim}, fan_in=("embed",), tag="key"
+            ),
             "norm": self.norm.params(self.rank, "latent"),
         }
 
@@ -78,9 +81,15 @@ class Latent(Attention):
         heads, latent = {"heads": self.heads}, {"latent": self.rank}
         return {
             **declared,
-            "query": Param(source | heads | {"query_dim": self.query_dim}, fan_in=tuple(source)),
-            "key_up": Param(latent | heads | {"head_dim": self.head_dim}, fan_in=("latent",)),
-            "value_up": Param(latent | heads | {"value_dim": self.value_dim}, fan_in=("latent",)),
+            "query": Param(
+                source | heads | {"query_dim": self.query_dim}, fan_in=tuple(source), tag="query"
+            ),
+            "key_up": Param(
+                latent | heads | {"head_dim": self.head_dim}, fan_in=("latent",), tag="key"
+            ),
+            "value_up": Param(
+                latent | heads | {"value_dim": self.value_dim}, fan_in=("latent",), tag="value"
+            ),
         }
 
     def write(
@@ -121,7 +130,7 @@ class Latent(Attention):
         parts: Sequence[Bag],
         mask: Mask,
         compute: Compute,
-    ) -> Residual:
+    ) -> tuple[Residual, Reported]:
         """Expanded where every entry was written just now, absorbed where a cache is read."""
         form = self if mask.aligned else self.decoding()
         return Attention.read(form, weights, x, position, parts, mask, compute)

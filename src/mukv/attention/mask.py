@@ -18,17 +18,21 @@ class Mask:
     window: tokens that a query sees, itself included; None for all.
     aligned: entry number i was written by query number i, so that nothing above the diagonal is
     visible; a core may rely on it.
+    chosen: entries that each query may read of those; None for all.
     """
 
     segment: Int[Array, "batch query"] | None = None
     window: int | None = None
     aligned: bool = False
+    chosen: Bool[Array, "batch #kv_heads query key"] | None = None
 
-    def of(self, entries: Entries) -> Mask:
+    def of(
+        self, entries: Entries, chosen: Bool[Array, "batch #kv_heads query key"] | None = None
+    ) -> Mask:
         """The mask of one bag, which may have a window and a rate of its own."""
         windows = [window for window in (self.window, entries.window) if window is not None]
         aligned = self.aligned and entries.every == 1
-        return replace(self, window=min(windows, default=None), aligned=aligned)
+        return replace(self, window=min(windows, default=None), aligned=aligned, chosen=chosen)
 
     def visible(
         self, position: Int[Array, "batch query"], entries: Entries
@@ -42,4 +46,4 @@ class Mask:
             seen &= entries.valid[:, :, None, :]
         if self.segment is not None and entries.segment is not None:
             seen &= self.segment[:, None, :, None] == entries.segment[:, :, None, :]
-        return seen
+        return seen if self.chosen is None else seen & self.chosen

@@ -20,11 +20,13 @@ from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
 from mukv.core.compute import Compute
 from mukv.core.params import Param, abstract
-from mukv.core.typing import Array, Bool, Int, Residual, Weights
+from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 
 Tensors = dict[str, Array]
 Written = dict[str, Tensors]
 """Tensors by name of store."""
+Reported = dict[str, Float[Array, " batch"]] | None
+"""Float32 numbers of each row by name, as `mukv.model.auxiliary` takes them."""
 ENTRIES = "entries"
 """Name of the store of a mixer that has only one."""
 
@@ -102,11 +104,13 @@ class EntryStore:
 
     def mean_visible(self, tokens: int) -> float:
         """Entries that a query sees on average in a document of this length."""
-        window, every = min(self.window or tokens, tokens), self.every
-        if every == 1:
-            return (window * (window + 1) / 2 + (tokens - window) * window) / tokens
-        seen = (t // every - max(t - window, 0) // every for t in range(1, tokens + 1))
-        return sum(seen) / tokens
+
+        def closed(last: int) -> int:
+            """Sum of t // every over the first `last` tokens, counted from 1."""
+            whole = last // self.every
+            return self.every * whole * (whole - 1) // 2 + whole * (last - whole * self.every + 1)
+
+        return (closed(tokens) - closed(tokens - min(self.window or tokens, tokens))) / tokens
 
 
 @dataclass(frozen=True)
@@ -124,11 +128,11 @@ class StateStore:
 
 class Carried(NamedTuple):
     """What `write` continues from. states: by store, after the tokens before the new ones.
-    count: how many of the new tokens are there; those behind them leave the states as they are.
+    added: how many of the new tokens are there; those behind them leave the states as they are.
     """
 
     states: Written
-    count: Int[Array, " batch"]
+    added: Int[Array, " batch"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class Mixer:
         """Weights that turn a token and the stores into what is added to the residual stream."""
         raise NotImplementedError
 
-    def stores(self) -> dict[str, EntryStore | StateStore]:
+    def stores(self) -> Mapping[str, EntryStore | StateStore]:
         """What a layer remembers, by name."""
         return {ENTRIES: EntryStore()}
 
@@ -175,8 +179,9 @@ class Mixer:
         parts: Sequence[Bag],
         mask: Mask,
         compute: Compute,
-    ) -> Residual:
-        """What each token makes of the bags, which carry their own windows."""
+    ) -> tuple[Residual, Reported]:
+        """What each token makes of the bags, which carry their own windows; and what training is
+        told besides, such as a penalty."""
         raise NotImplementedError
 
     def core(

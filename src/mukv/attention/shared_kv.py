@@ -28,7 +28,7 @@ class SharedKV(Groups):
 
     def write_params(self, d_model: int) -> dict[str, Param]:
         dims = {"embed": d_model, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
-        return {"value": Param(dims, fan_in=("embed",))}
+        return {"value": Param(dims, fan_in=("embed",), tag="value")}
 
     def read_params(self, d_model: int) -> dict[str, Any]:
         declared = super().read_params(d_model)

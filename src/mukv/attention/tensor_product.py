@@ -18,7 +18,7 @@ from mukv.attention.entries import Entries
 from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Query, Recalled, Whole
 from mukv.core.linear import project
-from mukv.core.params import Param
+from mukv.core.params import Param, Tag
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 from mukv.position.base import Logits
 
@@ -32,18 +32,19 @@ class TensorProduct(Attention):
 
     sizes: ClassVar[tuple[str, ...]] = ("heads", "head_dim", "query_rank", "rank")
     values_apart: ClassVar[bool] = True
+    keys: ClassVar[tuple[str, ...]] = ("key_heads", "key")
 
     @property
     def query_dim(self) -> int:
         return self.head_dim
 
-    def _factors(self, d_model: int, name: str, rank: int) -> dict[str, Param]:
-        def factor(axis: str, size: int) -> Param:
-            return Param({"embed": d_model, "rank": rank, axis: size}, fan_in=("embed",))
+    def _factors(self, d_model: int, name: Tag, rank: int) -> dict[str, Param]:
+        def factor(axis: str, size: int, tag: Tag | None = None) -> Param:
+            return Param({"embed": d_model, "rank": rank, axis: size}, fan_in=("embed",), tag=tag)
 
         return {
             f"{name}_heads": factor("heads", self.heads),
-            name: factor("head_dim", self.head_dim),
+            name: factor("head_dim", self.head_dim, name),
         }
 
     def write_params(self, d_model: int) -> dict[str, Param]:

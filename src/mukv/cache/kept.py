@@ -100,7 +100,9 @@ class Kept:
             owner = jnp.broadcast_to(jnp.repeat(jnp.arange(heads), places), position.shape)
         stored = {name: {"exact": x} for name, x in new.items()}
         carried = jnp.zeros(position.shape) if self.keep.carries else None
-        shelf = Shelf(stored, position, owner, EXACT, self.shelf.widths, self.shelf.heads)
+        shelf = Shelf(
+            stored, position, owner, EXACT, self.shelf.widths, self.shelf.keys, self.shelf.heads
+        )
         return replace(self, shelf=shelf, carried=carried)
 
     def _after(self, new: Kept) -> Kept:
@@ -181,7 +183,7 @@ class Kept:
         def encode(name: str, tensor: Array, old: dict[str, Array]) -> dict[str, Array]:
             # An entry that is not there must read as something finite.
             tensor = jnp.where(used[..., None], tensor, 0)
-            parts = store.encode(name, tensor, used)
+            parts = store.encode(name in like.shelf.keys, tensor, used)
             return {part: array.astype(old[part].dtype) for part, array in parts.items()}
 
         stored = {
@@ -229,6 +231,7 @@ def empty(
             jnp.zeros_like(position) if shared else None,
             EXACT,
             tuple((name, shape.shape[3]) for name, shape in written.items()),
+            attention.keys,
             heads,
         ),
         carried=jnp.zeros(position.shape) if keep.carries else None,
@@ -246,7 +249,10 @@ def empty(
         abstract(attention.read_params(d_model)),
     )
     zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in index.items()}
-    encoded = {name: store.encode(name, parts["exact"], used) for name, parts in stored.items()}
+    encoded = {
+        name: store.encode(name in attention.keys, parts["exact"], used)
+        for name, parts in stored.items()
+    }
     shelf = replace(exact.shelf, stored=encoded, store=store)
     # Copies: a cache is donated to what fills it, centres serve the next one as well.
     own = {name: jnp.array(array, copy=True) for name, array in given.items()}

@@ -27,20 +27,20 @@ ROUNDED_UP = 1 + 2**-7
 class Int8(Store):
     multiple: ClassVar[int] = GROUP
 
-    def encode(self, name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
-        if _is_key(name):
-            number, factors = _between(name, tensor, there, 255)
+    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+        if key:
+            number, factors = _between(key, tensor, there, 255)
             return {"number": number, **factors}
         grouped = _channels(tensor.astype(jnp.float32))
         step = _step(jnp.max(jnp.abs(grouped), axis=4, keepdims=True) / 127)
         number = jnp.clip(jnp.round(grouped / _divisor(step)), -127, 127).astype(jnp.int8)
         return {"number": _flat(number, tensor.shape), "step": jnp.squeeze(step, 4)}
 
-    def decode(self, name: str, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
         number = parts["number"].astype(jnp.float32)
-        found = number * _spread(name, parts["step"], number.shape[2], width)
-        if _is_key(name):
-            found += _spread(name, parts["low"], number.shape[2], width)
+        found = number * _spread(key, parts["step"], number.shape[2], width)
+        if key:
+            found += _spread(key, parts["low"], number.shape[2], width)
         return found
 
 
@@ -48,22 +48,22 @@ class Int8(Store):
 class Int4(Store):
     multiple: ClassVar[int] = GROUP
 
-    def encode(self, name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
-        number, factors = _between(name, tensor, there, 15)
+    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+        number, factors = _between(key, tensor, there, 15)
         return {"number": _packed(number), **factors}
 
-    def decode(self, name: str, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
         number = _unpacked(parts["number"])[..., :width].astype(jnp.float32)
-        step, low = (_spread(name, parts[key], number.shape[2], width) for key in ("step", "low"))
+        step, low = (_spread(key, parts[part], number.shape[2], width) for part in ("step", "low"))
         return number * step + low
 
 
 def _between(
-    name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"], levels: int
+    key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"], levels: int
 ) -> tuple[UInt8[Array, "batch heads slot width"], Parts]:
     """Numbers from 0 to `levels` between the least and the largest of each group, and the group's
     `low` and `step`; slots that are not there do not count."""
-    runs, axis = (_runs, 3) if _is_key(name) else (_channels, 4)
+    runs, axis = (_runs, 3) if key else (_channels, 4)
     grouped = runs(tensor.astype(jnp.float32))
     counted = runs(jnp.broadcast_to(there[..., None], tensor.shape))
     low = jnp.min(jnp.where(counted, grouped, jnp.inf), axis=axis, keepdims=True)
@@ -88,17 +88,13 @@ def _flat(number: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _spread(
-    name: str, factor: Float[Array, "batch heads row some"], slots: int, width: int
+    key: bool, factor: Float[Array, "batch heads row some"], slots: int, width: int
 ) -> Float[Array, "batch heads slot #width"]:
     """A factor for each number, float32."""
     factor = factor.astype(jnp.float32)
-    if _is_key(name):
+    if key:
         return jnp.repeat(factor, slots // factor.shape[2], axis=2)
     return jnp.repeat(factor, _group(width), axis=3)[..., :width]
-
-
-def _is_key(name: str) -> bool:
-    return name.startswith("key")
 
 
 def _group(width: int) -> int:

@@ -30,7 +30,7 @@ NOWHERE = -1
 class Shelf:
     """stored: by name of tensor. position: of each slot, for each store. owner: the head that an
     entry belongs to, where heads share one store; None where each has its own, or all the same.
-    widths: of the tensors. heads: KV heads of the queries.
+    widths: of the tensors. keys: names of those that are keys. heads: KV heads of the queries.
     """
 
     stored: Stored
@@ -38,6 +38,7 @@ class Shelf:
     owner: Int[Array, "batch 1 slot"] | None
     store: Store = field(metadata={"static": True})
     widths: tuple[tuple[str, int], ...] = field(metadata={"static": True})
+    keys: tuple[str, ...] = field(metadata={"static": True})
     heads: int = field(metadata={"static": True})
 
     @property
@@ -81,7 +82,9 @@ class Shelf:
 
     def _entries(self, stored: dict[str, Parts], position: Array, there: Array) -> Entries:
         decode = self.store.decode
-        tensors = {name: decode(name, stored[name], width) for name, width in self.widths}
+        tensors = {
+            name: decode(name in self.keys, stored[name], width) for name, width in self.widths
+        }
         return Entries(tensors, position, there)
 
 

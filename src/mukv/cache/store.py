@@ -26,11 +26,11 @@ class Store:
     blockwise: ClassVar[bool] = True
     """Whether reading makes a copy, which must never be one of everything."""
 
-    def encode(self, name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
-        """name: what a tensor is to its variant. there: which slots are in use."""
+    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+        """key: whether it is one of the variant's `keys`. there: which slots are in use."""
         raise NotImplementedError
 
-    def decode(self, name: str, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
         """float32, or as it was given; slots that are not in use hold anything finite."""
         raise NotImplementedError
 
@@ -41,10 +41,10 @@ class Exact(Store):
 
     blockwise: ClassVar[bool] = False
 
-    def encode(self, name: str, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
         return {"exact": tensor}
 
-    def decode(self, name: str, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
         return parts["exact"]
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.core.counts import require_counts
-from mukv.core.params import map_params
+from mukv.core.params import Param, map_params
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
@@ -63,13 +63,14 @@ class Compute:
         return jnp.dtype(self.dtype or "float32")
 
     def working_copy(self, declared: Any, weights: Any) -> Any:
-        """The weights as the forward pass multiplies with them; gains stay as they are."""
+        """The weights as the forward pass multiplies with them; gains and routers stay as they
+        are: rounding a router's scores would send tokens to other experts."""
         operand = jnp.dtype(self.operands or "float32")
-        return map_params(
-            lambda param, weight: weight.astype(operand) if param.fan_in else weight,
-            declared,
-            weights,
-        )
+
+        def rounded(param: Param, weight: jax.Array) -> jax.Array:
+            return weight.astype(operand) if param.fan_in and param.role != "router" else weight
+
+        return map_params(rounded, declared, weights)
 
 
 def settled(compute: Compute | None, vocab_size: int) -> Compute:

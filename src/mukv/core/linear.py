@@ -31,10 +31,19 @@ def project(x: Array, weight: Array, contracted: int = 1, out: jnp.dtype | None 
     return flat.reshape(*rows, *columns)
 
 
+def project_each(
+    x: Float[Array, "block rows inner"], weight: Float[Array, "block inner columns"]
+) -> Float[Array, "block rows columns"]:
+    """The same for blocks of rows, each with a weight of its own."""
+    return _product(x, weight, x.dtype)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(
-    x: Float[Array, "rows inner"], weight: Float[Array, "inner columns"], out: jnp.dtype
-) -> Float[Array, "rows columns"]:
+    x: Float[Array, "*block rows inner"],
+    weight: Float[Array, "*block inner columns"],
+    out: jnp.dtype,
+) -> Float[Array, "*block rows columns"]:
     return jnp.matmul(x.astype(weight.dtype), weight, preferred_element_type=out)
 
 
@@ -49,7 +58,7 @@ def _backward(
     x, weight, like = saved
     narrow = gradient.astype(x.dtype)
     # In float32 the product reads a transposed weight as fast where it lies.
-    turned = _turned(weight) if weight.dtype == jnp.bfloat16 else weight.T
+    turned = _turned(weight) if weight.dtype == jnp.bfloat16 else weight.swapaxes(-1, -2)
     to_x = jnp.matmul(narrow, turned, preferred_element_type=like.dtype)
     to_weight = jnp.matmul(_turned(x), narrow, preferred_element_type=jnp.float32)
     return to_x, to_weight.astype(weight.dtype)

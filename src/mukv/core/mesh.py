@@ -9,7 +9,7 @@ the rest, so the same program runs on one device, on simulated ones and on a pod
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +27,23 @@ AXES: Mapping[str, str] = {
     "embed": "data",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "groups": "tensor",
     "hidden": "tensor",
+    "experts": "data",
+    "expert_hidden": "tensor",
+    "shared_hidden": "tensor",
     "vocab": "tensor",
     "concept_embed": "data",
     "concept_heads": "tensor",
     "concept_kv_heads": "tensor",
+    "concept_groups": "tensor",
     "concept_hidden": "tensor",
+    "concept_experts": "data",
+    "concept_expert_hidden": "tensor",
+    "concept_shared_hidden": "tensor",
 }
-"""Logical dimension -> mesh axis. What is not listed is never split."""
+"""Logical dimension -> mesh axis. What is not listed is never split. Experts are split over `data`
+for storage and `tensor` splits each of them: every device computes its own tokens, none travels."""
 
 SIMULATED_LIMIT = 8
 
@@ -155,6 +164,25 @@ def constrain(array: Array, *names: str | None) -> Array:
     if "batch" in dims:
         return jax.lax.with_sharding_constraint(array, specification(dims, mesh))
     return jax.lax.with_sharding_constraint(array, specification(dims, mesh, exclude=("data",)))
+
+
+def by_data_shard(function: Callable[..., Any], weights: Any, *rows: Array) -> Any:
+    """`function(weights, *rows)`, computed for the rows of each data shard by itself.
+
+    For functions that reorder tokens over rows, which the partitioner would do over all devices.
+    rows: arrays whose first axis is that of rows, as are those that the function gives.
+    """
+    mesh = _partitioned_mesh()
+    if mesh is None or mesh.shape["data"] == 1 or len(rows[0]) % mesh.shape["data"]:
+        return function(weights, *rows)
+    split = PartitionSpec("data")
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), *(split for _ in rows)),
+        out_specs=split,
+        axis_names={"data"},
+    )(weights, *rows)
 
 
 def gather(weights: Any, declared: Any) -> Any:

@@ -11,15 +11,18 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mukv.core.typing import Array
+from mukv.core.errors import BadInput, unknown_name
+from mukv.core.typing import Array, Float
 
-Role = Literal["embedding", "hidden", "readout", "vector"]
+Role = Literal["embedding", "hidden", "readout", "router", "vector"]
+Tag = Literal["query", "key", "value", "gate", "readout"]
+Init = Literal["normal", "zeros", "ones"]
 LAYER = "layer"
 WIDEST = 1 << 20
 """The width of a model, and of what is like one, is at most this: beyond is a slip of a finger."""
@@ -30,16 +33,46 @@ class Param:
     """One weight.
 
     dims: name and size of each axis, in order. fan_in: the axes that a forward pass contracts.
-    role: what a parameterisation needs to know of it (vectors are gains and biases).
+    role: what a parameterisation needs to know of it: a router maps the width to a fixed number of
+    scores, vectors are gains and biases.
     init: the distribution; its standard deviation is the parameterisation's to choose.
     ends_branch: what it gives is added to the residual stream.
+    batch: the axes that count separate matrices, such as experts: neither contracted nor part of
+    what a matrix gives. They come first, behind that of a stack's layers.
+    tag: what the weight is for; None where nothing depends on it.
+    active: the share of it that one token is multiplied with; below 1 for experts.
+
+    Raises BadInput for an unknown role, init or tag, and for axes that it does not have.
     """
 
     dims: Mapping[str, int]
     role: Role = "hidden"
     fan_in: tuple[str, ...] = ()
-    init: Literal["normal", "zeros", "ones"] = "normal"
+    init: Init = "normal"
     ends_branch: bool = False
+    batch: tuple[str, ...] = ()
+    tag: Tag | None = None
+    active: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field, known in (("role", Role), ("init", Init), ("tag", Tag)):
+            given = getattr(self, field)
+            if given not in get_args(known) and not (field == "tag" and given is None):
+                raise unknown_name(f"Param.{field}", given, get_args(known))
+        if not 0 < self.active <= 1:
+            raise BadInput("Param.active", self.active, "above 0 and at most 1")
+        for field in ("fan_in", "batch"):
+            axes = getattr(self, field)
+            for axis in axes:
+                if axis not in self.dims:
+                    raise unknown_name(f"Param.{field}", axis, self.dims)
+            if len(set(axes)) < len(axes):
+                raise BadInput(f"Param.{field}", axes, "each axis once")
+        if both := set(self.fan_in) & set(self.batch):
+            raise BadInput("Param.batch", self.batch, f"{', '.join(both)} is in fan_in already")
+        if tuple(self.dims)[: len(self.leading)] != self.leading:
+            allowed = f"the first axes of {', '.join(self.dims)}"
+            raise BadInput("Param.batch", self.batch, allowed)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,6 +86,16 @@ class Param:
     def fan_in_size(self) -> int:
         return math.prod(self.dims[name] for name in self.fan_in)
 
+    @property
+    def leading(self) -> tuple[str, ...]:
+        """The axes that count separate matrices: a stack's layers, then `batch`."""
+        return tuple(name for name in self.dims if name == LAYER or name in self.batch)
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape of one of the separate matrices."""
+        return tuple(size for name, size in self.dims.items() if name not in self.leading)
+
     def stacked(self, repeats: int) -> Param:
         """The same weight for `repeats` equal layers, along a leading axis."""
         return replace(self, dims={LAYER: repeats, **self.dims})
@@ -60,7 +103,42 @@ class Param:
     def prefixed(self, prefix: str) -> Param:
         """The same weight with the names of its dimensions told apart from another width's."""
         dims = {prefix + name: size for name, size in self.dims.items()}
-        return replace(self, dims=dims, fan_in=tuple(prefix + name for name in self.fan_in))
+        fan_in, batch = (tuple(prefix + n for n in axes) for axes in (self.fan_in, self.batch))
+        return replace(self, dims=dims, fan_in=fan_in, batch=batch)
+
+
+def as_matrices(param: Param, array: Array) -> Float[Array, "*leading rows columns"]:
+    """The weight as matrices: contracted axes are rows, all others but the leading ones columns."""
+    return array.transpose(_matrix_order(param)).reshape(
+        *(param.dims[name] for name in param.leading), param.fan_in_size, -1
+    )
+
+
+def from_matrices(
+    param: Param, matrices: Float[Array, "*leading rows columns"]
+) -> Float[Array, "..."]:
+    """The inverse of `as_matrices`."""
+    order, shape = _matrix_order(param), param.shape
+    turned = matrices.reshape([shape[axis] for axis in order])
+    return turned.transpose([order.index(axis) for axis in range(len(shape))])
+
+
+def _matrix_order(param: Param) -> list[int]:
+    """Axes in the order: leading, contracted, others."""
+
+    def rank(axis: int) -> int:
+        name = list(param.dims)[axis]
+        return 0 if name in param.leading else 1 if name in param.fan_in else 2
+
+    return sorted(range(len(param.dims)), key=rank)
+
+
+def tagged(declared: Any, tag: Tag) -> Param:
+    """The one weight with this tag. Raises BadInput unless there is exactly one."""
+    found = [name for name, param in named(declared).items() if param.tag == tag]
+    if len(found) != 1:
+        raise BadInput("Param.tag", found, f"exactly one weight with tag {tag}")
+    return named(declared)[found[0]]
 
 
 def map_params(function: Callable[..., Any], declared: Any, *others: Any) -> Any:
@@ -77,6 +155,11 @@ def named(tree: Any) -> dict[str, Any]:
 def count(declared: Any) -> int:
     """The number of trained numbers."""
     return sum(param.size for param in named(declared).values())
+
+
+def active(declared: Any) -> int:
+    """The number of trained numbers that one token uses: of experts, those that it goes through."""
+    return round(sum(param.size * param.active for param in named(declared).values()))
 
 
 def abstract(declared: Any, dtype: DTypeLike = "float32") -> Any:

@@ -166,6 +166,7 @@ class Family:
                 ({first},),
             ),
             "plan: mlp": ({layer.mlp for layer in layers}, ({layers[0].mlp},)),
+            "mlp.kind": (layers[0].mlp.kind, ("gated",)),
             "plan: position": (self._positions(model), (True,)),
             "norm.stored": (model.norm.stored, (self.norm,)),
             "residual.kind": (model.residual.kind, (self.residual.kind,)),

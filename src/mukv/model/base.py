@@ -23,7 +23,9 @@ from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param
 from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
+from mukv.model.auxiliary import PENALTY, Auxiliary
 from mukv.model.block import AnyResidual, Gated, PreNorm
+from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
 from mukv.scaling.parameterization import Scaling
@@ -43,7 +45,7 @@ class Memory(NamedTuple):
 class ForwardResult(NamedTuple):
     """What a forward pass gives. hidden: the residual stream after the last layer and norm.
     penalty: what training minimises besides the cross-entropy, in nats per token of each row; None
-    for nothing. counts: numbers to be reported, summed over the row.
+    for nothing. counts: numbers to be reported, summed over the row; a run logs them per token.
     """
 
     hidden: Residual
@@ -66,7 +68,7 @@ class LanguageModel:
     vocab_size: int = 264
     d_model: int = 128
     attention: AnyAttention = field(default_factory=Grouped)
-    mlp: Gated = field(default_factory=Gated)
+    mlp: AnyFeedforward = field(default_factory=Gated)
     norm: RMSNorm = field(default_factory=RMSNorm)
     residual: AnyResidual = field(default_factory=PreNorm)
     embedding_scale: Literal["root_width"] | None = None
@@ -116,7 +118,8 @@ class LanguageModel:
         """One forward pass, weights scaled and stacked.
 
         position: place in the document, counted from 0 (default: place in the row). segment:
-        number of the document; tokens see only their own (default: one per row).
+        number of the document from 1, 0 for padding; tokens see only their own (default: one per
+        row).
         """
         raise NotImplementedError
 
@@ -208,7 +211,9 @@ class LanguageModel:
         declared = {"embedding": embedding, **self.body_params()}
         declared["final_norm"] = self.norm.params(self.d_model)
         if not tied:
-            declared["readout"] = Param(width | vocab, role="readout", fan_in=("embed",))
+            declared["readout"] = Param(
+                width | vocab, role="readout", fan_in=("embed",), tag="readout"
+            )
         return declared
 
     def resolved(self, family: Family = "adam") -> Any:
@@ -253,6 +258,13 @@ class LanguageModel:
             width = (self.scaling.base or {}).get("embed", self.d_model)
             x = x * jnp.asarray(width**0.5, x.dtype)
         return tap("embedding", constrain(x, "batch", None, None))
+
+    def result(
+        self, weights: Weights, x: Residual, auxiliary: Auxiliary, length: int
+    ) -> ForwardResult:
+        """The result of a pass over rows of `length` tokens. x: after the last layer."""
+        counts = {name: length * value for name, value in auxiliary.items() if name != PENALTY}
+        return ForwardResult(self.normed(weights, x), auxiliary.get(PENALTY), counts)
 
     def normed(self, weights: Weights, x: Residual) -> Residual:
         """After the last layer."""

@@ -12,14 +12,39 @@ from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, map_params
-from mukv.core.typing import Residual, Weights
+from mukv.core.typing import Array, Bool, Residual, Weights
+from mukv.model.auxiliary import Auxiliary
 from mukv.scaling.parameterization import Scaling
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
 @dataclass(frozen=True)
-class Gated:
+class Feedforward:
+    """The contract; fields are the YAML keys. What a layer does with each token by itself."""
+
+    grows: ClassVar[tuple[str, ...]] = ()
+    """Fields that go with the width of the model."""
+    kind_may_be_left_out: ClassVar[bool] = False
+    """Whether a mapping without `kind` is of this class."""
+
+    def params(self, d_model: int) -> dict[str, Any]:
+        """Weights."""
+        raise NotImplementedError
+
+    def apply(
+        self, weights: Weights, x: Residual, counted: Bool[Array, "batch token"] | None = None
+    ) -> tuple[Residual, Auxiliary | None]:
+        """What is added to the residual stream; and what a pass over whole rows reports.
+
+        counted: which tokens are no padding, in passes over whole rows (training, evaluation);
+        None in prefill and decoding, which report nothing.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Gated(Feedforward):
     """Gated linear unit (Shazeer 2020): down(activation(gate x) * up x)."""
 
     kind: Literal["gated"] = "gated"
@@ -27,21 +52,22 @@ class Gated:
     activation: Literal["silu", "gelu"] = "silu"
 
     grows: ClassVar[tuple[str, ...]] = ("hidden",)
-    """Fields that go with the width of the model."""
+    kind_may_be_left_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_counts(self, "hidden", most=4 * WIDEST)
 
-    def params(self, d_model: int) -> dict[str, Param]:
-        up = Param({"embed": d_model, "hidden": self.hidden}, fan_in=("embed",))
-        down = Param(
-            {"hidden": self.hidden, "embed": d_model}, fan_in=("hidden",), ends_branch=True
-        )
-        return {"gate": up, "up": up, "down": down}
+    def params(self, d_model: int, axis: str = "hidden") -> dict[str, Param]:
+        """axis: name of the inner width."""
+        up = Param({"embed": d_model, axis: self.hidden}, fan_in=("embed",))
+        down = Param({axis: self.hidden, "embed": d_model}, fan_in=(axis,), ends_branch=True)
+        return {"gate": replace(up, tag="gate"), "up": up, "down": down}
 
-    def apply(self, weights: Weights, x: Residual) -> Residual:
+    def apply(
+        self, weights: Weights, x: Residual, counted: Bool[Array, "batch token"] | None = None
+    ) -> tuple[Residual, None]:
         gate = ACTIVATIONS[self.activation](project(x, weights["gate"]))
-        return project(gate * project(x, weights["up"]), weights["down"])
+        return project(gate * project(x, weights["up"]), weights["down"]), None
 
 
 @dataclass(frozen=True)

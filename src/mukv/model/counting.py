@@ -79,9 +79,10 @@ def cache_bytes(
 
 def flops_per_token(model: LanguageModel, length: int) -> int:
     """Floating-point operations of training per token at this sequence length: products
-    only, backward counted twice the forward pass, attention as the mask leaves it."""
+    only, backward counted twice the forward pass, attention as the mask leaves it, of experts those
+    that a token goes through."""
     products = sum(
-        2 * param.size / model.every(name.split(".")[0])
+        2 * param.size * param.active / model.every(name.split(".")[0])
         for name, param in named(model.params()).items()
         if param.fan_in
     )

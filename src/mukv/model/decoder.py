@@ -61,8 +61,8 @@ class Decoder(LanguageModel):
         if position is None:
             position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.embed(weights, tokens, compute)
-        x = self.stack.forward(weights, x, position, segment, compute)
-        return ForwardResult(self.normed(weights, x))
+        x, auxiliary = self.stack.forward(weights, x, position, segment, compute)
+        return self.result(weights, x, auxiliary, tokens.shape[1])
 
     def empty_cache(
         self,

@@ -18,7 +18,8 @@ from mukv.core.compute import Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
 from mukv.core.tap import scope, tap
-from mukv.core.typing import Array, Int, Residual
+from mukv.core.typing import Array, Bool, Int, Residual
+from mukv.model.auxiliary import Auxiliary, together
 from mukv.model.block import AnyResidual
 from mukv.model.plan import ResolvedLayer
 
@@ -57,20 +58,22 @@ class Pass:
     remember: Remember
     aligned: bool
     carried: Mapping[int, Carried] = field(default_factory=dict)
+    counted: Bool[Array, "batch token"] | None = None
+    """Which tokens are no padding, in a pass whose layers report something; None in others."""
 
     def all(self, weights: Sequence[Any], x: Residual) -> Residual:
         """Through every layer, each with its own weights."""
         known: dict[int, tuple[Bag, ...]] = {}
         for layer, own in zip(self.layers, weights, strict=True):
-            x = self.layer(layer, own, x, known)
+            x, _ = self.layer(layer, own, x, known)
         return x
 
     def layer(
         self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, tuple[Bag, ...]]
-    ) -> Residual:
-        """Through one layer; adds to `known` what it wrote."""
+    ) -> tuple[Residual, Auxiliary]:
+        """Through one layer, and what it reports; adds to `known` what it wrote."""
 
-        def apply(weights: Any, x: Residual, inherited: Any) -> tuple[Residual, Any]:
+        def apply(weights: Any, x: Residual, inherited: Any) -> tuple[Residual, Any, Auxiliary]:
             attention = layer.attention
             residual, norm = self.residual, self.norm
             declared = layer_params(layer, norm, residual, self.d_model)
@@ -84,18 +87,18 @@ class Pass:
                     query = partial(attention.query, weights["read"], normed, self.position)
                     parts = self.remember(layer, attention.by_store(written), query)
                 mask = Mask(self.segment, layer.window, self.aligned)
-                read = attention.read(
+                read, own = attention.read(
                     weights["read"], normed, self.position, parts, mask, self.compute
                 )
                 read = residual.leave(weights, "attention", norm, read)
                 x = tap("attention", constrain(x + read, "batch", None, None))
                 normed = residual.enter(weights, "mlp", norm, x)
-                mlp = layer.mlp.apply(weights["mlp"], normed)
+                mlp, reported = layer.mlp.apply(weights["mlp"], normed, self.counted)
                 mlp = residual.leave(weights, "mlp", norm, mlp)
                 x = tap("mlp", constrain(x + mlp, "batch", None, None))
-            return x, parts
+            return x, parts, together(own, reported)
 
         if self.compute.rematerialise and self.aligned:
             apply = jax.checkpoint(apply)
-        x, known[layer.index] = apply(weights, x, known.get(layer.source))
-        return x
+        x, known[layer.index], auxiliary = apply(weights, x, known.get(layer.source))
+        return x, auxiliary

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from mukv.attention import AnyAttention, EntryStore
 from mukv.core.counts import INT32, require_counts
 from mukv.core.errors import BadInput
-from mukv.model.block import Gated
+from mukv.model.feedforward import AnyFeedforward
 from mukv.position import AnyPosition
 
 MOST_LAYERS = 10_000
@@ -30,7 +30,7 @@ class Layer:
 
     attention: AnyAttention | None = None
     position: AnyPosition | None = None
-    mlp: Gated | None = None
+    mlp: AnyFeedforward | None = None
     window: int | None = None
     reads: int | None = None
 
@@ -57,7 +57,7 @@ class ResolvedLayer:
     slot: int
     repeat: int
     attention: AnyAttention
-    mlp: Gated
+    mlp: AnyFeedforward
     window: int | None
     reads: int | None
     source: int
@@ -78,7 +78,7 @@ class ResolvedLayer:
 
 
 def resolve(
-    stages: Sequence[Stage], attention: AnyAttention, mlp: Gated
+    stages: Sequence[Stage], attention: AnyAttention, mlp: AnyFeedforward
 ) -> tuple[ResolvedLayer, ...]:
     """All layers in order, checked. Raises BadInput with the layer's number."""
     if (total := sum(stage.repeats * len(stage.pattern) for stage in stages)) > MOST_LAYERS:

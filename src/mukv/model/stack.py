@@ -24,7 +24,10 @@ from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.core.tap import capturing
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
-from mukv.model.block import AnyResidual, Gated
+from mukv.model.auxiliary import Auxiliary, over_layers
+from mukv.model.block import AnyResidual
+from mukv.model.cache_update import CacheUpdate, LayerBag
+from mukv.model.feedforward import AnyFeedforward
 from mukv.model.passes import Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
@@ -40,7 +43,7 @@ class Stack:
 
     d_model: int
     attention: AnyAttention
-    mlp: Gated
+    mlp: AnyFeedforward
     plan: tuple[Stage, ...]
     norm: RMSNorm
     residual: AnyResidual
@@ -70,7 +73,7 @@ class Stack:
         return tuple(layer for layer in self.layers if layer.writes)
 
     @cached_property
-    def bags(self) -> tuple[tuple[ResolvedLayer, str, EntryStore], ...]:
+    def bags(self) -> tuple[LayerBag, ...]:
         """The stores of entries that the layers write, in the order of the cache's slots."""
         return tuple((layer, *bag) for layer in self.writers for bag in layer.bags.items())
 
@@ -112,11 +115,12 @@ class Stack:
         position: Int[Array, "batch token"],
         segment: Int[Array, "batch token"] | None,
         compute: Compute,
-    ) -> Residual:
-        """The residual stream after the last layer.
+    ) -> tuple[Residual, Auxiliary]:
+        """The residual stream after the last layer, and what the layers report: penalties summed,
+        other numbers averaged over the layers that report them.
 
-        weights: stacked. position: place in the document. segment: number of the document; tokens
-        see only their own (None: one per row).
+        weights: stacked. position: place in the document. segment: number of the document from 1,
+        0 or less for padding; tokens see only their own (None: one per row).
         """
 
         def remember(
@@ -126,6 +130,10 @@ class Stack:
             return tuple(bag.entries(written[name], position, segment) for name, bag in bags)
 
         run = self._pass(compute, position, remember, aligned=True, segment=segment)
+        run = replace(
+            run, counted=jnp.ones_like(position, bool) if segment is None else segment > 0
+        )
+        reported: list[Auxiliary] = []
         known: dict[int, tuple[Bag, ...]] = {}
         for s, stage in enumerate(self.plan):
             stacked = weights[f"stage{s}"]
@@ -133,18 +141,23 @@ class Stack:
             if compute.unroll or capturing() or stage.repeats == 1 or not scannable(s, self.layers):
                 for layer in here:
                     own = jax.tree.map(lambda leaf, r=layer.repeat: leaf[r], stacked)
-                    x = run.layer(layer, own[f"slot{layer.slot}"], x, known)
+                    x, more = run.layer(layer, own[f"slot{layer.slot}"], x, known)
+                    reported.append(more)
             else:
                 first = here[: len(stage.pattern)]
 
-                def repeat(x: Residual, own: Any, first: Any = first) -> tuple[Residual, None]:
-                    inner = dict(known)
+                def repeat(
+                    x: Residual, own: Any, first: Any = first
+                ) -> tuple[Residual, list[Auxiliary]]:
+                    inner, found = dict(known), []
                     for layer in first:
-                        x = run.layer(layer, own[f"slot{layer.slot}"], x, inner)
-                    return x, None
+                        x, more = run.layer(layer, own[f"slot{layer.slot}"], x, inner)
+                        found.append(more)
+                    return x, found
 
-                x, _ = jax.lax.scan(repeat, x, stacked)
-        return x
+                x, more = jax.lax.scan(repeat, x, stacked)
+                reported += more
+        return x, over_layers(reported)
 
     def _pass(
         self,
@@ -210,7 +223,11 @@ class Stack:
             return
         whole = [layer for layer in self.layers if layer.whole]
         if not whole:
-            allowed = "full: each layer has a window, which drops entries by itself"
+            names = sorted({name for layer in self.layers for name in layer.attention.stores()})
+            allowed = (
+                f"full: each layer has a window or a state ({', '.join(names)}), which drops "
+                "entries by itself"
+            )
             raise BadInput("policy", str(policy), allowed)
         for layer in whole:
             policy.check(self.first + layer.index, layer.attention)
@@ -231,7 +248,7 @@ class Stack:
         empty, so that only the new entries are read.
         """
         position = cache.length[:, None] + jnp.arange(x.shape[1])
-        after = _After(self, cache)
+        after = CacheUpdate(self.bags, self.writers, cache)
 
         def remember(
             layer: ResolvedLayer, written: Written, query: Callable[[], Queries]
@@ -249,6 +266,8 @@ class Stack:
             return tuple(parts)
 
         carried = after.carried(count)
+        # Nothing is differentiated, and what a layer leaves in the cache must leave its checkpoint.
+        compute = replace(compute, rematerialise=False)
         run = self._pass(compute, position, remember, aligned=fresh, carried=carried)
         x = run.all(weights, x)
         return x, replace(after.cache(), length=cache.length + count)
@@ -268,7 +287,7 @@ class Stack:
         """
         position = cache.position()[:, None]
         more = 1 if which is None else which.astype(jnp.int32)
-        after = _After(self, cache)
+        after = CacheUpdate(self.bags, self.writers, cache)
 
         def remember(
             layer: ResolvedLayer, written: Written, query: Callable[[], Queries]
@@ -305,37 +324,6 @@ class Stack:
         slots = tuple(map(folded, layers, cache.slots))
         return replace(
             cache, slots=slots, length=cache.length + added, filled=jnp.zeros_like(cache.filled)
-        )
-
-
-class _After:
-    """The slots and states of a cache while a pass through a stack's layers replaces them."""
-
-    def __init__(self, stack: Stack, cache: Cache):
-        self.before = cache
-        self.slots = {
-            (layer.index, name): slot
-            for (layer, name, _), slot in zip(stack.bags, cache.slots, strict=True)
-        }
-        layers = (layer.index for layer in stack.writers)
-        self.states = dict(zip(layers, cache.states, strict=True))
-
-    def slot(self, layer: ResolvedLayer, name: str) -> Slot:
-        return self.slots[layer.index, name]
-
-    def put(self, layer: ResolvedLayer, name: str, slot: Slot) -> None:
-        self.slots[layer.index, name] = slot
-
-    def carried(self, count: Int[Array, " batch"]) -> dict[int, Carried]:
-        """What the layers continue from. count: new tokens of each row."""
-        return {index: Carried(states, count) for index, states in self.states.items()}
-
-    def keep_states(self, layer: ResolvedLayer, written: Written) -> None:
-        self.states[layer.index] = {name: written[name] for name in layer.attention.states}
-
-    def cache(self) -> Cache:
-        return replace(
-            self.before, slots=tuple(self.slots.values()), states=tuple(self.states.values())
         )
 
 

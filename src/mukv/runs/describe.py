@@ -58,6 +58,7 @@ def describe(run: Run) -> dict[str, Any]:
             )
     return {
         "parameters": params.count(model.params()),
+        "active_parameters": params.active(model.params()),
         "flops_per_token": flops_per_token(model, run.train.length),
         "cache_bytes_per_token": plain(grows),
         "cache_bytes_constant": sum(layer["cache_bytes_constant"] for layer in layers)
@@ -104,9 +105,11 @@ def weights(run: Run) -> list[dict[str, Any]]:
 
 def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     """The same for a person."""
+    active = facts["active_parameters"]
+    used = f", {active:,} of them used by a token" if active < facts["parameters"] else ""
     console.print(
         styled(
-            *("parameters  ", (f"{facts['parameters']:,}", "bold"), "\n"),
+            *("parameters  ", (f"{facts['parameters']:,}", "bold"), f"{used}\n"),
             *("training    ", (f"{facts['flops_per_token']:,}", "bold")),
             f" FLOPs per token at {run.train.length:,} tokens\n",
             *("cache       ", (shown(facts["cache_bytes_per_token"]), "bold")),
@@ -121,13 +124,13 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
         console.print(f"core        not {name}: {reason}")
     console.print()
     columns = ("layer", "attention", "position", "window", "reads", "core", "cached")
-    layers = table(columns, ("cache\nbytes/token", "ring\nbytes"))
+    layers = table(columns, ("cache\nbytes/token", "fixed\nbytes"))
     groups = _alike(facts["layers"])
     costs = even([group[0]["cache_bytes_per_token"] for group in groups])
     for group, cost in zip(groups, costs, strict=True):
         first, last = group[0], group[-1]
         number = str(first["layer"])
-        ring = first["cache_bytes_constant"]
+        fixed = first["cache_bytes_constant"]
         layers.add_row(
             number if first is last else f"{number}-{last['layer']}",
             first["attention"].split(" ")[0],
@@ -137,7 +140,7 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
             first["core"] or "none",
             ", ".join(f"{name} {h}x{width}" for name, (h, width) in first["cached"].items()),
             cost,
-            f"{ring:,}" if ring else "",
+            f"{fixed:,}" if fixed else "",
         )
     console.print(layers, "", sep="\n")
     columns = ("init\ndeviation", "multiplier", "learning rate,\nmultiple", "decay")

@@ -152,7 +152,7 @@ class Model:
     def by_head(self) -> bool:
         """Whether every layer without a window keeps entries of each head, so that centres fit."""
         layers = [layer for stack in self.network.stacks for layer in stack.layers]
-        kept = [layer.attention for layer in layers if layer.window is None]
+        kept = [layer.attention for layer in layers if layer.whole]
         return all(attention.entry_sets == attention.key_heads for attention in kept)
 
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:

@@ -2,7 +2,8 @@
 
 Shazeer and Stern 2018, algorithms 4 and 5, without momentum. What the paper calls a matrix is one
 layer's weight with its contracted axes as rows: a stack of equal layers, which has a leading axis,
-is as many matrices, so that a plan said as `repeats: 4` or as a pattern of four trains alike.
+is as many matrices, so that a plan said as `repeats: 4` or as a pattern of four trains alike; each
+expert is a matrix, too.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from mukv.core.params import LAYER, Param, map_params
+from mukv.core.params import Param, map_params
 from mukv.core.typing import Array
 from mukv.scaling.stability import Family
-from mukv.scaling.updates import Optimizer, by_layer
+from mukv.scaling.updates import Optimizer, by_matrix
 
 SMALLEST_FACTORED = 128
 """A matrix with fewer rows or columns keeps every second moment: factors would save little."""
@@ -31,7 +32,7 @@ SMALLEST_SIZE = 1e-3
 
 class Factors(NamedTuple):
     """Updates done, and by weight averages of squared gradients: of rows and columns of a factored
-    matrix, of every number otherwise. One number a layer stands for what a weight does not keep."""
+    matrix, of every number otherwise. One number a matrix stands for what is not kept."""
 
     steps: Array
     rows: Any
@@ -63,14 +64,14 @@ class Adafactor(Optimizer):
                 jnp.zeros((), jnp.int32),
                 zeros(lambda param: _part(param, _matrix(param)[:1], factored(param))),
                 zeros(lambda param: _part(param, _matrix(param)[1:], factored(param))),
-                zeros(lambda param: _part(param, _own(param), not factored(param))),
+                zeros(lambda param: _part(param, param.own_shape, not factored(param))),
             )
 
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Factors]:
             forget = (state.steps + 1.0) ** -self.decay_rate
 
             def one(param: Param, *arrays: Array) -> Any:
-                return by_layer(
+                return by_matrix(
                     param,
                     partial(self._moved, _matrix(param) if factored(param) else None, forget),
                     *arrays,
@@ -123,23 +124,19 @@ def factored(param: Param) -> bool:
     return min(_matrix(param)) >= SMALLEST_FACTORED
 
 
-def _own(param: Param) -> tuple[int, ...]:
-    """The shape of one layer's weight."""
-    return tuple(size for name, size in param.dims.items() if name != LAYER)
-
-
 def _part(param: Param, shape: tuple[int, ...], kept: bool) -> tuple[int, ...]:
-    """The shape of an average over all layers; one number a layer stands for what is not kept."""
-    layers = tuple(size for name, size in param.dims.items() if name == LAYER)
-    return (*layers, *(shape if kept else (1,)))
+    """The shape of an average over all matrices; one number a matrix stands for what is not
+    kept."""
+    leading = tuple(param.dims[name] for name in param.leading)
+    return (*leading, *(shape if kept else (1,)))
 
 
 def _matrix(param: Param) -> tuple[int, int]:
     """Rows and columns: the contracted axes and the others, in the order in which they lie; the
     first axis and the others where nothing is contracted."""
-    own = {name: size for name, size in param.dims.items() if name != LAYER}
-    names, contracted = list(own), set(param.fan_in)
+    names = [name for name in param.dims if name not in param.leading]
+    contracted = set(param.fan_in)
     splits = [k for k in range(1, len(names)) if contracted in (set(names[:k]), set(names[k:]))]
-    sizes = list(own.values())
+    sizes = param.own_shape
     cut = splits[0] if splits else 1
     return math.prod(sizes[:cut]), math.prod(sizes[cut:])

@@ -12,9 +12,9 @@ import optax
 
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.params import LAYER, Param, map_params
+from mukv.core.params import Param, as_matrices, from_matrices, map_params
 from mukv.core.typing import Array
-from mukv.scaling.updates import Moments, Optimizer, by_layer
+from mukv.scaling.updates import Moments, Optimizer, by_matrix
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,21 @@ class Muon(Optimizer):
 
 
 def is_matrix(param: Param) -> bool:
-    """Whether a weight maps a width to a width, per layer."""
+    """Whether a weight maps a width to a width, per layer and expert."""
     return param.role == "hidden" and param.init == "normal" and len(param.fan_in) > 0
 
 
 def orthogonal(param: Param, update: Array, iterations: int) -> Array:
-    """Each layer's matrix with all its singular values near sqrt(fan_out / fan_in)."""
-    layers = [size for name, size in param.dims.items() if name == LAYER]
-    flat = update.reshape(*layers, param.fan_in_size, -1)
+    """The matrix of each layer, and of each expert, with all its singular values near
+    sqrt(fan_out / fan_in)."""
+    flat = as_matrices(param, update)
     rows, columns = flat.shape[-2:]
-    norm = by_layer(param, jnp.linalg.norm, flat)[..., None, None]
+    norm = by_matrix(param, jnp.linalg.norm, flat)[..., None, None]
     flat = flat / jnp.maximum(norm, 1e-20)
     turned = flat.swapaxes(-1, -2) if rows > columns else flat
     even = newton_schulz(turned, iterations)
     even = even.swapaxes(-1, -2) if rows > columns else even
-    return (math.sqrt(columns / rows) * even).reshape(update.shape)
+    return from_matrices(param, math.sqrt(columns / rows) * even)
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

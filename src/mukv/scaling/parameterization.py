@@ -22,11 +22,13 @@ from mukv.core.typing import Array, Number
 from mukv.scaling.stability import (
     FULL,
     NONE,
+    ROUTER,
     SCALED,
     Alignment,
     Family,
     check_start,
     learning_rate_powers,
+    router_power,
 )
 
 EXPONENTS: Mapping[str, tuple[tuple[float, float], ...]] = {
@@ -86,6 +88,7 @@ class Constants:
     embedding: float = 1.0
     hidden: float = 1.0
     readout: float = 1.0
+    router: float = 1.0
     vector: float = 1.0
 
     def __post_init__(self) -> None:
@@ -177,8 +180,8 @@ class Scaling:
         deep = layers / (self.base or {}).get(LAYER, layers)
         powers = self._learning_rates(family)
         resolved = [
-            self._resolve(param, deep, powers, name.split(".")[-1] in self.zeros)
-            for name, param in named(declared).items()
+            self._resolve(param, deep, powers, param.tag in self.zeros)
+            for param in named(declared).values()
         ]
         structure = jax.tree.structure(declared, is_leaf=lambda leaf: isinstance(leaf, Param))
         return structure.unflatten(resolved)
@@ -217,7 +220,7 @@ class Scaling:
     ) -> Resolved:
         role: Role = param.role
         ratio = self._ratio(param)
-        a, b = self._exponents.get(role, (0.0, 0.0))
+        a, b = ROUTER if role == "router" else self._exponents.get(role, (0.0, 0.0))
         branch = deep**-self.depth if self.depth is not None and param.ends_branch else 1.0
         inside = self.depth is not None and LAYER in param.dims
         slower = deep ** (self.depth - 1) if inside and self.depth is not None else 1.0
@@ -242,14 +245,15 @@ class Scaling:
     def _learning_rates(self, family: Family) -> dict[str, float]:
         if self.alignment == "ignored":
             return {}
-        if self.kind != "custom" and not isinstance(self.alignment, Measured):
-            cells = LEARNING_RATES[family, self.alignment][self.kind]
-            return dict(zip(SCALED, cells, strict=True))
         if isinstance(self.alignment, Measured):
             hidden, readout = self.alignment.hidden, self.alignment.readout
         else:
             hidden = readout = FULL if self.alignment == "full" else NONE
-        return learning_rate_powers(self._exponents, family, hidden, readout)
+        router = {"router": router_power(family, hidden)}
+        if self.kind != "custom" and not isinstance(self.alignment, Measured):
+            cells = LEARNING_RATES[family, self.alignment][self.kind]
+            return router | dict(zip(SCALED, cells, strict=True))
+        return router | learning_rate_powers(self._exponents, family, hidden, readout)
 
     def _gradient(self, role: Role) -> float:
         """The power of n that a weight's gradient goes with: what epsilon is added to."""
@@ -281,16 +285,16 @@ def widths(param: Param) -> tuple[str, ...]:
     (whose rows are looked up), what a row is long."""
     if param.role == "embedding":
         return tuple(param.dims)[1:]
-    return param.fan_in if param.role in SCALED else ()
+    return () if param.role == "vector" else param.fan_in
 
 
 def sizes(declared: Any) -> dict[str, int]:
     """Every dimension that a parameterisation looks at: what a base must name. Raises BadInput
     where layers have different ones."""
     found: dict[str, int] = {}
-    for name, param in named(declared).items():
+    for param in named(declared).values():
         axes = widths(param)
-        if name.split(".")[-1] == "query":
+        if param.tag == "query":
             axes = (*axes, tuple(param.dims)[-1])
         for axis in axes:
             if found.setdefault(axis, param.dims[axis]) != param.dims[axis]:

@@ -41,6 +41,19 @@ FULL = Alignment()
 NONE = Alignment(0.5, 0.5, 0.5)
 
 
+ROUTER = (0.0, 0.5)
+"""(a, b) of a router under every parameterisation: its outputs, a fixed number of scores, start at
+one size at every width."""
+
+
+def router_power(family: Family, alignment: Alignment) -> float:
+    """The power of n that a router's learning rate may grow with, so that changes of its scores
+    have one size at every width. Gradients of the scores are taken not to shrink with n."""
+    # Adafactor's updates are as large as the weight, n ** -b.
+    own = ROUTER[1] if family == "adafactor" else 0.0
+    return own - max(alignment.alpha, alignment.both)
+
+
 def check_start(exponents: Mapping[str, tuple[float, float]]) -> None:
     """Raise BadInput unless activations start at one size at every width, and logits no larger."""
     if sorted(exponents) != sorted(SCALED):

@@ -80,9 +80,20 @@ def by_layer(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
     A loop, not a vmap: sums of a slice and of an array are then the same program, so that a stack
     and its layers apart give the same bits.
     """
-    if LAYER not in param.dims:
+    return _each(int(LAYER in param.dims), function, *arrays)
+
+
+def by_matrix(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
+    """The same for each separate matrix: each expert of each layer. All arrays have the leading
+    axes of the weight."""
+    return _each(len(param.leading), function, *arrays)
+
+
+def _each(axes: int, function: Callable[..., Any], *arrays: Array) -> Any:
+    """`function` of each part along the first axes."""
+    if axes == 0:
         return function(*arrays)
-    return jax.lax.map(lambda parts: function(*parts), arrays)
+    return jax.lax.map(lambda parts: _each(axes - 1, function, *parts), arrays)
 
 
 def global_norm(declared: Any, gradient: Any) -> Array:

@@ -89,6 +89,8 @@ def _class_of(hint: Any, mapping: Mapping[Any, Any]) -> type | None:
     classes = _classes(hint)
     if "kind" in mapping and any(map(_kinds, classes)):
         classes = [cls for cls in classes if mapping["kind"] in _kinds(cls)]
+    elif len(classes) > 1:
+        classes = [cls for cls in classes if getattr(cls, "kind_may_be_left_out", False)]
     return classes[0] if len(classes) == 1 else None
 
 

@@ -151,7 +151,7 @@ class Loop:
                         "loss": float(metrics.loss),
                         "gradient_norm": float(metrics.gradient_norm),
                         "learning_rate": float(metrics.learning_rate),
-                        **{f"{name}_per_token": float(n) for name, n in metrics.counts.items()},
+                        **{name: float(n) for name, n in metrics.counts.items()},
                         "tokens": step * clock.tokens_per_step,
                         "tokens_per_second": rate,
                         "mfu": rate * flops / peak,

@@ -16,7 +16,6 @@ from mukv.core.mesh import gather
 from mukv.core.params import WIDEST, Param
 from mukv.core.typing import Weights
 from mukv.model.base import LanguageModel, Memory
-from mukv.model.block import Gated
 from mukv.model.concept.chunkers import AnyChunker, Delimiter
 from mukv.model.concept.chunks import ChunkState
 from mukv.model.concept.injection import (
@@ -26,6 +25,7 @@ from mukv.model.concept.injection import (
     Residually,
 )
 from mukv.model.concept.pooling import AnyPool, SelectPool
+from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import Layer, Stage
 from mukv.model.stack import Stack
 
@@ -38,7 +38,7 @@ class Concepts:
 
     d_model: int | None = None
     attention: AnyAttention | None = None
-    mlp: Gated | None = None
+    mlp: AnyFeedforward | None = None
     plan: tuple[Stage, ...] = (Stage(),)
 
     grows: ClassVar[tuple[str, ...]] = ("d_model",)

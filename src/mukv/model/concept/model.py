@@ -19,6 +19,7 @@ from mukv.cache import FULL, Calibrated, Policy
 from mukv.core.compute import Compute, settled
 from mukv.core.linear import project
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
+from mukv.model.auxiliary import PENALTY, over_layers
 from mukv.model.base import ForwardResult
 from mukv.model.concept.architecture import Architecture
 from mukv.model.concept.cache import ConceptCache
@@ -59,19 +60,20 @@ class Concept(Architecture):
         outer = self.outer(weights, compute)
         here = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         position = here if position is None else position
-        documents = jnp.zeros_like(tokens) if segment is None else segment
+        documents = jnp.ones_like(tokens) if segment is None else segment
         first = jnp.pad(documents[:, 1:] != documents[:, :-1], ((0, 0), (1, 0)))
         first = first | (here == 0)
         place = here - jax.lax.cummax(jnp.where(first, here, 0), axis=1)
 
         x = self.embed(weights, tokens, compute)
-        x = self.before.forward(weights.get("encoder", {}), x, position, segment, compute)
+        local = (position, segment, compute)
+        x, first_reported = self.before.forward(weights.get("encoder", {}), x, *local)
         state = self.start(len(tokens), x.dtype)
         room = max(1, tokens.shape[1] // self.chunker.pace)
         shared = (first, place, here >= 0, state, jnp.zeros_like(tokens[:, 0]), room)
         chunks = chunked(self.chunker, outer["chunker"], tokens, x, *shared)
         count = chunks.at_ends(chunks.made, 1)
-        outputs = self.globally.forward(
+        outputs, reported = self.globally.forward(
             weights["concepts"],
             self._pooled(outer["pool"], chunks, x, state),
             count - 1,
@@ -81,11 +83,15 @@ class Concept(Architecture):
         outputs = self._smoothed(chunks, outputs, state)
         inputs = InjectionInputs(chunks, outputs, state.output, position, documents)
         joint = self.joint(outer, weights.get("decoder", {}), compute)
-        x = self.injection.forward(joint, x, inputs, packed=segment is not None)
+        packed = segment is not None
+        x, last_reported = self.injection.forward(joint, x, inputs, packed)
         made = jnp.sum(chunks.ends, axis=1).astype(jnp.float32)
         penalty = self.chunker.penalty(chunks.ends, chunks.wish)
-        counts = {"concepts": made, "refused_borders": chunks.refused()}
-        return ForwardResult(self.normed(weights, x), penalty, counts)
+        own = {} if penalty is None else {PENALTY: penalty}
+        auxiliary = over_layers([first_reported, reported, last_reported, own])
+        result = self.result(weights, x, auxiliary, tokens.shape[1])
+        counts = {"concepts_per_token": made, "refused_borders_per_token": chunks.refused()}
+        return result._replace(counts={**result.counts, **counts})
 
     def _pooled(
         self, weights: Weights, chunks: Chunks, x: Residual, state: ChunkState

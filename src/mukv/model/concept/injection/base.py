@@ -17,6 +17,7 @@ from mukv.cache import Cache
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
+from mukv.model.auxiliary import Auxiliary
 from mukv.model.concept.chunks import Chunks, ConceptOutputs
 from mukv.model.stack import Stack
 
@@ -91,8 +92,11 @@ class Injection:
         """Weights used once per token."""
         return {}
 
-    def forward(self, joint: Joint, x: Residual, inputs: InjectionInputs, packed: bool) -> Residual:
-        """Whole rows: the stream after the decoder. packed: rows have several documents."""
+    def forward(
+        self, joint: Joint, x: Residual, inputs: InjectionInputs, packed: bool
+    ) -> tuple[Residual, Auxiliary]:
+        """Whole rows: the stream after the decoder, and what its layers report. packed: rows have
+        several documents."""
         segment = inputs.segment if packed else None
         x = self.inject(joint, x, inputs)
         return joint.decoder.forward(joint.layers, x, inputs.position, segment, joint.compute)

@@ -56,9 +56,10 @@ class Cross(Injection):
         # Its entries are those of the layer before the decoder's.
         with scope(f"layer{joint.decoder.first - 1}"):
             mask = Mask(segment=segment)
-            return joint.attention.read(
+            read, _ = joint.attention.read(
                 joint.own["read"], normed, count - 1, parts, mask, joint.compute
             )
+        return read
 
     def inject(self, joint: Joint, x: Residual, inputs: InjectionInputs) -> Residual:
         chunks = inputs.chunks

@@ -14,6 +14,7 @@ from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param
 from mukv.core.typing import Array, Bool, Float, Int, Residual
+from mukv.model.auxiliary import Auxiliary
 from mukv.model.concept.chunks import gathered
 from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInputs, Joint, Lasting
 
@@ -66,7 +67,9 @@ class Prefix(Injection):
         )
         return gathered(line, origin), origin, token
 
-    def forward(self, joint: Joint, x: Residual, inputs: InjectionInputs, packed: bool) -> Residual:
+    def forward(
+        self, joint: Joint, x: Residual, inputs: InjectionInputs, packed: bool
+    ) -> tuple[Residual, Auxiliary]:
         stream, origin, token = self._line(joint, x, inputs)
         chunks, slots = inputs.chunks, self.slots
 
@@ -77,14 +80,14 @@ class Prefix(Injection):
         own = inputs.position + slots * chunks.made
         ends = chunks.at_ends(own)[..., None] - slots + jnp.arange(slots)
         segments = jnp.repeat(chunks.at_ends(inputs.segment, -1), slots, axis=1)
-        out = joint.decoder.forward(
+        out, auxiliary = joint.decoder.forward(
             joint.layers,
             stream,
             gathered(spread(own, ends), origin),
             gathered(spread(inputs.segment, segments), origin, -1),
             joint.compute,
         )
-        return gathered(out, token)
+        return gathered(out, token), auxiliary
 
     def prefill(
         self,

@@ -1,0 +1,234 @@
+"""Mixture of experts (Shazeer et al. 2017): a router chooses `top_k` of many small gated MLPs for
+each token and mixes what they give.
+
+Without a capacity no token is dropped: tokens are grouped by expert and each group is cut into
+blocks of the mean group size, of which there are at most two for each expert, so that shapes are
+static and at most twice the chosen products are computed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mukv.core.counts import require_counts
+from mukv.core.errors import BadInput
+from mukv.core.linear import project, project_each
+from mukv.core.mesh import by_data_shard
+from mukv.core.params import WIDEST, Param
+from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
+from mukv.model.auxiliary import PENALTY, Auxiliary
+from mukv.model.block import ACTIVATIONS, Feedforward, Gated
+
+MOST_EXPERTS = 1 << 16
+
+
+class Routing(NamedTuple):
+    """What a router says of each token, float32. share: scores that sum to one. chosen: numbers of
+    its experts. weight: factor of what each of these gives."""
+
+    logits: Float[Array, "batch token experts"]
+    share: Float[Array, "batch token experts"]
+    chosen: Int[Array, "batch token choice"]
+    weight: Float[Array, "batch token choice"]
+
+
+@dataclass(frozen=True)
+class Experts(Feedforward):
+    """experts, top_k: number of experts, and how many a token goes through. hidden: inner width of
+    each. shared: number of experts besides that every token goes through. router: what turns
+    logits into scores; experts with the largest are chosen. normalise: weights of the chosen
+    experts sum to one. balance: weight of the load-balancing loss (Switch Transformer, Fedus et al.
+    2022, equations 4 to 6; here of each row, 1 for uniform routing). z_loss: weight of the squared
+    logarithm of the router's normaliser (ST-MoE, Zoph et al. 2022, equation 5). capacity: in
+    passes over whole rows (training, evaluation) an expert takes at most capacity * top_k * tokens
+    / experts tokens of a row, the first ones, and drops the others; None to drop none.
+    """
+
+    kind: Literal["experts"] = "experts"
+    experts: int = 8
+    top_k: int = 2
+    hidden: int = 64
+    shared: int = 0
+    activation: Literal["silu", "gelu"] = "silu"
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = True
+    balance: float = 0.01
+    z_loss: float = 0.0
+    capacity: float | None = None
+
+    grows: ClassVar[tuple[str, ...]] = ("hidden",)
+
+    def __post_init__(self) -> None:
+        require_counts(self, "experts", "top_k", most=MOST_EXPERTS)
+        require_counts(self, "hidden", most=4 * WIDEST)
+        if self.top_k > self.experts:
+            raise BadInput("top_k", self.top_k, f"at most experts ({self.experts})")
+        if not 0 <= self.shared <= MOST_EXPERTS:
+            raise BadInput("shared", self.shared, f"0 to {MOST_EXPERTS:,}")
+        if self.normalise and self.top_k == 1:
+            allowed = "false with top_k 1: a single weight would always be one and not learn"
+            raise BadInput("normalise", self.normalise, allowed)
+        for name in ("balance", "z_loss"):
+            if getattr(self, name) < 0:
+                raise BadInput(name, getattr(self, name), "at least 0")
+        if self.capacity is not None and self.capacity <= 0:
+            raise BadInput("capacity", self.capacity, "greater than 0, or null")
+
+    @property
+    def always(self) -> Gated:
+        """The shared experts, as one MLP."""
+        return Gated(hidden=self.shared * self.hidden, activation=self.activation)
+
+    def params(self, d_model: int) -> dict[str, Any]:
+        up = Param(
+            {"experts": self.experts, "embed": d_model, "expert_hidden": self.hidden},
+            fan_in=("embed",),
+            batch=("experts",),
+            active=self.top_k / self.experts,
+        )
+        down = replace(
+            up,
+            dims={"experts": self.experts, "expert_hidden": self.hidden, "embed": d_model},
+            fan_in=("expert_hidden",),
+            ends_branch=True,
+        )
+        scores = {"embed": d_model, "experts": self.experts}
+        declared: dict[str, Any] = {
+            "router": Param(scores, role="router", fan_in=("embed",)),
+            "gate": replace(up, tag="gate"),
+            "up": up,
+            "down": down,
+        }
+        if self.shared:
+            declared["shared"] = self.always.params(d_model, "shared_hidden")
+        return declared
+
+    def apply(
+        self, weights: Weights, x: Residual, counted: Bool[Array, "batch token"] | None = None
+    ) -> tuple[Residual, Auxiliary | None]:
+        routing = self.route(weights, x)
+        experts = {name: weights[name] for name in ("gate", "up", "down")}
+        own = (x, routing.chosen, routing.weight)
+        dropped = None
+        if counted is None or self.capacity is None:
+            y = by_data_shard(self._all, experts, *own)
+        else:
+            y, dropped = by_data_shard(self._within_capacity, experts, *own, counted)
+        if self.shared:
+            y = y + self.always.apply(weights["shared"], x)[0]
+        return y, None if counted is None else self._auxiliary(routing, counted, dropped)
+
+    def route(self, weights: Weights, x: Residual) -> Routing:
+        """Which experts each token goes through; float32, as in Switch, section 2.4."""
+        logits = project(x.astype(jnp.float32), weights["router"])
+        if self.router == "softmax":
+            score = share = jax.nn.softmax(logits)
+        else:
+            score = jax.nn.sigmoid(logits)
+            share = score / jnp.sum(score, axis=-1, keepdims=True)
+        weight, chosen = jax.lax.top_k(score, self.top_k)
+        if self.normalise:
+            weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+        return Routing(logits, share, chosen, weight)
+
+    def _all(
+        self,
+        weights: Weights,
+        x: Residual,
+        chosen: Int[Array, "batch token choice"],
+        weight: Float[Array, "batch token choice"],
+    ) -> Residual:
+        """Every token through each of its experts."""
+        expert = chosen.reshape(-1)
+        many = expert.shape[0]
+        block = -(-many // self.experts)
+        blocks = min(many, 2 * self.experts)
+        number, size = _numbered(jax.nn.one_hot(expert, self.experts, dtype=jnp.int32))
+        needed = -(-size // block)
+        last = jnp.cumsum(needed)
+        owner = jnp.sum(jnp.arange(blocks)[:, None] >= last, axis=1)
+        owner = jnp.minimum(owner, self.experts - 1)
+        slot = (last - needed)[expert] * block + number
+        flat = x.reshape(-1, x.shape[-1])
+        token = jnp.full(blocks * block, len(flat)).at[slot].set(jnp.arange(many) // self.top_k)
+        inside = flat.at[token].get(mode="fill", fill_value=0).reshape(blocks, block, -1)
+        out = self._mlp({name: leaf[owner] for name, leaf in weights.items()}, inside)
+        out = out.reshape(blocks * block, -1)[slot].reshape(*chosen.shape, -1)
+        return _mixed(out, weight)
+
+    def _within_capacity(
+        self,
+        weights: Weights,
+        x: Residual,
+        chosen: Int[Array, "batch token choice"],
+        weight: Float[Array, "batch token choice"],
+        counted: Bool[Array, "batch token"],
+    ) -> tuple[Residual, Float[Array, " batch"]]:
+        """What fits through the experts, and the share of each row's choices that are dropped."""
+        batch, length, width = x.shape
+        room = min(length, math.ceil((self.capacity or 1) * self.top_k * length / self.experts))
+        taken = jax.nn.one_hot(chosen, self.experts, dtype=jnp.int32) * counted[..., None, None]
+        number, _ = jax.vmap(_numbered)(taken.reshape(batch, -1, self.experts))
+        number = number.reshape(chosen.shape)
+        fits = counted[..., None] & (number < room)
+        # Beyond the last place is what is not written.
+        slot = jnp.where(fits, chosen * room + number, self.experts * room).reshape(batch, -1)
+        rows = jnp.arange(batch)[:, None]
+        token = jnp.full((batch, self.experts * room), length)
+        place = jnp.broadcast_to(jnp.arange(slot.shape[1]) // self.top_k, slot.shape)
+        token = token.at[rows, slot].set(place, mode="drop")
+        inside = x.at[rows, token].get(mode="fill", fill_value=0)
+        inside = inside.reshape(batch, self.experts, room, width).swapaxes(0, 1)
+        out = self._mlp(weights, inside.reshape(self.experts, batch * room, width))
+        out = out.reshape(self.experts, batch, room, width).swapaxes(0, 1)
+        out = out.reshape(batch, self.experts * room, width)
+        out = out.at[rows, slot].get(mode="fill", fill_value=0).reshape(*chosen.shape, width)
+        all_choices = jnp.maximum(jnp.sum(counted, axis=1) * self.top_k, 1)
+        return _mixed(out, weight), 1 - jnp.sum(fits, axis=(1, 2)) / all_choices
+
+    def _mlp(
+        self, weights: Weights, x: Float[Array, "block row embed"]
+    ) -> Float[Array, "block row embed"]:
+        """Each block of tokens through weights of its own."""
+        gate = ACTIVATIONS[self.activation](project_each(x, weights["gate"]))
+        return project_each(gate * project_each(x, weights["up"]), weights["down"])
+
+    def _auxiliary(
+        self,
+        routing: Routing,
+        counted: Bool[Array, "batch token"],
+        dropped: Float[Array, " batch"] | None,
+    ) -> Auxiliary:
+        """Of each row, over the tokens that are no padding."""
+        number = jnp.maximum(jnp.sum(counted, axis=1), 1)
+
+        def mean(values: Float[Array, "batch token *rest"]) -> Float[Array, "batch *rest"]:
+            return jnp.einsum("bt...,bt->b...", values, counted / number[:, None])
+
+        load = mean(jnp.sum(jax.nn.one_hot(routing.chosen, self.experts), axis=2)) / self.top_k
+        balance = self.experts * jnp.sum(load * mean(routing.share), axis=-1)
+        penalty = self.balance * balance
+        if self.z_loss:
+            penalty += self.z_loss * mean(jax.nn.logsumexp(routing.logits, axis=-1) ** 2)
+        reported = {} if dropped is None else {"expert_dropped": dropped}
+        return {PENALTY: penalty, "expert_balance": balance, **reported}
+
+
+def _numbered(
+    taken: Int[Array, "choice experts"],
+) -> tuple[Int[Array, " choice"], Int[Array, " experts"]]:
+    """For each choice the number of earlier ones of the same expert; how many each expert has."""
+    up_to = jnp.cumsum(taken, axis=0)
+    return jnp.sum((up_to - taken) * taken, axis=1), up_to[-1]
+
+
+def _mixed(
+    out: Float[Array, "batch token choice embed"], weight: Float[Array, "batch token choice"]
+) -> Residual:
+    """The weighted sum of what the experts of each token gave."""
+    return jnp.sum(out * weight[..., None], axis=2).astype(out.dtype)

@@ -1,0 +1,314 @@
+"""Experts give what a loop over all of them gives, drop what a capacity says, and say how evenly
+they are used."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from mukv.core.errors import BadInput
+from mukv.core.mesh import MeshShape, batch_sharding, weight_shardings
+from mukv.core.params import active, count, named
+from mukv.core.typing import Array
+from mukv.model import Decoder, Layer, Stage
+from mukv.model.counting import flops_per_token
+from mukv.model.experts import Experts
+from mukv.model.feedforward import Gated
+from mukv.model.width import widened
+from mukv.runs import config
+from mukv.scaling.optimizers import OPTIMIZERS
+from tests.laws import matrix
+
+WIDTH, ROWS, LENGTH = 16, 3, 10
+PART = Experts(experts=5, top_k=2, hidden=12)
+KINDS = {
+    "plain": PART,
+    "one": replace(PART, top_k=1, normalise=False),
+    "all": replace(PART, top_k=5),
+    "sigmoid": replace(PART, router="sigmoid", activation="gelu"),
+    "raw": replace(PART, normalise=False),
+    "shared": replace(PART, shared=2),
+}
+
+
+def weights(part: Experts, seed: int = 0, lean: float = 0.0) -> dict:
+    """Random ones. lean: what the router has for the first expert besides."""
+    rng = np.random.default_rng(seed)
+    drawn = {
+        name: rng.normal(size=param.shape).astype(np.float32) * param.fan_in_size**-0.5
+        for name, param in named(part.params(WIDTH)).items()
+    }
+    drawn["router"][:, 0] += lean
+    nested = {name: leaf for name, leaf in drawn.items() if "." not in name}
+    if part.shared:
+        nested["shared"] = {name: drawn[f"shared.{name}"] for name in ("gate", "up", "down")}
+    return nested
+
+
+def inputs(rows: int = ROWS, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, LENGTH, WIDTH)).astype(np.float32)
+
+
+def applied(part: Experts, own: dict, x: np.ndarray, counted: np.ndarray | None = None) -> tuple:
+    return jax.jit(part.apply)(own, x, counted)
+
+
+def dense(part: Experts, own: dict, x: Array) -> Array:
+    """Every expert for every token, then a sum by one-hot weights."""
+    logits = x @ own["router"]
+    scores = jax.nn.softmax(logits) if part.router == "softmax" else jax.nn.sigmoid(logits)
+    kept = jnp.where(scores >= jnp.sort(scores)[..., -part.top_k, None], scores, 0)
+    if part.normalise:
+        kept = kept / kept.sum(-1, keepdims=True)
+    act = {"silu": jax.nn.silu, "gelu": lambda g: jax.nn.gelu(g, approximate=True)}[part.activation]
+
+    def mlp(gate: Array, up: Array, down: Array) -> Array:
+        return (act(x @ gate) * (x @ up)) @ down
+
+    out = jax.vmap(mlp)(own["gate"], own["up"], own["down"])
+    total = jnp.einsum("ebtd,bte->btd", out, kept)
+    return total + (mlp(**own["shared"]) if part.shared else 0)
+
+
+@pytest.mark.parametrize("lean", [0.0, 9.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_grouped_products_are_the_dense_sum(kind, lean):
+    """Forward and backward, evenly used or nearly all tokens with one expert."""
+    part, x = KINDS[kind], np.abs(inputs())
+    own = weights(part, lean=lean)
+    look = jnp.asarray(inputs(seed=2))
+
+    def value(function):
+        return jax.jit(
+            jax.value_and_grad(lambda own, x: jnp.sum(function(own, x) * look), argnums=(0, 1))
+        )(own, x)
+
+    np.testing.assert_allclose(applied(part, own, x)[0], dense(part, own, x), atol=2e-5)
+    found, expected = (
+        value(lambda own, x: part.apply(own, x)[0]),
+        value(lambda own, x: dense(part, own, x)),
+    )
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, atol=3e-4, rtol=1e-4)
+
+
+def test_products_are_those_of_ragged_dot():
+    """JAX's own grouped product over tokens sorted by expert."""
+    part, x = PART, inputs()
+    own = weights(part)
+    _, _, chosen, weight = part.route(own, jnp.asarray(x))
+    order = np.argsort(np.asarray(chosen).reshape(-1), kind="stable")
+    sizes = jnp.bincount(chosen.reshape(-1), length=part.experts)
+    tokens = x.reshape(-1, WIDTH)[order // part.top_k]
+    gate, up = (jax.lax.ragged_dot(tokens, own[name], sizes) for name in ("gate", "up"))
+    out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, own["down"], sizes)
+    total = np.zeros_like(x).reshape(-1, WIDTH)
+    np.add.at(total, order // part.top_k, out * np.asarray(weight).reshape(-1)[order][:, None])
+    np.testing.assert_allclose(applied(part, own, x)[0].reshape(-1, WIDTH), total, atol=1e-5)
+
+
+def limited(part: Experts, own: dict, x: np.ndarray, counted: np.ndarray) -> tuple:
+    """Token by token: what each expert still takes, and how many choices of a row it refuses."""
+    _, _, chosen, weight = map(np.asarray, part.route(own, jnp.asarray(x)))
+    room = math.ceil(part.capacity * part.top_k * LENGTH / part.experts)
+    total, dropped = np.zeros_like(x), np.zeros(len(x))
+    for row, t in np.ndindex(x.shape[:2]):
+        if t == 0:
+            left = [room] * part.experts
+        for expert, share in zip(chosen[row, t], weight[row, t], strict=True):
+            if counted[row, t] and left[expert]:
+                left[expert] -= 1
+                inner = np.asarray(jax.nn.silu(x[row, t] @ own["gate"][expert]))
+                out = (inner * (x[row, t] @ own["up"][expert])) @ own["down"][expert]
+                total[row, t] += share * out
+            else:
+                dropped[row] += counted[row, t]
+    return total, dropped / (part.top_k * counted.sum(1))
+
+
+@pytest.mark.parametrize("capacity", [0.5, 1.0, 9.0])
+def test_a_capacity_drops_the_later_tokens_of_a_row(capacity):
+    part, x, own = replace(PART, capacity=capacity), inputs(), weights(PART)
+    counted = np.ones(x.shape[:2], bool)
+    counted[0, :3] = counted[1, 5:] = False
+    y, told = applied(part, own, x, counted)
+    expected, dropped = limited(part, own, x, counted)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(told["expert_dropped"], dropped, atol=1e-6)
+    assert (dropped.max() > 0) == (capacity < 9)
+    # Nothing is dropped where no whole rows are read.
+    np.testing.assert_array_equal(applied(part, own, x)[0], applied(PART, own, x)[0])
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_even_routing_has_balance_one_and_padding_does_not_count(router):
+    part = replace(PART, experts=4, router=router, balance=0.5, z_loss=0.25)
+    own = weights(part)
+    x = np.zeros((2, 8, WIDTH), np.float32)
+    for t in range(8):
+        x[:, t, [t % 4, (t + 1) % 4]] = 1  # each expert is chosen four times
+    own["router"][:] = 0
+    own["router"][:4] = 1e-4 * np.eye(4)
+    x[1, 4:] = 5 * np.eye(WIDTH)[2] + 4 * np.eye(WIDTH)[3]
+    counted = np.ones((2, 8), bool)
+    told = applied(part, own, x, counted)[1]
+    assert told["expert_balance"][0] == pytest.approx(1, abs=1e-3)
+    assert told["expert_balance"][1] > 1
+    counted[1, 4:] = False
+    told = applied(part, own, x, counted)[1]
+    np.testing.assert_allclose(told["expert_balance"], 1, atol=1e-3)
+    np.testing.assert_allclose(
+        told["penalty"], 0.5 * told["expert_balance"] + 0.25 * np.log(4) ** 2, atol=1e-3
+    )
+    assert applied(part, own, x)[1] is None
+
+
+def test_balance_is_that_of_the_paper():
+    """Equations 4 to 6 of Switch Transformer in numpy, the load over top_k choices."""
+    own, x = weights(PART, lean=1.0), inputs()
+    told = applied(PART, own, x, np.ones(x.shape[:2], bool))[1]
+    logits = x @ own["router"]
+    share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    best = np.argsort(-share, axis=-1)[..., :2]
+    for row in range(ROWS):
+        load = np.bincount(best[row].reshape(-1), minlength=5) / (2 * LENGTH)
+        assert told["expert_balance"][row] == pytest.approx(
+            5 * np.sum(load * share[row].mean(0)), rel=1e-5
+        )
+
+
+def model(**changes) -> Decoder:
+    return matrix.build("gqa", "rope", "plain", mlp=replace(KINDS["shared"], **changes))
+
+
+def test_counts_of_weights_and_operations():
+    """By hand: 2 layers, 5 experts of width 12 and a shared one of 24, 2 of 5 used."""
+    one, other = model(), matrix.build("gqa", "rope", "plain", mlp=Gated(hidden=1))
+    rest = count(other.params()) - 2 * 3 * 16
+    expert = 3 * 16 * 12
+    always = rest + 2 * (16 * 5 + 2 * expert)
+    assert count(one.params()) == always + 2 * 5 * expert
+    assert active(one.params()) == always + 2 * 2 * expert
+    more = flops_per_token(one, 8) - flops_per_token(other, 8)
+    assert more == 6 * 2 * (16 * 5 + 4 * expert - 3 * 16)
+
+
+def test_layers_may_differ_and_penalties_add_up_scanned_or_not():
+    """A dense first layer, then repeats of experts."""
+    plan = (Stage((Layer(mlp=Gated(hidden=20)),)), Stage(repeats=3))
+    told = replace(model(balance=0.5, capacity=1.0), plan=plan)
+    tree, ids = matrix.weights(told), matrix.tokens(2)
+    results = [
+        jax.jit(partial(told.forward, compute=compute))(tree, ids)
+        for compute in (matrix.EXACT, matrix.OTHER)
+    ]
+    for result in results:
+        balance = result.counts["expert_balance"] / matrix.LENGTH
+        np.testing.assert_allclose(result.penalty, 3 * 0.5 * balance, rtol=1e-5)
+        assert set(result.counts) == {"expert_balance", "expert_dropped"}
+    np.testing.assert_allclose(results[0].penalty, results[1].penalty, rtol=1e-5)
+    np.testing.assert_allclose(results[0].hidden, results[1].hidden, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_router_s_rate_goes_with_the_width_it_sums_over(kind):
+    """Fan-in deviation; the learning rate by D as that of hidden weights under Adam, under every
+    parameterisation, since the number of experts does not grow."""
+    family = OPTIMIZERS[kind].family
+    power = {"adam": -1.0, "sgd": -1.0, "adafactor": -0.5}[family]
+    for scaling in ("sp", "mup", "ntk", "mean_field"):
+        base = model()
+        base = replace(base, scaling=replace(base.scaling, kind=scaling))
+        narrow, wide = (
+            named(widened(base, width).resolved(family))["stage0.slot0.mlp.router"]
+            for width in (16, 64)
+        )
+        assert wide.learning_rate / narrow.learning_rate == pytest.approx(4**power)
+        assert (wide.deviation, narrow.deviation) == pytest.approx((1 / 8, 1 / 4))
+        assert wide.multiplier == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_k": 6}, r"top_k: got 6; at most experts \(5\)"),
+        ({"top_k": 1}, "normalise: got True; false with top_k 1"),
+        ({"top_k": 0}, "top_k: got 0"),
+        ({"shared": -1}, "shared: got -1"),
+        ({"balance": -1.0}, "balance"),
+        ({"z_loss": -1.0}, "z_loss"),
+        ({"capacity": 0.0}, "capacity"),
+    ],
+)
+def test_bad_experts_are_refused(fields, message):
+    with pytest.raises(BadInput, match=message):
+        replace(PART, **fields)
+
+
+def test_parity_with_qwen3_moe():
+    """The block of transformers on random weights, to 1e-5 of the largest output."""
+    torch = pytest.importorskip("torch")
+    qwen = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe")
+    from transformers import Qwen3MoeConfig
+
+    for normalise in (True, False):
+        config = Qwen3MoeConfig(
+            hidden_size=WIDTH,
+            moe_intermediate_size=12,
+            num_experts=5,
+            num_experts_per_tok=2,
+            norm_topk_prob=normalise,
+        )
+        block = qwen.Qwen3MoeSparseMoeBlock(config)
+        own, x = weights(PART), inputs()
+        with torch.no_grad():
+            block.gate.weight.copy_(torch.tensor(own["router"].T))
+            both = np.concatenate([own["gate"], own["up"]], axis=2).swapaxes(1, 2)
+            block.experts.gate_up_proj.copy_(torch.tensor(both))
+            block.experts.down_proj.copy_(torch.tensor(own["down"].swapaxes(1, 2)))
+            expected = block(torch.tensor(x)).numpy()
+            logits, _, _ = block.gate(torch.tensor(x))
+        part = replace(PART, normalise=normalise)
+        y, told = applied(part, own, x, np.ones(x.shape[:2], bool))
+        np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+        # Theirs is over the whole batch and top_k at even routing: compare row by row.
+        for row, mine in enumerate(told["expert_balance"]):
+            their = qwen.load_balancing_loss_func(
+                (logits[row * LENGTH : (row + 1) * LENGTH],), 5, 2
+            )
+            assert mine == pytest.approx(float(their) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_experts_in_pieces_are_the_same(capacity):
+    """Law 6 of one part, on 8 devices: experts stored over data, each split over tensor."""
+    part = replace(PART, experts=4, shared=1, capacity=capacity)
+    declared, own = part.params(WIDTH), weights(part)
+    x, counted = inputs(rows=8), np.ones((8, LENGTH), bool)
+    alone = applied(part, own, x, counted)
+    mesh = MeshShape(4, 2).build()
+    shardings = weight_shardings(declared, mesh)
+    assert shardings["gate"].spec == PartitionSpec("data", None, "tensor")
+    assert shardings["down"].spec == PartitionSpec("data", "tensor", None)
+    with jax.set_mesh(mesh):
+        pieces = jax.device_put(own, shardings)
+        x, counted = jax.device_put((x, counted), batch_sharding(mesh))
+        y, told = applied(part, pieces, x, counted)
+    np.testing.assert_allclose(y, alone[0], atol=1e-5)
+    for name, value in alone[1].items():
+        np.testing.assert_allclose(told[name], value, atol=1e-6)
+
+
+def test_a_mapping_without_a_kind_is_a_gated_mlp():
+    """Configurations from before there were experts, also where a layer has an MLP of its own."""
+    run = config.load("tiny", ["model.plan=[{pattern: [{mlp: {hidden: 8}}, {}]}]"])
+    assert [layer.mlp for layer in run.model.layers] == [Gated(hidden=8), Gated(hidden=384)]
+    with pytest.raises(BadInput, match=r"mlp.*kind: got 'expert'.*experts"):
+        config.load("tiny", ["model.mlp={kind: expert}"])
