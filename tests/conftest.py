@@ -50,9 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Decide about optimisations before JAX is imported; processes inherit it."""
     quick = config.option.markexpr == QUICK
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
-    if quick:
-        # Emitters through MLIR take a third of the time of compiling.
-        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
