@@ -77,7 +77,7 @@ class Chunked(Core):
             scores.sinks,
         )
         fixed = _Fixed(
-            rows.padded(scores.query_position, 1, mode="edge"),
+            rows.padded(scores.query_position, 1),
             tuple(Places.of(part, rows, cut) for part, cut in zip(parts, keys, strict=True)),
         )
         (moved, moving_tree), (placed, fixed_tree) = map(jax.tree.flatten, (moving, fixed))

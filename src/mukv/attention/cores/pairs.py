@@ -39,11 +39,13 @@ class Cut:
     def padding(self) -> int:
         return self.number * self.size - self.length
 
-    def padded(self, array: Any, axis: int, mode: str = "constant") -> Any:
-        if array is None or not self.padding:
-            return array
-        widths = [(0, self.padding if n == axis else 0) for n in range(array.ndim)]
-        return jnp.pad(array, widths, mode=mode)
+    def padded(self, array: Any, axis: int) -> Any:
+        """With zeros, or false, behind. It is an operation even where nothing is added, so that the
+        size of a program does not depend on what divides the length."""
+        if array is None:
+            return None
+        widths = [(0, self.padding if n == axis else 0, 0) for n in range(array.ndim)]
+        return jax.lax.pad(array, jnp.zeros((), array.dtype), widths)
 
     def take(self, array: Any, index: Array, axis: int) -> Any:
         """Piece number `index`."""
@@ -73,15 +75,15 @@ class Places(NamedTuple):
     def of(cls, part: Part, rows: Cut, keys: Cut) -> Places:
         entries, asking = part.entries, part.mask.segment
         valid, segment = entries.valid, entries.segment
-        if keys.padding and valid is None:
+        if valid is None and (keys.padding or not part.mask.aligned):
             valid = jnp.ones(entries.position.shape, bool)
         if segment is None or asking is None:
             segment = asking = None
         return cls(
-            keys.padded(entries.position, 2, mode="edge"),
+            keys.padded(entries.position, 2),
             keys.padded(valid, 2),
-            keys.padded(segment, 2, mode="edge"),
-            rows.padded(asking, 1, mode="edge"),
+            keys.padded(segment, 2),
+            rows.padded(asking, 1),
         )
 
 
