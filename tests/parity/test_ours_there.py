@@ -52,8 +52,10 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_scaled_is_folded_into_the_weights(name, tmp_path):
     plan, attention, changes = MODELS[name]
+    # One rotation in all layers, which is all that a config.json can say.
     model = matrix.build("gqa", "rope", plan, **changes)
-    model = replace(model, attention=replace(model.attention, **attention))
+    shared = replace(model.attention, **attention)
+    model = replace(model, attention=shared, plan=matrix.PLANS[plan])
     weights = map_params(lambda _, leaf: jnp.asarray(leaf), model.params(), matrix.weights(model))
     ours = Model(Run(model=model, train=Training(compute=matrix.EXACT)), weights, NoTokenizer())
     told = export_model(ours, tmp_path / "nowhere", tmp_path / "out")
