@@ -23,10 +23,14 @@ KEYS = {
 
 
 def write_gguf(
-    path: Path, architecture: str, model: Any, extra: Mapping[str, Any] | None = None
+    path: Path,
+    architecture: str,
+    model: Any,
+    extra: Mapping[str, Any] | None = None,
+    replaced: bool = False,
 ) -> Path:
-    """model: of transformers. extra: further metadata; keys without a dot get the prefix of the
-    architecture."""
+    """model: of transformers. extra: further metadata. replaced: whether it may replace what the
+    model says."""
     config, kind = model.config, ARCHITECTURES[architecture]
     writer = GGUFWriter(path, architecture)
     for key, name in KEYS.items():
@@ -38,6 +42,8 @@ def write_gguf(
     if getattr(config, "sliding_window", None):
         writer.add_uint32(f"{architecture}.attention.sliding_window", config.sliding_window)
     for key, value in (extra or {}).items():
+        if replaced:
+            writer.kv_data[0].pop(key, None)
         add_value(writer, key, value)
     names = {theirs: ours for ours, theirs in ENDS.items()}
     parts = {theirs: ours for ours, theirs in (PARTS | dict(kind.norms)).items()}

@@ -193,7 +193,7 @@ def test_bad_files_are_refused(tmp_path):
         assert all(word in str(error.value) for word in words), str(error.value)
 
     refused(header(tmp_path / "a.gguf", architecture="llamma"), "general.architecture", "'llama'")
-    refused(header(tmp_path / "b.gguf"), "llama.attention.head_count", "missing")
+    refused(header(tmp_path / "b.gguf"), "llama: attention.head_count", "required")
     (tmp_path / "c.gguf").write_bytes(b"GGML" + content[4:])
     refused(tmp_path / "c.gguf", "not GGUF")
     (tmp_path / "d.gguf").write_bytes(content[: len(content) // 2])
@@ -217,8 +217,27 @@ def test_a_type_that_is_not_read_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.head_count", 0),
+        ("llama.attention.head_count", [2, 2]),
+        ("llama.embedding_length", "wide"),
+        ("llama.rope.freq_base", "fast"),
+    ],
+)
+def test_numbers_of_the_metadata_are_checked(key, value, tmp_path):
+    model = build("Llama", TINY)
+    path = write_gguf(tmp_path / "x.gguf", "llama", model, {key: value}, replaced=True)
+    with pytest.raises(BadInput) as error:
+        package.load(path)
+    assert key.split(".", 1)[1] in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "said"),
     [
+        ("tokenizer.ggml.token_type", 3, "a list"),
+        ("tokenizer.ggml.tokens", [1, 2], "a list of texts"),
         ("tokenizer.ggml.model", "wordpeace", "tokenizer.ggml.model"),
         ("tokenizer.ggml.scores", [0.0], "scores"),
         ("tokenizer.ggml.token_type", [1], "one for each token"),

@@ -66,33 +66,43 @@ class Metadata:
         """Return the value of a key, without the architecture's prefix."""
         return self.values.get(f"{self.architecture}.{key}", default)
 
-    def require(self, key: str) -> Any:
-        """Return the value of a key. Raises BadInput if it is missing."""
-        found = self.get(key)
-        if found is None:
-            allowed = "metadata that llama.cpp writes for this architecture"
-            raise BadInput(f"{self.where}: {self.architecture}.{key}", "missing", allowed)
-        return found
+    @property
+    def checked(self) -> Given:
+        """The same values, whose numbers are checked when they are read."""
+        prefix = f"{self.architecture}."
+        own = {k.removeprefix(prefix): v for k, v in self.values.items() if k.startswith(prefix)}
+        return Given(own, f"{self.where}: {self.architecture}")
+
+    def whole(self, key: str) -> int:
+        """Return a whole number of at least 1. Raises BadInput if it is missing or no such."""
+        return self.checked.whole(key)
+
+    def number(self, key: str, default: float) -> float:
+        """Return a number greater than 0. Raises BadInput if it is no such."""
+        return self.checked.number(key, default)
 
 
 def _gemma2(metadata: Metadata) -> dict[str, Any]:
-    width, heads = metadata.require("embedding_length"), metadata.require("attention.head_count")
+    width, heads = metadata.whole("embedding_length"), metadata.whole("attention.head_count")
     found = {
         "attn_logit_softcapping": metadata.get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": metadata.get("final_logit_softcapping", 30.0),
     }
     # llama.cpp recognises Gemma 2 27B by its number of layers: its scale is not that of its head
     # width.
-    if metadata.require("block_count") == 46:
+    if metadata.whole("block_count") == 46:
         found["query_pre_attn_scalar"] = width // heads
     return found
 
 
 def _gemma3(metadata: Metadata) -> dict[str, Any]:
-    width, heads = metadata.require("embedding_length"), metadata.require("attention.head_count")
-    base, factor = metadata.get("rope.freq_base", 1e6), metadata.get("rope.scaling.factor", 1.0)
+    width, heads = metadata.whole("embedding_length"), metadata.whole("attention.head_count")
+    base, factor = (
+        metadata.number("rope.freq_base", 1e6),
+        metadata.number("rope.scaling.factor", 1.0),
+    )
     scaled = {"rope_type": "linear", "factor": factor} if factor != 1 else {"rope_type": "default"}
-    local = metadata.get("rope.freq_base_swa", 10_000.0)
+    local = metadata.number("rope.freq_base_swa", 10_000.0)
     found: dict[str, Any] = {
         "rope_theta": None,
         "rope_scaling": None,
@@ -101,7 +111,7 @@ def _gemma3(metadata: Metadata) -> dict[str, Any]:
             LOCAL: {"rope_theta": local, "rope_type": "default"},
         },
     }
-    if metadata.require("block_count") == 62:  # Gemma 3 27B, as above
+    if metadata.whole("block_count") == 62:  # Gemma 3 27B, as above
         found["query_pre_attn_scalar"] = width // heads
     return found
 
@@ -214,24 +224,22 @@ class GgufFiles:
     def config(self) -> dict[str, Any]:
         """The config.json of this model."""
         data = self.metadata
-        heads, kv_heads = data.require("attention.head_count"), data.get("attention.head_count_kv")
-        if isinstance(heads, list) or isinstance(kv_heads, list):
-            where = f"{self.path}: {data.architecture}.attention.head_count"
-            raise BadInput(where, "a list", "one number for all layers")
+        heads = data.whole("attention.head_count")
+        kv_heads = data.checked.whole("attention.head_count_kv", None, null=True)
         family = FAMILIES[self.architecture.name]
         config: dict[str, Any] = {
             "architectures": [self.architecture.name],
             "model_type": family.model_type,
             "vocab_size": self._rows("model.embed_tokens.weight"),
-            "hidden_size": data.require("embedding_length"),
-            "intermediate_size": data.require("feed_forward_length"),
-            "num_hidden_layers": data.require("block_count"),
+            "hidden_size": data.whole("embedding_length"),
+            "intermediate_size": data.whole("feed_forward_length"),
+            "num_hidden_layers": data.whole("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads or heads,
             "head_dim": self._head_dim(),
-            "max_position_embeddings": data.require("context_length"),
-            "rms_norm_eps": data.require("attention.layer_norm_rms_epsilon"),
-            "rope_theta": data.get("rope.freq_base", 10_000.0),
+            "max_position_embeddings": data.whole("context_length"),
+            "rms_norm_eps": data.checked.number("attention.layer_norm_rms_epsilon"),
+            "rope_theta": data.number("rope.freq_base", 10_000.0),
             "rope_scaling": self._scaling(),
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
             **{
@@ -258,7 +266,7 @@ class GgufFiles:
         given = data.get("attention.key_length")
         if given is None and self.architecture.turned:
             given = data.get("rope.dimension_count")
-        wide = data.require("embedding_length") // data.require("attention.head_count")
+        wide = data.whole("embedding_length") // data.whole("attention.head_count")
         value = data.get("attention.value_length", given)
         if value != given:
             where = f"{self.path}: {data.architecture}.attention.value_length"
@@ -294,7 +302,7 @@ class GgufFiles:
         """
         low, high, original = 1.0, 4.0, 8192
         factor = float(factors.max())
-        base, width = self.metadata.get("rope.freq_base", 10_000.0), 2 * len(factors)
+        base, width = self.metadata.number("rope.freq_base", 10_000.0), 2 * len(factors)
         waves = 2 * np.pi * base ** (np.arange(0, width, 2) / width)
         smooth = np.clip((original / waves - low) / (high - low), 0, 1)
         expected = 1 / ((1 - smooth) / factor + smooth)

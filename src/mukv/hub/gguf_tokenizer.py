@@ -87,10 +87,14 @@ def tokenizer_files(values: Mapping[str, Any], architecture: str, where: str) ->
     makers = {"gpt2": _byte_level, "llama": _gemma if architecture in GEMMA else _sentence_piece}
     if kind not in makers:
         raise unknown_name(f"{where}: tokenizer.ggml.model", str(kind), makers)
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise BadInput(f"{where}: tokenizer.ggml.tokens", type(tokens).__name__, "a list of texts")
     if len(set(tokens)) != len(tokens):
         twice = next(token for n, token in enumerate(tokens) if token in tokens[:n])
         raise BadInput(f"{where}: tokenizer.ggml.tokens", twice, "each token once")
     kinds = data.get("token_type") or [1] * len(tokens)
+    if not isinstance(kinds, list):
+        raise BadInput(f"{where}: tokenizer.ggml.token_type", kinds, "a list of numbers")
     if len(kinds) != len(tokens):
         given = f"{len(kinds)} types of {len(tokens)} tokens"
         raise BadInput(f"{where}: tokenizer.ggml.token_type", given, "one for each token")
