@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 
 import mukv as package
 from mukv.core.errors import BadInput
-from mukv.hub import gguf_tokenizer
+from mukv.hub import checkpoint, gguf_tokenizer
 from mukv.hub.gguf_file import TYPES, GgufFile
 from tests.hub.ggufs import QUANTISED, add_value, finish, random_blocks, write_gguf
 from tests.parity.models import LLAMA3, TINY, build, logits, our_logits
@@ -271,3 +272,28 @@ def test_split_files_are_joined(tmp_path):
         finish(writer)
     one, two = package.load(whole), package.load(tmp_path / "m-00001-of-00002.gguf")
     np.testing.assert_array_equal(our_logits(one, IDS), our_logits(two, IDS))
+
+
+TRICKY = (
+    *("", "  two  spaces", "def f(x):\n    return x\n\t# tab", "émoji 🙂🚀 and ñ", "12345 6 7"),
+    *("<|im_start|>user\nhi<|im_end|>", "<bos>text<eos>", "don't we'll", "日本語", "\r\n\r\n  x"),
+)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_real_files_are_what_transformers_reads(name):
+    """MUKV_MODELS names a folder with each NAME.gguf and, in NAME, what transformers made of it."""
+    models = Path(os.environ.get("MUKV_MODELS", "/nowhere"))
+    if not (models / f"{name}.gguf").exists():
+        pytest.skip("needs MUKV_MODELS")
+    ours, theirs = (checkpoint.find(models / each) for each in (f"{name}.gguf", name))
+    assert ours is not None
+    assert theirs is not None
+    assert ours.model == theirs.model
+    by_name = {(piece.ours, piece.repeat): piece for piece in theirs.pieces}
+    for piece in ours.pieces:
+        other = by_name[piece.ours, piece.repeat].read(theirs.source)
+        np.testing.assert_array_equal(piece.read(ours.source), other)
+    for text in TRICKY:
+        np.testing.assert_array_equal(ours.tokenizer.encode(text), theirs.tokenizer.encode(text))
+        assert ours.tokenizer.encode_marked(text) == theirs.tokenizer.encode_marked(text)
