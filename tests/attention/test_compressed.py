@@ -79,6 +79,7 @@ def test_at_rate_1_without_its_window_it_is_attention_to_normed_values():
     place = jnp.tile(jnp.arange(TOKENS), (2, 1))
 
     def unit(array):
+        array = np.asarray(array)
         return array / np.sqrt((array**2).mean(-1, keepdims=True) + 1e-6)
 
     def turned(array, sign=1):
@@ -86,8 +87,8 @@ def test_at_rate_1_without_its_window_it_is_attention_to_normed_values():
         rotated = attention.position.rotate(jnp.asarray(array[..., 4:]), sign * place[:, None])
         return np.concatenate([array[..., :4], rotated], axis=-1)
 
-    key = turned((unit(x @ own["value"]) * own["norm"]["gain"])[:, None])
-    latent = unit(x @ read["query_latent"]) * read["query_norm"]["gain"]
+    key = turned((unit(x @ own["value"]) * np.asarray(own["norm"]["gain"]))[:, None])
+    latent = unit(x @ read["query_latent"]) * np.asarray(read["query_norm"]["gain"])
     query = turned(unit(np.einsum("btr,rhd->bhtd", latent, read["query"])))
     logits = np.einsum("bhqd,bnkd->bhqk", query, key) / np.sqrt(8)
     share = np.exp(np.where(np.tri(TOKENS, dtype=bool), logits, -np.inf))
@@ -107,7 +108,9 @@ def test_equal_gates_make_the_mean_then_its_norm():
     x, place = stream(), jnp.tile(jnp.arange(TOKENS), (2, 1))
     written = SMALL.write({**write, "compressed": flat}, jnp.asarray(x), place)
     value = np.asarray(x @ own["value"])[:, :12].reshape(2, 3, 4, 8).mean(2)
-    mean = value / np.sqrt((value**2).mean(-1, keepdims=True) + 1e-6) * own["norm"]["gain"]
+    mean = (
+        value / np.sqrt((value**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(own["norm"]["gain"])
+    )
     rotated = SMALL.position.rotate(
         jnp.asarray(mean[:, None, :, 4:]), jnp.asarray([[[0, 4, 8]]] * 2)
     )

@@ -62,7 +62,8 @@ def test_latent_is_the_published_formula():
     x = draw(2, LENGTH, D_MODEL, seed=9)
 
     def normed(array, gain):
-        return array / np.sqrt((array**2).mean(-1, keepdims=True) + 1e-6) * gain
+        array = np.asarray(array)
+        return array / np.sqrt((array**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(gain)
 
     rotate = latent.position.rotate
     c = normed(x @ write["latent"], write["norm"]["gain"])
@@ -96,10 +97,10 @@ def test_normed_shared_kv_is_gemma_4s():
     u = jnp.einsum("btd,dgh->bgth", x, write["value"])
     unit = u / jnp.sqrt(jnp.mean(u**2, -1, keepdims=True) + 1e-6)
     rotate = shared.position.rotate
-    key = rotate(unit * read["key_norm"]["gain"], POSITION[:, None])
+    key = rotate(unit * read["key_norm"]["gain"][None, None, None], POSITION[:, None])
     query = jnp.einsum("btd,dgh->bgth", x, read["query"])
     query /= jnp.sqrt(jnp.mean(query**2, -1, keepdims=True) + 1e-6)
-    query = rotate(query * read["query_norm"]["gain"], POSITION[:, None])
+    query = rotate(query * read["query_norm"]["gain"][None, None, None], POSITION[:, None])
     query = query.reshape(2, 2, 2, LENGTH, 8)
     logits = jnp.einsum("bgrqd,bgkd->bgrqk", query, key) / np.sqrt(8)
     seen = np.tril(np.ones((LENGTH, LENGTH), bool))

@@ -143,7 +143,9 @@ def test_log_length_is_flat_at_its_typical_length():
     query = draw(1, 2, 2, 3, HEAD_DIM)
     weights = {"sharpness": jnp.ones(4)}
     made = nope.temper(weights, query, jnp.array([[2, 8, 80]]))
-    np.testing.assert_allclose(made, query * jnp.array([0.5, 1.0, 2.0])[:, None], rtol=1e-6)
+    np.testing.assert_allclose(
+        made, query * jnp.array([0.5, 1.0, 2.0])[None, None, None, :, None], rtol=1e-6
+    )
 
 
 class TestCoPE:

@@ -78,7 +78,7 @@ def _sums(layer: ResolvedLayer, seen: Captured, centres: Centres) -> dict[str, A
     member = jax.nn.one_hot(labels, scores.shape[-1])
     until = jnp.cumsum(member, axis=2)
     before_first = jnp.pad(until, ((0, 0), (0, 0), (1, 0), (0, 0)))
-    first = jnp.asarray(taken) - visible + 1
+    first = jnp.asarray(taken)[None] - visible + 1
     start = jnp.take_along_axis(before_first, first[:, None, :, None], axis=2)
     sees = until[:, :, taken] - start
 

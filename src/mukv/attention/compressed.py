@@ -252,7 +252,7 @@ def running(
 ) -> Running:
     """The softmax over the `length` tokens that end at `last`, as far as they are among these; of
     `most` tokens at most. A gather, so that its gradient is the same in every run."""
-    back = jnp.arange(most)
+    back = jnp.arange(most)[None, None]
     token = last[..., None] - back
     there = (token >= 0) & (back < length[..., None])
     index = jnp.maximum(token, 0).reshape(len(last), -1, 1)

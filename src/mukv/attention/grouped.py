@@ -13,6 +13,7 @@ from mukv.attention.base import Attention, Queries, by_group, check_groups
 from mukv.attention.entries import Entries
 from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense
+from mukv.core.broadcast import with_rank
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param
@@ -145,4 +146,4 @@ def _bias(dims: dict[str, int]) -> Param:
 
 def _added(x: Array, weights: Weights, name: str) -> Array:
     """With a bias, if there is one of this name."""
-    return x + weights[name].astype(x.dtype) if name in weights else x
+    return x + with_rank(weights[name].astype(x.dtype), x.ndim) if name in weights else x

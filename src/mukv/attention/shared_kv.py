@@ -15,6 +15,7 @@ from mukv.attention.entries import Entries
 from mukv.attention.grouped import Groups
 from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense
+from mukv.core.broadcast import with_rank
 from mukv.core.linear import project
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
@@ -50,7 +51,8 @@ class SharedKV(Groups):
         value = entries.tensors["value"]
         key = value
         if self.norm:
-            key = value * self.norm.gain(weights["key_norm"]).astype(value.dtype)
+            gain = self.norm.gain(weights["key_norm"]).astype(value.dtype)
+            key = value * with_rank(gain, value.ndim)
         return Dense((self.position.rotate(key, entries.position),), value)
 
     def memory(self) -> Hashable:

@@ -53,7 +53,7 @@ def _graded(model: LanguageModel, compute: Compute) -> Any:
         logits = model.logits(weights, before, compute)
         wanted = jnp.take_along_axis(tokens, places, axis=1)[..., None]
         own = jnp.take_along_axis(logits, wanted, axis=-1)
-        others = jnp.where(jnp.arange(logits.shape[-1]) == wanted, -jnp.inf, logits)
+        others = jnp.where(jnp.arange(logits.shape[-1])[None, None] == wanted, -jnp.inf, logits)
         # Strictly larger than all others: a tie is wrong, and so is NaN.
         right = own[..., 0] > others.max(axis=-1)
         total = jax.nn.logsumexp(logits, axis=-1)

@@ -51,7 +51,7 @@ class SnapKV(Keep):
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
         window, place = self._window(seen), seen.last(self.window)
-        counted = jnp.arange(self.window) >= self.window - window[:, None]
+        counted = jnp.arange(self.window)[None] >= self.window - window[:, None]
         weights = seen.weights(jnp.where(counted, place, -1))
         mean = jnp.sum(weights, axis=3) / jnp.maximum(window, 1)[:, None, None, None]
         prefix = jnp.where(seen.recent(window)[:, :, None], 0.0, mean)

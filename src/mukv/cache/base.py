@@ -224,7 +224,7 @@ def ring_position(length: Int[Array, " batch"], capacity: int) -> Int[Array, "ba
     It is the largest p < length with p = slot modulo capacity.
     """
     newest = length[:, None] - 1
-    return newest - (newest - jnp.arange(capacity)) % capacity
+    return newest - (newest - jnp.arange(capacity)[None]) % capacity
 
 
 def body_entries(tensors: Tensors, length: Int[Array, " batch"], wraps: bool) -> Entries:
@@ -239,10 +239,10 @@ def tail_entries(
 ) -> Entries:
     """The first `filled` places of the tail as a bag of entries."""
     tensors = {name: tensor for name, tensor in tensors.items() if name != QUERY}
-    place = jnp.arange(next(iter(tensors.values())).shape[2])
+    place = jnp.arange(next(iter(tensors.values())).shape[2])[None, None]
     position = length[:, None, None] + place
     return Entries(
-        tensors, position, valid=jnp.broadcast_to(place < filled[..., None, None], position.shape)
+        tensors, position, valid=jnp.broadcast_to(place < filled.reshape(-1, 1, 1), position.shape)
     )
 
 

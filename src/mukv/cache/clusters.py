@@ -21,6 +21,7 @@ from mukv.cache import kmeans
 from mukv.cache.centres import Kind, LayerCentres
 from mukv.cache.select import Index, Select, View, joined, shares
 from mukv.cache.shelf import Shelf
+from mukv.core.broadcast import with_rank
 from mukv.core.linear import similarity
 from mukv.core.typing import Array, Bool, Float, Int
 
@@ -55,8 +56,8 @@ class Clusters(Select):
         label = jnp.where(view.always(), 0, label + 1)
         label = jnp.where(view.there, label, count + 1)
         order = jnp.argsort(label, axis=-1)
-        first = jnp.arange(count + 2)
-        start = jnp.sum(label[..., None, :] < first[:, None], axis=-1).astype(jnp.int32)
+        first = with_rank(jnp.arange(count + 2)[:, None], label.ndim + 1)
+        start = jnp.sum(label[..., None, :] < first, axis=-1).astype(jnp.int32)
         return order, replace(view, before={**centres, "start": start})
 
     def index(self, view: View) -> dict[str, Array]:
@@ -118,7 +119,7 @@ def _fitted(
     batch, stores, slots, width = key.shape
     sample = min(slots, PER_CLUSTER * clusters)
     count = jnp.sum(there, axis=-1, keepdims=True)
-    place = (jnp.arange(sample) * count) // sample
+    place = (jnp.arange(sample)[None, None] * count) // sample
     points = jnp.take_along_axis(key, place[..., None], axis=2).astype(jnp.float32)
     points = points.reshape(batch * stores, sample, width)
     start = points[:, jnp.arange(clusters) * sample // clusters]

@@ -67,7 +67,7 @@ class Expected(Keep):
         position 0.
         """
         queries = seen.queries.astype(jnp.float32)
-        place = jnp.arange(queries.shape[3])
+        place = jnp.arange(queries.shape[3])[None]
         position = seen.length[:, None] + place
         batch, heads, group, length, width = queries.shape
         flat = queries.reshape(batch, heads * group, length, width)

@@ -95,7 +95,7 @@ class Keep:
         rank = jnp.where(valid, jnp.where(must, jnp.inf, score), -jnp.inf)
         places = min(capacity, keys)
         best, index = jax.lax.top_k(jnp.flip(rank, axis=-1), places)
-        there = (jnp.arange(places) < number[:, None, None]) & (best > -jnp.inf)
+        there = (jnp.arange(places)[None, None] < number[:, None, None]) & (best > -jnp.inf)
         index = jnp.sort(jnp.where(there, keys - 1 - index, keys), axis=-1)
         index = jnp.pad(index, [(0, 0), (0, 0), (0, capacity - places)], constant_values=keys)
         return Chosen(jnp.minimum(index, keys - 1), index < keys, score, notes)

@@ -97,7 +97,7 @@ class Kept:
         """Return the new entries alone, unencoded."""
         stores = self.shelf.position.shape[1]
         batch, _, places, _ = next(iter(new.values())).shape
-        place = jnp.arange(places)
+        place = jnp.arange(places)[None]
         position = jnp.where(place < added[:, None], length[:, None] + place, NOWHERE)
         position, owner = jnp.tile(position[:, None], (1, stores, 1)), None
         if self.shelf.owner is not None:

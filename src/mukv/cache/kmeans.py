@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mukv.core.broadcast import with_rank
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int
 
@@ -148,7 +149,8 @@ def distances(
     their order.
     """
     products = jnp.einsum("...pd,...cd->...pc", points, centres, preferred_element_type=jnp.float32)
-    return jnp.sum(centres**2, axis=-1)[..., None, :] - 2 * products
+    squares = jnp.sum(centres**2, axis=-1)[..., None, :]
+    return with_rank(squares, products.ndim) - 2 * products
 
 
 def nearest(

@@ -73,7 +73,7 @@ class Seen:
 
     def last(self, number: int) -> Int[Array, "batch query"]:
         """Return the indices of the last `number` new queries; negative where there are fewer."""
-        return self.added[:, None] - number + jnp.arange(number)
+        return self.added[:, None] - number + jnp.arange(number)[None]
 
     def weights(
         self, place: Int[Array, "batch query"]

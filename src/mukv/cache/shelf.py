@@ -55,7 +55,7 @@ class Shelf:
         there = self.position != NOWHERE
         if self.owner is None:
             return there
-        return there & (self.owner == jnp.arange(self.heads)[:, None])
+        return there & (self.owner == jnp.arange(self.heads)[None, :, None])
 
     def entries(self) -> Entries:
         """Return all entries, decoded into a copy if necessary."""
@@ -71,7 +71,9 @@ class Shelf:
 
     def runs(self, index: Int[Array, "batch stores run"], length: int = 1) -> Entries:
         """Gather the entries of some runs of `length` slots. index: index of each run."""
-        slot = (index[..., None] * length + jnp.arange(length)).reshape(*index.shape[:2], -1)
+        slot = (index[..., None] * length + jnp.arange(length)[None, None, None]).reshape(
+            *index.shape[:2], -1
+        )
         position = jnp.take_along_axis(self.position, slot, axis=2)
         taken = {
             name: runs(parts, self.slots, index, length) for name, parts in self.stored.items()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from mukv.core.broadcast import with_rank
 from mukv.core.errors import BadInput
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float
@@ -38,7 +39,7 @@ class RMSNorm:
         self, weights: dict[str, Any], x: Float[Array, "*batch width"]
     ) -> Float[Array, "*batch width"]:
         normed = self.unit(x.astype(jnp.float32))
-        return (normed * self.gain(weights)).astype(x.dtype)
+        return (normed * with_rank(self.gain(weights), x.ndim)).astype(x.dtype)
 
     def gain(self, weights: dict[str, Any]) -> Float[Array, " width"]:
         """What `apply` multiplies with; float32."""

@@ -159,7 +159,7 @@ class Experts(Feedforward):
         number, size = _numbered(jax.nn.one_hot(expert, self.experts, dtype=jnp.int32))
         needed = -(-size // block)
         last = jnp.cumsum(needed)
-        owner = jnp.sum(jnp.arange(blocks)[:, None] >= last, axis=1)
+        owner = jnp.sum(jnp.arange(blocks)[:, None] >= last[None], axis=1)
         owner = jnp.minimum(owner, self.experts - 1)
         slot = (last - needed)[expert] * block + number
         flat = x.reshape(-1, x.shape[-1])

@@ -247,7 +247,7 @@ class Stack:
         weights: one entry per layer. The tail must be empty. fresh: the cache is known to be
         empty, so that only the new entries are read.
         """
-        position = cache.length[:, None] + jnp.arange(x.shape[1])
+        position = cache.length[:, None] + jnp.arange(x.shape[1])[None]
         after = CacheUpdate(self.bags, self.writers, cache)
 
         def remember(

@@ -38,5 +38,5 @@ class ALiBi(Position):
 
     def bias(self, weights: Weights, logits: Logits, pairs: Pairs) -> Logits:
         _, kv_heads, group, _, _ = logits.shape
-        slope = jnp.asarray(slopes(kv_heads * group), jnp.float32).reshape(kv_heads, group, 1, 1)
+        slope = jnp.asarray(slopes(kv_heads * group), jnp.float32).reshape(1, kv_heads, group, 1, 1)
         return logits - slope * pairs.distance().astype(jnp.float32)

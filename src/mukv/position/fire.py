@@ -13,6 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from mukv.core.broadcast import with_rank
 from mukv.core.counts import require_counts
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Weights
@@ -60,13 +61,14 @@ class FIRE(Position):
         wide = {name: weight.astype(jnp.float32) for name, weight in weights.items()}
 
         def psi(tokens: Array) -> Array:
-            return jnp.log1p(jnp.abs(CURVE * wide["curve"]) * tokens)
+            return jnp.log1p(jnp.abs(CURVE * wide["curve"][0]) * tokens)
 
         distance = jnp.maximum(pairs.distance(), 0).astype(jnp.float32)[:, :, 0]
-        least = jnp.abs(wide["threshold"] * self.threshold)
+        least = jnp.abs(wide["threshold"][0] * self.threshold)
         position = pairs.query_position[:, None, :, None].astype(jnp.float32)
         share = psi(distance) / (psi(jnp.maximum(position, least)) + EPSILON)
-        inner = jax.nn.relu(share[..., None] * wide["into"][0] + wide["into_bias"])
+        into, bias = (with_rank(wide[name], 5) for name in ("into", "into_bias"))
+        inner = jax.nn.relu(share[..., None] * into + bias)
         per_head: Float[Array, "batch #kv_heads query key heads"] = inner @ wide["out"]
         _, kv_heads, group, _, _ = logits.shape
         if per_head.shape[1] == 1:

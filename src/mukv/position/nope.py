@@ -43,7 +43,7 @@ class LogLength:
     ) -> Float[Array, "batch heads query"]:
         """Compute the factor of each head's queries at 0-based positions (tokens), float32."""
         length = jnp.log(position + 1.0)[:, None] / jnp.log(self.typical)
-        return weights["sharpness"].astype(jnp.float32)[:, None] * length
+        return weights["sharpness"].astype(jnp.float32)[None, :, None] * length
 
 
 @dataclass(frozen=True)

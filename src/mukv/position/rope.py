@@ -14,6 +14,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
+from mukv.core.broadcast import with_rank
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int
 from mukv.position.base import Position
@@ -91,7 +92,7 @@ class RoPE(Position):
         if not frequency.any():
             return x
         factor = self.scaling.rotation_factor if self.scaling else 1.0
-        angle = position[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
+        angle = position[..., None].astype(jnp.float32) * with_rank(jnp.asarray(frequency), 4)
         cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
         width = 2 * len(frequency)
         wide, rest = x[..., :width].astype(jnp.float32), x[..., width:]

@@ -24,6 +24,7 @@ from mukv.attention.cores.pairs import Cut, Places, aligned_pairs, pairs
 from mukv.attention.entries import Entries
 from mukv.attention.mask import Mask
 from mukv.attention.recalled import Query
+from mukv.core.broadcast import with_rank
 from mukv.core.compute import Compute
 from mukv.core.typing import Array
 from mukv.position import AnyPosition
@@ -179,7 +180,8 @@ class _Loops:
             state = self._each(bag, fixed, step, state, reverse=True)
         found = state[0]
         if moving.sinks is not None:
-            weight = jnp.exp(moving.sinks.astype(jnp.float32)[..., None] - norm)
+            sinks = with_rank(moving.sinks.astype(jnp.float32)[..., None], norm.ndim)
+            weight = jnp.exp(sinks - norm)
             found = found._replace(sinks=-jnp.sum(weight * share, axis=(0, 3)))
         return found
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, Shown, finite
 from mukv.attention.recalled import Query
+from mukv.core.broadcast import with_rank
 from mukv.core.compute import Compute
 from mukv.core.tap import capturing, tap
 from mukv.core.typing import Array, Float
@@ -54,12 +55,12 @@ def weighed(
     masked = jnp.where(whole.visible[:, :, None], logits, -jnp.inf)
     top = finite(jax.lax.stop_gradient(jnp.max(masked, axis=-1, keepdims=True)))
     if scores.sinks is not None:
-        sinks = scores.sinks[..., None, None]
+        sinks = with_rank(scores.sinks[..., None, None], 5)
         top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
     weights = jnp.exp(masked - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if scores.sinks is not None:
-        total = total + jnp.exp(scores.sinks[..., None, None] - top)
+        total = total + jnp.exp(with_rank(scores.sinks[..., None, None], 5) - top)
     return weights, jnp.where(total > 0, total, 1.0)
 
 

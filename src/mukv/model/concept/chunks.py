@@ -95,7 +95,7 @@ def chunked(
     ends = count > jnp.where(first, 0, previous)
     number = jnp.cumsum(ends, axis=1)
 
-    here = jnp.arange(tokens.shape[1])
+    here = jnp.arange(tokens.shape[1])[None]
     opens = first | jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
     opened = jnp.where(opens, here, -state.inside[:, None])
     inside = here - jax.lax.cummax(opened, axis=1) + 1
@@ -113,7 +113,7 @@ def windows(
     """The tokens that each concept is made of, zeros where the chunk has no more."""
     behind = recent.shape[1]
     line = jnp.concatenate([recent.astype(x.dtype), x], axis=1)
-    back = jnp.arange(behind, -1, -1)
+    back = jnp.arange(behind, -1, -1)[None, None]
     # A concept that there isn't is made of one token, so that no reduction sees nothing.
     long = jnp.maximum(chunks.at_ends(chunks.inside), 1)
     present = back < long[..., None]
@@ -155,7 +155,7 @@ def left(
 
     behind = state.recent.shape[1]
     line = jnp.concatenate([state.recent.astype(x.dtype), x], axis=1)
-    place = count[:, None] + jnp.arange(behind)
+    place = count[:, None] + jnp.arange(behind)[None]
     outputs_so_far = jnp.concatenate([state.output[:, None].astype(x.dtype), outputs], axis=1)
     ended = last(chunks.ends[..., None], count - 1)[:, 0]
     inside = last(chunks.inside[..., None], count - 1)[:, 0]

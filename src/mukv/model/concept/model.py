@@ -144,7 +144,7 @@ class Concept(Architecture):
     ) -> tuple[Float[Array, "batch vocab"], ConceptCache]:
         compute = settled(compute, self.vocab_size)
         outer, state = self.outer(weights, compute), cache.state
-        here = jnp.arange(tokens.shape[1])
+        here = jnp.arange(tokens.shape[1])[None]
         place = cache.length[:, None] + here
         x = self.embed(weights, tokens, compute)
         rest = (count, fresh, compute)

@@ -73,7 +73,7 @@ class Weighted(Pool):
         return {"places": Param({"place": span}, role="vector", init="ones")}
 
     def apply(self, weights: Weights, window: Window, present: Present) -> Pooled:
-        places = weights["places"].astype(window.dtype)[::-1, None]
+        places = weights["places"].astype(window.dtype)[None, None, ::-1, None]
         return jnp.sum(window * places, axis=2) * _root(present, window.dtype)
 
 

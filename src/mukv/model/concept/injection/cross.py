@@ -80,7 +80,7 @@ class Cross(Injection):
         fresh: bool,
     ) -> tuple[Residual, Lasting]:
         chunks, (slot,) = inputs.chunks, cache.cross.slots
-        position = cache.cross.length[:, None] + jnp.arange(chunks.end.shape[1])
+        position = cache.cross.length[:, None] + jnp.arange(chunks.end.shape[1])[None]
         written = self._written(joint, inputs.outputs, position)
         new = Entries(written, position[:, None])
         parts = (new,) if fresh else (slot.entries(cache.cross.length), new)

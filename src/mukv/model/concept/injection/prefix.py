@@ -59,9 +59,9 @@ class Prefix(Injection):
         given = (given * sure[:, :, None]).reshape(batch, -1, x.shape[-1])
         line = jnp.concatenate([x, given], axis=1)
         whole = line.shape[1]
-        token = jnp.arange(length) + slots * chunks.number
-        concept = jnp.arange(chunks.end.shape[1])[:, None]
-        slot = chunks.end[..., None] + slots * concept + jnp.arange(slots)
+        token = jnp.arange(length)[None] + slots * chunks.number
+        concept = jnp.arange(chunks.end.shape[1])[None, :, None]
+        slot = chunks.end[..., None] + slots * concept + jnp.arange(slots)[None, None]
         slot = jnp.where(chunks.end[..., None] < length, slot, whole).reshape(batch, -1)
         rows = jnp.arange(batch)[:, None]
         origin = jnp.full((batch, whole), whole)
@@ -81,7 +81,7 @@ class Prefix(Injection):
             return jnp.concatenate([values, of_slots], axis=1)
 
         own = inputs.position + slots * chunks.made
-        ends = chunks.at_ends(own)[..., None] - slots + jnp.arange(slots)
+        ends = chunks.at_ends(own)[..., None] - slots + jnp.arange(slots)[None, None]
         segments = jnp.repeat(chunks.at_ends(inputs.segment, -1), slots, axis=1)
         out, auxiliary = joint.decoder.forward(
             joint.layers,

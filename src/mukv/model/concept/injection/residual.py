@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from mukv.attention import AnyAttention
+from mukv.core.broadcast import with_rank
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param
@@ -49,4 +50,6 @@ class Residually(Injection):
         return super().step(joint, cache, x, output, count)
 
     def _sum(self, joint: Joint, x: Residual, given: Residual, count: Array) -> Residual:
-        return x * joint.own["skip"].astype(x.dtype) + jnp.where(count[..., None] > 0, given, 0)
+        return x * with_rank(joint.own["skip"].astype(x.dtype), x.ndim) + jnp.where(
+            count[..., None] > 0, given, 0
+        )
