@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -68,7 +69,10 @@ def rows_of_ids(path: Path) -> list[np.ndarray]:
     """Rows of ids from a .npy file."""
     require_regular_file(path, "--tokens")
     try:
-        found = np.load(path, allow_pickle=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about headers that older versions of Python wrote
+            with path.open("rb") as file:
+                found = np.load(file, allow_pickle=False)
     except OSError as error:
         raise BadInput("--tokens", str(path), f"a readable file ({error})") from None
     except Exception:

@@ -49,6 +49,8 @@ def saved_figure(
     # A font without a glyph draws a box; suppress the warning for each one.
     with mpl.rc_context({"font.size": 10, "text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
+        # A name of thousands of letters leaves the axes no room; the figure is still written.
+        warnings.filterwarnings("ignore", "constrained_layout not applied")
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure

@@ -88,7 +88,9 @@ def clear_leftovers(parent: Path) -> None:
     might belong to a running process.
     """
     with suppress(OSError):
-        for entry in list(os.scandir(parent)):
+        with os.scandir(parent) as entries:
+            found = list(entries)
+        for entry in found:
             match = PARTIAL.fullmatch(entry.name)
             if match and entry.is_dir(follow_symlinks=False):
                 with suppress(OSError):  # continue with the others
@@ -99,10 +101,11 @@ def writer_of(path: Path) -> str | None:
     """Name the running process that is writing `path`, such as "process 12"; None if there
     is none.
     """
-    with suppress(OSError):
-        for entry in os.scandir(Path(os.path.abspath(path)).parent):
+    whole = Path(os.path.abspath(path))
+    with suppress(OSError), os.scandir(whole.parent) as entries:
+        for entry in entries:
             match = PARTIAL.fullmatch(entry.name)
-            if match and match["name"] == os.path.basename(os.path.abspath(path)):
+            if match and match["name"] == whole.name:
                 try:
                     _clear(Path(entry.path), path)
                 except BlockingIOError:
