@@ -126,7 +126,13 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the complete checkpoints, oldest first."""
-        return [step for step in _numbered(self.folder) if _ours(self.folder / str(step))]
+        listed: list[int] = []
+        while True:
+            before, listed = listed, list(_numbered(self.folder))
+            found = [step for step in listed if _ours(self.folder / str(step))]
+            # A process that trains may replace the only one between the listing and the look at it.
+            if found or listed == before:
+                return found
 
     def latest(self) -> int | None:
         """Return the newest complete step; None if there is none."""
