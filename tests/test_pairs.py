@@ -59,6 +59,12 @@ def test_the_laws_meet_every_pair_of_attention_position_and_plan():
     axes = matrix.ATTENTIONS, matrix.POSITIONS, matrix.COMPOSED
     wanted = {pair for two in itertools.combinations(axes, 2) for pair in itertools.product(*two)}
     wanted -= matrix.REFUSED
-    assert wanted <= found(matrix.QUICK)
+    assert wanted <= found(itertools.chain(*matrix.QUICK_BY_PROGRAM.values()))
+    for rows in matrix.QUICK_BY_PROGRAM.values():
+        assert {part for row in rows for part in matrix.parts(row)} == {
+            *(("attention", name) for name in matrix.ATTENTIONS),
+            *(("position", name) for name in matrix.POSITIONS),
+            *(("plan", name) for name in matrix.COMPOSED),
+        }
     assert {row[2] for row in matrix.COMBINATIONS} == {*matrix.COMPOSED, *matrix.SIMPLE}
     assert 16 * len(matrix.QUICK) < len(matrix.COMBINATIONS)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -59,7 +60,7 @@ from mukv.position import (
     RoPE,
     YaRN,
 )
-from tests.pairs import cover
+from tests.pairs import Part, cover
 
 D_MODEL, VOCAB, LENGTH = 16, 31, 12
 EXACT = Compute(dtype="float32", operands="float32", unroll=True)
@@ -201,6 +202,23 @@ QUICK = cover([row for row in COMBINATIONS if row[2] in COMPOSED], parts)
 """Every pair of attention, position and composed plan at least once."""
 SAMPLE = cover(QUICK, parts, size=1)
 """Every part at least once, for what is too slow for every pair."""
+PROGRAMS = ("forward", "decode", "gradient")
+"""What is compiled for the laws on one model. Each law needs one of them."""
+
+
+def by_program(rows: Sequence[Any], parts: Callable[[Any], Iterable[Part]]) -> dict[str, list[Any]]:
+    """Choose the rows for the quick tests of each program: every two parts meet under one of the
+    programs, and every part meets every program."""
+
+    def with_program(pair: tuple[Any, str]) -> Iterable[Part]:
+        row, program = pair
+        return [*parts(row), ("program", program)]
+
+    chosen = cover(itertools.product(rows, PROGRAMS), with_program)
+    return {name: [row for row, program in chosen if program == name] for name in PROGRAMS}
+
+
+QUICK_BY_PROGRAM = by_program(QUICK, parts)
 
 
 def build(attention: str, position: str, plan: str, **changes: object) -> Decoder:
@@ -247,6 +265,7 @@ def concept_parts(row: tuple[str, str, str]) -> list[tuple[str, str]]:
 
 QUICK_CONCEPTS = cover(CONCEPTS, concept_parts)
 """Every two parts of a concept model meet."""
+QUICK_CONCEPTS_BY_PROGRAM = by_program(QUICK_CONCEPTS, concept_parts)
 SAMPLE_CONCEPTS = cover(QUICK_CONCEPTS, concept_parts, size=1)
 """Every part at least once."""
 
@@ -320,12 +339,16 @@ class Case:
     """A model, weights, and logits of the rows that the laws compare.
 
     whole: two rows. changed: the first with token t another, for each t. alone: its pieces between
-    CUTS. packed: these in one row. loss, gradient: of the two rows.
+    CUTS. packed: these in one row. loss, gradient: of the two rows. Each is computed at first use.
     """
 
     def __init__(self, model: LanguageModel):
         self.model, self.weights = model, weights(model)
-        self.ids = ids = tokens(2)
+        self.ids = tokens(2)
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        ids, model = self.ids, self.model
         changed = np.repeat(ids[:1], LENGTH, axis=0)
         changed[np.diag_indices(LENGTH)] = (ids[0] + 1) % VOCAB
         alone = np.zeros((len(CUTS) - 1, LENGTH), np.int32)
@@ -336,7 +359,32 @@ class Case:
         lengths = np.diff(CUTS)
         segment[-1] = np.repeat(np.arange(len(lengths)), lengths)
         position[-1] = np.concatenate([np.arange(n) for n in lengths])
-        out = np.asarray(logits(model)(self.weights, rows, position, segment))
-        self.whole, self.changed = out[:2], out[2 : 2 + LENGTH]
-        self.alone, self.packed = out[2 + LENGTH : -1], out[-1]
-        self.loss, self.gradient = loss_and_gradient(model, PLAIN)(self.weights, ids)
+        return np.asarray(logits(model)(self.weights, rows, position, segment))
+
+    @property
+    def whole(self) -> np.ndarray:
+        return self._rows[:2]
+
+    @property
+    def changed(self) -> np.ndarray:
+        return self._rows[2 : 2 + LENGTH]
+
+    @property
+    def alone(self) -> np.ndarray:
+        return self._rows[2 + LENGTH : -1]
+
+    @property
+    def packed(self) -> np.ndarray:
+        return self._rows[-1]
+
+    @cached_property
+    def _trained(self) -> tuple[jax.Array, dict]:
+        return loss_and_gradient(self.model, PLAIN)(self.weights, self.ids)
+
+    @property
+    def loss(self) -> jax.Array:
+        return self._trained[0]
+
+    @property
+    def gradient(self) -> dict:
+        return self._trained[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from mukv.runs.resolve import open_corpus
 from mukv.train import metrics
 from mukv.tuning.together import Point, Together, grouped
 from tests.conftest import MINUSCULE
+from tests.pairs import params
 
 POWER = "train.schedule={kind: power, warmup: 1, amplitude: 1, decay: 0.5}"
 ATAN2 = "train.optimizer={kind: adam_atan2}"
@@ -53,8 +56,10 @@ def ends(group):
     return last.numbers, [named(group.weights(index)) for index in range(len(group.points))]
 
 
-@pytest.mark.parametrize("across", ["vmap", "map"])
-@pytest.mark.parametrize("name", VARIED)
+BOTH = [*itertools.product(VARIED, ("vmap", "map"))]
+
+
+@pytest.mark.parametrize(("name", "across"), params(BOTH, BOTH[::3], unpack=True))
 def test_together_is_alone(token_file, name, across):
     tokens, chosen = points(token_file, VARIED[name])
     assert grouped(chosen) == [list(range(len(chosen)))]
