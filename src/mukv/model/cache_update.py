@@ -1,45 +1,53 @@
-"""The slots and states of a cache while a pass through the layers replaces them."""
+"""The part of a cache that belongs to one layer, which a pass through the layers replaces."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
-from mukv.attention import Carried, EntryStore, Written
+from mukv.attention import EntryStore, Written
 from mukv.cache import Cache, Slot
-from mukv.core.typing import Array, Int
 from mukv.model.plan import ResolvedLayer
 
 LayerBag = tuple[ResolvedLayer, str, EntryStore]
 """A store of entries of a layer that writes, with its name."""
 
 
-class CacheUpdate:
-    """bags: in the order of the cache's slots. writers: the layers that write, in order."""
+class LayerMemory(NamedTuple):
+    """The slots and states of one layer, by the names of their stores."""
 
-    def __init__(self, bags: Sequence[LayerBag], writers: Sequence[ResolvedLayer], cache: Cache):
-        self.before = cache
-        self.slots = {
-            (layer.index, name): slot
-            for (layer, name, _), slot in zip(bags, cache.slots, strict=True)
-        }
-        indices = (layer.index for layer in writers)
-        self.states = dict(zip(indices, cache.states, strict=True))
+    slots: dict[str, Slot]
+    states: Written
 
-    def slot(self, layer: ResolvedLayer, name: str) -> Slot:
-        return self.slots[layer.index, name]
 
-    def put(self, layer: ResolvedLayer, name: str, slot: Slot) -> None:
-        self.slots[layer.index, name] = slot
+def memories(
+    bags: Sequence[LayerBag], writers: Sequence[ResolvedLayer], cache: Cache
+) -> dict[int, LayerMemory]:
+    """Split a cache by the index of the layer that writes it.
 
-    def carried(self, count: Int[Array, " batch"]) -> dict[int, Carried]:
-        """What the layers continue from. count: new tokens of each row."""
-        return {index: Carried(states, count) for index, states in self.states.items()}
+    bags: in the order of the cache's slots. writers: the layers that write, in order.
+    """
+    split = {
+        layer.index: LayerMemory({}, states)
+        for layer, states in zip(writers, cache.states, strict=True)
+    }
+    for (layer, name, _), slot in zip(bags, cache.slots, strict=True):
+        split[layer.index].slots[name] = slot
+    return split
 
-    def keep_states(self, layer: ResolvedLayer, written: Written) -> None:
-        self.states[layer.index] = {name: written[name] for name in layer.attention.states}
 
-    def cache(self) -> Cache:
-        return replace(
-            self.before, slots=tuple(self.slots.values()), states=tuple(self.states.values())
-        )
+def joined(
+    bags: Sequence[LayerBag],
+    writers: Sequence[ResolvedLayer],
+    cache: Cache,
+    split: Mapping[int, LayerMemory],
+) -> Cache:
+    """Put the slots and states of `memories` back into a cache. (The order is that of `bags`: a
+    dict that has passed through `jax.jit` is sorted by its keys.)
+    """
+    return replace(
+        cache,
+        slots=tuple(split[layer.index].slots[name] for layer, name, _ in bags),
+        states=tuple(split[layer.index].states for layer in writers),
+    )

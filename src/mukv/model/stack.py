@@ -7,7 +7,7 @@ read. A stack knows no vocabulary: residual stream in, residual stream out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, Carried, EntryStore, Queries, Written
+from mukv.attention import AnyAttention, Bag, EntryStore, Queries, Written
 from mukv.cache import FULL, Cache, Calibrated, Policy, Reader, Ring, Slot
 from mukv.cache.base import QUERY
 from mukv.core.compute import Compute
@@ -26,9 +26,9 @@ from mukv.core.tap import capturing
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
-from mukv.model.cache_update import CacheUpdate, LayerBag
+from mukv.model.cache_update import LayerBag, LayerMemory, joined, memories
 from mukv.model.feedforward import AnyFeedforward
-from mukv.model.passes import Pass, Remember, layer_params
+from mukv.model.passes import Memory, Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
 
@@ -124,10 +124,15 @@ class Stack:
         """
 
         def remember(
-            layer: ResolvedLayer, written: Written, query: Callable[[], Queries]
-        ) -> tuple[Bag, ...]:
+            layer: ResolvedLayer,
+            _: Any,
+            memory: Memory,
+            written: Written,
+            __: Callable[[], Queries],
+        ) -> tuple[tuple[Bag, ...], Memory]:
             bags = layer.bags.items()
-            return tuple(bag.entries(written[name], position, segment) for name, bag in bags)
+            entries = (bag.entries(written[name], position, segment) for name, bag in bags)
+            return tuple(entries), memory
 
         run = self._pass(compute, position, remember, aligned=True, segment=segment)
         run = replace(
@@ -166,10 +171,12 @@ class Stack:
         remember: Remember,
         aligned: bool,
         segment: Int[Array, "batch token"] | None = None,
-        carried: Mapping[int, Carried] = {},
+        held: dict[int, LayerMemory] | None = None,
+        added: Int[Array, " batch"] | None = None,
     ) -> Pass:
         shared = (self.layers, self.norm, self.residual, self.d_model, self.first)
-        return Pass(*shared, compute, position, segment, remember, aligned, carried)
+        given = (compute, position, segment, remember, aligned)
+        return Pass(*shared, *given, held or {}, added)
 
     # Decoding
 
@@ -248,29 +255,33 @@ class Stack:
         empty, so that only the new entries are read.
         """
         position = cache.length[:, None] + jnp.arange(x.shape[1])[None]
-        after = CacheUpdate(self.bags, self.writers, cache)
 
         def remember(
-            layer: ResolvedLayer, written: Written, query: Callable[[], Queries]
-        ) -> tuple[Bag, ...]:
+            layer: ResolvedLayer,
+            reading: Any,
+            memory: Memory,
+            written: Written,
+            query: Callable[[], Queries],
+        ) -> tuple[tuple[Bag, ...], Memory]:
+            assert memory is not None
+            slots: dict[str, Slot] = {}
             parts: list[Bag] = []
             for name, bag in layer.bags.items():
-                slot, reading = after.slot(layer, name), weights[layer.index]["read"]
+                slot, new = memory.slots[name], written[name]
                 asked = query() if slot.body.needs_queries else None
                 reader = Reader(layer.attention, reading, asked)
-                new = written[name]
-                after.put(layer, name, slot.extended(new, cache.length, count, reader, fresh))
+                slots[name] = slot.extended(new, cache.length, count, reader, fresh)
                 parts += () if fresh else (slot.entries(cache.length),)
                 parts.append(bag.entries(new, position))
-            after.keep_states(layer, written)
-            return tuple(parts)
+            return tuple(parts), LayerMemory(slots, _states(layer, written))
 
-        carried = after.carried(count)
         # Nothing is differentiated, and what a layer leaves in the cache must leave its checkpoint.
         compute = replace(compute, rematerialise=False)
-        run = self._pass(compute, position, remember, aligned=fresh, carried=carried)
+        own = (self.bags, self.writers, cache)
+        held = (memories(*own), count)
+        run = self._pass(compute, position, remember, fresh, None, *held)
         x = run.all(weights, x)
-        return x, replace(after.cache(), length=cache.length + count)
+        return x, replace(joined(*own, run.memories), length=cache.length + count)
 
     def step(
         self,
@@ -287,26 +298,31 @@ class Stack:
         """
         position = cache.position()[:, None]
         more = 1 if which is None else which.astype(jnp.int32)
-        after = CacheUpdate(self.bags, self.writers, cache)
 
         def remember(
-            layer: ResolvedLayer, written: Written, query: Callable[[], Queries]
-        ) -> tuple[Bag, ...]:
+            layer: ResolvedLayer,
+            _: Any,
+            memory: Memory,
+            written: Written,
+            query: Callable[[], Queries],
+        ) -> tuple[tuple[Bag, ...], Memory]:
+            assert memory is not None
+            slots: dict[str, Slot] = {}
             parts: list[Bag] = []
             for name in layer.bags:
-                slot, new = after.slot(layer, name), written[name]
+                slot, new = memory.slots[name], written[name]
                 if slot.body.needs_queries:
                     new = {**new, QUERY: _by_head(query())}
-                slot = slot.appended(new, cache.length, cache.filled, which)
-                after.put(layer, name, slot)
+                slots[name] = slot = slot.appended(new, cache.length, cache.filled, which)
                 parts += slot.bag(cache.length), slot.newest(cache.length, cache.filled + more)
-            after.keep_states(layer, written)
-            return tuple(parts)
+            return tuple(parts), LayerMemory(slots, _states(layer, written))
 
-        carried = after.carried(jnp.broadcast_to(jnp.asarray(more), cache.length.shape))
-        run = self._pass(compute, position, remember, aligned=False, carried=carried)
+        added = jnp.broadcast_to(jnp.asarray(more), cache.length.shape)
+        own = (self.bags, self.writers, cache)
+        held = (memories(*own), added)
+        run = self._pass(compute, position, remember, False, None, *held)
         x = run.all(weights, x)
-        return x, replace(after.cache(), filled=cache.filled + more)
+        return x, replace(joined(*own, run.memories), filled=cache.filled + more)
 
     def fold(self, weights: Sequence[Any], cache: Cache) -> Cache:
         """Move the tails into the bodies. weights: one entry per layer."""
@@ -325,6 +341,11 @@ class Stack:
         return replace(
             cache, slots=slots, length=cache.length + added, filled=jnp.zeros_like(cache.filled)
         )
+
+
+def _states(layer: ResolvedLayer, written: Written) -> dict[str, Any]:
+    """Return the new states among what a layer wrote."""
+    return {name: written[name] for name in layer.attention.states}
 
 
 def _by_head(query: Queries) -> Float[Array, "batch heads query query_dim"]:
