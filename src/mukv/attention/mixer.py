@@ -8,6 +8,7 @@ its own rate (`EntryStore`) or a state of constant size (`StateStore`). Training
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -230,13 +231,7 @@ class Mixer(Component):
         self, d_model: int, batch: int, length: int, dtype: jnp.dtype
     ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """Shapes and types of the entries of `length` tokens by store, from `write` itself."""
-        shapes = jax.eval_shape(
-            self.write,
-            abstract(self.write_params(d_model), dtype),
-            jax.ShapeDtypeStruct((batch, length, d_model), dtype),
-            jax.ShapeDtypeStruct((batch, length), jnp.dtype("int32")),
-        )
-        return self.by_store(shapes)
+        return _written(self, d_model, batch, length, dtype)
 
     def describe(self) -> str:
         """The fields on one line."""
@@ -247,3 +242,16 @@ class Mixer(Component):
             and field.name not in ("kind", "position")
         ]
         return f"{getattr(self, 'kind', type(self).__name__)} ({', '.join(shown)})"
+
+
+@functools.lru_cache(256)
+def _written(
+    mixer: Mixer, d_model: int, batch: int, length: int, dtype: jnp.dtype
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    shapes = jax.eval_shape(
+        mixer.write,
+        abstract(mixer.write_params(d_model), dtype),
+        jax.ShapeDtypeStruct((batch, length, d_model), dtype),
+        jax.ShapeDtypeStruct((batch, length), jnp.dtype("int32")),
+    )
+    return mixer.by_store(shapes)

@@ -88,7 +88,8 @@ def prepare(
 
     compiled = cache_folder() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(compiled))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # A command compiles dozens of small programs, a second in all.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if distributed is None:
         simulate(devices)
         return nullcontext()

@@ -137,7 +137,12 @@ def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | 
     """Prepare weights for decoding: scaled, in the compute dtype, one entry per layer."""
     compute = settled(compute, model.vocab_size)
     declared = model.params()
-    return model.unstack(compute.working_copy(declared, model.scaled(weights)))
+
+    @jax.jit  # one program instead of one for each layer and weight
+    def prepared(weights: Weights) -> Any:
+        return model.unstack(compute.working_copy(declared, model.scaled(weights)))
+
+    return prepared(weights)
 
 
 class DecodeFunctions(NamedTuple):
