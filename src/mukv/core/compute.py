@@ -33,7 +33,7 @@ class Compute:
     fused: whether attention avoids the tensor of logits of all pairs of tokens
     attention_chunk: queries per chunk of the fused core; None for a size that depends on the length
     loss_chunk: tokens per row whose logits are in memory at once; None for 32 MiB of float32 logits
-        per row
+        per row, but at least 128 tokens
     platform: platform that the other settings are chosen for; None for the one that JAX runs on
     """
 

@@ -112,7 +112,7 @@ class Param:
 
 
 def as_matrices(param: Param, array: Array) -> Float[Array, "*leading rows columns"]:
-    """Reshape a weight to matrices: leading axes stay, contracted ones become rows, others columns."""
+    """Reshape a weight to matrices: `fan_in` axes become rows, the others but `leading` columns."""
     return array.transpose(_matrix_order(param)).reshape(
         *(param.dims[name] for name in param.leading), param.fan_in_size, -1
     )
