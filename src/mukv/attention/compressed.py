@@ -289,5 +289,5 @@ def running(
 
 
 def _finite(top: Array) -> Array:
-    """Replace an infinite maximum, of no logits, by 0."""
+    """Replace a maximum of -inf, that of no logits, by 0."""
     return jnp.where(jnp.isfinite(top), top, 0.0)

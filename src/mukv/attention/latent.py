@@ -139,7 +139,7 @@ class Latent(Attention):
         mask: Mask,
         compute: Compute,
     ) -> tuple[Residual, Reported]:
-        """Read in the expanded form if all entries are of these tokens, otherwise in the absorbed
+        """Read in the expanded form if all entries belong to these tokens, else in the absorbed
         form.
 
         See `Attention.read`.

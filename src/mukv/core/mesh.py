@@ -171,8 +171,7 @@ def _partitioned_mesh() -> AbstractMesh | None:
 
 
 def constrain(array: Array, *names: str | None) -> Array:
-    """Constrain the sharding of an activation on the current mesh; without a mesh, return it
-    unchanged.
+    """Constrain the sharding of an activation on the current mesh; does nothing without a mesh.
 
     names: logical name of each axis, a key of AXES; None for an axis that is not split
     """

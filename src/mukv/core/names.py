@@ -42,9 +42,7 @@ def _escape(character: str) -> str:
 
 
 def shortened(text: object, longest: int = LONGEST) -> str:
-    """Return a printable text of at most `longest` characters, with the middle replaced by an
-    ellipsis.
-    """
+    """Return a printable text of at most `longest` characters; its middle becomes an ellipsis."""
     whole = printable(text)
     if len(whole) <= longest:
         return whole

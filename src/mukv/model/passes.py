@@ -1,7 +1,7 @@
-"""One pass through the layers, whatever it is for: training, prefill or a single step.
+"""One pass of tokens through the layers, for training, prefill or a decoding step.
 
-What differs is only what a layer's `remember` answers, i.e. which bags of entries its queries
-read.
+These differ only in the function `remember`, which returns the bags of entries that the queries of
+a layer read.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from mukv.model.block import AnyResidual
 from mukv.model.plan import ResolvedLayer
 
 Remember = Callable[[ResolvedLayer, Written, Callable[[], Queries]], tuple[Bag, ...]]
-"""Given what a layer wrote and what it looks for, the bags of entries that its readers see."""
+"""Maps what a layer wrote, and a function that computes its queries, to the bags that it reads."""
 
 
 def layer_params(
     layer: ResolvedLayer, norm: RMSNorm, residual: AnyResidual, d_model: int
 ) -> dict[str, Any]:
-    """Weights of one layer; one that reads another's entries has none to write with."""
+    """Declare the weights of one layer; one that reads another's entries has none for writing."""
     declared = {
         **residual.params("attention", norm, d_model),
         "read": layer.attention.read_params(d_model),
@@ -44,8 +44,12 @@ def layer_params(
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass through the layers: what all of them share. first: number of the first of them.
-    carried: what layers continue from, by their index; in training nothing."""
+    """Settings and inputs that all layers of one pass share.
+
+    first: number of the first layer in the whole model
+    carried: states that layers continue from, by layer; empty in training
+    aligned: whether queries read only entries of the tokens of this pass
+    """
 
     layers: tuple[ResolvedLayer, ...]
     norm: RMSNorm
@@ -59,10 +63,10 @@ class Pass:
     aligned: bool
     carried: Mapping[int, Carried] = field(default_factory=dict)
     counted: Bool[Array, "batch token"] | None = None
-    """Which tokens are no padding, in a pass whose layers report something; None in others."""
+    """Which tokens are not padding; None in passes whose layers report no auxiliary numbers."""
 
     def all(self, weights: Sequence[Any], x: Residual) -> Residual:
-        """Through every layer, each with its own weights."""
+        """Apply every layer, each with its own weights."""
         known: dict[int, tuple[Bag, ...]] = {}
         for layer, own in zip(self.layers, weights, strict=True):
             x, _ = self.layer(layer, own, x, known)
@@ -71,7 +75,10 @@ class Pass:
     def layer(
         self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, tuple[Bag, ...]]
     ) -> tuple[Residual, Auxiliary]:
-        """Through one layer, and what it reports; adds to `known` what it wrote."""
+        """Apply one layer; return the residual stream and the layer's auxiliary numbers.
+
+        known: bags that each earlier layer read, by layer; those of this layer are added
+        """
 
         def apply(weights: Any, x: Residual, inherited: Any) -> tuple[Residual, Any, Auxiliary]:
             attention = layer.attention

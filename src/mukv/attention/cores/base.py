@@ -77,8 +77,7 @@ class Scores:
         return self.position.bias(self.weights, self._capped(products), self._pairs(shown))
 
     def block(self, products: Logits, shown: Shown, after: Array) -> tuple[Logits, Array]:
-        """Compute the logits of one block of keys, for a core that visits blocks from right to
-        left.
+        """Compute the logits of one block of keys, for cores that visit blocks from right to left.
 
         after: carry from the blocks to the right, zeros for the rightmost one; see
             `Position.bias_block`
@@ -141,5 +140,5 @@ class Core:
 
 
 def finite(top: Array) -> Array:
-    """Replace an infinite maximum, of a query that sees no key, by 0."""
+    """Replace a maximum of -inf, that of a query which sees no key, by 0."""
     return jnp.where(jnp.isfinite(top), top, 0.0)

@@ -261,7 +261,7 @@ class _Loops:
     def _saved_carries(self, inputs: _Differentiable, constants: _Constant) -> list[Array]:
         """Return the carry that each pair of each bag receives from the blocks to its right.
 
-        Each is [pair batch kv_heads group query].
+        The carries of a bag are [pair batch kv_heads group query].
         """
         shape = (*inputs.query[0].shape[:3], self.rows.size)
         carry = jnp.zeros((*shape[:3], self.rows.size * self.rows.number))
@@ -281,9 +281,7 @@ class _Loops:
         return found
 
     def _chunk(self, inputs: _Differentiable, i: Array) -> tuple[Any, Any, Any]:
-        """Return chunk i of the queries and of the bias queries, and the position encoding's
-        weights.
-        """
+        """Return chunk i of the queries and bias queries, and the position encoding's weights."""
         query, bias_query = jax.tree.map(
             lambda x: self.rows.take(x, i, 3), (inputs.query, inputs.bias_query)
         )
@@ -305,7 +303,7 @@ class _Loops:
         i: Array,
         j: Array,
     ) -> tuple[Array, Any]:
-        """Return the logits of a pair, -inf where a key is not visible, and the carry for the next
+        """Return the logits of a pair, -inf for invisible keys, and the carry for the next
         block.
         """
         rows, keys, (window, _, ordered) = self.rows, self.keys[bag], self.masks[bag]
@@ -326,9 +324,7 @@ class _Loops:
         return jnp.where(visible[:, :, None], logits, -jnp.inf), carry
 
     def _pairs(self, bag: int, constants: _Constant) -> tuple[Any, Any]:
-        """Return the pairs of a chunk and a block of the bag with a visible key, and their
-        count.
-        """
+        """Return the chunk and block of each pair with a visible key, and the number of pairs."""
         window, aligned, _ = self.masks[bag]
         if aligned:
             return aligned_pairs(self.rows, self.keys[bag], window)
