@@ -231,7 +231,7 @@ def test_fused_core_is_plain_core(position, sinks, chunk):
     [
         (lambda: Grouped(heads=0), "heads: got 0"),
         (lambda: SharedKV(heads=4, kv_heads=3), "must divide heads"),
-        (lambda: GroupedTied(head_dim=7), "half a key is tied"),
+        (lambda: GroupedTied(head_dim=7), "half of each key is tied"),
         (lambda: GroupedTied(RoPE(), head_dim=6), "rotates pairs"),
         (lambda: Latent(RoPE(), rope_dim=3), "rotates pairs"),
         (lambda: Latent(query_rank=0), "query_rank: got 0"),

@@ -1,4 +1,4 @@
-"""Attention variants. To add one: a file with a class, a line here."""
+"""Attention variants. To add one, write a file with a class and add a line to ATTENTIONS."""
 
 from typing import Annotated
 

@@ -1,9 +1,10 @@
 """Attention: a mixer whose `read` is one softmax over entries.
 
-Training is `read(x, write(x))`; decoding appends what `write` gives for one token and reads the
-lot; reuse across layers reads another layer's entries. What `write` returns is the cache: bytes
-are computed from it. `read` is the same for all variants: a variant says how queries are made, what
-entries recall, and what becomes of what was read.
+In training, `read` attends to the entries that `write` made from the same tokens. In decoding, the
+entries of each new token are appended to the cache, and `read` attends to the whole cache. A layer
+that reuses another layer's entries has no `write`. The cache holds exactly what `write` returns, so
+its size in bytes is computed from there. All variants share `read`; a variant defines how queries
+are made, how entries become keys and values, and how the result is projected.
 """
 
 from __future__ import annotations
@@ -36,14 +37,20 @@ Queries = Float[Array, "batch kv_heads group query query_dim"]
 
 @dataclass(frozen=True)
 class Attention(Mixer):
-    """A mixer whose `read` is one softmax over all entries; a variant fills in short methods.
+    """Base class of attention: a mixer whose `read` is one softmax over all visible entries.
 
-    position: position encoding. heads: number of query heads.
-    scale: factor of the logits; 1 / sqrt(query_dim) if None. softcap: bound of the logits (Gemma
-    2), None for none. sinks: "learned" gives each head a logit of its own in the softmax's sum,
-    which it may attend to instead of any entry (gpt-oss). gate: what a head read is multiplied by
-    sigmoid(x W), one number per head or per head and channel (Qiu et al. 2025; Qwen3-Next); None
-    for no gate.
+    The fields are the YAML keys. A variant implements the methods that raise NotImplementedError.
+
+    position: position encoding
+    heads: number of query heads
+    scale: factor of the logits; 1 / sqrt(query_dim) if None
+    softcap: bound of the logits, softcap * tanh(logit / softcap) (Gemma 2); None for none
+    sinks: "learned" adds one trained logit per head to the softmax, which takes probability and
+        contributes no value (gpt-oss); None for none
+    gate: multiply the output of each head by sigmoid(x W), one number per head or per head and
+        channel (Qiu et al. 2025; Qwen3-Next); None for no gate
+
+    Raises BadInput for values that don't fit each other or the position encoding.
     """
 
     position: AnyPosition = dataclasses.field(default_factory=NoPE)
@@ -54,14 +61,17 @@ class Attention(Mixer):
     gate: Literal["head", "channel"] | None = None
 
     sizes: ClassVar[tuple[str, ...]] = ("heads",)
-    """Fields that are numbers of something."""
+    """Fields that must be counts of at least 1."""
     grows: ClassVar[tuple[str, ...]] = ("heads",)
-    """Fields that go with the width of the model."""
+    """Fields that scale with the width of the model."""
     values_apart: ClassVar[bool] = False
-    """Whether values are kept in tensors of their own, which no key is made of."""
+    """Whether values are stored in tensors of their own, from which no key is computed."""
     keys: ClassVar[tuple[str, ...]] = ()
-    """Names of the cached tensors that are quantised by channel, as keys are (KIVI); all others,
-    latents and states that are keys and values at once included, are quantised by token."""
+    """Names of the cached tensors that are quantised by channel, as KIVI quantises keys.
+
+    All other tensors are quantised by token; these include latents and states that serve as keys
+    and values at once.
+    """
 
     def __post_init__(self) -> None:
         require_counts(self, *self.sizes, most=1 << 16)
@@ -70,30 +80,33 @@ class Attention(Mixer):
                 raise BadInput(name, getattr(self, name), "greater than 0, or null")
         self.position.check(self.rotated_dim, self.heads)
         if self.position.sequential and len(self.bags) > 1:
-            allowed = "one that does not count tokens, which lie in several stores here"
+            allowed = (
+                "an encoding whose bias does not depend on the keys between query and key: "
+                "this attention has several stores"
+            )
             raise BadInput("position", self.position.kind, allowed)
 
-    # What a variant answers
+    # Methods of a variant
 
     @property
     def query_dim(self) -> int:
-        """Width of a query and a key."""
+        """Width of a query and of a key."""
         raise NotImplementedError
 
     @property
     def value_dim(self) -> int:
-        """Width of what a head reads."""
+        """Width of the output of one head."""
         return self.query_dim
 
     @property
     def rotated_dim(self) -> int:
-        """Width of what a position encoding rotates."""
+        """Number of dimensions per head that the position encoding rotates."""
         return self.query_dim
 
     def read_params(self, d_model: int) -> dict[str, Any]:
-        """Weights that turn a token into a query, and what it read into the residual stream.
+        """Declare the weights of queries, gate, position encoding, sinks and output.
 
-        A variant adds its own to these.
+        A variant adds the weights of its queries.
         """
         declared = self.output_params(d_model)
         if self.gate:
@@ -107,28 +120,28 @@ class Attention(Mixer):
         return declared
 
     def output_params(self, d_model: int) -> dict[str, Any]:
-        """Weights that turn what the heads read into the residual stream."""
+        """Declare the weights that project the outputs of the heads to the residual stream."""
         dims = {"heads": self.heads, "value_dim": self.value_dim, "embed": d_model}
         return {"output": Param(dims, fan_in=("heads", "value_dim"), ends_branch=True)}
 
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
-        """What each token looks for."""
+        """Return the queries of tokens x at these positions (rotated, not yet scaled)."""
         raise NotImplementedError
 
     def address(self, weights: Weights, query: Queries) -> Query:
-        """A query in the pieces that the recalled keys have."""
+        """Split queries into the pieces that the recalled keys consist of."""
         return (query,)
 
     def recall(self, weights: Weights, entries: Entries) -> Recalled:
-        """Keys and values of entries."""
+        """Compute the keys and values of entries."""
         raise NotImplementedError
 
     def choose(
         self, weights: Weights, x: Residual, position: Int[Array, "batch query"], entries: Entries
     ) -> Bool[Array, "batch #kv_heads query key"] | None:
-        """Which entries of a bag each query may read, of those that the mask leaves; None for all.
+        """Return which of the visible entries of a bag each query may read; None for all of them.
 
-        Where it is not None, all logits of the bag exist at once.
+        If it is not None, the logits of all pairs of a query and an entry are in memory at once.
         """
         return None
 
@@ -139,11 +152,16 @@ class Attention(Mixer):
         x: Residual,
         position: Int[Array, "batch query"],
     ) -> Residual:
-        """What was read, as it is added to the residual stream. x: what made the queries."""
+        """Project the outputs of the heads to the residual stream.
+
+        out: mixtures of values, with the width that `recall` gives values
+        x: tokens that the queries were made from, for the gate
+        position: positions of the queries
+        """
         heads = self.gated(weights, by_token(out), x)
         return project(heads, weights["output"], contracted=2)
 
-    # What all have in common
+    # Shared methods
 
     def read(
         self,
@@ -154,33 +172,38 @@ class Attention(Mixer):
         mask: Mask,
         compute: Compute,
     ) -> tuple[Residual, Reported]:
-        """What each query makes of the entries that it may see, in one softmax over all parts.
+        """Attend from each token to the entries that it may see, in one softmax over all bags.
 
-        parts: in the order of their positions. compute: decides which cores may be taken.
+        parts: bags of entries, in the order of their positions
+        mask: which entries each query sees; the window of each bag limits it further
+        compute: settings from which the attention core is chosen
+
+        Returns what is added to the residual stream, and None for no auxiliary numbers.
         """
         address, scores = self.asked(weights, self.query(weights, x, position), position)
-        found = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
-        chosen = [self.choose(weights, x, position, entries) for _, entries in found]
-        shown = [
-            cores.Part(keys, entries, mask.of(entries, which))
-            for (keys, entries), which in zip(found, chosen, strict=True)
+        retrieved = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
+        chosen = [self.choose(weights, x, position, entries) for _, entries in retrieved]
+        masked = [
+            cores.Part(keys, entries, mask.of(entries, choice))
+            for (keys, entries), choice in zip(retrieved, chosen, strict=True)
         ]
-        ordered = all(part.entries.ordered for part in shown)
-        picks = any(which is not None for which in chosen)
-        shows = tapped() or ("each query chooses its entries" if picks else None)
+        ordered = all(part.entries.ordered for part in masked)
+        selective = any(choice is not None for choice in chosen)
+        shows = tapped() or ("each query chooses its entries" if selective else None)
         core = self.core(x.shape[1], compute, ordered, shows).core
-        out = core.apply(address, shown, scores)
+        out = core.apply(address, masked, scores)
         return self.output(weights, out, x, position), None
 
     def core(
         self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
     ) -> cores.CoreChoice:
+        """Choose the fastest attention core that supports these arguments; see `Mixer.core`."""
         return cores.choose(cores.Demand(queries, self.position, ordered, shows), compute)
 
     def asked(
         self, weights: Weights, query: Queries, position: Int[Array, "batch query"]
     ) -> tuple[Query, cores.Scores]:
-        """Queries as they are multiplied with keys, and what becomes of the products."""
+        """Scale queries and split them by `address`; also return how products become logits."""
         own = weights.get("position", {})
         query = self.position.temper(own, query, position)
         scale = (self.scale or self.query_dim**-0.5) * self.position.logit_factor
@@ -192,36 +215,40 @@ class Attention(Mixer):
     def gated(
         self, weights: Weights, heads: Float[Array, "batch query heads value_dim"], x: Residual
     ) -> Float[Array, "batch query heads value_dim"]:
-        """What the heads read, times its gate."""
+        """Multiply the outputs of the heads by the gate, if there is one.
+
+        heads: outputs of the heads. x: tokens that the gate is computed from.
+        """
         if self.gate is None:
             return heads
         share = jax.nn.sigmoid(project(x, weights["gate"], out=jnp.dtype("float32")))
         return (heads * (share if self.gate == "channel" else share[..., None])).astype(heads.dtype)
 
     def decoding(self) -> Attention:
-        """The form that reads a cache."""
+        """Return the form of this attention that reads a cache in decoding."""
         return self
 
     @property
     def key_heads(self) -> int:
-        """Heads that keys have, as queries see them."""
+        """Number of key heads that queries are grouped by."""
         return self.heads
 
     @property
     def entry_sets(self) -> int:
-        """Sets of entries that a policy may choose separately: KV heads, or 1 if they share a
-        tensor."""
+        """Independently evictable stores per layer: kv_heads, or 1 if heads share a tensor."""
         return 1
 
     def logit_weight(self, d_model: int) -> Param:
+        """Return the declaration of the query projection."""
         return tagged(self.read_params(d_model), "query")
 
     def read_flops(self) -> int:
+        """Return the operations of query-key products and mixtures, per query and visible entry."""
         return 2 * self.heads * (self.query_dim + self.value_dim)
 
 
 def check_groups(heads: int, kv_heads: int) -> None:
-    """Raise BadInput unless query heads share KV heads evenly."""
+    """Raise BadInput unless kv_heads divides heads."""
     if heads % kv_heads == 0:
         return
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -236,12 +263,12 @@ def check_groups(heads: int, kv_heads: int) -> None:
 def by_token(
     out: Float[Array, "batch kv_heads group query width"],
 ) -> Float[Array, "batch query heads width"]:
-    """What the heads read, token by token."""
+    """Reorder outputs by token, with all query heads along one axis."""
     batch, kv_heads, group, length, width = out.shape
     return out.reshape(batch, kv_heads * group, length, width).swapaxes(1, 2)
 
 
 def by_group(query: Float[Array, "batch heads query query_dim"], kv_heads: int) -> Queries:
-    """Query heads, those that share a KV head together."""
+    """Reorder queries by KV head: [batch heads query query_dim] to the axes of `Queries`."""
     batch, _, length, width = query.shape
     return query.reshape(batch, kv_heads, -1, length, width)

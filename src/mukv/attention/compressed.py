@@ -1,9 +1,10 @@
-"""Compressed attention with a window (HCA, DeepSeek V4; transformers' `deepseek_v4`).
+"""Heavily compressed attention (HCA, DeepSeek V4; transformers' `deepseek_v4`).
 
-A token leaves one normed, rotated vector that is key and value of all heads. The newest ones stay
-in a window; of every `every` tokens one compressed vector is made, a softmax-weighted mean per
-channel, normed and rotated, and kept for good. A query reads both in one softmax. What it reads is
-rotated back by its position, so that only distances matter though values are rotated.
+Each token writes one normed, rotated vector, which is key and value of all heads; the newest
+`window` of them are kept. In addition, every `every` tokens are compressed into one permanent
+entry: a softmax-weighted mean per channel, normed and rotated. A query attends to both in one
+softmax. Since values are rotated too, the output is rotated back by the query's position, so that
+it depends on distances only.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from mukv.core.params import Param, Tag
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 
 WINDOW, COMPRESSED, UNFINISHED = "window", "compressed", "unfinished"
-"""Names of the stores: newest tokens, compressed entries, the entry that is being made."""
+"""Names of the stores: entries of the newest tokens; compressed entries; running softmax of the
+compressed entry that still lacks tokens.
+"""
 
 
 @dataclass(frozen=True)
@@ -132,21 +135,25 @@ class HCA(Attention):
         memory: Carried | None = None,
     ) -> Any:
         key = self.norm.apply(weights["norm"], project(x, weights["key"]))
-        window = {"key": self._turned(key, position)[:, None]}
+        window = {"key": self._rotated(key, position)[:, None]}
         if self.every is None:
             return window
         own = weights["compressed"]
-        entry, state = self._compressed(own, x, position, memory)
+        entry, state = self._compress(own, x, position, memory)
         return {WINDOW: window, COMPRESSED: {"key": entry[:, None]}, UNFINISHED: state}
 
-    def _compressed(
+    def _compress(
         self,
         weights: Weights,
         x: Residual,
         position: Int[Array, "batch token"],
         memory: Carried | None,
     ) -> tuple[Float[Array, "batch entry head_dim"], Tensors]:
-        """The entries that these tokens close, and the softmax of the one that they leave open."""
+        """Compress every `every` tokens of a document into one entry.
+
+        Returns the entries that these tokens complete, and the running softmax of the incomplete
+        one (empty in training, where `memory` is None).
+        """
         every = self.every
         assert every is not None
         value = project(x, weights["value"], out=jnp.dtype("float32"))
@@ -155,7 +162,7 @@ class HCA(Attention):
         last, _ = EntryStore(every).closing(position)
         length = jnp.full_like(last, every)
         if memory is not None:
-            # One more, of the tokens behind the last border: what the next ones go on with.
+            # One more entry, of the tokens after the last complete one: the state to continue from.
             added = memory.added[:, None]
             last = jnp.concatenate([last, added - 1], axis=1)
             length = jnp.concatenate([length, (position[:, :1] + added) % every], axis=1)
@@ -169,30 +176,34 @@ class HCA(Attention):
         mean = made.weighted / jnp.where(made.total > 0, made.total, 1.0)
         entry = self.norm.apply(weights["norm"], mean.astype(x.dtype))
         last = last[:, : entry.shape[1]]
-        # Rotated as its first token, though it is seen from its last one on.
+        # Rotated by the position of its first token, but visible from its last token on.
         first = jnp.take_along_axis(position, last, axis=1) - every + 1
-        return self._turned(entry, first), state
+        return self._rotated(entry, first), state
 
-    def _turned(
+    def _rotated(
         self, x: Float[Array, "batch token head_dim"], position: Int[Array, "batch token"]
     ) -> Float[Array, "batch token head_dim"]:
-        return self._turned_heads(x[:, None], position)[:, 0]
+        """Rotate the last `rope_dim` dimensions of vectors without a head axis."""
+        return self._rotated_heads(x[:, None], position)[:, 0]
 
-    def _turned_heads(
+    def _rotated_heads(
         self, x: Float[Array, "batch heads token head_dim"], position: Int[Array, "batch token"]
     ) -> Float[Array, "batch heads token head_dim"]:
-        """The last dimensions rotated."""
-        still, turning = jnp.split(x, [self.head_dim - self.rope_dim], axis=-1)
-        rotated = self.position.rotate(turning, position[:, None])
-        return jnp.concatenate([still, rotated], axis=-1)
+        """Rotate the last `rope_dim` dimensions of each head."""
+        unrotated, rotating = jnp.split(x, [self.head_dim - self.rope_dim], axis=-1)
+        rotated = self.position.rotate(rotating, position[:, None])
+        return jnp.concatenate([unrotated, rotated], axis=-1)
 
     # Reading
 
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
-        """Normed per head, without a gain; all heads in the group of the one key."""
+        """Project queries from the normed latent; norm each head without a gain, then rotate.
+
+        All heads are in the group of the single key.
+        """
         latent = self.norm.apply(weights["query_norm"], project(x, weights["query_latent"]))
         query = self.norm.unit(project(latent, weights["query"])).swapaxes(1, 2)
-        return by_group(self._turned_heads(query, position), 1)
+        return by_group(self._rotated_heads(query, position), 1)
 
     def recall(self, weights: Weights, entries: Entries) -> Dense:
         key = entries.tensors["key"]
@@ -205,8 +216,10 @@ class HCA(Attention):
         x: Residual,
         position: Int[Array, "batch query"],
     ) -> Residual:
-        """Rotated back, then projected group by group to a rank, and all groups to the stream."""
-        back = self._turned_heads(out[:, 0], -position)[:, None]
+        """Rotate the outputs back, project each head group to `output_rank`, then all to the
+        stream.
+        """
+        back = self._rotated_heads(out[:, 0], -position)[:, None]
         heads = self.gated(weights, by_token(back), x)
         groups = heads.reshape(*heads.shape[:2], self.groups, -1, self.head_dim)
         down = weights["output_down"]
@@ -221,8 +234,13 @@ class HCA(Attention):
 
 
 class Running(NamedTuple):
-    """A softmax over tokens, per channel, of which some are still to come: the largest logit, the
-    sum of exp(logit - top), and that of exp(logit - top) times the values. All zero: no token yet.
+    """Running sums of a softmax over tokens, per channel, to which later tokens can be added.
+
+    top: largest logit
+    total: sum of exp(logit - top)
+    weighted: sum of exp(logit - top) times the values
+
+    All are zero before the first token.
     """
 
     top: Float[Array, "*place head_dim"]
@@ -230,7 +248,7 @@ class Running(NamedTuple):
     weighted: Float[Array, "*place head_dim"]
 
     def after(self, earlier: Running, which: Bool[Array, "batch place"]) -> Running:
-        """Joined with what came before, `earlier` of each row, at the places where `which`."""
+        """Add the sums of earlier tokens, `earlier` of each row, at the places where `which`."""
         begun = which[..., None] & (earlier.total > 0)[:, None]
         old = jnp.where(begun, earlier.top[:, None], -jnp.inf)
         new = jnp.where(self.total > 0, self.top, -jnp.inf)
@@ -250,23 +268,26 @@ def running(
     length: Int[Array, "batch place"],
     most: int,
 ) -> Running:
-    """The softmax over the `length` tokens that end at `last`, as far as they are among these; of
-    `most` tokens at most. A gather, so that its gradient is the same in every run."""
+    """Compute the running softmax sums over the `length` tokens that end at index `last`.
+
+    Tokens that are not among the given ones are left out. most: upper bound of `length`. The tokens
+    are gathered and not scattered, so that the gradient is the same in every run.
+    """
     back = jnp.arange(most)[None, None]
     token = last[..., None] - back
-    there = (token >= 0) & (back < length[..., None])
+    valid = (token >= 0) & (back < length[..., None])
     index = jnp.maximum(token, 0).reshape(len(last), -1, 1)
 
-    def taken(array: Array) -> Array:
+    def gathered(array: Array) -> Array:
         found = jnp.take_along_axis(array, index, axis=1)
         return found.reshape(*token.shape, array.shape[-1])
 
-    masked = jnp.where(there[..., None], taken(logit), -jnp.inf)
+    masked = jnp.where(valid[..., None], gathered(logit), -jnp.inf)
     top = _finite(jax.lax.stop_gradient(jnp.max(masked, axis=2)))
     weight = jnp.exp(masked - top[:, :, None])
-    return Running(top, jnp.sum(weight, axis=2), jnp.sum(weight * taken(value), axis=2))
+    return Running(top, jnp.sum(weight, axis=2), jnp.sum(weight * gathered(value), axis=2))
 
 
 def _finite(top: Array) -> Array:
-    """The largest logit, or 0 where there is none."""
+    """Replace a maximum of -inf, that of no logits, by 0."""
     return jnp.where(jnp.isfinite(top), top, 0.0)

@@ -1,7 +1,7 @@
-"""A cache is a bag of entries, each with its position.
+"""Entries of a cache: the tensors that tokens leave for later queries, each with a position.
 
-What a token leaves behind for later queries: named tensors (keys and values, or a latent, or
-values alone), its position, whether it is there at all, and its document.
+An entry has named tensors (keys and values, a latent, or values alone), its position, whether it is
+valid, and its document.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from mukv.core.typing import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Entries:
-    """tensors: by name, [batch heads key width]: exactly what a cache must keep.
-    position: place in the document, [batch 1 key], or per KV head where they keep different ones.
-    valid: which of the places hold an entry; None for all.
-    segment: document within the row; None where there is one document per row.
-    ordered: entries stand in the order of their positions (a ring that wraps does not).
-    window: tokens within which a query sees these entries, itself included; None for all.
-    every: tokens per entry.
+    """A bag of entries. Masks are computed from its fields.
+
+    tensors: what the cache stores, by name, each [batch heads key width]
+    position: position in the document, [batch 1 key], or per KV head where heads keep different
+        entries
+    valid: which slots hold an entry; None for all
+    segment: number of the document within the row; None where there is one document per row
+    ordered: whether entries lie in the order of their positions (false for a ring that has wrapped)
+    window: tokens within which a query sees these entries, itself included; None for all
+    every: tokens per entry
     """
 
     tensors: dict[str, Float[Array, "batch _ key _"]]
@@ -37,19 +40,24 @@ class Entries:
     every: int = field(default=1, metadata={"static": True})
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
-        """What a query finds here: all there is."""
+        """Return the keys and values of all entries; every query reads the same ones."""
         return recall(self), self
 
 
 Recall = Callable[[Entries], Recalled]
+"""Function that computes keys and values of entries."""
 Retrieved = tuple[Recalled, Entries]
-"""Keys and values that a query is to read, and where they stand."""
+"""Keys and values that a query reads, and the entries that give their positions and validity."""
 
 
 @runtime_checkable
 class Bag(Protocol):
-    """What `read` takes: entries, or what shows each query those that it looks for."""
+    """Argument of `read`: entries, or a store that selects the entries for each query."""
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
-        """query: scaled, in the pieces that recalled keys have."""
+        """Return the keys and values that this query reads.
+
+        query: scaled queries, in the pieces that recalled keys have. recall: computes keys and
+            values.
+        """
         ...

@@ -1,6 +1,7 @@
-"""Grouped-query attention (Ainslie et al. 2023): heads / kv_heads query heads share a key and a
-value. kv_heads = heads is multi-head attention (Vaswani et al. 2017), kv_heads = 1 is
-multi-query attention (Shazeer 2019). Keys are cached rotated.
+"""Grouped-query attention (Ainslie et al. 2023): query heads share keys and values in groups.
+
+Each group has heads / kv_heads query heads. kv_heads = heads is multi-head attention (Vaswani et
+al. 2017), kv_heads = 1 is multi-query attention (Shazeer 2019). Keys are cached rotated.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from mukv.core.typing import Array, Float, Int, Residual, Weights
 
 @dataclass(frozen=True)
 class Groups(Attention):
-    """Query heads that share KV heads, whatever these remember.
+    """Base class of attention whose query heads share KV heads, whatever the cache stores.
 
-    kv_heads: number of heads that keys and values have; divides heads. head_dim: width of a head.
-    norm: of queries and keys, per head, before they are rotated (QK norm); None for none.
+    kv_heads: number of heads that keys and values have; divides heads
+    head_dim: width of a head
+    norm: RMSNorm of queries and keys, per head, before they are rotated (QK norm); None for none
     """
 
     kv_heads: int = 4
@@ -71,12 +73,16 @@ class Groups(Attention):
     def project_query(
         self, weights: Weights, x: Residual
     ) -> Float[Array, "batch token heads head_dim"]:
+        """Project tokens to query heads."""
         return project(x, weights["query"])
 
 
 @dataclass(frozen=True)
 class Grouped(Groups):
-    """biases: what a bias is added to after its projection (Qwen 2: query, key and value)."""
+    """Grouped-query attention (Ainslie et al. 2023): query heads share keys and values in groups.
+
+    biases: projections that have a bias (Qwen 2: query, key and value)
+    """
 
     kind: Literal["grouped"] = "grouped"
     biases: tuple[Literal["query", "key", "value", "output"], ...] = ()
@@ -107,7 +113,7 @@ class Grouped(Groups):
         return declared
 
     def project_query(self, weights: Weights, x: Residual) -> Array:
-        return _added(super().project_query(weights, x), weights, "query_bias")
+        return _with_bias(super().project_query(weights, x), weights, "query_bias")
 
     def output(
         self,
@@ -116,7 +122,7 @@ class Grouped(Groups):
         x: Residual,
         position: Int[Array, "batch query"],
     ) -> Residual:
-        return _added(super().output(weights, out, x, position), weights, "output_bias")
+        return _with_bias(super().output(weights, out, x, position), weights, "output_bias")
 
     def write(
         self,
@@ -126,7 +132,7 @@ class Grouped(Groups):
         memory: Carried | None = None,
     ) -> dict[str, Float[Array, "batch kv_heads token head_dim"]]:
         key, value = (
-            _added(project(x, weights[name]), weights, f"{name}_bias").swapaxes(1, 2)
+            _with_bias(project(x, weights[name]), weights, f"{name}_bias").swapaxes(1, 2)
             for name in ("key", "value")
         )
         if self.norm:
@@ -144,6 +150,6 @@ def _bias(dims: dict[str, int]) -> Param:
     return Param(dims, role="vector", init="zeros")
 
 
-def _added(x: Array, weights: Weights, name: str) -> Array:
-    """With a bias, if there is one of this name."""
+def _with_bias(x: Array, weights: Weights, name: str) -> Array:
+    """Add the bias with this name, if there is one."""
     return x + with_rank(weights[name].astype(x.dtype), x.ndim) if name in weights else x

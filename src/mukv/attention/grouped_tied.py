@@ -1,5 +1,7 @@
-"""Grouped tied attention (Zadouri et al. 2025): each KV head's state is the value and, with its
-first half, half of the key; the other half of all keys is one rotated key that all heads share.
+"""Grouped tied attention (Zadouri et al. 2025): keys and values share one cached tensor.
+
+The state of a KV head is its value; the first half of the state is also the first half of its key.
+The second half of all keys is one rotated vector that all heads share.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from mukv.core.typing import Array, Float, Int, Residual, Weights
 
 @dataclass(frozen=True)
 class GroupedTied(Attention):
-    """Grouped-query attention whose keys and values share a tensor.
+    """Grouped-query attention whose keys and values share a tensor (Zadouri et al. 2025).
 
-    kv_heads: number of heads that keys and values have; divides heads. head_dim: width of a head.
+    kv_heads: number of heads that keys and values have; divides heads
+    head_dim: width of a head
     """
 
     kind: Literal["grouped_tied"] = "grouped_tied"
@@ -37,7 +40,9 @@ class GroupedTied(Attention):
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:
-            raise BadInput("head_dim", self.head_dim, "an even number: half a key is tied")
+            raise BadInput(
+                "head_dim", self.head_dim, "an even number: half of each key is tied to the value"
+            )
         super().__post_init__()
         check_groups(self.heads, self.kv_heads)
 
@@ -82,15 +87,15 @@ class GroupedTied(Attention):
         }
 
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
-        """The half for the tied state, then the rotated half."""
-        still, turning = jnp.split(project(x, weights["query"]).swapaxes(1, 2), 2, axis=-1)
-        rotated = self.position.rotate(turning, position[:, None])
-        return by_group(jnp.concatenate([still, rotated], axis=-1), self.kv_heads)
+        """Project queries; the second half of each head is rotated."""
+        unrotated, rotating = jnp.split(project(x, weights["query"]).swapaxes(1, 2), 2, axis=-1)
+        rotated = self.position.rotate(rotating, position[:, None])
+        return by_group(jnp.concatenate([unrotated, rotated], axis=-1), self.kv_heads)
 
     def address(self, weights: Weights, query: Queries) -> Query:
-        still, turning = jnp.split(query, 2, axis=-1)
-        # Zeros against the untied half: the state is read as it lies, not copied in halves.
-        return jnp.concatenate([still, jnp.zeros_like(still)], axis=-1), turning
+        unrotated, rotating = jnp.split(query, 2, axis=-1)
+        # Zeros for the half of the state that is no key: slicing the state would copy it.
+        return jnp.concatenate([unrotated, jnp.zeros_like(unrotated)], axis=-1), rotating
 
     def recall(self, weights: Weights, entries: Entries) -> Dense:
         state = entries.tensors["state"]

@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, 2024, section 2.1; V3's inference code).
 
-A token leaves a normed latent, from which each head's key and value are projected, and one
-rotated key that all heads share. Two forms of one function: training and prefill expand the
-latent into keys and values; decoding absorbs the projections into query and output, so that it
-reads the latent itself.
+A token's entry is a normed latent, from which the keys and values of all heads are projected, and
+one rotated key that all heads share. There are two forms of the same function: training and prefill
+project the latent to keys and values (expanded); decoding moves these projections to the queries
+and the output (absorbed), so that it reads the latent itself.
 """
 
 from __future__ import annotations
@@ -29,9 +29,15 @@ from mukv.core.typing import Array, Float, Int, Residual, Weights
 
 @dataclass(frozen=True)
 class Latent(Attention):
-    """rank: width of the latent. head_dim: of a key's part that comes from the latent. rope_dim:
-    width of the rotated part. head_value_dim: of a value; head_dim if None. query_rank: queries
-    come from a normed latent of this width; None for none. norm: of the latents.
+    """Multi-head latent attention (DeepSeek-V2, 2024, section 2.1).
+
+    rank: width of the latent
+    head_dim: width of the part of a key that is projected from the latent
+    rope_dim: width of the rotated part of a key, which all heads share
+    head_value_dim: width of a value; head_dim if None
+    query_rank: width of the normed latent from which queries are projected; None to project the
+        residual stream itself
+    norm: RMSNorm of the latents
     """
 
     kind: Literal["latent"] = "latent"
@@ -104,17 +110,19 @@ class Latent(Attention):
         return {"latent": latent[:, None], "key": self.position.rotate(key, position[:, None])}
 
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
-        """Each head's part for the latent, then its rotated part; every head a group of its own."""
+        """Project queries, each head a group of its own; the last `rope_dim` dimensions are
+        rotated.
+        """
         if self.query_rank is not None:
             x = self.norm.apply(weights["query_norm"], project(x, weights["query_latent"]))
         query = project(x, weights["query"]).swapaxes(1, 2)
-        still, turning = jnp.split(query, [self.head_dim], axis=-1)
-        rotated = self.position.rotate(turning, position[:, None])
-        return jnp.concatenate([still, rotated], axis=-1)[:, :, None]
+        unrotated, rotating = jnp.split(query, [self.head_dim], axis=-1)
+        rotated = self.position.rotate(rotating, position[:, None])
+        return jnp.concatenate([unrotated, rotated], axis=-1)[:, :, None]
 
     def address(self, weights: Weights, query: Queries) -> Query:
-        still, turning = jnp.split(query, [self.head_dim], axis=-1)
-        return still, turning
+        unrotated, rotating = jnp.split(query, [self.head_dim], axis=-1)
+        return unrotated, rotating
 
     def recall(self, weights: Weights, entries: Entries) -> Dense:
         latent = entries.tensors["latent"][:, 0]
@@ -131,11 +139,16 @@ class Latent(Attention):
         mask: Mask,
         compute: Compute,
     ) -> tuple[Residual, Reported]:
-        """Expanded where every entry was written just now, absorbed where a cache is read."""
+        """Read in the expanded form if all entries belong to these tokens, else in the absorbed
+        form.
+
+        See `Attention.read`.
+        """
         form = self if mask.aligned else self.decoding()
         return Attention.read(form, weights, x, position, parts, mask, compute)
 
     def decoding(self) -> Absorbed:
+        """Return the absorbed form."""
         return Absorbed(**{f.name: getattr(self, f.name) for f in fields(self)})
 
     def memory(self) -> Hashable:
@@ -144,26 +157,28 @@ class Latent(Attention):
 
 @dataclass(frozen=True)
 class Absorbed(Latent):
-    """The same function with the projections moved from the entries to query and output: q (W c)
-    = (q W) c, so that all heads read one latent."""
+    """Latent attention with the key and value projections moved to the queries and the output.
+
+    It is the same function, since q (W c) = (q W) c; all heads read one latent c.
+    """
 
     @property
     def key_heads(self) -> int:
         return 1
 
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
-        """All heads in the group of the one latent."""
+        """Project queries as `Latent` does, with all heads in the group of the single latent."""
         return super().query(weights, x, position).swapaxes(1, 2)
 
     def address(self, weights: Weights, query: Queries) -> Query:
-        still, turning = jnp.split(query, [self.head_dim], axis=-1)
-        toward = jnp.einsum(
+        unrotated, rotating = jnp.split(query, [self.head_dim], axis=-1)
+        absorbed = jnp.einsum(
             "bghqd,lhd->bghql",
-            still,
+            unrotated,
             weights["key_up"].astype(query.dtype),
             preferred_element_type=jnp.float32,
         )
-        return toward.astype(query.dtype), turning
+        return absorbed.astype(query.dtype), rotating
 
     def recall(self, weights: Weights, entries: Entries) -> Dense:
         latent = entries.tensors["latent"]

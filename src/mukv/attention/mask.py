@@ -1,7 +1,7 @@
-"""Who may read what, computed from positions: causality, windows, segments, validity.
+"""Attention masks computed from positions: causality, windows, documents, validity.
 
-A query at position p in segment s sees a valid entry at position j of the same segment iff
-p - window < j <= p. Rings, padding, packed documents and eviction all come down to this line.
+A query at position p sees a valid entry at position j of the same document if and only if p -
+window < j <= p. Rings, padding, packed documents and eviction need no other rule.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from mukv.core.typing import Array, Bool, Int
 
 @dataclass(frozen=True)
 class Mask:
-    """segment: document of each query, or None where there is one document per row.
-    window: tokens that a query sees, itself included; None for all.
-    aligned: entry number i was written by query number i, so that nothing above the diagonal is
-    visible; a core may rely on it.
-    chosen: entries that each query may read of those; None for all.
+    """Which entries each query may attend to.
+
+    segment: number of the document of each query; None where there is one document per row
+    window: tokens that a query sees, itself included; None for all
+    aligned: whether entry i was written by query i, so that only entries up to the diagonal are
+        visible; attention cores may rely on it
+    chosen: further restriction to the entries that each query may read; None for none
     """
 
     segment: Int[Array, "batch query"] | None = None
@@ -29,7 +31,10 @@ class Mask:
     def of(
         self, entries: Entries, chosen: Bool[Array, "batch #kv_heads query key"] | None = None
     ) -> Mask:
-        """The mask of one bag, which may have a window and a rate of its own."""
+        """Return the mask of one bag: its own window limits the mask too; chosen as given.
+
+        It is aligned only if the bag has one entry per token.
+        """
         windows = [window for window in (self.window, entries.window) if window is not None]
         aligned = self.aligned and entries.every == 1
         return replace(self, window=min(windows, default=None), aligned=aligned, chosen=chosen)
@@ -37,7 +42,7 @@ class Mask:
     def visible(
         self, position: Int[Array, "batch query"], entries: Entries
     ) -> Bool[Array, "batch #kv_heads query key"]:
-        """Whether each query (at `position`) sees each entry."""
+        """Return whether each query, at `position` in its document, sees each entry."""
         distance = position[:, None, :, None] - entries.position[:, :, None, :]
         seen = distance >= 0
         if self.window is not None:

@@ -1,8 +1,9 @@
-"""A mixer is what a layer does over tokens: attention, compressed attention, a recurrence.
+"""Mixers: the part of a layer that moves information between tokens.
 
-It writes what later tokens need into named stores and reads them. A store is a bag of entries at
-its own rate (`EntryStore`) or a state of constant size (`StateStore`). Training is
-`read(x, write(x))`; decoding carries the stores from step to step.
+Attention, compressed attention and recurrences are mixers. A mixer writes what later tokens need
+into named stores and reads from them. A store is a bag of entries at its own rate (`EntryStore`) or
+a state of constant size (`StateStore`). Training computes `read(x, write(x))`; decoding carries the
+stores from step to step.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 
 Tensors = dict[str, Array]
 Written = dict[str, Tensors]
-"""Tensors by name of store."""
+"""Tensors by name, by name of the store."""
 Reported = dict[str, Float[Array, " batch"]] | None
-"""Float32 numbers of each row by name, as `mukv.model.auxiliary` takes them."""
+"""Auxiliary float32 numbers per row, by name; see `mukv.model.auxiliary`."""
 ENTRIES = "entries"
 """Name of the store of a mixer that has only one."""
 
@@ -37,51 +38,56 @@ ENTRIES = "entries"
 class EntryStore:
     """A bag of entries.
 
-    every: tokens per entry. After n tokens of a document the store holds n // every entries; entry
-    i has position i * every + every - 1, that of its last token, so that causality is one
-    comparison. window: tokens that a query sees, itself included; None for all.
+    every: tokens per entry
+    window: tokens that a query sees, itself included; None for all
+
+    After n tokens of a document the store holds n // every entries. Entry i has the position of its
+    last token, i * every + every - 1, so that one comparison of positions decides causality.
     """
 
     every: int = 1
     window: int | None = None
 
     def within(self, window: int | None) -> EntryStore:
-        """The same where a layer's window limits it as well."""
+        """Return the store with its window limited by the window of the layer."""
         if window is None or (self.window is not None and self.window <= window):
             return self
         return replace(self, window=window)
 
     def count(self, tokens: Int[Array, "*row"]) -> Int[Array, "*row"]:
-        """Entries after this number of tokens."""
+        """Return the number of entries after this number of tokens of a document."""
         return tokens if self.every == 1 else tokens // self.every
 
     def added(
         self, before: Int[Array, " batch"], tokens: Int[Array, "*row"]
     ) -> Int[Array, "*rows"]:
-        """Entries that `tokens` more tokens add after `before` of them."""
+        """Return the number of entries that `tokens` more tokens complete after `before` tokens."""
         if self.every == 1:
             return tokens
         return self.count(before + tokens) - self.count(before)
 
     def places(self, tokens: int) -> int:
-        """Entries that any `tokens` tokens in a row close at most."""
+        """Return the maximum number of entries that `tokens` consecutive tokens can complete."""
         return -(-tokens // self.every)
 
     def room(self, tokens: int) -> int:
-        """Entries of a body for this number of tokens from the start of a document."""
+        """Return the capacity, in entries, for a document of this number of tokens."""
         held = max(tokens // self.every, 1)
         return held if self.window is None else min(held, self.places(self.window))
 
     def last_token(self, entry: Int[Array, "*place"]) -> Int[Array, "*place"]:
-        """Position of an entry, from its number in the document."""
+        """Return the position of an entry (that of its last token) from its number in the
+        document.
+        """
         return entry if self.every == 1 else entry * self.every + self.every - 1
 
     def closing(
         self, position: Int[Array, "batch token"]
     ) -> tuple[Int[Array, "batch entry"], Bool[Array, "batch entry"]]:
-        """Places of the tokens that close an entry, in order, and which of them there are.
+        """Return the indices of the tokens that complete an entry, in order, and their validity.
 
-        A document restarts the count, and leaves what it did not close without an entry.
+        The count of tokens restarts with each document; the tokens after the last complete entry of
+        a document have no entry.
         """
         closes = (position + 1) % self.every == 0
         order = jnp.argsort(~closes, axis=1, stable=True)[:, : self.places(position.shape[1])]
@@ -93,22 +99,27 @@ class EntryStore:
         position: Int[Array, "batch token"],
         segment: Int[Array, "batch token"] | None = None,
     ) -> Entries:
-        """What `write` returned for these tokens, as a bag."""
-        there = None
+        """Make a bag of what `write` returned for these tokens.
+
+        tensors: arrays by name, [batch heads places(tokens) width]
+        position: position of each token in its document
+        segment: number of each token's document; None for one document per row
+        """
+        valid = None
         if self.every > 1:
-            place, there = self.closing(position)
-            there = there[:, None]
+            place, valid = self.closing(position)
+            valid = valid[:, None]
             position = jnp.take_along_axis(position, place, axis=1)
             if segment is not None:
                 segment = jnp.take_along_axis(segment, place, axis=1)
         own = None if segment is None else segment[:, None]
-        return Entries(tensors, position[:, None], there, own, window=self.window, every=self.every)
+        return Entries(tensors, position[:, None], valid, own, window=self.window, every=self.every)
 
     def mean_visible(self, tokens: int) -> float:
-        """Entries that a query sees on average in a document of this length."""
+        """Return the number of entries a query sees, averaged over a document of this length."""
 
         def closed(last: int) -> int:
-            """Sum of t // every over the first `last` tokens, counted from 1."""
+            """Return the sum of t // every for t from 1 to `last`."""
             whole = last // self.every
             return self.every * whole * (whole - 1) // 2 + whole * (last - whole * self.every + 1)
 
@@ -117,20 +128,23 @@ class EntryStore:
 
 @dataclass(frozen=True)
 class StateStore:
-    """Float32 arrays without a token axis, zeros before the first token.
+    """Float32 arrays without a token axis, which are zero before the first token.
 
-    shapes: of each array, the batch axis left out.
+    shapes: shape of each array by name, without the batch axis
     """
 
     shapes: Mapping[str, tuple[int, ...]]
 
     def zeros(self, batch: int) -> Tensors:
+        """Return the state before the first token."""
         return {name: jnp.zeros((batch, *shape)) for name, shape in self.shapes.items()}
 
 
 class Carried(NamedTuple):
-    """What `write` continues from. states: by store, after the tokens before the new ones.
-    added: how many of the new tokens are there; those behind them leave the states as they are.
+    """State that `write` continues from.
+
+    states: arrays by store, as they are after the tokens before the new ones
+    added: number of valid new tokens of each row; tokens after these don't change the states
     """
 
     states: Written
@@ -139,22 +153,22 @@ class Carried(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixer(Component):
-    """The contract; fields are the YAML keys.
+    """Base class of mixers; the fields are the YAML keys.
 
-    A mixer is frozen and knows no weights: it declares them, split into those that write and those
-    that read, since a layer that reuses another's entries has none of the first kind.
+    A mixer is frozen and holds no weights. It declares those that write apart from those that read,
+    since a layer that reuses another layer's entries has only the latter.
     """
 
     def write_params(self, d_model: int) -> dict[str, Any]:
-        """Weights that turn tokens into what the stores hold."""
+        """Declare the weights that compute the contents of the stores from tokens."""
         raise NotImplementedError
 
     def read_params(self, d_model: int) -> dict[str, Any]:
-        """Weights that turn a token and the stores into what is added to the residual stream."""
+        """Declare the weights that compute the output from tokens and stores."""
         raise NotImplementedError
 
     def stores(self) -> Mapping[str, EntryStore | StateStore]:
-        """What a layer remembers, by name."""
+        """Return the stores of a layer by name."""
         return {ENTRIES: EntryStore()}
 
     def write(
@@ -164,12 +178,16 @@ class Mixer(Component):
         position: Int[Array, "batch token"],
         memory: Carried | None = None,
     ) -> Any:
-        """What the new tokens leave behind; never more than decoding must keep.
+        """Compute what the stores keep of the new tokens.
 
-        Returns {store: {name: array}}, or the arrays alone where there is one store. An entry
-        store with `every` tokens per entry gets arrays [batch heads places(tokens) width], the
-        entries that close in order and then whatever; a state store its arrays after the tokens,
-        needed only where `memory` is given, as decoding does.
+        x: new tokens after the layer's norm
+        position: their positions in their documents
+        memory: states to continue from, in prefill and decoding; None in training
+
+        Returns {store: {name: array}}, or the inner dict if there is one store. The arrays of an
+        entry store are [batch heads places(tokens) width]: the completed entries in order, then
+        arbitrary values. A state store gives its arrays after the new tokens; they are only needed
+        if `memory` is not None.
         """
         raise NotImplementedError
 
@@ -182,59 +200,71 @@ class Mixer(Component):
         mask: Mask,
         compute: Compute,
     ) -> tuple[Residual, Reported]:
-        """What each token makes of the bags, which carry their own windows; and what training is
-        told besides, such as a penalty."""
+        """Compute what is added to the residual stream.
+
+        x: tokens after the layer's norm
+        position: their positions in their documents
+        parts: bags of entries that they read, each with its own window
+        mask: which entries each token sees
+        compute: settings of the forward pass
+
+        Returns the output, and auxiliary numbers such as a penalty (see `mukv.model.auxiliary`) or
+        None.
+        """
         raise NotImplementedError
 
     def core(
         self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
     ) -> CoreChoice | None:
-        """The core that reads for so many queries per row; None for a mixer without a softmax.
+        """Choose the attention core for this many queries per row; None for a mixer without
+        softmax.
 
-        ordered: whether the entries of every bag stand in the order of their positions. shows:
-        why all logits must exist; None if they need not.
+        ordered: whether the entries of every bag lie in the order of their positions
+        shows: why the logits of all pairs are needed at once; None if they are not
         """
         return None
 
     def memory(self) -> Hashable:
-        """What must agree between a layer that writes and another that reads its stores."""
+        """Return a value that must be equal in two layers where one reads the other's stores."""
         raise NotImplementedError
 
     def read_flops(self) -> int:
-        """Floating-point operations of a forward pass in training, per query and visible entry."""
+        """Return the operations of the forward pass in training, per query and visible entry."""
         return 0
 
     def logit_weight(self, d_model: int) -> Param | None:
-        """The weight whose last axis is the width of a query; None for a mixer without logits."""
+        """Return the weight whose last axis is the width of a query; None if there are no
+        logits.
+        """
         return None
 
-    # What all have in common
+    # Shared methods
 
     def by_store(self, written: Any) -> dict[str, Any]:
-        """What `write` returned, by store."""
+        """Return what `write` returned as a dict by store, also if there is one store."""
         name, *more = self.stores()
         return written if more else {name: written}
 
     @property
     def bags(self) -> dict[str, EntryStore]:
-        """The stores that hold entries."""
+        """The stores that hold entries, by name."""
         stores = self.stores().items()
         return {name: store for name, store in stores if isinstance(store, EntryStore)}
 
     @property
     def states(self) -> dict[str, StateStore]:
-        """The stores that hold states."""
+        """The stores that hold states, by name."""
         stores = self.stores().items()
         return {name: store for name, store in stores if isinstance(store, StateStore)}
 
     def written(
         self, d_model: int, batch: int, length: int, dtype: jnp.dtype
     ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Shapes and types of the entries of `length` tokens by store, from `write` itself."""
+        """Return the shapes and types that `write` returns for `length` tokens, by store."""
         return _written(self, d_model, batch, length, dtype)
 
     def describe(self) -> str:
-        """The fields on one line."""
+        """Return the kind and the fields on one line."""
         shown = [
             field.name if dataclasses.is_dataclass(value) else f"{field.name} {value}"
             for field in fields(self)

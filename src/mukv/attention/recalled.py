@@ -1,8 +1,9 @@
-"""Keys and values as a core takes them: products with queries, mixtures by weights.
+"""Keys and values in the form that attention cores use.
 
-`Dense` has them in full, or keys in pieces whose products add up, so that pieces which lie apart
-in the cache are never joined. All tensors are [batch heads key width], so that a core can cut
-out a range of keys.
+A core needs two operations: products of queries with keys, and mixtures of values. `Dense` stores
+keys and values in full. Its keys may consist of pieces whose products are summed, so that pieces
+that are separate tensors in the cache are not copied into one. All tensors are [batch heads key
+width], so that a core can slice a range of keys.
 """
 
 from __future__ import annotations
@@ -17,35 +18,39 @@ from mukv.core.typing import Array, Float
 from mukv.position.base import Logits
 
 Query = tuple[Float[Array, "batch kv_heads group query _"], ...]
-"""A query in as many pieces as the keys have."""
+"""Queries, in as many pieces as the keys have."""
 Whole = Float[Array, "batch kv_heads key _"]
+"""Keys or values of all KV heads in full."""
 
 
 class Recalled:
-    """The contract; a variant is a pytree of tensors with keys along axis 2."""
+    """Base class; a subclass is a pytree of tensors whose axis 2 is the axis of keys."""
 
     def products(self, query: Query) -> Logits:
-        """query . key, float32."""
+        """Return the dot products of queries and keys; float32."""
         raise NotImplementedError
 
     def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
-        """Sum of the values times their weights, float32."""
+        """Return the sum of the values, weighted by `weights`; float32."""
         raise NotImplementedError
 
     def dense(self, heads: int) -> tuple[Whole, Whole]:
-        """Keys, their pieces joined, and values, of each of the KV heads that queries have."""
+        """Return keys, with their pieces joined, and values for each of `heads` KV heads."""
         raise NotImplementedError
 
     @property
     def width(self) -> int:
-        """Of a value."""
+        """Width of a value."""
         raise NotImplementedError
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dense(Recalled):
-    """A piece of the key, or a value, with a single KV head is shared by all of them."""
+    """Keys, in one or more pieces, and values in full.
+
+    A piece of the keys, or the values, may have a single KV head, which all KV heads then share.
+    """
 
     keys: tuple[Float[Array, "batch _ key _"], ...]
     value: Float[Array, "batch #kv_heads key width"]

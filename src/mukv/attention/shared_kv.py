@@ -1,8 +1,9 @@
-"""Shared KV: one projection; values are cached, keys are the same numbers rotated when read.
+"""Shared KV attention: keys and values come from one projection, and only values are cached.
 
-Half the bytes of grouped-query attention with as many KV heads. Without `norm`, key = rotate(u)
-and value = u. With it, value = u / rms(u) and key = rotate(gain * value), which is what Gemma 4's
-global layers compute (with p-RoPE, p = 0.25): their keys need no cache either.
+Keys are computed from the cached values when they are read, which halves the bytes of grouped-query
+attention with as many KV heads. Without `norm`, value = u = W x and key = rotate(u). With it, value
+= u / rms(u) and key = rotate(gain * value). Gemma 4's global layers compute the latter (with
+p-RoPE, p = 0.25), so they can be cached this way.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from mukv.core.typing import Array, Float, Int, Residual, Weights
 
 @dataclass(frozen=True)
 class SharedKV(Groups):
-    """norm: of queries, keys and values, with gains for queries and keys alone; None for none."""
+    """Shared KV attention: keys and values come from one projection, and only values are cached.
+
+    norm: RMSNorm of queries, keys and values, with gains for queries and keys only; None for none
+    """
 
     kind: Literal["shared_kv"] = "shared_kv"
 

@@ -1,7 +1,8 @@
-"""Tensor-product attention (Zhang et al. 2025): queries, keys and values of all heads are sums
-of `rank` outer products of a vector over heads and a vector over the head's dimensions. The
-factors are cached, the second ones of keys rotated; products with queries and mixtures are made
-of the factors, keys and values never are.
+"""Tensor-product attention (Zhang et al. 2025).
+
+Queries, keys and values of all heads are means of `rank` outer products of a vector over heads and
+a vector over the head's dimensions. The cache holds these factors, those of keys rotated. Products
+with queries and mixtures of values are computed from the factors, without keys and values in full.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from mukv.position.base import Logits
 
 @dataclass(frozen=True)
 class TensorProduct(Attention):
-    """Heads whose queries, keys and values are sums of outer products.
+    """Tensor-product attention (Zhang et al. 2025): queries, keys, values are sums of outer
+    products.
 
-    head_dim: width of a head. query_rank: outer products that a query is the sum of. rank: the same
-    of a key and of a value.
+    head_dim: width of a head
+    query_rank: number of outer products per query
+    rank: number of outer products per key and per value
     """
 
     kind: Literal["tensor_product"] = "tensor_product"
@@ -45,6 +48,10 @@ class TensorProduct(Attention):
         return self.head_dim
 
     def _factors(self, d_model: int, name: Tag, rank: int) -> dict[str, Param]:
+        """Declare the two factors of queries, keys or values: over heads, and over the head's
+        dimensions.
+        """
+
         def factor(axis: str, size: int, tag: Tag | None = None) -> Param:
             return Param({"embed": d_model, "rank": rank, axis: size}, fan_in=("embed",), tag=tag)
 
@@ -73,7 +80,7 @@ class TensorProduct(Attention):
         return factors | {"key": self.position.rotate(factors["key"], position[:, None])}
 
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
-        """Every head a KV head of its own."""
+        """Compute queries in full and rotated; each head is a KV head of its own."""
         heads = project(x, weights["query_heads"]).swapaxes(1, 2)
         vectors = project(x, weights["query"]).swapaxes(1, 2)
         rotated = self.position.rotate(vectors, position[:, None])
@@ -90,7 +97,9 @@ class TensorProduct(Attention):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Factored(Recalled):
-    """The factors: key of head h = mean over ranks of key_heads[h] * key, and so for values."""
+    """Keys and values as factors: key of head h = mean over ranks of key_heads[h] * key; values
+    alike.
+    """
 
     key_heads: Float[Array, "batch rank key heads"]
     key: Float[Array, "batch rank key head_dim"]
@@ -116,14 +125,15 @@ class Factored(Recalled):
         )
 
     def dense(self, heads: int) -> tuple[Whole, Whole]:
-        return _joined(self.key_heads, self.key), _joined(self.value_heads, self.value)
+        return _expanded(self.key_heads, self.key), _expanded(self.value_heads, self.value)
 
     @property
     def width(self) -> int:
         return self.value.shape[-1]
 
 
-def _joined(
+def _expanded(
     heads: Float[Array, "batch rank key heads"], vectors: Float[Array, "batch rank key head_dim"]
 ) -> Whole:
+    """Multiply the factors: mean over ranks of the outer products."""
     return jnp.einsum("bnkh,bnkd->bhkd", heads, vectors) / vectors.shape[1]

@@ -1,4 +1,4 @@
-"""Checks of arguments that Python code gives: wrong types are told by the argument's name."""
+"""Check arguments that Python code passes. Every BadInput names the argument."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from mukv.core.typing import Int
 
 
 def whole_numbers(where: str, given: Any) -> Int[np.ndarray, "batch token"]:
-    """Int32 rows from [token] or [batch token], as nested sequences or an array.
+    """Convert nested sequences or an array of shape [token] or [batch token] to int32 rows.
 
-    Raises BadInput for rows of unequal length, other dimensions, emptiness, numbers that are not
-    whole or beyond 32 bits, and anything that is no number.
+    where: name of the argument, for errors
+
+    Returns an int32 array [batch token]. Raises BadInput for rows of unequal length, another number
+    of axes, an empty input, values that are not integers and values beyond 32 bits.
     """
-    allowed = "whole numbers of shape [token] or [batch token]"
+    allowed = "integers of shape [token] or [batch token]"
     try:
         found = np.asarray(given)
     except (ValueError, TypeError):
-        raise BadInput(where, type(given).__name__, f"{allowed}, all rows equally long") from None
+        raise BadInput(where, type(given).__name__, f"{allowed}, all rows of one length") from None
     if found.dtype.kind not in "iu":
         raise BadInput(where, f"{type(given).__name__} of {found.dtype}", allowed)
     if found.ndim not in (1, 2) or not found.size:
@@ -29,15 +31,18 @@ def whole_numbers(where: str, given: Any) -> Int[np.ndarray, "batch token"]:
     limits = np.iinfo(np.int32)
     beyond = found[(found < limits.min) | (found > limits.max)]
     if beyond.size:
-        raise BadInput(where, int(beyond[0]), "numbers of 32 bits")
+        raise BadInput(where, int(beyond[0]), "integers of 32 bits")
     return np.atleast_2d(found).astype(np.int32)
 
 
 def require_text(where: str, given: Any) -> None:
-    """Raise BadInput unless this is a text, and those in mappings and sequences too.
+    """Raise BadInput unless UTF-8 can encode every string in `given`.
 
-    A lone surrogate, which no UTF-8 can hold, is the half of a character or stands for a byte of a
-    command line that is not UTF-8.
+    Mappings (keys and values), lists and tuples are searched recursively; values of other types are
+    accepted. Only a lone surrogate can't be encoded. Python decodes a byte of the command line that
+    is not UTF-8 to one.
+
+    where: name of the argument, for errors
     """
     if isinstance(given, Mapping):
         for key, value in given.items():
@@ -54,9 +59,9 @@ def require_text(where: str, given: Any) -> None:
 
 
 def token_ids(where: str, given: Any, vocab_size: int) -> Int[np.ndarray, "batch token"]:
-    """Return int32 rows of ids from [token] or [batch token].
+    """Convert token ids of shape [token] or [batch token] to int32 rows [batch token].
 
-    Raises BadInput as `whole_numbers` does, and for ids outside of 0 to vocab_size - 1.
+    Raises BadInput as `whole_numbers` does, and for ids outside 0 to vocab_size - 1.
     """
     found = whole_numbers(where, given)
     beyond = found[(found < 0) | (found >= vocab_size)]
@@ -66,18 +71,23 @@ def token_ids(where: str, given: Any, vocab_size: int) -> Int[np.ndarray, "batch
 
 
 def strings(where: str, given: Any) -> list[str]:
-    """A text or a sequence of texts as a list. Raises BadInput."""
+    """Return a string as a list of one string, and a sequence of strings as a list.
+
+    Raises BadInput for other types and for strings that UTF-8 can't encode.
+    """
     require_text(where, given)
     if isinstance(given, str):
         return [given]
     if not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):
-        raise BadInput(where, given, "a text, or a list of texts")
+        raise BadInput(where, given, "a string, or a list of strings")
     return list(given)
 
 
 def require_types(**given: tuple[Any, Any]) -> None:
-    """Raise BadInput for an argument of another type. given: value and type by name; a bool is no
-    number."""
+    """Raise BadInput for the first argument that has another type than required.
+
+    given: value and type (or union of types) by argument name; a bool does not count as a number
+    """
     for name, (value, kind) in given.items():
         if isinstance(value, bool) or not isinstance(value, kind):
             words = str(getattr(kind, "__name__", kind)).replace("NoneType", "None")

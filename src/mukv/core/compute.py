@@ -1,8 +1,8 @@
-"""How a forward pass is carried out, as opposed to what it computes.
+"""Settings of how a forward pass runs, as opposed to which function it computes.
 
-`None` leaves the choice to the platform; `resolve` makes it, and `mukv describe` prints it.
-Weights and optimizer state are float32 whatever the compute type; logits, softmax, norms and
-loss are computed in float32.
+A setting of None is chosen by `Compute.resolve` for the platform; `mukv describe` prints the
+result. Weights and optimizer state are float32 whatever the compute type; logits, softmax, norms
+and loss are computed in float32.
 """
 
 from __future__ import annotations
@@ -21,14 +21,20 @@ Platform = Literal["cpu", "gpu", "tpu"]
 
 @dataclass(frozen=True)
 class Compute:
-    """dtype: type of activations.
-    operands: type that products with weights round their operands to; sums are float32.
-    unroll: layers one by one rather than scanned (faster on a CPU, slower to compile).
-    rematerialise: keep only the residual stream between layers for the backward pass.
-    fused: attention without a token x token tensor.
-    attention_chunk: queries that the fused core takes at once.
-    loss_chunk: tokens per row whose logits exist at once.
-    platform: that the other choices are made for; the one that JAX runs on if None.
+    """Settings of how a forward pass runs.
+
+    dtype: type of activations and cache entries; None for float32 on a CPU and bfloat16 elsewhere
+    operands: type that both operands of a product with weights are rounded to, with float32 sums;
+        `dtype` if None
+    unroll: whether layers are unrolled instead of scanned (faster on a CPU, slower to compile);
+        None to unroll on a CPU only
+    rematerialise: whether the backward pass recomputes each layer from the residual stream instead
+        of storing its activations
+    fused: whether attention avoids the tensor of logits of all pairs of tokens
+    attention_chunk: queries per chunk of the fused core; None for a size that depends on the length
+    loss_chunk: tokens per row whose logits are in memory at once; None for 32 MiB of float32 logits
+        per row, but at least 128 tokens
+    platform: platform that the other settings are chosen for; None for the one that JAX runs on
     """
 
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -44,7 +50,10 @@ class Compute:
         require_counts(self, "attention_chunk", "loss_chunk", unit="token")
 
     def resolve(self, vocab_size: int, platform: Platform) -> Compute:
-        """The same with nothing left open. platform: that of the device, where none is named."""
+        """Return a copy in which every setting that depends on the platform has a value.
+
+        platform: platform of the device, used if the field `platform` is None
+        """
         on_cpu = (self.platform or platform) == "cpu"
         dtype = self.dtype or ("float32" if on_cpu else "bfloat16")
         return replace(
@@ -59,12 +68,15 @@ class Compute:
 
     @property
     def type(self) -> jnp.dtype:
-        """Of activations and cache entries."""
+        """Type of activations and cache entries."""
         return jnp.dtype(self.dtype or "float32")
 
     def working_copy(self, declared: Any, weights: Any) -> Any:
-        """The weights as the forward pass multiplies with them; gains and routers stay as they
-        are: rounding a router's scores would send tokens to other experts."""
+        """Round the weights that are multiplied to the type of operands.
+
+        Gains, biases and routers stay float32: rounding a router's weights would send tokens to
+        other experts. declared: tree of `Param` with the keys of `weights`.
+        """
         operand = jnp.dtype(self.operands or "float32")
 
         def rounded(param: Param, weight: jax.Array) -> jax.Array:
@@ -76,7 +88,7 @@ class Compute:
 def settled(compute: Compute | None, vocab_size: int) -> Compute:
     """Resolve the settings of an entry point, for the platform that JAX runs on if none is named.
 
-    Settings that are resolved already stay as they are.
+    Settings that are already resolved are returned unchanged. compute: None for the defaults.
     """
     platform = cast(Platform, jax.default_backend())
     return (compute or Compute()).resolve(vocab_size, platform)

@@ -1,4 +1,4 @@
-"""Check counts in configuration objects: whole numbers of at least 1 that fit 32 bits."""
+"""Check the counts in configuration objects: integers of at least 1 that fit 32 bits."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ INT32 = (1 << 31) - 1
 
 
 def require_counts(part: Any, *names: str, most: int = INT32, unit: str = "") -> None:
-    """Raise BadInput unless these fields are None or at least 1 and at most `most`.
+    """Raise BadInput unless each of these fields of `part` is None or from 1 to `most`.
 
-    most: beyond it is a slip of the finger; what JAX counts has 32 bits. unit: such as "token".
+    most: upper bound, which catches typing errors; JAX counts in 32 bits. unit: what is counted,
+        such as "token", for the error text.
     """
     for name in names:
         value = getattr(part, name)

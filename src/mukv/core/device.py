@@ -1,4 +1,4 @@
-"""What the devices are and what they could do at best."""
+"""Peak speed of the devices that JAX runs on."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ PEAK_FLOPS: Mapping[str, float] = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
-"""Dense bfloat16 operations per second, by a part of the device's name (makers' data sheets)."""
+"""Dense bfloat16 floating-point operations per second, by a part of the device's name (makers' data
+sheets).
+"""
 
 
 def peak_flops(devices: int) -> float:
-    """Operations per second that `devices` devices reach at best.
+    """Return the peak speed of `devices` devices in floating-point operations per second.
 
-    From the table; on a CPU, whose devices share its cores, measured on a product of float32
-    matrices (about 50 ms), so that MFU means the same thing everywhere. NaN if unknown.
+    The value comes from PEAK_FLOPS. On a CPU, whose simulated devices share its cores, it is
+    measured with a product of float32 matrices (about 50 ms), so that model FLOPs utilisation means
+    the same everywhere. NaN if the device is unknown.
     """
     kind = jax.devices()[0].device_kind
     for name, peak in PEAK_FLOPS.items():
@@ -36,6 +39,9 @@ def peak_flops(devices: int) -> float:
 
 
 def _measured(size: int = 1024, rounds: int = 5) -> float:
+    """Time a product of float32 matrices [size size]; return the operations per second of the
+    fastest round.
+    """
     product = jax.jit(jnp.matmul)
     a = jnp.ones((size, size), jnp.float32)
     jax.block_until_ready(product(a, a))

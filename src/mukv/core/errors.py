@@ -1,7 +1,8 @@
-"""The two ways in which a command can fail, each told in one line.
+"""The two exceptions of a command that fails; each message is one line.
 
-`BadInput` is what the user can mend by typing something else; it is raised before any compilation
-and ends the command with status 2. `Failed` is what happened while running; it ends with status 1.
+`BadInput` is an error that the user corrects by typing something else. It is raised before any
+compilation and ends the command with exit status 2. `Failed` is an error at run time and ends the
+command with exit status 1.
 """
 
 from __future__ import annotations
@@ -16,22 +17,29 @@ from pathlib import Path
 from mukv.core.names import shortened
 
 LONGEST_VALUE = 160
-"""Characters of a value, a name or a path that an error shows."""
+"""Maximum number of characters of a value, a name or a path in an error."""
 LONGEST_PHRASE = 480
-"""Characters of what would have been allowed."""
+"""Maximum number of characters of the allowed values in an error."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = LONGEST_VALUE
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 20
 
 
 class BadInput(ValueError):
-    """A field, file or flag was given a value that can't work."""
+    """The value of a field, file or flag is not allowed."""
 
     status = 2
 
     def __init__(self, where: str, given: object, allowed: str, nearest: str | None = None):
-        """where: the field or file; given: its value; allowed: what would work, as a phrase, in
-        which `backquotes` hold names of fields. What is long is shown in part."""
+        """Build the message "where: got given; allowed; did you mean nearest?".
+
+        where: the field, file or flag
+        given: its value
+        allowed: phrase that says which values are allowed; names of fields stand in `backquotes`
+        nearest: the allowed name that is nearest to `given`; None for no suggestion
+
+        Long values and phrases are shortened.
+        """
         self.where, self.given, self.allowed, self.nearest = where, given, allowed, nearest
         hint = f"; did you mean {shown(nearest)}?" if nearest else ""
         allowed = shortened(allowed, LONGEST_PHRASE)
@@ -39,7 +47,7 @@ class BadInput(ValueError):
 
 
 class Failed(RuntimeError):
-    """Something went wrong while running: the message says what, where, and what is safe."""
+    """An error at run time. The message says what failed, where, and which data is safe."""
 
     status = 1
 
@@ -48,16 +56,16 @@ class Failed(RuntimeError):
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: in part where it is long. Never raises."""
+    """Return `repr(value)`, shortened, for an error message. Never raises."""
     try:
         return shortened(_SHORT.repr(value), LONGEST_VALUE)
     except Exception:
-        # A number beyond Python's limit of digits, or an object whose `repr` fails.
+        # An integer beyond Python's limit of digits, or an object whose `repr` fails.
         return f"a value of type {type(value).__name__}"
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that `name` was most likely meant to be, if any is near."""
+    """Return the one of `names` that is most similar to `name`; None if none is similar."""
     if len(name) > LONGEST_VALUE:
         return None
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
@@ -65,23 +73,34 @@ def nearest_name(name: str, names: Iterable[str]) -> str | None:
 
 
 def unknown_name(where: str, given: str, names: Iterable[str]) -> BadInput:
-    """The error for a name that is not in a table."""
+    """Return the error for a name that is not in a table.
+
+    where: the field or flag. names: the allowed names.
+    """
     names = sorted(names)
     return BadInput(where, given, f"allowed: {', '.join(names)}", nearest_name(given, names))
 
 
 @contextmanager
 def telling_disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one clear line about `path`."""
+    """Convert an OSError inside the block to a one-line error about `path`.
+
+    Raises Failed for a full disk, and BadInput for a folder that can't be written, a path that
+    another file or folder occupies, and a name that is too long. Other errors pass unchanged.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise Failed(f"{path}: the disk is full; nothing was left half-written") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
-            raise BadInput(str(path), "a folder that can't be written", "choose another") from error
+            raise BadInput(
+                str(path), "a folder that can't be written", "choose another folder"
+            ) from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR):
-            raise BadInput(str(path), "something in the way", "choose another path") from error
+            raise BadInput(
+                str(path), "a path that another file or folder occupies", "choose another path"
+            ) from error
         if error.errno == errno.ENAMETOOLONG:
-            raise BadInput(str(path), "a name that is too long", "a shorter one") from error
+            raise BadInput(str(path), "a name that is too long", "choose a shorter one") from error
         raise

@@ -1,9 +1,8 @@
-"""Products with weights, in the precision that their types ask for.
+"""Matrix products whose operands are rounded to the type of the weight.
 
-Operands are rounded to the type of the weight, for the product only, forward and backward; sums
-are float32 and the result has the type of the activations. Float32 activations with bfloat16
-weights are what CPUs with bfloat16 instructions are fast at: the precision class of automatic
-mixed precision.
+Operands are rounded for the product only, in the forward and the backward pass; sums are float32
+and the result has the type of the activations. Float32 activations with bfloat16 weights, as in
+automatic mixed precision, are the fast combination on CPUs with bfloat16 instructions.
 """
 
 from __future__ import annotations
@@ -19,9 +18,13 @@ from mukv.core.typing import Array, Float
 
 
 def project(x: Array, weight: Array, contracted: int = 1, out: jnp.dtype | None = None) -> Array:
-    """Contract the last `contracted` axes of x with the first ones of the weight.
+    """Contract the last `contracted` axes of x with the first `contracted` axes of the weight.
 
-    out: type of the result; that of x if None.
+    x: [*rows *contracted]
+    weight: [*contracted *columns]
+    out: type of the result; that of x if None
+
+    Returns [*rows *columns].
     """
     rows, columns = x.shape[: x.ndim - contracted], weight.shape[contracted:]
     inner = math.prod(weight.shape[:contracted])
@@ -34,7 +37,7 @@ def project(x: Array, weight: Array, contracted: int = 1, out: jnp.dtype | None 
 def project_each(
     x: Float[Array, "block rows inner"], weight: Float[Array, "block inner columns"]
 ) -> Float[Array, "block rows columns"]:
-    """The same for blocks of rows, each with a weight of its own."""
+    """Multiply each block of rows with its own weight; types as in `project`."""
     return _product(x, weight, x.dtype)
 
 
@@ -44,62 +47,68 @@ def _product(
     weight: Float[Array, "*block inner columns"],
     out: jnp.dtype,
 ) -> Float[Array, "*block rows columns"]:
+    """Multiply matrices with operands in the weight's type and a result of type `out`."""
     return jnp.matmul(x.astype(weight.dtype), weight, preferred_element_type=out)
 
 
 def _forward(x: Array, weight: Array, out: jnp.dtype) -> tuple[Array, tuple[Array, Array, Array]]:
-    narrow = x.astype(weight.dtype)
-    return _product(x, weight, out), (narrow, weight, jnp.empty(0, x.dtype))
+    rounded = x.astype(weight.dtype)
+    return _product(x, weight, out), (rounded, weight, jnp.empty(0, x.dtype))
 
 
 def _backward(
     out: jnp.dtype, saved: tuple[Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, weight, like = saved
-    narrow = gradient.astype(x.dtype)
-    # In float32 the product reads a transposed weight as fast where it lies.
-    turned = _turned(weight) if weight.dtype == jnp.bfloat16 else weight.swapaxes(-1, -2)
-    to_x = jnp.matmul(narrow, turned, preferred_element_type=like.dtype)
-    to_weight = jnp.matmul(_turned(x), narrow, preferred_element_type=jnp.float32)
+    rounded = gradient.astype(x.dtype)
+    # A float32 product is as fast on a weight that is only marked as transposed.
+    transposed = _transposed(weight) if weight.dtype == jnp.bfloat16 else weight.swapaxes(-1, -2)
+    to_x = jnp.matmul(rounded, transposed, preferred_element_type=like.dtype)
+    to_weight = jnp.matmul(_transposed(x), rounded, preferred_element_type=jnp.float32)
     return to_x, to_weight.astype(weight.dtype)
 
 
 _product.defvjp(_forward, _backward)
 
 
-def _turned(x: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch columns rows"]:
-    """The transposed matrices. A CPU multiplies row by row: they have to lie in memory as they
-    are read, or the product takes up to five times as long."""
+def _transposed(x: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch columns rows"]:
+    """Transpose the last two axes; on a CPU, also copy to row-major memory order.
 
-    def laid_out(transposed: Array) -> Array:
+    XLA's CPU product takes up to five times as long on an operand that is only marked as
+    transposed.
+    """
+
+    def row_major(transposed: Array) -> Array:
         return with_layout_constraint(transposed, Layout(tuple(range(x.ndim))))
 
     transposed = jnp.swapaxes(x, -1, -2)
-    # Decided when the program is lowered, for the platform that it is lowered for.
-    return jax.lax.platform_dependent(transposed, cpu=laid_out, default=lambda same: same)
+    # Chosen when the program is lowered, by the platform that it is lowered for.
+    return jax.lax.platform_dependent(transposed, cpu=row_major, default=lambda same: same)
 
 
 @jax.custom_vjp
 def similarity(
     x: Float[Array, "*batch rows width"], y: Float[Array, "*batch columns width"]
 ) -> Float[Array, "*batch rows columns"]:
-    """x . y of all pairs of rows; operands in the type that they have, float32 sums.
+    """Compute the dot product of each row of x with each row of y.
 
-    Here and below only thin matrices are turned, never what has a number for each pair.
+    Operands keep their types; the sums and the result are float32. The backward pass is defined
+    here so that only tensors as wide as x are copied in transposed order, never a tensor with one
+    number per pair of rows.
     """
     if x.shape[-2] < y.shape[-1]:
-        # A few rows against many, as in decoding: turning the many would be most of the work.
-        # The many come first: XLA's product on a CPU is slow with few rows on its left.
+        # Few rows of x, as in decoding: transposing y would take most of the time. y is the left
+        # operand because XLA's CPU product is slow when its left operand has few rows.
         product = jnp.einsum("...yd,...xd->...yx", y, x, preferred_element_type=jnp.float32)
         return jnp.swapaxes(product, -1, -2)
-    return _sums(x, _turned(y))
+    return _matmul(x, _transposed(y))
 
 
 def _similarity_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, y = saved
-    narrow = gradient.astype(x.dtype)
-    to_y = jnp.swapaxes(_sums(_turned(x), narrow), -1, -2)
-    return _sums(narrow, y).astype(x.dtype), to_y.astype(y.dtype)
+    rounded = gradient.astype(x.dtype)
+    to_y = jnp.swapaxes(_matmul(_transposed(x), rounded), -1, -2)
+    return _matmul(rounded, y).astype(x.dtype), to_y.astype(y.dtype)
 
 
 similarity.defvjp(lambda x, y: (similarity(x, y), (x, y)), _similarity_backward)
@@ -109,27 +118,33 @@ similarity.defvjp(lambda x, y: (similarity(x, y), (x, y)), _similarity_backward)
 def mixture(
     weights: Float[Array, "*batch rows columns"], y: Float[Array, "*batch columns width"]
 ) -> Float[Array, "*batch rows width"]:
-    """Sums of the rows of y by weights, which are rounded to its type; float32 sums."""
-    return _sums(weights.astype(y.dtype), y)
+    """Compute weighted sums of the rows of y: weights @ y.
+
+    The weights are rounded to the type of y; the sums and the result are float32.
+    """
+    return _matmul(weights.astype(y.dtype), y)
 
 
 def _mixture_forward(weights: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
-    narrow = weights.astype(y.dtype)
-    return _sums(narrow, y), (narrow, y)
+    rounded = weights.astype(y.dtype)
+    return _matmul(rounded, y), (rounded, y)
 
 
 def _mixture_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     weights, y = saved
-    narrow = gradient.astype(y.dtype)
-    to_y = jnp.swapaxes(_sums(_turned(narrow), weights), -1, -2)
-    return similarity(narrow, y), to_y.astype(y.dtype)
+    rounded = gradient.astype(y.dtype)
+    to_y = jnp.swapaxes(_matmul(_transposed(rounded), weights), -1, -2)
+    return similarity(rounded, y), to_y.astype(y.dtype)
 
 
 mixture.defvjp(_mixture_forward, _mixture_backward)
 
 
-def _sums(x: Array, y: Array) -> Array:
-    """Products of matrices, one batch axis at most: XLA's fast ones on a CPU know no more."""
+def _matmul(x: Array, y: Array) -> Array:
+    """Multiply matrices with float32 sums, with all batch axes flattened into one.
+
+    XLA's fast products on a CPU support one batch axis at most.
+    """
     flat = (array.reshape(-1, *array.shape[-2:]) for array in (x, y))
     product = jnp.matmul(*flat, preferred_element_type=jnp.float32)
     return product.reshape(*x.shape[:-1], y.shape[-1])

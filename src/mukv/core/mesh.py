@@ -1,9 +1,10 @@
-"""The device mesh and the one table that says how named dimensions lie on it.
+"""The device mesh, and the table that assigns named dimensions to its axes.
 
 Axis `data` splits the batch and, for storage, one dimension of every large weight (FSDP); axis
-`tensor` splits heads, hidden units and the vocabulary. A dimension that its axis does not divide
-is kept whole; `mukv describe` shows where each weight ends up. The compiler's partitioner does
-the rest, so the same program runs on one device, on simulated ones and on a pod.
+`tensor` splits heads, hidden units and the vocabulary. A dimension whose size is not divisible by
+the size of its axis is not split; `mukv describe` shows the sharding of each weight. XLA's
+partitioner inserts the communication, so the same program runs on one device, on simulated devices
+and on a pod.
 """
 
 from __future__ import annotations
@@ -42,10 +43,14 @@ AXES: Mapping[str, str] = {
     "concept_expert_hidden": "tensor",
     "concept_shared_hidden": "tensor",
 }
-"""Logical dimension -> mesh axis. What is not listed is never split. Experts are split over `data`
-for storage and `tensor` splits each of them: every device computes its own tokens, none travels."""
+"""Mesh axis of each named dimension; dimensions that are not listed are never split.
+
+Experts are split over `data` for storage only, and over `tensor` within each expert: every device
+computes the experts of its own tokens, so no token is sent to another device.
+"""
 
 SIMULATED_LIMIT = 8
+"""Number of devices that any CPU may simulate; a CPU with more cores may simulate one per core."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,14 @@ class MeshShape:
 
     @property
     def size(self) -> int:
+        """Number of devices."""
         return self.data * self.tensor
 
     def build(self) -> Mesh:
-        """The mesh over the first `size` devices.
+        """Make the mesh from the first `size` devices.
 
-        Raises BadInput if there are not enough of them, or if processes would be left out.
+        Raises BadInput if there are fewer devices, or if several processes run and some devices
+        would be unused.
         """
         devices = jax.devices()
         if self.size > len(devices) or (jax.process_count() > 1 and self.size != len(devices)):
@@ -88,10 +95,10 @@ class MeshShape:
 
 
 def simulate(devices: int) -> None:
-    """Let a CPU show `devices` devices; call it before JAX first looks at them.
+    """Make JAX simulate `devices` devices on the CPU; must be called before JAX is initialised.
 
-    The number stays where it was set from outside (XLA_FLAGS or JAX_NUM_CPU_DEVICES), and beyond
-    what this machine could usefully simulate: `MeshShape.build` then judges what there is.
+    Does nothing if the user has set the number (XLA_FLAGS or JAX_NUM_CPU_DEVICES), or if it exceeds
+    both SIMULATED_LIMIT and the number of cores. `MeshShape.build` then reports missing devices.
     """
     chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
@@ -101,7 +108,10 @@ def simulate(devices: int) -> None:
 
 
 def specification(dims: Mapping[str, int], mesh: Any, exclude: Sequence[str] = ()) -> PartitionSpec:
-    """How an array with these named dimensions lies on the mesh; each axis is used once."""
+    """Return the partition of an array with these named dimensions; each mesh axis is used once.
+
+    dims: size by name of dimension. exclude: mesh axes that are not used.
+    """
     used = set(exclude)
     parts: list[str | None] = []
     for name, size in dims.items():
@@ -115,7 +125,7 @@ def specification(dims: Mapping[str, int], mesh: Any, exclude: Sequence[str] = (
 
 
 def weight_shardings(declared: Any, mesh: Mesh) -> Any:
-    """A sharding for each declared weight."""
+    """Return the sharding of each declared weight, as a tree with the keys of `declared`."""
 
     def shard(param: Param) -> NamedSharding:
         return NamedSharding(mesh, specification(param.dims, mesh))
@@ -124,19 +134,21 @@ def weight_shardings(declared: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding that copies an array to every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data axis."""
+    """Return the sharding that splits the first axis, the rows of a batch, over the axis `data`."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def share_of_batch(mesh: Mesh) -> dict[str, int]:
-    """Which of how many shares of a batch this process reads, as `Batches` takes them.
+    """Return the share of each batch that this process reads, as arguments of `Batches`.
 
-    Processes that split only weights between them read the same rows. Raises BadInput where a
-    process would hold parts of several shares.
+    `hosts` is the number of shares and `host` the index of this one. Processes that split only
+    weights among themselves read the same rows. Raises BadInput if one process would read parts of
+    several shares.
     """
     places: dict[int, set[int]] = {}
     for (place, _), device in np.ndenumerate(mesh.devices):
@@ -146,35 +158,38 @@ def share_of_batch(mesh: Mesh) -> dict[str, int]:
         raise BadInput(
             "mesh.tensor",
             mesh.shape["tensor"],
-            f"must divide the {jax.local_device_count()} devices of a process, or be a multiple",
+            f"must divide or be a multiple of {jax.local_device_count()}, the devices of a process",
         )
     mine = tuple(sorted(places[jax.process_index()]))
     return {"host": shares.index(mine), "hosts": len(shares)}
 
 
 def _partitioned_mesh() -> AbstractMesh | None:
-    """The current mesh, where the compiler's partitioner works on it."""
+    """Return the current mesh if XLA's partitioner splits arrays over it, otherwise None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual else mesh
 
 
 def constrain(array: Array, *names: str | None) -> Array:
-    """Tell the partitioner how an activation lies on the current mesh, if there is one."""
+    """Constrain the sharding of an activation on the current mesh; does nothing without a mesh.
+
+    names: logical name of each axis, a key of AXES; None for an axis that is not split
+    """
     mesh = _partitioned_mesh()
     if mesh is None:
         return array
     dims = {name or f"axis{i}": array.shape[i] for i, name in enumerate(names)}
-    # The residual's width is never split: in activations the data axis belongs to the batch.
+    # The residual stream's width stays whole: in activations, `data` splits only the batch.
     if "batch" in dims:
         return jax.lax.with_sharding_constraint(array, specification(dims, mesh))
     return jax.lax.with_sharding_constraint(array, specification(dims, mesh, exclude=("data",)))
 
 
 def by_data_shard(function: Callable[..., Any], weights: Any, *rows: Array) -> Any:
-    """`function(weights, *rows)`, computed for the rows of each data shard by itself.
+    """Compute `function(weights, *rows)` separately on each shard of the axis `data`.
 
-    For functions that reorder tokens over rows, which the partitioner would do over all devices.
-    rows: arrays whose first axis is that of rows, as are those that the function gives.
+    For functions that reorder tokens across rows; XLA's partitioner would reorder them across all
+    devices. rows: arrays with rows along the first axis, as the function's results must have.
     """
     mesh = _partitioned_mesh()
     if mesh is None or mesh.shape["data"] == 1 or len(rows[0]) % mesh.shape["data"]:
@@ -190,7 +205,10 @@ def by_data_shard(function: Callable[..., Any], weights: Any, *rows: Array) -> A
 
 
 def gather(weights: Any, declared: Any) -> Any:
-    """Collect what the data axis stores in pieces, right before use (FSDP); tensor stays split."""
+    """All-gather the weights that the axis `data` splits (FSDP), right before their use.
+
+    The split over `tensor` is kept. declared: tree of `Param` with the keys of `weights`.
+    """
     mesh = _partitioned_mesh()
     if mesh is None:
         return weights

@@ -1,8 +1,8 @@
-"""Random numbers that are looked up, not drawn: pure functions of a key and a counter.
+"""Counter-based random numbers: pure functions of a key and a counter, without state.
 
-`mixed` is the finaliser of SplitMix64 (Steele, Lea, Flood 2014); `permuted` a Feistel network over
-the next power of four, walked until it lands inside (Black and Rogaway, "Ciphers with arbitrary
-finite domains", 2002).
+`mixed` is the finaliser of SplitMix64 (Steele, Lea, Flood 2014). `permuted` is a Feistel network
+over the next power of four, applied repeatedly until the result is in range (cycle walking; Black
+and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ ROUNDS = 4
 
 
 def mixed(x: np.ndarray | np.uint64) -> np.ndarray:
-    """A bijection of 64-bit numbers without visible pattern."""
-    x = np.atleast_1d(x) + GOLDEN  # wraps around, as it should
+    """Hash 64-bit numbers by a bijection without visible pattern. Returns a uint64 array."""
+    x = np.atleast_1d(x) + GOLDEN  # overflow is intended
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
@@ -25,9 +25,10 @@ def mixed(x: np.ndarray | np.uint64) -> np.ndarray:
 def permuted(
     place: Int[np.ndarray, " row"], epoch: Int[np.ndarray, " row"], size: int, seed: int
 ) -> Int[np.ndarray, " row"]:
-    """What stands at each place (0 <= place < size) of the shuffled numbers below `size`.
+    """Return the values at these places of a random permutation of 0 to size - 1.
 
-    epoch: which shuffle, for each place.
+    place: indices into the permutation, 0 <= place < size. epoch: number of the permutation, for
+        each place. seed: key of all permutations.
     """
     half = np.uint64(max(1, (size - 1).bit_length() + 1 >> 1))
     low = np.uint64((1 << int(half)) - 1)

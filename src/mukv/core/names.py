@@ -1,4 +1,4 @@
-"""Names and cells that others chose, made fit to be shown: printable, short, with even digits."""
+"""Format names and numbers for display: printable, short, with equal decimals in a column."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 LONGEST = 40
-"""Characters of a name in a legend or on an axis."""
+"""Maximum number of characters of a name in a legend or on an axis."""
 DIGITS = 4
 """Significant digits of the largest number of a column."""
 MOST_DECIMALS = 6
-_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that turn the direction of what follows, so that a name reads as another."""
+"""Maximum number of decimals; a column that needs more is written with exponents."""
+_DIRECTION_MARKS = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
+"""Unicode controls that change the writing direction and can make a name look like another."""
 
 
 def printable(text: object, keep: str = "") -> str:
-    """The text with what has no shape of its own written as an escape, such as \\x1b or \\n.
+    """Replace each invisible character by its escape sequence, such as \\x1b or \\n.
 
-    These are control characters, line separators, marks of direction and the halves of surrogate
-    pairs that stand for bytes of a file name that are not UTF-8. keep: characters that stay.
+    These are control characters, line separators, marks of writing direction, and the lone
+    surrogates that Python uses for bytes of a file name that are not UTF-8. keep: characters that
+    stay.
     """
     return "".join(
-        character if character in keep or _has_shape(character) else _escape(character)
+        character if character in keep or _is_visible(character) else _escape(character)
         for character in str(text)
     )
 
 
-def _has_shape(character: str) -> bool:
-    if character in _TURNING:
+def _is_visible(character: str) -> bool:
+    if character in _DIRECTION_MARKS:
         return False
     return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp")
 
@@ -38,7 +42,7 @@ def _escape(character: str) -> str:
 
 
 def shortened(text: object, longest: int = LONGEST) -> str:
-    """A printable text of at most `longest` characters: what is too much is cut from its middle."""
+    """Return a printable text of at most `longest` characters; its middle becomes an ellipsis."""
     whole = printable(text)
     if len(whole) <= longest:
         return whole
@@ -47,7 +51,7 @@ def shortened(text: object, longest: int = LONGEST) -> str:
 
 
 def distinct(names: Iterable[object], longest: int = LONGEST) -> list[str]:
-    """`shortened` of each; names that come out alike are numbered."""
+    """Return `shortened` of each name; equal results are numbered."""
     found: list[str] = []
     seen: dict[str, int] = {}
     for name in names:
@@ -60,12 +64,13 @@ def distinct(names: Iterable[object], longest: int = LONGEST) -> list[str]:
 def even(
     values: Sequence[float | int | None], digits: int = DIGITS, missing: str = ""
 ) -> list[str]:
-    """The numbers of a column with the same number of decimals.
+    """Format the numbers of a column with equal decimals.
 
-    Whole numbers stay whole. Of others the largest has `digits` significant digits, and the
-    smallest at least two; where that takes more than six decimals, or numbers reach 1e15, all
-    are written with an exponent. values: such as a float can hold. missing: stands for None and
-    NaN.
+    Integers are written without decimals. Otherwise the largest number has `digits` significant
+    digits and the smallest at least two. If that takes more than MOST_DECIMALS decimals, or if a
+    number reaches 1e15, all are written with exponents.
+
+    values: numbers within the range of a float. missing: text for None and NaN.
     """
     there = [value for value in values if value is not None and not math.isnan(value)]
     sizes = [abs(value) for value in there if value and math.isfinite(value)]

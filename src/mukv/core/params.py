@@ -1,7 +1,7 @@
-"""A weight is declared once: its named dimensions, what is contracted, and its role.
+"""Declaration of a weight: its named dimensions, the contracted ones, and its role.
 
 Initialisation, forward multiplier, learning rate, decay, sharding, counting and conversion all
-follow from the declaration. A model declares a nested dict of `Param`; the weights are a nested
+follow from the declaration. A model declares a nested dict of `Param`; its weights are a nested
 dict of arrays with the same keys.
 """
 
@@ -25,24 +25,25 @@ Tag = Literal["query", "key", "value", "gate", "readout"]
 Init = Literal["normal", "zeros", "ones"]
 LAYER = "layer"
 WIDEST = 1 << 20
-"""The width of a model, and of what is like one, is at most this: beyond is a slip of a finger."""
+"""Maximum width of a model and of other widths; a larger number is a typing error."""
 
 
 @dataclass(frozen=True)
 class Param:
-    """One weight.
+    """Declaration of one weight.
 
-    dims: name and size of each axis, in order. fan_in: the axes that a forward pass contracts.
-    role: what a parameterisation needs to know of it: a router maps the width to a fixed number of
-    scores, vectors are gains and biases.
-    init: the distribution; its standard deviation is the parameterisation's to choose.
-    ends_branch: what it gives is added to the residual stream.
-    batch: the axes that count separate matrices, such as experts: neither contracted nor part of
-    what a matrix gives. They come first, behind that of a stack's layers.
-    tag: what the weight is for; None where nothing depends on it.
-    active: the share of it that one token is multiplied with; below 1 for experts.
+    dims: size of each axis by name, in order
+    role: kind of weight, from which a parameterisation chooses initialisation and learning rate; a
+        router maps the width to a fixed number of scores, vectors are gains and biases
+    fan_in: names of the axes that a forward pass contracts
+    init: distribution of the initial values; the parameterisation chooses the standard deviation
+    ends_branch: whether the output is added to the residual stream
+    batch: names of the axes that count separate matrices, such as experts, which are neither
+        contracted nor outputs; they come first, or after the axis of a stack's layers
+    tag: purpose of the weight; None where nothing depends on it
+    active: fraction of the weight that one token is multiplied with; below 1 for experts
 
-    Raises BadInput for an unknown role, init or tag, and for axes that it does not have.
+    Raises BadInput for an unknown role, init or tag, and for an axis that is not in dims.
     """
 
     dims: Mapping[str, int]
@@ -76,39 +77,42 @@ class Param:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Sizes of all axes, in order."""
         return tuple(self.dims.values())
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def fan_in_size(self) -> int:
+        """Number of inputs that one output sums over."""
         return math.prod(self.dims[name] for name in self.fan_in)
 
     @property
     def leading(self) -> tuple[str, ...]:
-        """The axes that count separate matrices: a stack's layers, then `batch`."""
+        """Names of the axes that count separate matrices: the layers of a stack, then `batch`."""
         return tuple(name for name in self.dims if name == LAYER or name in self.batch)
 
     @property
     def own_shape(self) -> tuple[int, ...]:
-        """The shape of one of the separate matrices."""
+        """Shape of one of the separate matrices."""
         return tuple(size for name, size in self.dims.items() if name not in self.leading)
 
     def stacked(self, repeats: int) -> Param:
-        """The same weight for `repeats` equal layers, along a leading axis."""
+        """Return the declaration for `repeats` equal layers, stacked along a new leading axis."""
         return replace(self, dims={LAYER: repeats, **self.dims})
 
     def prefixed(self, prefix: str) -> Param:
-        """The same weight with the names of its dimensions told apart from another width's."""
+        """Return the declaration with a prefix before each dimension's name, for a second width."""
         dims = {prefix + name: size for name, size in self.dims.items()}
         fan_in, batch = (tuple(prefix + n for n in axes) for axes in (self.fan_in, self.batch))
         return replace(self, dims=dims, fan_in=fan_in, batch=batch)
 
 
 def as_matrices(param: Param, array: Array) -> Float[Array, "*leading rows columns"]:
-    """The weight as matrices: contracted axes are rows, all others but the leading ones columns."""
+    """Reshape a weight to matrices: `fan_in` axes become rows, the others but `leading` columns."""
     return array.transpose(_matrix_order(param)).reshape(
         *(param.dims[name] for name in param.leading), param.fan_in_size, -1
     )
@@ -117,14 +121,14 @@ def as_matrices(param: Param, array: Array) -> Float[Array, "*leading rows colum
 def from_matrices(
     param: Param, matrices: Float[Array, "*leading rows columns"]
 ) -> Float[Array, "..."]:
-    """The inverse of `as_matrices`."""
+    """Invert `as_matrices`: reshape matrices to the weight's own axes."""
     order, shape = _matrix_order(param), param.shape
-    turned = matrices.reshape([shape[axis] for axis in order])
-    return turned.transpose([order.index(axis) for axis in range(len(shape))])
+    permuted = matrices.reshape([shape[axis] for axis in order])
+    return permuted.transpose([order.index(axis) for axis in range(len(shape))])
 
 
 def _matrix_order(param: Param) -> list[int]:
-    """Axes in the order: leading, contracted, others."""
+    """Return the axes in the order leading, contracted, others."""
 
     def rank(axis: int) -> int:
         name = list(param.dims)[axis]
@@ -134,7 +138,7 @@ def _matrix_order(param: Param) -> list[int]:
 
 
 def tagged(declared: Any, tag: Tag) -> Param:
-    """The one weight with this tag. Raises BadInput unless there is exactly one."""
+    """Return the only weight with this tag. Raises BadInput unless there is exactly one."""
     found = [name for name, param in named(declared).items() if param.tag == tag]
     if len(found) != 1:
         raise BadInput("Param.tag", found, f"exactly one weight with tag {tag}")
@@ -147,30 +151,35 @@ def map_params(function: Callable[..., Any], declared: Any, *others: Any) -> Any
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """The leaves of a nested tree by dotted name, in the tree's order."""
+    """Return the leaves of a nested tree by dotted name, in the tree's order."""
     leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, Param))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def count(declared: Any) -> int:
-    """The number of trained numbers."""
+    """Return the number of trained parameters."""
     return sum(param.size for param in named(declared).values())
 
 
 def active(declared: Any) -> int:
-    """The number of trained numbers that one token uses: of experts, those that it goes through."""
+    """Return the number of parameters that one token uses; of experts, those it is routed to."""
     return round(sum(param.size * param.active for param in named(declared).values()))
 
 
 def abstract(declared: Any, dtype: DTypeLike = "float32") -> Any:
-    """Shapes and types of the weights, nothing allocated."""
+    """Return the shapes and types of the weights without allocating them."""
     return map_params(lambda param: jax.ShapeDtypeStruct(param.shape, dtype), declared)
 
 
 def initialise(declared: Any, deviations: Any, key: Array) -> Any:
-    """Draw float32 weights; `deviations` gives each its standard deviation.
+    """Draw float32 initial weights.
 
-    A weight's random stream depends on its own name only, so adding one leaves the others alone.
+    declared: tree of `Param`
+    deviations: tree of the standard deviations, with the same keys
+    key: random key
+
+    The random stream of a weight depends on its name only, so that adding a weight leaves the
+    others unchanged.
     """
     streams = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in named(declared)}
     structure = jax.tree.structure(declared, is_leaf=lambda leaf: isinstance(leaf, Param))

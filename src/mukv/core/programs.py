@@ -1,4 +1,4 @@
-"""Programs of a function: compiled ahead of their first call, once for each shape."""
+"""Functions that are compiled ahead of their first call, once per shape."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ import numpy as np
 
 
 class Programs:
-    """A function under `jax.jit` whose time of compilation can be told from that of a call."""
+    """A function under `jax.jit` that keeps one compiled program per signature of its arguments.
+
+    Compiling apart from calling allows the two to be timed separately.
+    """
 
     def __init__(self, function: Callable[..., Any], **options: Any):
-        """options: of `jax.jit`."""
+        """function: function to compile. options: keyword arguments of `jax.jit`."""
         self.function = jax.jit(function, **options)
         self.programs: dict[Hashable, Any] = {}
 
     def compiled(self, *arguments: Any) -> Any:
-        """The program for arguments of these shapes, types and shardings."""
+        """Return the program for arguments of these shapes, types and shardings; compile it if it
+        is new.
+        """
         leaves, structure = jax.tree.flatten(arguments)
         key = structure, tuple(map(_signature, leaves))
         if key not in self.programs:
@@ -27,8 +32,10 @@ class Programs:
 
 
 def outputs(program: Any) -> Any:
-    """What a compiled program gives, as abstract arrays: another can be compiled for them before
-    this one has run."""
+    """Return the outputs of a compiled program as abstract arrays with their shardings.
+
+    With these a second program can be compiled before the first one has run.
+    """
 
     def abstract(about: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(about.shape, about.dtype, sharding=sharding)
@@ -37,6 +44,7 @@ def outputs(program: Any) -> Any:
 
 
 def _signature(leaf: Any) -> Hashable:
+    """Return what the compiled program depends on in one argument."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return leaf.shape, leaf.dtype, leaf.sharding, getattr(leaf, "weak_type", False)
     return np.shape(leaf), np.result_type(leaf)

@@ -1,4 +1,4 @@
-"""Intervals of 95 % around measured means and shares; lines and parabolas through points."""
+"""Confidence intervals of 95 %, and fits of lines and parabolas."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import numpy as np
 from mukv.core.typing import Float
 
 SURE = 1.959964
-"""Standard deviations of a two-sided interval of 95 %."""
+"""Standard deviations from the mean to either end of a two-sided 95 % interval."""
 
 
 def wilson(right: float, count: int) -> tuple[float, float]:
-    """Of a share (Wilson 1927). right: how many of `count`, which need not be whole."""
+    """Return the 95 % interval of a proportion (Wilson 1927).
+
+    right: number of successes among `count` trials; need not be an integer
+    """
     if not count:
         return 0.0, 1.0
     share, z = right / count, SURE**2 / count
@@ -24,7 +27,9 @@ def wilson(right: float, count: int) -> tuple[float, float]:
 
 
 def of_mean(values: Float[np.ndarray, " sample"]) -> tuple[float, float] | None:
-    """Of the mean of independent values, taken as Gaussian; None for a single one."""
+    """Return the 95 % interval of the mean of independent values, assumed Gaussian; None for a
+    single one.
+    """
     if len(values) < 2:
         return None
     mean, reach = values.mean(), SURE * values.std(ddof=1) / math.sqrt(len(values))
@@ -32,7 +37,7 @@ def of_mean(values: Float[np.ndarray, " sample"]) -> tuple[float, float] | None:
 
 
 def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Least squares: the slope, and its standard error."""
+    """Fit a line by least squares; return its slope and the standard error of the slope."""
     x, y = np.array(points, float).T
     x = x - x.mean()
     slope = float(x @ y / (x @ x))
@@ -41,8 +46,11 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def vertex(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Of the parabola through the finite points: where it is lowest, no further than they go, and
-    how low. The lowest point where there is no such parabola."""
+    """Return x and y of the minimum of the parabola through the finite points.
+
+    x is clipped to the range of the points. Where there are fewer than three points, or the
+    parabola has no minimum, the lowest point is returned.
+    """
     given = np.array([x, y], float)
     across, up = given[:, np.isfinite(given[1])] if np.isfinite(given[1]).any() else given
     lowest = int(np.argmin(up))

@@ -1,8 +1,8 @@
-"""Tables of parts by name, which parts from outside of the package may join.
+"""Tables of classes by name, which classes of other packages can join.
 
-A field whose annotation is `Annotated[Base, TABLE]` takes every class of the table, by its `kind`
-in YAML, so that the table alone decides what there is. A class of another package is named by its
-dotted path as well (`my_package.my_module.MyAttention`), and is imported on use.
+A field with the annotation `Annotated[Base, TABLE]` takes every class of the table, chosen by
+`kind` in YAML; the table alone defines the allowed names. A class of another package is also found
+by its dotted path (`my_package.my_module.MyAttention`), and is imported on use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Component:
 
 
 class Names(dict[str, T], Generic[T]):
-    """Rows by the names that a field `Annotated[str, NAMES]` takes."""
+    """Values by the names that a field with the annotation `Annotated[str, NAMES]` takes."""
 
     __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
@@ -35,11 +35,11 @@ class Names(dict[str, T], Generic[T]):
 
 
 class PartTable(Names[type[T]], Generic[T]):
-    """Classes of one part, by the name that YAML gives them.
+    """Classes of one kind of part, by their names in YAML.
 
     part: what the classes are, such as "attention"
     base: class that all of them extend
-    kinds: whether a class says its name in a field `kind`
+    kinds: whether each class states its name in a field `kind`
     """
 
     def __init__(
@@ -49,10 +49,11 @@ class PartTable(Names[type[T]], Generic[T]):
         self.part, self.base, self.kinds = part, base, kinds
 
     def add(self, cls: Any, name: str | None = None) -> None:
-        """Add a class from outside; it replaces one of the same path (a module that was reloaded).
+        """Add a class of another package; a class with the same path is replaced (after a reload).
 
-        name: of a class without `kind`. Raises BadInput for a class that does not extend the base
-        or is no frozen dataclass, for a missing or unfit `kind`, and for a name in use.
+        name: name of a class that has no field `kind`. Raises BadInput for a class that does not
+            extend the base or is not a frozen dataclass, for a missing or invalid `kind`, and for a
+            name in use.
         """
         where = f"register {getattr(cls, '__name__', cls)}"
         self._check(cls, where)
@@ -69,6 +70,7 @@ class PartTable(Names[type[T]], Generic[T]):
         self[name] = cls
 
     def _check(self, cls: Any, where: str) -> None:
+        """Raise BadInput unless `cls` extends the base and is a frozen dataclass itself."""
         if not inspect.isclass(cls) or not issubclass(cls, self.base):
             allowed = f"a class that extends mukv.{self.base.__name__}"
             raise BadInput(where, cls, allowed)
@@ -78,10 +80,11 @@ class PartTable(Names[type[T]], Generic[T]):
             raise BadInput(where, cls, "a frozen dataclass: write @dataclass(frozen=True) above it")
 
     def find(self, name: str, where: str) -> type[T]:
-        """Return the class of a name or dotted path; a class that is imported joins the table.
+        """Return the class with this name or dotted path; a class that had to be imported joins the
+        table.
 
-        where: field of the configuration, for errors. Raises BadInput for an unknown name, for what
-        can't be imported, and for a class that does not fit.
+        where: field of the configuration, for errors. Raises BadInput for an unknown name, for a
+            path that can't be imported, and for a class that does not fit.
         """
         if name in self:
             return self[name]
@@ -111,7 +114,7 @@ def kind_of(cls: type) -> str | None:
 
 
 def check_name(where: str, name: str) -> None:
-    """Raise BadInput for a name that could not be told from a path or an option of a policy."""
+    """Raise BadInput for a name that could be confused with a path or a policy's option."""
     parts = name.split(".")
     if not all(part.isidentifier() for part in parts):
         allowed = "a name of letters, digits and _, such as my_attention"
@@ -124,12 +127,16 @@ def path_of(part: Any) -> str:
 
 
 def from_outside(cls: type) -> bool:
-    """Whether a class is a part that another package has."""
+    """Return whether a class is a `Component` of another package."""
     return issubclass(cls, Component) and cls.__module__.partition(".")[0] != OURS
 
 
 def imported(path: str, where: str) -> Any:
-    """Import what a dotted path names. Raises BadInput where that is not there or can't be run."""
+    """Import the object that a dotted path names.
+
+    where: field of the configuration, for errors. Raises BadInput if the module or the object does
+        not exist, or if the module fails while it is imported.
+    """
     module, _, name = path.rpartition(".")
     if not all(part.isidentifier() for part in path.split(".")):
         allowed = "the dotted path of a class that can be imported: package.module.Class"

@@ -1,8 +1,9 @@
-"""Name an intermediate value so that analysis can see it.
+"""Record named intermediate values for analysis.
 
-`tap("attention.logits", x)` returns x. Under `capture()` it also notes x by its full name, scopes
-included. The note is made while JAX traces, so capture inside the traced function and return the
-collected values from it; layers must be unrolled, since a value cannot leave a scan this way.
+`tap("attention.logits", x)` returns x. Inside `capture()` it also records x under its name,
+prefixed by the enclosing scopes. Recording happens while JAX traces: capture inside the traced
+function and return the collected values from it. Layers must be unrolled, since a value can't leave
+a scan this way.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _prefix: ContextVar[str] = ContextVar("prefix", default="")
 
 
 def tap(name: str, value: Array) -> Array:
-    """Show `value` to whoever captures."""
+    """Return `value`; inside `capture()`, also record it under `name`."""
     collected = _collected.get()
     if collected is not None:
         collected[_prefix.get() + name] = value
@@ -37,17 +38,18 @@ def capture() -> Iterator[dict[str, Array]]:
 
 
 def capturing() -> bool:
+    """Return whether taps are being collected."""
     return _collected.get() is not None
 
 
 def tapped() -> str | None:
-    """Why all intermediate values must exist; None where nobody captures them."""
+    """Return why all intermediate values must exist; None unless taps are being collected."""
     return "a tap captures them" if capturing() else None
 
 
 @contextmanager
 def scope(name: str) -> Iterator[None]:
-    """Prefix the names of the taps inside the block."""
+    """Prefix the names of the taps inside the block with `name` and a dot."""
     token = _prefix.set(f"{_prefix.get()}{name}.")
     try:
         yield

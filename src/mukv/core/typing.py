@@ -1,7 +1,7 @@
-"""Names of dimensions and types, fixed once for the whole project.
+"""Array types and the names of their axes, used in the whole project.
 
-batch, token      rows and places of a batch of token ids
-query, key        tokens that read, entries that are read
+batch, token      rows and columns of a batch of token ids
+query, key        tokens that attend, entries that are attended to
 embed             width of the residual stream (d_model)
 heads, kv_heads   query heads; groups of heads that share one key and value
 head_dim          width of one head
@@ -24,7 +24,7 @@ Tokens = Int[Array, "batch token"]
 Residual = Float[Array, "batch token embed"]
 
 Number = float | Array
-"""Of a configuration: an ordinary one, or traced where many runs are trained in one program."""
+"""A number of a configuration; an array where many runs are traced in one program."""
 
 __all__ = [
     "Array",

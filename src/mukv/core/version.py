@@ -6,11 +6,11 @@ import subprocess
 from pathlib import Path
 
 VERSION = "0.1.0"
-"""The only place that states it: the build and `mukv.__version__` read it here."""
+"""The version's only definition: the build and `mukv.__version__` read it here."""
 
 
 def commit() -> str | None:
-    """The commit of the source, where it is a checkout."""
+    """Return the git commit of the source; None outside a git checkout."""
     folder = Path(__file__).parent
     try:
         found = subprocess.run(

@@ -1,4 +1,4 @@
-"""Models: what is built from attention, positions and a plan."""
+"""Language models, built from attention, feed-forward parts and a layer plan."""
 
 from typing import Annotated
 

@@ -1,8 +1,8 @@
-"""What a layer reports besides its output: a penalty for training, and numbers to watch.
+"""Auxiliary numbers that a layer reports besides its output: a penalty, and values to log.
 
 A feed-forward part or an attention returns a dict of float32 numbers, one for each row of the
-batch, or None for nothing. "penalty" is what training minimises besides the cross-entropy, in nats
-per token; every other name is only reported.
+batch, or None for none. Training adds "penalty" to the cross-entropy, in nats per token; all other
+names are only logged.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from mukv.core.typing import Array, Float
 
 Auxiliary = dict[str, Float[Array, "... batch"]]
-"""[batch], or [repeats batch] of layers that were scanned."""
+"""Numbers by name, [batch], or [repeats batch] for layers that were scanned."""
 PENALTY = "penalty"
 
 
 def together(*parts: Auxiliary | None) -> Auxiliary:
-    """What the parts of one layer report. Only penalties may have the same name: they add up."""
+    """Merge what the parts of one layer report: penalties are added, other names are distinct."""
     joined: Auxiliary = {}
     for part in parts:
         for name, value in (part or {}).items():
@@ -29,9 +29,11 @@ def together(*parts: Auxiliary | None) -> Auxiliary:
 
 
 def over_layers(layers: Sequence[Auxiliary]) -> Auxiliary:
-    """Penalties summed over layers, other numbers averaged over the layers that report them.
+    """Sum penalties over layers, and average other numbers over the layers that report them.
 
-    layers: [batch] for a layer, [repeats batch] for repeats that were scanned.
+    layers: one dict of arrays [batch] per layer, or of [repeats batch] per scanned layer
+
+    Returns arrays [batch].
     """
     found: dict[str, list[Array]] = {}
     for layer in layers:

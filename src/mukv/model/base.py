@@ -1,7 +1,7 @@
-"""What every model has: an embedding, something between, a readout; and what it is asked.
+"""The interface of language models: embedding, layers, readout, and decoding with a cache.
 
-The model is its configuration; weights are a tree that it declares and is given back. Training,
-evaluation, decoding and everything after know a model by this contract alone.
+A model is its configuration. It declares the weights, and every method takes them as an argument.
+Training, evaluation, decoding and analysis use a model through this interface only.
 """
 
 from __future__ import annotations
@@ -38,8 +38,14 @@ from mukv.scaling.stability import Family
 
 
 class Memory(NamedTuple):
-    """What a stack is given to remember in: entries a row in the bodies, and in the tails; by_row:
-    rows go on at steps of their own."""
+    """Cache sizes of one stack, per row.
+
+    stack: the stack
+    length: capacity of the bodies, in tokens (in concepts, for the global layers of a concept
+        model)
+    tail: capacity of the tails, in the same unit
+    by_row: whether rows fill their tails at different steps
+    """
 
     stack: Stack
     length: int
@@ -48,9 +54,11 @@ class Memory(NamedTuple):
 
 
 class ForwardResult(NamedTuple):
-    """What a forward pass gives. hidden: the residual stream after the last layer and norm.
-    penalty: what training minimises besides the cross-entropy, in nats per token of each row; None
-    for nothing. counts: numbers to be reported, summed over the row; a run logs them per token.
+    """Result of a forward pass over whole rows.
+
+    hidden: residual stream after the last layer and norm
+    penalty: what training adds to the cross-entropy, in nats per token of each row; None for none
+    counts: numbers to log by name, summed over each row; a run logs them per token
     """
 
     hidden: Residual
@@ -60,15 +68,22 @@ class ForwardResult(NamedTuple):
 
 @dataclass(frozen=True)
 class LanguageModel(Component):
-    """The contract; fields are the YAML keys.
+    """Base class of language models; the fields are the YAML keys.
 
-    d_model: width of the residual stream. norm: the norm of every layer and after the last one.
-    scaling: how initialisation and learning rates change with the sizes.
-    vocab_size: at least the tokenizer's. attention, mlp: those of layers that name none.
-    residual: where the norms stand. embedding_scale: "root_width" multiplies embeddings by the
-    root of their width. readout: weights of its own, or the embedding's. logit_softcap: bound of
-    the logits, by tanh. context: the longest sequence that the model is meant for; None if
-    nothing limits it.
+    vocab_size: number of token ids; at least the tokenizer's
+    d_model: width of the residual stream
+    attention: attention of the layers that name none
+    mlp: feed-forward part of the layers that name none
+    norm: norm of every layer and after the last one
+    residual: placement of the norms relative to the residual branches
+    embedding_scale: "root_width" multiplies embeddings by the square root of their width; None for
+        no factor
+    readout: "linear" for trained output weights, "tied" to use the embedding's
+    logit_softcap: bound of the logits, softcap * tanh(logit / softcap); None for none
+    context: longest sequence that the model is meant for, in tokens; None for no limit
+    scaling: parameterisation: how initialisation and learning rates change with the sizes
+
+    Raises BadInput for values that don't fit each other.
     """
 
     kind: str = ""
@@ -85,9 +100,9 @@ class LanguageModel(Component):
     scaling: Scaling = field(default_factory=Scaling)
 
     grows: ClassVar[tuple[str, ...]] = ("d_model",)
-    """Fields that go with the width of the model."""
+    """Fields that scale with the width of the model."""
     cache_class: ClassVar[type[Any]] = Cache
-    """Has `split`, `join`, `nbytes`, `filled` and `tail_size`, as `Cache` does."""
+    """Class of the cache, with the methods and fields that a decode loop uses of `Cache`."""
 
     def __post_init__(self) -> None:
         require_counts(self, "d_model", most=WIDEST)
@@ -98,20 +113,22 @@ class LanguageModel(Component):
         self.scaling.check(self.params())
         self.residual.check(self.norm, self.scaling)
 
-    # What a model answers
+    # Methods of a subclass
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
-        """Its layers, by width and memory."""
+        """The stacks of layers, in the order of computation."""
         raise NotImplementedError
 
     def body_params(self) -> dict[str, Any]:
-        """The weights between embedding and readout."""
+        """Declare the weights between embedding and readout."""
         raise NotImplementedError
 
     def unstack(self, weights: Weights) -> dict[str, Any]:
-        """The same weights with one entry per layer: what decoding takes, so that no step slices a
-        stack."""
+        """Return the weights with one entry per layer instead of arrays stacked over repeats.
+
+        Decoding takes this form, so that no step slices stacked arrays.
+        """
         raise NotImplementedError
 
     def forward(
@@ -122,11 +139,13 @@ class LanguageModel(Component):
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
     ) -> ForwardResult:
-        """One forward pass, weights scaled and stacked.
+        """Run whole rows of tokens through the model, without a cache.
 
-        position: place in the document, counted from 0 (default: place in the row). segment:
-        number of the document from 1, 0 for padding; tokens see only their own (default: one per
-        row).
+        weights: scaled (see `scaled`) and stacked
+        position: place of each token in its document, from 0; its place in the row if None
+        segment: number of each token's document, from 1, and 0 for padding; tokens attend within
+            their document only; one document per row if None
+        compute: settings of the forward pass; the defaults if None
         """
         raise NotImplementedError
 
@@ -139,10 +158,16 @@ class LanguageModel(Component):
         policy: Policy = FULL,
         centres: Calibrated | None = None,
     ) -> Any:
-        """Room for `length` tokens a row, and for `tail` more before `fold` is called.
+        """Allocate an empty cache.
 
-        policy: of what layers without a window keep, store and read. centres: calibrated ones,
-        by layer. Raises BadInput for a policy that does not fit.
+        batch: number of rows
+        length: capacity of the bodies, in tokens per row
+        tail: number of decoding steps until `fold` must be called
+        dtype: type of the entries; the compute type if None
+        policy: what layers without a window keep, how they store it, and what they read
+        centres: calibrated cluster centres by layer, for policies that use them
+
+        Raises BadInput for a policy that does not fit.
         """
         raise NotImplementedError
 
@@ -155,10 +180,14 @@ class LanguageModel(Component):
         fresh: bool = True,
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Any]:
-        """Read `count` tokens of each row at once; logits of what follows, and the cache.
+        """Read the first `count` tokens of each row in one pass.
 
-        weights: unstacked. tokens: padded behind. The tail must be empty. fresh: the cache is
-        known to be empty, so that only the new tokens are read.
+        weights: scaled and unstacked
+        cache: cache with an empty tail
+        tokens: padded at the end of each row
+        fresh: whether the cache is empty, so that only the new tokens need to be read
+
+        Returns the float32 logits of the token after those, and the updated cache.
         """
         raise NotImplementedError
 
@@ -169,47 +198,59 @@ class LanguageModel(Component):
         token: Int[Array, " batch"],
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Any]:
-        """Read one token per row: logits of what follows, and the cache, one token fuller.
+        """Read one token per row.
 
-        weights: unstacked. What a cache's `split` calls frozen comes back as it is.
+        weights: scaled and unstacked
+
+        Returns the float32 logits of the next token, and the updated cache. The part that the
+        cache's `split` calls frozen is returned unchanged.
         """
         raise NotImplementedError
 
     def fold(self, weights: Weights, cache: Any) -> Any:
-        """Move the tails into the bodies. weights: unstacked; a policy judges entries by them."""
+        """Move the entries of the tails to the bodies.
+
+        weights: scaled and unstacked; policies use them to score entries
+        """
         raise NotImplementedError
 
-    # What most answer alike
+    # Methods with a default
 
     def check_tokenizer(self, vocab_size: int) -> None:
-        """Raise BadInput where the model names tokens that a tokenizer of this size lacks."""
+        """Raise BadInput if the model uses token ids that a tokenizer of this size lacks."""
 
     def memories(self, length: int, tail: int) -> tuple[Memory, ...]:
-        """What `empty_cache` has for these numbers of tokens."""
+        """Return the sizes of each stack's cache, as `empty_cache` allocates it.
+
+        length, tail: arguments of `empty_cache`
+        """
         return tuple(Memory(stack, length, tail) for stack in self.stacks)
 
     def state_bytes(self, dtype: jnp.dtype) -> int:
-        """Bytes a row of what decoding keeps besides."""
+        """Return the bytes per row that decoding keeps in addition to the caches of the stacks."""
         return 0
 
     def every(self, part: str) -> int:
-        """Tokens, at least, that one use of the weights under this name is for."""
+        """Return the number of tokens per use of the weights under this name (a lower bound)."""
         return 1
 
-    # What all have in common
+    # Shared methods
 
     @cached_property
     def layers(self) -> tuple[ResolvedLayer, ...]:
-        """Every layer, in order."""
+        """All layers, in order."""
         return tuple(layer for stack in self.stacks for layer in stack.layers)
 
     def stack_of(self, plan: tuple[Stage, ...], first: int = 0) -> Stack:
-        """These layers at the model's own width. first: number of the first of them."""
+        """Return a stack at the model's own width.
+
+        plan: stages of its layers. first: number of its first layer.
+        """
         shared = (self.norm, self.residual, self.scaling)
         return Stack(self.d_model, self.attention, self.mlp, plan, *shared, first)
 
     def params(self) -> dict[str, Any]:
-        """All weights."""
+        """Declare all weights."""
         width = {"embed": self.d_model}
         vocab = {"vocab": self.vocab_size}
         tied = self.readout == "tied"
@@ -224,20 +265,29 @@ class LanguageModel(Component):
         return declared
 
     def resolved(self, family: Family = "adam") -> Any:
-        """For each weight what its parameterisation gives it, for a family of optimizers."""
+        """Return deviation, multiplier and learning rate factors of each weight, from its scaling.
+
+        family: family of optimizers that the learning rates are for
+        """
         return self.scaling.resolve(self.params(), len(self.layers), family)
 
     def scaled(self, weights: Weights) -> Any:
-        """The weights as the forward pass sees them; every function below takes these."""
+        """Multiply the weights by the forward multipliers of the parameterisation.
+
+        All methods below except `__call__` take scaled weights.
+        """
         return self.scaling.scale(self.params(), weights, len(self.layers))
 
     def draw(self, key: Array) -> dict[str, Any]:
-        """Draw float32 weights with the deviations of the parameterisation."""
+        """Draw float32 weights with the standard deviations of the parameterisation.
+
+        key: random key
+        """
         deviations = jax.tree.map(lambda weight: weight.deviation, self.resolved())
         return initialise(self.params(), deviations, key)
 
     def init(self, seed: int = 0) -> dict[str, Any]:
-        """Draw the weights that training with this seed begins with: float32, by nested names."""
+        """Draw the weights that training with this seed starts from: float32, by nested names."""
         return self.draw(jax.random.key(seed))
 
     def __call__(self, weights: Weights, tokens: Any) -> Float[Array, "*batch token vocab"]:
@@ -267,13 +317,13 @@ class LanguageModel(Component):
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
     ) -> Residual:
-        """The residual stream after the last layer and norm; see `forward`."""
+        """Return the residual stream after the last layer and norm; arguments as in `forward`."""
         return self.forward(weights, tokens, position, segment, compute).hidden
 
     def logits(
         self, weights: Weights, hidden: Residual, compute: Compute | None = None
     ) -> Float[Array, "batch token vocab"]:
-        """Float32 scores of the next token."""
+        """Compute the float32 logits of the next token from the output of `hidden`."""
         compute = settled(compute, self.vocab_size)
         if self.readout == "tied":
             hidden = hidden * self.scaling.tied_factor(self.params()["embedding"])
@@ -287,9 +337,11 @@ class LanguageModel(Component):
         return tap("logits", constrain(out, "batch", None, "vocab"))
 
     def embed(self, weights: Weights, tokens: Tokens, compute: Compute) -> Residual:
+        """Look up the embeddings of tokens, in the compute type."""
         x = jnp.take(weights["embedding"], tokens, axis=0).astype(compute.type)
         if self.embedding_scale is not None:
-            # Of the base: initialisation and multiplier see to other widths. Rounded as in Gemma.
+            # The root of the base width, since initialisation and multipliers account for the
+            # ratio to other widths. Rounded to the compute type as in Gemma.
             width = (self.scaling.base or {}).get("embed", self.d_model)
             x = x * jnp.asarray(width**0.5, x.dtype)
         return tap("embedding", constrain(x, "batch", None, None))
@@ -297,17 +349,23 @@ class LanguageModel(Component):
     def result(
         self, weights: Weights, x: Residual, auxiliary: Auxiliary, length: int
     ) -> ForwardResult:
-        """The result of a pass over rows of `length` tokens. x: after the last layer."""
+        """Make the result of a forward pass.
+
+        x: residual stream after the last layer, before the norm. length: tokens per row.
+        """
         counts = {name: length * value for name, value in auxiliary.items() if name != PENALTY}
         return ForwardResult(self.normed(weights, x), auxiliary.get(PENALTY), counts)
 
     def normed(self, weights: Weights, x: Residual) -> Residual:
-        """After the last layer."""
+        """Apply the norm after the last layer."""
         return self.norm.apply(weights["final_norm"], x)
 
     def last_logits(
         self, weights: Weights, x: Residual, last: Int[Array, " batch"], compute: Compute
     ) -> Float[Array, "batch vocab"]:
-        """Scores of what follows place `last` of each row."""
+        """Compute the float32 logits of the token after index `last` of each row.
+
+        x: residual stream after the last layer, before the norm
+        """
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         return self.logits(weights, self.normed(weights, x), compute)[:, 0]

@@ -1,4 +1,4 @@
-"""What a layer has besides attention: the MLP, and how both join the residual stream."""
+"""The feed-forward part of a layer, and the placement of norms in the residual branches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate
 
 @dataclass(frozen=True)
 class Feedforward(Component):
-    """Base class of feed-forward parts, which process each token by itself.
+    """Base class of feed-forward parts, which process each token independently.
 
     The fields are the YAML keys.
     """
@@ -39,9 +39,9 @@ class Feedforward(Component):
     def apply(
         self, weights: Weights, x: Residual, counted: Bool[Array, "batch token"] | None = None
     ) -> tuple[Residual, Auxiliary | None]:
-        """Compute what is added to the residual stream, and what a pass over whole rows reports.
+        """Compute what is added to the residual stream, and the auxiliary numbers to report.
 
-        counted: which tokens are no padding, in passes over whole rows (training, evaluation);
+        counted: which tokens are not padding, in passes over whole rows (training, evaluation);
             None in prefill and decoding, which report nothing
         """
         raise NotImplementedError
@@ -66,7 +66,7 @@ class Gated(Feedforward):
         require_counts(self, "hidden", most=4 * WIDEST)
 
     def params(self, d_model: int, axis: str = "hidden") -> dict[str, Param]:
-        """axis: name of the inner width."""
+        """Declare the weights. axis: name of the inner dimension."""
         up = Param({"embed": d_model, axis: self.hidden}, fan_in=("embed",))
         down = Param({axis: self.hidden, "embed": d_model}, fan_in=(axis,), ends_branch=True)
         return {"gate": replace(up, tag="gate"), "up": up, "down": down}
@@ -80,44 +80,46 @@ class Gated(Feedforward):
 
 @dataclass(frozen=True)
 class Branching(Component):
-    """A branch (attention, MLP) reads the normed stream: x + branch(norm x)."""
+    """Base class of the placements of norms: each branch computes x + branch(norm(x))."""
 
     def check(self, norm: RMSNorm, scaling: Scaling) -> None:
-        """Raise BadInput if these can't work together."""
+        """Raise BadInput if the norm and the scaling don't fit this placement."""
 
     def params(self, name: str, norm: RMSNorm, d_model: int) -> dict[str, Any]:
-        """Weights of the branch called `name`."""
+        """Declare the norms of the branch called `name`."""
         return {f"{name}_norm": norm.params(d_model)}
 
     def enter(self, weights: Weights, name: str, norm: RMSNorm, x: Residual) -> Residual:
-        """What the branch reads."""
+        """Return the input of the branch."""
         return norm.apply(weights[f"{name}_norm"], x)
 
     def leave(self, weights: Weights, name: str, norm: RMSNorm, branch: Residual) -> Residual:
-        """What is added to the stream."""
+        """Return what is added to the residual stream, from the output of the branch."""
         return branch
 
 
 @dataclass(frozen=True)
 class PreNorm(Branching):
-    """Norm before each branch: x + branch(norm x)."""
+    """Norm before each branch: x + branch(norm(x))."""
 
     kind: Literal["pre"] = "pre"
 
 
 @dataclass(frozen=True)
 class SandwichNorm(Branching):
-    """What a branch gives is normed too: x + norm branch(norm x) (Gemma 2)."""
+    """Norm before and after each branch: x + norm(branch(norm(x))) (Gemma 2)."""
 
     kind: Literal["sandwich"] = "sandwich"
 
     def check(self, norm: RMSNorm, scaling: Scaling) -> None:
         if scaling.depth is not None and norm.stored == "offset":
-            allowed = "null: what a branch adds is a gain, stored as offset from one"
+            allowed = (
+                "null with norm.stored offset: depth scaling multiplies gains, not offsets from one"
+            )
             raise BadInput("scaling.depth", scaling.depth, allowed)
 
     def params(self, name: str, norm: RMSNorm, d_model: int) -> dict[str, Any]:
-        # Only the outer gain says how much a branch adds.
+        # Only the outer gain determines the size of what a branch adds.
         after = map_params(lambda p: replace(p, ends_branch=True), norm.params(d_model))
         return {**super().params(name, norm, d_model), f"{name}_post_norm": after}
 

@@ -11,7 +11,7 @@ from mukv.cache import Cache, Slot
 from mukv.model.plan import ResolvedLayer
 
 LayerBag = tuple[ResolvedLayer, str, EntryStore]
-"""A store of entries of a layer that writes, with its name."""
+"""A layer that writes, and the name and specification of one of its stores of entries."""
 
 
 class LayerMemory(NamedTuple):

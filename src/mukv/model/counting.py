@@ -1,4 +1,4 @@
-"""Bytes and operations of a model, computed from what it declares; nothing is allocated."""
+"""Bytes and floating-point operations of a model, computed from declarations without allocation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from mukv.model.stack import Stack
 
 
 def cached(stack: Stack, layer: ResolvedLayer) -> dict[str, tuple[int, int]]:
-    """Heads and width of each tensor of an entry in this layer, from `write`; where the layer has
-    several stores their names come first ("window.key")."""
+    """Return the number of heads and the width of each tensor of an entry in this layer.
+
+    Names have the store in front where the layer has several ("window.key"). Empty for a layer that
+    reads another layer's entries.
+    """
     bags = _entries(layer.attention, stack.d_model) if layer.writes else {}
     alone = len(bags) == 1
     return {
@@ -30,7 +33,7 @@ def cached(stack: Stack, layer: ResolvedLayer) -> dict[str, tuple[int, int]]:
 
 @cache
 def _entries(attention: AnyAttention, d_model: int) -> dict[str, dict[str, tuple[int, int]]]:
-    """Heads and width of each tensor of an entry, by store."""
+    """Return the number of heads and the width of each tensor of an entry, by store."""
     written = attention.written(d_model, 1, 1, jnp.dtype("float32"))
     return {
         name: {tensor: (leaf.shape[1], leaf.shape[3]) for tensor, leaf in written[name].items()}
@@ -39,7 +42,7 @@ def _entries(attention: AnyAttention, d_model: int) -> dict[str, dict[str, tuple
 
 
 def entry_bytes(stack: Stack, layer: ResolvedLayer, dtype: jnp.dtype) -> dict[str, int]:
-    """Bytes of one entry in each store of this layer; of none if it reads another's."""
+    """Return the bytes of one entry by store; empty for a layer that reads another's entries."""
     bags = _entries(layer.attention, stack.d_model) if layer.writes else {}
     return {
         name: dtype.itemsize * sum(heads * width for heads, width in entry.values())
@@ -48,7 +51,7 @@ def entry_bytes(stack: Stack, layer: ResolvedLayer, dtype: jnp.dtype) -> dict[st
 
 
 def state_bytes(layer: ResolvedLayer) -> int:
-    """Bytes a row of the states of this layer."""
+    """Return the bytes per row of this layer's states, which are float32."""
     states = layer.attention.states.values() if layer.writes else ()
     return 4 * sum(math.prod(shape) for state in states for shape in state.shapes.values())
 
@@ -61,7 +64,7 @@ def cache_bytes(
     dtype: jnp.dtype,
     policy: Policy = FULL,
 ) -> int:
-    """Bytes of `empty_cache` with these sizes, without allocating it."""
+    """Return the bytes of `empty_cache` with these sizes, without allocating it."""
     if not policy.everything:
         room = batch, length, tail
         return jax.eval_shape(lambda: model.empty_cache(*room, dtype, policy)).nbytes()
@@ -78,9 +81,11 @@ def cache_bytes(
 
 
 def flops_per_token(model: LanguageModel, length: int) -> int:
-    """Floating-point operations of training per token at this sequence length: products
-    only, backward counted twice the forward pass, attention as the mask leaves it, of experts those
-    that a token goes through."""
+    """Return the floating-point operations of training per token at this sequence length.
+
+    Only products are counted; the backward pass counts twice the forward pass. Attention counts
+    visible pairs only, and experts those that a token is routed to.
+    """
     products = sum(
         2 * param.size * param.active / model.every(name.split(".")[0])
         for name, param in named(model.params()).items()

@@ -1,4 +1,4 @@
-"""A decoder-only transformer over a layer plan: pre-norm, residual, causal."""
+"""Decoder-only transformer over a layer plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mukv.model.stack import Stack
 class Decoder(LanguageModel):
     """Decoder-only transformer.
 
-    plan: stages of layers; what a layer leaves open is `attention` and `mlp`
+    plan: stages of layers; `attention` and `mlp` are used by layers that name none
     """
 
     kind: Literal["decoder"] = "decoder"
@@ -34,6 +34,7 @@ class Decoder(LanguageModel):
 
     @cached_property
     def stack(self) -> Stack:
+        """The only stack, which has all layers."""
         return self.stack_of(self.plan)
 
     @cached_property
@@ -42,7 +43,7 @@ class Decoder(LanguageModel):
 
     @property
     def writers(self) -> tuple[ResolvedLayer, ...]:
-        """The layers that have a cache."""
+        """The layers that write entries and therefore have a cache."""
         return self.stack.writers
 
     def body_params(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Mixture of experts (Shazeer et al. 2017): a router chooses `top_k` of many small gated MLPs for
-each token and mixes what they give.
+"""Mixture of experts (Shazeer et al. 2017).
 
-Without a capacity no token is dropped: tokens are grouped by expert and each group is cut into
-blocks of the mean group size, of which there are at most two for each expert, so that shapes are
-static and at most twice the chosen products are computed.
+A router selects `top_k` of many small gated MLPs for each token and sums their outputs with
+weights. Without a capacity no token is dropped: tokens are grouped by expert, and each group is
+divided into blocks of the mean group size. There are at most two blocks per expert on average, so
+shapes are static and at most twice the necessary products are computed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ MOST_EXPERTS = 1 << 16
 
 
 class Routing(NamedTuple):
-    """What a router says of each token, float32. share: scores that sum to one. chosen: numbers of
-    its experts. weight: factor of what each of these gives."""
+    """Result of the router for each token; float32.
+
+    logits: output of the router
+    share: scores, normalised to sum to one over the experts
+    chosen: indices of the token's experts
+    weight: factor of the output of each of these
+    """
 
     logits: Float[Array, "batch token experts"]
     share: Float[Array, "batch token experts"]
@@ -124,7 +129,7 @@ class Experts(Feedforward):
         own = (x, routing.chosen, routing.weight)
         dropped = None
         if counted is None or self.capacity is None:
-            y = by_data_shard(self._all, experts, *own)
+            y = by_data_shard(self._without_capacity, experts, *own)
         else:
             y, dropped = by_data_shard(self._within_capacity, experts, *own, counted)
         if self.shared:
@@ -132,7 +137,7 @@ class Experts(Feedforward):
         return y, None if counted is None else self._auxiliary(routing, counted, dropped)
 
     def route(self, weights: Weights, x: Residual) -> Routing:
-        """Which experts each token goes through; float32, as in Switch, section 2.4."""
+        """Select the experts of each token, in float32 (Switch Transformer, section 2.4)."""
         logits = project(x.astype(jnp.float32), weights["router"])
         if self.router == "softmax":
             score = share = jax.nn.softmax(logits)
@@ -144,30 +149,30 @@ class Experts(Feedforward):
             weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
         return Routing(logits, share, chosen, weight)
 
-    def _all(
+    def _without_capacity(
         self,
         weights: Weights,
         x: Residual,
         chosen: Int[Array, "batch token choice"],
         weight: Float[Array, "batch token choice"],
     ) -> Residual:
-        """Every token through each of its experts."""
+        """Process every token by all of its experts."""
         expert = chosen.reshape(-1)
-        many = expert.shape[0]
-        block = -(-many // self.experts)
-        blocks = min(many, 2 * self.experts)
-        number, size = _numbered(jax.nn.one_hot(expert, self.experts, dtype=jnp.int32))
-        needed = -(-size // block)
-        last = jnp.cumsum(needed)
-        owner = jnp.sum(jnp.arange(blocks)[:, None] >= last[None], axis=1)
-        owner = jnp.minimum(owner, self.experts - 1)
-        slot = (last - needed)[expert] * block + number
+        choices = expert.shape[0]
+        block = -(-choices // self.experts)
+        blocks = min(choices, 2 * self.experts)
+        number, size = _ranked(jax.nn.one_hot(expert, self.experts, dtype=jnp.int32))
+        blocks_of_expert = -(-size // block)
+        last = jnp.cumsum(blocks_of_expert)
+        block_expert = jnp.sum(jnp.arange(blocks)[:, None] >= last[None], axis=1)
+        block_expert = jnp.minimum(block_expert, self.experts - 1)
+        slot = (last - blocks_of_expert)[expert] * block + number
         flat = x.reshape(-1, x.shape[-1])
-        token = jnp.full(blocks * block, len(flat)).at[slot].set(jnp.arange(many) // self.top_k)
-        inside = flat.at[token].get(mode="fill", fill_value=0).reshape(blocks, block, -1)
-        out = self._mlp({name: leaf[owner] for name, leaf in weights.items()}, inside)
+        token = jnp.full(blocks * block, len(flat)).at[slot].set(jnp.arange(choices) // self.top_k)
+        inputs = flat.at[token].get(mode="fill", fill_value=0).reshape(blocks, block, -1)
+        out = self._mlp({name: leaf[block_expert] for name, leaf in weights.items()}, inputs)
         out = out.reshape(blocks * block, -1)[slot].reshape(*chosen.shape, -1)
-        return _mixed(out, weight)
+        return _weighted_sum(out, weight)
 
     def _within_capacity(
         self,
@@ -177,32 +182,35 @@ class Experts(Feedforward):
         weight: Float[Array, "batch token choice"],
         counted: Bool[Array, "batch token"],
     ) -> tuple[Residual, Float[Array, " batch"]]:
-        """What fits through the experts, and the share of each row's choices that are dropped."""
+        """Process each row's tokens up to the capacity of the experts.
+
+        Returns the output, and the fraction of each row's choices that are dropped.
+        """
         batch, length, width = x.shape
         room = min(length, math.ceil((self.capacity or 1) * self.top_k * length / self.experts))
         taken = jax.nn.one_hot(chosen, self.experts, dtype=jnp.int32) * counted[..., None, None]
-        number, _ = jax.vmap(_numbered)(taken.reshape(batch, -1, self.experts))
+        number, _ = jax.vmap(_ranked)(taken.reshape(batch, -1, self.experts))
         number = number.reshape(chosen.shape)
         fits = counted[..., None] & (number < room)
-        # Beyond the last place is what is not written.
+        # The index beyond the last place is dropped by the scatter.
         slot = jnp.where(fits, chosen * room + number, self.experts * room).reshape(batch, -1)
         rows = jnp.arange(batch)[:, None]
         token = jnp.full((batch, self.experts * room), length)
         place = jnp.broadcast_to(jnp.arange(slot.shape[1]) // self.top_k, slot.shape)
         token = token.at[rows, slot].set(place, mode="drop")
-        inside = x.at[rows, token].get(mode="fill", fill_value=0)
-        inside = inside.reshape(batch, self.experts, room, width).swapaxes(0, 1)
-        out = self._mlp(weights, inside.reshape(self.experts, batch * room, width))
+        inputs = x.at[rows, token].get(mode="fill", fill_value=0)
+        inputs = inputs.reshape(batch, self.experts, room, width).swapaxes(0, 1)
+        out = self._mlp(weights, inputs.reshape(self.experts, batch * room, width))
         out = out.reshape(self.experts, batch, room, width).swapaxes(0, 1)
         out = out.reshape(batch, self.experts * room, width)
         out = out.at[rows, slot].get(mode="fill", fill_value=0).reshape(*chosen.shape, width)
         all_choices = jnp.maximum(jnp.sum(counted, axis=1) * self.top_k, 1)
-        return _mixed(out, weight), 1 - jnp.sum(fits, axis=(1, 2)) / all_choices
+        return _weighted_sum(out, weight), 1 - jnp.sum(fits, axis=(1, 2)) / all_choices
 
     def _mlp(
         self, weights: Weights, x: Float[Array, "block row embed"]
     ) -> Float[Array, "block row embed"]:
-        """Each block of tokens through weights of its own."""
+        """Apply the gated MLP to each block of tokens, with one set of weights per block."""
         gate = ACTIVATIONS[self.activation](project_each(x, weights["gate"]))
         return project_each(gate * project_each(x, weights["up"]), weights["down"])
 
@@ -212,7 +220,7 @@ class Experts(Feedforward):
         counted: Bool[Array, "batch token"],
         dropped: Float[Array, " batch"] | None,
     ) -> Auxiliary:
-        """Of each row, over the tokens that are no padding."""
+        """Compute penalty, balance and dropped fraction of each row, without padding."""
         number = jnp.maximum(jnp.sum(counted, axis=1), 1)
 
         def mean(values: Float[Array, "batch token *rest"]) -> Float[Array, "batch *rest"]:
@@ -227,16 +235,19 @@ class Experts(Feedforward):
         return {PENALTY: penalty, "expert_balance": balance, **reported}
 
 
-def _numbered(
+def _ranked(
     taken: Int[Array, "choice experts"],
 ) -> tuple[Int[Array, " choice"], Int[Array, " experts"]]:
-    """For each choice the number of earlier ones of the same expert; how many each expert has."""
+    """Count, for each choice, the earlier choices of the same expert; and the choices per expert.
+
+    taken: one-hot expert of each choice, zero for choices that don't count
+    """
     up_to = jnp.cumsum(taken, axis=0)
     return jnp.sum((up_to - taken) * taken, axis=1), up_to[-1]
 
 
-def _mixed(
+def _weighted_sum(
     out: Float[Array, "batch token choice embed"], weight: Float[Array, "batch token choice"]
 ) -> Residual:
-    """The weighted sum of what the experts of each token gave."""
+    """Sum the outputs of each token's experts with their weights."""
     return jnp.sum(out * weight[..., None], axis=2).astype(out.dtype)

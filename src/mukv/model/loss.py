@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, with only a chunk of the logits in memory at once."""
+"""Cross-entropy of the next token, with the logits of only one chunk in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from mukv.model.base import LanguageModel
 def token_losses(
     model: LanguageModel, weights: Weights, hidden: Residual, targets: Tokens, compute: Compute
 ) -> Float[Array, "batch token"]:
-    """-log p(target) in nats, float32."""
+    """Return -log p(target) of each token, in nats; float32."""
     logits = model.logits(weights, hidden, compute)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 class Losses(NamedTuple):
-    """Of a batch. objective: what training minimises. cross_entropy: nats, weighted and summed.
-    counts: numbers to be reported, summed."""
+    """Sums over a batch.
+
+    objective: what training minimises, in nats: cross-entropy plus penalty
+    cross_entropy: weighted cross-entropy, in nats
+    counts: numbers to log, by name
+    """
 
     objective: Float[Array, ""]
     cross_entropy: Float[Array, ""]
@@ -41,36 +45,42 @@ def summed_loss(
     segment: Int[Array, "batch token"] | None = None,
     compute: Compute | None = None,
 ) -> Losses:
-    """Weighted sums of token losses over the batch, in nats.
+    """Sum the weighted token losses over the batch, in nats.
 
-    The logits of a chunk of tokens are made, used and dropped, and made again for the backward
-    pass, so that batch x token x vocab numbers never exist together.
+    targets: next token of each token
+    weight: weight of each token's loss
+    position, segment: as in `LanguageModel.forward`
+
+    The logits are computed for one chunk of tokens at a time, and recomputed in the backward pass,
+    so that no array has batch x token x vocab elements.
     """
     compute = settled(compute, model.vocab_size)
     result = model.forward(weights, tokens, position, segment, compute)
     hidden, chunk = result.hidden, compute.loss_chunk or tokens.shape[1]
 
-    def part(hidden: Array, targets: Array, weight: Array) -> Float[Array, ""]:
+    def chunk_loss(hidden: Array, targets: Array, weight: Array) -> Float[Array, ""]:
         return jnp.sum(token_losses(model, weights, hidden, targets, compute) * weight)
 
-    def more(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + jax.checkpoint(part)(*piece), None
+    def accumulate(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + jax.checkpoint(chunk_loss)(*piece), None
 
     if hidden.shape[1] <= chunk:
-        total = part(hidden, targets, weight)
+        total = chunk_loss(hidden, targets, weight)
     else:
         pieces = jax.tree.map(partial(_chunks, chunk=chunk), (hidden, targets, weight))
-        total, _ = jax.lax.scan(more, jnp.zeros((), jnp.float32), pieces)
+        total, _ = jax.lax.scan(accumulate, jnp.zeros((), jnp.float32), pieces)
     objective = total
     if result.penalty is not None:
-        # By row, so that it is the same however a batch is split.
+        # Weighted row by row, so that it does not depend on how a batch is split.
         objective += jnp.sum(result.penalty * jnp.sum(weight, axis=1))
     return Losses(objective, total, {name: jnp.sum(n) for name, n in result.counts.items()})
 
 
 def _chunks(array: Array, chunk: int) -> Array:
-    """[chunk batch token ...] of an array [batch token ...], padded with zeros. The chunks are as
-    few as can be, and of equal size."""
+    """Split [batch token ...] to [chunk batch token ...], padded with zeros.
+
+    It makes as few chunks as possible, of equal size, with at most `chunk` tokens each.
+    """
     batch, length, *rest = array.shape
     number = -(-length // chunk)
     size = -(-length // number)

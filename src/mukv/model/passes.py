@@ -1,8 +1,8 @@
-"""One pass through the layers, whatever it is for: training, prefill or a single step.
+"""One pass of tokens through the layers, for training, prefill or a decoding step.
 
-What differs is only what a layer's `remember` answers, i.e. which bags of entries its queries
-read. With a cache, layers that are equal but for their number are traced once: a model of 30 layers
-is traced and lowered about as fast as one of one layer.
+These differ only in the function `remember`, which returns the bags of entries that the queries of
+a layer read. With a cache, layers that are equal but for their number are traced once, so that
+tracing and lowering take about as long for 30 layers as for one.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from mukv.model.cache_update import LayerMemory
 from mukv.model.plan import ResolvedLayer
 
 Memory = LayerMemory | None
-"""What a layer remembers of earlier tokens; None in training."""
+"""Slots and states of one layer; None in training."""
 Remember = Callable[
     [ResolvedLayer, Any, Memory, Written, Callable[[], Queries]], tuple[tuple[Bag, ...], Memory]
 ]
-"""(layer, its weights that read, its memory, what it wrote, its queries) -> the bags of entries
-that its readers see, and its memory with what it wrote."""
+"""Maps a layer, its weights for reading, its memory, what it wrote, and a function that computes
+its queries, to the bags that it reads and its memory with the new entries."""
 
 
 def layer_params(
     layer: ResolvedLayer, norm: RMSNorm, residual: AnyResidual, d_model: int
 ) -> dict[str, Any]:
-    """Weights of one layer; one that reads another's entries has none to write with."""
+    """Declare the weights of one layer; one that reads another's entries has none for writing."""
     declared = {
         **residual.params("attention", norm, d_model),
         "read": layer.attention.read_params(d_model),
@@ -51,10 +51,12 @@ def layer_params(
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass through the layers: what all of them share.
+    """Settings and inputs that all layers of one pass share.
 
-    first: number of the first layer. memories: by the index of the layer; each is replaced on the
-    way. added: new tokens of each row, with memories only.
+    first: number of the first layer in the whole model
+    aligned: whether queries read only entries of the tokens of this pass
+    memories: slots and states by layer, which the pass replaces; empty in training
+    added: number of new tokens of each row; None without memories
     """
 
     layers: tuple[ResolvedLayer, ...]
@@ -70,10 +72,10 @@ class Pass:
     memories: dict[int, LayerMemory] = field(default_factory=dict)
     added: Int[Array, " batch"] | None = None
     counted: Bool[Array, "batch token"] | None = None
-    """Which tokens are no padding, in a pass whose layers report something; None in others."""
+    """Which tokens are not padding; None in passes whose layers report no auxiliary numbers."""
 
     def all(self, weights: Sequence[Any], x: Residual) -> Residual:
-        """Through every layer, each with its own weights."""
+        """Apply every layer, each with its own weights."""
         known: dict[int, tuple[Bag, ...]] = {}
         for layer, own in zip(self.layers, weights, strict=True):
             x, _ = self.layer(layer, own, x, known)
@@ -82,7 +84,10 @@ class Pass:
     def layer(
         self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, tuple[Bag, ...]]
     ) -> tuple[Residual, Auxiliary]:
-        """Through one layer, and what it reports; adds to `known` what it wrote."""
+        """Apply one layer; return the residual stream and the layer's auxiliary numbers.
+
+        known: bags that each earlier layer read, by layer; those of this layer are added
+        """
         index, memory = layer.index, self.memories.get(layer.index)
         apply = self._traced_once(layer) if memory is not None else self._applied(layer)
         if self.compute.rematerialise and self.aligned:
@@ -95,25 +100,25 @@ class Pass:
         return x, auxiliary
 
     def _traced_once(self, layer: ResolvedLayer) -> Callable[..., Any]:
-        """`_applied`, as a function that JAX traces once for all layers that are alike.
+        """Return `_applied` as a jitted function that all equal layers share.
 
-        Not for a layer whose entries another one reads, because not every bag of entries can leave
-        a traced function, and not where values are captured.
+        It is not jitted if another layer reads this layer's entries, because not every bag is a
+        pytree, nor while taps capture values.
         """
         if capturing() or layer.index in self._read_by_others:
             return self._applied(layer)
         alike = replace(layer, index=0, stage=0, slot=0, repeat=0, source=0)
-        if alike not in self._known:
+        if alike not in self._jitted:
 
             def apply(*inputs: Any) -> Any:
                 x, _, after, auxiliary = self._applied(layer)(*inputs)
                 return x, None, after, auxiliary
 
-            self._known[alike] = jax.jit(apply)
-        return self._known[alike]
+            self._jitted[alike] = jax.jit(apply)
+        return self._jitted[alike]
 
     @cached_property
-    def _known(self) -> dict[ResolvedLayer, Callable[..., Any]]:
+    def _jitted(self) -> dict[ResolvedLayer, Callable[..., Any]]:
         return {}
 
     @cached_property
@@ -121,6 +126,10 @@ class Pass:
         return {layer.source for layer in self.layers if not layer.writes}
 
     def _applied(self, layer: ResolvedLayer) -> Callable[..., Any]:
+        """Return the function of one layer: (weights, residual stream, bags of the layer that it
+        reads, memory) to (residual stream, bags that it read, memory, auxiliary numbers).
+        """
+
         def apply(
             weights: Any, x: Residual, inherited: Any, memory: Memory
         ) -> tuple[Residual, Any, Memory, Auxiliary]:

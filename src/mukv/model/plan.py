@@ -1,8 +1,9 @@
-"""The layer plan: which layer has which attention, window and memory, as data.
+"""The layer plan: attention, window and source of entries of every layer.
 
-A plan is a sequence of stages, a stage a pattern of layers times repeats. `reads` names the layer
-whose entries a layer uses instead of writing its own: an index from 0, or a negative distance
-(-1: the layer before). A plan that can't work is refused here, with the layer's number.
+A plan is a sequence of stages; a stage is a pattern of layers and a number of repeats. `reads` is
+the index, from 0, of the layer whose entries a layer uses instead of writing its own; a negative
+number counts back from the layer itself (-1: the layer before). Errors name the number of the
+layer.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from mukv.model.feedforward import AnyFeedforward
 from mukv.position import AnyPosition
 
 MOST_LAYERS = 10_000
-"""A slip of the finger, not a model, is beyond it; every layer is resolved by itself."""
+"""Maximum number of layers; every layer is resolved separately, and more are a typing error."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a pattern; None means: as the model says.
+    """One layer of a pattern.
 
-    attention: of this layer. position: encoding in place of that of its attention. mlp: of this
-    layer.
-    window: tokens that a query sees, itself included; None for all.
-    reads: the layer whose entries it reads; None to write and read its own.
+    attention: attention of this layer; that of the model if None
+    position: position encoding that replaces the one of the attention; None to keep that one
+    mlp: feed-forward part of this layer; that of the model if None
+    window: tokens that a query sees, itself included; None for all
+    reads: layer whose entries it reads; None to write and read its own
     """
 
     attention: AnyAttention | None = None
@@ -39,10 +41,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """A pattern of layers, repeated. Repeats are scanned where their memory allows.
+    """A pattern of layers that is repeated. Repeats are scanned if none needs entries of another.
 
     pattern: layers in order
-    repeats: how many times the pattern stands in the plan
+    repeats: number of times the pattern is repeated
     """
 
     pattern: tuple[Layer, ...] = (Layer(),)
@@ -56,7 +58,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class ResolvedLayer:
-    """A layer of the finished plan: nothing left open, `source` is the layer that wrote."""
+    """A layer of the complete plan, with every setting filled in.
+
+    index: number of the layer in the plan
+    stage, slot, repeat: number of the stage, place in its pattern, and number of the repeat
+    reads: index of the layer whose entries it reads; None for its own
+    source: index of the layer that wrote the entries that it reads
+    """
 
     index: int
     stage: int
@@ -70,23 +78,24 @@ class ResolvedLayer:
 
     @property
     def writes(self) -> bool:
+        """Whether the layer writes its own entries."""
         return self.source == self.index
 
     @property
     def bags(self) -> dict[str, EntryStore]:
-        """Its stores of entries, within its window."""
+        """The layer's stores of entries, with its window applied."""
         return {name: bag.within(self.window) for name, bag in self.attention.bags.items()}
 
     @property
     def whole(self) -> dict[str, EntryStore]:
-        """Those without a window, which grow with the text: what a policy is for."""
+        """The stores without a window, which grow with the text; cache policies apply to them."""
         return {name: bag for name, bag in self.bags.items() if bag.window is None}
 
 
 def resolve(
     stages: Sequence[Stage], attention: AnyAttention, mlp: AnyFeedforward
 ) -> tuple[ResolvedLayer, ...]:
-    """All layers in order, checked. Raises BadInput with the layer's number."""
+    """Resolve and check all layers, in order. Raises BadInput with the number of the layer."""
     if (total := sum(stage.repeats * len(stage.pattern) for stage in stages)) > MOST_LAYERS:
         raise BadInput("plan", f"{total:,} layers", f"at most {MOST_LAYERS:,}")
     layers: list[ResolvedLayer] = []
@@ -115,11 +124,12 @@ def resolve(
 
 
 def _target(index: int, reads: int | None) -> int | None:
+    """Convert `reads` to the index of an earlier layer. Raises BadInput if there is none."""
     if reads is None:
         return None
     target = index + reads if reads < 0 else reads
     if not 0 <= target < index:
-        allowed = f"0 to {index - 1}, or -1 to -{index}" if index else "nothing: it is the first"
+        allowed = f"0 to {index - 1}, or -1 to -{index}" if index else "none, since it is the first"
         raise BadInput(
             "plan", f"reads {reads}", f"layer {index} may read only earlier layers: {allowed}"
         )
@@ -127,6 +137,7 @@ def _target(index: int, reads: int | None) -> int | None:
 
 
 def _check(layer: ResolvedLayer, before: Sequence[ResolvedLayer]) -> None:
+    """Raise BadInput for an invalid window, or if a layer can't read the entries of its source."""
     if layer.window is not None and not 1 <= layer.window <= INT32:
         allowed = f"layer {layer.index} must see at least 1 token, and at most {INT32:,}"
         raise BadInput("plan", f"window {layer.window}", allowed)
@@ -150,13 +161,18 @@ def _check(layer: ResolvedLayer, before: Sequence[ResolvedLayer]) -> None:
 
 
 def scannable(stage: int, layers: Sequence[ResolvedLayer]) -> bool:
-    """Whether each repeat of a stage needs nothing of another, nor any later layer of it."""
+    """Return whether the repeats of a stage can be scanned.
+
+    This requires that no repeat reads entries of another repeat, and that no later layer reads
+    entries of the stage.
+    """
     here = {layer.index: layer for layer in layers if layer.stage == stage}
     for layer in layers:
         source = here.get(layer.source)
         if source and (layer.stage, layer.repeat) != (stage, source.repeat):
             return False
-    # A slot must read the same thing in every repeat: itself, a neighbour, or one fixed layer.
+    # A slot must read the same source in every repeat: a slot of its own repeat, or one
+    # layer of an earlier stage.
     by_slot: dict[int, set[tuple[bool, int]]] = {}
     for layer in here.values():
         inside = layer.source in here

@@ -1,8 +1,8 @@
-"""Layers over a plan at one width: what a decoder has one of and a concept model three.
+"""A stack of layers with one width: a decoder has one, a concept model has four.
 
-The same layers run in training (equal repeats scanned, or unrolled), prefill and single steps:
-what differs is only what a layer's `remember` answers, i.e. which bags of entries its queries
-read. A stack knows no vocabulary: residual stream in, residual stream out.
+Training (repeats scanned or unrolled), prefill and decoding steps run the same layers. They differ
+only in the function `remember`, which returns the bags of entries that the queries of a layer read.
+A stack maps a residual stream to a residual stream; it has no embedding or readout.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ from mukv.scaling.parameterization import Scaling
 
 @dataclass(frozen=True)
 class Stack:
-    """plan: stages of layers; what a layer leaves open is `attention` and `mlp`. first: number of
-    the first layer in the whole model. every: tokens that an entry stands for, at least. asked:
-    tokens that a query stands for, None for as many. prefix: of the names of dimensions, where a
-    model has stacks of several widths.
+    """Layers of one width. A stack over concepts counts concepts where its methods say tokens.
+
+    plan: stages of layers; `attention` and `mlp` are used by layers that name none
+    first: number of the first layer in the whole model
+    every: tokens per entry, a lower bound
+    asked: tokens per query, a lower bound; None for the value of `every`
+    prefix: prefix of the names of dimensions, in a model with stacks of several widths
     """
 
     d_model: int
@@ -55,12 +58,12 @@ class Stack:
 
     @cached_property
     def layers(self) -> tuple[ResolvedLayer, ...]:
-        """Every layer, in order."""
+        """All layers, in order."""
         layers = resolve(self.plan, self.attention, self.mlp)
         return tuple(replace(layer, attention=self._scaled(layer.attention)) for layer in layers)
 
     def _scaled(self, attention: AnyAttention) -> AnyAttention:
-        """With its logits as the parameterisation wants them at this width."""
+        """Multiply the scale of the logits by the parameterisation's factor for this width."""
         query = attention.logit_weight(self.d_model)
         factor = 1 if query is None else self.scaling.logit_factor(query.prefixed(self.prefix))
         if factor == 1:
@@ -69,19 +72,21 @@ class Stack:
 
     @cached_property
     def writers(self) -> tuple[ResolvedLayer, ...]:
-        """The layers that have a cache."""
+        """The layers that write entries and therefore have a cache."""
         return tuple(layer for layer in self.layers if layer.writes)
 
     @cached_property
     def bags(self) -> tuple[LayerBag, ...]:
-        """The stores of entries that the layers write, in the order of the cache's slots."""
+        """The stores of entries of all layers, in the order of the cache's slots."""
         return tuple((layer, *bag) for layer in self.writers for bag in layer.bags.items())
 
     # Weights
 
     def params(self) -> dict[str, Any]:
-        """All weights; those of a stage's slot are stacked over its repeats, slots are named by
-        their place ("stage0.slot1")."""
+        """Declare all weights, stacked over the repeats of each stage.
+
+        They are named by stage and place in the pattern, such as "stage0.slot1".
+        """
 
         def declared(layer: ResolvedLayer, repeats: int) -> dict[str, Any]:
             own = layer_params(layer, self.norm, self.residual, self.d_model)
@@ -97,7 +102,7 @@ class Stack:
         }
 
     def unstack(self, weights: Weights) -> list[Any]:
-        """The same weights, one entry per layer."""
+        """Return the weights with one entry per layer."""
         return [
             jax.tree.map(
                 lambda leaf, repeat=layer.repeat: leaf[repeat],
@@ -116,11 +121,16 @@ class Stack:
         segment: Int[Array, "batch token"] | None,
         compute: Compute,
     ) -> tuple[Residual, Auxiliary]:
-        """The residual stream after the last layer, and what the layers report: penalties summed,
-        other numbers averaged over the layers that report them.
+        """Run whole rows through all layers.
 
-        weights: stacked. position: place in the document. segment: number of the document from 1,
-        0 or less for padding; tokens see only their own (None: one per row).
+        weights: stacked over repeats
+        x: residual stream before the first layer
+        position: place of each token in its document, from 0
+        segment: number of each token's document, from 1, and 0 or less for padding; tokens attend
+            within their document only; one document per row if None
+
+        Returns the residual stream after the last layer, and the auxiliary numbers over all layers
+        (see `over_layers`).
         """
 
         def remember(
@@ -174,6 +184,7 @@ class Stack:
         held: dict[int, LayerMemory] | None = None,
         added: Int[Array, " batch"] | None = None,
     ) -> Pass:
+        """Make a pass with the settings of this stack."""
         shared = (self.layers, self.norm, self.residual, self.d_model, self.first)
         given = (compute, position, segment, remember, aligned)
         return Pass(*shared, *given, held or {}, added)
@@ -190,8 +201,14 @@ class Stack:
         policy: Policy = FULL,
         centres: Calibrated | None = None,
     ) -> Cache:
-        """Room for `length` entries a row in the bodies and `tail` behind them. by_row: rows go on
-        at steps of their own. policy: of stores without a window, `centres` its calibrated ones."""
+        """Allocate an empty cache.
+
+        length: capacity of the bodies, in tokens per row
+        tail: capacity of the tails, in tokens per row
+        by_row: whether the number of tokens in the tail differs between rows
+        policy: cache policy of stores without a window
+        centres: calibrated cluster centres by layer, for policies that use them
+        """
         whole = [(layer.index, name) for layer in self.writers for name in layer.whole]
 
         def slot(layer: ResolvedLayer, name: str, bag: EntryStore) -> Slot:
@@ -233,7 +250,7 @@ class Stack:
             names = sorted({name for layer in self.layers for name in layer.attention.stores()})
             allowed = (
                 f"full: each layer has a window or a state ({', '.join(names)}), which drops "
-                "entries by itself"
+                "entries in any case"
             )
             raise BadInput("policy", str(policy), allowed)
         for layer in whole:
@@ -248,11 +265,13 @@ class Stack:
         fresh: bool,
         compute: Compute,
     ) -> tuple[Residual, Cache]:
-        """Read the first `count` entries of each row at once: the stream after the last layer, and
-        the cache.
+        """Read the first `count` tokens of each row in one pass.
 
-        weights: one entry per layer. The tail must be empty. fresh: the cache is known to be
-        empty, so that only the new entries are read.
+        weights: one entry per layer
+        cache: cache with an empty tail
+        fresh: whether the cache is empty, so that only the new tokens need to be read
+
+        Returns the residual stream after the last layer, and the updated cache.
         """
         position = cache.length[:, None] + jnp.arange(x.shape[1])[None]
 
@@ -275,7 +294,7 @@ class Stack:
                 parts.append(bag.entries(new, position))
             return tuple(parts), LayerMemory(slots, _states(layer, written))
 
-        # Nothing is differentiated, and what a layer leaves in the cache must leave its checkpoint.
+        # Nothing is differentiated, and entries computed inside jax.checkpoint could not leave it.
         compute = replace(compute, rematerialise=False)
         own = (self.bags, self.writers, cache)
         held = (memories(*own), count)
@@ -291,10 +310,13 @@ class Stack:
         compute: Compute,
         which: Bool[Array, " batch"] | None = None,
     ) -> tuple[Residual, Cache]:
-        """Read one entry per row: the stream after the last layer, and the cache, one entry fuller.
+        """Read one token per row.
 
-        weights: one entry per layer. which: rows whose entry stays, in a cache that goes on by
-        row; None for all. The bodies come back as they are: leave them out of a loop's carry.
+        weights: one entry per layer
+        which: rows whose token is kept, in a cache made with `by_row`; None for all rows
+
+        Returns the residual stream after the last layer, and the updated cache. The bodies are
+        returned unchanged: leave them out of a loop's carry.
         """
         position = cache.position()[:, None]
         more = 1 if which is None else which.astype(jnp.int32)
@@ -325,7 +347,7 @@ class Stack:
         return x, replace(joined(*own, run.memories), filled=cache.filled + more)
 
     def fold(self, weights: Sequence[Any], cache: Cache) -> Cache:
-        """Move the tails into the bodies. weights: one entry per layer."""
+        """Move the entries of the tails to the bodies. weights: one entry per layer."""
         added = jnp.broadcast_to(cache.filled, cache.length.shape)
 
         def folded(layer: ResolvedLayer, slot: Slot) -> Slot:
@@ -349,6 +371,6 @@ def _states(layer: ResolvedLayer, written: Written) -> dict[str, Any]:
 
 
 def _by_head(query: Queries) -> Float[Array, "batch heads query query_dim"]:
-    """Queries as a tail keeps them."""
+    """Join KV heads and groups to the axis of heads, as tails store queries."""
     batch, kv_heads, group, length, width = query.shape
     return query.reshape(batch, kv_heads * group, length, width)

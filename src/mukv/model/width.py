@@ -1,7 +1,8 @@
-"""The same model, wider: every size that goes with d_model by one ratio.
+"""Widening of a model: every size that scales with d_model is multiplied by one ratio.
 
-Heads become more, not larger, and groups of query heads keep their size; a single KV head that
-all share stays single. The narrow model's sizes become the base of the wide one's scaling.
+The number of heads grows, not their width; the number of query heads per KV head is kept, and a
+single KV head stays single. The sizes of the narrow model become the base of the wide model's
+scaling.
 """
 
 from __future__ import annotations
@@ -19,24 +20,27 @@ Model = TypeVar("Model", bound=LanguageModel)
 
 
 def widened(model: Model, d_model: int) -> Model:
-    """Raises BadInput where a size would be no whole number."""
+    """Return the model with width d_model and all sizes in `grows` scaled alike.
+
+    Raises BadInput if a size would not be an integer.
+    """
     ratio = Fraction(d_model, model.d_model)
 
-    def times(field: str, size: int) -> int:
-        wide = size * ratio
-        if wide.denominator != 1:
+    def scaled_size(field: str, size: int) -> int:
+        scaled = size * ratio
+        if scaled.denominator != 1:
             raise BadInput(
                 "widths",
                 d_model,
-                f"{field} would be {float(wide):g}: needs a multiple of "
+                f"{field} would be {float(scaled):g}: needs a multiple of "
                 f"{model.d_model // math.gcd(model.d_model, size)}",
             )
-        return int(wide)
+        return int(scaled)
 
-    def wider(part: Any) -> Any:
-        """A model or a part of one: what it names in `grows`, and what is inside."""
+    def widen_part(part: Any) -> Any:
+        """Scale the fields in `grows` of a model or a part, and those of the parts inside."""
         if isinstance(part, tuple):
-            return tuple(map(wider, part))
+            return tuple(map(widen_part, part))
         if not is_dataclass(part) or isinstance(part, type):
             return part
         grows = getattr(part, "grows", ())
@@ -44,10 +48,10 @@ def widened(model: Model, d_model: int) -> Model:
         for field in fields(part):
             value = getattr(part, field.name)
             if field.name not in grows:
-                changes[field.name] = wider(value)
+                changes[field.name] = widen_part(value)
             elif value is not None and not (field.name == "kv_heads" and value == 1):
-                changes[field.name] = times(field.name, value)
+                changes[field.name] = scaled_size(field.name, value)
         return replace(part, **changes)
 
     base = model.scaling.base or sizes(model.params())
-    return wider(replace(model, scaling=replace(model.scaling, base=base)))
+    return widen_part(replace(model, scaling=replace(model.scaling, base=base)))

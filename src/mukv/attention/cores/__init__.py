@@ -1,5 +1,7 @@
-"""Attention cores, the fastest first, and the one place that chooses. To add one: a file with a
-class, a line here."""
+"""Attention cores, the fastest first, and the function that chooses one.
+
+To add a core, write a file with a class and add a line to CORES.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,16 @@ from mukv.attention.cores.plain import Plain, weighed
 from mukv.core.compute import Compute
 
 CORES: dict[str, type[Core]] = {"fused": Chunked, "plain": Plain}
-"""By the name that `mukv describe` prints."""
+"""Cores by the name that `mukv describe` prints, in order of preference."""
 
 
 class CoreChoice(NamedTuple):
-    """The core that is taken. refused: by name, why each faster one is not."""
+    """The chosen core.
+
+    name: its key in CORES
+    core: the core, with the settings applied
+    refused: why each faster core was not chosen, by name
+    """
 
     name: str
     core: Core
@@ -23,14 +30,14 @@ class CoreChoice(NamedTuple):
 
 
 def choose(demand: Demand, compute: Compute) -> CoreChoice:
-    """The first core of the table that supports what is asked."""
+    """Return the first core of CORES that supports these demands."""
     refused: dict[str, str] = {}
     for name, core in CORES.items():
         reason = core.supports(demand, compute)
         if reason is None:
             return CoreChoice(name, core.made(compute), refused)
         refused[name] = reason
-    raise AssertionError(f"the plain core supports everything, but: {refused}")
+    raise AssertionError(f"the plain core must support every demand: {refused}")
 
 
 __all__ = [

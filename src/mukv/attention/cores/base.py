@@ -1,7 +1,7 @@
-"""What an attention core takes and answers: softmax(query . key) value over bags of entries.
+"""The interface of attention cores: softmax(query . key) value over bags of entries.
 
-All cores compute the same function; they differ in what they hold in memory and in what they
-support. Bags stand in the order of their positions. A query that sees nothing yields zeros.
+All cores compute the same function; they differ in memory use and in what they support. Bags are
+given in the order of their positions. The output of a query that sees no entry is zero.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ Out = Float[Array, "batch kv_heads group query width"]
 
 
 class Shown(NamedTuple):
-    """Positions of some keys, and which of some queries see them. ordered: keys stand in the order
-    of their positions."""
+    """Positions and visibility of some keys, for some queries.
+
+    position: position of each key
+    visible: whether each query sees each key
+    ordered: whether keys lie in the order of their positions
+    """
 
     position: Int[Array, "batch #kv_heads key"]
     visible: Bool[Array, "batch #kv_heads query key"]
@@ -33,26 +37,29 @@ class Shown(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One bag of entries: its keys and values, where they stand, and its own mask."""
+    """One bag: its keys and values, its entries (for positions and validity), and its mask."""
 
     recalled: Recalled
     entries: Entries
     mask: Mask
 
     def shown(self, position: Int[Array, "batch query"]) -> Shown:
-        """position: of the queries."""
+        """Return positions and visibility of all keys of the bag. position: of the queries."""
         visible = self.mask.visible(position, self.entries)
         return Shown(self.entries.position, visible, self.entries.ordered)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The way from products to logits.
+    """What turns products of queries and keys into logits.
 
-    query: scaled, as positions see it; None where they add nothing. weights: those of the
-    position encoding. sinks: a logit per head that takes its share of the softmax and gives
-    nothing (gpt-oss); None for none. softcap: logits stay within +-softcap, by tanh, before
-    positions add to them (Gemma 2).
+    query: scaled queries, as the position encoding reads them; None where it adds no bias
+    query_position: position of each query in its document
+    weights: weights of the position encoding
+    sinks: logit per head that takes part in the softmax and has no value (gpt-oss); None for none
+    position: position encoding
+    scale: factor that the queries were multiplied with
+    softcap: bound of the logits by tanh, before the position bias is added (Gemma 2); None for none
     """
 
     query: Float[Array, "batch kv_heads group query query_dim"] | None
@@ -64,16 +71,18 @@ class Scores:
     softcap: float | None
 
     def logits(self, products: Logits, shown: Shown) -> Logits:
-        """Logits of all keys at once."""
+        """Compute the logits of all keys: softcap, then the position bias."""
         if not self.position.biases:
             return self._capped(products)
         return self.position.bias(self.weights, self._capped(products), self._pairs(shown))
 
     def block(self, products: Logits, shown: Shown, after: Array) -> tuple[Logits, Array]:
-        """Logits of a block of keys, for a core that goes through the blocks right to left.
+        """Compute the logits of one block of keys, for cores that visit blocks from right to left.
 
-        after: what the blocks to the right have left to know, [batch kv_heads group query] zeros
-        at first; the second result is what this block and they leave.
+        after: carry from the blocks to the right, zeros for the rightmost one; see
+            `Position.bias_block`
+
+        Returns the logits and the carry for the next block to the left.
         """
         pairs = self._pairs(shown)
         return self.position.bias_block(self.weights, self._capped(products), pairs, after)
@@ -97,10 +106,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a core is asked to do, known before any array exists.
+    """What is required of a core, known before any array exists.
 
-    queries: per row. position: the encoding. ordered: whether the entries of every bag stand in
-    the order of their positions. shows: why all logits are needed at once; None if they are not.
+    queries: number of queries per row
+    position: position encoding
+    ordered: whether the entries of every bag lie in the order of their positions
+    shows: why the logits of all pairs are needed at once; None if they are not
     """
 
     queries: int
@@ -111,23 +122,23 @@ class Demand:
 
 @dataclass(frozen=True)
 class Core:
-    """The contract."""
+    """Base class of attention cores."""
 
     @classmethod
     def made(cls, compute: Compute) -> Core:
-        """The core as these settings ask for it."""
+        """Return the core with the settings that concern it."""
         return cls()
 
     @classmethod
     def supports(cls, demand: Demand, compute: Compute) -> str | None:
-        """Why it can't do this; None if it can."""
+        """Return why the core can't meet these demands; None if it can."""
         raise NotImplementedError
 
     def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
-        """One softmax over all parts, in the type of the query."""
+        """Attend to all parts in one softmax; the result has the type of the query."""
         raise NotImplementedError
 
 
 def finite(top: Array) -> Array:
-    """The largest logit, or 0 where nothing is visible."""
+    """Replace a maximum of -inf, that of a query which sees no key, by 0."""
     return jnp.where(jnp.isfinite(top), top, 0.0)

@@ -1,10 +1,10 @@
-"""Attention by blocks of queries and keys, with an online softmax (Dao et al. 2022).
+"""Attention by blocks of queries and keys with an online softmax (FlashAttention, Dao et al. 2022).
 
-No token x token tensor exists, forward or backward. A loop goes through the pairs (chunk of
-queries, block of keys) in which some query may see some key, and holds the logits of one pair.
-The forward pass keeps the result and the logarithm of each softmax's sum; the backward pass
-computes the weights of each pair again from these. All bags of entries share one softmax: the
-running (maximum, sum, mixture) of each query goes on from bag to bag.
+No token x token tensor exists in the forward or the backward pass. A loop visits the pairs (chunk
+of queries, block of keys) in which some query may see some key, and holds the logits of one pair.
+The forward pass saves the output and the log-sum-exp of each query; the backward pass recomputes
+the weights of each pair from these. All bags of entries share one softmax: the running maximum, sum
+and mixture of each query are carried from bag to bag.
 
 The number of operations in the program does not depend on the number of tokens.
 """
@@ -32,8 +32,11 @@ from mukv.position import AnyPosition
 
 @dataclass(frozen=True)
 class Chunked(Core):
-    """chunk: queries and keys that are taken at once; None for `chunk_size`. operands: type that
-    queries, keys and values are rounded to, that of products with weights; None to leave them.
+    """Core that visits blocks of queries and keys with an online softmax.
+
+    chunk: size of a chunk of queries and of a block of keys; None for `chunk_size`
+    operands: type that queries, keys and values are rounded to, as operands of products with
+        weights are; None to keep their types
     """
 
     chunk: int | None = None
@@ -50,7 +53,7 @@ class Chunked(Core):
         if demand.shows is not None:
             return f"all logits are needed: {demand.shows}"
         if demand.queries == 1:
-            return "one query: its logits are no more than its entries"
+            return "one query: its logits need little memory"
         if demand.position.sequential and not demand.ordered:
             return f"{demand.position.kind} needs entries in the order of their positions"
         return None
@@ -67,7 +70,7 @@ class Chunked(Core):
             rows if part.mask.aligned else Cut.of(part.entries.position.shape[-1], self.chunk)
             for part in parts
         )
-        moving = _Moving(
+        inputs = _Differentiable(
             tuple(rows.padded(piece, 3) for piece in query),
             tuple(
                 jax.tree.map(partial(cut.padded, axis=2), one)
@@ -77,11 +80,13 @@ class Chunked(Core):
             scores.weights,
             scores.sinks,
         )
-        fixed = _Fixed(
+        constants = _Constant(
             rows.padded(scores.query_position, 1),
             tuple(Places.of(part, rows, cut) for part, cut in zip(parts, keys, strict=True)),
         )
-        (moved, moving_tree), (placed, fixed_tree) = map(jax.tree.flatten, (moving, fixed))
+        (input_leaves, input_tree), (constant_leaves, constant_tree) = map(
+            jax.tree.flatten, (inputs, constants)
+        )
         loops = _Loops(
             rows,
             keys,
@@ -89,25 +94,25 @@ class Chunked(Core):
             scores.position,
             scores.scale,
             scores.softcap,
-            moving_tree,
-            fixed_tree,
+            input_tree,
+            constant_tree,
         )
-        out: Array = _attend(loops, moved, placed)
+        out: Array = _attend(loops, input_leaves, constant_leaves)
         return out[:, :, :, :length].astype(kind)
 
 
-class _Moving(NamedTuple):
-    """What gets a gradient. asked: queries as a bias sees them; None where nothing is biased."""
+class _Differentiable(NamedTuple):
+    """Arrays that get a gradient. bias_query: queries for the position bias; None without bias."""
 
     query: Any
     recalled: Any
-    asked: Any
+    bias_query: Any
     weights: Any
     sinks: Any
 
 
-class _Fixed(NamedTuple):
-    """What gets no gradient: positions of queries, and of each bag."""
+class _Constant(NamedTuple):
+    """Arrays that get no gradient: positions of the queries, and of the entries of each bag."""
 
     position: Any
     places: tuple[Places, ...]
@@ -115,8 +120,15 @@ class _Fixed(NamedTuple):
 
 @dataclass(frozen=True)
 class _Loops:
-    """The two passes over all pairs of pieces. masks: of each bag its window, whether it is
-    aligned with the queries, and whether it is ordered. Trees: of `_Moving` and `_Fixed`."""
+    """The forward and the backward pass over all pairs of a chunk and a block.
+
+    rows: division of the queries into chunks
+    keys: division of each bag into blocks
+    masks: for each bag its window, whether it is aligned with the queries, and whether it is
+        ordered
+    position, scale, softcap: as in `Scores`
+    input_tree, constant_tree: structure of `_Differentiable` and of `_Constant`
+    """
 
     rows: Cut
     keys: tuple[Cut, ...]
@@ -124,94 +136,113 @@ class _Loops:
     position: AnyPosition
     scale: float
     softcap: float | None
-    moving_tree: Any
-    fixed_tree: Any
+    input_tree: Any
+    constant_tree: Any
 
-    def forward(self, moving: _Moving, fixed: _Fixed) -> tuple[Array, Array]:
-        """What was read, and the logarithm of the sum, [batch kv_heads group query]; float32."""
-        shape, width = moving.query[0].shape[:-1], moving.recalled[0].width
-        if moving.sinks is None:
+    def forward(self, inputs: _Differentiable, constants: _Constant) -> tuple[Array, Array]:
+        """Return the output and the log-sum-exp [batch kv_heads group query]; float32."""
+        shape, width = inputs.query[0].shape[:-1], inputs.recalled[0].width
+        if inputs.sinks is None:
             top, total = jnp.full(shape, -jnp.inf), jnp.zeros(shape)
         else:
-            sinks = moving.sinks.astype(jnp.float32)[..., None]
+            sinks = inputs.sinks.astype(jnp.float32)[..., None]
             top, total = jnp.broadcast_to(sinks, shape), jnp.ones(shape)
-        after = jnp.zeros(shape) if self.position.sequential else None
-        state = (top, total, jnp.zeros((*shape, width)), after)
+        carry = jnp.zeros(shape) if self.position.sequential else None
+        state = (top, total, jnp.zeros((*shape, width)), carry)
         for bag in reversed(range(len(self.keys))):
-            state = self._each(bag, fixed, partial(self._absorb, bag, moving, fixed), state)
+            state = self._loop(
+                bag, constants, partial(self._accumulate, bag, inputs, constants), state
+            )
         top, total, out, _ = state
         safe = jnp.where(total > 0, total, 1.0)
         return out / safe[..., None], finite(top) + jnp.log(safe)
 
-    def _absorb(
-        self, bag: int, moving: _Moving, fixed: _Fixed, state: Any, i: Array, j: Array, _: Array
+    def _accumulate(
+        self,
+        bag: int,
+        inputs: _Differentiable,
+        constants: _Constant,
+        state: Any,
+        i: Array,
+        j: Array,
+        _: Array,
     ) -> Any:
-        """Add block j of the bag to the softmax of chunk i."""
+        """Add block j of the bag to the online softmax of chunk i."""
         rows = self.rows
-        top, total, out, after = jax.tree.map(lambda x: rows.take(x, i, 3), state)
-        recalled = self._block(bag, moving, j)
-        masked, after = self._logits(bag, *self._chunk(moving, i), recalled, after, fixed, i, j)
+        top, total, out, carry = jax.tree.map(lambda x: rows.take(x, i, 3), state)
+        recalled = self._block(bag, inputs, j)
+        masked, carry = self._logits(bag, *self._chunk(inputs, i), recalled, carry, constants, i, j)
         higher = jnp.maximum(top, jnp.max(masked, axis=-1))
         safe = finite(higher)
         weights, shrink = jnp.exp(masked - safe[..., None]), jnp.exp(top - safe)
         total = total * shrink + jnp.sum(weights, axis=-1)
         out = out * shrink[..., None] + recalled.mixture(weights)
-        new = (higher, total, out, after)
+        new = (higher, total, out, carry)
         return jax.tree.map(lambda x, piece: rows.put(x, piece, i, 3), state, new)
 
     def backward(
-        self, moving: _Moving, fixed: _Fixed, out: Array, norm: Array, gradient: Array
-    ) -> _Moving:
-        """Gradients of `moving`, float32. out, norm: as `forward` gave them.
+        self,
+        inputs: _Differentiable,
+        constants: _Constant,
+        out: Array,
+        norm: Array,
+        gradient: Array,
+    ) -> _Differentiable:
+        """Return the gradients of `inputs`, float32. out, norm: results of `forward`.
 
-        With the sum's logarithm L held fixed, out = sum of exp(logit - L) value and the weights
-        add up to 1; a change of L takes `share` = gradient . out from each weight's gradient.
+        For fixed L = log-sum-exp, out = sum of exp(logit - L) value. Since the weights exp(logit -
+        L) sum to one, the dependence of L on the logits subtracts gradient . out (`share`) from the
+        gradient of each weight.
         """
         share = jnp.sum(gradient * out, axis=-1)
         known = (gradient, -share, norm)
-        wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), moving)
-        passed = jnp.zeros(share.shape) if self.position.sequential else None
-        afters = (
-            self._afters(moving, fixed) if self.position.sequential else [None] * len(self.keys)
+        wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), inputs)
+        carry_gradient = jnp.zeros(share.shape) if self.position.sequential else None
+        carries = (
+            self._saved_carries(inputs, constants)
+            if self.position.sequential
+            else [None] * len(self.keys)
         )
-        state = (wide, passed)
+        state = (wide, carry_gradient)
         for bag in range(len(self.keys)):
-            step = partial(self._return, bag, moving, fixed, known, afters[bag])
-            state = self._each(bag, fixed, step, state, reverse=True)
+            step = partial(self._accumulate_gradients, bag, inputs, constants, known, carries[bag])
+            state = self._loop(bag, constants, step, state, reverse=True)
         found = state[0]
-        if moving.sinks is not None:
-            sinks = with_rank(moving.sinks.astype(jnp.float32)[..., None], norm.ndim)
+        if inputs.sinks is not None:
+            sinks = with_rank(inputs.sinks.astype(jnp.float32)[..., None], norm.ndim)
             weight = jnp.exp(sinks - norm)
             found = found._replace(sinks=-jnp.sum(weight * share, axis=(0, 3)))
         return found
 
-    def _return(
+    def _accumulate_gradients(
         self,
         bag: int,
-        moving: _Moving,
-        fixed: _Fixed,
+        inputs: _Differentiable,
+        constants: _Constant,
         known: Any,
-        afters: Any,
+        carries: Any,
         state: Any,
         i: Array,
         j: Array,
         number: Array,
     ) -> Any:
-        """Add what block j of the bag and chunk i give to the gradients."""
-        found, passed = state
+        """Add the contributions of chunk i and block j of the bag to the gradients."""
+        found, carry_gradient = state
         rows, keys = self.rows, self.keys[bag]
         gradient, share, norm = (rows.take(x, i, 3) for x in known)
-        after = None if afters is None else afters[number]
+        carry = None if carries is None else carries[number]
 
-        def mixed(query: Any, asked: Any, weights: Any, recalled: Any, after: Any) -> Any:
-            masked, after = self._logits(bag, query, asked, weights, recalled, after, fixed, i, j)
+        def mixed(query: Any, bias_query: Any, weights: Any, recalled: Any, carry: Any) -> Any:
+            masked, carry = self._logits(
+                bag, query, bias_query, weights, recalled, carry, constants, i, j
+            )
             weight = jnp.exp(masked - norm[..., None])
-            return recalled.mixture(weight), jnp.sum(weight, axis=-1), after
+            return recalled.mixture(weight), jnp.sum(weight, axis=-1), carry
 
-        block = self._block(bag, moving, j)
-        _, pull = jax.vjp(mixed, *self._chunk(moving, i), block, after)
-        left = None if passed is None else rows.take(passed, i, 3)
-        query, asked, weights, recalled, after = pull((gradient, share, left))
+        block = self._block(bag, inputs, j)
+        _, pull = jax.vjp(mixed, *self._chunk(inputs, i), block, carry)
+        left = None if carry_gradient is None else rows.take(carry_gradient, i, 3)
+        query, bias_query, weights, recalled, carry = pull((gradient, share, left))
 
         def add(cut: Cut, axis: int, whole: Any, piece: Any) -> Any:
             def one(x: Array, y: Array) -> Array:
@@ -224,89 +255,100 @@ class _Loops:
         found = found._replace(
             query=add(rows, 3, found.query, query),
             recalled=tuple(bags),
-            asked=add(rows, 3, found.asked, asked),
+            bias_query=add(rows, 3, found.bias_query, bias_query),
             weights=jax.tree.map(jnp.add, found.weights, weights),
         )
-        return found, None if passed is None else rows.put(passed, after, i, 3)
+        return found, None if carry_gradient is None else rows.put(carry_gradient, carry, i, 3)
 
-    def _afters(self, moving: _Moving, fixed: _Fixed) -> list[Array]:
-        """What the blocks to the right left to know, for each pair of each bag:
-        [pair batch kv_heads group query]."""
-        shape = (*moving.query[0].shape[:3], self.rows.size)
-        after = jnp.zeros((*shape[:3], self.rows.size * self.rows.number))
+    def _saved_carries(self, inputs: _Differentiable, constants: _Constant) -> list[Array]:
+        """Return the carry that each pair of each bag receives from the blocks to its right.
+
+        The carries of a bag are [pair batch kv_heads group query].
+        """
+        shape = (*inputs.query[0].shape[:3], self.rows.size)
+        carry = jnp.zeros((*shape[:3], self.rows.size * self.rows.number))
         found: list[Array] = []
 
         def step(bag: int, state: Any, i: Array, j: Array, number: Array) -> Any:
-            after, kept = state
-            own = self.rows.take(after, i, 3)
-            block = self._block(bag, moving, j)
-            _, left = self._logits(bag, *self._chunk(moving, i), block, own, fixed, i, j)
-            return self.rows.put(after, left, i, 3), kept.at[number].set(own)
+            carry, kept = state
+            own = self.rows.take(carry, i, 3)
+            block = self._block(bag, inputs, j)
+            _, left = self._logits(bag, *self._chunk(inputs, i), block, own, constants, i, j)
+            return self.rows.put(carry, left, i, 3), kept.at[number].set(own)
 
         for bag in reversed(range(len(self.keys))):
-            kept = jnp.zeros((len(self._pairs(bag, fixed)[0]), *shape))
-            after, kept = self._each(bag, fixed, partial(step, bag), (after, kept))
+            kept = jnp.zeros((len(self._pairs(bag, constants)[0]), *shape))
+            carry, kept = self._loop(bag, constants, partial(step, bag), (carry, kept))
             found.insert(0, kept)
         return found
 
-    def _chunk(self, moving: _Moving, i: Array) -> tuple[Any, Any, Any]:
-        """Chunk i of the queries, twice, and the weights of the position encoding."""
-        query, asked = jax.tree.map(lambda x: self.rows.take(x, i, 3), (moving.query, moving.asked))
-        return query, asked, moving.weights
+    def _chunk(self, inputs: _Differentiable, i: Array) -> tuple[Any, Any, Any]:
+        """Return chunk i of the queries and bias queries, and the position encoding's weights."""
+        query, bias_query = jax.tree.map(
+            lambda x: self.rows.take(x, i, 3), (inputs.query, inputs.bias_query)
+        )
+        return query, bias_query, inputs.weights
 
-    def _block(self, bag: int, moving: _Moving, j: Array) -> Any:
-        """Block j of a bag."""
-        return jax.tree.map(lambda x: self.keys[bag].take(x, j, 2), moving.recalled[bag])
+    def _block(self, bag: int, inputs: _Differentiable, j: Array) -> Any:
+        """Return block j of the keys and values of a bag."""
+        return jax.tree.map(lambda x: self.keys[bag].take(x, j, 2), inputs.recalled[bag])
 
     def _logits(
         self,
         bag: int,
         query: Any,
-        asked: Any,
+        bias_query: Any,
         weights: Any,
         recalled: Any,
-        after: Any,
-        fixed: _Fixed,
+        carry: Any,
+        constants: _Constant,
         i: Array,
         j: Array,
     ) -> tuple[Array, Any]:
-        """Logits of a pair, -inf where nothing is visible; and what the block leaves to know."""
+        """Return the logits of a pair, -inf for invisible keys, and the carry for the next
+        block.
+        """
         rows, keys, (window, _, ordered) = self.rows, self.keys[bag], self.masks[bag]
-        places, position = fixed.places[bag], rows.take(fixed.position, i, 1)
+        places, position = constants.places[bag], rows.take(constants.position, i, 1)
         here = (places.position, places.valid, places.segment)
         entries = Entries({}, *(keys.take(x, j, 2) for x in here), ordered=ordered)
         asking = rows.take(places.asking, i, 1)
         visible = Mask(asking, window).visible(position, entries)
         shown = Shown(entries.position, visible, ordered)
-        scores = Scores(asked, position, weights, None, self.position, self.scale, self.softcap)
+        scores = Scores(
+            bias_query, position, weights, None, self.position, self.scale, self.softcap
+        )
         products = recalled.products(query)
         if self.position.sequential:
-            logits, after = scores.block(products, shown, after)
+            logits, carry = scores.block(products, shown, carry)
         else:
             logits = scores.logits(products, shown)
-        return jnp.where(visible[:, :, None], logits, -jnp.inf), after
+        return jnp.where(visible[:, :, None], logits, -jnp.inf), carry
 
-    def _pairs(self, bag: int, fixed: _Fixed) -> tuple[Any, Any]:
+    def _pairs(self, bag: int, constants: _Constant) -> tuple[Any, Any]:
+        """Return the chunk and block of each pair with a visible key, and the number of pairs."""
         window, aligned, _ = self.masks[bag]
         if aligned:
             return aligned_pairs(self.rows, self.keys[bag], window)
-        return pairs(self.rows, self.keys[bag], window, fixed.position, fixed.places[bag])
+        return pairs(self.rows, self.keys[bag], window, constants.position, constants.places[bag])
 
-    def _each(
+    def _loop(
         self,
         bag: int,
-        fixed: _Fixed,
+        constants: _Constant,
         step: Callable[..., Any],
         state: Any,
         reverse: bool = False,
     ) -> Any:
-        """step(state, chunk, block, number of the pair) for all pairs of a bag: chunk by chunk,
-        blocks right to left, or all in reverse."""
-        found, count = self._pairs(bag, fixed)
+        """Fold step(state, chunk, block, number of the pair) over all pairs of a bag.
+
+        Pairs are visited chunk by chunk with blocks from right to left, or in the reverse order.
+        """
+        found, count = self._pairs(bag, constants)
         found = jnp.asarray(found)
 
         def body(number: Any, state: Any) -> Any:
-            number = jnp.asarray(number)  # a Python number where nothing is compiled
+            number = jnp.asarray(number)  # a Python integer under jax.disable_jit
             number = count - 1 - number if reverse else number
             return step(state, found[number, 0], found[number, 1], number)
 
@@ -314,21 +356,23 @@ class _Loops:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(loops: _Loops, moving: list[Array], fixed: list[Array]) -> Array:
-    return _attend_forward(loops, moving, fixed)[0]
+def _attend(loops: _Loops, inputs: list[Array], constants: list[Array]) -> Array:
+    return _attend_forward(loops, inputs, constants)[0]
 
 
-def _attend_forward(loops: _Loops, moving: list[Array], fixed: list[Array]) -> tuple[Array, Any]:
-    arguments = loops.moving_tree.unflatten(moving), loops.fixed_tree.unflatten(fixed)
+def _attend_forward(
+    loops: _Loops, inputs: list[Array], constants: list[Array]
+) -> tuple[Array, Any]:
+    arguments = loops.input_tree.unflatten(inputs), loops.constant_tree.unflatten(constants)
     out, norm = loops.forward(*arguments)
-    return out, (moving, fixed, out, norm)
+    return out, (inputs, constants, out, norm)
 
 
 def _attend_backward(loops: _Loops, saved: Any, gradient: Array) -> tuple[list[Array], None]:
-    moving, fixed, out, norm = saved
-    arguments = loops.moving_tree.unflatten(moving), loops.fixed_tree.unflatten(fixed)
+    inputs, constants, out, norm = saved
+    arguments = loops.input_tree.unflatten(inputs), loops.constant_tree.unflatten(constants)
     found = jax.tree.leaves(loops.backward(*arguments, out, norm, gradient))
-    return [one.astype(x.dtype) for one, x in zip(found, moving, strict=True)], None
+    return [one.astype(x.dtype) for one, x in zip(found, inputs, strict=True)], None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -1,4 +1,4 @@
-"""Chunks of queries, blocks of keys, and which of their pairs hold something to be seen."""
+"""Chunks of queries, blocks of keys, and the pairs of them that contain a visible key."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mukv.core.typing import Array
 
 
 def chunk_size(length: int) -> int:
-    """Queries, and keys, that are taken at once: an eighth of them, 64 to 256."""
+    """Return the maximum size of a chunk or block: an eighth of the length, from 64 to 256."""
     return min(max(length // 8, 64), 256)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """An axis of `length`, padded to `number` pieces of `size`."""
+    """Division of an axis of `length` into `number` pieces of `size`, with padding at the end."""
 
     length: int
     size: int
@@ -28,7 +28,10 @@ class Cut:
 
     @classmethod
     def of(cls, length: int, size: int | None) -> Cut:
-        """size: of a piece; None for pieces of `chunk_size` at most, which pad the least."""
+        """Divide an axis of this length.
+
+        size: size of a piece; None for the sizes up to `chunk_size` that need the least padding
+        """
         if size is None:
             number = -(-length // chunk_size(length))
             return cls(length, -(-length // number), number)
@@ -37,34 +40,43 @@ class Cut:
 
     @property
     def padding(self) -> int:
+        """Number of padded elements."""
         return self.number * self.size - self.length
 
     def padded(self, array: Any, axis: int) -> Any:
-        """With zeros, or false, behind. It is an operation even where nothing is added, so that the
-        size of a program does not depend on what divides the length."""
+        """Pad an axis at the end with zeros or false.
+
+        The operation is emitted even if nothing is added, so that the number of operations in the
+        program does not depend on the length.
+        """
         if array is None:
             return None
         widths = [(0, self.padding if n == axis else 0, 0) for n in range(array.ndim)]
         return jax.lax.pad(array, jnp.zeros((), array.dtype), widths)
 
     def take(self, array: Any, index: Array, axis: int) -> Any:
-        """Piece number `index`."""
+        """Return piece number `index` along an axis."""
         if array is None:
             return None
         return jax.lax.dynamic_slice_in_dim(array, index * self.size, self.size, axis)
 
     def put(self, array: Array, piece: Array, index: Array, axis: int) -> Array:
-        """The array with another piece number `index`."""
+        """Return the array with piece number `index` replaced."""
         return jax.lax.dynamic_update_slice_in_dim(array, piece, index * self.size, axis)
 
     def add(self, array: Array, piece: Array, index: Array, axis: int) -> Array:
-        """The array with something added to piece number `index`."""
+        """Return the array with `piece` added to piece number `index`."""
         return self.put(array, self.take(array, index, axis) + piece, index, axis)
 
 
 class Places(NamedTuple):
-    """Where the entries of a bag stand: [batch #kv_heads key], and `asking` the documents of the
-    queries, [batch query]; None where there is nothing to tell."""
+    """Padded positions, validity and documents of a bag's entries, and documents of the queries.
+
+    position, valid, segment: of the entries, [batch #kv_heads key]
+    asking: number of the document of each query, [batch query]
+
+    A field is None if it restricts nothing.
+    """
 
     position: Any
     valid: Any
@@ -88,8 +100,10 @@ class Places(NamedTuple):
 
 
 def aligned_pairs(rows: Cut, keys: Cut, window: int | None) -> tuple[np.ndarray, int]:
-    """Chunk and block of each pair in which a query may see a key, [pair 2], and their number, for
-    entries that the queries wrote themselves. Chunk by chunk, blocks right to left."""
+    """List the pairs of a chunk and a block with a visible key, for entries that the queries wrote.
+
+    Returns their indices [pair 2], chunk by chunk with blocks from right to left, and their number.
+    """
     i, j = np.indices((rows.number, keys.number))
     seen = j * keys.size < (i + 1) * rows.size
     if window is not None:
@@ -101,8 +115,11 @@ def aligned_pairs(rows: Cut, keys: Cut, window: int | None) -> tuple[np.ndarray,
 def pairs(
     rows: Cut, keys: Cut, window: int | None, position: Array, places: Places
 ) -> tuple[Array, Array]:
-    """The same for any entries, found from positions and documents: [pair 2], of which only the
-    first ones count, and how many these are."""
+    """List the pairs of a chunk and a block with a visible key, for any entries.
+
+    They are found from positions, validity and documents. Returns [pair 2] as `aligned_pairs` does,
+    of which only the first ones are valid, and the number of these.
+    """
     seen = _reachable(rows, keys, window, position, places)
     flat = jnp.nonzero(seen[:, ::-1].reshape(-1), size=seen.size, fill_value=0)[0]
     i, j = flat // keys.number, keys.number - 1 - flat % keys.number
@@ -110,8 +127,11 @@ def pairs(
 
 
 def _reachable(rows: Cut, keys: Cut, window: int | None, position: Array, places: Places) -> Array:
-    """Whether a query of each chunk may see a key of each block, in any row: [chunk block]; true
-    wherever one does."""
+    """Return whether some query of each chunk may see some key of each block, [chunk block].
+
+    It compares extreme values, so it may be true for a pair without a visible key, but is never
+    false for one with.
+    """
     asks = position.reshape(len(position), 1, rows.number, 1, rows.size)
     stands = places.position.reshape(*places.position.shape[:2], 1, keys.number, keys.size)
     nearest = furthest = stands

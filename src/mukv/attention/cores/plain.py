@@ -1,4 +1,4 @@
-"""Attention with all logits in view, as single steps, policies and taps need them."""
+"""Attention that holds all logits in memory, for decoding steps, cache policies and taps."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from mukv.position.base import Logits
 
 @dataclass(frozen=True)
 class Plain(Core):
-    """Parts are never joined: a decode step reads a large body and a small tail without copying
-    either."""
+    """Core that computes all logits at once.
+
+    Keys and values of different parts are not concatenated, so that a decode step reads a large
+    body and a small tail without copying either.
+    """
 
     @classmethod
     def supports(cls, demand: Demand, compute: Compute) -> str | None:
         return None
 
     def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
-        # Division by the sum waits until the values are added up: the smaller of the two tensors.
+        # The sum divides the mixture, which is a smaller tensor than the weights.
         weights, total = weighed(query, parts, scores)
         if capturing():
             tap("weights", weights / total)
-            _show(query, parts)
+            _tap_inputs(query, parts)
         out, start = jnp.zeros((), jnp.float32), 0
         for part in parts:
             stop = start + part.entries.position.shape[-1]
@@ -43,12 +46,12 @@ class Plain(Core):
 def weighed(
     query: Query, parts: Sequence[Part], scores: Scores
 ) -> tuple[Logits, Float[Array, "batch kv_heads group query 1"]]:
-    """What each query gives to each key, and the sum to divide it by."""
+    """Compute unnormalised attention weights over the keys of all parts, and the sum per query."""
     products = jnp.concatenate([part.recalled.products(query) for part in parts], axis=-1)
     shown = [part.shown(scores.query_position) for part in parts]
     whole = Shown(
-        _end_to_end([one.position for one in shown]),
-        _end_to_end([one.visible for one in shown]),
+        _concatenated([one.position for one in shown]),
+        _concatenated([one.visible for one in shown]),
         all(one.ordered for one in shown),
     )
     logits = tap("logits", scores.logits(products, whole))
@@ -64,15 +67,15 @@ def weighed(
     return weights, jnp.where(total > 0, total, 1.0)
 
 
-def _end_to_end(arrays: Sequence[Array]) -> Array:
-    """Joined along keys; what is the same for all heads is repeated beside what is not."""
+def _concatenated(arrays: Sequence[Array]) -> Array:
+    """Concatenate along keys; arrays with one head are broadcast to the heads of the others."""
     heads = max(array.shape[1] for array in arrays)
-    alike = [jnp.broadcast_to(x, (len(x), heads, *x.shape[2:])) for x in arrays]
-    return jnp.concatenate(alike, axis=-1)
+    broadcast = [jnp.broadcast_to(x, (len(x), heads, *x.shape[2:])) for x in arrays]
+    return jnp.concatenate(broadcast, axis=-1)
 
 
-def _show(query: Query, parts: Sequence[Part]) -> None:
-    """Tap what was multiplied and mixed, whatever form the variant keeps it in."""
+def _tap_inputs(query: Query, parts: Sequence[Part]) -> None:
+    """Tap queries, keys and values in full, whatever form the variant stores them in."""
     heads = query[0].shape[1]
     tap("query", jnp.concatenate(query, axis=-1))
     keys, values = zip(*(part.recalled.dense(heads) for part in parts), strict=True)

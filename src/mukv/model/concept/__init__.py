@@ -1,4 +1,4 @@
-"""The concept model and its parts: chunkers, reductions, injections."""
+"""The concept model and its parts: chunkers, pooling and injections."""
 
 from mukv.model.concept.architecture import Concepts
 from mukv.model.concept.chunkers import CHUNKERS, Chunker, Delimiter, Fixed, Learned

@@ -1,4 +1,4 @@
-"""What a concept model is made of: its parts, their weights, and what they remember."""
+"""The parts of a concept model: configuration, stacks, weights and cache sizes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,18 @@ from mukv.model.plan import Layer, Stage
 from mukv.model.stack import Stack
 
 LOCAL = (Stage((Layer(window=64),)),)
+"""Default plan of the local layers: one layer with a window of 64 tokens."""
 
 
 @dataclass(frozen=True)
 class Concepts:
-    """The global layers. d_model, attention, mlp: None for those of the local ones. plan: stages of
-    layers."""
+    """Configuration of the global layers.
+
+    d_model: width of concepts; that of the local layers if None
+    attention: attention of the global layers; that of the model if None
+    mlp: feed-forward part of the global layers; that of the model if None
+    plan: stages of layers
+    """
 
     d_model: int | None = None
     attention: AnyAttention | None = None
@@ -52,13 +58,14 @@ class Concepts:
 
 @dataclass(frozen=True)
 class Architecture(LanguageModel):
-    """Local layers over tokens around global layers over concepts.
+    """Local layers over tokens before and after global layers over concepts, one vector per chunk.
 
-    encoder, decoder: local layers before and after, each with a window; may be empty
-    chunker: where chunks end
-    pool: how the tokens of a chunk become one vector
+    encoder: local layers before the global ones, each with a window; may be empty
+    chunker: rule by which chunks of tokens end
+    pool: reduction of the tokens of a chunk to one vector
     concepts: the global layers
-    injection: how later tokens read concepts
+    injection: how later tokens use concepts
+    decoder: local layers after the global ones, each with a window; may be empty
     """
 
     encoder: tuple[Stage, ...] = LOCAL
@@ -85,7 +92,7 @@ class Architecture(LanguageModel):
             raise BadInput(
                 "injection",
                 self.injection.kind,
-                f"residual or prefix: {self.reader.kind} remembers more than an entry per concept",
+                f"residual or prefix: attention {self.reader.kind} has several stores",
             )
         super().__post_init__()
 
@@ -96,20 +103,22 @@ class Architecture(LanguageModel):
 
     @property
     def width(self) -> int:
-        """Of concepts."""
+        """Width of concepts."""
         return self.concepts.d_model or self.d_model
 
     @property
     def reach(self) -> int:
-        """Tokens that a concept is made of, at most."""
+        """Maximum number of tokens that a concept is computed from."""
         return self.pool.reach(self.chunker.reach)
 
     @cached_property
     def before(self) -> Stack:
+        """The local layers before the global ones."""
         return self.stack_of(self.encoder)
 
     @cached_property
     def globally(self) -> Stack:
+        """The global layers."""
         return Stack(
             self.width,
             self.concepts.attention or self.attention,
@@ -123,7 +132,7 @@ class Architecture(LanguageModel):
 
     @cached_property
     def cross(self) -> Stack:
-        """What tokens read of concepts: a layer that only remembers, or none."""
+        """One layer whose entries tokens read by cross-attention; empty for other injections."""
         return Stack(
             self.width,
             *(self.attention, self.mlp, (Stage(),) if self.injection.remembers else ()),
@@ -135,6 +144,7 @@ class Architecture(LanguageModel):
 
     @cached_property
     def after(self) -> Stack:
+        """The local layers after the global ones."""
         return self.stack_of(self.decoder, self.cross.first + len(self.cross.layers))
 
     @cached_property
@@ -143,7 +153,7 @@ class Architecture(LanguageModel):
 
     @property
     def reader(self) -> AnyAttention:
-        """What tokens read concepts with."""
+        """Attention by which tokens read concepts."""
         return self.cross.layers[0].attention if self.cross.layers else self.attention
 
     # Weights
@@ -172,13 +182,16 @@ class Architecture(LanguageModel):
         return self.chunker.pace if part in ("pool", "concepts", "give") else 1
 
     def outer(self, weights: Weights, compute: Compute) -> dict[str, Any]:
-        """Weights that belong to no layer, as products take them."""
+        """Return the weights outside of all layers, gathered and rounded to the type of
+        operands.
+        """
         names = ("chunker", "pool", "give", "injection")
         declared = {name: tree for name, tree in self.body_params().items() if name in names}
         own = compute.working_copy(declared, {name: weights[name] for name in declared})
         return {"chunker": {}, "injection": {}, **gather(own, declared)}
 
     def joint(self, outer: Weights, layers: Any, compute: Compute) -> Joint:
+        """Collect what an injection needs. layers: weights of the decoder's layers."""
         parts = (self.after, layers, self.reader, self.norm, compute)
         return Joint(outer["give"], outer["injection"], *parts)
 
@@ -200,6 +213,7 @@ class Architecture(LanguageModel):
         return dtype.itemsize * (vectors + (self.reach - 1) * self.d_model) + 4
 
     def start(self, batch: int, dtype: jnp.dtype) -> ChunkState:
+        """Return the chunk state before the first token: zeros."""
         return ChunkState(
             mark=jnp.zeros((batch, self.chunker.mark_width(self.d_model)), dtype),
             recent=jnp.zeros((batch, self.reach - 1, self.d_model), dtype),

@@ -1,9 +1,9 @@
-"""Where a chunk of tokens ends and becomes a concept.
+"""Chunkers: rules by which a chunk of tokens ends and becomes a concept.
 
-A chunker says where chunks want to end; what it needs to know of the token before is its `mark`,
-so that rows and single steps ask the same question. `paced` then lets a document of n tokens have
-n // room concepts at most, wherever it stands: memory of static size is never overrun, a border
-that comes too early is refused and counted, and its chunk goes on.
+A chunker proposes the ends of chunks. All that it needs of the previous token is that token's
+`mark`, so that whole rows and single steps use one function. `paced` then limits the number of
+concepts to n // room after n tokens of a document, so that memory of static size suffices. A
+proposed end beyond this limit is refused and counted, and its chunk continues.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from mukv.core.table import Component, PartTable
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Tokens, Weights
 
 HUGE = 1 << 29
-"""More than any number of concepts."""
+"""A number larger than any number of concepts."""
 
 
 class Wish(NamedTuple):
-    """ends: where chunks want to end. chance: how sure of it, 0 to 1; None where it is a rule."""
+    """Proposed ends of chunks.
+
+    ends: whether the chunker proposes to end a chunk after this token
+    chance: probability of an end, 0 to 1; None for a fixed rule
+    """
 
     ends: Bool[Array, "batch token"]
     chance: Float[Array, "batch token"] | None = None
@@ -34,39 +38,45 @@ class Wish(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunker(Component):
-    """The contract; fields are the YAML keys. room: tokens for which there is one concept. span:
-    tokens of a chunk, from its end backwards, that a concept is made of."""
+    """Base class of chunkers; the fields are the YAML keys.
+
+    room: minimum number of tokens per concept, averaged from the start of the document
+    span: number of a chunk's last tokens that its concept is computed from
+    """
 
     sizes: ClassVar[tuple[str, ...]] = ()
+    """Fields that must be counts of at least 1."""
 
     def __post_init__(self) -> None:
         require_counts(self, *self.sizes, unit="token")
 
     @property
     def pace(self) -> int:
-        """Tokens for which there is one concept."""
+        """Minimum number of tokens per concept, averaged from the start of the document."""
         raise NotImplementedError
 
     @property
     def reach(self) -> int:
-        """Tokens of a chunk, from its end backwards, that a concept is made of."""
+        """Number of a chunk's last tokens that its concept is computed from."""
         raise NotImplementedError
 
     def burst(self, tokens: int) -> int:
-        """Chunks that may end within so many tokens, wherever in a document."""
+        """Return the maximum number of chunks that may end within this many consecutive tokens."""
         return tokens
 
     def check(self, vocab_size: int) -> None:
-        """Raise BadInput for what a vocabulary of this size lacks."""
+        """Raise BadInput for token ids that a vocabulary of this size lacks."""
 
     def params(self, d_model: int) -> dict[str, Param]:
+        """Declare the weights."""
         return {}
 
     def mark(self, weights: Weights, tokens: Tokens, x: Residual) -> Float[Array, "batch token _"]:
-        """What the token after each must know of it."""
+        """Return what `wish` needs to know of each token when it decides about the next one."""
         return jnp.zeros((*tokens.shape, 0), x.dtype)
 
     def mark_width(self, d_model: int) -> int:
+        """Return the width of a mark."""
         return 0
 
     def wish(
@@ -78,20 +88,31 @@ class Chunker(Component):
         first: Bool[Array, "batch token"],
         place: Int[Array, "batch token"],
     ) -> Wish:
-        """x: what the encoder says. mark, before: of each token and the one before it. first: of
-        its document. place: in its document, from 0."""
+        """Propose the ends of chunks.
+
+        x: output of the encoder for each token
+        mark, before: marks of each token and of the one before it
+        first: whether the token is the first one of its document
+        place: place of the token in its document, from 0
+        """
         raise NotImplementedError
 
     def penalty(
         self, ends: Bool[Array, "batch token"], wish: Wish
     ) -> Float[Array, " batch"] | None:
-        """Nats per token of each row that training minimises besides."""
+        """Return what training adds to the cross-entropy; None for nothing.
+
+        The penalty is in nats per token of each row.
+        """
         return None
 
 
 @dataclass(frozen=True)
 class Fixed(Chunker):
-    """Chunks of equal length. size: tokens of a chunk."""
+    """Chunks of equal length.
+
+    size: tokens per chunk
+    """
 
     kind: Literal["fixed"] = "fixed"
     size: int = 4
@@ -113,20 +134,26 @@ class Fixed(Chunker):
         return Wish((place + 1) % self.size == 0)
 
 
-def _spacelike() -> tuple[int, ...]:
-    """Bytes that are no letter, no digit and no part of a character beyond ASCII."""
+def _ascii_delimiters() -> tuple[int, ...]:
+    """Return the ASCII bytes that are neither letters nor digits."""
     return tuple(byte for byte in range(128) if not chr(byte).isalnum())
 
 
 @dataclass(frozen=True)
 class Delimiter(Chunker):
-    """A chunk ends at a delimiter that follows none (SpaceByte, Slagle 2024): of a run of them the
-    first, so that the next chunk has the others. delimiters: token ids; by default all bytes of
-    ASCII that are neither letters nor digits. room, span: as `Chunker` says.
+    """A chunk ends at a delimiter that does not follow another delimiter (SpaceByte, Slagle 2024).
+
+    delimiters: token ids of delimiters; by default all bytes of ASCII that are neither letters nor
+        digits
+    room: minimum number of tokens per concept, averaged from the start of the document
+    span: number of a chunk's last tokens that its concept is computed from
+
+    A run of delimiters therefore ends one chunk at its first delimiter; the others belong to the
+    next chunk.
     """
 
     kind: Literal["delimiter"] = "delimiter"
-    delimiters: tuple[int, ...] = _spacelike()
+    delimiters: tuple[int, ...] = _ascii_delimiters()
     room: int = 4
     span: int = 8
 
@@ -166,10 +193,15 @@ class Delimiter(Chunker):
 
 @dataclass(frozen=True)
 class Learned(Chunker):
-    """A chunk ends where neighbours are unlike: chance = (1 - cos(query of this token, key of the
-    one before)) / 2 above a half (H-Net, Hwang et al. 2025, equation 4). ratio: tokens per concept
-    that training is drawn towards. weight: of that loss (equation 10). room, span: as `Chunker`
-    says.
+    """A chunk ends where neighbouring tokens are dissimilar (H-Net, Hwang et al. 2025, equation 4).
+
+    ratio: tokens per concept that the ratio loss trains towards
+    weight: weight of the ratio loss (equation 10)
+    room: minimum number of tokens per concept, averaged from the start of the document
+    span: number of a chunk's last tokens that its concept is computed from
+
+    The probability of an end is (1 - cos(query of this token, key of the one before)) / 2; an end
+    is proposed above 1/2.
     """
 
     kind: Literal["learned"] = "learned"
@@ -185,7 +217,7 @@ class Learned(Chunker):
         if self.ratio <= 1:
             raise BadInput("ratio", self.ratio, "more than 1 token per concept")
         if self.ratio < self.room:
-            allowed = f"at least room ({self.room}): there is no place for more concepts"
+            allowed = f"at least room ({self.room}), the minimum number of tokens per concept"
             raise BadInput("ratio", self.ratio, allowed)
         if self.weight < 0:
             raise BadInput("weight", self.weight, "at least 0")
@@ -199,9 +231,9 @@ class Learned(Chunker):
         return self.span
 
     def params(self, d_model: int) -> dict[str, Param]:
-        # Both begin as the identity, to which these are added.
-        turn = Param({"embed": d_model, "turned": d_model}, fan_in=("embed",), init="zeros")
-        return {"now": turn, "before": turn}
+        # The maps are identity plus these, so that they start as the identity.
+        square = Param({"embed": d_model, "turned": d_model}, fan_in=("embed",), init="zeros")
+        return {"now": square, "before": square}
 
     def mark(self, weights: Weights, tokens: Tokens, x: Residual) -> Residual:
         return _unit(x + project(x, weights["before"]))
@@ -226,11 +258,12 @@ class Learned(Chunker):
     def penalty(self, ends: Bool[Array, "batch token"], wish: Wish) -> Float[Array, " batch"]:
         assert wish.chance is not None
         made, chance = jnp.mean(ends * 1.0, axis=1), jnp.mean(wish.chance, axis=1)
-        both = (self.ratio - 1) * made * chance + (1 - made) * (1 - chance)
-        return self.weight * self.ratio / (self.ratio - 1) * both
+        balance = (self.ratio - 1) * made * chance + (1 - made) * (1 - chance)
+        return self.weight * self.ratio / (self.ratio - 1) * balance
 
 
 def _unit(x: Residual) -> Residual:
+    """Divide by the Euclidean norm over the last axis, in float32; the type of x is kept."""
     wide = x.astype(jnp.float32)
     square = jnp.sum(wide**2, axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(square + 1e-12)).astype(x.dtype)
@@ -243,21 +276,26 @@ def paced(
     start: Int[Array, " batch"],
     room: int,
 ) -> Int[Array, "batch token"]:
-    """Concepts of a document up to each of its tokens: as many as wished, but at place p never
-    more than (p + 1) // room. start: those that the row's first document had before.
+    """Count the concepts of each document up to each of its tokens.
 
-    One token takes a count c to min(c + wish, limit), and such functions compose to one of their
-    kind: a parallel scan.
+    wish: proposed ends
+    first: whether the token is the first one of its document
+    place: place of the token in its document, from 0
+    start: number of concepts that the row's first document had before these tokens
+    room: tokens per concept; at place p there are at most (p + 1) // room concepts
+
+    Each token maps a count c to min(c + wish, limit). Such functions are closed under composition,
+    so the counts are computed by an associative scan.
     """
     limit = (place + 1) // room
     more = wish.astype(jnp.int32)
 
-    def then(one: tuple[Array, Array], two: tuple[Array, Array]) -> tuple[Array, Array]:
+    def compose(one: tuple[Array, Array], two: tuple[Array, Array]) -> tuple[Array, Array]:
         return jnp.minimum(one[0] + two[0], HUGE), jnp.minimum(one[1] + two[0], two[1])
 
     steps = jnp.where(first, HUGE, more)
     limits = jnp.where(first, jnp.minimum(more, limit), limit)
-    steps, limits = jax.lax.associative_scan(then, (steps, limits), axis=1)
+    steps, limits = jax.lax.associative_scan(compose, (steps, limits), axis=1)
     return jnp.minimum(start[:, None] + steps, limits)
 
 

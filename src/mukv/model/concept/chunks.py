@@ -1,7 +1,7 @@
-"""Rows of tokens as chunks: where each ends, what it is made of, which concept a token hears.
+"""Division of rows of tokens into chunks: ends, members, and the concept that each token reads.
 
-Everything is a gather over a static number of concepts. A row that goes on from a cache brings the
-`State` that its last token left; one that begins brings zeros.
+All operations are gathers with a static number of concepts per row. A row that continues from a
+cache starts from the `ChunkState` that its last token left; a new row starts from zeros.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from mukv.model.concept.chunkers import Chunker, Wish, paced
 from mukv.model.concept.pooling import Present, Window
 
 ConceptOutputs = Float[Array, "batch concept concept_embed"]
-"""What became of each concept."""
+"""Outputs of the global layers."""
 
 
-# JAX also rebuilds a pytree with things that are no arrays: shapes can't be checked here.
+# JAX also rebuilds pytrees with leaves that are not arrays, so shapes can't be checked here.
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ChunkState:
-    """What a row's last token leaves besides entries. mark: the chunker's. recent: what the encoder
-    said of the tokens that an unfinished chunk may yet be made of. inside: tokens of that chunk.
-    output: what the last concept became.
+    """What decoding keeps of a row besides entries, after its last token.
+
+    mark: the chunker's mark of that token
+    recent: encoder outputs of the last tokens, which the unfinished chunk may be pooled from
+    inside: number of tokens in the unfinished chunk
+    output: output of the global layers for the latest concept
     """
 
     mark: Float[Array, "batch _"]
@@ -37,9 +40,15 @@ class ChunkState:
 
 
 class Chunks(NamedTuple):
-    """made: concepts of the document up to each token. number: of the row. inside: tokens of the
-    chunk up to each token. end: place of each concept's last token; beyond the row where there is
-    no such concept. total: concepts of each row.
+    """Chunks of rows of tokens.
+
+    wish: ends that the chunker proposes
+    ends: whether a chunk ends after each token
+    made: number of concepts of the document up to each token
+    number: number of concepts of the row up to each token
+    inside: number of tokens of the chunk up to each token
+    end: index of each concept's last token; the row's length where there is no such concept
+    mark: the chunker's mark of each token
     """
 
     wish: Wish
@@ -52,19 +61,20 @@ class Chunks(NamedTuple):
 
     @property
     def total(self) -> Int[Array, " batch"]:
+        """Number of concepts of each row."""
         return self.number[:, -1]
 
     def at_ends(self, values: Array, fill: Any = 0) -> Array:
-        """Of values per token [batch token ...] those at the ends of chunks [batch concept ...]."""
+        """Gather values per token [batch token ...] at the ends of chunks: [batch concept ...]."""
         return gathered(values, self.end, fill)
 
     def refused(self) -> Float[Array, " batch"]:
-        """Borders that were wished for and not given."""
+        """Count the proposed ends of each row that were refused."""
         return jnp.sum(self.wish.ends & ~self.ends, axis=1).astype(jnp.float32)
 
 
 def gathered(values: Array, place: Int[Array, "batch _"], fill: Any = 0) -> Array:
-    """values[row, place], and `fill` where a row has no such place."""
+    """Return values[row, place], and `fill` where `place` is beyond the row."""
 
     def row(values: Array, place: Array) -> Array:
         return values.at[place].get(mode="fill", fill_value=fill)
@@ -84,8 +94,15 @@ def chunked(
     start: Int[Array, " batch"],
     concepts: int,
 ) -> Chunks:
-    """first, place: as `Chunker.wish` has them. real: not padding. start: concepts that each row's
-    first document has already. concepts: room for those of a row."""
+    """Divide rows of tokens into chunks.
+
+    x: encoder outputs
+    first, place: as in `Chunker.wish`
+    real: which tokens are not padding
+    state: state after the tokens before these
+    start: number of concepts that each row's first document already has
+    concepts: maximum number of concepts per row
+    """
     mark = chunker.mark(weights, tokens, x)
     before = jnp.concatenate([state.mark[:, None].astype(mark.dtype), mark[:, :-1]], axis=1)
     wish = chunker.wish(weights, x, mark, before, first, place)
@@ -101,24 +118,27 @@ def chunked(
     inside = here - jax.lax.cummax(opened, axis=1) + 1
 
     rows, slot = jnp.arange(len(tokens))[:, None], jnp.where(ends, number - 1, concepts)
-    nowhere = jnp.full((len(tokens), concepts), tokens.shape[1])
+    no_concept = jnp.full((len(tokens), concepts), tokens.shape[1])
     places = jnp.broadcast_to(here, tokens.shape)
-    end = nowhere.at[rows, slot].set(places, mode="drop")
+    end = no_concept.at[rows, slot].set(places, mode="drop")
     return Chunks(wish, ends, count, number, inside, end, mark)
 
 
 def windows(
     chunks: Chunks, x: Residual, recent: Float[Array, "batch _ embed"]
 ) -> tuple[Window, Present]:
-    """The tokens that each concept is made of, zeros where the chunk has no more."""
+    """Gather the tokens that each concept is pooled from, with zeros where a chunk has fewer.
+
+    recent: encoder outputs of the tokens before the row
+    """
     behind = recent.shape[1]
-    line = jnp.concatenate([recent.astype(x.dtype), x], axis=1)
+    extended = jnp.concatenate([recent.astype(x.dtype), x], axis=1)
     back = jnp.arange(behind, -1, -1)[None, None]
-    # A concept that there isn't is made of one token, so that no reduction sees nothing.
+    # A missing concept is given one token, so that pooling never reduces an empty set.
     long = jnp.maximum(chunks.at_ends(chunks.inside), 1)
     present = back < long[..., None]
-    place = jnp.where(present, chunks.end[..., None] + behind - back, line.shape[1])
-    window = gathered(line, place.reshape(len(x), -1))
+    place = jnp.where(present, chunks.end[..., None] + behind - back, extended.shape[1])
+    window = gathered(extended, place.reshape(len(x), -1))
     return window.reshape(*place.shape, x.shape[-1]), present
 
 
@@ -128,16 +148,18 @@ def smoothed(
     anew: Bool[Array, "batch concept"],
     before: Float[Array, "batch concept_embed"],
 ) -> ConceptOutputs:
-    """A concept of an unsure border is mixed with the one before it (H-Net, equation 5).
+    """Mix each concept with the previous one if its end is uncertain (H-Net, equation 5).
 
-    anew: the first of its document. before: the one before the row's first.
+    chance: probability of the end of each concept's chunk
+    anew: whether the concept is the first one of its document
+    before: output of the concept before the row's first one
     """
     share = jnp.where(anew, 1.0, chance)[..., None].astype(outputs.dtype)
 
-    def then(one: tuple[Array, Array], two: tuple[Array, Array]) -> tuple[Array, Array]:
+    def compose(one: tuple[Array, Array], two: tuple[Array, Array]) -> tuple[Array, Array]:
         return one[0] * two[0], one[1] * two[0] + two[1]
 
-    keep, mixed = jax.lax.associative_scan(then, (1 - share, share * outputs), axis=1)
+    keep, mixed = jax.lax.associative_scan(compose, (1 - share, share * outputs), axis=1)
     return mixed + keep * before[:, None].astype(outputs.dtype)
 
 
@@ -148,20 +170,20 @@ def left(
     state: ChunkState,
     count: Int[Array, " batch"],
 ) -> ChunkState:
-    """What the last of `count` tokens of each row leaves."""
+    """Return the chunk state after the last of `count` tokens of each row."""
 
     def last(values: Array, place: Array) -> Array:
         return jnp.take_along_axis(values, place[:, None, None], axis=1)[:, 0]
 
     behind = state.recent.shape[1]
-    line = jnp.concatenate([state.recent.astype(x.dtype), x], axis=1)
+    extended = jnp.concatenate([state.recent.astype(x.dtype), x], axis=1)
     place = count[:, None] + jnp.arange(behind)[None]
     outputs_so_far = jnp.concatenate([state.output[:, None].astype(x.dtype), outputs], axis=1)
     ended = last(chunks.ends[..., None], count - 1)[:, 0]
     inside = last(chunks.inside[..., None], count - 1)[:, 0]
     return ChunkState(
         mark=last(chunks.mark, count - 1).astype(state.mark.dtype),
-        recent=jnp.take_along_axis(line, place[..., None], axis=1).astype(state.recent.dtype),
+        recent=jnp.take_along_axis(extended, place[..., None], axis=1).astype(state.recent.dtype),
         inside=jnp.where(ended, 0, inside),
         output=last(outputs_so_far, chunks.total).astype(state.output.dtype),
     )

@@ -1,10 +1,10 @@
-"""The concept model: tokens in local layers, concepts in global ones, a cache that counts concepts.
+"""The concept model: local layers over tokens, global layers over one concept per chunk.
 
-Windowed layers read tokens; a chunker ends chunks, a reduction makes a vector of each, and the
-global layers think about these. A token hears every concept whose last token it is or follows, by
-an injection into more windowed layers. Trained by cross-entropy alone, and the ratio loss of a
-learned chunker. After Block Transformer (Ho et al. 2024), SpaceByte (Slagle 2024) and H-Net (Hwang
-et al. 2025).
+Windowed layers encode tokens; a chunker ends chunks, pooling reduces each chunk to a vector, the
+concept, and the global layers process these. An injection passes each concept to its chunk's last
+token and all later ones, before more windowed layers. The cache grows with the number of concepts,
+not of tokens. Training uses cross-entropy, and the ratio loss of a learned chunker. After Block
+Transformer (Ho et al. 2024), SpaceByte (Slagle 2024) and H-Net (Hwang et al. 2025).
 """
 
 from __future__ import annotations
@@ -96,13 +96,16 @@ class Concept(Architecture):
     def _pooled(
         self, weights: Weights, chunks: Chunks, x: Residual, state: ChunkState
     ) -> ConceptOutputs:
-        """What goes into the global layers."""
+        """Pool the tokens of each chunk and project to the width of concepts."""
         window, present = windows(chunks, x, state.recent)
         return project(self.pool.apply(weights, window, present), weights["enter"])
 
     def _smoothed(
         self, chunks: Chunks, outputs: ConceptOutputs, state: ChunkState
     ) -> ConceptOutputs:
+        """Mix concepts of uncertain ends with the previous one; do nothing without
+        probabilities.
+        """
         if chunks.wish.chance is None:
             return outputs
         chance = chunks.at_ends(chunks.wish.chance, 1.0)
@@ -119,7 +122,10 @@ class Concept(Architecture):
         policy: Policy = FULL,
         centres: Calibrated | None = None,
     ) -> ConceptCache:
-        """As every model's; a policy is for the global layers."""
+        """Allocate an empty cache; the policy applies to the global layers.
+
+        See `LanguageModel.empty_cache`.
+        """
         dtype = dtype or settled(None, self.vocab_size).type
         self.globally.check_policy(policy)
         first = self.globally.first
@@ -175,19 +181,22 @@ class Concept(Architecture):
         token: Int[Array, " batch"],
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], ConceptCache]:
-        """As every model's; the global layers work only if a chunk ends in some row."""
+        """Read one token per row, as `LanguageModel.step`.
+
+        The global layers only run if a chunk ends in some row.
+        """
         compute = settled(compute, self.vocab_size)
         outer, state = self.outer(weights, compute), cache.state
         joint = self.joint(outer, weights["decoder"], compute)
         place = cache.encoder.position()[:, None]
         x = self.embed(weights, token[:, None], compute)
         x, encoder = self.before.step(weights["encoder"], cache.encoder, x, compute)
-        had = cache.concepts.position()
-        shared = (place == 0, place, place >= 0, state, had, 1)
+        earlier = cache.concepts.position()
+        shared = (place == 0, place, place >= 0, state, earlier, 1)
         chunks = chunked(self.chunker, outer["chunker"], token[:, None], x, *shared)
         ends, lasting = chunks.ends[:, 0], Lasting(cache.cross, cache.decoder)
 
-        def think() -> Any:
+        def run_global_layers() -> Any:
             pooled = self._pooled(outer["pool"], chunks, x, state)
             made, concepts = self.globally.step(
                 weights["concepts"], cache.concepts, pooled, compute, ends
@@ -197,17 +206,17 @@ class Concept(Architecture):
             noted = self.injection.note(joint, lasting, output, ends)
             return output, [part.split()[1] for part in (concepts, *noted)]
 
-        def wait() -> Any:
+        def keep_output() -> Any:
             return state.output, [part.split()[1] for part in (cache.concepts, *lasting)]
 
-        # What a branch gives back is copied: the tails, never the bodies.
-        output, tails = jax.lax.cond(jnp.any(ends), think, wait)
+        # lax.cond copies what its branches return, so they return tails and not bodies.
+        output, tails = jax.lax.cond(jnp.any(ends), run_global_layers, keep_output)
         concepts, *noted = (
             type(part).join(part.split()[0], tail)
             for part, tail in zip((cache.concepts, *lasting), tails, strict=True)
         )
-        y, lasting = self.injection.step(joint, Lasting(*noted), x, output, had + ends)
-        state = left(chunks, x, output[:, None], state, jnp.ones_like(had))
+        y, lasting = self.injection.step(joint, Lasting(*noted), x, output, earlier + ends)
+        state = left(chunks, x, output[:, None], state, jnp.ones_like(earlier))
         after = ConceptCache(encoder, concepts, *lasting, state)
         return self.logits(weights, self.normed(weights, y), compute)[:, 0], after
 

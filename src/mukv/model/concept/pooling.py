@@ -1,7 +1,8 @@
-"""What becomes of the tokens of a chunk: one vector, made of at most its last `span` tokens.
+"""Pooling: reduction of the tokens of a chunk to one vector.
 
-A reduction sees the tokens in their order, the last one last, and which of them are there. Rows and
-single steps use the same function, so that no running sums are kept.
+A pooling function is given the last `span` tokens of a chunk in order, the last one last, and which
+of them exist. Whole rows and single steps use the same function, so that no running sums are
+stored.
 """
 
 from __future__ import annotations
@@ -25,36 +26,37 @@ Present = Bool[Array, "batch concept span"]
 
 @dataclass(frozen=True)
 class Pool(Component):
-    """The contract."""
+    """Base class of pooling."""
 
     def reach(self, span: int) -> int:
-        """Tokens that it looks at."""
+        """Return the number of tokens that are pooled, of at most `span`."""
         return span
 
     def check(self, d_model: int, span: int) -> None:
-        """Raise BadInput for sizes that can't work."""
+        """Raise BadInput for sizes that don't fit."""
 
     def params(self, d_model: int, span: int) -> dict[str, Param]:
+        """Declare the weights."""
         return {}
 
     def apply(self, weights: Weights, window: Window, present: Present) -> Pooled:
-        """One vector for each concept. What is not present is zero in the window."""
+        """Compute one vector per concept. The window is zero where `present` is false."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Sum(Pool):
-    """Over the root of how many they are, so that its size does not grow with the chunk."""
+    """Sum divided by the square root of the number of tokens, so that its scale does not grow."""
 
     kind: Literal["sum"] = "sum"
 
     def apply(self, weights: Weights, window: Window, present: Present) -> Pooled:
-        return jnp.sum(window, axis=2) * _root(present, window.dtype)
+        return jnp.sum(window, axis=2) * _inverse_root(present, window.dtype)
 
 
 @dataclass(frozen=True)
 class Max(Pool):
-    """The largest number in each place of the vector."""
+    """Maximum of each channel."""
 
     kind: Literal["max"] = "max"
 
@@ -65,7 +67,10 @@ class Max(Pool):
 
 @dataclass(frozen=True)
 class Weighted(Pool):
-    """A sum with a learned weight for each place, counted from the end; weights begin at one."""
+    """Sum with one learned weight per place, counted from the end; initial weights are 1.
+
+    It is divided by the square root of the number of tokens.
+    """
 
     kind: Literal["weighted"] = "weighted"
 
@@ -74,12 +79,12 @@ class Weighted(Pool):
 
     def apply(self, weights: Weights, window: Window, present: Present) -> Pooled:
         places = weights["places"].astype(window.dtype)[None, None, ::-1, None]
-        return jnp.sum(window * places, axis=2) * _root(present, window.dtype)
+        return jnp.sum(window * places, axis=2) * _inverse_root(present, window.dtype)
 
 
 @dataclass(frozen=True)
 class Attend(Pool):
-    """A mean, weighted by the softmax of learned scores."""
+    """Mean weighted by the softmax of learned scores."""
 
     kind: Literal["attention"] = "attention"
 
@@ -94,14 +99,16 @@ class Attend(Pool):
 
 @dataclass(frozen=True)
 class Concatenate(Pool):
-    """The last token, and beside it a narrow view of each in its order (Block Transformer, Ho et
-    al. 2024, "lookup")."""
+    """Last token plus the concatenation of a narrow projection of each token, in order.
+
+    It follows the "lookup" of Block Transformer (Ho et al. 2024).
+    """
 
     kind: Literal["concatenate"] = "concatenate"
 
     def check(self, d_model: int, span: int) -> None:
         if d_model % span:
-            allowed = f"a span that divides d_model ({d_model}): each token has its share of it"
+            allowed = f"a span that divides d_model ({d_model}), which is split among the tokens"
             raise BadInput("pool", f"concatenate, {span} tokens", allowed)
 
     def params(self, d_model: int, span: int) -> dict[str, Param]:
@@ -115,7 +122,7 @@ class Concatenate(Pool):
 
 @dataclass(frozen=True)
 class SelectPool(Pool):
-    """The last token, which has seen the others (H-Net)."""
+    """The last token, which has attended to the others (H-Net)."""
 
     kind: Literal["select"] = "select"
 
@@ -126,7 +133,8 @@ class SelectPool(Pool):
         return window[:, :, -1]
 
 
-def _root(present: Present, dtype: Any) -> Float[Array, "batch concept 1"]:
+def _inverse_root(present: Present, dtype: Any) -> Float[Array, "batch concept 1"]:
+    """Return 1 / sqrt(number of tokens) for each concept."""
     count = jnp.maximum(jnp.sum(present, axis=2), 1)
     return jax.lax.rsqrt(count.astype(jnp.float32))[..., None].astype(dtype)
 

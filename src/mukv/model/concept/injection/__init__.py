@@ -1,4 +1,7 @@
-"""How tokens hear of concepts. To add one: a file with a class, a line here."""
+"""Injections, which pass concepts to tokens.
+
+To add one, write a file with a class and add a line to INJECTIONS.
+"""
 
 from typing import Annotated
 

@@ -1,7 +1,7 @@
-"""How tokens hear of concepts: the contract.
+"""The interface of injections, which pass concepts to tokens.
 
-An injection says what each concept gives (`give` weights, used once per concept) and what each
-token does with it (`own` weights), for whole rows, a prefill and a single step.
+An injection has weights that are used once per concept (`give`) and weights that are used once per
+token (`own`), and methods for whole rows, prefill and a single step.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ CONCEPT = "concept_"
 
 
 class Joint(NamedTuple):
-    """What an injection works with. layers: weights of the decoder. attention: what tokens read
-    concepts with."""
+    """Weights and parts that an injection uses.
+
+    give: weights used once per concept
+    own: weights used once per token
+    decoder: local layers after the global ones
+    layers: weights of these layers
+    attention: attention by which tokens read concepts
+    """
 
     give: Weights
     own: Weights
@@ -40,8 +46,14 @@ class Joint(NamedTuple):
 
 
 class InjectionInputs(NamedTuple):
-    """Rows of tokens and what became of their concepts. before: the output that a row begins with.
-    segment: document of each token, -1 nowhere."""
+    """Rows of tokens, and the outputs of their concepts.
+
+    chunks: division of the rows into chunks
+    outputs: outputs of the global layers
+    before: output of the concept before the row's first one
+    position: place of each token in its document
+    segment: number of each token's document, never -1, which marks missing concepts
+    """
 
     chunks: Chunks
     outputs: ConceptOutputs
@@ -50,8 +62,12 @@ class InjectionInputs(NamedTuple):
     segment: Int[Array, "batch token"]
 
     def confidence(self) -> Float[Array, "batch token 1"]:
-        """One, whose gradient makes borders surer where what they gave was of use (H-Net, equation
-        8); without a chance just one."""
+        """Return 1 for each token, with the gradient of the probability of its decision.
+
+        The decision is whether a chunk ends. This straight-through estimator (H-Net, equation 8)
+        lets training increase the probability of decisions that were useful. Without probabilities
+        the gradient is zero.
+        """
         chance, ends = self.chunks.wish.chance, self.chunks.ends
         if chance is None:
             return jnp.ones((*ends.shape, 1))
@@ -60,7 +76,7 @@ class InjectionInputs(NamedTuple):
 
 
 class Lasting(NamedTuple):
-    """The parts of a cache that an injection writes."""
+    """The caches that an injection writes."""
 
     cross: Cache
     decoder: Cache
@@ -68,41 +84,46 @@ class Lasting(NamedTuple):
 
 @dataclass(frozen=True)
 class Injection(Component):
-    """The contract; by default the decoder reads a stream that `inject` made."""
+    """Base class of injections. By default the decoder reads the stream that `inject` returns."""
 
     @property
     def slots_per_concept(self) -> int:
-        """Entries of the decoder that are none of a token."""
+        """Entries of the decoder's caches per concept, in addition to those of tokens."""
         return 0
 
     @property
     def remembers(self) -> bool:
-        """Whether tokens read entries of concepts."""
+        """Whether tokens attend to entries of concepts."""
         return False
 
     def check(self, layers: int) -> None:
-        """Raise BadInput where so many local layers after it are too few."""
+        """Raise BadInput if the decoder has too few layers."""
 
     def give_params(
         self, d_model: int, concept: int, attention: AnyAttention, norm: RMSNorm
     ) -> dict[str, Any]:
-        """Weights used once per concept."""
+        """Declare the weights used once per concept."""
         raise NotImplementedError
 
     def own_params(self, d_model: int, attention: AnyAttention, norm: RMSNorm) -> dict[str, Any]:
-        """Weights used once per token."""
+        """Declare the weights used once per token."""
         return {}
 
     def forward(
         self, joint: Joint, x: Residual, inputs: InjectionInputs, packed: bool
     ) -> tuple[Residual, Auxiliary]:
-        """Whole rows: the stream after the decoder, and what its layers report. packed: rows have
-        several documents."""
+        """Run the decoder over whole rows with the concepts injected.
+
+        packed: whether rows have several documents
+
+        Returns the residual stream after the decoder, and its auxiliary numbers.
+        """
         segment = inputs.segment if packed else None
         x = self.inject(joint, x, inputs)
         return joint.decoder.forward(joint.layers, x, inputs.position, segment, joint.compute)
 
     def inject(self, joint: Joint, x: Residual, inputs: InjectionInputs) -> Residual:
+        """Return the stream with concepts added, for the decoder."""
         raise NotImplementedError
 
     def prefill(
@@ -114,6 +135,10 @@ class Injection(Component):
         count: Int[Array, " batch"],
         fresh: bool,
     ) -> tuple[Residual, Lasting]:
+        """Run the decoder over the first `count` tokens of each row.
+
+        count, fresh: as in `Stack.prefill`
+        """
         x = self.inject(joint, x, inputs)
         shared = (count, fresh, joint.compute)
         x, decoder = joint.decoder.prefill(joint.layers, cache.decoder, x, *shared)
@@ -126,8 +151,11 @@ class Injection(Component):
         output: Float[Array, "batch concept_embed"],
         ends: Bool[Array, " batch"],
     ) -> Lasting:
-        """The cache after a concept of the rows where a chunk ends, before that chunk's last token
-        goes on. Only called if there is one."""
+        """Update the caches with a new concept, in the rows where `ends`.
+
+        It is called before the decoder reads the chunk's last token, and only if a chunk ends in
+        some row.
+        """
         return cache
 
     def step(
@@ -138,6 +166,10 @@ class Injection(Component):
         output: Float[Array, "batch concept_embed"],
         count: Int[Array, " batch"],
     ) -> tuple[Residual, Lasting]:
-        """One token per row. output, count: of the latest concept of each row's document."""
+        """Run the decoder on one token per row.
+
+        output: output of the latest concept of each row
+        count: number of concepts of its document
+        """
         x, decoder = joint.decoder.step(joint.layers, cache.decoder, x, joint.compute)
         return x, cache._replace(decoder=decoder)

@@ -1,4 +1,4 @@
-"""Concepts are read by attention."""
+"""Injection by cross-attention."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInput
 
 @dataclass(frozen=True)
 class Cross(Injection):
-    """y = x + what a query reads among all concepts so far: one attention before the decoder, whose
-    entries are one more layer of the concepts' cache."""
+    """Cross-attention before the decoder: y = x + attention from a token to all earlier concepts.
+
+    Its entries are one more layer of the concepts' cache.
+    """
 
     kind: Literal["cross"] = "cross"
 
@@ -40,6 +42,7 @@ class Cross(Injection):
         return {"norm": norm.params(d_model), "read": attention.read_params(d_model)}
 
     def _written(self, joint: Joint, outputs: Array, position: Array) -> dict[str, Array]:
+        """Compute the entries of concepts."""
         normed = joint.norm.apply(joint.give["norm"], outputs)
         return joint.attention.write(joint.give["write"], normed, position)
 
@@ -51,9 +54,13 @@ class Cross(Injection):
         parts: tuple[Bag, ...],
         segment: Int[Array, "batch token"] | None = None,
     ) -> Residual:
-        # Of n concepts a token sees those at positions up to n - 1; of none, none.
+        """Attend from tokens to concepts.
+
+        count: number of concepts that each token sees: those at positions up to count - 1
+        """
+        # A token that follows n concepts sees positions up to n - 1.
         normed = joint.norm.apply(joint.own["norm"], x)
-        # Its entries are those of the layer before the decoder's.
+        # Taps name it as the layer before the decoder's first one.
         with scope(f"layer{joint.decoder.first - 1}"):
             mask = Mask(segment=segment)
             read, _ = joint.attention.read(

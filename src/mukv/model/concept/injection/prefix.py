@@ -1,4 +1,4 @@
-"""Concepts stand in the stream of tokens."""
+"""Injection by additional entries in the decoder's sequence."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInput
 
 @dataclass(frozen=True)
 class Prefix(Injection):
-    """Each concept stands in the decoder's stream as `slots` entries right before the token that
-    ended it (Block Transformer, Ho et al. 2024); windows count them.
+    """Each concept enters the decoder as `slots` entries before the token that ended its chunk.
 
-    slots: entries of a concept
+    slots: entries per concept
+
+    This follows Block Transformer (Ho et al. 2024); windows count these entries.
     """
 
     kind: Literal["prefix"] = "prefix"
@@ -39,7 +40,9 @@ class Prefix(Injection):
 
     def check(self, layers: int) -> None:
         if not layers:
-            raise BadInput("decoder", [], "at least one layer: only they read a prefix")
+            raise BadInput(
+                "decoder", [], "at least one layer, since only decoder layers read a prefix"
+            )
 
     def give_params(
         self, d_model: int, concept: int, attention: AnyAttention, norm: RMSNorm
@@ -47,36 +50,39 @@ class Prefix(Injection):
         dims = {f"{CONCEPT}embed": concept, "slot": self.slots, "embed": d_model}
         return {"give": Param(dims, fan_in=(f"{CONCEPT}embed",))}
 
-    def _line(
+    def _interleaved(
         self, joint: Joint, x: Residual, inputs: InjectionInputs
     ) -> tuple[Array, Array, Array]:
-        """Stream of tokens and slots; where in (tokens, slots) each place of it is from; and the
-        place of each token."""
+        """Insert the entries of concepts between tokens.
+
+        Returns the sequence, the index in (tokens, entries) that each of its places comes from, and
+        the place of each token.
+        """
         chunks, slots = inputs.chunks, self.slots
         batch, length = x.shape[:2]
-        given = project(inputs.outputs, joint.give["give"])
+        entries = project(inputs.outputs, joint.give["give"])
         sure = chunks.at_ends(inputs.confidence()).astype(x.dtype)
-        given = (given * sure[:, :, None]).reshape(batch, -1, x.shape[-1])
-        line = jnp.concatenate([x, given], axis=1)
-        whole = line.shape[1]
+        entries = (entries * sure[:, :, None]).reshape(batch, -1, x.shape[-1])
+        vectors = jnp.concatenate([x, entries], axis=1)
+        total = vectors.shape[1]
         token = jnp.arange(length)[None] + slots * chunks.number
         concept = jnp.arange(chunks.end.shape[1])[None, :, None]
         slot = chunks.end[..., None] + slots * concept + jnp.arange(slots)[None, None]
-        slot = jnp.where(chunks.end[..., None] < length, slot, whole).reshape(batch, -1)
+        slot = jnp.where(chunks.end[..., None] < length, slot, total).reshape(batch, -1)
         rows = jnp.arange(batch)[:, None]
-        origin = jnp.full((batch, whole), whole)
+        origin = jnp.full((batch, total), total)
         origin = origin.at[rows, jnp.concatenate([token, slot], axis=1)].set(
-            jnp.broadcast_to(jnp.arange(whole), (batch, whole)), mode="drop"
+            jnp.broadcast_to(jnp.arange(total), (batch, total)), mode="drop"
         )
-        return gathered(line, origin), origin, token
+        return gathered(vectors, origin), origin, token
 
     def forward(
         self, joint: Joint, x: Residual, inputs: InjectionInputs, packed: bool
     ) -> tuple[Residual, Auxiliary]:
-        stream, origin, token = self._line(joint, x, inputs)
+        stream, origin, token = self._interleaved(joint, x, inputs)
         chunks, slots = inputs.chunks, self.slots
 
-        def spread(values: Array, of_slots: Array) -> Array:
+        def joined(values: Array, of_slots: Array) -> Array:
             of_slots = of_slots.reshape(len(values), -1)
             return jnp.concatenate([values, of_slots], axis=1)
 
@@ -86,8 +92,8 @@ class Prefix(Injection):
         out, auxiliary = joint.decoder.forward(
             joint.layers,
             stream,
-            gathered(spread(own, ends), origin),
-            gathered(spread(inputs.segment, segments), origin, -1),
+            gathered(joined(own, ends), origin),
+            gathered(joined(inputs.segment, segments), origin, -1),
             joint.compute,
         )
         return gathered(out, token), auxiliary
@@ -101,7 +107,7 @@ class Prefix(Injection):
         count: Int[Array, " batch"],
         fresh: bool,
     ) -> tuple[Residual, Lasting]:
-        stream, _, token = self._line(joint, x, inputs)
+        stream, _, token = self._interleaved(joint, x, inputs)
         shared = (count + self.slots * inputs.chunks.total, fresh, joint.compute)
         out, decoder = joint.decoder.prefill(joint.layers, cache.decoder, stream, *shared)
         return gathered(out, token), cache._replace(decoder=decoder)
@@ -113,10 +119,10 @@ class Prefix(Injection):
         output: Float[Array, "batch concept_embed"],
         ends: Bool[Array, " batch"],
     ) -> Lasting:
-        given = project(output, joint.give["give"])
+        entries = project(output, joint.give["give"])
         decoder = cache.decoder
         for slot in range(self.slots):
-            x = given[:, slot, None]
+            x = entries[:, slot, None]
             _, decoder = joint.decoder.step(joint.layers, decoder, x, joint.compute, ends)
         return cache._replace(decoder=decoder)
 

@@ -1,4 +1,4 @@
-"""Concepts are added to the stream of tokens."""
+"""Injection by addition to the residual stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInput
 
 @dataclass(frozen=True)
 class Residually(Injection):
-    """y = gain * x + W g: what the encoder said, and the latest concept."""
+    """Addition to the residual stream: y = gain * x + W g, with encoder output x and concept g.
+
+    g is the latest concept of the document; zero before the first.
+    """
 
     kind: Literal["residual"] = "residual"
 
@@ -33,8 +36,8 @@ class Residually(Injection):
         return {"skip": Param({"embed": d_model}, role="vector", init="ones")}
 
     def inject(self, joint: Joint, x: Residual, inputs: InjectionInputs) -> Residual:
-        line = jnp.concatenate([inputs.before[:, None].astype(x.dtype), inputs.outputs], axis=1)
-        given = gathered(project(line, joint.give["give"]), inputs.chunks.number)
+        outputs = jnp.concatenate([inputs.before[:, None].astype(x.dtype), inputs.outputs], axis=1)
+        given = gathered(project(outputs, joint.give["give"]), inputs.chunks.number)
         return self._sum(joint, x, given * inputs.confidence().astype(x.dtype), inputs.chunks.made)
 
     def step(
@@ -50,6 +53,6 @@ class Residually(Injection):
         return super().step(joint, cache, x, output, count)
 
     def _sum(self, joint: Joint, x: Residual, given: Residual, count: Array) -> Residual:
-        return x * with_rank(joint.own["skip"].astype(x.dtype), x.ndim) + jnp.where(
-            count[..., None] > 0, given, 0
-        )
+        """Add the projected concept where the document has one."""
+        skip = with_rank(joint.own["skip"].astype(x.dtype), x.ndim)
+        return x * skip + jnp.where(count[..., None] > 0, given, 0)
