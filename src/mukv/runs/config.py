@@ -24,9 +24,13 @@ from mukv.train.training import Training
 
 @dataclass(frozen=True)
 class Data:
-    """path: a token file; None for the source code of Python's standard library, which is built
-    once. packing: a token attends only to its own document ("packed"), or to all earlier tokens of
-    its row ("contiguous"). task: a synthetic task, instead of a token file."""
+    """The data that a run trains on: a token file or a synthetic task.
+
+    path: a token file; None for the source code of Python's standard library, which is built once
+    packing: a token attends only to its own document ("packed"), or to all earlier tokens of its
+        row ("contiguous")
+    task: a synthetic task, instead of a token file
+    """
 
     path: str | None = None
     packing: Literal["packed", "contiguous"] = "packed"
