@@ -61,7 +61,7 @@ def root(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key=value]...", help="Such as train.steps=50."),
+    typer.Argument(metavar="[key=value]...", help="Overrides, such as train.steps=50."),
 ]
 ModelName = Annotated[
     str,

@@ -155,7 +155,9 @@ def sweep(
     ],
     sampler: Annotated[
         str | None,
-        typer.Option(help="grid, random, tpe, gp; default: grid if it can, else tpe."),
+        typer.Option(
+            help="grid, random, tpe, gp; default: grid if every range has a COUNT, else tpe."
+        ),
     ] = None,
     trials: Annotated[int, typer.Option(help="Trials of random, tpe and gp.")] = 16,
     pruner: Annotated[str, typer.Option(help="none, median, halving.")] = "none",

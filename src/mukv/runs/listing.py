@@ -88,7 +88,7 @@ def run_list(folder: Path) -> list[dict[str, Any]]:
     itself = [folder] if RunDirectory(folder).exists else []
     found = itself or sorted(path.parent for path in folder.glob("**/config.yaml"))
     if not found:
-        raise BadInput("FOLDER", str(folder), "a run directory, or a folder of run directories")
+        raise BadInput("FOLDER", str(folder), "a run directory, or a folder of them")
     return [_of_run(path) for path in found]
 
 
