@@ -82,7 +82,7 @@ def test_a_template_that_changes_the_past_begins_anew(folder, typed):
     first, second = turns(done)
     assert (first["restarted"], second["restarted"]) == (False, True)
     assert second["prefill_tokens"] == len("<user>Hello you")
-    assert "read anew" in done.stderr
+    assert "prefilled again" in done.stderr
 
 
 def test_a_pipe(typed):

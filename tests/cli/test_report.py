@@ -160,7 +160,7 @@ def test_figures_that_are_not_of_the_last_step_say_so(trained, texts, tmp_path):
     page = (tmp_path / "x.html").read_text()
     assert "<td>1.000 (step 2)</td>" in page
     assert "<td>1.500</td>" in page
-    assert "are of then" in page
+    assert "were measured at that step" in page
 
 
 def test_captions_come_along(tmp_path):
@@ -203,9 +203,9 @@ def test_pipes_and_directories_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.csv")
     os.mkfifo(tmp_path / "metrics.jsonl")
     (tmp_path / "x.png").mkdir()
-    with pytest.raises(LeftOut, match="no regular file"):
+    with pytest.raises(LeftOut, match="not a regular file"):
         read_table(tmp_path / "x.csv")
-    with pytest.raises(LeftOut, match="no regular file"):
+    with pytest.raises(LeftOut, match="not a regular file"):
         read_picture(tmp_path / "x.png")
     told: list[tuple[int, str]] = []
     assert list(read_metrics(tmp_path / "metrics.jsonl", lambda *line: told.append(line))) == []

@@ -108,7 +108,7 @@ def csvs() -> Iterator[tuple[str, bytes]]:
         "UTF-16": "a,b\n1,2\n".encode("utf-16"),
         "Latin-1": "a,\xfc\n1,2\n".encode("latin-1"),
         "a mark of order": b"\xef\xbb\xbfa,b\n1,2\n",
-        "bytes of 0": b"a,b\n\0,1\n",
+        "zero bytes": b"a,b\n\0,1\n",
         "only returns": b"a,b\r1,2\r",
         "uneven rows": b"a,b\n1\n1,2,3,4\n\n,\n",
         "wide": b",".join([b"1"] * 200_000) + b"\n",

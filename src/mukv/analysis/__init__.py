@@ -1,1 +1,1 @@
-"""Who reads what: what queries of a trained model look at, by layer and head."""
+"""Measurements of the attention weights of a trained model, by layer and head."""

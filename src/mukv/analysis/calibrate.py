@@ -1,8 +1,9 @@
-"""Centres of the clusters of a model's heads, from a stream of text in one pass.
+"""Cluster the keys or queries of every head of a model by k-means, in one pass over a text.
 
-The first points fill a sample that k-means starts from; all further ones move the centres in
-mini-batches, so that memory does not grow with the text. All heads of all layers of one shape
-are clustered at once. Layers that read another's entries add their queries to its.
+The first points form the sample that k-means starts from; each later batch updates the centres
+(mini-batch k-means), so that memory does not grow with the text. Layers whose points have the same
+shape are clustered in one call. A layer that reads another layer's entries adds its queries to
+those of that layer.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ POINTS: dict[Kind, tuple[str, ...]] = {
     "means": ("mean",),
     "aligned": ("key", "query"),
 }
-"""What is clustered; the first gives the labels."""
+"""Captured arrays that each kind clusters; entries are labelled by the centres of the first."""
 
 
 def calibrate(
@@ -50,10 +51,20 @@ def calibrate(
     seed: int = 0,
     compute: Compute | None = None,
 ) -> Centres:
-    """Cluster what every head of a model writes or asks for.
+    """Compute the cluster centres of each key head of each layer.
 
-    stored: weights as they are saved; their fingerprint ties the centres to them. batches: of one
-    shape, without padding. Raises BadInput for more clusters than there are points.
+    stored: weights as they are saved, unscaled; the result keeps their fingerprint, by which
+        `load_centres` refuses other weights
+    batches: rows [batch token], all of one shape and without padding
+    kind: what is clustered: `keys`, `queries`, `means` (the mean of all keys, weighted by a query's
+        attention weights) or `aligned` (keys and queries apart, and a table between them)
+    clusters: centres per head
+    rotated: cluster keys and queries after their position rotation, rather than before it
+    seed: of the starting points of k-means
+    compute: types of the forward pass; None for the default of the platform
+
+    Raises BadInput for more clusters than there are points, and for layers whose attention has
+    other stores than one entry per token.
     """
     compute = settled(compute, model.vocab_size)
     weights, batches = model.scaled(stored), list(batches)
@@ -80,7 +91,7 @@ def calibrate(
 
 
 def turned(layer: ResolvedLayer, seen: Captured, rotated: bool) -> Captured:
-    """Queries and keys as they are clustered: rotated, or turned back."""
+    """Return the captured queries and keys, with the position rotation undone unless `rotated`."""
     if rotated:
         return seen
     batch, heads, group, length, width = seen.query.shape
@@ -103,7 +114,8 @@ def _flat(points: Float[Array, "batch kv_heads *_ width"]) -> Float[Array, "kv_h
 
 
 def _by_source(model: Decoder, found: Mapping[int, Any], name: str) -> dict[int, Array]:
-    """Points of all layers that read a memory, by the layer that writes it."""
+    """Concatenate the points of all layers that read the same entries, by the layer that writes
+    these entries."""
     gathered: dict[int, list[Array]] = {}
     for layer in model.layers:
         if name in found[layer.index]:
@@ -112,7 +124,7 @@ def _by_source(model: Decoder, found: Mapping[int, Any], name: str) -> dict[int,
 
 
 class _Growing:
-    """Clusters of all layers while points come in. Layers of one shape are one k-means."""
+    """Running k-means of all layers. Layers whose points have the same shape share one fit."""
 
     def __init__(self, clusters: int, seed: int):
         self.clusters, self.seed = clusters, seed
@@ -120,7 +132,8 @@ class _Growing:
         self.fits: dict[tuple[int, ...], kmeans.Fit] = {}
 
     def add(self, points: dict[int, Array]) -> None:
-        """points: [kv_heads point width] by layer."""
+        """Update the centres with points [kv_heads point width] by layer; the first batches are
+        only kept, until they hold START points per cluster."""
         if self.fits:
             for layers, stacked in _stacked(points).items():
                 self.fits[layers] = kmeans.absorb(self.fits[layers], stacked)
@@ -141,7 +154,7 @@ class _Growing:
             self.fits[layers] = kmeans.fit(stacked, self.clusters, self.seed)
 
     def finished(self) -> dict[int, Float[Array, "kv_heads cluster width"]]:
-        """Centres by layer."""
+        """Return the centres by layer."""
         if not self.fits:
             self._start()
         return {
@@ -152,7 +165,10 @@ class _Growing:
 
 
 def _stacked(points: Mapping[int, Array]) -> dict[tuple[int, ...], Array]:
-    """Points of the layers of one shape along one axis, by the numbers of these layers."""
+    """Concatenate the points of layers of the same shape along the head axis.
+
+    Returns [layers * kv_heads, point, width] by the numbers of these layers.
+    """
     alike: dict[tuple[int, ...], list[int]] = {}
     for index, each in points.items():
         alike.setdefault(each.shape, []).append(index)
@@ -170,7 +186,8 @@ def _aligned(
     rotated: bool,
     compute: Compute,
 ) -> dict[int, LayerCentres]:
-    """The same centres with the table between them, from a second pass."""
+    """Return the centres with the table of logarithms of the mean attention weight between each
+    cluster of queries and each cluster of keys, which takes a second pass over the batches."""
 
     def reduction(layer: ResolvedLayer, seen: Captured) -> dict[str, Array]:
         own, centres = turned(layer, seen, rotated), layers[layer.source]
@@ -195,7 +212,7 @@ def _aligned(
             source = model.layers[index].source
             old = total.get(source)
             total[source] = sums if old is None else jax.tree.map(jnp.add, old, sums)
-    # What was never met together counts as the least that was.
+    # A pair of clusters that never occurred is given the smallest observed mean, less 1.
     return {
         index: replace(layer, table=_logarithm(total[index]["mass"], total[index]["pairs"]))
         for index, layer in layers.items()
@@ -209,7 +226,7 @@ def _logarithm(mass: Array, pairs: Array) -> Array:
 
 
 def check(clusters: int, tokens: int) -> None:
-    """Raise BadInput before anything is compiled."""
+    """Raise BadInput for a number of clusters that can't be calibrated from so many tokens."""
     if clusters < 2:
         raise BadInput("--clusters", clusters, "at least 2")
     if clusters > tokens:

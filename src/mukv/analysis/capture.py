@@ -1,8 +1,8 @@
-"""One streaming pass over a text: each batch is reduced where it is computed.
+"""Capture the attention of each layer and reduce it to sums, batch by batch.
 
-A reduction is given what each memory of the model saw (queries, keys, values and weights of all
-layers that read it) inside the compiled forward pass, and returns sums; sums are added up over
-batches, so that nothing grows with the number of samples.
+The reduction runs inside the compiled forward pass: it is given queries, keys, values and attention
+weights of one layer and returns sums, which are added up over batches. Memory therefore does not
+grow with the number of samples.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ from mukv.model.decoder import Decoder
 from mukv.model.plan import ResolvedLayer
 
 BATCH_NUMBERS = 1 << 24
-"""Attention weights of one layer that exist at once, whatever the number of samples."""
+"""Most attention weights of one layer in one batch (over rows, heads, queries and keys)."""
 
 
 class CapturedRows(NamedTuple):
-    """Tokens [batch token], their places in their documents, and which document it is (from 1)."""
+    """Rows of tokens, int32 [batch token].
+
+    tokens: ids. position: place of each token in its document, from 0. segment: number of its
+    document in the row, from 1; 0 is padding.
+    """
 
     tokens: np.ndarray
     position: np.ndarray
@@ -38,7 +42,11 @@ class CapturedRows(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Captured:
-    """What was seen of one layer. query is scaled and key rotated, as they are multiplied."""
+    """Arrays of one layer's attention in one batch, float32.
+
+    query and key are those whose product is the logit: query is scaled, both are rotated. weights:
+    after the softmax. position and segment as in CapturedRows.
+    """
 
     query: Float[Array, "batch kv_heads group query width"]
     key: Float[Array, "batch kv_heads key width"]
@@ -49,11 +57,11 @@ class Captured:
 
 
 Reduction = Callable[[ResolvedLayer, Captured], Any]
-"""A pytree of sums for each layer."""
+"""A function of a layer and its captured arrays that returns a pytree of sums."""
 
 
 def batch_rows(model: Decoder, length: int) -> int:
-    """Rows of `length` tokens that are looked at together."""
+    """Return how many rows of `length` tokens form one batch."""
     heads = max(layer.attention.heads for layer in model.layers)
     return max(1, BATCH_NUMBERS // (heads * length * length))
 
@@ -61,13 +69,13 @@ def batch_rows(model: Decoder, length: int) -> int:
 def looked_at(
     model: Decoder, reduction: Reduction, compute: Compute
 ) -> Callable[[Any, CapturedRows], dict[int, Any]]:
-    """The compiled pass over one batch: (weights, rows) -> sums by layer.
+    """Return the compiled pass over one batch: (scaled weights, rows) -> sums by layer.
 
-    Raises BadInput for layers whose queries read more than an entry per token.
+    Raises BadInput for a layer whose attention has other stores than one entry per token.
     """
     for layer in model.layers:
         if list(layer.attention.bags.values()) != [EntryStore()]:
-            allowed = "attention with one entry per token: what queries need is counted in tokens"
+            allowed = "attention that stores one entry per token: the measures count entries"
             raise BadInput("MODEL", f"{layer.attention.kind} in layer {layer.index}", allowed)
 
     @jax.jit
@@ -95,10 +103,14 @@ def summed(
     combine: Mapping[str, Callable[[Any, Any], Any]],
     compute: Compute | None = None,
 ) -> dict[int, dict[str, np.ndarray]]:
-    """Sums by layer over all batches.
+    """Reduce all batches; returns the results by layer and name, float64.
 
-    weights: stacked and scaled. reduction: its sums are named. combine: for names that are not
-    added up but, for instance, of which the least is kept.
+    weights: stacked and scaled
+    reduction: returns a dict of arrays
+    combine: by name, how the results of two batches become one (np.minimum, for instance); names
+        that are not in it are added up
+
+    Raises BadInput as `looked_at` does.
     """
     look = looked_at(model, reduction, settled(compute, model.vocab_size))
     total: dict[int, dict[str, np.ndarray]] = {}

@@ -1,9 +1,10 @@
-"""Whether centres know what a query needs: entries are read cluster by cluster, in the order of
-the query's scores, the latest first within a cluster, until a share of the entries is read.
+"""Measure how well cluster centres predict which entries have large attention weights.
 
-By head: the attention mass that was captured; precision, recall and F1 against the entries that
-hold 80 % of the mass; sizes of the clusters. Beside it what as many entries capture when they
-are the right ones (the largest weights) and when they are simply the latest.
+A query scores the centres; its entries are read cluster by cluster in the order of the scores, and
+within a cluster the latest first, until a given share of the visible entries is read. Measured by
+head: the attention mass of the entries read; precision, recall and F1 against the entries that
+hold 80 % of the mass; the sizes of the clusters. For comparison, the mass of as many entries with
+the largest weights (the upper bound) and of as many latest entries.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ MEASURES = ("captured", "largest", "latest", "precision", "recall", "f1")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One layer. captured, largest, latest: mass of the entries that clusters choose, of the
-    largest weights, of the latest entries; all measures [head read], NaN where no query sees
-    enough. sizes: entries of each
-    cluster, as shares, largest first [kv_head cluster].
+    """Measures of one layer, float64 [head read], with one `read` per share of READS. They are
+    means over queries, and NaN where no query sees LEAST entries.
+
+    captured: attention mass of the entries that the clusters choose
+    largest, latest: mass of as many entries with the largest weights, and of the latest ones
+    precision, recall, f1: of the chosen entries, against those that hold NEEDED of the mass
+    sizes: share of all entries in each cluster, largest first [kv_head cluster]
     """
 
     layer: int
@@ -55,7 +59,11 @@ def judge(
     batches: Iterable[CapturedRows],
     compute: Compute | None = None,
 ) -> list[Prediction]:
-    """Every layer's, over queries that see at least LEAST entries. weights: stacked and scaled."""
+    """Measure the centres in every layer, over queries that see at least LEAST entries.
+
+    weights: stacked and scaled. batches: rows of one shape; padding is not counted. Raises BadInput
+    for layers whose attention has other stores than one entry per token.
+    """
 
     def reduction(layer: ResolvedLayer, seen: Captured) -> dict[str, Array]:
         return _sums(layer, turned(layer, seen, centres.rotated), centres)
@@ -74,7 +82,8 @@ def _sums(layer: ResolvedLayer, seen: Captured, centres: Centres) -> dict[str, A
     here = seen.position[:, taken]
     visible = here + 1 if layer.window is None else jnp.minimum(here + 1, layer.window)
 
-    # Members of each cluster up to each entry; what a query sees is a difference of two.
+    # `until` counts the members of each cluster up to each entry; the number that a query sees is
+    # the difference between its last and its first visible entry.
     member = jax.nn.one_hot(labels, scores.shape[-1])
     until = jnp.cumsum(member, axis=2)
     before_first = jnp.pad(until, ((0, 0), (0, 0), (1, 0), (0, 0)))
@@ -83,14 +92,15 @@ def _sums(layer: ResolvedLayer, seen: Captured, centres: Centres) -> dict[str, A
     sees = until[:, :, taken] - start
 
     def each(x: Array) -> Array:
-        """The same for every query head of a group."""
+        """Repeat an array [batch kv_head query _] for every query head of a group."""
         return jnp.repeat(x[:, :, None], group, axis=2).reshape(batch, kv_heads, -1, x.shape[-1])
 
     order = jnp.argsort(-scores, axis=-1)
     sizes = jnp.take_along_axis(each(sees), order, axis=-1)
     better = jnp.cumsum(sizes, axis=-1) - sizes
     earlier = jnp.take_along_axis(better, jnp.argsort(order, axis=-1), axis=-1)
-    # Entries that are read before an entry: of better clusters, and later ones of its own.
+    # The number of entries that are read before an entry: all of better clusters, and the later
+    # ones of its own.
     place = earlier + each(until[:, :, taken])
     index = jnp.broadcast_to(labels[:, :, None], (*place.shape[:3], length))
     own_count = jnp.take_along_axis(until, labels[..., None], axis=3)[..., 0]

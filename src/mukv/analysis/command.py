@@ -1,4 +1,4 @@
-"""The work of `mukv analyze`: choose texts, measure a model on them, calibrate clusters, write."""
+"""Implement `mukv analyze`: choose texts, measure a model, calibrate clusters, write results."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from mukv.show.page import Page
 
 @dataclass(frozen=True)
 class AnalyzeSettings:
-    """What is measured, as the options of the command say it.
+    """Options of `mukv analyze`. Raises BadInput for values out of range and unknown names.
 
-    text: text files; tokens: a .npy file of ids; neither for held-out text
-    samples: windows of each text
-    calibrate: what is clustered; None for nothing
-    clusters: centres of each head
-    before_rotation: whether keys and queries are clustered without their rotation
+    text: text files
+    tokens: a .npy file of ids, instead of text; the held-out text is used if neither is given
+    samples: windows per text
+    calibrate: what is clustered (keys, queries, means, aligned); None: no calibration
+    clusters: cluster centres per head
+    before_rotation: cluster keys and queries before their position rotation
     calibration_tokens: tokens of the training text that are clustered
     """
 
@@ -51,7 +52,8 @@ class AnalyzeSettings:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Results. found: measured, by text. facts: what `--json` prints."""
+    """Results of an analysis. found: measures of each layer by name of the text. facts: the object
+    that `--json` prints."""
 
     found: study.Found
     facts: dict[str, Any]
@@ -65,11 +67,12 @@ def analyze(
     folder: Path,
     beside: Path | None,
 ) -> Analysis:
-    """Measure a model, and write tables, pictures and a page into a folder.
+    """Measure a model, and write tables, pictures and an HTML page into a folder.
 
-    name: of the model, as it was typed. length: of a window, in tokens. beside: run directory that
-    calibrated centres are saved in; None to save them in `folder`. Raises BadInput for texts that
-    do not fit the model, and for a model that is no decoder.
+    name: the model as it was typed. length: tokens per window. beside: the run directory where
+    calibrated centres are saved; None to save them in `folder`. Raises BadInput for texts shorter
+    than a window, for token ids that the model does not have, and for a model that is not a
+    Decoder.
     """
     texts = chosen_texts(model, length, settings)
     to_cluster = to_judge = samples.joined(texts.values())
@@ -84,7 +87,7 @@ def analyze(
         "window": f"{length} tokens",
         "tokens": ", ".join(f"{text} {each.tokens.size:,}" for text, each in texts.items()),
     }
-    page = study.write(found, folder, f"Who reads what: {Path(name).name}", about)
+    page = study.write(found, folder, f"Attention weights: {Path(name).name}", about)
     facts = {"texts": study.facts(found), "out": str(folder)}
     if settings.calibrate is not None:
         saved = beside or folder
@@ -94,7 +97,8 @@ def analyze(
 
 
 def chosen_texts(model: Model, length: int, settings: AnalyzeSettings) -> dict[str, CapturedRows]:
-    """Windows of each text by its name. Raises BadInput for ids that the model does not have."""
+    """Return windows of each text, by name. Raises BadInput for ids that the model does not have,
+    and for a text shorter than a window."""
     count = settings.samples
     if settings.text:
         names = names_of(settings.text)
@@ -112,7 +116,7 @@ def chosen_texts(model: Model, length: int, settings: AnalyzeSettings) -> dict[s
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """What texts are called: their file names, and whole paths where those are alike."""
+    """Name texts by their file names without suffix, or by their paths where names are equal."""
     stems = [path.stem for path in paths]
     return [s if stems.count(s) == 1 else str(p) for s, p in zip(stems, paths, strict=True)]
 
@@ -120,8 +124,8 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 def _parted(
     model: Model, length: int, settings: AnalyzeSettings, rows: CapturedRows
 ) -> tuple[CapturedRows, CapturedRows]:
-    """Windows to cluster and windows to judge by: halves of given texts, or else text of the
-    training and held-out text."""
+    """Return the windows to cluster and the windows to test the clusters on: alternate windows of
+    the given texts, or else windows of the training text and of the held-out text."""
     if settings.text or settings.tokens:
         return samples.halves(rows)
     count = -(-settings.calibration_tokens // length)
@@ -137,7 +141,7 @@ def _clusters(
     saved: Path,
     page: Page,
 ) -> Mapping[str, Any]:
-    """Calibrate centres, save and judge them; adds to the page and returns the facts."""
+    """Calibrate centres, save and test them; adds a section to the page and returns the facts."""
     decoder, kind, compute = model.network, settings.calibrate, model.run.train.compute
     assert isinstance(decoder, Decoder)
     size = batch_rows(decoder, to_cluster.tokens.shape[1])

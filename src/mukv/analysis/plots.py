@@ -1,4 +1,7 @@
-"""Pictures of what `sparsity` measures: curves, heat maps, texts side by side."""
+"""Plot the measures of `sparsity` and `clusters`: curves, heat maps, comparisons of texts.
+
+Each function writes one picture to `path` and returns its caption.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from mukv.show.figures import labels, legend, powers, saved_figure, series_style
 
 PANEL = (3.3, 3.0)
 MOST_PANELS = 6
-"""Layers with a panel of their own; of more, so many spread evenly."""
+"""Most panels in a picture; of a model with more layers, this many evenly spaced ones are drawn."""
 ColourMap = "viridis"
 
 
@@ -24,11 +27,11 @@ def some(layers: Sequence[Sparsity]) -> list[Sparsity]:
 
 
 def curves(layers: Sequence[Sparsity], path: Path) -> str:
-    """Mass against the number of largest weights, at the longest context."""
+    """Plot attention mass against the number of largest weights, at the longest context."""
     shown = some(layers)
     caption = (
-        "Sorted attention mass of each head: mean over queries of the longest context; the shade "
-        "goes from the worst query of any head to the best."
+        "Cumulative sorted attention mass of each head: mean over queries at the longest context; "
+        "the shaded band spans the lowest and the highest query of any head."
     )
     with saved_figure(path, (PANEL[0] * len(shown), PANEL[1]), caption=caption) as figure:
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
@@ -51,9 +54,12 @@ def curves(layers: Sequence[Sparsity], path: Path) -> str:
 
 
 def needed(layers: Sequence[Sparsity], path: Path) -> str:
-    """Entries for a share of the mass against the context."""
+    """Plot the number of entries that hold a share of the mass, against the context length."""
     shown = (0.8, 0.95, 0.99)
-    caption = "Entries that hold a share of the mass, by context: mean over heads. Dotted: all."
+    caption = (
+        "Smallest number of entries that hold a share of the attention mass, by context length: "
+        "mean over heads. Dotted: all entries."
+    )
     with saved_figure(path, (PANEL[0] * len(shown), PANEL[1]), caption=caption) as figure:
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for axes, mass in zip(panels, shown, strict=True):
@@ -75,7 +81,7 @@ def needed(layers: Sequence[Sparsity], path: Path) -> str:
 
 
 def heads(layers: Sequence[Sparsity], path: Path) -> str:
-    """Heat maps of layers and heads at the longest context."""
+    """Plot heat maps by layer and head, at the longest context."""
     place = MASSES.index(0.95)
     maps = {
         "entries for 95 % of the mass": lambda x: x.needed["mean"][:, x.longest, place],
@@ -84,7 +90,7 @@ def heads(layers: Sequence[Sparsity], path: Path) -> str:
         "distance from the mean head": lambda x: x.far_from_mean[:, x.longest],
     }
     tall = 1.6 + 0.32 * len(layers)
-    caption = "By layer and head, at the longest context."
+    caption = "Measures by layer and head, at the longest context."
     with saved_figure(path, (PANEL[0] * len(maps), max(2.4, tall)), caption=caption) as figure:
         panels = figure.subplots(1, len(maps), squeeze=False)[0]
         for axes, (title, of) in zip(panels, maps.items(), strict=True):
@@ -95,11 +101,11 @@ def heads(layers: Sequence[Sparsity], path: Path) -> str:
 
 
 def errors(layers: Sequence[Sparsity], path: Path) -> str:
-    """What is lost of the output against what is lost of the mass."""
+    """Plot the relative error of the output against the attention mass that is left out."""
     sides = (("error", "values dropped"), ("renormalised", "and renormalised"))
     caption = (
-        "Each point is a head: mass lost and error of its output when only the values of the "
-        "largest weights are read. Dotted: equal."
+        "Each point is a head: attention mass left out, and relative error of its output, when "
+        "only the values of the largest weights are read. Dotted: both are equal."
     )
     with saved_figure(path, (2 * 1.3 * PANEL[0], 1.15 * PANEL[1]), caption=caption) as figure:
         panels = figure.subplots(1, 2, sharex=True, sharey=True, squeeze=False)[0]
@@ -127,10 +133,10 @@ def errors(layers: Sequence[Sparsity], path: Path) -> str:
 
 
 def agreement(layers: Sequence[Sparsity], path: Path) -> str:
-    """Which heads need the same entries."""
+    """Plot the overlap of the entries that two heads need (Jaccard index), for pairs of heads."""
     shown = some(layers)
     caption = (
-        f"Of the entries with {NEEDED:.0%} of the mass of either head, the share that both need."
+        f"Overlap of two heads' entries with {NEEDED:.0%} of the mass: intersection over union."
     )
     with saved_figure(path, (PANEL[0] * len(shown), PANEL[1]), caption=caption) as figure:
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
@@ -142,7 +148,7 @@ def agreement(layers: Sequence[Sparsity], path: Path) -> str:
 
 
 def texts(found: Mapping[str, Sequence[Sparsity]], path: Path) -> str:
-    """The same model on different texts."""
+    """Plot the measures of one model on several texts."""
     from matplotlib.ticker import MaxNLocator
 
     place = MASSES.index(0.95)
@@ -152,7 +158,7 @@ def texts(found: Mapping[str, Sequence[Sparsity]], path: Path) -> str:
         f"mass on the last {NEAR}": lambda x: x.near[:, x.longest],
         f"output error, largest {SHARES[2]:.0%}": lambda x: x.error[:, x.longest, 2],
     }
-    caption = "Texts side by side: means over heads, at the longest context."
+    caption = "Comparison of texts: means over heads, at the longest context."
     with saved_figure(path, (PANEL[0] * len(panels_of), PANEL[1]), caption=caption) as figure:
         panels = figure.subplots(1, len(panels_of), squeeze=False)[0]
         for axes, (title, of) in zip(panels, panels_of.items(), strict=True):
@@ -169,13 +175,13 @@ def texts(found: Mapping[str, Sequence[Sparsity]], path: Path) -> str:
 
 
 def clusters(layers: Sequence[Prediction], path: Path) -> str:
-    """What clusters capture of the mass, how well they name what is needed, how even they are."""
+    """Plot the attention mass that clusters capture, the F1 of their choice, and their sizes."""
     from matplotlib.ticker import MaxNLocator
 
     eighth = READS.index(1 / 8)
     caption = (
-        "Entries are read cluster by cluster. Grey: as many entries, chosen by their weights "
-        "(the most that is possible) and simply the latest."
+        "Entries are read cluster by cluster. Grey: as many entries with the largest weights (the "
+        "upper bound), and as many latest entries."
     )
     with saved_figure(path, (PANEL[0] * 3.4, 1.1 * PANEL[1]), caption=caption) as figure:
         left, middle, right = figure.subplots(1, 3)
@@ -214,7 +220,7 @@ def heat(
     title: str,
     limits: tuple[float, float] | None = None,
 ) -> None:
-    """A matrix as colours, with its numbers where there is room."""
+    """Draw a matrix as colours, with its numbers if it has at most 64."""
     low, high = limits or (None, None)
     image = axes.imshow(values, aspect="auto", cmap=ColourMap, vmin=low, vmax=high)
     figure.colorbar(image, ax=axes, shrink=0.85)
@@ -232,7 +238,7 @@ def heat(
 
 
 def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Layers may have different numbers of heads: what is not there is NaN."""
+    """Stack rows of different lengths (layers may differ in heads), filled up with NaN."""
     table = np.full((len(rows), max(map(len, rows))), np.nan)
     for row, values in zip(table, rows, strict=True):
         row[: len(values)] = values

@@ -1,4 +1,4 @@
-"""Which pieces of which texts are looked at: windows of one length, spread evenly."""
+"""Choose the windows of texts that are measured: all of one length, evenly spaced."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from mukv.data.tokens import TokenFile
 
 
 def windows(name: str, texts: Sequence[np.ndarray], length: int, samples: int) -> CapturedRows:
-    """At most `samples` windows of token ids, each read as the beginning of a document.
+    """Choose at most `samples` windows of `length` tokens, evenly spaced over all texts.
 
-    Raises BadInput if no text is as long as a window.
+    texts: token ids [token]. Each window has positions from 0, like the beginning of a document.
+    Raises BadInput if every text is shorter than a window; name: of the texts, for its message.
     """
     starts = [
         (number, start)
@@ -33,7 +34,8 @@ def windows(name: str, texts: Sequence[np.ndarray], length: int, samples: int) -
 
 
 def held_out(corpus: TokenFile, length: int, samples: int) -> CapturedRows:
-    """Windows of a token file's validation stream; documents in them are apart, as in training."""
+    """Return windows of a token file's validation split, packed as in training: a token attends
+    only to its own document."""
     batches = Batches(corpus, seed=0, batch=samples, length=length, split="validation")
     batch = next(iter(batches.once(limit=1)))
     real = batch.segment.any(axis=1)
@@ -41,7 +43,8 @@ def held_out(corpus: TokenFile, length: int, samples: int) -> CapturedRows:
 
 
 def from_training(corpus: TokenFile, length: int, samples: int) -> CapturedRows:
-    """Windows of the training stream, in the order of training; all of them full."""
+    """Return windows of the training split in the order of training; windows with padding are left
+    out."""
     batches = Batches(corpus, seed=0, batch=samples, length=length)
     batch = batches.at(0)
     full = batch.segment.all(axis=1)
@@ -49,7 +52,8 @@ def from_training(corpus: TokenFile, length: int, samples: int) -> CapturedRows:
 
 
 def even(rows: CapturedRows, most: int) -> Iterator[CapturedRows]:
-    """Batches of one size, as large as divides the rows."""
+    """Yield batches of equal size: the largest divisor of the number of rows that is at most
+    `most`."""
     count = len(rows.tokens)
     size = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
     for start in range(0, count, size):
@@ -57,20 +61,20 @@ def even(rows: CapturedRows, most: int) -> Iterator[CapturedRows]:
 
 
 def halves(rows: CapturedRows) -> tuple[CapturedRows, CapturedRows]:
-    """Every second window, and the others."""
+    """Split windows into those of even and of odd number. Raises BadInput for a single window."""
     if len(rows.tokens) < 2:
-        raise BadInput("--text", f"{len(rows.tokens)} window", "two: to calibrate, and to judge by")
+        raise BadInput("--text", f"{len(rows.tokens)} window", "2 or more: half of them calibrate")
     first, second = (CapturedRows(*(array[start::2] for array in rows)) for start in (0, 1))
     return first, second
 
 
 def joined(parts: Iterable[CapturedRows]) -> CapturedRows:
-    """Windows of several texts as one."""
+    """Concatenate the windows of several texts."""
     return CapturedRows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def batched(rows: CapturedRows, size: int) -> Iterator[CapturedRows]:
-    """Batches of one shape: the last is filled up with rows that are no document."""
+    """Yield batches of one shape; the last is filled up with rows of padding (segment 0)."""
     size = min(size, len(rows.tokens))
     for start in range(0, len(rows.tokens), size):
         part = CapturedRows(*(array[start : start + size] for array in rows))

@@ -1,10 +1,10 @@
-"""How few entries a query needs, by layer, head and length of what it looks back on.
+"""Measure how sparse attention is, by layer, head and number of visible entries.
 
-For every query the weights are sorted: what mass the largest hold, how many it takes for a share
-of the mass, and what becomes of the output if the values of the others are never read. Queries
-are gathered in octaves of the number of entries that they see; means, and the best and worst of
-all queries. The mass alone says little: values of entries with small weights may be large, or
-cancel (the error of the output says).
+The weights of each query are sorted. Measured are the mass of the largest weights, the number of
+entries that hold a share of the mass, and the relative error of the output if only the values of
+the largest weights are read. (Mass alone does not determine this error: values of entries with
+small weights may be large, or cancel.) Queries are grouped by octave of the number of entries that
+they see; each group has a mean, and for some measures the least and largest of its queries.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ from mukv.model.plan import ResolvedLayer
 MASSES = (0.8, 0.9, 0.95, 0.99, 0.999)
 SHARES = (0.01, 0.05, 0.1, 0.2)
 SINKS, NEAR = 4, 16
-"""The first entries of a document, and the last ones before a query, itself included."""
+"""Entries counted as sinks (the first of a document) and as near (the last before a query, and its
+own)."""
 NEEDED = 0.8
-"""Mass of the entries that heads are compared by."""
+"""Share of a query's attention mass whose entries count as needed, when heads are compared."""
 LEAST = 32
-"""Entries that a query must see for heads to be compared by it."""
+"""Queries that see fewer entries are left out when heads or clusters are compared."""
 QUERIES = 256
-"""Queries of a row that are looked at, spread evenly."""
+"""Most queries that are measured per row, evenly spaced."""
 PARTS = ("sinks", "near", "distance")
 EXTREMES = {"low": np.minimum, "high": np.maximum}
 
 
 def octave(visible: Int[Array, "*queries"]) -> Int[Array, "*queries"]:
-    """0 for one entry, 1 for two, 2 for three and four, 3 for five to eight ..."""
+    """Return ceil(log2(visible)): 0 for one entry, 1 for two, 2 for three and four, and so on."""
     return jnp.ceil(jnp.log2(visible.astype(jnp.float32)) - 1e-4).astype(jnp.int32)
 
 
 def ranks(length: int) -> np.ndarray:
-    """1, 2, 3, 4, 6, 8, 12 ... up to the length: where the sorted curve is taken."""
+    """Return the numbers of largest weights at which the mass is recorded: 1, 2, 3, 4, 6, 8, 12 and
+    so on, up to the length and with it."""
     powers = 2 ** np.arange(int(np.log2(length)) + 1)
     halves = powers[powers > 1] * 3 // 2
     return np.unique([rank for rank in [*powers, *halves, length] if rank <= length])
@@ -52,14 +54,21 @@ def ranks(length: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """What is known of one layer. Axes: head [H], octave [O], rank [R], mass [M], share [S].
+    """Measures of one layer. Axes: head [H], octave [O], rank [R], mass [M], share [S]; float64,
+    means over the queries of an octave, NaN in octaves without queries.
 
-    Octaves without queries hold NaN. curve: mass of the largest weights. needed: entries for a
-    mass. top: mass of the largest share of entries. error: of the output when only those values
-    are read, relative to its norm; renormalised: after division by their mass. sinks, near: mass
-    of the first and the last entries; distance: mean tokens back; far_from_mean: total variation
-    between a head's weights and the mean over heads. agreement: of the entries that two heads
-    need, the share that both do [H H].
+    queries: their number [O]
+    ranks: numbers of largest weights [R] (see `ranks`)
+    curve: mass of that many largest weights; "mean", "low" and "high" over queries, each [H O R]
+    needed: entries that hold a share MASSES of the mass; the same three, each [H O M]
+    top: mass of the largest SHARES of the visible entries [H O S]
+    error: norm of the output's error when only their values are read, relative to the output's norm
+        [H O S]
+    renormalised: the same after the output was divided by their mass [H O S]
+    sinks, near: mass of the first SINKS entries of a document and of the last NEAR [H O]
+    distance: mean distance of entries from the query, in tokens, weighted by attention [H O]
+    far_from_mean: total variation between a head's weights and the mean over heads [H O]
+    agreement: intersection over union of the entries with NEEDED of the mass of two heads [H H]
     """
 
     layer: int
@@ -89,7 +98,11 @@ def measure(
     length: int,
     compute: Compute | None = None,
 ) -> list[Sparsity]:
-    """Every layer's, from rows of `length` tokens."""
+    """Measure every layer on rows of `length` tokens.
+
+    weights: stacked and scaled. batches: rows of one shape; padding is not counted. Raises BadInput
+    for layers whose attention has other stores than one entry per token.
+    """
     octaves = math.ceil(math.log2(length)) + 1
     at = ranks(length)
 
@@ -111,7 +124,7 @@ def _sums(layer: ResolvedLayer, seen: Captured, octaves: int, at: np.ndarray) ->
     place = jax.nn.one_hot(octave(visible), octaves) * real[..., None]
 
     def by_octave(x: Float[Array, "batch heads query *_"]) -> Array:
-        """[head octave ...]: summed over the queries of each octave."""
+        """Sum over the queries of each octave; returns [head octave *_]."""
         return jnp.einsum("bhq...,bqo->ho...", x, place)
 
     ordered = -jnp.sort(-heads, axis=-1)
@@ -153,7 +166,8 @@ def _sums(layer: ResolvedLayer, seen: Captured, octaves: int, at: np.ndarray) ->
     middle = jnp.mean(heads, axis=1, keepdims=True)
     sums["far_from_mean"] = by_octave(jnp.sum(jnp.abs(heads - middle), axis=-1) / 2)
 
-    # The smallest weight that is still needed: those before it hold less than the mass.
+    # Index of the smallest needed weight in sorted order: the weights before it hold less than
+    # NEEDED of the mass.
     last = jnp.sum(mass < NEEDED * total, axis=-1, keepdims=True)
     last = jnp.minimum(last, length - 1)
     set_of = (heads >= jnp.take_along_axis(ordered, last, axis=-1)) & (heads > 0)
@@ -169,7 +183,7 @@ def _sums(layer: ResolvedLayer, seen: Captured, octaves: int, at: np.ndarray) ->
 
 
 def _extremes(name: str, x: Float[Array, "batch heads query _"], place: Array) -> dict[str, Array]:
-    """The least and the largest of each head and octave."""
+    """Return the least and the largest value of each head and octave, [head octave _]."""
     inside = (place > 0)[:, None, :, :, None]
     wide = x[:, :, :, None]
     return {

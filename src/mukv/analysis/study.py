@@ -1,4 +1,4 @@
-"""`mukv analyze`: measures a model on texts and writes tables, pictures and a page."""
+"""Measure a model on texts, and write the results as CSV tables, pictures and an HTML page."""
 
 from __future__ import annotations
 
@@ -23,18 +23,22 @@ from mukv.show.progress import Bar
 from mukv.storage.files import write_atomic
 
 LONGEST = 80
-"""Characters of a text's name in the name of a file, which may have 255 bytes in all."""
+"""Most characters of a text's name in a file name (file systems allow 255 bytes in all)."""
 Found = Mapping[str, Sequence[Sparsity]]
-"""What was measured, by name of the text."""
+"""Measures of each layer, by name of the text."""
 
 
 def look(
     model: Decoder, weights: Any, texts: Mapping[str, CapturedRows], compute: Compute | None = None
 ) -> dict[str, list[Sparsity]]:
-    """Measure a model on windows of each text. weights: stacked and scaled."""
+    """Measure the attention sparsity of a model on windows of each text, with a progress bar.
+
+    weights: stacked and scaled. texts: rows by name. Raises BadInput for layers whose attention has
+    other stores than one entry per token.
+    """
     found: dict[str, list[Sparsity]] = {}
     total = sum(len(rows.tokens) for rows in texts.values())
-    with Bar("looking", total) as bar:
+    with Bar("measuring", total) as bar:
         done = 0
         for name, rows in texts.items():
             length = rows.tokens.shape[1]
@@ -53,13 +57,13 @@ def look(
 
 
 def write(found: Found, out: Path, title: str, about: Mapping[str, str]) -> Page:
-    """Tables and pictures into a folder; the page that shows them, not yet saved."""
+    """Write tables and pictures into a folder; returns the page that shows them, not yet saved."""
     for name, rows in tables(found).items():
         write_atomic(out / f"{name}.csv", csv_text(rows))
     page = Page(title)
     page.table(("", ""), about.items())
     if len(found) > 1:
-        page.heading("Texts side by side")
+        page.heading("Comparison of texts")
         page.picture(out / "texts.png", plots.texts(found, out / "texts.png"))
     files = distinct((name.replace("/", "-") for name in found), LONGEST)
     for short, (name, layers) in zip(files, found.items(), strict=True):
@@ -75,7 +79,8 @@ def write(found: Found, out: Path, title: str, about: Mapping[str, str]) -> Page
 def write_clusters(
     found: Sequence[Prediction], centres: Centres, out: Path, page: Page
 ) -> dict[str, Any]:
-    """Table and picture of how well centres predict; adds to the page, returns the facts."""
+    """Write the table and picture of how well centres predict the entries that queries need; adds
+    them to the page and returns the facts that `--json` prints."""
     rows = [
         {"layer": layer.layer, "head": head, "read": share}
         | {name: float(getattr(layer, name)[head, place]) for name in MEASURES}
@@ -121,11 +126,11 @@ SHORT = (
     *("layer", "entries\nfor 80 %", "entries\nfor 95 %", "entries\nfor 99 %"),
     *("mass of\ntop 10 %", "error at\ntop 10 %", "mass on\nsinks", "mass\nnear", "mean\ndistance"),
 )
-"""Of a terminal: entries for a mass, mass and error of the largest tenth."""
+"""Columns of the table in the terminal; sinks and near are defined in `sparsity`."""
 
 
 def summary(layer: Sparsity) -> list[str]:
-    """Means over heads at the longest context, as they are shown."""
+    """Format the means over heads at the longest context: one cell for each of COLUMNS."""
     last = layer.longest
     needed = [f"{value:.1f}" for value in layer.needed["mean"][:, last].mean(axis=0)]
     top = [f"{value:.3f}" for value in layer.top[:, last].mean(axis=0)]
@@ -136,14 +141,14 @@ def summary(layer: Sparsity) -> list[str]:
 
 
 def short(layer: Sparsity) -> list[str]:
-    """What of the summary a terminal has room for."""
+    """Return the cells of `summary` that the table in the terminal shows: one for each of SHORT."""
     shown = dict(zip(COLUMNS, summary(layer), strict=True))
     names = (*(f"entries for {mass}" for mass in (0.8, 0.95, 0.99)), "mass of top 10%")
     return [shown[name] for name in ("layer", *names, "error at top 10%", *PARTS)]
 
 
 def facts(found: Found) -> dict[str, Any]:
-    """What `--json` prints: means over heads at the longest context."""
+    """Return the object that `--json` prints: means over heads at the longest context, by text."""
 
     def of(layer: Sparsity) -> dict[str, Any]:
         last = layer.longest
@@ -169,7 +174,7 @@ def facts(found: Found) -> dict[str, Any]:
 
 
 def tables(found: Found) -> dict[str, list[dict[str, Any]]]:
-    """Every number that was measured, one table for each file."""
+    """Return all measures as rows of tables, by file name without suffix."""
     by_context: list[dict[str, Any]] = []
     curve: list[dict[str, Any]] = []
     agreement: list[dict[str, Any]] = []
@@ -207,7 +212,7 @@ def _numbers(layer: Sparsity, head: int, octave: int) -> dict[str, float]:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table with its names on the first line, numbers with six digits."""
+    """Return rows as CSV with a header line; numbers have six significant digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()

@@ -1,8 +1,8 @@
-"""The command `mukv`: subcommands that read as sentences.
+"""The command line `mukv`. Each subcommand is a function in one of the modules here.
 
-Standard output is for results, one JSON object as the last line with `--json`; progress and errors
-go to standard error. Exit status 0, 1 (failed) or 2 (bad input). A command is a function in one of
-the modules here; it imports what it needs when it runs, so that a wrong one is answered at once.
+Results are printed to standard output, with `--json` as one JSON object on the last line; progress
+and errors go to standard error. The exit status is 0, 1 (failed) or 2 (bad input). Commands import
+JAX and other large modules when they run, so that a mistyped command line is refused at once.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ __all__ = [
 
 
 def _require_text(words: Sequence[str]) -> None:
-    """Raise BadInput for bytes that are not UTF-8: no file of ours could name such a path."""
+    """Raise BadInput for words that are not UTF-8: config.yaml and JSON can't hold such a path."""
     for word in words:
         if not is_text(word):
             raise BadInput("mukv", word, "names and values in UTF-8")
 
 
 def main() -> NoReturn:
-    """Run the command line; every exception ends in one clear line at most."""
+    """Run the command line and exit; an exception prints at most one line."""
     ending.settle_streams()
-    # Processes that share a run would all print; their first one shows its progress.
+    # No heartbeat with --distributed: all processes would print it, and training shows progress.
     alone = not any(part.startswith("--distributed") for part in sys.argv)
-    # A chat waits for a person, and watches its answers itself.
+    # None for a chat, which waits for input; it starts a heartbeat for each answer itself.
     watched = alone and sys.argv[1:2] != ["chat"]
     beat = Heartbeat(" ".join(["mukv", *sys.argv[1:2]])) if watched else nullcontext()
     try:
@@ -71,7 +71,7 @@ def main() -> NoReturn:
             with beat:
                 code = app(prog_name="mukv", standalone_mode=False)
             ending.flush()
-    except BaseException as error:  # a panic of a Rust library is no Exception
+    except BaseException as error:  # a panic in a Rust library is not an Exception
         if isinstance(error, SystemExit) and not isinstance(error, ending.Signalled):
             raise
         ending.show_traceback(error)

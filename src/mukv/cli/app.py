@@ -1,4 +1,4 @@
-"""What all commands share: the application, and options that they have in common."""
+"""Define the application of the command line, and the options that several commands share."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ORDER = (
     *("compress", "bench", "import", "export", "report", "runs", "describe", "presets"),
     *("policies", "docs"),
 )
-"""The commands in the order of use, as `mukv --help` lists them."""
+"""The commands in the order in which `mukv --help` lists them: that of a typical workflow."""
 
 
 class InOrder(TyperGroup):
-    """A group that lists its commands in the order of use."""
+    """A group that lists its commands in the order of ORDER."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=ORDER.index)
@@ -60,7 +60,8 @@ def root(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]...", help="For instance train.steps=50")
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="Overrides, such as train.steps=50."),
 ]
 ModelName = Annotated[
     str,
@@ -71,12 +72,12 @@ ModelName = Annotated[
 
 AllowNonfinite = Annotated[
     bool,
-    typer.Option("--allow-nonfinite", help="Take weights that are infinite or not a number."),
+    typer.Option("--allow-nonfinite", help="Accept weights that are infinite or not a number."),
 ]
 
 
 def exactly_one(command: str, **options: object) -> None:
-    """Raise BadInput unless one of these options was given, and no more."""
+    """Raise BadInput unless exactly one of these options is not None."""
     given = [name for name, value in options.items() if value is not None]
     if len(given) != 1:
         names = " and ".join(_dashed(name) for name in given) or "neither"
@@ -85,7 +86,7 @@ def exactly_one(command: str, **options: object) -> None:
 
 
 def note_unused_budget(policies: str) -> None:
-    """Say which of these policies have no use for the --budget that was given."""
+    """Warn of the policies, separated by commas, that take no budget."""
     from mukv.cache import Policy
 
     unused = [name for name in policies.split(",") if not Policy.takes_budget(name)]
@@ -94,19 +95,19 @@ def note_unused_budget(policies: str) -> None:
 
 
 def tell(notes: Iterable[str]) -> None:
-    """Print notes, a line each."""
+    """Print notes as warnings, one per line."""
     for note in notes:
         output.warn(note)
 
 
 def hold(context: typer.Context, *folders: Path) -> None:
-    """Until the command ends, be the one process that writes into these folders, or into the run
-    directories that they lie in. Raises BadInput with the number of the one that does already."""
+    """Lock these folders, or the run directories that they lie in, against other writers until the
+    command ends. Raises BadInput with the id of a process that has already locked one."""
     context.with_resource(writing(*folders))
 
 
 def hold_run(context: typer.Context, path: Path) -> None:
-    """The same for the run directory that a path lies in, where it lies in one."""
+    """Lock the run directory that a path lies in, if any, until the command ends."""
     context.with_resource(writing_inside(path))
 
 
@@ -115,6 +116,6 @@ def _dashed(name: str) -> str:
 
 
 def beside(model: str, name: str) -> Path:
-    """The folder of results of this name: in that of the model, where it has one."""
+    """Return the folder of results: `name` in the folder of the model, or else in `runs`."""
     path = Path(model)
     return path / name if path.is_dir() else Path("runs") / f"{name}-{path.name}"

@@ -1,4 +1,4 @@
-"""The command that asks a model what it remembers."""
+"""The command `mukv bench`: test the long-context memory of a model on synthetic tasks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mukv.show import output
 from mukv.show.terminal import Console, table
 
 TEXT_LENGTH = 1024
-"""Tokens of the shortest text that a model is asked about, unless told otherwise: every task's
-default fits in as many bytes."""
+"""Default of the shortest text length in tokens, for a model that was not trained on a task. Each
+task with its default sizes fits in as many bytes."""
 
 
 @app.command()
@@ -25,38 +25,44 @@ def bench(
     context: typer.Context,
     source: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL or CONFIG]", help="A model, or what is trained for this."),
+        typer.Argument(
+            metavar="[MODEL or CONFIG]", help="A model to test, or a configuration to train."
+        ),
     ] = None,
     overrides: Overrides = None,
     oracle: Annotated[
-        bool, typer.Option("--oracle", help="No model: an independent solver, a guesser.")
+        bool, typer.Option("--oracle", help="Score a solver and a guesser instead of a model.")
     ] = False,
-    tasks: Annotated[str | None, typer.Option(help="Names with commas; default: all.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Task names, separated by commas; default: all.")
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="In tokens, with commas; a CONFIG is trained at the first. Default: as in "
-            "training, or as the tasks need (text: 1024), and 2 to 16 times that."
+            help="Text lengths in tokens, separated by commas; a CONFIG is trained at the first. "
+            "Default: the training length, or what the tasks need (text: 1024), and 2 to 16 times "
+            "that."
         ),
     ] = None,
     facts: Annotated[
-        int | None, typer.Option(help="To be remembered; default: the task's.")
+        int | None, typer.Option(help="Facts to remember per text; default: the task's.")
     ] = None,
     growing: Annotated[
-        bool, typer.Option("--growing", help="Facts grow with the length (of a CONFIG).")
+        bool, typer.Option("--growing", help="More facts in longer texts (CONFIG only).")
     ] = False,
-    seeds: Annotated[int, typer.Option(help="Runs at each learning rate (of a CONFIG).")] = 3,
+    seeds: Annotated[int, typer.Option(help="Runs per learning rate (CONFIG only).")] = 3,
     learning_rates: Annotated[
-        str | None, typer.Option(help="With commas; default: the configured one, half and twice.")
+        str | None,
+        typer.Option(help="Separated by commas; default: the configured one, half and twice it."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Of training; default: as configured.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps; default: configured.")] = None,
     cache: Annotated[
-        str, typer.Option(help="Cache policy of free-running answers, such as snapkv:0.25+int8.")
+        str, typer.Option(help="Cache policy of decoded answers, such as snapkv:0.25+int8.")
     ] = "full",
-    shots: Annotated[int, typer.Option(help="Solved samples before each text.")] = 0,
-    samples: Annotated[int, typer.Option(help="Of each task and length.")] = 200,
-    free: Annotated[int, typer.Option(help="Samples that are also decoded, token by token.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    shots: Annotated[int, typer.Option(help="Solved examples before each text.")] = 0,
+    samples: Annotated[int, typer.Option(help="Samples per task and length.")] = 200,
+    free: Annotated[int, typer.Option(help="Samples that are also decoded token by token.")] = 16,
+    seed: Annotated[int, typer.Option(help="Random seed of the samples.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -66,10 +72,11 @@ def bench(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """How much of a text a model still knows, by task and length.
+    """Measure how well a model recalls facts of a long text, by task and length.
 
-    A MODEL is tested. A CONFIG is trained on each task at one length, for each learning rate and
-    seed, and tested at longer ones; the same command goes on where it was interrupted.
+    A MODEL is tested as it is. A CONFIG is trained on each task at one length, for each learning
+    rate and seed, and tested at longer ones; a command that was interrupted can be repeated to
+    continue.
 
     Example: `mukv bench tiny --tasks mqar,needle --lengths 128,256,512 --steps 300 --seeds 1`
     """
@@ -126,12 +133,13 @@ def bench(
 
 
 def is_model(source: str) -> bool:
-    """A folder or a hub id, and no preset or YAML file."""
+    """Whether this is a folder or a hub id, rather than a preset or YAML file."""
     return Path(source).is_dir() or ("/" in source and not source.endswith((".yaml", ".yml")))
 
 
 def sizes_of(given: str | None, first: int, context: int | None) -> list[int]:
-    """Lengths as asked for; else the first and up to 16 times that, as the context allows."""
+    """Parse text lengths; without them return 1, 2, 4, 8 and 16 times the first, up to the model's
+    context. Raises BadInput."""
     if given is not None:
         return whole_numbers("--lengths", given)
     sizes = [first * times for times in (1, 2, 4, 8, 16)]
@@ -139,7 +147,7 @@ def sizes_of(given: str | None, first: int, context: int | None) -> list[int]:
 
 
 def rates_of(text: str) -> tuple[float, ...]:
-    """Learning rates from "1e-3,3e-3"."""
+    """Parse learning rates from "1e-3,3e-3"; returns them sorted. Raises BadInput."""
     try:
         found = tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
@@ -150,7 +158,7 @@ def rates_of(text: str) -> tuple[float, ...]:
 
 
 def chosen(text: str | None, names: Sequence[str]) -> list[str]:
-    """Names from "a,b", each in the table."""
+    """Parse names from "a,b"; None for all. Raises BadInput for names that are not in `names`."""
     if text is None:
         return list(names)
     found = [part.strip() for part in text.split(",") if part.strip()]
@@ -163,7 +171,7 @@ def chosen(text: str | None, names: Sequence[str]) -> list[str]:
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """Whole numbers of at least 1 from "1,2,3", each once, in order."""
+    """Parse whole numbers from "1,2,3"; returns each once, sorted. Raises BadInput below 1."""
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
@@ -174,7 +182,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> None:
-    """As one object, or as a table."""
+    """Print the rows as one JSON object or as a table."""
     if as_json:
         output.print_json({"rows": rows, **({} if out is None else {"out": str(out)})})
         return
@@ -189,10 +197,10 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
         "cache\nbytes/token": [f"{row['cache_bytes_per_token']:,.0f}" for row in rows],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
-    caption = "shares of answers; free running: of those that were decoded token by token"
+    caption = "shares of correct answers; free running: of the answers decoded token by token"
     shown = table(("task",), tuple(columns), caption=caption)
     for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
         shown.add_row(row["task"], *cells)
     Console().print(shown)
     if out is not None:
-        Console().say(f"answers and picture: {out}")
+        Console().say(f"answers and picture are in {out}")

@@ -1,4 +1,4 @@
-"""The command that talks: messages from a terminal or a pipe, answers as they are made."""
+"""The command `mukv chat`: read messages from a terminal or a pipe, and print streamed answers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "/help": "show these commands",
-    "/reset": "forget all messages; the system prompt stays",
-    "/system": "TEXT: take another system prompt and forget all messages; without TEXT: none",
-    "/stats": "turns, tokens and bytes of the cache, speed",
-    "/quit": "end the chat, as the end of the input does",
+    "/reset": "delete all messages; the system prompt stays",
+    "/system": "TEXT: set another system prompt and delete all messages; without TEXT: remove it",
+    "/stats": "show turns, tokens and bytes of the cache, and speed",
+    "/quit": "end the chat, like the end of the input",
 }
 PROMPT = "> "
 
@@ -36,13 +36,13 @@ def chat(
     model: ModelName,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     policy: Annotated[
-        str, typer.Option(metavar="POLICY", help="Of the cache, such as snapkv:0.25+int8.")
+        str, typer.Option(metavar="POLICY", help="Cache policy, such as snapkv:0.25+int8.")
     ] = "full",
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling: probability kept.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the sampling.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     stop: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="End an answer before this text; may be repeated."),
@@ -50,8 +50,8 @@ def chat(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of the whole conversation at most; default: the model's context, "
-            "at most 4096."
+            help="Most tokens of the whole conversation; default: the model's context, but at "
+            "most 4096."
         ),
     ] = None,
     allow_nonfinite: AllowNonfinite = False,
@@ -89,14 +89,15 @@ def chat(
 
 
 class _Session:
-    """What is typed, and what is printed for it."""
+    """Handle the lines of a chat: commands and messages. as_json: print each answer as JSON."""
 
     def __init__(self, talker: Chat, as_json: bool):
         self.talker, self.as_json = talker, as_json
         self.last: Reply | None = None
 
     def take(self, line: str) -> bool:
-        """Do what a line says; whether the chat goes on."""
+        """Run a command or answer a message; returns False if the chat is to end. Raises BadInput
+        for text that is not UTF-8."""
         if not line.strip():
             return True
         if not is_text(line):
@@ -113,13 +114,13 @@ class _Session:
             self._note("//TEXT: a message that begins with /")
         elif name == "/reset":
             self.talker.reset()
-            self._note("all messages are forgotten")
+            self._note("all messages are deleted")
         elif name == "/stats":
             self._stats()
         elif name == "/system":
             try:
                 self.talker.set_system(rest.strip() or None)
-                self._note("the chat begins anew with this system prompt")
+                self._note("the chat starts again with this system prompt")
             except BadInput as error:
                 output.warn(str(error))
         else:
@@ -131,24 +132,25 @@ class _Session:
         try:
             with interruptible() as interrupted, Heartbeat("mukv chat"):
                 if out is not None:
-                    out = sys.stdout  # as the heartbeat watches it
+                    out = sys.stdout  # the heartbeat has replaced sys.stdout to watch it
                 reply = self.talker.say(message, out, lambda: bool(interrupted))
         except BadInput as error:
-            output.warn(f"{error}; /reset begins anew")
+            output.warn(f"{error}; /reset starts a new chat")
             return
         self.last = reply
         if reply.restarted:
             output.warn(
-                "the template changed earlier messages: the conversation was read anew "
-                f"({reply.read:,} tokens)"
+                "the template changed earlier messages, so that the whole conversation was "
+                f"prefilled again ({reply.read:,} tokens)"
             )
         if reply.cache_tokens + 1 >= self.talker.conversation.length:
-            output.warn("the conversation is as long as --length; /reset begins anew")
+            output.warn("the conversation is as long as --length; /reset starts a new chat")
         if self.as_json:
             output.print_json(_facts(reply))
 
     def _stats(self) -> None:
-        """On standard error with --json, whose lines are turns."""
+        """Print statistics; with --json to standard error, since each line of standard output is a
+        turn."""
         talker, last = self.talker, self.last
         facts: dict[str, Any] = {
             "turns": len(talker.messages) // 2,
@@ -191,7 +193,8 @@ def _unknown(name: str) -> BadInput:
 
 
 def _lines(terminal: bool) -> Iterator[str]:
-    """Lines of standard input, without their ends. Ctrl-C at the prompt drops the line."""
+    """Yield the lines of standard input without line ends. Ctrl-C at the prompt discards the line.
+    Raises BadInput for input that is not UTF-8."""
     while True:
         try:
             line = input(PROMPT) if terminal else sys.stdin.readline()
@@ -211,8 +214,8 @@ def _lines(terminal: bool) -> Iterator[str]:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """The list is no longer empty once Ctrl-C was pressed. A second one ends the command: the
-    program that runs may take long."""
+    """Catch the first Ctrl-C in this block: it is appended to the list that the block is given. A
+    second one raises KeyboardInterrupt, since the compiled program that runs may take long."""
     pressed: list[int] = []
 
     def press(number: int, _: Any) -> None:

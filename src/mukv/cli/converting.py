@@ -1,4 +1,4 @@
-"""Commands between Hugging Face and run directories."""
+"""The commands `mukv import` and `mukv export`: from and to the format of Hugging Face."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def import_(
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
-    """Make a run directory of a pretrained model, which every other command then takes.
+    """Convert a pretrained model to a run directory, which all other commands accept.
 
     Example: `mukv import meta-llama/Llama-3.2-1B --out runs/llama-1b`
     """
@@ -46,7 +46,8 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     dtype: Annotated[
-        str | None, typer.Option(help=f"Of the weights: {', '.join(TYPES)}; default: as they are.")
+        str | None,
+        typer.Option(help=f"Type of weights: {', '.join(TYPES)}; default: unchanged."),
     ] = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,

@@ -1,8 +1,9 @@
-"""The demonstration: small models that remember differently, on text that every machine has.
+"""The demonstration: compare attention variants in small models of equal size (`mukv demo`).
 
-All have the same number of parameters: what a smaller memory saves in weights goes to the MLP.
-Each is trained on the Python library's own source, then quality (bits per byte of held-out text)
-and decoding speed far into a text are set against what the memory costs (cache bytes per token).
+Each model is trained on the source code of Python's standard library, which every machine has. A
+variant with fewer attention weights has a wider MLP, so that all have the same number of
+parameters. Bits per byte of held-out text, and decoding speed after a long context, are plotted
+against the cache bytes per token.
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ PROMPT = "def __init__(self, "
 CONTINUATION = 160
 SAMPLING = Sampling(temperature=0.7, top_p=0.9)
 CONTEXT = 4096
-"""Tokens that a decoding step series_styles back on where its speed is measured."""
+"""Tokens of context in the cache when the decoding speed is measured."""
 MEASURED, ROUNDS = 128, 3
 MLP_MULTIPLE = 8
 CAPTION = (
-    "Models of equal size that remember differently, one run each: quality and decoding speed "
+    "Models of equal size with different attention, one run each: quality and decoding speed "
     "against cache bytes per token."
 )
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way of remembering: its name in tables, the preset that has it, and a few words."""
+    """An attention variant of the demonstration. name: in tables. preset: its configuration.
+    words: a short description."""
 
     name: str
     preset: str
@@ -59,9 +61,9 @@ CONTESTANTS = (
 
 
 def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
-    """Train, compare, plot; returns the table as data and the paths of what was written.
+    """Train the models, compare and plot them; returns the table as data and the paths written.
 
-    fast: every second contestant, and fewer steps.
+    fast: every second variant, and fewer steps.
     """
     steps, contestants = (40, CONTESTANTS[::2]) if fast else (140, CONTESTANTS)
     target = count(config.load(CONTESTANTS[0].preset).model.params())
@@ -104,7 +106,8 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
 
 
 def equal_size(preset: str, target: int, overrides: Sequence[str]) -> Run:
-    """A preset with its MLP as wide as brings it nearest to `target` parameters."""
+    """Return a preset with the MLP width (a multiple of MLP_MULTIPLE) whose number of parameters is
+    nearest to `target`."""
 
     def sized(hidden: int) -> Run:
         return config.load(preset, [*overrides, f"model.mlp.hidden={hidden}"])
@@ -119,20 +122,20 @@ def equal_size(preset: str, target: int, overrides: Sequence[str]) -> Run:
 
 
 def hidden_of(run: Run) -> int:
-    """The width of the MLP of a preset, whose MLPs are gated."""
+    """Return the width of the MLP of a preset (the presets here have gated MLPs)."""
     assert isinstance(run.model.mlp, Gated)
     return run.model.mlp.hidden
 
 
 def decoding_speed(run: Run, model: loaded.Model) -> float:
-    """Tokens per second that follow CONTEXT tokens of held-out text: the best of a few, since
-    whatever else a machine does only slows it down."""
+    """Measure decoding speed after CONTEXT tokens of held-out text, in tokens per second: the best
+    of ROUNDS, since other load on the machine can only lower it."""
     text = open_corpus(run).split("validation").tokens[:CONTEXT].tolist()
     return max(model.generate_ids([text], MEASURED).tokens_per_second for _ in range(ROUNDS))
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """The comparison, and a continuation from each."""
+    """Print the comparison as a table, and a continuation of PROMPT by each model."""
     numbers = ("parameters", "MLP width", "cache\nbytes/token", "held-out\nbits/byte")
     words = f"one run each (one seed); decoding after {CONTEXT:,} tokens"
     shown = table(("variant",), (*numbers, "decoding\ntokens/s"), caption=words)
@@ -153,7 +156,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bits per byte, and decoding speed, against cache bytes per token."""
+    """Plot bits per byte and decoding speed against cache bytes per token."""
     panels = (
         ("bits_per_byte", "bits per byte, held-out text", "Quality (down and left is better)"),
         (

@@ -1,8 +1,8 @@
-"""How a command ends: every exception becomes one line and a status.
+"""Turn every exception that ends a command into one line and an exit status.
 
-Status 1 is for what went wrong at run time, the signals SIGINT and SIGTERM included, and 2 for bad
-input. An exception that no part of mukv expects is reported as a fault of mukv, with its place in
-the source; MUKV_TRACEBACK=1 shows the traceback of any error.
+Status 1 is for failures at run time, SIGINT and SIGTERM included, and 2 for bad input. An exception
+that mukv does not raise on purpose is reported as a fault of mukv, with its place in the source.
+MUKV_TRACEBACK=1 shows the traceback of any error.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ MISTYPED = {
     *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EINVAL),
 }
-"""Errors of the file system that another path mends."""
+"""Errors of the file system that are the fault of the given path: they count as bad input."""
 PACKAGE = Path(__file__).parents[1]
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class Signalled(SystemExit):
-    """A signal ends the command. Locks are released and temporary files removed on the way."""
+    """Ends the command on a signal. An exception, so that locks are released and temporary files
+    removed."""
 
     def __init__(self, number: int) -> None:
         self.line, self.status = SIGNALS[signal.Signals(number)], 1
@@ -45,10 +46,11 @@ class Signalled(SystemExit):
 
 @contextmanager
 def signals() -> Iterator[None]:
-    """Raise Signalled for SIGINT and SIGTERM in this block.
+    """Raise Signalled for the first SIGINT or SIGTERM in this block.
 
-    Python raises it when the library call that runs ends (a compilation may take a minute). A
-    signal after that kills the process. Signals that it was started to ignore stay ignored.
+    Python raises it only when the current call into a library returns (a compilation may take a
+    minute). A second signal kills the process. A signal that was ignored when the process started
+    (nohup, for instance) stays ignored.
     """
     usual = (signal.SIG_DFL, signal.default_int_handler)
     here = threading.current_thread() is threading.main_thread()
@@ -71,9 +73,9 @@ def signals() -> Iterator[None]:
 
 
 def told(error: BaseException) -> tuple[str, int]:
-    """The line (without "error: ") and the status that an exception ends a command with.
+    """Return the line to print (without "error: ") and the exit status for an exception.
 
-    The line is empty where nothing is left to say: help was shown, or nobody reads the output.
+    The line is empty if there is nothing to print: help was shown, or the output pipe is closed.
     """
     if isinstance(error, BadInput | Failed):
         return text_of(error), error.status
@@ -85,7 +87,7 @@ def told(error: BaseException) -> tuple[str, int]:
         return error.line, error.status
     if isinstance(error, BrokenPipeError):
         return "", 1
-    if hasattr(error, "format_message"):  # click says best what is wrong with an option
+    if hasattr(error, "format_message"):  # click's own text for a wrong option
         return shortened(error.format_message(), 900), 2  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(error, OSError):
         return _of_system(error)
@@ -96,7 +98,7 @@ def told(error: BaseException) -> tuple[str, int]:
 
 
 def text_of(error: BaseException) -> str:
-    """The first line of an exception's text; empty if there is none or it can't be made."""
+    """Return the first line of an exception's text; empty if it has none or if str() fails."""
     try:
         lines = str(error).split("\n") if isinstance(error, BadInput | Failed) else _lines(error)
     except Exception:
@@ -124,7 +126,7 @@ def _of_fault(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """FILE:LINE of the last line of mukv that an exception passed, or of its origin."""
+    """Return FILE:LINE of the innermost frame in mukv's source, or else of the innermost frame."""
     frames = [
         (Path(f.f_code.co_filename), line) for f, line in traceback.walk_tb(error.__traceback__)
     ]
@@ -136,13 +138,14 @@ def place_of(error: BaseException) -> str:
 
 
 def show_traceback(error: BaseException) -> None:
-    """Print it to standard error, where that was asked for."""
+    """Print the traceback to standard error if the environment variable MUKV_TRACEBACK is 1."""
     if os.environ.get(TRACEBACK) == "1" and sys.stderr is not None:
         traceback.print_exception(error)
 
 
 def settle_streams() -> None:
-    """Let no character and no closed stream stop a command from saying what it has to say."""
+    """Make printing safe: characters that a stream can't encode are escaped, and a closed stream is
+    replaced by the null device."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed before we began
@@ -152,11 +155,12 @@ def settle_streams() -> None:
 
 
 def flush() -> None:
-    """Write what standard output still holds. Raises OSError where that is not possible."""
+    """Flush standard output. Raises BrokenPipeError if its reader is gone, and Failed for any other
+    error."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        # Python would try again at exit, and complain again.
+        # Python would flush again at exit and print a second error: send that to the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
         if isinstance(error, BrokenPipeError):
             raise

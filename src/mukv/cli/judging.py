@@ -1,4 +1,4 @@
-"""The command that says what a cache policy costs."""
+"""The command `mukv compress`: measure quality, bytes and speed of cache policies."""
 
 from __future__ import annotations
 
@@ -29,28 +29,33 @@ def compress(
         Path | None, typer.Option(help="Token ids: .npy, [token] or [row token].")
     ] = None,
     policy: Annotated[
-        str, typer.Option(metavar="NAME[,NAME]...", help="Parts joined by +: snapkv+int8,pages.")
+        str,
+        typer.Option(
+            metavar="NAME[,NAME]...",
+            help="Cache policies; the parts of one are joined by +, as in snapkv+int8,pages.",
+        ),
     ] = "streaming,snapkv,int8",
     budget: Annotated[
         str | None,
         typer.Option(
-            metavar="B[,B]...", help="Shares up to 1, or numbers of entries; default: 0.25."
+            metavar="B[,B]...",
+            help="Budgets: shares of the entries up to 1, or numbers of entries; default: 0.25.",
         ),
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens per row; default: as in training, at least 64.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Rows of each kind.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the planted strings.")] = 0,
+    samples: Annotated[int, typer.Option(help="Rows for perplexity and for recall.")] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed of the planted strings.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder; default: `compress` in the run directory.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Quality against bytes and speed of cache policies, beside the full cache.
+    """Compare cache policies with the full cache: quality, bytes and speed.
 
-    Three quarters of each row are read at once, then the policy has chosen; the rest is fed token
-    by token. Writes a table and a picture.
+    The first three quarters of each row are prefilled and compressed by the policy; the rest is
+    decoded token by token. Writes a table and a picture.
 
     Example: `mukv compress runs/demo/tiny-140 --text README.md --policy snapkv,pages --budget 0.25`
     """
@@ -92,7 +97,7 @@ def compress(
 
 
 def numbers(text: str) -> list[float]:
-    """Raises BadInput for anything but numbers."""
+    """Parse numbers from "0.25,64". Raises BadInput for anything else."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -100,19 +105,20 @@ def numbers(text: str) -> list[float]:
 
 
 def show_results(results: Sequence[Result], console: Console) -> None:
-    """A row for each policy and budget. prefill: its seconds, as a multiple of the first row's."""
+    """Print a row for each policy and budget. Prefill seconds are shown as a multiple of those of
+    the first row, the full cache."""
     capped = any(row.capped is not None for row in results)
     numbers = ("perplexity", "recall", "recall\naware", "cache\nbytes", "read\nbytes/step")
     speeds = ("decoding\ntokens/s", "prefill\nx full")
     shown = table(
         ("policy", "budget"), (*numbers, *speeds, *(["capped"] if capped else [])),
-        caption="recall: of planted strings; aware: with the question known; bytes: of one row",
+        caption="recall: share of planted strings; aware: question in the prefill; bytes: per row",
     )  # fmt: skip
     perplexities = even([row.perplexity for row in results])
     for row, perplexity in zip(results, perplexities, strict=True):
         shown.add_row(
             row.policy,
-            # A share, or a number of entries.
+            # A budget up to 1 is a share, a larger one a number of entries.
             f"{row.budget:.1%}" if row.budget <= 1 else f"{row.budget:,.0f} entries",
             perplexity,
             f"{row.recall:.1%}",

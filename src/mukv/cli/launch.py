@@ -1,6 +1,6 @@
-"""What must be settled before JAX starts: the allocator, the compilation cache, the devices.
+"""Configure what must be set before JAX starts: allocator, compilation cache, devices.
 
-Imports nothing heavy, so that a wrong command line is answered at once.
+Imports no large module, so that a mistyped command line is refused at once.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from mukv.storage.files import cache_folder
 from mukv.train import rendezvous
 
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368"
-"""Huge pages, and no memory handed back between steps: 1.6 to 1.9 times faster training steps on
-a CPU (benchmarks/train_step.py measures with it)."""
+"""Settings of glibc: use huge pages, and return no memory to the system between steps. Training
+steps are 1.6 to 1.9 times faster on a CPU (benchmarks/train_step.py measures with it)."""
 
 
 HEAVY = frozenset(
     {"demo", "train", "eval", "generate", "chat", "sweep", "transfer", "compress", "bench"}
 )
-"""Commands that train or decode, so that allocation counts."""
+"""Commands that train or decode, which the allocator's settings make faster."""
 ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd", "vfio/[0-9]*")
-"""Devices of GPUs and TPUs in /dev."""
+"""Names of the device files of GPUs and TPUs in /dev."""
 
 
 def restart_with_allocator() -> None:
-    """Start this command again with settings for the allocator of glibc, where that helps.
+    """Start this command again with settings for the allocator of glibc, if that makes it faster.
 
     glibc reads GLIBC_TUNABLES only when a process starts, so that a running command can't change
-    it: hence the second start, which costs some 30 ms before anything heavy is imported. It is left
-    out where it has no effect (another C library, a command that neither trains nor decodes, an
-    accelerator, whose memory glibc does not allocate) and where GLIBC_TUNABLES is set, if only to
-    the empty text.
+    it. The second start costs some 30 ms, before large modules are imported. There is none if it
+    would have no effect (another C library, a command that neither trains nor decodes, an
+    accelerator, whose memory glibc does not allocate) or if GLIBC_TUNABLES is set, even to "".
     """
     if allocator_helps(sys.argv[1:]):
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
@@ -44,7 +43,7 @@ def restart_with_allocator() -> None:
 
 
 def allocator_helps(words: Sequence[str]) -> bool:
-    """Whether the allocator's settings are not made yet and make this command line faster."""
+    """Whether the allocator's settings would make this command faster and are not yet set."""
     command = next((word for word in words if not word.startswith("-")), None)
     if command not in HEAVY or {"-h", "--help"} & set(words) or "GLIBC_TUNABLES" in os.environ:
         return False
@@ -52,12 +51,13 @@ def allocator_helps(words: Sequence[str]) -> bool:
 
 
 def has_glibc() -> bool:
-    """Whether the C library is that of GNU, which only Linux has here."""
+    """Whether the C library is glibc; only looked for on Linux."""
     return sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
 
 
 def has_accelerator(devices: Path = Path("/dev")) -> bool:
-    """Whether JAX may find a GPU or TPU, told without the seconds that importing JAX takes."""
+    """Whether JAX may find a GPU or TPU, judged by JAX_PLATFORMS and device files: importing JAX to
+    ask it would take seconds."""
     chosen = os.environ.get("JAX_PLATFORMS")
     if chosen:
         return chosen != "cpu"
@@ -67,13 +67,16 @@ def has_accelerator(devices: Path = Path("/dev")) -> bool:
 def prepare(
     devices: int = 1, distributed: str | None = None, tell: Callable[[str], None] = print
 ) -> AbstractContextManager[Any]:
-    """Settle JAX before its first use.
+    """Configure JAX before its first use: logging, compilation cache, devices, processes.
 
-    devices: over all processes; simulated where there is only a CPU. distributed: how processes
-    find each other, "auto" or "HOST:PORT,PROCESSES,NUMBER"; None for a process alone. tell: is
-    given a line on whom is waited for. The context that it gives is one to train in: it watches
-    the other processes (`rendezvous.Watch`). Raises BadInput if that can't be read or reached,
-    Failed if not all processes come.
+    devices: their number over all processes; on a CPU they are simulated
+    distributed: how processes find each other: "auto" or "HOST:PORT,PROCESSES,NUMBER"; None for a
+        single process
+    tell: called with a line of text while other processes are waited for
+
+    Returns a context manager to train in; with "HOST:PORT,..." it watches the other processes
+    (`rendezvous.Watch`). Raises BadInput if `distributed` can't be parsed or the address can't be
+    reached, Failed if not all processes connect in time.
     """
     import logging
 
@@ -81,8 +84,8 @@ def prepare(
 
     from mukv.core.mesh import simulate
 
-    # Of a save that fails, Orbax logs a traceback before the error reaches us as one line, and
-    # asyncio one for each write that fails after it.
+    # If a save fails, Orbax logs a traceback and asyncio logs one for each failed write, besides
+    # the exception that becomes one line here.
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
@@ -115,7 +118,7 @@ def prepare(
 
 
 def speaks() -> bool:
-    """Whether this process says what all that share a run have to say."""
+    """Whether this process prints for all processes of a run: it is the first of them."""
     import jax
 
     return jax.process_index() == 0

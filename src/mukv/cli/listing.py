@@ -1,4 +1,4 @@
-"""Commands that list what there is: runs, presets, policies, and keys of the configuration."""
+"""The commands that list runs, presets, cache policies and configuration keys."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Of run directories.")] = Path(
-        "runs"
-    ),
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="A run directory, or a folder of them.")
+    ] = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """List run directories with their steps and last losses.
@@ -46,7 +46,7 @@ def runs(
 
 @app.command()
 def presets(as_json: Json = False) -> None:
-    """List the presets: configurations to train, describe or change.
+    """List the presets with their meaning and number of parameters.
 
     Example: `mukv presets`
     """
@@ -65,7 +65,7 @@ def presets(as_json: Json = False) -> None:
 
 @app.command()
 def policies(as_json: Json = False) -> None:
-    """List the cache policies: what they answer, their parameters and defaults, their papers.
+    """List the parts of cache policies: what to keep, store or select, parameters, papers.
 
     Example: `mukv policies`
     """
@@ -82,20 +82,23 @@ def policies(as_json: Json = False) -> None:
         words = ", ".join([*(["budget"] if each["budget"] else []), *parameters])
         shown.add_row(each["name"], each["answers"], each["meaning"], words, each["source"] or "")
     Console().print(shown)
-    Console().say("join parts by +, one for each question: --cache snapkv:0.25+int8", "dim")
+    Console().say(
+        "join parts by +, at most one each to keep, store, select: --cache snapkv:0.25+int8", "dim"
+    )
 
 
 @app.command()
 def docs(
     key: Annotated[
-        str | None, typer.Argument(metavar="[KEY]", help="Such as train.schedule; default: all.")
+        str | None,
+        typer.Argument(metavar="[KEY]", help="Such as train.schedule; default: all."),
     ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the whole reference as a page.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Meaning, type, default and allowed values of a configuration key.
+    """Show meaning, type, default and allowed values of a configuration key.
 
     Example: `mukv docs train.learning_rate`
     """
@@ -125,7 +128,8 @@ def docs(
 
 
 def _facts(keys: list[Key], inside: list[Any], top: bool) -> dict[str, Any]:
-    """The first field's facts, those of others of this name, and the keys below."""
+    """Return the object that `--json` prints: the facts of the first field of this name, those of
+    all fields of this name, and the keys inside of it."""
     if top:
         return {"keys": {key.path: key.facts() for key in keys}}
     below = [

@@ -1,4 +1,4 @@
-"""Commands that look into a model, and that gather what others have found."""
+"""The commands `mukv analyze` and `mukv report`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def analyze(
     context: typer.Context,
     model: ModelName,
     text: Annotated[
-        list[Path] | None, typer.Option(help="UTF-8 text files, side by side; may be repeated.")
+        list[Path] | None, typer.Option(help="A UTF-8 text file; repeat it to compare texts.")
     ] = None,
     tokens: Annotated[
         Path | None, typer.Option(help="Token ids: .npy, [token] or [row token].")
@@ -31,14 +31,16 @@ def analyze(
     length: Annotated[
         int | None, typer.Option(help="Window in tokens; default: as in training.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of each text.")] = SAMPLES,
+    samples: Annotated[int, typer.Option(help="Windows per text.")] = SAMPLES,
     calibrate: Annotated[
         str | None,
-        typer.Option(help="Cluster keys, queries, means or aligned; saved beside the model."),
+        typer.Option(
+            help="Cluster keys, queries, means or aligned; saves the centres with the model."
+        ),
     ] = None,
-    clusters: Annotated[int, typer.Option(help="Clusters of each head.")] = 64,
+    clusters: Annotated[int, typer.Option(help="Clusters per head.")] = 64,
     before_rotation: Annotated[
-        bool, typer.Option("--before-rotation", help="Cluster what positions have not turned yet.")
+        bool, typer.Option("--before-rotation", help="Cluster keys and queries before rotation.")
     ] = False,
     calibration_tokens: Annotated[
         int, typer.Option(help="Tokens of the training text that are clustered.")
@@ -48,10 +50,11 @@ def analyze(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Who reads what: how few entries the queries of each layer and head need.
+    """Measure how few cache entries the queries of each layer and head need.
 
-    Without a text: the held-out part of what the model was trained on. Writes tables, pictures and
-    a page. Of given texts, every second window is clustered and the others judge the clusters.
+    Without a text, the held-out part of the training text is used. Writes tables, pictures and a
+    page. With --calibrate, every second window of a given text is clustered, and the clusters are
+    tested on the others.
 
     Example: `mukv analyze runs/demo/tiny-140 --text README.md --text setup.py --length 256`
     """
@@ -74,12 +77,12 @@ def analyze(
         return
     _show_analysis(made, Console())
     if calibrate is not None and not speaker.by_head:
-        output.warn("cache policies don't use them: entries are one set for all heads")
+        output.warn("cache policies don't use these centres: all heads share one set of entries")
     Console().say(f"page: {folder / 'analysis.html'}")
 
 
 def _show_analysis(made: Analysis, console: Console) -> None:
-    """A table for each text, and one for the clusters."""
+    """Print a table for each text, and one for the clusters."""
     from mukv.analysis import study
     from mukv.analysis.clusters import MEASURES
 
@@ -105,14 +108,14 @@ def _show_analysis(made: Analysis, console: Console) -> None:
 def report(
     context: typer.Context,
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of some.")
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of them.")
     ],
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
-    """One page about runs that needs nothing else: curves, trade-offs, heat maps.
+    """Write one self-contained HTML page about runs: curves, trade-offs, heat maps.
 
-    Shows what `analyze`, `compress` and `bench` have left in the run directories.
+    Includes the results of `analyze`, `compress` and `bench` in the run directories.
 
     Example: `mukv report runs/demo --out report.html`
     """
@@ -125,5 +128,5 @@ def report(
         output.print_json(facts)
         return
     if facts["left_out"]:
-        output.warn(f"left out: {len(facts['left_out']):,}; the page ends with what, and why")
+        output.warn(f"left out: {len(facts['left_out']):,}; the end of the page lists them")
     Console().say(f"page: {out}")

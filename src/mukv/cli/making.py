@@ -1,4 +1,4 @@
-"""Commands that make something: a demonstration, a token file, a trained model."""
+"""The commands `mukv demo`, `mukv data` and `mukv train`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 def demo(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for runs, plot and table.")] = Path("runs/demo"),
-    fast: Annotated[bool, typer.Option("--fast", help="A shorter demonstration.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Train fewer models for fewer steps.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train small models that remember differently; show quality against cache bytes.
+    """Train small models with different attention; show quality against cache bytes.
 
     Example: `mukv demo --fast`
     """
@@ -47,17 +49,19 @@ def data(
             help="Files or folders (text, .jsonl, .parquet), `stdlib`, `package:NAME`, `hf:NAME`.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the token file.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the token file to.")],
     tokenizer: Annotated[
         str, typer.Option(help="`bytes`, `bpe:SIZE` (trained on the text) or a tokenizer.json.")
     ] = "bytes",
-    field: Annotated[str, typer.Option(help="Name of the text in JSONL and Parquet.")] = "text",
+    field: Annotated[str, typer.Option(help="Field of the text in JSONL and Parquet.")] = "text",
     validation: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.05,
-    invalid: Annotated[str, typer.Option(help="Text that is not UTF-8: strict, replace, skip.")] = (
-        "strict"
-    ),
+    invalid: Annotated[
+        str, typer.Option(help="For text that is not UTF-8: strict, replace, skip.")
+    ] = ("strict"),
     workers: Annotated[int | None, typer.Option(help="Threads; default: one per core.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an old token file.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turn texts into a token file to train on.
@@ -109,7 +113,7 @@ def train(
         typer.Option(help="auto, or HOST:PORT,PROCESSES,NUMBER; waits up to 300 s."),
     ] = None,
     ignore_memory: Annotated[
-        bool, typer.Option("--ignore-memory", help="Try a step that takes more than is free.")
+        bool, typer.Option("--ignore-memory", help="Train even if a step needs more than is free.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -147,7 +151,8 @@ def train(
 
 
 def ending(outcome: Outcome) -> list[str]:
-    """The last numbers of a run, each with what it was measured on and its step if earlier."""
+    """Return the lines that end a run: its last losses, the data they were measured on, and their
+    step if it is not the last."""
 
     def at(step: int | None) -> str:
         return "" if step in (outcome.step, None) else f", at step {step}"

@@ -1,4 +1,4 @@
-"""Commands about numbers: whether they hold at every width, and searching for them."""
+"""The commands `mukv transfer` and `mukv sweep`: transfer and search of hyperparameters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def transfer(
     source: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset or a YAML file.")],
     overrides: Overrides = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only the coordinate check: changes of activations.")
+        bool, typer.Option("--check", help="Only do the coordinate check: changes of activations.")
     ] = False,
     widths: Annotated[
         str, typer.Option(help="Values of model.d_model, separated by commas.")
@@ -41,10 +41,10 @@ def transfer(
     seeds: Annotated[int, typer.Option(help="Runs at each width.")] = 3,
     steps: Annotated[int, typer.Option(help="Steps of the check.")] = 10,
     learning_rate: Annotated[
-        float, typer.Option(help="Of the check: constant, and larger than for training.")
+        float, typer.Option(help="Constant learning rate of the check, larger than in training.")
     ] = 2.0**-7,
     octaves: Annotated[
-        int, typer.Option(help="Learning rates to begin with: to each side of the configured one.")
+        int, typer.Option(help="Octaves swept first, on each side of the configured rate.")
     ] = 2,
     memory: Memory = None,
     out: Annotated[
@@ -52,11 +52,11 @@ def transfer(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Whether learning rates hold as a model widens; exits 1 where they would not.
+    """Test whether the best learning rate is the same at every width; exits 1 if not.
 
-    Sweeps the learning rate at every width and shows how far its optimum drifts; an interrupted
-    search goes on where it was. Heads, KV heads, ranks and MLPs go with the width. The base is
-    `model.scaling.base`, or else the narrowest width.
+    Sweeps the learning rate at every width and measures how far the optimum drifts; an interrupted
+    search continues when the command is repeated. Heads, KV heads, ranks and MLPs scale with the
+    width. The base width is `model.scaling.base`, or else the narrowest width.
 
     Example: `mukv transfer tiny model.scaling.kind=mup --check --widths 64,128,256`
     """
@@ -150,15 +150,18 @@ def sweep(
         list[str],
         typer.Argument(
             metavar="key=RANGE...",
-            help="LOW..HIGH[:log][:COUNT] or A,B,C; anything else holds for every trial.",
+            help="LOW..HIGH[:log][:COUNT] or A,B,C; a single value is used in every trial.",
         ),
     ],
     sampler: Annotated[
-        str | None, typer.Option(help="grid, random, tpe, gp; default: grid if ranges are, or tpe.")
+        str | None,
+        typer.Option(
+            help="grid, random, tpe, gp; default: grid if every range has a COUNT, else tpe."
+        ),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Of random, tpe and gp.")] = 16,
+    trials: Annotated[int, typer.Option(help="Trials of random, tpe and gp.")] = 16,
     pruner: Annotated[str, typer.Option(help="none, median, halving.")] = "none",
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the sampler.")] = 0,
     together: Annotated[
         int | None,
         typer.Option(
@@ -168,19 +171,22 @@ def sweep(
     ] = None,
     memory: Memory = None,
     patience: Annotated[
-        float, typer.Option(help="Seconds without life after which a trial counts as killed.")
+        float,
+        typer.Option(help="Seconds without a heartbeat after which a trial counts as killed."),
     ] = 60.0,
     storage: Annotated[
         str | None, typer.Option(help="A database's URL; default: a file in the folder.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder; the same one joins the study.")
+        Path | None,
+        typer.Option("--out", help="Folder of the study; naming the same one joins it."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Search for numbers; the same command in another process or on another machine joins.
+    """Search hyperparameters; the same command in another process or machine joins the search.
 
-    Points that differ only in numbers are trained in one program. Trials are run directories.
+    Points that differ only in numbers are trained together in one program. Each trial is a run
+    directory.
 
     Example: `mukv sweep tiny train.learning_rate=1e-3..3e-2:log:6 train.seed=0,1`
     """
@@ -212,7 +218,7 @@ def sweep(
 
 
 def parse_widths(text: str) -> list[int]:
-    """Raises BadInput for anything but whole numbers."""
+    """Parse widths from "64,128". Raises BadInput for anything but whole numbers."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -220,7 +226,7 @@ def parse_widths(text: str) -> list[int]:
 
 
 def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
-    """A verdict for each activation."""
+    """Print the slope and verdict of each activation."""
     numbers = ("slope, octaves\nper octave", "interval", "limit", "verdict")
     shown = table(("change of",), numbers)
     for each in slopes:
@@ -237,13 +243,13 @@ def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
     if not all(each.sure for each in slopes):
         console.say(
             "?: the interval reaches the limit; more --seeds, more --widths or a smaller "
-            "--learning-rate tell more",
+            "--learning-rate make it narrower",
             "dim",
         )
 
 
 def show_transfer(found: Transfer, console: Console) -> None:
-    """The optimum of each width, and the verdict."""
+    """Print the best learning rate of each width, and the verdict."""
     numbers = ("best learning rate", "interval", "validation loss,\nnats/token")
     shown = table(("width",), (*numbers, ""))
     ends = [end for each in found.optima.values() for end in (each.rate, each.low, each.high)]
@@ -262,7 +268,7 @@ def show_transfer(found: Transfer, console: Console) -> None:
 
 
 def show_sweep(results: dict[str, Any], names: Sequence[str], console: Console) -> None:
-    """The best points; with several seeds their mean and deviation."""
+    """Print the ten best points; with several seeds their mean and standard deviation."""
     best = results["rows"][:10]
     several = any("seeds" in row for row in best)
     spreads = ("± over seeds", "seeds") if several else ()
@@ -287,7 +293,7 @@ def show_sweep(results: dict[str, Any], names: Sequence[str], console: Console) 
 
 
 def _cells(values: Sequence[Any]) -> list[str]:
-    """Numbers with the same digits, anything else as it is."""
+    """Format numbers with the same number of digits; other values are only made text."""
     if all(type(value) in (int, float) for value in values):
         return even(values)
     return [str(value) for value in values]

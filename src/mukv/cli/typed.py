@@ -1,7 +1,8 @@
-"""Errors in the words of the command line: options as they are typed, arguments by their place.
+"""Rewrite errors of the library for the command line, and recognise swapped arguments.
 
-The library names fields (`max_tokens`); here the command that was typed is known, and with it how
-each of its parameters is spelt (`--max-tokens`). What was typed in another's place is recognised.
+An error of the library names a field (`max_tokens`); the command line shows the option or argument
+as it is typed (`--max-tokens`). If an argument seems to stand in the place of another, the error
+says so.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "data": {"package": "SOURCE", "hf": "SOURCE", "vocab_size": "--tokenizer"},
     "sweep": {"ranges": "key=RANGE"},
 }
-"""By command ("" for all): names that the library has for what is typed, where its own parameters
-don't have them."""
+"""By command ("" for all): how fields of the library are typed, if no parameter of the command has
+the field's name."""
 OPTIONS_OF_KEYS: Mapping[str, Mapping[str, str]] = {"bench": {"train.steps": "steps"}}
-"""By command: keys of the configuration that an option sets, for where that option was given."""
+"""By command: configuration keys that an option sets. Errors name the option if it was given."""
 USE: Mapping[str, str] = {
     "eval": "mukv eval MODEL --text FILE",
     "generate": "mukv generate MODEL --prompt TEXT",
@@ -46,21 +47,21 @@ USE: Mapping[str, str] = {
     "bench": "mukv bench CONFIG key=value",
     "data": "mukv data SOURCE --out FOLDER",
 }
-"""How a command's arguments go."""
+"""Example of each command's arguments, for error messages."""
 CONFIGURED = ("train", "describe", "transfer", "sweep", "bench")
-"""Commands whose first word is a configuration and whose others change its keys."""
+"""Commands whose first argument is a configuration, and whose other arguments are overrides."""
 
 
 FROM_ZERO = frozenset({"seed", "shots", "free", "temperature"})
-"""Options whose number may be 0; any other is above it."""
+"""Options whose number may be 0; any other number must be greater than 0."""
 SEEDS = (1 << 32) - 1
 
 
 class Command(TyperCommand):
-    """A command that refuses numbers which can't work, and rewords what the library refuses."""
+    """A command that checks the range of numbers, and rewrites errors as `reworded` does."""
 
     def make_context(self, info_name: Any, args: list[str], *rest: Any, **named: Any) -> Any:
-        """As usual. Raises BadInput where a mistake is a matter of places."""
+        """Parse the arguments. Raises BadInput with a hint if two of them seem to be swapped."""
         words = list(args)
         try:
             context = super().make_context(info_name, args, *rest, **named)
@@ -74,7 +75,7 @@ class Command(TyperCommand):
         return context
 
     def invoke(self, ctx: Any) -> Any:
-        """As usual. Raises BadInput in the words of what was typed."""
+        """Run the command. Raises BadInput that names options and arguments as they are typed."""
         for param in self.params:
             require_number(param, ctx.params.get(param.name))
         try:
@@ -84,14 +85,14 @@ class Command(TyperCommand):
 
 
 class App(typer.Typer):
-    """An application of such commands."""
+    """An application whose commands are of the class Command."""
 
     def command(self, *args: Any, **named: Any) -> Any:
         return super().command(*args, cls=Command, **named)
 
 
 def require_number(param: Any, value: Any) -> None:
-    """Raise BadInput for a number that no option of this name takes."""
+    """Raise BadInput for a number that is out of range for a parameter of this name and type."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     spelt, zero = spellings([param])[param.name], param.name in FROM_ZERO
@@ -108,7 +109,7 @@ def require_number(param: Any, value: Any) -> None:
 
 
 def reworded(error: BadInput, command: Command, words: list[str]) -> BadInput:
-    """The same error, with parameters as they are typed and a hint where words are swapped."""
+    """Return the error with parameters as they are typed, and a hint if arguments are swapped."""
     spelt, name = spellings(command.params), str(command.name)
     aliases = {**ALIASES[""], **ALIASES.get(name, {})}
     where = spelt.get(error.where) or aliases.get(error.where) or error.where
@@ -129,7 +130,8 @@ def reworded(error: BadInput, command: Command, words: list[str]) -> BadInput:
 
 
 def spellings(params: Iterable[Any]) -> dict[str, str]:
-    """How each parameter is typed: an option's longest name, an argument's place."""
+    """Return how each parameter is typed: the longest name of an option, the metavar of an
+    argument."""
     found: dict[str, str] = {}
     for param in params:
         if param.param_type_name == "option":
@@ -140,7 +142,7 @@ def spellings(params: Iterable[Any]) -> dict[str, str]:
 
 
 def swapped(command: Command, words: list[str]) -> str | None:
-    """What seems to stand in another's place on the command line; None for nothing."""
+    """Describe an argument that seems to stand in another's place; None if there is none."""
     name = str(command.name)
     if name not in USE:
         return None
@@ -173,7 +175,7 @@ def swapped(command: Command, words: list[str]) -> str | None:
 
 
 def _parted(words: list[str], command: Command) -> tuple[list[str], dict[str, str]]:
-    """Words that are arguments, and options with their values."""
+    """Split the words of a command line into arguments, and options with their values."""
     switches = [param for param in command.params if getattr(param, "is_flag", False)]
     flags = {"--help", *(spelling for param in switches for spelling in param.opts)}
     places: list[str] = []
@@ -197,7 +199,7 @@ def _is_change(word: str) -> bool:
 
 
 def _is_model(word: str) -> bool:
-    """A run directory, or a folder or file of weights of others."""
+    """Whether this is a run directory, a Hugging Face folder or a GGUF file."""
     try:
         path = Path(word)
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""Commands that use a model, or say what it is."""
+"""The commands `mukv eval`, `mukv generate` and `mukv describe`."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def evaluate(
         int | None, typer.Option(help="Window in tokens; default: as in training.")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens between windows; default: as long as one.")
+        int | None, typer.Option(help="Tokens from window to window; default: the window.")
     ] = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a model on a text.
+    """Measure loss, perplexity and bits per byte of a model on a text.
 
     Example: `mukv eval runs/demo/tiny-140 --text README.md`
     """
@@ -78,34 +78,37 @@ def generate(
         list[Path] | None,
         typer.Option(help="A UTF-8 text file to continue, - for standard input; may be repeated."),
     ] = None,
-    token_ids: Annotated[str | None, typer.Option(help="Ids to continue, as 1,2,3.")] = None,
+    token_ids: Annotated[str | None, typer.Option(help="Token ids to continue: 1,2,3.")] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is a message, in the model's own template.")
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
     ] = False,
     special: Annotated[
         bool,
-        typer.Option("--special", help="Special tokens that the prompt spells out are such."),
+        typer.Option("--special", help="Read special tokens written out in the prompt as such."),
     ] = False,
-    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling: probability kept.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the sampling.")] = 0,
     stop: Annotated[
-        str | None, typer.Option(help="Ids that end the text, as 1,2; default: the model's own.")
+        str | None, typer.Option(help="Token ids that end the text: 1,2; default: the model's own.")
     ] = None,
-    copies: Annotated[int, typer.Option(help="Continuations of each, decoded together.")] = 1,
+    copies: Annotated[int, typer.Option(help="Continuations per prompt, in one batch.")] = 1,
     cache: Annotated[
-        str, typer.Option(metavar="POLICY", help="Of the cache, such as snapkv+int8.")
+        str, typer.Option(metavar="POLICY", help="Cache policy, such as snapkv+int8.")
     ] = "full",
     budget: Annotated[
         float | None,
-        typer.Option(help="Of the policy: a share up to 1, or a number of entries; default: 0.25."),
+        typer.Option(
+            help="Budget of the policy: a share of the entries up to 1, or a number of entries; "
+            "default: 0.25."
+        ),
     ] = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a text, or several that are decoded together; reports speed and cache bytes.
+    """Continue a text, or several texts in one batch; reports speed and cache bytes.
 
     Example: `mukv generate runs/demo/tiny-140 --prompt "def main(" --max-tokens 64`
     """
@@ -185,7 +188,7 @@ def describe(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Parameters, FLOPs, cache bytes and shardings; allocates nothing.
+    """Show parameters, FLOPs, cache bytes and shardings of a configuration; allocates no weights.
 
     Example: `mukv describe llama-3.1-70b`
     """

@@ -1,1 +1,1 @@
-"""The run directory, and a model that is loaded from it."""
+"""Run directories: their configuration and files, training in them, loading models from them."""

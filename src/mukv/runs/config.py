@@ -1,7 +1,7 @@
-"""The root configuration: what a YAML file or preset says, as objects.
+"""The root of the configuration, and how it is loaded from a preset or YAML file.
 
-Sections are `model`, `data`, `train` and `mesh`; each object's fields are its keys. Loading is
-strict, and complete before anything is compiled or allocated.
+Its sections are `model`, `data`, `train` and `mesh`; the fields of each object are the YAML keys.
+Unknown keys and values of the wrong type are refused before anything is compiled or allocated.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ from mukv.train.training import Training
 
 @dataclass(frozen=True)
 class Data:
-    """path: a token file; None for the Python library's own source, built once. packing: tokens
-    see only their own document ("packed"), or all that is in the row ("contiguous"). task: a
-    synthetic task instead."""
+    """The data that a run trains on: a token file or a synthetic task.
+
+    path: a token file; None for the source code of Python's standard library, which is built once
+    packing: a token attends only to its own document ("packed"), or to all earlier tokens of its
+        row ("contiguous")
+    task: a synthetic task, instead of a token file
+    """
 
     path: str | None = None
     packing: Literal["packed", "contiguous"] = "packed"
@@ -41,12 +45,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a training run depends on.
+    """The configuration of a training run.
 
     model: architecture and its sizes
     data: what the model is trained on
-    train: hyperparameters and cadence of training
-    mesh: how devices share the work
+    train: hyperparameters, and how often the run logs, evaluates and saves
+    mesh: number of devices along each axis of the device mesh
     """
 
     model: AnyModel = field(default_factory=Decoder)
@@ -65,48 +69,51 @@ class Run:
 
 
 def presets_folder() -> Path:
-    """Where the presets are: inside the installed package, or beside its source."""
+    """Return the folder of the presets: inside the installed package, or beside its source."""
     package = Path(__file__).parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parents[1] / "configs"
 
 
 def presets() -> list[str]:
-    """Names of all presets."""
+    """Return the names of all presets, sorted."""
     return sorted(path.stem for path in presets_folder().glob("*.yaml"))
 
 
 VOCABULARY_MULTIPLE = 8
-"""Vocabularies that follow the data are rounded up to a multiple of this, so that they split over
-a mesh."""
+"""A vocabulary size taken from the data is rounded up to a multiple of this, so that the embedding
+can be split over the devices of a mesh."""
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Run:
-    """A preset's name or a YAML file, with `a.b=c` overrides. Raises BadInput.
+    """Load a configuration from a preset's name or a YAML file, with `a.b=c` overrides.
 
-    A `model.vocab_size` that none of them gives is that of `data.path` or `data.task`, rounded up.
+    A `model.vocab_size` that is set nowhere is taken from `data.path` or `data.task`, rounded up.
+    Raises BadInput for unknown names, unknown keys and bad values.
     """
     return schema.build(Run, with_vocabulary(given(source, overrides)))
 
 
 def given(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The keys that a preset or YAML file, what it extends, and the overrides set."""
+    """Return the nested mapping of the keys that are set by a preset or YAML file, by those that it
+    extends, and by the overrides. Raises BadInput for unknown names and keys."""
     return apply_overrides(Run, resolve_preset(Run, source, presets_folder()), overrides)
 
 
 def given_or_empty(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """As `given`; empty for a run directory or a pretrained model, whose configuration is whole."""
+    """Return the same as `given`, or an empty mapping for a run directory or a pretrained model,
+    whose configuration leaves no key to its default."""
     with suppress(BadInput):
         return given(source, overrides)
     return {}
 
 
 def with_vocabulary(mapping: dict[str, Any]) -> dict[str, Any]:
-    """The mapping, with a `model.vocab_size` that fits its data where it sets none."""
+    """Return the mapping, with a `model.vocab_size` taken from its data if it sets none."""
     model, data = mapping.get("model", {}), mapping.get("data", {})
     if not isinstance(model, dict) or not isinstance(data, dict) or "vocab_size" in model:
         return mapping
-    # What is wrong in `data` is told where it is opened, or by the strict build of everything.
+    # Errors in `data` are reported later: by the strict build of the whole, or on opening the file.
     needed = None
     with suppress(BadInput, OSError, ValueError):
         part = schema.build(Data, data)

@@ -1,4 +1,4 @@
-"""What a configuration amounts to, without allocating anything."""
+"""Compute parameters, FLOPs, cache bytes and shardings of a configuration; allocates no array."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from mukv.show.terminal import Console, styled, table
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Parameters, FLOPs and cache bytes as plain data; the field names are public.
+    """Return parameters, FLOPs and cache bytes of a configuration as plain data for `--json`; the
+    field names are public.
 
-    Bytes are those of the compute type, of states float32. A store with a window and a state cost
-    a constant, any other store an amount per token; a layer that reads another layer's entries
-    costs nothing. What decoding keeps besides the layers is part of the constant. `core` is what a
-    training step takes, `cores_refused` says why no faster one.
+    Cache entries are counted in the compute type, states in float32. A store with a window and a
+    state take a constant number of bytes, any other store an amount per token; a layer that reads
+    another layer's entries takes none. The constant of the whole includes what decoding keeps
+    outside of the layers. `core` names the attention core that a training step uses;
+    `cores_refused` says, by name of each faster core, why it is not used.
     """
     model = run.model
     compute = settled(run.train.compute, model.vocab_size)
@@ -70,16 +72,18 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def plain(number: Fraction) -> int | float:
-    """A whole number where it is one."""
+    """Return an int if the fraction is a whole number, else a float."""
     return int(number) if number.denominator == 1 else float(number)
 
 
 def shown(number: float) -> str:
+    """Format a number with thousands separators; with one decimal if it is not an int."""
     return f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
 
 
 def weights(run: Run) -> list[dict[str, Any]]:
-    """Each weight with its role, scaling and place on the mesh that the configuration asks for."""
+    """Return name, dimensions, role, scaling and sharding (mesh axis of each dimension, on the mesh
+    of the configuration) of each weight."""
     mesh = jax.sharding.AbstractMesh((run.mesh.data, run.mesh.tensor), ("data", "tensor"))
     rows = []
     scaling = params.named(run.model.resolved(run.train.optimizer.family))
@@ -104,7 +108,7 @@ def weights(run: Run) -> list[dict[str, Any]]:
 
 
 def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
-    """The same for a person."""
+    """Print the facts of `describe` as tables."""
     active = facts["active_parameters"]
     used = f", {active:,} of them used by a token" if active < facts["parameters"] else ""
     console.print(styled("parameters  ", (f"{facts['parameters']:,}", "bold"), used))
@@ -164,7 +168,8 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
 
 
 def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Rows that differ only in their slot become one, its name followed by how many they are."""
+    """Merge rows that are equal but for their place in the layer plan; the merged row's name begins
+    with their number."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in weights:
         facts = {name: value for name, value in row.items() if name != "weight"}
@@ -179,7 +184,7 @@ def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _alike(layers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Neighbouring layers that differ only in their number."""
+    """Group adjacent layers that differ only in their index."""
     groups: list[list[dict[str, Any]]] = []
     for layer in layers:
         same = ("attention", "position", "window", "core", "cores_refused", "cache_bytes_per_token")

@@ -1,4 +1,4 @@
-"""Between folders of Hugging Face and run directories: `mukv import` and `mukv export`."""
+"""Convert between Hugging Face folders and run directories: `mukv import` and `mukv export`."""
 
 from __future__ import annotations
 
@@ -42,12 +42,15 @@ SHARD_BYTES = 5 << 30
 
 
 def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[str, Any]:
-    """Make a run directory of a pretrained model, tensor by tensor.
+    """Write a run directory from a pretrained model, tensor by tensor.
 
-    source: a Hugging Face folder, a GGUF file, a hub id, or a folder in Meta's layout.
+    source: a Hugging Face folder, a GGUF file, a hub id, or a folder in Meta's layout
+    out: the run directory to make
+    allow_nonfinite: accept weights that are infinite or not a number
 
-    allow_nonfinite: take weights that are infinite or not a number. Returns what
-    `mukv import --json` prints. Raises BadInput.
+    Returns the object that `mukv import --json` prints. Raises BadInput for a source that is not a
+    model, for an architecture that is not supported, for `out` in use, and for weights that are not
+    finite.
     """
     before = _told(out)
     again = before.get("imported_from") == source
@@ -67,7 +70,7 @@ def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[
             special = {key: value for key, value in found.special.items() if value is not None}
             write_atomic(folder / GENERATION, json.dumps(special, indent=2))
         facts = _provenance(source, found)
-        if again:  # what is the same is kept as it is
+        if again:  # a repeated import keeps an identical folder as it is
             facts["started"] = before.get("started")
         write_atomic(folder / "provenance.json", json.dumps(facts, indent=2))
     return {
@@ -89,7 +92,7 @@ def _provenance(source: str, found: Checkpoint) -> dict[str, Any]:
 
 
 def _finite(where: str, spec: Spec) -> Spec:
-    """The same, which raises BadInput when it comes to numbers that are not finite."""
+    """Return a Spec whose `pieces` raises BadInput for numbers that are not finite."""
 
     def pieces() -> Iterator[np.ndarray]:
         for piece in spec.pieces():
@@ -101,7 +104,7 @@ def _finite(where: str, spec: Spec) -> Spec:
 
 
 def _told(folder: Path) -> dict[str, Any]:
-    """The provenance of a folder, as far as it can be read."""
+    """Return the provenance.json of a folder; an empty dict if it is missing or unreadable."""
     path = folder / "provenance.json"
     with suppress(BadInput):
         return read_json(path) if path.is_file() else {}
@@ -109,8 +112,8 @@ def _told(folder: Path) -> dict[str, Any]:
 
 
 def _require_free(out: Path, again: bool) -> None:
-    """Raise BadInput for a path in use. again: what is there seems to be of the same command, and
-    will be compared with what that makes."""
+    """Raise BadInput for a path in use. again: the folder there seems to be made by the same
+    command, so that it is allowed; the caller compares it with the new one."""
     if out.exists() and not again and (not out.is_dir() or any(out.iterdir())):
         raise BadInput("--out", str(out), "a path that is not in use")
     writer = writer_of(out)
@@ -121,10 +124,16 @@ def _require_free(out: Path, again: bool) -> None:
 def export_model(
     model: Model, source: Path, out: Path, dtype: str | None = None, shard: int = SHARD_BYTES
 ) -> dict[str, Any]:
-    """Write a folder that transformers loads. source: the run directory or folder of the model.
-    dtype: of the weights; as they are if None. shard: bytes of a file at most.
+    """Write a folder that transformers loads.
 
-    Returns what `mukv export --json` prints. Raises BadInput with the part that has no name there.
+    source: the run directory or folder that the model was loaded from
+    out: the folder to make
+    dtype: of the written weights; None: unchanged
+    shard: most bytes per weight file
+
+    Returns the object that `mukv export --json` prints. Raises BadInput naming the part of the
+    model that no supported Hugging Face architecture has, for `out` in use, and for weights that
+    `dtype` can't hold.
     """
     there = out / CONFIG
     _require_free(out, there.is_file() and not out.samefile(source))
@@ -138,7 +147,7 @@ def export_model(
     require_same(plain, family.read(Given(config, "model")))
     kept = {spec.dtype.name for spec in specs.values()}
     config["torch_dtype"] = kept.pop() if len(kept) == 1 else "float32"
-    # All of them: what is left out would have the default of the family.
+    # All special ids are written: transformers gives a missing one the default of the architecture.
     special = dict.fromkeys(SPECIAL) | _special(model, source)
     text = json.dumps(config | special, indent=2)
     _require_free(out, there.is_file() and there.read_bytes() == text.encode())
@@ -160,8 +169,8 @@ def export_model(
 
 
 def _family(model: Decoder, source: Path) -> Family:
-    """The one that a model came from, or the first that it fits. Raises BadInput with what keeps
-    it from the nearest."""
+    """Return the architecture that the model was imported from if it still fits, or else the first
+    that fits. Raises BadInput with the part that the nearest architecture does not have."""
     told = source / "provenance.json"
     named = read_json(told).get("architecture") if told.exists() else None
     ordered = sorted(FAMILIES.values(), key=lambda family: family.architecture != named)
@@ -182,7 +191,8 @@ def _family(model: Decoder, source: Path) -> Family:
 def _specs(
     model: Decoder, flat: Mapping[str, Any], family: Family, dtype: str | None
 ) -> dict[str, Spec]:
-    """Their tensors, in the order of our layers."""
+    """Return the tensors to write by their names in the architecture, in the order of the layers.
+    Each is converted when its file is written."""
     made: dict[str, Spec] = {}
     position = model.layers[0].attention.position
     interleaved = isinstance(position, RoPE) and position.pairing == "interleaved"
@@ -205,7 +215,8 @@ def _specs(
 
 
 def write_shards(folder: Path, specs: Mapping[str, Spec], limit: int) -> int:
-    """One file, or several with an index; returns how many."""
+    """Write safetensors of at most `limit` bytes each: one file, or several with an index. A tensor
+    is never split, so that a file with a larger one exceeds the limit. Returns their number."""
     shards: list[dict[str, Spec]] = [{}]
     size = 0
     for name, spec in specs.items():
@@ -229,7 +240,7 @@ def write_shards(folder: Path, specs: Mapping[str, Spec], limit: int) -> int:
 
 
 def _special(model: Model, source: Path) -> dict[str, Any]:
-    """Ids that begin, end and pad a text."""
+    """Return the ids that begin, end and pad a text, by their names in generation_config.json."""
     said = source / GENERATION
     if said.exists():
         found = read_json(said)
@@ -239,7 +250,7 @@ def _special(model: Model, source: Path) -> dict[str, Any]:
 
 
 def _describe_tokenizer(model: Model, folder: Path) -> None:
-    """What transformers wants to know besides a tokenizer.json."""
+    """Write the tokenizer_config.json that transformers needs beside tokenizer.json, if missing."""
     path = folder / "tokenizer_config.json"
     if path.exists() or not (folder / "tokenizer.json").exists():
         return

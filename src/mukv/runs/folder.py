@@ -1,4 +1,4 @@
-"""The paths of a run directory, and the configuration that it holds.
+"""Define the paths of a run directory, and load its configuration.
 
 A run directory has config.yaml (complete, reloadable), metrics.jsonl, checkpoints/,
 tokenizer.json, weights/ and provenance.json. `train_run` makes or continues one,
@@ -18,7 +18,7 @@ from mukv.storage.locks import RUN
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run."""
+    """Paths of the files of one run directory; nothing is created."""
 
     path: Path
 
@@ -44,12 +44,15 @@ class RunDirectory:
 
     @property
     def generation(self) -> Path:
-        """Only in a run that was imported: ids that begin and end a text, in their format."""
+        """File of the ids that begin and end a text, as Hugging Face writes it. Only imported runs
+        have it."""
         return self.path / "generation_config.json"
 
     @property
     def exists(self) -> bool:
+        """Whether the folder has a config.yaml."""
         return self.config.is_file()
 
     def load_config(self) -> Run:
+        """Read config.yaml. Raises BadInput for a missing or damaged file and for unknown keys."""
         return schema.build(Run, read_yaml(self.config))

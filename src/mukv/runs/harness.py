@@ -1,9 +1,9 @@
-"""A model as EleutherAI's lm-evaluation-harness asks it, whose tasks are then at hand:
+"""Adapt a model to EleutherAI's lm-evaluation-harness, to evaluate it on the harness's tasks:
 
     lm_eval.simple_evaluate(model=harness_model("runs/NAME"), tasks=["lambada_openai"])
 
-Three questions: how likely a continuation is, how likely a whole text, and what comes next. Needs
-`pip install 'mukv[eval]'`.
+Implements the three request types of the harness: `loglikelihood` of a continuation,
+`loglikelihood_rolling` of a whole text, and `generate_until`. Needs `pip install 'mukv[eval]'`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from mukv.runs.loaded import Model, load
 MULTIPLE = 64
 """Texts are padded to a multiple of this, so that few lengths are compiled."""
 LOGITS = 1 << 26
-"""Of a batch, at most, where it has more than one row."""
+"""Most logits (row, token, vocabulary) of a batch of more than one row."""
 
 
 def harness_model(source: str | Path | Model) -> Any:
-    """An `lm_eval.api.model.LM` of a run directory, a Hugging Face folder or a hub id."""
+    """Return an `lm_eval.api.model.LM` of a loaded model, a run directory, a Hugging Face folder, a
+    GGUF file or a hub id. Raises BadInput if lm-eval is not installed, or as `mukv.load` does."""
     try:
         from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -44,7 +45,8 @@ def harness_model(source: str | Path | Model) -> Any:
 
 
 class Answers:
-    """The questions, each a list of requests whose `args` are as the harness documents them."""
+    """The methods that the harness calls. Each takes a list of requests, whose `args` are as the
+    harness documents them, and returns one result per request."""
 
     def __init__(self, model: Model):
         self.model = model
@@ -56,10 +58,11 @@ class Answers:
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """For each (context, continuation): log p(continuation), and whether it is the greedy
-        one."""
+        """For each (context, continuation), return log p(continuation | context) in nats, and
+        whether greedy decoding would give the continuation."""
         rows = [self._pair(*request.args) for request in requests]
-        # Alike lengths together, longest first: too little memory shows at once.
+        # Rows are sorted by length, longest first, to save padding and so that a lack of memory
+        # shows in the first batch.
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place][0]))
         found: dict[int, tuple[float, bool]] = {}
         while order:
@@ -80,7 +83,7 @@ class Answers:
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """For each (text,): log p of all of it, in windows as in evaluation."""
+        """For each (text,), return log p of the whole text in nats, in windows as `mukv eval`."""
 
         def score(text: str) -> float:
             row = np.asarray([*self._prefix, *self.model.tokenizer.encode(text)])
@@ -90,7 +93,8 @@ class Answers:
         return [score(request.args[0]) for request in requests]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """For each (context, settings): what follows, up to the first of the texts in `until`."""
+        """For each (context, settings), return the generated continuation, up to the first of the
+        texts in the setting `until`."""
         return [self._continue(*request.args) for request in requests]
 
     def _continue(self, context: str, settings: dict[str, Any]) -> str:
@@ -105,8 +109,10 @@ class Answers:
         return _before([until] if isinstance(until, str) else until, text)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Ids of both, and how many are context: at least one, and no more than fit."""
-        # A word begins with its space, so that the space belongs to what follows.
+        """Return the ids of context and continuation, cut from the left to the model's context
+        length, and how many of them are context (at least one)."""
+        # Tokenizers join a space to the word after it, so trailing spaces of the context are
+        # counted as continuation.
         kept = context.rstrip()
         whole = [*self._prefix, *self.model.tokenizer.encode(context + continuation)]
         known = max(1, len(self._prefix) + len(self.model.tokenizer.encode(kept)))
@@ -114,13 +120,14 @@ class Answers:
         return fitting, max(1, known - (len(whole) - len(fitting)))
 
     def _fitting(self, ids: list[int], room: int) -> list[int]:
-        """The last ids that the model's context has room for, beside `room` more."""
+        """Return the last ids that fit into the model's context length with `room` more tokens."""
         context = self.model.network.context
         return ids if context is None else ids[-max(1, context - room) :]
 
     @property
     def _prefix(self) -> tuple[int, ...]:
-        """What a text begins with, so that its first token is predicted from something."""
+        """Ids put before a text, so that its first token has a context: the start tokens of the
+        tokenizer, or else the first end token."""
         return self.model.tokenizer.start or self.model.ends[:1]
 
     @cached_property
@@ -137,7 +144,7 @@ class Answers:
 
 
 def _before(ends: Iterable[str], text: str) -> str:
-    """The text up to where any of the others first appears in it."""
+    """Return the text up to the first occurrence of any of `ends`."""
     for end in ends:
         text = text.split(end, 1)[0] if end else text
     return text

@@ -1,4 +1,4 @@
-"""What a command line gives a model to read."""
+"""Read the texts and token ids that a command line names, and check them against a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STANDARD_INPUT = Path("-")
 
 
 def ids(text: str, where: str) -> list[int]:
-    """Token ids from "1,2,3"."""
+    """Parse token ids from "1,2,3". Raises BadInput, with `where` as the name of the option."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -27,8 +27,11 @@ def ids(text: str, where: str) -> list[int]:
 
 
 def texts(paths: Iterable[Path], where: str) -> list[str]:
-    """The texts of UTF-8 files; - is standard input, read once. where: names them in messages.
-    Raises BadInput."""
+    """Read UTF-8 text files; the path - is standard input.
+
+    where: name of the option, for messages. Raises BadInput for files that can't be read, are empty
+    or are not UTF-8, and for - given twice.
+    """
     paths = list(paths)
     if paths.count(STANDARD_INPUT) > 1:
         raise BadInput(where, "-", "standard input once: it can be read only once")
@@ -55,18 +58,20 @@ def _text(path: Path, where: str) -> str:
 
 
 def _standard_input() -> bytes | str:
-    """Bytes, so that they are UTF-8 wherever this runs; what stands in for it may have none."""
+    """Read standard input as bytes, so that the locale does not choose its encoding. A replaced
+    sys.stdin may have no `buffer`; then its text is read."""
     stream = getattr(sys.stdin, "buffer", sys.stdin)
     return stream.read() if stream is not None else b""
 
 
 def rows_of_text(model: Model, path: Path) -> list[np.ndarray]:
-    """A text file as the ids of one document."""
+    """Encode a text file as one document; returns one row of ids [token]."""
     return [np.asarray(model.encode(_text(path, "--text")))]
 
 
 def rows_of_ids(path: Path) -> list[np.ndarray]:
-    """Rows of ids from a .npy file."""
+    """Read rows of token ids from a .npy file: integers [token] or [row token]. Raises BadInput for
+    any other file."""
     require_regular_file(path, "--tokens")
     try:
         with warnings.catch_warnings():
@@ -76,7 +81,7 @@ def rows_of_ids(path: Path) -> list[np.ndarray]:
     except OSError as error:
         raise BadInput("--tokens", str(path), f"a readable file ({error})") from None
     except Exception:
-        # A foreign file takes numpy's parsers to errors of any kind, lack of memory among them.
+        # Other files make numpy's parsers raise errors of any kind, MemoryError included.
         raise BadInput(
             "--tokens", str(path), "an array written by numpy.save, of numbers"
         ) from None
@@ -89,7 +94,8 @@ def rows_of_ids(path: Path) -> list[np.ndarray]:
 
 
 def window(model: Model, length: int | None) -> int:
-    """Tokens that are read at once: as asked for, or as in training."""
+    """Return the window length in tokens: the given one, or if None that of training, at most the
+    model's context. Raises BadInput for less than 2 and for more than the model's context."""
     if length is None:
         return min(model.run.train.length, model.network.context or model.run.train.length)
     if length < 2:
@@ -100,7 +106,7 @@ def window(model: Model, length: int | None) -> int:
 
 
 def corpus(model: Model) -> TokenFile:
-    """What a model was trained on. Raises BadInput where it is not here."""
+    """Open the token file that a model was trained on. Raises BadInput if it can't be opened."""
     try:
         return open_corpus(model.run)
     except BadInput as error:

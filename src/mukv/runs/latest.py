@@ -1,4 +1,4 @@
-"""The newest weights of a run directory."""
+"""Read the newest weights of a run directory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def latest_weights(run: Run, folder: RunDirectory) -> Any:
 
 
 def _restored(checkpoints: Checkpoints, latest: int, like: Any) -> Any:
-    """The latest state; a newer one, where training deletes this one while it is read."""
+    """Restore a checkpoint; or a newer one if a training process deletes it while it is read."""
     try:
         return checkpoints.restore(latest, like)
     except (BadInput, Failed):

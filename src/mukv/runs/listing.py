@@ -1,4 +1,4 @@
-"""Short lists of what there is: presets, cache policies, run directories."""
+"""List the presets, cache policies and run directories, as plain data."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def preset_list() -> list[dict[str, Any]]:
 
 
 def policy_list() -> list[dict[str, Any]]:
-    """Return every part of a cache policy: name, question that it answers, meaning, source, and its
-    parameters with their defaults."""
+    """Return every part of a cache policy: name, step of the policy that it implements (keep,
+    store, select or spread), meaning, source, and its parameters with their defaults."""
     found: list[dict[str, Any]] = []
     for question, table in (("keep", KEEPERS), ("store", STORES), ("select", SELECTORS)):
         for name, cls in table.items():
@@ -82,12 +82,13 @@ def source_of(text: str) -> str | None:
 
 
 def run_list(folder: Path) -> list[dict[str, Any]]:
-    """Return every run directory that is the folder or lies in it: its preset where its name tells
-    one, its steps in all and so far, its last losses. Raises BadInput where there is none."""
+    """Return the run directories in a folder, or the folder itself if it is one: preset (if the
+    folder's name contains one), total and completed steps, and last losses in nats per token.
+    Raises BadInput if there is none."""
     itself = [folder] if RunDirectory(folder).exists else []
     found = itself or sorted(path.parent for path in folder.glob("**/config.yaml"))
     if not found:
-        raise BadInput("FOLDER", str(folder), "a run directory, or a folder of some")
+        raise BadInput("FOLDER", str(folder), "a run directory, or a folder of them")
     return [_of_run(path) for path in found]
 
 

@@ -1,7 +1,7 @@
-"""A run directory as a model that speaks: what `mukv.load` returns.
+"""Load a model with its weights and tokenizer (`mukv.load`), to generate, evaluate and inspect.
 
-A model trained here and one that was imported are the same to everything that reads run
-directories.
+Run directories of training and of `mukv import`, Hugging Face folders and GGUF files give the same
+class.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from mukv.train.footprint import require_bytes
 
 @dataclass(frozen=True)
 class Text:
-    """One generated continuation."""
+    """One generated continuation. text: decoded, without the prompt and the stop text. token_ids:
+    the new tokens."""
 
     text: str
     token_ids: list[int]
@@ -50,15 +51,18 @@ class Text:
 
 @dataclass(frozen=True)
 class Model:
-    """A model with its weights and tokenizer: what a run directory becomes when loaded."""
+    """A model with its weights and tokenizer, as `mukv.load` returns it.
+
+    run: configuration. weights: as they are saved, unscaled. tokenizer: of its texts.
+    """
 
     run: Run
     weights: Any
     tokenizer: AnyTokenizer
     ends: tuple[int, ...] = ()
-    """Ids after which a text is over, where the model came with any."""
+    """Ids that end a generated text; empty if the model's files name none."""
     folder: Path | None = None
-    """Where it was loaded from."""
+    """The folder that it was loaded from."""
 
     @property
     def network(self) -> LanguageModel:
@@ -71,24 +75,26 @@ class Model:
 
     @cached_property
     def scaled(self) -> Any:
-        """Weights as the forward pass sees them."""
+        """Weights stacked by layer and multiplied by their scaling, as the forward pass takes
+        them."""
         return self.network.scaled(self.weights)
 
     @cached_property
     def decoding(self) -> Any:
-        """Weights as decoding takes them."""
+        """Weights as decoding takes them (see `decoding_weights`)."""
         return decoding_weights(self.network, self.weights, self.run.train.compute)
 
     def logits(
         self, tokens: Any, position: Any = None, segment: Any = None
     ) -> Float[Array, "batch token vocab"]:
-        """Float32 scores of the next token after each of `tokens`.
+        """Compute the float32 logits of the next token after each of `tokens`.
 
         tokens: ids, [batch token] or [token], as lists or arrays of whole numbers. position: place
-        in the document (default: in the row). segment: number of the document; tokens see only
-        their own, so that padding is a document of its own. Both are of the shape of `tokens`.
-        Raises BadInput for anything else, and for ids that the model does not have. A shape is
-        compiled once.
+        of each token in its document (default: its index in the row). segment: number of each
+        token's document; a token attends only to its own document, so that padding is given a
+        number of its own. Both have the shape of `tokens`. Raises BadInput for other types and
+        shapes, for ids that the model does not have, and for rows longer than the model's context.
+        Each shape is compiled once.
         """
         ids = self._token_ids("tokens", tokens)
         places = []
@@ -100,7 +106,8 @@ class Model:
         return _forward(self.network, self.run.train.compute)(self.scaled, ids, *places)
 
     def _token_ids(self, where: str, given: Any) -> Int[np.ndarray, "batch token"]:
-        """Rows of ids that the model has, as many as it has room for. Raises BadInput."""
+        """Return ids as an array. Raises BadInput for ids that the model does not have and for rows
+        longer than its context."""
         ids = token_ids(where, given, self.network.vocab_size)
         context = self.network.context
         if context is not None and ids.shape[1] > context:
@@ -108,11 +115,12 @@ class Model:
         return ids
 
     def attention(self, text: str | Sequence[int] | Any) -> dict[int, np.ndarray]:
-        """Attention weights by number of the layer: float32 [head query key].
+        """Compute the attention weights of each layer on a text: float32 [head query key], by index
+        of the layer.
 
-        text: a text, or the token ids [token] of one. The weights of each query sum to 1, to less
-        where heads have sinks. Raises BadInput for other ids, for a model that is no
-        decoder, and for more weights than fit into the memory that is free.
+        text: a text, or its token ids [token]. The weights of each query sum to 1, or to less if
+        the head has a sink logit. Raises BadInput for ids that the model does not have, for a model
+        that is not a Decoder, and for weights that take more memory than is free.
         """
         given = self.encode(text) if isinstance(text, str) else text
         ids = self._token_ids("text", given)
@@ -121,16 +129,18 @@ class Model:
         return attention_weights(self.network, self.scaled, ids, self.run.train.compute)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text as the beginning of a document."""
+        """Encode a text as token ids, after the start tokens of a document if the model has any."""
         return [*self.tokenizer.start, *self.tokenizer.encode(text).tolist()]
 
     def encode_marked(self, text: str) -> list[int]:
-        """The same, with special tokens that the text spells out."""
+        """Encode like `encode`, but turn special tokens that are written out in the text (such as
+        `<|endoftext|>`) into their ids. Start tokens that the text has are not doubled."""
         ids, start = self.tokenizer.encode_marked(text), self.tokenizer.start
         return ids if tuple(ids[: len(start)]) == start else [*start, *ids]
 
     def encode_chat(self, message: str) -> list[int]:
-        """Ids of a user's message as the model's chat template puts it. Raises BadInput."""
+        """Encode one user message with the model's chat template. Raises BadInput for a model
+        without a folder or chat template, and for a message that the template refuses."""
         if self.folder is None:
             raise BadInput("--chat", message[:40], "a model that was loaded from a folder")
         text = chat_text(self.folder, [{"role": "user", "content": message}])
@@ -146,7 +156,11 @@ class Model:
         policy: Policy = FULL,
         ended: Callable[[list[int]], bool] | None = None,
     ) -> Generation:
-        """Continue token ids as `mukv.infer.decode.generate` does. stop defaults to `ends`."""
+        """Continue token ids: `mukv.infer.decode.generate` with this model's weights.
+
+        stop: ids that end a text; None for `ends`. Raises BadInput for ids that the model does not
+        have, and for a cache that takes more memory than is free.
+        """
         compute = self.run.train.compute
         stop = self.ends if stop is None else stop
         cache = self.calibrated(policy)
@@ -159,7 +173,7 @@ class Model:
     ) -> None:
         """Raise BadInput for a cache that takes more memory than is free."""
         if max_tokens < 1:
-            return  # refused with all else by `generate`
+            return  # `generate` refuses it, with the other bad values
         compute = settled(self.run.train.compute, self.network.vocab_size)
         sizes = Sizes.plan(len(prompts), max(map(len, prompts), default=1), max_tokens)
         room = sizes.batch, sizes.body, sizes.tail
@@ -168,16 +182,18 @@ class Model:
 
     @property
     def by_head(self) -> bool:
-        """Whether every layer without a window keeps entries of each head, so that centres fit."""
+        """Whether every layer without a window stores keys for each key head, which calibrated
+        cluster centres need."""
         layers = [layer for stack in self.network.stacks for layer in stack.layers]
         kept = [layer.attention for layer in layers if layer.whole]
         return all(attention.entry_sets == attention.key_heads for attention in kept)
 
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
-        """A policy with what was calibrated for it, if anything was: the centres of `clusters`,
-        where keys have heads of their own to be clustered by.
+        """Return a policy with the centres that `mukv analyze --calibrate` saved for it.
 
-        Raises BadInput for a calibration of another model.
+        Only the policy `clusters` has any, and only if layers store keys for each key head; other
+        policies are returned unchanged, with an empty mapping. Raises BadInput for centres that
+        were calibrated on other weights, or on keys without their rotation.
         """
         if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
             return policy, {}
@@ -211,13 +227,14 @@ class Model:
         policy: str | Policy = FULL,
         stop: str | Sequence[str] = (),
     ) -> Text | list[Text]:
-        """Continue a text, or several that are decoded together.
+        """Continue a text, or several texts that are decoded as one batch.
 
-        sampling: how tokens are drawn; or its fields one by one: temperature (0, the default, is
-        greedy), top_k, top_p, seed. policy: of the cache, as text such as "snapkv:0.25+int8". stop:
-        texts before which a continuation ends, besides the model's own end. The token ids of one
-        that ended so go on to the token that completes the stop text. Returns one text for one
-        prompt, a list for a list. Raises BadInput for values of another type.
+        max_tokens: most new tokens. sampling: how tokens are drawn; or its fields one by one:
+        temperature (0, the default, is greedy), top_k, top_p, seed. policy: the cache policy, also
+        as text such as "snapkv:0.25+int8". stop: a continuation ends before the first of these
+        texts, or at the model's own end token. Its token ids include those of the stop text.
+        Returns one Text for one prompt, a list for a list. Raises BadInput for values of another
+        type or out of range.
         """
         texts = strings("prompts", prompts)
         if not texts:
@@ -248,7 +265,7 @@ class Model:
         return found[0] if isinstance(prompts, str) else found
 
     def _until(self, ids: list[int], ends: Sequence[str]) -> Text:
-        """New tokens as a text that ends before the first of `ends`."""
+        """Decode new tokens, and cut the text before the first of `ends` and the ids after it."""
         text = self.tokenizer.decode_further(ids)
         places = [text.index(end) for end in ends if end in text]
         if not places:
@@ -263,7 +280,11 @@ class Model:
     def evaluate(
         self, rows: Sequence[np.ndarray], length: int | None = None, stride: int | None = None
     ) -> Evaluation:
-        """Loss on rows of token ids, in windows of `length` (default: as in training)."""
+        """Compute the mean loss on rows of token ids [token], in nats per token.
+
+        length: tokens per window; None for that of training. stride: tokens between the starts of
+        windows; None for `length`. Raises BadInput as `mukv.infer.evaluate.evaluate` does.
+        """
         return evaluate(
             self.network,
             self.scaled,
@@ -277,7 +298,7 @@ class Model:
 
 @lru_cache(maxsize=32)
 def _forward(model: LanguageModel, compute: Compute) -> Any:
-    """The compiled function of `Model.logits`; kept, so that a shape is compiled once."""
+    """Return the jitted function of `Model.logits`, cached so that each shape is compiled once."""
 
     def forward(weights: Any, ids: Array, *places: Array | None) -> Array:
         hidden = model.hidden(weights, ids, *places, compute=compute)
@@ -289,11 +310,15 @@ def _forward(model: LanguageModel, compute: Compute) -> Any:
 def load(
     source: str | Path | Located, mesh: MeshShape | None = None, allow_nonfinite: bool = False
 ) -> Model:
-    """A run directory as a model: its exported weights, or its latest checkpoint if newer. Or a
-    Hugging Face folder, GGUF file or hub id, whose weights stream to their places.
+    """Load a model with its weights and tokenizer.
 
-    mesh: that the weights are split over; one device if None. allow_nonfinite: take weights that
-    are infinite or not a number. Raises BadInput, also for damaged weights.
+    source: a run directory (its exported weights, or its latest checkpoint if that is newer), a
+        Hugging Face folder, a GGUF file or a hub id, whose tensors are read one by one
+    mesh: devices that the weights are split over; None for one device
+    allow_nonfinite: accept weights that are infinite or not a number
+
+    Raises BadInput for a source that is not a model, for damaged files and for weights that are not
+    finite.
     """
     found = source if isinstance(source, Located) else locate(source)
     model = _load(found, mesh or MeshShape())

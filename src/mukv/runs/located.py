@@ -1,4 +1,4 @@
-"""A model before its weights are read: its configuration and its folder."""
+"""Find the model that a command line names, and read its configuration but not its weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from mukv.runs.resolve import imported_run
 
 @dataclass(frozen=True)
 class Located:
-    """folder: of the tokenizer and the chat template; of a GGUF file, that in the cache.
-    checkpoint: None for a run directory."""
+    """A model that was found, but whose weights are not read.
+
+    source: as it was named
+    run: its configuration
+    folder: of its tokenizer and chat template; for a GGUF file, the cache folder that has them
+    checkpoint: the pretrained weights; None for a run directory
+    """
 
     source: str | Path
     run: Run
@@ -25,7 +30,10 @@ class Located:
 
 
 def locate(source: str | Path) -> Located:
-    """Find the model that MODEL names. Raises BadInput."""
+    """Find a run directory, a Hugging Face folder, a GGUF file or a model of the hub.
+
+    Raises BadInput if there is none, with the run directory of the most similar name.
+    """
     folder = RunDirectory(Path(source))
     if folder.exists:
         return Located(source, folder.load_config(), folder.path, None)

@@ -1,6 +1,6 @@
-"""Notes: what a configuration says that has no effect, or another one than a user may expect.
+"""Warn of settings that have no effect, or another effect than a user may expect.
 
-Each function returns lines for a person; a command prints them before it begins to work.
+Each function returns lines of text, which a command prints before it begins to work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mukv.train.training import Training
 
 
 def of_run(run: Run) -> list[str]:
-    """Values of a run that have no effect."""
+    """Return a line for each value of a run that has no effect."""
     found = []
     warmup, steps = run.train.schedule.warmup, run.train.steps
     if warmup >= steps:
@@ -37,7 +37,8 @@ def of_run(run: Run) -> list[str]:
 
 
 def of_defaults(mapping: Mapping[str, Any], run: Run) -> list[str]:
-    """Sizes of an attention variant that nobody gave. mapping: the keys that were given."""
+    """Return a line with the sizes of an attention variant that were left to their defaults, which
+    do not follow the model's width. mapping: the keys that were given."""
     model = mapping.get("model")
     given = model.get("attention") if isinstance(model, Mapping) else None
     attention = getattr(run.model, "attention", None)
@@ -54,7 +55,7 @@ def of_defaults(mapping: Mapping[str, Any], run: Run) -> list[str]:
 
 
 def of_feed(feed: Feed) -> str:
-    """What a run trains on, and where that lies."""
+    """Return a line on the data that a run trains on, and its path."""
     if isinstance(feed, TextFeed):
         tokens = feed.tokens
         sources = ", ".join(tokens.sources[:3]) + (", ..." if len(tokens.sources) > 3 else "")
@@ -66,18 +67,19 @@ def of_feed(feed: Feed) -> str:
 
 
 def of_length(length: int, run: Run, what: str) -> list[str]:
-    """A text that is longer than those that a model was trained on. length: tokens."""
+    """Return a line for a text longer than the rows that a model was trained on. length: in tokens.
+    what: name of the text or option."""
     trained = run.model.context or run.train.length
     if length <= trained:
         return []
     return [
-        f"{what}: {length:,} tokens, but the model was trained on rows of {trained:,}: beyond them "
-        "its quality is untested"
+        f"{what}: {length:,} tokens, but the model was trained on rows of {trained:,}: its quality "
+        "on longer texts is untested"
     ]
 
 
 def of_stop(ids: Sequence[int], vocab_size: int) -> list[str]:
-    """Ids that end a text and that no model of this vocabulary can produce."""
+    """Return a line for stop ids that are outside of a model's vocabulary."""
     beyond = [token for token in ids if not 0 <= token < vocab_size]
     if not beyond:
         return []
@@ -88,7 +90,8 @@ def of_stop(ids: Sequence[int], vocab_size: int) -> list[str]:
 
 
 def of_prolonging(run: Run, folder: RunDirectory) -> list[str]:
-    """A learning rate that jumps where the run in a folder goes on to more steps."""
+    """Return a line if continuing the run in a folder to another number of steps makes the learning
+    rate jump."""
     if not folder.exists:
         return []
     before = folder.load_config().train
@@ -100,7 +103,8 @@ def of_prolonging(run: Run, folder: RunDirectory) -> list[str]:
 
 
 def of_jump(before: Training, after: Training, step: int) -> list[str]:
-    """A learning rate that is higher at a step than the one before. step: updates done."""
+    """Return a line if the learning rate after `step` updates is more than 1.1 times the last one
+    of the shorter run."""
 
     def rate(training: Training, at: int) -> float:
         training = training.effective

@@ -1,4 +1,4 @@
-"""Registration of parts from outside of the package: `mukv.register`."""
+"""Register parts from outside of the package (`mukv.register`)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def register(part: None = None, *, name: str | None = None) -> Callable[[Any], A
 
 
 def register(part: Any = None, *, name: str | None = None) -> Any:
-    """Let YAML, overrides and options name a part of another package; also as a decorator.
+    """Register a part of another package, so that YAML, overrides and options can name it. Can be
+    used as a decorator.
 
     part: a frozen dataclass that extends a base class such as `mukv.Attention`, `mukv.Position`,
         `mukv.Feedforward`, `mukv.Schedule`, `mukv.Optimizer` or `mukv.Task`, and says its name in a

@@ -1,4 +1,4 @@
-"""What a run directory says of how a run was made, and whether data is what it began with."""
+"""Write and read provenance.json: version, devices and data fingerprint of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = "provenance.json"
 
 
 def record(origin: Origin) -> dict[str, Any]:
-    """What is written of a run before its first step."""
+    """Return the content of provenance.json, which is written before the first step."""
     device = jax.devices()[0]
     return {
         "mukv": VERSION,
@@ -34,8 +34,11 @@ def record(origin: Origin) -> dict[str, Any]:
 
 
 def began_with(folder: Path, origin: Origin) -> str | None:
-    """The fingerprint of the data that a run began with; None where that is not known and no
-    step was saved. Raises BadInput where some were."""
+    """Return the fingerprint of the data that a run began with.
+
+    Returns None if it can't be read and no checkpoint was saved. Raises BadInput if it can't be
+    read and there is a checkpoint. origin: the data at hand, for the message.
+    """
     path = folder / FILE
     try:
         found = json.loads(path.read_text("utf-8"))["data_fingerprint"]
@@ -50,6 +53,6 @@ def began_with(folder: Path, origin: Origin) -> str | None:
     raise BadInput(
         f"{path}: data_fingerprint",
         given,
-        "it tells with which data the run began; if with that at data.path, write "
+        "the fingerprint of the data that the run began with; if data.path still has it, write "
         f"{json.dumps({'data_fingerprint': origin.fingerprint})} into this file",
     )

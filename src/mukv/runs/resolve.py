@@ -1,4 +1,4 @@
-"""What `train CONFIG` means: the configuration, the folder, and the data that a run reads."""
+"""Find the configuration, run directory and data that `mukv train CONFIG` names."""
 
 from __future__ import annotations
 
@@ -24,15 +24,19 @@ from mukv.tasks.feed import TaskFeed
 from mukv.train.training import Training
 
 LENGTH = 2048
-"""Tokens of a window in which an imported model is evaluated, at most."""
+"""Default window of an imported model in tokens; less if its context is shorter."""
 
 
 def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Run, RunDirectory]:
-    """The configuration and folder that `train CONFIG` means.
+    """Return the configuration and run directory that `mukv train CONFIG` names.
 
-    CONFIG is a preset, a YAML file, a run directory to continue, or a Hugging Face folder or hub
-    id to begin from. Without `out` the folder's name follows from the configuration, so that the
-    same command continues its own run.
+    source: CONFIG: a preset, a YAML file, a run directory to continue, or a Hugging Face folder or
+        hub id whose weights training starts from
+    overrides: `a.b=c`
+    out: the run directory; None for the one to continue, or for a name with a hash of the
+        configuration, so that the same command continues its own run
+
+    Raises BadInput for unknown names, unknown keys and bad values.
     """
     given = RunDirectory(Path(source))
     if given.exists:
@@ -52,7 +56,8 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
 
 
 def open_corpus(run: Run) -> TokenFile:
-    """The token file that a run trains on, checked against its fingerprint and vocabulary."""
+    """Open the token file that a run trains on. Raises BadInput if it has changed since it was
+    built, if its vocabulary is larger than the model's, or if the run trains on a task."""
     if run.data.task is not None:
         raise BadInput("data.task", run.data.task.kind, "null: text is needed here")
     tokens = (
@@ -68,7 +73,8 @@ def open_corpus(run: Run) -> TokenFile:
 
 
 def open_feed(run: Run) -> tuple[Run, Feed]:
-    """What a run trains on, and the run with the place where that is."""
+    """Open the data that a run trains on; returns the run with `data.path` filled in, and the
+    data. Raises BadInput as `open_corpus` does."""
     task = run.data.task
     if task is None:
         tokens = open_corpus(run)
@@ -85,7 +91,7 @@ def _check_vocabulary(run: Run, needed: int, whose: str) -> None:
 
 
 def imported_run(found: Checkpoint) -> Run:
-    """The configuration of a run directory that has this model; windows of its evaluation have
-    LENGTH tokens."""
+    """Return the configuration of the run directory of an imported model, with windows of LENGTH
+    tokens or its context, whichever is less."""
     length = min(LENGTH, found.model.context or LENGTH)
     return Run(model=found.model, train=Training(length=length))

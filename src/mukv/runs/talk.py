@@ -1,4 +1,4 @@
-"""A chat with a model: messages, the model's own template, and one cache kept between turns."""
+"""Chat with a model through its chat template, with one KV cache kept between turns."""
 
 from __future__ import annotations
 
@@ -22,15 +22,21 @@ from mukv.runs.located import Located
 from mukv.train.footprint import require_bytes
 
 MOST_TOKENS = 4096
-"""Tokens that a conversation has room for, unless asked for more: the cache is allocated whole."""
+"""Default limit of a conversation in tokens: the cache is allocated for all of them at once."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's turn. text: without stop texts and special tokens. tokens: number of new ones.
-    cache_tokens: tokens in the cache after it, of which `read` were new in this turn. restarted:
-    whether the cache had to begin anew, since the template changed what it holds. Seconds:
-    `first_token_seconds` is all that a user waits, rendering and compilation included.
+    """A model's answer to one message.
+
+    text: without stop texts and special tokens
+    tokens: number of generated tokens
+    cache_tokens, cache_bytes: size of the cache after the answer
+    read: prompt tokens that were prefilled in this turn
+    restarted: whether the cache was rebuilt, because the template changed the tokens it holds
+    prefill_seconds, compile_seconds: of this turn
+    first_token_seconds: from the message to the first token, with rendering and compilation
+    tokens_per_second: of decoding
     """
 
     text: str
@@ -46,7 +52,8 @@ class Reply:
 
 
 def room(found: Located, length: int | None) -> int:
-    """Tokens that a conversation may have. Raises BadInput for more than the model's context."""
+    """Return the most tokens of a conversation: `length`, or if None the model's context but at
+    most MOST_TOKENS. Raises BadInput for less than 2 and for more than the model's context."""
     context = found.run.model.context
     if length is None:
         return min(context or MOST_TOKENS, MOST_TOKENS)
@@ -70,7 +77,7 @@ def check(found: Located, system: str | None, policy: Policy, length: int) -> No
 
 
 class Chat:
-    """Messages of a user and answers of a model."""
+    """A conversation between a user and a model, and the cache of its tokens."""
 
     def __init__(
         self,
@@ -82,8 +89,12 @@ class Chat:
         max_tokens: int = 512,
         stop: Sequence[str] = (),
     ):
-        """length: tokens of the whole conversation. max_tokens: of an answer. stop: texts before
-        which an answer ends. Raises BadInput for a model without a folder."""
+        """Allocate the cache of a conversation of `length` tokens.
+
+        system: the system prompt. sampling: how tokens are drawn; greedy if None. policy: of the
+        cache. max_tokens: most tokens of an answer. stop: texts before which an answer ends. Raises
+        BadInput for a model that was not loaded from a folder.
+        """
         if speaker.folder is None:
             raise BadInput("chat", str(speaker.folder), "a model that was loaded from a folder")
         self.speaker, self.folder = speaker, speaker.folder
@@ -95,15 +106,15 @@ class Chat:
             speaker.network, speaker.decoding, length, sampling, compute, policy, centres
         )
         self.written = ""
-        """The text of what is in the cache."""
+        """The decoded text of the tokens in the cache."""
 
     def reset(self) -> None:
-        """Forget all messages; the system prompt stays."""
+        """Delete all messages and empty the cache; the system prompt stays."""
         self.messages = []
         self._forget()
 
     def set_system(self, system: str | None) -> None:
-        """Take another system prompt, and forget all messages. Raises BadInput for one that the
+        """Set another system prompt and delete all messages. Raises BadInput for a prompt that the
         template refuses; then nothing changes."""
         chat_text(self.folder, _messages(system, [{"role": "user", "content": "Hello"}]))
         self.system = system
@@ -115,11 +126,11 @@ class Chat:
         out: TextIO | None = None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Reply:
-        """Answer a message. out: where the answer is printed token by token. interrupted: asked
-        after each token whether the answer is to end here.
+        """Answer a message.
 
-        Raises BadInput for a message that can't be read, or that there is no room for; then it is
-        as if it had not been said.
+        out: stream that the answer is printed to, token by token. interrupted: called after each
+        token; the answer ends if it returns True. Raises BadInput for a message that the template
+        refuses or that does not fit into the conversation's length; the message is then dropped.
         """
         begun = time.perf_counter()
         first: list[float] = []
@@ -160,8 +171,12 @@ class Chat:
         )
 
     def _continued(self, rendered: str) -> tuple[list[int], str]:
-        """Ids of a rendered conversation, and their text: with those of the cache where its text
-        goes on from that of the cache, since a model need not write as its tokenizer would."""
+        """Return the ids of a rendered conversation, and its text.
+
+        If the text begins with the text of the cache, the ids of the cache are kept and only the
+        rest is encoded: a model may generate a text in other tokens than its tokenizer would use,
+        and encoding it again would make the cache useless.
+        """
         ids = self.speaker.tokenizer.encode_marked(rendered)
         if not self.conversation.ids or self.conversation.continues(ids):
             return ids, rendered

@@ -1,4 +1,4 @@
-"""Train in a run directory: begin, continue or prolong a run, and write what it leaves."""
+"""Train in a run directory: begin, continue or extend a run, and write its files."""
 
 from __future__ import annotations
 
@@ -38,18 +38,20 @@ FREE = (
 def train_run(
     run: Run, folder: RunDirectory, title: str = "training", ignore_memory: bool = False
 ) -> Outcome:
-    """Train in `folder`, or continue what is there. Raises BadInput before compiling anything, but
-    for a step that takes more memory than is free, unless `ignore_memory`.
+    """Train in `folder`, or continue the run in it; returns the state and the last losses.
 
-    A folder may be continued with other steps, evaluation, logging or mesh; with another model,
-    data, seed or optimizer it is another run and is refused. So is one that another job writes.
-    The data may lie elsewhere.
+    run: the configuration. A run may be continued with other steps, evaluation, logging or mesh,
+    and with its data at another path; another model, data, seed or optimizer is refused. title: of
+    the progress bar. ignore_memory: do not compare the memory of a step with what is free.
+
+    Raises BadInput for a folder with another run or that another job writes, and for a step that
+    takes more memory than is free; only the last needs a compilation.
     """
     run, feed = open_feed(run)
     for name, value in leaves(schema.to_mapping(run)).items():
         if isinstance(value, str) and not is_text(value):
             raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
-    _check_same(run, folder, feed)  # what is refused is left as it is
+    _check_same(run, folder, feed)  # before the lock, so that a refused folder stays unchanged
     with one_job_writes(folder.path):
         return _train(run, feed, folder, title, ignore_memory)
 
@@ -64,12 +66,13 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
         require_room(trainer)
     training = run.train
     common = {"seed": training.seed, "batch": training.batch, "length": training.length}
-    # Until all have looked: what the first writes must not be taken for another run.
+    # Wait until every process has checked the folder: what the first process writes next would make
+    # a slower one refuse it.
     multihost_utils.sync_global_devices("checked")
     stable = training.schedule.stable_until(training.steps)
     keep = (training.keep_last, training.keep_best, stable)
     with Checkpoints(folder.checkpoints, *keep) as checkpoints:
-        # Before the configuration tells of the new end: a kill in between loses nothing.
+        # Before config.yaml is written with the new steps, so that a kill in between loses nothing.
         if begin is not None:
             checkpoints.forget_after(begin)
         if jax.process_index() == 0:
@@ -90,7 +93,8 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
 
 
 def _start(run: Run, trainer: Trainer) -> State:
-    """The state before the first step: drawn, or with the weights of another run or model."""
+    """Return the state before the first step: randomly initialised, or with the weights of the run
+    or model that train.start names. Raises BadInput if that has no weights or others."""
     if run.train.start is None:
         return trainer.initial_state()
     folder = RunDirectory(Path(run.train.start))
@@ -108,10 +112,11 @@ def _start(run: Run, trainer: Trainer) -> State:
 
 
 def _prolonged_from(run: Run, folder: RunDirectory) -> int | None:
-    """The step from which a run goes on where it is to have more steps than it had: before the
-    final decay, which the longer run does not make there. None for where it stopped.
+    """Return the step of the checkpoint from which a run is extended to more steps: the last one
+    before the final decay of the learning rate, since the longer run decays later. None: the run
+    continues from its last checkpoint.
 
-    Raises BadInput if that checkpoint is gone, or the schedule knows its end from the start.
+    Raises BadInput if every checkpoint from before the decay was deleted.
     """
     if not folder.exists:
         return None
@@ -138,25 +143,25 @@ def _prolonged_from(run: Run, folder: RunDirectory) -> int | None:
 
 
 def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
-    """Write what a run directory says of a run before its first step."""
+    """Write the configuration, tokenizer and provenance of a run into its folder."""
     write_atomic(folder.config, schema.to_yaml(run))
     origin.tokenizer.save(folder.tokenizer)
     write_atomic(folder.path / provenance.FILE, to_json(provenance.record(origin), indent=2))
-    # What a model that it begins with came with belongs to this one too.
+    # The tokenizer and generation files of the model that training starts from are copied too.
     for given in checkpoint.companions(Path(run.train.start)) if run.train.start else ():
         if not (folder.path / given.name).exists():
             write_atomic(folder.path / given.name, given.read_bytes())
 
 
 def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
-    """Raise BadInput where a folder holds another run: of other settings or other data."""
+    """Raise BadInput for a folder with a run of other settings or data, or with other files."""
     if not folder.exists:
         if folder.path.exists() and not (folder.path.is_dir() and _untouched(folder)):
             raise BadInput(str(folder.path), "a path in use", "a run directory or a new path")
         return
     before, now = (leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
     began_with = provenance.began_with(folder.path, origin)
-    if began_with is not None:  # wherever it lies
+    if began_with is not None:  # the fingerprint is compared below; the path may differ
         before["data.path"] = now["data.path"]
     for name in [*now, *before]:
         section, key = name.split(".")[:2]
@@ -177,7 +182,7 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
 
 
 def _untouched(folder: RunDirectory) -> bool:
-    """Whether a folder has nothing, or what a run leaves that was killed at its beginning."""
+    """Whether a folder is empty, or has only leftovers of a run killed before its first file."""
     there = [path for path in folder.path.iterdir() if not is_leftover(path)]
     checkpoints = folder.checkpoints
     return there in ([], [checkpoints]) and not (
@@ -186,7 +191,7 @@ def _untouched(folder: RunDirectory) -> bool:
 
 
 def summary(outcome: Outcome, folder: RunDirectory) -> dict[str, Any]:
-    """What `train --json` prints; the field names are public."""
+    """Return the object that `train --json` prints; the field names are public."""
     shown = ("step", "loss", "validation_loss", "validation_bits_per_byte", "tokens_per_second")
     facts = {name: getattr(outcome, name) for name in shown}
     return {"run": str(folder.path), **facts, "finished": outcome.finished}

@@ -1,8 +1,8 @@
-"""`mukv report`: one page about finished runs, which needs nothing but itself.
+"""Write one self-contained HTML page about finished runs (`mukv report`).
 
-Curves of training, quality against the memory that it costs, and what `analyze`, `compress` and
-`bench` have left in each run directory. Only runs that read the same text share an axis of bits
-per byte, and only those that read the same tokens one of nats per token.
+The page has training curves, quality against cache bytes, and the results of `analyze`, `compress`
+and `bench` in each run directory. Runs share an axis of bits per byte only if they were trained on
+the same text, and an axis of nats per token only if they also share a tokenizer.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ COLUMNS = (
 def report(sources: Sequence[Path], out: Path) -> dict[str, Any]:
     """Write the page; returns the numbers of its first table, the path, and what was left out.
 
-    Raises BadInput where a source is no run, or is one whose configuration can't be read; of a
-    folder of runs, those that can't be read are left out.
+    sources: run directories, or folders of them. out: the HTML file. Raises BadInput for a source
+    that is not a run, or whose configuration can't be read; unreadable runs in a folder of runs are
+    left out.
     """
     runs, left_out = gather(sources)
     names = [shortened(run.name) for run in runs[:4]]
     page = Page("Runs: " + ", ".join(names) + (" ..." * (len(runs) > 4)))
     page.table(COLUMNS, _rows(runs))
     if any(step for run in runs for step in run.stale.values()):
-        page.note("Held-out figures with a step are of then, and not of the last step.")
+        page.note("Held-out figures with a step were measured at that step, not at the last one.")
     groups = same_text(runs)
     if len(groups) > 1:
         page.text(
             f"These runs read {len(groups)} different texts. Their losses and bits per byte can't "
-            "be compared: each text has a section and axes of its own."
+            "be compared: each text has its own section and axes."
         )
     with telling_disk_errors(out), temporary(out) as drawn:
         drawn.mkdir()

@@ -1,4 +1,4 @@
-"""Files that anybody may have written: read within bounds, or left out with the reason."""
+"""Read CSV tables and PNG pictures from any source, with limits on size, or raise LeftOut."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from mukv.show.figures import CAPTION
 
 MOST_BYTES = 32 << 20
 MOST_ROWS, MOST_COLUMNS = 60, 60
-"""Of a table; a larger one lies beside the run."""
+"""Largest table that is shown; the page names a larger one, which stays in the run directory."""
 LONGEST_CELL, LONGEST_CAPTION = 120, 2000
 WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]{0,14})")
 DECIMAL = re.compile(
     r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?|[+-]?inf|nan"
 )
-"""Numbers as programs write them; 007 is a name."""
+"""Numbers as programs write them. Digits with leading zeros, such as 007, are left as text."""
 
 
 class LeftOut(Exception):
-    """Why a file is not shown."""
+    """Raised for a file that is not shown; its text is the reason."""
 
 
 @dataclass(frozen=True)
 class ForeignTable:
-    """Cells as they are shown."""
+    """A table whose cells are formatted as they are shown."""
 
     columns: list[str]
     rows: list[list[str]]
 
 
 def read_bytes(path: Path) -> bytes:
-    """A regular file as a whole. Raises LeftOut."""
+    """Read a regular file of at most MOST_BYTES. Raises LeftOut."""
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise LeftOut("no regular file")
+        if not path.is_file():  # reading a pipe would block
+            raise LeftOut("not a regular file")
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise LeftOut(f"{size:,} bytes; at most {MOST_BYTES:,} are read")
@@ -52,13 +52,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_table(path: Path) -> ForeignTable:
-    """A CSV file with names in its first line. Raises LeftOut."""
+    """Read a CSV file with column names in its first line. Raises LeftOut."""
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise LeftOut(f"no text in UTF-8: byte {error.start}") from None
+        raise LeftOut(f"not UTF-8 text: byte {error.start}") from None
     if "\0" in text:
-        raise LeftOut("no text: it has bytes of 0")
+        raise LeftOut("not text: it has zero bytes")
     rows: list[list[str]] = []
     count = 0
     try:
@@ -68,7 +68,7 @@ def read_table(path: Path) -> ForeignTable:
                 if count <= MOST_ROWS + 1:
                     rows.append(row)
     except csv.Error as error:
-        raise LeftOut(f"no CSV: {error}") from None
+        raise LeftOut(f"not CSV: {error}") from None
     if not rows:
         raise LeftOut("an empty file")
     if count > MOST_ROWS + 1:
@@ -84,21 +84,22 @@ def read_table(path: Path) -> ForeignTable:
 
 
 def _column(cells: Sequence[str]) -> list[str]:
-    """Numbers with even digits, anything else as it is."""
+    """Format a column of numbers with the same number of digits; only shorten any other column."""
     stripped = [cell.strip() for cell in cells]
     there = [cell for cell in stripped if cell]
     if all(WHOLE.fullmatch(cell) for cell in there):
         return even([int(cell) if cell else None for cell in stripped])
     if all(DECIMAL.fullmatch(cell) and len(cell) < LONGEST_CELL for cell in there):
         numbers = [float(cell) if cell else None for cell in stripped]
-        # What is too large for a float would read as infinite.
+        # A number too large for a float would be shown as infinite: keep such a column as text.
         if all(c[-1:] in "fn" or math.isfinite(float(c)) for c in there):
             return even(numbers)
     return [shortened(cell, LONGEST_CELL) for cell in cells]
 
 
 def read_picture(path: Path) -> tuple[bytes, str]:
-    """A PNG as bytes, and the caption that it has or else its name. Raises LeftOut."""
+    """Read a PNG; returns its bytes and the caption in its metadata, or else its file name. Raises
+    LeftOut."""
     from PIL import Image
 
     content = read_bytes(path)
@@ -108,8 +109,8 @@ def read_picture(path: Path) -> tuple[bytes, str]:
             with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
                 caption = image.info.get(CAPTION)
                 image.verify()
-    except Exception:  # what is no picture takes its readers to errors of any kind
-        raise LeftOut("no PNG, or a damaged one") from None
+    except Exception:  # other files make the reader raise errors of any kind
+        raise LeftOut("not a PNG, or a damaged one") from None
     if not isinstance(caption, str) or not caption.strip():
         caption = path.stem.replace("-", " ")
     return content, printable(caption)[:LONGEST_CAPTION]

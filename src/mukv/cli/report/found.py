@@ -1,4 +1,4 @@
-"""What `analyze`, `compress` and `bench` have left in a run directory."""
+"""Add the results of `analyze`, `compress` and `bench` in a run directory to a report."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from mukv.cli.report.foreign import LeftOut, read_picture, read_table
 from mukv.show.page import Page
 
 FINDINGS = {
-    "analysis": "Who reads what",
+    "analysis": "Attention weights",
     "compress": "Cache policies",
     "bench": "The long-context benchmark",
 }
 """Folders in a run directory whose pictures and tables belong to its report."""
 TABLES = {
-    "compress": "Each policy and budget (a share up to 1, or a number of entries) beside the full "
-    "cache: perplexity, shares of planted strings recalled, bytes of one row, speed.",
+    "compress": "Each policy and budget (a share up to 1, or a number of entries) and the full "
+    "cache: perplexity, share of planted strings recalled, bytes per row, speed.",
     "sparsity": "By text, layer, head and context in tokens: entries that hold a share of the "
     "attention mass, mass and output error of the largest weights.",
     "curve": "Attention mass of the largest weights, by text, layer, head and context.",
-    "agreement": "Share of needed entries that two heads have in common.",
-    "clusters": "What clusters predict of the entries that are needed, by layer, head and share "
+    "agreement": "Overlap of the entries that two heads need: intersection over union.",
+    "clusters": "How well clusters predict the entries that queries need, by layer, head and share "
     "of entries read.",
 }
 MOST_FILES = 200

@@ -1,4 +1,4 @@
-"""Pictures of a report. Each is of runs on one text, and says in its caption what is compared."""
+"""Draw the pictures of a report. Each compares runs on one text, and returns its caption."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mukv.show.figures import labels, legend, powers, saved_figure, series_style
 
 BITS = "validation_bits_per_byte"
 MOST_POINTS, MARKED = 1000, 25
-"""Points of a curve, and up to how many each has a mark."""
+"""Most points of a curve that are drawn, and most points of which each has a marker."""
 SHOWN, WORTH = 0.75, 1.5
-"""Share of a curve's values that the axis has room for at least, and how many times higher it
-would have to be for all before it is cut."""
+"""Least share of a curve's values inside of the axis; and the axis is cut only if it would have to
+be this many times taller to show all values."""
 
 
 def curves(runs: Sequence[Told], path: Path) -> str | None:
-    """What training logged, by step: a panel of nats per token for runs with the same tokens, and
-    one of bits per byte for all."""
+    """Plot the logged losses by step: one panel of nats per token for each group of runs with the
+    same tokens, and one of bits per byte for all runs. Returns None if nothing was logged."""
     from matplotlib.ticker import MaxNLocator
 
     panels: list[tuple[str, str, list[Told]]] = []
@@ -63,7 +63,7 @@ def curves(runs: Sequence[Told], path: Path) -> str | None:
     if len(groups) > 1:
         words.append("Nats per token are comparable only between equal tokens: a panel for each.")
     if len({run.held_out for run in judged}) > 1:
-        words.append("The runs were judged on different amounts of the held-out text.")
+        words.append("The runs were evaluated on different amounts of the held-out text.")
     if cut:
         words.append("The axes leave out the high values of the first steps.")
     return " ".join(words)
@@ -72,7 +72,7 @@ def curves(runs: Sequence[Told], path: Path) -> str | None:
 def _common_legend(
     figure: Any, axes: Any, runs: Sequence[str], names: dict[str, str], shown: dict[str, Any]
 ) -> None:
-    """Every run once, whichever panels it is in."""
+    """Draw one legend that lists each run once, even if several panels show it."""
     there = set(axes.get_legend_handles_labels()[1])
     for run in runs:
         if names[run] not in there:
@@ -81,17 +81,18 @@ def _common_legend(
 
 
 def _points(curve: dict[int, float]) -> tuple[list[int], list[float]]:
-    """Steps and values in order; of very many, some that are evenly spread and the last."""
+    """Return steps and values in order: at most MOST_POINTS, evenly spaced and with the last."""
     points = sorted(curve.items())
     points = points[:: -max(1, -(-len(points) // MOST_POINTS))][::-1]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def _clip(axes: Any, drawn: Sequence[tuple[list[int], list[float]]]) -> bool:
-    """Begin the axes where curves can be told apart: whether it leaves out high first values.
+    """Limit the axes so that the high values of the first steps don't flatten the curves; returns
+    whether values are outside of them.
 
-    Three quarters of each curve have room, and all of its second half, so that what diverges is
-    seen.
+    At least a share SHOWN of each curve stays inside, and all of its second half, so that a loss
+    that diverges is seen.
     """
     values = [each for _, each in drawn]
     low, high = min(map(min, values)), max(map(max, values))
@@ -111,7 +112,8 @@ def _clip(axes: Any, drawn: Sequence[tuple[list[int], list[float]]]) -> bool:
 
 
 def trade_off(runs: Sequence[Told], path: Path) -> str | None:
-    """Quality against what remembering a token costs, of runs on one text."""
+    """Plot bits per byte against cache bytes per token, for runs on one text. Returns None for less
+    than two runs with both numbers."""
     points = {run.name: (run.facts["cache_bytes_per_token"], run.facts[BITS]) for run in runs}
     points = {name: point for name, point in points.items() if point[0] and point[1] is not None}
     if len(points) < 2:

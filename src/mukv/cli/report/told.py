@@ -1,4 +1,4 @@
-"""What run directories say of themselves: what they are, on what they were trained, and how far."""
+"""Read the configuration, data and metrics of run directories for a report."""
 
 from __future__ import annotations
 
@@ -24,19 +24,23 @@ HELD_OUT = ("validation_loss", "validation_bits_per_byte")
 LOGGED = ("loss", *HELD_OUT)
 SIZES = ("parameters", "cache_bytes_per_token", "cache_bytes_constant")
 COMPARED = 1 << 16
-"""Bytes of each split by which two texts are known to be one, beside their lengths."""
+"""Two texts count as the same if these first bytes of each split and its length are equal."""
 HIGHEST = 1e12
-"""Beyond that a loss is left out: no axis has room for it."""
+"""A larger loss is left out of the curves, since the axis could show nothing else."""
 MOST_COMPLAINTS = 3
 
 
 @dataclass(frozen=True)
 class Told:
-    """One run: its numbers, and those by step.
+    """The numbers of one run.
 
-    data, tokenizer: as shown. text, tokens: what tells its text, and its tokens, from those of
-    other runs. held_out: tokens that it was judged on, None for all. stale: at which step the
-    figures were measured that are not of the last one. left_out: what could not be read, and why.
+    facts: last numbers, by name
+    curves: logged numbers, by name and step
+    data, tokenizer: names as they are shown
+    text, tokens: keys that are equal for runs with the same text, and with the same tokens
+    held_out: number of tokens that it was evaluated on; None for all of the split
+    stale: step of each held-out number that was not measured at the last step
+    left_out: files and lines that could not be read, each with the reason
     """
 
     name: str
@@ -53,7 +57,12 @@ class Told:
 
 
 def gather(sources: Sequence[Path]) -> tuple[list[Told], list[str]]:
-    """Run directories, and those that lie in folders, each once; and what was left out."""
+    """Read run directories, and those inside of folders, each once; returns them, and the names of
+    those that were left out with the reasons.
+
+    Raises BadInput for a source that is neither, and for a run that was named itself and can't be
+    read.
+    """
     folders: dict[Path, bool] = {}
     for source in sources:
         inside = [path.parent for path in sorted(source.glob("*/config.yaml")) if path.is_file()]
@@ -63,7 +72,7 @@ def gather(sources: Sequence[Path]) -> tuple[list[Told], list[str]]:
             siblings = [path.parent.name for path in source.parent.glob("*/config.yaml")]
             near = nearest_name(source.name, siblings)
             nearest = str(source.parent / near) if near else None
-            raise BadInput("RUN", str(source), "a run directory, or a folder of some", nearest)
+            raise BadInput("RUN", str(source), "a run directory, or a folder of them", nearest)
         for folder in found:
             named = folders.get(folder.resolve(), False)
             folders[folder.resolve()] = named or itself
@@ -86,7 +95,7 @@ def gather(sources: Sequence[Path]) -> tuple[list[Told], list[str]]:
 
 
 def same_text(runs: Sequence[Told]) -> list[list[Told]]:
-    """The runs, grouped by the text that they read."""
+    """Group runs by the text that they were trained on."""
     groups: dict[str, list[Told]] = {}
     for run in runs:
         groups.setdefault(run.text, []).append(run)
@@ -94,7 +103,7 @@ def same_text(runs: Sequence[Told]) -> list[list[Told]]:
 
 
 def told(folder: Path, name: str) -> Told:
-    """What a run directory says of itself. Raises BadInput for a configuration that is none."""
+    """Read a run directory. name: as it is shown. Raises BadInput for a damaged configuration."""
     directory, left_out = RunDirectory(folder), list[str]()
     run = directory.load_config()
     described = describe(run)
@@ -139,7 +148,7 @@ def told(folder: Path, name: str) -> Told:
 
 
 def _fingerprint(folder: Path) -> str | None:
-    """Of the data, as the provenance has it."""
+    """Return the data fingerprint in provenance.json; None if it can't be read."""
     try:
         found = json.loads(read_bytes(folder / "provenance.json"))["data_fingerprint"]
     except (LeftOut, ValueError, KeyError, TypeError, RecursionError):
@@ -155,7 +164,7 @@ def _data(run: Run, fingerprint: str | None) -> str:
 
 
 def _tokenizer(path: Path) -> tuple[str, str | None]:
-    """How it is shown, and its checksum."""
+    """Return the tokenizer's name as it is shown, and the SHA-256 of its file."""
     try:
         content = read_bytes(path)
     except LeftOut:
@@ -170,8 +179,8 @@ def _tokenizer(path: Path) -> tuple[str, str | None]:
 
 
 def _text(run: Run, fingerprint: str) -> str | None:
-    """The same for token files of one text by two tokenizers; None where the file that the run
-    was trained on is not there any more."""
+    """Return a hash of the beginning of the text that is the same for every tokenizer; None if the
+    token file that the run was trained on is gone or was changed."""
     path = Path(run.data.path or "")
     if run.data.path is None or not (path / "meta.json").is_file():
         return None
@@ -184,7 +193,7 @@ def _text(run: Run, fingerprint: str) -> str | None:
     total = hashlib.sha256()
     for name in SPLITS:
         split = file.split(name)
-        # A token is rarely longer; what special ones spell is silent.
+        # COMPARED tokens: nearly every token has at least one byte. Special tokens have none.
         ids: np.ndarray = split.tokens[:COMPARED]
         begin = b"".join(map(file.tokenizer.token_data, ids.tolist()))[:COMPARED]
         total.update(f"{name} {split.bytes} {len(begin)} ".encode() + begin)
