@@ -49,7 +49,11 @@ def began_with(folder: Path, origin: Origin) -> str | None:
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         if checkpoints.latest() is None:
             return None
-    given = "missing" if not path.exists() else "something in the way, or damaged"
+    given = (
+        "missing"
+        if not path.exists()
+        else "a path that another file or folder occupies, or a damaged file"
+    )
     raise BadInput(
         f"{path}: data_fingerprint",
         given,
