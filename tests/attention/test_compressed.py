@@ -238,7 +238,7 @@ def test_refused(make, words):
 @pytest.mark.parametrize(
     ("every", "name", "words"),
     [
-        (3, "snapkv", "an entry per 3 tokens .hca., which can't be judged by queries"),
+        (3, "snapkv", "one entry per 3 tokens .hca., which can't be chosen by queries"),
         (3, "topk", "keys and values of the same numbers"),
         (None, "int8", "each layer has a window"),
     ],

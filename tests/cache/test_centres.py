@@ -89,5 +89,5 @@ def test_refused(tmp_path):
         with pytest.raises(BadInput, match=message):
             load_centres(tmp_path, WEIGHTS)
     (path / "calibration.json").write_text("{")
-    with pytest.raises(BadInput, match="no JSON"):
+    with pytest.raises(BadInput, match="not JSON"):
         load_centres(tmp_path, WEIGHTS)

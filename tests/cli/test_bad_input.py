@@ -222,7 +222,7 @@ BAD = [
     ((*GENERATE, "--seed", str(2**64)), ["seed", str(2**64), "0 to"]),
     ((*GENERATE, "--copies", "0"), ["--copies", "0", "at least 1"]),
     ((*GENERATE, "--cache", "ful"), ["--cache", "ful", "did you mean 'full'"]),
-    ((*GENERATE, "--cache", "snapkv+h2o"), ["--cache", "one answer to what to keep"]),
+    ((*GENERATE, "--cache", "snapkv+h2o"), ["--cache", "one part that says what to keep"]),
     ((*GENERATE, "--cache", "streaming", "--budget", "3"), ["budget", "3", "at least 5 entries"]),
     (COMPRESS[:2], ["neither", "--text, --tokens", "exactly one"]),
     ((*COMPRESS, "--policy", "snapvk"), ["--policy", "snapvk", "did you mean 'snapkv'"]),

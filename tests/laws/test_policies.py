@@ -501,11 +501,11 @@ def test_reads_are_fewer():
 @pytest.mark.parametrize(
     ("attention", "position", "name", "budget", "words"),
     [
-        ("gqa", "cope", "snapkv", 0.5, "cope, which counts all that lies between"),
+        ("gqa", "cope", "snapkv", 0.5, "cope, which depends on all entries between"),
         ("gqa", "cope", "pages", 0.5, "no entry may be dropped or skipped"),
         ("latent", "rope", "topk", 0.5, "keys and values of the same numbers (latent)"),
         ("mqa", "rope", "snapkv+adaptive", 0.5, "one set of entries for all heads"),
-        ("gqa", "rope", "snapkv+adaptive+pages", 0.5, "adaptive keeps heads in one pool"),
+        ("gqa", "rope", "snapkv+adaptive+pages", 0.5, "adaptive is read whole"),
         ("gqa", "rope", "streaming", 4.0, "at least 5 entries; this is 4 of 40"),
         ("gqa", "rope", "sparq", 0.2, "at least 13 entries; this is 8 of 40"),
     ],
@@ -523,8 +523,8 @@ def test_refused(attention, position, name, budget, words):
     ("name", "budget", "words"),
     [
         ("snapvk", 0.5, "did you mean 'snapkv'?"),
-        ("snapkv+h2o", 0.5, "one answer to what to keep, not two"),
-        ("int8+pyramid", 0.5, "pyramid spreads a budget"),
+        ("snapkv+h2o", 0.5, "at most one part that says what to keep"),
+        ("int8+pyramid", 0.5, "pyramid needs a policy that drops entries"),
         ("int8:0.5", 0.5, "int8 has no budget"),
         ("snapkv:x", 0.5, "a number behind the colon"),
         ("snapkv", 0.0, "a share above 0 and at most 1, or a whole number"),
