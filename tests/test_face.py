@@ -96,7 +96,7 @@ def test_a_network_works_under_jit_grad_and_vmap():
     [
         ([[1, 64]], "token ids go from 0 to 63"),
         ([-1], "token ids go from 0 to 63"),
-        ([0.5], "integers"),
+        ([0.5], "whole numbers"),
         ([[[1]]], r"\[token\] or \[batch token\]"),
     ],
 )

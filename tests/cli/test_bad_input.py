@@ -160,7 +160,7 @@ BAD = [
     ((*TRAIN, "train.trackers=[wandbb]"), ["train.trackers", "wandbb", "did you mean 'wandb'"]),
     ((*TRAIN, "train.trackers=[wandb]"), ["train.trackers", "wandb", "pip install"]),
     ((*TRAIN, "--out", "a.txt"), ["a.txt", "run directory or a new path"]),
-    ((*TRAIN, "--out", "a.txt/inside"), ["a.txt/inside", "occupies"]),
+    ((*TRAIN, "--out", "a.txt/inside"), ["a.txt/inside", "in the way"]),
     ((*TRAIN, "--out", "tokens"), ["tokens", "a path in use"]),
     ((*TRAIN, "--out", "/proc/new"), ["/proc/new", "can't be written"]),
     (("train", "run", "model.d_model=64"), ["model.d_model: got 64", "run has 32", "--out"]),
@@ -175,7 +175,7 @@ BAD = [
     (("data", "a.txt", "--out", "tokens"), ["tokens", "overwrite"]),
     (("data", "a.txt", "--out", "run"), ["run", "a folder in use"]),
     (("data", "a.txt", "--out", "latin.txt"), ["latin.txt", "in the way"]),
-    (("data", "a.txt", "--out", "latin.txt/new"), ["latin.txt", "occupies"]),
+    (("data", "a.txt", "--out", "latin.txt/new"), ["latin.txt", "in the way"]),
     (("data", "a.txt", "--out", "/proc/new"), ["/proc/new", "can't be written"]),
     (("data", "a.txt", "--out", "new", "--tokenizer", "bites"), ["bites", "did you mean 'bytes'"]),
     (("data", "a.txt", "--out", "new", "--tokenizer", "bpe:9"), ["9", "at least 257"]),
@@ -250,7 +250,7 @@ def test_without_a_command_the_help_is_shown(mukv):
 def test_a_folder_in_the_way(mukv, place, name):
     (place / "run" / name).unlink()
     (place / "run" / name).mkdir()
-    refused(mukv, place, ("train", "run"), [f"run/{name}", "occupies"])
+    refused(mukv, place, ("train", "run"), [f"run/{name}", "in the way"])
 
 
 def test_memory_that_is_not_there(mukv, place, monkeypatch):

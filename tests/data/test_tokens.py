@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
 def test_a_file_where_a_folder_should_be(folder: Path, tmp_path: Path):
     (tmp_path / "file").touch()
-    with pytest.raises(BadInput, match="occupies"):
+    with pytest.raises(BadInput, match="in the way"):
         build_tokens([str(folder)], tmp_path / "file" / "t")
 
 

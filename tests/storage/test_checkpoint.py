@@ -233,7 +233,7 @@ def test_what_is_no_checkpoint_is_told(saved, tmp_path):
     assert not missing.exists()
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):
-        with pytest.raises(BadInput, match="occupies"):
+        with pytest.raises(BadInput, match="in the way"):
             Checkpoints(path)
 
 

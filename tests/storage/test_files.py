@@ -71,7 +71,7 @@ def test_a_kill_between_two_renames_is_mended(tmp_path):
 
 def test_a_folder_in_the_way_stays(tmp_path):
     filled(tmp_path / "a", "old")
-    with pytest.raises(BadInput, match="occupies"), new_folder(tmp_path / "a") as made:
+    with pytest.raises(BadInput, match="in the way"), new_folder(tmp_path / "a") as made:
         (made / "file").write_text("new")
     with new_folder(tmp_path / "a") as made:
         (made / "file").write_text("old")  # the same: kept

@@ -132,7 +132,7 @@ def test_what_can_not_be_read_or_written_is_told(tmp_path):
     with pytest.raises(BadInput):
         load_weights(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(BadInput, match="occupies"):
+    with pytest.raises(BadInput, match="in the way"):
         save_weights(tmp_path / "file", TREE, {})
     with pytest.raises(BadInput, match="no dot"):
         save_weights(tmp_path, {"a": {"b.c": jnp.ones(1)}}, {})
