@@ -49,11 +49,7 @@ def began_with(folder: Path, origin: Origin) -> str | None:
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         if checkpoints.latest() is None:
             return None
-    given = (
-        "missing"
-        if not path.exists()
-        else "a path that another file or folder occupies, or a damaged file"
-    )
+    given = "missing" if not path.exists() else "something in the way, or damaged"
     raise BadInput(
         f"{path}: data_fingerprint",
         given,
