@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
-    """What `mukv ARGS` does, in this process, since starting another costs seconds."""
+    """Run `mukv ARGS` in this process, since starting another costs seconds."""
     from mukv import cli
     from mukv.cli import launch
 
