@@ -1,4 +1,5 @@
-"""Whatever is typed or lies on the disk: one clear line, the right status, nothing left over."""
+"""Bad input, typed or on the disk, ends in one clear line and the right exit status, and leaves no
+files behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws 2, 4 and 7 for cache policies, and what they choose against their formulas in numpy."""
+"""Laws 2, 4 and 7 for cache policies; the entries that they choose equal formulas in numpy."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def test_pages(one):
 
 
 def test_clusters(one):
-    """Entries of the best clusters, whole as far as the budget goes."""
+    """Entries of the clusters with the highest scores are read, until the budget is used up."""
     body, _ = one.body("clusters", 16.0)
     query, _, held = retrieve(one, body)
     start, centres = np.asarray(body.index["start"]), np.asarray(body.index["key"])
@@ -399,7 +399,8 @@ def test_sparse_values(one):
 
 
 def test_sparq(one):
-    """The largest components choose; the rest of the mass goes to the mean of all values."""
+    """Entries are chosen by the query's largest components; the mass of the others goes to the mean
+    of all values."""
     body, _ = one.body("sparq", 16.0)
     query, recalled, held = retrieve(one, body)
     products = np.asarray(recalled.products((query,)))
@@ -422,7 +423,7 @@ def test_sparq(one):
 
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
 def test_stores(one, name, bits):
-    """No number is further off than half a step of its group; bytes are those of the bits."""
+    """No number has an error above half a step of its group; bytes follow from the bits."""
     body, later = one.body(name, 1.0, slots=64)
     for row in range(2):
         exact = np.asarray(one.key)[row][:, one.rows(row)]
@@ -532,7 +533,7 @@ def test_refused(attention, position, name, budget, words):
         ("", 0.5, "allowed: "),
     ],
 )
-def test_names_that_say_nothing(name, budget, words):
+def test_bad_names_and_budgets(name, budget, words):
     with pytest.raises(BadInput) as error:
         Policy.parse(name, budget)
     assert words in str(error.value)

@@ -1,4 +1,4 @@
-"""Overrides and presets merge by one rule: what is not named stays."""
+"""Overrides and presets merge by one rule: keys that are not set keep their values."""
 
 from __future__ import annotations
 

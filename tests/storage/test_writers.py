@@ -1,4 +1,4 @@
-"""Several processes on one folder: one writes, the others are told who does, nothing is damaged."""
+"""Of several processes on one folder one writes; the others are refused with its process id."""
 
 from __future__ import annotations
 

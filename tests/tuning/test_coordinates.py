@@ -1,4 +1,4 @@
-"""The coordinate check passes what transfers and catches what does not."""
+"""The coordinate check passes parameterisations that transfer and fails others."""
 
 from __future__ import annotations
 
