@@ -15,14 +15,20 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from mukv.core.low_rank import LowRank
 from mukv.core.typing import Array, Float
 
 
-def project(x: Array, weight: Array, contracted: int = 1, out: jnp.dtype | None = None) -> Array:
+def project(
+    x: Array, weight: Array | LowRank, contracted: int = 1, out: jnp.dtype | None = None
+) -> Array:
     """Contract the last `contracted` axes of x with the first ones of the weight.
 
     out: type of the result; that of x if None.
     """
+    if isinstance(weight, LowRank):
+        thin = project(x, weight.a, contracted)
+        return project(x, weight.base, contracted, out) + project(thin, weight.b, 1, out or x.dtype)
     rows, columns = x.shape[: x.ndim - contracted], weight.shape[contracted:]
     inner = math.prod(weight.shape[:contracted])
     flat: Array = _product(
@@ -32,9 +38,12 @@ def project(x: Array, weight: Array, contracted: int = 1, out: jnp.dtype | None 
 
 
 def project_each(
-    x: Float[Array, "block rows inner"], weight: Float[Array, "block inner columns"]
+    x: Float[Array, "block rows inner"], weight: Float[Array, "block inner columns"] | LowRank
 ) -> Float[Array, "block rows columns"]:
     """The same for blocks of rows, each with a weight of its own."""
+    if isinstance(weight, LowRank):
+        thin = project_each(x, weight.a)
+        return project_each(x, weight.base) + project_each(thin, weight.b)
     return _product(x, weight, x.dtype)
 
 
