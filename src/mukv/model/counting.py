@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,15 +78,25 @@ def cache_bytes(
     return total
 
 
-def flops_per_token(model: LanguageModel, length: int) -> int:
+def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> int:
     """Floating-point operations of training per token at this sequence length: products
     only, backward counted twice the forward pass, attention as the mask leaves it, of experts those
-    that a token goes through."""
-    products = sum(
-        2 * param.size * param.active / model.every(name.split(".")[0])
-        for name, param in named(model.params()).items()
-        if param.fan_in
-    )
+    that a token goes through.
+
+    adapters: tree of the `Param` of weights that alone are trained; the backward pass of all others
+    has one product in place of two
+    """
+
+    def of(declared: Any) -> float:
+        return sum(
+            2 * param.size * param.active / model.every(name.split(".")[0])
+            for name, param in named(declared).items()
+            if param.fan_in
+        )
+
+    products = of(model.params())
+    if adapters is not None:
+        products = 2 / 3 * products + of(adapters)
     attention = sum(
         layer.attention.read_flops()
         * bag.mean_visible(max(length // stack.every, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,23 @@ from mukv.runs import provenance
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.resolve import open_feed
+from mukv.runs.start import (
+    FIELD,
+    checksums,
+    find_base,
+    find_start,
+    require_base,
+    write_base,
+)
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
 from mukv.storage.checkpoint import Checkpoints
 from mukv.storage.files import is_leftover, write_atomic
 from mukv.storage.json_text import is_text, to_json
 from mukv.storage.processes import one_job_writes
-from mukv.storage.weights import load_weights, require_finite, require_weights, save_weights
+from mukv.storage.weights import save_weights
 from mukv.train import metrics
-from mukv.train.footprint import require_room
+from mukv.train.footprint import require_least, require_room
 from mukv.train.loop import Loop, Outcome
 from mukv.train.step import State, Trainer
 
@@ -43,9 +51,9 @@ def train_run(
 
     A folder may be continued with other steps, evaluation, logging or mesh; with another model,
     data, seed or optimizer it is another run and is refused. So is one that another job writes.
-    The data may lie elsewhere.
+    The data may lie elsewhere, and so may the weights that adapters change.
     """
-    run, feed = open_feed(run)
+    run, feed = open_feed(_with_base(run))
     for name, value in leaves(schema.to_mapping(run)).items():
         if isinstance(value, str) and not is_text(value):
             raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
@@ -60,6 +68,7 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
     metrics.require(run.train.trackers)
     mesh = run.mesh.build()
     trainer = Trainer(run.model, run.train, mesh)
+    base = _freeze(run, folder, trainer, ignore_memory) if run.train.adapter else None
     if not ignore_memory:
         require_room(trainer)
     training = run.train
@@ -74,8 +83,10 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
             checkpoints.forget_after(begin)
         if jax.process_index() == 0:
             describe_run(run, folder, feed)
+            if base is not None and run.train.start is not None:
+                write_base(folder, run.train.start, base)
         loop = Loop(
-            begin=partial(_start, run, trainer),
+            begin=lambda: _begin(run, trainer),
             trainer=trainer,
             batches=feed.source("train", **common),
             validation=feed.source("validation", **common),
@@ -89,22 +100,50 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
     return outcome
 
 
-def _start(run: Run, trainer: Trainer) -> State:
+def _begin(run: Run, trainer: Trainer) -> State:
     """The state before the first step: drawn, or with the weights of another run or model."""
-    if run.train.start is None:
+    if run.train.start is None or run.train.adapter is not None:
         return trainer.initial_state()
-    folder = RunDirectory(Path(run.train.start))
-    found = None if folder.exists else checkpoint.find(folder.path)
-    declared = run.model.params()
-    if found is not None:
-        weights = found.place(trainer.mesh)
-    elif folder.weights.exists():
-        weights, _ = load_weights(folder.weights)
-    else:
-        raise BadInput("train.start", run.train.start, "a run with weights, or a folder of theirs")
-    require_weights(declared, weights, folder.path)
-    require_finite(weights, folder.path)
-    return trainer.state_of(weights)
+    start = find_start(run.train.start)
+    return trainer.state_of(start.weights(run.model.params(), trainer.mesh))
+
+
+def _with_base(run: Run) -> Run:
+    """The run with an absolute path of the weights that its adapters change. Raises BadInput where
+    it names none."""
+    start = run.train.start
+    if run.train.adapter is None:
+        return run
+    if start is None:
+        allowed = "the model whose weights `train.adapter` changes: a run directory or a folder"
+        raise BadInput(FIELD, None, allowed)
+    path = Path(start)
+    if path.exists():
+        start = str(path.resolve())
+    return replace(run, train=replace(run.train, start=start))
+
+
+def _freeze(
+    run: Run, folder: RunDirectory, trainer: Trainer, ignore_memory: bool
+) -> dict[str, int]:
+    """Read the weights that the adapters change, and return their checksums. Raises BadInput where
+    a run in the folder has adapters of other weights, or where they take more memory than is free.
+    """
+    declared, where = run.model.params(), run.train.start
+    assert where is not None
+    start = find_base(where)
+    trainer.frozen = trainer.abstract_weights(start.types(declared))
+    if not ignore_memory:
+        require_least(trainer)  # before they are read
+    trainer.freeze(start.weights(declared, trainer.mesh))
+    if folder.base.exists() or _has_checkpoints(folder):
+        require_base(folder, trainer.frozen, where)
+    return checksums(trainer.frozen)
+
+
+def _has_checkpoints(folder: RunDirectory) -> bool:
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        return checkpoints.latest() is not None
 
 
 def _prolonged_from(run: Run, folder: RunDirectory) -> int | None:
@@ -158,6 +197,8 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
     began_with = provenance.began_with(folder.path, origin)
     if began_with is not None:  # wherever it lies
         before["data.path"] = now["data.path"]
+    if run.train.adapter is not None and FIELD in before:  # recognised when it is read
+        before[FIELD] = now[FIELD]
     for name in [*now, *before]:
         section, key = name.split(".")[:2]
         old, new = before.get(name), now.get(name)

@@ -92,7 +92,7 @@ class Trainer:
         else:
             self.declared = self.adapter.params(model.params())
             self.resolved = self.adapter.resolved(model, family)
-            self.frozen = self.abstract_weights()
+            self.thaw()
         self.optimizer = training.optimizer.transform(self.declared, self.resolved)
         self._step = self._compiled_step = jax.jit(
             self.update,
@@ -147,6 +147,10 @@ class Trainer:
     def freeze(self, weights: Any) -> None:
         """Put the weights that adapters change, of any dtype, on the mesh."""
         self.frozen = jax.device_put(weights, weight_shardings(self.model.params(), self.mesh))
+
+    def thaw(self) -> None:
+        """Forget frozen weights; `initial_state` draws others."""
+        self.frozen = None if self.adapter is None else self.abstract_weights()
 
     def initial_state(self, seed: int | None = None) -> State:
         """Draw weights from a seed (None: that of the training plan), each device its own shard.
