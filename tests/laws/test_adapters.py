@@ -167,14 +167,6 @@ def test_gradients_of_frozen_weights_are_never_formed():
     wide = matrix.build("gqa", "rope", "plain", d_model=512)
     plan = {"batch": 1, "length": 12, "optimizer": Muon(), "clip_norm": None}
 
-    def compiled(adapter):
-        train = trainer(wide, adapter=adapter, **plan)
-        shapes = jax.eval_shape(lambda: train.put(batch(0, 1)))
-        with jax.set_mesh(train.mesh):
-            lowered = jax.jit(train._losses_and_gradient).lower
-        return lowered
-
-    del compiled
     whole, thin_weights = (trainer(wide, adapter=each, **plan) for each in (None, Adapter(1)))
     sizes = []
     for train in (whole, thin_weights):

@@ -7,7 +7,7 @@ checksums of its weights, which base.json of the run directory keeps.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,21 @@ def find_start(start: str, where: str = FIELD) -> Start:
     if found is None and not folder.weights.exists():
         raise BadInput(where, start, "a run with weights, or a folder of theirs")
     return Start(folder, None, found)
+
+
+def with_base(run: Run) -> Run:
+    """The run with an absolute path of the weights that its adapters change. Raises BadInput where
+    it names none."""
+    start = run.train.start
+    if run.train.adapter is None:
+        return run
+    if start is None:
+        allowed = "the model whose weights `train.adapter` changes: a run directory or a folder"
+        raise BadInput(FIELD, None, allowed)
+    path = Path(start)
+    if path.exists():
+        start = str(path.resolve())
+    return replace(run, train=replace(run.train, start=start))
 
 
 def find_base(start: str, where: str = FIELD) -> Start:

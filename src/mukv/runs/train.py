@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mukv.runs.start import (
     find_base,
     find_start,
     require_base,
+    with_base,
     write_base,
 )
 from mukv.schema import schema
@@ -53,7 +53,7 @@ def train_run(
     data, seed or optimizer it is another run and is refused. So is one that another job writes.
     The data may lie elsewhere, and so may the weights that adapters change.
     """
-    run, feed = open_feed(_with_base(run))
+    run, feed = open_feed(with_base(run))
     for name, value in leaves(schema.to_mapping(run)).items():
         if isinstance(value, str) and not is_text(value):
             raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
@@ -106,21 +106,6 @@ def _begin(run: Run, trainer: Trainer) -> State:
         return trainer.initial_state()
     start = find_start(run.train.start)
     return trainer.state_of(start.weights(run.model.params(), trainer.mesh))
-
-
-def _with_base(run: Run) -> Run:
-    """The run with an absolute path of the weights that its adapters change. Raises BadInput where
-    it names none."""
-    start = run.train.start
-    if run.train.adapter is None:
-        return run
-    if start is None:
-        allowed = "the model whose weights `train.adapter` changes: a run directory or a folder"
-        raise BadInput(FIELD, None, allowed)
-    path = Path(start)
-    if path.exists():
-        start = str(path.resolve())
-    return replace(run, train=replace(run.train, start=start))
 
 
 def _freeze(

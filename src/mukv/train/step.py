@@ -173,12 +173,8 @@ class Trainer:
     def state_of(self, weights: Any) -> State:
         """Make the state before the first update from these weights, of any dtype."""
 
-        def begin(weights: Any) -> State:
-            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
-            return State(wide, self.optimizer.init(wide), jnp.zeros((), jnp.int32))
-
         with jax.set_mesh(self.mesh):
-            return jax.jit(begin, out_shardings=self.shardings())(weights)
+            return jax.jit(self.begin, out_shardings=self.shardings())(weights)
 
     def shardings(self) -> State:
         """Return the sharding of each part of the state."""
@@ -244,6 +240,11 @@ class Trainer:
             deviations = jax.tree.map(lambda weight: weight.deviation, self.resolved)
             weights = params.initialise(self.declared, deviations, key)
         return State(weights, self.optimizer.init(weights), jnp.zeros((), jnp.int32))
+
+    def begin(self, weights: Any) -> State:
+        """Make the state before the first update from all weights of a model."""
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
+        return State(wide, self.optimizer.init(wide), jnp.zeros((), jnp.int32))
 
     def whole(self, weights: Any, frozen: Any = None) -> Any:
         """Return all weights as the forward pass takes them: trained ones, and frozen ones."""
