@@ -13,6 +13,9 @@ import pytest
 from mukv.core.linear import project
 from mukv.core.low_rank import LowRank, added, factors
 from mukv.core.params import Param, named
+from mukv.model import Stage
+from mukv.model.block import Gated
+from mukv.model.loss import summed_loss
 from mukv.model.width import widened
 from mukv.scaling.optimizers import OPTIMIZERS, Muon
 from mukv.scaling.parameterization import Scaling
@@ -115,18 +118,22 @@ def test_gradients_are_those_of_the_product():
     """By the chain rule from the gradient of the merged weights."""
     model, adapter = PLAIN, Adapter(rank=2, alpha=3.0)
     base, own = matrix.weights(model), thin(adapter, model)
-    slope = matrix.loss_and_gradient(model, matrix.EXACT)
-    ids = matrix.tokens()
-    _, whole = slope(adapter.merged(model, base, own), ids)
-    found = jax.jit(jax.grad(lambda own: slope(adapter.attached(model, base, own), ids)[0]))(own)
+    ids = jnp.asarray(matrix.tokens())
+
+    def loss(tree):
+        ones, targets = jnp.ones(ids.shape), jnp.roll(ids, -1, axis=1)
+        return summed_loss(model, tree, ids, targets, ones, compute=matrix.EXACT).objective
+
+    whole = jax.jit(jax.grad(loss))(adapter.merged(model, base, own))
+    found = jax.jit(jax.grad(lambda own: loss(adapter.attached(model, base, own))))(own)
+    parts, gradients, slopes = named(own), named(found), named(whole)
     for name, param in adapter.chosen(model.params()).items():
-        parts, gradient = named(own), named(whole)[name]
-        _, back = jax.vjp(
-            lambda a, b: added(param, jnp.zeros(param.shape), a, 1.5 * b),
-            *(parts[f"{name}.{part}"] for part in "ab"),
-        )
-        for part, expected in zip("ab", back(gradient), strict=True):
-            np.testing.assert_allclose(named(found)[f"{name}.{part}"], expected, atol=2e-5)
+        a, b = parts[f"{name}.a"], parts[f"{name}.b"]
+        zero = jnp.zeros(param.shape)
+        _, back = jax.vjp(lambda a, b, param=param, zero=zero: added(param, zero, a, 1.5 * b), a, b)
+        for part, expected in zip("ab", back(slopes[name]), strict=True):
+            error = jnp.linalg.norm(gradients[f"{name}.{part}"] - expected)
+            assert error < 1e-4 * jnp.linalg.norm(expected), name
 
 
 def test_only_thin_weights_train():
@@ -162,23 +169,22 @@ def test_the_optimizer_remembers_thin_weights_alone(kind):
 
 
 def test_gradients_of_frozen_weights_are_never_formed():
-    """A step takes less memory than the weights that it leaves alone, besides them and the batch,
-    and fewer operations than one that trains all."""
-    wide = matrix.build("gqa", "rope", "plain", d_model=512)
-    plan = {"batch": 1, "length": 12, "optimizer": Muon(), "clip_norm": None}
-
-    whole, thin_weights = (trainer(wide, adapter=each, **plan) for each in (None, Adapter(1)))
-    sizes = []
-    for train in (whole, thin_weights):
-        given = train.put(batch(0, 1))
+    """The gradient of the adapters takes less memory than the weights that they change, besides
+    these, and two thirds of the operations of the gradient of all weights."""
+    sizes = {"d_model": 128, "mlp": Gated(hidden=1024), "plan": (Stage(repeats=4),)}
+    model = dataclasses.replace(PLAIN, **sizes)
+    found = []
+    for adapter in (None, Adapter(2)):
+        train = trainer(model, adapter=adapter, batch=1, compute=matrix.OTHER)
         with jax.set_mesh(train.mesh):
-            state = train.abstract_state()
-            frozen = train.frozen
-            made = jax.jit(train._gradient).lower(state.weights, given, frozen).compile()
-        sizes.append((made.memory_analysis().temp_size_in_bytes, made.cost_analysis()["flops"]))
-    (_, flops), (temporary, fewer) = sizes
-    weights = 4 * sum(param.size for param in Adapter(1).chosen(wide.params()).values())
-    assert temporary < 0.7 * weights
+            given = train.abstract_state().weights, train.put(batch(0, 1)), train.frozen
+            made = jax.jit(train._gradient).lower(*given).compile()
+        memory = made.memory_analysis()
+        taken = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        found.append((taken, made.cost_analysis()["flops"]))
+    (most, flops), (taken, fewer) = found
+    weights = 4 * sum(param.size for param in Adapter(2).chosen(model.params()).values())
+    assert taken < weights < most
     assert fewer < 0.75 * flops
 
 
@@ -192,8 +198,6 @@ def test_full_rank_expresses_any_update(shape):
     np.testing.assert_allclose(added(param, base, left * sizes, right), base + update, atol=1e-5)
     x = random.standard_normal((32, shape[0])).astype(np.float32)
     wanted = x @ (base + update)
-    a, b = (jnp.asarray(random.standard_normal(p.shape), jnp.float32) for p in factors(param, 4))
-    b = 0 * b
 
     def loss(parts):
         return jnp.mean((project(x, LowRank(base, *parts)) - wanted) ** 2)
@@ -204,10 +208,14 @@ def test_full_rank_expresses_any_update(shape):
             slope = jax.grad(loss)(parts)
             return jax.tree.map(lambda part, s: part - 0.05 * s, parts, slope), None
 
-        return jax.lax.scan(one, parts, length=3000)[0]
+        return jax.lax.scan(one, parts, length=10_000)[0]
 
-    assert loss((a, b)) > 0.5
-    assert loss(descend((a, b))) < 1e-6
+    left_over = {}
+    for rank in (1, 4):
+        a, b = factors(param, rank)
+        begin = jnp.asarray(random.standard_normal(a.shape), jnp.float32), jnp.zeros(b.shape)
+        left_over[rank] = float(loss(descend(begin)))
+    assert left_over[4] < 1e-5 < 0.1 < left_over[1]
 
 
 LAST = 4
@@ -273,7 +281,7 @@ def _inputs(model, name):
 
 def test_muon_moves_both_as_matrices():
     """The first update of the second thin weight has singular values near sqrt(columns / rank)."""
-    train = trainer(PLAIN, adapter=ADAPTER, optimizer=Muon(weight_decay=0), clip_norm=None)
+    train = trainer(PLAIN, adapter=ADAPTER, optimizer=Muon(weight_decay=0.0), clip_norm=None)
     before = jax.device_get(train.initial_state().weights)
     state, _ = run(train, 1)
     rate = float(train.learning_rate(jnp.zeros((), jnp.int32)))
