@@ -27,8 +27,8 @@ def describe(run: Run) -> dict[str, Any]:
     state take a constant number of bytes, any other store an amount per token; a layer that reads
     another layer's entries takes none. The constant of the whole includes what decoding keeps
     outside of the layers. `core` names the attention core that a training step uses;
-    `cores_refused` says, by name of each faster core, why it is not used. `training_bytes` are those
-    of the float32 arrays that training keeps over all devices, frozen weights counted as float32.
+    `cores_refused` says, by name of each faster core, why it is not used. `training_bytes` are
+    those of the float32 arrays that training keeps over all devices; frozen weights count as float32.
     """
     model = run.model
     compute = settled(run.train.compute, model.vocab_size)
