@@ -28,7 +28,7 @@ def describe(run: Run) -> dict[str, Any]:
     another layer's entries takes none. The constant of the whole includes what decoding keeps
     outside of the layers. `core` names the attention core that a training step uses;
     `cores_refused` says, by name of each faster core, why it is not used. `training_bytes` are
-    those of the float32 arrays that training keeps over all devices; frozen weights count as float32.
+    those of the float32 arrays that training keeps over all devices, frozen weights included.
     """
     model = run.model
     compute = settled(run.train.compute, model.vocab_size)
