@@ -109,8 +109,8 @@ def plain(number: Fraction) -> int | float:
 
 
 def megabytes(size: int) -> str:
-    """Bytes as text, such as "12.5 MB"."""
-    return f"{size / 1e6:,.1f} MB"
+    """Format bytes, such as "12.5 MB"; below a megabyte in kB."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
 def shown(number: float) -> str:
