@@ -52,12 +52,17 @@ def test_concepts_are_flat(combination):
     assert max(map(abs, found)) < coordinates.LIMIT
 
 
+ADAPTER_LIMIT = 0.1
+"""Slopes of adapters, at a rate at which training is stable at every width: 0.05 with the rates of
+LoRA+, 0.13 with one rate for all widths."""
+
+
 def adapter_slopes(**scaling):
-    """Of what attention and MLP give, where a drawn model stays and its adapters train."""
+    """Slopes of attention and MLP where a drawn model is frozen and its adapters are trained."""
     training = dataclasses.replace(TRAINING, adapter=Adapter(rank=2))
     model = dataclasses.replace(MODEL, scaling=dataclasses.replace(MODEL.scaling, **scaling))
     found = coordinates.check(
-        model, training, batch(0), (16, 64, 256), seeds=2, steps=6, learning_rate=2.0**-4
+        model, training, batch(0), (16, 64, 256), seeds=2, steps=6, learning_rate=2.0**-7
     )
     return sorted(each.slope for each in found if each.name.endswith(("attention", "mlp")))
 
@@ -65,12 +70,12 @@ def adapter_slopes(**scaling):
 @pytest.mark.parametrize("kind", ["sp", "mup"])
 def test_adapters_are_flat(kind):
     found = adapter_slopes(kind=kind)
-    assert max(map(abs, found)) < coordinates.LIMIT
+    assert max(map(abs, found)) < ADAPTER_LIMIT
 
 
 def test_one_rate_for_both_thin_weights_is_caught():
     """The first one's then moves what it gives by more in wider models (Hayou et al. 2024)."""
-    assert adapter_slopes(alignment="ignored")[-1] > coordinates.LIMIT
+    assert adapter_slopes(alignment="ignored")[-1] > ADAPTER_LIMIT
 
 
 @pytest.mark.parametrize(
