@@ -54,9 +54,11 @@ QUICK_TO_COMPILE = ("xla_cpu_use_fusion_emitters=false", "xla_cpu_parallel_codeg
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Decide about optimisations before JAX is imported; processes inherit it."""
+    """Decide about optimisations before JAX is first used; processes inherit it."""
     quick = config.option.markexpr == QUICK
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
+    chosen = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
+    if "jax" in sys.modules:  # a plugin has imported it, which reads the environment
+        sys.modules["jax"].config.update("jax_disable_most_optimizations", chosen == "1")
     if quick:
         given = os.environ.get("XLA_FLAGS", "").split()
         added = [f"--{option}" for option in known(QUICK_TO_COMPILE)]
