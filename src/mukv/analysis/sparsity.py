@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,19 @@ def ranks(length: int) -> np.ndarray:
     return np.unique([rank for rank in [*powers, *halves, length] if rank <= length])
 
 
+class MostRead(NamedTuple):
+    """The entry that the queries of a head give the most mass.
+
+    position: the one that holds the most over all windows, counted from its document's first
+    share: mean share of the mass that the most-read entry of a window holds, wherever it is
+    windows: share of the windows whose most-read entry is at this position
+    """
+
+    position: int
+    share: float
+    windows: float
+
+
 @dataclass(frozen=True)
 class Sparsity:
     """What is known of one layer. Axes: head [H], octave [O], rank [R], mass [M], share [S].
@@ -59,7 +72,10 @@ class Sparsity:
     are read, relative to its norm; renormalised: after division by their mass. sinks, near: mass
     of the first and the last entries; distance: mean tokens back; far_from_mean: total variation
     between a head's weights and the mean over heads. agreement: of the entries that two heads
-    need, the share that both do [H H].
+    need, the share that both do [H H]. read_share: mean share of the mass that the most-read entry
+    of a window holds, by its position in its document; read_windows: share of the windows that
+    have it there; of each head, then of the mean over heads [H + 1, position]. Only queries count
+    that see at least LEAST entries.
     """
 
     layer: int
@@ -75,6 +91,15 @@ class Sparsity:
     distance: np.ndarray
     far_from_mean: np.ndarray
     agreement: np.ndarray
+    read_share: np.ndarray
+    read_windows: np.ndarray
+
+    @property
+    def most_read(self) -> list[MostRead]:
+        """The most-read entry of each head, and last of the mean over heads."""
+        places = self.read_share.argmax(axis=1)
+        whole = zip(places, self.read_share, self.read_windows, strict=True)
+        return [MostRead(int(at), float(s.sum()), float(w[at])) for at, s, w in whole]
 
     @property
     def longest(self) -> int:
@@ -145,6 +170,9 @@ def _sums(layer: ResolvedLayer, seen: Captured, octaves: int, at: np.ndarray) ->
     for name, values in (("top", tops), ("error", errors), ("renormalised", renormalised)):
         sums[name] = by_octave(jnp.stack(values, axis=-1))
 
+    enough = min(LEAST, length if layer.window is None else min(layer.window, length))
+    sums |= _most_read(seen, heads, taken, real * (visible >= enough))
+
     back = here[:, None, :, None] - seen.position[:, None, None, :]
     first = (seen.position < SINKS)[:, None, None, :]
     sums["sinks"] = by_octave(jnp.sum(heads * first, axis=-1))
@@ -168,6 +196,35 @@ def _sums(layer: ResolvedLayer, seen: Captured, octaves: int, at: np.ndarray) ->
     return sums
 
 
+def _most_read(
+    seen: Captured,
+    heads: Float[Array, "batch heads query key"],
+    taken: np.ndarray,
+    counted: Float[Array, "batch query"],
+) -> dict[str, Array]:
+    """Find the entry of each row with the largest share of the mass of the counted queries.
+
+    Of a row with several documents, that with the most such queries. The last head stands for the
+    mean over heads. Shares are summed over rows, by the entry's position [head position].
+    """
+    length = seen.position.shape[1]
+    same = seen.segment[:, taken, None] == seen.segment[:, None, :]
+    queries = jnp.einsum("bq,bqk->bk", counted, same.astype(jnp.float32))
+    main = (queries > 0) & (queries == jnp.max(queries, axis=1, keepdims=True))
+    mass = jnp.einsum("bhqk,bq->bhk", heads, counted)
+    mass = jnp.concatenate([mass, jnp.mean(mass, axis=1, keepdims=True)], axis=1)
+    share = jnp.where(main, mass / jnp.maximum(queries, 1.0), 0.0)
+    place = jnp.argmax(share.transpose(1, 0, 2), axis=-1)
+    found = jnp.any(main, axis=1).astype(jnp.float32)
+    at = jnp.take_along_axis(seen.position, place.T, axis=1)
+    position = jax.nn.one_hot(at, length) * found[:, None, None]
+    return {
+        "read_rows": jnp.sum(found),
+        "read_share": jnp.einsum("bh,bhp->hp", jnp.max(share, axis=-1), position),
+        "read_count": jnp.sum(position, axis=0),
+    }
+
+
 def _extremes(name: str, x: Float[Array, "batch heads query _"], place: Array) -> dict[str, Array]:
     """The least and the largest of each head and octave."""
     inside = (place > 0)[:, None, :, :, None]
@@ -179,7 +236,7 @@ def _extremes(name: str, x: Float[Array, "batch heads query _"], place: Array) -
 
 
 def _finished(index: int, sums: dict[str, np.ndarray], at: np.ndarray) -> Sparsity:
-    queries = sums["queries"]
+    queries, rows = sums["queries"], max(float(sums["read_rows"]), 1.0)
     empty = queries == 0
 
     def mean(name: str) -> np.ndarray:
@@ -200,5 +257,7 @@ def _finished(index: int, sums: dict[str, np.ndarray], at: np.ndarray) -> Sparsi
         curve=spread("curve"),
         needed=spread("needed"),
         agreement=sums["agreement"] / max(float(sums["compared"]), 1.0),
+        read_share=sums["read_share"] / rows,
+        read_windows=sums["read_count"] / rows,
         **{name: mean(name) for name in single},
     )

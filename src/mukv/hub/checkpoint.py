@@ -138,6 +138,14 @@ def companions(folder: Path) -> list[Path]:
     return [file_inside(folder, name) for name in COMPANIONS if os.path.lexists(folder / name)]
 
 
+def companion_folder(source: str | Path) -> Path:
+    """Return the folder of a model's tokenizer and chat template: of a GGUF file that in the user's
+    cache. Raises BadInput.
+    """
+    folder = Path(source)
+    return folder if folder.is_dir() else require(source).folder
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the configuration, and check names and shapes of all tensors against it. Raises
     BadInput.

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from mukv.core.errors import BadInput
-from mukv.data.build import default_corpus
+from mukv.data.build import default_corpus, speed_meter, text_tokens
 from mukv.data.feed import Feed, TextFeed
+from mukv.data.sources import SOURCES
+from mukv.data.tokenizer import AnyTokenizer, NoTokenizer, find_tokenizer, load_tokenizer
 from mukv.data.tokens import TokenFile, open_tokens
-from mukv.hub import checkpoint
+from mukv.hub import checkpoint, gguf
 from mukv.hub.checkpoint import Checkpoint
-from mukv.runs import config
+from mukv.runs import config, provenance
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.schema import schema
@@ -31,17 +33,19 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
     """The configuration and folder that `train CONFIG` means.
 
     CONFIG is a preset, a YAML file, a run directory to continue, or a Hugging Face folder or hub
-    id to begin from. Without `out` the folder's name follows from the configuration, so that the
-    same command continues its own run.
+    id or imported run to begin from. Without `out` the folder's name follows from the
+    configuration, so that the same command continues its own run.
     """
     given = RunDirectory(Path(source))
-    if given.exists:
+    if given.exists and not provenance.is_imported(given.path):
         mapping = apply_overrides(Run, read_yaml(given.config), overrides)
         return schema.build(Run, mapping), RunDirectory(out) if out else given
-    found = checkpoint.find(source)
-    if found is not None:
-        run = imported_run(found)
-        run = replace(run, train=replace(run.train, start=str(found.folder.resolve())))
+    found = None if given.exists else checkpoint.find(source)
+    if given.exists or found is not None:
+        run = given.load_config() if found is None else imported_run(found)
+        # The folder of a GGUF file is that of its tokenizer.
+        start = found.folder if found is not None and not given.path.is_file() else given.path
+        run = replace(run, train=replace(run.train, start=str(start.resolve())))
         run = schema.build(Run, apply_overrides(Run, schema.to_mapping(run), overrides))
     else:
         run = config.load(source, overrides)
@@ -51,31 +55,107 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
     return run, RunDirectory(out)
 
 
-def open_corpus(run: Run) -> TokenFile:
-    """The token file that a run trains on, checked against its fingerprint and vocabulary."""
+def open_corpus(run: Run, own: AnyTokenizer | None = None) -> TokenFile:
+    """The token file that a run trains on, checked against its fingerprint and vocabulary.
+
+    own: the model's tokenizer; None means that of `train.start`, or none. With one, text is read
+    with it and ids of another are refused. Raises BadInput.
+    """
     if run.data.task is not None:
         raise BadInput("data.task", run.data.task.kind, "null: text is needed here")
-    tokens = (
-        default_corpus(cache_folder())
-        if run.data.path is None
-        else open_tokens(Path(run.data.path))
-    )
+    own = own or _of_start(run)
+    tokens = _tokens(run.data.path, own)
     tokens.require_unchanged()
     needed = tokens.tokenizer.text_vocab_size
     _check_vocabulary(run, needed, f"the tokenizer of {tokens.path}")
+    if own is not None:
+        allowed = "a token file in the ids of the model's own tokenizer, or a text to read with it"
+        _check_ids("data.path", str(tokens.path), tokens.tokenizer, own, allowed)
     run.model.check_tokenizer(needed)
     return tokens
 
 
-def open_feed(run: Run) -> tuple[Run, Feed]:
-    """What a run trains on, and the run with the place where that is."""
+def open_feed(run: Run, folder: RunDirectory | None = None) -> tuple[Run, Feed]:
+    """What a run trains on, and the run with the place where that is.
+
+    folder: of the run, whose tokenizer is the model's where it has one. Raises BadInput.
+    """
     task = run.data.task
+    known = folder is not None and folder.exists and folder.tokenizer.exists()
+    own = load_tokenizer(folder.tokenizer) if folder is not None and known else _of_start(run)
     if task is None:
-        tokens = open_corpus(run)
+        tokens = open_corpus(run, own)
         data = replace(run.data, path=str(tokens.path.resolve()))
         return replace(run, data=data), TextFeed(tokens, run.data.packing)
     _check_vocabulary(run, task.vocab_size, "data.task")
-    return run, TaskFeed(task)
+    feed = TaskFeed(task)
+    if own is not None:
+        allowed = "null: the model's ids are those of its own tokenizer, not of this task's words"
+        _check_ids("data.task", task.kind, feed.tokenizer, own, allowed)
+    return run, feed
+
+
+def own_tokenizer(source: str | Path) -> AnyTokenizer:
+    """The tokenizer of a run directory, Hugging Face folder, GGUF file or hub id; `NoTokenizer`
+    where it has none. Raises BadInput for anything else."""
+    folder = RunDirectory(Path(source))
+    found = None if folder.exists else checkpoint.find(source)
+    if found is not None:
+        return found.tokenizer
+    if not folder.exists and not folder.weights.exists():
+        raise BadInput("train.start", str(source), "a run with weights, or a folder of theirs")
+    return find_tokenizer(folder.tokenizer)
+
+
+def named_tokenizer(name: str) -> str | AnyTokenizer:
+    """The tokenizer of a GGUF file or hub id, or else the name, which `build_tokens` takes."""
+    place = Path(name)
+    if gguf.is_gguf(place) or (checkpoint.is_hub_id(name) and not name.endswith(".json")):
+        return own_tokenizer(name)
+    return name
+
+
+def _of_start(run: Run) -> AnyTokenizer | None:
+    """The tokenizer of the model that a run begins with, if it begins with one."""
+    return None if run.train.start is None else own_tokenizer(run.train.start)
+
+
+def _tokens(path: str | None, own: AnyTokenizer | None) -> TokenFile:
+    """The token file of `data.path`, or the text there in the ids of the model's own tokenizer."""
+    reads = path is None or is_text(path)
+    if not reads:
+        return open_tokens(Path(path))
+    if isinstance(own, NoTokenizer):
+        raise BadInput("data.path", path, "a token file: this model has no tokenizer to read text")
+    if path is None:
+        with speed_meter("reading the default text") as report:
+            return default_corpus(cache_folder(), own, report)
+    if own is None:
+        allowed = (
+            f"a token file, which `mukv data {path} --out FOLDER` makes; text is read directly "
+            "where train.start names a model, with its tokenizer"
+        )
+        raise BadInput("data.path", path, allowed)
+    with speed_meter(f"reading {path}") as report:
+        return text_tokens(path, own, cache_folder(), report)
+
+
+def is_text(path: str) -> bool:
+    """Whether a `data.path` is a source of text, and no token file or missing path."""
+    place = Path(path)
+    if not place.exists():
+        return path.partition(":")[0] in SOURCES
+    return place.is_file() or not (place / "meta.json").exists()
+
+
+def _check_ids(
+    where: str, given: str, tokenizer: AnyTokenizer, own: AnyTokenizer, allowed: str
+) -> None:
+    """Raise BadInput for ids of another tokenizer than the model's own."""
+    if isinstance(own, NoTokenizer) or tokenizer.fingerprint == own.fingerprint:
+        return
+    stamps = [each.fingerprint[:12] for each in (tokenizer, own)]
+    raise BadInput(where, f"{given} (tokenizer {stamps[0]})", f"{allowed} (tokenizer {stamps[1]})")
 
 
 def _check_vocabulary(run: Run, needed: int, whose: str) -> None:

@@ -45,7 +45,7 @@ def train_run(
     data, seed or optimizer it is another run and is refused. So is one that another job writes.
     The data may lie elsewhere.
     """
-    run, feed = open_feed(run)
+    run, feed = open_feed(run, folder)
     for name, value in leaves(schema.to_mapping(run)).items():
         if isinstance(value, str) and not is_text(value):
             raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
@@ -143,7 +143,8 @@ def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
     origin.tokenizer.save(folder.tokenizer)
     write_atomic(folder.path / provenance.FILE, to_json(provenance.record(origin), indent=2))
     # What a model that it begins with came with belongs to this one too.
-    for given in checkpoint.companions(Path(run.train.start)) if run.train.start else ():
+    start = run.train.start and checkpoint.companion_folder(run.train.start)
+    for given in checkpoint.companions(start) if start else ():
         if not (folder.path / given.name).exists():
             write_atomic(folder.path / given.name, given.read_bytes())
 
@@ -154,6 +155,9 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
         if folder.path.exists() and not (folder.path.is_dir() and _untouched(folder)):
             raise BadInput(str(folder.path), "a path in use", "a run directory or a new path")
         return
+    if provenance.is_imported(folder.path):
+        allowed = "another folder, with --out: training begins from this one (train.start)"
+        raise BadInput(str(folder.path), "an imported model", allowed)
     before, now = (leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
     began_with = provenance.began_with(folder.path, origin)
     if began_with is not None:  # wherever it lies
