@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,8 @@ from mukv.core.names import even
 from mukv.show import output
 from mukv.show.terminal import Console, table
 
+SAMPLES, PROMPT_SAMPLES = 200, 20
+"""Of each task and length, unless told otherwise: with teacher forcing, and of decoded prompts."""
 TEXT_LENGTH = 1024
 """Tokens of the shortest text that a model is asked about, unless told otherwise: every task's
 default fits in as many bytes."""
@@ -31,7 +34,9 @@ def bench(
     oracle: Annotated[
         bool, typer.Option("--oracle", help="No model: an independent solver, a guesser.")
     ] = False,
-    tasks: Annotated[str | None, typer.Option(help="Names with commas; default: all.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Names with commas; default: all that can be asked so.")
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
@@ -51,11 +56,32 @@ def bench(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of training; default: as configured.")] = None,
     cache: Annotated[
-        str, typer.Option(help="Cache policy of free-running answers, such as snapkv:0.25+int8.")
+        str,
+        typer.Option(
+            "--cache",
+            "--policy",
+            help="Cache policy of decoded answers, such as snapkv:0.25+int8.",
+        ),
     ] = "full",
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a MODEL's questions: chat (a prompt in its chat template), plain (a prompt "
+            "without one) or text (the task's own text); default: chat or plain."
+        ),
+    ] = None,
+    haystack: Annotated[
+        Path | None,
+        typer.Option(help="Text whose sentences are the filler of prompts; default: RULER's."),
+    ] = None,
     shots: Annotated[int, typer.Option(help="Solved samples before each text.")] = 0,
-    samples: Annotated[int, typer.Option(help="Of each task and length.")] = 200,
-    free: Annotated[int, typer.Option(help="Samples that are also decoded, token by token.")] = 16,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Of each task and length; default: 200, of prompts 20."),
+    ] = None,
+    free: Annotated[
+        int, typer.Option(help="Samples of the task's text that are also decoded.")
+    ] = 16,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     out: Annotated[
         Path | None,
@@ -71,6 +97,9 @@ def bench(
     A MODEL is tested. A CONFIG is trained on each task at one length, for each learning rate and
     seed, and tested at longer ones; the same command goes on where it was interrupted.
 
+    A MODEL that was not trained on a task is asked with prompts, decodes its answers, and a sample
+    is shown first.
+
     Example: `mukv bench tiny --tasks mqar,needle --lengths 128,256,512 --steps 300 --seeds 1`
     """
     launch.prepare()
@@ -82,20 +111,23 @@ def bench(
     from mukv.runs import loaded
     from mukv.runs.resolve import resolve
     from mukv.tasks import TASKS
+    from mukv.tasks.prompts import PROMPTED
     from mukv.train import footprint
 
     policy = Policy.parse(cache, where="--cache")
-    settings = ExamineSettings(samples, seed, free, shots, policy)
+    about = {"form": form, "haystack": sentences(haystack)}
+    settings = ExamineSettings(samples or SAMPLES, seed, free, shots, policy, **about)
     names = chosen(tasks, list(TASKS))
     if lengths is not None:
         longest = max(whole_numbers("--lengths", lengths))
-        footprint.require_bytes("their texts", 16 * samples * longest, "--lengths", longest)
+        taken = 16 * settings.samples * longest
+        footprint.require_bytes("their texts", taken, "--lengths", longest)
     asked = with_facts({name: TASKS[name] for name in names}, facts)
     if (source is None) != oracle:
         raise BadInput("bench", source or "no model", "MODEL, CONFIG or --oracle: one of them")
     if source is None:
         sizes = whole_numbers("--lengths", lengths or "512")
-        show(without_model.check(asked, sizes, samples, seed), None, as_json)
+        show(without_model.check(asked, sizes, settings.samples, seed), None, as_json)
         return
     folder = (
         beside(source, "bench") if is_model(source) else Path("runs") / f"bench-{Path(source).stem}"
@@ -108,6 +140,11 @@ def bench(
         trained = model.run.data.task
         if trained is not None and tasks is None:
             asked = with_facts({trained.kind: trained}, facts)
+        elif trained is None and form != "text":
+            # Numbers of seven digits; without --tasks only what has a prompt.
+            names = [name for name in names if tasks is not None or name in PROMPTED]
+            asked = with_facts({name: {**TASKS, **PROMPTED}[name] for name in names}, facts)
+            settings = replace(settings, samples=samples or PROMPT_SAMPLES)
         first = TEXT_LENGTH if trained is None else model.run.train.length
         sizes = sizes_of(lengths, first, model.network.context)
         rows = test_model(model, asked, sizes, settings, folder, tell)
@@ -125,9 +162,25 @@ def bench(
     show(rows, folder, as_json)
 
 
+def sentences(path: Path | None) -> tuple[str, ...]:
+    """The sentences of a text file; RULER's filler without one. Raises BadInput."""
+    from mukv.runs import inputs
+    from mukv.tasks.prompts import NOISE, sentences_of
+
+    if path is None:
+        return NOISE
+    (text,) = inputs.texts([path], "--haystack")
+    found = sentences_of(text)
+    if not found:
+        raise BadInput("--haystack", str(path), "a text with at least one sentence")
+    return found
+
+
 def is_model(source: str) -> bool:
-    """A folder or a hub id, and no preset or YAML file."""
-    return Path(source).is_dir() or ("/" in source and not source.endswith((".yaml", ".yml")))
+    """A folder, a GGUF file or a hub id, and no preset or YAML file."""
+    path = Path(source)
+    named_so = "/" in source and not source.endswith((".yaml", ".yml"))
+    return path.is_dir() or path.suffix == ".gguf" or named_so
 
 
 def sizes_of(given: str | None, first: int, context: int | None) -> list[int]:
@@ -182,6 +235,7 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
         "length\ntokens": [f"{row['length']:,}" for row in rows],
         "exact\nmatch": [f"{row['exact_match']:.3f}" for row in rows],
         "95 %\ninterval": ["{:.3f}-{:.3f}".format(*row["interval"]) for row in rows],
+        "partial": even([row.get("partial") for row in rows], 3),
         "free\nrunning": even([row.get("free_running") for row in rows], 3),
         "calibr.\nerror": even([row.get("calibration_error") for row in rows], 3),
         "chance": even([float(row["chance"]) for row in rows], 3),
@@ -189,7 +243,9 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
         "cache\nbytes/token": [f"{row['cache_bytes_per_token']:,.0f}" for row in rows],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
-    caption = "shares of answers; free running: of those that were decoded token by token"
+    caption = "shares of answers; partial: how near they are, mean of 1 - edits / length"
+    if any(row.get("free_running") is not None for row in rows):
+        caption += "; free running: of those that were decoded token by token"
     shown = table(("task",), tuple(columns), caption=caption)
     for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
         shown.add_row(row["task"], *cells)

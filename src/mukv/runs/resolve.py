@@ -64,31 +64,33 @@ def open_corpus(run: Run, own: AnyTokenizer | None = None) -> TokenFile:
     if run.data.task is not None:
         raise BadInput("data.task", run.data.task.kind, "null: text is needed here")
     own = own or _of_start(run)
-    tokens = _tokens(run.data.path, own)
-    tokens.require_unchanged()
-    needed = tokens.tokenizer.text_vocab_size
-    _check_vocabulary(run, needed, f"the tokenizer of {tokens.path}")
+    tokens = _tokens(run, own)
     if own is not None:
         allowed = "a token file in the ids of the model's own tokenizer, or a text to read with it"
         _check_ids("data.path", str(tokens.path), tokens.tokenizer, own, allowed)
-    run.model.check_tokenizer(needed)
     return tokens
 
 
 def open_feed(run: Run, folder: RunDirectory | None = None) -> tuple[Run, Feed]:
     """What a run trains on, and the run with the place where that is.
 
-    folder: of the run, whose tokenizer is the model's where it has one. Raises BadInput.
+    folder: of the run; of one that has begun, text is read with its tokenizer, and whether the
+        data is what it began with is left to its fingerprint
+
+    Raises BadInput.
     """
     task = run.data.task
-    known = folder is not None and folder.exists and folder.tokenizer.exists()
-    own = load_tokenizer(folder.tokenizer) if folder is not None and known else _of_start(run)
+    begun = folder is not None and folder.exists and folder.tokenizer.exists()
     if task is None:
-        tokens = open_corpus(run, own)
+        if folder is not None and begun:
+            tokens = _tokens(run, load_tokenizer(folder.tokenizer))
+        else:
+            tokens = open_corpus(run)
         data = replace(run.data, path=str(tokens.path.resolve()))
         return replace(run, data=data), TextFeed(tokens, run.data.packing)
     _check_vocabulary(run, task.vocab_size, "data.task")
     feed = TaskFeed(task)
+    own = None if begun else _of_start(run)
     if own is not None:
         allowed = "null: the model's ids are those of its own tokenizer, not of this task's words"
         _check_ids("data.task", task.kind, feed.tokenizer, own, allowed)
@@ -120,10 +122,19 @@ def _of_start(run: Run) -> AnyTokenizer | None:
     return None if run.train.start is None else own_tokenizer(run.train.start)
 
 
-def _tokens(path: str | None, own: AnyTokenizer | None) -> TokenFile:
-    """The token file of `data.path`, or the text there in the ids of the model's own tokenizer."""
-    reads = path is None or is_text(path)
-    if not reads:
+def _tokens(run: Run, own: AnyTokenizer | None) -> TokenFile:
+    """The token file of a run, unchanged and with no more ids than the model."""
+    tokens = _opened(run.data.path, own)
+    tokens.require_unchanged()
+    needed = tokens.tokenizer.text_vocab_size
+    _check_vocabulary(run, needed, f"the tokenizer of {tokens.path}")
+    run.model.check_tokenizer(needed)
+    return tokens
+
+
+def _opened(path: str | None, own: AnyTokenizer | None) -> TokenFile:
+    """The token file at a path, or the text there in the ids of the model's own tokenizer."""
+    if path is not None and not is_text(path):
         return open_tokens(Path(path))
     if isinstance(own, NoTokenizer):
         raise BadInput("data.path", path, "a token file: this model has no tokenizer to read text")
