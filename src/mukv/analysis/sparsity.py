@@ -213,10 +213,9 @@ def _most_read(
     main = (queries > 0) & (queries == jnp.max(queries, axis=1, keepdims=True))
     mass = jnp.einsum("bhqk,bq->bhk", heads, counted)
     mass = jnp.concatenate([mass, jnp.mean(mass, axis=1, keepdims=True)], axis=1)
-    share = jnp.where(main, mass / jnp.maximum(queries, 1.0), 0.0)
-    place = jnp.argmax(share.transpose(1, 0, 2), axis=-1)
+    share = jnp.where(main[:, None], mass / jnp.maximum(queries, 1.0)[:, None], 0.0)
     found = jnp.any(main, axis=1).astype(jnp.float32)
-    at = jnp.take_along_axis(seen.position, place.T, axis=1)
+    at = jnp.take_along_axis(seen.position, jnp.argmax(share, axis=-1), axis=1)
     position = jax.nn.one_hot(at, length) * found[:, None, None]
     return {
         "read_rows": jnp.sum(found),

@@ -143,7 +143,7 @@ def companion_folder(source: str | Path) -> Path:
     cache. Raises BadInput.
     """
     folder = Path(source)
-    return folder if folder.is_dir() else require(source).folder
+    return open_gguf(folder).folder if gguf.is_gguf(folder) else folder
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

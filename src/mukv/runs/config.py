@@ -24,9 +24,11 @@ from mukv.train.training import Training
 
 @dataclass(frozen=True)
 class Data:
-    """path: a token file; None for the Python library's own source, built once. packing: tokens
-    see only their own document ("packed"), or all that is in the row ("contiguous"). task: a
-    synthetic task instead."""
+    """path: a token file; where `train.start` names a model with a tokenizer also a text file,
+    folder or other source, which is read with that tokenizer. None for the Python library's own
+    source, built once: in the ids of that tokenizer, or as bytes. packing: tokens see only their
+    own document ("packed"), or all that is in the row ("contiguous"). task: a synthetic task
+    instead."""
 
     path: str | None = None
     packing: Literal["packed", "contiguous"] = "packed"
