@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import mukv as package
 from mukv.core.errors import BadInput
 from mukv.core.params import named
-from mukv.hub import FAMILIES
+from mukv.hub import FAMILIES, checkpoint
 from mukv.hub.layout import planned
 from mukv.model import Layer, Stage
 from mukv.runs import config
@@ -58,6 +58,17 @@ def test_training_begins_with_its_weights(mukv, folder, tmp_path, token_file, so
     for name, leaf in after.items():
         np.testing.assert_allclose(leaf, before[name], atol=1e-9)
     assert package.load(tuned).encode_chat("hi") == [256, *b"[user] hi"]
+
+
+def test_weights_are_read_in_blocks(folder, monkeypatch):
+    found = checkpoint.open_checkpoint(folder)
+    monkeypatch.setattr("mukv.hub.base.BLOCK_BYTES", 1 << 10)
+    many = 0
+    for piece in found.pieces:
+        blocks = list(piece.blocks(found.source))
+        np.testing.assert_array_equal(np.concatenate(blocks), piece.read(found.source))
+        many += len(blocks) > 1
+    assert many
 
 
 def test_names_of_the_tokenizer_come_along(folder):
