@@ -38,6 +38,7 @@ def speaker(trained) -> Model:
 @pytest.fixture
 def chatty(trained, tmp_path) -> Path:
     """The minuscule model with a chat template."""
+    pytest.importorskip("jinja2")
     folder = Path(shutil.copytree(trained, tmp_path / "chatty"))
     (folder / "chat_template.jinja").write_text(CHAT)
     return folder

@@ -152,6 +152,12 @@ def test_a_message_is_put_as_the_template_says(mukv, folder, tmp_path, place):
     said = told(mukv("generate", folder, "--chat", "--prompt", "hi", "--max-tokens", 4, "--json"))
     same = told(mukv("generate", folder, "--token-ids", ids, "--max-tokens", 4, "--json"))
     assert said["token_ids"] == same["token_ids"]
+    # What was asked and what is answered are kept apart.
+    for more in ((), ("--copies", 2)):
+        asked = ("generate", folder, "--chat", "--prompt", "hi", "--max-tokens", 4)
+        shown = mukv(*asked, *more).stdout
+        assert "hi\n---\n" in shown
+        assert shown.count("\n---\n") == (2 if more else 1)
 
 
 UNFIT = {

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_model(
     }
     for name, test in tests.items():
         for length in lengths:
-            with_name(name, lambda test=test, length=length: test.check(length))
+            with_name(name, partial(test.check, length))
     rows: list[dict[str, Any]] = []
     some: list[dict[str, Any]] = []
     for name, test in tests.items():
@@ -75,19 +76,14 @@ def test_model(
             for line in shown(test.example(lengths[0])).splitlines():
                 tell(f"  {line}")
         with Bar(name, settings.samples * len(lengths), silent=test.asker is None) as bar:
-            results = [
-                with_name(
-                    name,
-                    lambda test=test, length=length, name=name, before=before: test.run(
-                        name,
-                        length,
-                        lambda done: bar.show(before + done, {"length": f"{length:,}"}),
-                    ),
-                )
-                for length, before in zip(
-                    lengths, range(0, 1 << 62, settings.samples), strict=False
-                )
-            ]
+            results: list[Examination] = []
+            for length in lengths:
+                begun = settings.samples * len(results)
+
+                def tick(done: int, begun: int = begun, length: int = length) -> None:
+                    bar.show(begun + done, {"length": f"{length:,}"})
+
+                results.append(with_name(name, partial(test.run, name, length, tick)))
         scores = {each.row["length"]: each.row["exact_match"] for each in results}
         mastered = effective_length(scores, results[0].row["chance"])
         own = [{**each.row, "effective_length": mastered} for each in results]
