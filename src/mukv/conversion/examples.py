@@ -1,0 +1,41 @@
+"""What the attention of each layer reads on a text: examples for a conversion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.core.compute import Compute, settled
+from mukv.core.tap import capture
+from mukv.core.typing import Array, Float, Int
+from mukv.model import Decoder
+
+
+def examples_of(
+    model: Decoder,
+    weights: Any,
+    rows: Int[np.ndarray, "row token"],
+    compute: Compute | None = None,
+) -> list[Float[np.ndarray, "example embed"]]:
+    """The normed residual stream that each layer's attention reads, float32, of all tokens.
+
+    weights: scaled
+    """
+    compute = settled(compute, model.vocab_size)
+
+    @jax.jit
+    def read(weights: Any, ids: Int[Array, "1 token"]) -> list[Array]:
+        with capture() as taps:
+            model.hidden(weights, ids, compute=compute)
+        streams = [taps["embedding"], *(taps[f"layer{i}.mlp"] for i in range(len(model.layers)))]
+        parts = model.unstack(weights)["layers"]
+        return [
+            model.residual.enter(own, "attention", model.norm, stream)[0].astype(jnp.float32)
+            for own, stream in zip(parts, streams, strict=False)
+        ]
+
+    found = [jax.device_get(read(weights, row[None])) for row in rows]
+    return [np.concatenate(layer) for layer in zip(*found, strict=True)]
