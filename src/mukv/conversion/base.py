@@ -28,7 +28,7 @@ class SourceLayer:
     attention: its configuration, with the position that the plan gives it
     window: tokens that a query sees, itself included; None for all
     read, write: its weights
-    examples: rows of what it reads, after the norm
+    examples: rows of what it reads, after the norm, float32
     length: tokens of the rows that the model is meant for
     """
 
@@ -45,11 +45,12 @@ class SourceLayer:
         return wide((self.write if name in self.write else self.read)[name])
 
     def of_examples(self, name: str) -> Float[np.ndarray, "heads example head_dim"]:
-        """Queries, keys or values of the examples, before they are normed and rotated."""
-        made = np.tensordot(self.examples, self.weight(name), 1)
+        """Queries, keys or values of the examples, before they are normed and rotated: float64."""
+        # Float32 halves the time, and what follows are sums over many examples.
+        made = np.tensordot(self.examples, self.weight(name).astype(np.float32), 1)
         if name in self.attention.biases:
             made = made + self.weight(f"{name}_bias")
-        return made.swapaxes(0, 1)
+        return wide(made.swapaxes(0, 1))
 
     @property
     def pairs(self) -> Pairs:
@@ -81,7 +82,7 @@ class SourceLayer:
         head: key = entry K, value = entry V.
         """
         read = dict(self.read)
-        owners = np.arange(self.attention.heads) // self.group
+        owners = [head // self.group for head in range(self.attention.heads)]
         back = np.stack([keys[owner].T for owner in owners])
         for weight in ("query", "query_bias"):
             if weight in read:

@@ -11,11 +11,8 @@ import numpy as np
 
 from mukv.attention import Grouped
 from mukv.conversion.base import Conversion, ConvertedLayer, SourceLayer, wide
-from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
-from mukv.core.params import named
-from mukv.core.tap import capture
-from mukv.core.typing import Float, Int
+from mukv.core.typing import Float
 from mukv.model import Decoder, LanguageModel, Layer, Stage
 from mukv.model.plan import ResolvedLayer, resolve
 from mukv.scaling.parameterization import changes
@@ -52,7 +49,7 @@ def convert(
         gain = wide(decoder.norm.gain(own["attention_norm"]))
         seen = np.diag(gain) * len(gain) ** 0.5 if examples is None else examples[layer.index]
         mine = layer.index, layer.attention, layer.window, own["read"], own["write"]
-        sources.append(SourceLayer(*mine, wide(seen), length))
+        sources.append(SourceLayer(*mine, np.asarray(seen, np.float32), length))
         conversion.check(sources[-1])
     made = conversion.layers(sources)
     plan = _plan(decoder, made)
@@ -74,21 +71,18 @@ def require_plain(model: LanguageModel) -> Decoder:
         if not layer.writes:
             allowed = "null: a conversion begins with layers that write their own entries"
             raise BadInput(f"{where}: reads", layer.source, allowed)
-    factors = [each.multiplier for each in named_resolved(model)]
-    scales = [(a.attention.scale, b.attention.scale) for a, b in zip(model.layers, _resolved(model))]
+    multipliers = (each.multiplier for each in jax.tree.leaves(model.resolved()))
+    scales = [
+        [layer.attention.scale for layer in each] for each in (model.layers, _resolved(model))
+    ]
     tied = model.readout == "tied" and model.scaling.tied_factor(model.params()["embedding"]) != 1
-    if any(map(changes, factors)) or any(a != b for a, b in scales) or tied:
+    if any(map(changes, multipliers)) or scales[0] != scales[1] or tied:
         allowed = (
             "a parameterisation without factors at this width: `mukv export` and `mukv import` "
             "merge them into the weights"
         )
         raise BadInput("model.scaling", model.scaling.kind, allowed)
     return model
-
-
-def named_resolved(model: Decoder) -> list[Any]:
-    """What the parameterisation gives to each weight."""
-    return list(jax.tree.leaves(model.resolved()))
 
 
 def _resolved(model: Decoder) -> tuple[ResolvedLayer, ...]:

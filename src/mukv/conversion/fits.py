@@ -32,7 +32,7 @@ def components(x: Matrix, metric: Matrix, count: int) -> tuple[Matrix, Matrix]:
 
     metric: symmetric and positive; its quadratic form measures the error of a row
     """
-    half = root(metric)
+    x, half = x.astype(np.float64), root(metric)
     _, vectors = np.linalg.eigh(half @ (x.T @ x) @ half)
     largest = vectors[:, ::-1][:, :count]
     return half @ largest, largest.T @ np.linalg.inv(half)

@@ -54,17 +54,17 @@ class LowRank(Conversion):
 
     def layer(self, source: SourceLayer) -> ConvertedLayer:
         attention = source.attention
-        heads, number, width = attention.heads, attention.kv_heads, attention.head_dim
-        rotated, query, left = self.split(source)
+        width, number = attention.head_dim, attention.kv_heads
+        queries = source.of_examples("query")
+        rotated, query, left = self.split(source, queries)
         value = source.weight("value")
-        both = np.concatenate([left, value], axis=1)
-        metric = errors(source)
-        flat = both.reshape(len(both), -1)
-        down, up = components(source.examples @ flat, metric, self.rank)
+        both = np.concatenate([left, value], axis=1).reshape(len(value), -1)
+        seen = source.examples @ both.astype(np.float32)
+        down, up = components(seen, errors(source, queries), self.rank)
         key_up, value_up = np.split(up.reshape(-1, 2 * number, width), 2, axis=1)
         made = Latent(
             position=replace(attention.position, partial=1.0),
-            heads=heads,
+            heads=attention.heads,
             scale=attention.scale or width**-0.5,
             softcap=attention.softcap,
             sinks=attention.sinks,
@@ -81,10 +81,10 @@ class LowRank(Conversion):
             "key_up": np.repeat(key_up, source.group, axis=1),
             "value_up": np.repeat(value_up, source.group, axis=1),
         }
-        return ConvertedLayer(made, read, {"latent": flat @ down, "key": rotated})
+        return ConvertedLayer(made, read, {"latent": both @ down, "key": rotated})
 
     def split(
-        self, source: SourceLayer
+        self, source: SourceLayer, queries: Float[np.ndarray, "heads example head_dim"]
     ) -> tuple[
         Float[np.ndarray, "embed rope_dim"],
         Float[np.ndarray, "embed heads rope_dim"],
@@ -92,31 +92,30 @@ class LowRank(Conversion):
     ]:
         """The rotated keys, the queries that read them, and what is left of the keys."""
         pairs, key = source.pairs, source.weight("key")
-        basis, sizes = self.basis(source)
+        basis, sizes = self.basis(source, queries)
         # Components c = U* s k of the keys k of all heads; from them k = U c / s.
         turning = pairs.complex(key)
-        kept = np.einsum("egp,gp,gjp->ejp", turning, sizes, basis.conj())
+        kept = np.einsum("egp,gjp->ejp", turning * sizes, basis.conj())
         found = np.einsum("ejp,gjp->egp", kept, basis) / sizes
         left = pairs.real((turning - found) * mean_rotation(source), key[..., pairs.rest])
         owners = np.arange(source.attention.heads) // source.group
         query = pairs.complex(source.weight("query"))[:, :, None]
         toward = query * (basis.conj() / sizes[:, None])[owners]
         alone = pairs_of(replace(source.attention.position, partial=1.0), 2 * len(pairs.first))
-        rotated, query = (alone.real(each, each.real[..., :0]) for each in (kept, toward))
+        rotated, query = (alone.real(each, np.real(each)[..., :0]) for each in (kept, toward))
         return rotated.reshape(len(key), -1), query.reshape(*query.shape[:2], -1), left
 
     def basis(
-        self, source: SourceLayer
+        self, source: SourceLayer, queries: Float[np.ndarray, "heads example head_dim"]
     ) -> tuple[Float[np.ndarray, "kv_heads rope pair"], Float[np.ndarray, "kv_heads pair"]]:
         """Principal components over heads of each pair, and the sizes that the heads' pairs are
         multiplied with before: those of the queries that read them."""
-        attention, pairs = source.attention, source.pairs
-        queries = np.abs(pairs.complex(source.of_examples("query"))) ** 2
-        sizes = queries.mean(axis=1).reshape(attention.kv_heads, source.group, -1).sum(axis=1)
+        pairs, number = source.pairs, source.attention.kv_heads
+        squares = np.mean(np.abs(pairs.complex(queries)) ** 2, axis=1)
+        sizes = squares.reshape(number, source.group, -1).sum(axis=1)
         sizes = np.sqrt(np.maximum(sizes, FLOOR * sizes.mean()))
-        keys = pairs.complex(source.of_examples("key")) * sizes[:, None]
-        moments = np.einsum("gnp,hnp->pgh", keys, keys.conj())
-        _, vectors = np.linalg.eigh(moments)
+        keys = (pairs.complex(source.of_examples("key")) * sizes[:, None]).transpose(2, 0, 1)
+        _, vectors = np.linalg.eigh(keys @ keys.conj().swapaxes(1, 2))
         return np.moveaxis(vectors[:, :, ::-1][:, :, : self.rope], 0, -1), sizes
 
 
@@ -131,7 +130,7 @@ def mean_rotation(source: SourceLayer) -> Float[np.ndarray, " pair"]:
     return np.exp(-1j * angles).mean(axis=0) * factor**2
 
 
-def errors(source: SourceLayer) -> Matrix:
+def errors(source: SourceLayer, queries: Float[np.ndarray, "heads example head_dim"]) -> Matrix:
     """The quadratic form that measures errors of keys and values [keys of all heads, values].
 
     Keys: the mean over heads of the variance of the logits. Values: their share of the square of
@@ -139,17 +138,14 @@ def errors(source: SourceLayer) -> Matrix:
     """
     attention, width, number = source.attention, source.attention.head_dim, source.group
     scale = attention.scale or width**-0.5
-    queries, values = source.of_examples("query"), source.of_examples("value")
     output = source.weight("output")
-    made = np.zeros((2, attention.kv_heads, width, width))
-    for head in range(attention.heads):
-        group = head // number
-        made[0, group] += scale**2 * queries[head].T @ queries[head] / queries.shape[1]
-        made[1, group] += output[head] @ output[head].T
-    made[0] /= attention.heads
-    moments = np.einsum("gnd,gne->gde", values, values) / values.shape[1]
-    made[1] /= max(np.sum(moments * made[1]), np.finfo(float).tiny)
-    return block_diagonal(made.reshape(-1, width, width))
+    toward, forth = queries.swapaxes(1, 2) @ queries, output @ output.swapaxes(1, 2)
+    blocks = np.stack([scale**2 * toward / queries.shape[1] / len(queries), forth])
+    blocks = blocks.reshape(2, attention.kv_heads, number, width, width).sum(axis=2)
+    values = source.of_examples("value")
+    square = np.sum((values.swapaxes(1, 2) @ values) * blocks[1]) / values.shape[1]
+    blocks[1] /= max(square, np.finfo(float).tiny)
+    return block_diagonal(blocks.reshape(-1, width, width))
 
 
 def block_diagonal(blocks: Float[np.ndarray, "block width width"]) -> Matrix:

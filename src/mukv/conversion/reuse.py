@@ -16,7 +16,6 @@ import numpy as np
 from mukv.conversion.base import Conversion, ConvertedLayer, SourceLayer, alike
 from mukv.conversion.fits import fit
 from mukv.core.errors import BadInput
-from mukv.core.typing import Float
 
 
 @dataclass(frozen=True)

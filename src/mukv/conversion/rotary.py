@@ -22,6 +22,7 @@ ROUNDS = 10
 Fit = Callable[[Matrix, Matrix], Matrix]
 """(rows x, rows y) to the matrix that makes y of x."""
 
+
 @dataclass(frozen=True)
 class Pairs:
     """Which dimensions of a key form the pairs that are rotated, and which are not rotated.
@@ -44,16 +45,16 @@ class Pairs:
 
     def real(self, pairs: np.ndarray, rest: np.ndarray) -> Float[np.ndarray, "*batch width"]:
         """The inverse of `complex`; rest: the dimensions that are not rotated."""
-        made = np.concatenate([pairs.real, pairs.imag, rest], axis=-1)
+        made = np.concatenate([np.real(pairs), np.imag(pairs), rest], axis=-1)
         return made[..., np.argsort(self.order)]
 
     def matrix(self, factor: np.ndarray, rest: Matrix) -> Matrix:
         """The map that multiplies pairs by complex factors, and the rest by a matrix from the
         right, as one matrix to multiply rows with."""
         made = np.zeros((len(self.order), len(self.order)))
-        made[self.first, self.first] = made[self.second, self.second] = factor.real
-        made[self.first, self.second] = factor.imag
-        made[self.second, self.first] = -factor.imag
+        made[self.first, self.first] = made[self.second, self.second] = np.real(factor)
+        made[self.first, self.second] = np.imag(factor)
+        made[self.second, self.first] = -np.imag(factor)
         made[np.ix_(self.rest, self.rest)] = rest
         return made
 

@@ -76,5 +76,6 @@ def widened(position: AnyPosition, narrow: int, width: int) -> AnyPosition:
         return position
     turning = int(position.partial * narrow)
     share = turning / width
-    # The encoding rounds the product down.
-    return replace(position, partial=share if int(share * width) == turning else np.nextafter(share, 1))
+    if int(share * width) < turning:  # as the encoding rounds it
+        share = float(np.nextafter(share, 1))
+    return replace(position, partial=share)

@@ -33,16 +33,21 @@ def record(origin: Origin) -> dict[str, Any]:
     }
 
 
+def noted(folder: Path, key: str) -> str | None:
+    """A text that the provenance of a folder has under a key; None where it has none."""
+    try:
+        found = json.loads((folder / FILE).read_text("utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def began_with(folder: Path, origin: Origin) -> str | None:
     """The fingerprint of the data that a run began with; None where that is not known and no
     step was saved. Raises BadInput where some were."""
-    path = folder / FILE
-    try:
-        found = json.loads(path.read_text("utf-8"))["data_fingerprint"]
-        if isinstance(found, str):
-            return found
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
+    path, found = folder / FILE, noted(folder, "data_fingerprint")
+    if found is not None:
+        return found
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         if checkpoints.latest() is None:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from mukv.runs import provenance
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.resolve import open_feed
+from mukv.runs.teacher import KEY as TEACHER
+from mukv.runs.teacher import RunTeacher, find_teacher
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
 from mukv.storage.checkpoint import Checkpoints
@@ -50,18 +53,27 @@ def train_run(
         if isinstance(value, str) and not is_text(value):
             raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
     _check_same(run, folder, feed)  # what is refused is left as it is
+    teacher = find_teacher(run, feed.tokenizer)
     with one_job_writes(folder.path):
-        return _train(run, feed, folder, title, ignore_memory)
+        return _train(run, feed, teacher, folder, title, ignore_memory)
 
 
-def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory: bool) -> Outcome:
+def _train(
+    run: Run,
+    feed: Feed,
+    teacher: RunTeacher | None,
+    folder: RunDirectory,
+    title: str,
+    ignore_memory: bool,
+) -> Outcome:
     _check_same(run, folder, feed)
     begin = _prolonged_from(run, folder)
     metrics.require(run.train.trackers)
     mesh = run.mesh.build()
-    trainer = Trainer(run.model, run.train, mesh)
+    trainer = Trainer(run.model, run.train, mesh, teacher.network if teacher else None)
     if not ignore_memory:
         require_room(trainer)
+    notes = {TEACHER: teacher.teach(trainer, run, folder.path)} if teacher else {}
     training = run.train
     common = {"seed": training.seed, "batch": training.batch, "length": training.length}
     # Until all have looked: what the first writes must not be taken for another run.
@@ -73,7 +85,7 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
         if begin is not None:
             checkpoints.forget_after(begin)
         if jax.process_index() == 0:
-            describe_run(run, folder, feed)
+            describe_run(run, folder, feed, notes)
         loop = Loop(
             begin=partial(_start, run, trainer),
             trainer=trainer,
@@ -137,11 +149,17 @@ def _prolonged_from(run: Run, folder: RunDirectory) -> int | None:
     return good[-1]
 
 
-def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
-    """Write what a run directory says of a run before its first step."""
+def describe_run(
+    run: Run, folder: RunDirectory, origin: Origin, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write what a run directory says of a run before its first step. notes: more of its
+    provenance."""
     write_atomic(folder.config, schema.to_yaml(run))
     origin.tokenizer.save(folder.tokenizer)
-    write_atomic(folder.path / provenance.FILE, to_json(provenance.record(origin), indent=2))
+    write_atomic(
+        folder.path / provenance.FILE,
+        to_json(provenance.record(origin) | dict(notes or {}), indent=2),
+    )
     # What a model that it begins with came with belongs to this one too.
     for given in checkpoint.companions(Path(run.train.start)) if run.train.start else ():
         if not (folder.path / given.name).exists():

@@ -72,12 +72,13 @@ def sharing() -> int:
 def least_bytes(trainer: Trainer) -> int:
     """Return a lower bound of a step's bytes, over all devices that share memory.
 
-    It counts weights, optimizer state, gradient and the input of each layer, which the backward
-    pass needs.
+    It counts weights, optimizer state, gradient, those of a teacher, and the input of each layer,
+    which the backward pass needs.
     """
     state = trainer.abstract_state()
+    frozen = trainer.abstract_frozen()
     fixed = sum(_local(leaf) for leaf in jax.tree.leaves(state))
-    fixed += sum(_local(leaf) for leaf in jax.tree.leaves(state.weights))
+    fixed += sum(_local(leaf) for leaf in jax.tree.leaves((state.weights, frozen)))
     return _here(trainer) * (fixed + _stream(trainer))
 
 

@@ -22,14 +22,17 @@ from mukv.core.mesh import batch_sharding, replicated, share_of_batch, weight_sh
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Float, Int
 from mukv.model.base import LanguageModel
-from mukv.model.loss import Losses, summed_loss
+from mukv.model.loss import Losses, Teacher, summed_loss
 from mukv.scaling.schedules import Plan
 from mukv.scaling.updates import global_norm
+from mukv.train.distillation import abstract_weights, placed_weights
 from mukv.train.training import Training
 
 BATCH_FIELDS = ("tokens", "targets", "weight", "position", "segment")
 Batch = Mapping[str, Array]
 """tokens, targets, position, segment: int32 [batch token]; weight: float32 [batch token]."""
+Frozen = Mapping[str, Any]
+"""Weights besides the state that a step reads and that nothing changes, by their use."""
 
 
 @jax.tree_util.register_dataclass
@@ -68,8 +71,21 @@ class Trainer:
     `share` says which share of each batch this process reads (`host` of `hosts`).
     """
 
-    def __init__(self, model: LanguageModel, training: Training, mesh: Mesh):
-        """Raises BadInput if the batch can't be split over the mesh."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        training: Training,
+        mesh: Mesh,
+        teacher: LanguageModel | None = None,
+    ):
+        """teacher: the model that `training.teacher` names; `teach` gives it its weights.
+
+        Raises BadInput if the batch can't be split over the mesh, and for a teacher that is named
+        and not given.
+        """
+        if training.teacher is not None and teacher is None:
+            allowed = "null here: only `mukv train` learns from a teacher"
+            raise BadInput("train.teacher", training.teacher, allowed)
         rows = training.batch // training.accumulate
         if rows % mesh.shape["data"]:
             raise BadInput(
@@ -91,11 +107,13 @@ class Trainer:
             donate_argnums=0,
             out_shardings=(self.shardings(), replicated(mesh)),
         )
+        self.teacher = teacher
+        self.frozen: dict[str, Any] = {}
         self.validate = jax.jit(self.validation_sums, out_shardings=replicated(mesh))
 
     def step(self, state: State, step: int, batch: Batch) -> tuple[State, Metrics]:
         """Do update number `step`, counted from 0; the given state is donated."""
-        result = self._compiled_step(state, step, batch)
+        result = self._compiled_step(state, step, batch, self.frozen)
         if self.platform == "cpu" and self.mesh.size > 1:
             # Simulated devices share one pool of threads. A second program in flight can occupy the
             # threads that the first needs to finish a collective: a deadlock.
@@ -108,8 +126,21 @@ class Trainer:
         batch: `jax.ShapeDtypeStruct` by field, with shardings
         """
         with jax.set_mesh(self.mesh):
-            self._compiled_step = self._step.lower(self.abstract_state(), 0, batch).compile()
+            given = self.abstract_state(), 0, batch, self.abstract_frozen()
+            self._compiled_step = self._step.lower(*given).compile()
         return self._compiled_step
+
+    def teach(self, weights: Any) -> None:
+        """Give the teacher its weights, of any dtype and as they are stored."""
+        assert self.teacher is not None
+        shapes = self.abstract_frozen()["teacher"]
+        self.frozen["teacher"] = placed_weights(self.teacher, weights, shapes, self.mesh)
+
+    def abstract_frozen(self) -> dict[str, Any]:
+        """Return shapes and shardings of `frozen` without allocating it."""
+        if self.teacher is None:
+            return {}
+        return {"teacher": abstract_weights(self.teacher, self.compute, self.mesh)}
 
     def abstract_state(self) -> State:
         """Return shapes and shardings of the state without allocating it."""
@@ -179,7 +210,8 @@ class Trainer:
             for name, finite in seen.items():
                 if not finite:
                     return f"the output of {name}"
-            gradient = jax.jit(jax.grad(self._objective, has_aux=True))(state.weights, batch)[0]
+            objective = jax.jit(jax.grad(self._objective, has_aux=True))
+            gradient = objective(state.weights, batch, self.frozen)[0]
             # Gradients flow from the last layer to the first, so the last bad one is the cause.
             broken = [
                 name
@@ -195,16 +227,23 @@ class Trainer:
         weights = self.model.draw(key)
         return State(weights, self.optimizer.init(weights), jnp.zeros((), jnp.int32))
 
-    def _objective(self, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Losses]:
-        losses = self._losses(weights, batch)
+    def _objective(
+        self, weights: Any, batch: Batch, frozen: Frozen | None
+    ) -> tuple[Float[Array, ""], Losses]:
+        losses = self._losses(weights, batch, frozen)
         return losses.objective, losses
 
-    def _losses(self, weights: Any, batch: Batch) -> Losses:
+    def _losses(self, weights: Any, batch: Batch, frozen: Frozen | None = None) -> Losses:
+        teacher = None
+        if self.teacher is not None and frozen is not None:
+            how = self.training.distillation
+            teacher = Teacher(self.teacher, frozen["teacher"], how.weight, how.temperature)
         return summed_loss(
             self.model,
             self.model.scaled(weights),
             *(batch[name] for name in BATCH_FIELDS),
             compute=self.compute,
+            teacher=teacher,
         )
 
     def validation_sums(
@@ -222,7 +261,7 @@ class Trainer:
             self._losses(weights, batch)
         return {name: jnp.isfinite(value).all() for name, value in taps.items()}
 
-    def _gradient(self, weights: Any, batch: Batch) -> tuple[Losses, Any]:
+    def _gradient(self, weights: Any, batch: Batch, frozen: Frozen | None) -> tuple[Losses, Any]:
         """Compute the summed losses of the whole batch and the gradient of the objective.
 
         On a CPU whose devices only split the batch, each device processes its rows by itself and
@@ -232,24 +271,24 @@ class Trainer:
         """
         mesh = self.mesh
         if self.platform != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
-            return self._accumulated(weights, batch)
+            return self._accumulated(weights, batch, frozen)
 
-        def local(weights: Any, batch: Batch) -> tuple[Losses, Any]:
-            return jax.lax.psum(self._accumulated(weights, batch), "data")
+        def local(weights: Any, batch: Batch, frozen: Frozen | None) -> tuple[Losses, Any]:
+            return jax.lax.psum(self._accumulated(weights, batch, frozen), "data")
 
         whole = PartitionSpec()
         split = {name: PartitionSpec("data") for name in batch}
         return jax.shard_map(
-            local, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False
-        )(weights, dict(batch))
+            local, mesh=mesh, in_specs=(whole, split, whole), out_specs=whole, check_vma=False
+        )(weights, dict(batch), frozen)
 
-    def _accumulated(self, weights: Any, batch: Batch) -> tuple[Losses, Any]:
+    def _accumulated(self, weights: Any, batch: Batch, frozen: Frozen | None) -> tuple[Losses, Any]:
         """Compute the same with the batch cut into `accumulate` pieces, one after another."""
         pieces = self.training.accumulate
 
         def losses_and_gradient(weights: Any, batch: Batch) -> tuple[Losses, Any]:
             (_, losses), gradient = jax.value_and_grad(self._objective, has_aux=True)(
-                weights, batch
+                weights, batch, frozen
             )
             return losses, gradient
 
@@ -268,14 +307,18 @@ class Trainer:
         total, _ = jax.lax.scan(add, start, jax.tree.map(split, dict(batch)))
         return total
 
-    def update(self, state: State, step: Int[Array, ""], batch: Batch) -> tuple[State, Metrics]:
+    def update(
+        self, state: State, step: Int[Array, ""], batch: Batch, frozen: Frozen | None = None
+    ) -> tuple[State, Metrics]:
         """Do update number `step` (counted from 0); do nothing unless it is the next one."""
         training = self.training
-        losses, gradient = self._gradient(state.weights, batch)
+        losses, gradient = self._gradient(state.weights, batch, frozen)
         weight = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
         loss, gradient = jax.tree.map(lambda leaf: leaf / weight, (losses.cross_entropy, gradient))
         size = batch["tokens"].size
         counts = {name: total / size for name, total in losses.counts.items()}
+        if losses.divergence is not None:
+            counts["divergence"] = losses.divergence / weight
         norm = global_norm(self.declared, gradient)
         if training.clip_norm is not None:
             factor = jnp.minimum(1.0, training.clip_norm / jnp.maximum(norm, 1e-12))

@@ -10,6 +10,7 @@ from mukv.core.errors import BadInput
 from mukv.scaling.budget import AnyBudget
 from mukv.scaling.optimizers import AdamW, AnyOptimizer
 from mukv.scaling.schedules import AnySchedule, Cosine
+from mukv.train.distillation import Distillation
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class Training:
     """How a model is trained.
 
     start: initial weights: a run directory or a Hugging Face folder; None draws them
+    teacher: a model with the same tokenizer whose predictions are learnt: a run directory, a
+        Hugging Face folder, a GGUF file or a hub id; None for the text alone
+    distillation: how a teacher counts
     steps: number of updates
     seed: of weights and data order, 32 bits
     batch: rows per step over all devices
@@ -37,6 +41,8 @@ class Training:
     """
 
     start: str | None = None
+    teacher: str | None = None
+    distillation: Distillation = field(default_factory=Distillation)
     steps: int = 100
     seed: int = 0
     batch: int = 8
@@ -62,8 +68,9 @@ class Training:
         require_counts(self, "evaluate_every", "checkpoint_every", "validation_batches")
         if not 0 <= self.keep_best <= INT32:
             raise BadInput("keep_best", self.keep_best, f"0 to {INT32:,}")
-        if self.start is not None and "\0" in self.start:
-            raise BadInput("start", self.start, "a path, which has no NUL character")
+        for name in ("start", "teacher"):
+            if "\0" in (getattr(self, name) or ""):
+                raise BadInput(name, getattr(self, name), "a path, which has no NUL character")
         if not 0 <= self.seed < 1 << 32:
             raise BadInput("seed", self.seed, "0 to 4294967295 (32 bits)")
         if self.learning_rate <= 0:

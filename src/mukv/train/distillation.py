@@ -1,0 +1,62 @@
+"""Distillation: a model in training learns from the predictions of another one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mukv.core import params
+from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
+from mukv.core.mesh import weight_shardings
+from mukv.model.base import LanguageModel
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is minimised where there is a teacher: (1 - weight) CE + weight T^2 KL.
+
+    CE is the cross-entropy of the text, KL the divergence of the model from the teacher, KL(teacher
+    || model), both in nats per token; T^2 keeps the size of the gradient (Hinton et al. 2015).
+
+    weight: of the divergence, 0 to 1
+    temperature: divisor T of both models' logits in the divergence
+    """
+
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise BadInput("weight", self.weight, "0 to 1")
+        if self.temperature <= 0:
+            raise BadInput("temperature", self.temperature, "greater than 0")
+
+
+def abstract_weights(model: LanguageModel, compute: Compute, mesh: Mesh) -> Any:
+    """Return shapes and shardings of a teacher's weights: scaled, in the types that the forward
+    pass multiplies with, so that they take no more memory than that needs.
+    """
+    declared = model.params()
+    copied = partial(compute.working_copy, declared)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(copied, params.abstract(declared)),
+        weight_shardings(declared, mesh),
+    )
+
+
+def placed_weights(model: LanguageModel, weights: Any, like: Any, mesh: Mesh) -> Any:
+    """Make a teacher's weights from those that are stored. like: from `abstract_weights`."""
+
+    def made(weights: Any) -> Any:
+        scaled = model.scaled(weights)
+        return jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), scaled, like)
+
+    with jax.set_mesh(mesh):
+        shardings = jax.tree.map(lambda shape: shape.sharding, like)
+        return jax.jit(made, out_shardings=shardings)(weights)
