@@ -2,7 +2,7 @@
 here."""
 
 from mukv.conversion.base import Conversion, ConvertedLayer, SourceLayer
-from mukv.conversion.convert import convert, require_plain
+from mukv.conversion.convert import check, convert
 from mukv.conversion.examples import examples_of, windows
 from mukv.conversion.kv_heads import FewerHeads
 from mukv.conversion.latent import LowRank
@@ -19,9 +19,9 @@ __all__ = [
     "LowRank",
     "SharedVectors",
     "SourceLayer",
+    "check",
     "convert",
     "examples_of",
     "parse",
-    "require_plain",
     "windows",
 ]

@@ -18,6 +18,7 @@ from mukv.conversion.rotary import ANY, NONE, Maps, Pairs, commuting, cosine, pa
 from mukv.core.errors import BadInput
 from mukv.core.params import Param, map_params
 from mukv.core.typing import Float
+from mukv.model.plan import ResolvedLayer
 
 
 @dataclass(frozen=True)
@@ -122,22 +123,29 @@ class Conversion:
     others are its options in parentheses.
     """
 
+    @property
+    def uses_examples(self) -> bool:
+        """Whether the weights depend on examples."""
+        return True
+
     def misfits(self, attention: Grouped) -> Iterator[tuple[str, object, str]]:
         """Say what keeps a layer from being converted: field, value, and what would be possible."""
         yield from ()
 
+    def check(self, layers: Sequence[ResolvedLayer]) -> None:
+        """Raise BadInput for layers that can't be converted, with what is possible."""
+        for layer in layers:
+            assert isinstance(layer.attention, Grouped)
+            for where, given, allowed in self.misfits(layer.attention):
+                raise BadInput(f"layer {layer.index}: attention.{where}", given, allowed)
+
     def layers(self, source: Sequence[SourceLayer]) -> list[ConvertedLayer]:
-        """Convert all layers. Raises BadInput for a number that does not fit them."""
+        """Convert all layers."""
         return [self.layer(each) for each in source]
 
     def layer(self, source: SourceLayer) -> ConvertedLayer:
         """Convert one layer that writes its own entries."""
         raise NotImplementedError
-
-    def check(self, source: SourceLayer) -> None:
-        """Raise BadInput for a layer that can't be converted."""
-        for where, given, allowed in self.misfits(source.attention):
-            raise BadInput(f"model: layer {source.index}: attention.{where}", given, allowed)
 
 
 def alike(one: SourceLayer, other: SourceLayer) -> Float[np.ndarray, "kv_heads kv_heads"]:

@@ -40,7 +40,7 @@ def convert(
 
     Raises BadInput, with what is possible, for a model or a layer that can't be converted.
     """
-    decoder = require_plain(model)
+    decoder = check(model, conversion)
     parts = decoder.unstack(weights)["layers"]
     length = length or min(decoder.context or LENGTH, LENGTH)
     sources: list[SourceLayer] = []
@@ -50,7 +50,6 @@ def convert(
         seen = np.diag(gain) * len(gain) ** 0.5 if examples is None else examples[layer.index]
         mine = layer.index, layer.attention, layer.window, own["read"], own["write"]
         sources.append(SourceLayer(*mine, np.asarray(seen, np.float32), length))
-        conversion.check(sources[-1])
     made = conversion.layers(sources)
     plan = _plan(decoder, made)
     scaling = replace(decoder.scaling, base=None)
@@ -59,12 +58,14 @@ def convert(
     return converted, {**outer, **_stacked(converted, parts, made)}
 
 
-def require_plain(model: LanguageModel) -> Decoder:
-    """Return the model as a decoder that can be converted. Raises BadInput for any other."""
+def check(model: LanguageModel, conversion: Conversion) -> Decoder:
+    """Return the model as a decoder. Raises BadInput, with what is possible, where it can't be
+    converted.
+    """
     if not isinstance(model, Decoder):
         raise BadInput("model.kind", model.kind, "decoder: others can't be converted")
     for layer in model.layers:
-        where = f"model: layer {layer.index}"
+        where = f"layer {layer.index}"
         if type(layer.attention) is not Grouped:
             allowed = "grouped: a conversion begins with grouped-query attention"
             raise BadInput(f"{where}: attention.kind", layer.attention.kind, allowed)
@@ -82,6 +83,7 @@ def require_plain(model: LanguageModel) -> Decoder:
             "merge them into the weights"
         )
         raise BadInput("model.scaling", model.scaling.kind, allowed)
+    conversion.check(_resolved(model))
     return model
 
 

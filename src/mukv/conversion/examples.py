@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.core.compute import Compute, settled
-from mukv.core.errors import BadInput
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Float, Int
 from mukv.model import Decoder
@@ -19,19 +18,21 @@ from mukv.model import Decoder
 def examples_of(
     model: Decoder,
     weights: Any,
-    rows: Int[np.ndarray, "row token"],
+    tokens: Int[np.ndarray, "row token"],
+    position: Int[np.ndarray, "row token"] | None = None,
+    segment: Int[np.ndarray, "row token"] | None = None,
     compute: Compute | None = None,
 ) -> list[Float[np.ndarray, "example embed"]]:
-    """The normed residual stream that each layer's attention reads, float32, of all tokens.
+    """What the attention of each layer reads of each token, after the norm: float32.
 
-    weights: scaled
+    weights: scaled. position, segment: as in the forward pass; tokens of segment 0 are left out.
     """
     compute = settled(compute, model.vocab_size)
 
     @jax.jit
-    def read(weights: Any, ids: Int[Array, "1 token"]) -> list[Array]:
+    def read(weights: Any, *row: Int[Array, "1 token"] | None) -> list[Array]:
         with capture() as taps:
-            model.hidden(weights, ids, compute=compute)
+            model.hidden(weights, *row, compute=compute)
         streams = [taps["embedding"], *(taps[f"layer{i}.mlp"] for i in range(len(model.layers)))]
         parts = model.unstack(weights)["layers"]
         return [
@@ -39,25 +40,24 @@ def examples_of(
             for own, stream in zip(parts, streams, strict=False)
         ]
 
-    found = [jax.device_get(read(weights, row[None])) for row in rows]
+    found: list[list[np.ndarray]] = []
+    for number in range(len(tokens)):
+        row = [
+            None if array is None else array[number][None] for array in (tokens, position, segment)
+        ]
+        kept = slice(None) if segment is None else segment[number] > 0
+        found.append([layer[kept] for layer in jax.device_get(read(weights, *row))])
     return [np.concatenate(layer) for layer in zip(*found, strict=True)]
 
 
-def windows(
-    texts: Sequence[np.ndarray], length: int, tokens: int, where: str = "--text"
-) -> Int[np.ndarray, "row token"]:
-    """Windows of token ids, spread evenly over texts: at most `tokens` ids, at least one window.
-
-    where: name of the texts in errors. Raises BadInput if no text is as long as a window.
-    """
+def windows(texts: Sequence[np.ndarray], length: int, tokens: int) -> Int[np.ndarray, "row token"]:
+    """Windows of at most `length` token ids, spread evenly over texts: about `tokens` ids."""
+    length = min(length, max(map(len, texts)))
     starts = [
         (number, start)
         for number, text in enumerate(texts)
         for start in range(0, len(text) - length + 1, length)
     ]
-    if not starts:
-        longest = max(map(len, texts), default=0)
-        raise BadInput(where, f"{longest} tokens", f"a text of at least {length} tokens")
     count = min(max(tokens // length, 1), len(starts))
     chosen = np.unique(np.linspace(0, len(starts) - 1, count).astype(int))
     rows = [texts[starts[i][0]][starts[i][1] : starts[i][1] + length] for i in chosen]

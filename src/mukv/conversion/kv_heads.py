@@ -31,6 +31,10 @@ class FewerHeads(Conversion):
     kv_heads: int
     by: Literal["neighbours", "similarity"] = "neighbours"
 
+    @property
+    def uses_examples(self) -> bool:
+        return self.by == "similarity"
+
     def misfits(self, attention: Grouped) -> Iterator[tuple[str, object, str]]:
         number = attention.kv_heads
         if number % self.kv_heads:

@@ -120,14 +120,17 @@ class LowRank(Conversion):
 
 
 def mean_rotation(source: SourceLayer) -> Float[np.ndarray, " pair"]:
-    """What becomes of each pair's product with a query on average over the distances to the keys
-    within reach: complex."""
+    """What becomes of each pair's product with a query on average over distances: complex.
+
+    Distances d within reach count by 1 / (d + 1), as attention prefers what is near.
+    """
     position = source.attention.position
     assert isinstance(position, RoPE)
-    frequency = position.frequencies(source.attention.head_dim)
-    angles = np.outer(np.arange(source.reach), frequency)
+    distance = np.arange(source.reach)
+    angles = np.outer(distance, position.frequencies(source.attention.head_dim))
+    share = 1 / (distance + 1)
     factor = position.scaling.rotation_factor if position.scaling else 1.0
-    return np.exp(-1j * angles).mean(axis=0) * factor**2
+    return share @ np.exp(-1j * angles) / share.sum() * factor**2
 
 
 def errors(source: SourceLayer, queries: Float[np.ndarray, "heads example head_dim"]) -> Matrix:

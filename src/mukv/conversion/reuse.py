@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from mukv.conversion.base import Conversion, ConvertedLayer, SourceLayer, alike
 from mukv.conversion.fits import fit
 from mukv.core.errors import BadInput
+from mukv.model.plan import ResolvedLayer
+
+Layered = TypeVar("Layered", SourceLayer, ResolvedLayer)
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,16 @@ class CrossLayer(Conversion):
     number: int
     entries: Literal["first", "mean"] = "first"
 
-    def layers(self, source: Sequence[SourceLayer]) -> list[ConvertedLayer]:
-        kinds: dict[Hashable, list[SourceLayer]] = {}
-        for each in source:
-            kinds.setdefault((each.attention.memory(), each.window), []).append(each)
-        most = max(map(len, kinds.values()))
+    def check(self, layers: Sequence[ResolvedLayer]) -> None:
+        super().check(layers)
+        most = max(map(len, by_kind(layers)))
         if self.number > most:
-            allowed = f"reuse:1 to reuse:{most}, the layers with entries of one kind"
-            raise BadInput("--to", f"reuse:{self.number}", allowed)
+            allowed = f"reuse:1 to reuse:{most}: so many layers have entries of one kind"
+            raise BadInput("reuse", self.number, allowed)
+
+    def layers(self, source: Sequence[SourceLayer]) -> list[ConvertedLayer]:
         made: dict[int, ConvertedLayer] = {}
-        for same in kinds.values():
+        for same in by_kind(source):
             for start in range(0, len(same), self.number):
                 made |= self.group(same[start : start + self.number])
         return [made[each.index] for each in source]
@@ -59,6 +62,14 @@ class CrossLayer(Conversion):
             distance = first.index - other.index
             made[other.index] = ConvertedLayer(other.attention, read, None, distance)
         return made
+
+
+def by_kind(layers: Sequence[Layered]) -> list[list[Layered]]:
+    """Layers that may read each other's entries: those with the same window and kind of entries."""
+    kinds: dict[Hashable, list[Layered]] = {}
+    for layer in layers:
+        kinds.setdefault((layer.attention.memory(), layer.window), []).append(layer)
+    return list(kinds.values())
 
 
 def assigned(first: SourceLayer, other: SourceLayer) -> list[int]:

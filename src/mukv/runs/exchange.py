@@ -51,7 +51,7 @@ def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[
     """
     before = _told(out)
     again = before.get("imported_from") == source
-    _require_free(out, again)
+    require_free(out, again)
     found = require(source)
     specs = found.specs()
     if not allow_nonfinite:
@@ -108,7 +108,7 @@ def _told(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _require_free(out: Path, again: bool) -> None:
+def require_free(out: Path, again: bool) -> None:
     """Raise BadInput for a path in use. again: what is there seems to be of the same command, and
     will be compared with what that makes."""
     if out.exists() and not again and (not out.is_dir() or any(out.iterdir())):
@@ -127,7 +127,7 @@ def export_model(
     Returns what `mukv export --json` prints. Raises BadInput with the part that has no name there.
     """
     there = out / CONFIG
-    _require_free(out, there.is_file() and not out.samefile(source))
+    require_free(out, there.is_file() and not out.samefile(source))
     decoder = model.network
     if not isinstance(decoder, Decoder):
         raise BadInput("model.kind", decoder.kind, "decoder: others have no name in Hugging Face")
@@ -141,7 +141,7 @@ def export_model(
     # All of them: what is left out would have the default of the family.
     special = dict.fromkeys(SPECIAL) | _special(model, source)
     text = json.dumps(config | special, indent=2)
-    _require_free(out, there.is_file() and there.read_bytes() == text.encode())
+    require_free(out, there.is_file() and there.read_bytes() == text.encode())
     with new_folder(out) as folder:
         files = write_shards(folder, specs, shard)
         write_atomic(folder / CONFIG, text)
