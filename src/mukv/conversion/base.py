@@ -20,6 +20,9 @@ from mukv.core.params import Param, map_params
 from mukv.core.typing import Float
 from mukv.model.plan import ResolvedLayer
 
+Misfit = tuple[str, object, str]
+"""A field, its value, and what would be possible."""
+
 
 @dataclass(frozen=True)
 class SourceLayer:
@@ -128,8 +131,14 @@ class Conversion:
         """Whether the weights depend on examples."""
         return True
 
-    def misfits(self, attention: Grouped) -> Iterator[tuple[str, object, str]]:
-        """Say what keeps a layer from being converted: field, value, and what would be possible."""
+    def misfits(self, attention: Grouped) -> Iterator[Misfit]:
+        """Say what keeps a layer from being converted: a field of its attention, its value, and
+        what would be possible."""
+        yield from ()
+
+    def excess(self, attention: Grouped) -> Iterator[tuple[str, str]]:
+        """Say which field of this conversion is too large for a layer, and what would be
+        possible."""
         yield from ()
 
     def check(self, layers: Sequence[ResolvedLayer]) -> None:
@@ -138,12 +147,14 @@ class Conversion:
             assert isinstance(layer.attention, Grouped)
             for where, given, allowed in self.misfits(layer.attention):
                 raise BadInput(f"layer {layer.index}: attention.{where}", given, allowed)
+            for name, allowed in self.excess(layer.attention):
+                raise BadInput(f"--to: {name}", getattr(self, name), allowed)
 
-    def layers(self, source: Sequence[SourceLayer]) -> list[ConvertedLayer]:
+    def converted(self, source: Sequence[SourceLayer]) -> list[ConvertedLayer]:
         """Convert all layers."""
-        return [self.layer(each) for each in source]
+        return [self.converted_layer(each) for each in source]
 
-    def layer(self, source: SourceLayer) -> ConvertedLayer:
+    def converted_layer(self, source: SourceLayer) -> ConvertedLayer:
         """Convert one layer that writes its own entries."""
         raise NotImplementedError
 
@@ -162,9 +173,7 @@ def alike(one: SourceLayer, other: SourceLayer) -> Float[np.ndarray, "kv_heads k
     )
 
 
-def plain_misfits(
-    attention: Grouped, width: int | None = None
-) -> Iterator[tuple[str, object, str]]:
+def plain_misfits(attention: Grouped, width: int | None = None) -> Iterator[Misfit]:
     """Say what keeps keys and values from being linear in what a layer reads.
 
     width: of a query after the conversion; None if it stays

@@ -50,7 +50,7 @@ def convert(
         seen = np.diag(gain) * len(gain) ** 0.5 if examples is None else examples[layer.index]
         mine = layer.index, layer.attention, layer.window, own["read"], own["write"]
         sources.append(SourceLayer(*mine, np.asarray(seen, np.float32), length))
-    made = conversion.layers(sources)
+    made = conversion.converted(sources)
     plan = _plan(decoder, made)
     scaling = replace(decoder.scaling, base=None)
     converted = replace(decoder, attention=made[0].attention, plan=plan, scaling=scaling)

@@ -30,9 +30,11 @@ def examples_of(
     compute = settled(compute, model.vocab_size)
 
     @jax.jit
-    def read(weights: Any, *row: Int[Array, "1 token"] | None) -> list[Array]:
+    def read(
+        weights: Any, ids: Int[Array, "1 token"], *places: Int[Array, "1 token"] | None
+    ) -> list[Array]:
         with capture() as taps:
-            model.hidden(weights, *row, compute=compute)
+            model.hidden(weights, ids, *places, compute=compute)
         streams = [taps["embedding"], *(taps[f"layer{i}.mlp"] for i in range(len(model.layers)))]
         parts = model.unstack(weights)["layers"]
         return [

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from mukv.attention import Grouped
-from mukv.conversion.base import Conversion, ConvertedLayer, SourceLayer, alike
+from mukv.conversion.base import Conversion, ConvertedLayer, Misfit, SourceLayer, alike
 from mukv.conversion.rotary import NONE, Maps, Matrix
 from mukv.core.typing import Float
 
@@ -35,16 +35,18 @@ class FewerHeads(Conversion):
     def uses_examples(self) -> bool:
         return self.by == "similarity"
 
-    def misfits(self, attention: Grouped) -> Iterator[tuple[str, object, str]]:
+    def excess(self, attention: Grouped) -> Iterator[tuple[str, str]]:
         number = attention.kv_heads
         if number % self.kv_heads:
             parts = [f"gqa:{n}" for n in range(1, number + 1) if number % n == 0]
-            yield "kv_heads", number, f"possible: {', '.join(parts)}"
+            yield "kv_heads", f"possible with {number} KV heads: {', '.join(parts)}"
+
+    def misfits(self, attention: Grouped) -> Iterator[Misfit]:
         if self.by == "similarity" and attention.position.biases:
             allowed = "rope or nope, or gqa without by=similarity: heads keep their order"
             yield "position", attention.position.kind, allowed
 
-    def layer(self, source: SourceLayer) -> ConvertedLayer:
+    def converted_layer(self, source: SourceLayer) -> ConvertedLayer:
         groups = self.groups(source)
         similar = self.by == "similarity"
         write, read = {**source.write}, []

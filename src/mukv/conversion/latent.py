@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mukv.attention import Grouped, Latent
-from mukv.conversion.base import Conversion, ConvertedLayer, SourceLayer, plain_misfits
+from mukv.conversion.base import Conversion, ConvertedLayer, Misfit, SourceLayer, plain_misfits
 from mukv.conversion.fits import FLOOR, Matrix, components
 from mukv.conversion.rotary import pairs_of
 from mukv.core.typing import Float
@@ -35,16 +35,18 @@ class LowRank(Conversion):
     rank: int
     rope: int = 1
 
-    def misfits(self, attention: Grouped) -> Iterator[tuple[str, object, str]]:
+    def misfits(self, attention: Grouped) -> Iterator[Misfit]:
         position = attention.position
         if not isinstance(position, RoPE) or not int(position.partial * attention.head_dim):
             yield "position", position.kind, "rope: gqa, mqa, shared_kv and reuse are possible"
         yield from plain_misfits(attention)
-        if self.rope > attention.kv_heads:
-            yield "kv_heads", attention.kv_heads, f"mla(rope=1) to mla(rope={attention.kv_heads})"
-        most = self.largest(attention)
+
+    def excess(self, attention: Grouped) -> Iterator[tuple[str, str]]:
+        number, most = attention.kv_heads, self.largest(attention)
+        if self.rope > number:
+            yield "rope", f"possible with {number} KV heads: 1 to {number}"
         if self.rank > most:
-            yield "kv_heads", attention.kv_heads, f"mla:1 to mla:{most} with rope={self.rope}"
+            yield "rank", f"possible with rope={self.rope}: mla:1 to mla:{most}, which is all"
 
     def largest(self, attention: Grouped) -> int:
         """The rank at which the latent holds all that is not in the rotated keys."""
@@ -52,7 +54,7 @@ class LowRank(Conversion):
         both = 2 * attention.kv_heads * attention.head_dim
         return both - self.rope * turning
 
-    def layer(self, source: SourceLayer) -> ConvertedLayer:
+    def converted_layer(self, source: SourceLayer) -> ConvertedLayer:
         attention = source.attention
         width, number = attention.head_dim, attention.kv_heads
         queries = source.of_examples("query")

@@ -25,27 +25,27 @@ Layered = TypeVar("Layered", SourceLayer, ResolvedLayer)
 class CrossLayer(Conversion):
     """Groups of layers that read the entries of their first one.
 
-    number: layers of a group, counted among those with the same window and the same kind of
-        entries; at 1 nothing changes
-    entries: what the first layer writes: what it wrote before, or the mean over the group as far
-        as that follows from what the first layer reads
+    layers: of a group, counted among those with the same window and the same kind of entries; at 1
+        nothing changes
+    entries: what the first layer writes: the mean over the group, as far as that follows from what
+        the first layer reads, or what the first layer wrote before
     """
 
-    number: int
-    entries: Literal["first", "mean"] = "first"
+    layers: int
+    entries: Literal["mean", "first"] = "mean"
 
     def check(self, layers: Sequence[ResolvedLayer]) -> None:
         super().check(layers)
         most = max(map(len, by_kind(layers)))
-        if self.number > most:
-            allowed = f"reuse:1 to reuse:{most}: so many layers have entries of one kind"
-            raise BadInput("reuse", self.number, allowed)
+        if self.layers > most:
+            allowed = f"possible with {most} layers of one kind: reuse:1 to reuse:{most}"
+            raise BadInput("--to: layers", self.layers, allowed)
 
-    def layers(self, source: Sequence[SourceLayer]) -> list[ConvertedLayer]:
+    def converted(self, source: Sequence[SourceLayer]) -> list[ConvertedLayer]:
         made: dict[int, ConvertedLayer] = {}
         for same in by_kind(source):
-            for start in range(0, len(same), self.number):
-                made |= self.group(same[start : start + self.number])
+            for start in range(0, len(same), self.layers):
+                made |= self.group(same[start : start + self.layers])
         return [made[each.index] for each in source]
 
     def group(self, layers: Sequence[SourceLayer]) -> dict[int, ConvertedLayer]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mukv.attention import Grouped, SharedKV
-from mukv.conversion.base import Conversion, ConvertedLayer, SourceLayer, plain_misfits
+from mukv.conversion.base import Conversion, ConvertedLayer, Misfit, SourceLayer, plain_misfits
 from mukv.conversion.fits import components, fit
 from mukv.position import AnyPosition, RoPE
 
@@ -29,15 +29,17 @@ class SharedVectors(Conversion):
 
     width: int | None = None
 
-    def misfits(self, attention: Grouped) -> Iterator[tuple[str, object, str]]:
+    def misfits(self, attention: Grouped) -> Iterator[Misfit]:
         yield from plain_misfits(attention, self.width)
         if attention.gate == "channel":
             yield "gate", attention.gate, "head or null: the channels of a value are not kept"
+
+    def excess(self, attention: Grouped) -> Iterator[tuple[str, str]]:
         least = attention.head_dim
         if self.width is not None and not least <= self.width <= 2 * least:
-            yield "head_dim", least, f"shared_kv:{least} to shared_kv:{2 * least}"
+            yield "width", f"possible with heads of {least}: shared_kv:{least} to {2 * least}"
 
-    def layer(self, source: SourceLayer) -> ConvertedLayer:
+    def converted_layer(self, source: SourceLayer) -> ConvertedLayer:
         attention = source.attention
         narrow = attention.head_dim
         width = self.width or narrow

@@ -49,10 +49,11 @@ def convert_model(
     conversion, found = parse(to), locate(source)
     require_free(out, again=False)
     decoder = check(found.run.model, conversion)
+    given = read_texts(texts, "--text")
     model = load(found)
     examples = None
     if conversion.uses_examples:
-        examples = _examples(model, decoder, texts, tokens)
+        examples = _examples(model, decoder, given, tokens)
     length = model.run.train.length
     made, weights = convert(decoder, model.weights, conversion, examples, length)
     training = replace(model.run.train, start=None, teacher=None)
@@ -91,14 +92,14 @@ def convert_model(
 
 
 def _examples(
-    model: Model, decoder: Decoder, texts: Sequence[Path], tokens: int
+    model: Model, decoder: Decoder, texts: Sequence[str], tokens: int
 ) -> list[np.ndarray]:
     """What the layers read on the texts, or on what the model was trained on. Raises BadInput where
     there is neither."""
     training = model.run.train
     length = min(training.length, WINDOW)
     if texts:
-        ids = [np.asarray(model.encode(text)) for text in read_texts(texts, "--text")]
+        ids = [np.asarray(model.encode(text)) for text in texts]
         rows = windows(ids, length, tokens)
         return examples_of(decoder, model.scaled, rows, compute=training.compute)
     try:
@@ -114,7 +115,7 @@ def _examples(
 
 
 def _without_text(why: str) -> BadInput:
-    allowed = f"a text that the model is fitted to: without one it is useless ({why})"
+    allowed = f"a UTF-8 text file, to which the conversion is fitted ({why})"
     return BadInput("--text", None, allowed)
 
 

@@ -1,0 +1,226 @@
+"""Convert a pretrained model to smaller caches, and train each again with the original as teacher.
+
+    python reproductions/uptraining/run.py --model DIR [--steps 120] [--draw]
+
+The text is the docstrings of the Python standard library and its help topics; perplexity is that of
+held-out documents. The original model is trained on the same text in the same way, so that what the
+text teaches is not taken for what the conversion lost. Goes on where it was interrupted. Writes
+results.json and figure.png beside this file; --draw makes the figure from the existing file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import mukv
+from mukv.cli import launch
+from mukv.data.build import build_tokens
+from mukv.data.tokens import TokenFile, open_tokens
+from mukv.runs.convert import convert_model
+from mukv.runs.describe import describe
+from mukv.runs.exchange import import_model
+from mukv.runs.folder import RunDirectory
+from mukv.runs.resolve import resolve
+from mukv.runs.train import train_run
+from mukv.show.figures import saved_figure
+from mukv.storage.files import write_atomic
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "concept-model"))
+from prose import documents  # noqa: E402
+
+LENGTH, BATCH, CALIBRATION = 256, 4, 4096
+JUDGED = 16384
+"""Held-out tokens."""
+TAUGHT = 0.5
+"""Share of the divergence from the teacher in what is minimised."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """to: the conversion; None for the original. taught: whether there is a teacher."""
+
+    name: str
+    to: str | None
+    taught: bool = True
+
+
+VARIANTS = (
+    Variant("original", None),
+    Variant("MQA, mean of heads", "mqa"),
+    Variant("MQA, aligned heads", "mqa(by=similarity)"),
+    Variant("MLA, 64 + 64", "mla:64"),
+    Variant("MLA, 64 + 64, no teacher", "mla:64", taught=False),
+    Variant("shared KV", "shared_kv"),
+    Variant("MLA, 128 + 64", "mla:128"),
+    Variant("pairs of layers", "reuse:2"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder, such as SmolLM2 135M's")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--folder", type=Path, default=Path("runs/uptraining"))
+    parser.add_argument("--draw", action="store_true", help="only draw the figure")
+    given = parser.parse_args()
+    if not given.draw:
+        if given.model is None:
+            parser.error("--model DIR is needed")
+        launch.prepare()
+        measure(given.model, given.folder, given.steps, given.rate)
+    results = json.loads((HERE / "results.json").read_text())
+    draw(results["variants"], HERE / "figure.png")
+    show(results["variants"])
+
+
+def measure(model: Path, folder: Path, steps: int, rate: float) -> None:
+    """Measure the variants that results.json lacks; write it after each."""
+    settings = {
+        "steps": steps,
+        "batch": BATCH,
+        "length": LENGTH,
+        "learning_rate": rate,
+        "distillation": TAUGHT,
+        "calibration_tokens": CALIBRATION,
+    }
+    path = HERE / "results.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    results = known if known.get("settings") == settings else {"settings": settings, "variants": {}}
+    tokens = corpus(folder, model)
+    rows = held_out(tokens)
+    original = folder / "original"
+    if not original.exists():
+        import_model(str(model), original)
+    for variant in VARIANTS:
+        if variant.name in results["variants"]:
+            continue
+        start = original
+        if variant.to is not None:
+            start = folder / "converted" / variant.to
+            if not start.exists():
+                text = [folder / "calibration.txt"]
+                convert_model(str(original), variant.to, start, text, CALIBRATION)
+        before = loss_of(start, rows)
+        Console(stderr=True).print(f"{variant.name}: {np.exp(before):.2f} before training")
+        trained = folder / variant.name.replace(", ", "-").replace(" ", "-")
+        after = train(start, trained, tokens, original if variant.taught else None, steps, rate)
+        facts = describe(RunDirectory(start).load_config())
+        results["variants"][variant.name] = {
+            "to": variant.to,
+            "taught": variant.taught,
+            "parameters": facts["parameters"],
+            "bytes_per_token": facts["cache_bytes_per_token"],
+            "loss_before": before,
+            "loss_after": loss_of(trained, rows),
+            "divergence": after,
+        }
+        results["held_out_tokens"] = sum(len(row) - 1 for row in rows)
+        results["fingerprint"] = tokens.fingerprint
+        write_atomic(path, json.dumps(results, indent=1) + "\n")
+
+
+def corpus(folder: Path, model: Path) -> TokenFile:
+    """Return the token file to train on; write the text of its training part for calibration."""
+    out, text = folder / "tokens", folder / "calibration.txt"
+    if not out.exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / "prose.jsonl"
+            lines = (json.dumps({"text": document}) + "\n" for document in documents())
+            path.write_text("".join(lines))
+            build_tokens([str(path)], out, str(model / "tokenizer.json"))
+    tokens = open_tokens(out)
+    if not text.exists():
+        split = tokens.split("train")
+        write_atomic(text, tokens.tokenizer.decode_further(split.tokens.tolist()))
+    return tokens
+
+
+def held_out(tokens: TokenFile) -> list[np.ndarray]:
+    """Return the held-out documents, up to JUDGED tokens."""
+    split = tokens.split("validation")
+    found, total = [], 0
+    for begin, end in zip(split.starts, [*split.starts[1:], len(split.tokens)], strict=True):
+        document = np.asarray(split.tokens[begin:end][: JUDGED - total])
+        if len(document) > 1:
+            found.append(document)
+            total += len(document)
+        if total >= JUDGED - 1:
+            break
+    return found
+
+
+def loss_of(folder: Path, rows: list[np.ndarray]) -> float:
+    """Return nats per token on held-out text, in float32."""
+    return mukv.load(folder).evaluate(rows, LENGTH).loss
+
+
+def train(
+    start: Path, out: Path, tokens: TokenFile, teacher: Path | None, steps: int, rate: float
+) -> float | None:
+    """Train from a run directory into another; return the last divergence from the teacher."""
+    changes = [
+        f"data.path={tokens.path}",
+        f"train.start={start}",
+        f"train.teacher={'null' if teacher is None else teacher}",
+        f"train.distillation.weight={TAUGHT}",
+        f"train.steps={steps}",
+        f"train.batch={BATCH}",
+        f"train.length={LENGTH}",
+        f"train.learning_rate={rate}",
+        f"train.schedule={{kind: cosine, warmup: {steps // 10}}}",
+        "train.optimizer.weight_decay=0",
+        "train.compute.operands=bfloat16",
+        "train.evaluate_every=null",
+        "train.checkpoint_every=30",
+        "train.keep_last=1",
+        "train.keep_best=0",
+        "train.log_every=5",
+    ]
+    run, folder = resolve(str(start), changes, out)
+    train_run(run, folder, title=out.name).require_finished(out)
+    last = json.loads(folder.metrics.read_text().splitlines()[-1])
+    return last.get("divergence")
+
+
+def draw(variants: dict[str, Any], path: Path) -> None:
+    """Draw perplexity against bytes per token, after conversion and after training."""
+    with saved_figure(path, (6.4, 4.4)) as figure:
+        axes = figure.subplots()
+        for number, (name, row) in enumerate(variants.items()):
+            size = row["bytes_per_token"] / 1024
+            before, after = (np.exp(row[key]) for key in ("loss_before", "loss_after"))
+            axes.plot([size, size], [before, after], color=f"C{number}", lw=1, alpha=0.6)
+            axes.plot([size], [before], "o", color=f"C{number}", mfc="none")
+            axes.plot([size], [after], "o", color=f"C{number}", label=name)
+        axes.set(
+            xlabel="cache, KiB per token (float32)",
+            ylabel="perplexity of held-out text",
+            yscale="log",
+            title="open: converted; filled: trained again",
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+
+
+def show(variants: dict[str, Any]) -> None:
+    table = Table("", "bytes per token", "converted", "trained again")
+    for name, row in variants.items():
+        numbers = (f"{np.exp(row[key]):,.1f}" for key in ("loss_before", "loss_after"))
+        table.add_row(name, f"{row['bytes_per_token']:,}", *numbers)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
