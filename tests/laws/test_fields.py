@@ -129,6 +129,11 @@ CHANGES = {
     "Latent.rank": (LATENT, "model.attention.rank=6"),
     "Latent.head_dim": (LATENT, "model.attention.head_dim=3"),
     "Latent.rope_dim": (LATENT, "model.attention.rope_dim=4"),
+    "Latent.rope_parts": (
+        LATENT.replace("rope_dim: 2", "rope_dim: 4"),
+        "model.attention.rope_parts=2",
+    ),
+    "Latent.norm": (LATENT, "model.attention.norm=null"),
     "Latent.head_value_dim": (LATENT, "model.attention.head_value_dim=3"),
     "Latent.query_rank": (LATENT, "model.attention.query_rank=3"),
     "GroupedTied.kv_heads": (TIED, "model.attention.kv_heads=2"),
@@ -294,6 +299,9 @@ REFUSED = {
 
 ELSEWHERE = {
     "Training.start": "weights of another model: tests/hub/test_convert.py",
+    "Training.teacher": "another model: tests/runs/test_convert.py",
+    "Distillation.weight": "of a teacher: tests/train/test_distillation.py",
+    "Distillation.temperature": "of a teacher: tests/train/test_distillation.py",
     "Training.profile": "writes a profile beside the run",
     "Training.trackers": "packages that are not installed here; unknown names: test_bad_input.py",
 }
