@@ -44,6 +44,15 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Streaming as Streaming
     from mukv.cache.policy import TopK as TopK
     from mukv.cache.policy import TopP as TopP
+    from mukv.conversion import Conversion as Conversion
+    from mukv.conversion import ConvertedLayer as ConvertedLayer
+    from mukv.conversion import CrossLayer as CrossLayer
+    from mukv.conversion import FewerHeads as FewerHeads
+    from mukv.conversion import LowRank as LowRank
+    from mukv.conversion import SharedVectors as SharedVectors
+    from mukv.conversion import SourceLayer as SourceLayer
+    from mukv.conversion import convert as convert
+    from mukv.conversion import examples_of as examples_of
     from mukv.core.compute import Compute as Compute
     from mukv.core.errors import BadInput as BadInput
     from mukv.core.errors import Failed as Failed
@@ -134,6 +143,7 @@ if TYPE_CHECKING:
     from mukv.tasks import SelectiveCopy as SelectiveCopy
     from mukv.tasks import Task as Task
     from mukv.tasks import VariableTracking as VariableTracking
+    from mukv.train.distillation import Distillation as Distillation
     from mukv.train.training import Training as Training
 
 __version__ = VERSION
@@ -142,6 +152,10 @@ _MODULES = {
     "mukv.cache.policy": (
         "All Clusters Everything Exact Expected H2O Int4 Int8 Keep KeyDiff KeyNorm Pages "
         "Policy Random Select SnapKV SparQ Store Streaming TOVA TopK TopP"
+    ),
+    "mukv.conversion": (
+        "Conversion ConvertedLayer CrossLayer FewerHeads LowRank SharedVectors SourceLayer "
+        "convert examples_of"
     ),
     "mukv.core.compute": "Compute",
     "mukv.core.errors": "BadInput Failed",
@@ -174,6 +188,7 @@ _MODULES = {
         "CommonWords Counting FlipFlop FrequentWords FuzzyRecall IndirectIndexing Mqar "
         "Needle NoLiteral NoisyRecall Program SelectiveCopy Task VariableTracking"
     ),
+    "mukv.train.distillation": "Distillation",
     "mukv.train.training": "Training",
 }
 """The public names, by the module that has them. Type checkers read the imports above; a test

@@ -3,6 +3,7 @@ not there; causal, and the same token by token, as all models are."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from itertools import pairwise
 
@@ -25,6 +26,7 @@ from mukv.scaling.parameterization import Constants, Scaling
 from tests.laws import matrix
 from tests.laws.matrix import D_MODEL, EXACT, VOCAB
 from tests.laws.test_equivalences import assert_equal, trained
+from tests.pairs import params
 
 H, G, D = 8, 4, 8
 POSITIONS = {
@@ -52,8 +54,14 @@ def converted(model, weights, to, calibrated=True):
     return convert(model, weights, parse(to), examples)
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize(
+    ("position", "calibrated"),
+    params(
+        list(itertools.product(POSITIONS, [True, False])),
+        [("rope", False), ("partial, interleaved", True), ("yarn", True)],
+        unpack=True,
+    ),
+)
 def test_with_all_heads_and_ranks_nothing_changes(position, calibrated):
     model = source(POSITIONS[position])
     weights = matrix.weights(model)
@@ -125,9 +133,13 @@ def turned(model: Decoder, few: int, seed: int = 0):
     return weights
 
 
-@pytest.mark.parametrize("position", [*POSITIONS.values(), NoPE()])
-@pytest.mark.parametrize("few", [1, 2])
-@pytest.mark.parametrize("calibrated", [True, False])
+TURNED = list(itertools.product([*POSITIONS.values(), NoPE()], [1, 2], [True, False]))
+
+
+@pytest.mark.parametrize(
+    ("position", "few", "calibrated"),
+    params(TURNED, [TURNED[3], TURNED[6], TURNED[17]], unpack=True),
+)
 def test_heads_that_are_turned_copies_become_one_without_loss(position, few, calibrated):
     model = source(position)
     weights = turned(model, few)

@@ -23,7 +23,7 @@ from tests.laws import matrix
 from tests.laws.matrix import EXACT, LENGTH, VOCAB
 from tests.laws.test_resume import assert_same_bits
 from tests.training import EXACT as STEP
-from tests.training import batch, steps
+from tests.training import steps
 
 STUDENT = matrix.build("mqa", "rope", "plain")
 TEACHER = matrix.build("gqa", "rope", "plain")

@@ -11,6 +11,7 @@ import numpy as np
 
 from mukv.attention import Grouped
 from mukv.conversion.base import Conversion, ConvertedLayer, SourceLayer, wide
+from mukv.conversion.named import parse
 from mukv.core.errors import BadInput
 from mukv.core.typing import Float
 from mukv.model import Decoder, LanguageModel, Layer, Stage
@@ -25,13 +26,14 @@ Rows = Sequence[Float[np.ndarray, "example embed"]]
 def convert(
     model: LanguageModel,
     weights: Mapping[str, Any],
-    conversion: Conversion,
+    conversion: Conversion | str,
     examples: Rows | None = None,
     length: int | None = None,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Return the converted model and its weights; those of attention become float32.
 
     weights: as training and import store them
+    conversion: also by its name, such as "gqa:1"
     examples: rows of what the attention of each layer reads, after the norm, as `examples_of`
         makes them; None for unit vectors of the residual stream, all directions of which then
         count the same
@@ -40,6 +42,8 @@ def convert(
 
     Raises BadInput, with what is possible, for a model or a layer that can't be converted.
     """
+    if isinstance(conversion, str):
+        conversion = parse(conversion, "conversion")
     decoder = check(model, conversion)
     parts = decoder.unstack(weights)["layers"]
     length = length or min(decoder.context or LENGTH, LENGTH)
