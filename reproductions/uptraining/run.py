@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import mukv
 from mukv.cli import launch
+from mukv.core.compute import settled
 from mukv.data.build import build_tokens
 from mukv.data.tokens import TokenFile, open_tokens
+from mukv.model.loss import token_losses
 from mukv.runs.convert import convert_model
 from mukv.runs.describe import describe
 from mukv.runs.exchange import import_model
@@ -81,8 +84,8 @@ def main() -> None:
         launch.prepare()
         measure(given.model, given.folder, given.steps, given.rate)
     results = json.loads((HERE / "results.json").read_text())
-    draw(results["variants"], HERE / "figure.png")
-    show(results["variants"])
+    draw(results, HERE / "figure.png")
+    show(results)
 
 
 def measure(model: Path, folder: Path, steps: int, rate: float) -> None:
@@ -100,6 +103,7 @@ def measure(model: Path, folder: Path, steps: int, rate: float) -> None:
     results = known if known.get("settings") == settings else {"settings": settings, "variants": {}}
     tokens = corpus(folder, model)
     rows = held_out(tokens)
+    count = sum(len(row) - 1 for row in rows)
     original = folder / "original"
     if not original.exists():
         import_model(str(model), original)
@@ -112,8 +116,9 @@ def measure(model: Path, folder: Path, steps: int, rate: float) -> None:
             if not start.exists():
                 text = [folder / "calibration.txt"]
                 convert_model(str(original), variant.to, start, text, CALIBRATION)
-        before = loss_of(start, rows)
-        Console(stderr=True).print(f"{variant.name}: {np.exp(before):.2f} before training")
+        before = nats_of(start, rows)
+        perplexity = np.exp(sum(before) / count)
+        Console(stderr=True).print(f"{variant.name}: {perplexity:.2f} before training")
         trained = folder / variant.name.replace(", ", "-").replace(" ", "-")
         after = train(start, trained, tokens, original if variant.taught else None, steps, rate)
         facts = describe(RunDirectory(start).load_config())
@@ -122,11 +127,11 @@ def measure(model: Path, folder: Path, steps: int, rate: float) -> None:
             "taught": variant.taught,
             "parameters": facts["parameters"],
             "bytes_per_token": facts["cache_bytes_per_token"],
-            "loss_before": before,
-            "loss_after": loss_of(trained, rows),
-            "divergence": after,
+            "nats_before": before,
+            "nats_after": nats_of(trained, rows),
+            "last": after,
         }
-        results["held_out_tokens"] = sum(len(row) - 1 for row in rows)
+        results["held_out_tokens"] = [len(row) - 1 for row in rows]
         results["fingerprint"] = tokens.fingerprint
         write_atomic(path, json.dumps(results, indent=1) + "\n")
 
@@ -161,15 +166,36 @@ def held_out(tokens: TokenFile) -> list[np.ndarray]:
     return found
 
 
-def loss_of(folder: Path, rows: list[np.ndarray]) -> float:
-    """Return nats per token on held-out text, in float32."""
-    return mukv.load(folder).evaluate(rows, LENGTH).loss
+def nats_of(folder: Path, rows: list[np.ndarray]) -> list[float]:
+    """Return the loss of each document in nats, summed over its tokens; in float32, in windows of
+    LENGTH tokens.
+    """
+    model = mukv.load(folder)
+    network, weights = model.network, model.scaled
+    compute = settled(None, network.vocab_size)
+
+    @jax.jit
+    def losses(weights: Any, tokens: jax.Array) -> jax.Array:
+        hidden = network.hidden(weights, tokens[:, :-1], compute=compute)
+        return token_losses(network, weights, hidden, tokens[:, 1:], compute)
+
+    found = []
+    for row in rows:
+        total = 0.0
+        for start in range(0, len(row) - 1, LENGTH):
+            window = row[start : start + LENGTH + 1]
+            padded = np.zeros((1, LENGTH + 1), np.int32)
+            padded[0, : len(window)] = window
+            made = np.asarray(losses(weights, padded), np.float64)
+            total += float(made[0, : len(window) - 1].sum())
+        found.append(total)
+    return found
 
 
 def train(
     start: Path, out: Path, tokens: TokenFile, teacher: Path | None, steps: int, rate: float
-) -> float | None:
-    """Train from a run directory into another; return the last divergence from the teacher."""
+) -> dict[str, float]:
+    """Train from a run directory into another; return the metrics of the last step."""
     changes = [
         f"data.path={tokens.path}",
         f"train.start={start}",
@@ -190,17 +216,24 @@ def train(
     ]
     run, folder = resolve(str(start), changes, out)
     train_run(run, folder, title=out.name).require_finished(out)
-    last = json.loads(folder.metrics.read_text().splitlines()[-1])
-    return last.get("divergence")
+    logged = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    last = next(line for line in reversed(logged) if "loss" in line)
+    return {name: last[name] for name in ("loss", "divergence", "tokens") if name in last}
 
 
-def draw(variants: dict[str, Any], path: Path) -> None:
+def perplexity(results: dict[str, Any], name: str, when: str) -> float:
+    """Return the perplexity of held-out text. when: "before" or "after" training."""
+    nats = sum(results["variants"][name][f"nats_{when}"])
+    return float(np.exp(nats / sum(results["held_out_tokens"])))
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
     """Draw perplexity against bytes per token, after conversion and after training."""
     with saved_figure(path, (6.4, 4.4)) as figure:
         axes = figure.subplots()
-        for number, (name, row) in enumerate(variants.items()):
+        for number, (name, row) in enumerate(results["variants"].items()):
             size = row["bytes_per_token"] / 1024
-            before, after = (np.exp(row[key]) for key in ("loss_before", "loss_after"))
+            before, after = (perplexity(results, name, when) for when in ("before", "after"))
             axes.plot([size, size], [before, after], color=f"C{number}", lw=1, alpha=0.6)
             axes.plot([size], [before], "o", color=f"C{number}", mfc="none")
             axes.plot([size], [after], "o", color=f"C{number}", label=name)
@@ -214,10 +247,10 @@ def draw(variants: dict[str, Any], path: Path) -> None:
         axes.legend(fontsize=8)
 
 
-def show(variants: dict[str, Any]) -> None:
+def show(results: dict[str, Any]) -> None:
     table = Table("", "bytes per token", "converted", "trained again")
-    for name, row in variants.items():
-        numbers = (f"{np.exp(row[key]):,.1f}" for key in ("loss_before", "loss_after"))
+    for name, row in results["variants"].items():
+        numbers = (f"{perplexity(results, name, when):,.1f}" for when in ("before", "after"))
         table.add_row(name, f"{row['bytes_per_token']:,}", *numbers)
     Console().print(table)
 
