@@ -1,7 +1,6 @@
 """Compute the figures of this page."""
 
 import numpy as np
-
 from claims import read, table
 
 RESULTS = read(__file__)
