@@ -371,11 +371,16 @@ def test_calibrated_centres(one):
             assert label[held[head, :rows]].tolist() == sorted(label)
 
 
-def test_sparse_values(one):
-    """Of all weights the largest, summed over a group, and no others; top-p until the mass."""
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_sparse_values(one, renormalise):
+    """Of all weights the largest, summed over a group, and no others; top-p until the mass. The
+    weight of the others is shared out in each head, or lost."""
     capped = []
     for name, limit in (("topk", None), ("topp", 0.95)):
         body, _ = one.body(name, 5.0)
+        assert body.select.renormalise
+        select = dataclasses.replace(body.select, renormalise=renormalise)
+        body = dataclasses.replace(body, select=select)
         _, recalled, held = retrieve(one, body)
         weights = np.random.default_rng(1).random((2, 2, 2, 1, held.shape[-1]))
         weights **= np.array([6, 60]).reshape(2, 1, 1, 1, 1)
@@ -393,7 +398,10 @@ def test_sparse_values(one):
                 best = best[before < limit * total.sum()]
             kept = np.isin(np.arange(len(total)), best)
             value = one.value[row, head, np.maximum(held[row, head], 0)]
-            expected = np.einsum("gqk,kd->gqd", weights[row, head] * kept, value)
+            read = weights[row, head] * kept
+            if renormalise:
+                read *= weights[row, head].sum(-1, keepdims=True) / read.sum(-1, keepdims=True)
+            expected = np.einsum("gqk,kd->gqd", read, value)
             np.testing.assert_allclose(found[row, head], expected, atol=1e-5)
     assert {True, False} == set(capped)
 

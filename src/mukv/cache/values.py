@@ -1,6 +1,6 @@
 """Sparse V: read all keys, but only the values with the largest attention weights.
 
-The weight of the other values is dropped, not redistributed.
+The weight of the values that are not read goes to those that are, in proportion to their own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ CAPPED = "capped"
 
 @dataclass(frozen=True)
 class TopK(Select):
-    """Read the values of the `budget` largest weights."""
+    """Read the values of the `budget` largest weights.
+
+    renormalise: multiply the weights that are read, of each query head, so that their sum is that
+        of all weights of the body; without it the weight of the others is lost. (SmolLM2-135M at a
+        quarter of the values: perplexity 25.88 with it, 26.23 without, 25.73 of the full cache)
+    """
+
+    renormalise: bool = True
 
     skips_keys: ClassVar[bool] = False
 
@@ -41,7 +48,7 @@ class TopK(Select):
         whole, entries = shelf.whole(recall)
         number = max(self.budget.of(shelf.slots), 1)
         stores = shelf.position.shape[1]
-        return Heaviest(whole, values, stores, number, self._mass()), entries
+        return Heaviest(whole, values, stores, number, self._mass(), self.renormalise), entries
 
     def _mass(self) -> float:
         return 1.0
@@ -52,6 +59,7 @@ class TopP(TopK):
     """Read the fewest values whose weights sum to `mass` of the body's total weight, at most
     `budget`.
 
+    renormalise: as in TopK
     mass: share of the attention weights, 0 to 1
     """
 
@@ -69,6 +77,7 @@ class Heaviest(Recalled):
     stores: number of stores
     number: number of values that are read at most
     mass: fraction of the total weight, in falling order, at which reading stops
+    renormalise: whether the weights that are read get the weight of the others
     """
 
     whole: Recalled
@@ -76,6 +85,7 @@ class Heaviest(Recalled):
     stores: int
     number: int
     mass: float
+    renormalise: bool = True
 
     def products(self, query: Query) -> Logits:
         return self.whole.products(query)
@@ -92,7 +102,12 @@ class Heaviest(Recalled):
         of_head = jnp.repeat(index, heads // self.stores, axis=1)[:, :, None, None]
         taken = jnp.take_along_axis(weights, of_head, axis=4)
         read = jnp.repeat(given > 0, heads // self.stores, axis=1)[:, :, None, None]
-        return self.values(index).mixture(jnp.where(read, taken, 0.0))
+        taken = jnp.where(read, taken, 0.0)
+        if self.renormalise:
+            total = jnp.sum(weights, axis=4, keepdims=True)
+            own = jnp.sum(taken, axis=4, keepdims=True)
+            taken = taken * jnp.where(own > 0, total / jnp.where(own > 0, own, 1.0), 0.0)
+        return self.values(index).mixture(taken)
 
     def dense(self, heads: int) -> tuple[Whole, Whole]:
         return self.whole.dense(heads)
