@@ -75,7 +75,7 @@ def known(options: Sequence[str]) -> list[str]:
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
-    """What `mukv ARGS` does, in this process, since starting another costs seconds."""
+    """Run `mukv ARGS` in this process, since starting another costs seconds."""
     from mukv import cli
     from mukv.cli import launch
 

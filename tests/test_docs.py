@@ -1,4 +1,4 @@
-"""Documents tell of what there is: their links lead somewhere and their commands can be typed.
+"""Documents are up to date: their links, files and command lines are valid.
 
 Nothing is executed: a command line is given to the parser of the real command.
 """
@@ -159,7 +159,7 @@ def missing_files(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 @pytest.mark.parametrize("look", [dead_links, wrong_commands, missing_files])
-def test_pages_tell_of_what_there_is(page, look):
+def test_links_commands_and_files_of_a_page_exist(page, look):
     assert look(page) == []
 
 

@@ -27,7 +27,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 @pytest.fixture(autouse=True)
 def _tables_as_before():
-    """Forget what a test registers."""
+    """Restore the tables after a test that registers parts."""
     tables = [*parts.TABLES, *(parts.FAMILIES, parts.TRACKERS, parts.SOURCES, parts.FORMATS)]
     tables += [parts.TASKS, EXPONENTS]
     before = [dict(table) for table in tables]

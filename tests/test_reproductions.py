@@ -1,4 +1,4 @@
-"""The pages of the findings say what their results files hold."""
+"""Figures on the pages of reproductions equal those computed from their results files."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_interval_of_steps_is_that_of_curves_drawn_anew(claims):
 
 
 def test_an_interval_of_texts_is_wider_than_that_of_answers(claims):
-    """Where the answers about a text stand or fall together."""
+    """Intervals that resample texts are wider if the answers about one text are correlated."""
     intervals = load("intervals")
     low, high = intervals.resampled([6] * 48 + [0] * 16, 6)
     share = 0.75

@@ -1,4 +1,4 @@
-"""Benchmarks and reproductions keep up with the package: what they import from it is there."""
+"""Names that benchmarks and reproductions import from the package exist."""
 
 from __future__ import annotations
 

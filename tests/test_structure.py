@@ -1,4 +1,4 @@
-"""The house keeps its order: imports go downwards, files stay short, importing is cheap."""
+"""The layout of the package: imports go downwards, files stay short, importing is cheap."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def loaded(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_a_wrong_command_line_waits_for_nothing():
+def test_a_wrong_command_line_imports_no_large_package():
     assert not loaded("import mukv.cli") & (OPTIONAL | {"jax", "optax", "orbax", "matplotlib"})
 
 

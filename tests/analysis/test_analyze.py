@@ -1,4 +1,4 @@
-"""`mukv analyze`, as typed."""
+"""The command `mukv analyze`: its results, files and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_texts_side_by_side(mukv, trained, tmp_path):
     assert "http" not in page
 
 
-def test_bad_input_is_told_before_anything_runs(mukv, trained, tmp_path):
+def test_bad_input_is_refused_before_anything_runs(mukv, trained, tmp_path):
     np.save(tmp_path / "long.npy", np.full(40, 999))
     for given, message in (
         (["--samples", 0], "at least 1"),

@@ -1,4 +1,4 @@
-"""Calibration and what it predicts: by definition, and where the answer is known."""
+"""Calibrated clusters and the entries they predict, compared with their definitions in numpy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_calibration_has_centres_for_what_is_written(kind, rotated):
 
 
 def test_what_is_read_by_definition():
-    """Cluster after cluster in the order of scores, the latest entries of each first."""
+    """Entries are read by cluster in the order of scores, the latest of each cluster first."""
     wide, given = matrix.build("gqa", "rope", "plain"), rows()
     weights = matrix.weights(wide)
     random = np.random.default_rng(0)

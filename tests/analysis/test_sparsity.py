@@ -1,4 +1,4 @@
-"""What is measured of weights equals what numpy makes of the definitions, query by query."""
+"""Every measure of attention sparsity equals its definition, computed in numpy for each query."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASES = [("gqa", "rope", "reuse-window"), ("gqa-dressed", "alibi", "plain")]
 
 
 def rows() -> CapturedRows:
-    """Three rows, the last of two documents."""
+    """Return three rows, of which the last has two documents."""
     ids = matrix.tokens(3, LENGTH)
     position = np.tile(np.arange(LENGTH, dtype=np.int32), (3, 1))
     segment = np.ones_like(ids)

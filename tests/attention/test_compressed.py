@@ -72,7 +72,8 @@ def run(attention: HCA, write: dict, read: dict, x: np.ndarray, only: str | None
 
 
 def test_at_rate_1_without_its_window_it_is_attention_to_normed_values():
-    """Shared key and value R(rms(x W) gain), in numpy, with the sink and the turn back."""
+    """The layer equals attention in numpy with shared key and value R(rms(x W) gain), a sink, and
+    the rotation undone on the output."""
     attention = dataclasses.replace(SMALL, every=1)
     write, read = weights(attention)
     x, own = stream(), write["compressed"]
@@ -149,7 +150,8 @@ def test_an_entry_is_seen_from_its_last_token_on(entry):
 
 
 def test_only_distances_matter():
-    """Values are rotated back: positions moved by a multiple of the rate change nothing."""
+    """Shifting all positions by a multiple of the rate changes nothing, since the rotation of the
+    values is undone."""
     write, read = weights(SMALL)
     x = jnp.asarray(stream())
 
@@ -190,7 +192,7 @@ def test_entries_in_pieces_of_any_size(pieces):
 
 @pytest.mark.parametrize("name", ["int8", "streaming:1.0", "knorm:1.0+int8", "clusters:1.0"])
 def test_policies_act_on_the_compressed_entries(name):
-    """At full budget nothing changes but the rounding of int8."""
+    """At full budget a policy changes the result only by the rounding of int8."""
     model = matrix.build("hca", "rope", "plain")
     model = dataclasses.replace(model, attention=dataclasses.replace(model.attention, every=2))
     tree = matrix.weights(model)
@@ -238,7 +240,7 @@ def test_refused(make, words):
 @pytest.mark.parametrize(
     ("every", "name", "words"),
     [
-        (3, "snapkv", "an entry per 3 tokens .hca., which can't be judged by queries"),
+        (3, "snapkv", "one entry per 3 tokens .hca., which can't be chosen by queries"),
         (3, "topk", "keys and values of the same numbers"),
         (None, "int8", "each layer has a window"),
     ],

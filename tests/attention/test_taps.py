@@ -1,4 +1,4 @@
-"""What analysis sees of a head is what the core computes with."""
+"""The arrays that taps capture of a head are those that the attention core uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ NAMES = [name for name, attention in matrix.ATTENTIONS.items() if attention.sink
 
 @pytest.mark.parametrize("name", NAMES)
 def test_queries_keys_and_weights_fit_together(name):
-    """Without biases, caps and sinks: logits = query . key; causal weights sum to 1."""
+    """Without biases, caps and sinks, the weights are softmax(query . key), causal, and sum to
+    1."""
     model = matrix.build(name, "rope", "plain")
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""What attention variants must be equal to."""
+"""Attention variants equal their published formulas, and each other where they should."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_latent_absorbed_is_expanded(position, query_rank):
 
 
 def test_latent_is_the_published_formula():
-    """Section 2.1 of DeepSeek-V2, head by head, in plain numpy."""
+    """Latent attention equals section 2.1 of DeepSeek-V2, computed for each head in numpy."""
     latent = Latent(heads=2, rank=5, head_dim=6, rope_dim=4, head_value_dim=3, query_rank=7)
     latent = dataclasses.replace(latent, position=RoPE(pairing="interleaved"))
     write, read = weights(latent)
@@ -143,7 +143,7 @@ def test_grouped_tied_is_grouped_with_joined_keys():
 
 
 def test_sinks_take_their_share():
-    """A sink is a key with that logit and a value of zero; a very low one is none at all."""
+    """A sink equals a key with that logit and a value of zero; a very low logit has no effect."""
     plain = Grouped(heads=4, kv_heads=2, head_dim=8)
     sunk = dataclasses.replace(plain, sinks="learned")
     write, read = weights(sunk)
@@ -156,7 +156,7 @@ def test_sinks_take_their_share():
 
 
 def test_a_variant_may_choose_what_each_query_reads():
-    """Entries less than three tokens back, chosen one by one: a window of three."""
+    """Choosing the entries less than three tokens back equals a window of three."""
 
     class Near(Grouped):
         def choose(self, weights, x, position, entries):
@@ -174,7 +174,7 @@ def test_a_variant_may_choose_what_each_query_reads():
 
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_a_gate_multiplies_what_each_head_read(gate):
-    """sigmoid(x W) times the output of each head, before the output projection."""
+    """The output of each head is multiplied by sigmoid(x W) before the output projection."""
     gated = Grouped(heads=4, kv_heads=2, head_dim=8, gate=gate)
     write, read = weights(gated)
     x = draw(2, LENGTH, D_MODEL, seed=9)

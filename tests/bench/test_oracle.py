@@ -1,4 +1,4 @@
-"""The benchmark without a model."""
+"""`mukv bench --oracle`: scores of a solver and a guesser instead of a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_all_tasks_are_shown(mukv):
         assert row["cache_bytes_per_token"] == 0
 
 
-def test_for_people(mukv):
+def test_the_table_in_the_terminal(mukv):
     done = mukv("bench", "--oracle", "--tasks", "needle,mqar", "--lengths", "64,32")
     assert done.returncode == 0
     # Exact, the upper end of its interval and the oracle, of two tasks at two lengths.
@@ -54,7 +54,7 @@ def test_effective_length():
     assert effective_length({64: 0.02, 128: 0.02}, 0.02) == 0
 
 
-def test_shares():
+def test_exact_match_by_group():
     rows = shares(np.array([True, False, True]), np.array([1, 5, 9]), [0, 4, 8])
     assert [row["exact_match"] for row in rows] == [1, 0, 1]
 

@@ -1,4 +1,4 @@
-"""The benchmark's picture: chance and intervals are drawn, and series do not hide each other."""
+"""The benchmark's picture has chance and intervals, and its series do not cover each other."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def drawn(monkeypatch, tmp_path):
 
 
 def error_bars(axes) -> list:
-    """Of each series."""
+    """Return the error bars of each series."""
     return [each for each in axes.collections if hasattr(each, "get_segments")]
 
 

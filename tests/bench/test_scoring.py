@@ -1,4 +1,4 @@
-"""Grading by hand: what is right, what a tie is, and text of another tokenizer."""
+"""Scores of answers: correct ones, ties, and text of another tokenizer, checked by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Known:
 
 
 def samples(*rows):
-    """Rows whose answers are the places 2 and 3, and 5."""
+    """Return rows whose answers are at places 2 and 3, and at place 5."""
     count = len(rows)
     start, stop = np.tile([2, 5], (count, 1)), np.tile([4, 6], (count, 1))
     return Samples(np.array(rows, np.int32), start, stop, np.zeros_like(start))

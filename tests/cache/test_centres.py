@@ -1,4 +1,5 @@
-"""Centres beside a model: labels and scores from their definitions, files that fit the weights."""
+"""Calibrated centres: labels and scores equal their definitions; a file is refused for other
+weights."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ def test_labels_and_scores_by_their_definition(kind):
             np.testing.assert_array_equal(order, wanted.argsort())
 
 
-def test_turned_back():
-    """Rotated keys return to what they were; without rotation nothing changes."""
+def test_rotation_of_keys_is_undone():
+    """Undoing the rotation of keys gives the original keys; without rotation nothing changes."""
     x, position = drawn(1, HEADS, 9, WIDTH), jnp.arange(9)[None, None]
     for encoding in (RoPE(), RoPE(p=0.5), NoPE()):
         attention = Grouped(heads=2, kv_heads=2, head_dim=WIDTH, position=encoding)
@@ -89,5 +90,5 @@ def test_refused(tmp_path):
         with pytest.raises(BadInput, match=message):
             load_centres(tmp_path, WEIGHTS)
     (path / "calibration.json").write_text("{")
-    with pytest.raises(BadInput, match="no JSON"):
+    with pytest.raises(BadInput, match="not JSON"):
         load_centres(tmp_path, WEIGHTS)

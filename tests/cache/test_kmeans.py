@@ -1,4 +1,4 @@
-"""k-means: each step by its definition, starts spread out, mini-batches that remember."""
+"""k-means: each step equals its definition, starting centres are spread, mini-batches average."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CENTRES = RANDOM.standard_normal((2, 6, 4)) * 10
 
 
 def blobs(count: int, seed: int = 0) -> jnp.ndarray:
-    """Two sets of six well-kept clusters each."""
+    """Return two sets of points with six well separated clusters each."""
     random = np.random.default_rng(seed)
     chosen = random.integers(0, 6, (2, count))
     noise = random.standard_normal((2, count, 4))
@@ -61,7 +61,7 @@ def test_the_start_is_spread_and_made_of_points():
 
 
 def test_mini_batches_are_one_running_mean():
-    """Where assignments don't change, batches one by one give the mean of all."""
+    """While assignments don't change, absorbing batches one by one gives the mean of all points."""
     first, second = blobs(200, 1), blobs(200, 2)
     known = kmeans.fit(first, 6)
     grown = kmeans.absorb(known, second)

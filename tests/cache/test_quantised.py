@@ -1,4 +1,4 @@
-"""Numbers of any size survive in 8 and 4 bits, each channel of keys by itself."""
+"""Quantisation to 8 and 4 bits: errors are at most half a step, and key channels are separate."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ KINDS = (
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", STORES)
 def test_keys_by_channel(bits, kind):
-    """No number is further off than half a step of its own channel in its own run of tokens."""
+    """No number has an error above half a step of its channel and group of tokens."""
     store, levels = STORES[bits]
     x, there = drawn(kind), np.ones(SHAPE[:3], bool)
     there[1, :, GROUP + 5 :] = False
@@ -90,7 +90,7 @@ def test_bfloat16_entries(bits):
 
 
 def test_a_bias_of_one_channel_changes_no_other():
-    """Channel 7 far from zero: the others are stored as without it."""
+    """A large bias of channel 7 does not change how the other channels are stored."""
     for store, _ in STORES.values():
         there = np.ones(SHAPE[:3], bool)
         plain, biased = (stored(True, store, drawn(k), there) for k in ("normal", "outlier"))

@@ -1,4 +1,5 @@
-"""Whatever is typed or lies on the disk: one clear line, the right status, nothing left over."""
+"""Bad input, typed or on the disk, ends in one clear line and the right exit status, and leaves no
+files behind."""
 
 from __future__ import annotations
 
@@ -222,7 +223,7 @@ BAD = [
     ((*GENERATE, "--seed", str(2**64)), ["seed", str(2**64), "0 to"]),
     ((*GENERATE, "--copies", "0"), ["--copies", "0", "at least 1"]),
     ((*GENERATE, "--cache", "ful"), ["--cache", "ful", "did you mean 'full'"]),
-    ((*GENERATE, "--cache", "snapkv+h2o"), ["--cache", "one answer to what to keep"]),
+    ((*GENERATE, "--cache", "snapkv+h2o"), ["--cache", "one part that says what to keep"]),
     ((*GENERATE, "--cache", "streaming", "--budget", "3"), ["budget", "3", "at least 5 entries"]),
     (COMPRESS[:2], ["neither", "--text, --tokens", "exactly one"]),
     ((*COMPRESS, "--policy", "snapvk"), ["--policy", "snapvk", "did you mean 'snapkv'"]),

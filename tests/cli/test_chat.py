@@ -1,4 +1,4 @@
-"""`mukv chat`: turns over one cache, what is typed, and what is refused."""
+"""`mukv chat`: turns that share one cache, its commands and options, and what it refuses."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_turns_answer_as_one_prefill(folder):
         text += reply.text
 
 
-def test_a_template_that_changes_the_past_begins_anew(folder, typed):
+def test_a_template_that_changes_earlier_messages_rebuilds_the_cache(folder, typed):
     (folder / "chat_template.jinja").write_text(FORGETFUL)
     done = typed("Hello\nHello you\n", "--json")
     first, second = turns(done)

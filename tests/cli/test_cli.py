@@ -1,4 +1,4 @@
-"""The command line: what it says, and that its results are those of the library."""
+"""The command line: its help and output, and results equal to those of the library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a command is started again for its allocator."""
+"""Which commands restart themselves with settings for the memory allocator."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_only_commands_that_train_or_decode(on_a_cpu, words, helps):
     assert set(ORDER) >= launch.HEAVY
 
 
-def test_not_where_it_has_no_effect(on_a_cpu, monkeypatch):
+def test_no_restart_where_it_has_no_effect(on_a_cpu, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("GLIBC_TUNABLES", "")
         assert not launch.allocator_helps(["train"])

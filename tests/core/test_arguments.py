@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind are told by name."""
+"""Errors about arguments of the wrong type name the argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that others chose are shown whole, or shortened where there is no room."""
+"""Names from files and users are shown whole or shortened, with control characters escaped."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mukv.core.names import distinct, even, printable, shortened
     "name",
     ["[/b]x", "[red]x", "$\\frac{x$", "_x", ":smile:", "a b", "\u00e9\u4e2d\u0639", "a\u200db"],
 )
-def test_what_has_a_shape_stays(name):
+def test_visible_characters_are_not_escaped(name):
     assert printable(name) == name
 
 
-def test_what_has_none_is_escaped():
+def test_invisible_characters_are_escaped():
     assert printable("a\x1b[31m\nb\udcff\u202e\u2028\x00") == (
         "a\\x1b[31m\\nb\\udcff\\u202e\\u2028\\x00"
     )

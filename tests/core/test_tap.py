@@ -1,4 +1,4 @@
-"""Taps show intermediates to whoever captures, and are nothing otherwise."""
+"""Taps record intermediate arrays inside of `capture`, and do nothing outside of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from mukv.core.tap import capture, capturing, scope, tap
 
 
-def test_nobody_looks():
+def test_a_tap_outside_of_a_capture_does_nothing():
     value = jnp.ones(2)
     assert tap("a", value) is value
     assert not capturing()

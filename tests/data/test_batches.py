@@ -128,7 +128,7 @@ def test_contiguous_rows_are_one_segment(corpus: TokenFile):
 
 
 def _has_target(batch: Batch) -> np.ndarray:
-    """The last token of the stream has none."""
+    """Whether a token has a target: all but the last of the stream."""
     return np.pad(batch.segment > 0, ((0, 0), (0, 1)), constant_values=True)[:, 1:]
 
 

@@ -1,4 +1,4 @@
-"""Decoding says what the full forward pass says, in shapes of any batch."""
+"""Decoding equals the full forward pass, for any batch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Text that is shown while it is decoded ends where it must, and shows nothing that it must take
-back."""
+"""Streamed text ends before stop texts, and prints only characters that are final."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ ONE = {
     ("chunker", "pool"), [*(("fixed", pool) for pool in matrix.POOLS), ("learned", "select")]
 )
 def test_concepts_of_one_token_without_local_layers_are_a_decoder(chunker, pool):
-    """Law 10: with the identity between the widths, the same bits."""
+    """Law 10: with the identity between the two widths the logits are bit-equal."""
     plain = matrix.build("gqa", "rope", "plain")
     model = replace(
         matrix.concept(chunker, "select", "residual"),
@@ -219,7 +219,8 @@ def test_concepts_of_one_token_that_are_read_are_an_attention(read):
 
 
 def test_delimiters_at_equal_distances_are_fixed_chunks():
-    """Law 10 for the chunker that has no chunks of one token: the same bits as fixed chunks."""
+    """Law 10 for the chunker that can't make chunks of one token: delimiters at equal distances
+    give logits bit-equal to fixed chunks."""
     fixed = matrix.concept("fixed", "weighted", "cross")
     size = fixed.chunker.pace
     delimited = replace(fixed, chunker=Delimiter(delimiters=(0,), room=size, span=size))

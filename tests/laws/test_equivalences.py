@@ -1,4 +1,4 @@
-"""Law 10, the grouped part: configurations that say the same in other words do the same."""
+"""Law 10 for grouped attention and layer plans: equivalent configurations give equal results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def trained(model, weights, shift=0):
 
 
 def decoded(model, weights):
-    """Logits of decoding: half at once, the rest one by one, over small tails."""
+    """Return logits of decoding: half of the tokens prefilled, the rest one by one, small tails."""
 
     @jax.jit
     def read(weights, ids):

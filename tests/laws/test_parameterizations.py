@@ -49,7 +49,7 @@ AXES = {"name": MODELS, "kind": KINDS, "alignment": ["full", "none", "ignored"]}
     tuple(AXES), params(itertools.product(*AXES.values()), pairs(AXES), unpack=True)
 )
 def test_all_agree_at_the_base_width(name, kind, alignment):
-    """To the bit: the same numbers follow for every weight."""
+    """All resolve every weight to bit-equal deviations, multipliers and learning rates."""
     model = MODELS[name]()
     chosen = widened(scaled(model, kind=kind, alignment=alignment), model.d_model)
     for optimizer in OPTIMIZERS.values():
@@ -86,7 +86,8 @@ def test_powers_of_each_weight_are_the_table_s(model, kind):
 @pytest.mark.parametrize("pair", [("sp", "ntk"), ("mup", "mean_field")])
 @pytest.mark.parametrize("ratio", [4, 16])
 def test_symmetric_ones_train_the_same_without_epsilon(pair, ratio):
-    """Up to rounding: the ratio is a power of four, and all factors are powers of two."""
+    """Training is the same up to rounding if the ratio of widths is a power of four, since all
+    factors are then powers of two."""
     one, other = (losses(kind, ratio) for kind in pair)
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
@@ -101,7 +102,8 @@ def test_epsilon_breaks_the_symmetry_and_by_layer_mends_it():
 
 
 def test_muon_moves_matrices_alike_under_all():
-    """What hidden matrices become does not depend on how their factors are split."""
+    """Muon gives equal losses under SP and NTK: its update does not depend on how the scale of a
+    hidden matrix is split between multiplier and deviation."""
     optimizer = Muon(weight_decay=0.0)
     one, other = losses("sp", 4, optimizer), losses("ntk", 4, optimizer)
     np.testing.assert_allclose(one, other, atol=2e-3)

@@ -1,4 +1,4 @@
-"""Laws 2, 4 and 7 for cache policies, and what they choose against their formulas in numpy."""
+"""Laws 2, 4 and 7 for cache policies; the entries that they choose equal formulas in numpy."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def test_pages(one):
 
 
 def test_clusters(one):
-    """Entries of the best clusters, whole as far as the budget goes."""
+    """Entries of the clusters with the highest scores are read, until the budget is used up."""
     body, _ = one.body("clusters", 16.0)
     query, _, held = retrieve(one, body)
     start, centres = np.asarray(body.index["start"]), np.asarray(body.index["key"])
@@ -407,7 +407,8 @@ def test_sparse_values(one, renormalise):
 
 
 def test_sparq(one):
-    """The largest components choose; the rest of the mass goes to the mean of all values."""
+    """Entries are chosen by the query's largest components; the mass of the others goes to the mean
+    of all values."""
     body, _ = one.body("sparq", 16.0)
     query, recalled, held = retrieve(one, body)
     products = np.asarray(recalled.products((query,)))
@@ -430,7 +431,7 @@ def test_sparq(one):
 
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
 def test_stores(one, name, bits):
-    """No number is further off than half a step of its group; bytes are those of the bits."""
+    """No number has an error above half a step of its group; bytes follow from the bits."""
     body, later = one.body(name, 1.0, slots=64)
     for row in range(2):
         exact = np.asarray(one.key)[row][:, one.rows(row)]
@@ -509,11 +510,11 @@ def test_reads_are_fewer():
 @pytest.mark.parametrize(
     ("attention", "position", "name", "budget", "words"),
     [
-        ("gqa", "cope", "snapkv", 0.5, "cope, which counts all that lies between"),
+        ("gqa", "cope", "snapkv", 0.5, "cope, which depends on all entries between"),
         ("gqa", "cope", "pages", 0.5, "no entry may be dropped or skipped"),
         ("latent", "rope", "topk", 0.5, "keys and values of the same numbers (latent)"),
         ("mqa", "rope", "snapkv+adaptive", 0.5, "one set of entries for all heads"),
-        ("gqa", "rope", "snapkv+adaptive+pages", 0.5, "adaptive keeps heads in one pool"),
+        ("gqa", "rope", "snapkv+adaptive+pages", 0.5, "adaptive is read whole"),
         ("gqa", "rope", "streaming", 4.0, "at least 5 entries; this is 4 of 40"),
         ("gqa", "rope", "sparq", 0.2, "at least 13 entries; this is 8 of 40"),
     ],
@@ -531,8 +532,8 @@ def test_refused(attention, position, name, budget, words):
     ("name", "budget", "words"),
     [
         ("snapvk", 0.5, "did you mean 'snapkv'?"),
-        ("snapkv+h2o", 0.5, "one answer to what to keep, not two"),
-        ("int8+pyramid", 0.5, "pyramid spreads a budget"),
+        ("snapkv+h2o", 0.5, "at most one part that says what to keep"),
+        ("int8+pyramid", 0.5, "pyramid needs a policy that drops entries"),
         ("int8:0.5", 0.5, "int8 has no budget"),
         ("snapkv:x", 0.5, "a number behind the colon"),
         ("snapkv", 0.0, "a share above 0 and at most 1, or a whole number"),
@@ -540,7 +541,7 @@ def test_refused(attention, position, name, budget, words):
         ("", 0.5, "allowed: "),
     ],
 )
-def test_names_that_say_nothing(name, budget, words):
+def test_bad_names_and_budgets(name, budget, words):
     with pytest.raises(BadInput) as error:
         Policy.parse(name, budget)
     assert words in str(error.value)

@@ -1,4 +1,4 @@
-"""Law 8: stopped at any step and resumed, a run ends in the same bits."""
+"""Law 8: a run that is stopped at any step and resumed ends with bit-equal weights."""
 
 from __future__ import annotations
 

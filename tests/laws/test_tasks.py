@@ -34,7 +34,7 @@ def words(texts):
 
 
 def within(rate, chance, count):
-    """Not further from chance than four standard errors, and a Poisson's handful."""
+    """Whether a score is within four standard errors of chance, plus a few answers."""
     return abs(rate - chance) <= 4 * (chance * (1 - chance) / count) ** 0.5 + 4 / count
 
 
@@ -56,7 +56,8 @@ def test_a_guesser_scores_chance(name):
 
 @EVERY
 def test_position_alone_scores_chance(name):
-    """The commonest token at each place of the training samples, and at each answer's number."""
+    """Answering with the commonest training token at the same place, or of the same answer number,
+    scores chance."""
     task, found = samples(name)
     _, seen = samples(name, "train")
     places = [np.bincount(column, minlength=task.vocab_size) for column in seen.tokens.T]

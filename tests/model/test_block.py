@@ -1,4 +1,4 @@
-"""What stands around a branch says how much it adds."""
+"""Norms and gains around a residual branch scale what the branch adds."""
 
 from __future__ import annotations
 

@@ -220,8 +220,8 @@ def test_layers_may_differ_and_penalties_add_up_scanned_or_not():
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_router_s_rate_goes_with_the_width_it_sums_over(kind):
-    """Fan-in deviation; the learning rate by D as that of hidden weights under Adam, under every
-    parameterisation, since the number of experts does not grow."""
+    """The router has the deviation of its fan-in, and the learning rate of hidden weights under
+    Adam in every parameterisation, since the number of experts does not grow with the width."""
     family = OPTIMIZERS[kind].family
     power = {"adam": -1.0, "sgd": -1.0, "adafactor": -0.5}[family]
     for scaling in ("sp", "mup", "ntk", "mean_field"):

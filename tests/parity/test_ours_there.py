@@ -1,4 +1,5 @@
-"""What we train is theirs: exported, transformers computes the same, whatever it was scaled by."""
+"""A model that was trained here and exported gives the same logits in transformers, under every
+parameterisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What position encodings must be equal to, and what their formulas say."""
+"""Position encodings equal their published formulas, and each other where they should."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Presets and the public keys; whatever is written for them is at worst refused."""
+"""Presets and public configuration keys; random values for them are accepted or refused."""
 
 from __future__ import annotations
 

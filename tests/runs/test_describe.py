@@ -1,4 +1,4 @@
-"""What a configuration amounts to: true figures, nothing allocated."""
+"""`describe`: parameters, FLOPs and bytes are right, and no array is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness asks is answered with sums of the model's own logits."""
+"""Answers to lm-evaluation-harness equal log-probabilities computed from the model's logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A value that has no effect, or another one than a user may expect, is noted."""
+"""Commands print a note for settings without effect, or with an unexpected one."""
 
 from __future__ import annotations
 

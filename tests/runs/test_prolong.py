@@ -1,4 +1,4 @@
-"""A run whose schedule knows nothing of its end until the decay is prolonged, to the same bits."""
+"""A run whose schedule decays only at its end can be extended, with bit-equal results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One folder joins everything: what training writes is what everything after reads."""
+"""Run directories: what training writes is loaded by `mukv.load` and by other commands."""
 
 from __future__ import annotations
 

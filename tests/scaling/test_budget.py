@@ -1,4 +1,4 @@
-"""Batch size and token horizon change numbers as the two rules say."""
+"""The two rules of `train.budget` scale hyperparameters with batch size and number of tokens."""
 
 from __future__ import annotations
 

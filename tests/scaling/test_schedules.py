@@ -1,4 +1,4 @@
-"""Schedules begin, rise and end where their fields say."""
+"""Warm-up, peak and final learning rate of schedules are those of their fields."""
 
 from __future__ import annotations
 

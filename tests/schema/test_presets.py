@@ -1,4 +1,4 @@
-"""Overrides and presets merge by one rule: what is not named stays."""
+"""Overrides and presets merge by one rule: keys that are not set keep their values."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_an_explicit_override_outlives_a_new_kind(first):
         ("model.plan.-1.window=1", r"0 to 1"),
         ("model.plan.x=1", r"0 to 1"),
         ("train.names.0=1", "empty"),
-        ("train.rate.x=1", r"train\.rate is a value"),
+        ("train.rate.x=1", r"train\.rate is a plain value"),
         ("train.rate=[", r"train\.rate: .*line 1"),
         ("train.rat=1", "did you mean 'rate'"),
         ("model.attention.kind=laten", "did you mean 'latent'"),

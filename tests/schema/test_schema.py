@@ -1,4 +1,4 @@
-"""Plain mappings become objects, or one clear line says why not."""
+"""Mappings are built into configuration objects, or refused with one clear line."""
 
 from __future__ import annotations
 

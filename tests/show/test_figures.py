@@ -1,4 +1,4 @@
-"""What is drawn can be read: names letter by letter, ticks apart, series told apart."""
+"""Figures are readable: names are drawn literally, ticks don't overlap, series differ in style."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A long command shows that it is alive."""
+"""A command that prints nothing for some time prints a heartbeat."""
 
 from __future__ import annotations
 

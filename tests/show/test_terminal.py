@@ -1,4 +1,4 @@
-"""The terminal shows names letter by letter, whatever they mean to its library."""
+"""The terminal shows names literally, even if they look like markup of the rich library."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_name_is_shown_as_it_is(name):
         assert words in shown(table)
 
 
-def test_what_a_terminal_would_obey_is_escaped():
+def test_control_sequences_are_escaped():
     assert shown("a\x1b[2Jb\udcff") == "a\\x1b[2Jb\\udcff\n"
     assert shown("a\nb") == "a\nb\n"
     assert shown(styled("a\nb", keep=LINES)) == "a\nb\n"

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, and what is read is what was saved."""
+"""A checkpoint is complete or absent, and is restored as it was saved."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
         assert_equal(checkpoints.restore(None, anywhere), placed(1))
 
 
-def test_any_flipped_bit_changes_thechecksum():
+def test_any_flipped_bit_changes_the_checksum():
     rng = np.random.default_rng(0)
     for dtype in (np.float32, jnp.bfloat16, np.int32, np.int8, np.bool_):
         array = rng.integers(0, 2, (5, 7)).astype(dtype)
@@ -178,7 +178,7 @@ def test_damage_is_told_with_the_last_good_step(saved, tmp_path, how, which):
 
 
 def test_no_damage_passes_unseen(saved, tmp_path):
-    """Whatever file is hit: either what comes back is right, or it is told."""
+    """After damage to any file the restored state is right, or an error is raised."""
     folder = tmp_path / "run"
     for path in (path.relative_to(saved) for path in (saved / "5").rglob("*") if path.is_file()):
         for how in ("truncate", "flip"):

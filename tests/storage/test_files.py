@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, and what killed processes leave."""
+"""Files and folders are written completely or not at all; leftovers of killed processes go."""
 
 from __future__ import annotations
 

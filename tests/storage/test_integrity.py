@@ -1,4 +1,4 @@
-"""What a run is made of and what it was trained on is what it was, or that is said."""
+"""Changed weights or training data of a run are detected and reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors are written piece by piece, and what lies turned is put right."""
+"""Tensors are written piece by piece, and non-contiguous arrays in row-major order."""
 
 from __future__ import annotations
 

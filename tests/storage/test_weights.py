@@ -1,4 +1,4 @@
-"""Weights go through a safetensors file and come back the same."""
+"""Weights that are saved to a safetensors file are loaded unchanged."""
 
 from __future__ import annotations
 

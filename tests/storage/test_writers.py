@@ -1,4 +1,4 @@
-"""Several processes on one folder: one writes, the others are told who does, nothing is damaged."""
+"""Of several processes on one folder one writes; the others are refused with its process id."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def test_a_run_is_read_while_it_is_written(server, token_file, root):
     often = ("train.steps=100000", "train.checkpoint_every=1", "train.keep_last=1")
     given = ["train", "tiny", *SMALL, *often, f"data.path={token_file}", "--out", "run"]
     writer = server.start(root, *given)
-    while not list((root / "run" / "checkpoints").glob("[0-9]*")):
+    saved = root / "run" / "checkpoints"
+    while not any(path.name.isdecimal() for path in saved.glob("*")):
         time.sleep(0.001)
     for _ in range(6):
         command = ("generate", "run", "--token-ids", "1", "--max-tokens", 1)

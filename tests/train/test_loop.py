@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: signals, numbers that are not finite, what is kept."""
+"""The training loop: signals, numbers that are not finite, evaluation, kept checkpoints."""
 
 from __future__ import annotations
 

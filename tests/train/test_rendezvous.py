@@ -1,4 +1,4 @@
-"""Processes find each other, say for whom they wait, and refuse what can't be."""
+"""Processes connect to each other, print which ones they wait for, and refuse bad addresses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training step: what must not change it, and what stops it."""
+"""One training step: accumulation, clipping, precision, and steps with bad numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def weights_of(state):
 
 
 def test_pieces_of_a_batch_make_the_batch():
-    """Accumulation changes the order of sums alone, though pieces differ in weight."""
+    """Accumulating gradients over pieces of a batch equals the whole batch up to rounding, also if
+    pieces have different numbers of weighted tokens."""
     (one, seen), (four, others) = (run(trainer(MODEL, accumulate=n), 2) for n in (1, 4))
     np.testing.assert_allclose([m.loss for m in others], [m.loss for m in seen], rtol=1e-5)
     jax.tree.map(
@@ -128,7 +129,7 @@ def test_a_process_holds_whole_shares():
 
 
 def test_it_learns():
-    """A fixed batch is learnt by heart."""
+    """The loss on a fixed batch falls to less than a third."""
     train = trainer(MODEL, steps=60, learning_rate=1e-2)
     state = train.initial_state()
     with jax.set_mesh(train.mesh):

@@ -1,4 +1,4 @@
-"""What a sweep may try."""
+"""Parsing of the ranges of a sweep, and the points that they give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study: nothing is lost or repeated, whoever is killed."""
+"""A study of hyperparameters: no trial is lost or repeated if a worker is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Points that are trained together end where each would have ended alone."""
+"""Points that are trained in one program end with the losses of separate runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the best learning rate lies, and what it costs to use another."""
+"""Estimates of the best learning rate, its drift with the width, and the loss at another rate."""
 
 from __future__ import annotations
 

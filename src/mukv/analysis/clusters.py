@@ -110,13 +110,12 @@ def _sums(layer: ResolvedLayer, seen: Captured, centres: Centres) -> dict[str, A
     heads = seen.weights.reshape(batch, -1, length, length)[:, :, taken]
     total = jnp.maximum(jnp.sum(heads, axis=-1, keepdims=True), 1e-30)
     heads = heads / total
-    inside = (jnp.asarray(taken)[:, None] - jnp.arange(length) < visible[..., None])[:, None]
-    inside &= (jnp.arange(length) <= jnp.asarray(taken)[:, None])[None, None]
+    back = jnp.asarray(taken)[None, :, None] - jnp.arange(length)[None, None]
+    inside = ((back >= 0) & (back < visible[..., None]))[:, None]
     ordered = -jnp.sort(-heads, axis=-1)
     mass = jnp.cumsum(ordered, axis=-1)
     last = jnp.minimum(jnp.sum(mass < NEEDED, axis=-1, keepdims=True), length - 1)
     wanted = (heads >= jnp.take_along_axis(ordered, last, axis=-1)) & inside & (heads > 0)
-    back = jnp.asarray(taken)[:, None] - jnp.arange(length)
 
     found: dict[str, list[Array]] = {name: [] for name in MEASURES}
     for share in READS:
@@ -127,7 +126,7 @@ def _sums(layer: ResolvedLayer, seen: Captured, centres: Centres) -> dict[str, A
         found["captured"].append(jnp.sum(jnp.where(read, heads, 0.0), axis=-1))
         at = jnp.broadcast_to(count - 1, (*heads.shape[:3], 1))
         found["largest"].append(jnp.take_along_axis(mass, at, axis=-1)[..., 0])
-        latest = inside & (back < count)
+        latest = inside & (back[:, None] < count)
         found["latest"].append(jnp.sum(jnp.where(latest, heads, 0.0), axis=-1))
         found["precision"].append(precision)
         found["recall"].append(recall)

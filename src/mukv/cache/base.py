@@ -1,8 +1,9 @@
-"""A large body that a decode loop only reads, a small tail that it writes, folded in now and then.
+"""The cache: for each store of entries a large body, which a decode loop only reads, and a small
+tail, which it writes.
 
-What a layer keeps in its body is the body's own affair: a ring of everything (here), or what a
-policy leaves (`kept.py`). Nothing large is copied per token: only folding, once per tail, passes
-over the bodies.
+When the tails are full, their entries are folded (moved) into the bodies. The bodies are therefore
+copied once per tail, and not once per token. A body is a ring buffer of all entries (here), or
+holds the entries that a policy keeps (`kept.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ Tensors = dict[str, Float[Array, "batch _ slot _"]]
 Token = dict[str, Float[Array, "batch _ 1 _"]]
 Tail = dict[str, Float[Array, "batch _ place _"]]
 QUERY = "query"
-"""Name in a tail of the queries of its tokens, where what stays depends on them."""
+"""Name of the queries in a tail; stored only for policies that choose entries by queries."""
 
 
 @no_type_check
 @dataclass(frozen=True)
 class Reader:
-    """Who reads a body: the layer that writes it. weights: those that it reads with. queries:
-    of the new tokens, where a body needs them."""
+    """The layer that reads a body, whose attention a policy uses to choose entries.
+
+    attention: its attention variant
+    weights: its weights for reading
+    queries: of the new tokens; None for a body that needs none
+    """
 
     attention: AnyAttention
     weights: Mapping[str, Any]
@@ -38,20 +43,21 @@ class Reader:
 
 @runtime_checkable
 class Body(Protocol):
-    """What is kept of one store apart from its tail. It counts entries, not tokens: lengths and
-    positions are numbers of entries."""
+    """The entries of one store without those in its tail. Lengths and positions here count entries,
+    not tokens."""
 
     @property
     def needs_queries(self) -> bool:
-        """Whether what stays depends on queries."""
+        """Whether the choice of the entries to keep depends on queries."""
         ...
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:
-        """What the query of one token reads. length: entries folded so far."""
+        """Return the entries that the query of one token may read. length: entries folded so
+        far."""
         ...
 
     def entries(self, length: Int[Array, " batch"]) -> Entries:
-        """All that is kept."""
+        """Return all entries of the body. length: entries folded so far."""
         ...
 
     def extended(
@@ -62,33 +68,43 @@ class Body(Protocol):
         reader: Reader,
         fresh: bool = False,
     ) -> Body:
-        """With `added` more entries per row, the first ones of `new`. fresh: nothing is in it
-        yet."""
+        """Return the body after the first `added` entries of `new` were folded into each row.
+
+        length: entries folded so far. reader: the layer that reads the body. fresh: the body is
+        known to be empty.
+        """
         ...
 
 
-# JAX also rebuilds a pytree with things that are no arrays: shapes can't be checked here.
+# JAX also builds pytrees whose leaves are not arrays, so that shapes can't be checked here.
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slot:
-    """What is kept of one store of entries: a body, and a tail of the newest entries. It turns
-    numbers of tokens, which the cache counts, into numbers of entries, which the body counts."""
+    """One store of entries: a body, and a tail of the newest entries.
+
+    Converts numbers of tokens, which the cache counts, to numbers of entries, which the body
+    counts.
+    """
 
     body: Body
     tail: Tail
     store: EntryStore = field(default=EntryStore(), metadata={"static": True})
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:
-        """What the query of one token reads of the body. length: tokens folded so far."""
+        """Return the entries of the body that the query of one token may read.
+
+        length: tokens folded so far.
+        """
         return self._of_tokens(self.body.bag(self.store.count(length)))
 
     def entries(self, length: Int[Array, " batch"]) -> Bag:
-        """All of the body."""
+        """Return all entries of the body. length: tokens folded so far."""
         return self._of_tokens(self.body.entries(self.store.count(length)))
 
     def newest(self, length: Int[Array, " batch"], filled: Int[Array, "*row"]) -> Bag:
-        """What is in the tail after `filled` tokens."""
+        """Return the entries of the tail. length: tokens folded so far. filled: tokens in the
+        tail."""
         added = self.store.added(length, filled)
         return self._of_tokens(tail_entries(self.tail, self.store.count(length), added))
 
@@ -99,7 +115,11 @@ class Slot:
         filled: Int[Array, "*row"],
         which: Bool[Array, " batch"] | None,
     ) -> Slot:
-        """With one more token behind the `filled` ones. which: rows that go on; None for all."""
+        """Return the slot with one more token written after the `filled` ones of the tail.
+
+        which: rows that get a token; None for all. A store with one entry per m tokens is written
+        only in rows where the token completes an entry.
+        """
         if self.store.every > 1:
             last = jnp.broadcast_to(length + filled, length.shape) + 1
             closes = last % self.store.every == 0
@@ -117,7 +137,8 @@ class Slot:
         reader: Reader,
         fresh: bool = False,
     ) -> Slot:
-        """With the entries of `added` more tokens in the body, the first ones of `new`."""
+        """Return the slot after the entries of `added` more tokens, the first ones of `new`, were
+        folded into the body."""
         count, more = self.store.count(length), self.store.added(length, added)
         return replace(self, body=self.body.extended(new, count, more, reader, fresh))
 
@@ -129,7 +150,8 @@ class Slot:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Paced:
-    """A bag whose positions are numbers of entries, seen by queries that count tokens."""
+    """A bag of a store with several tokens per entry, or with a window. Its positions are converted
+    from numbers of entries to the numbers of tokens that queries have."""
 
     bag: Bag
     store: EntryStore = field(metadata={"static": True})
@@ -148,11 +170,13 @@ class Paced:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """slots: one per store of entries of each layer that writes, in order.
-    states: of each layer that writes, the arrays of its state stores.
-    length: tokens of each row that have been folded into the bodies.
-    filled: tokens in the tails: one number for all rows, or one for each.
-    tail_size: tokens that the tails have room for.
+    """The memory of all layers of a stack while decoding.
+
+    slots: one per store of entries of each layer that writes, in order
+    states: of each layer that writes, the arrays of its state stores
+    length: tokens of each row that have been folded into the bodies
+    filled: tokens in the tails; one number for all rows, or one per row
+    tail_size: capacity of the tails in tokens
     """
 
     slots: tuple[Slot, ...]
@@ -162,11 +186,12 @@ class Cache:
     tail_size: int = field(metadata={"static": True})
 
     def position(self) -> Int[Array, " batch"]:
-        """Position of the token that comes next in each row."""
+        """Return the position of the next token of each row."""
         return self.length + self.filled
 
     def split(self) -> tuple[Any, Any]:
-        """What a decode loop only reads, and what its steps write: the loop carries the latter."""
+        """Split the cache into arrays that a decode loop only reads (bodies, lengths) and arrays
+        that its steps write (tails, states), which the loop carries."""
         bodies = tuple(replace(slot, tail=None) for slot in self.slots)
         tails = tuple(slot.tail for slot in self.slots)
         frozen = replace(self, slots=bodies, states=None, filled=None)
@@ -174,7 +199,7 @@ class Cache:
 
     @classmethod
     def join(cls, frozen: Any, live: Any) -> Cache:
-        """The inverse of `split`."""
+        """Return the cache from the two results of `split`."""
         tails, states, filled = live
         slots = tuple(
             replace(slot, tail=tail) for slot, tail in zip(frozen.slots, tails, strict=True)
@@ -182,7 +207,7 @@ class Cache:
         return replace(frozen, slots=slots, states=states, filled=filled)
 
     def nbytes(self) -> int:
-        """Bytes as allocated (or as they would be, for abstract arrays)."""
+        """Return the allocated bytes; for abstract arrays, those that they would take."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
@@ -190,9 +215,13 @@ class Cache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Ring:
-    """The entry of position p lies in slot p modulo capacity: a full cache is a ring that never
-    wraps, a window one that does. Positions follow from the number of tokens alone and need no
-    memory."""
+    """A ring buffer: the entry of position p is in slot p modulo capacity.
+
+    A ring of a full cache never wraps, one of a window does. Positions are computed from the number
+    of entries and not stored.
+
+    tensors: [batch heads slot width] by name. wraps: whether there may be more entries than slots.
+    """
 
     tensors: Tensors
     wraps: bool = field(metadata={"static": True})
@@ -219,7 +248,8 @@ class Ring:
 
 
 def ring_position(length: Int[Array, " batch"], capacity: int) -> Int[Array, "batch slot"]:
-    """Position that each slot of a ring holds after `length` tokens; negative where empty.
+    """Return the position of the entry in each slot of a ring after `length` entries; negative for
+    an empty slot.
 
     It is the largest p < length with p = slot modulo capacity.
     """
@@ -228,7 +258,7 @@ def ring_position(length: Int[Array, " batch"], capacity: int) -> Int[Array, "ba
 
 
 def body_entries(tensors: Tensors, length: Int[Array, " batch"], wraps: bool) -> Entries:
-    """A ring as a bag of entries. wraps: it may have seen more tokens than it has slots."""
+    """Return the entries of a ring. wraps: `length` may be larger than the number of slots."""
     capacity = next(iter(tensors.values())).shape[2]
     position = ring_position(length, capacity)[:, None]
     return Entries(tensors, position, valid=position >= 0, ordered=not wraps)
@@ -237,7 +267,7 @@ def body_entries(tensors: Tensors, length: Int[Array, " batch"], wraps: bool) ->
 def tail_entries(
     tensors: Tail, length: Int[Array, " batch"], filled: Int[Array, "*row"]
 ) -> Entries:
-    """The first `filled` places of the tail as a bag of entries."""
+    """Return the first `filled` entries of a tail, of which the first has position `length`."""
     tensors = {name: tensor for name, tensor in tensors.items() if name != QUERY}
     place = jnp.arange(next(iter(tensors.values())).shape[2])[None, None]
     position = length[:, None, None] + place
@@ -247,7 +277,7 @@ def tail_entries(
 
 
 def append(tail: Tail, new: Token, filled: Int[Array, ""]) -> Tail:
-    """Write the entries of one token behind the `filled` ones."""
+    """Write the entry of one token to place `filled` of the tail, the same in all rows."""
     return {
         name: jax.lax.dynamic_update_slice_in_dim(
             tail[name], new[name].astype(tail[name].dtype), filled, axis=2
@@ -259,11 +289,11 @@ def append(tail: Tail, new: Token, filled: Int[Array, ""]) -> Tail:
 def append_some(
     tail: Tail, new: Token, filled: Int[Array, " batch"], which: Bool[Array, " batch"]
 ) -> Tail:
-    """The same where rows have tails of their own length, and only some go on."""
+    """Write the entry of one token to place `filled` of each row's tail, in the rows `which`."""
     rows = jnp.arange(len(filled))
 
     def one(old: Array, fresh: Array) -> Array:
-        # A place that there isn't is one that nothing is written to.
+        # A place beyond the tail is dropped by mode="drop", so that the row is not written.
         place = jnp.where(which, filled, old.shape[2])
         return old.at[rows, :, place].set(fresh[:, :, 0].astype(old.dtype), mode="drop")
 
@@ -276,10 +306,11 @@ def fold(
     length: Int[Array, " batch"],
     added: Int[Array, " batch"],
 ) -> Tensors:
-    """The ring after `added` more tokens per row, whose entries are the first ones of `new`.
+    """Return the ring after the first `added` entries of `new` were written to each row.
 
-    Each slot asks which position it must hold now, and takes it from `new` if it is one of its
-    positions: a gather, so rows of different lengths and rings that wrap need nothing special.
+    length: entries in the ring before. For each slot the position that it must hold now is
+    computed; if that entry is in `new`, it is gathered from there, otherwise the slot stays as it
+    is. Rows of different lengths and rings that wrap are no special cases.
     """
 
     def one(old: Array, fresh: Array) -> Array:

@@ -138,7 +138,7 @@ def load_centres(folder: Path, weights: Mapping[str, Any]) -> Centres:
         allowed = "a calibration; `mukv analyze MODEL --calibrate keys` makes one"
         raise BadInput(str(path), "no calibration", allowed) from None
     except ValueError:
-        raise BadInput(str(path / FACTS), "no JSON", "what `mukv analyze` wrote") from None
+        raise BadInput(str(path / FACTS), "not JSON", "a file that `mukv analyze` wrote") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise BadInput(str(path / FACTS), "another format", f"format must be {FORMAT!r}")
     if about.get("version") != VERSION:

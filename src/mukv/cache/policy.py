@@ -109,14 +109,14 @@ class Policy:
             if own and not hasattr(answer, "budget"):
                 raise BadInput(where, word, f"{name} has no budget")
             if question in answers:
-                raise BadInput(where, text, f"one answer to what to {question}, not two")
+                raise BadInput(where, text, f"at most one part that says what to {question}")
             answers[question] = answer
         spread = answers.pop("spread", "uniform")
         policy = cls(**answers)
         if spread == "uniform":
             return policy
         if not policy.keep.evicts:
-            raise BadInput(where, text, f"{spread} spreads a budget: with a policy that drops")
+            raise BadInput(where, text, f"{spread} needs a policy that drops entries, like snapkv")
         return replace(policy, keep=replace(policy.keep, spread=spread))
 
     def __str__(self) -> str:
@@ -151,35 +151,35 @@ class Policy:
             raise BadInput(
                 "policy",
                 str(self),
-                f"{layer} knows positions by {attention.position.kind}, which counts all that lies "
-                "between a query and a key: no entry may be dropped or skipped; "
-                "int8, int4, topk and topp fit",
+                f"{layer} has the position encoding {attention.position.kind}, which depends on "
+                "all entries between a query and a key, so that no entry may be dropped or "
+                "skipped; int8, int4, topk and topp fit",
             )
         if isinstance(self.select, TopK) and not attention.values_apart:
             raise BadInput(
                 "policy",
                 str(self),
-                f"{layer} makes keys and values of the same numbers ({attention.kind}): leaving "
-                "out values would read nothing less; pages, clusters and sparq fit",
+                f"{layer} makes keys and values of the same numbers ({attention.kind}), so that "
+                "skipping values saves no reads; pages, clusters and sparq fit",
             )
         paced = [bag for bag in attention.bags.values() if bag.every > 1 and bag.window is None]
         if self.keep.needs_queries and paced:
             raise BadInput(
                 "policy",
                 str(self),
-                f"{layer} keeps an entry per {paced[0].every} tokens ({attention.kind}), which "
-                "can't be judged by queries; streaming, random, knorm and keydiff fit",
+                f"{layer} stores one entry per {paced[0].every} tokens ({attention.kind}), which "
+                "can't be chosen by queries of tokens; streaming, random, knorm and keydiff fit",
             )
         if self.keep.spread == "adaptive":
             if attention.entry_sets == 1:
                 raise BadInput(
                     "policy",
                     str(self),
-                    f"{layer} has one set of entries for all heads: there is nothing to share out",
+                    f"{layer} has one set of entries for all heads: adaptive needs one per head",
                 )
             if not isinstance(self.select, All):
                 raise BadInput(
-                    "policy", str(self), "adaptive keeps heads in one pool: read it whole"
+                    "policy", str(self), "adaptive is read whole: no select policy goes with it"
                 )
         calibrated = isinstance(self.select, Clusters) and self.select.calibrated
         if calibrated and attention.entry_sets != attention.key_heads:

@@ -19,7 +19,7 @@ def whole_numbers(where: str, given: Any) -> Int[np.ndarray, "batch token"]:
     Returns an int32 array [batch token]. Raises BadInput for rows of unequal length, another number
     of axes, an empty input, values that are not integers and values beyond 32 bits.
     """
-    allowed = "integers of shape [token] or [batch token]"
+    allowed = "whole numbers of shape [token] or [batch token]"
     try:
         found = np.asarray(given)
     except (ValueError, TypeError):
@@ -31,7 +31,7 @@ def whole_numbers(where: str, given: Any) -> Int[np.ndarray, "batch token"]:
     limits = np.iinfo(np.int32)
     beyond = found[(found < limits.min) | (found > limits.max)]
     if beyond.size:
-        raise BadInput(where, int(beyond[0]), "integers of 32 bits")
+        raise BadInput(where, int(beyond[0]), "whole numbers of 32 bits")
     return np.atleast_2d(found).astype(np.int32)
 
 

@@ -80,7 +80,7 @@ class Compute:
         """
         operand = jnp.dtype(self.operands or "float32")
 
-        def rounded(param: Param, weight: jax.Array) -> jax.Array:
+        def rounded(param: Param, weight: Any) -> Any:
             return weight.astype(operand) if param.fan_in and param.role != "router" else weight
 
         return map_params(rounded, declared, weights)

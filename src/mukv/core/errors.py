@@ -99,7 +99,7 @@ def telling_disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR):
             raise BadInput(
-                str(path), "a path that another file or folder occupies", "choose another path"
+                str(path), "a file or folder in the way", "choose another path"
             ) from error
         if error.errno == errno.ENAMETOOLONG:
             raise BadInput(str(path), "a name that is too long", "choose a shorter one") from error

@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from mukv.core.low_rank import LowRank
 from mukv.core.typing import Array, Float
 
 
-def project(x: Array, weight: Array, contracted: int = 1, out: jnp.dtype | None = None) -> Array:
+def project(
+    x: Array, weight: Array | LowRank, contracted: int = 1, out: jnp.dtype | None = None
+) -> Array:
     """Contract the last `contracted` axes of x with the first `contracted` axes of the weight.
 
     x: [*rows *contracted]
@@ -26,6 +29,9 @@ def project(x: Array, weight: Array, contracted: int = 1, out: jnp.dtype | None 
 
     Returns [*rows *columns].
     """
+    if isinstance(weight, LowRank):
+        thin = project(x, weight.a, contracted)
+        return project(x, weight.base, contracted, out) + project(thin, weight.b, 1, out or x.dtype)
     rows, columns = x.shape[: x.ndim - contracted], weight.shape[contracted:]
     inner = math.prod(weight.shape[:contracted])
     flat: Array = _product(
@@ -35,9 +41,12 @@ def project(x: Array, weight: Array, contracted: int = 1, out: jnp.dtype | None 
 
 
 def project_each(
-    x: Float[Array, "block rows inner"], weight: Float[Array, "block inner columns"]
+    x: Float[Array, "block rows inner"], weight: Float[Array, "block inner columns"] | LowRank
 ) -> Float[Array, "block rows columns"]:
     """Multiply each block of rows with its own weight; types as in `project`."""
+    if isinstance(weight, LowRank):
+        thin = project_each(x, weight.a)
+        return project_each(x, weight.base) + project_each(thin, weight.b)
     return _product(x, weight, x.dtype)
 
 

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
+from mukv.core.low_rank import LowRank
 from mukv.core.params import Param, map_params
 from mukv.core.typing import Array
 
@@ -213,7 +214,9 @@ def gather(weights: Any, declared: Any) -> Any:
     if mesh is None:
         return weights
 
-    def collect(param: Param, array: Array) -> Array:
+    def collect(param: Param, array: Any) -> Any:
+        if isinstance(array, LowRank):
+            return array.mapped(collect, param)
         spec = specification(param.dims, mesh, exclude=("data",))
         return jax.lax.with_sharding_constraint(array, spec)
 

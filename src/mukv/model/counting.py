@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,17 +81,26 @@ def cache_bytes(
     return total
 
 
-def flops_per_token(model: LanguageModel, length: int) -> int:
+def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> int:
     """Return the floating-point operations of training per token at this sequence length.
 
     Only products are counted; the backward pass counts twice the forward pass. Attention counts
     visible pairs only, and experts those that a token is routed to.
+
+    adapters: tree of `Param` of the adapters, if only these are trained; the backward pass of all
+        other weights then has one product instead of two
     """
-    products = sum(
-        2 * param.size * param.active / model.every(name.split(".")[0])
-        for name, param in named(model.params()).items()
-        if param.fan_in
-    )
+
+    def of(declared: Any) -> float:
+        return sum(
+            2 * param.size * param.active / model.every(name.split(".")[0])
+            for name, param in named(declared).items()
+            if param.fan_in
+        )
+
+    products = of(model.params())
+    if adapters is not None:
+        products = 2 / 3 * products + of(adapters)
     attention = sum(
         layer.attention.read_flops()
         * bag.mean_visible(max(length // stack.every, 1))

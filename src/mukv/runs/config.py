@@ -66,6 +66,8 @@ class Run:
         if task is not None and self.train.length < task.smallest:
             allowed = f"at least the {task.smallest} tokens of data.task"
             raise BadInput("train.length", self.train.length, allowed)
+        if self.train.adapter is not None:
+            self.train.adapter.chosen(self.model.params())
 
 
 def presets_folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,6 +15,7 @@ from mukv.core.mesh import specification
 from mukv.core.names import even
 from mukv.model.counting import cached, entry_bytes, flops_per_token, state_bytes
 from mukv.runs.config import Run
+from mukv.runs.start import trained_params
 from mukv.show.terminal import Console, styled, table
 
 
@@ -25,7 +27,8 @@ def describe(run: Run) -> dict[str, Any]:
     state take a constant number of bytes, any other store an amount per token; a layer that reads
     another layer's entries takes none. The constant of the whole includes what decoding keeps
     outside of the layers. `core` names the attention core that a training step uses;
-    `cores_refused` says, by name of each faster core, why it is not used.
+    `cores_refused` says, by name of each faster core, why it is not used. `training_bytes` are
+    those of the float32 arrays that training keeps over all devices, frozen weights included.
     """
     model = run.model
     compute = settled(run.train.compute, model.vocab_size)
@@ -61,7 +64,9 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "parameters": params.count(model.params()),
         "active_parameters": params.active(model.params()),
-        "flops_per_token": flops_per_token(model, run.train.length),
+        "trained_parameters": params.count(trained_params(run)),
+        "flops_per_token": flops_per_token(model, run.train.length, _adapters(run)),
+        "training_bytes": training_bytes(run),
         "cache_bytes_per_token": plain(grows),
         "cache_bytes_constant": sum(layer["cache_bytes_constant"] for layer in layers)
         + model.state_bytes(compute.type),
@@ -71,9 +76,41 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
+def training_bytes(run: Run) -> dict[str, int]:
+    """Bytes of the trained weights, their gradient, the optimizer's state, and of frozen weights
+    where adapters are trained."""
+    training, declared = run.train.effective, trained_params(run)
+    optimizer = training.optimizer.transform(declared, _resolved(run))
+    shapes = params.abstract(declared)
+    state = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
+    weights = 4 * params.count(declared)
+    return {
+        "weights": weights,
+        "gradient": weights,
+        "optimizer": sum(leaf.size * leaf.dtype.itemsize for leaf in state),
+        "frozen": 0 if training.adapter is None else 4 * params.count(run.model.params()),
+    }
+
+
+def _adapters(run: Run) -> Any:
+    """The declared weights of the adapters; None without any."""
+    return None if run.train.adapter is None else trained_params(run)
+
+
+def _resolved(run: Run) -> Any:
+    """What the parameterisation gives each weight that is trained."""
+    family, adapter = run.train.optimizer.family, run.train.adapter
+    return run.model.resolved(family) if adapter is None else adapter.resolved(run.model, family)
+
+
 def plain(number: Fraction) -> int | float:
     """Return an int if the fraction is a whole number, else a float."""
     return int(number) if number.denominator == 1 else float(number)
+
+
+def megabytes(size: int) -> str:
+    """Format bytes, such as "12.5 MB"; below a megabyte in kB."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
 def shown(number: float) -> str:
@@ -83,11 +120,19 @@ def shown(number: float) -> str:
 
 def weights(run: Run) -> list[dict[str, Any]]:
     """Return name, dimensions, role, scaling and sharding (mesh axis of each dimension, on the mesh
-    of the configuration) of each weight."""
+    of the configuration) of each weight.
+
+    With adapters, frozen weights have a learning rate of zero, and the adapters follow them.
+    """
     mesh = jax.sharding.AbstractMesh((run.mesh.data, run.mesh.tensor), ("data", "tensor"))
     rows = []
     scaling = params.named(run.model.resolved(run.train.optimizer.family))
-    for name, param in params.named(run.model.params()).items():
+    declared = params.named(run.model.params())
+    if run.train.adapter is not None:
+        scaling = {n: replace(w, learning_rate=0.0, decays=False) for n, w in scaling.items()}
+        scaling |= params.named(_resolved(run))
+        declared |= params.named(trained_params(run))
+    for name, param in declared.items():
         resolved = scaling[name]
         rows.append(
             {
@@ -112,12 +157,20 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     active = facts["active_parameters"]
     used = f", {active:,} of them used by a token" if active < facts["parameters"] else ""
     console.print(styled("parameters  ", (f"{facts['parameters']:,}", "bold"), used))
+    if run.train.adapter is not None:
+        trained = facts["trained_parameters"]
+        share = f" in adapters, {trained / facts['parameters']:.2%} of them; all others are frozen"
+        console.print(styled("trained     ", (f"{trained:,}", "bold"), share))
     console.print(
         styled(
             *("training    ", (f"{facts['flops_per_token']:,}", "bold")),
             f" FLOPs per token at {run.train.length:,} tokens",
         )
     )
+    held = facts["training_bytes"]
+    parts = ", ".join(f"{megabytes(size)} of {name}" for name, size in held.items() if size)
+    total = (megabytes(sum(held.values())), "bold")
+    console.print(styled("            ", total, f" besides activations: {parts}"))
     console.print(
         styled(
             *("cache       ", (shown(facts["cache_bytes_per_token"]), "bold")),

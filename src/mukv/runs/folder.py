@@ -1,8 +1,8 @@
 """Define the paths of a run directory, and load its configuration.
 
 A run directory has config.yaml (complete, reloadable), metrics.jsonl, checkpoints/,
-tokenizer.json, weights/ and provenance.json. `train_run` makes or continues one,
-`mukv.load` reads one as a model.
+tokenizer.json, weights/ and provenance.json; one with adapters has base.json too. `train_run`
+makes or continues one, `mukv.load` reads one as a model.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class RunDirectory:
     @property
     def weights(self) -> Path:
         return self.path / "weights"
+
+    @property
+    def base(self) -> Path:
+        """Only in a run with adapters: what the weights that they change are recognised by."""
+        return self.path / "base.json"
 
     @property
     def generation(self) -> Path:

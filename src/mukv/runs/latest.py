@@ -1,4 +1,4 @@
-"""Read the newest weights of a run directory."""
+"""Read the newest weights of a run directory; adapters are merged with their base."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mukv.core.errors import BadInput, Failed
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
+from mukv.runs.start import merged_weights, trained_params
 from mukv.storage.checkpoint import Checkpoints
 from mukv.storage.weights import load_weights, require_weights, step_of
 from mukv.train.step import Trainer
 
 
-def latest_weights(run: Run, folder: RunDirectory) -> Any:
+def latest_weights(run: Run, folder: RunDirectory, mesh: Mesh) -> Any:
     """Read the exported weights of a run, or those of its latest checkpoint if that is newer.
 
-    Raises BadInput for a run that has none, and for damaged ones.
+    Adapters are merged with the weights that they change, on a mesh. Raises BadInput for a run that
+    has none, and for damaged ones.
     """
+    saved = _saved(run, folder)
+    return saved if run.train.adapter is None else merged_weights(run, folder, saved, mesh)
+
+
+def _saved(run: Run, folder: RunDirectory) -> Any:
+    """Read the newest weights that a run trained."""
     exported, exported_step = None, 0
     if folder.weights.exists():
         exported, metadata = load_weights(folder.weights)
@@ -34,7 +43,7 @@ def latest_weights(run: Run, folder: RunDirectory) -> Any:
                 return _restored(checkpoints, latest, trainer.abstract_state()).weights
     if exported is None:
         raise BadInput("MODEL", str(folder.path), "a run with weights; this one has none yet")
-    require_weights(run.model.params(), exported, folder.weights)
+    require_weights(trained_params(run), exported, folder.weights)
     return jax.tree.map(jnp.asarray, exported)
 
 

@@ -348,9 +348,10 @@ def _load(found: Located, mesh: MeshShape) -> Model:
         weights = found.checkpoint.place(mesh.build())
         return Model(run, weights, found.checkpoint.tokenizer, ends, found.folder)
     folder, run = RunDirectory(found.folder), found.run
-    weights = latest_weights(run, folder)
+    built = mesh.build()
+    weights = latest_weights(run, folder, built)
     if mesh.size > 1:
-        weights = jax.device_put(weights, weight_shardings(run.model.params(), mesh.build()))
+        weights = jax.device_put(weights, weight_shardings(run.model.params(), built))
     if not folder.generation.exists():
         return Model(run, weights, load_tokenizer(folder.tokenizer), folder=folder.path)
     ends = checkpoint.end_ids(read_json(folder.generation))

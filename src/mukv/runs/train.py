@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,24 @@ from mukv.runs import provenance
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.resolve import open_feed
+from mukv.runs.start import (
+    FIELD,
+    checksums,
+    find_base,
+    find_start,
+    require_base,
+    with_base,
+    write_base,
+)
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
 from mukv.storage.checkpoint import Checkpoints
 from mukv.storage.files import is_leftover, write_atomic
 from mukv.storage.json_text import is_text, to_json
 from mukv.storage.processes import one_job_writes
-from mukv.storage.weights import load_weights, require_finite, require_weights, save_weights
+from mukv.storage.weights import save_weights
 from mukv.train import metrics
-from mukv.train.footprint import require_room
+from mukv.train.footprint import require_least, require_room
 from mukv.train.loop import Loop, Outcome
 from mukv.train.step import State, Trainer
 
@@ -41,13 +49,14 @@ def train_run(
     """Train in `folder`, or continue the run in it; returns the state and the last losses.
 
     run: the configuration. A run may be continued with other steps, evaluation, logging or mesh,
-    and with its data at another path; another model, data, seed or optimizer is refused. title: of
-    the progress bar. ignore_memory: do not compare the memory of a step with what is free.
+    and with its data, or the base of its adapters, at another path; another model, data, seed or
+    optimizer is refused. title: of the progress bar. ignore_memory: do not compare the memory of a
+    step with what is free.
 
     Raises BadInput for a folder with another run or that another job writes, and for a step that
     takes more memory than is free; only the last needs a compilation.
     """
-    run, feed = open_feed(run)
+    run, feed = open_feed(with_base(run))
     for name, value in leaves(schema.to_mapping(run)).items():
         if isinstance(value, str) and not is_text(value):
             raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
@@ -62,6 +71,7 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
     metrics.require(run.train.trackers)
     mesh = run.mesh.build()
     trainer = Trainer(run.model, run.train, mesh)
+    base = _freeze(run, folder, trainer, ignore_memory) if run.train.adapter else None
     if not ignore_memory:
         require_room(trainer)
     training = run.train
@@ -77,8 +87,10 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
             checkpoints.forget_after(begin)
         if jax.process_index() == 0:
             describe_run(run, folder, feed)
+            if base is not None and run.train.start is not None:
+                write_base(folder, run.train.start, base)
         loop = Loop(
-            begin=partial(_start, run, trainer),
+            begin=lambda: _begin(run, trainer),
             trainer=trainer,
             batches=feed.source("train", **common),
             validation=feed.source("validation", **common),
@@ -92,23 +104,36 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
     return outcome
 
 
-def _start(run: Run, trainer: Trainer) -> State:
+def _begin(run: Run, trainer: Trainer) -> State:
     """Return the state before the first step: randomly initialised, or with the weights of the run
     or model that train.start names. Raises BadInput if that has no weights or others."""
-    if run.train.start is None:
+    if run.train.start is None or run.train.adapter is not None:
         return trainer.initial_state()
-    folder = RunDirectory(Path(run.train.start))
-    found = None if folder.exists else checkpoint.find(folder.path)
-    declared = run.model.params()
-    if found is not None:
-        weights = found.place(trainer.mesh)
-    elif folder.weights.exists():
-        weights, _ = load_weights(folder.weights)
-    else:
-        raise BadInput("train.start", run.train.start, "a run with weights, or a folder of theirs")
-    require_weights(declared, weights, folder.path)
-    require_finite(weights, folder.path)
-    return trainer.state_of(weights)
+    start = find_start(run.train.start)
+    return trainer.state_of(start.weights(run.model.params(), trainer.mesh))
+
+
+def _freeze(
+    run: Run, folder: RunDirectory, trainer: Trainer, ignore_memory: bool
+) -> dict[str, int]:
+    """Read the weights that the adapters change, and return their checksums. Raises BadInput where
+    a run in the folder has adapters of other weights, or where they take more memory than is free.
+    """
+    declared, where = run.model.params(), run.train.start
+    assert where is not None
+    start = find_base(where)
+    trainer.frozen = trainer.abstract_weights(start.types(declared))
+    if not ignore_memory:
+        require_least(trainer)  # before they are read
+    trainer.freeze(start.weights(declared, trainer.mesh))
+    if folder.base.exists() or _has_checkpoints(folder):
+        require_base(folder, trainer.frozen, where)
+    return checksums(trainer.frozen)
+
+
+def _has_checkpoints(folder: RunDirectory) -> bool:
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        return checkpoints.latest() is not None
 
 
 def _prolonged_from(run: Run, folder: RunDirectory) -> int | None:
@@ -163,6 +188,8 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
     began_with = provenance.began_with(folder.path, origin)
     if began_with is not None:  # the fingerprint is compared below; the path may differ
         before["data.path"] = now["data.path"]
+    if run.train.adapter is not None and FIELD in before:  # recognised when it is read
+        before[FIELD] = now[FIELD]
     for name in [*now, *before]:
         section, key = name.split(".")[:2]
         old, new = before.get(name), now.get(name)

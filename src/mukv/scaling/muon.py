@@ -1,4 +1,4 @@
-"""Muon: hidden matrices move by their orthogonalised momentum (Jordan et al. 2024)."""
+"""Muon: update hidden matrices by their orthogonalised momentum (Jordan et al. 2024)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from mukv.scaling.updates import Moments, Optimizer, by_matrix
 
 @dataclass(frozen=True)
 class Muon(Optimizer):
-    """Hidden matrices by their orthogonalised momentum, all else as Adam's. An update of a matrix
-    has singular values near sqrt(fan_out / fan_in): the change that it makes to activations then
-    has the same size at every width, and learning rates transfer.
+    """Update hidden matrices by their orthogonalised momentum and all other weights by Adam.
 
-    momentum: decay of the momentum of matrices. iterations: Newton-Schulz steps of the
-    orthogonalisation. beta1, beta2, epsilon: those of Adam, for all other weights.
-    rate: of matrices, as a multiple of the learning rate that the others have.
+    The update of a matrix has singular values near sqrt(fan_out / fan_in), so that it changes
+    activations by the same amount at every width and learning rates transfer (Jordan et al. 2024).
+
+    momentum: decay of the momentum of hidden matrices
+    iterations: Newton-Schulz steps of the orthogonalisation, 1 to 100
+    rate: learning rate of hidden matrices, as a multiple of that of the other weights
+    beta1, beta2, epsilon: of Adam, for all other weights
     """
 
     kind: Literal["muon"] = "muon"
@@ -43,7 +45,10 @@ class Muon(Optimizer):
             raise BadInput("rate", self.rate, "greater than 0")
 
     def direction(self, declared: Any, resolved: Any) -> optax.GradientTransformation:
-        """A matrix has a momentum and no squares."""
+        """Return the transformation of gradients to updates, before the learning rate.
+
+        Its state has a momentum for each weight, and a mean of squares only for Adam's weights.
+        """
 
         def init(params: Any) -> Moments:
             square = map_params(
@@ -62,8 +67,9 @@ class Muon(Optimizer):
                 if is_matrix(param):
                     mean = self.momentum * mean + slope
                     even = orthogonal(param, slope + self.momentum * mean, self.iterations)
-                    # A matrix as the forward pass sees it moves alike at every width: what its
-                    # multiplier and Adam's learning rate do is undone.
+                    # The update of the matrix as the forward pass uses it must not depend on the
+                    # width, so the multiplier and the learning rate of Adam's scaling are divided
+                    # out.
                     return (
                         self.rate * even / (weight.multiplier * weight.learning_rate),
                         mean,
@@ -84,13 +90,14 @@ class Muon(Optimizer):
 
 
 def is_matrix(param: Param) -> bool:
-    """Whether a weight maps a width to a width, per layer and expert."""
+    """Whether Muon's rule applies: a hidden matrix (one per layer and expert) that is contracted
+    over at least one dimension and randomly initialised."""
     return param.role == "hidden" and param.init == "normal" and len(param.fan_in) > 0
 
 
 def orthogonal(param: Param, update: Array, iterations: int) -> Array:
-    """The matrix of each layer, and of each expert, with all its singular values near
-    sqrt(fan_out / fan_in)."""
+    """Orthogonalise the matrix of each layer and expert; returns an array of the shape of `update`
+    whose matrices have all singular values near sqrt(fan_out / fan_in)."""
     flat = as_matrices(param, update)
     rows, columns = flat.shape[-2:]
     norm = by_matrix(param, jnp.linalg.norm, flat)[..., None, None]
@@ -102,12 +109,15 @@ def orthogonal(param: Param, update: Array, iterations: int) -> Array:
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration that Muon's authors tuned for speed: singular values
-come out between about 0.7 and 1.2."""
+"""Coefficients of the quintic iteration that Muon's authors chose for fast convergence; singular
+values end between about 0.7 and 1.2."""
 
 
 def newton_schulz(matrices: Array, iterations: int) -> Array:
-    """Singular values to about 1; wide matrices of norm 1 along the last two axes."""
+    """Bring the singular values of matrices near 1 by Newton-Schulz iterations.
+
+    matrices: [*_ rows columns] with rows <= columns and Frobenius norm at most 1.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrices
     for _ in range(iterations):

@@ -53,7 +53,7 @@ def resolve_preset(cls: type, name: str | Path, folder: Path) -> dict[str, Any]:
     while parent is not None:
         path = _preset_path(parent, folder, here, where)
         if path in chain:
-            raise BadInput(where, parent, "extends itself in the end: break the circle")
+            raise BadInput(where, parent, "files that do not extend each other in a circle")
         mapping = read_yaml(path)
         here, where, parent = path.parent, f"{path}: extends", mapping.pop("extends", None)
         chain.append(path)
@@ -109,7 +109,7 @@ def _set(
         item = _set(item_hint(hint, tuple, index), node[index], None, rest, value, here, done)
         return [*node[:index], item, *node[index + 1 :]]
     if node is not None and not isinstance(node, Mapping):
-        raise BadInput(here, node, f"{where} is a value, with nothing inside")
+        raise BadInput(here, node, f"{where} is a plain value, which has no keys")
     node = node or {}
     whole = completed(default, node)
     inner = key_hint(hint, whole, key)

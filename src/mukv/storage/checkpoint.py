@@ -126,12 +126,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the complete checkpoints, oldest first."""
-        listed: list[int] = []
+        names: list[str] | None = None
         while True:
-            before, listed = listed, list(_numbered(self.folder))
-            found = [step for step in listed if _ours(self.folder / str(step))]
-            # A process that trains may replace the only one between the listing and the look at it.
-            if found or listed == before:
+            before, names = names, sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
+            found = [step for step in _numbered(self.folder) if _ours(self.folder / str(step))]
+            # A training process may replace the only checkpoint while this one looks at the folder.
+            if found or names == before:
                 return found
 
     def latest(self) -> int | None:

@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from mukv.core.errors import BadInput
 from mukv.core.params import abstract, named
 from mukv.storage import checksum
-from mukv.storage.tensors import Spec, is_finite, write_tensors
+from mukv.storage.tensors import WRITTEN, Spec, is_finite, write_tensors
 
 FILE = "weights.safetensors"
+TYPES = {code: dtype for dtype, code in WRITTEN.items()}
+"""Dtypes by their names in a safetensors file."""
 
 
 def save_weights(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
@@ -64,6 +66,26 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise BadInput(str(path), given, "it is cut short, or not written by mukv") from None
     metadata.pop(checksum.KEY, None)
     return tree, metadata
+
+
+def weight_types(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Read shape and dtype of each weight that `save_weights` wrote, by dotted name.
+
+    Raises BadInput if the file is missing, damaged or something else.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise BadInput(str(path), "no such file", "a file with saved weights")
+    try:
+        with safe_open(path, "numpy") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: jax.ShapeDtypeStruct(part.get_shape(), TYPES[part.get_dtype()])
+                for name, part in found.items()
+            }
+    except (SafetensorError, OSError, KeyError) as error:
+        given = f"a file that can't be read ({str(error).splitlines()[0]})"
+        raise BadInput(str(path), given, "it is cut short, or not written by mukv") from None
 
 
 def step_of(metadata: Mapping[str, str], path: Path) -> int:

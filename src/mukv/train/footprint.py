@@ -73,12 +73,30 @@ def least_bytes(trainer: Trainer) -> int:
     """Return a lower bound of a step's bytes, over all devices that share memory.
 
     It counts weights, optimizer state, gradient and the input of each layer, which the backward
-    pass needs.
+    pass needs; of frozen weights those that are not in memory yet.
     """
+    return _here(trainer) * (sum(state_bytes(trainer).values()) - _held(trainer) + _stream(trainer))
+
+
+def state_bytes(trainer: Trainer) -> dict[str, int]:
+    """Return the bytes that one device keeps for training: `weights` that are trained, `optimizer`
+    state, `gradient`, and `frozen` weights that adapters change."""
     state = trainer.abstract_state()
-    fixed = sum(_local(leaf) for leaf in jax.tree.leaves(state))
-    fixed += sum(_local(leaf) for leaf in jax.tree.leaves(state.weights))
-    return _here(trainer) * (fixed + _stream(trainer))
+    parts = {
+        "weights": state.weights,
+        "optimizer": state.optimizer,
+        "gradient": state.weights,
+        "frozen": trainer.frozen,
+    }
+    return {
+        name: sum(_local(leaf) for leaf in jax.tree.leaves(part)) for name, part in parts.items()
+    }
+
+
+def _held(trainer: Trainer) -> int:
+    """Return the bytes of frozen weights that one device has in memory already."""
+    leaves = jax.tree.leaves(trainer.frozen)
+    return sum(_local(leaf) for leaf in leaves if isinstance(leaf, jax.Array))
 
 
 def _here(trainer: Trainer) -> int:
@@ -100,7 +118,7 @@ def _stream(trainer: Trainer) -> int:
 
 def step_bytes(trainer: Trainer) -> int:
     """Return the bytes of the compiled step, over all devices that share memory, state and batch
-    included. Compiles the step once.
+    included, frozen weights only if they are not in memory yet. Compiles the step once.
     """
     training, sharding = trainer.training, batch_sharding(trainer.mesh)
     shape = training.batch, training.length
@@ -113,7 +131,7 @@ def step_bytes(trainer: Trainer) -> int:
     memory = trainer.compile(batch).memory_analysis()
     taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     taken += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return _here(trainer) * taken
+    return _here(trainer) * (taken - _held(trainer))
 
 
 def require_least(trainer: Trainer) -> int:

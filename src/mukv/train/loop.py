@@ -122,7 +122,8 @@ class Loop:
         state = self.restore()
         clock = Clock(training.batch * training.length)
         peak = peak_flops(trainer.mesh.size)
-        flops = flops_per_token(trainer.model, training.length)
+        adapters = trainer.declared if trainer.adapter is not None else None
+        flops = flops_per_token(trainer.model, training.length, adapters)
         step, finished = start, True
         stable = training.schedule.stable_until(training.steps)
         self.last, self.seen = known_so_far(self.folder / "metrics.jsonl", start)

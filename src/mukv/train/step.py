@@ -37,7 +37,7 @@ Batch = Mapping[str, Array]
 class State:
     """Training state.
 
-    weights: float32
+    weights: those that are trained, float32: all of the model's, or those of its adapters alone
     optimizer: state of the optimizer, float32
     step: updates done, int32 scalar
     """
@@ -65,7 +65,9 @@ class Metrics(NamedTuple):
 class Trainer:
     """The compiled functions of one model, training plan and mesh.
 
-    `share` says which share of each batch this process reads (`host` of `hosts`).
+    `share` says which share of each batch this process reads (`host` of `hosts`). `declared` and
+    `resolved` are of the weights that are trained. `frozen` are those that adapters change, on the
+    mesh, or `jax.ShapeDtypeStruct` of them before they are read; None without adapters.
     """
 
     def __init__(self, model: LanguageModel, training: Training, mesh: Mesh):
@@ -83,24 +85,34 @@ class Trainer:
         self.share = share_of_batch(mesh)
         self.platform = mesh.devices.flat[0].platform
         self.compute = training.compute.resolve(model.vocab_size, self.platform)
-        self.declared = model.params()
-        self.resolved = model.resolved(training.optimizer.family)
+        self.adapter, family = training.adapter, training.optimizer.family
+        self.frozen: Any = None
+        if self.adapter is None:
+            self.declared, self.resolved = model.params(), model.resolved(family)
+        else:
+            self.declared = self.adapter.params(model.params())
+            self.resolved = self.adapter.resolved(model, family)
+            self.thaw()
         self.optimizer = training.optimizer.transform(self.declared, self.resolved)
         self._step = self._compiled_step = jax.jit(
             self.update,
             donate_argnums=0,
             out_shardings=(self.shardings(), replicated(mesh)),
         )
-        self.validate = jax.jit(self.validation_sums, out_shardings=replicated(mesh))
+        self._validate = jax.jit(self.validation_sums, out_shardings=replicated(mesh))
 
     def step(self, state: State, step: int, batch: Batch) -> tuple[State, Metrics]:
         """Do update number `step`, counted from 0; the given state is donated."""
-        result = self._compiled_step(state, step, batch)
+        result = self._compiled_step(state, step, batch, self.frozen)
         if self.platform == "cpu" and self.mesh.size > 1:
             # Simulated devices share one pool of threads. A second program in flight can occupy the
             # threads that the first needs to finish a collective: a deadlock.
             jax.block_until_ready(result)
         return result
+
+    def validate(self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"]) -> Any:
+        """Compute `validation_sums`, compiled."""
+        return self._validate(weights, batch, token_bytes, self.frozen)
 
     def compile(self, batch: Any) -> Any:
         """Compile the step for batches of these shapes; `step` then uses the result.
@@ -108,7 +120,9 @@ class Trainer:
         batch: `jax.ShapeDtypeStruct` by field, with shardings
         """
         with jax.set_mesh(self.mesh):
-            self._compiled_step = self._step.lower(self.abstract_state(), 0, batch).compile()
+            frozen = jax.tree.map(_abstract, self.frozen)
+            lowered = self._step.lower(self.abstract_state(), 0, batch, frozen)
+            self._compiled_step = lowered.compile()
         return self._compiled_step
 
     def abstract_state(self) -> State:
@@ -119,21 +133,48 @@ class Trainer:
             self.shardings(),
         )
 
+    def abstract_weights(self, like: Any = None) -> Any:
+        """Return shapes and shardings of all weights of the model. like: tree that gives their
+        dtypes; None means float32."""
+        declared = self.model.params()
+        types = params.abstract(declared) if like is None else like
+
+        def one(param: params.Param, sharding: Any, typed: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(param.shape, typed.dtype, sharding=sharding)
+
+        return params.map_params(one, declared, weight_shardings(declared, self.mesh), types)
+
+    def freeze(self, weights: Any) -> None:
+        """Put the weights that adapters change, of any dtype, on the mesh."""
+        self.frozen = jax.device_put(weights, weight_shardings(self.model.params(), self.mesh))
+
+    def thaw(self) -> None:
+        """Forget frozen weights; `initial_state` draws others."""
+        self.frozen = None if self.adapter is None else self.abstract_weights()
+
     def initial_state(self, seed: int | None = None) -> State:
-        """Draw weights from a seed (None: that of the training plan), each device its own shard."""
+        """Draw weights from a seed (None: that of the training plan), each device its own shard.
+
+        With adapters these are theirs. Weights for them to change are drawn as well if none were
+        given to `freeze`.
+        """
         with jax.set_mesh(self.mesh):
             key = jax.random.key(self.training.seed if seed is None else seed)
+            if self.adapter is not None and not self.has_frozen:
+                whole = weight_shardings(self.model.params(), self.mesh)
+                self.frozen = jax.jit(self.model.draw, out_shardings=whole)(key)
             return jax.jit(self.draw, out_shardings=self.shardings())(key)
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether `frozen` are arrays."""
+        return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self.frozen))
 
     def state_of(self, weights: Any) -> State:
         """Make the state before the first update from these weights, of any dtype."""
 
-        def begin(weights: Any) -> State:
-            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
-            return State(wide, self.optimizer.init(wide), jnp.zeros((), jnp.int32))
-
         with jax.set_mesh(self.mesh):
-            return jax.jit(begin, out_shardings=self.shardings())(weights)
+            return jax.jit(self.begin, out_shardings=self.shardings())(weights)
 
     def shardings(self) -> State:
         """Return the sharding of each part of the state."""
@@ -175,11 +216,12 @@ class Trainer:
         backward.
         """
         with jax.set_mesh(self.mesh):
-            seen = jax.jit(self._finite)(state.weights, batch)
+            seen = jax.jit(self._finite)(state.weights, batch, self.frozen)
             for name, finite in seen.items():
                 if not finite:
                     return f"the output of {name}"
-            gradient = jax.jit(jax.grad(self._objective, has_aux=True))(state.weights, batch)[0]
+            slope = jax.jit(jax.grad(self._objective, has_aux=True))
+            gradient = slope(state.weights, batch, self.frozen)[0]
             # Gradients flow from the last layer to the first, so the last bad one is the cause.
             broken = [
                 name
@@ -192,37 +234,54 @@ class Trainer:
 
     def draw(self, key: Array) -> State:
         """Draw the state before the first update."""
-        weights = self.model.draw(key)
+        if self.adapter is None:
+            weights = self.model.draw(key)
+        else:
+            deviations = jax.tree.map(lambda weight: weight.deviation, self.resolved)
+            weights = params.initialise(self.declared, deviations, key)
         return State(weights, self.optimizer.init(weights), jnp.zeros((), jnp.int32))
 
-    def _objective(self, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Losses]:
-        losses = self._losses(weights, batch)
+    def begin(self, weights: Any) -> State:
+        """Make the state before the first update from all weights of a model."""
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
+        return State(wide, self.optimizer.init(wide), jnp.zeros((), jnp.int32))
+
+    def whole(self, weights: Any, frozen: Any = None) -> Any:
+        """Return all weights as the forward pass takes them: trained ones, and frozen ones."""
+        if self.adapter is None:
+            return self.model.scaled(weights)
+        return self.adapter.attached(self.model, frozen, weights)
+
+    def _objective(
+        self, weights: Any, batch: Batch, frozen: Any
+    ) -> tuple[Float[Array, ""], Losses]:
+        losses = self._losses(weights, batch, frozen)
         return losses.objective, losses
 
-    def _losses(self, weights: Any, batch: Batch) -> Losses:
+    def _losses(self, weights: Any, batch: Batch, frozen: Any) -> Losses:
         return summed_loss(
             self.model,
-            self.model.scaled(weights),
+            self.whole(weights, frozen),
             *(batch[name] for name in BATCH_FIELDS),
             compute=self.compute,
         )
 
     def validation_sums(
-        self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"]
+        self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"], frozen: Any = None
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
         """Compute the summed loss (nats), the number of tokens, and the number of their bytes."""
         counted = batch["weight"] > 0
         read = jnp.where(counted, token_bytes[batch["targets"]], 0)
         # Float32 counts exactly up to 2**24, far beyond one batch.
-        nats = self._losses(weights, batch).cross_entropy
+        nats = self._losses(weights, batch, frozen).cross_entropy
         return nats, jnp.sum(batch["weight"]), jnp.sum(read * 1.0)
 
-    def _finite(self, weights: Any, batch: Batch) -> dict[str, Array]:
+    def _finite(self, weights: Any, batch: Batch, frozen: Any) -> dict[str, Array]:
         with capture() as taps:
-            self._losses(weights, batch)
+            self._losses(weights, batch, frozen)
         return {name: jnp.isfinite(value).all() for name, value in taps.items()}
 
-    def _gradient(self, weights: Any, batch: Batch) -> tuple[Losses, Any]:
+    def _gradient(self, weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
         """Compute the summed losses of the whole batch and the gradient of the objective.
 
         On a CPU whose devices only split the batch, each device processes its rows by itself and
@@ -232,24 +291,24 @@ class Trainer:
         """
         mesh = self.mesh
         if self.platform != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
-            return self._accumulated(weights, batch)
+            return self._accumulated(weights, batch, frozen)
 
-        def local(weights: Any, batch: Batch) -> tuple[Losses, Any]:
-            return jax.lax.psum(self._accumulated(weights, batch), "data")
+        def local(weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
+            return jax.lax.psum(self._accumulated(weights, batch, frozen), "data")
 
         whole = PartitionSpec()
         split = {name: PartitionSpec("data") for name in batch}
         return jax.shard_map(
-            local, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False
-        )(weights, dict(batch))
+            local, mesh=mesh, in_specs=(whole, split, whole), out_specs=whole, check_vma=False
+        )(weights, dict(batch), frozen)
 
-    def _accumulated(self, weights: Any, batch: Batch) -> tuple[Losses, Any]:
+    def _accumulated(self, weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
         """Compute the same with the batch cut into `accumulate` pieces, one after another."""
         pieces = self.training.accumulate
 
         def losses_and_gradient(weights: Any, batch: Batch) -> tuple[Losses, Any]:
             (_, losses), gradient = jax.value_and_grad(self._objective, has_aux=True)(
-                weights, batch
+                weights, batch, frozen
             )
             return losses, gradient
 
@@ -268,10 +327,15 @@ class Trainer:
         total, _ = jax.lax.scan(add, start, jax.tree.map(split, dict(batch)))
         return total
 
-    def update(self, state: State, step: Int[Array, ""], batch: Batch) -> tuple[State, Metrics]:
-        """Do update number `step` (counted from 0); do nothing unless it is the next one."""
+    def update(
+        self, state: State, step: Int[Array, ""], batch: Batch, frozen: Any = None
+    ) -> tuple[State, Metrics]:
+        """Do update number `step` (counted from 0); do nothing unless it is the next one.
+
+        frozen: the weights that adapters change; None without adapters
+        """
         training = self.training
-        losses, gradient = self._gradient(state.weights, batch)
+        losses, gradient = self._gradient(state.weights, batch, frozen)
         weight = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
         loss, gradient = jax.tree.map(lambda leaf: leaf / weight, (losses.cross_entropy, gradient))
         size = batch["tokens"].size
@@ -287,3 +351,7 @@ class Trainer:
         updated = State(weights, optimizer, state.step + 1)
         kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, state)
         return kept, Metrics(loss, norm, rate, counts)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

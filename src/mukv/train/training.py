@@ -10,6 +10,7 @@ from mukv.core.errors import BadInput
 from mukv.scaling.budget import AnyBudget
 from mukv.scaling.optimizers import AdamW, AnyOptimizer
 from mukv.scaling.schedules import AnySchedule, Cosine
+from mukv.train.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Training:
     """How a model is trained.
 
     start: initial weights: a run directory or a Hugging Face folder; None draws them
+    adapter: low-rank adapters of the weights of `start`, which alone are trained; None trains all
+        weights
     steps: number of updates
     seed: of weights and data order, 32 bits
     batch: rows per step over all devices
@@ -37,6 +40,7 @@ class Training:
     """
 
     start: str | None = None
+    adapter: Adapter | None = None
     steps: int = 100
     seed: int = 0
     batch: int = 8

@@ -115,15 +115,19 @@ def check(
 
 
 def changes(trainer: Trainer, batch: Any, seed: int) -> dict[str, float]:
-    """Compute the root mean square of each activation's change, by name."""
-    activations = jax.jit(lambda weights: _activations(trainer, weights, batch))
+    """Compute the root mean square of each activation's change, by name.
+
+    With adapters the weights that they change are drawn as well, from the same seed.
+    """
+    activations = jax.jit(lambda weights, frozen: _activations(trainer, weights, batch, frozen))
     distance = jax.jit(lambda after, before: jax.tree.map(_distance, after, before))
     with jax.set_mesh(trainer.mesh):
+        trainer.thaw()
         state = trainer.initial_state(seed)
-        before = activations(state.weights)
+        before = activations(state.weights, trainer.frozen)
         for step in range(trainer.training.steps):
             state, _ = trainer.step(state, step, batch)
-        change = distance(activations(state.weights), before)
+        change = distance(activations(state.weights, trainer.frozen), before)
     return {name: float(value) for name, value in change.items()}
 
 
@@ -146,9 +150,9 @@ def fit(name: str, seen: Mapping[int, Sequence[Mapping[str, float]]]) -> Slope:
     )
 
 
-def _activations(trainer: Trainer, weights: Any, batch: Any) -> dict[str, Array]:
+def _activations(trainer: Trainer, weights: Any, batch: Any, frozen: Any) -> dict[str, Array]:
     model, compute = trainer.model, trainer.compute
-    scaled = model.scaled(weights)
+    scaled = trainer.whole(weights, frozen)
     with capture() as taps:
         place = batch["position"], batch["segment"]
         hidden = model.hidden(scaled, batch["tokens"], *place, compute)

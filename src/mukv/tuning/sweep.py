@@ -18,14 +18,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mukv.core.errors import BadInput
+from mukv.core.mesh import MeshShape
 from mukv.data.tokens import TokenFile
 from mukv.runs import config
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.resolve import open_corpus
+from mukv.runs.start import checksums, find_base, find_start, with_base, write_base
 from mukv.runs.train import describe_run
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
@@ -119,7 +122,7 @@ class Sweep:
     def run_of(self, point: Mapping[str, Any], seed: int) -> Run:
         """Return the configuration of a point with a seed. Raises BadInput."""
         given = [f"{name}={json.dumps(value)}" for name, value in {**point, SEED: seed}.items()]
-        return config.load(self.source, [*self.overrides, *given])
+        return with_base(config.load(self.source, [*self.overrides, *given]))
 
     def work(self) -> None:
         """Train points until all points of the study are done, by any worker."""
@@ -182,7 +185,8 @@ class Sweep:
         for indices in groups:
             first = ready[indices[0]].run
             chosen = [points[index] for index in indices]
-            whole = Together(chosen, self.tokens, first.data.packing)
+            start = starting_weights(first)
+            whole = Together(chosen, self.tokens, first.data.packing, start=start)
             members = iter(ready[index] for index in indices)
             for part in whole.fitting(budget):
                 self._train_group(part, [next(members) for _ in part.points])
@@ -200,9 +204,12 @@ class Sweep:
 
     def _train_group(self, group: Together, members: Sequence[Member]) -> None:
         folders = [self._folder(pending.trial, seed) for pending, seed, _ in members]
+        base = None if group.frozen is None else checksums(group.frozen)
         trackers: list[Trackers] = []
         for member, folder in zip(members, folders, strict=True):
             describe_run(member.run, folder, self.tokens)
+            if base is not None:
+                write_base(folder, str(member.run.train.start), base)
             # A killed trial starts again from step 0.
             trackers.append(Trackers(folder.path, member.run.train.trackers, keep_until=0))
         for report in group.run(f"{self.folder.name}: {len(members)} runs"):
@@ -301,6 +308,15 @@ class Sweep:
                 axes.grid(alpha=0.3)
             over = f",\nmean over {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
             panels[0].set_ylabel(f"validation loss, nats per token{over}")
+
+
+def starting_weights(run: Run) -> Any:
+    """Read the weights that a run begins with, or that its adapters change; None draws them."""
+    if run.train.start is None:
+        return None
+    find = find_start if run.train.adapter is None else find_base
+    weights = find(run.train.start).weights(run.model.params(), MeshShape().build())
+    return jax.device_put(weights)
 
 
 def _spread(values: Sequence[Any], numeric: bool) -> bool:

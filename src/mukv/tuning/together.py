@@ -95,6 +95,7 @@ class Together:
         another within the program; None means the faster one. A CPU is busy with one point and
         saves only compilations (benchmarks/sweep.py).
     stopped: indices of points that are not needed any more
+    start: weights that all points begin with, or that the adapters of all change; None draws them
     """
 
     points: Sequence[Point]
@@ -102,6 +103,7 @@ class Together:
     packing: Literal["packed", "contiguous"] = "packed"
     across: Literal["vmap", "map"] | None = None
     stopped: set[int] = field(default_factory=set)
+    start: Any = None
 
     def __post_init__(self) -> None:
         values = [point.leaves() for point in self.points]
@@ -116,6 +118,7 @@ class Together:
             for path in varied
         }
         self.which = np.array(which, np.int32)
+        self.frozen = None if self.training.adapter is None else self.start
 
     # The program
 
@@ -134,39 +137,45 @@ class Together:
             return lambda *arguments: jax.lax.map(lambda each: function(*each), arguments)
         return jax.vmap(function)
 
-    def _draw(self, numbers: dict[str, Array]) -> State:
+    def _draw(self, numbers: dict[str, Array], start: Any) -> State:
         def one(numbers: dict[str, Array]) -> State:
             trainer = self._trainer(numbers)
+            if start is not None and trainer.adapter is None:
+                return trainer.begin(start)
             return trainer.draw(jax.random.key(trainer.training.seed))
 
         return self._map(one)(numbers) if numbers else self._map(lambda _: one({}))(self.which)
 
     def _update(
-        self, numbers: Any, which: Array, states: State, step: Array, batches: Any
+        self, numbers: Any, which: Array, states: State, step: Array, batches: Any, frozen: Any
     ) -> tuple[State, Metrics]:
         def one(numbers: Any, which: Array, state: State) -> tuple[State, Metrics]:
             # With one seed the batch is the same for all points, and so is what depends only on it.
             mine = jax.tree.map(lambda all: all[which if len(self.seeds) > 1 else 0], batches)
-            return self._trainer(numbers).update(state, step, mine)
+            return self._trainer(numbers).update(state, step, mine, frozen)
 
         return self._map(one)(numbers, which, states)
 
-    def _validate(self, numbers: Any, states: State, batch: Any, table: Array) -> Any:
+    def _validate(self, numbers: Any, states: State, batch: Any, table: Array, frozen: Any) -> Any:
         def one(numbers: Any, state: State, _: Array) -> Any:
-            return self._trainer(numbers).validation_sums(state.weights, batch, table)
+            trainer = self._trainer(numbers)
+            return trainer.validation_sums(state.weights, batch, table, frozen)
 
         return self._map(one)(numbers, states, jnp.asarray(self.which))
 
     @cached_property
     def compiled(self) -> Any:
         """The compiled training step. Raises BadInput if a single point can't fit the memory."""
-        footprint.require_least(self._trainer({}))
+        trainer = self._trainer({})
+        trainer.frozen = self.frozen
+        footprint.require_least(trainer)
         with jax.set_mesh(self.mesh):
-            states = jax.eval_shape(self._draw, self.numbers)
+            states = jax.eval_shape(self._draw, self.numbers, self.start)
             batches = jax.eval_shape(lambda: self._batch(0))
             step = jax.ShapeDtypeStruct((), jnp.int32)
             function = jax.jit(self._update, donate_argnums=2)
-            return function.lower(self.numbers, self.which, states, step, batches).compile()
+            given = (self.numbers, self.which, states, step, batches, self.frozen)
+            return function.lower(*given).compile()
 
     def memory(self) -> int:
         """Return the bytes of a step, states and batch included."""
@@ -183,8 +192,11 @@ class Together:
         return [
             part
             for points in (self.points[:half], self.points[half:])
-            for part in Together(points, self.tokens, self.packing, self.across).fitting(budget)
+            for part in self._with(points).fitting(budget)
         ]
+
+    def _with(self, points: Sequence[Point]) -> Together:
+        return Together(points, self.tokens, self.packing, self.across, start=self.start)
 
     # The loop
 
@@ -207,7 +219,7 @@ class Together:
         """
         training = self.training
         with jax.set_mesh(self.mesh):
-            self.states = jax.jit(self._draw)(self.numbers)
+            self.states = jax.jit(self._draw)(self.numbers, self.start)
             step_all, validate = self.compiled, jax.jit(self._validate)
             with (
                 Bar(title, training.steps) as bar,
@@ -215,7 +227,8 @@ class Together:
             ):
                 for step, batch in enumerate(prefetch, start=1):
                     self.states, metrics = step_all(
-                        self.numbers, self.which, self.states, np.int32(step - 1), batch
+                        *(self.numbers, self.which, self.states, np.int32(step - 1), batch),
+                        self.frozen,
                     )
                     ends = step == training.steps
                     evaluates = ends or _due(step, training.evaluate_every)
@@ -251,7 +264,8 @@ class Together:
         windows = self._batches(0, "validation")
         for batch in windows.once(self.training.validation_batches):
             arrays = {name: getattr(batch, name) for name in BATCH_FIELDS}
-            sums += np.array(validate(self.numbers, self.states, arrays, jnp.asarray(table)))
+            given = (self.numbers, self.states, arrays, jnp.asarray(table), self.frozen)
+            sums += np.array(validate(*given))
         nats, tokens, read = sums
         bits = nats / np.log(2) / np.maximum(read, 1)
         return [

@@ -112,6 +112,9 @@ class Search:
                 raise BadInput(name, number, "at least 1")
         if min(self.widths) < 1:
             raise BadInput("widths", min(self.widths), "at least 1")
+        if self.training.adapter is not None:
+            allowed = "null: a search trains whole models; the coordinate check takes adapters"
+            raise BadInput("train.adapter", self.training.adapter, allowed)
         narrow = replace(widened(self.model, min(self.widths)), scaling=self.model.scaling)
         self.models = {width: widened(narrow, width) for width in sorted(set(self.widths))}
         sections = {"model": narrow, "train": replace(self.training, seed=0, learning_rate=1.0)}

@@ -1,0 +1,199 @@
+"""The weights that a run starts from (`train.start`), and those that its adapters belong to.
+
+A run with adapters saves these alone. Its base is found by `train.start` and recognised by the
+checksums of its weights, which base.json of the run directory keeps.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mukv.core import params
+from mukv.core.errors import BadInput
+from mukv.core.mesh import weight_shardings
+from mukv.hub import checkpoint
+from mukv.hub.checkpoint import Checkpoint
+from mukv.runs.config import Run
+from mukv.runs.folder import RunDirectory
+from mukv.storage.files import write_atomic
+from mukv.storage.json_text import to_json
+from mukv.storage.manifest import checksum
+from mukv.storage.weights import load_weights, require_finite, require_weights, weight_types
+
+FIELD = "train.start"
+FORMAT, VERSION = "mukv-base", 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights on disk.
+
+    run: of a run directory; None otherwise
+    found: of a Hugging Face folder or GGUF file; None for a run directory
+    """
+
+    folder: RunDirectory
+    run: Run | None
+    found: Checkpoint | None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the weights are a base and adapters."""
+        return self.run is not None and self.run.train.adapter is not None
+
+    def types(self, declared: Any) -> Any:
+        """Read shapes and dtypes, not the weights. Raises BadInput unless they are those of
+        `declared`."""
+        if self.found is not None:
+            specs = self.found.specs()
+            types = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in specs.items()}
+        elif self.adapted:
+            assert self.run is not None
+            types = params.named(params.abstract(self.run.model.params()))
+        else:
+            types = weight_types(self.folder.weights)
+        require_weights(declared, types, self.folder.path)
+        structure = jax.tree.structure(
+            declared, is_leaf=lambda leaf: isinstance(leaf, params.Param)
+        )
+        return structure.unflatten(types[name] for name in params.named(declared))
+
+    def weights(self, declared: Any, mesh: Mesh) -> Any:
+        """Read the weights. Raises BadInput for damaged ones, other shapes and what is not finite.
+
+        Those of a run with adapters are merged.
+        """
+        if self.found is not None:
+            weights = self.found.place(mesh)
+        else:
+            weights, _ = load_weights(self.folder.weights)
+            if self.adapted:
+                assert self.run is not None
+                weights = merged_weights(self.run, self.folder, weights, mesh)
+        require_weights(declared, weights, self.folder.path)
+        require_finite(weights, self.folder.path)
+        return weights
+
+
+def find_start(start: str, where: str = FIELD) -> Start:
+    """Find the weights that `train.start` names. Raises BadInput."""
+    folder = RunDirectory(Path(start))
+    if folder.exists:
+        if not folder.weights.exists():
+            raise BadInput(where, start, "a run with weights: this one has none yet")
+        return Start(folder, folder.load_config(), None)
+    found = checkpoint.find(start)
+    if found is None and not folder.weights.exists():
+        raise BadInput(where, start, "a run with weights, or a folder of theirs")
+    return Start(folder, None, found)
+
+
+def with_base(run: Run) -> Run:
+    """The run with an absolute path of the weights that its adapters change. Raises BadInput where
+    it names none."""
+    start = run.train.start
+    if run.train.adapter is None:
+        return run
+    if start is None:
+        allowed = "the model whose weights `train.adapter` changes: a run directory or a folder"
+        raise BadInput(FIELD, None, allowed)
+    path = Path(start)
+    if path.exists():
+        start = str(path.resolve())
+    return replace(run, train=replace(run.train, start=start))
+
+
+def find_base(start: str, where: str = FIELD) -> Start:
+    """Find the weights that adapters change: all of a model's. Raises BadInput."""
+    found = find_start(start, where)
+    if found.adapted:
+        allowed = (
+            "a model without adapters of its own; `mukv export RUN --out DIR` writes the merged "
+            "weights of this one, from which a run can start"
+        )
+        raise BadInput(where, start, allowed)
+    return found
+
+
+def trained_params(run: Run) -> Any:
+    """Return the declared weights that a run trains and saves."""
+    declared = run.model.params()
+    adapter = run.train.adapter
+    return declared if adapter is None else adapter.params(declared)
+
+
+def merged_weights(run: Run, folder: RunDirectory, own: Any, mesh: Mesh) -> Any:
+    """Return all weights of a run with adapters: float32, on a mesh.
+
+    own: its adapters
+
+    Raises BadInput for a base that is missing or has changed, and for adapters of other weights.
+    """
+    adapter, start = run.train.adapter, run.train.start
+    assert adapter is not None
+    require_weights(trained_params(run), own, folder.weights)
+    where = f"{folder.config}: {FIELD}"
+    if start is None:
+        raise BadInput(where, None, "the model whose weights the adapters of this run change")
+    if not Path(start).exists() and not checkpoint.is_hub_id(start):
+        allowed = (
+            "the model whose weights the adapters of this run change: put it back, or write here "
+            "where it is"
+        )
+        raise BadInput(where, start, allowed)
+    declared = run.model.params()
+    base = find_base(start, where).weights(declared, mesh)
+    require_base(folder, base, start)
+    shardings = weight_shardings(declared, mesh)
+    merge = jax.jit(lambda base, own: adapter.merged(run.model, base, own), out_shardings=shardings)
+    with jax.set_mesh(mesh):
+        return merge(jax.device_put(base, shardings), own)
+
+
+# What a base is recognised by
+
+
+def checksums(weights: Any) -> dict[str, int]:
+    """Compute a 32-bit checksum of each weight by its name; the same for every sharding."""
+    found = params.named(weights)
+    return {name: int(np.asarray(checksum(leaf))) for name, leaf in found.items()}
+
+
+def write_base(folder: RunDirectory, start: str, sums: dict[str, int]) -> None:
+    """Write what the base of a run is recognised by."""
+    about = {"format": FORMAT, "version": VERSION, "start": start, "checksums": sums}
+    write_atomic(folder.base, to_json(about, indent=2) + "\n")
+
+
+def require_base(folder: RunDirectory, weights: Any, start: str) -> None:
+    """Raise BadInput unless these are the weights that the adapters of a run were trained on."""
+    saved = _saved_base(folder)
+    for name, found in checksums(weights).items():
+        if saved.get(name) != found:
+            allowed = (
+                f"the weights that the adapters in {folder.path} were trained on: {name} is "
+                f"another than {folder.base.name} says"
+            )
+            raise BadInput(FIELD, start, allowed)
+
+
+def _saved_base(folder: RunDirectory) -> dict[str, Any]:
+    path = folder.base
+    try:
+        about = json.loads(path.read_text("utf-8"))
+        if about["format"] == FORMAT and about["version"] == VERSION:
+            return dict(about["checksums"])
+        problem = "another format"
+    except OSError:
+        problem = "missing" if not path.exists() else "a file that can't be read"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        problem = "damaged"
+    allowed = f"the file of format {FORMAT!r}, version {VERSION}, that `mukv train` wrote there"
+    raise BadInput(str(path), problem, allowed)
