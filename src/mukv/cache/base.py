@@ -51,6 +51,11 @@ class Body(Protocol):
         """Whether the choice of the entries to keep depends on queries."""
         ...
 
+    @property
+    def by_query(self) -> bool:
+        """Whether `bag` chooses entries for one query, and not the same ones for all."""
+        ...
+
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         """Return the entries that the query of one token may read. length: entries folded so
         far."""
@@ -228,6 +233,10 @@ class Ring:
 
     @property
     def needs_queries(self) -> bool:
+        return False
+
+    @property
+    def by_query(self) -> bool:
         return False
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:

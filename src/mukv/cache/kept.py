@@ -48,6 +48,10 @@ class Kept:
     def needs_queries(self) -> bool:
         return self.keep.needs_queries
 
+    @property
+    def by_query(self) -> bool:
+        return not isinstance(self.select, All)
+
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         return self
 

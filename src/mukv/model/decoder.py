@@ -111,3 +111,17 @@ class Decoder(LanguageModel):
 
     def fold(self, weights: Weights, cache: Cache) -> Cache:
         return self.stack.fold(weights["layers"], cache)
+
+    def compressed(self, weights: Weights, recorded: Cache, empty: Cache) -> Cache:
+        return self.stack.compressed(weights["layers"], recorded, empty)
+
+    def read_block(
+        self, weights: Weights, cache: Cache, tokens: Tokens, compute: Compute | None = None
+    ) -> tuple[Float[Array, "batch token vocab"], Cache]:
+        """Read known tokens in one pass; see `LanguageModel.read_block`."""
+        compute = settled(compute, self.vocab_size)
+        count = jnp.full(len(tokens), tokens.shape[1])
+        x = self.embed(weights, tokens, compute)
+        layers = weights["layers"]
+        x, cache = self.stack.prefill(layers, cache, x, count, False, compute, as_steps=True)
+        return self.logits(weights, self.normed(weights, x), compute), cache
