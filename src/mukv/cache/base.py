@@ -65,6 +65,10 @@ class Body(Protocol):
         """Return all entries of the body. length: entries folded so far."""
         ...
 
+    def for_steps(self) -> Body:
+        """Return the body without what only the next choice of entries needs."""
+        ...
+
     def extended(
         self,
         new: Tensors,
@@ -95,6 +99,14 @@ class Slot:
     body: Body
     tail: Tail
     store: EntryStore = field(default=EntryStore(), metadata={"static": True})
+
+    def for_steps(self) -> Slot:
+        """Return the slot without what only the next choice of entries needs.
+
+        The steps of policies that differ only in that choice are one compiled program.
+        """
+        tail = {name: tensor for name, tensor in self.tail.items() if name != QUERY}
+        return replace(self, body=self.body.for_steps(), tail=tail)
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         """Return the entries of the body that the query of one token may read.
@@ -244,6 +256,9 @@ class Ring:
 
     def entries(self, length: Int[Array, " batch"]) -> Entries:
         return body_entries(self.tensors, length, self.wraps)
+
+    def for_steps(self) -> Ring:
+        return self
 
     def extended(
         self,

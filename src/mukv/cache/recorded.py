@@ -48,6 +48,9 @@ class Recorded:
     def entries(self, length: Int[Array, " batch"]) -> Entries:
         return body_entries(self.tensors, length, wraps=False)
 
+    def for_steps(self) -> Recorded:
+        return self
+
     def extended(
         self,
         new: Tensors,

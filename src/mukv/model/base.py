@@ -225,11 +225,17 @@ class LanguageModel(Component):
     # Methods with a default
 
     def read_block(
-        self, weights: Weights, cache: Any, tokens: Tokens, compute: Compute | None = None
+        self,
+        weights: Weights,
+        cache: Any,
+        tokens: Tokens,
+        compute: Compute | None = None,
+        joins: bool = True,
     ) -> tuple[Float[Array, "batch token vocab"], Any]:
         """Read as many known tokens as fit in the tail, as that many calls of `step` and a `fold`.
 
-        weights: scaled and unstacked. cache: cache with an empty tail.
+        weights: scaled and unstacked. cache: cache with an empty tail. joins: whether the entries
+        of these tokens join the bodies; if not, the cache is returned unchanged.
 
         Returns the float32 logits after each token, and the updated cache.
         """
@@ -241,7 +247,9 @@ class LanguageModel(Component):
             return cache.split()[1], logits
 
         live, logits = jax.lax.scan(step, live, tokens.T)
-        return logits.swapaxes(0, 1), self.fold(weights, self.cache_class.join(frozen, live))
+        if joins:
+            cache = self.fold(weights, self.cache_class.join(frozen, live))
+        return logits.swapaxes(0, 1), cache
 
     def check_tokenizer(self, vocab_size: int) -> None:
         """Raise BadInput if the model uses token ids that a tokenizer of this size lacks."""

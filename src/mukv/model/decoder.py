@@ -116,12 +116,15 @@ class Decoder(LanguageModel):
         return self.stack.compressed(weights["layers"], recorded, empty)
 
     def read_block(
-        self, weights: Weights, cache: Cache, tokens: Tokens, compute: Compute | None = None
+        self,
+        weights: Weights,
+        cache: Cache,
+        tokens: Tokens,
+        compute: Compute | None = None,
+        joins: bool = True,
     ) -> tuple[Float[Array, "batch token vocab"], Cache]:
         """Read known tokens in one pass; see `LanguageModel.read_block`."""
         compute = settled(compute, self.vocab_size)
-        count = jnp.full(len(tokens), tokens.shape[1])
         x = self.embed(weights, tokens, compute)
-        layers = weights["layers"]
-        x, cache = self.stack.prefill(layers, cache, x, count, False, compute, as_steps=True)
+        x, cache = self.stack.read_block(weights["layers"], cache, x, compute, joins)
         return self.logits(weights, self.normed(weights, x), compute), cache

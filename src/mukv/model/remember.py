@@ -30,13 +30,15 @@ class Several:
     position: position of each
     fresh: whether there are none before
     as_steps: whether they read what the policy lets a decode step read, and not all that is kept
+    joins: whether their entries join the bodies; if not, no memory is returned
     """
 
     length: Int[Array, " batch"]
     count: Int[Array, " batch"]
     position: Int[Array, "batch token"]
     fresh: bool = field(metadata={"static": True})
-    as_steps: bool = field(metadata={"static": True})
+    as_steps: bool = field(metadata={"static": True}, default=False)
+    joins: bool = field(metadata={"static": True}, default=True)
 
     def __call__(
         self,
@@ -50,14 +52,16 @@ class Several:
         parts: list[Bag] = []
         for name, bag in layer.bags.items():
             slot, new = memory.slots[name], written[name]
-            asked = query() if slot.body.needs_queries else None
-            reader = Reader(layer.attention, reading, asked)
-            slots[name] = slot.extended(new, self.length, self.count, reader, self.fresh)
+            if self.joins:
+                asked = query() if slot.body.needs_queries else None
+                reader = Reader(layer.attention, reading, asked)
+                slots[name] = slot.extended(new, self.length, self.count, reader, self.fresh)
             if not self.fresh:
                 by_query = self.as_steps and slot.body.by_query
                 parts.append(slot.bag(self.length) if by_query else slot.entries(self.length))
             parts.append(bag.entries(new, self.position))
-        return tuple(parts), LayerMemory(slots, states_of(layer, written))
+        states = states_of(layer, written) if self.joins else {}
+        return tuple(parts), LayerMemory(slots, states)
 
 
 @no_type_check

@@ -265,29 +265,57 @@ class Stack:
         count: Int[Array, " batch"],
         fresh: bool,
         compute: Compute,
-        as_steps: bool = False,
     ) -> tuple[Residual, Cache]:
         """Read the first `count` tokens of each row in one pass.
 
         weights: one entry per layer
         cache: cache with an empty tail
         fresh: whether the cache is empty, so that only the new tokens need to be read
-        as_steps: whether the tokens read what the policy lets a decode step read, so that the
-            result is that of steps and a fold; otherwise they read all that is kept
 
         Returns the residual stream after the last layer, and the updated cache.
         """
-        position = cache.length[:, None] + jnp.arange(x.shape[1])[None]
-        remember = Several(cache.length, count, position, fresh, as_steps)
-        # Nothing is differentiated, and entries computed inside jax.checkpoint could not leave it.
-        compute = replace(compute, rematerialise=False)
-        own = (self.bags, self.writers, cache)
-        held = (memories(*own), count)
-        run = self._pass(compute, position, remember, fresh, None, *held)
-        if as_steps and any(slot.body.by_query for slot in cache.slots):
+        run = self._several(cache, x, count, fresh, compute)
+        x = run.all(weights, x)
+        after = joined(self.bags, self.writers, cache, run.memories)
+        return x, replace(after, length=cache.length + count)
+
+    def read_block(
+        self, weights: Sequence[Any], cache: Cache, x: Residual, compute: Compute, joins: bool
+    ) -> tuple[Residual, Cache]:
+        """Read tokens in one pass, each of which reads what a decode step reads.
+
+        weights: one entry per layer
+        cache: cache with an empty tail
+        joins: whether the new entries join the bodies; if not, the cache is returned unchanged
+
+        Returns the residual stream after the last layer, and the cache after the steps and a fold.
+        """
+        count = jnp.full(len(x), x.shape[1])
+        run = self._several(cache, x, count, False, compute, as_steps=True, joins=joins)
+        if any(slot.body.by_query for slot in cache.slots):
             run = replace(run, single=True)
         x = run.all(weights, x)
-        return x, replace(joined(*own, run.memories), length=cache.length + count)
+        if not joins:
+            return x, cache
+        after = joined(self.bags, self.writers, cache, run.memories)
+        return x, replace(after, length=cache.length + count)
+
+    def _several(
+        self,
+        cache: Cache,
+        x: Residual,
+        count: Int[Array, " batch"],
+        fresh: bool,
+        compute: Compute,
+        **reading: bool,
+    ) -> Pass:
+        """Make a pass of several tokens per row. reading: further fields of `Several`."""
+        position = cache.length[:, None] + jnp.arange(x.shape[1])[None]
+        remember = Several(cache.length, count, position, fresh, **reading)
+        # Nothing is differentiated, and entries computed inside jax.checkpoint could not leave it.
+        compute = replace(compute, rematerialise=False)
+        held = memories(self.bags, self.writers, cache)
+        return self._pass(compute, position, remember, fresh, None, held, count)
 
     def step(
         self,
