@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mukv.cache import RECORD, Policy
+from mukv.cache.base import QUERY
+from mukv.model import LanguageModel
 from tests.laws import matrix
 from tests.laws.matrix import EXACT
 
@@ -62,7 +67,7 @@ def following(first):
 def test_a_block_is_its_steps(case):
     """Law 2: logits, entries and the state of the policy, over two folds."""
     model, weights, policy = case
-    by_steps = jax.jit(super(type(model), model).read_block, static_argnums=3)
+    by_steps = jax.jit(partial(LanguageModel.read_block, model), static_argnums=3)
     _, cache = jax.jit(lambda w: prefilled(model, w, policy))(weights)
     other = cache
     for block in range(2):
@@ -107,6 +112,21 @@ def test_a_recorded_text_is_compressed_as_by_prefill(case):
     rest = jnp.asarray(np.stack([ids[0, 30:38], ids[1, 30:38]]))
     recorded = model.prefill(weights, recorded, rest, jnp.asarray(more), False, EXACT)[1]
     close(model.compressed(weights, recorded, empty), cache, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_tail_keeps_the_queries_of_the_window_alone(window):
+    """The same entries are kept as with all queries of the tail."""
+    model = model_of("gqa", "rope", "plain")
+    weights, policy = model.unstack(matrix.weights(model)), Policy.parse("snapkv", 0.5)
+    policy = replace(policy, keep=replace(policy.keep, window=window))
+    _, cache = prefilled(model, weights, policy)
+    assert cache.slots[0].tail[QUERY].shape[2] == window
+    ids = jnp.asarray(following(0))
+    _, expected = model.read_block(weights, cache, ids, EXACT)
+    for token in ids.T:
+        _, cache = model.step(weights, cache, token, EXACT)
+    close(model.fold(weights, cache), expected)
 
 
 def test_policies_that_differ_in_the_choice_alone_share_their_steps():

@@ -52,6 +52,11 @@ class Body(Protocol):
         ...
 
     @property
+    def last_queries(self) -> int | None:
+        """Number of the newest queries on which the choice depends; None for all."""
+        ...
+
+    @property
     def by_query(self) -> bool:
         """Whether `bag` chooses entries for one query, and not the same ones for all."""
         ...
@@ -248,6 +253,10 @@ class Ring:
         return False
 
     @property
+    def last_queries(self) -> int | None:
+        return None
+
+    @property
     def by_query(self) -> bool:
         return False
 
@@ -301,27 +310,34 @@ def tail_entries(
 
 
 def append(tail: Tail, new: Token, filled: Int[Array, ""]) -> Tail:
-    """Write the entry of one token to place `filled` of the tail, the same in all rows."""
-    return {
-        name: jax.lax.dynamic_update_slice_in_dim(
-            tail[name], new[name].astype(tail[name].dtype), filled, axis=2
-        )
-        for name in tail
-    }
+    """Write the entry of one token to place `filled` of the tail, the same in all rows.
+
+    The query goes to this place modulo the number of its places, which may be fewer.
+    """
+
+    def one(name: str, old: Array) -> Array:
+        place = filled % old.shape[2] if name == QUERY else filled
+        fresh = new[name].astype(old.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(old, fresh, place, axis=2)
+
+    return {name: one(name, old) for name, old in tail.items()}
 
 
 def append_some(
     tail: Tail, new: Token, filled: Int[Array, " batch"], which: Bool[Array, " batch"]
 ) -> Tail:
-    """Write the entry of one token to place `filled` of each row's tail, in the rows `which`."""
+    """Write the entry of one token to place `filled` of each row's tail, in the rows `which`; the
+    query as in `append`.
+    """
     rows = jnp.arange(len(filled))
 
-    def one(old: Array, fresh: Array) -> Array:
+    def one(name: str, old: Array, fresh: Array) -> Array:
+        place = filled % old.shape[2] if name == QUERY else filled
         # A place beyond the tail is dropped by mode="drop", so that the row is not written.
-        place = jnp.where(which, filled, old.shape[2])
+        place = jnp.where(which, place, old.shape[2])
         return old.at[rows, :, place].set(fresh[:, :, 0].astype(old.dtype), mode="drop")
 
-    return {name: one(tail[name], new[name]) for name in tail}
+    return {name: one(name, tail[name], new[name]) for name in tail}
 
 
 def fold(

@@ -49,6 +49,10 @@ class Kept:
         return self.keep.needs_queries
 
     @property
+    def last_queries(self) -> int | None:
+        return self.keep.last_queries
+
+    @property
     def by_query(self) -> bool:
         return not isinstance(self.select, All)
 

@@ -39,6 +39,10 @@ class Recorded:
         return True
 
     @property
+    def last_queries(self) -> int | None:
+        return None
+
+    @property
     def by_query(self) -> bool:
         return False
 

@@ -227,7 +227,8 @@ class Stack:
             room = batch, bag.room(length), dtype
             body = policy.body(layer.attention, self.d_model, *room, place, own, name)
             if body.needs_queries:
-                shape = (batch, layer.attention.heads, tail, layer.attention.query_dim)
+                number = min(tail, body.last_queries or tail)
+                shape = (batch, layer.attention.heads, number, layer.attention.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
             return Slot(body, places, bag)
 
