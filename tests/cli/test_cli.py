@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import mukv as package
+from mukv.compress.measure import measured
 from mukv.data.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.xdist_group("trained")
