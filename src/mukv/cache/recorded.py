@@ -8,7 +8,7 @@ makes the cache of each policy.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import no_type_check
 
 import jax
@@ -28,15 +28,13 @@ class Recorded:
     """Body that grows with every new entry, and also keeps the queries of the tokens.
 
     tensors: of the entries, in the order of their positions
-    queries: of the tokens; None before the first one
+    queries: of the tokens; None before the first one, and where an entry stands for several tokens,
+        which no policy judges by queries
     """
 
     tensors: Tensors
     queries: Queries | None
-
-    @property
-    def needs_queries(self) -> bool:
-        return True
+    needs_queries: bool = field(metadata={"static": True})
 
     @property
     def last_queries(self) -> int | None:
@@ -63,7 +61,7 @@ class Recorded:
         reader: Reader,
         fresh: bool = False,
     ) -> Recorded:
-        if fresh or self.queries is None or reader.queries is None:
+        if fresh:
             return replace(self, tensors=dict(new), queries=reader.queries)
 
         def longer(old: Array, more: Array) -> Array:
@@ -72,10 +70,12 @@ class Recorded:
             return fold({"": room}, {"": more}, length, added)[""]
 
         tensors = {name: longer(self.tensors[name], more) for name, more in new.items()}
-        batch, heads, group, _, width = reader.queries.shape
-        flat = (x.reshape(batch, heads * group, -1, width) for x in (self.queries, reader.queries))
-        queries = longer(*flat)
-        return Recorded(tensors, queries.reshape(batch, heads, group, -1, width))
+        queries = None
+        if self.queries is not None and reader.queries is not None:
+            batch, heads, group, _, width = reader.queries.shape
+            both = (x.reshape(batch, -1, x.shape[3], width) for x in (self.queries, reader.queries))
+            queries = longer(*both).reshape(batch, heads, group, -1, width)
+        return replace(self, tensors=tensors, queries=queries)
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ class Recording(Policy):
         centres: Mapping[str, Array] | None = None,
         bag: str = ENTRIES,
     ) -> Recorded:
-        shapes = attention.written(d_model, batch, attention.bags[bag].every, dtype)[bag]
-        return Recorded({name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}, None)
+        every = attention.bags[bag].every
+        shapes = attention.written(d_model, batch, every, dtype)[bag]
+        tensors = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+        return Recorded(tensors, None, needs_queries=every == 1)
 
 
 RECORD = Recording()

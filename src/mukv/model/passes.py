@@ -101,9 +101,10 @@ class Pass:
         """
         index, memory = layer.index, self.memories.get(layer.index)
         apply: Callable[..., Any] = partial(self.applied, layer)
-        if memory is not None and not capturing():
+        if self.added is not None and not capturing():
             # What equal layers have in common; they differ in their numbers and in their arrays.
-            alike = replace(layer, index=0, stage=0, slot=0, repeat=0, source=0)
+            source = 0 if layer.writes else -1
+            alike = replace(layer, index=0, stage=0, slot=0, repeat=0, reads=None, source=source)
             shared = replace(self, layers=(), first=0, memories={})
             apply = partial(_layer, alike, layer.index in self._read_by_others, shared)
         if self.compute.rematerialise and self.aligned:
