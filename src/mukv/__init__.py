@@ -134,6 +134,7 @@ if TYPE_CHECKING:
     from mukv.tasks import SelectiveCopy as SelectiveCopy
     from mukv.tasks import Task as Task
     from mukv.tasks import VariableTracking as VariableTracking
+    from mukv.train.adapter import Adapter as Adapter
     from mukv.train.training import Training as Training
 
 __version__ = VERSION
@@ -174,6 +175,7 @@ _MODULES = {
         "CommonWords Counting FlipFlop FrequentWords FuzzyRecall IndirectIndexing Mqar "
         "Needle NoLiteral NoisyRecall Program SelectiveCopy Task VariableTracking"
     ),
+    "mukv.train.adapter": "Adapter",
     "mukv.train.training": "Training",
 }
 """The public names, by the module that has them. Type checkers read the imports above; a test

@@ -69,6 +69,7 @@ SCHEDULE = "train.schedule"
 WSD, ROOT = (f"{SCHEDULE}={{kind: {kind}, warmup: 1}}" for kind in ("wsd", "inverse_sqrt"))
 POWER = f"{SCHEDULE}={{kind: power, warmup: 1, amplitude: 1}}"
 BUDGET = "train.budget={kind: sde, batch: 64, tokens: 1024}"
+ADAPTER = "train.adapter={rank: 2}"
 NOPE, COPE, FIRE = (f"{PLACE}={{kind: {kind}}}" for kind in ("nope", "cope", "fire"))
 LOG = "{kind: log_length, typical: 16}"
 STEP = "{kind: step_length, every: 4, strength: 1}"
@@ -91,6 +92,11 @@ CHANGES = {
     "LanguageModel.readout": "model.readout=tied",
     "LanguageModel.logit_softcap": "model.logit_softcap=0.1",
     "Run.model": CONCEPT,
+    "Training.adapter": ADAPTER,
+    "Adapter.rank": (ADAPTER, "train.adapter.rank=1"),
+    "Adapter.alpha": (ADAPTER, "train.adapter.alpha=3"),
+    "Adapter.weights": (ADAPTER, "train.adapter.weights=[query]"),
+    "Adapter.ratio": (ADAPTER, "train.adapter.ratio=2"),
     "Architecture.encoder": (CONCEPT, "model.encoder=[]"),
     "Architecture.decoder": (CONCEPT, f"model.decoder={LOCAL}"),
     "Architecture.chunker": (CONCEPT, "model.chunker={kind: fixed}"),
@@ -377,7 +383,8 @@ def program(run: Run) -> str:
     batch = jax.eval_shape(lambda: trainer.put(batches_of(run).at(0)))
     with jax.set_mesh(trainer.mesh):
         draw = jax.jit(trainer.draw, out_shardings=trainer.shardings()).lower(jax.random.key(0))
-        step = jax.jit(trainer.update).lower(trainer.abstract_state(), 0, batch)
+        given = trainer.abstract_state(), 0, batch, trainer.frozen
+        step = jax.jit(trainer.update).lower(*given)
     return draw.as_text() + step.as_text()
 
 

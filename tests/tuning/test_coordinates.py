@@ -10,6 +10,7 @@ import pytest
 from mukv.core.errors import BadInput
 from mukv.scaling import parameterization
 from mukv.scaling.optimizers import AdamAtan2
+from mukv.train.adapter import Adapter
 from mukv.train.training import Training
 from mukv.tuning import coordinates
 from tests.laws import matrix
@@ -46,6 +47,27 @@ def test_every_attention_is_flat(attention):
 def test_concepts_are_flat(combination):
     found = slopes(matrix.concept(*combination), kind="mup")
     assert max(map(abs, found)) < coordinates.LIMIT
+
+
+def adapter_slopes(**scaling):
+    """Of what attention and MLP give, where a drawn model stays and its adapters train."""
+    training = dataclasses.replace(TRAINING, adapter=Adapter(rank=2))
+    model = dataclasses.replace(MODEL, scaling=dataclasses.replace(MODEL.scaling, **scaling))
+    found = coordinates.check(
+        model, training, batch(0), (16, 64, 256), seeds=2, steps=6, learning_rate=2.0**-4
+    )
+    return sorted(each.slope for each in found if each.name.endswith(("attention", "mlp")))
+
+
+@pytest.mark.parametrize("kind", ["sp", "mup"])
+def test_adapters_are_flat(kind):
+    found = adapter_slopes(kind=kind)
+    assert max(map(abs, found)) < coordinates.LIMIT
+
+
+def test_one_rate_for_both_thin_weights_is_caught():
+    """The first one's then moves what it gives by more in wider models (Hayou et al. 2024)."""
+    assert adapter_slopes(alignment="ignored")[-1] > coordinates.LIMIT
 
 
 @pytest.mark.parametrize(
