@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 import mukv as package
 from mukv.core.errors import BadInput
 from mukv.hub import checkpoint, gguf_tokenizer
+from mukv.hub.chat import chat_text
 from mukv.hub.gguf_file import TYPES, GgufFile
 from tests.hub.ggufs import QUANTISED, add_value, finish, random_blocks, write_gguf
 from tests.parity.models import LLAMA3, TINY, build, logits, our_logits
@@ -115,6 +116,22 @@ def test_import_eval_generate_export(mukv, tmp_path):
     assert done.returncode == 0, done.stderr
     again = package.load(tmp_path / "exported")
     np.testing.assert_allclose(our_logits(again, IDS), logits(model, IDS), rtol=1e-3, atol=1e-4)
+
+
+def test_training_begins_with_a_file(mukv, tmp_path, token_file):
+    """Adapters of it, too; what it came with besides weights belongs to the run."""
+    model = build("Llama", TINY | {"vocab_size": 300, "tie_word_embeddings": True})
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", model, sentence_piece())
+    given = (f"data.path={token_file}", "train.steps=1", "train.batch=2", "train.length=16")
+    for name, change in (("whole", "train.learning_rate=1e-20"), ("thin", "train.adapter.rank=2")):
+        done = mukv("train", path, *given, change, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    whole, thin = (package.load(tmp_path / name) for name in ("whole", "thin"))
+    expected = logits(model, IDS)
+    np.testing.assert_allclose(our_logits(whole, IDS), expected, rtol=1e-3, atol=1e-4)
+    assert np.abs(our_logits(thin, IDS) - expected).max() > 1e-3
+    assert whole.ends == thin.ends == (2,)
+    assert "<turn>hi" in chat_text(tmp_path / "thin", [{"role": "user", "content": "hi"}])
 
 
 def sentence_piece() -> dict[str, Any]:

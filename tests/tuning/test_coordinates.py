@@ -54,7 +54,7 @@ def adapter_slopes(**scaling):
     training = dataclasses.replace(TRAINING, adapter=Adapter(rank=2))
     model = dataclasses.replace(MODEL, scaling=dataclasses.replace(MODEL.scaling, **scaling))
     found = coordinates.check(
-        model, training, batch(0), (16, 64, 256), seeds=2, steps=6, learning_rate=2.0**-4
+        model, training, batch(0), (16, 64), seeds=2, steps=6, learning_rate=2.0**-4
     )
     return sorted(each.slope for each in found if each.name.endswith(("attention", "mlp")))
 

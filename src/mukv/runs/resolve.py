@@ -41,7 +41,9 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
     found = checkpoint.find(source)
     if found is not None:
         run = imported_run(found)
-        run = replace(run, train=replace(run.train, start=str(found.folder.resolve())))
+        # The folder of a GGUF file is in the cache and has only its tokenizer.
+        start = given.path if given.path.is_file() else found.folder
+        run = replace(run, train=replace(run.train, start=str(start.resolve())))
         run = schema.build(Run, apply_overrides(Run, schema.to_mapping(run), overrides))
     else:
         run = config.load(source, overrides)

@@ -122,6 +122,19 @@ def find_base(start: str, where: str = FIELD) -> Start:
     return found
 
 
+def copy_companions(start: str, folder: RunDirectory) -> None:
+    """Copy into a run what the model that it starts from came with: tokenizer settings, a chat
+    template, ids that end a text. Keeps what is there."""
+    path = Path(start)
+    found = checkpoint.open_gguf(path) if path.is_file() else None
+    for given in checkpoint.companions(path if found is None else found.folder):
+        if not (folder.path / given.name).exists():
+            write_atomic(folder.path / given.name, given.read_bytes())
+    if found is not None and not folder.generation.exists():
+        special = {key: value for key, value in found.special.items() if value is not None}
+        write_atomic(folder.generation, to_json(special, indent=2))
+
+
 def trained_params(run: Run) -> Any:
     """Return the declared weights that a run trains and saves."""
     declared = run.model.params()

@@ -10,7 +10,6 @@ from jax.experimental import multihost_utils
 
 from mukv.core.errors import BadInput
 from mukv.data.feed import Feed, Origin
-from mukv.hub import checkpoint
 from mukv.runs import provenance
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
@@ -18,6 +17,7 @@ from mukv.runs.resolve import open_feed
 from mukv.runs.start import (
     FIELD,
     checksums,
+    copy_companions,
     find_base,
     find_start,
     require_base,
@@ -166,10 +166,8 @@ def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
     write_atomic(folder.config, schema.to_yaml(run))
     origin.tokenizer.save(folder.tokenizer)
     write_atomic(folder.path / provenance.FILE, to_json(provenance.record(origin), indent=2))
-    # What a model that it begins with came with belongs to this one too.
-    for given in checkpoint.companions(Path(run.train.start)) if run.train.start else ():
-        if not (folder.path / given.name).exists():
-            write_atomic(folder.path / given.name, given.read_bytes())
+    if run.train.start is not None:
+        copy_companions(run.train.start, folder)
 
 
 def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
