@@ -128,6 +128,7 @@ def train(
         if launch.speaks():
             if not folder.exists:
                 tell(notes.of_defaults(config.given_or_empty(source, overrides or []), run))
+            tell(notes.of_adapter(run))
             tell(notes.of_run(run))
             tell(notes.of_prolonging(run, folder))
             Console(stderr=True).say(notes.of_feed(open_feed(run)[1]))

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mukv.core.params import count
 from mukv.data.feed import Feed, TextFeed
 from mukv.runs.config import Run
 from mukv.runs.describe import weights
 from mukv.runs.folder import RunDirectory
+from mukv.runs.start import trained_params
 from mukv.scaling.schedules import Plan
 from mukv.storage.checkpoint import Checkpoints
 from mukv.train.training import Training
@@ -63,6 +65,17 @@ def of_feed(feed: Feed) -> str:
             "(data.path)"
         )
     return "training on a synthetic task (data.task)"
+
+
+def of_adapter(run: Run) -> list[str]:
+    """What a run with adapters trains."""
+    if run.train.adapter is None:
+        return []
+    trained, every = count(trained_params(run)), count(run.model.params())
+    return [
+        f"train.adapter: {trained:,} numbers are trained, {trained / every:.2%} of the model's; "
+        f"the weights of {run.train.start} stay as they are"
+    ]
 
 
 def of_length(length: int, run: Run, what: str) -> list[str]:
