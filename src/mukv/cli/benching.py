@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mukv.cli import launch
-from mukv.cli.app import Json, Overrides, app, beside, hold
+from mukv.cli.app import Json, Overrides, StoredAs, app, beside, hold
 from mukv.core.errors import BadInput, unknown_name
 from mukv.core.names import even
 from mukv.show import output
@@ -70,6 +70,7 @@ def bench(
             help="Folder of results; default: `bench` in the run directory, or runs/bench-NAME.",
         ),
     ] = None,
+    weights: StoredAs = None,
     as_json: Json = False,
 ) -> None:
     """Measure how well a model recalls facts of a long text, by task and length.
@@ -104,6 +105,9 @@ def bench(
         sizes = whole_numbers("--lengths", lengths or "512")
         show(without_model.check(asked, sizes, samples, seed), None, as_json)
         return
+    if weights is not None and (source is None or not is_model(source)):
+        allowed = "a MODEL that is tested as it is: a CONFIG is trained, in float32"
+        raise BadInput("--weights", weights, allowed)
     folder = (
         beside(source, "bench") if is_model(source) else Path("runs") / f"bench-{Path(source).stem}"
     )
@@ -111,7 +115,7 @@ def bench(
     hold(context, folder)
     tell = Console(stderr=True).say
     if is_model(source):
-        model = loaded.load(source)
+        model = loaded.load(source, weights=weights)
         trained = model.run.data.task
         if trained is not None and tasks is None:
             asked = with_facts({trained.kind: trained}, facts)

@@ -14,6 +14,7 @@ from mukv.cli.app import (
     Json,
     ModelName,
     Overrides,
+    StoredAs,
     app,
     exactly_one,
     note_unused_budget,
@@ -37,6 +38,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens from window to window; default: the window.")
     ] = None,
+    weights: StoredAs = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
@@ -48,7 +50,7 @@ def evaluate(
     from mukv.runs import inputs, loaded, notes
 
     exactly_one("eval", text=text, tokens=tokens)
-    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite, weights=weights)
     if text is not None:
         rows = inputs.rows_of_text(speaker, text)
     else:
@@ -64,6 +66,7 @@ def evaluate(
         "loss": found.loss,
         "perplexity": found.perplexity,
         "bits_per_byte": found.bits_per_byte,
+        "weights_bytes": speaker.weights_bytes,
     }
     output.print_facts(facts, as_json)
 
@@ -105,6 +108,7 @@ def generate(
             "default: 0.25."
         ),
     ] = None,
+    weights: StoredAs = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
@@ -131,7 +135,7 @@ def generate(
         if given and token_ids is not None:
             raise BadInput(option, token_ids, "a text, with --prompt or --prompt-file")
     prompts = [*(prompt or ()), *inputs.texts(prompt_file or (), "--prompt-file")]
-    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite, weights=weights)
     if token_ids is not None:
         rows = [inputs.ids(token_ids, "--token-ids")]
     else:
@@ -155,6 +159,7 @@ def generate(
             "text": texts[0],
             "texts": texts,
             "cache_bytes": made.cache_bytes,
+            "weights_bytes": speaker.weights_bytes,
             "compile_seconds": made.compile_seconds,
             "prefill_seconds": made.prefill_seconds,
             "tokens_per_second": made.tokens_per_second,
