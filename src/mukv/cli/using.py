@@ -172,7 +172,7 @@ def generate(
         Console().print(f"--- {number}", style="bold")
         if len(prompts) > 1 or chat:
             shown = prompts[number // copies] + ("\n---\n" if chat else "")
-            Console().print(styled((shown, "dim")), end="", soft_wrap=True)
+            Console().print(styled((shown, "dim"), keep=LINES), end="", soft_wrap=True)
         sys.stdout.write(text + "\n")
     Console(stderr=True).print(
         f"{made.tokens_per_second:,.0f} tokens/s, first token after "

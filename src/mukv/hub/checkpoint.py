@@ -102,7 +102,7 @@ class Checkpoint:
         for name, parts in grouped_by_weight(self.pieces).items():
 
             def read(parts: list[WeightPiece] = parts) -> Iterable[np.ndarray]:
-                return (part.read(self.source) for part in parts)
+                return (block for part in parts for block in part.blocks(self.source))
 
             dtype = self.source.tensors[parts[0].theirs].dtype
             specs[name] = Spec(declared[name].shape, dtype, read)
