@@ -11,6 +11,7 @@ import typer
 from mukv.cli import launch
 from mukv.cli.app import (
     AllowNonfinite,
+    ComputeType,
     Json,
     ModelName,
     Overrides,
@@ -39,6 +40,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens from window to window; default: the window.")
     ] = None,
     weights: StoredAs = None,
+    compute: ComputeType = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
@@ -51,6 +53,7 @@ def evaluate(
 
     exactly_one("eval", text=text, tokens=tokens)
     speaker = loaded.load(model, allow_nonfinite=allow_nonfinite, weights=weights)
+    speaker = speaker.computing(compute, "--compute")
     if text is not None:
         rows = inputs.rows_of_text(speaker, text)
     else:
@@ -109,6 +112,7 @@ def generate(
         ),
     ] = None,
     weights: StoredAs = None,
+    compute: ComputeType = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
@@ -136,6 +140,7 @@ def generate(
             raise BadInput(option, token_ids, "a text, with --prompt or --prompt-file")
     prompts = [*(prompt or ()), *inputs.texts(prompt_file or (), "--prompt-file")]
     speaker = loaded.load(model, allow_nonfinite=allow_nonfinite, weights=weights)
+    speaker = speaker.computing(compute, "--compute")
     if token_ids is not None:
         rows = [inputs.ids(token_ids, "--token-ids")]
     else:
@@ -174,7 +179,7 @@ def generate(
         Console().print(f"--- {number}", style="bold")
         if len(prompts) > 1 or chat:
             shown = prompts[number // copies] + ("\n---\n" if chat else "")
-            Console().print(styled((shown, "dim")), end="", soft_wrap=True)
+            Console().print(styled((shown, "dim"), keep=LINES), end="", soft_wrap=True)
         sys.stdout.write(text + "\n")
     Console(stderr=True).print(
         f"{made.tokens_per_second:,.0f} tokens/s, first token after "
