@@ -26,7 +26,7 @@ ROUNDED_UP = 1 + 2**-7
 
 
 @dataclass(frozen=True)
-class Grouped(Store):
+class Quantised(Store):
     """Base class of encodings with one step for each group of numbers.
 
     group: tokens of a key's channel, or channels of a token, that share a step
@@ -44,7 +44,7 @@ class Grouped(Store):
 
 
 @dataclass(frozen=True)
-class Int8(Grouped):
+class Int8(Quantised):
     """Store 8 bits per number (KIVI, Liu et al. 2024)."""
 
     def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
@@ -65,7 +65,7 @@ class Int8(Grouped):
 
 
 @dataclass(frozen=True)
-class Int4(Grouped):
+class Int4(Quantised):
     """Store 4 bits per number (KIVI, Liu et al. 2024)."""
 
     def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
