@@ -34,7 +34,7 @@ class Compute:
     fused: whether attention avoids the tensor of logits of all pairs of tokens
     attention_chunk: queries per chunk of the fused core; None for a size that depends on the length
     loss_chunk: tokens per row whose logits are in memory at once; None for 32 MiB of float32 logits
-        per row, but at least 128 tokens
+        per row on a CPU and 256 MiB elsewhere, but at least 128 tokens
     platform: platform that the other settings are chosen for; None for the one that JAX runs on
     """
 
@@ -62,8 +62,9 @@ class Compute:
             dtype=dtype,
             operands=self.operands or dtype,
             unroll=on_cpu if self.unroll is None else self.unroll,
-            # At most 32 MiB of float32 logits per row; smaller chunks only cost time.
-            loss_chunk=self.loss_chunk or max(128, (1 << 23) // vocab_size),
+            # Float32 logits of 32 MiB per row on a CPU, where smaller chunks cost time; elsewhere
+            # 256 MiB, because every chunk reads the whole readout.
+            loss_chunk=self.loss_chunk or max(128, (1 << (23 if on_cpu else 26)) // vocab_size),
             platform=self.platform or platform,
         )
 
