@@ -211,6 +211,36 @@ def by_data_shard(function: Callable[..., Any], weights: Any, *rows: Array) -> A
     )(weights, *rows)
 
 
+def by_shard(
+    function: Callable[..., Array], names: Sequence[tuple[str, ...]], out: tuple[str, ...]
+) -> Callable[..., Array]:
+    """Make a function that runs `function` on each shard, for kernels that XLA can't split.
+
+    names: logical names of the leading axes of each argument, keys of AXES
+    out: those of the result
+    """
+    mesh = _partitioned_mesh()
+    if mesh is None:
+        return function
+
+    def split(*arrays: Array) -> Array:
+        sizes = {
+            name: n
+            for axes, x in zip(names, arrays, strict=True)
+            for name, n in zip(axes, x.shape, strict=False)
+        }
+        table = [
+            specification({name: sizes[name] for name in axes}, mesh) for axes in (*names, out)
+        ]
+        # Kernels do not say over which axes their results vary.
+        shards = jax.shard_map(
+            function, mesh=mesh, in_specs=tuple(table[:-1]), out_specs=table[-1], check_vma=False
+        )
+        return shards(*arrays)
+
+    return split
+
+
 def gather(weights: Any, declared: Any) -> Any:
     """All-gather the weights that the axis `data` splits (FSDP), right before their use.
 
