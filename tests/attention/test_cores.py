@@ -13,6 +13,7 @@ from mukv.attention import Entries, Mask
 from mukv.attention.cores import CORES, Chunked, Demand, Flash, Part, Plain, Scores, choose
 from mukv.attention.recalled import Dense
 from mukv.core.compute import Compute
+from mukv.core.mesh import MeshShape
 from mukv.core.params import map_params
 from mukv.position import POSITIONS, CoPE, NoPE
 from tests.laws import matrix
@@ -109,6 +110,9 @@ FLASH = {
 }
 
 
+ALIGNED = Mask(aligned=True)
+
+
 @pytest.mark.parametrize("name", FLASH)
 def test_flash_is_plain(name):
     """The kernels, interpreted, over several chunks and blocks; forward and backward."""
@@ -147,6 +151,26 @@ def test_flash_is_plain(name):
         for core in (Plain(), Flash(interpret=True))
     )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4), one, two)
+
+
+def test_flash_is_split_over_a_mesh():
+    """Rows over `data` and KV heads over `tensor`; gradients of sinks are summed over both."""
+    random = np.random.default_rng(0)
+    shape, length = (4, 2, 2), 40
+    query, direction = random.standard_normal((2, *shape, length, 16)).astype(np.float32)
+    at = jnp.asarray(np.tile(np.arange(length), (4, 1)))
+    keys = random.standard_normal((4, 2, length, 16)).astype(np.float32)
+
+    def read(moving: Any) -> Any:
+        scores = Scores(None, at, {}, moving["sinks"], NoPE(), 1.0, None)
+        part = Part(Dense((moving["key"],), moving["key"]), Entries({}, at[:, None]), ALIGNED)
+        return jnp.sum(Flash(interpret=True).apply((moving["query"],), [part], scores) * direction)
+
+    moving = {"query": query, "key": keys, "sinks": np.ones((2, 2), np.float32)}
+    whole = jax.jit(jax.value_and_grad(read))(moving)
+    with jax.set_mesh(MeshShape(2, 2).build()):
+        split = jax.jit(jax.value_and_grad(read))(moving)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-5), whole, split)
 
 
 def test_the_chooser_says_why():

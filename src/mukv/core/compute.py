@@ -34,7 +34,7 @@ class Compute:
     fused: whether attention avoids the tensor of logits of all pairs of tokens
     attention_chunk: queries per chunk of the fused core; None for a size that depends on the length
     loss_chunk: tokens per row whose logits are in memory at once; None for 32 MiB of float32 logits
-        per row on a CPU and 256 MiB elsewhere, but at least 128 tokens
+        per row on a CPU and 1 GiB per device elsewhere, but at least 128 tokens
     platform: platform that the other settings are chosen for; None for the one that JAX runs on
     """
 
@@ -62,9 +62,10 @@ class Compute:
             dtype=dtype,
             operands=self.operands or dtype,
             unroll=on_cpu if self.unroll is None else self.unroll,
-            # Float32 logits of 32 MiB per row on a CPU, where smaller chunks cost time; elsewhere
-            # 256 MiB, because every chunk reads the whole readout.
-            loss_chunk=self.loss_chunk or max(128, (1 << (23 if on_cpu else 26)) // vocab_size),
+            # At most 32 MiB of float32 logits per row; smaller chunks only cost time.
+            loss_chunk=max(128, (1 << 23) // vocab_size)
+            if on_cpu and self.loss_chunk is None
+            else self.loss_chunk,
             platform=self.platform or platform,
         )
 
@@ -72,6 +73,14 @@ class Compute:
     def type(self) -> jnp.dtype:
         """Type of activations and cache entries."""
         return jnp.dtype(self.dtype or "float32")
+
+    def loss_tokens(self, rows: int, vocab_size: int) -> int:
+        """Return the number of tokens per row whose logits are in memory at once.
+
+        rows: rows of the batch on one device
+        """
+        # On an accelerator every chunk reads the whole readout and updates its gradient.
+        return self.loss_chunk or max(128, (1 << 28) // (rows * vocab_size))
 
     def working_copy(self, declared: Any, weights: Any) -> Any:
         """Round the weights that are multiplied to the type of operands.

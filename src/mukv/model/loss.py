@@ -19,8 +19,21 @@ def token_losses(
 ) -> Float[Array, "batch token"]:
     """Return -log p(target) of each token, in nats; float32."""
     logits = model.logits(weights, hidden, compute)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # Elsewhere than on a CPU the gradient of a lookup, a scatter, would be one more pass over all
+    # logits; a masked sum and its gradient are fused with the passes of the softmax.
+    chosen = jax.lax.platform_dependent(logits, targets, cpu=_looked_up, default=_picked)
     return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def _looked_up(logits: Array, targets: Tokens) -> Float[Array, "batch token"]:
+    """Return the logit of each target by its index."""
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _picked(logits: Array, targets: Tokens) -> Float[Array, "batch token"]:
+    """Return the logit of each target by a sum over the vocabulary."""
+    hit = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
+    return jnp.sum(logits * hit, axis=-1)
 
 
 class Losses(NamedTuple):
@@ -78,7 +91,7 @@ def _row_losses(
     compute: Compute,
 ) -> Float[Array, " batch"]:
     """Sum the weighted token losses of each row. readout: the weight that makes logits."""
-    chunk = compute.loss_chunk or hidden.shape[1]
+    chunk = compute.loss_tokens(len(hidden), model.vocab_size)
 
     def chunk_losses(
         readout: Weights, hidden: Array, targets: Array, weight: Array
@@ -114,7 +127,7 @@ def chunked_losses(
     """Return what `token_losses` returns, with the logits of at most `compute.loss_chunk` tokens of
     all rows in memory at once; nothing is kept for a backward pass.
     """
-    chunk = compute.loss_chunk or targets.size
+    chunk = compute.loss_tokens(1, model.vocab_size)
 
     def one(piece: tuple[Array, Array]) -> Float[Array, "row token"]:
         return token_losses(model, weights, *piece, compute)
