@@ -35,7 +35,8 @@ class Compute:
     attention_chunk: queries per chunk of the fused core; None for a size that depends on the length
     loss_chunk: tokens per row whose logits are in memory at once; None for 32 MiB of float32 logits
         per row on a CPU and 1 GiB per device elsewhere, but at least 128 tokens
-    platform: platform that the other settings are chosen for; None for the one that JAX runs on
+    platform: platform that the other settings and the attention core are chosen for, whose programs
+        another platform may lower but not run; None for the one that JAX runs on
     """
 
     dtype: DType | None = None
