@@ -23,7 +23,7 @@ ROOM = 16
 """New tokens of an answer, besides twice those of the right one."""
 
 
-class Answers(NamedTuple):
+class DecodedAnswers(NamedTuple):
     """Decoded answers.
 
     texts: without the tokens that end them
@@ -120,7 +120,7 @@ class Asker:
         policy: Policy,
         aware: bool = True,
         tick: Callable[[int], None] = lambda done: None,
-    ) -> Answers:
+    ) -> DecodedAnswers:
         """Decode answers greedily.
 
         aware: whether the policy chooses when the question was read, or before
@@ -142,7 +142,7 @@ class Asker:
                 kept = [token for token in ids if token not in self.model.ends]
                 texts.append(self.model.tokenizer.decode_further(kept))
             tick(len(texts))
-        return Answers(texts, taken)
+        return DecodedAnswers(texts, taken)
 
     def _template(self) -> tuple[str, str] | None:
         """Return the text that a template puts before and after a message; None if it depends on

@@ -149,7 +149,7 @@ def bench(
         rows = of_model(source, wanted, settings, few, folder)
     else:
         given = [*(overrides or []), *([] if steps is None else [f"train.steps={steps}"])]
-        plan = Plan(learning_rates, seeds, growing)
+        plan = TrainingPlan(learning_rates, seeds, growing)
         rows = of_configuration(source, given, wanted, plan, settings, folder)
     show(rows, folder, as_json)
 
@@ -206,7 +206,7 @@ def of_model(
     return test_model(model, asked, sizes, settings, folder, Console(stderr=True).say)
 
 
-class Plan(NamedTuple):
+class TrainingPlan(NamedTuple):
     """How a configuration is trained. rates: as typed. growing: more facts in longer texts."""
 
     rates: str | None
@@ -218,7 +218,7 @@ def of_configuration(
     source: str,
     overrides: Sequence[str],
     wanted: Wanted,
-    plan: Plan,
+    plan: TrainingPlan,
     settings: ExamineSettings,
     folder: Path,
 ) -> list[dict[str, Any]]:
