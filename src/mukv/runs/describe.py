@@ -45,12 +45,13 @@ def describe(run: Run) -> dict[str, Any]:
                     constant += entry[name] * bag.places(bag.window)
             grows += each
             queries = max(1, run.train.length // (stack.asked or stack.every))
+            position = getattr(layer.attention, "position", None)
             choice = layer.attention.core(queries, compute)
             layers.append(
                 {
                     "layer": stack.first + layer.index,
                     "attention": layer.attention.describe(),
-                    "position": layer.attention.position.kind,
+                    "position": position.kind if position else "none",
                     "window": layer.window,
                     "reads": None if layer.reads is None else stack.first + layer.reads,
                     "tokens_per_entry": stack.every,
