@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import mukv as package
 from mukv.core.errors import BadInput
 from mukv.core.params import named
-from mukv.hub import FAMILIES
+from mukv.hub import FAMILIES, checkpoint
 from mukv.hub.layout import planned
 from mukv.model import Layer, Stage
 from mukv.runs import config
@@ -58,6 +58,17 @@ def test_training_begins_with_its_weights(mukv, folder, tmp_path, token_file, so
     for name, leaf in after.items():
         np.testing.assert_allclose(leaf, before[name], atol=1e-9)
     assert package.load(tuned).encode_chat("hi") == [256, *b"[user] hi"]
+
+
+def test_weights_are_read_in_blocks(folder, monkeypatch):
+    found = checkpoint.open_checkpoint(folder)
+    monkeypatch.setattr("mukv.hub.base.BLOCK_BYTES", 1 << 10)
+    many = 0
+    for piece in found.pieces:
+        blocks = list(piece.blocks(found.source))
+        np.testing.assert_array_equal(np.concatenate(blocks), piece.read(found.source))
+        many += len(blocks) > 1
+    assert many
 
 
 def test_names_of_the_tokenizer_come_along(folder):
@@ -141,6 +152,12 @@ def test_a_message_is_put_as_the_template_says(mukv, folder, tmp_path, place):
     said = told(mukv("generate", folder, "--chat", "--prompt", "hi", "--max-tokens", 4, "--json"))
     same = told(mukv("generate", folder, "--token-ids", ids, "--max-tokens", 4, "--json"))
     assert said["token_ids"] == same["token_ids"]
+    # A line separates the prompt from the answer.
+    for more in ((), ("--copies", 2)):
+        asked = ("generate", folder, "--chat", "--prompt", "hi", "--max-tokens", 4)
+        shown = mukv(*asked, *more).stdout
+        assert "hi\n---\n" in shown
+        assert shown.count("\n---\n") == (2 if more else 1)
 
 
 UNFIT = {

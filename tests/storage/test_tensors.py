@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from mukv.core.errors import Failed
@@ -34,6 +35,23 @@ def test_files_hold_what_was_given_in_pieces(tmp_path):
         part = files.read(name, (slice(1, 3), slice(None), slice(0, 1)))
         np.testing.assert_array_equal(part, given[name][1:3, :, :1])
     assert list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
+
+
+def test_a_file_is_mapped_anew(tmp_path, monkeypatch):
+    """So that what was read of it does not stay in memory."""
+    opened = []
+    monkeypatch.setattr("mukv.storage.tensors.MAPPED", 100)
+    monkeypatch.setattr(
+        "mukv.storage.tensors.safe_open", lambda *a: opened.append(a) or safe_open(*a)
+    )
+    array = np.arange(60, dtype=np.float32).reshape(10, 6)
+    spec = Spec(array.shape, array.dtype, lambda: iter(array))
+    write_tensors(tmp_path / "model.safetensors", {"a": spec}, {})
+    files = TensorFiles(tmp_path)
+    for row in range(10):
+        part = files.read("a", (slice(row, row + 1), slice(None)))
+        np.testing.assert_array_equal(part, array[row : row + 1])
+    assert len(opened) == 2  # 240 bytes: anew after 120
 
 
 def test_nothing_is_left_of_a_full_disk(tmp_path, full_disk):

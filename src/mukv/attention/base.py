@@ -189,15 +189,22 @@ class Attention(Mixer):
         ordered = all(part.entries.ordered for part in masked)
         selective = any(choice is not None for choice in chosen)
         shows = tapped() or ("each query chooses its entries" if selective else None)
-        core = self.core(x.shape[1], compute, ordered, shows).core
+        aligned = len(masked) == 1 and masked[0].mask.aligned
+        core = self.core(x.shape[1], compute, ordered, shows, aligned).core
         out = core.apply(address, masked, scores)
         return self.output(weights, out, x, position), None
 
     def core(
-        self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
+        self,
+        queries: int,
+        compute: Compute,
+        ordered: bool = True,
+        shows: str | None = None,
+        aligned: bool = False,
     ) -> cores.CoreChoice:
         """Choose the fastest attention core that supports these arguments; see `Mixer.core`."""
-        return cores.choose(cores.Demand(queries, self.position, ordered, shows), compute)
+        demand = cores.Demand(queries, self.position, ordered, shows, aligned)
+        return cores.choose(demand, compute)
 
     def asked(
         self, weights: Weights, query: Queries, position: Int[Array, "batch query"]

@@ -224,13 +224,19 @@ class Mixer(Component):
         raise NotImplementedError
 
     def core(
-        self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
+        self,
+        queries: int,
+        compute: Compute,
+        ordered: bool = True,
+        shows: str | None = None,
+        aligned: bool = False,
     ) -> CoreChoice | None:
         """Choose the attention core for this many queries per row; None for a mixer without
         softmax.
 
         ordered: whether the entries of every bag lie in the order of their positions
         shows: why the logits of all pairs are needed at once; None if they are not
+        aligned: whether the only bag has one entry per query, written by the query's own token
         """
         return None
 

@@ -75,6 +75,15 @@ AllowNonfinite = Annotated[
     typer.Option("--allow-nonfinite", help="Accept weights that are infinite or not a number."),
 ]
 
+ComputeType = Annotated[
+    str | None,
+    typer.Option(
+        "--compute",
+        metavar="TYPE",
+        help="Type of activations, products and cache: float32 or bfloat16; default: the model's.",
+    ),
+]
+
 
 def exactly_one(command: str, **options: object) -> None:
     """Raise BadInput unless exactly one of these options is not None."""
@@ -88,8 +97,9 @@ def exactly_one(command: str, **options: object) -> None:
 def note_unused_budget(policies: str) -> None:
     """Warn of the policies, separated by commas, that take no budget."""
     from mukv.cache import Policy
+    from mukv.cache.words import split
 
-    unused = [name for name in policies.split(",") if not Policy.takes_budget(name)]
+    unused = [name for name in split(policies, ",") if not Policy.takes_budget(name)]
     if unused:
         output.warn(f"--budget means nothing to {', '.join(unused)}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from mukv.model import Decoder
 from mukv.model.plan import ResolvedLayer
 from mukv.storage.tensors import Cut, Tensor
 
+BLOCK_BYTES = 1 << 26
+"""Bytes of a weight that are read at once, at most, where it can be read in blocks of rows."""
 OURS_FIRST = re.compile(r"^stage\d+\.slot\d+\.")
 ROTATED = frozenset(
     f"{place}{kind}"
@@ -106,6 +108,21 @@ class WeightPiece:
         later = {name for _, *rest in self.axes for name in rest}
         inside = tuple(slice(*bounds[name]) if name in later else slice(None) for name in dims)
         return weight[inside]
+
+    def blocks(self, source: WeightSource) -> Iterator[np.ndarray]:
+        """Yield our weight in order, in blocks of rows where these are consecutive in the file, so
+        that a large embedding is never in memory as a whole.
+        """
+        dims = self.param.dims
+        first = next(iter(dims))
+        rows = dims[first]
+        row_bytes = self.param.size // rows * source.tensors[self.theirs].dtype.itemsize
+        step = max(1, BLOCK_BYTES // max(row_bytes, 1))
+        if self.axes[0][0] != first or self.order is not None or step >= rows:
+            yield self.read(source)
+            return
+        for start in range(0, rows, step):
+            yield self.read(source, (slice(start, min(start + step, rows)),))
 
     def give(self, weight: np.ndarray) -> np.ndarray:
         """Convert our whole weight to their tensor."""

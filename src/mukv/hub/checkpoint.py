@@ -102,7 +102,7 @@ class Checkpoint:
         for name, parts in grouped_by_weight(self.pieces).items():
 
             def read(parts: list[WeightPiece] = parts) -> Iterable[np.ndarray]:
-                return (part.read(self.source) for part in parts)
+                return (block for part in parts for block in part.blocks(self.source))
 
             dtype = self.source.tensors[parts[0].theirs].dtype
             specs[name] = Spec(declared[name].shape, dtype, read)
@@ -136,6 +136,14 @@ def companions(folder: Path) -> list[Path]:
     folder, because its content would be copied.
     """
     return [file_inside(folder, name) for name in COMPANIONS if os.path.lexists(folder / name)]
+
+
+def companion_folder(source: str | Path) -> Path:
+    """Return the folder of a model's tokenizer and chat template; for a GGUF file it is in the
+    user's cache. Raises BadInput.
+    """
+    folder = Path(source)
+    return open_gguf(folder).folder if gguf.is_gguf(folder) else folder
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -134,9 +134,18 @@ class TorchFiles:
     def read(self, name: str, cut: Cut) -> np.ndarray:
         """Return a part of a tensor."""
         axis = self.axes[name]
-        parts = [part[name] for part in (self.parts if axis is not None else self.parts[:1])]
-        whole = np.concatenate([self._numpy(part) for part in parts], axis=axis or 0)
-        return whole[cut]
+        if axis is None:
+            return np.array(self._numpy(self.parts[0][name])[cut])
+        inside = [*cut, *[slice(None)] * (axis + 1 - len(cut))]
+        first, last, _ = inside[axis].indices(self.tensors[name].shape[axis])
+        found, begin = [], 0
+        for part in self.parts:
+            size = part[name].shape[axis]
+            inside[axis] = slice(max(first - begin, 0), max(min(last - begin, size), 0))
+            if inside[axis].start < inside[axis].stop:
+                found.append(self._numpy(part[name])[tuple(inside)])
+            begin += size
+        return np.concatenate(found, axis=axis)
 
     def _numpy(self, tensor: Any) -> np.ndarray:
         tensor = tensor.detach()

@@ -46,7 +46,10 @@ def describe(run: Run) -> dict[str, Any]:
             grows += each
             queries = max(1, run.train.length // (stack.asked or stack.every))
             position = getattr(layer.attention, "position", None)
-            choice = layer.attention.core(queries, compute)
+            # In training a layer reads the entries of its own tokens.
+            bags = layer.attention.bags.values()
+            aligned = len(bags) == 1 and all(bag.every == 1 for bag in bags)
+            choice = layer.attention.core(queries, compute, aligned=aligned)
             layers.append(
                 {
                     "layer": stack.first + layer.index,

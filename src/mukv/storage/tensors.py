@@ -39,6 +39,8 @@ WRITTEN: Mapping[np.dtype, str] = {dtype: code for code, dtype in DTYPES.items()
 }
 """Dtypes that can be written: those of weights and integers."""
 Cut = tuple[slice, ...]
+MAPPED = 1 << 28
+"""Bytes that are read from one mapping of a file."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class TensorFiles:
         self.tensors: dict[str, Tensor] = {}
         self._path: Path | None = None
         self._file: Any = None
+        self._read = 0
         for path, names in _files(folder).items():
             checksum.require_whole(path)
             file = self._open(path)
@@ -79,16 +82,24 @@ class TensorFiles:
                 self.tensors[name] = Tensor(path, tuple(stored.get_shape()), DTYPES[dtype])
 
     def read(self, name: str, cut: Cut) -> np.ndarray:
-        """Return a copy of a part of a tensor."""
+        """Return a copy of a part of a tensor.
+
+        After MAPPED bytes the file is mapped anew: pages that were read count as memory of the
+        process until then.
+        """
         stored = self._open(self.tensors[name].file).get_slice(name)
-        return stored[cut] if cut else stored[...]
+        found = stored[cut] if cut else stored[...]
+        self._read += found.nbytes
+        if self._read > MAPPED:
+            self._path, self._file, self._read = None, None, 0
+        return found
 
     def _open(self, path: Path) -> Any:
         """Map a file and close the previous one."""
         if path != self._path:
             self._path, self._file = None, None
             try:
-                self._file = safe_open(path, "numpy")
+                self._file, self._read = safe_open(path, "numpy"), 0
             except (SafetensorError, OSError) as error:
                 given = f"a file that can't be read ({str(error).splitlines()[0]})"
                 raise BadInput(
