@@ -53,6 +53,7 @@ HCA = (
     "model.attention={kind: hca, heads: 2, head_dim: 4, rope_dim: 2, query_rank: 3, window: 3, "
     "every: 3, groups: 1, output_rank: 3, position: {kind: rope}}"
 )
+DELTA = "model.attention={kind: gated_delta, heads: 2, head_dim: 4}"
 BASED = "model.scaling.base={embed: 4, heads: 1, head_dim: 4, value_dim: 4, hidden: 6, layer: 1}"
 MEASURED = (BASED, "model.scaling.alignment={hidden: {}, readout: {}}")
 READOUT = "model.scaling.alignment.readout"
@@ -151,6 +152,12 @@ CHANGES = {
     "HCA.every": (HCA, "model.attention.every=4"),
     "HCA.groups": (HCA, "model.attention.groups=2"),
     "HCA.output_rank": (HCA, "model.attention.output_rank=4"),
+    "DeltaLayer.heads": (DELTA, "model.attention.heads=4"),
+    "DeltaLayer.head_dim": (DELTA, "model.attention.head_dim=8"),
+    "DeltaLayer.taps": (DELTA, "model.attention.taps=3"),
+    "GatedDelta.key_heads": (DELTA, "model.attention.key_heads=1"),
+    "GatedDelta.head_value_dim": (DELTA, "model.attention.head_value_dim=8"),
+    "GatedDelta.beta": (DELTA, "model.attention.beta=2"),
     "NoPE.temperature": (NOPE, f"{PLACE}.temperature={{kind: log_length}}"),
     "LogLength.typical": (
         f"{PLACE}={{kind: nope, temperature: {LOG}}}",
