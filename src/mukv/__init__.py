@@ -17,9 +17,11 @@ from mukv.core.version import VERSION
 if TYPE_CHECKING:
     from mukv.attention import HCA as HCA
     from mukv.attention import Attention as Attention
+    from mukv.attention import GatedDelta as GatedDelta
     from mukv.attention import Grouped as Grouped
     from mukv.attention import GroupedTied as GroupedTied
     from mukv.attention import Latent as Latent
+    from mukv.attention import Mixer as Mixer
     from mukv.attention import SharedKV as SharedKV
     from mukv.attention import TensorProduct as TensorProduct
     from mukv.cache.policy import CUR as CUR
@@ -149,7 +151,9 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 _MODULES = {
-    "mukv.attention": "Attention Grouped GroupedTied HCA Latent SharedKV TensorProduct",
+    "mukv.attention": (
+        "Attention GatedDelta Grouped GroupedTied HCA Latent Mixer SharedKV TensorProduct"
+    ),
     "mukv.cache.policy": (
         "Adaptive All Clusters Critical CUR Everything Exact Expected H2O Int4 Int8 Keep "
         "KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine Select SnapKV "
