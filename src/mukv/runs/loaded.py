@@ -29,7 +29,7 @@ from mukv.hub import checkpoint
 from mukv.hub.chat import chat_text
 from mukv.hub.settings import read_json
 from mukv.infer.attention import attention_weights
-from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate
+from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate, joined
 from mukv.infer.evaluate import Evaluation, evaluate
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
@@ -171,6 +171,7 @@ class Model:
         show: Any = None,
         policy: Policy = FULL,
         ended: Callable[[list[int]], bool] | None = None,
+        then: Sequence[Sequence[int]] | None = None,
     ) -> Generation:
         """Continue token ids: `mukv.infer.decode.generate` with this model's weights.
 
@@ -180,8 +181,8 @@ class Model:
         compute = self.run.train.compute
         stop = self.ends if stop is None else stop
         cache = self.calibrated(policy)
-        self._require_room(prompts, max_tokens, policy)
-        asked = prompts, max_tokens, sampling, stop, compute, show, *cache, ended
+        self._require_room(joined(prompts, then), max_tokens, policy)
+        asked = prompts, max_tokens, sampling, stop, compute, show, *cache, ended, then
         return generate(self.network, self.decoding, *asked)
 
     def _require_room(
