@@ -1,10 +1,12 @@
 """Compare which positions mukv and kvpress keep after a prefill, with the same Llama weights.
 
-Run: python benchmarks/kvpress_agreement.py --peers PYTHON [--length 256] [--ratios 0.5,0.75]
+Run: python benchmarks/kvpress_agreement.py --peers PYTHON [--model DIR --text FILE]
+    [--length 256] [--ratios 0.5,0.75] [--policies snapkv+critical,...]
 
 PYTHON belongs to an environment with `torch`, `transformers<5.3` and `kvpress`. It makes a small
-Llama of random weights, saves it, and compresses a prompt of random tokens. mukv imports the same
-folder and prefills the same prompt under the policies of the same names, with kvpress' defaults.
+Llama of random weights, saves it, and compresses a prompt of random tokens; with --model it reads a
+Hugging Face folder, and the beginning of a text. mukv imports the same folder and prefills the same
+prompt under the policies of the same names, with kvpress' defaults. SnapKV has 16 queries in both.
 Prints the number of positions that both keep, and of the heads that keep the same ones.
 """
 
@@ -20,17 +22,22 @@ from typing import Any
 
 PEER = """
 import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, DynamicCache
 import kvpress
-folder, length, ratios = sys.argv[1], *map(json.loads, sys.argv[2:])
+folder, length, ratios, text, names = sys.argv[1], *map(json.loads, sys.argv[2:])
 window = 16
 torch.manual_seed(0)
-config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-    num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096,
-    initializer_range=0.25, tie_word_embeddings=False)
-model = LlamaForCausalLM(config).eval()
-model.save_pretrained(folder)
-ids = torch.randint(0, 128, (1, length))
+if text is None:
+    config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096,
+        initializer_range=0.25, tie_word_embeddings=False)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    ids = torch.randint(0, 128, (1, length))
+else:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :length]
 critical, snap = kvpress.CriticalKVPress, lambda r: kvpress.SnapKVPress(r, window_size=window)
 presses = {
     "streaming": kvpress.StreamingLLMPress, "knorm": kvpress.KnormPress,
@@ -49,6 +56,8 @@ presses = {
 }
 found = {}
 for name, make in presses.items():
+    if names and name.replace("(window=16)", "") not in names:
+        continue
     for ratio in ratios:
         press = make(ratio)
         kept, whole = [], press.compress
@@ -109,12 +118,22 @@ def main() -> int:
     options.add_argument("--peers", required=True, help="Python of an environment with kvpress")
     options.add_argument("--length", type=int, default=256)
     options.add_argument("--ratios", default="0.5,0.75")
+    options.add_argument(
+        "--model", type=Path, help="Hugging Face folder; random weights if left out"
+    )
+    options.add_argument("--text", type=Path, help="text for --model")
+    options.add_argument("--policies", help="names with commas between them; all if left out")
     options.add_argument("--out", type=Path)
     chosen = options.parse_args()
     ratios = [float(part) for part in chosen.ratios.split(",")]
     rows: list[dict[str, Any]] = []
+    from mukv.cache.words import split
+
     with tempfile.TemporaryDirectory() as folder:
-        request = [folder, str(chosen.length), json.dumps(ratios)]
+        text = chosen.text.read_text("utf-8")[: 20 * chosen.length] if chosen.model else None
+        names = split(chosen.policies, ",") if chosen.policies else None
+        folder = str(chosen.model or folder)
+        request = [folder, *map(json.dumps, (chosen.length, ratios, text, names))]
         done = subprocess.run(
             [chosen.peers, "-c", PEER, *request], capture_output=True, text=True, check=False
         )

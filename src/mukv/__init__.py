@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mukv.attention import GatedDelta as GatedDelta
     from mukv.attention import Grouped as Grouped
     from mukv.attention import GroupedTied as GroupedTied
+    from mukv.attention import KimiDelta as KimiDelta
     from mukv.attention import Latent as Latent
     from mukv.attention import Mixer as Mixer
     from mukv.attention import SharedKV as SharedKV
@@ -152,7 +153,7 @@ if TYPE_CHECKING:
 __version__ = VERSION
 _MODULES = {
     "mukv.attention": (
-        "Attention GatedDelta Grouped GroupedTied HCA Latent Mixer SharedKV TensorProduct"
+        "Attention GatedDelta Grouped GroupedTied HCA KimiDelta Latent Mixer SharedKV TensorProduct"
     ),
     "mukv.cache.policy": (
         "Adaptive All Clusters Critical CUR Everything Exact Expected H2O Int4 Int8 Keep "

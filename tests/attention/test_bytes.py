@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mukv.attention import HCA, GatedDelta, Grouped, GroupedTied, Latent, SharedKV, TensorProduct
+from mukv.attention import (
+    HCA,
+    GatedDelta,
+    Grouped,
+    GroupedTied,
+    KimiDelta,
+    Latent,
+    SharedKV,
+    TensorProduct,
+)
 from mukv.model import Decoder, Layer, Stage
 
 H, G, D, L, BYTES = 12, 4, 64, 12, 2
@@ -71,6 +80,7 @@ ROWS = {
 
 STATES = {
     "Gated DeltaNet": (GatedDelta(heads=H, head_dim=D), 4 * L * (H * D * D + 3 * 3 * H * D)),
+    "Kimi Delta Attention": (KimiDelta(heads=H, head_dim=D), 4 * L * (H * D * D + 3 * 3 * H * D)),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from mukv.attention.delta_rule import DeltaRows, delta_rule, unit_lower_inverse
 from mukv.attention.gated_delta import GatedDelta
+from mukv.attention.kimi_delta import KimiDelta
 from mukv.cache import Policy
 from mukv.core import params
 from mukv.core.errors import BadInput
@@ -217,6 +218,23 @@ def test_a_plan_that_asks_for_entries_is_refused(layers, says):
 def test_sizes_that_do_not_fit_are_refused(fields, says):
     with pytest.raises(BadInput, match=says):
         GatedDelta(**fields)
+
+
+def test_a_floor_that_is_no_decay_is_refused():
+    with pytest.raises(BadInput, match=r"decay_floor: got 0\.0; less than 0"):
+        KimiDelta(decay_floor=0.0)
+
+
+def test_a_floor_bounds_the_decays():
+    """Whatever the step, each is between the floor and 0; without a floor some are lower."""
+    x = 30 * jnp.asarray(np.random.default_rng(0).standard_normal((1, 20, 16)), jnp.float32)
+    for floor in (None, -5.0):
+        layer = KimiDelta(heads=2, head_dim=4, decay_floor=floor)
+        model = Decoder(d_model=16, attention=layer, plan=(Stage(),))
+        own = jax.tree.map(lambda leaf: leaf[0], model.init()["stage0"]["slot0"]["write"])
+        decay = np.asarray(layer.decay(own, x))
+        assert decay.max() <= 0
+        assert (decay.min() < -5) == (floor is None)
 
 
 def test_a_policy_refuses_states_by_name():

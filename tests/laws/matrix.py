@@ -23,6 +23,7 @@ from mukv.attention import (
     GatedDelta,
     Grouped,
     GroupedTied,
+    KimiDelta,
     Latent,
     SharedKV,
     TensorProduct,
@@ -103,7 +104,11 @@ ATTENTIONS: dict[str, AnyAttention] = {
         output_rank=6,
         sinks="learned",
     ),
-    "gated-delta": GatedDelta(heads=4, key_heads=2, head_dim=8, head_value_dim=6, taps=3, beta=2),
+    # The norm of what a head reads would magnify the rounding of reads that happen to be tiny.
+    "gated-delta": GatedDelta(
+        heads=4, key_heads=2, head_dim=8, head_value_dim=6, taps=3, beta=2, norm=RMSNorm(1e-3)
+    ),
+    "kimi-delta": KimiDelta(heads=4, head_dim=6, taps=3, norm=RMSNorm(1e-3)),
 }
 STATES = [name for name, each in ATTENTIONS.items() if not isinstance(each, Attention)]
 """Mixers with states, which take no position and which no other layer can read. In a model with one

@@ -54,6 +54,7 @@ HCA = (
     "every: 3, groups: 1, output_rank: 3, position: {kind: rope}}"
 )
 DELTA = "model.attention={kind: gated_delta, heads: 2, head_dim: 4}"
+KIMI = "model.attention={kind: kimi_delta, heads: 2, head_dim: 4}"
 BASED = "model.scaling.base={embed: 4, heads: 1, head_dim: 4, value_dim: 4, hidden: 6, layer: 1}"
 MEASURED = (BASED, "model.scaling.alignment={hidden: {}, readout: {}}")
 READOUT = "model.scaling.alignment.readout"
@@ -158,6 +159,7 @@ CHANGES = {
     "GatedDelta.key_heads": (DELTA, "model.attention.key_heads=1"),
     "GatedDelta.head_value_dim": (DELTA, "model.attention.head_value_dim=8"),
     "GatedDelta.beta": (DELTA, "model.attention.beta=2"),
+    "KimiDelta.decay_floor": (KIMI, "model.attention.decay_floor=-5"),
     "NoPE.temperature": (NOPE, f"{PLACE}.temperature={{kind: log_length}}"),
     "LogLength.typical": (
         f"{PLACE}={{kind: nope, temperature: {LOG}}}",

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mukv.attention import DIRECT, Carried, GatedDelta, Mask
+from mukv.attention import DIRECT, Carried, GatedDelta, KimiDelta, Mask
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from tests.parity.models import torch, transformers
+
+modeling_kimi_linear = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
 
 LENGTH, WIDTH = 75, 32
 KEY_HEADS, HEADS, KEY, VALUE, TAPS = 2, 4, 8, 12, 4
@@ -106,8 +108,58 @@ def qwen():
     return ours, write, read, seen(model, layer, torch.randint(0, 97, (2, LENGTH)))
 
 
+@pytest.fixture(scope="module")
+def kimi():
+    torch.manual_seed(0)
+    config = transformers.KimiLinearConfig(
+        vocab_size=97,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        linear_head_dim=KEY,
+        linear_num_heads=HEADS,
+        linear_conv_kernel_dim=TAPS,
+        layer_types=["linear_attention", "full_attention"],
+        mlp_layer_types=["dense"] * 2,
+        pad_token_id=None,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="eager",
+    )
+    model = drawn(modeling_kimi_linear.KimiLinearForCausalLM(config))
+    layer = model.model.layers[0].self_attn
+    flat = {name: weight.detach().numpy() for name, weight in layer.named_parameters()}
+    taps = np.split(flat["conv1d.weight"][:, 0].T, 3, axis=-1)
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "beta": "b_proj"}
+    write = {name: flat[f"{theirs}.weight"].T for name, theirs in names.items()} | {
+        "convolution": dict(zip(("query", "key", "value"), taps, strict=True)),
+        "decay": {
+            "down": flat["forget_gate.f_a_proj.weight"].T,
+            "up": flat["forget_gate.f_b_proj.weight"].T,
+        },
+        "rate": flat["forget_gate.A_log"],
+        "step": flat["forget_gate.dt_bias"],
+    }
+    read = {
+        "gate": {"down": flat["g_a_proj.weight"].T, "up": flat["g_b_proj.weight"].T},
+        "norm": {"gain": flat["o_norm.weight"]},
+        "output": flat["o_proj.weight"].T,
+    }
+    ours = KimiDelta(heads=HEADS, head_dim=KEY, taps=TAPS, norm=RMSNorm(config.rms_norm_eps))
+    return ours, write, read, seen(model, layer, torch.randint(0, 97, (2, LENGTH)))
+
+
 @pytest.mark.parametrize("pieces", [(LENGTH,), (20, 1, 1, 53)], ids=["whole", "pieces"])
-@pytest.mark.parametrize("model", ["qwen"])
+@pytest.mark.parametrize("model", ["qwen", "kimi"])
 def test_a_layer_agrees(model, pieces, request):
     """Outputs and the final state, of the row at once and continued from states."""
     layer, write, read, (x, expected, state) = request.getfixturevalue(model)

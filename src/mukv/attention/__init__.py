@@ -8,6 +8,7 @@ from mukv.attention.entries import Bag, Entries, Recall, Retrieved
 from mukv.attention.gated_delta import GatedDelta
 from mukv.attention.grouped import Grouped
 from mukv.attention.grouped_tied import GroupedTied
+from mukv.attention.kimi_delta import KimiDelta
 from mukv.attention.latent import Latent
 from mukv.attention.mask import Mask
 from mukv.attention.mixer import DIRECT, Carried, EntryStore, Mixer, StateStore, Written
@@ -27,6 +28,7 @@ ATTENTIONS = PartTable(
         "tensor_product": TensorProduct,
         "hca": HCA,
         "gated_delta": GatedDelta,
+        "kimi_delta": KimiDelta,
     },
 )
 AnyAttention = Annotated[Mixer, ATTENTIONS]
@@ -44,6 +46,7 @@ __all__ = [
     "GatedDelta",
     "Grouped",
     "GroupedTied",
+    "KimiDelta",
     "Latent",
     "Mask",
     "Mixer",

@@ -62,7 +62,7 @@ def projected(seen: Seen) -> Float[Array, "batch kv_heads key"]:
     of a group."""
     value = seen.values().astype(jnp.float32)
     batch, heads, keys, width = value.shape
-    output = seen.reader.weights["output"].astype(jnp.float32)
+    output = jnp.asarray(seen.reader.weights["output"], jnp.float32)
     output = output.reshape(heads, -1, *output.shape[1:])
     chunk = min(CHUNK, keys)
     padded = jnp.pad(value, [(0, 0), (0, 0), (0, -keys % chunk), (0, 0)])
