@@ -455,16 +455,23 @@ def test_smaller_budgets_weigh_less(name):
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.5])
-@pytest.mark.parametrize("name", ["streaming", "knorm", "h2o", "topk", "pages", "sparq"])
+@pytest.mark.parametrize(
+    "name", ["streaming", "knorm", "h2o", "tova", "snapkv", "expected", "topk", "pages", "sparq"]
+)
 def test_bytes_are_those_of_the_parts(name, budget):
     """Law 4: of one layer with 2 KV heads of 8 in float32, by a formula of each policy."""
     model, policy = model_of("gqa", "rope"), Policy.parse(name, budget)
-    evicts = name in ("streaming", "knorm", "h2o")
+    evicts = name in ("streaming", "knorm", "h2o", "tova", "snapkv", "expected")
     slots = int(LENGTH * budget) if evicts else LENGTH
     entry = 2 * 2 * 8 * 4  # keys and values
     places = 2 * slots * 4  # a position for each head
+    query = 4 * 8 * 4
+    triangle = 4 * (8 * 9 // 2) * 4  # of the squares of 4 heads
     extra = {
-        "h2o": 2 * slots * 4 + TAIL * 4 * 8 * 4,  # a score for each entry, queries in the tail
+        "tova": query,  # the last one of the tail
+        "snapkv": TAIL * query,  # at most its window
+        "expected": 4 + query + triangle + TAIL * query,  # number, sum and squares of queries
+        "h2o": 2 * slots * 4 + TAIL * query,  # a score for each entry, queries in the tail
         "pages": 2 * (slots // 4) * (2 * 8 * 4 + 2),  # bounds, and whether read always or at all
         "sparq": 2 * (slots * (8 * 4 + 1) + 8 * 4),  # keys by component, and a mean of the values
     }

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mukv.cache.keep import Keep
 from mukv.cache.seen import Score, Seen
@@ -48,7 +49,8 @@ class Expected(Keep):
         attention, notes = seen.reader.attention, self._noted(seen)
         count = jnp.maximum(notes["count"], 1.0)[:, None, None, None]
         mean = notes["sum"] / count
-        spread = notes["squares"] / count[..., None] - mean[..., None] * mean[..., None, :]
+        squares = notes["squares"][..., _place(mean.shape[-1])]
+        spread = squares / count[..., None] - mean[..., None] * mean[..., None, :]
         scale = (attention.scale or attention.query_dim**-0.5) * attention.position.logit_factor
         turn = self._average_rotation(seen)
         mean = jnp.einsum("bde,bhge->bhgd", turn, mean) * scale
@@ -78,17 +80,19 @@ class Expected(Keep):
         turned = turned.reshape(queries.shape)
         counted = (place < seen.added[:, None]) & (position >= self.sinks)
         turned = jnp.where(counted[:, None, None, :, None], turned, 0.0)
+        squares = jnp.einsum("bhgqd,bhgqe->bhgde", turned, turned)
         return {
             "count": seen.notes["count"] + jnp.sum(counted, axis=1),
             "sum": seen.notes["sum"] + jnp.sum(turned, axis=3),
-            "squares": seen.notes["squares"] + jnp.einsum("bhgqd,bhgqe->bhgde", turned, turned),
+            "squares": seen.notes["squares"] + squares[..., *np.triu_indices(width)],
         }
 
     def empty(self, batch: int, heads: int, group: int, width: int) -> dict[str, Array]:
         return {
             "count": jnp.zeros(batch),
             "sum": jnp.zeros((batch, heads, group, width)),
-            "squares": jnp.zeros((batch, heads, group, width, width)),
+            # A symmetric matrix: its upper triangle, row by row.
+            "squares": jnp.zeros((batch, heads, group, width * (width + 1) // 2)),
         }
 
     def _average_rotation(self, seen: Seen) -> Float[Array, "batch width width"]:
@@ -116,3 +120,12 @@ class Expected(Keep):
         start = x.shape[-1] - attention.rotated_dim
         turned = attention.position.rotate(x[..., start:], position)
         return jnp.concatenate([x[..., :start], turned], axis=-1)
+
+
+def _place(width: int) -> np.ndarray:
+    """Return the place of each element of a symmetric matrix in its upper triangle, int [width
+    width].
+    """
+    place = np.zeros((width, width), int)
+    place[np.triu_indices(width)] = np.arange(width * (width + 1) // 2)
+    return np.maximum(place, place.T)

@@ -64,6 +64,13 @@ class Keep:
         """Smallest number of entries that a budget may allow."""
         return 2
 
+    @property
+    def last_queries(self) -> int | None:
+        """Number of the newest queries on which scores depend; None for all. A tail keeps no more
+        of them.
+        """
+        return None
+
     def empty(self, batch: int, heads: int, group: int, width: int) -> dict[str, Array]:
         """Return the initial state of the policy."""
         return {}
