@@ -81,8 +81,22 @@ def test_compress(tables, capsys):
     for part in ("cache bytes", "bytes/step", "tokens/s", "recall", "aware", "capped"):
         assert part in headers(tables[0])
     assert list(tables[0].columns[1].cells) == ["100.0%", "25.0%", "64 entries"]
-    assert list(tables[0].columns[3].cells) == ["50.0% (40-60)"] * 3
+    assert list(tables[0].columns[2].cells) == ["0.25"] * 3
+    assert list(tables[0].columns[4].cells) == ["50.0% (40-60)"] * 3
     assert "too few" not in capsys.readouterr().err
+
+
+def test_compress_on_a_narrow_terminal():
+    """No name and no number is wrapped at 80 columns."""
+    file = io.StringIO()
+    found = [result("full", 1.0, 40.51, cache_bytes=70_778_880)]
+    found.append(result("snapkv+int8", 0.25, 41.758, cache_bytes=15_571_968))
+    judging.show_results(found, Console(file=file, width=80))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("snapkv+int8" in line for line in lines) == 2
+    for number in ("15,571,968", "41.758", "12,346", "50.0% (40-60)"):
+        assert any(number in line for line in lines)
 
 
 def test_compress_says_what_it_cannot_tell(tables, capsys):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,8 @@ class Recording(Policy):
         place: tuple[int, int],
         centres: Mapping[str, Array] | None = None,
         bag: str = ENTRIES,
-    ) -> Recorded:
+    ) -> Any:
+        """Make an empty `Recorded`."""
         every = attention.bags[bag].every
         shapes = attention.written(d_model, batch, every, dtype)[bag]
         tensors = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.measure import Measurement
+from rich.table import Table
 
 from mukv.cli import launch
 from mukv.cli.app import (
@@ -33,6 +35,8 @@ DEFAULT_STRINGS, SURE_POINTS = 96, 10.0
 """Planted strings by default, and half the widest 95 % interval of recall that they may have, in
 points.
 """
+Columns = list[tuple[str, list[str]]]
+"""Headers and the cells below them."""
 
 
 @app.command()
@@ -101,8 +105,8 @@ def compress(
     from mukv.runs import inputs, loaded, notes
 
     exactly_one("compress", text=text, tokens=tokens)
-    sizes = (numbers(given, where) for given, where in ((budget, "--budget"), (shares, "--bytes")))
-    compared = Comparison(policy, *sizes, aware, again)
+    budgets, bytes_kept = numbers(budget, "--budget"), numbers(shares, "--bytes")
+    compared = Comparison(policy, budgets, bytes_kept, aware, again)
     settings = CompressSettings(text, tokens, compared, samples, strings, seed)
     note_unused(policy, budget, shares)
     folder = out or beside(model, "compress")
@@ -142,38 +146,35 @@ def note_unused(policies: str, budget: str | None, shares: str | None) -> None:
 
 
 def show_results(results: Sequence[Result], console: Console) -> None:
-    """Print a row for each policy and budget; sizes and speeds as multiples of those of the full
-    cache.
+    """Print a row for each policy and budget; sizes and speeds also as multiples of those of the
+    full cache. A console that is too narrow gets two tables, of quality and of speed.
     """
     full = results[0]
-    optional: dict[str, list[str]] = {
-        "recall": [_recall(row) for row in results],
-        "recall\naware": [_percent(row.recall_aware) for row in results],
-        "capped": [_percent(row.capped) for row in results],
-    }
-    used = {name: cells for name, cells in optional.items() if any(cells)}
-    perplexities = even([row.perplexity for row in results])
-    columns = {
-        "perplexity": perplexities,
-        **{name: cells for name, cells in used.items() if name != "capped"},
-        "cache\nbytes": [f"{row.cache_bytes:,}" for row in results],
-        "x full": [f"{row.bytes_of_full:.2f}" for row in results],
-        "read\nbytes/step": [f"{row.bytes_read_per_step:,}" for row in results],
-        "x full ": [f"{row.read_of_full:.2f}" for row in results],
-        "decoding\ntokens/s": [f"{row.tokens_per_second:,.0f}" for row in results],
-        "x full  ": [f"{row.decoding_of_full:.2f}" for row in results],
-        "prefill\nx full": [f"{row.prefill_seconds / full.prefill_seconds:.2f}" for row in results],
-        **{name: cells for name, cells in used.items() if name == "capped"},
-    }
-    caption = "bytes: of one row"
+    quality: Columns = [
+        ("bytes\nof full", [f"{row.bytes_of_full:.2f}" for row in results]),
+        ("perplexity", even([row.perplexity for row in results])),
+        ("recall", [_recall(row) for row in results]),
+        ("recall\naware", [_percent(row.recall_aware) for row in results]),
+        ("cache\nbytes", [f"{row.cache_bytes:,}" for row in results]),
+    ]
+    prefill = [f"{row.prefill_seconds / full.prefill_seconds:.2f}" for row in results]
+    speed: Columns = [
+        ("read\nbytes/step", [f"{row.bytes_read_per_step:,}" for row in results]),
+        ("read\nof full", [f"{row.read_of_full:.2f}" for row in results]),
+        ("decoding\ntokens/s", [f"{row.tokens_per_second:,.0f}" for row in results]),
+        ("decoding\nx full", [f"{row.decoding_of_full:.2f}" for row in results]),
+        ("prefill\nx full", prefill),
+        ("capped", [_percent(row.capped) for row in results]),
+    ]
+    caption = "bytes: of one row; equal budgets are not equal bytes (--bytes)"
     if full.recall is not None:
         caption = f"recall: share of {full.strings} planted strings, 95 % interval; {caption}"
-    shown = table(("policy", "budget"), tuple(columns), caption=caption)
-    for row, *cells in zip(results, *columns.values(), strict=True):
-        # A budget up to 1 is a share, a larger one a number of entries.
-        budget = f"{row.budget:.1%}" if row.budget <= 1 else f"{row.budget:,.0f} entries"
-        shown.add_row(row.policy, budget, *cells)
-    console.print(shown)
+    shown = [_table(results, [*quality, *speed], caption)]
+    unlimited = console.options.update(width=1000)
+    if Measurement.get(console, unlimited, shown[0]).maximum > console.width:
+        shown = [_table(results, quality, caption), _table(results, speed)]
+    for each in shown:
+        console.print(each)
     wide = [row for row in results if row.recall is not None and _half(row) > SURE_POINTS]
     if wide:
         reach = max(map(_half, wide))
@@ -182,6 +183,17 @@ def show_results(results: Sequence[Result], console: Console) -> None:
             f"{SURE_POINTS:.0f} points: it may be {reach:.0f} points higher or lower; "
             f"--strings {DEFAULT_STRINGS} is enough"
         )
+
+
+def _table(results: Sequence[Result], columns: Columns, caption: str | None = None) -> Table:
+    """Make a table of the columns that have a cell with text."""
+    used = [(name, cells) for name, cells in columns if any(cells)]
+    made = table(("policy", "budget"), [name for name, _ in used], caption=caption)
+    for row, *cells in zip(results, *(cells for _, cells in used), strict=True):
+        # A budget up to 1 is a share, a larger one a number of entries.
+        budget = f"{row.budget:.1%}" if row.budget <= 1 else f"{row.budget:,.0f} entries"
+        made.add_row(row.policy, budget, *cells)
+    return made
 
 
 def _recall(row: Result) -> str:

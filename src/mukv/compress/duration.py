@@ -55,15 +55,16 @@ class Work:
             self.seconds += some * self.parts[job.kind] + job.first * self.parts["policy"]
         self.spent = 0.0
 
-    @property
-    def total(self) -> int:
-        """Estimated work in milliseconds."""
-        return max(1, round(1000 * self.seconds))
-
     def done(self, kind: str) -> int:
-        """Count one more part as done; return the work done so far in milliseconds."""
+        """Count one more part as done; return the percentage of the work that is done."""
         self.spent = min(self.seconds, self.spent + self.parts[kind])
-        return round(1000 * self.spent)
+        return int(100 * self.spent / self.seconds)
+
+    def left(self, elapsed: float) -> float:
+        """Return the seconds of what is left, if it runs as fast as what is done, which took
+        `elapsed` seconds.
+        """
+        return elapsed * (self.seconds - self.spent) / self.spent
 
 
 def _flops_per_second() -> float:

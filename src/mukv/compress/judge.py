@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,7 +125,8 @@ def _measure(
 ) -> None:
     """Do the jobs and store each result, with an estimate of the time and a progress bar."""
     work = duration.Work(reader, rows, left, aware)
-    with Bar("compress", work.total, silent=silent) as bar:
+    started = time.monotonic()
+    with Bar("compress, percent", 100, silent=silent) as bar:
         again = f", {stored} of {stored + len(left)} measurements are stored" if stored else ""
         bar.say(f"about {heartbeat.duration(work.seconds)}{again}")
 
@@ -134,6 +136,9 @@ def _measure(
         for job, found in measured(reader, rows, left, aware, tick):
             finished.add(job.key, found)
             bar.say(f"{job.candidate}: {_said(job, found)}")
+            if job is left[0] and len(left) > 1:
+                more = work.left(time.monotonic() - started)
+                bar.say(f"about {heartbeat.duration(more)} left")
 
 
 def _said(job: Job, found: dict[str, Any]) -> str:

@@ -44,10 +44,11 @@ class Several:
         self,
         layer: ResolvedLayer,
         reading: Any,
-        memory: LayerMemory,
+        memory: LayerMemory | None,
         written: Written,
         query: Callable[[], Queries],
     ) -> tuple[tuple[Bag, ...], LayerMemory]:
+        assert memory is not None
         slots: dict[str, Slot] = {}
         parts: list[Bag] = []
         for name, bag in layer.bags.items():
@@ -83,11 +84,12 @@ class One:
         self,
         layer: ResolvedLayer,
         _: Any,
-        memory: LayerMemory,
+        memory: LayerMemory | None,
         written: Written,
         query: Callable[[], Queries],
     ) -> tuple[tuple[Bag, ...], LayerMemory]:
         more = 1 if self.which is None else self.which.astype("int32")
+        assert memory is not None
         slots: dict[str, Slot] = {}
         parts: list[Bag] = []
         for name in layer.bags:
