@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +65,8 @@ def ours(folder: Path, ids: list[int], name: str, ratio: float) -> list[list[lis
     from mukv.cache import Policy
 
     model = mukv.load(folder)
-    decoder, policy = model.network, Policy.parse(name, round(1 - ratio, 6))
-    if name == "snapkv":
-        policy = replace(policy, keep=replace(policy.keep, window=WINDOW))
+    given = f"kvpress:{name}(window={WINDOW})" if name == "snapkv" else f"kvpress:{name}"
+    decoder, policy = model.network, Policy.parse(given, round(1 - ratio, 6))
     cache = decoder.empty_cache(1, len(ids), 8, jnp.dtype("float32"), policy)
     prompt, count = jnp.asarray([ids]), jnp.asarray([len(ids)])
     _, cache = jax.jit(decoder.prefill)(model.decoding, cache, prompt, count)

@@ -64,7 +64,8 @@ def test_the_example_by_its_kind(module):
     assert Policy.parse("newest:0.5+int8").keep == my_parts.Newest(
         Policy.parse("random:0.5").keep.budget
     )
-    assert str(Policy.parse("newest:0.5+int8")) == "newest+int8"
+    assert str(Policy.parse("newest:0.5+int8")) == "newest:0.5+int8"
+    assert Policy.parse("newest(recent=3)").keep == my_parts.Newest(recent=3)
     with pytest.raises(package.BadInput, match=r"model\.attention\.length: got -1\.0; greater"):
         minuscule("model.attention={kind: unit_queries, length: -1.0}")
     with pytest.raises(package.BadInput, match="did you mean 'unit_queries'"):

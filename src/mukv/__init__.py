@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mukv.attention import TensorProduct as TensorProduct
     from mukv.cache.policy import H2O as H2O
     from mukv.cache.policy import TOVA as TOVA
+    from mukv.cache.policy import Adaptive as Adaptive
     from mukv.cache.policy import All as All
     from mukv.cache.policy import Clusters as Clusters
     from mukv.cache.policy import Everything as Everything
@@ -36,14 +37,18 @@ if TYPE_CHECKING:
     from mukv.cache.policy import KeyNorm as KeyNorm
     from mukv.cache.policy import Pages as Pages
     from mukv.cache.policy import Policy as Policy
+    from mukv.cache.policy import Pyramid as Pyramid
     from mukv.cache.policy import Random as Random
+    from mukv.cache.policy import Refine as Refine
     from mukv.cache.policy import Select as Select
     from mukv.cache.policy import SnapKV as SnapKV
     from mukv.cache.policy import SparQ as SparQ
+    from mukv.cache.policy import Spread as Spread
     from mukv.cache.policy import Store as Store
     from mukv.cache.policy import Streaming as Streaming
     from mukv.cache.policy import TopK as TopK
     from mukv.cache.policy import TopP as TopP
+    from mukv.cache.policy import Uniform as Uniform
     from mukv.core.compute import Compute as Compute
     from mukv.core.errors import BadInput as BadInput
     from mukv.core.errors import Failed as Failed
@@ -141,8 +146,9 @@ __version__ = VERSION
 _MODULES = {
     "mukv.attention": "Attention Grouped GroupedTied HCA Latent SharedKV TensorProduct",
     "mukv.cache.policy": (
-        "All Clusters Everything Exact Expected H2O Int4 Int8 Keep KeyDiff KeyNorm Pages "
-        "Policy Random Select SnapKV SparQ Store Streaming TOVA TopK TopP"
+        "Adaptive All Clusters Everything Exact Expected H2O Int4 Int8 Keep KeyDiff "
+        "KeyNorm Pages Policy Pyramid Random Refine Select SnapKV SparQ Spread Store "
+        "Streaming TopK TopP TOVA Uniform"
     ),
     "mukv.core.compute": "Compute",
     "mukv.core.errors": "BadInput Failed",

@@ -275,9 +275,18 @@ def test_what_is_kept_while_decoding(one, name):
             assert positions(later, row, head) == expected
 
 
-def test_expected_attention(one):
+@pytest.mark.parametrize(
+    ("options", "epsilon", "covariance", "vnorm"),
+    [
+        ("", 0.0, True, True),
+        ("(epsilon=0.01)", 0.01, True, True),
+        ("(covariance=false)", 0.0, False, True),
+        ("(vnorm=false)", 0.0, True, False),
+    ],
+)
+def test_expected_attention(one, options, epsilon, covariance, vnorm):
     """Against means and covariances over explicit rotations."""
-    body, _ = one.body("expected", 12.0)
+    body, _ = one.body("expected" + options, 12.0)
     rope, width = one.attention.position, 8
 
     def turn(x, place):
@@ -294,14 +303,102 @@ def test_expected_attention(one):
                 still = np.stack([turn(q[None], -p)[0] for p, q in enumerate(query, 4)])
                 mean, spread = ahead @ still.mean(0), ahead @ np.cov(still.T, bias=True) @ ahead.T
                 logits = key[4:] @ mean / 8**0.5
-                logits += np.einsum("kd,de,ke->k", key[4:], spread, key[4:]) / 16
+                logits += covariance * np.einsum("kd,de,ke->k", key[4:], spread, key[4:]) / 16
                 weights = np.exp(logits - logits.max())
                 total += weights / weights.sum() / 2
-            score = total * np.linalg.norm(value[4:], axis=-1)
+            score = (total + epsilon) * np.linalg.norm(value[4:], axis=-1) ** vnorm
             score = np.concatenate([np.full(4, np.inf), score])
             score[-1] = np.inf
             expected = sorted(np.argsort(-score, kind="stable")[:12].tolist())
             assert positions(body, row, head) == expected
+
+
+def hashed(x):
+    """MurmurHash3's finaliser."""
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        x = ((x ^ (x >> shift)) * factor) % 2**32
+    return x ^ (x >> 16)
+
+
+def test_random(one):
+    """Each head and each layer drops other entries, as if each were drawn by itself."""
+    body, _ = one.body("random(seed=3)", 0.5)
+    kept = {}
+    for (row, count), head in product(enumerate(one.count), range(2)):
+        draws = [hashed((hashed(hashed(3) + head) + p) % 2**32) >> 8 for p in range(count)]
+        best = np.argsort(-newest_stays(np.float32(draws)), kind="stable")[: count // 2]
+        kept[row, head] = sorted(best.tolist())
+        assert positions(body, row, head) == kept[row, head]
+    assert kept[0, 0] != kept[0, 1]
+    layers = [Policy.parse("random(seed=3)").keep.of_layer(place, 4, 64) for place in range(4)]
+    assert len({layer.seed for layer in layers}) == 4
+
+
+def by_head(body, row):
+    """Positions that each head keeps in a shared pool."""
+    place, owner = (np.asarray(x)[row, 0] for x in (body.shelf.position, body.shelf.owner))
+    return [sorted(place[(owner == head) & (place >= 0)].tolist()) for head in range(2)]
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("name", ["knorm", "keydiff", "snapkv(window=4)"])
+def test_adaptive(one, name, floor):
+    """The best of each head for certain, entries that must be kept among them; then the best of the
+    pool. A floor of 1 gives each head what the uniform budget gives it."""
+    body, later = one.body(f"{name}+adaptive(floor={floor})", 12.0)
+    uniform, _ = one.body(name, 12.0)
+    for row, count in enumerate(one.count):
+        scores = []
+        for head in range(2):
+            if name.startswith("snapkv"):
+                weights = one.weights(row, range(count - 4, count), range(count))[head].mean(1)
+                weights[:, -4:] = 0
+                score = np.mean([np.convolve(w, np.ones(5) / 5, "same") for w in weights], axis=0)
+                score[-4:] = np.inf
+            else:
+                score = by_score(one, row, head, name, list(range(count)), 12)
+            scores.append(score)
+        pool = np.array(scores)
+        for score, rank in zip(scores, pool, strict=True):
+            rank[np.argsort(-score, kind="stable")[: max(int(floor * 12), 1)]] = np.inf
+        best = np.argsort(-pool.ravel(), kind="stable")[:24]
+        expected = [sorted((best[best // count == head] % count).tolist()) for head in range(2)]
+        assert by_head(body, row) == expected
+        if floor == 1:
+            assert by_head(body, row) == [positions(uniform, row, head) for head in range(2)]
+        for held in (body, later):
+            kept = by_head(held, row)
+            assert sum(map(len, kept)) == 24
+            assert all(len(each) >= max(int(floor * 12), 1) for each in kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "length", "beta"),
+    [
+        ("snapkv(window=64)", 0.5, 1536, 20),
+        ("snapkv(window=64)", 0.25, 1536, 20),
+        ("snapkv(window=64)", 0.25, 8192, 8),
+        ("knorm", 0.6, 2000, 20),
+        ("knorm", 400.0, 2000, 4),
+    ],
+)
+def test_pyramid(name, budget, length, beta):
+    """As in kvpress: linear from layer to layer, the mean is the budget, no layer is narrower than
+    the window; otherwise the budget is uniform."""
+    keep = Policy.parse(f"{name}+pyramid(beta={beta})", budget).keep
+    layers = 6
+    window = 64 if "snapkv" in name else keep.minimum
+    mean = budget * length if budget <= 1 else budget
+    low, high = mean / beta, 2 * mean - mean / beta
+    if high >= length - window:
+        low, high = 2 * mean - (length - window), length - window
+    flat = not length >= high >= low >= window
+    assert flat == (name.startswith("snapkv") and length == 1536 and budget == 0.25)
+    for place in range(layers):
+        found = keep.of_layer(place, layers, length).budget.of(length)
+        wanted = mean if flat else high - place * (high - low) / (layers - 1)
+        # Shares are multiples of a fraction with a denominator of at most 1,000.
+        assert abs(found - wanted) <= 1 + (budget <= 1) * length / 2000
 
 
 def retrieve(one, body, row_query=-1):
@@ -372,9 +469,15 @@ def test_calibrated_centres(one):
 
 
 def test_sparse_values(one):
-    """Of all weights the largest, summed over a group, and no others; top-p until the mass."""
+    """Of all weights the largest, summed over a group, and no others; top-p until the mass. They
+    share the weight of the others, in each query head by itself."""
     capped = []
-    for name, limit in (("topk", None), ("topp", 0.95)):
+    for name, limit, whole in (
+        ("topk", None, True),
+        ("topp", 0.95, True),
+        ("topk(renormalise=false)", None, False),
+        ("topp(mass=0.9,renormalise=false)", 0.9, False),
+    ):
         body, _ = one.body(name, 5.0)
         _, recalled, held = retrieve(one, body)
         weights = np.random.default_rng(1).random((2, 2, 2, 1, held.shape[-1]))
@@ -393,7 +496,10 @@ def test_sparse_values(one):
                 best = best[before < limit * total.sum()]
             kept = np.isin(np.arange(len(total)), best)
             value = one.value[row, head, np.maximum(held[row, head], 0)]
-            expected = np.einsum("gqk,kd->gqd", weights[row, head] * kept, value)
+            share = weights[row, head] * kept
+            if whole:
+                share *= weights[row, head].sum(-1, keepdims=True) / share.sum(-1, keepdims=True)
+            expected = np.einsum("gqk,kd->gqd", share, value)
             np.testing.assert_allclose(found[row, head], expected, atol=1e-5)
     assert {True, False} == set(capped)
 
@@ -456,26 +562,47 @@ def test_smaller_budgets_weigh_less(name):
 
 @pytest.mark.parametrize("budget", [1.0, 0.5])
 @pytest.mark.parametrize(
-    "name", ["streaming", "knorm", "h2o", "tova", "snapkv", "expected", "topk", "pages", "sparq"]
+    "name",
+    [
+        *("streaming", "knorm", "h2o", "snapkv", "tova", "expected", "random", "keydiff"),
+        *("expected(covariance=false)", "snapkv+adaptive", "topk", "topp", "pages", "sparq"),
+        *("clusters", "clusters(clusters=3)", "int8", "int4", "int4(group=8)"),
+    ],
 )
 def test_bytes_are_those_of_the_parts(name, budget):
     """Law 4: of one layer with 2 KV heads of 8 in float32, by a formula of each policy."""
     model, policy = model_of("gqa", "rope"), Policy.parse(name, budget)
-    evicts = name in ("streaming", "knorm", "h2o", "tova", "snapkv", "expected")
-    slots = int(LENGTH * budget) if evicts else LENGTH
+    slots = int(LENGTH * budget) if policy.keep.evicts else LENGTH
+    if name.startswith("int"):
+        slots = {"int8": 64, "int4": 64, "int4(group=8)": 40}[name]  # whole groups
     entry = 2 * 2 * 8 * 4  # keys and values
     places = 2 * slots * 4  # a position for each head
     query = 4 * 8 * 4
-    triangle = 4 * (8 * 9 // 2) * 4  # of the squares of 4 heads
+    asked = TAIL * query  # queries in the tail
+    mean = 4 + 4 * 8 * 4  # number and sum of the queries of 4 heads
     extra = {
+        "h2o": 2 * slots * 4 + asked,  # a score for each entry
+        "snapkv": asked,  # no more than its window
         "tova": query,  # the last one of the tail
-        "snapkv": TAIL * query,  # at most its window
-        "expected": 4 + query + triangle + TAIL * query,  # number, sum and squares of queries
-        "h2o": 2 * slots * 4 + TAIL * query,  # a score for each entry, queries in the tail
+        "expected(covariance=false)": asked + mean,
+        "expected": asked + mean + 4 * (8 * 9 // 2) * 4,  # a triangle of squares
+        "snapkv+adaptive": asked + 2 * slots * 4,  # the head that an entry belongs to
         "pages": 2 * (slots // 4) * (2 * 8 * 4 + 2),  # bounds, and whether read always or at all
         "sparq": 2 * (slots * (8 * 4 + 1) + 8 * 4),  # keys by component, and a mean of the values
+        # Centres, and where each cluster begins and the last ends; those always read are one more.
+        "clusters": 2 * (6 * 8 * 4 + (6 + 2) * 4),
+        "clusters(clusters=3)": 2 * (3 * 8 * 4 + (3 + 2) * 4),
     }
-    row = (slots + TAIL) * entry + places + extra.get(name, 0)
+    if name.startswith("int"):
+        # Of keys a minimum (float32) and a step (bfloat16) per channel of a group of tokens, of
+        # values per token of each 8 channels. In 8 bits a value's step alone.
+        bits, group = int(name[3]), 8 if "group" in name else 32
+        body = 2 * (slots * 2 * 8 * bits // 8 + slots // group * 8 * 6)
+        body += 2 * slots * (2 if bits == 8 else 6)
+        # A store without a choice of entries has one position for all heads.
+        row = body + TAIL * entry + slots * 4
+    else:
+        row = (slots + TAIL) * entry + places + extra.get(name, 0)
     cache = model.empty_cache(3, LENGTH, TAIL, EXACT.type, policy)
     assert cache.nbytes() == 3 * row + 4 * (3 + 1)  # lengths, and where the tail ends
     assert cache_bytes(model, 3, LENGTH, TAIL, EXACT.type, policy) == cache.nbytes()
@@ -535,6 +662,7 @@ def test_refused(attention, position, name, budget, words):
         ("int8+pyramid", 0.5, "pyramid needs a policy that drops entries"),
         ("int8:0.5", 0.5, "int8 has no budget"),
         ("snapkv:x", 0.5, "a number behind the colon"),
+        ("full:0.5", 0.5, "full has no budget"),
         ("snapkv", 0.0, "a share above 0 and at most 1, or a whole number"),
         ("snapkv", 2.5, "a share above 0 and at most 1, or a whole number"),
         ("", 0.5, "allowed: "),

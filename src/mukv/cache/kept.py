@@ -232,7 +232,7 @@ def empty(
     tokens = slots * attention.bags[bag].every
     written = attention.written(d_model, batch, tokens, dtype)[bag]
     heads = attention.key_heads
-    shared = keep.spread == "adaptive"
+    shared = keep.spread.pools
     stores = attention.entry_sets if keep.evicts or not isinstance(select, All) else 1
     position = jnp.full((batch, 1 if shared else stores, slots * (heads if shared else 1)), NOWHERE)
     used = position != NOWHERE

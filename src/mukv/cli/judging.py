@@ -139,9 +139,10 @@ def note_unused(policies: str, budget: str | None, shares: str | None) -> None:
     if budget is not None:
         note_unused_budget(policies)
     if shares is not None:
+        from mukv.cache.words import split
         from mukv.compress.candidates import fits_bytes
 
-        if fixed := [name for name in policies.split(",") if not fits_bytes(name)]:
+        if fixed := [name for name in split(policies, ",") if not fits_bytes(name)]:
             output.warn(f"--bytes means nothing to {', '.join(fixed)}: they keep all entries")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mukv.cache import FULL, Calibrated, Policy
 from mukv.cache.budget import FINEST
+from mukv.cache.words import split
 from mukv.compress.reader import PolicyReader
 from mukv.core.errors import BadInput
 from mukv.runs.loaded import Model
@@ -30,7 +31,7 @@ class Candidate:
     cache_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.policy} {self.budget:g}"
+        return f"{self.policy.name} {self.budget:g}"
 
 
 def fits_bytes(name: str) -> bool:
@@ -62,7 +63,7 @@ def candidates(
             raise BadInput(
                 "--bytes", share, "a share of the full cache's bytes: above 0, at most 1"
             )
-    for name in names.split(","):
+    for name in split(names, ","):
         takes, solvable = Policy.takes_budget(name, "--policy"), fits_bytes(name)
         for budget in budgets or (() if shares and solvable else BUDGETS):
             policy = Policy.parse(name, budget, "--policy")

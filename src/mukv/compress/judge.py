@@ -193,7 +193,7 @@ def _result(
     full = before[0] if before else None
     size, read = candidate.cache_bytes, int(first["bytes_read"])
     return Result(
-        policy=str(candidate.policy),
+        policy=candidate.policy.name,
         budget=candidate.budget,
         perplexity=_perplexity(mean),
         recall=recall,

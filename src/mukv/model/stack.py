@@ -254,7 +254,7 @@ class Stack:
                 f"full: each layer has a window or a state ({', '.join(names)}), which drops "
                 "entries in any case"
             )
-            raise BadInput("policy", str(policy), allowed)
+            raise BadInput("policy", policy.name, allowed)
         for layer in whole:
             policy.check(self.first + layer.index, layer.attention)
 

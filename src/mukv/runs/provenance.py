@@ -33,6 +33,14 @@ def record(origin: Origin) -> dict[str, Any]:
     }
 
 
+def is_imported(folder: Path) -> bool:
+    """Whether a run directory is an imported model that was not trained here."""
+    try:
+        return "imported_from" in json.loads((folder / FILE).read_text("utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
 def began_with(folder: Path, origin: Origin) -> str | None:
     """Return the fingerprint of the data that a run began with.
 
