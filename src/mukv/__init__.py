@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from mukv.attention import Latent as Latent
     from mukv.attention import SharedKV as SharedKV
     from mukv.attention import TensorProduct as TensorProduct
+    from mukv.cache.policy import CUR as CUR
     from mukv.cache.policy import H2O as H2O
     from mukv.cache.policy import TOVA as TOVA
     from mukv.cache.policy import Adaptive as Adaptive
     from mukv.cache.policy import All as All
     from mukv.cache.policy import Clusters as Clusters
+    from mukv.cache.policy import Critical as Critical
     from mukv.cache.policy import Everything as Everything
     from mukv.cache.policy import Exact as Exact
     from mukv.cache.policy import Expected as Expected
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Keep as Keep
     from mukv.cache.policy import KeyDiff as KeyDiff
     from mukv.cache.policy import KeyNorm as KeyNorm
+    from mukv.cache.policy import LagKV as LagKV
+    from mukv.cache.policy import Leverage as Leverage
     from mukv.cache.policy import Pages as Pages
     from mukv.cache.policy import Policy as Policy
     from mukv.cache.policy import Pyramid as Pyramid
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from mukv.cache.policy import TopK as TopK
     from mukv.cache.policy import TopP as TopP
     from mukv.cache.policy import Uniform as Uniform
+    from mukv.cache.policy import WholeChunks as WholeChunks
     from mukv.core.compute import Compute as Compute
     from mukv.core.errors import BadInput as BadInput
     from mukv.core.errors import Failed as Failed
@@ -146,9 +151,9 @@ __version__ = VERSION
 _MODULES = {
     "mukv.attention": "Attention Grouped GroupedTied HCA Latent SharedKV TensorProduct",
     "mukv.cache.policy": (
-        "Adaptive All Clusters Everything Exact Expected H2O Int4 Int8 Keep KeyDiff "
-        "KeyNorm Pages Policy Pyramid Random Refine Select SnapKV SparQ Spread Store "
-        "Streaming TopK TopP TOVA Uniform"
+        "Adaptive All Clusters Critical CUR Everything Exact Expected H2O Int4 Int8 Keep "
+        "KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine Select SnapKV "
+        "SparQ Spread Store Streaming TopK TopP TOVA Uniform WholeChunks"
     ),
     "mukv.core.compute": "Compute",
     "mukv.core.errors": "BadInput Failed",

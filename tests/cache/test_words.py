@@ -89,7 +89,7 @@ def test_defaults_of_kvpress():
     for name, given_there in PEERS["kvpress"].items():
         cls = next(table[name] for table in TABLES if name in table)
         assert set(given_there) <= set(parameters(cls))
-        Policy.parse(f"knorm+kvpress:{name}" if name in SPREADS else f"kvpress:{name}")
+        Policy.parse(f"kvpress:{name}" if name in KEEPERS else f"snapkv+kvpress:{name}")
 
 
 def test_lists_are_split_outside_of_brackets():

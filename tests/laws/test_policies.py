@@ -34,11 +34,14 @@ PAIRS = [
     *(("gqa", "rope", name) for name in (*KEEPERS, *SELECTORS, *COMPOSED)),
     ("gqa-dressed", "rope-yarn", "expected+clusters"),
     ("shared-kv-normed", "p-rope", "keydiff+pages"),
-    ("latent", "rope", "snapkv+sparq"),
+    ("latent", "rope", "snapkv+critical+sparq"),
     ("tied", "rope", "expected+clusters"),
     ("tensor-product", "rope", "h2o+topk"),
-    ("tensor-product", "rope", "knorm+pages"),
+    ("tensor-product", "rope", "cur+pages"),
     ("mqa", "alibi", "h2o+sparq"),
+    ("gqa", "rope", "tova+chunk(size=4)+critical+adaptive"),
+    ("gqa", "rope", "lagkv(lag=4)+pages"),
+    ("gqa-dressed", "rope-yarn", "leverage(sketch=4)"),
     ("gqa", "cope", "topk"),
 ]
 
@@ -201,6 +204,11 @@ def newest_stays(score):
     return np.append(score[:-1], np.inf)
 
 
+def best_of(score, number):
+    """The entries with the highest scores, the newer of two equal ones."""
+    return sorted(np.lexsort((-np.arange(len(score)), -score))[:number].tolist())
+
+
 def by_score(one, row, head, name, places, number):
     """Score of each place by the formula, float64 where the sum is long."""
     key = one.key[row, head][places]
@@ -220,6 +228,36 @@ def by_score(one, row, head, name, places, number):
         smooth = np.stack([np.convolve(w, np.ones(5) / 5, "same") for w in weights]).mean(0)
         smooth[-window:] = np.inf
         return smooth
+    if name == "cur":
+        score = np.ones(len(places))
+        for x in (key, one.value[row, head][places]):
+            square = (x**2).sum(-1)
+            score *= square / np.repeat(np.add.reduceat(square, range(0, len(x), 16)), 16)[: len(x)]
+        score[:4] = np.inf
+        return newest_stays(score)
+    if name == "lagkv(lag=8)":
+        complete = (len(places) - 4) // 8
+        score = np.ones(len(places))
+        for part in range(complete - 1):
+            shares = []
+            for x in (key, one.value[row, head][places]):
+                this, after = x[4 + 8 * part :][:8], x[12 + 8 * part :][:8]
+                low, high = after.min(0), after.max(0)
+                spread = np.exp(np.std((this - low) / (high - low), axis=-1, ddof=1))
+                shares.append(spread / spread.sum())
+            score[4 + 8 * part :][:8] = np.argsort(np.argsort(sum(shares))) / 8
+        score[:4] = np.inf
+        return newest_stays(score)
+    if name == "leverage(sketch=6)":
+        # Rotated back by the complex form of RoPE.
+        turn = np.array(places)[:, None] * 100.0 ** -(np.arange(4) / 4)
+        still = (key[:, :4] + 1j * key[:, 4:]) * np.exp(-1j * turn)
+        still = np.concatenate([still.real, still.imag], axis=-1)
+        draw = np.asarray(jax.random.normal(jax.random.key(0), (8, 6)))
+        x = np.float64(still - still.mean(0)) @ draw / 6**0.5
+        return newest_stays(
+            np.einsum("ks,st,kt->k", x, np.linalg.inv(x.T @ x + 0.01 * np.eye(6)), x)
+        )
     if name == "h2o":
         score = one.weights(row, places, places)[head].sum(1).mean(0)
         score[len(places) - number // 2 :] = np.inf
@@ -227,7 +265,13 @@ def by_score(one, row, head, name, places, number):
     raise AssertionError(name)
 
 
-@pytest.mark.parametrize("name", ["knorm", "keydiff", "tova", "snapkv", "h2o", "streaming"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("knorm", "keydiff", "tova", "snapkv", "h2o", "streaming"),
+        *("cur", "lagkv(lag=8)", "leverage(sketch=6)"),
+    ],
+)
 def test_what_is_kept(one, name):
     """After a prompt, for rows of unequal length; budgets count the tokens that there are."""
     body, _ = one.body(name, 0.4)
@@ -238,7 +282,7 @@ def test_what_is_kept(one, name):
                 expected = [*range(4), *range(count - number + 4, count)]
             else:
                 score = by_score(one, row, head, name, list(range(count)), number)
-                expected = sorted(np.argsort(-score, kind="stable")[:number].tolist())
+                expected = best_of(score, number)
             assert positions(body, row, head) == expected
 
 
@@ -370,6 +414,59 @@ def test_adaptive(one, name, floor):
             kept = by_head(held, row)
             assert sum(map(len, kept)) == 24
             assert all(len(each) >= max(int(floor * 12), 1) for each in kept)
+
+
+def refined_by_output(one, row, head, score, places, number, epsilon=1e-4, first=0.5):
+    """CriticalKV: the best by the score alone, the others times the norm of what they add to the
+    output."""
+    output = np.asarray(one.read["output"])[2 * head : 2 * head + 2]
+    added = np.einsum("kv,gve->gke", one.value[row, head][places], output)
+    finite = np.where(np.isinf(score), 0.0, score)
+    new = np.where(np.isinf(score), np.inf, (finite + epsilon) * np.abs(added).sum(-1).mean(0))
+    new[np.argsort(-score, kind="stable")[: max(int(first * number), 1)]] = np.inf
+    return new
+
+
+@pytest.mark.parametrize("first", [0.5, 0.0, 1.0])
+@pytest.mark.parametrize("name", ["snapkv", "cur"])
+def test_critical(one, name, first):
+    """Of each head by itself; with `adaptive` within the number that the scores alone give it. With
+    all of the budget in the first stage nothing changes."""
+    step = f"{name}+critical(first={first})"
+    alone, shared, plain = (one.body(n, 12.0)[0] for n in (step, step + "+adaptive", name))
+    for row, count in enumerate(one.count):
+        places = list(range(count))
+        scores = [by_score(one, row, head, name, places, 12) for head in range(2)]
+        pool = np.array(scores)
+        for score, rank in zip(scores, pool, strict=True):
+            rank[best_of(score, 2)] = np.inf
+        owners = np.argsort(-pool.ravel(), kind="stable")[:24] // count
+        for head, score in enumerate(scores):
+            own = int((owners == head).sum())
+            new, within = (
+                refined_by_output(one, row, head, score, places, n, first=first) for n in (12, own)
+            )
+            assert positions(alone, row, head) == best_of(new, 12)
+            assert by_head(shared, row)[head] == best_of(within, own)
+            if first == 1:
+                assert positions(alone, row, head) == positions(plain, row, head)
+
+
+def test_chunks(one):
+    """Whole chunks, the same in both heads, by the mean score of both; of the last one that fits,
+    the newest entries."""
+    body, _ = one.body("cur+chunk(size=5)", 14.0)
+    for row, count in enumerate(one.count):
+        places = np.arange(count)
+        scores = np.array([by_score(one, row, head, "cur", places, 14) for head in range(2)])
+        means = np.full(count, np.inf)
+        for chunk in range(-(-count // 5)):
+            inside = scores[:, places // 5 == chunk]
+            finite = inside[np.isfinite(inside)]
+            means[places // 5 == chunk] = finite.mean() if finite.size else np.inf
+        means[np.isinf(scores[0])] = np.inf
+        for head in range(2):
+            assert positions(body, row, head) == best_of(means, 14)
 
 
 @pytest.mark.parametrize(
@@ -566,6 +663,7 @@ def test_smaller_budgets_weigh_less(name):
     [
         *("streaming", "knorm", "h2o", "snapkv", "tova", "expected", "random", "keydiff"),
         *("expected(covariance=false)", "snapkv+adaptive", "topk", "topp", "pages", "sparq"),
+        *("cur", "lagkv", "leverage", "snapkv+chunk+critical"),
         *("clusters", "clusters(clusters=3)", "int8", "int4", "int4(group=8)"),
     ],
 )
@@ -583,6 +681,7 @@ def test_bytes_are_those_of_the_parts(name, budget):
     extra = {
         "h2o": 2 * slots * 4 + asked,  # a score for each entry
         "snapkv": asked,  # no more than its window
+        "snapkv+chunk+critical": asked,
         "tova": query,  # the last one of the tail
         "expected(covariance=false)": asked + mean,
         "expected": asked + mean + 4 * (8 * 9 // 2) * 4,  # a triangle of squares
@@ -641,6 +740,7 @@ def test_reads_are_fewer():
         ("latent", "rope", "topk", 0.5, "keys and values of the same numbers (latent)"),
         ("mqa", "rope", "snapkv+adaptive", 0.5, "one set of entries for all heads"),
         ("gqa", "rope", "snapkv+adaptive+pages", 0.5, "adaptive is read whole"),
+        ("gqa", "rope", "knorm+critical", 0.5, "a score of at least 0, like that of snapkv"),
         ("gqa", "rope", "streaming", 4.0, "at least 5 entries; this is 4 of 40"),
         ("gqa", "rope", "sparq", 0.2, "at least 13 entries; this is 8 of 40"),
     ],
@@ -660,6 +760,8 @@ def test_refused(attention, position, name, budget, words):
         ("snapvk", 0.5, "did you mean 'snapkv'?"),
         ("snapkv+h2o", 0.5, "at most one part that says what to keep"),
         ("int8+pyramid", 0.5, "pyramid needs a policy that drops entries"),
+        ("pages+critical", 0.5, "critical needs a policy that drops entries"),
+        ("snapkv+critical+chunk+critical", 0.5, "critical once"),
         ("int8:0.5", 0.5, "int8 has no budget"),
         ("snapkv:x", 0.5, "a number behind the colon"),
         ("full:0.5", 0.5, "full has no budget"),

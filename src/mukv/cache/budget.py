@@ -65,7 +65,7 @@ class CacheBudget:
         return f"{self.amount:g}"
 
 
-def portion(number: Int[Array, " batch"], share: float) -> Int[Array, " batch"]:
+def portion(number: Int[Array, "*shape"], share: float) -> Int[Array, "*shape"]:
     """Return a share of traced numbers of entries, rounded down."""
     exact = Fraction(share).limit_denominator(FINEST)
     return number * exact.numerator // exact.denominator

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.cache.keep import Keep
+from mukv.cache.keep import Sinking
 from mukv.cache.seen import Score, Seen
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.typing import Array, Bool, Float
+from mukv.core.typing import Array, Float
 
 
 @dataclass(frozen=True)
-class Expected(Keep):
+class Expected(Sinking):
     """Score of key j: softmax over j of m'.k / sqrt(d) + k C' k / (2 d), plus epsilon, times
     |v_j| (Devoto et al. 2025).
 
@@ -30,14 +30,13 @@ class Expected(Keep):
     heads of a group. kvpress' leaderboard runs `expected(epsilon=0.01)+adaptive`.
 
     future: number of next positions over which rotations are averaged
-    sinks: number of first tokens, which are always kept, and whose queries are not counted
+    sinks: number of first tokens, which are always kept; their queries do not count
     epsilon: added to the mean softmax
     covariance: whether C' is used, not only m'
     vnorm: whether scores are multiplied with |v_j|
     """
 
     future: int = 512
-    sinks: int = 4
     epsilon: float = 0.0
     covariance: bool = True
     vnorm: bool = True
@@ -47,16 +46,8 @@ class Expected(Keep):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_counts(self, "future")
-        for name in ("sinks", "epsilon"):
-            if getattr(self, name) < 0:
-                raise BadInput(name, getattr(self, name), "at least 0")
-
-    @property
-    def minimum(self) -> int:
-        return self.sinks + max(self.recent, 1)
-
-    def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
-        return seen.first(self.sinks) | seen.recent(self.recent)
+        if self.epsilon < 0:
+            raise BadInput("epsilon", self.epsilon, "at least 0")
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
         attention, notes = seen.reader.attention, self._noted(seen)
@@ -87,10 +78,7 @@ class Expected(Keep):
         position = seen.length[:, None] + place
         batch, heads, group, length, width = queries.shape
         flat = queries.reshape(batch, heads * group, length, width)
-        # A factor of the rotation (YaRN) is divided out twice, because rotating back multiplies by
-        # it again.
-        gain = self._rotated(seen, jnp.ones((1, 1, 1, width)), jnp.zeros((1, 1, 1), jnp.int32))
-        turned = self._rotated(seen, flat, -position[:, None]) / gain**2
+        turned = seen.rotated_back(flat, position[:, None])
         turned = turned.reshape(queries.shape)
         counted = (place < seen.added[:, None]) & (position >= self.sinks)
         turned = jnp.where(counted[:, None, None, :, None], turned, 0.0)
@@ -114,7 +102,7 @@ class Expected(Keep):
 
         def add(total: Array, step: Array) -> tuple[Array, None]:
             position = jnp.reshape(step, (1, 1, 1))
-            return total + self._rotated(seen, units, position)[0, :, 0], None
+            return total + seen.rotated(units, position)[0, :, 0], None
 
         zeros = jnp.zeros((width, width))
         total, _ = jax.lax.scan(add, zeros, jnp.arange(self.future))
@@ -122,16 +110,7 @@ class Expected(Keep):
         # end.
         rows = jnp.tile((total / self.future)[None, :, None], (len(seen.length), 1, 1, 1))
         end = (seen.length + seen.added)[:, None, None]
-        return self._rotated(seen, rows, end)[:, :, 0].swapaxes(-1, -2)
-
-    def _rotated(
-        self, seen: Seen, x: Float[Array, "batch heads token width"], position: Array
-    ) -> Float[Array, "batch heads token width"]:
-        """Rotate by position alone; only the last `rotated_dim` dimensions are rotated."""
-        attention = seen.reader.attention
-        start = x.shape[-1] - attention.rotated_dim
-        turned = attention.position.rotate(x[..., start:], position)
-        return jnp.concatenate([x[..., :start], turned], axis=-1)
+        return seen.rotated(rows, end)[:, :, 0].swapaxes(-1, -2)
 
 
 def _place(width: int) -> np.ndarray:

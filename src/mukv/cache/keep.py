@@ -59,6 +59,10 @@ class Keep:
     """Whether scores depend on queries."""
     carries: ClassVar[bool] = False
     """Whether scores are accumulated from one choice to the next."""
+    signed: ClassVar[bool] = False
+    """Whether scores may be negative."""
+    rotates_back: ClassVar[bool] = False
+    """Whether the rotation of keys is undone, which needs an entry of its own for each token."""
     evicts: ClassVar[bool] = True
     """Whether any entry is ever dropped."""
 
@@ -120,6 +124,28 @@ class Keep:
             # In a pool an entry belongs to one head, so its scores of other heads are dropped.
             score = jnp.sum(jnp.where(seen.valid, score, 0.0), axis=1, keepdims=True)
         return Chosen(jnp.minimum(index, keys - 1), index < keys, score, notes)
+
+
+@dataclass(frozen=True)
+class Sinking(Keep):
+    """Base class of policies that always keep the first tokens.
+
+    sinks: number of first tokens that are always kept
+    """
+
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sinks < 0:
+            raise BadInput("sinks", self.sinks, "at least 0")
+
+    @property
+    def minimum(self) -> int:
+        return max(self.sinks + max(self.recent, 1), 2)
+
+    def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
+        return seen.first(self.sinks) | seen.recent(self.recent)
 
 
 @dataclass(frozen=True)

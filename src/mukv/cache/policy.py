@@ -20,7 +20,10 @@ from mukv.attention.mixer import ENTRIES
 from mukv.cache.attended import H2O, TOVA, SnapKV
 from mukv.cache.budget import CacheBudget
 from mukv.cache.by_key import KeyDiff, KeyNorm
+from mukv.cache.by_value import CUR, LagKV, Leverage
+from mukv.cache.chunks import WholeChunks
 from mukv.cache.clusters import Clusters
+from mukv.cache.critical import Critical
 from mukv.cache.expected import Expected
 from mukv.cache.keep import Everything, Keep
 from mukv.cache.kept import Kept, empty
@@ -50,6 +53,9 @@ KEEPERS = PartTable(
         "knorm": KeyNorm,
         "keydiff": KeyDiff,
         "expected": Expected,
+        "lagkv": LagKV,
+        "leverage": Leverage,
+        "cur": CUR,
         "random": Random,
     },
     kinds=False,
@@ -74,7 +80,7 @@ SPREADS = PartTable(
     {"uniform": Uniform, "pyramid": Pyramid, "adaptive": Adaptive},
     kinds=False,
 )
-REFINERS = PartTable("refine", Refine, {}, kinds=False)
+REFINERS = PartTable("refine", Refine, {"critical": Critical, "chunk": WholeChunks}, kinds=False)
 TABLES: tuple[PartTable[Any], ...] = (KEEPERS, REFINERS, SPREADS, STORES, SELECTORS)
 """Parts of a policy, in the order in which its name has them."""
 NAMES = tuple(name for table in TABLES for name in table)
@@ -178,13 +184,21 @@ class Policy:
                 "skipping values saves no reads; pages, clusters and sparq fit",
             )
         paced = [bag for bag in attention.bags.values() if bag.every > 1 and bag.window is None]
-        if self.keep.needs_queries and paced:
+        if (self.keep.needs_queries or self.keep.rotates_back) and paced:
             raise BadInput(
                 "policy",
                 self.name,
                 f"{layer} stores one entry per {paced[0].every} tokens ({attention.kind}), which "
-                "can't be chosen by queries of tokens; streaming, random, knorm and keydiff fit",
+                "can't be chosen by queries of tokens or by keys that are rotated back; streaming, "
+                "random, knorm, keydiff, cur and lagkv fit",
             )
+        if any(step.needs_weights for step in self.keep.refine):
+            if self.keep.signed:
+                allowed = f"a score of at least 0, like that of snapkv: {_name(self.keep)} has none"
+                raise BadInput("policy", self.name, allowed)
+            if "output" not in attention.output_params(1):
+                allowed = f"{layer} projects its heads in several steps ({attention.kind})"
+                raise BadInput("policy", self.name, f"no critical: {allowed}")
         if self.keep.spread.pools:
             if attention.entry_sets == 1:
                 raise BadInput(

@@ -7,37 +7,20 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from mukv.cache.keep import Keep
+from mukv.cache.keep import Keep, Sinking
 from mukv.cache.seen import Score, Seen
-from mukv.core.errors import BadInput
-from mukv.core.typing import Array, Bool, UInt32
+from mukv.core.typing import Array, UInt32
 
 
 @dataclass(frozen=True)
-class Streaming(Keep):
-    """Keep the first `sinks` tokens and the most recent ones (Xiao et al. 2023).
+class Streaming(Sinking):
+    """Keep the first tokens and the most recent ones (Xiao et al. 2023).
 
     Entries keep their positions; they are not renumbered.
-
-    sinks: number of first tokens that are kept
     """
-
-    sinks: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sinks < 0:
-            raise BadInput("sinks", self.sinks, "at least 0")
-
-    @property
-    def minimum(self) -> int:
-        return self.sinks + max(self.recent, 1)
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
         return seen.entries.position.astype(jnp.float32), {}
-
-    def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
-        return seen.first(self.sinks) | seen.recent(self.recent)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ class Refine:
     """Base class of functions from scores to scores."""
 
     has_budget: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
+    """Whether scores must be at least 0, and the layer have one output projection."""
 
     def apply(
         self,

@@ -24,7 +24,12 @@ PEERS: dict[str, dict[str, dict[str, Any]]] = {
         "knorm": {"recent": 0},
         "keydiff": {"recent": 0},
         "expected": {"recent": 0},
+        "lagkv": {"recent": 0},
+        "leverage": {"recent": 0},
+        "cur": {"recent": 0},
         "random": {"recent": 0},
+        "critical": {},
+        "chunk": {},
         "pyramid": {},
         "adaptive": {},
     }
