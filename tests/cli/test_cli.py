@@ -201,7 +201,7 @@ def test_compress_continues(mukv, trained, tmp_path, monkeypatch):
     done: list[str] = []
 
     def counted(reader, rows, left, *rest):
-        done.extend(str(job.candidate.policy) for job in left)
+        done.extend(job.candidate.policy.name for job in left)
         yield from measured(reader, rows, left, *rest)
 
     monkeypatch.setattr("mukv.compress.judge.measured", counted)

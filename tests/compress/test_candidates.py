@@ -29,7 +29,7 @@ def reader():
 
 
 def names(found):
-    return [(str(each.policy), each.budget) for each in found]
+    return [(each.policy.name, each.budget) for each in found]
 
 
 def test_each_policy_with_each_budget_once(reader):

@@ -94,7 +94,7 @@ def test_compress_on_a_narrow_terminal():
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("snapkv+int8" in line for line in lines) == 2
-    for number in ("15,571,968", "41.758", "12,346", "50.0% (40-60)"):
+    for number in ("15,571,968", "41.76", "12,346", "50.0% (40-60)"):
         assert any(number in line for line in lines)
 
 

@@ -64,6 +64,8 @@ class Work:
         """Return the seconds of what is left, if it runs as fast as what is done, which took
         `elapsed` seconds.
         """
+        if not self.spent:
+            return self.seconds
         return elapsed * (self.seconds - self.spent) / self.spent
 
 
