@@ -17,9 +17,12 @@ from mukv.core.version import VERSION
 if TYPE_CHECKING:
     from mukv.attention import HCA as HCA
     from mukv.attention import Attention as Attention
+    from mukv.attention import GatedDelta as GatedDelta
     from mukv.attention import Grouped as Grouped
     from mukv.attention import GroupedTied as GroupedTied
+    from mukv.attention import KimiDelta as KimiDelta
     from mukv.attention import Latent as Latent
+    from mukv.attention import Mixer as Mixer
     from mukv.attention import SharedKV as SharedKV
     from mukv.attention import TensorProduct as TensorProduct
     from mukv.cache.policy import CUR as CUR
@@ -84,7 +87,7 @@ if TYPE_CHECKING:
     from mukv.model.concept import Max as Max
     from mukv.model.concept import Pool as Pool
     from mukv.model.concept import Prefix as Prefix
-    from mukv.model.concept import Residually as Residually
+    from mukv.model.concept import ResidualInjection as ResidualInjection
     from mukv.model.concept import SelectPool as SelectPool
     from mukv.model.concept import Sum as Sum
     from mukv.model.concept import Weighted as Weighted
@@ -149,7 +152,9 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 _MODULES = {
-    "mukv.attention": "Attention Grouped GroupedTied HCA Latent SharedKV TensorProduct",
+    "mukv.attention": (
+        "Attention GatedDelta Grouped GroupedTied HCA KimiDelta Latent Mixer SharedKV TensorProduct"
+    ),
     "mukv.cache.policy": (
         "Adaptive All Clusters Critical CUR Everything Exact Expected H2O Int4 Int8 Keep "
         "KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine Select SnapKV "
@@ -166,7 +171,7 @@ _MODULES = {
     "mukv.model.feedforward": "Experts",
     "mukv.model.concept": (
         "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "
-        "Pool Prefix Residually SelectPool Sum Weighted"
+        "Pool Prefix ResidualInjection SelectPool Sum Weighted"
     ),
     "mukv.position": (
         "ALiBi CoPE FIRE KERPLE LinearScaling Llama3 LogLength NTK NoPE Position RoPE "

@@ -32,7 +32,7 @@ CASES = [
 
 
 def folded(cache):
-    """What later tokens read. A tail that was folded still has its entries, which are overwritten."""
+    """A cache without tails: after a fold, their entries are still there, but are not read."""
     return replace(cache, slots=tuple(replace(slot, tail={}) for slot in cache.slots))
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from mukv.attention import cores
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
-from mukv.attention.mixer import Mixer, Reported
+from mukv.attention.mixer import Mixer, Reported, Tensors
 from mukv.attention.recalled import Query, Recalled
 from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
@@ -61,9 +61,7 @@ class Attention(Mixer):
     gate: Literal["head", "channel"] | None = None
 
     sizes: ClassVar[tuple[str, ...]] = ("heads",)
-    """Fields that must be counts of at least 1."""
     grows: ClassVar[tuple[str, ...]] = ("heads",)
-    """Fields that scale with the width of the model."""
     values_apart: ClassVar[bool] = False
     """Whether values are stored in tensors of their own, from which no key is computed."""
     keys: ClassVar[tuple[str, ...]] = ()
@@ -171,6 +169,7 @@ class Attention(Mixer):
         parts: Sequence[Bag],
         mask: Mask,
         compute: Compute,
+        direct: Tensors | None = None,
     ) -> tuple[Residual, Reported]:
         """Attend from each token to the entries that it may see, in one softmax over all bags.
 
@@ -180,7 +179,7 @@ class Attention(Mixer):
 
         Returns what is added to the residual stream, and None for no auxiliary numbers.
         """
-        address, scores = self.asked(weights, self.query(weights, x, position), position)
+        address, scores = self.scaled_queries(weights, self.query(weights, x, position), position)
         retrieved = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
         chosen = [self.choose(weights, x, position, entries) for _, entries in retrieved]
         masked = [
@@ -190,20 +189,27 @@ class Attention(Mixer):
         ordered = all(part.entries.ordered for part in masked)
         selective = any(choice is not None for choice in chosen)
         shows = tapped() or ("each query chooses its entries" if selective else None)
-        core = self.core(x.shape[1], compute, ordered, shows).core
+        aligned = len(masked) == 1 and masked[0].mask.aligned
+        core = self.core(x.shape[1], compute, ordered, shows, aligned).core
         out = core.apply(address, masked, scores)
         return self.output(weights, out, x, position), None
 
     def core(
-        self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
+        self,
+        queries: int,
+        compute: Compute,
+        ordered: bool = True,
+        shows: str | None = None,
+        aligned: bool = False,
     ) -> cores.CoreChoice:
         """Choose the fastest attention core that supports these arguments; see `Mixer.core`."""
-        return cores.choose(cores.Demand(queries, self.position, ordered, shows), compute)
+        demand = cores.Demand(queries, self.position, ordered, shows, aligned)
+        return cores.choose(demand, compute)
 
-    def asked(
+    def scaled_queries(
         self, weights: Weights, query: Queries, position: Int[Array, "batch query"]
     ) -> tuple[Query, cores.Scores]:
-        """Scale queries and split them by `address`; also return how products become logits."""
+        """Return the scaled queries, split by `address`, and how their products become logits."""
         own = weights.get("position", {})
         query = self.position.temper(own, query, position)
         scale = (self.scale or self.query_dim**-0.5) * self.position.logit_factor
@@ -239,7 +245,7 @@ class Attention(Mixer):
         return 1
 
     def logit_weight(self, d_model: int) -> Param:
-        """Return the declaration of the query projection."""
+        """Return the weight whose last axis is the width of a query."""
         return tagged(self.read_params(d_model), "query")
 
     def read_flops(self) -> int:

@@ -59,13 +59,15 @@ class CacheBudget:
         """Return a budget of the same kind that is `entries` at `length`."""
         if self.amount > 1:
             return CacheBudget(float(max(round(entries), 2)))
-        return CacheBudget(min(max(entries / length, 1 / FINEST), 1.0))
+        return CacheBudget(min(max(round(entries) / length, 1 / FINEST), 1.0))
 
     def __str__(self) -> str:
         return f"{self.amount:g}"
 
 
-def portion(number: Int[Array, "*shape"], share: float) -> Int[Array, "*shape"]:
-    """Return a share of traced numbers of entries, rounded down."""
+def portion(number: Int[Array, "*shape"], share: float, least: int) -> Int[Array, "*shape"]:
+    """Return a share of traced numbers of entries, rounded down, but at least `least` unless the
+    share is 0."""
     exact = Fraction(share).limit_denominator(FINEST)
-    return number * exact.numerator // exact.denominator
+    whole = number * exact.numerator // exact.denominator
+    return jnp.maximum(whole, least) if share else whole

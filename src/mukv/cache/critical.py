@@ -30,7 +30,7 @@ class Critical(Refine):
     With `adaptive`, heads get their budgets by the scores alone, as in CriticalAdaKV.
 
     epsilon: added to the score
-    first: fraction of the budget that is kept by the score alone
+    first: fraction of the budget that is kept by the score alone, at least one entry; 0 for none
     """
 
     epsilon: float = 1e-4
@@ -51,7 +51,7 @@ class Critical(Refine):
         number: Int[Array, "batch #stores 1"],
     ) -> Float[Array, "batch stores key"]:
         norm = by_store(projected(seen), score.shape[1])
-        certain = places(score) < jnp.maximum(portion(number, self.first), 1)
+        certain = places(score) < portion(number, self.first, least=1)
         finite = jnp.isfinite(score)
         new = jnp.where(finite, (jnp.where(finite, score, 0.0) + self.epsilon) * norm, score)
         return jnp.where(certain & (score > -jnp.inf), jnp.inf, new)
@@ -62,7 +62,7 @@ def projected(seen: Seen) -> Float[Array, "batch kv_heads key"]:
     of a group."""
     value = seen.values().astype(jnp.float32)
     batch, heads, keys, width = value.shape
-    output = seen.reader.weights["output"].astype(jnp.float32)
+    output = jnp.asarray(seen.reader.weights["output"], jnp.float32)
     output = output.reshape(heads, -1, *output.shape[1:])
     chunk = min(CHUNK, keys)
     padded = jnp.pad(value, [(0, 0), (0, 0), (0, -keys % chunk), (0, 0)])

@@ -9,7 +9,7 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, Entries, Query, Recall, Retrieved
+from mukv.attention import Attention, Bag, Entries, Query, Recall, Retrieved
 from mukv.attention.mixer import ENTRIES
 from mukv.cache.base import Reader, Tensors
 from mukv.cache.keep import Everything, Keep
@@ -212,7 +212,7 @@ class Kept:
 
 
 def empty(
-    attention: AnyAttention,
+    attention: Attention,
     d_model: int,
     batch: int,
     slots: int,

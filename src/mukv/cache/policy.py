@@ -15,7 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention
+from mukv.attention import Attention
 from mukv.attention.mixer import ENTRIES
 from mukv.cache.attended import H2O, TOVA, SnapKV
 from mukv.cache.budget import CacheBudget
@@ -165,7 +165,7 @@ class Policy:
         """The budget of kept entries, or else of read entries; 1 without either."""
         return (self.keep if self.keep.evicts else self.select).budget.amount
 
-    def check(self, number: int, attention: AnyAttention) -> None:
+    def check(self, number: int, attention: Attention) -> None:
         """Raise BadInput, with the reason, if the policy does not fit a reading layer."""
         layer = f"layer {number}"
         if attention.position.sequential and (self.keep.evicts or self.select.skips_keys):
@@ -221,7 +221,7 @@ class Policy:
 
     def body(
         self,
-        attention: AnyAttention,
+        attention: Attention,
         d_model: int,
         batch: int,
         length: int,
@@ -280,7 +280,8 @@ def _name(part: Any) -> str:
 
 
 def _imported(name: str, where: str) -> str:
-    """The name in a table of a part of another package, which may be given as its dotted path.
+    """Return the registered name of a part. A part of another package may be given by its dotted
+    path, which is then imported.
 
     Raises BadInput for a path that can't be imported, and for a class that is no part of a policy.
     """

@@ -90,7 +90,8 @@ class Adaptive(Spread):
     """Let the heads of a layer share one budget, so that heads with flat attention keep more
     (AdaKV, Feng et al. 2024).
 
-    floor: fraction of its uniform budget that each head keeps for certain, at least one entry
+    floor: fraction of its uniform budget that each head keeps for certain, at least one entry; 0
+        for none
     """
 
     floor: float = 0.2
@@ -105,7 +106,7 @@ class Adaptive(Spread):
         self, own: Float[Array, "batch sets key"], seen: Seen, steps: tuple[Refine, ...]
     ) -> tuple[Rank, Int[Array, " batch"]]:
         number = seen.number * own.shape[1]
-        least = jnp.maximum(portion(seen.number, self.floor), 1)[:, None, None]
+        least = portion(seen.number, self.floor, least=1)[:, None, None]
         # The floor of a head includes the entries that must be kept: their rank is highest.
         safe = seen.valid & (places(own) < least)
         pool = _pooled(jnp.where(safe, jnp.inf, own))

@@ -16,6 +16,7 @@ from mukv.cli.app import (
     ComputeType,
     Json,
     ModelName,
+    StoredAs,
     app,
     beside,
     exactly_one,
@@ -89,6 +90,7 @@ def compress(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder; default: `compress` in the run directory.")
     ] = None,
+    weights: StoredAs = None,
     as_json: Json = False,
 ) -> None:
     """Compare cache policies with the full cache: quality, bytes and speed.
@@ -111,7 +113,7 @@ def compress(
     note_unused(policy, budget, shares)
     folder = out or beside(model, "compress")
     hold(context, folder)
-    speaker = loaded.load(model).computing(compute, "--compute")
+    speaker = loaded.load(model, weights=weights).computing(compute, "--compute")
     length = inputs.window(speaker, work.usual_length(speaker) if length is None else length)
     tell(notes.of_length(length, speaker.run, "--length"))
     made = work.compress(speaker, Path(model).name, length, settings, folder)

@@ -15,7 +15,7 @@ from typing import Any, no_type_check
 
 import jax
 
-from mukv.attention import AnyAttention, Bag, Carried, Mask, Queries, Written
+from mukv.attention import DIRECT, AnyAttention, Attention, Bag, Carried, Mask, Queries, Written
 from mukv.core.compute import Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
@@ -135,17 +135,18 @@ class Pass:
         weights = gather(self.compute.working_copy(declared, weights), declared)
         with scope(f"layer{self.first + layer.index}"):
             normed = residual.enter(weights, "attention", norm, x)
-            parts = inherited
+            parts, direct = inherited, None
             if layer.writes:
                 carried = None
                 if memory is not None and self.added is not None:
                     carried = Carried(memory.states, self.added)
                 written = attention.write(weights["write"], normed, self.position, carried)
-                query = partial(attention.query, weights["read"], normed, self.position)
                 written = attention.by_store(written)
+                direct = written.get(DIRECT)
+                query = partial(_query, attention, weights["read"], normed, self.position)
                 parts, memory = self.remember(layer, stored, memory, written, query)
             mask = Mask(self.segment, layer.window, self.aligned)
-            read, own = self._read(attention, weights["read"], normed, parts, mask)
+            read, own = self._read(attention, weights["read"], normed, parts, mask, direct)
             read = residual.leave(weights, "attention", norm, read)
             x = tap("attention", constrain(x + read, "batch", None, None))
             normed = residual.enter(weights, "mlp", norm, x)
@@ -155,11 +156,17 @@ class Pass:
         return x, parts, memory, together(own, reported)
 
     def _read(
-        self, attention: AnyAttention, weights: Any, x: Residual, parts: Any, mask: Mask
+        self,
+        attention: AnyAttention,
+        weights: Any,
+        x: Residual,
+        parts: Any,
+        mask: Mask,
+        direct: Any,
     ) -> tuple[Residual, Any]:
         """Read the bags with all queries at once, or with each by itself if `single`."""
-        if not self.single:
-            return attention.read(weights, x, self.position, parts, mask, self.compute)
+        if not self.single or direct is not None:
+            return attention.read(weights, x, self.position, parts, mask, self.compute, direct)
 
         def one(x: Array, position: Array) -> Array:
             query = x[:, None], position[:, None]
@@ -173,3 +180,11 @@ def _layer(layer: ResolvedLayer, shows: bool, run: Pass, *inputs: Any) -> Any:
     """Apply one layer, as `Pass.applied` does. shows: whether another layer reads its bags."""
     x, bags, after, auxiliary = run.applied(layer, *inputs)
     return x, bags if shows else None, after, auxiliary
+
+
+def _query(
+    attention: AnyAttention, weights: Any, x: Residual, position: Int[Array, "batch token"]
+) -> Queries:
+    """Compute the queries of a layer, which a cache policy asks for: only attention has one."""
+    assert isinstance(attention, Attention)
+    return attention.query(weights, x, position)

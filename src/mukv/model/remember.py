@@ -55,7 +55,7 @@ class Several:
             slot, new = memory.slots[name], written[name]
             if self.joins:
                 asked = query() if slot.body.needs_queries else None
-                reader = Reader(layer.attention, reading, asked)
+                reader = Reader(layer.softmax, reading, asked)
                 slots[name] = slot.extended(new, self.length, self.count, reader, self.fresh)
             if not self.fresh:
                 by_query = self.as_steps and slot.body.by_query

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, EntryStore, Queries, Written
+from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Queries, Written
 from mukv.cache import FULL, Cache, Calibrated, Policy, Reader, Recorded, Ring, Slot
 from mukv.cache.base import QUERY
+from mukv.core.compact import any_compact, is_compact
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
@@ -40,8 +41,8 @@ class Stack:
 
     plan: stages of layers; `attention` and `mlp` are used by layers that name none
     first: number of the first layer in the whole model
-    every: tokens per entry, a lower bound
-    asked: tokens per query, a lower bound; None for the value of `every`
+    every: minimum mean number of tokens per entry (1 in a decoder)
+    query_every: minimum mean number of tokens per query; None for the value of `every`
     prefix: prefix of the names of dimensions, in a model with stacks of several widths
     """
 
@@ -54,7 +55,7 @@ class Stack:
     scaling: Scaling
     first: int = 0
     every: int = 1
-    asked: int | None = None
+    query_every: int | None = None
     prefix: str = ""
 
     @cached_property
@@ -65,8 +66,10 @@ class Stack:
 
     def _scaled(self, attention: AnyAttention) -> AnyAttention:
         """Multiply the scale of the logits by the parameterisation's factor for this width."""
+        if not isinstance(attention, Attention):
+            return attention
         query = attention.logit_weight(self.d_model)
-        factor = 1 if query is None else self.scaling.logit_factor(query.prefixed(self.prefix))
+        factor = self.scaling.logit_factor(query.prefixed(self.prefix))
         if factor == 1:
             return attention
         return replace(attention, scale=factor * (attention.scale or attention.query_dim**-0.5))
@@ -105,10 +108,7 @@ class Stack:
     def unstack(self, weights: Weights) -> list[Any]:
         """Return the weights with one entry per layer."""
         return [
-            jax.tree.map(
-                lambda leaf, repeat=layer.repeat: leaf[repeat],
-                weights[f"stage{layer.stage}"][f"slot{layer.slot}"],
-            )
+            _repeat(weights[f"stage{layer.stage}"][f"slot{layer.slot}"], layer.repeat)
             for layer in self.layers
         ]
 
@@ -154,10 +154,11 @@ class Stack:
         for s, stage in enumerate(self.plan):
             stacked = weights[f"stage{s}"]
             here = [layer for layer in self.layers if layer.stage == s]
-            if compute.unroll or capturing() or stage.repeats == 1 or not scannable(s, self.layers):
+            apart = compute.unroll or capturing() or any_compact(stacked)
+            if apart or stage.repeats == 1 or not scannable(s, self.layers):
                 for layer in here:
-                    own = jax.tree.map(lambda leaf, r=layer.repeat: leaf[r], stacked)
-                    x, more = run.layer(layer, own[f"slot{layer.slot}"], x, known)
+                    own = _repeat(stacked[f"slot{layer.slot}"], layer.repeat)
+                    x, more = run.layer(layer, own, x, known)
                     reported.append(more)
             else:
                 first = here[: len(stage.pattern)]
@@ -225,10 +226,10 @@ class Stack:
             place = whole.index((layer.index, name)), len(whole)
             own = (centres or {}).get(layer.index, {})
             room = batch, bag.room(length), dtype
-            body = policy.body(layer.attention, self.d_model, *room, place, own, name)
+            body = policy.body(layer.softmax, self.d_model, *room, place, own, name)
             if body.needs_queries:
                 number = min(tail, body.last_queries or tail)
-                shape = (batch, layer.attention.heads, number, layer.attention.query_dim)
+                shape = (batch, layer.softmax.heads, number, layer.softmax.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
             return Slot(body, places, bag)
 
@@ -256,7 +257,7 @@ class Stack:
             )
             raise BadInput("policy", policy.name, allowed)
         for layer in whole:
-            policy.check(self.first + layer.index, layer.attention)
+            policy.check(self.first + layer.index, layer.softmax)
 
     def prefill(
         self,
@@ -350,7 +351,7 @@ class Stack:
         added = jnp.broadcast_to(cache.filled, cache.length.shape)
 
         def folded(layer: ResolvedLayer, slot: Slot) -> Slot:
-            attention, new = layer.attention, dict(slot.tail)
+            attention, new = layer.softmax, dict(slot.tail)
             query = new.pop(QUERY, None)
             if query is not None:
                 query = query.reshape(len(added), attention.key_heads, -1, *query.shape[2:])
@@ -376,16 +377,21 @@ class Stack:
             if not isinstance(known.body, Recorded):
                 return replace(slot, body=known.body)
             given = known.body.queries, known.body.tensors, nothing, recorded.length
-            return _extended(layer.attention, True, slot, weights[layer.index]["read"], *given)
+            return _extended(layer.softmax, True, slot, weights[layer.index]["read"], *given)
 
         layers = (layer for layer, _, _ in self.bags)
         slots = tuple(map(made, layers, recorded.slots, empty.slots))
         return replace(empty, slots=slots, states=recorded.states, length=recorded.length)
 
 
+def _repeat(stacked: Any, repeat: int) -> Any:
+    """Return the weights of one repeat of a layer."""
+    return jax.tree.map(lambda leaf: leaf[repeat], stacked, is_leaf=is_compact)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _extended(
-    attention: AnyAttention,
+    attention: Attention,
     fresh: bool,
     slot: Slot,
     reading: Any,

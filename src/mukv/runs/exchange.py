@@ -131,10 +131,14 @@ def export_model(
     dtype: of the written weights; None: unchanged
     shard: most bytes per weight file
 
-    Returns the object that `mukv export --json` prints. Raises BadInput naming the part of the
+    Returns the object that `mukv export --json` prints. Raises BadInput for a model whose
+    weights were converted when they were loaded, naming the part of the
     model that no supported Hugging Face architecture has, for `out` in use, and for weights that
     `dtype` can't hold.
     """
+    if model.converted:
+        allowed = "a model that was loaded without `weights`: exported weights are the saved ones"
+        raise BadInput("MODEL", str(source), allowed)
     there = out / CONFIG
     _require_free(out, there.is_file() and not out.samefile(source))
     decoder = model.network
@@ -194,7 +198,7 @@ def _specs(
     """Return the tensors to write by their names in the architecture, in the order of the layers.
     Each is converted when its file is written."""
     made: dict[str, Spec] = {}
-    position = model.layers[0].attention.position
+    position = model.layers[0].softmax.position
     interleaved = isinstance(position, RoPE) and position.pairing == "interleaved"
     for piece in pieces(family.rules, model, pairs_in_halves if interleaved else None):
         kept = jnp.dtype(dtype or flat[piece.ours].dtype)

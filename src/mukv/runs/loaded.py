@@ -15,10 +15,12 @@ from typing import Any, cast, get_args, overload
 import jax
 import numpy as np
 
+from mukv.attention import Attention
 from mukv.cache import FULL, Calibrated, Policy
 from mukv.cache.centres import FOLDER, load_centres
 from mukv.cache.clusters import Clusters
 from mukv.core.arguments import require_types, strings, token_ids, whole_numbers
+from mukv.core.compact import any_compact, require_format
 from mukv.core.compute import Compute, DType, settled
 from mukv.core.errors import BadInput, unknown_name
 from mukv.core.mesh import MeshShape, weight_shardings
@@ -28,7 +30,7 @@ from mukv.hub import checkpoint
 from mukv.hub.chat import chat_text
 from mukv.hub.settings import read_json
 from mukv.infer.attention import attention_weights
-from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate
+from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate, joined
 from mukv.infer.evaluate import Evaluation, evaluate
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
@@ -36,6 +38,7 @@ from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.latest import latest_weights
 from mukv.runs.located import Located, locate
+from mukv.storage.compact import nbytes
 from mukv.storage.weights import require_finite
 from mukv.train.footprint import require_bytes
 
@@ -72,6 +75,16 @@ class Model:
     def decoder(self) -> LanguageModel:
         """The former name of `network`."""
         return self.network
+
+    @property
+    def converted(self) -> bool:
+        """Whether the weights were converted to few bits when they were loaded."""
+        return any_compact(self.weights)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weights in memory."""
+        return nbytes(self.weights)
 
     def computing(self, dtype: str | None, where: str = "dtype") -> Model:
         """Return this model with another type of activations, cache entries and operands.
@@ -129,16 +142,17 @@ class Model:
         return ids
 
     def attention(self, text: str | Sequence[int] | Any) -> dict[int, np.ndarray]:
-        """Compute the attention weights of each layer on a text: float32 [head query key], by index
-        of the layer.
+        """Compute the attention weights on a text: float32 [head query key], by index of each layer
+        that has a softmax.
 
         text: a text, or its token ids [token]. The weights of each query sum to 1, or to less if
         the head has a sink logit. Raises BadInput for ids that the model does not have, for a model
-        that is not a Decoder, and for weights that take more memory than is free.
+        that is not a Decoder or has no softmax, and for weights that take more memory than is free.
         """
         given = self.encode(text) if isinstance(text, str) else text
         ids = self._token_ids("text", given)
-        heads = sum(layer.attention.heads for layer in self.network.layers)
+        attentions = (layer.attention for layer in self.network.layers)
+        heads = sum(each.heads for each in attentions if isinstance(each, Attention))
         require_bytes("attention weights", 4 * heads * ids.size**2, "text", ids.size)
         return attention_weights(self.network, self.scaled, ids, self.run.train.compute)
 
@@ -169,6 +183,7 @@ class Model:
         show: Any = None,
         policy: Policy = FULL,
         ended: Callable[[list[int]], bool] | None = None,
+        then: Sequence[Sequence[int]] | None = None,
     ) -> Generation:
         """Continue token ids: `mukv.infer.decode.generate` with this model's weights.
 
@@ -178,8 +193,8 @@ class Model:
         compute = self.run.train.compute
         stop = self.ends if stop is None else stop
         cache = self.calibrated(policy)
-        self._require_room(prompts, max_tokens, policy)
-        asked = prompts, max_tokens, sampling, stop, compute, show, *cache, ended
+        self._require_room(joined(prompts, then), max_tokens, policy)
+        asked = prompts, max_tokens, sampling, stop, compute, show, *cache, ended, then
         return generate(self.network, self.decoding, *asked)
 
     def _require_room(
@@ -199,19 +214,20 @@ class Model:
         """Whether every layer without a window stores keys for each key head, which calibrated
         cluster centres need."""
         layers = [layer for stack in self.network.stacks for layer in stack.layers]
-        kept = [layer.attention for layer in layers if layer.whole]
+        kept = [layer.softmax for layer in layers if layer.whole]
         return all(attention.entry_sets == attention.key_heads for attention in kept)
 
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
         """Return a policy with the centres that `mukv analyze --calibrate` saved for it.
 
         Only the policy `clusters` has any, and only if layers store keys for each key head; other
-        policies are returned unchanged, with an empty mapping. Raises BadInput for centres that
-        were calibrated on other weights, or on keys without their rotation.
+        policies are returned unchanged, with an empty mapping. So are all if the weights were
+        converted when they were loaded, because centres belong to the saved ones. Raises BadInput
+        for centres that were calibrated on other weights, or on keys without their rotation.
         """
         if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
             return policy, {}
-        if not (self.folder / FOLDER).exists():
+        if self.converted or not (self.folder / FOLDER).exists():
             return policy, {}
         centres = load_centres(self.folder, self.weights)
         if not centres.rotated:
@@ -322,7 +338,10 @@ def _forward(model: LanguageModel, compute: Compute) -> Any:
 
 
 def load(
-    source: str | Path | Located, mesh: MeshShape | None = None, allow_nonfinite: bool = False
+    source: str | Path | Located,
+    mesh: MeshShape | None = None,
+    allow_nonfinite: bool = False,
+    weights: str | None = None,
 ) -> Model:
     """Load a model with its weights and tokenizer.
 
@@ -330,26 +349,36 @@ def load(
         Hugging Face folder, a GGUF file or a hub id, whose tensors are read one by one
     mesh: devices that the weights are split over; None for one device
     allow_nonfinite: accept weights that are infinite or not a number
+    weights: format that the weights are converted to while they are read, for inference on one
+        device: "int8", "int4" or "bfloat16"; None to keep them as they are
 
-    Raises BadInput for a source that is not a model, for damaged files and for weights that are not
-    finite.
+    Raises BadInput for a source that is not a model, for damaged files, for weights that are not
+    finite, and for a format that is unknown or given together with a mesh or `allow_nonfinite`.
     """
+    mesh = mesh or MeshShape()
+    if weights is not None:
+        require_format(weights)
+        if mesh.size > 1:
+            raise BadInput("weights", weights, "a mesh of one device: these are not split")
+        if allow_nonfinite:
+            raise BadInput("weights", weights, "finite weights, not `allow_nonfinite`")
     found = source if isinstance(source, Located) else locate(source)
-    model = _load(found, mesh or MeshShape())
-    if not allow_nonfinite:
+    model = _load(found, mesh, weights)
+    if weights is None and not allow_nonfinite:
         require_finite(model.weights, found.source)
     return model
 
 
-def _load(found: Located, mesh: MeshShape) -> Model:
+def _load(found: Located, mesh: MeshShape, kind: str | None) -> Model:
     if found.checkpoint is not None:
         run = replace(found.run, mesh=mesh)
         ends = checkpoint.end_ids(found.checkpoint.special)
-        weights = found.checkpoint.place(mesh.build())
-        return Model(run, weights, found.checkpoint.tokenizer, ends, found.folder)
+        given = found.checkpoint
+        weights = given.place(mesh.build()) if kind is None else given.compact(kind)
+        return Model(run, weights, given.tokenizer, ends, found.folder)
     folder, run = RunDirectory(found.folder), found.run
     built = mesh.build()
-    weights = latest_weights(run, folder, built)
+    weights = latest_weights(run, folder, built, kind)
     if mesh.size > 1:
         weights = jax.device_put(weights, weight_shardings(run.model.params(), built))
     if not folder.generation.exists():
