@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from mukv.cache.centres import fingerprint
 from mukv.compress import duration
 from mukv.compress.candidates import Candidate, candidates
-from mukv.compress.finished import Finished
+from mukv.compress.finished import Finished, key_of
 from mukv.compress.measure import Job, jobs, measured
 from mukv.compress.reader import PolicyReader
 from mukv.compress.rows import Rows
@@ -105,7 +105,8 @@ def judge(
     reader = PolicyReader(model.network, None, compute, rows.read, rows.length)
     compared = candidates(model, reader, asked.policies, asked.budgets, asked.shares)
     finished = Finished(folder, asked.again)
-    every = jobs(reader, rows, compared, fingerprint(model.weights), asked.aware)
+    weights, names = jax.tree.flatten(model.weights)
+    every = jobs(reader, rows, compared, key_of(str(names), *weights), asked.aware)
     left = [job for job in every if finished.get(job.key) is None]
     if left:
         reader = replace(reader, weights=model.decoding)
