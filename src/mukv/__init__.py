@@ -44,6 +44,15 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Streaming as Streaming
     from mukv.cache.policy import TopK as TopK
     from mukv.cache.policy import TopP as TopP
+    from mukv.conversion import Conversion as Conversion
+    from mukv.conversion import ConvertedLayer as ConvertedLayer
+    from mukv.conversion import CrossLayer as CrossLayer
+    from mukv.conversion import FewerHeads as FewerHeads
+    from mukv.conversion import SharedVectors as SharedVectors
+    from mukv.conversion import SourceLayer as SourceLayer
+    from mukv.conversion import TruncatedLatent as TruncatedLatent
+    from mukv.conversion import convert as convert
+    from mukv.conversion import examples_of as examples_of
     from mukv.core.compute import Compute as Compute
     from mukv.core.errors import BadInput as BadInput
     from mukv.core.errors import Failed as Failed
@@ -143,6 +152,10 @@ _MODULES = {
     "mukv.cache.policy": (
         "All Clusters Everything Exact Expected H2O Int4 Int8 Keep KeyDiff KeyNorm Pages "
         "Policy Random Select SnapKV SparQ Store Streaming TOVA TopK TopP"
+    ),
+    "mukv.conversion": (
+        "Conversion ConvertedLayer CrossLayer FewerHeads SharedVectors SourceLayer TruncatedLatent "
+        "convert examples_of"
     ),
     "mukv.core.compute": "Compute",
     "mukv.core.errors": "BadInput Failed",

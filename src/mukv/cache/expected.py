@@ -114,5 +114,5 @@ class Expected(Keep):
         """Rotate by position alone; only the last `rotated_dim` dimensions are rotated."""
         attention = seen.reader.attention
         start = x.shape[-1] - attention.rotated_dim
-        turned = attention.position.rotate(x[..., start:], position)
+        turned = attention.rotate(x[..., start:], position)
         return jnp.concatenate([x[..., :start], turned], axis=-1)

@@ -33,19 +33,24 @@ def record(origin: Origin) -> dict[str, Any]:
     }
 
 
+def noted(folder: Path, key: str) -> str | None:
+    """Return the text under a key of a folder's provenance.json; None if it can't be read."""
+    try:
+        found = json.loads((folder / FILE).read_text("utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def began_with(folder: Path, origin: Origin) -> str | None:
     """Return the fingerprint of the data that a run began with.
 
     Returns None if it can't be read and no checkpoint was saved. Raises BadInput if it can't be
     read and there is a checkpoint. origin: the data at hand, for the message.
     """
-    path = folder / FILE
-    try:
-        found = json.loads(path.read_text("utf-8"))["data_fingerprint"]
-        if isinstance(found, str):
-            return found
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
+    path, found = folder / FILE, noted(folder, "data_fingerprint")
+    if found is not None:
+        return found
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         if checkpoints.latest() is None:
             return None
