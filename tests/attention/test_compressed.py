@@ -18,6 +18,7 @@ from mukv.model.counting import cache_bytes
 from mukv.position import CoPE, RoPE
 from tests.laws import matrix
 from tests.laws.matrix import EXACT, LENGTH, PLAIN
+from tests.pairs import params
 
 TOKENS, D_MODEL = 13, 16
 SMALL = HCA(
@@ -190,7 +191,10 @@ def test_entries_in_pieces_of_any_size(pieces):
         )
 
 
-@pytest.mark.parametrize("name", ["int8", "streaming:1.0", "knorm:1.0+int8", "clusters:1.0"])
+POLICIES = ["int8", "streaming:1.0", "knorm:1.0+int8", "clusters:1.0"]
+
+
+@pytest.mark.parametrize("name", params(POLICIES, POLICIES[2:]))
 def test_policies_act_on_the_compressed_entries(name):
     """At full budget a policy changes the result only by the rounding of int8."""
     model = matrix.build("hca", "rope", "plain")

@@ -231,6 +231,7 @@ BAD = [
     ((*COMPRESS, "--policy", "snapkv", "--budget", "0"), ["budget", "0.0", "a share above 0"]),
     ((*COMPRESS, "--policy", "sparq", "--budget", "0.1"), ["budget", "sparq must hold at least"]),
     ((*COMPRESS, "--samples", "0"), ["samples", "0", "at least 1"]),
+    (("eval", "run", "--text", "a.txt", "--compute", "bf16"), ["--compute", "bf16", "bfloat16"]),
     ((*COMPRESS[:2], "--text", "a.txt"), ["text", "10 tokens", "at least 32"]),
 ]
 

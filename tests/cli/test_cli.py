@@ -185,6 +185,20 @@ def test_compress(mukv, trained, tmp_path):
     assert (tmp_path / "c" / "compress.png").stat().st_size > 10_000
 
 
+def test_another_compute_type(facts, trained, tmp_path):
+    (tmp_path / "a.txt").write_text("Once upon a time, and once more. " * 9)
+    given = ("eval", trained, "--text", tmp_path / "a.txt")
+    exact, rounded = (facts(*given, "--compute", name) for name in ("float32", "bfloat16"))
+    assert facts(*given) == exact
+    assert rounded["loss"] != exact["loss"]
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.02)
+    made = [
+        facts("generate", trained, "--prompt", "a", "--max-tokens", 2, "--compute", name)
+        for name in ("float32", "bfloat16")
+    ]
+    assert made[1]["cache_bytes"] < 0.6 * made[0]["cache_bytes"]
+
+
 def test_text_streams(mukv, facts, trained):
     text = facts("generate", trained, "--prompt", "[1]", "--max-tokens", 40)["text"]
     done = mukv("generate", trained, "--prompt", "[1]", "--max-tokens", 40)

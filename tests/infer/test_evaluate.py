@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -78,3 +80,18 @@ def test_rows_that_can_not_be_read(weights, row, length, message):
     model = matrix.build("gqa", "rope", "plain", context=8)
     with pytest.raises(BadInput, match=message):
         evaluate(model, weights, [np.array(row)], length)
+
+
+def test_logits_are_in_memory_for_a_chunk_of_tokens(model, weights):
+    """No array of the program has a logit of each token, and the loss is the same."""
+    chunked = replace(EXACT, loss_chunk=5)
+    expected = evaluate(model, weights, ROWS, 4, None, EXACT).loss
+    assert evaluate(model, weights, ROWS, 4, None, chunked).loss == pytest.approx(
+        expected, rel=1e-6
+    )
+    ids = matrix.tokens(6, 11)
+    program = jax.make_jaxpr(module._losses(model, chunked))(weights, ids, ids)
+    assert "66,31]" not in str(program)
+    assert "5,31]" in str(program)
+    whole = jax.make_jaxpr(module._losses(model, replace(EXACT, loss_chunk=66)))(weights, ids, ids)
+    assert "66,31]" in str(whole)

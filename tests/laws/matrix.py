@@ -200,8 +200,6 @@ def parts(combination: Combination) -> set[tuple[str, str]]:
 
 QUICK = cover([row for row in COMBINATIONS if row[2] in COMPOSED], parts)
 """Every pair of attention, position and composed plan at least once."""
-SAMPLE = cover(QUICK, parts, size=1)
-"""Every part at least once, for what is too slow for every pair."""
 PROGRAMS = ("forward", "decode", "gradient")
 """What is compiled for the laws on one model. Each law needs one of them."""
 
@@ -219,6 +217,9 @@ def by_program(rows: Sequence[Any], parts: Callable[[Any], Iterable[Part]]) -> d
 
 
 QUICK_BY_PROGRAM = by_program(QUICK, parts)
+SAMPLE = cover(QUICK_BY_PROGRAM["gradient"], parts, size=1)
+"""Every part at least once, for what is too slow for every pair; their gradients are compiled
+anyway."""
 
 
 def build(attention: str, position: str, plan: str, **changes: object) -> Decoder:
@@ -266,7 +267,7 @@ def concept_parts(row: tuple[str, str, str]) -> list[tuple[str, str]]:
 QUICK_CONCEPTS = cover(CONCEPTS, concept_parts)
 """Every two parts of a concept model meet."""
 QUICK_CONCEPTS_BY_PROGRAM = by_program(QUICK_CONCEPTS, concept_parts)
-SAMPLE_CONCEPTS = cover(QUICK_CONCEPTS, concept_parts, size=1)
+SAMPLE_CONCEPTS = cover(QUICK_CONCEPTS_BY_PROGRAM["gradient"], concept_parts, size=1)
 """Every part at least once."""
 
 

@@ -34,7 +34,7 @@ MODELS |= {
 }
 PLAIN = matrix.build("gqa", "rope", "plain")
 SCANNED = Compute("float32", "float32", unroll=False)
-QUICK = [*list(MODELS)[::3], "fixed-sum-residual"]
+QUICK = list(MODELS)[::5]
 
 
 def everything(model):
@@ -97,7 +97,7 @@ def test_merged_is_unmerged(name):
     for compute in (matrix.EXACT, matrix.OTHER):
         run = forward(model, compute)
         apart, together = run(adapter.attached(model, base, own), ids), run(merged, ids)
-        np.testing.assert_allclose(apart, together, atol=1e-6 * float(jnp.abs(together).max()) * 4)
+        np.testing.assert_allclose(apart, together, atol=2e-5 * float(jnp.abs(together).max()))
         assert float(jnp.abs(together - run(model.scaled(base), ids)).max()) > 1e-2
 
 
@@ -223,7 +223,7 @@ def test_full_rank_expresses_any_update(shape):
 LAST = 4
 
 
-@pytest.mark.parametrize("stop", range(1, LAST))
+@pytest.mark.parametrize("stop", params(range(1, LAST), [2]))
 def test_resume_is_bit_equal(stop, tmp_path):
     whole, _ = run(trainer(PLAIN, adapter=ADAPTER), LAST)
     with Checkpoints(tmp_path) as checkpoints:
@@ -240,7 +240,7 @@ RATE = 1e-3
 SPLIT = [("gqa", "rope", "plain"), ("latent", "rope", "experts-both"), ("hca", "rope", "mixed")]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", params(MESHES, ["both"]))
 @pytest.mark.parametrize("combination", params(SPLIT, SPLIT[:1], "-".join))
 def test_sharding_is_invisible(mesh, combination):
     """To the bounds of test_sharding.py; what is frozen lies in pieces as well."""

@@ -28,7 +28,7 @@ from tests.laws.matrix import (
     SAMPLE_CONCEPTS,
     VOCAB,
 )
-from tests.laws.test_resume import LAST, assert_same_bits, resumed
+from tests.laws.test_resume import assert_same_bits, whole_and_resumed
 from tests.pairs import params
 from tests.training import run, trainer
 
@@ -274,8 +274,7 @@ def test_sharding_is_invisible(combination):
 def test_resume_is_bit_equal(tmp_path):
     """Law 8."""
     model = matrix.concept("learned", "weighted", "prefix")
-    whole, _ = run(trainer(model), LAST)
-    assert_same_bits(resumed(model, 2, tmp_path), whole)
+    assert_same_bits(*whole_and_resumed(model, 2, tmp_path))
 
 
 def test_borders_that_come_too_early_are_refused_and_counted():

@@ -13,6 +13,7 @@ from mukv.model import Layer, Stage
 from mukv.position import NoPE
 from tests.laws import matrix
 from tests.laws.matrix import EXACT, LENGTH
+from tests.pairs import params
 
 IDS = matrix.tokens()
 
@@ -49,7 +50,7 @@ def assert_equal(one, two, tolerance=2e-5):
         np.testing.assert_allclose(run(*one), run(*two), atol=tolerance)
 
 
-@pytest.mark.parametrize(("few", "many"), [(1, 2), (1, 4), (2, 4)])
+@pytest.mark.parametrize(("few", "many"), params([(1, 2), (1, 4), (2, 4)], [(1, 4)], unpack=True))
 def test_fewer_kv_heads_are_equal_kv_heads(few, many):
     """MQA is GQA whose keys and values are the same in every group, and GQA such MHA."""
     gqa = matrix.build("gqa", "rope", "plain")
@@ -65,7 +66,7 @@ def test_fewer_kv_heads_are_equal_kv_heads(few, many):
     assert_equal((small, weights), (large, {**weights, "stage0": {"slot0": slot}}))
 
 
-@pytest.mark.parametrize("window", [LENGTH, LENGTH + 1, 10**6])
+@pytest.mark.parametrize("window", params([LENGTH, LENGTH + 1, 10**6], [LENGTH]))
 def test_a_window_of_the_whole_length_is_none(window):
     model = matrix.build("gqa", "rope", "plain")
     weights = matrix.weights(model)
@@ -94,7 +95,10 @@ def test_positions_matter():
     assert difference[1:].min() > 1e-3
 
 
-@pytest.mark.parametrize("reads", [(-1, -1), (0, 0), (-1, 0), (0, -2)])
+READS = [(-1, -1), (0, 0), (-1, 0), (0, -2)]
+
+
+@pytest.mark.parametrize("reads", params(READS, READS[2:]))
 def test_reuse_by_distance_by_number_and_through_others(reads):
     model = matrix.build("gqa", "rope", "plain")
     plans = [

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mukv.core import params
 from mukv.core.compute import Compute
+from mukv.core.params import abstract
 from mukv.model.loss import summed_loss
 from tests.laws import matrix
+from tests.pairs import cover, params
 
 SHORT, LONG = 2048, 32768
 COMPUTE = Compute("float32", "float32", loss_chunk=256)
@@ -41,12 +42,12 @@ def training(model: Any, length: int) -> int:
 
         return jax.value_and_grad(loss)(weights)
 
-    shapes = params.abstract(model.params(), jnp.dtype("float32"))
+    shapes = abstract(model.params(), jnp.dtype("float32"))
     return equations(jax.make_jaxpr(step)(shapes, tokens, weight).jaxpr)
 
 
 def prefill(model: Any, length: int, fresh: bool) -> int:
-    shapes = params.abstract(model.params(), jnp.dtype("float32"))
+    shapes = abstract(model.params(), jnp.dtype("float32"))
     cache = jax.eval_shape(partial(model.empty_cache, 1, length, 4, jnp.dtype("float32")))
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     run = partial(model.prefill, fresh=fresh, compute=COMPUTE)
@@ -54,7 +55,10 @@ def prefill(model: Any, length: int, fresh: bool) -> int:
     return equations(jax.make_jaxpr(run)(weights, cache, tokens, count).jaxpr)
 
 
-@pytest.mark.parametrize("combination", matrix.SAMPLE, ids="-".join)
+ATTENTIONS = cover(matrix.SAMPLE, lambda row: [("attention", row[0])], size=1)
+
+
+@pytest.mark.parametrize("combination", params(matrix.SAMPLE, ATTENTIONS[::2], "-".join))
 def test_programs_do_not_grow_with_length(combination):
     model = matrix.build(*combination)
     assert training(model, SHORT) == training(model, LONG)

@@ -14,14 +14,15 @@ from tests.training import run, steps, trainer
 LAST = 4
 
 
-def resumed(model, stop, folder, **settings):
-    """The state at the end of a run that another process could have taken over at `stop`."""
+def whole_and_resumed(model, stop, folder, **settings):
+    """The states at the end of a run, and of one that another process could have taken over at
+    `stop`."""
+    first, fresh = trainer(model, **settings), trainer(model, **settings)
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(stop, run(trainer(model, **settings), stop)[0])
-    fresh = trainer(model, **settings)
+        checkpoints.save(stop, run(first, stop)[0])
     with Checkpoints(folder) as checkpoints:
         state = checkpoints.restore(None, fresh.abstract_state())
-    return steps(fresh, state, stop, LAST)[0]
+    return run(first, LAST)[0], steps(fresh, state, stop, LAST)[0]
 
 
 def assert_same_bits(one, two):
@@ -32,11 +33,10 @@ def assert_same_bits(one, two):
 STOPS = [(combination, 1 + number % (LAST - 1)) for number, combination in enumerate(matrix.SAMPLE)]
 
 
-@pytest.mark.parametrize(("combination", "stop"), params(STOPS, STOPS[: LAST - 1], unpack=True))
+@pytest.mark.parametrize(("combination", "stop"), params(STOPS, STOPS[1:2], unpack=True))
 def test_resume_is_bit_equal(combination, stop, tmp_path):
     model = matrix.build(*combination)
-    whole, _ = run(trainer(model), LAST)
-    assert_same_bits(resumed(model, stop, tmp_path), whole)
+    assert_same_bits(*whole_and_resumed(model, stop, tmp_path))
 
 
 @pytest.mark.product
@@ -56,5 +56,4 @@ def test_at_any_step(tmp_path):
 
 def test_on_a_mesh(tmp_path):
     model, mesh = matrix.build(*matrix.SAMPLE[0]), {"data": 2, "tensor": 2, "accumulate": 2}
-    whole, _ = run(trainer(model, **mesh), LAST)
-    assert_same_bits(resumed(model, 2, tmp_path, **mesh), whole)
+    assert_same_bits(*whole_and_resumed(model, 2, tmp_path, **mesh))

@@ -107,12 +107,12 @@ def compare_all(architecture, points, tmp_path, record_property):
 
 
 @pytest.mark.parametrize("architecture", grid.FAMILIES)
-def test_a_third_of_the_keys(architecture, tmp_path, record_property):
-    """Every point with two families, and those of several keys with all."""
+def test_every_key_with_one_family(architecture, tmp_path, record_property):
+    """Every point with one of the families; `test_each_key` tries all of them."""
     turn = list(grid.FAMILIES).index(architecture)
-    points = [each for i, each in enumerate(grid.single()) if (i + turn) % 3 == 0 or len(each) > 1]
+    points = [each for i, each in enumerate(grid.single()) if (i + turn) % 6 == 0]
     counts = compare_all(architecture, points, tmp_path, record_property)
-    assert counts[SAME] > 40
+    assert counts[SAME] > 15
 
 
 @pytest.mark.product

@@ -189,7 +189,7 @@ def check(count: int, seed: int, tmp_path: Path, record_property: Any) -> None:
 
 
 def test_every_export_is_the_model_or_refused(tmp_path, record_property):
-    check(60, 0, tmp_path, record_property)
+    check(30, 0, tmp_path, record_property)
 
 
 @pytest.mark.product

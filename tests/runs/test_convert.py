@@ -24,7 +24,7 @@ def latent(mukv, trained, tmp_path) -> Path:
     out = tmp_path / "latent"
     done = mukv("convert", trained, "--to", "mla:16", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert f"train.start={out}" in done.stderr
+    assert f"mukv train {out} data.path=TEXT --out NEW" in done.stderr
     return out
 
 

@@ -115,16 +115,25 @@ def texts(folder: Path, what: str) -> Path:
     return folder
 
 
-@pytest.fixture
-def resumed(mukv, tmp_path):
-    """resumed(*changes): continue a run of two steps on the token file tmp_path/"data"."""
-    out = tmp_path / "made"
-    texts(tmp_path / "one", "Déjà vu"), texts(tmp_path / "two", "Jamais vu")
-    assert mukv("data", tmp_path / "one", "--out", tmp_path / "data").returncode == 0
-    small = (*MINUSCULE, f"data.path={tmp_path / 'data'}")
-    done = mukv("train", "tiny", *small, "train.steps=2", "--out", out)
+@pytest.fixture(scope="module")
+def begun(mukv, tmp_path_factory):
+    """A folder with a run "made" of two steps on the token file "data" of the texts in "one"."""
+    folder = tmp_path_factory.mktemp("begun")
+    texts(folder / "one", "Déjà vu"), texts(folder / "two", "Jamais vu")
+    assert mukv("data", folder / "one", "--out", folder / "data").returncode == 0
+    small = (*MINUSCULE, f"data.path={folder / 'data'}")
+    done = mukv("train", "tiny", *small, "train.steps=2", "--out", folder / "made")
     assert done.returncode == 0, done.stderr
-    return lambda *changes: mukv("train", out, "train.steps=3", *changes)
+    return folder
+
+
+@pytest.fixture
+def resumed(mukv, begun, tmp_path):
+    """resumed(*changes): continue a copy of the run, on a copy of its data, in tmp_path."""
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "made" / "config.yaml"
+    config.write_text(config.read_text().replace(str(begun), str(tmp_path)))
+    return lambda *changes: mukv("train", tmp_path / "made", "train.steps=3", *changes)
 
 
 def test_other_data_at_the_same_path_is_told(mukv, resumed, tmp_path):
@@ -174,14 +183,14 @@ def test_streams_that_were_swapped_are_told(resumed, tmp_path):
     told(resumed(), "train.bin", "meta.json says", "truncated, or of another file")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"[1]", b"{}", b'{"data_fingerprint": 3}', b"\xff"])
-def test_a_run_that_does_not_say_its_data_is_told_how_to_go_on(resumed, tmp_path, content):
+def test_a_run_that_does_not_say_its_data_is_told_how_to_go_on(resumed, tmp_path):
     path = tmp_path / "made" / "provenance.json"
     path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    done = resumed()
-    told(done, "provenance.json: data_fingerprint", "write {")
+    for content in (None, b"", b"[1]", b"{}", b'{"data_fingerprint": 3}', b"\xff"):
+        if content is not None:
+            path.write_bytes(content)
+        done = resumed()
+        told(done, "provenance.json: data_fingerprint", "write {")
     advice = done.stderr.splitlines()[-1]
     path.write_text(advice[advice.index("write {") + 6 : advice.index("}") + 1])
     assert resumed().returncode == 0

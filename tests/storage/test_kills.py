@@ -125,9 +125,9 @@ def count(record_property) -> Callable[[str, Counter[str]], None]:
     return lambda command, counts: record_property("kills", (command, dict(counts)))
 
 
-@pytest.fixture(params=params([4, 1], [4]), ids=["some", "all"])
+@pytest.fixture(params=params([8, 1], [8]), ids=["some", "all"])
 def every(request: pytest.FixtureRequest) -> int:
-    """The quick round kills before one in four kinds of operation."""
+    """The quick round kills before one in eight kinds of operation."""
     return request.param
 
 

@@ -17,6 +17,7 @@ from mukv.core.errors import BadInput
 from mukv.tuning.space import Choice, Interval
 from mukv.tuning.study import Settings, Study, storage_of
 from tests.conftest import MINUSCULE
+from tests.pairs import params
 from tests.processes import finish, start
 
 SPACE = {"x": Choice((1, 2, 3, 4))}
@@ -82,7 +83,7 @@ def test_seeds_alone_are_a_point(mukv, token_file, tmp_path):
     assert facts["edges"] == []
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
+@pytest.mark.parametrize("sampler", params(["random", "tpe"], ["tpe"]))
 def test_samplers_and_pruning(mukv, token_file, tmp_path, sampler):
     more = ("train.evaluate_every=1", "train.learning_rate=1e-4..1e30:log", "--sampler", sampler)
     done = mukv(
@@ -191,16 +192,16 @@ def test_bad_input(mukv, token_file, tmp_path, given, message):
     assert message in done.stderr
 
 
-def test_four_workers_of_which_one_is_killed(token_file, tmp_path):
+def test_three_workers_of_which_one_is_killed(token_file, tmp_path):
     out = tmp_path / "s"
     given = arguments(
-        token_file, out, "train.steps=40", "train.learning_rate=1e-3..1e-2:log:6",
+        token_file, out, "train.steps=40", "train.learning_rate=1e-3..1e-2:log:4",
         "--together", 1, "--patience", 30,
     )  # fmt: skip
-    workers = [start(*given) for _ in range(4)]
+    workers = [start(*given) for _ in range(3)]
     victim = workers[0]
     started = out / "trials"
-    while len(list(started.glob("*/metrics.jsonl"))) < 4 and victim.poll() is None:
+    while len(list(started.glob("*/metrics.jsonl"))) < 3 and victim.poll() is None:
         time.sleep(0.02)
     victim.kill()
     victim.communicate()
@@ -209,6 +210,6 @@ def test_four_workers_of_which_one_is_killed(token_file, tmp_path):
         assert status == 0, error
     found = optuna.load_study(study_name="s", storage=storage_of(out)).get_trials()
     complete = Counter(t.user_attrs["point"] for t in found if t.state == TrialState.COMPLETE)
-    assert complete == dict.fromkeys(range(6), 1)
+    assert complete == dict.fromkeys(range(4), 1)
     assert {t.state for t in found} <= {TrialState.COMPLETE, TrialState.FAIL}
-    assert json.loads((out / "results.json").read_text())["complete"] == 6
+    assert json.loads((out / "results.json").read_text())["complete"] == 4

@@ -75,6 +75,15 @@ AllowNonfinite = Annotated[
     typer.Option("--allow-nonfinite", help="Accept weights that are infinite or not a number."),
 ]
 
+ComputeType = Annotated[
+    str | None,
+    typer.Option(
+        "--compute",
+        metavar="TYPE",
+        help="Type of activations, products and cache: float32 or bfloat16; default: the model's.",
+    ),
+]
+
 
 def exactly_one(command: str, **options: object) -> None:
     """Raise BadInput unless exactly one of these options is not None."""

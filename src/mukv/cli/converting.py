@@ -97,7 +97,7 @@ def convert(
     """Turn a grouped-query model into one with a smaller cache, as a start for more training.
 
     It has fewer KV heads, shared KV, latent attention, or layers that read the cache of others, and
-    predicts worse than the model until it is trained again (train.start=RUN).
+    predicts worse than the model until it is trained again (`mukv train RUN`).
 
     Example: `mukv convert runs/llama-1b --to mla:128 --text README.md --out runs/llama-1b-mla`
     """
@@ -108,6 +108,4 @@ def convert(
     facts = convert_model(model, to, out, text or (), calibration_tokens)
     output.print_facts(facts, as_json)
     if not as_json:
-        output.warn(
-            f"to train it again: mukv train {out} train.start={out} data.path=TOKENS --out NEW"
-        )
+        output.warn(f"to train it again: mukv train {out} data.path=TEXT --out NEW")

@@ -71,6 +71,8 @@ def analyze(
     speaker = loaded.load(model)
     length = inputs.window(speaker, length)
     tell(notes.of_length(length, speaker.run, "--length"))
+    if not settings.text and settings.tokens is None:
+        Console(stderr=True).say(notes.of_held_out(inputs.corpus(speaker)))
     made = command.analyze(speaker, model, length, settings, folder, beside)
     if as_json:
         output.print_json(made.facts)

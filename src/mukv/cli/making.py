@@ -51,7 +51,10 @@ def data(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the token file to.")],
     tokenizer: Annotated[
-        str, typer.Option(help="`bytes`, `bpe:SIZE` (trained on the text) or a tokenizer.json.")
+        str,
+        typer.Option(
+            help="`bytes`, `bpe:SIZE` (trained on the text), a tokenizer.json, or a MODEL with one."
+        ),
     ] = "bytes",
     field: Annotated[str, typer.Option(help="Field of the text in JSONL and Parquet.")] = "text",
     validation: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.05,
@@ -71,12 +74,14 @@ def data(
     from mukv.data.build import build_tokens, speed_meter
     from mukv.data.sources import binary_files
     from mukv.data.tokens import SPLITS
+    from mukv.runs.resolve import named_tokenizer
 
     hold_run(context, out)
     began = time.monotonic()
     with speed_meter("reading") as report:
+        chosen = named_tokenizer(tokenizer)
         tokens = build_tokens(
-            sources, out, tokenizer, field, validation, invalid, workers, overwrite, report
+            sources, out, chosen, field, validation, invalid, workers, overwrite, report
         )
     seconds = time.monotonic() - began
     facts = {
@@ -134,7 +139,7 @@ def train(
                 tell(notes.of_defaults(config.given_or_empty(source, overrides or []), run))
             tell(notes.of_run(run))
             tell(notes.of_prolonging(run, folder))
-            Console(stderr=True).say(notes.of_feed(open_feed(run)[1]))
+            Console(stderr=True).say(notes.of_feed(open_feed(run, folder)[1]))
         outcome = train_run(run, folder, title=folder.path.name, ignore_memory=ignore_memory)
     if not launch.speaks():
         return

@@ -11,6 +11,7 @@ import typer
 from mukv.cli import launch
 from mukv.cli.app import (
     AllowNonfinite,
+    ComputeType,
     Json,
     ModelName,
     Overrides,
@@ -37,6 +38,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens from window to window; default: the window.")
     ] = None,
+    compute: ComputeType = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
@@ -48,7 +50,7 @@ def evaluate(
     from mukv.runs import inputs, loaded, notes
 
     exactly_one("eval", text=text, tokens=tokens)
-    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite).computing(compute, "--compute")
     if text is not None:
         rows = inputs.rows_of_text(speaker, text)
     else:
@@ -105,6 +107,7 @@ def generate(
             "default: 0.25."
         ),
     ] = None,
+    compute: ComputeType = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
@@ -131,7 +134,7 @@ def generate(
         if given and token_ids is not None:
             raise BadInput(option, token_ids, "a text, with --prompt or --prompt-file")
     prompts = [*(prompt or ()), *inputs.texts(prompt_file or (), "--prompt-file")]
-    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite)
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite).computing(compute, "--compute")
     if token_ids is not None:
         rows = [inputs.ids(token_ids, "--token-ids")]
     else:

@@ -17,6 +17,7 @@ from mukv.core.counts import require_counts
 from mukv.core.params import Param, map_params
 
 Platform = Literal["cpu", "gpu", "tpu"]
+DType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Compute:
     platform: platform that the other settings are chosen for; None for the one that JAX runs on
     """
 
-    dtype: Literal["float32", "bfloat16"] | None = None
-    operands: Literal["float32", "bfloat16"] | None = None
+    dtype: DType | None = None
+    operands: DType | None = None
     unroll: bool | None = None
     rematerialise: bool = False
     fused: bool = True

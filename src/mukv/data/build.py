@@ -41,7 +41,7 @@ Report = Callable[[int], None]
 def build_tokens(
     sources: Sequence[str],
     out: Path,
-    tokenizer: str = "bytes",
+    tokenizer: str | AnyTokenizer = "bytes",
     field: str = "text",
     validation: float = 0.05,
     on_invalid: str = "strict",
@@ -52,7 +52,8 @@ def build_tokens(
     """Write the token file `out` and open it. Its content does not depend on `workers`.
 
     sources: see `mukv.data.text`
-    tokenizer: `bytes`, `bpe:SIZE` (trained on the sources) or the path of a tokenizer.json
+    tokenizer: `bytes`, `bpe:SIZE` (trained on the sources), the path of a tokenizer.json, or one
+        that is loaded
     field: name of the text in JSONL, Parquet and data sets
     validation: fraction of the text that is held out, between 0 and 1
     on_invalid: treatment of text that is not UTF-8; see `pieces`
@@ -75,7 +76,7 @@ def build_tokens(
 
     try:
         with new_folder(out, overwrite) as folder:
-            chosen = make_tokenizer(tokenizer, read)
+            chosen = make_tokenizer(tokenizer, read) if isinstance(tokenizer, str) else tokenizer
             encoded = _encoded(read(), chosen, validation, workers or os.cpu_count() or 1)
             counts = _write(folder, chosen, encoded, validation, report)
             write_atomic(folder / "tokenizer.json", chosen.content)
@@ -98,13 +99,42 @@ def build_tokens(
     return open_tokens(out)
 
 
-def default_corpus(cache: Path) -> TokenFile:
-    """Return the Python library's own source as bytes, built in the folder `cache` on first use."""
-    path = cache / f"stdlib-{platform.python_version()}"
+def default_corpus(
+    cache: Path, tokenizer: AnyTokenizer | None = None, report: Report | None = None
+) -> TokenFile:
+    """Return the Python library's own source, built in the folder `cache` on first use.
+
+    tokenizer: None means bytes
+    """
+    name = f"stdlib-{platform.python_version()}"
+    if tokenizer is None or isinstance(tokenizer, ByteTokenizer):
+        return _kept(["stdlib"], cache / name, "bytes", report)
+    stamp = hashlib.sha256(tokenizer.content.encode()).hexdigest()[:16]
+    return _kept(["stdlib"], cache / f"{name}-{stamp}", tokenizer, report)
+
+
+def text_tokens(
+    source: str, tokenizer: AnyTokenizer, cache: Path, report: Report | None = None
+) -> TokenFile:
+    """Return a source's text in the ids of a tokenizer, built in the folder `cache` on first use.
+
+    source: see `mukv.data.text`. The name of the token file is a hash of text and tokenizer, so
+    that a changed text is another file. Raises BadInput for a source that can't be read.
+    """
+    digest = hashlib.sha256(tokenizer.content.encode())
+    for piece in pieces([source]):
+        digest.update(f"{piece.first} {len(piece.data)} ".encode() + piece.data)
+    return _kept([source], cache / "texts" / digest.hexdigest()[:16], tokenizer, report)
+
+
+def _kept(
+    sources: Sequence[str], path: Path, tokenizer: str | AnyTokenizer, report: Report | None
+) -> TokenFile:
+    """Open a token file of the cache, or build it."""
     if not is_token_file(path):
         # Processes that start together may build it together; the first to finish wins.
         try:
-            build_tokens(["stdlib"], path)
+            build_tokens(sources, path, tokenizer, report=report)
         except (BadInput, OSError):
             if not is_token_file(path):
                 raise

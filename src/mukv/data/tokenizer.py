@@ -7,6 +7,7 @@ fallback (Gemma); what others (WordPiece) lose in their normalisation is not cou
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -74,6 +75,12 @@ class JsonTokenizer:
         """Ids before every document, from the file's template; ids that it puts after a text are
         ignored."""
         return _start(self.said.get("post_processor"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The SHA-256 of all tokens with their ids. Equal fingerprints: ids mean the same."""
+        ordered = sorted(self._vocab.items(), key=lambda item: (item[1], item[0]))
+        return hashlib.sha256(json.dumps(ordered).encode()).hexdigest()
 
     @cached_property
     def _vocab(self) -> dict[str, int]:

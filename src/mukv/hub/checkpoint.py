@@ -138,6 +138,14 @@ def companions(folder: Path) -> list[Path]:
     return [file_inside(folder, name) for name in COMPANIONS if os.path.lexists(folder / name)]
 
 
+def companion_folder(source: str | Path) -> Path:
+    """Return the folder of a model's tokenizer and chat template; for a GGUF file it is in the
+    user's cache. Raises BadInput.
+    """
+    folder = Path(source)
+    return open_gguf(folder).folder if gguf.is_gguf(folder) else folder
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the configuration, and check names and shapes of all tensors against it. Raises
     BadInput.

@@ -16,7 +16,7 @@ from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float
 from mukv.model.base import LanguageModel
-from mukv.model.loss import token_losses
+from mukv.model.loss import chunked_losses
 
 BATCH_TOKENS = 8192
 """Tokens per forward pass."""
@@ -44,7 +44,7 @@ class Evaluation:
 def _losses(model: LanguageModel, compute: Compute) -> Any:
     def losses(weights: Any, tokens: Array, targets: Array) -> Float[Array, "batch token"]:
         hidden = model.hidden(weights, tokens, compute=compute)
-        return token_losses(model, weights, hidden, targets, compute)
+        return chunked_losses(model, weights, hidden, targets, compute)
 
     return jax.jit(losses)
 

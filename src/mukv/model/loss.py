@@ -87,3 +87,23 @@ def _chunks(array: Array, chunk: int) -> Array:
     if number * size > length:
         array = jnp.pad(array, [(0, 0), (0, number * size - length), *((0, 0) for _ in rest)])
     return array.reshape(batch, number, size, *rest).swapaxes(0, 1)
+
+
+def chunked_losses(
+    model: LanguageModel, weights: Weights, hidden: Residual, targets: Tokens, compute: Compute
+) -> Float[Array, "batch token"]:
+    """Return what `token_losses` returns, with the logits of at most `compute.loss_chunk` tokens of
+    all rows in memory at once; nothing is kept for a backward pass.
+    """
+    chunk = compute.loss_chunk or targets.size
+
+    def one(piece: tuple[Array, Array]) -> Float[Array, "row token"]:
+        return token_losses(model, weights, *piece, compute)
+
+    # One row of all tokens, because the chunk of each of many short rows would add up.
+    flat = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), (hidden, targets))
+    if targets.size <= chunk:
+        found = one(flat)
+    else:
+        found = jax.lax.map(one, jax.tree.map(partial(_chunks, chunk=chunk), flat))
+    return found.reshape(-1)[: targets.size].reshape(targets.shape)

@@ -26,7 +26,9 @@ from mukv.train.training import Training
 class Data:
     """The data that a run trains on: a token file or a synthetic task.
 
-    path: a token file; None for the source code of Python's standard library, which is built once
+    path: a token file. If `train.start` names a model with a tokenizer, also a text file, a folder
+        or another source of `mukv data`, which is read with that tokenizer. None for the source
+        code of Python's standard library, built once: in the ids of that tokenizer, or as bytes
     packing: a token attends only to its own document ("packed"), or to all earlier tokens of its
         row ("contiguous")
     task: a synthetic task, instead of a token file

@@ -96,11 +96,11 @@ def _examples(
         ids = [np.asarray(model.encode(text)) for text in texts]
         rows = windows(ids, length, tokens)
         return examples_of(decoder, model.scaled, rows, compute=training.compute)
-    trained_on = model.folder and noted(model.folder, "data_fingerprint")
-    if not trained_on:
+    trained_on = noted(model.folder, "data_fingerprint") if model.folder else None
+    if model.folder is None or trained_on is None:
         raise _without_text("what it was trained on is not known")
     try:
-        feed = open_feed(model.run)[1]
+        feed = open_feed(model.run, RunDirectory(model.folder))[1]
     except BadInput as error:
         raise _without_text(str(error)) from None
     if feed.fingerprint != trained_on:

@@ -108,7 +108,7 @@ def window(model: Model, length: int | None) -> int:
 def corpus(model: Model) -> TokenFile:
     """Open the token file that a model was trained on. Raises BadInput if it can't be opened."""
     try:
-        return open_corpus(model.run)
+        return open_corpus(model.run, model.tokenizer)
     except BadInput as error:
         raise BadInput(
             "MODEL", str(model.run.data.path), f"{error}; give a text with --text or --tokens"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, get_args, overload
 
 import jax
 import numpy as np
@@ -19,8 +19,8 @@ from mukv.cache import FULL, Calibrated, Policy
 from mukv.cache.centres import FOLDER, load_centres
 from mukv.cache.clusters import Clusters
 from mukv.core.arguments import require_types, strings, token_ids, whole_numbers
-from mukv.core.compute import Compute, settled
-from mukv.core.errors import BadInput
+from mukv.core.compute import Compute, DType, settled
+from mukv.core.errors import BadInput, unknown_name
 from mukv.core.mesh import MeshShape, weight_shardings
 from mukv.core.typing import Array, Float, Int
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer, load_tokenizer
@@ -72,6 +72,20 @@ class Model:
     def decoder(self) -> LanguageModel:
         """The former name of `network`."""
         return self.network
+
+    def computing(self, dtype: str | None, where: str = "dtype") -> Model:
+        """Return this model with another type of activations, cache entries and operands.
+
+        dtype: "float32" or "bfloat16"; None for the model's own settings. where: its name in
+        errors. Raises BadInput for any other type.
+        """
+        if dtype is None:
+            return self
+        known = get_args(DType)
+        if dtype not in known:
+            raise unknown_name(where, dtype, known)
+        own = replace(self.run.train.compute, dtype=cast(DType, dtype), operands=None)
+        return replace(self, run=replace(self.run, train=replace(self.run.train, compute=own)))
 
     @cached_property
     def scaled(self) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mukv.data.feed import Feed, TextFeed
+from mukv.data.tokens import TokenFile
 from mukv.runs.config import Run
 from mukv.runs.describe import weights
 from mukv.runs.folder import RunDirectory
@@ -58,12 +59,18 @@ def of_feed(feed: Feed) -> str:
     """Return a line on the data that a run trains on, and its path."""
     if isinstance(feed, TextFeed):
         tokens = feed.tokens
-        sources = ", ".join(tokens.sources[:3]) + (", ..." if len(tokens.sources) > 3 else "")
-        return (
-            f"training on {len(tokens.train.tokens):,} tokens of {sources} in {tokens.path} "
-            "(data.path)"
-        )
+        count = len(tokens.train.tokens)
+        return f"training on {count:,} tokens of {_sources(tokens)} in {tokens.path} (data.path)"
     return "training on a synthetic task (data.task)"
+
+
+def of_held_out(tokens: TokenFile) -> str:
+    """Return a line on the held-out text that a model is analysed on, and its path."""
+    return f"held-out text of {_sources(tokens)} in {tokens.path} (--text gives another)"
+
+
+def _sources(tokens: TokenFile) -> str:
+    return ", ".join(tokens.sources[:3]) + (", ..." if len(tokens.sources) > 3 else "")
 
 
 def of_length(length: int, run: Run, what: str) -> list[str]:

@@ -42,6 +42,11 @@ def noted(folder: Path, key: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def is_untrained(folder: Path) -> bool:
+    """Whether a run directory is an imported or converted model that was not trained here."""
+    return any(noted(folder, key) for key in ("imported_from", "converted_from"))
+
+
 def began_with(folder: Path, origin: Origin) -> str | None:
     """Return the fingerprint of the data that a run began with.
 

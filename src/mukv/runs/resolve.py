@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from mukv.core.errors import BadInput
-from mukv.data.build import default_corpus
+from mukv.data.build import default_corpus, speed_meter, text_tokens
 from mukv.data.feed import Feed, TextFeed
+from mukv.data.sources import SOURCES
+from mukv.data.tokenizer import AnyTokenizer, NoTokenizer, load_tokenizer
 from mukv.data.tokens import TokenFile, open_tokens
-from mukv.hub import checkpoint
+from mukv.hub import checkpoint, gguf
 from mukv.hub.checkpoint import Checkpoint
-from mukv.runs import config
+from mukv.runs import config, provenance
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
+from mukv.runs.start import find_start
 from mukv.schema import schema
 from mukv.schema.presets import apply_overrides
 from mukv.schema.yaml_text import read_yaml
@@ -30,8 +33,8 @@ LENGTH = 2048
 def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Run, RunDirectory]:
     """Return the configuration and run directory that `mukv train CONFIG` names.
 
-    source: CONFIG: a preset, a YAML file, a run directory to continue, or a Hugging Face folder or
-        hub id whose weights training starts from
+    source: CONFIG: a preset, a YAML file, a run directory to continue, or an imported or converted
+        run, Hugging Face folder, GGUF file or hub id whose weights training starts from
     overrides: `a.b=c`
     out: the run directory; None for the one to continue, or for a name with a hash of the
         configuration, so that the same command continues its own run
@@ -39,14 +42,17 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
     Raises BadInput for unknown names, unknown keys and bad values.
     """
     given = RunDirectory(Path(source))
-    if given.exists:
+    untrained = given.exists and provenance.is_untrained(given.path)
+    if given.exists and not untrained:
         mapping = apply_overrides(Run, read_yaml(given.config), overrides)
         return schema.build(Run, mapping), RunDirectory(out) if out else given
-    found = checkpoint.find(source)
-    if found is not None:
-        run = imported_run(found)
-        run = replace(run, train=replace(run.train, start=str(found.folder.resolve())))
-        run = schema.build(Run, apply_overrides(Run, schema.to_mapping(run), overrides))
+    found = None if untrained else checkpoint.find(source)
+    if untrained:
+        run = _starting_from(given.load_config(), given.path, overrides)
+    elif found is not None:
+        # The folder of a GGUF file is that of its tokenizer.
+        place = given.path if given.path.is_file() else found.folder
+        run = _starting_from(imported_run(found), place, overrides)
     else:
         run = config.load(source, overrides)
     if out is None:
@@ -55,16 +61,67 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
     return run, RunDirectory(out)
 
 
-def open_corpus(run: Run) -> TokenFile:
-    """Open the token file that a run trains on. Raises BadInput if it has changed since it was
-    built, if its vocabulary is larger than the model's, or if the run trains on a task."""
+def _starting_from(run: Run, place: Path, overrides: Sequence[str]) -> Run:
+    """Return the configuration of a run that starts from the model at a path."""
+    run = replace(run, train=replace(run.train, start=str(place.resolve())))
+    return schema.build(Run, apply_overrides(Run, schema.to_mapping(run), overrides))
+
+
+def open_corpus(run: Run, own: AnyTokenizer | None = None) -> TokenFile:
+    """Open the token file that a run trains on.
+
+    own: the model's tokenizer; None for that of `train.start`, if there is one. Text is read with
+        it, and a token file in the ids of another tokenizer is refused
+
+    Raises BadInput for a token file that has changed since it was built, for one with more ids than
+    the model, and for a run that trains on a task.
+    """
     if run.data.task is not None:
         raise BadInput("data.task", run.data.task.kind, "null: text is needed here")
-    tokens = (
-        default_corpus(cache_folder())
-        if run.data.path is None
-        else open_tokens(Path(run.data.path))
-    )
+    if own is None and run.train.start is not None:
+        own = find_start(run.train.start).tokenizer
+    tokens = _tokens(run, own)
+    if own is not None:
+        allowed = "a token file in the ids of the model's own tokenizer, or a text to read with it"
+        _check_ids("data.path", str(tokens.path), tokens.tokenizer, own, allowed)
+    return tokens
+
+
+def open_feed(run: Run, folder: RunDirectory | None = None) -> tuple[Run, Feed]:
+    """Open the data that a run trains on; returns the run with `data.path` filled in, and the data.
+
+    folder: the run directory. If the run has begun, text is read with its tokenizer, and the
+        tokenizer of `train.start` is not consulted: `train_run` compares the data's fingerprint
+
+    Raises BadInput as `open_corpus` does.
+    """
+    begun = folder is not None and folder.exists and folder.tokenizer.exists()
+    if run.data.task is None:
+        own = load_tokenizer(folder.tokenizer) if folder is not None and begun else None
+        tokens = _tokens(run, own) if begun else open_corpus(run)
+        data = replace(run.data, path=str(tokens.path.resolve()))
+        return replace(run, data=data), TextFeed(tokens, run.data.packing)
+    feed = TaskFeed(run.data.task)
+    _check_vocabulary(run, feed.task.vocab_size, "data.task")
+    start = None if begun or run.train.start is None else find_start(run.train.start)
+    if start is not None and not start.of_task:
+        allowed = "null: the model's ids are those of its own tokenizer, not of this task's words"
+        _check_ids("data.task", feed.task.kind, feed.tokenizer, start.tokenizer, allowed)
+    return run, feed
+
+
+def named_tokenizer(name: str) -> str | AnyTokenizer:
+    """Return the tokenizer of a GGUF file or hub id; any other name as it is, for `build_tokens`.
+    Raises BadInput for a model that can't be opened."""
+    if gguf.is_gguf(Path(name)) or (checkpoint.is_hub_id(name) and not name.endswith(".json")):
+        return checkpoint.require(name).tokenizer
+    return name
+
+
+def _tokens(run: Run, own: AnyTokenizer | None) -> TokenFile:
+    """Open the token file of a run, or read its text with the model's own tokenizer. Raises
+    BadInput for a file that has changed or that has more ids than the model."""
+    tokens = _opened(run.data.path, own)
     tokens.require_unchanged()
     needed = tokens.tokenizer.text_vocab_size
     _check_vocabulary(run, needed, f"the tokenizer of {tokens.path}")
@@ -72,16 +129,41 @@ def open_corpus(run: Run) -> TokenFile:
     return tokens
 
 
-def open_feed(run: Run) -> tuple[Run, Feed]:
-    """Open the data that a run trains on; returns the run with `data.path` filled in, and the
-    data. Raises BadInput as `open_corpus` does."""
-    task = run.data.task
-    if task is None:
-        tokens = open_corpus(run)
-        data = replace(run.data, path=str(tokens.path.resolve()))
-        return replace(run, data=data), TextFeed(tokens, run.data.packing)
-    _check_vocabulary(run, task.vocab_size, "data.task")
-    return run, TaskFeed(task)
+def _opened(path: str | None, own: AnyTokenizer | None) -> TokenFile:
+    if path is not None and not names_text(path):
+        return open_tokens(Path(path))
+    if isinstance(own, NoTokenizer):
+        raise BadInput("data.path", path, "a token file: this model has no tokenizer to read text")
+    if path is None:
+        with speed_meter("reading the default text") as report:
+            return default_corpus(cache_folder(), own, report)
+    if own is None:
+        allowed = (
+            f"a token file, which `mukv data {path} --out FOLDER` makes; text is read directly "
+            "if train.start names a model, with its tokenizer"
+        )
+        raise BadInput("data.path", path, allowed)
+    with speed_meter(f"reading {path}") as report:
+        return text_tokens(path, own, cache_folder(), report)
+
+
+def names_text(path: str) -> bool:
+    """Whether a `data.path` names a source of text, rather than a token file or a missing path."""
+    place = Path(path)
+    if not place.exists():
+        return path.partition(":")[0] in SOURCES
+    return place.is_file() or not (place / "meta.json").exists()
+
+
+def _check_ids(
+    where: str, given: str, tokenizer: AnyTokenizer, own: AnyTokenizer, allowed: str
+) -> None:
+    """Raise BadInput unless two tokenizers have the same ids for the same tokens. A model without a
+    tokenizer takes any ids."""
+    if isinstance(own, NoTokenizer) or tokenizer.fingerprint == own.fingerprint:
+        return
+    stamps = [each.fingerprint[:12] for each in (tokenizer, own)]
+    raise BadInput(where, f"{given} (tokenizer {stamps[0]})", f"{allowed} (tokenizer {stamps[1]})")
 
 
 def _check_vocabulary(run: Run, needed: int, whose: str) -> None:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from mukv.core import params
 from mukv.core.errors import BadInput
 from mukv.core.mesh import weight_shardings
+from mukv.data.tokenizer import AnyTokenizer, find_tokenizer
 from mukv.hub import checkpoint
 from mukv.hub.checkpoint import Checkpoint
 from mukv.runs.config import Run
@@ -47,6 +48,19 @@ class Start:
     def adapted(self) -> bool:
         """Whether the weights are a base and adapters."""
         return self.run is not None and self.run.train.adapter is not None
+
+    @property
+    def of_task(self) -> bool:
+        """Whether the weights were trained on a synthetic task."""
+        return self.run is not None and self.run.data.task is not None
+
+    @property
+    def tokenizer(self) -> AnyTokenizer:
+        """The tokenizer beside the weights; `NoTokenizer` if there is none. Raises BadInput for a
+        bad file."""
+        if self.found is not None:
+            return self.found.tokenizer
+        return find_tokenizer(self.folder.tokenizer)
 
     def types(self, declared: Any) -> Any:
         """Read shapes and dtypes, not the weights. Raises BadInput unless they are those of

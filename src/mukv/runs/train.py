@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -56,7 +55,7 @@ def train_run(
     Raises BadInput for a folder with another run or that another job writes, and for a step that
     takes more memory than is free; only the last needs a compilation.
     """
-    run, feed = open_feed(with_base(run))
+    run, feed = open_feed(with_base(run), folder)
     for name, value in leaves(schema.to_mapping(run)).items():
         if isinstance(value, str) and not is_text(value):
             raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
@@ -173,7 +172,8 @@ def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
     origin.tokenizer.save(folder.tokenizer)
     write_atomic(folder.path / provenance.FILE, to_json(provenance.record(origin), indent=2))
     # The tokenizer and generation files of the model that training starts from are copied too.
-    for given in checkpoint.companions(Path(run.train.start)) if run.train.start else ():
+    start = run.train.start and checkpoint.companion_folder(run.train.start)
+    for given in checkpoint.companions(start) if start else ():
         if not (folder.path / given.name).exists():
             write_atomic(folder.path / given.name, given.read_bytes())
 
@@ -184,6 +184,9 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
         if folder.path.exists() and not (folder.path.is_dir() and _untouched(folder)):
             raise BadInput(str(folder.path), "a path in use", "a run directory or a new path")
         return
+    if provenance.is_untrained(folder.path):
+        allowed = "another folder, with --out: this one is the model that training starts from"
+        raise BadInput(str(folder.path), "an imported or converted model", allowed)
     before, now = (leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
     began_with = provenance.began_with(folder.path, origin)
     if began_with is not None:  # the fingerprint is compared below; the path may differ
