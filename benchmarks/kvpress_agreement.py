@@ -1,11 +1,13 @@
 """Compare which positions mukv and kvpress keep after a prefill, with the same Llama weights.
 
-Run: python benchmarks/kvpress_agreement.py --peers PYTHON [--length 256] [--ratios 0.5,0.75]
+Run: python benchmarks/kvpress_agreement.py --peers PYTHON [--model DIR --text FILE]
+    [--length 256] [--ratios 0.5,0.75] [--policies snapkv+critical,...]
 
 PYTHON belongs to an environment with `torch`, `transformers<5.3` and `kvpress`. It makes a small
-Llama of random weights, saves it, and compresses a prompt of random tokens. mukv imports the same
-folder and prefills the same prompt. Prints the positions that both keep, and the heads that keep
-the same ones, or the same except for the last token, which mukv always keeps.
+Llama of random weights, saves it, and compresses a prompt of random tokens; with --model it reads a
+Hugging Face folder, and the beginning of a text. mukv imports the same folder and prefills the same
+prompt under the policies of the same names, with kvpress' defaults. SnapKV has 16 queries in both.
+Prints the number of positions that both keep, and of the heads that keep the same ones.
 """
 
 from __future__ import annotations
@@ -15,45 +17,69 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 PEER = """
 import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, DynamicCache
 import kvpress
-folder, length, ratios, window = sys.argv[1], *map(json.loads, sys.argv[2:])
+folder, length, ratios, text, names = sys.argv[1], *map(json.loads, sys.argv[2:])
+window = 16
 torch.manual_seed(0)
-config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-    num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096,
-    initializer_range=0.25, tie_word_embeddings=False)
-model = LlamaForCausalLM(config).eval()
-model.save_pretrained(folder)
-ids = torch.randint(0, 128, (1, length))
+if text is None:
+    config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096,
+        initializer_range=0.25, tie_word_embeddings=False)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    ids = torch.randint(0, 128, (1, length))
+else:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :length]
+critical, snap = kvpress.CriticalKVPress, lambda r: kvpress.SnapKVPress(r, window_size=window)
 presses = {
     "streaming": kvpress.StreamingLLMPress, "knorm": kvpress.KnormPress,
-    "snapkv": lambda r: kvpress.SnapKVPress(r, window_size=window), "tova": kvpress.TOVAPress,
-    "expected": kvpress.ExpectedAttentionPress, "keydiff": kvpress.KeyDiffPress,
+    "snapkv(window=16)": snap, "tova": kvpress.TOVAPress, "keydiff": kvpress.KeyDiffPress,
+    "expected": kvpress.ExpectedAttentionPress,
+    "expected(epsilon=0.01)": lambda r: kvpress.ExpectedAttentionPress(r, epsilon=0.01),
+    "lagkv(lag=32)": lambda r: kvpress.LagKVPress(r, lag_size=32), "cur": kvpress.CURPress,
+    "snapkv(window=16)+critical": lambda r: critical(snap(r)),
+    "expected(vnorm=false)+critical":
+        lambda r: critical(kvpress.ExpectedAttentionPress(r, use_vnorm=False)),
+    "snapkv(window=16)+pyramid": lambda r: kvpress.PyramidKVPress(r, window_size=window),
+    "snapkv(window=16)+adaptive": lambda r: kvpress.AdaKVPress(snap(r)),
+    "expected(epsilon=0.01)+adaptive":
+        lambda r: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(r, epsilon=0.01)),
+    "snapkv(window=16)+critical+adaptive": lambda r: kvpress.CriticalAdaKVPress(snap(r)),
 }
 found = {}
-for name, press in presses.items():
+for name, make in presses.items():
+    if names and name.replace("(window=16)", "") not in names:
+        continue
     for ratio in ratios:
-        made = press(ratio)
-        kept, inner = [], made.score
-        def score(module, *rest, **named):
-            scores = inner(module, *rest, **named)
-            number = int(scores.shape[-1] * (1 - ratio))
-            kept.append(scores[0].topk(number, dim=-1).indices.sort(-1).values.tolist())
-            return scores
-        made.score = score
-        with torch.no_grad(), made(model):
+        press = make(ratio)
+        kept, whole = [], press.compress
+        def compress(module, hidden, keys, values, attentions, kwargs):
+            # An entry is found again by its key.
+            left = torch.ones(keys.shape[:3], dtype=torch.bool)
+            result = whole(module, hidden, keys, values, attentions, kwargs)
+            if getattr(module, "masked_key_indices", None) is not None:
+                left[module.masked_key_indices] = False
+            else:
+                same = (keys[:, :, :, None] == result[0][:, :, None]).all(-1)
+                left = same.any(-1)
+            kept.append([row.nonzero()[:, 0].tolist() for row in left[0]])
+            return result
+        press.compress = compress
+        with torch.no_grad(), press(model):
             model(ids, past_key_values=DynamicCache())
         found[f"{name} {ratio}"] = kept
+        for layer in model.model.layers:
+            layer.self_attn.masked_key_indices = None
 json.dump({"ids": ids[0].tolist(), "kept": found}, sys.stdout)
 """
-WINDOW = 16
-"""Queries that SnapKV uses, in both."""
 
 
 def ours(folder: Path, ids: list[int], name: str, ratio: float) -> list[list[list[int]]]:
@@ -66,14 +92,25 @@ def ours(folder: Path, ids: list[int], name: str, ratio: float) -> list[list[lis
     from mukv.cache import Policy
 
     model = mukv.load(folder)
-    decoder, policy = model.network, Policy.parse(name, round(1 - ratio, 6))
-    if name == "snapkv":
-        policy = replace(policy, keep=replace(policy.keep, window=WINDOW))
+    given = "+".join(f"kvpress:{word}" for word in name.split("+"))
+    decoder, policy = model.network, Policy.parse(given, round(1 - ratio, 6))
     cache = decoder.empty_cache(1, len(ids), 8, jnp.dtype("float32"), policy)
     prompt, count = jnp.asarray([ids]), jnp.asarray([len(ids)])
     _, cache = jax.jit(decoder.prefill)(model.decoding, cache, prompt, count)
-    held = [np.asarray(slot.body.shelf.position)[0].tolist() for slot in cache.slots]
-    return [[[place for place in head if place >= 0] for head in layer] for layer in held]
+    shelves = [slot.body.shelf for slot in cache.slots]
+    return [
+        [np.sort(position[there & (position >= 0)]).tolist() for position, there in heads]
+        for heads in map(_by_head, shelves)
+    ]
+
+
+def _by_head(shelf: Any) -> list[tuple[Any, Any]]:
+    """Return the positions of the slots of each KV head, and which of them it owns."""
+    import numpy as np
+
+    there = np.asarray(shelf.there())[0]
+    position = np.broadcast_to(np.asarray(shelf.position)[0], there.shape)
+    return list(zip(position, there, strict=True))
 
 
 def main() -> int:
@@ -81,12 +118,22 @@ def main() -> int:
     options.add_argument("--peers", required=True, help="Python of an environment with kvpress")
     options.add_argument("--length", type=int, default=256)
     options.add_argument("--ratios", default="0.5,0.75")
+    options.add_argument(
+        "--model", type=Path, help="Hugging Face folder; random weights if left out"
+    )
+    options.add_argument("--text", type=Path, help="text for --model")
+    options.add_argument("--policies", help="names with commas between them; all if left out")
     options.add_argument("--out", type=Path)
     chosen = options.parse_args()
     ratios = [float(part) for part in chosen.ratios.split(",")]
     rows: list[dict[str, Any]] = []
+    from mukv.cache.words import split
+
     with tempfile.TemporaryDirectory() as folder:
-        request = [folder, str(chosen.length), json.dumps(ratios), str(WINDOW)]
+        text = chosen.text.read_text("utf-8")[: 20 * chosen.length] if chosen.model else None
+        names = split(chosen.policies, ",") if chosen.policies else None
+        folder = str(chosen.model or folder)
+        request = [folder, *map(json.dumps, (chosen.length, ratios, text, names))]
         done = subprocess.run(
             [chosen.peers, "-c", PEER, *request], capture_output=True, text=True, check=False
         )
@@ -102,7 +149,6 @@ def main() -> int:
                 for layers in zip(mine, theirs, strict=True)
                 for a, b in zip(*layers, strict=True)
             ]
-            last = chosen.length - 1
             rows.append(
                 {
                     "policy": name,
@@ -111,11 +157,6 @@ def main() -> int:
                     "shared": sum(len(a & b) for a, b in pairs),
                     "heads": len(pairs),
                     "heads_equal": sum(a == b for a, b in pairs),
-                    # The only difference is that the last token replaced the one with the lowest
-                    # score.
-                    "heads_equal_but_last": sum(
-                        len(a) == len(b) and len(b - a) <= (last not in b) for a, b in pairs
-                    ),
                 }
             )
             print(json.dumps(rows[-1]))

@@ -45,12 +45,12 @@ def test_another_name_is_refused():
 
 
 def test_every_part_that_yaml_names_is_public():
-    from mukv.cache.policy import KEEPERS, SELECTORS, STORES
+    from mukv.cache.policy import TABLES as POLICY
     from mukv.schema.reference import sections
     from tests.laws.test_matrix import TABLES
 
     found = {cls for (_, cls), _ in sections(mukv.Run)}
-    found |= {*KEEPERS.values(), *STORES.values(), *SELECTORS.values()}
+    found |= {cls for table in POLICY for cls in table.values()}
     assert len(found) > 60
     for cls in (*found, *(table.base for table in TABLES)):
         assert getattr(mukv, cls.__name__) is cls

@@ -64,7 +64,8 @@ def test_the_example_by_its_kind(module):
     assert Policy.parse("newest:0.5+int8").keep == my_parts.Newest(
         Policy.parse("random:0.5").keep.budget
     )
-    assert str(Policy.parse("newest:0.5+int8")) == "newest+int8"
+    assert str(Policy.parse("newest:0.5+int8")) == "newest:0.5+int8"
+    assert Policy.parse("newest(recent=3)").keep == my_parts.Newest(recent=3)
     with pytest.raises(package.BadInput, match=r"model\.attention\.length: got -1\.0; greater"):
         minuscule("model.attention={kind: unit_queries, length: -1.0}")
     with pytest.raises(package.BadInput, match="did you mean 'unit_queries'"):
@@ -116,10 +117,10 @@ def test_a_dotted_path_is_imported_recorded_and_loaded(mukv, token_file, module,
     [
         ("my_parts.UnitQuery", "a class of my_parts, which has no 'UnitQuery'"),
         ("my_part.UnitQueries", "there is no module 'my_part'"),
-        ("my_parts.Steps", "a class that extends mukv.Attention"),
-        ("my_parts.jnp", "a class that extends mukv.Attention"),
+        ("my_parts.Steps", "a class that extends mukv.Mixer"),
+        ("my_parts.jnp", "a class that extends mukv.Mixer"),
         ("my_parts..x", "the dotted path of a class"),
-        ("os.system", "a class that extends mukv.Attention"),
+        ("os.system", "a class that extends mukv.Mixer"),
         ("broken.Part", "ZeroDivisionError"),
     ],
 )
@@ -165,8 +166,8 @@ def test_what_register_refuses():
         (Odd, None, "a name"),
         (Odd, "int8", "another name"),
         (Odd, "a:b", "letters, digits"),
-        (str, None, "mukv.Attention"),
-        (3, None, "mukv.Attention"),
+        (str, None, "mukv.Mixer"),
+        (3, None, "mukv.Mixer"),
         (lambda name, field: iter(()), None, "a name"),
         (lambda name, field: iter(()), "stdlib", "in use"),
         (parts.FAMILIES["LlamaForCausalLM"], "MistralForCausalLM", "in use"),

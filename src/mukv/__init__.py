@@ -17,15 +17,21 @@ from mukv.core.version import VERSION
 if TYPE_CHECKING:
     from mukv.attention import HCA as HCA
     from mukv.attention import Attention as Attention
+    from mukv.attention import GatedDelta as GatedDelta
     from mukv.attention import Grouped as Grouped
     from mukv.attention import GroupedTied as GroupedTied
+    from mukv.attention import KimiDelta as KimiDelta
     from mukv.attention import Latent as Latent
+    from mukv.attention import Mixer as Mixer
     from mukv.attention import SharedKV as SharedKV
     from mukv.attention import TensorProduct as TensorProduct
+    from mukv.cache.policy import CUR as CUR
     from mukv.cache.policy import H2O as H2O
     from mukv.cache.policy import TOVA as TOVA
+    from mukv.cache.policy import Adaptive as Adaptive
     from mukv.cache.policy import All as All
     from mukv.cache.policy import Clusters as Clusters
+    from mukv.cache.policy import Critical as Critical
     from mukv.cache.policy import Everything as Everything
     from mukv.cache.policy import Exact as Exact
     from mukv.cache.policy import Expected as Expected
@@ -34,16 +40,23 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Keep as Keep
     from mukv.cache.policy import KeyDiff as KeyDiff
     from mukv.cache.policy import KeyNorm as KeyNorm
+    from mukv.cache.policy import LagKV as LagKV
+    from mukv.cache.policy import Leverage as Leverage
     from mukv.cache.policy import Pages as Pages
     from mukv.cache.policy import Policy as Policy
+    from mukv.cache.policy import Pyramid as Pyramid
     from mukv.cache.policy import Random as Random
+    from mukv.cache.policy import Refine as Refine
     from mukv.cache.policy import Select as Select
     from mukv.cache.policy import SnapKV as SnapKV
     from mukv.cache.policy import SparQ as SparQ
+    from mukv.cache.policy import Spread as Spread
     from mukv.cache.policy import Store as Store
     from mukv.cache.policy import Streaming as Streaming
     from mukv.cache.policy import TopK as TopK
     from mukv.cache.policy import TopP as TopP
+    from mukv.cache.policy import Uniform as Uniform
+    from mukv.cache.policy import WholeChunks as WholeChunks
     from mukv.conversion import Conversion as Conversion
     from mukv.conversion import ConvertedLayer as ConvertedLayer
     from mukv.conversion import CrossLayer as CrossLayer
@@ -148,10 +161,13 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 _MODULES = {
-    "mukv.attention": "Attention Grouped GroupedTied HCA Latent SharedKV TensorProduct",
+    "mukv.attention": (
+        "Attention GatedDelta Grouped GroupedTied HCA KimiDelta Latent Mixer SharedKV TensorProduct"
+    ),
     "mukv.cache.policy": (
-        "All Clusters Everything Exact Expected H2O Int4 Int8 Keep KeyDiff KeyNorm Pages "
-        "Policy Random Select SnapKV SparQ Store Streaming TOVA TopK TopP"
+        "Adaptive All Clusters Critical CUR Everything Exact Expected H2O Int4 Int8 Keep "
+        "KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine Select SnapKV "
+        "SparQ Spread Store Streaming TopK TopP TOVA Uniform WholeChunks"
     ),
     "mukv.conversion": (
         "Conversion ConvertedLayer CrossLayer FewerHeads SharedVectors SourceLayer TruncatedLatent "

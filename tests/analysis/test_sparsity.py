@@ -89,6 +89,32 @@ def test_every_number_by_its_definition(case):
                 np.testing.assert_allclose(got[end][1, last], right, rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_most_read_entry_by_its_definition(case):
+    """Of each row: that of its document with the most queries that see enough entries."""
+    model, given = matrix.build(*case), rows()
+    weights = matrix.weights(model)
+    found = measure(model, weights, batched(given, 2), LENGTH, matrix.EXACT)
+    seen = taps(model, weights, given)
+    for layer, measured in zip(model.layers, found, strict=True):
+        heads = np.asarray(seen[f"layer{layer.index}.weights"]).reshape(3, -1, LENGTH, LENGTH)
+        heads = np.concatenate([heads, heads.mean(axis=1, keepdims=True)], axis=1)
+        enough = min(LEAST, layer.window or LENGTH)
+        shares, places = np.zeros((3, len(heads[0]))), np.zeros((3, len(heads[0])), int)
+        for row in range(3):
+            sees = np.minimum(given.position[row] + 1, layer.window or LENGTH) >= enough
+            counts = {s: (sees & (given.segment[row] == s)).sum() for s in set(given.segment[row])}
+            main = max(counts, key=lambda s: counts[s])
+            inside = given.segment[row] == main
+            mass = heads[row][:, sees & inside].sum(axis=1) / counts[main]
+            places[row] = given.position[row, np.argmax(np.where(inside, mass, 0), axis=1)]
+            shares[row] = np.where(inside, mass, 0).max(axis=1)
+        for head, entry in enumerate(measured.most_read):
+            assert entry.position == np.median(places[:, head])
+            np.testing.assert_allclose(entry.share, shares[:, head].mean(), rtol=1e-4)
+            np.testing.assert_allclose(entry.first, (places[:, head] < SINKS).mean(), rtol=1e-4)
+
+
 def test_heads_agree_with_themselves():
     model, given = matrix.build("gqa", "rope", "plain"), rows()
     (first, _) = measure(model, matrix.weights(model), [given], LENGTH, matrix.EXACT)

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mukv.attention import HCA, Grouped, GroupedTied, Latent, SharedKV, TensorProduct
+from mukv.attention import (
+    HCA,
+    GatedDelta,
+    Grouped,
+    GroupedTied,
+    KimiDelta,
+    Latent,
+    SharedKV,
+    TensorProduct,
+)
 from mukv.model import Decoder, Layer, Stage
 
 H, G, D, L, BYTES = 12, 4, 64, 12, 2
@@ -69,6 +78,12 @@ ROWS = {
 }  # fmt: skip
 
 
+STATES = {
+    "Gated DeltaNet": (GatedDelta(heads=H, head_dim=D), 4 * L * (H * D * D + 3 * 3 * H * D)),
+    "Kimi Delta Attention": (KimiDelta(heads=H, head_dim=D), 4 * L * (H * D * D + 3 * 3 * H * D)),
+}
+
+
 def bytes_of(model: Decoder, length: int) -> int:
     """Of the bodies as allocated."""
     cache = model.empty_cache(1, length, tail=1, dtype=jnp.dtype("bfloat16"))
@@ -90,3 +105,23 @@ def test_bytes(name):
     assert documented, name
     token, window = (int((group or "0").replace(",", "")) for group in documented.groups())
     assert (token, window) == (per_token, per_window_token)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states(name):
+    """They are the same at every length; the documented length is that at which MQA takes as
+    many bytes."""
+    attention, expected = STATES[name]
+    model = Decoder(vocab_size=8, d_model=768, attention=attention, plan=PLAIN)
+    for length in (W, 64 * W):
+        cache = model.empty_cache(1, length, tail=1, dtype=jnp.dtype("bfloat16"))
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.states)) == expected
+        assert not cache.slots
+    row = re.search(
+        rf"^\| {re.escape(name)} \|.*\| ([\d,]+) \| ([\d,]+) \|$",
+        Path("docs/memory.md").read_text(),
+        re.MULTILINE,
+    )
+    assert row, name
+    told, length = (int(group.replace(",", "")) for group in row.groups())
+    assert (told, length) == (expected, round(expected / ROWS["MQA"][2]))

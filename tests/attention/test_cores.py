@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from mukv.attention import Entries, Mask
-from mukv.attention.cores import CORES, Chunked, Demand, Part, Plain, Scores, choose
+from mukv.attention.cores import CORES, Chunked, Demand, Flash, Part, Plain, Scores, choose
 from mukv.attention.recalled import Dense
 from mukv.core.compute import Compute
+from mukv.core.mesh import MeshShape
 from mukv.core.params import map_params
-from mukv.position import POSITIONS, CoPE
+from mukv.position import POSITIONS, CoPE, NoPE
 from tests.laws import matrix
 
 BATCH, KV_HEADS, GROUP, WIDTH, QUERIES = 2, 2, 2, 4, 11
@@ -100,9 +101,86 @@ def test_cores_agree(name, seed):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), one, two)
 
 
+FLASH = {
+    "plain": {},
+    "packed": {"cuts": (0, 20, 21, 90)},
+    "window": {"window": 17, "group": 3},
+    "capped": {"softcap": 1.5, "window": 70, "cuts": (0, 33, 64)},
+    "sinks": {"sinks": True, "widths": (24, 40), "kv_heads": 1, "cuts": (0, 65)},
+}
+
+
+ALIGNED = Mask(aligned=True)
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_is_plain(name):
+    """The kernels, interpreted, over several chunks and blocks; forward and backward."""
+    given = {"cuts": (0,), "group": 2, "kv_heads": 2, "widths": (16, 16), "window": None}
+    given |= {"softcap": None, "sinks": False} | FLASH[name]
+    random, length = np.random.default_rng(0), 150
+    heads, (width, value_width) = (given["kv_heads"], given["group"]), given["widths"]
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+    place = np.arange(length)
+    document = np.searchsorted(given["cuts"], place, side="right")
+    at = jnp.asarray(np.tile(place - np.take(given["cuts"], document - 1), (BATCH, 1)))
+    segment = None if len(given["cuts"]) == 1 else jnp.asarray(np.tile(document, (BATCH, 1)))
+    own = None if segment is None else segment[:, None]
+    entries, mask = Entries({}, at[:, None], segment=own), Mask(segment, given["window"], True)
+    moving = {
+        "query": draw(BATCH, *heads, length, width),
+        "key": draw(BATCH, heads[0], length, width),
+        "value": draw(BATCH, 1, length, value_width),
+        "sinks": draw(*heads) if given["sinks"] else None,
+    }
+    direction = draw(BATCH, *heads, length, value_width)
+
+    def read(moving: Any, core: Any) -> Any:
+        scores = Scores(None, at, {}, moving["sinks"], NoPE(), 1.0, given["softcap"])
+        part = Part(Dense((moving["key"],), moving["value"]), entries, mask)
+        out = core.apply((moving["query"],), [part], scores)
+        return jnp.sum(out * direction), out
+
+    one, two = (
+        jax.jit(jax.value_and_grad(lambda moving, core=core: read(moving, core), has_aux=True))(
+            moving
+        )
+        for core in (Plain(), Flash(interpret=True))
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4), one, two)
+
+
+def test_flash_is_split_over_a_mesh():
+    """Rows over `data` and KV heads over `tensor`; gradients of sinks are summed over both."""
+    random = np.random.default_rng(0)
+    shape, length = (4, 2, 2), 40
+    query, direction = random.standard_normal((2, *shape, length, 16)).astype(np.float32)
+    at = jnp.asarray(np.tile(np.arange(length), (4, 1)))
+    keys = random.standard_normal((4, 2, length, 16)).astype(np.float32)
+
+    def read(moving: Any) -> Any:
+        scores = Scores(None, at, {}, moving["sinks"], NoPE(), 1.0, None)
+        part = Part(Dense((moving["key"],), moving["key"]), Entries({}, at[:, None]), ALIGNED)
+        return jnp.sum(Flash(interpret=True).apply((moving["query"],), [part], scores) * direction)
+
+    moving = {"query": query, "key": keys, "sinks": np.ones((2, 2), np.float32)}
+    whole = jax.jit(jax.value_and_grad(read))(moving)
+    with jax.set_mesh(MeshShape(2, 2).build()):
+        split = jax.jit(jax.value_and_grad(read))(moving)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-5), whole, split)
+
+
 def test_the_chooser_says_why():
     fast = choose(Demand(8), Compute())
     assert (fast.name, fast.refused) == ("fused", {})
+    gpu = Compute(platform="gpu")
+    assert choose(Demand(8, aligned=True), gpu).name == "flash"
+    assert "in one bag" in choose(Demand(8), gpu).refused["flash"]
+    biased = choose(Demand(8, POSITIONS["alibi"](), aligned=True), gpu)
+    assert biased.refused == {"flash": "alibi adds a bias to the logits"}
     for demand, compute, words in (
         (Demand(8), Compute(fused=False), "compute.fused is false"),
         (Demand(1), Compute(), "one query"),
@@ -124,7 +202,7 @@ def test_every_attention_reads_by_the_chosen_core(monkeypatch):
             return inner(self, *given)
 
         monkeypatch.setattr(core, "apply", apply)
-    for name in matrix.ATTENTIONS:
+    for name in set(matrix.ATTENTIONS) - set(matrix.STATES):
         model = matrix.build(name, "rope", "plain")
         weights, ids = matrix.weights(model), matrix.tokens(1)
         cache = model.empty_cache(1, 2 * matrix.LENGTH, 4, matrix.EXACT.type)

@@ -6,10 +6,15 @@ import jax
 import numpy as np
 import pytest
 
+from mukv.attention import Attention
 from mukv.core.tap import capture
 from tests.laws import matrix
 
-NAMES = [name for name, attention in matrix.ATTENTIONS.items() if attention.sinks is None]
+NAMES = [
+    name
+    for name, attention in matrix.ATTENTIONS.items()
+    if isinstance(attention, Attention) and attention.sinks is None
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

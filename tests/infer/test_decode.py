@@ -71,6 +71,16 @@ def test_what_leaves_one_token_is_greedy(continued, sampling):
     assert continued(sampling=sampling).tokens == continued().tokens
 
 
+def test_a_prompt_may_be_read_in_two_parts(model, weights, continued):
+    prompts = [[7, 8, 9, 2, 6] * 15, [1, 5, 9, 2]]
+    then = [[4, 4, 1], [2, 7, 1, 8, 2, 8]]
+    whole = [[*one, *two] for one, two in zip(prompts, then, strict=True)]
+    made = generate(model, weights, prompts, BLOCK, compute=EXACT, then=then)
+    assert made.tokens == continued(whole).tokens
+    with pytest.raises(BadInput, match="as many rows as prompts"):
+        generate(model, weights, prompts, BLOCK, compute=EXACT, then=[[1], []])
+
+
 def test_a_row_does_not_depend_on_its_batch(continued):
     together = continued(max_tokens=LONG).tokens
     assert [continued([prompt], LONG).tokens[0] for prompt in PROMPTS] == together

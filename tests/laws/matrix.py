@@ -19,8 +19,11 @@ import numpy as np
 from mukv.attention import (
     HCA,
     AnyAttention,
+    Attention,
+    GatedDelta,
     Grouped,
     GroupedTied,
+    KimiDelta,
     Latent,
     SharedKV,
     TensorProduct,
@@ -101,7 +104,15 @@ ATTENTIONS: dict[str, AnyAttention] = {
         output_rank=6,
         sinks="learned",
     ),
+    # The norm of what a head reads would magnify the rounding of reads that happen to be tiny.
+    "gated-delta": GatedDelta(
+        heads=4, key_heads=2, head_dim=8, head_value_dim=6, taps=3, beta=2, norm=RMSNorm(1e-3)
+    ),
+    "kimi-delta": KimiDelta(heads=4, head_dim=6, taps=3, norm=RMSNorm(1e-3)),
 }
+STATES = [name for name, each in ATTENTIONS.items() if not isinstance(each, Attention)]
+"""Mixers with states, which take no position and which no other layer can read. In a model with one
+of them, the layers with a window and those that take part in reuse have the attention "gqa"."""
 POSITIONS: dict[str, AnyPosition] = {
     "nope": NoPE(),
     "rope": RoPE(),
@@ -162,8 +173,45 @@ Combination = tuple[str, str, str]
 """Names of attention, first position, and plan."""
 REFUSED = {("hca", "cope")}
 """Attentions and positions that can't work together."""
+
+
+def hybrid(plan: Sequence[Stage], attention: str) -> tuple[Stage, ...]:
+    """The plan with the attention "gqa" in layers that can't have the given state."""
+    if attention not in STATES:
+        return tuple(plan)
+    layers = [layer for stage in plan for _ in range(stage.repeats) for layer in stage.pattern]
+    read = {
+        (index + layer.reads if layer.reads < 0 else layer.reads)
+        for index, layer in enumerate(layers)
+        if layer.reads is not None
+    }
+    stages, start = [], 0
+    for stage in plan:
+        size = len(stage.pattern)
+        of_slot = [range(start + slot, start + size * stage.repeats, size) for slot in range(size)]
+        pattern = tuple(
+            dataclasses.replace(layer, attention=ATTENTIONS["gqa"])
+            if layer.window or layer.reads is not None or read & {*indices}
+            else dataclasses.replace(layer, position=None)
+            for layer, indices in zip(stage.pattern, of_slot, strict=True)
+        )
+        stages.append(dataclasses.replace(stage, pattern=pattern))
+        start += size * stage.repeats
+    return tuple(stages)
+
+
+def fits(row: Combination) -> bool:
+    """Whether there is such a model; a state leaves positions to the attention beside it, which is
+    one and the same for all."""
+    attention, position, plan = row
+    if attention not in STATES:
+        return (attention, position) not in REFUSED
+    layers = [layer for stage in hybrid(PLANS[plan], attention) for layer in stage.pattern]
+    return position == "rope" and any(layer.attention is None for layer in layers)
+
+
 COMBINATIONS: list[Combination] = [
-    row for row in itertools.product(ATTENTIONS, POSITIONS, PLANS) if row[:2] not in REFUSED
+    row for row in itertools.product(ATTENTIONS, POSITIONS, PLANS) if fits(row)
 ]
 
 
@@ -174,10 +222,13 @@ def in_turn(plan: Sequence[Stage], first: str, attention: str) -> tuple[Stage, .
     turn = itertools.cycle(names[names.index(first) :] + names[: names.index(first)])
     layers: list[Layer] = []
     stages: list[Stage] = []
-    for stage in plan:
+    for stage in hybrid(plan, attention):
         start = len(layers)
         for layer in stage.pattern:
             position = layer.position
+            if attention in STATES and layer.attention is None:
+                layers.append(layer)
+                continue
             if position is None and layer.reads is None:
                 position = POSITIONS[next(turn)]
             elif position is None:
@@ -224,7 +275,9 @@ anyway."""
 
 def build(attention: str, position: str, plan: str, **changes: object) -> Decoder:
     """The model of one combination; its layers have the positions from `position` on."""
-    chosen = dataclasses.replace(ATTENTIONS[attention], position=POSITIONS[position])
+    chosen = ATTENTIONS[attention]
+    if isinstance(chosen, Attention):
+        chosen = dataclasses.replace(chosen, position=POSITIONS[position])
     model = Decoder(
         vocab_size=VOCAB,
         d_model=D_MODEL,

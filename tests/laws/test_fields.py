@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -53,6 +53,8 @@ HCA = (
     "model.attention={kind: hca, heads: 2, head_dim: 4, rope_dim: 2, query_rank: 3, window: 3, "
     "every: 3, groups: 1, output_rank: 3, position: {kind: rope}}"
 )
+DELTA = "model.attention={kind: gated_delta, heads: 2, head_dim: 4}"
+KIMI = "model.attention={kind: kimi_delta, heads: 2, head_dim: 4}"
 BASED = "model.scaling.base={embed: 4, heads: 1, head_dim: 4, value_dim: 4, hidden: 6, layer: 1}"
 MEASURED = (BASED, "model.scaling.alignment={hidden: {}, readout: {}}")
 READOUT = "model.scaling.alignment.readout"
@@ -156,6 +158,13 @@ CHANGES = {
     "HCA.every": (HCA, "model.attention.every=4"),
     "HCA.groups": (HCA, "model.attention.groups=2"),
     "HCA.output_rank": (HCA, "model.attention.output_rank=4"),
+    "DeltaLayer.heads": (DELTA, "model.attention.heads=4"),
+    "DeltaLayer.head_dim": (DELTA, "model.attention.head_dim=8"),
+    "DeltaLayer.taps": (DELTA, "model.attention.taps=3"),
+    "GatedDelta.key_heads": (DELTA, "model.attention.key_heads=1"),
+    "GatedDelta.head_value_dim": (DELTA, "model.attention.head_value_dim=8"),
+    "GatedDelta.beta": (DELTA, "model.attention.beta=2"),
+    "KimiDelta.decay_floor": (KIMI, "model.attention.decay_floor=-5"),
     "NoPE.temperature": (NOPE, f"{PLACE}.temperature={{kind: log_length}}"),
     "LogLength.typical": (
         f"{PLACE}={{kind: nope, temperature: {LOG}}}",
@@ -273,7 +282,7 @@ CHANGES = {
     "Muon.epsilon": (MUON, f"{OPTIMIZER}.epsilon=0.1"),
     "Compute.dtype": "train.compute.dtype=bfloat16",
     "Compute.operands": "train.compute.operands=bfloat16",
-    "Compute.platform": "train.compute.platform=gpu",
+    "Compute.platform": "train.compute.platform=tpu",
     "MeshShape.data": "mesh.data=2",
     "MeshShape.tensor": "mesh.tensor=2",
 }
@@ -391,15 +400,19 @@ def programs(run: Run) -> Iterator[str]:
     batch = jax.eval_shape(lambda: trainer.put(batches_of(run).at(0)))
     token_bytes = jax.ShapeDtypeStruct((run.model.vocab_size,), np.int32)
     state, frozen = trainer.abstract_state(), trainer.frozen
-    with jax.set_mesh(trainer.mesh):
-        validate = jax.jit(trainer.validation_sums)
-        yield validate.lower(state.weights, batch, token_bytes, frozen).as_text()
-        draw = jax.jit(trainer.draw, out_shardings=trainer.shardings())
-        yield draw.lower(jax.random.key(0)).as_text()
-        optimize = jax.jit(trainer.optimizer.update)
-        yield optimize.lower(state.weights, state.optimizer, state.weights).as_text()
-        yield jax.jit(trainer.learning_rate).lower(state.step).as_text()
-        yield jax.jit(trainer.update).lower(state, 0, batch, frozen).as_text()
+    draw = jax.jit(trainer.draw, out_shardings=trainer.shardings())
+    optimize = jax.jit(trainer.optimizer.update)
+    lowered = (
+        partial(jax.jit(trainer.validation_sums).lower, state.weights, batch, token_bytes, frozen),
+        partial(draw.lower, jax.random.key(0)),
+        partial(optimize.lower, state.weights, state.optimizer, state.weights),
+        partial(jax.jit(trainer.learning_rate).lower, state.step),
+        partial(jax.jit(trainer.update).lower, state, 0, batch, frozen),
+    )
+    for lower in lowered:
+        with jax.set_mesh(trainer.mesh):
+            text = lower().as_text()
+        yield text
 
 
 class Programs:

@@ -34,11 +34,14 @@ PAIRS = [
     *(("gqa", "rope", name) for name in (*KEEPERS, *SELECTORS, *COMPOSED)),
     ("gqa-dressed", "rope-yarn", "expected+clusters"),
     ("shared-kv-normed", "p-rope", "keydiff+pages"),
-    ("latent", "rope", "snapkv+sparq"),
+    ("latent", "rope", "snapkv+critical+sparq"),
     ("tied", "rope", "expected+clusters"),
     ("tensor-product", "rope", "h2o+topk"),
-    ("tensor-product", "rope", "knorm+pages"),
+    ("tensor-product", "rope", "cur+pages"),
     ("mqa", "alibi", "h2o+sparq"),
+    ("gqa", "rope", "tova+chunk(size=4)+critical+adaptive"),
+    ("gqa", "rope", "lagkv(lag=4)+pages"),
+    ("gqa-dressed", "rope-yarn", "leverage(sketch=4)"),
     ("gqa", "cope", "topk"),
 ]
 
@@ -201,6 +204,11 @@ def newest_stays(score):
     return np.append(score[:-1], np.inf)
 
 
+def best_of(score, number):
+    """The entries with the highest scores, the newer of two equal ones."""
+    return sorted(np.lexsort((-np.arange(len(score)), -score))[:number].tolist())
+
+
 def by_score(one, row, head, name, places, number):
     """Score of each place by the formula, float64 where the sum is long."""
     key = one.key[row, head][places]
@@ -220,6 +228,36 @@ def by_score(one, row, head, name, places, number):
         smooth = np.stack([np.convolve(w, np.ones(5) / 5, "same") for w in weights]).mean(0)
         smooth[-window:] = np.inf
         return smooth
+    if name == "cur":
+        score = np.ones(len(places))
+        for x in (key, one.value[row, head][places]):
+            square = (x**2).sum(-1)
+            score *= square / np.repeat(np.add.reduceat(square, range(0, len(x), 16)), 16)[: len(x)]
+        score[:4] = np.inf
+        return newest_stays(score)
+    if name == "lagkv(lag=8)":
+        complete = (len(places) - 4) // 8
+        score = np.ones(len(places))
+        for part in range(complete - 1):
+            shares = []
+            for x in (key, one.value[row, head][places]):
+                this, after = x[4 + 8 * part :][:8], x[12 + 8 * part :][:8]
+                low, high = after.min(0), after.max(0)
+                spread = np.exp(np.std((this - low) / (high - low), axis=-1, ddof=1))
+                shares.append(spread / spread.sum())
+            score[4 + 8 * part :][:8] = np.argsort(np.argsort(sum(shares))) / 8
+        score[:4] = np.inf
+        return newest_stays(score)
+    if name == "leverage(sketch=6)":
+        # Rotated back by the complex form of RoPE.
+        turn = np.array(places)[:, None] * 100.0 ** -(np.arange(4) / 4)
+        still = (key[:, :4] + 1j * key[:, 4:]) * np.exp(-1j * turn)
+        still = np.concatenate([still.real, still.imag], axis=-1)
+        draw = np.asarray(jax.random.normal(jax.random.key(0), (8, 6)))
+        x = np.float64(still - still.mean(0)) @ draw / 6**0.5
+        return newest_stays(
+            np.einsum("ks,st,kt->k", x, np.linalg.inv(x.T @ x + 0.01 * np.eye(6)), x)
+        )
     if name == "h2o":
         score = one.weights(row, places, places)[head].sum(1).mean(0)
         score[len(places) - number // 2 :] = np.inf
@@ -227,7 +265,13 @@ def by_score(one, row, head, name, places, number):
     raise AssertionError(name)
 
 
-@pytest.mark.parametrize("name", ["knorm", "keydiff", "tova", "snapkv", "h2o", "streaming"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("knorm", "keydiff", "tova", "snapkv", "h2o", "streaming"),
+        *("cur", "lagkv(lag=8)", "leverage(sketch=6)"),
+    ],
+)
 def test_what_is_kept(one, name):
     """After a prompt, for rows of unequal length; budgets count the tokens that there are."""
     body, _ = one.body(name, 0.4)
@@ -238,7 +282,7 @@ def test_what_is_kept(one, name):
                 expected = [*range(4), *range(count - number + 4, count)]
             else:
                 score = by_score(one, row, head, name, list(range(count)), number)
-                expected = sorted(np.argsort(-score, kind="stable")[:number].tolist())
+                expected = best_of(score, number)
             assert positions(body, row, head) == expected
 
 
@@ -275,9 +319,18 @@ def test_what_is_kept_while_decoding(one, name):
             assert positions(later, row, head) == expected
 
 
-def test_expected_attention(one):
+@pytest.mark.parametrize(
+    ("options", "epsilon", "covariance", "vnorm"),
+    [
+        ("", 0.0, True, True),
+        ("(epsilon=0.01)", 0.01, True, True),
+        ("(covariance=false)", 0.0, False, True),
+        ("(vnorm=false)", 0.0, True, False),
+    ],
+)
+def test_expected_attention(one, options, epsilon, covariance, vnorm):
     """Against means and covariances over explicit rotations."""
-    body, _ = one.body("expected", 12.0)
+    body, _ = one.body("expected" + options, 12.0)
     rope, width = one.attention.position, 8
 
     def turn(x, place):
@@ -294,14 +347,155 @@ def test_expected_attention(one):
                 still = np.stack([turn(q[None], -p)[0] for p, q in enumerate(query, 4)])
                 mean, spread = ahead @ still.mean(0), ahead @ np.cov(still.T, bias=True) @ ahead.T
                 logits = key[4:] @ mean / 8**0.5
-                logits += np.einsum("kd,de,ke->k", key[4:], spread, key[4:]) / 16
+                logits += covariance * np.einsum("kd,de,ke->k", key[4:], spread, key[4:]) / 16
                 weights = np.exp(logits - logits.max())
                 total += weights / weights.sum() / 2
-            score = total * np.linalg.norm(value[4:], axis=-1)
+            score = (total + epsilon) * np.linalg.norm(value[4:], axis=-1) ** vnorm
             score = np.concatenate([np.full(4, np.inf), score])
             score[-1] = np.inf
             expected = sorted(np.argsort(-score, kind="stable")[:12].tolist())
             assert positions(body, row, head) == expected
+
+
+def hashed(x):
+    """MurmurHash3's finaliser."""
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        x = ((x ^ (x >> shift)) * factor) % 2**32
+    return x ^ (x >> 16)
+
+
+def test_random(one):
+    """Each head and each layer drops other entries, as if each were drawn by itself."""
+    body, _ = one.body("random(seed=3)", 0.5)
+    kept = {}
+    for (row, count), head in product(enumerate(one.count), range(2)):
+        draws = [hashed((hashed(hashed(3) + head) + p) % 2**32) >> 8 for p in range(count)]
+        best = np.argsort(-newest_stays(np.float32(draws)), kind="stable")[: count // 2]
+        kept[row, head] = sorted(best.tolist())
+        assert positions(body, row, head) == kept[row, head]
+    assert kept[0, 0] != kept[0, 1]
+    layers = [Policy.parse("random(seed=3)").keep.of_layer(place, 4, 64) for place in range(4)]
+    assert len({layer.seed for layer in layers}) == 4
+
+
+def by_head(body, row):
+    """Positions that each head keeps in a shared pool."""
+    place, owner = (np.asarray(x)[row, 0] for x in (body.shelf.position, body.shelf.owner))
+    return [sorted(place[(owner == head) & (place >= 0)].tolist()) for head in range(2)]
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("name", ["knorm", "keydiff", "snapkv(window=4)"])
+def test_adaptive(one, name, floor):
+    """The best of each head for certain, entries that must be kept among them; then the best of the
+    pool. A floor of 1 gives each head what the uniform budget gives it."""
+    body, later = one.body(f"{name}+adaptive(floor={floor})", 12.0)
+    uniform, _ = one.body(name, 12.0)
+    for row, count in enumerate(one.count):
+        scores = []
+        for head in range(2):
+            if name.startswith("snapkv"):
+                weights = one.weights(row, range(count - 4, count), range(count))[head].mean(1)
+                weights[:, -4:] = 0
+                score = np.mean([np.convolve(w, np.ones(5) / 5, "same") for w in weights], axis=0)
+                score[-4:] = np.inf
+            else:
+                score = by_score(one, row, head, name, list(range(count)), 12)
+            scores.append(score)
+        pool = np.array(scores)
+        for score, rank in zip(scores, pool, strict=True):
+            rank[best_of(score, max(int(floor * 12), 1) if floor else 0)] = np.inf
+        best = np.argsort(-pool.ravel(), kind="stable")[:24]
+        expected = [sorted((best[best // count == head] % count).tolist()) for head in range(2)]
+        assert by_head(body, row) == expected
+        if floor == 1:
+            assert by_head(body, row) == [positions(uniform, row, head) for head in range(2)]
+        for held in (body, later):
+            kept = by_head(held, row)
+            assert sum(map(len, kept)) == 24
+            assert all(len(each) >= max(int(floor * 12), floor > 0) for each in kept)
+
+
+def refined_by_output(one, row, head, score, places, number, epsilon=1e-4, first=0.5):
+    """CriticalKV: the best by the score alone, the others times the norm of what they add to the
+    output."""
+    output = np.asarray(one.read["output"])[2 * head : 2 * head + 2]
+    added = np.einsum("kv,gve->gke", one.value[row, head][places], output)
+    finite = np.where(np.isinf(score), 0.0, score)
+    new = np.where(np.isinf(score), np.inf, (finite + epsilon) * np.abs(added).sum(-1).mean(0))
+    new[best_of(score, max(int(first * number), 1) if first else 0)] = np.inf
+    return new
+
+
+@pytest.mark.parametrize("first", [0.5, 0.0, 1.0])
+@pytest.mark.parametrize("name", ["snapkv", "cur"])
+def test_critical(one, name, first):
+    """Of each head by itself; with `adaptive` within the number that the scores alone give it. With
+    all of the budget in the first stage nothing changes."""
+    step = f"{name}+critical(first={first})"
+    alone, shared, plain = (one.body(n, 12.0)[0] for n in (step, step + "+adaptive", name))
+    for row, count in enumerate(one.count):
+        places = list(range(count))
+        scores = [by_score(one, row, head, name, places, 12) for head in range(2)]
+        pool = np.array(scores)
+        for score, rank in zip(scores, pool, strict=True):
+            rank[best_of(score, 2)] = np.inf
+        owners = np.argsort(-pool.ravel(), kind="stable")[:24] // count
+        for head, score in enumerate(scores):
+            own = int((owners == head).sum())
+            new, within = (
+                refined_by_output(one, row, head, score, places, n, first=first) for n in (12, own)
+            )
+            assert positions(alone, row, head) == best_of(new, 12)
+            assert by_head(shared, row)[head] == best_of(within, own)
+            if first == 1:
+                assert positions(alone, row, head) == positions(plain, row, head)
+
+
+def test_chunks(one):
+    """Whole chunks, the same in both heads, by the mean score of both; of the last one that fits,
+    the newest entries."""
+    body, _ = one.body("cur+chunk(size=5)", 14.0)
+    for row, count in enumerate(one.count):
+        places = np.arange(count)
+        scores = np.array([by_score(one, row, head, "cur", places, 14) for head in range(2)])
+        means = np.full(count, np.inf)
+        for chunk in range(-(-count // 5)):
+            inside = scores[:, places // 5 == chunk]
+            finite = inside[np.isfinite(inside)]
+            means[places // 5 == chunk] = finite.mean() if finite.size else np.inf
+        means[np.isinf(scores[0])] = np.inf
+        for head in range(2):
+            assert positions(body, row, head) == best_of(means, 14)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "length", "beta"),
+    [
+        ("snapkv(window=64)", 0.5, 1536, 20),
+        ("snapkv(window=64)", 0.25, 1536, 20),
+        ("snapkv(window=64)", 0.25, 8192, 8),
+        ("knorm", 0.6, 200, 20),
+        ("knorm", 400.0, 2000, 4),
+    ],
+)
+def test_pyramid(name, budget, length, beta):
+    """As in kvpress: linear from layer to layer, the mean is the budget, no layer is narrower than
+    the window; otherwise the budget is uniform."""
+    keep = Policy.parse(f"{name}+pyramid(beta={beta})", budget).keep
+    layers = 6
+    window = 64 if "snapkv" in name else keep.minimum
+    mean = budget * length if budget <= 1 else budget
+    low, high = mean / beta, 2 * mean - mean / beta
+    if high >= length - window:
+        low, high = 2 * mean - (length - window), length - window
+    flat = not length >= high >= low >= window
+    assert flat == (name.startswith("snapkv") and length == 1536 and budget == 0.25)
+    for place in range(layers):
+        found = keep.of_layer(place, layers, length).budget.of(length)
+        wanted = mean if flat else high - place * (high - low) / (layers - 1)
+        # A share is a fraction with a denominator of at most 1,000.
+        assert abs(found - wanted) <= 1 + (length > 1000) * (budget <= 1) * length / 2000
 
 
 def retrieve(one, body, row_query=-1):
@@ -372,9 +566,15 @@ def test_calibrated_centres(one):
 
 
 def test_sparse_values(one):
-    """Of all weights the largest, summed over a group, and no others; top-p until the mass."""
+    """Of all weights the largest, summed over a group, and no others; top-p until the mass. They
+    share the weight of the others, in each query head by itself."""
     capped = []
-    for name, limit in (("topk", None), ("topp", 0.95)):
+    for name, limit, whole in (
+        ("topk", None, True),
+        ("topp", 0.95, True),
+        ("topk(renormalise=false)", None, False),
+        ("topp(mass=0.9,renormalise=false)", 0.9, False),
+    ):
         body, _ = one.body(name, 5.0)
         _, recalled, held = retrieve(one, body)
         weights = np.random.default_rng(1).random((2, 2, 2, 1, held.shape[-1]))
@@ -393,7 +593,10 @@ def test_sparse_values(one):
                 best = best[before < limit * total.sum()]
             kept = np.isin(np.arange(len(total)), best)
             value = one.value[row, head, np.maximum(held[row, head], 0)]
-            expected = np.einsum("gqk,kd->gqd", weights[row, head] * kept, value)
+            share = weights[row, head] * kept
+            if whole:
+                share *= weights[row, head].sum(-1, keepdims=True) / share.sum(-1, keepdims=True)
+            expected = np.einsum("gqk,kd->gqd", share, value)
             np.testing.assert_allclose(found[row, head], expected, atol=1e-5)
     assert {True, False} == set(capped)
 
@@ -455,20 +658,49 @@ def test_smaller_budgets_weigh_less(name):
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.5])
-@pytest.mark.parametrize("name", ["streaming", "knorm", "h2o", "topk", "pages", "sparq"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("streaming", "knorm", "h2o", "snapkv", "tova", "expected", "random", "keydiff"),
+        *("expected(covariance=false)", "snapkv+adaptive", "topk", "topp", "pages", "sparq"),
+        *("cur", "lagkv", "leverage", "snapkv+chunk+critical"),
+        *("clusters", "clusters(clusters=3)", "int8", "int4", "int4(group=8)"),
+    ],
+)
 def test_bytes_are_those_of_the_parts(name, budget):
     """Law 4: of one layer with 2 KV heads of 8 in float32, by a formula of each policy."""
     model, policy = model_of("gqa", "rope"), Policy.parse(name, budget)
-    evicts = name in ("streaming", "knorm", "h2o")
-    slots = int(LENGTH * budget) if evicts else LENGTH
+    slots = int(LENGTH * budget) if policy.keep.evicts else LENGTH
+    if name.startswith("int"):
+        slots = {"int8": 64, "int4": 64, "int4(group=8)": 40}[name]  # whole groups
     entry = 2 * 2 * 8 * 4  # keys and values
     places = 2 * slots * 4  # a position for each head
+    asked = TAIL * 4 * 8 * 4  # queries in the tail
+    mean = 4 + 4 * 8 * 4  # number and sum of the queries of 4 heads
     extra = {
-        "h2o": 2 * slots * 4 + TAIL * 4 * 8 * 4,  # a score for each entry, queries in the tail
+        "h2o": 2 * slots * 4 + asked,  # a score for each entry
+        "snapkv": asked,
+        "snapkv+chunk+critical": asked,
+        "tova": asked,
+        "expected(covariance=false)": asked + mean,
+        "expected": asked + mean + 4 * 8 * 8 * 4,
+        "snapkv+adaptive": asked + 2 * slots * 4,  # the head that an entry belongs to
         "pages": 2 * (slots // 4) * (2 * 8 * 4 + 2),  # bounds, and whether read always or at all
         "sparq": 2 * (slots * (8 * 4 + 1) + 8 * 4),  # keys by component, and a mean of the values
+        # Centres, and where each cluster begins and the last ends; those always read are one more.
+        "clusters": 2 * (6 * 8 * 4 + (6 + 2) * 4),
+        "clusters(clusters=3)": 2 * (3 * 8 * 4 + (3 + 2) * 4),
     }
-    row = (slots + TAIL) * entry + places + extra.get(name, 0)
+    if name.startswith("int"):
+        # Of keys a minimum (float32) and a step (bfloat16) per channel of a group of tokens, of
+        # values per token of each 8 channels. In 8 bits a value's step alone.
+        bits, group = int(name[3]), 8 if "group" in name else 32
+        body = 2 * (slots * 2 * 8 * bits // 8 + slots // group * 8 * 6)
+        body += 2 * slots * (2 if bits == 8 else 6)
+        # A store without a choice of entries has one position for all heads.
+        row = body + TAIL * entry + slots * 4
+    else:
+        row = (slots + TAIL) * entry + places + extra.get(name, 0)
     cache = model.empty_cache(3, LENGTH, TAIL, EXACT.type, policy)
     assert cache.nbytes() == 3 * row + 4 * (3 + 1)  # lengths, and where the tail ends
     assert cache_bytes(model, 3, LENGTH, TAIL, EXACT.type, policy) == cache.nbytes()
@@ -507,6 +739,7 @@ def test_reads_are_fewer():
         ("latent", "rope", "topk", 0.5, "keys and values of the same numbers (latent)"),
         ("mqa", "rope", "snapkv+adaptive", 0.5, "one set of entries for all heads"),
         ("gqa", "rope", "snapkv+adaptive+pages", 0.5, "adaptive is read whole"),
+        ("gqa", "rope", "knorm+critical", 0.5, "a score of at least 0, like that of snapkv"),
         ("gqa", "rope", "streaming", 4.0, "at least 5 entries; this is 4 of 40"),
         ("gqa", "rope", "sparq", 0.2, "at least 13 entries; this is 8 of 40"),
     ],
@@ -526,8 +759,11 @@ def test_refused(attention, position, name, budget, words):
         ("snapvk", 0.5, "did you mean 'snapkv'?"),
         ("snapkv+h2o", 0.5, "at most one part that says what to keep"),
         ("int8+pyramid", 0.5, "pyramid needs a policy that drops entries"),
+        ("pages+critical", 0.5, "critical needs a policy that drops entries"),
+        ("snapkv+critical+chunk+critical", 0.5, "critical once"),
         ("int8:0.5", 0.5, "int8 has no budget"),
         ("snapkv:x", 0.5, "a number behind the colon"),
+        ("full:0.5", 0.5, "full has no budget"),
         ("snapkv", 0.0, "a share above 0 and at most 1, or a whole number"),
         ("snapkv", 2.5, "a share above 0 and at most 1, or a whole number"),
         ("", 0.5, "allowed: "),

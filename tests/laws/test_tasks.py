@@ -16,7 +16,9 @@ from mukv.core.errors import BadInput
 from mukv.tasks import SPLITS, TASKS
 from mukv.tasks.draws import Draws
 from mukv.tasks.feed import tokenizer
+from mukv.tasks.prompts import PROMPTED, PromptForm
 from mukv.tasks.solvers import SOLVERS
+from mukv.tasks.solvers.prompts import SOLVERS_IN_WORDS
 
 COUNT = 1000
 EVERY = pytest.mark.parametrize("name", TASKS)
@@ -45,6 +47,27 @@ def test_an_oracle_scores_one(name):
     for row in range(COUNT):
         text, answers = task.questions(found, row)
         assert words(solve(text)) == words(answers), text
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_an_oracle_answers_every_prompt(name):
+    """It reads the message alone. Question and opening don't contain the answer."""
+    form = PromptForm(PROMPTED[name])
+    for prompt in form.batch(form.task.smallest + 25, 3, "test", np.arange(300)):
+        solved = SOLVERS_IN_WORDS[form.task.kind](prompt.message)
+        assert sorted(solved) == sorted(prompt.answers), prompt.message
+        asked = prompt.question + prompt.opening
+        assert not any(answer in asked for answer in prompt.answers)
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_a_guess_of_the_right_form_names_chance(name):
+    """The answers of another sample, which has the same form."""
+    form = PromptForm(PROMPTED[name])
+    prompts = form.batch(form.task.smallest, 3, "test", np.arange(COUNT))
+    pairs = zip(prompts, [*prompts[1:], prompts[0]], strict=True)
+    hits = np.array([a in other.answers for prompt, other in pairs for a in prompt.answers])
+    assert within(hits.mean(), form.chance, hits.size)
 
 
 @EVERY
@@ -212,7 +235,7 @@ def test_solvers_and_generators_share_no_code():
     for path in (folder / "solvers").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
-                assert re.match(r"mukv\.tasks\.solvers$|collections", node.module or "")
+                assert re.match(r"mukv\.tasks\.solvers(\.needle)?$|collections", node.module or "")
             elif isinstance(node, ast.Import):
                 assert {alias.name for alias in node.names} <= {"re"}
     for path in folder.glob("*.py"):

@@ -8,6 +8,7 @@ import jax
 import pytest
 from rich.console import Console
 
+from mukv.attention.delta_rule import CHUNK
 from mukv.core import params
 from mukv.model.counting import flops_per_token
 from mukv.runs import config
@@ -115,3 +116,23 @@ def test_every_preset_shows_in_a_narrow_terminal(preset):
     show(describe(run), run, Console(file=out, width=80))
     assert f"{params.count(run.model.params()):,}" in out.getvalue()
     assert max(map(len, out.getvalue().splitlines())) <= 80
+
+
+def test_states_cost_constant_bytes_and_flops():
+    """Three layers of Gated DeltaNet before one of attention."""
+    run = config.load("tiny-hybrid-gdn")
+    facts = describe(run)
+    *states, last = facts["layers"]
+    assert {layer["position"] for layer in states} == {"none"}
+    assert last["position"] == "rope"
+    assert {layer["core"] for layer in states} == {None}
+    size = 4 * (4 * 32 * 32 + 3 * 3 * 4 * 32)
+    assert [layer["cache_bytes_constant"] for layer in facts["layers"]] == [size] * 3 + [0]
+    assert [layer["cache_bytes_per_token"] for layer in states] == [0] * 3
+    assert facts["cache_bytes_per_token"] == 2 * 2 * 32 * 4
+    products = 6 * sum(
+        param.size for param in params.named(run.model.params()).values() if param.fan_in
+    )
+    attention = 3 * 4 * 4 * 32 * (128 + 1) / 2
+    chunks = 3 * 3 * 4 * (6 * 32 * 32 + CHUNK * 8 * 32)
+    assert facts["flops_per_token"] == round(products + attention + chunks)

@@ -193,10 +193,10 @@ def test_compress(server, trained, tmp_path, count, every):
 
 def test_report(server, trained, tmp_path, count, every):
     given = ["report", "run", "--out", "run/report.html"]
-    count("report", check(server, tmp_path, run_of(trained), given, every))
+    count("report", check(server, tmp_path, run_of(trained), given, 2 * every - 1))
 
 
 def test_sweep(server, token_file, tmp_path, count, every):
     given = ["sweep", "tiny", *SMALL, f"data.path={token_file}", "train.learning_rate=1e-3,1e-2"]
     rest = ["--out", "sweep", "--patience", "0.2"]
-    count("sweep", check(server, tmp_path, nothing, [*given, *rest], every, chain=12))
+    count("sweep", check(server, tmp_path, nothing, [*given, *rest], 2 * every - 1, chain=12))

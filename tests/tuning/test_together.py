@@ -59,7 +59,7 @@ def ends(group):
 BOTH = [*itertools.product(VARIED, ("vmap", "map"))]
 
 
-@pytest.mark.parametrize(("name", "across"), params(BOTH, BOTH[::4], unpack=True))
+@pytest.mark.parametrize(("name", "across"), params(BOTH, BOTH[::5], unpack=True))
 def test_together_is_alone(token_file, name, across):
     tokens, chosen = points(token_file, VARIED[name])
     assert grouped(chosen) == [list(range(len(chosen)))]

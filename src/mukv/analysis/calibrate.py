@@ -97,8 +97,8 @@ def turned(layer: ResolvedLayer, seen: Captured, rotated: bool) -> Captured:
     batch, heads, group, length, width = seen.query.shape
     query = seen.query.reshape(batch, heads * group, length, width)
     position = seen.position[:, None]
-    query = unrotated(layer.attention, query, position).reshape(seen.query.shape)
-    return replace(seen, query=query, key=unrotated(layer.attention, seen.key, position))
+    query = unrotated(layer.softmax, query, position).reshape(seen.query.shape)
+    return replace(seen, query=query, key=unrotated(layer.softmax, seen.key, position))
 
 
 def _points(name: str, seen: Captured) -> Float[Array, "batch kv_heads *_ width"]:

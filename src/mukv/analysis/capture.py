@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.attention import EntryStore
+from mukv.attention import Attention, EntryStore
 from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.tap import capture
@@ -62,7 +62,8 @@ Reduction = Callable[[ResolvedLayer, Captured], Any]
 
 def batch_rows(model: Decoder, length: int) -> int:
     """Return how many rows of `length` tokens form one batch."""
-    heads = max(layer.attention.heads for layer in model.layers)
+    attentions = (layer.attention for layer in model.layers)
+    heads = max((each.heads for each in attentions if isinstance(each, Attention)), default=1)
     return max(1, BATCH_NUMBERS // (heads * length * length))
 
 

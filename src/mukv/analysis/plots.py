@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from mukv.analysis.clusters import READS, Prediction
-from mukv.analysis.sparsity import MASSES, NEAR, NEEDED, SHARES, SINKS, Sparsity
+from mukv.analysis.sparsity import LEAST, MASSES, NEAR, NEEDED, SHARES, SINKS, Sparsity
 from mukv.show.figures import labels, legend, powers, saved_figure, series_styles
 
 PANEL = (3.3, 3.0)
 MOST_PANELS = 6
 """Most panels in a picture; of a model with more layers, this many evenly spaced ones are drawn."""
+FEW_LAYERS = 10
+"""Most layers with a colour and a marker each; more are coloured in order, with a colour bar."""
 ColourMap = "viridis"
 
 
@@ -64,11 +66,10 @@ def needed(layers: Sequence[Sparsity], path: Path) -> str:
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for axes, mass in zip(panels, shown, strict=True):
             place = MASSES.index(mass)
-            for layer, style in zip(layers, series_styles(len(layers)), strict=True):
+            for layer, style in zip(layers, layer_styles(len(layers)), strict=True):
                 with_queries = np.flatnonzero(layer.queries)
                 mean = np.nanmean(layer.needed["mean"][:, with_queries, place], axis=0)
-                style |= {"ms": 4, "label": f"layer {layer.layer}"}
-                axes.plot(2.0**with_queries, mean, **style)
+                axes.plot(2.0**with_queries, mean, label=f"layer {layer.layer}", **style)
             context = 2.0 ** np.arange(layers[0].longest + 1)
             axes.plot(context, context, color="grey", ls=":", lw=1, label="all entries")
             axes.set(yscale="log", title=f"{mass:.0%} of the mass")
@@ -76,27 +77,35 @@ def needed(layers: Sequence[Sparsity], path: Path) -> str:
             axes.set(xlabel="context (up to), tokens")
             axes.grid(alpha=0.3)
         panels[0].set(ylabel="entries needed")
-        legend(figure, panels[0])
+        layer_key(figure, panels, layers)
     return caption
 
 
 def heads(layers: Sequence[Sparsity], path: Path) -> str:
     """Plot heat maps by layer and head, at the longest context."""
     place = MASSES.index(0.95)
-    maps = {
+    maps: dict[str, Any] = {
         "entries for 95 % of the mass": lambda x: x.needed["mean"][:, x.longest, place],
         f"mass on the first {SINKS}": lambda x: x.sinks[:, x.longest],
         f"mass on the last {NEAR}": lambda x: x.near[:, x.longest],
         "distance from the mean head": lambda x: x.far_from_mean[:, x.longest],
+        "mass on the most-read entry": lambda x: [each.share for each in x.most_read[:-1]],
+        "its position, median": lambda x: [each.position for each in x.most_read[:-1]],
     }
-    tall = 1.6 + 0.32 * len(layers)
-    caption = "Measures by layer and head, at the longest context."
-    with saved_figure(path, (PANEL[0] * len(maps), max(2.4, tall)), caption=caption) as figure:
-        panels = figure.subplots(1, len(maps), squeeze=False)[0]
-        for axes, (title, of) in zip(panels, maps.items(), strict=True):
-            heat(figure, axes, padded([of(layer) for layer in layers]), title)
+    tall = 1.2 + 0.22 * len(layers)
+    caption = (
+        "Measures by layer and head, at the longest context. The most-read entry is that of all "
+        f"queries that see at least {LEAST} entries; its position is that in its document, median "
+        "over windows."
+    )
+    with saved_figure(path, (PANEL[0] * 3, 2 * max(2.4, tall)), caption=caption) as figure:
+        panels = figure.subplots(2, 3, squeeze=False)
+        for axes, (title, of) in zip(panels.flat, maps.items(), strict=True):
+            values = padded([np.asarray(of(layer), float) for layer in layers])
+            heat(figure, axes, values, title, logarithmic="position" in title)
             axes.set(xlabel="head")
-        panels[0].set(ylabel="layer")
+        for axes in panels[:, 0]:
+            axes.set(ylabel="layer")
     return caption
 
 
@@ -185,12 +194,10 @@ def clusters(layers: Sequence[Prediction], path: Path) -> str:
     )
     with saved_figure(path, (PANEL[0] * 3.4, 1.1 * PANEL[1]), caption=caption) as figure:
         left, middle, right = figure.subplots(1, 3)
-        for layer, style in zip(layers, series_styles(len(layers)), strict=True):
-            style |= {"ms": 4, "lw": 1.2, "label": f"layer {layer.layer}"}
-            left.plot(READS, layer.captured.mean(axis=0), **style)
+        for layer, style in zip(layers, layer_styles(len(layers)), strict=True):
+            left.plot(READS, layer.captured.mean(axis=0), label=f"layer {layer.layer}", **style)
             each = layer.sizes.mean(axis=0)
-            style = {"color": style["color"], "linestyle": style["linestyle"]}
-            right.plot(np.arange(1, len(each) + 1), each, lw=1.2, **style)
+            right.plot(np.arange(1, len(each) + 1), each, lw=1.2, color=style["color"])
         for name, style in (("largest", "--"), ("latest", ":")):
             means = np.nanmean([getattr(layer, name).mean(axis=0) for layer in layers], axis=0)
             left.plot(READS, means, color="grey", ls=style, label=f"the {name}, all layers")
@@ -198,7 +205,7 @@ def clusters(layers: Sequence[Prediction], path: Path) -> str:
         left.minorticks_off()
         left.set_xticks(READS, [f"1/{round(1 / share)}" for share in READS])
         left.set_title("mass captured", fontsize=9)
-        legend(figure, left)
+        layer_key(figure, (left, middle, right), layers)
         heat(figure, middle, padded([x.f1[:, eighth] for x in layers]), "F1 at 1/8 read", (0, 1))
         middle.set(xlabel="head", ylabel="layer")
         right.set(yscale="log", xlabel="cluster, largest first", ylabel="share of the entries")
@@ -207,6 +214,36 @@ def clusters(layers: Sequence[Prediction], path: Path) -> str:
         for axes in (left, right):
             axes.grid(alpha=0.3)
     return caption
+
+
+def layer_styles(count: int) -> list[dict[str, Any]]:
+    """Return a line style per layer: a colour and marker each, or if there are more than FEW_LAYERS
+    a colour of `ColourMap` each."""
+    if count <= FEW_LAYERS:
+        return [style | {"ms": 4, "lw": 1.2} for style in series_styles(count)]
+    import matplotlib as mpl
+
+    colours = mpl.colormaps[ColourMap](np.arange(count) / (count - 1))
+    return [{"color": colour, "lw": 1.2} for colour in colours]
+
+
+def layer_key(figure: Any, panels: Sequence[Any], layers: Sequence[Sparsity | Prediction]) -> None:
+    """Add a legend of the lines of the first panel. If there are more than FEW_LAYERS layers, a
+    colour bar beside the panels takes their place in it."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    if len(layers) > FEW_LAYERS:
+        for line in panels[0].get_lines():
+            if line.get_label().startswith("layer "):
+                line.set_label("_layer")
+        ends = Normalize(layers[0].layer, layers[-1].layer)
+        bar = figure.colorbar(ScalarMappable(ends, ColourMap), ax=list(panels), pad=0.01)
+        bar.set_label("layer")
+        bar.locator = MaxNLocator(8, integer=True)
+        bar.update_ticks()
+    legend(figure, panels[0])
 
 
 def _heads(panel: tuple[Any, Sparsity]) -> int:
@@ -219,11 +256,25 @@ def heat(
     values: np.ndarray,
     title: str,
     limits: tuple[float, float] | None = None,
+    logarithmic: bool = False,
 ) -> None:
-    """Draw a matrix as colours, with its numbers if it has at most 64."""
+    """Draw a matrix as colours, with its numbers if it has at most 64.
+
+    logarithmic: colours follow the logarithm of the values, which begin at 0
+    """
+    from matplotlib.colors import SymLogNorm
+
     low, high = limits or (None, None)
-    image = axes.imshow(values, aspect="auto", cmap=ColourMap, vmin=low, vmax=high)
-    figure.colorbar(image, ax=axes, shrink=0.85)
+    scale: dict[str, Any] = {"vmin": low, "vmax": high}
+    bar: dict[str, Any] = {"shrink": 0.85}
+    if logarithmic:
+        most = max(2, np.nanmax(values))
+        scale = {"norm": SymLogNorm(1, vmin=0, vmax=most)}
+        ticks = [0, *(4**power for power in range(12) if 4**power <= most)]
+        bar |= {"ticks": ticks, "format": "%d"}
+    image = axes.imshow(values, aspect="auto", cmap=ColourMap, **scale)
+    axes.set_facecolor("0.8")
+    figure.colorbar(image, ax=axes, **bar)
     axes.set_title(title, fontsize=9)
     axes.set_xticks(range(values.shape[1]) if values.shape[1] <= 16 else [])
     axes.set_yticks(range(values.shape[0]) if values.shape[0] <= 40 else [])

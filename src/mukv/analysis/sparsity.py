@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,19 @@ def ranks(length: int) -> np.ndarray:
     return np.unique([rank for rank in [*powers, *halves, length] if rank <= length])
 
 
+class MostRead(NamedTuple):
+    """The entry to which the queries of a head give the most attention mass, in each window.
+
+    position: in its document; median over windows
+    share: of the attention mass; mean over windows
+    first: share of the windows in which it is one of the first SINKS entries
+    """
+
+    position: int
+    share: float
+    first: float
+
+
 @dataclass(frozen=True)
 class Sparsity:
     """Measures of one layer. Axes: head [H], octave [O], rank [R], mass [M], share [S]; float64,
@@ -69,6 +82,9 @@ class Sparsity:
     distance: mean distance of entries from the query, in tokens, weighted by attention [H O]
     far_from_mean: total variation between a head's weights and the mean over heads [H O]
     agreement: intersection over union of the entries with NEEDED of the mass of two heads [H H]
+    read_share: mass of the most-read entry of a window, mean over windows; of each head, then of
+        the mean over heads [H + 1]
+    read_windows: share of the windows whose most-read entry is at a position [H + 1 position]
     """
 
     layer: int
@@ -84,6 +100,16 @@ class Sparsity:
     distance: np.ndarray
     far_from_mean: np.ndarray
     agreement: np.ndarray
+    read_share: np.ndarray
+    read_windows: np.ndarray
+
+    @property
+    def most_read(self) -> list[MostRead]:
+        """The most-read entry of each head, and last of the mean over heads."""
+        median = np.argmax(np.cumsum(self.read_windows, axis=1) >= 0.5 - 1e-6, axis=1)
+        first = self.read_windows[:, :SINKS].sum(axis=1)
+        parts = zip(median, self.read_share, first, strict=True)
+        return [MostRead(int(position), float(share), float(x)) for position, share, x in parts]
 
     @property
     def longest(self) -> int:
@@ -158,6 +184,9 @@ def _sums(layer: ResolvedLayer, seen: Captured, octaves: int, at: np.ndarray) ->
     for name, values in (("top", tops), ("error", errors), ("renormalised", renormalised)):
         sums[name] = by_octave(jnp.stack(values, axis=-1))
 
+    enough = min(LEAST, length if layer.window is None else min(layer.window, length))
+    sums |= _most_read(seen, heads, taken, real * (visible >= enough))
+
     back = here[:, None, :, None] - seen.position[:, None, None, :]
     first = (seen.position < SINKS)[:, None, None, :]
     sums["sinks"] = by_octave(jnp.sum(heads * first, axis=-1))
@@ -182,6 +211,36 @@ def _sums(layer: ResolvedLayer, seen: Captured, octaves: int, at: np.ndarray) ->
     return sums
 
 
+def _most_read(
+    seen: Captured,
+    heads: Float[Array, "batch heads query key"],
+    taken: np.ndarray,
+    counted: Float[Array, "batch query"],
+) -> dict[str, Array]:
+    """Find in each row the entry with the largest share of the counted queries' mass; sum these
+    shares over rows [head], and count the entries by their position in their document
+    [head position].
+
+    A row with several documents counts for that with the most such queries. The last head is the
+    mean over heads.
+    """
+    length = seen.position.shape[1]
+    same = seen.segment[:, taken, None] == seen.segment[:, None, :]
+    queries = jnp.einsum("bq,bqk->bk", counted, same.astype(jnp.float32))
+    main = (queries > 0) & (queries == jnp.max(queries, axis=1, keepdims=True))
+    mass = jnp.einsum("bhqk,bq->bhk", heads, counted)
+    mass = jnp.concatenate([mass, jnp.mean(mass, axis=1, keepdims=True)], axis=1)
+    share = jnp.where(main[:, None], mass / jnp.maximum(queries, 1.0)[:, None], 0.0)
+    found = jnp.any(main, axis=1).astype(jnp.float32)
+    at = jnp.take_along_axis(seen.position, jnp.argmax(share, axis=-1), axis=1)
+    position = jax.nn.one_hot(at, length) * found[:, None, None]
+    return {
+        "read_rows": jnp.sum(found),
+        "read_share": jnp.einsum("bh,b->h", jnp.max(share, axis=-1), found),
+        "read_count": jnp.sum(position, axis=0),
+    }
+
+
 def _extremes(name: str, x: Float[Array, "batch heads query _"], place: Array) -> dict[str, Array]:
     """Return the least and the largest value of each head and octave, [head octave _]."""
     inside = (place > 0)[:, None, :, :, None]
@@ -193,7 +252,7 @@ def _extremes(name: str, x: Float[Array, "batch heads query _"], place: Array) -
 
 
 def _finished(index: int, sums: dict[str, np.ndarray], at: np.ndarray) -> Sparsity:
-    queries = sums["queries"]
+    queries, rows = sums["queries"], max(float(sums["read_rows"]), 1.0)
     empty = queries == 0
 
     def mean(name: str) -> np.ndarray:
@@ -214,5 +273,7 @@ def _finished(index: int, sums: dict[str, np.ndarray], at: np.ndarray) -> Sparsi
         curve=spread("curve"),
         needed=spread("needed"),
         agreement=sums["agreement"] / max(float(sums["compared"]), 1.0),
+        read_share=sums["read_share"] / rows,
+        read_windows=sums["read_count"] / rows,
         **{name: mean(name) for name in single},
     )

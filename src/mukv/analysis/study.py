@@ -121,12 +121,14 @@ COLUMNS = (
     *(f"mass of top {share:.0%}" for share in SHARES),
     *(f"error at top {share:.0%}" for share in SHARES),
     *PARTS,
+    "most-read entry",
+    "its mass",
 )
 SHORT = (
-    *("layer", "entries\nfor 80 %", "entries\nfor 95 %", "entries\nfor 99 %"),
-    *("mass of\ntop 10 %", "error at\ntop 10 %", "mass on\nsinks", "mass\nnear", "mean\ndistance"),
+    *("layer", "entries\nfor 80 %", "entries\nfor 95 %", "mass of\ntop 10 %", "error at\ntop 10 %"),
+    *("mass on\nsinks", "mean\ndistance", "most-read\nentry", "its\nmass"),
 )
-"""Columns of the table in the terminal; sinks and near are defined in `sparsity`."""
+"""Columns of the table in the terminal; sinks and most-read are defined in `sparsity`."""
 
 
 def summary(layer: Sparsity) -> list[str]:
@@ -137,14 +139,17 @@ def summary(layer: Sparsity) -> list[str]:
     error = [f"{value:.3f}" for value in layer.error[:, last].mean(axis=0)]
     forms = {"distance": ",.1f"}
     parts = [f"{getattr(layer, n)[:, last].mean():{forms.get(n, '.3f')}}" for n in PARTS]
-    return [f"{layer.layer}", *needed, *top, *error, *parts]
+    entry = layer.most_read[-1]
+    return [
+        f"{layer.layer}", *needed, *top, *error, *parts, f"{entry.position}", f"{entry.share:.3f}"
+    ]  # fmt: skip
 
 
 def short(layer: Sparsity) -> list[str]:
     """Return the cells of `summary` that the table in the terminal shows: one for each of SHORT."""
     shown = dict(zip(COLUMNS, summary(layer), strict=True))
-    names = (*(f"entries for {mass}" for mass in (0.8, 0.95, 0.99)), "mass of top 10%")
-    return [shown[name] for name in ("layer", *names, "error at top 10%", *PARTS)]
+    first = ("layer", "entries for 0.8", "entries for 0.95", "mass of top 10%", "error at top 10%")
+    return [shown[name] for name in (*first, "sinks", "distance", "most-read entry", "its mass")]
 
 
 def facts(found: Found) -> dict[str, Any]:
@@ -168,6 +173,8 @@ def facts(found: Found) -> dict[str, Any]:
             **{name: float(getattr(layer, name)[:, last].mean()) for name in PARTS},
             "far_from_mean": float(layer.far_from_mean[:, last].mean()),
             "agreement": float(off.mean()) if off.size else 1.0,
+            "most_read": layer.most_read[-1]._asdict(),
+            "most_read_by_head": [each._asdict() for each in layer.most_read[:-1]],
         }
 
     return {name: [of(layer) for layer in layers] for name, layers in found.items()}
@@ -178,10 +185,13 @@ def tables(found: Found) -> dict[str, list[dict[str, Any]]]:
     by_context: list[dict[str, Any]] = []
     curve: list[dict[str, Any]] = []
     agreement: list[dict[str, Any]] = []
+    most_read: list[dict[str, Any]] = []
     for text, layers in found.items():
         for layer in layers:
             for head, row in enumerate(layer.agreement):
                 where = {"text": text, "layer": layer.layer, "head": head}
+                entry = layer.most_read[head]._asdict()
+                most_read.append({**where, **entry, "sinks": layer.sinks[head, layer.longest]})
                 agreement += [
                     {**where, "other": other, "share": share} for other, share in enumerate(row)
                 ]
@@ -194,7 +204,9 @@ def tables(found: Found) -> dict[str, list[dict[str, Any]]]:
                             for name, end in (("mean", "mean"), ("worst", "low"), ("best", "high"))
                         }
                         curve.append({**here, "largest": int(rank), **ends})
-    return {"sparsity": by_context, "curve": curve, "agreement": agreement}
+    return {
+        "sparsity": by_context, "curve": curve, "agreement": agreement, "most_read": most_read
+    }  # fmt: skip
 
 
 def _numbers(layer: Sparsity, head: int, octave: int) -> dict[str, float]:

@@ -1,15 +1,17 @@
-"""Attention variants. To add one, write a file with a class and add a line to ATTENTIONS."""
+"""Attention and other mixers. To add one, write a class in a file and a line in ATTENTIONS."""
 
 from typing import Annotated
 
 from mukv.attention.base import Attention, Queries
 from mukv.attention.compressed import HCA
 from mukv.attention.entries import Bag, Entries, Recall, Retrieved
+from mukv.attention.gated_delta import GatedDelta
 from mukv.attention.grouped import Grouped
 from mukv.attention.grouped_tied import GroupedTied
+from mukv.attention.kimi_delta import KimiDelta
 from mukv.attention.latent import Latent
 from mukv.attention.mask import Mask
-from mukv.attention.mixer import Carried, EntryStore, Mixer, StateStore, Written
+from mukv.attention.mixer import DIRECT, Carried, EntryStore, Mixer, StateStore, Written
 from mukv.attention.recalled import Query, Recalled
 from mukv.attention.shared_kv import SharedKV
 from mukv.attention.tensor_product import TensorProduct
@@ -17,7 +19,7 @@ from mukv.core.table import PartTable
 
 ATTENTIONS = PartTable(
     "attention",
-    Attention,
+    Mixer,
     {
         "grouped": Grouped,
         "shared_kv": SharedKV,
@@ -25,12 +27,15 @@ ATTENTIONS = PartTable(
         "grouped_tied": GroupedTied,
         "tensor_product": TensorProduct,
         "hca": HCA,
+        "gated_delta": GatedDelta,
+        "kimi_delta": KimiDelta,
     },
 )
-AnyAttention = Annotated[Attention, ATTENTIONS]
+AnyAttention = Annotated[Mixer, ATTENTIONS]
 
 __all__ = [
     "ATTENTIONS",
+    "DIRECT",
     "HCA",
     "AnyAttention",
     "Attention",
@@ -38,8 +43,10 @@ __all__ = [
     "Carried",
     "Entries",
     "EntryStore",
+    "GatedDelta",
     "Grouped",
     "GroupedTied",
+    "KimiDelta",
     "Latent",
     "Mask",
     "Mixer",

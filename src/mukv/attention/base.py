@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from mukv.attention import cores
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
-from mukv.attention.mixer import Mixer, Reported
+from mukv.attention.mixer import Mixer, Reported, Tensors
 from mukv.attention.recalled import Query, Recalled
 from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
@@ -61,9 +61,7 @@ class Attention(Mixer):
     gate: Literal["head", "channel"] | None = None
 
     sizes: ClassVar[tuple[str, ...]] = ("heads",)
-    """Fields that must be counts of at least 1."""
     grows: ClassVar[tuple[str, ...]] = ("heads",)
-    """Fields that scale with the width of the model."""
     values_apart: ClassVar[bool] = False
     """Whether values are stored in tensors of their own, from which no key is computed."""
     keys: ClassVar[tuple[str, ...]] = ()
@@ -187,6 +185,7 @@ class Attention(Mixer):
         parts: Sequence[Bag],
         mask: Mask,
         compute: Compute,
+        direct: Tensors | None = None,
     ) -> tuple[Residual, Reported]:
         """Attend from each token to the entries that it may see, in one softmax over all bags.
 
@@ -206,15 +205,22 @@ class Attention(Mixer):
         ordered = all(part.entries.ordered for part in masked)
         selective = any(choice is not None for choice in chosen)
         shows = tapped() or ("each query chooses its entries" if selective else None)
-        core = self.core(x.shape[1], compute, ordered, shows).core
+        aligned = len(masked) == 1 and masked[0].mask.aligned
+        core = self.core(x.shape[1], compute, ordered, shows, aligned).core
         out = core.apply(address, masked, scores)
         return self.output(weights, out, x, position), None
 
     def core(
-        self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
+        self,
+        queries: int,
+        compute: Compute,
+        ordered: bool = True,
+        shows: str | None = None,
+        aligned: bool = False,
     ) -> cores.CoreChoice:
         """Choose the fastest attention core that supports these arguments; see `Mixer.core`."""
-        return cores.choose(cores.Demand(queries, self.position, ordered, shows), compute)
+        demand = cores.Demand(queries, self.position, ordered, shows, aligned)
+        return cores.choose(demand, compute)
 
     def asked(
         self, weights: Weights, query: Queries, position: Int[Array, "batch query"]
@@ -255,7 +261,7 @@ class Attention(Mixer):
         return 1
 
     def logit_weight(self, d_model: int) -> Param:
-        """Return the declaration of the query projection."""
+        """Return the weight whose last axis is the width of a query."""
         return tagged(self.read_params(d_model), "query")
 
     def read_flops(self) -> int:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mukv.attention.base import Attention, Queries
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
-from mukv.attention.mixer import Carried, Reported
+from mukv.attention.mixer import Carried, Reported, Tensors
 from mukv.attention.recalled import Dense, Query
 from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
@@ -154,6 +154,7 @@ class Latent(Attention):
         parts: Sequence[Bag],
         mask: Mask,
         compute: Compute,
+        direct: Tensors | None = None,
     ) -> tuple[Residual, Reported]:
         """Read in the expanded form if all entries belong to these tokens, else in the absorbed
         form.

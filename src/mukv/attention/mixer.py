@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from mukv.attention.cores import CoreChoice
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.mask import Mask
 from mukv.core.compute import Compute
-from mukv.core.params import Param, abstract
+from mukv.core.params import abstract
 from mukv.core.table import Component
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 
@@ -32,6 +32,8 @@ Reported = dict[str, Float[Array, " batch"]] | None
 """Auxiliary float32 numbers per row, by name; see `mukv.model.auxiliary`."""
 ENTRIES = "entries"
 """Name of the store of a mixer that has only one."""
+DIRECT = "direct"
+"""Name under which `write` passes arrays of the new tokens on to `read`; no store keeps them."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,11 @@ class Mixer(Component):
     since a layer that reuses another layer's entries has only the latter.
     """
 
+    sizes: ClassVar[tuple[str, ...]] = ()
+    """Fields that must be counts of at least 1."""
+    grows: ClassVar[tuple[str, ...]] = ()
+    """Fields that scale with the width of the model."""
+
     def write_params(self, d_model: int) -> dict[str, Any]:
         """Declare the weights that compute the contents of the stores from tokens."""
         raise NotImplementedError
@@ -187,7 +194,8 @@ class Mixer(Component):
         Returns {store: {name: array}}, or the inner dict if there is one store. The arrays of an
         entry store are [batch heads places(tokens) width]: the completed entries in order, then
         arbitrary values. A state store gives its arrays after the new tokens; they are only needed
-        if `memory` is not None.
+        if `memory` is not None. Where the output depends on states, which `read` doesn't see, the
+        dict under DIRECT has what `read` needs of them for these tokens.
         """
         raise NotImplementedError
 
@@ -199,6 +207,7 @@ class Mixer(Component):
         parts: Sequence[Bag],
         mask: Mask,
         compute: Compute,
+        direct: Tensors | None = None,
     ) -> tuple[Residual, Reported]:
         """Compute what is added to the residual stream.
 
@@ -207,6 +216,7 @@ class Mixer(Component):
         parts: bags of entries that they read, each with its own window
         mask: which entries each token sees
         compute: settings of the forward pass
+        direct: what `write` returned under DIRECT for the same tokens; None for nothing
 
         Returns the output, and auxiliary numbers such as a penalty (see `mukv.model.auxiliary`) or
         None.
@@ -214,13 +224,19 @@ class Mixer(Component):
         raise NotImplementedError
 
     def core(
-        self, queries: int, compute: Compute, ordered: bool = True, shows: str | None = None
+        self,
+        queries: int,
+        compute: Compute,
+        ordered: bool = True,
+        shows: str | None = None,
+        aligned: bool = False,
     ) -> CoreChoice | None:
         """Choose the attention core for this many queries per row; None for a mixer without
         softmax.
 
         ordered: whether the entries of every bag lie in the order of their positions
         shows: why the logits of all pairs are needed at once; None if they are not
+        aligned: whether the only bag has one entry per query, written by the query's own token
         """
         return None
 
@@ -232,11 +248,11 @@ class Mixer(Component):
         """Return the operations of the forward pass in training, per query and visible entry."""
         return 0
 
-    def logit_weight(self, d_model: int) -> Param | None:
-        """Return the weight whose last axis is the width of a query; None if there are no
-        logits.
+    def token_flops(self) -> int:
+        """Return the operations of the forward pass in training, per token, of products without
+        weights whose number does not depend on entries.
         """
-        return None
+        return 0
 
     # Shared methods
 

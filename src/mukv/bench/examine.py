@@ -5,22 +5,25 @@ A model trained on the task receives the samples' ids, any other model their tex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import numpy as np
 
-from mukv.bench.grading import shares
+from mukv.bench.asking import Form
+from mukv.bench.grading import closeness, shares
 from mukv.bench.oracle import solved
 from mukv.bench.scoring import AnswerScores, score
 from mukv.bench.text import TextForm
 from mukv.cache import FULL, Policy
 from mukv.core.compute import settled
-from mukv.core.errors import BadInput
+from mukv.core.errors import BadInput, unknown_name
 from mukv.core.statistics import wilson
 from mukv.model.counting import cache_bytes
 from mukv.runs.loaded import Model
 from mukv.tasks import AnyTask, Samples
+from mukv.tasks.prompts import NOISE, WORDINGS
 
 DEPTHS = [0.0, 0.25, 0.5, 0.75]
 CHECKED = 50
@@ -35,6 +38,10 @@ class ExamineSettings:
     free: number of these that are also decoded freely, without the answer's tokens as input
     shots: solved samples before each text
     policy: cache policy of decoding
+    form: how a model is asked that was not trained on a task; None: with prompts if the task has
+        them, in the model's chat template if it has one
+    haystack: sentences between the items of prompts
+    aware: whether the policy has seen the question of a prompt when it chooses
     """
 
     samples: int = 200
@@ -42,8 +49,13 @@ class ExamineSettings:
     free: int = 16
     shots: int = 0
     policy: Policy = FULL
+    form: Form | None = None
+    haystack: tuple[str, ...] = NOISE
+    aware: bool = False
 
     def __post_init__(self) -> None:
+        if self.form is not None and self.form not in get_args(Form):
+            raise unknown_name("--form", self.form, get_args(Form))
         for name, low in (("samples", 1), ("free", 0), ("shots", 0)):
             if getattr(self, name) < low:
                 raise BadInput(f"--{name}", getattr(self, name), f"at least {low}")
@@ -57,10 +69,12 @@ class Examination:
 
     row: row of the table
     answers: every answer of every sample
+    decoded: those that were decoded from a text of the task, with this text
     """
 
     row: dict[str, Any]
     answers: list[dict[str, Any]]
+    decoded: list[dict[str, Any]] = field(default_factory=list)
 
 
 def check(model: Model, task: AnyTask, length: int) -> None:
@@ -76,6 +90,13 @@ def own(model: Model, task: AnyTask) -> bool:
     """Whether the model was trained on ids of this task's vocabulary."""
     trained = model.run.data.task
     return trained is not None and trained.vocabulary.spelling == task.vocabulary.spelling
+
+
+def in_words(model: Model, task: AnyTask, settings: ExamineSettings) -> bool:
+    """Whether a model is asked with prompts."""
+    if own(model, task) or settings.form == "text":
+        return False
+    return settings.form is not None or task.kind in WORDINGS
 
 
 def examine(
@@ -101,18 +122,24 @@ def examine(
     compute = settled(model.run.train.compute, model.network.vocab_size)
     right = scores.right[scores.present]
     taken = cache_bytes(model.network, 1, length, 0, compute.type)
-    free, graded = None, right
+    answers = _answers(model, samples, scores, length)
+    free, graded, made = None, right, []
+    near = [each["partial"] for each in answers]
     if settings.free:
-        free, allocated = decoded(model, samples, settings)
+        made, allocated = decoded(model, samples, settings, length)
+        free = np.array([each["right"] for each in made])
         if settings.policy != FULL:
             # A policy has an effect only with a cache: count answers as they were decoded.
             graded, taken = free, allocated
+            near = [each["partial"] for each in made]
     row = {
         "task": name,
         "length": length,
+        "form": "ids" if own(model, task) else "text",
         "facts": task.facts,
         "exact_match": float(graded.mean()),
         "interval": wilson(int(graded.sum()), len(graded)),
+        "partial": float(np.mean(near)),
         "teacher_forced": float(right.mean()),
         "free_running": None if free is None else float(free.mean()),
         "token_accuracy": float(scores.tokens[scores.present].mean()),
@@ -126,7 +153,7 @@ def examine(
         "by_distance": shares(right, samples.distance[scores.present], distances(length)),
         "by_depth": shares(right, samples.depth[scores.present], DEPTHS),
     }
-    return Examination(row, _answers(samples, scores, length))
+    return Examination(row, answers, made)
 
 
 def distances(length: int) -> list[float]:
@@ -137,10 +164,13 @@ def distances(length: int) -> list[float]:
     return edges
 
 
-def decoded(model: Model, samples: Samples, settings: ExamineSettings) -> tuple[np.ndarray, float]:
+def decoded(
+    model: Model, samples: Samples, settings: ExamineSettings, length: int
+) -> tuple[list[dict[str, Any]], float]:
     """Decode the last answer of the first `free` samples greedily.
 
-    Returns whether each is correct, bool [row], and the allocated bytes of cache per row.
+    Returns an entry of each, with the text before the answer, and the allocated bytes of cache per
+    row.
     """
     rows = np.arange(min(settings.free, len(samples.tokens)))
     # Answers are in the order of the text; absent ones may be anywhere among them.
@@ -149,26 +179,48 @@ def decoded(model: Model, samples: Samples, settings: ExamineSettings) -> tuple[
     prompts = [samples.tokens[row, :end].tolist() for row, end in zip(rows, start, strict=True)]
     longest = int((stop - start).max())
     made = model.generate_ids(prompts, longest, policy=settings.policy)
-    same = [
-        made.tokens[row][: stop[row] - start[row]]
-        == samples.tokens[row, start[row] : stop[row]].tolist()
-        for row in rows
-    ]
-    return np.array(same), made.cache_bytes / len(rows)
+    entries = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        wanted = samples.tokens[row, start[row] : stop[row]].tolist()
+        given = made.tokens[row][: len(wanted)]
+        entries.append(
+            {
+                "length": length,
+                "sample": int(row),
+                "prompt": model.tokenizer.decode_further(prompt),
+                **_texts(model, wanted, given),
+                "right": given == wanted,
+            }
+        )
+    return entries, made.cache_bytes / len(rows)
 
 
-def _answers(samples: Samples, scores: AnswerScores, length: int) -> list[dict[str, Any]]:
+def _texts(model: Model, wanted: Sequence[int], given: Sequence[int]) -> dict[str, Any]:
+    """Return both answers as texts, and how near they are."""
+    expected, answer = (model.tokenizer.decode_further(ids) for ids in (wanted, given))
+    near = 1.0 if given == wanted else round(closeness(answer, expected), 4)
+    return {"expected": expected, "answer": answer, "partial": near}
+
+
+def _answers(
+    model: Model, samples: Samples, scores: AnswerScores, length: int
+) -> list[dict[str, Any]]:
     """Return one entry per answer."""
-    return [
-        {
-            "length": length,
-            "sample": int(row),
-            "answer": int(number),
-            "right": bool(scores.right[row, number]),
-            "tokens_right": float(scores.tokens[row, number]),
-            "bits": round(float(scores.bits[row, number]), 4),
-            "distance": int(samples.distance[row, number]),
-            "depth": round(float(samples.depth[row, number]), 4),
-        }
-        for row, number in zip(*np.nonzero(scores.present), strict=True)
-    ]
+    entries = []
+    for row, number in zip(*np.nonzero(scores.present), strict=True):
+        cut = slice(samples.start[row, number], samples.stop[row, number])
+        wanted, given = (tokens[row, cut].tolist() for tokens in (samples.tokens, scores.likeliest))
+        entries.append(
+            {
+                "length": length,
+                "sample": int(row),
+                "answer_number": int(number),
+                **_texts(model, wanted, given),
+                "right": bool(scores.right[row, number]),
+                "tokens_right": float(scores.tokens[row, number]),
+                "bits": round(float(scores.bits[row, number]), 4),
+                "distance": int(samples.distance[row, number]),
+                "depth": round(float(samples.depth[row, number]), 4),
+            }
+        )
+    return entries

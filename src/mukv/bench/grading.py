@@ -1,7 +1,10 @@
-"""Compute fractions of correct answers, effective length and calibration error."""
+"""Compute fractions of correct answers, nearness of wrong ones, effective length and calibration
+error.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -62,3 +65,30 @@ def shares(
                 {"from": float(low), "answers": len(inside), "exact_match": float(inside.mean())}
             )
     return rows
+
+
+def names(answer: str, wanted: str) -> bool:
+    """Whether an answer contains the wanted text as whole words, whatever the case."""
+    whole = rf"(?<!\w){re.escape(wanted.strip())}(?!\w)"
+    return re.search(whole, answer, re.IGNORECASE) is not None
+
+
+def closeness(answer: str, wanted: str) -> float:
+    """Compute 1 - edits / characters of the wanted text; edits: insertions, deletions and
+    substitutions (Levenshtein 1966) that turn the nearest part of the answer into it.
+
+    1 where the answer contains the text, 0 where it has none of it; the case does not matter.
+    """
+    wanted, answer = wanted.strip().casefold(), answer.casefold()
+    if wanted in answer:
+        return 1.0
+    letters = np.array([ord(letter) for letter in answer], np.int64)
+    places = np.arange(len(letters) + 1)
+    # Sellers' recursion: a part may begin at any place, so the first row is zero.
+    row = np.zeros(len(letters) + 1, np.int64)
+    for count, letter in enumerate(wanted, start=1):
+        kept = row[:-1] + (letters != ord(letter))
+        least = np.concatenate([[count], np.minimum(row[1:] + 1, kept)])
+        # Insertions: one edit for each place since any earlier one.
+        row = np.minimum.accumulate(least - places) + places
+    return 1 - int(row.min()) / len(wanted)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from mukv.bench.grading import calibration_error
 from mukv.core.compute import Compute, settled
@@ -30,6 +30,7 @@ class AnswerScores(NamedTuple):
     bits: negative log2 probability of the whole answer
     present: whether there is an answer
     calibration_error: of all graded tokens together
+    likeliest: ids predicted for the tokens of answers; of other tokens the true ids
     """
 
     right: Bool[np.ndarray, "row answer"]
@@ -37,6 +38,7 @@ class AnswerScores(NamedTuple):
     bits: Float[np.ndarray, "row answer"]
     present: Bool[np.ndarray, "row answer"]
     calibration_error: float
+    likeliest: Int[np.ndarray, "row token"]
 
 
 @lru_cache(maxsize=8)
@@ -44,10 +46,11 @@ def _graded(model: LanguageModel, compute: Compute) -> Any:
     """Compile a function of weights, tokens [row token] and places [row graded].
 
     For the token at each place it returns whether its logit is larger than all others, its negative
-    log probability in nats, and the probability of the likeliest token; float32 [row graded].
+    log probability in nats, the probability of the likeliest token, and its id; float32, the last
+    int32 [row graded].
     """
 
-    def graded(weights: Any, tokens: Array, places: Array) -> tuple[Array, Array, Array]:
+    def graded(weights: Any, tokens: Array, places: Array) -> tuple[Array, Array, Array, Array]:
         hidden = model.hidden(weights, tokens, compute=compute)
         before = jnp.take_along_axis(hidden, jnp.maximum(places - 1, 0)[..., None], axis=1)
         logits = model.logits(weights, before, compute)
@@ -57,7 +60,8 @@ def _graded(model: LanguageModel, compute: Compute) -> Any:
         # Strictly larger than all others: a tie is wrong, and so is NaN.
         right = own[..., 0] > others.max(axis=-1)
         total = jax.nn.logsumexp(logits, axis=-1)
-        return right, total - own[..., 0], jnp.exp(logits.max(axis=-1) - total)
+        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return right, total - own[..., 0], jnp.exp(logits.max(axis=-1) - total), likeliest
 
     return jax.jit(graded)
 
@@ -75,16 +79,18 @@ def score(
     batch = max(1, min(rows, BATCH_TOKENS // length))
     call = partial(_graded(model, compute), weights)
     right, nats = np.ones(graded.shape, bool), np.zeros(graded.shape)
-    confidence = np.zeros(graded.shape)
+    confidence, likeliest = np.zeros(graded.shape), samples.tokens.copy()
     for first in range(0, rows, batch):
         here = np.arange(first, first + batch)
         # The last batch is padded with the last row, so that one shape is compiled.
         chosen = np.minimum(here, rows - 1)
         parts = call(jnp.asarray(samples.tokens[chosen]), jnp.asarray(places[chosen]))
-        for whole, part in zip((right, nats, confidence), parts, strict=True):
+        for whole, part in zip((right, nats, confidence, likeliest), parts, strict=True):
             whole[chosen[:, None], places[chosen]] = np.asarray(part)
     error = calibration_error(right[graded], confidence[graded])
-    return _summed(samples, right, nats, error)
+    # The padding of places lies outside of answers.
+    likeliest = np.where(graded, likeliest, samples.tokens)
+    return _summed(samples, right, nats, error, likeliest)
 
 
 def _summed(
@@ -92,6 +98,7 @@ def _summed(
     right: Bool[np.ndarray, "row token"],
     nats: Float[np.ndarray, "row token"],
     error: float,
+    likeliest: Int[np.ndarray, "row token"],
 ) -> AnswerScores:
     """Sum scores of tokens into scores of answers."""
     row = np.arange(len(right))[:, None]
@@ -103,4 +110,5 @@ def _summed(
     width = np.maximum(samples.stop - samples.start, 1)
     share = total(right.astype(float)) / width
     whole = (share == 1) & samples.present
-    return AnswerScores(whole, share, total(nats) / np.log(2), samples.present, error)
+    bits = total(nats) / np.log(2)
+    return AnswerScores(whole, share, bits, samples.present, error, likeliest)

@@ -130,7 +130,7 @@ class Trial:
                 for (rate, number), row in validated.items()
             ],
             "seeds": [
-                {"seed": number, **each.row, "every": each.answers}
+                {"seed": number, **each.row, "every": each.answers, "decoded": each.decoded}
                 for results in tested.values()
                 for number, each in enumerate(results)
             ],
@@ -143,6 +143,7 @@ def summary(results: Sequence[Examination], rate: float) -> dict[str, Any]:
     rows = [each.row for each in results]
     means = (
         "exact_match",
+        "partial",
         "teacher_forced",
         "token_accuracy",
         "bits",

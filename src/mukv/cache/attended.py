@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from mukv.cache.keep import Keep
 from mukv.cache.seen import Score, Seen
+from mukv.core.counts import require_counts
 from mukv.core.typing import Array, Bool, Int
 
 CHUNK = 128
@@ -38,13 +39,23 @@ class SnapKV(Keep):
     Entries of the window itself are always kept.
 
     window: number of last queries; at most half of the budget
-    kernel: number of neighbours of the moving average
+    kernel: number of neighbours that are smoothed over
+    pool: what smoothing takes of them, their mean or their maximum (RocketKV)
     """
 
     window: int = 32
     kernel: int = 5
+    pool: Literal["mean", "max"] = "mean"
 
     needs_queries: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "window", "kernel")
+
+    @property
+    def narrowest(self) -> int:
+        return max(self.window, self.minimum)
 
     def _window(self, seen: Seen) -> Int[Array, " batch"]:
         return jnp.minimum(jnp.minimum(seen.number // 2, self.window), seen.added)
@@ -59,15 +70,16 @@ class SnapKV(Keep):
         smooth = jax.lax.reduce_window(
             prefix,
             0.0,
-            jax.lax.add,
+            jax.lax.add if self.pool == "mean" else jax.lax.max,
             (1, 1, 1, self.kernel),
             (1, 1, 1, 1),
             [(0, 0), (0, 0), (0, 0), (half, self.kernel - 1 - half)],
         )
-        return jnp.mean(smooth / self.kernel, axis=2), {}
+        share = 1 / self.kernel if self.pool == "mean" else 1.0
+        return jnp.mean(smooth * share, axis=2), {}
 
     def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
-        return seen.recent(jnp.maximum(self._window(seen), 1))
+        return seen.recent(jnp.maximum(self._window(seen), self.recent))
 
 
 @dataclass(frozen=True)
@@ -95,4 +107,4 @@ class H2O(Keep):
         return total + seen.carried, {}
 
     def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
-        return seen.recent(jnp.maximum(seen.number // 2, 1))
+        return seen.recent(jnp.maximum(seen.number // 2, self.recent))

@@ -15,7 +15,7 @@ from typing import Any, Protocol, no_type_check, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, Entries, Queries, Query, Recall, Retrieved
+from mukv.attention import Attention, Bag, Entries, Queries, Query, Recall, Retrieved
 from mukv.attention.mixer import EntryStore, Written
 from mukv.core.typing import Array, Bool, Float, Int
 
@@ -36,7 +36,7 @@ class Reader:
     queries: of the new tokens; None for a body that needs none
     """
 
-    attention: AnyAttention
+    attention: Attention
     weights: Mapping[str, Any]
     queries: Queries | None = None
 

@@ -55,20 +55,19 @@ class CacheBudget:
             return jnp.minimum(length, int(self.amount))
         return length * self._share.numerator // self._share.denominator
 
-    def pyramid(self, place: int, layers: int, steepness: int = 20) -> CacheBudget:
-        """Return the budget of layer `place` of `layers`, falling linearly from the first to the
-        last.
-
-        The mean over layers is this budget (PyramidKV, Cai et al. 2024); the last layer has 1 /
-        steepness of it.
-        """
-        if layers == 1:
-            return self
-        share = self.amount <= 1
-        widest = self.amount * (2 - 1 / steepness)
-        widest = min(widest, 1.0) if share else widest
-        amount = widest - place / (layers - 1) * 2 * (widest - self.amount)
-        return CacheBudget(max(amount, 1 / FINEST) if share else float(max(round(amount), 2)))
+    def resized(self, entries: float, length: int) -> CacheBudget:
+        """Return a budget of the same kind that is `entries` at `length`."""
+        if self.amount > 1:
+            return CacheBudget(float(max(round(entries), 2)))
+        return CacheBudget(min(max(round(entries) / length, 1 / FINEST), 1.0))
 
     def __str__(self) -> str:
         return f"{self.amount:g}"
+
+
+def portion(number: Int[Array, "*shape"], share: float, least: int) -> Int[Array, "*shape"]:
+    """Return a share of traced numbers of entries, rounded down, but at least `least` unless the
+    share is 0."""
+    exact = Fraction(share).limit_denominator(FINEST)
+    whole = number * exact.numerator // exact.denominator
+    return jnp.maximum(whole, least) if share else whole

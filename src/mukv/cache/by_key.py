@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -16,6 +17,8 @@ from mukv.core.typing import Array
 class KeyNorm(Keep):
     """Score: -|k|, so that short keys are kept (Devoto et al. 2024)."""
 
+    signed: ClassVar[bool] = True
+
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
         return -jnp.linalg.norm(seen.keys(), axis=-1), {}
 
@@ -25,6 +28,8 @@ class KeyDiff(Keep):
     """Score: -cos(k, mean of k / |k|), so that keys far from the mean direction are kept (Park et
     al. 2025).
     """
+
+    signed: ClassVar[bool] = True
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
         key = seen.keys()

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.attention import AnyAttention
+from mukv.attention import Attention
 from mukv.cache.kmeans import distances, nearest
 from mukv.core.errors import BadInput, nearest_name
 from mukv.core.params import named
@@ -175,7 +175,7 @@ def fingerprint(weights: Mapping[str, Any]) -> str:
 
 
 def unrotated(
-    attention: AnyAttention,
+    attention: Attention,
     x: Float[Array, "batch heads token width"],
     position: Int[Array, "batch #heads token"],
 ) -> Float[Array, "batch heads token width"]:

@@ -22,6 +22,7 @@ from mukv.cache.centres import Kind, LayerCentres
 from mukv.cache.select import Index, Select, View, joined, shares
 from mukv.cache.shelf import Shelf
 from mukv.core.broadcast import with_rank
+from mukv.core.counts import require_counts
 from mukv.core.linear import similarity
 from mukv.core.typing import Array, Bool, Float, Int
 
@@ -41,6 +42,9 @@ class Clusters(Select):
     calibrated: Kind | None = None
 
     orders: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_counts(self, "clusters", most=1 << 20)
 
     def order(self, view: View) -> tuple[Int[Array, "batch stores slot"], View]:
         batch, stores, slots = view.there.shape

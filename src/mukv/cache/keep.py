@@ -8,19 +8,19 @@ whenever a tail is folded, so that a body plus tail never exceeds its budget plu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from mukv.cache.budget import CacheBudget
+from mukv.cache.rank import by_store
+from mukv.cache.refine import Refine
 from mukv.cache.seen import Score, Seen
+from mukv.cache.spread import Spread, Uniform
+from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, Int
-
-Spread = Literal["uniform", "pyramid", "adaptive"]
-FLOOR = 0.2
-"""Fraction of the budget that each head keeps for certain where heads share one (AdaKV's alpha)."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +44,46 @@ class Keep:
     """Base class of eviction policies.
 
     budget: per store (a KV head, where each head has its own tensors)
-    spread: "uniform"; "pyramid" gives early layers more than late ones; "adaptive" lets the heads
-        of a layer share one budget, so that heads with flat attention keep more (AdaKV, Feng et al.
-        2024)
+    spread: how layers and heads share the budget
+    refine: what is done to scores before entries are chosen
+    recent: number of newest tokens that are always kept
     """
 
     budget: CacheBudget = field(default_factory=CacheBudget)
-    spread: Spread = "uniform"
+    spread: Spread = field(default_factory=Uniform)
+    refine: tuple[Refine, ...] = ()
+    recent: int = 1
 
+    has_budget: ClassVar[bool] = True
     needs_queries: ClassVar[bool] = False
     """Whether scores depend on queries."""
     carries: ClassVar[bool] = False
     """Whether scores are accumulated from one choice to the next."""
+    signed: ClassVar[bool] = False
+    """Whether scores may be negative."""
+    rotates_back: ClassVar[bool] = False
+    """Whether the rotation of keys is undone, which needs an entry of its own for each token."""
     evicts: ClassVar[bool] = True
     """Whether any entry is ever dropped."""
+
+    def __post_init__(self) -> None:
+        if self.recent < 0:
+            raise BadInput("recent", self.recent, "at least 0")
 
     @property
     def minimum(self) -> int:
         """Smallest number of entries that a budget may allow."""
-        return 2
+        return max(self.recent + 1, 2)
+
+    @property
+    def narrowest(self) -> int:
+        """Number of entries under which `pyramid` lets no layer fall."""
+        return self.minimum
+
+    def of_layer(self, place: int, layers: int, length: int) -> Keep:
+        """Return this policy for layer `place` of `layers`, of a cache for `length` tokens."""
+        budget = self.spread.of_layer(self.budget, place, layers, length, self.narrowest)
+        return replace(self, budget=budget)
 
     def empty(self, batch: int, heads: int, group: int, width: int) -> dict[str, Array]:
         """Return the initial state of the policy."""
@@ -76,43 +97,55 @@ class Keep:
 
     def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
         """Return which entries are kept whatever their score."""
-        return seen.recent(1)
+        return seen.recent(self.recent)
 
     def chosen(self, seen: Seen, capacity: int) -> Chosen:
         """Choose at most `seen.number` entries per store, into `capacity` places."""
         score, notes = self.score(seen)
         stores, keys = seen.entries.position.shape[1:]
-        if self.spread == "adaptive":
-            # In a shared pool an entry belongs to one head, so its scores of other heads are
-            # dropped.
-            must = seen.valid & (self.must(seen) | self._floor(score, seen))
-            score = jnp.sum(jnp.where(seen.valid, score, 0.0), axis=1, keepdims=True)
-            must, valid = must.any(axis=1, keepdims=True), seen.valid.any(axis=1, keepdims=True)
-            number = seen.number * seen.valid.shape[1]
-        else:
-            score = jnp.mean(score.reshape(len(score), stores, -1, keys), axis=2)
-            must, valid, number = self.must(seen), seen.valid, seen.number
-        rank = jnp.where(valid, jnp.where(must, jnp.inf, score), -jnp.inf)
+        # One set of entries per head where heads share a pool; otherwise one per store.
+        score = by_store(score, seen.valid.shape[1])
+        must = seen.valid & self.must(seen)
+        own = jnp.where(must, jnp.inf, jnp.where(seen.valid, score, -jnp.inf))
+        rank, number = self.spread.ranked(own, seen, self.refine)
         places = min(capacity, keys)
         best, index = jax.lax.top_k(jnp.flip(rank, axis=-1), places)
         there = (jnp.arange(places)[None, None] < number[:, None, None]) & (best > -jnp.inf)
         index = jnp.sort(jnp.where(there, keys - 1 - index, keys), axis=-1)
         index = jnp.pad(index, [(0, 0), (0, 0), (0, capacity - places)], constant_values=keys)
+        if score.shape[1] != stores:
+            # In a pool an entry belongs to one head, so its scores of other heads are dropped.
+            score = jnp.sum(jnp.where(seen.valid, score, 0.0), axis=1, keepdims=True)
         return Chosen(jnp.minimum(index, keys - 1), index < keys, score, notes)
 
-    def _floor(self, score: Score, seen: Seen) -> Bool[Array, "batch heads key"]:
-        """Return the best entries of each head, up to its guaranteed fraction of the budget."""
-        own = jnp.where(seen.valid, score, -jnp.inf)
-        ordered = jnp.sort(own, axis=-1, descending=True)
-        number = (seen.number * FLOOR).astype(jnp.int32)
-        least = jnp.take_along_axis(ordered, jnp.maximum(number - 1, 0)[:, None, None], axis=-1)
-        return (own >= least) & (number > 0)[:, None, None]
+
+@dataclass(frozen=True)
+class Sinking(Keep):
+    """Base class of policies that always keep the first tokens.
+
+    sinks: number of first tokens that are always kept
+    """
+
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sinks < 0:
+            raise BadInput("sinks", self.sinks, "at least 0")
+
+    @property
+    def minimum(self) -> int:
+        return max(self.sinks + max(self.recent, 1), 2)
+
+    def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
+        return seen.first(self.sinks) | seen.recent(self.recent)
 
 
 @dataclass(frozen=True)
 class Everything(Keep):
     """Keep all entries."""
 
+    has_budget: ClassVar[bool] = False
     evicts: ClassVar[bool] = False
 
     def chosen(self, seen: Seen, capacity: int) -> Chosen:

@@ -9,7 +9,7 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, Entries, Query, Recall, Retrieved
+from mukv.attention import Attention, Bag, Entries, Query, Recall, Retrieved
 from mukv.attention.mixer import ENTRIES
 from mukv.cache.base import Reader, Tensors
 from mukv.cache.keep import Keep
@@ -201,7 +201,7 @@ class Kept:
 
 
 def empty(
-    attention: AnyAttention,
+    attention: Attention,
     d_model: int,
     batch: int,
     slots: int,
@@ -221,7 +221,7 @@ def empty(
     tokens = slots * attention.bags[bag].every
     written = attention.written(d_model, batch, tokens, dtype)[bag]
     heads = attention.key_heads
-    shared = keep.spread == "adaptive"
+    shared = keep.spread.pools
     stores = attention.entry_sets if keep.evicts or not isinstance(select, All) else 1
     position = jnp.full((batch, 1 if shared else stores, slots * (heads if shared else 1)), NOWHERE)
     used = position != NOWHERE

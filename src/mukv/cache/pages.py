@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mukv.attention import Query, Recall, Retrieved
 from mukv.cache.select import RECENT, Index, Select, View, best, joined, shares
 from mukv.cache.shelf import Shelf
+from mukv.core.counts import require_counts
 from mukv.core.linear import similarity
 from mukv.core.typing import Array
 
@@ -30,6 +31,9 @@ class Pages(Select):
     """
 
     size: int | None = None
+
+    def __post_init__(self) -> None:
+        require_counts(self, "size", most=1 << 20)
 
     @property
     def run(self) -> int:

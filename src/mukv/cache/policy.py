@@ -1,8 +1,9 @@
 """Cache policies: which entries are kept, how they are stored, which of them a query reads.
 
 These are three independent choices, each with the default "everything". A policy is named by its
-choices, joined by "+": `snapkv+int8+topk`. A budget applies to every choice that has one;
-`snapkv:0.5+topk:64` gives each its own. Layers with a window are not affected.
+choices, joined by "+", each with its parameters and its budget: `snapkv(window=64):0.25+int8+topk`.
+A budget that is given separately applies to every choice that has none of its own. Layers with a
+window are not affected.
 """
 
 from __future__ import annotations
@@ -14,22 +15,28 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention
+from mukv.attention import Attention
 from mukv.attention.mixer import ENTRIES
 from mukv.cache.attended import H2O, TOVA, SnapKV
 from mukv.cache.budget import CacheBudget
 from mukv.cache.by_key import KeyDiff, KeyNorm
+from mukv.cache.by_value import CUR, LagKV, Leverage
+from mukv.cache.chunks import WholeChunks
 from mukv.cache.clusters import Clusters
+from mukv.cache.critical import Critical
 from mukv.cache.expected import Expected
-from mukv.cache.keep import Everything, Keep, Spread
+from mukv.cache.keep import Everything, Keep
 from mukv.cache.kept import Kept, empty
 from mukv.cache.pages import Pages
 from mukv.cache.positional import Random, Streaming
 from mukv.cache.quantised import Int4, Int8
+from mukv.cache.refine import Refine
 from mukv.cache.select import All, Select
 from mukv.cache.sparq import SparQ
+from mukv.cache.spread import Adaptive, Pyramid, Spread, Uniform
 from mukv.cache.store import Exact, Store
 from mukv.cache.values import TopK, TopP
+from mukv.cache.words import Word, built, read_word, shown, split
 from mukv.core.errors import BadInput, unknown_name
 from mukv.core.table import PartTable, imported
 from mukv.core.typing import Array
@@ -46,6 +53,9 @@ KEEPERS = PartTable(
         "knorm": KeyNorm,
         "keydiff": KeyDiff,
         "expected": Expected,
+        "lagkv": LagKV,
+        "leverage": Leverage,
+        "cur": CUR,
         "random": Random,
     },
     kinds=False,
@@ -64,10 +74,18 @@ SELECTORS = PartTable(
     },
     kinds=False,
 )
-SPREADS: dict[str, Spread] = {"uniform": "uniform", "pyramid": "pyramid", "adaptive": "adaptive"}
+SPREADS = PartTable(
+    "spread",
+    Spread,
+    {"uniform": Uniform, "pyramid": Pyramid, "adaptive": Adaptive},
+    kinds=False,
+)
+REFINERS = PartTable("refine", Refine, {"critical": Critical, "chunk": WholeChunks}, kinds=False)
+TABLES: tuple[PartTable[Any], ...] = (KEEPERS, REFINERS, SPREADS, STORES, SELECTORS)
+"""Parts of a policy, in the order in which its name has them."""
+NAMES = tuple(name for table in TABLES for name in table)
 Calibrated = Mapping[int, Mapping[str, Array]]
 """A model's calibrated centres: arrays of each writing layer, by its index."""
-NAMES = (*KEEPERS, *STORES, *SELECTORS, *SPREADS)
 
 
 @dataclass(frozen=True)
@@ -85,52 +103,55 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str, budget: float = 1.0, where: str = "policy") -> Policy:
-        """Parse the name of a policy. Raises BadInput for unknown names and for two choices of one
-        kind.
+        """Parse the name of a policy; the inverse of `str`.
 
         budget: of the choices that do not have their own
         where: name of the policy in errors
+
+        Raises BadInput for unknown names and parameters, for values that don't fit, and for two
+        choices of one kind.
         """
-        answers: dict[str, Any] = {}
-        for word in text.split("+"):
-            name, _, own = word.strip().partition(":")
-            name = _imported(name, where)
-            amount = CacheBudget(_number(own, where, word) if own else budget)
-            if name in KEEPERS:
-                question, answer = "keep", KEEPERS[name](amount)
-            elif name in STORES:
-                question, answer = "store", STORES[name]()
-            elif name in SELECTORS:
-                question, answer = "select", SELECTORS[name](amount)
-            elif name in SPREADS:
-                question, answer = "spread", SPREADS[name]
-            else:
-                raise unknown_name(where, name, (*KEEPERS, *STORES, *SELECTORS, *SPREADS))
-            if own and not hasattr(answer, "budget"):
-                raise BadInput(where, word, f"{name} has no budget")
-            if question in answers:
-                raise BadInput(where, text, f"at most one part that says what to {question}")
-            answers[question] = answer
-        spread = answers.pop("spread", "uniform")
-        policy = cls(**answers)
-        if spread == "uniform":
-            return policy
+        found: dict[str, list[Any]] = {table.part: [] for table in TABLES}
+        for word in (read_word(word, where) for word in split(text, "+")):
+            table, part = _part(word, budget, where)
+            if found[table.part] and table is not REFINERS:
+                raise BadInput(where, text, f"at most one part that says what to {table.part}")
+            if type(part) in map(type, found[table.part]):
+                raise BadInput(where, text, f"{word.name} once")
+            found[table.part].append(part)
+        refine, spread = tuple(found.pop("refine")), found.pop("spread")
+        policy = cls(**{question: part for question, parts in found.items() for part in parts})
         if not policy.keep.evicts:
-            raise BadInput(where, text, f"{spread} needs a policy that drops entries, like snapkv")
-        return replace(policy, keep=replace(policy.keep, spread=spread))
+            idle = next((each for each in (*refine, *spread) if each != Uniform()), None)
+            if idle is not None:
+                needs = f"{_name(idle)} needs a policy that drops entries, like snapkv"
+                raise BadInput(where, text, needs)
+            return policy
+        shared = spread[0] if spread else Uniform()
+        return replace(policy, keep=replace(policy.keep, spread=shared, refine=refine))
 
     def __str__(self) -> str:
-        """Return the name without budgets."""
-        tables = ((KEEPERS, self.keep), (STORES, self.store), (SELECTORS, self.select))
-        names = [next(n for n, t in table.items() if type(part) is t) for table, part in tables]
-        if self.keep.spread != "uniform":
-            names.insert(1, self.keep.spread)
-        return "+".join(n for n in names if n not in ("full", "exact", "all")) or "full"
+        """Return the name, with the parameters that are not at their defaults and the budgets."""
+        return self._named(budgets=True)
+
+    @property
+    def name(self) -> str:
+        """The name without budgets."""
+        return self._named(budgets=False)
+
+    def _named(self, budgets: bool) -> str:
+        def word(part: Any) -> str:
+            limit = part.budget.amount if budgets and part.has_budget else 1
+            return shown(_name(part), part, None if limit == 1 else limit)
+
+        parts = (self.keep, *self.keep.refine, self.keep.spread, self.store, self.select)
+        left_out = (Everything, Uniform, Exact, All)
+        return "+".join(word(part) for part in parts if type(part) not in left_out) or "full"
 
     @property
     def everything(self) -> bool:
         """Whether the policy has no effect."""
-        return str(self) == "full"
+        return self.name == "full"
 
     @classmethod
     def takes_budget(cls, text: str, where: str = "policy") -> bool:
@@ -144,13 +165,13 @@ class Policy:
         """The budget of kept entries, or else of read entries; 1 without either."""
         return (self.keep if self.keep.evicts else self.select).budget.amount
 
-    def check(self, number: int, attention: AnyAttention) -> None:
+    def check(self, number: int, attention: Attention) -> None:
         """Raise BadInput, with the reason, if the policy does not fit a reading layer."""
         layer = f"layer {number}"
         if attention.position.sequential and (self.keep.evicts or self.select.skips_keys):
             raise BadInput(
                 "policy",
-                str(self),
+                self.name,
                 f"{layer} has the position encoding {attention.position.kind}, which depends on "
                 "all entries between a query and a key, so that no entry may be dropped or "
                 "skipped; int8, int4, topk and topp fit",
@@ -158,41 +179,49 @@ class Policy:
         if isinstance(self.select, TopK) and not attention.values_apart:
             raise BadInput(
                 "policy",
-                str(self),
+                self.name,
                 f"{layer} makes keys and values of the same numbers ({attention.kind}), so that "
                 "skipping values saves no reads; pages, clusters and sparq fit",
             )
         paced = [bag for bag in attention.bags.values() if bag.every > 1 and bag.window is None]
-        if self.keep.needs_queries and paced:
+        if (self.keep.needs_queries or self.keep.rotates_back) and paced:
             raise BadInput(
                 "policy",
-                str(self),
+                self.name,
                 f"{layer} stores one entry per {paced[0].every} tokens ({attention.kind}), which "
-                "can't be chosen by queries of tokens; streaming, random, knorm and keydiff fit",
+                "can't be chosen by queries of tokens or by keys that are rotated back; streaming, "
+                "random, knorm, keydiff, cur and lagkv fit",
             )
-        if self.keep.spread == "adaptive":
+        if any(step.needs_weights for step in self.keep.refine):
+            if self.keep.signed:
+                allowed = f"a score of at least 0, like that of snapkv: {_name(self.keep)} has none"
+                raise BadInput("policy", self.name, allowed)
+            if "output" not in attention.output_params(1):
+                allowed = f"{layer} projects its heads in several steps ({attention.kind})"
+                raise BadInput("policy", self.name, f"no critical: {allowed}")
+        if self.keep.spread.pools:
             if attention.entry_sets == 1:
                 raise BadInput(
                     "policy",
-                    str(self),
+                    self.name,
                     f"{layer} has one set of entries for all heads: adaptive needs one per head",
                 )
             if not isinstance(self.select, All):
                 raise BadInput(
-                    "policy", str(self), "adaptive is read whole: no select policy goes with it"
+                    "policy", self.name, "adaptive is read whole: no select policy goes with it"
                 )
         calibrated = isinstance(self.select, Clusters) and self.select.calibrated
         if calibrated and attention.entry_sets != attention.key_heads:
             raise BadInput(
                 "policy",
-                str(self),
+                self.name,
                 f"{layer} has one set of entries for all heads ({attention.kind}): calibrated "
                 "centres, one set per head, don't fit; clusters of the prompt do",
             )
 
     def body(
         self,
-        attention: AnyAttention,
+        attention: Attention,
         d_model: int,
         batch: int,
         length: int,
@@ -209,19 +238,20 @@ class Policy:
 
         Raises BadInput for a budget below what the policy must hold.
         """
-        keep = self.keep
-        if keep.spread == "pyramid":
-            keep = replace(keep, budget=keep.budget.pyramid(*place))
+        keep = self.keep.of_layer(*place, length)
         slots = keep.budget.of(length) if keep.evicts else length
         if slots < keep.minimum:
-            raise _too_small(self, keep.budget, slots, length, keep.minimum)
+            raise _too_small(self.name, keep.budget, slots, length, keep.minimum)
         select = self.select.sized(slots)
         slots = -(-slots // math.lcm(self.store.multiple, select.run)) * math.lcm(
             self.store.multiple, select.run
         )
         read = select.budget.of(slots)
         if not select.budget.everything and read < select.minimum:
-            raise _too_small(self, select.budget, read, slots, select.minimum)
+            raise _too_small(self.name, select.budget, read, slots, select.minimum)
+        if isinstance(select, Clusters) and select.calibrated and not centres:
+            allowed = "a model with calibrated centres: mukv analyze MODEL --calibrate keys"
+            raise BadInput("policy", self.name, allowed)
         given = dict(centres or {}) if isinstance(select, Clusters) and select.calibrated else {}
         return empty(attention, d_model, batch, slots, dtype, keep, self.store, select, given, bag)
 
@@ -229,32 +259,45 @@ class Policy:
 FULL = Policy()
 
 
+def _part(word: Word, budget: float, where: str) -> tuple[PartTable[Any], Any]:
+    """Build the part that a word names; also return its table."""
+    name = _imported(word.name, where)
+    table = next((table for table in TABLES if name in table), None)
+    if table is None:
+        raise unknown_name(where, name, (name for table in TABLES for name in table))
+    part = built(table[name], word, where)
+    if part.has_budget:
+        own = budget if word.budget is None else word.budget
+        part = replace(part, budget=CacheBudget(own))
+    elif word.budget is not None:
+        raise BadInput(where, word.text, f"{name} has no budget")
+    return table, part
+
+
+def _name(part: Any) -> str:
+    """Return the name of a part in its table."""
+    return next(name for table in TABLES for name, cls in table.items() if type(part) is cls)
+
+
 def _imported(name: str, where: str) -> str:
     """The name in a table of a part of another package, which may be given as its dotted path.
 
     Raises BadInput for a path that can't be imported, and for a class that is no part of a policy.
     """
-    tables = (KEEPERS, STORES, SELECTORS)
-    if "." not in name or any(name in table for table in tables):
+    if "." not in name or any(name in table for table in TABLES):
         return name
     cls = imported(name, where)
-    for table in tables:
+    for table in TABLES:
         if isinstance(cls, type) and issubclass(cls, table.base):
             cls = table.find(name, where)
             return next(known for known, other in table.items() if other is cls)
-    raise BadInput(where, name, "a class that extends mukv.Keep, mukv.Store or mukv.Select")
+    bases = ", ".join(f"mukv.{table.base.__name__}" for table in TABLES)
+    raise BadInput(where, name, f"a class that extends one of {bases}")
 
 
-def _too_small(policy: Policy, budget: CacheBudget, entries: int, of: int, least: int) -> BadInput:
+def _too_small(policy: str, budget: CacheBudget, entries: int, of: int, least: int) -> BadInput:
     return BadInput(
         "budget",
         budget.amount,
         f"{policy} must hold at least {least} entries; this is {entries} of {of}",
     )
-
-
-def _number(text: str, where: str, word: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise BadInput(where, word, "a number behind the colon, such as snapkv:0.5") from None

@@ -11,68 +11,86 @@ covers the maximum.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from mukv.cache.store import Parts, Store, Tensor
+from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, UInt4, UInt8
 
-GROUP = 32
+GROUP, LARGEST = 32, 512
+"""Default of `group`, and the largest: bodies are decoded in blocks of 512 slots."""
 ROUNDED_UP = 1 + 2**-7
 """Factor by which a step is multiplied, so that its bfloat16 value is not below the exact step."""
 
 
 @dataclass(frozen=True)
-class Int8(Store):
-    """Store 8 bits per number."""
+class Quantised(Store):
+    """Base class of encodings with one step for each group of numbers.
 
-    multiple: ClassVar[int] = GROUP
+    group: tokens of a key's channel, or channels of a token, that share a step
+    """
+
+    group: int = GROUP
+
+    def __post_init__(self) -> None:
+        if self.group < 2 or LARGEST % self.group:
+            raise BadInput("group", self.group, f"a power of 2 from 2 to {LARGEST}")
+
+    @property
+    def multiple(self) -> int:
+        return self.group
+
+
+@dataclass(frozen=True)
+class Int8(Quantised):
+    """Store 8 bits per number (KIVI, Liu et al. 2024)."""
 
     def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
         if key:
-            number, factors = _between(key, tensor, there, 255)
+            number, factors = _between(key, tensor, there, 255, self.group)
             return {"number": number, **factors}
-        grouped = _channels(tensor.astype(jnp.float32))
+        grouped = _channels(tensor.astype(jnp.float32), self.group)
         step = _step(jnp.max(jnp.abs(grouped), axis=4, keepdims=True) / 127)
         number = jnp.clip(jnp.round(grouped / _divisor(step)), -127, 127).astype(jnp.int8)
         return {"number": _flat(number, tensor.shape), "step": jnp.squeeze(step, 4)}
 
     def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
         number = parts["number"].astype(jnp.float32)
-        found = number * _spread(key, parts["step"], number.shape[2], width)
+        found = number * _spread(key, parts["step"], number.shape[2], width, self.group)
         if key:
-            found += _spread(key, parts["low"], number.shape[2], width)
+            found += _spread(key, parts["low"], number.shape[2], width, self.group)
         return found
 
 
 @dataclass(frozen=True)
-class Int4(Store):
-    """Store 4 bits per number."""
-
-    multiple: ClassVar[int] = GROUP
+class Int4(Quantised):
+    """Store 4 bits per number (KIVI, Liu et al. 2024)."""
 
     def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
-        number, factors = _between(key, tensor, there, 15)
+        number, factors = _between(key, tensor, there, 15, self.group)
         return {"number": _packed(number), **factors}
 
     def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
         number = _unpacked(parts["number"])[..., :width].astype(jnp.float32)
-        step, low = (_spread(key, parts[part], number.shape[2], width) for part in ("step", "low"))
+        step, low = (
+            _spread(key, parts[part], number.shape[2], width, self.group)
+            for part in ("step", "low")
+        )
         return number * step + low
 
 
 def _between(
-    key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"], levels: int
+    key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"], levels: int, group: int
 ) -> tuple[UInt8[Array, "batch heads slot width"], Parts]:
     """Quantise each group to integers 0 to `levels` between its minimum and maximum.
 
     Returns the integers and the group's `low` and `step`. Empty slots are ignored.
     """
     runs, axis = (_runs, 3) if key else (_channels, 4)
-    grouped = runs(tensor.astype(jnp.float32))
-    counted = runs(jnp.broadcast_to(there[..., None], tensor.shape))
+    grouped = runs(tensor.astype(jnp.float32), group)
+    counted = runs(jnp.broadcast_to(there[..., None], tensor.shape), group)
     low = jnp.min(jnp.where(counted, grouped, jnp.inf), axis=axis, keepdims=True)
     high = jnp.max(jnp.where(counted, grouped, -jnp.inf), axis=axis, keepdims=True)
     low, high = (jnp.where(jnp.isfinite(end), end, 0.0) for end in (low, high))
@@ -95,32 +113,27 @@ def _flat(number: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _spread(
-    key: bool, factor: Float[Array, "batch heads row some"], slots: int, width: int
+    key: bool, factor: Float[Array, "batch heads row some"], slots: int, width: int, group: int
 ) -> Float[Array, "batch heads slot #width"]:
     """Broadcast a group's factor to its numbers, float32."""
     factor = factor.astype(jnp.float32)
     if key:
         return jnp.repeat(factor, slots // factor.shape[2], axis=2)
-    return jnp.repeat(factor, _group(width), axis=3)[..., :width]
+    return jnp.repeat(factor, min(group, width), axis=3)[..., :width]
 
 
-def _group(width: int) -> int:
-    """Return the number of channels of a token that share a factor."""
-    return min(GROUP, width)
-
-
-def _runs(tensor: Array) -> Array:
+def _runs(tensor: Array, group: int) -> Array:
     """Group by runs of slots: [batch heads run slot width]."""
     batch, heads, _, width = tensor.shape
-    return tensor.reshape(batch, heads, -1, GROUP, width)
+    return tensor.reshape(batch, heads, -1, group, width)
 
 
-def _channels(tensor: Array) -> Array:
+def _channels(tensor: Array, group: int) -> Array:
     """Group by runs of channels: [batch heads slot run channel]; the last run is padded with its
     last channel.
     """
     batch, heads, slots, width = tensor.shape
-    group = _group(width)
+    group = min(group, width)
     padded = jnp.pad(tensor, [(0, 0)] * 3 + [(0, -width % group)], mode="edge")
     return padded.reshape(batch, heads, slots, -1, group)
 

@@ -71,6 +71,27 @@ class Seen:
         recalled = attention.recall(self.reader.weights, self.entries)
         return recalled.dense(attention.key_heads)[1]
 
+    def rotated(
+        self, x: Float[Array, "batch heads token width"], position: Int[Array, "..."]
+    ) -> Float[Array, "batch heads token width"]:
+        """Rotate keys or queries by position alone; only the last `rotated_dim` dimensions are
+        rotated.
+        """
+        attention = self.reader.attention
+        start = x.shape[-1] - attention.rotated_dim
+        turned = attention.rotate(x[..., start:], position)
+        return jnp.concatenate([x[..., :start], turned], axis=-1)
+
+    def rotated_back(
+        self, x: Float[Array, "batch heads token width"], position: Int[Array, "..."]
+    ) -> Float[Array, "batch heads token width"]:
+        """Undo the rotation of keys or queries."""
+        # A factor of the rotation (YaRN) is divided out twice, because rotating back multiplies by
+        # it again.
+        ones = jnp.ones((1, 1, 1, x.shape[-1]))
+        gain = self.rotated(ones, jnp.zeros((1, 1, 1), jnp.int32))
+        return self.rotated(x, -position) / gain**2
+
     def last(self, number: int) -> Int[Array, "batch query"]:
         """Return the indices of the last `number` new queries; negative where there are fewer."""
         return self.added[:, None] - number + jnp.arange(number)[None]

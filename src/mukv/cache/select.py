@@ -66,6 +66,7 @@ class Select:
 
     budget: CacheBudget = field(default_factory=CacheBudget)
 
+    has_budget: ClassVar[bool] = True
     skips_keys: ClassVar[bool] = True
     """Whether some keys are not read at all."""
     orders: ClassVar[bool] = False
@@ -106,6 +107,7 @@ class Select:
 class All(Select):
     """Read all entries."""
 
+    has_budget: ClassVar[bool] = False
     skips_keys: ClassVar[bool] = False
 
     def retrieve(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Retrieved:

@@ -16,6 +16,7 @@ from mukv.attention import Entries, Query, Recall, Recalled, Retrieved
 from mukv.attention.recalled import Whole
 from mukv.cache.select import Index, Select, View, best, joined, shares
 from mukv.cache.shelf import NOWHERE, Shelf
+from mukv.core.counts import require_counts
 from mukv.core.typing import Array, Float
 from mukv.position.base import Logits
 
@@ -28,6 +29,9 @@ class SparQ(Select):
     """
 
     components: int | None = None
+
+    def __post_init__(self) -> None:
+        require_counts(self, "components", most=1 << 20)
 
     def index(self, view: View) -> dict[str, Array]:
         heads, stores = view.key.shape[1], view.there.shape[1]

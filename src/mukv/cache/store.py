@@ -23,10 +23,14 @@ Stored = dict[str, Parts]
 class Store:
     """Base class of encodings."""
 
-    multiple: ClassVar[int] = 1
-    """Number of slots that share a row."""
+    has_budget: ClassVar[bool] = False
     blockwise: ClassVar[bool] = True
     """Whether decoding makes a copy; if so, it is done in blocks, never of everything at once."""
+
+    @property
+    def multiple(self) -> int:
+        """Number of slots that share a row."""
+        return 1
 
     def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
         """Encode a tensor.

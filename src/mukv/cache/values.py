@@ -1,6 +1,6 @@
 """Sparse V: read all keys, but only the values with the largest attention weights.
 
-The weight of the other values is dropped, not redistributed.
+The weight of the other values is shared out among those that are read, in proportion to their own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mukv.attention import Query, Recall, Recalled, Retrieved
 from mukv.attention.recalled import Whole
 from mukv.cache.select import Index, Select
 from mukv.cache.shelf import Shelf
+from mukv.core.errors import BadInput
 from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int
 from mukv.position.base import Logits
@@ -26,7 +27,12 @@ CAPPED = "capped"
 
 @dataclass(frozen=True)
 class TopK(Select):
-    """Read the values of the `budget` largest weights."""
+    """Read the values of the `budget` largest weights.
+
+    renormalise: whether these get the weight of the others, so that the body keeps its weight
+    """
+
+    renormalise: bool = True
 
     skips_keys: ClassVar[bool] = False
 
@@ -41,7 +47,7 @@ class TopK(Select):
         whole, entries = shelf.whole(recall)
         number = max(self.budget.of(shelf.slots), 1)
         stores = shelf.position.shape[1]
-        return Heaviest(whole, values, stores, number, self._mass()), entries
+        return Heaviest(whole, values, stores, number, self._mass(), self.renormalise), entries
 
     def _mass(self) -> float:
         return 1.0
@@ -57,6 +63,10 @@ class TopP(TopK):
 
     mass: float = 0.95
 
+    def __post_init__(self) -> None:
+        if not 0 < self.mass <= 1:
+            raise BadInput("mass", self.mass, "a share above 0 and at most 1")
+
     def _mass(self) -> float:
         return self.mass
 
@@ -69,6 +79,7 @@ class Heaviest(Recalled):
     stores: number of stores
     number: number of values that are read at most
     mass: fraction of the total weight, in falling order, at which reading stops
+    renormalise: whether the weights that are read are scaled to the sum of all, per query head
     """
 
     whole: Recalled
@@ -76,6 +87,7 @@ class Heaviest(Recalled):
     stores: int
     number: int
     mass: float
+    renormalise: bool
 
     def products(self, query: Query) -> Logits:
         return self.whole.products(query)
@@ -92,7 +104,12 @@ class Heaviest(Recalled):
         of_head = jnp.repeat(index, heads // self.stores, axis=1)[:, :, None, None]
         taken = jnp.take_along_axis(weights, of_head, axis=4)
         read = jnp.repeat(given > 0, heads // self.stores, axis=1)[:, :, None, None]
-        return self.values(index).mixture(jnp.where(read, taken, 0.0))
+        taken = jnp.where(read, taken, 0.0)
+        if self.renormalise:
+            whole, part = (jnp.sum(x, axis=4, keepdims=True) for x in (weights, taken))
+            # A head of whose weights none is read keeps its zeros.
+            taken = taken * (whole / jnp.where(part > 0, part, 1.0))
+        return self.values(index).mixture(taken)
 
     def dense(self, heads: int) -> tuple[Whole, Whole]:
         return self.whole.dense(heads)

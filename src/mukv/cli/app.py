@@ -97,8 +97,9 @@ def exactly_one(command: str, **options: object) -> None:
 def note_unused_budget(policies: str) -> None:
     """Warn of the policies, separated by commas, that take no budget."""
     from mukv.cache import Policy
+    from mukv.cache.words import split
 
-    unused = [name for name in policies.split(",") if not Policy.takes_budget(name)]
+    unused = [name for name in split(policies, ",") if not Policy.takes_budget(name)]
     if unused:
         output.warn(f"--budget means nothing to {', '.join(unused)}")
 

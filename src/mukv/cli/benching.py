@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,6 +16,12 @@ from mukv.core.names import even
 from mukv.show import output
 from mukv.show.terminal import Console, table
 
+if TYPE_CHECKING:
+    from mukv.bench.examine import ExamineSettings
+    from mukv.tasks import AnyTask
+
+SAMPLES, PROMPT_SAMPLES = 200, 20
+"""Default number of samples of each task and length: with teacher forcing, and of prompts."""
 TEXT_LENGTH = 1024
 """Default of the shortest text length in tokens, for a model that was not trained on a task. Each
 task with its default sizes fits in as many bytes."""
@@ -34,7 +41,8 @@ def bench(
         bool, typer.Option("--oracle", help="Score a solver and a guesser instead of a model.")
     ] = False,
     tasks: Annotated[
-        str | None, typer.Option(help="Task names, separated by commas; default: all.")
+        str | None,
+        typer.Option(help="Task names, separated by commas; default: all that can be asked."),
     ] = None,
     lengths: Annotated[
         str | None,
@@ -57,11 +65,39 @@ def bench(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps; default: configured.")] = None,
     cache: Annotated[
-        str, typer.Option(help="Cache policy of decoded answers, such as snapkv:0.25+int8.")
+        str,
+        typer.Option(
+            "--cache",
+            "--policy",
+            help="Cache policy of decoded answers, such as snapkv:0.25+int8.",
+        ),
     ] = "full",
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="How a MODEL is asked: chat (a prompt in its chat template), plain (a prompt "
+            "without the template) or text (the task's own text); default: chat, or plain for a "
+            "model without a template."
+        ),
+    ] = None,
+    haystack: Annotated[
+        Path | None,
+        typer.Option(help="Text whose sentences fill up prompts; default: RULER's sentences."),
+    ] = None,
+    aware: Annotated[
+        bool,
+        typer.Option(
+            "--aware", help="Let the cache policy choose after the question of a prompt was read."
+        ),
+    ] = False,
     shots: Annotated[int, typer.Option(help="Solved examples before each text.")] = 0,
-    samples: Annotated[int, typer.Option(help="Samples per task and length.")] = 200,
-    free: Annotated[int, typer.Option(help="Samples that are also decoded token by token.")] = 16,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Samples per task and length; default: 200, and 20 for prompts."),
+    ] = None,
+    free: Annotated[
+        int, typer.Option(help="Samples of a task's own text that are also decoded.")
+    ] = 16,
     seed: Annotated[int, typer.Option(help="Random seed of the samples.")] = 0,
     out: Annotated[
         Path | None,
@@ -78,63 +114,149 @@ def bench(
     rate and seed, and tested at longer ones; a command that was interrupted can be repeated to
     continue.
 
+    A MODEL that was not trained on a task is asked in words, through its chat template if it has
+    one; a sample prompt is printed first.
+
     Example: `mukv bench tiny --tasks mqar,needle --lengths 128,256,512 --steps 300 --seeds 1`
     """
     launch.prepare()
     from mukv.bench import oracle as without_model
     from mukv.bench.examine import ExamineSettings
-    from mukv.bench.run import test_model, try_configuration, with_facts
-    from mukv.bench.trial import Trial
     from mukv.cache import Policy
-    from mukv.runs import loaded
-    from mukv.runs.resolve import resolve
     from mukv.tasks import TASKS
     from mukv.train import footprint
 
-    policy = Policy.parse(cache, where="--cache")
-    settings = ExamineSettings(samples, seed, free, shots, policy)
-    names = chosen(tasks, list(TASKS))
-    if lengths is not None:
-        longest = max(whole_numbers("--lengths", lengths))
-        footprint.require_bytes("their texts", 16 * samples * longest, "--lengths", longest)
-    asked = with_facts({name: TASKS[name] for name in names}, facts)
     if (source is None) != oracle:
         raise BadInput("bench", source or "no model", "MODEL, CONFIG or --oracle: one of them")
+    policy = Policy.parse(cache, where="--cache")
+    words = {"form": form, "haystack": sentences(haystack), "aware": aware}
+    many = SAMPLES if samples is None else samples
+    settings = ExamineSettings(many, seed, free, shots, policy, **words)
+    wanted = Wanted(None if tasks is None else chosen(tasks, list(TASKS)), facts, lengths)
+    if lengths is not None:
+        longest = max(whole_numbers("--lengths", lengths))
+        footprint.require_bytes("their texts", 16 * many * longest, "--lengths", longest)
     if source is None:
-        sizes = whole_numbers("--lengths", lengths or "512")
-        show(without_model.check(asked, sizes, samples, seed), None, as_json)
+        asked = wanted.tasks(None)
+        rows = without_model.check(asked, whole_numbers("--lengths", lengths or "512"), many, seed)
+        show(rows, None, as_json)
         return
-    folder = (
-        beside(source, "bench") if is_model(source) else Path("runs") / f"bench-{Path(source).stem}"
-    )
-    folder = out or folder
+    model = is_model(source)
+    folder = out or (beside(source, "bench") if model else Path("runs/bench-" + Path(source).stem))
     hold(context, folder)
-    tell = Console(stderr=True).say
-    if is_model(source):
-        model = loaded.load(source)
-        trained = model.run.data.task
-        if trained is not None and tasks is None:
-            asked = with_facts({trained.kind: trained}, facts)
-        first = TEXT_LENGTH if trained is None else model.run.train.length
-        sizes = sizes_of(lengths, first, model.network.context)
-        rows = test_model(model, asked, sizes, settings, folder, tell)
+    if model:
+        few = replace(settings, samples=PROMPT_SAMPLES) if samples is None else settings
+        rows = of_model(source, wanted, settings, few, folder)
     else:
         given = [*(overrides or []), *([] if steps is None else [f"train.steps={steps}"])]
-        run, _ = resolve(source, given, None)
-        if run.data.task is not None and tasks is None:
-            asked = with_facts({run.data.task.kind: run.data.task}, facts)
-        first = max(run.train.length, *(task.smallest for task in asked.values()))
-        sizes = sizes_of(lengths, first, run.model.context)
-        rate = run.train.learning_rate
-        rates = rates_of(learning_rates) if learning_rates else (rate / 2, rate, 2 * rate)
-        trial = Trial(run, tuple(sizes), rates, seeds, folder, settings, growing)
-        rows = try_configuration(trial, asked, folder, tell)
+        plan = TrainingPlan(learning_rates, seeds, growing)
+        rows = of_configuration(source, given, wanted, plan, settings, folder)
     show(rows, folder, as_json)
 
 
+class Wanted(NamedTuple):
+    """What is asked.
+
+    names: of tasks; None for the one that a model was or will be trained on, or else all that can
+        be asked
+    facts: per text; None for those of the task
+    lengths: as typed
+    """
+
+    names: Sequence[str] | None
+    facts: int | None
+    lengths: str | None
+
+    def tasks(self, trained: AnyTask | None, in_words: bool = False) -> dict[str, AnyTask]:
+        """Return the tasks by name. Raises BadInput for one that can't have as many facts.
+
+        trained: the task that a model was or will be trained on
+        in_words: whether they are asked with prompts, in which numbers have more digits
+        """
+        from mukv.bench.run import with_facts
+        from mukv.tasks import TASKS
+        from mukv.tasks.prompts import PROMPTED
+
+        if self.names is None and trained is not None:
+            return with_facts({trained.kind: trained}, self.facts)
+        known = {**TASKS, **PROMPTED} if in_words else TASKS
+        names = self.names or (PROMPTED if in_words else TASKS)
+        return with_facts({name: known[name] for name in names}, self.facts)
+
+
+def of_model(
+    source: str,
+    wanted: Wanted,
+    settings: ExamineSettings,
+    of_prompts: ExamineSettings,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Test a model; returns the rows of the table. of_prompts: settings if it is asked with
+    prompts."""
+    from mukv.bench.run import test_model
+    from mukv.runs import loaded
+
+    model = loaded.load(source)
+    trained = model.run.data.task
+    in_words = trained is None and settings.form != "text"
+    asked = wanted.tasks(trained, in_words)
+    first = TEXT_LENGTH if trained is None else model.run.train.length
+    sizes = sizes_of(wanted.lengths, first, model.network.context)
+    settings = of_prompts if in_words else settings
+    return test_model(model, asked, sizes, settings, folder, Console(stderr=True).say)
+
+
+class TrainingPlan(NamedTuple):
+    """How a configuration is trained. rates: as typed. growing: more facts in longer texts."""
+
+    rates: str | None
+    seeds: int
+    growing: bool
+
+
+def of_configuration(
+    source: str,
+    overrides: Sequence[str],
+    wanted: Wanted,
+    plan: TrainingPlan,
+    settings: ExamineSettings,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Train and test a configuration; returns the rows of the table."""
+    from mukv.bench.run import try_configuration
+    from mukv.bench.trial import Trial
+    from mukv.runs.resolve import resolve
+
+    run, _ = resolve(source, overrides, None)
+    asked = wanted.tasks(run.data.task)
+    first = max(run.train.length, *(task.smallest for task in asked.values()))
+    sizes = sizes_of(wanted.lengths, first, run.model.context)
+    rate = run.train.learning_rate
+    rates = rates_of(plan.rates) if plan.rates else (rate / 2, rate, 2 * rate)
+    trial = Trial(run, tuple(sizes), rates, plan.seeds, folder, settings, plan.growing)
+    return try_configuration(trial, asked, folder, Console(stderr=True).say)
+
+
+def sentences(path: Path | None) -> tuple[str, ...]:
+    """Return the sentences of a text file, or RULER's filler without a path. Raises BadInput for a
+    text without any."""
+    from mukv.runs import inputs
+    from mukv.tasks.prompts import NOISE, sentences_of
+
+    if path is None:
+        return NOISE
+    (text,) = inputs.texts([path], "--haystack")
+    found = sentences_of(text)
+    if not found:
+        raise BadInput("--haystack", str(path), "a text with at least one sentence")
+    return found
+
+
 def is_model(source: str) -> bool:
-    """Whether this is a folder or a hub id, rather than a preset or YAML file."""
-    return Path(source).is_dir() or ("/" in source and not source.endswith((".yaml", ".yml")))
+    """Whether this is a folder, a GGUF file or a hub id, rather than a preset or YAML file."""
+    path = Path(source)
+    named = "/" in source and not source.endswith((".yaml", ".yml"))
+    return path.is_dir() or path.suffix == ".gguf" or named
 
 
 def sizes_of(given: str | None, first: int, context: int | None) -> list[int]:
@@ -190,6 +312,7 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
         "length\ntokens": [f"{row['length']:,}" for row in rows],
         "exact\nmatch": [f"{row['exact_match']:.3f}" for row in rows],
         "95 %\ninterval": ["{:.3f}-{:.3f}".format(*row["interval"]) for row in rows],
+        "partial": even([row.get("partial") for row in rows], 3),
         "free\nrunning": even([row.get("free_running") for row in rows], 3),
         "calibr.\nerror": even([row.get("calibration_error") for row in rows], 3),
         "chance": even([float(row["chance"]) for row in rows], 3),
@@ -197,7 +320,9 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
         "cache\nbytes/token": [f"{row['cache_bytes_per_token']:,.0f}" for row in rows],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
-    caption = "shares of correct answers; free running: of the answers decoded token by token"
+    caption = "shares of correct answers; partial: mean nearness, 1 - edits / length"
+    if any(row.get("free_running") is not None for row in rows):
+        caption += "; free running: of the answers decoded token by token"
     shown = table(("task",), tuple(columns), caption=caption)
     for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
         shown.add_row(row["task"], *cells)

@@ -71,6 +71,7 @@ def policies(as_json: Json = False) -> None:
     """
     launch.prepare()
     from mukv.runs.listing import policy_list
+    from mukv.schema.reference import short_yaml
 
     found = policy_list()
     if as_json:
@@ -78,13 +79,16 @@ def policies(as_json: Json = False) -> None:
         return
     shown = table(("policy", "what to", "meaning", "parameters", "source"), ())
     for each in found:
-        parameters = (f"{k}={v['default']}" for k, v in each["parameters"].items())
+        parameters = (f"{k}={short_yaml(v['default'])}" for k, v in each["parameters"].items())
         words = ", ".join([*(["budget"] if each["budget"] else []), *parameters])
         shown.add_row(each["name"], each["answers"], each["meaning"], words, each["source"] or "")
     Console().print(shown)
     Console().say(
-        "join parts by +, at most one each to keep, store, select: --cache snapkv:0.25+int8", "dim"
+        "join parts by +, at most one each to keep, spread, store, select, each with its "
+        "parameters and its budget: --cache 'snapkv(window=64):0.25+int8'",
+        "dim",
     )
+    Console().say("defaults of kvpress by its name: kvpress:snapkv:0.25", "dim")
 
 
 @app.command()

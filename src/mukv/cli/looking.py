@@ -91,7 +91,8 @@ def _show_analysis(made: Analysis, console: Console) -> None:
     for name, layers in made.found.items():
         caption = (
             "entries that hold a share of the mass; mass of the largest tenth of the weights, and "
-            "relative error of the output with them alone; distance: in tokens"
+            "relative error of the output with them alone; sinks: the first 4 entries; mean "
+            "distance in tokens; position of the most-read entry, and its share of the mass"
         )
         shown = table(("layer",), study.SHORT[1:], f"text: {name}", caption)
         for layer in layers:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mukv.cache import FULL, Policy
+from mukv.cache.words import split
 from mukv.compress.reader import PolicyReader, Read
 from mukv.compress.rows import Rows
 from mukv.core.compute import settled
@@ -63,7 +64,7 @@ class Result:
 def grid(names: str, budgets: Sequence[float]) -> list[tuple[Policy, float]]:
     """Return `full`, then each policy with each budget; only once where a policy has no budget."""
     made: list[tuple[Policy, float]] = [(FULL, 1.0)]
-    for name in names.split(","):
+    for name in split(names, ","):
         takes = Policy.takes_budget(name, "--policy")
         for budget in budgets:
             policy = Policy.parse(name, budget, "--policy")
@@ -93,7 +94,7 @@ def judge(
     results, full, before = [], None, 0
     with Bar("compress", sum(ticks), silent=silent) as bar:
         for (reader, budget), own in zip(readers, ticks, strict=True):
-            done, name = itertools.count(before), f"{reader.policy} {budget:g}"
+            done, name = itertools.count(before), f"{reader.policy.name} {budget:g}"
 
             def tick(done: Iterator[int] = done, name: str = name) -> None:
                 bar.show(next(done), {"policy": name})
@@ -141,7 +142,7 @@ def _result(
     worked = len(reads) * _together(rows)
     seconds = sum(read.decode_seconds for read in reads)
     result = Result(
-        policy=str(reader.policy),
+        policy=reader.policy.name,
         budget=budget,
         perplexity=_perplexity(losses.mean()),
         recall=recall,

@@ -34,8 +34,9 @@ class Compute:
     fused: whether attention avoids the tensor of logits of all pairs of tokens
     attention_chunk: queries per chunk of the fused core; None for a size that depends on the length
     loss_chunk: tokens per row whose logits are in memory at once; None for 32 MiB of float32 logits
-        per row, but at least 128 tokens
-    platform: platform that the other settings are chosen for; None for the one that JAX runs on
+        per row on a CPU and 1 GiB per device elsewhere, but at least 128 tokens
+    platform: platform that the other settings and the attention core are chosen for, whose programs
+        another platform may lower but not run; None for the one that JAX runs on
     """
 
     dtype: DType | None = None
@@ -63,7 +64,9 @@ class Compute:
             operands=self.operands or dtype,
             unroll=on_cpu if self.unroll is None else self.unroll,
             # At most 32 MiB of float32 logits per row; smaller chunks only cost time.
-            loss_chunk=self.loss_chunk or max(128, (1 << 23) // vocab_size),
+            loss_chunk=max(128, (1 << 23) // vocab_size)
+            if on_cpu and self.loss_chunk is None
+            else self.loss_chunk,
             platform=self.platform or platform,
         )
 
@@ -71,6 +74,14 @@ class Compute:
     def type(self) -> jnp.dtype:
         """Type of activations and cache entries."""
         return jnp.dtype(self.dtype or "float32")
+
+    def loss_tokens(self, rows: int, vocab_size: int) -> int:
+        """Return the number of tokens per row whose logits are in memory at once.
+
+        rows: rows of the batch on one device
+        """
+        # On an accelerator every chunk reads the whole readout and updates its gradient.
+        return self.loss_chunk or max(128, (1 << 28) // (rows * vocab_size))
 
     def working_copy(self, declared: Any, weights: Any) -> Any:
         """Round the weights that are multiplied to the type of operands.

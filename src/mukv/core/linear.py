@@ -150,10 +150,18 @@ mixture.defvjp(_mixture_forward, _mixture_backward)
 
 
 def _matmul(x: Array, y: Array) -> Array:
-    """Multiply matrices with float32 sums, with all batch axes flattened into one.
+    """Multiply matrices with float32 sums.
 
-    XLA's fast products on a CPU support one batch axis at most.
+    On a CPU all batch axes are flattened into one, because XLA's fast products there support one
+    at most. Elsewhere they stay apart, so that the mesh can split both rows of the batch and heads.
     """
-    flat = (array.reshape(-1, *array.shape[-2:]) for array in (x, y))
-    product = jnp.matmul(*flat, preferred_element_type=jnp.float32)
-    return product.reshape(*x.shape[:-1], y.shape[-1])
+
+    def flat(x: Array, y: Array) -> Array:
+        matrices = (array.reshape(-1, *array.shape[-2:]) for array in (x, y))
+        product = jnp.matmul(*matrices, preferred_element_type=jnp.float32)
+        return product.reshape(*x.shape[:-1], y.shape[-1])
+
+    def apart(x: Array, y: Array) -> Array:
+        return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+    return jax.lax.platform_dependent(x, y, cpu=flat, default=apart)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ AXES: Mapping[str, str] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "groups": "tensor",
+    "delta_heads": "tensor",
+    "delta_key_heads": "tensor",
     "hidden": "tensor",
     "experts": "data",
     "expert_hidden": "tensor",
@@ -39,6 +42,8 @@ AXES: Mapping[str, str] = {
     "concept_heads": "tensor",
     "concept_kv_heads": "tensor",
     "concept_groups": "tensor",
+    "concept_delta_heads": "tensor",
+    "concept_delta_key_heads": "tensor",
     "concept_hidden": "tensor",
     "concept_experts": "data",
     "concept_expert_hidden": "tensor",
@@ -180,10 +185,10 @@ def constrain(array: Array, *names: str | None) -> Array:
     if mesh is None:
         return array
     dims = {name or f"axis{i}": array.shape[i] for i, name in enumerate(names)}
-    # The residual stream's width stays whole: in activations, `data` splits only the batch.
-    if "batch" in dims:
-        return jax.lax.with_sharding_constraint(array, specification(dims, mesh))
-    return jax.lax.with_sharding_constraint(array, specification(dims, mesh, exclude=("data",)))
+    # The residual stream's width stays whole: in activations, `data` splits only the batch. Inside
+    # `by_data_shard` it is split already.
+    apart = mesh.manual_axes if "batch" in dims else ("data", *mesh.manual_axes)
+    return jax.lax.with_sharding_constraint(array, specification(dims, mesh, exclude=apart))
 
 
 def by_data_shard(function: Callable[..., Any], weights: Any, *rows: Array) -> Any:
@@ -196,8 +201,13 @@ def by_data_shard(function: Callable[..., Any], weights: Any, *rows: Array) -> A
     if mesh is None or mesh.shape["data"] == 1 or len(rows[0]) % mesh.shape["data"]:
         return function(weights, *rows)
     split = PartitionSpec("data")
+
+    def own(weights: Any, *rows: Array) -> Any:
+        # Each shard has a gradient of its own; they are summed once, where the shards join.
+        return function(jax.lax.pcast(weights, "data", to="varying"), *rows)
+
     return jax.shard_map(
-        function,
+        own,
         mesh=mesh,
         in_specs=(PartitionSpec(), *(split for _ in rows)),
         out_specs=split,
@@ -205,10 +215,42 @@ def by_data_shard(function: Callable[..., Any], weights: Any, *rows: Array) -> A
     )(weights, *rows)
 
 
+def by_shard(
+    function: Callable[..., Array], names: Sequence[tuple[str, ...]], out: tuple[str, ...]
+) -> Callable[..., Array]:
+    """Make a function that runs `function` on each shard, for kernels that XLA can't split.
+
+    names: logical names of the leading axes of each argument, keys of AXES
+    out: those of the result
+    """
+    mesh = _partitioned_mesh()
+    if mesh is None:
+        return function
+
+    def split(*arrays: Array) -> Array:
+        sizes = {
+            name: n
+            for axes, x in zip(names, arrays, strict=True)
+            for name, n in zip(axes, x.shape, strict=False)
+        }
+        table = [
+            specification({name: sizes[name] for name in axes}, mesh) for axes in (*names, out)
+        ]
+        # Kernels do not say over which axes their results vary.
+        shards = jax.shard_map(
+            function, mesh=mesh, in_specs=tuple(table[:-1]), out_specs=table[-1], check_vma=False
+        )
+        return shards(*arrays)
+
+    return split
+
+
 def gather(weights: Any, declared: Any) -> Any:
     """All-gather the weights that the axis `data` splits (FSDP), right before their use.
 
-    The split over `tensor` is kept. declared: tree of `Param` with the keys of `weights`.
+    The split over `tensor` is kept. The gradient is constrained to the split of the stored weight,
+    so that the partitioner sums it by a reduce-scatter: half the traffic of an all-reduce, and no
+    device holds the whole gradient. declared: tree of `Param` with the keys of `weights`.
     """
     mesh = _partitioned_mesh()
     if mesh is None:
@@ -217,7 +259,19 @@ def gather(weights: Any, declared: Any) -> Any:
     def collect(param: Param, array: Any) -> Any:
         if isinstance(array, LowRank):
             return array.mapped(collect, param)
-        spec = specification(param.dims, mesh, exclude=("data",))
-        return jax.lax.with_sharding_constraint(array, spec)
+        whole = specification(param.dims, mesh, exclude=("data",))
+        return _gathered(array, whole, specification(param.dims, mesh))
 
     return map_params(collect, declared, weights)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(array: Array, whole: PartitionSpec, stored: PartitionSpec) -> Array:
+    """Constrain a weight to the split `whole`, and its gradient to the split `stored`."""
+    return jax.lax.with_sharding_constraint(array, whole)
+
+
+_gathered.defvjp(
+    lambda array, whole, stored: (_gathered(array, whole, stored), None),
+    lambda whole, stored, _, slope: (jax.lax.with_sharding_constraint(slope, stored),),
+)

@@ -22,10 +22,32 @@ from mukv.core.typing import Array, Float
 
 Role = Literal["embedding", "hidden", "readout", "router", "vector"]
 Tag = Literal["query", "key", "value", "gate", "readout"]
-Init = Literal["normal", "zeros", "ones"]
+Init = Literal["normal", "zeros", "ones", "decay_rates", "decay_steps"]
 LAYER = "layer"
 WIDEST = 1 << 20
 """Maximum width of a model and of other widths; a larger number is a typing error."""
+
+
+def _decay_rates(key: Array, shape: tuple[int, ...]) -> Array:
+    """Logarithms of numbers from 1 to 16, uniform."""
+    return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
+
+
+def _decay_steps(key: Array, shape: tuple[int, ...]) -> Array:
+    """Numbers whose softplus is from 0.001 to 0.1, uniform in its logarithm."""
+    low, high = math.log(1e-3), math.log(1e-1)
+    step = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
+    return step + jnp.log(-jnp.expm1(-step))
+
+
+DRAWN: Mapping[Init, Callable[[Array, tuple[int, ...]], Array]] = {
+    "zeros": lambda key, shape: jnp.zeros(shape, jnp.float32),
+    "ones": lambda key, shape: jnp.ones(shape, jnp.float32),
+    "decay_rates": _decay_rates,
+    "decay_steps": _decay_steps,
+}
+"""Initial values that no parameterisation scales. The last two give a state that decays by
+exp(-exp(rate) softplus(step)) memories of 1 to 1,000 tokens (Mamba 2, Gated DeltaNet)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,8 @@ class Param:
     role: kind of weight, from which a parameterisation chooses initialisation and learning rate; a
         router maps the width to a fixed number of scores, vectors are gains and biases
     fan_in: names of the axes that a forward pass contracts
-    init: distribution of the initial values; the parameterisation chooses the standard deviation
+    init: distribution of the initial values: normal, with the standard deviation that the
+        parameterisation chooses, or one of DRAWN
     ends_branch: whether the output is added to the residual stream
     batch: names of the axes that count separate matrices, such as experts, which are neither
         contracted nor outputs; they come first, or after the axis of a stack's layers
@@ -185,10 +208,8 @@ def initialise(declared: Any, deviations: Any, key: Array) -> Any:
     structure = jax.tree.structure(declared, is_leaf=lambda leaf: isinstance(leaf, Param))
 
     def draw(param: Param, deviation: float, stream: Array) -> Array:
-        if param.init == "zeros":
-            return jnp.zeros(param.shape, jnp.float32)
-        if param.init == "ones":
-            return jnp.ones(param.shape, jnp.float32)
+        if param.init != "normal":
+            return DRAWN[param.init](stream, param.shape)
         return deviation * jax.random.normal(stream, param.shape, jnp.float32)
 
     return map_params(draw, declared, deviations, structure.unflatten(streams.values()))

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, UInt4, UInt8
+from jaxtyping import Bool, Float, Int, UInt4, UInt8, UInt32
 
 Weights = Mapping[str, Any]
 """A nested mapping from names to arrays; its leaves mirror those of the `Param` tree."""
@@ -36,5 +36,6 @@ __all__ = [
     "Tokens",
     "UInt4",
     "UInt8",
+    "UInt32",
     "Weights",
 ]

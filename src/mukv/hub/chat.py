@@ -139,6 +139,14 @@ def _mapping(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
+def has_template(folder: Path) -> bool:
+    """Whether a folder has a chat template, in a file of its own or among its settings."""
+    if (folder / FILE).exists():
+        return True
+    path = folder / SETTINGS
+    return path.exists() and read_json(path).get("chat_template") is not None
+
+
 def find_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
     """Return the file that contains a folder's template, and the template. Raises BadInput."""
     path = folder / FILE

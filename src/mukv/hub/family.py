@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from mukv.attention import Grouped
+from mukv.attention import Attention, Grouped
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.hub.base import Rule
@@ -161,11 +161,15 @@ class Family:
         if not isinstance(first, Grouped):
             yield BadInput("attention.kind", getattr(first, "kind", "?"), "grouped")
             return
+        for layer in layers:
+            if not isinstance(layer.attention, Attention):
+                yield BadInput("plan: attention", layer.attention.kind, "grouped")
+                return
         others = [layer.mlp for layer in layers if not isinstance(layer.mlp, Gated)]
         if others:
             yield BadInput("mlp.kind", getattr(others[0], "kind", "?"), "gated")
             return
-        for place in {layer.attention.position for layer in layers}:
+        for place in {layer.softmax.position for layer in layers}:
             if not isinstance(place, RoPE):
                 yield BadInput("attention.position.kind", place.kind, "rope")
                 return
@@ -179,7 +183,7 @@ class Family:
                 yield error
         norm = RMSNorm(model.norm.epsilon, self.norm)
         some = ((), (*QKV, "output")) if self.biases is None else (self.biases,)
-        pairings = {str(getattr(layer.attention.position, "pairing", None)) for layer in layers}
+        pairings = {str(getattr(layer.softmax.position, "pairing", None)) for layer in layers}
         wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
             "plan: reads": (any(layer.reads is not None for layer in layers), (False,)),
             "plan: attention": (
@@ -219,7 +223,7 @@ class Family:
         """Whether layers with a window share one rotation, and layers without one share one."""
         by_window: dict[bool, set[Any]] = {}
         for layer in model.layers:
-            by_window.setdefault(bool(layer.window), set()).add(layer.attention.position)
+            by_window.setdefault(bool(layer.window), set()).add(layer.softmax.position)
         if not self.local:
             return len(set().union(*by_window.values())) == 1
         return all(len(positions) == 1 for positions in by_window.values())
@@ -233,7 +237,7 @@ class Family:
         assert isinstance(attention, Grouped)
         assert isinstance(mlp, Gated)
         whole = [layer for layer in layers if not layer.window] or layers
-        place = whole[0].attention.position
+        place = whole[0].softmax.position
         assert isinstance(place, RoPE)
         words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
         config: dict[str, Any] = {
@@ -262,7 +266,7 @@ class Family:
             config[self.logit_softcap] = model.logit_softcap
         if self.write_ropes:
             near = [layer for layer in layers if layer.window] or layers
-            local = near[0].attention.position
+            local = near[0].softmax.position
             assert isinstance(local, RoPE)
             return config | self.write_ropes(place, local)
         return config | write_rope(place)

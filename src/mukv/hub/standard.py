@@ -35,7 +35,7 @@ def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dic
     if model.readout == "tied":
         final *= model.scaling.tied_factor(model.params()["embedding"])
     _multiply(flat, final, ["final_norm.gain", "final_norm.offset"])
-    attention = model.layers[0].attention
+    attention = model.layers[0].softmax
     if family.query_scale and whole_scalar(attention.scale):
         layers = attention.scale
     else:
@@ -97,7 +97,7 @@ def _meaning(model: Decoder) -> dict[str, Any]:
     meaning["logit_softcap"] = model.logit_softcap
     for layer in model.layers:
         attention = to_mapping(layer.attention)
-        attention["scale"] = layer.attention.scale or layer.attention.query_dim**-0.5
+        attention["scale"] = layer.softmax.scale or layer.softmax.query_dim**-0.5
         attention["biases"] = sorted(attention["biases"])
         attention["position"].pop("pairing")
         fields = {"attention": attention, "mlp": to_mapping(layer.mlp), "window": layer.window}

@@ -209,6 +209,7 @@ def generate(
     policy: Policy = FULL,
     centres: Calibrated | None = None,
     ended: Callable[[list[int]], bool] | None = None,
+    then: Sequence[Sequence[int]] | None = None,
 ) -> Generation:
     """Continue each prompt by up to `max_tokens` tokens.
 
@@ -217,20 +218,20 @@ def generate(
     show: called with the new tokens of every row as they are decoded
     policy, centres: cache policy, and its calibrated centres if it needs them
     ended: whether a row is complete; called with all its new tokens after each block
+    then: tokens that follow each prompt, at least one; they are read after the policy has chosen
+        from the prompt
 
     Raises BadInput for prompts that the model can't read and policies that do not fit it.
     """
-    _check(model, prompts, max_tokens)
+    whole = joined(prompts, then)
+    _check(model, whole, max_tokens)
     sampling = sampling or Sampling()
     compute = settled(compute, model.vocab_size)
-    sizes = Sizes.plan(len(prompts), max(map(len, prompts)), max_tokens)
+    sizes = Sizes.plan(len(prompts), max(map(len, whole)), max_tokens)
     # The seed is an argument of the compiled functions: another seed needs no compilation.
     functions = decode_functions(model, replace(sampling, seed=0), compute)
 
-    padded = np.zeros((sizes.batch, sizes.prompt), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    count = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+    inputs = [_padded(prompts), *([] if then is None else [_padded(then)])]
     key = jax.random.key(sampling.seed)
     room = sizes.batch, sizes.body, sizes.tail
     cache = model.empty_cache(*room, compute.type, policy, centres)
@@ -238,16 +239,20 @@ def generate(
 
     number, one = jnp.ones((), jnp.int32), np.int32(1)
     start = time.perf_counter()
-    prefill = functions.prefill.compiled(weights, cache, padded, count, key)
+    readers = (functions.prefill, functions.extend)[: len(inputs)]
+    reads = zip(readers, inputs, strict=True)
+    programs = [read.compiled(weights, cache, *each, key) for read, each in reads]
     if max_tokens > 1:
-        token, after = outputs(prefill)
+        token, after = outputs(programs[-1])
         functions.block.compiled(weights, *after.split(), token, number, key, one)
         if max_tokens - 1 > sizes.tail:
             functions.fold.compiled(weights, after)
     compile_seconds = time.perf_counter() - start
 
     start = time.perf_counter()
-    token, cache = prefill(weights, cache, padded, count, key)
+    token, cache = programs[0](weights, cache, *inputs[0], key)
+    for program, each in zip(programs[1:], inputs[1:], strict=True):
+        token, cache = program(weights, cache, *each, key)
     rows = _Rows(stop, max_tokens, show, ended)
     rows.add(np.asarray(token)[:, None])
     prefill_seconds = time.perf_counter() - start
@@ -271,6 +276,28 @@ def generate(
             steps = min(2 * steps, BLOCK)
     speed = done * len(prompts) / (time.perf_counter() - start)
     return Generation(rows.tokens, cache_bytes, prefill_seconds, speed, compile_seconds)
+
+
+def joined(
+    prompts: Sequence[Sequence[int]], then: Sequence[Sequence[int]] | None
+) -> Sequence[Sequence[int]]:
+    """Return each prompt with the tokens that follow it. Raises BadInput for a prompt of which a
+    part has no token."""
+    if then is None:
+        return prompts
+    if len(prompts) != len(then) or not all(map(len, (*prompts, *then))):
+        raise BadInput("then", f"{len(then)} rows", "as many rows as prompts, none of them empty")
+    return [[*first, *second] for first, second in zip(prompts, then, strict=True)]
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, jax.Array]:
+    """Return token ids padded to a multiple of PROMPT_MULTIPLE, int32 [batch token], and the number
+    of tokens of each row."""
+    longest = _round_up(max(map(len, prompts)), PROMPT_MULTIPLE)
+    padded = np.zeros((len(prompts), longest), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return padded, jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
 
 
 class _Rows:

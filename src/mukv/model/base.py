@@ -22,7 +22,7 @@ from mukv.core.compute import Compute, settled
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
-from mukv.core.mesh import constrain
+from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, initialise
 from mukv.core.table import Component
@@ -325,16 +325,31 @@ class LanguageModel(Component):
     ) -> Float[Array, "batch token vocab"]:
         """Compute the float32 logits of the next token from the output of `hidden`."""
         compute = settled(compute, self.vocab_size)
+        table = weights[self.readout_name]
         if self.readout == "tied":
             hidden = hidden * self.scaling.tied_factor(self.params()["embedding"])
-            table = weights["embedding"].T
-        else:
-            table = weights["readout"]
+            table = table.T
         operand = compute.operands or hidden.dtype
         out = project(hidden, table.astype(operand), out=jnp.dtype("float32"))
         if self.logit_softcap is not None:
             out = self.logit_softcap * jnp.tanh(out / self.logit_softcap)
         return tap("logits", constrain(out, "batch", None, "vocab"))
+
+    @property
+    def readout_name(self) -> str:
+        """Name of the weight that makes logits."""
+        return "embedding" if self.readout == "tied" else "readout"
+
+    def gathered_readout(self, weights: Weights, compute: Compute) -> Weights:
+        """Return the weight that makes logits, by its name, rounded and gathered over `data`.
+
+        A loop of `logits` would otherwise gather it in every turn. It is rounded to the type of
+        operands before it is gathered, which halves the traffic, and float32 after that, so that
+        the gradients of the turns are summed in float32.
+        """
+        name = self.readout_name
+        table = weights[name].astype(compute.operands or jnp.float32)
+        return {name: gather(table, self.params()[name]).astype(jnp.float32)}
 
     def embed(self, weights: Weights, tokens: Tokens, compute: Compute) -> Residual:
         """Look up the embeddings of tokens, in the compute type."""

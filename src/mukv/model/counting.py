@@ -108,5 +108,9 @@ def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> 
         for stack in model.stacks
         for layer in stack.layers
         for bag in layer.bags.values()
+    ) + sum(
+        layer.attention.token_flops() / stack.every
+        for stack in model.stacks
+        for layer in stack.layers
     )
     return round(3 * (products + attention))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.core.compute import Compute, settled
+from mukv.core.mesh import by_data_shard
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import LanguageModel
 
@@ -18,8 +19,21 @@ def token_losses(
 ) -> Float[Array, "batch token"]:
     """Return -log p(target) of each token, in nats; float32."""
     logits = model.logits(weights, hidden, compute)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # Elsewhere than on a CPU the gradient of a lookup, a scatter, would be one more pass over all
+    # logits; a masked sum and its gradient are fused with the passes of the softmax.
+    chosen = jax.lax.platform_dependent(logits, targets, cpu=_looked_up, default=_picked)
     return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def _looked_up(logits: Array, targets: Tokens) -> Float[Array, "batch token"]:
+    """Return the logit of each target by its index."""
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _picked(logits: Array, targets: Tokens) -> Float[Array, "batch token"]:
+    """Return the logit of each target by a sum over the vocabulary."""
+    hit = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
+    return jnp.sum(logits * hit, axis=-1)
 
 
 class Losses(NamedTuple):
@@ -56,24 +70,42 @@ def summed_loss(
     """
     compute = settled(compute, model.vocab_size)
     result = model.forward(weights, tokens, position, segment, compute)
-    hidden, chunk = result.hidden, compute.loss_chunk or tokens.shape[1]
-
-    def chunk_loss(hidden: Array, targets: Array, weight: Array) -> Float[Array, ""]:
-        return jnp.sum(token_losses(model, weights, hidden, targets, compute) * weight)
-
-    def accumulate(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + jax.checkpoint(chunk_loss)(*piece), None
-
-    if hidden.shape[1] <= chunk:
-        total = chunk_loss(hidden, targets, weight)
-    else:
-        pieces = jax.tree.map(partial(_chunks, chunk=chunk), (hidden, targets, weight))
-        total, _ = jax.lax.scan(accumulate, jnp.zeros((), jnp.float32), pieces)
-    objective = total
+    readout = model.gathered_readout(weights, compute)
+    rows = result.hidden, targets, weight
+    # Each shard sums the gradient of the readout over its chunks before the shards exchange it.
+    sums = by_data_shard(partial(_row_losses, model=model, compute=compute), readout, *rows)
+    objective = total = jnp.sum(sums)
     if result.penalty is not None:
         # Weighted row by row, so that it does not depend on how a batch is split.
         objective += jnp.sum(result.penalty * jnp.sum(weight, axis=1))
     return Losses(objective, total, {name: jnp.sum(n) for name, n in result.counts.items()})
+
+
+def _row_losses(
+    readout: Weights,
+    hidden: Residual,
+    targets: Tokens,
+    weight: Float[Array, "batch token"],
+    *,
+    model: LanguageModel,
+    compute: Compute,
+) -> Float[Array, " batch"]:
+    """Sum the weighted token losses of each row. readout: the weight that makes logits."""
+    chunk = compute.loss_tokens(len(hidden), model.vocab_size)
+
+    def chunk_losses(
+        readout: Weights, hidden: Array, targets: Array, weight: Array
+    ) -> Float[Array, " batch"]:
+        return jnp.sum(token_losses(model, readout, hidden, targets, compute) * weight, axis=1)
+
+    def accumulate(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + jax.checkpoint(chunk_losses)(readout, *piece), None
+
+    if hidden.shape[1] <= chunk:
+        return chunk_losses(readout, hidden, targets, weight)
+    pieces = jax.tree.map(partial(_chunks, chunk=chunk), (hidden, targets, weight))
+    # Zeros of this form are split over the mesh as the losses are.
+    return jax.lax.scan(accumulate, jnp.zeros_like(weight[:, 0]), pieces)[0]
 
 
 def _chunks(array: Array, chunk: int) -> Array:
@@ -95,7 +127,7 @@ def chunked_losses(
     """Return what `token_losses` returns, with the logits of at most `compute.loss_chunk` tokens of
     all rows in memory at once; nothing is kept for a backward pass.
     """
-    chunk = compute.loss_chunk or targets.size
+    chunk = compute.loss_tokens(1, model.vocab_size)
 
     def one(piece: tuple[Array, Array]) -> Float[Array, "row token"]:
         return token_losses(model, weights, *piece, compute)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from mukv.attention import Bag, Carried, Mask, Queries, Written
+from mukv.attention import DIRECT, AnyAttention, Attention, Bag, Carried, Mask, Queries, Written
 from mukv.core.compute import Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
@@ -139,18 +139,19 @@ class Pass:
             weights = gather(self.compute.working_copy(declared, weights), declared)
             with scope(f"layer{self.first + layer.index}"):
                 normed = residual.enter(weights, "attention", norm, x)
-                parts = inherited
+                parts, direct = inherited, None
                 if layer.writes:
                     carried = None
                     if memory is not None and self.added is not None:
                         carried = Carried(memory.states, self.added)
                     written = attention.write(weights["write"], normed, self.position, carried)
-                    query = partial(attention.query, weights["read"], normed, self.position)
                     written = attention.by_store(written)
+                    direct = written.get(DIRECT)
+                    query = partial(_query, attention, weights["read"], normed, self.position)
                     parts, memory = self.remember(layer, stored, memory, written, query)
                 mask = Mask(self.segment, layer.window, self.aligned)
                 read, own = attention.read(
-                    weights["read"], normed, self.position, parts, mask, self.compute
+                    weights["read"], normed, self.position, parts, mask, self.compute, direct
                 )
                 read = residual.leave(weights, "attention", norm, read)
                 x = tap("attention", constrain(x + read, "batch", None, None))
@@ -161,3 +162,11 @@ class Pass:
             return x, parts, memory, together(own, reported)
 
         return apply
+
+
+def _query(
+    attention: AnyAttention, weights: Any, x: Residual, position: Int[Array, "batch token"]
+) -> Queries:
+    """Compute the queries of a layer, which a cache policy asks for: only attention has one."""
+    assert isinstance(attention, Attention)
+    return attention.query(weights, x, position)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mukv.attention import AnyAttention, EntryStore
+from mukv.attention import AnyAttention, Attention, EntryStore
 from mukv.core.counts import INT32, require_counts
 from mukv.core.errors import BadInput
 from mukv.model.feedforward import AnyFeedforward
@@ -82,6 +82,12 @@ class ResolvedLayer:
         return self.source == self.index
 
     @property
+    def softmax(self) -> Attention:
+        """The attention, for code that no other kind of layer reaches."""
+        assert isinstance(self.attention, Attention), self.attention.kind
+        return self.attention
+
+    @property
     def bags(self) -> dict[str, EntryStore]:
         """The layer's stores of entries, with its window applied."""
         return {name: bag.within(self.window) for name, bag in self.attention.bags.items()}
@@ -103,9 +109,12 @@ def resolve(
         for repeat in range(stage.repeats):
             for slot, layer in enumerate(stage.pattern):
                 chosen = layer.attention or attention
-                if layer.position is not None:
-                    chosen = replace(chosen, position=layer.position)
                 index = len(layers)
+                if layer.position is not None:
+                    if not isinstance(chosen, Attention):
+                        allowed = f"null: {chosen.kind} in layer {index} takes no position encoding"
+                        raise BadInput("plan", f"position {layer.position.kind}", allowed)
+                    chosen = replace(chosen, position=layer.position)
                 reads = _target(index, layer.reads)
                 resolved = ResolvedLayer(
                     index=index,
@@ -141,9 +150,20 @@ def _check(layer: ResolvedLayer, before: Sequence[ResolvedLayer]) -> None:
     if layer.window is not None and not 1 <= layer.window <= INT32:
         allowed = f"layer {layer.index} must see at least 1 token, and at most {INT32:,}"
         raise BadInput("plan", f"window {layer.window}", allowed)
+    if layer.window is not None and not layer.bags:
+        kind = layer.attention.kind
+        allowed = f"null: {kind} in layer {layer.index} has a state and no entries"
+        raise BadInput("plan", f"window {layer.window}", allowed)
     if layer.writes:
         return
     source = before[layer.source]
+    for each in (source, layer):
+        if not each.bags:
+            allowed = (
+                f"null: {each.attention.kind} in layer {each.index} has a state, which no other "
+                "layer can read or write"
+            )
+            raise BadInput("plan", f"reads {layer.reads} in layer {layer.index}", allowed)
     if source.window != layer.window:
         raise BadInput(
             "plan",

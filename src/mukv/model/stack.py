@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, EntryStore, Queries, Written
+from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Queries, Written
 from mukv.cache import FULL, Cache, Calibrated, Policy, Reader, Ring, Slot
 from mukv.cache.base import QUERY
 from mukv.core.compute import Compute
@@ -64,8 +64,10 @@ class Stack:
 
     def _scaled(self, attention: AnyAttention) -> AnyAttention:
         """Multiply the scale of the logits by the parameterisation's factor for this width."""
+        if not isinstance(attention, Attention):
+            return attention
         query = attention.logit_weight(self.d_model)
-        factor = 1 if query is None else self.scaling.logit_factor(query.prefixed(self.prefix))
+        factor = self.scaling.logit_factor(query.prefixed(self.prefix))
         if factor == 1:
             return attention
         return replace(attention, scale=factor * (attention.scale or attention.query_dim**-0.5))
@@ -224,9 +226,9 @@ class Stack:
             place = whole.index((layer.index, name)), len(whole)
             own = (centres or {}).get(layer.index, {})
             room = batch, bag.room(length), dtype
-            body = policy.body(layer.attention, self.d_model, *room, place, own, name)
+            body = policy.body(layer.softmax, self.d_model, *room, place, own, name)
             if body.needs_queries:
-                shape = (batch, layer.attention.heads, tail, layer.attention.query_dim)
+                shape = (batch, layer.softmax.heads, tail, layer.softmax.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
             return Slot(body, places, bag)
 
@@ -252,9 +254,9 @@ class Stack:
                 f"full: each layer has a window or a state ({', '.join(names)}), which drops "
                 "entries in any case"
             )
-            raise BadInput("policy", str(policy), allowed)
+            raise BadInput("policy", policy.name, allowed)
         for layer in whole:
-            policy.check(self.first + layer.index, layer.attention)
+            policy.check(self.first + layer.index, layer.softmax)
 
     def prefill(
         self,
@@ -288,7 +290,7 @@ class Stack:
             for name, bag in layer.bags.items():
                 slot, new = memory.slots[name], written[name]
                 asked = query() if slot.body.needs_queries else None
-                reader = Reader(layer.attention, reading, asked)
+                reader = Reader(layer.softmax, reading, asked)
                 slots[name] = slot.extended(new, cache.length, count, reader, fresh)
                 parts += () if fresh else (slot.entries(cache.length),)
                 parts.append(bag.entries(new, position))
@@ -351,7 +353,7 @@ class Stack:
         added = jnp.broadcast_to(cache.filled, cache.length.shape)
 
         def folded(layer: ResolvedLayer, slot: Slot) -> Slot:
-            attention, new = layer.attention, dict(slot.tail)
+            attention, new = layer.softmax, dict(slot.tail)
             query = new.pop(QUERY, None)
             if query is not None:
                 query = query.reshape(len(added), attention.key_heads, -1, *query.shape[2:])

@@ -45,12 +45,16 @@ def describe(run: Run) -> dict[str, Any]:
                     constant += entry[name] * bag.places(bag.window)
             grows += each
             queries = max(1, run.train.length // (stack.asked or stack.every))
-            choice = layer.attention.core(queries, compute)
+            position = getattr(layer.attention, "position", None)
+            # In training a layer reads the entries of its own tokens.
+            bags = layer.attention.bags.values()
+            aligned = len(bags) == 1 and all(bag.every == 1 for bag in bags)
+            choice = layer.attention.core(queries, compute, aligned=aligned)
             layers.append(
                 {
                     "layer": stack.first + layer.index,
                     "attention": layer.attention.describe(),
-                    "position": layer.attention.position.kind,
+                    "position": position.kind if position else "none",
                     "window": layer.window,
                     "reads": None if layer.reads is None else stack.first + layer.reads,
                     "tokens_per_entry": stack.every,

@@ -194,7 +194,7 @@ def _specs(
     """Return the tensors to write by their names in the architecture, in the order of the layers.
     Each is converted when its file is written."""
     made: dict[str, Spec] = {}
-    position = model.layers[0].attention.position
+    position = model.layers[0].softmax.position
     interleaved = isinstance(position, RoPE) and position.pairing == "interleaved"
     for piece in pieces(family.rules, model, pairs_in_halves if interleaved else None):
         kept = jnp.dtype(dtype or flat[piece.ours].dtype)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from mukv.cache.policy import KEEPERS, SELECTORS, SPREADS, STORES, Policy
+from mukv.cache.policy import TABLES
+from mukv.cache.words import PEERS, parameters
 from mukv.core.errors import BadInput
 from mukv.core.params import count
+from mukv.core.table import PartTable
 from mukv.runs import config
 from mukv.runs.folder import RunDirectory
-from mukv.schema.reference import meanings, summary
+from mukv.schema.reference import keys_of, summary
 from mukv.schema.yaml_text import read_yaml
 from mukv.train.metrics import read_metrics
-
-SPREAD_MEANINGS = {
-    "uniform": "the same budget in every layer and head",
-    "pyramid": "more in early layers than in late ones (Cai et al. 2024)",
-    "adaptive": "the heads of a layer share one budget (Feng et al. 2024)",
-}
 
 
 def preset_list() -> list[dict[str, Any]]:
@@ -37,42 +32,31 @@ def preset_list() -> list[dict[str, Any]]:
 
 def policy_list() -> list[dict[str, Any]]:
     """Return every part of a cache policy: name, step of the policy that it implements (keep,
-    store, select or spread), meaning, source, and its parameters with their defaults."""
-    found: list[dict[str, Any]] = []
-    for question, table in (("keep", KEEPERS), ("store", STORES), ("select", SELECTORS)):
-        for name, cls in table.items():
-            text = " ".join((cls.__doc__ or "").split())
-            parameters = {
-                field.name: {
-                    "default": None if field.default is MISSING else field.default,
-                    "meaning": meanings(cls).get(field.name, ""),
-                }
-                for field in fields(cls)
-                if field.name not in ("budget", "spread")
+    refine, spread, store or select), meaning, source, whether it has a budget, its parameters with
+    their defaults, and those defaults of other libraries that differ."""
+    return [_of_part(name, table) for table in TABLES for name in table]
+
+
+def _of_part(name: str, table: PartTable[Any]) -> dict[str, Any]:
+    cls = table[name]
+    text = " ".join((cls.__doc__ or "").split())
+    keys = {key.path: key for key in keys_of(cls)}
+    return {
+        "name": name,
+        "answers": table.part,
+        "meaning": summary(cls),
+        "source": source_of(text) or source_of(summary(cls)),
+        "budget": cls.has_budget,
+        "parameters": {
+            each: {
+                "default": keys[each].default,
+                "type": keys[each].type,
+                "meaning": keys[each].meaning,
             }
-            found.append(
-                {
-                    "name": name,
-                    "answers": question,
-                    "meaning": summary(cls),
-                    "source": source_of(text) or source_of(summary(cls)),
-                    "budget": Policy.takes_budget(name) and not Policy.parse(name).everything,
-                    "parameters": parameters,
-                }
-            )
-    for name in SPREADS:
-        meaning = SPREAD_MEANINGS[name]
-        found.append(
-            {
-                "name": name,
-                "answers": "spread",
-                "meaning": meaning,
-                "source": source_of(meaning),
-                "budget": False,
-                "parameters": {},
-            }
-        )
-    return found
+            for each in parameters(cls)
+        },
+        "peers": {peer: known[name] for peer, known in PEERS.items() if name in known},
+    }
 
 
 def source_of(text: str) -> str | None:

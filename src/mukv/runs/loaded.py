@@ -15,6 +15,7 @@ from typing import Any, cast, get_args, overload
 import jax
 import numpy as np
 
+from mukv.attention import Attention
 from mukv.cache import FULL, Calibrated, Policy
 from mukv.cache.centres import FOLDER, load_centres
 from mukv.cache.clusters import Clusters
@@ -28,7 +29,7 @@ from mukv.hub import checkpoint
 from mukv.hub.chat import chat_text
 from mukv.hub.settings import read_json
 from mukv.infer.attention import attention_weights
-from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate
+from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate, joined
 from mukv.infer.evaluate import Evaluation, evaluate
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
@@ -129,16 +130,17 @@ class Model:
         return ids
 
     def attention(self, text: str | Sequence[int] | Any) -> dict[int, np.ndarray]:
-        """Compute the attention weights of each layer on a text: float32 [head query key], by index
-        of the layer.
+        """Compute the attention weights on a text: float32 [head query key], by index of each layer
+        that has a softmax.
 
         text: a text, or its token ids [token]. The weights of each query sum to 1, or to less if
         the head has a sink logit. Raises BadInput for ids that the model does not have, for a model
-        that is not a Decoder, and for weights that take more memory than is free.
+        that is not a Decoder or has no softmax, and for weights that take more memory than is free.
         """
         given = self.encode(text) if isinstance(text, str) else text
         ids = self._token_ids("text", given)
-        heads = sum(layer.attention.heads for layer in self.network.layers)
+        attentions = (layer.attention for layer in self.network.layers)
+        heads = sum(each.heads for each in attentions if isinstance(each, Attention))
         require_bytes("attention weights", 4 * heads * ids.size**2, "text", ids.size)
         return attention_weights(self.network, self.scaled, ids, self.run.train.compute)
 
@@ -169,6 +171,7 @@ class Model:
         show: Any = None,
         policy: Policy = FULL,
         ended: Callable[[list[int]], bool] | None = None,
+        then: Sequence[Sequence[int]] | None = None,
     ) -> Generation:
         """Continue token ids: `mukv.infer.decode.generate` with this model's weights.
 
@@ -178,8 +181,8 @@ class Model:
         compute = self.run.train.compute
         stop = self.ends if stop is None else stop
         cache = self.calibrated(policy)
-        self._require_room(prompts, max_tokens, policy)
-        asked = prompts, max_tokens, sampling, stop, compute, show, *cache, ended
+        self._require_room(joined(prompts, then), max_tokens, policy)
+        asked = prompts, max_tokens, sampling, stop, compute, show, *cache, ended, then
         return generate(self.network, self.decoding, *asked)
 
     def _require_room(
@@ -199,7 +202,7 @@ class Model:
         """Whether every layer without a window stores keys for each key head, which calibrated
         cluster centres need."""
         layers = [layer for stack in self.network.stacks for layer in stack.layers]
-        kept = [layer.attention for layer in layers if layer.whole]
+        kept = [layer.softmax for layer in layers if layer.whole]
         return all(attention.entry_sets == attention.key_heads for attention in kept)
 
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:

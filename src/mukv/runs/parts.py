@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, overload
 
 from mukv.attention import ATTENTIONS
-from mukv.cache.policy import KEEPERS, SELECTORS, SPREADS, STORES
+from mukv.cache.policy import TABLES as POLICY
 from mukv.conversion import CONVERSIONS
 from mukv.core.errors import BadInput
 from mukv.core.table import PartTable, check_name, path_of
@@ -30,9 +30,9 @@ from mukv.train.metrics import TRACKERS
 TABLES: tuple[PartTable[Any], ...] = (
     *(ATTENTIONS, POSITIONS, SCALINGS, FEEDFORWARDS, RESIDUALS, MODELS),
     *(CHUNKERS, POOLS, INJECTIONS, SCHEDULES, OPTIMIZERS, BUDGETS, TASK_KINDS),
-    *(KEEPERS, STORES, SELECTORS, CONVERSIONS),
+    *POLICY,
+    CONVERSIONS,
 )
-POLICY = (KEEPERS, STORES, SELECTORS)
 
 
 @overload
@@ -49,10 +49,10 @@ def register(part: Any = None, *, name: str | None = None) -> Any:
 
     part: a frozen dataclass that extends a base class such as `mukv.Attention`, `mukv.Position`,
         `mukv.Feedforward`, `mukv.Schedule`, `mukv.Optimizer` or `mukv.Task`, and says its name in a
-        field `kind`; a part of a cache policy (`mukv.Keep`, `mukv.Store`, `mukv.Select`); a
-        `mukv.Conversion`; a `mukv.Parameterization`; a `mukv.Family`; a tracker (a class with `log`
-        and `close`); a function that reads a text source, or, for a name that begins with a dot, a
-        file format
+        field `kind`; a part of a cache policy (`mukv.Keep`, `mukv.Refine`, `mukv.Spread`,
+        `mukv.Store`, `mukv.Select`); a `mukv.Conversion`; a `mukv.Parameterization`; a
+        `mukv.Family`; a tracker (a class with `log` and `close`); a function that reads a text
+        source, or, for a name that begins with a dot, a file format
     name: of a part that has no `kind`
 
     Returns the part. Raises BadInput for a name in use, for another base class, for a class that is
@@ -85,7 +85,7 @@ def _register_class(part: type, name: str | None, where: str) -> None:
         return
     if table in POLICY and name is not None:
         taken = next((t[name] for t in POLICY if name in t and t is not table), None)
-        if taken is not None or name in SPREADS:
+        if taken is not None:
             raise BadInput(f"{where}: name", name, "another name: a policy has this one")
     table.add(part, name)
     if table is TASK_KINDS:

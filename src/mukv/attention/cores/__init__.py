@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from mukv.attention.cores.base import Core, Demand, Part, Scores
 from mukv.attention.cores.chunked import Chunked
+from mukv.attention.cores.flash import Flash
 from mukv.attention.cores.plain import Plain, weighed
 from mukv.core.compute import Compute
 
-CORES: dict[str, type[Core]] = {"fused": Chunked, "plain": Plain}
+CORES: dict[str, type[Core]] = {"flash": Flash, "fused": Chunked, "plain": Plain}
 """Cores by the name that `mukv describe` prints, in order of preference."""
 
 
@@ -30,9 +31,11 @@ class CoreChoice(NamedTuple):
 
 
 def choose(demand: Demand, compute: Compute) -> CoreChoice:
-    """Return the first core of CORES that supports these demands."""
+    """Return the first core of CORES for the platform that supports these demands."""
     refused: dict[str, str] = {}
     for name, core in CORES.items():
+        if core.platforms is not None and compute.platform not in core.platforms:
+            continue
         reason = core.supports(demand, compute)
         if reason is None:
             return CoreChoice(name, core.made(compute), refused)
@@ -46,6 +49,7 @@ __all__ = [
     "Core",
     "CoreChoice",
     "Demand",
+    "Flash",
     "Part",
     "Plain",
     "Scores",

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
 from mukv.attention.entries import Entries
 from mukv.attention.mask import Mask
 from mukv.attention.recalled import Query, Recalled
-from mukv.core.compute import Compute
+from mukv.core.compute import Compute, Platform
 from mukv.core.typing import Array, Bool, Float, Int, Weights
 from mukv.position import AnyPosition, NoPE, Pairs
 from mukv.position.base import Logits
@@ -112,17 +112,21 @@ class Demand:
     position: position encoding
     ordered: whether the entries of every bag lie in the order of their positions
     shows: why the logits of all pairs are needed at once; None if they are not
+    aligned: whether the only bag has one entry per query, written by the query's own token
     """
 
     queries: int
     position: AnyPosition = field(default_factory=NoPE)
     ordered: bool = True
     shows: str | None = None
+    aligned: bool = False
 
 
 @dataclass(frozen=True)
 class Core:
-    """Base class of attention cores."""
+    """Base class of attention cores. platforms: those that it is for; None for all"""
+
+    platforms: ClassVar[tuple[Platform, ...] | None] = None
 
     @classmethod
     def made(cls, compute: Compute) -> Core:

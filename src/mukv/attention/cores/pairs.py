@@ -120,14 +120,18 @@ def pairs(
     They are found from positions, validity and documents. Returns [pair 2] as `aligned_pairs` does,
     of which only the first ones are valid, and the number of these.
     """
-    seen = _reachable(rows, keys, window, position, places)
+    seen = jnp.any(reachable(rows, keys, window, position, places), axis=(0, 1))
     flat = jnp.nonzero(seen[:, ::-1].reshape(-1), size=seen.size, fill_value=0)[0]
     i, j = flat // keys.number, keys.number - 1 - flat % keys.number
     return jnp.stack([i, j], axis=1), jnp.sum(seen)
 
 
-def _reachable(rows: Cut, keys: Cut, window: int | None, position: Array, places: Places) -> Array:
-    """Return whether some query of each chunk may see some key of each block, [chunk block].
+def reachable(rows: Cut, keys: Cut, window: int | None, position: Array, places: Places) -> Array:
+    """Return whether some query of each chunk may see some key of each block.
+
+    position: padded positions of the queries [batch query]
+
+    The result is [batch #kv_heads chunk block].
 
     It compares extreme values, so it may be true for a pair without a visible key, but is never
     false for one with.
@@ -147,4 +151,4 @@ def _reachable(rows: Cut, keys: Cut, window: int | None, position: Array, places
         segment = places.segment.reshape(*places.segment.shape[:2], *stands.shape[2:])
         seen &= asking.max(-1) >= segment.min(-1)
         seen &= asking.min(-1) <= segment.max(-1)
-    return jnp.any(seen, axis=(0, 1))
+    return seen

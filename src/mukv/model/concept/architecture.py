@@ -60,12 +60,12 @@ class Concepts:
 class Architecture(LanguageModel):
     """Local layers over tokens before and after global layers over concepts, one vector per chunk.
 
-    encoder: local layers before the global ones, each with a window; may be empty
+    encoder: local layers before the global ones, each with a window or a state; may be empty
     chunker: rule by which chunks of tokens end
     pool: reduction of the tokens of a chunk to one vector
     concepts: the global layers
     injection: how later tokens use concepts
-    decoder: local layers after the global ones, each with a window; may be empty
+    decoder: local layers after the global ones, each with a window or a state; may be empty
     """
 
     encoder: tuple[Stage, ...] = LOCAL
@@ -78,7 +78,7 @@ class Architecture(LanguageModel):
     def __post_init__(self) -> None:
         for name, stack in (("encoder", self.before), ("decoder", self.after)):
             for layer in stack.layers:
-                if layer.window is None or layer.window < self.chunker.pace:
+                if layer.bags and (layer.window is None or layer.window < self.chunker.pace):
                     raise BadInput(
                         name,
                         f"window {layer.window}",
@@ -88,11 +88,11 @@ class Architecture(LanguageModel):
         self.chunker.check(self.vocab_size)
         self.pool.check(self.d_model, self.reach)
         self.injection.check(len(self.after.layers))
-        if self.injection.remembers and len(self.reader.stores()) > 1:
+        if self.injection.remembers and [*self.reader.stores()] != [*self.reader.bags][:1]:
             raise BadInput(
                 "injection",
                 self.injection.kind,
-                f"residual or prefix: attention {self.reader.kind} has several stores",
+                f"residual or prefix: {self.reader.kind} has several stores or a state",
             )
         super().__post_init__()
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, Entries, Mask
+from mukv.attention import AnyAttention, Attention, Bag, Entries, Mask
 from mukv.cache import Reader
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param, map_params
@@ -86,6 +86,7 @@ class Cross(Injection):
         count: Int[Array, " batch"],
         fresh: bool,
     ) -> tuple[Residual, Lasting]:
+        assert isinstance(joint.attention, Attention)
         chunks, (slot,) = inputs.chunks, cache.cross.slots
         position = cache.cross.length[:, None] + jnp.arange(chunks.end.shape[1])[None]
         written = self._written(joint, inputs.outputs, position)

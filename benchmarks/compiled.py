@@ -1,0 +1,210 @@
+"""Compile a training step for H100 GPUs on a machine that has none, and count what it will do.
+
+Run: pip install --no-deps --target DIR jax-cuda12-pjrt==JAX jax-cuda12-plugin==JAX
+     python benchmarks/compiled.py llama-3.2-1b --packages DIR --mesh 8x1 --batch 8 --length 4096
+
+JAX is the installed version of jax. Counted are, per device and step: kernels, calls of attention
+kernels, and the bytes of each kind of collective, of which the larger side counts. They are counts
+to compare two programs with, not times. A loop counts as often as it turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+from typing import Any, NamedTuple
+
+TARGET = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 patch: 0 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  shared_memory_per_core: 233472 shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}
+"""
+"""An H100 as XLA describes a target (GpuTargetConfigProto)."""
+ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
+BODY = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations=\{)=?%?([\w.\-]+)")
+TURNS = re.compile(r'known_trip_count"?:\s*\{"n":"?(\d+)')
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+LAUNCHED = ("fusion", "custom-call", "dot", "copy", "sort", "scatter", "gather", "reduce")
+WIDTHS = {"pred": 1, "bf16": 2}
+
+
+class Exchange(NamedTuple):
+    """One kind of collective: bytes, number, and bytes of the largest one."""
+
+    bytes: int
+    number: int
+    largest: int
+
+
+class Counts(NamedTuple):
+    """Counts of a compiled program, for one device.
+
+    kernels: number of kernels
+    calls: number of calls of kernels that are not XLA's own, by name
+    collectives: by kind, type and whether in a loop, such as "all-gather bf16 in loops"
+    """
+
+    kernels: int
+    calls: dict[str, int]
+    collectives: dict[str, Exchange]
+
+
+class Instruction(NamedTuple):
+    """One instruction: the text of its shape, its operation, names of operands, and its line."""
+
+    shape: str
+    operation: str
+    operands: list[str]
+    line: str
+
+
+def size(shape: str) -> int:
+    """Return the bytes of all arrays in a shape."""
+
+    def one(kind: str, dims: str) -> float:
+        width = WIDTHS.get(kind) or int(re.sub(r"\D.*", "", kind[1:])) / 8
+        return width * math.prod(int(n) for n in dims.split(",") if n)
+
+    return int(sum(one(*found) for found in ARRAY.findall(shape)))
+
+
+def exchanged(instruction: Instruction, body: dict[str, Instruction]) -> tuple[str, int]:
+    """Return the type and the bytes, of the larger side, of a collective."""
+    given = [body[name].shape for name in instruction.operands if name in body]
+    read, written = sum(map(size, given)), size(instruction.shape)
+    if instruction.operation == "all-gather-start":
+        written -= read  # its shape has the operands as well
+    largest = max((size(one), one) for one in given)[1]
+    return ARRAY.findall(largest)[0][0], max(read, written)
+
+
+def counts(text: str) -> Counts:
+    """Count what an optimised program does. text: the program as XLA prints it"""
+    bodies: dict[str, dict[str, Instruction]] = {}
+    entry, body = "", {}
+    for line in text.splitlines():
+        if head := BODY.match(line):
+            body = bodies[head[2]] = {}
+            entry = head[2] if head[1] else entry
+        elif found := INSTRUCTION.match(line):
+            operands = re.findall(r"%([\w.\-]+)", found[4].split("), ")[0])
+            body[found[1]] = Instruction(found[2], found[3], operands, line)
+    kernels, calls = 0, Counter()
+    moved, number, largest = Counter(), Counter(), Counter()
+
+    def visit(name: str, times: int, looped: bool) -> None:
+        nonlocal kernels
+        body = bodies.get(name, {})
+        for instruction in body.values():
+            operation, line = instruction.operation, instruction.line
+            kind = operation.removesuffix("-start")
+            if operation == "while":
+                turns = TURNS.search(line)
+                inner = re.search(r"body=%?([\w.\-]+)", line)
+                visit(inner[1] if inner else "", times * int(turns[1] if turns else 1), True)
+            elif operation in ("call", "conditional", "async-start"):
+                for inner in CALLED.findall(line):
+                    visit(inner, times, looped)
+            elif kind in COLLECTIVES:
+                type_, given = exchanged(instruction, body)
+                key = f"{kind} {type_} {'in loops' if looped else 'outside'}"
+                moved[key] += given * times
+                number[key] += times
+                largest[key] = max(largest[key], given)
+            elif operation in LAUNCHED:
+                kernels += times
+                if "triton" in line and "pallas_call" in line:
+                    calls["flash"] += times
+                elif "fmha" in line:
+                    calls["cudnn attention"] += times
+
+    visit(entry, 1, False)
+    kinds = {key: Exchange(n, number[key], largest[key]) for key, n in moved.most_common()}
+    return Counts(kernels, dict(calls), kinds)
+
+
+def compiled(given: argparse.Namespace) -> tuple[str, float]:
+    """Return the optimised program of a training step, and the seconds of its compilation."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental.topologies import get_topology_desc
+    from jax.sharding import AxisType, Mesh
+
+    from mukv.core.mesh import batch_sharding
+    from mukv.runs import config
+    from mukv.train.step import BATCH_FIELDS, Trainer
+
+    sizes = tuple(map(int, given.mesh.split("x")))
+    devices = math.prod(sizes)
+    # Slices, hosts and devices of each host.
+    shape = f"1x{max(1, devices // 8)}x{min(devices, 8)}"
+    found = get_topology_desc("", "cuda", topology=shape, target_config=TARGET).devices
+    axes = (AxisType.Auto,) * len(sizes)
+    mesh = Mesh(np.array(found).reshape(sizes), ("data", "tensor"), axis_types=axes)
+    own = [f"train.batch={given.batch}", f"train.length={given.length}"]
+    run = config.load(given.preset, [*own, "train.compute.platform=gpu", *given.overrides])
+    trainer = Trainer(run.model, run.train, mesh)
+    rows = jax.ShapeDtypeStruct(
+        (given.batch, given.length), jnp.int32, sharding=batch_sharding(mesh)
+    )
+    batch = dict.fromkeys(BATCH_FIELDS, rows) | {"weight": rows.update(dtype=jnp.float32)}
+    state = trainer.abstract_state()
+    with jax.set_mesh(mesh):
+        traced = jax.jit(
+            trainer.update, donate_argnums=0, out_shardings=(trainer.shardings(), None)
+        ).trace(state, 0, batch)
+    start = time.perf_counter()
+    # Tuning needs the device.
+    program = traced.lower(lowering_platforms=("cuda",)).compile({"xla_gpu_autotune_level": 0})
+    return program.as_text() or "", time.perf_counter() - start
+
+
+def main() -> None:
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("preset")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--packages", required=True, help="folder of the compiler's packages")
+    parser.add_argument("--mesh", default="1x1", metavar="DATAxTENSOR")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    if not os.path.isdir(os.path.join(given.packages, "jax_plugins")):
+        parser.error(f"--packages: no jax_plugins in {given.packages}; the first lines say how")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.append(given.packages)
+    text, seconds = compiled(given)
+    found = counts(text)
+    facts: dict[str, Any] = {"compile_seconds": round(seconds, 1), "kernels": found.kernels}
+    facts |= {"calls": found.calls}
+    facts["collectives"] = {key: one._asdict() for key, one in found.collectives.items()}
+    if given.json:
+        print(json.dumps(facts))
+        return
+    print(f"compiled in {seconds:.1f} s; kernels {found.kernels:,}; calls {found.calls}")
+    for key, one in found.collectives.items():
+        print(f"{key:36} {one.bytes / 2**30:8.3f} GiB in {one.number:,}")
+
+
+if __name__ == "__main__":
+    main()

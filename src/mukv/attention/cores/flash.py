@@ -1,0 +1,359 @@
+"""FlashAttention-2 (Dao 2023) for GPUs, as Pallas kernels that Triton compiles.
+
+Each program of the forward pass holds a chunk of queries and visits the blocks of keys that one of
+them may see, from the first to the diagonal. The backward pass has a kernel per chunk of queries
+and one per block of keys; both recompute the weights from the log-sum-exp of each query. Packed
+documents, windows, soft caps and sinks are part of the kernels; position biases are not.
+
+The kernels take float32 sums of products of bfloat16 or float32 operands. On a mesh they run on
+each shard of rows and KV heads, since XLA's partitioner can't split a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from mukv.attention.cores.base import Core, Demand, Out, Part, Scores
+from mukv.attention.cores.pairs import Cut, Places, reachable
+from mukv.attention.recalled import Query
+from mukv.core.compute import Compute, Platform
+from mukv.core.mesh import by_shard
+from mukv.core.typing import Array
+
+BLOCK = 64
+"""Queries per chunk and keys per block."""
+NARROWEST = 16
+"""Smallest side of an operand of Triton's matrix products; all sides are powers of two."""
+NOBODY = -1
+"""Document of a key that no query sees."""
+
+
+@dataclass(frozen=True)
+class Flash(Core):
+    """Core for GPUs whose logits never leave the chip.
+
+    operands: type that queries, keys and values are rounded to; None to keep their types
+    interpret: whether the kernels are interpreted, on any platform, for tests
+    """
+
+    platforms: ClassVar[tuple[Platform, ...] | None] = ("gpu",)
+    operands: str | None = None
+    interpret: bool = False
+
+    @classmethod
+    def made(cls, compute: Compute) -> Flash:
+        return cls(compute.operands)
+
+    @classmethod
+    def supports(cls, demand: Demand, compute: Compute) -> str | None:
+        if not compute.fused:
+            return "compute.fused is false"
+        if demand.shows is not None:
+            return f"all logits are needed: {demand.shows}"
+        if demand.queries == 1:
+            return "one query: its logits need little memory"
+        if demand.position.biases:
+            return f"{demand.position.kind} adds a bias to the logits"
+        if not demand.aligned:
+            return "its keys must be those of the queries' own tokens, in one bag"
+        return None
+
+    def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
+        (part,) = parts
+        kind, heads, length = query[0].dtype, query[0].shape[1], query[0].shape[3]
+        keys, values = part.recalled.dense(heads)
+        given = (jnp.concatenate(query, axis=-1), keys, values)
+        if self.operands is not None:
+            given = tuple(x.astype(self.operands) for x in given)
+        cut = Cut.of(length, min(BLOCK, _power(length)))
+        cut = Cut(length, cut.size, -(-length // cut.size))
+        window = part.mask.window
+        places = Places.of(part, cut, cut)
+        position = cut.padded(scores.query_position, 1)
+        seen = reachable(cut, cut, window, position, places)[:, 0]
+        own, keys_own = _documents(places, position)
+        where = (
+            position,
+            own,
+            places.position[:, 0],
+            keys_own,
+            jnp.argmax(seen, axis=2).astype(jnp.int32),
+            (cut.number - jnp.argmax(seen[:, ::-1], axis=1)).astype(jnp.int32),
+        )
+        padded = tuple(cut.padded(_widened(x), x.ndim - 2) for x in given)
+        sinks = scores.sinks
+        if sinks is None:
+            sinks = jnp.full(query[0].shape[1:3], -jnp.inf)
+        kernels = _Kernels(cut, window, scores.softcap, self.interpret)
+        by_head = ("batch", "kv_heads")
+        names = (*(by_head,) * 3, ("kv_heads",), *(("batch",),) * len(where))
+        attend = by_shard(partial(_attend, kernels), names, by_head)
+        out = attend(*padded, sinks.astype(jnp.float32), *where)
+        return out[:, :, :, :length, : values.shape[-1]].astype(kind)
+
+
+def _power(length: int) -> int:
+    """Return the smallest power of two that is at least `length` and `NARROWEST`."""
+    return max(NARROWEST, 1 << (length - 1).bit_length())
+
+
+def _widened(x: Array) -> Array:
+    """Pad the last axis with zeros to a power of two."""
+    wide = _power(x.shape[-1]) - x.shape[-1]
+    return jnp.pad(x, [*((0, 0),) * (x.ndim - 1), (0, wide)]) if wide else x
+
+
+def _documents(places: Places, position: Array) -> tuple[Array, Array]:
+    """Return the document of each query and of each key [batch token]; NOBODY for keys that are
+    not valid."""
+    if places.segment is None:
+        own = keys = jnp.zeros_like(position)
+    else:
+        own, keys = places.asking, places.segment[:, 0]
+    if places.valid is not None:
+        keys = jnp.where(places.valid[:, 0], keys, NOBODY)
+    return own.astype(jnp.int32), keys.astype(jnp.int32)
+
+
+class _Where(NamedTuple):
+    """What masks are computed from; int32.
+
+    position, own: position and document of each query [batch token]
+    key_position, key_own: those of each key [batch token]
+    first: first block that a query of each chunk sees [batch chunk]
+    end: number of the chunk after the last one that sees each block [batch block]
+    """
+
+    position: Any
+    own: Any
+    key_position: Any
+    key_own: Any
+    first: Any
+    end: Any
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """The three kernels of one shape.
+
+    cut: division of queries and of keys
+    window, softcap: as in `Mask` and `Scores`
+    """
+
+    cut: Cut
+    window: int | None
+    softcap: float | None
+    interpret: bool
+
+    def capped(self, products: Array) -> Array:
+        """Bound products of queries and keys."""
+        if self.softcap is None:
+            return products
+        return self.softcap * jnp.tanh(products / self.softcap)
+
+    def logits(self, query: Array, key: Array, where: _Where, i: Array, j: Array) -> Array:
+        """Compute the logits of chunk i and block j, -inf where a key is not seen; float32."""
+        rows, keys = self.span(i), self.span(j)
+        products = self.capped(_product(query, key.T))
+        distance = where.position[rows][:, None] - where.key_position[keys][None]
+        seen = (distance >= 0) & (where.own[rows][:, None] == where.key_own[keys][None])
+        if self.window is not None:
+            seen &= distance < self.window
+        return jnp.where(seen, products, -jnp.inf)
+
+    def span(self, number: Array) -> Any:
+        """Return the places of a chunk or block."""
+        return pl.ds(number * self.cut.size, self.cut.size)
+
+    def forward(self, q: Any, k: Any, v: Any, sink: Any, *rest: Any) -> None:
+        """Write the output and the log-sum-exp of one chunk of queries of one head."""
+        *where, out, norm = rest
+        where, i, query = _Where(*where), pl.program_id(0), q[...]
+
+        def visit(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, mixed = state
+            masked = self.logits(query, k[self.span(j)], where, i, j)
+            higher = jnp.maximum(top, jnp.max(masked, axis=1))
+            safe = jnp.where(higher == -jnp.inf, 0.0, higher)
+            weights, shrink = jnp.exp(masked - safe[:, None]), jnp.exp(top - safe)
+            value = v[self.span(j)]
+            mixed = mixed * shrink[:, None] + _product(weights.astype(value.dtype), value)
+            return higher, total * shrink + jnp.sum(weights, axis=1), mixed
+
+        rows = self.cut.size
+        top = jnp.zeros(rows, jnp.float32) + sink[0]
+        total = jnp.where(top == -jnp.inf, 0.0, 1.0)
+        mixed = jnp.zeros((rows, v.shape[-1]), jnp.float32)
+        top, total, mixed = jax.lax.fori_loop(where.first[i], i + 1, visit, (top, total, mixed))
+        safe = jnp.where(total > 0, total, 1.0)
+        out[...] = (mixed / safe[:, None]).astype(out.dtype)
+        norm[...] = jnp.where(top == -jnp.inf, 0.0, top) + jnp.log(safe)
+
+    def logit_gradient(
+        self, masked: Array, weights: Array, value: Array, gradient: Array, share: Array
+    ) -> Array:
+        """Return the gradient of the products of queries and keys.
+
+        masked: logits. weights: attention weights. share: gradient . output of each query
+        """
+        slope = weights * (_product(gradient, value.T) - share[:, None])
+        if self.softcap is None:
+            return slope
+        bent = jnp.where(masked == -jnp.inf, 0.0, masked / self.softcap)
+        return slope * (1 - bent * bent)
+
+    def query_gradient(self, q: Any, k: Any, v: Any, *rest: Any) -> None:
+        """Write the gradient of one chunk of queries of one head."""
+        *where, norm, share, gradient, out = rest
+        where, i, query = _Where(*where), pl.program_id(0), q[...]
+
+        def visit(j: Array, total: Array) -> Array:
+            key = k[self.span(j)]
+            masked = self.logits(query, key, where, i, j)
+            weights = jnp.exp(masked - norm[...][:, None])
+            slope = self.logit_gradient(masked, weights, v[self.span(j)], gradient[...], share[...])
+            return total + _product(slope.astype(key.dtype), key)
+
+        total = jnp.zeros(query.shape, jnp.float32)
+        out[...] = jax.lax.fori_loop(where.first[i], i + 1, visit, total).astype(out.dtype)
+
+    def key_gradients(self, q: Any, k: Any, v: Any, *rest: Any) -> None:
+        """Write the gradients of one block of keys and values of one KV head, summed over the
+        query heads of its group."""
+        *where, norm, share, gradient, to_key, to_value = rest
+        where, j, key, value = _Where(*where), pl.program_id(0), k[...], v[...]
+        begin = j
+        chunks = jnp.maximum(where.end[j] - begin, 0)
+
+        def visit(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            head, i = number // chunks, begin + number % chunks
+            rows = self.span(i)
+            query, slope_out = q[head, rows], gradient[head, rows]
+            masked = self.logits(query, key, where, i, j)
+            weights = jnp.exp(masked - norm[head, rows][:, None])
+            slope = self.logit_gradient(masked, weights, value, slope_out, share[head, rows])
+            keys, values = state
+            keys = keys + _product(slope.astype(query.dtype).T, query)
+            return keys, values + _product(weights.astype(slope_out.dtype).T, slope_out)
+
+        state = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
+        keys, values = jax.lax.fori_loop(0, q.shape[0] * chunks, visit, state)
+        to_key[...], to_value[...] = keys.astype(to_key.dtype), values.astype(to_value.dtype)
+
+    def call(
+        self, kernel: Callable[..., None], heads: int, given: Sequence[Any], made: Sequence[Any]
+    ) -> Any:
+        """Run a kernel once per chunk (or block), head and row.
+
+        given, made: arguments and results, each an array (or its shape) and the block of it that a
+        program refers to
+        """
+        rows = given[0][0].shape[0]
+        return pl.pallas_call(
+            kernel,
+            grid=(self.cut.number, heads, rows),
+            in_specs=[spec for _, spec in given],
+            out_specs=[spec for _, spec in made],
+            out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for like, _ in made],
+            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            interpret=self.interpret,
+            name=f"flash_{kernel.__name__}",
+        )(*(array for array, _ in given))
+
+    def piece(self, array: Any) -> Any:
+        """Refer to one chunk of an array [batch heads token ...]."""
+        rest = array.shape[3:]
+        return array, pl.BlockSpec(
+            (None, None, self.cut.size, *rest), lambda i, h, b: (b, h, i, *(0,) * len(rest))
+        )
+
+    def whole(self, array: Any, group: int = 1) -> Any:
+        """Refer to one head of an array [batch heads ...]. group: grid's heads per head of it"""
+        rest = array.shape[2:]
+        return array, pl.BlockSpec(
+            (None, None, *rest), lambda i, h, b: (b, h // group, *(0,) * len(rest))
+        )
+
+    def row(self, array: Any) -> Any:
+        """Refer to one row of an array [batch ...]."""
+        return array, pl.BlockSpec((None, array.shape[1]), lambda i, h, b: (b, 0))
+
+
+def _product(x: Array, y: Array) -> Array:
+    """Multiply two matrices with float32 sums."""
+    return jnp.dot(x, y, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(kernels: _Kernels, query: Array, key: Array, value: Array, *rest: Array) -> Array:
+    """Return softmax(query . key) value [batch kv_heads group token width].
+
+    query: [batch kv_heads group token width]
+    key, value: [batch kv_heads token width]
+    rest: logit of the sink of each head [kv_heads group], and the fields of `_Where`
+    """
+    return _attend_forward(kernels, query, key, value, *rest)[0]
+
+
+def _attend_forward(
+    kernels: _Kernels, query: Array, key: Array, value: Array, sinks: Array, *where: Array
+) -> tuple[Array, Any]:
+    batch, kv_heads, group, length, _ = query.shape
+    heads = kv_heads * group
+    flat = query.reshape(batch, heads, length, -1)
+    given = (
+        kernels.piece(flat),
+        kernels.whole(key, group),
+        kernels.whole(value, group),
+        (sinks.reshape(-1), pl.BlockSpec((1,), lambda i, h, b: (h,))),
+        *map(kernels.row, where),
+    )
+    out = jax.ShapeDtypeStruct((batch, heads, length, value.shape[-1]), query.dtype)
+    norm = jax.ShapeDtypeStruct(out.shape[:3], jnp.float32)
+    out, norm = kernels.call(kernels.forward, heads, given, tuple(map(kernels.piece, (out, norm))))
+    out = out.reshape(*query.shape[:4], -1)
+    return out, (query, key, value, sinks, where, out, norm)
+
+
+def _attend_backward(kernels: _Kernels, saved: Any, gradient: Array) -> tuple[Any, ...]:
+    query, key, value, sinks, where, out, norm = saved
+    batch, kv_heads, group, length, _ = query.shape
+    heads = kv_heads * group
+    share = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+    def flat(x: Array) -> Array:
+        return x.reshape(batch, heads, length, *x.shape[4:])
+
+    rows = tuple(map(kernels.row, where))
+    by_query = (
+        kernels.piece(flat(query)),
+        *(kernels.whole(x, group) for x in (key, value)),
+        *rows,
+        *map(kernels.piece, (norm, flat(share), flat(gradient))),
+    )
+    (to_query,) = kernels.call(
+        kernels.query_gradient, heads, by_query, (kernels.piece(flat(query)),)
+    )
+    by_key = (
+        kernels.whole(query),
+        *map(kernels.piece, (key, value)),
+        *rows,
+        *map(kernels.whole, (norm.reshape(share.shape), share, gradient)),
+    )
+    to_key, to_value = kernels.call(
+        kernels.key_gradients, kv_heads, by_key, tuple(map(kernels.piece, (key, value)))
+    )
+    weight = jnp.exp(sinks[None, :, :, None] - norm.reshape(share.shape))
+    to_sinks = -jnp.sum(weight * share, axis=(0, 3))
+    return to_query.reshape(query.shape), to_key, to_value, to_sinks, *(None for _ in where)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

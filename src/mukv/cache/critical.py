@@ -1,0 +1,75 @@
+"""Refine scores by how much an entry's value changes the output (CriticalKV, Feng et al. 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mukv.cache.budget import portion
+from mukv.cache.rank import by_store, places
+from mukv.cache.refine import Refine
+from mukv.cache.seen import Seen
+from mukv.core.errors import BadInput
+from mukv.core.typing import Array, Float, Int
+
+CHUNK = 512
+"""Entries whose projected values are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Critical(Refine):
+    """Score: (score + epsilon) times the L1 norm of the projected value (CriticalKV, Feng et al.
+    2025).
+
+    The value is projected by the output weights of each query head of its group, and the norms are
+    averaged.
+
+    With `adaptive`, heads get their budgets by the scores alone, as in CriticalAdaKV.
+
+    epsilon: added to the score
+    first: fraction of the budget that is kept by the score alone, at least one entry; 0 for none
+    """
+
+    epsilon: float = 1e-4
+    first: float = 0.5
+
+    needs_weights: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.epsilon < 0:
+            raise BadInput("epsilon", self.epsilon, "at least 0")
+        if not 0 <= self.first <= 1:
+            raise BadInput("first", self.first, "a share from 0 to 1")
+
+    def apply(
+        self,
+        score: Float[Array, "batch stores key"],
+        seen: Seen,
+        number: Int[Array, "batch #stores 1"],
+    ) -> Float[Array, "batch stores key"]:
+        norm = by_store(projected(seen), score.shape[1])
+        certain = places(score) < portion(number, self.first, least=1)
+        finite = jnp.isfinite(score)
+        new = jnp.where(finite, (jnp.where(finite, score, 0.0) + self.epsilon) * norm, score)
+        return jnp.where(certain & (score > -jnp.inf), jnp.inf, new)
+
+
+def projected(seen: Seen) -> Float[Array, "batch kv_heads key"]:
+    """Return the L1 norm of the output projection of each entry's value, mean over the query heads
+    of a group."""
+    value = seen.values().astype(jnp.float32)
+    batch, heads, keys, width = value.shape
+    output = jnp.asarray(seen.reader.weights["output"], jnp.float32)
+    output = output.reshape(heads, -1, *output.shape[1:])
+    chunk = min(CHUNK, keys)
+    padded = jnp.pad(value, [(0, 0), (0, 0), (0, -keys % chunk), (0, 0)])
+    chunks = jnp.moveaxis(padded.reshape(batch, heads, -1, chunk, width), 2, 0)
+
+    def norm(part: Array) -> Array:
+        return jnp.mean(jnp.sum(jnp.abs(jnp.einsum("bhkv,hgve->bhgke", part, output)), -1), 2)
+
+    found = jax.lax.map(norm, chunks)
+    return jnp.moveaxis(found, 0, 2).reshape(batch, heads, -1)[..., :keys]

@@ -1,0 +1,44 @@
+"""Refine the scores of an eviction policy before entries are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mukv.cache.seen import Seen
+from mukv.core.typing import Array, Float, Int
+
+
+@dataclass(frozen=True)
+class Refine:
+    """Base class of functions from scores to scores."""
+
+    has_budget: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
+    """Whether scores must be at least 0, and the layer have one output projection."""
+
+    def apply(
+        self,
+        score: Float[Array, "batch stores key"],
+        seen: Seen,
+        number: Int[Array, "batch #stores 1"],
+    ) -> Float[Array, "batch stores key"]:
+        """Return the new scores.
+
+        score: inf for entries that are kept for certain, -inf for empty slots; both stay so
+        number: entries that each store keeps
+        """
+        raise NotImplementedError
+
+
+def refined(
+    score: Float[Array, "batch stores key"],
+    seen: Seen,
+    number: Int[Array, "batch #stores 1"],
+    steps: Iterable[Refine],
+) -> Float[Array, "batch stores key"]:
+    """Apply some refinements, one after the other."""
+    for step in steps:
+        score = step.apply(score, seen, number)
+    return score

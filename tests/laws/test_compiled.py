@@ -1,0 +1,98 @@
+"""Law 14: a training step compiled for H100 GPUs calls the attention kernel that `describe` names,
+and sums gradients by reduce-scatter.
+
+The compiler is in packages that are not among the development ones; `MUKV_COMPILERS` names their
+folder, and benchmarks/compiled.py says how to fill it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import compiled
+
+PACKAGES = os.environ.get("MUKV_COMPILERS")
+needs_compiler = pytest.mark.skipif(
+    PACKAGES is None, reason="MUKV_COMPILERS names no folder with jax-cuda12-pjrt"
+)
+WIDE = ("model.d_model=512", "model.plan=[{repeats: 3}]", "model.vocab_size=16384")
+
+COMMON = ("--packages", str(PACKAGES), "--length", "512", "--json")
+
+
+def counted(*given: str) -> dict:
+    """What benchmarks/compiled.py prints, in a process of its own."""
+    ran = subprocess.run(
+        [sys.executable, "benchmarks/compiled.py", "tiny", *WIDE, *given, *COMMON],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": "src", "XLA_FLAGS": ""},
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("model.plan=[{pattern: [{window: 100}, {}]}]",),
+        ("model.attention={kind: grouped, softcap: 30, sinks: learned}",),
+        ("model.attention={kind: latent, heads: 4, rank: 64, head_dim: 32, rope_dim: 16}",),
+    ],
+    ids=["packed", "window", "capped with sinks", "latent"],
+)
+def test_attention_is_a_kernel(changes):
+    """The forward pass and both kernels of the backward pass, in each layer."""
+    layers = 2 if "plan" in "".join(changes) else 3
+    assert counted(*changes)["calls"] == {"flash": 3 * layers}
+
+
+@needs_compiler
+def test_gradients_are_scattered_and_the_readout_is_gathered_once():
+    found = counted("--mesh", "4x2")["collectives"]
+    readout = 512 * 16384 * 4 // 2
+    large = {key: one for key, one in found.items() if one["largest"] > 1 << 20}
+    assert not [key for key in large if key.startswith("all-reduce f32 in loops")], found
+    gathers = [key for key, one in found.items() if "all-gather" in key and "in loops" in key]
+    assert all(found[key]["largest"] < readout for key in gathers), found
+
+
+MODULE = """HloModule step
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %twice = f32[8]{0} add(%p, %p)
+}
+
+%turn (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%state), index=1
+  %add = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
+  %sum = f32[8]{0} all-reduce(%add), to_apply=%fused
+  ROOT %next = (s32[], f32[8]{0}) tuple(%x, %sum)
+}
+
+ENTRY %main (a: bf16[4]) -> f32[8] {
+  %a = bf16[4]{0} parameter(0)
+  %whole = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%a), dimensions={0}
+  %init = (s32[], f32[8]{0}) tuple(%a, %a)
+  ROOT %loop = (s32[], f32[8]{0}) while(%init), body=%turn, config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_loops_count_as_often_as_they_turn():
+    found = compiled.counts(MODULE)
+    assert found.kernels == 5
+    assert found.collectives == {
+        "all-reduce f32 in loops": (5 * 32, 5, 32),
+        "all-gather bf16 outside": (32, 1, 32),
+    }
