@@ -75,6 +75,15 @@ AllowNonfinite = Annotated[
     typer.Option("--allow-nonfinite", help="Accept weights that are infinite or not a number."),
 ]
 
+StoredAs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORMAT",
+        help="Convert the weights while they are read: int8, int4 or bfloat16; default: as they "
+        "are.",
+    ),
+]
+
 ComputeType = Annotated[
     str | None,
     typer.Option(

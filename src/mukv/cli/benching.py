@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from mukv.cli import launch
-from mukv.cli.app import Json, Overrides, app, beside, hold
+from mukv.cli.app import Json, Overrides, StoredAs, app, beside, hold
 from mukv.core.errors import BadInput, unknown_name
 from mukv.core.names import even
 from mukv.show import output
@@ -106,6 +106,7 @@ def bench(
             help="Folder of results; default: `bench` in the run directory, or runs/bench-NAME.",
         ),
     ] = None,
+    weights: StoredAs = None,
     as_json: Json = False,
 ) -> None:
     """Measure how well a model recalls facts of a long text, by task and length.
@@ -142,11 +143,14 @@ def bench(
         show(rows, None, as_json)
         return
     model = is_model(source)
+    if weights is not None and not model:
+        allowed = "a MODEL that is tested as it is: a CONFIG is trained, in float32"
+        raise BadInput("--weights", weights, allowed)
     folder = out or (beside(source, "bench") if model else Path("runs/bench-" + Path(source).stem))
     hold(context, folder)
     if model:
         few = replace(settings, samples=PROMPT_SAMPLES) if samples is None else settings
-        rows = of_model(source, wanted, settings, few, folder)
+        rows = of_model(source, wanted, settings, few, folder, weights)
     else:
         given = [*(overrides or []), *([] if steps is None else [f"train.steps={steps}"])]
         plan = TrainingPlan(learning_rates, seeds, growing)
@@ -190,13 +194,16 @@ def of_model(
     settings: ExamineSettings,
     of_prompts: ExamineSettings,
     folder: Path,
+    weights: str | None,
 ) -> list[dict[str, Any]]:
-    """Test a model; returns the rows of the table. of_prompts: settings if it is asked with
-    prompts."""
+    """Test a model; returns the rows of the table.
+
+    of_prompts: settings if it is asked with prompts. weights: format of weights; None for float32
+    """
     from mukv.bench.run import test_model
     from mukv.runs import loaded
 
-    model = loaded.load(source)
+    model = loaded.load(source, weights=weights)
     trained = model.run.data.task
     in_words = trained is None and settings.form != "text"
     asked = wanted.tasks(trained, in_words)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mukv.cli import launch
-from mukv.cli.app import AllowNonfinite, Json, ModelName, app
+from mukv.cli.app import AllowNonfinite, Json, ModelName, StoredAs, app
 from mukv.core.errors import BadInput, nearest_name
 from mukv.show import output
 from mukv.show.heartbeat import Heartbeat
@@ -54,6 +54,7 @@ def chat(
             "most 4096."
         ),
     ] = None,
+    weights: StoredAs = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
@@ -75,7 +76,7 @@ def chat(
         found = locate(model)
         tokens = talk.room(found, length)
         talk.check(found, system, rule, tokens)
-        speaker = loaded.load(found, allow_nonfinite=allow_nonfinite)
+        speaker = loaded.load(found, allow_nonfinite=allow_nonfinite, weights=weights)
         asked = system, sampling, rule, max_tokens, stop or ()
         session = _Session(talk.Chat(speaker, tokens, *asked), as_json)
     terminal = sys.stdin.isatty()

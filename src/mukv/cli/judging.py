@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mukv.cli import launch
-from mukv.cli.app import Json, app, beside, exactly_one, hold, note_unused_budget, tell
+from mukv.cli.app import Json, StoredAs, app, beside, exactly_one, hold, note_unused_budget, tell
 from mukv.core.errors import BadInput
 from mukv.core.names import even
 from mukv.show import output
@@ -50,6 +50,7 @@ def compress(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder; default: `compress` in the run directory.")
     ] = None,
+    weights: StoredAs = None,
     as_json: Json = False,
 ) -> None:
     """Compare cache policies with the full cache: quality, bytes and speed.
@@ -69,7 +70,7 @@ def compress(
         note_unused_budget(policy)
     folder = out or beside(model, "compress")
     hold(context, folder)
-    speaker = loaded.load(model)
+    speaker = loaded.load(model, weights=weights)
     if length is None:
         length = max(inputs.window(speaker, None), compress.USUAL)
         length = min(length, speaker.network.context or length)

@@ -15,6 +15,7 @@ from mukv.cli.app import (
     Json,
     ModelName,
     Overrides,
+    StoredAs,
     app,
     exactly_one,
     note_unused_budget,
@@ -38,6 +39,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens from window to window; default: the window.")
     ] = None,
+    weights: StoredAs = None,
     compute: ComputeType = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
@@ -50,7 +52,8 @@ def evaluate(
     from mukv.runs import inputs, loaded, notes
 
     exactly_one("eval", text=text, tokens=tokens)
-    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite).computing(compute, "--compute")
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite, weights=weights)
+    speaker = speaker.computing(compute, "--compute")
     if text is not None:
         rows = inputs.rows_of_text(speaker, text)
     else:
@@ -66,6 +69,7 @@ def evaluate(
         "loss": found.loss,
         "perplexity": found.perplexity,
         "bits_per_byte": found.bits_per_byte,
+        "weights_bytes": speaker.weights_bytes,
     }
     output.print_facts(facts, as_json)
 
@@ -107,6 +111,7 @@ def generate(
             "default: 0.25."
         ),
     ] = None,
+    weights: StoredAs = None,
     compute: ComputeType = None,
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
@@ -134,7 +139,8 @@ def generate(
         if given and token_ids is not None:
             raise BadInput(option, token_ids, "a text, with --prompt or --prompt-file")
     prompts = [*(prompt or ()), *inputs.texts(prompt_file or (), "--prompt-file")]
-    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite).computing(compute, "--compute")
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite, weights=weights)
+    speaker = speaker.computing(compute, "--compute")
     if token_ids is not None:
         rows = [inputs.ids(token_ids, "--token-ids")]
     else:
@@ -158,6 +164,7 @@ def generate(
             "text": texts[0],
             "texts": texts,
             "cache_bytes": made.cache_bytes,
+            "weights_bytes": speaker.weights_bytes,
             "compile_seconds": made.compile_seconds,
             "prefill_seconds": made.prefill_seconds,
             "tokens_per_second": made.tokens_per_second,

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from mukv.core.compact import Compact
 from mukv.core.low_rank import LowRank
-from mukv.core.typing import Array, Float
+from mukv.core.typing import Array, Float, Int
 
 
 def project(
-    x: Array, weight: Array | LowRank, contracted: int = 1, out: jnp.dtype | None = None
+    x: Array, weight: Array | LowRank | Compact, contracted: int = 1, out: jnp.dtype | None = None
 ) -> Array:
     """Contract the last `contracted` axes of x with the first `contracted` axes of the weight.
 
@@ -34,6 +35,9 @@ def project(
         return project(x, weight.base, contracted, out) + project(thin, weight.b, 1, out or x.dtype)
     rows, columns = x.shape[: x.ndim - contracted], weight.shape[contracted:]
     inner = math.prod(weight.shape[:contracted])
+    if isinstance(weight, Compact):
+        found = weight.product(x.reshape(-1, inner)).astype(out or x.dtype)
+        return found.reshape(*rows, *columns)
     flat: Array = _product(
         x.reshape(-1, inner), weight.reshape(inner, -1), jnp.dtype(out or x.dtype)
     )
@@ -41,13 +45,23 @@ def project(
 
 
 def project_each(
-    x: Float[Array, "block rows inner"], weight: Float[Array, "block inner columns"] | LowRank
+    x: Float[Array, "block rows inner"],
+    weight: Float[Array, "block inner columns"] | LowRank | Compact,
 ) -> Float[Array, "block rows columns"]:
     """Multiply each block of rows with its own weight; types as in `project`."""
     if isinstance(weight, LowRank):
         thin = project_each(x, weight.a)
         return project_each(x, weight.base) + project_each(thin, weight.b)
+    if isinstance(weight, Compact):
+        weight = weight.whole()
     return _product(x, weight, x.dtype)
+
+
+def look_up(table: Array | Compact, index: Int[Array, "..."]) -> Float[Array, "... width"]:
+    """Return rows of an embedding."""
+    if isinstance(table, Compact):
+        return table.rows(index)
+    return jnp.take(table, index, axis=0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mukv.core.errors import BadInput, nearest_name, unknown_name
 from mukv.core.mesh import specification
-from mukv.core.params import named
+from mukv.core.params import LAYER, named
 from mukv.core.typing import Array
 from mukv.core.version import VERSION
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer
@@ -31,6 +31,7 @@ from mukv.hub.base import WeightPiece, WeightSource, check, grouped_by_weight, n
 from mukv.hub.gguf_tokenizer import tokenizer_files
 from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder
+from mukv.storage.compact import Converter, stacked
 from mukv.storage.files import cache_folder, file_inside, new_folder, write_atomic
 from mukv.storage.tensors import Spec, TensorFiles
 
@@ -93,6 +94,21 @@ class Checkpoint:
             made[piece.ours] = _put(made[piece.ours], layer, piece.repeat)
             # One program at a time: simulated devices share their threads.
             jax.block_until_ready(made[piece.ours])
+        return nested({name: made[name] for name in declared})
+
+    def compact(self, kind: str) -> dict[str, Any]:
+        """Read the weights tensor by tensor into a format of `core.compact`, on one device.
+
+        Raises BadInput for an unknown format and for numbers that are not finite.
+        """
+        converter = Converter(kind, self.folder)
+        made: dict[str, Any] = {}
+        declared = named(self.model.params())
+        for name, parts in grouped_by_weight(self.pieces).items():
+            whole = declared[name]
+            own = replace(whole, dims={n: s for n, s in whole.dims.items() if n != LAYER})
+            found = [converter(name, own, partial(part.read, self.source)) for part in parts]
+            made[name] = found[0] if parts[0].repeat is None else stacked(found)
         return nested({name: made[name] for name in declared})
 
     def specs(self) -> dict[str, Spec]:

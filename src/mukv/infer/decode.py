@@ -20,6 +20,7 @@ import numpy as np
 
 from mukv.cache import FULL, Calibrated, Policy
 from mukv.core.arguments import require_types
+from mukv.core.compact import any_compact
 from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.programs import Programs, outputs
@@ -138,11 +139,12 @@ def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | 
     compute = settled(compute, model.vocab_size)
     declared = model.params()
 
-    @jax.jit  # one program instead of one for each layer and weight
     def prepared(weights: Weights) -> Any:
         return model.unstack(compute.working_copy(declared, model.scaled(weights)))
 
-    return prepared(weights)
+    if any_compact(weights):
+        return prepared(weights)  # a program would return copies
+    return jax.jit(prepared)(weights)  # one program instead of one for each layer and weight
 
 
 class DecodeFunctions(NamedTuple):

@@ -21,7 +21,7 @@ from mukv.core.arguments import token_ids
 from mukv.core.compute import Compute, settled
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.linear import project
+from mukv.core.linear import look_up, project
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, initialise
@@ -353,7 +353,7 @@ class LanguageModel(Component):
 
     def embed(self, weights: Weights, tokens: Tokens, compute: Compute) -> Residual:
         """Look up the embeddings of tokens, in the compute type."""
-        x = jnp.take(weights["embedding"], tokens, axis=0).astype(compute.type)
+        x = look_up(weights["embedding"], tokens).astype(compute.type)
         if self.embedding_scale is not None:
             # The root of the base width, since initialisation and multipliers account for the
             # ratio to other widths. Rounded to the compute type as in Gemma.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Queries, Written
 from mukv.cache import FULL, Cache, Calibrated, Policy, Reader, Ring, Slot
 from mukv.cache.base import QUERY
+from mukv.core.compact import any_compact, is_compact
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
@@ -106,10 +107,7 @@ class Stack:
     def unstack(self, weights: Weights) -> list[Any]:
         """Return the weights with one entry per layer."""
         return [
-            jax.tree.map(
-                lambda leaf, repeat=layer.repeat: leaf[repeat],
-                weights[f"stage{layer.stage}"][f"slot{layer.slot}"],
-            )
+            _repeat(weights[f"stage{layer.stage}"][f"slot{layer.slot}"], layer.repeat)
             for layer in self.layers
         ]
 
@@ -155,10 +153,11 @@ class Stack:
         for s, stage in enumerate(self.plan):
             stacked = weights[f"stage{s}"]
             here = [layer for layer in self.layers if layer.stage == s]
-            if compute.unroll or capturing() or stage.repeats == 1 or not scannable(s, self.layers):
+            apart = compute.unroll or capturing() or any_compact(stacked)
+            if apart or stage.repeats == 1 or not scannable(s, self.layers):
                 for layer in here:
-                    own = jax.tree.map(lambda leaf, r=layer.repeat: leaf[r], stacked)
-                    x, more = run.layer(layer, own[f"slot{layer.slot}"], x, known)
+                    own = _repeat(stacked[f"slot{layer.slot}"], layer.repeat)
+                    x, more = run.layer(layer, own, x, known)
                     reported.append(more)
             else:
                 first = here[: len(stage.pattern)]
@@ -365,6 +364,11 @@ class Stack:
         return replace(
             cache, slots=slots, length=cache.length + added, filled=jnp.zeros_like(cache.filled)
         )
+
+
+def _repeat(stacked: Any, repeat: int) -> Any:
+    """Return the weights of one repeat of a layer."""
+    return jax.tree.map(lambda leaf: leaf[repeat], stacked, is_leaf=is_compact)
 
 
 def _states(layer: ResolvedLayer, written: Written) -> dict[str, Any]:

@@ -131,10 +131,14 @@ def export_model(
     dtype: of the written weights; None: unchanged
     shard: most bytes per weight file
 
-    Returns the object that `mukv export --json` prints. Raises BadInput naming the part of the
+    Returns the object that `mukv export --json` prints. Raises BadInput for a model whose
+    weights were converted when they were loaded, naming the part of the
     model that no supported Hugging Face architecture has, for `out` in use, and for weights that
     `dtype` can't hold.
     """
+    if model.converted:
+        allowed = "a model that was loaded without `weights`: exported weights are the saved ones"
+        raise BadInput("MODEL", str(source), allowed)
     there = out / CONFIG
     require_free(out, there.is_file() and not out.samefile(source))
     decoder = model.network

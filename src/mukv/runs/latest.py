@@ -7,25 +7,45 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from mukv.core.errors import BadInput, Failed
+from mukv.core.params import named
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.start import merged_weights, trained_params
 from mukv.storage.checkpoint import Checkpoints
-from mukv.storage.weights import load_weights, require_weights, step_of
+from mukv.storage.compact import Converter
+from mukv.storage.weights import load_weights, require_weights, step_of, weight_types
 from mukv.train.step import Trainer
 
 
-def latest_weights(run: Run, folder: RunDirectory, mesh: Mesh) -> Any:
+def latest_weights(run: Run, folder: RunDirectory, mesh: Mesh, kind: str | None = None) -> Any:
     """Read the exported weights of a run, or those of its latest checkpoint if that is newer.
 
-    Adapters are merged with the weights that they change, on a mesh. Raises BadInput for a run that
-    has none, and for damaged ones.
+    Adapters are merged with the weights that they change, on a mesh. kind: format of
+    `core.compact` that the weights are converted to, those of a file one by one; None to keep them
+    as they are. Raises BadInput for a run that has none, and for damaged ones.
     """
-    saved = _saved(run, folder)
-    return saved if run.train.adapter is None else merged_weights(run, folder, saved, mesh)
+    if kind is None:
+        saved = _saved(run, folder)
+        return saved if run.train.adapter is None else merged_weights(run, folder, saved, mesh)
+    converter = Converter(kind, folder.path)
+    declared = run.model.params()
+    params = named(declared)
+
+    def convert(name: str, array: Any) -> Any:
+        return converter(name, params[name], lambda cut: np.asarray(array[cut]))
+
+    exported_only = folder.weights.exists() and not folder.checkpoints.exists()
+    if run.train.adapter is None and exported_only:
+        require_weights(declared, weight_types(folder.weights), folder.weights)
+        return load_weights(folder.weights, convert)[0]
+    whole = latest_weights(run, folder, mesh)
+    found = {name: convert(name, leaf) for name, leaf in named(whole).items()}
+    structure = jax.tree.structure(whole)
+    return structure.unflatten(found.values())
 
 
 def _saved(run: Run, folder: RunDirectory) -> Any:

@@ -20,6 +20,7 @@ from mukv.cache import FULL, Calibrated, Policy
 from mukv.cache.centres import FOLDER, load_centres
 from mukv.cache.clusters import Clusters
 from mukv.core.arguments import require_types, strings, token_ids, whole_numbers
+from mukv.core.compact import any_compact, require_format
 from mukv.core.compute import Compute, DType, settled
 from mukv.core.errors import BadInput, unknown_name
 from mukv.core.mesh import MeshShape, weight_shardings
@@ -37,6 +38,7 @@ from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.latest import latest_weights
 from mukv.runs.located import Located, locate
+from mukv.storage.compact import nbytes
 from mukv.storage.weights import require_finite
 from mukv.train.footprint import require_bytes
 
@@ -73,6 +75,16 @@ class Model:
     def decoder(self) -> LanguageModel:
         """The former name of `network`."""
         return self.network
+
+    @property
+    def converted(self) -> bool:
+        """Whether the weights were converted to few bits when they were loaded."""
+        return any_compact(self.weights)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weights in memory."""
+        return nbytes(self.weights)
 
     def computing(self, dtype: str | None, where: str = "dtype") -> Model:
         """Return this model with another type of activations, cache entries and operands.
@@ -209,12 +221,13 @@ class Model:
         """Return a policy with the centres that `mukv analyze --calibrate` saved for it.
 
         Only the policy `clusters` has any, and only if layers store keys for each key head; other
-        policies are returned unchanged, with an empty mapping. Raises BadInput for centres that
-        were calibrated on other weights, or on keys without their rotation.
+        policies are returned unchanged, with an empty mapping. So are all if the weights were
+        converted when they were loaded, because centres belong to the saved ones. Raises BadInput
+        for centres that were calibrated on other weights, or on keys without their rotation.
         """
         if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
             return policy, {}
-        if not (self.folder / FOLDER).exists():
+        if self.converted or not (self.folder / FOLDER).exists():
             return policy, {}
         centres = load_centres(self.folder, self.weights)
         if not centres.rotated:
@@ -325,7 +338,10 @@ def _forward(model: LanguageModel, compute: Compute) -> Any:
 
 
 def load(
-    source: str | Path | Located, mesh: MeshShape | None = None, allow_nonfinite: bool = False
+    source: str | Path | Located,
+    mesh: MeshShape | None = None,
+    allow_nonfinite: bool = False,
+    weights: str | None = None,
 ) -> Model:
     """Load a model with its weights and tokenizer.
 
@@ -333,26 +349,36 @@ def load(
         Hugging Face folder, a GGUF file or a hub id, whose tensors are read one by one
     mesh: devices that the weights are split over; None for one device
     allow_nonfinite: accept weights that are infinite or not a number
+    weights: format that the weights are converted to while they are read, for inference on one
+        device: "int8", "int4" or "bfloat16"; None to keep them as they are
 
-    Raises BadInput for a source that is not a model, for damaged files and for weights that are not
-    finite.
+    Raises BadInput for a source that is not a model, for damaged files, for weights that are not
+    finite, and for a format that is unknown or given together with a mesh or `allow_nonfinite`.
     """
+    mesh = mesh or MeshShape()
+    if weights is not None:
+        require_format(weights)
+        if mesh.size > 1:
+            raise BadInput("weights", weights, "a mesh of one device: these are not split")
+        if allow_nonfinite:
+            raise BadInput("weights", weights, "finite weights, not `allow_nonfinite`")
     found = source if isinstance(source, Located) else locate(source)
-    model = _load(found, mesh or MeshShape())
-    if not allow_nonfinite:
+    model = _load(found, mesh, weights)
+    if weights is None and not allow_nonfinite:
         require_finite(model.weights, found.source)
     return model
 
 
-def _load(found: Located, mesh: MeshShape) -> Model:
+def _load(found: Located, mesh: MeshShape, kind: str | None) -> Model:
     if found.checkpoint is not None:
         run = replace(found.run, mesh=mesh)
         ends = checkpoint.end_ids(found.checkpoint.special)
-        weights = found.checkpoint.place(mesh.build())
-        return Model(run, weights, found.checkpoint.tokenizer, ends, found.folder)
+        given = found.checkpoint
+        weights = given.place(mesh.build()) if kind is None else given.compact(kind)
+        return Model(run, weights, given.tokenizer, ends, found.folder)
     folder, run = RunDirectory(found.folder), found.run
     built = mesh.build()
-    weights = latest_weights(run, folder, built)
+    weights = latest_weights(run, folder, built, kind)
     if mesh.size > 1:
         weights = jax.device_put(weights, weight_shardings(run.model.params(), built))
     if not folder.generation.exists():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,13 @@ def save_weights(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, s
     return path
 
 
-def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def load_weights(
+    folder: Path, convert: Callable[[str, np.ndarray], Any] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Read the nested dict of NumPy arrays that `save_weights` wrote, and its metadata.
+
+    convert: maps the name of a weight and its array to what is returned; called before the next
+        weight is read
 
     Raises BadInput if the file is missing, damaged or something else.
     """
@@ -57,7 +62,8 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 node = tree
                 for parent in parents:
                     node = node.setdefault(parent, {})
-                node[last] = file.get_tensor(name)
+                array = file.get_tensor(name)
+                node[last] = array if convert is None else convert(name, array)
     except (IndexError, AttributeError):  # an array where a dict is needed
         given = "a name that begins with the name of another weight"
         raise BadInput(str(path), given, "weights that mukv wrote") from None
