@@ -78,7 +78,8 @@ def check(model: LanguageModel, conversion: Conversion) -> Decoder:
             raise BadInput(f"{where}: reads", layer.source, allowed)
     multipliers = (each.multiplier for each in jax.tree.leaves(model.resolved()))
     scales = [
-        [layer.attention.scale for layer in each] for each in (model.layers, _resolved(model))
+        [layer.attention.scale for layer in each if isinstance(layer.attention, Grouped)]
+        for each in (model.layers, _resolved(model))
     ]
     tied = model.readout == "tied" and model.scaling.tied_factor(model.params()["embedding"]) != 1
     if any(map(changes, multipliers)) or scales[0] != scales[1] or tied:
