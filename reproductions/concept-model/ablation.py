@@ -28,7 +28,7 @@ from mukv.core.mesh import MeshShape
 from mukv.data.batches import Batches
 from mukv.model import Concept, LanguageModel
 from mukv.model.base import ForwardResult
-from mukv.model.concept import Cross, Fixed, Residually, Sum
+from mukv.model.concept import Cross, Fixed, ResidualInjection, Sum
 from mukv.runs import config
 from mukv.runs.resolve import open_corpus
 from mukv.show.figures import saved_figure
@@ -50,7 +50,7 @@ SOUND = ("model.injection={kind: residual}", "model.decoder=[{pattern: [{window:
 
 
 @dataclass(frozen=True)
-class Lag(Residually):
+class Lag(ResidualInjection):
     def inject(self, joint: Any, x: Any, inputs: Any) -> Any:
         chunks = inputs.chunks
         late = chunks._replace(
@@ -60,7 +60,7 @@ class Lag(Residually):
 
 
 @dataclass(frozen=True)
-class NoSkip(Residually):
+class NoSkip(ResidualInjection):
     """The decoder's input is the embedded tokens. raw: these embeddings."""
 
     raw: Any = None
@@ -88,7 +88,7 @@ class Unskipped(Concept):
 
 
 @dataclass(frozen=True)
-class Leak(Residually):
+class Leak(ResidualInjection):
     def inject(self, joint: Any, x: Any, inputs: Any) -> Any:
         there = (inputs.chunks.end < x.shape[1])[..., None]
         total = jnp.sum(jnp.where(there, inputs.outputs, 0), axis=1, keepdims=True)

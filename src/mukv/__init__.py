@@ -96,7 +96,7 @@ if TYPE_CHECKING:
     from mukv.model.concept import Max as Max
     from mukv.model.concept import Pool as Pool
     from mukv.model.concept import Prefix as Prefix
-    from mukv.model.concept import Residually as Residually
+    from mukv.model.concept import ResidualInjection as ResidualInjection
     from mukv.model.concept import SelectPool as SelectPool
     from mukv.model.concept import Sum as Sum
     from mukv.model.concept import Weighted as Weighted
@@ -184,7 +184,7 @@ _MODULES = {
     "mukv.model.feedforward": "Experts",
     "mukv.model.concept": (
         "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "
-        "Pool Prefix Residually SelectPool Sum Weighted"
+        "Pool Prefix ResidualInjection SelectPool Sum Weighted"
     ),
     "mukv.position": (
         "ALiBi CoPE FIRE KERPLE LinearScaling Llama3 LogLength NTK NoPE Position RoPE "

@@ -44,7 +44,7 @@ from mukv.model.concept import (
     Learned,
     Max,
     Prefix,
-    Residually,
+    ResidualInjection,
     SelectPool,
     Sum,
     Weighted,
@@ -302,7 +302,7 @@ POOLS = {
     "concatenate": Concatenate(),
     "select": SelectPool(),
 }
-INJECTIONS = {"residual": Residually(), "prefix": Prefix(slots=2), "cross": Cross()}
+INJECTIONS = {"residual": ResidualInjection(), "prefix": Prefix(slots=2), "cross": Cross()}
 CONCEPT_AXES = {"chunker": CHUNKERS, "pool": POOLS, "injection": INJECTIONS}
 CONCEPTS = [
     row

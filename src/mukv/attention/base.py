@@ -195,7 +195,7 @@ class Attention(Mixer):
 
         Returns what is added to the residual stream, and None for no auxiliary numbers.
         """
-        address, scores = self.asked(weights, self.query(weights, x, position), position)
+        address, scores = self.scaled_queries(weights, self.query(weights, x, position), position)
         retrieved = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
         chosen = [self.choose(weights, x, position, entries) for _, entries in retrieved]
         masked = [
@@ -222,10 +222,10 @@ class Attention(Mixer):
         demand = cores.Demand(queries, self.position, ordered, shows, aligned)
         return cores.choose(demand, compute)
 
-    def asked(
+    def scaled_queries(
         self, weights: Weights, query: Queries, position: Int[Array, "batch query"]
     ) -> tuple[Query, cores.Scores]:
-        """Scale queries and split them by `address`; also return how products become logits."""
+        """Return the scaled queries, split by `address`, and how their products become logits."""
         own = weights.get("position", {})
         query = self.position.temper(own, query, position)
         scale = (self.scale or self.query_dim**-0.5) * self.position.logit_factor

@@ -35,7 +35,7 @@ compressed entry that still lacks tokens.
 
 @dataclass(frozen=True)
 class HCA(Attention):
-    """Compressed attention with a window: HCA of DeepSeek V4.
+    """HCA of DeepSeek V4, which is compressed attention with a window.
 
     head_dim: width of a key, which is the value as well
     rope_dim: number of the last dimensions of a head, which are rotated

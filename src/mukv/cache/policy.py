@@ -280,7 +280,8 @@ def _name(part: Any) -> str:
 
 
 def _imported(name: str, where: str) -> str:
-    """The name in a table of a part of another package, which may be given as its dotted path.
+    """Return the registered name of a part. A part of another package may be given by its dotted
+    path, which is then imported.
 
     Raises BadInput for a path that can't be imported, and for a class that is no part of a policy.
     """

@@ -47,12 +47,12 @@ class Seen:
         return self.entries.valid
 
     def recent(self, number: Int[Array, "*batch"] | int) -> Bool[Array, "batch stores key"]:
-        """Return the newest `number` tokens of each row."""
+        """Return which entries are among the newest `number` tokens of each row."""
         first = jnp.asarray(self.length + self.added - number)[:, None, None]
         return self.valid & (self.entries.position >= first)
 
     def first(self, number: int) -> Bool[Array, "batch stores key"]:
-        """Return the oldest `number` tokens of each row."""
+        """Return which entries are among the oldest `number` tokens of each row."""
         return self.valid & (self.entries.position < number)
 
     def keys(self) -> Float[Array, "batch kv_heads key query_dim"]:
@@ -106,7 +106,7 @@ class Seen:
         queries, position = self.queries, self.length[:, None] + place
         index = jnp.clip(place, 0, queries.shape[3] - 1)[:, None, None, :, None]
         queries = jnp.take_along_axis(queries, index, axis=3)
-        address, scores = attention.asked(self.reader.weights, queries, position)
+        address, scores = attention.scaled_queries(self.reader.weights, queries, position)
         recalled = attention.recall(self.reader.weights, self.entries)
         part = cores.Part(recalled, self.entries, Mask())
         weights, total = cores.weighed(address, [part], scores)

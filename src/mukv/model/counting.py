@@ -104,7 +104,7 @@ def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> 
     attention = sum(
         layer.attention.read_flops()
         * bag.mean_visible(max(length // stack.every, 1))
-        / (stack.asked or stack.every)
+        / (stack.query_every or stack.every)
         for stack in model.stacks
         for layer in stack.layers
         for bag in layer.bags.values()

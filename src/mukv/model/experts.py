@@ -44,7 +44,7 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True)
 class Experts(Feedforward):
-    """Mixture of experts: each token is processed by the `top_k` experts with the largest scores.
+    """A mixture of experts, of which the `top_k` with the largest scores process each token.
 
     experts: number of experts that a router chooses from
     top_k: number of experts that process a token

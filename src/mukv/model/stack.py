@@ -40,8 +40,8 @@ class Stack:
 
     plan: stages of layers; `attention` and `mlp` are used by layers that name none
     first: number of the first layer in the whole model
-    every: tokens per entry, a lower bound
-    asked: tokens per query, a lower bound; None for the value of `every`
+    every: minimum mean number of tokens per entry (1 in a decoder)
+    query_every: minimum mean number of tokens per query; None for the value of `every`
     prefix: prefix of the names of dimensions, in a model with stacks of several widths
     """
 
@@ -54,7 +54,7 @@ class Stack:
     scaling: Scaling
     first: int = 0
     every: int = 1
-    asked: int | None = None
+    query_every: int | None = None
     prefix: str = ""
 
     @cached_property

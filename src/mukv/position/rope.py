@@ -27,7 +27,7 @@ class RoPE(Position):
 
     base: pair m of a head with d rotated dimensions turns by base ** (-2m / d) radians per token
     scaling: change of the frequencies for longer contexts; None means none
-    pairing: which dimensions form a pair (see above)
+    pairing: which dimensions form a pair: m and m + d/2 (half), or 2m and 2m + 1 (interleaved)
     partial: fraction of a head's dimensions that is rotated, with the frequencies of a head of that
         width (GPT-NeoX)
     p: fraction of the pairs, highest frequencies first, that is rotated; the other pairs have

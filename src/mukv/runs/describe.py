@@ -44,7 +44,7 @@ def describe(run: Run) -> dict[str, Any]:
                 else:
                     constant += entry[name] * bag.places(bag.window)
             grows += each
-            queries = max(1, run.train.length // (stack.asked or stack.every))
+            queries = max(1, run.train.length // (stack.query_every or stack.every))
             position = getattr(layer.attention, "position", None)
             # In training a layer reads the entries of its own tokens.
             bags = layer.attention.bags.values()

@@ -217,7 +217,8 @@ class Scaling:
         base_width = math.prod(size for _, size in self._widths(param, of_base=True))
         # An embedding is looked up, not summed over: its rows have the scale of the residual
         # stream.
-        # A vector with a fan-in is a filter per channel, whose number of taps is no width.
+        # A vector that declares a fan-in is a filter per channel; its number of taps does not grow
+        # with the model's width.
         fan_in = param.fan_in_size if role == "vector" else base_width if param.fan_in else 1
         return Resolved(
             deviation=0.0 if zero else self._constant("deviation", role) * fan_in**-0.5 * ratio**-b,

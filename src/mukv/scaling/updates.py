@@ -95,8 +95,8 @@ def by_layer(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
 
 
 def by_matrix(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
-    """The same for each separate matrix: each expert of each layer. All arrays have the leading
-    axes of the weight."""
+    """Apply `function` to each matrix of a stacked weight: to each expert of each layer. All
+    arrays have the leading axes of the weight."""
     return _each(len(param.leading), function, *arrays)
 
 

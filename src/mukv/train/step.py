@@ -149,7 +149,7 @@ class Trainer:
         self.frozen = jax.device_put(weights, weight_shardings(self.model.params(), self.mesh))
 
     def thaw(self) -> None:
-        """Forget frozen weights; `initial_state` draws others."""
+        """Drop the frozen weights, so that `initial_state` draws random ones."""
         self.frozen = None if self.adapter is None else self.abstract_weights()
 
     def initial_state(self, seed: int | None = None) -> State:

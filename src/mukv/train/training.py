@@ -25,7 +25,8 @@ class Training:
     batch: rows per step over all devices
     length: tokens per row
     learning_rate: the peak
-    schedule, optimizer: their configurations
+    schedule: how the learning rate changes over the steps
+    optimizer: rule by which gradients change the weights
     budget: batch and tokens that the hyperparameters were tuned for; None means those of this run
     clip_norm: largest norm of the whole gradient; None means no limit
     accumulate: pieces into which a batch is cut to save memory

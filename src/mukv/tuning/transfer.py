@@ -32,8 +32,7 @@ from mukv.train.training import Training
 from mukv.tuning.together import Point, Together, free_memory, grouped
 
 DRIFT_LIMIT = 0.3
-"""Largest absolute drift that passes, in octaves of rate per octave of width (reference thresholds,
-section F)."""
+"""Largest absolute drift that passes, in octaves of rate per octave of width, our choice."""
 GAP_LIMIT = 0.03
 """Largest loss in nats per token that the narrowest model's rate may cost the widest."""
 AROUND = 2

@@ -124,13 +124,13 @@ class Demand:
 
 @dataclass(frozen=True)
 class Core:
-    """Base class of attention cores. platforms: those that it is for; None for all"""
+    """Base class of attention cores. platforms: those on which it may be chosen; None for all"""
 
     platforms: ClassVar[tuple[Platform, ...] | None] = None
 
     @classmethod
     def made(cls, compute: Compute) -> Core:
-        """Return the core with the settings that concern it."""
+        """Build the core from the compute settings."""
         return cls()
 
     @classmethod

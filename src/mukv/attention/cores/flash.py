@@ -124,7 +124,7 @@ def _documents(places: Places, position: Array) -> tuple[Array, Array]:
 
 
 class _Where(NamedTuple):
-    """What masks are computed from; int32.
+    """Inputs of the mask; int32.
 
     position, own: position and document of each query [batch token]
     key_position, key_own: those of each key [batch token]
@@ -253,8 +253,8 @@ class _Kernels:
     ) -> Any:
         """Run a kernel once per chunk (or block), head and row.
 
-        given, made: arguments and results, each an array (or its shape) and the block of it that a
-        program refers to
+        given: array and BlockSpec of each argument
+        made: shape and BlockSpec of each result
         """
         rows = given[0][0].shape[0]
         return pl.pallas_call(

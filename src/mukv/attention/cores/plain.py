@@ -30,7 +30,7 @@ class Plain(Core):
         return None
 
     def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
-        # The sum divides the mixture, which is a smaller tensor than the weights.
+        # The sum divides the output instead of the weights, because the output is smaller.
         weights, total = weighed(query, parts, scores)
         if capturing():
             tap("weights", weights / total)

@@ -2,7 +2,7 @@
 
 from mukv.model.concept.architecture import Concepts
 from mukv.model.concept.chunkers import CHUNKERS, Chunker, Delimiter, Fixed, Learned
-from mukv.model.concept.injection import INJECTIONS, Cross, Injection, Prefix, Residually
+from mukv.model.concept.injection import INJECTIONS, Cross, Injection, Prefix, ResidualInjection
 from mukv.model.concept.model import Concept
 from mukv.model.concept.pooling import (
     POOLS,
@@ -32,7 +32,7 @@ __all__ = [
     "Max",
     "Pool",
     "Prefix",
-    "Residually",
+    "ResidualInjection",
     "SelectPool",
     "Sum",
     "Weighted",

@@ -22,7 +22,7 @@ from mukv.model.concept.injection import (
     CONCEPT,
     AnyInjection,
     Joint,
-    Residually,
+    ResidualInjection,
 )
 from mukv.model.concept.pooling import AnyPool, SelectPool
 from mukv.model.feedforward import AnyFeedforward
@@ -72,11 +72,11 @@ class Architecture(LanguageModel):
     chunker: AnyChunker = field(default_factory=Delimiter)
     pool: AnyPool = field(default_factory=SelectPool)
     concepts: Concepts = field(default_factory=Concepts)
-    injection: AnyInjection = field(default_factory=Residually)
+    injection: AnyInjection = field(default_factory=ResidualInjection)
     decoder: tuple[Stage, ...] = LOCAL
 
     def __post_init__(self) -> None:
-        for name, stack in (("encoder", self.before), ("decoder", self.after)):
+        for name, stack in (("encoder", self.encoder_stack), ("decoder", self.decoder_stack)):
             for layer in stack.layers:
                 if layer.bags and (layer.window is None or layer.window < self.chunker.pace):
                     raise BadInput(
@@ -87,7 +87,7 @@ class Architecture(LanguageModel):
                     )
         self.chunker.check(self.vocab_size)
         self.pool.check(self.d_model, self.reach)
-        self.injection.check(len(self.after.layers))
+        self.injection.check(len(self.decoder_stack.layers))
         if self.injection.remembers and [*self.reader.stores()] != [*self.reader.bags][:1]:
             raise BadInput(
                 "injection",
@@ -112,12 +112,12 @@ class Architecture(LanguageModel):
         return self.pool.reach(self.chunker.reach)
 
     @cached_property
-    def before(self) -> Stack:
+    def encoder_stack(self) -> Stack:
         """The local layers before the global ones."""
         return self.stack_of(self.encoder)
 
     @cached_property
-    def globally(self) -> Stack:
+    def global_stack(self) -> Stack:
         """The global layers."""
         return Stack(
             self.width,
@@ -125,7 +125,7 @@ class Architecture(LanguageModel):
             self.concepts.mlp or self.mlp,
             self.concepts.plan,
             *(self.norm, self.residual, self.scaling),
-            first=len(self.before.layers),
+            first=len(self.encoder_stack.layers),
             every=self.chunker.pace,
             prefix=CONCEPT,
         )
@@ -137,19 +137,19 @@ class Architecture(LanguageModel):
             self.width,
             *(self.attention, self.mlp, (Stage(),) if self.injection.remembers else ()),
             *(self.norm, self.residual, self.scaling),
-            first=self.globally.first + len(self.globally.layers),
+            first=self.global_stack.first + len(self.global_stack.layers),
             every=self.chunker.pace,
-            asked=1,
+            query_every=1,
         )
 
     @cached_property
-    def after(self) -> Stack:
+    def decoder_stack(self) -> Stack:
         """The local layers after the global ones."""
         return self.stack_of(self.decoder, self.cross.first + len(self.cross.layers))
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
-        return self.before, self.globally, self.cross, self.after
+        return self.encoder_stack, self.global_stack, self.cross, self.decoder_stack
 
     @property
     def reader(self) -> AnyAttention:
@@ -163,18 +163,22 @@ class Architecture(LanguageModel):
         enter = {"embed": self.d_model, f"{CONCEPT}embed": self.width}
         pool = self.pool.params(self.d_model, self.reach)
         declared = {
-            "encoder": self.before.params(),
+            "encoder": self.encoder_stack.params(),
             "chunker": self.chunker.params(self.d_model),
             "pool": {**pool, "enter": Param(enter, fan_in=("embed",))},
-            "concepts": self.globally.params(),
+            "concepts": self.global_stack.params(),
             "give": self.injection.give_params(self.d_model, self.width, *shared),
             "injection": self.injection.own_params(self.d_model, *shared),
-            "decoder": self.after.params(),
+            "decoder": self.decoder_stack.params(),
         }
         return {name: tree for name, tree in declared.items() if tree}
 
     def unstack(self, weights: Weights) -> dict[str, Any]:
-        stacks = {"encoder": self.before, "concepts": self.globally, "decoder": self.after}
+        stacks = {
+            "encoder": self.encoder_stack,
+            "concepts": self.global_stack,
+            "decoder": self.decoder_stack,
+        }
         layers = {name: stack.unstack(weights.get(name, {})) for name, stack in stacks.items()}
         return {**weights, **layers}
 
@@ -192,7 +196,7 @@ class Architecture(LanguageModel):
 
     def joint(self, outer: Weights, layers: Any, compute: Compute) -> Joint:
         """Collect what an injection needs. layers: weights of the decoder's layers."""
-        parts = (self.after, layers, self.reader, self.norm, compute)
+        parts = (self.decoder_stack, layers, self.reader, self.norm, compute)
         return Joint(outer["give"], outer["injection"], *parts)
 
     # Memory
@@ -202,10 +206,10 @@ class Architecture(LanguageModel):
         slots = self.injection.slots_per_concept
         local = (length + slots * concepts, tail + slots * more, slots > 0)
         return (
-            Memory(self.before, length, tail),
-            Memory(self.globally, concepts, more, by_row=True),
+            Memory(self.encoder_stack, length, tail),
+            Memory(self.global_stack, concepts, more, by_row=True),
             Memory(self.cross, concepts, more, by_row=True),
-            Memory(self.after, *local),
+            Memory(self.decoder_stack, *local),
         )
 
     def state_bytes(self, dtype: jnp.dtype) -> int:

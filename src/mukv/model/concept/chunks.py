@@ -163,7 +163,7 @@ def smoothed(
     return mixed + keep * before[:, None].astype(outputs.dtype)
 
 
-def left(
+def state_after(
     chunks: Chunks,
     x: Residual,
     outputs: ConceptOutputs,

@@ -28,8 +28,8 @@ from mukv.model.concept.chunks import (
     ChunkState,
     ConceptOutputs,
     chunked,
-    left,
     smoothed,
+    state_after,
     windows,
 )
 from mukv.model.concept.injection import (
@@ -67,13 +67,13 @@ class Concept(Architecture):
 
         x = self.embed(weights, tokens, compute)
         local = (position, segment, compute)
-        x, first_reported = self.before.forward(weights.get("encoder", {}), x, *local)
+        x, first_reported = self.encoder_stack.forward(weights.get("encoder", {}), x, *local)
         state = self.start(len(tokens), x.dtype)
         room = max(1, tokens.shape[1] // self.chunker.pace)
         shared = (first, place, here >= 0, state, jnp.zeros_like(tokens[:, 0]), room)
         chunks = chunked(self.chunker, outer["chunker"], tokens, x, *shared)
         count = chunks.at_ends(chunks.made, 1)
-        outputs, reported = self.globally.forward(
+        outputs, reported = self.global_stack.forward(
             weights["concepts"],
             self._pooled(outer["pool"], chunks, x, state),
             count - 1,
@@ -127,13 +127,13 @@ class Concept(Architecture):
         See `LanguageModel.empty_cache`.
         """
         dtype = dtype or settled(None, self.vocab_size).type
-        self.globally.check_policy(policy)
-        first = self.globally.first
+        self.global_stack.check_policy(policy)
+        first = self.global_stack.first
         own = {layer - first: each for layer, each in (centres or {}).items()}
         encoder, concepts, cross, decoder = (
             each.stack.empty_cache(
                 *(batch, each.length, each.tail, dtype, each.by_row),
-                **({"policy": policy, "centres": own} if each.stack is self.globally else {}),
+                **({"policy": policy, "centres": own} if each.stack is self.global_stack else {}),
             )
             for each in self.memories(length, tail)
         )
@@ -154,13 +154,13 @@ class Concept(Architecture):
         place = cache.length[:, None] + here
         x = self.embed(weights, tokens, compute)
         rest = (count, fresh, compute)
-        x, encoder = self.before.prefill(weights["encoder"], cache.encoder, x, *rest)
+        x, encoder = self.encoder_stack.prefill(weights["encoder"], cache.encoder, x, *rest)
         pace = self.chunker.pace
         room = max(1, tokens.shape[1] // pace) if fresh else self.chunker.burst(tokens.shape[1])
         shared = (place == 0, place, here < count[:, None], state, cache.concepts.length, room)
         chunks = chunked(self.chunker, outer["chunker"], tokens, x, *shared)
         rest = (chunks.total, fresh, compute)
-        outputs, concepts = self.globally.prefill(
+        outputs, concepts = self.global_stack.prefill(
             weights["concepts"],
             cache.concepts,
             self._pooled(outer["pool"], chunks, x, state),
@@ -171,7 +171,9 @@ class Concept(Architecture):
         joint = self.joint(outer, weights["decoder"], compute)
         lasting = Lasting(cache.cross, cache.decoder)
         y, lasting = self.injection.prefill(joint, lasting, x, inputs, count, fresh)
-        after = ConceptCache(encoder, concepts, *lasting, left(chunks, x, outputs, state, count))
+        after = ConceptCache(
+            encoder, concepts, *lasting, state_after(chunks, x, outputs, state, count)
+        )
         return self.last_logits(weights, y, count - 1, compute), after
 
     def step(
@@ -190,7 +192,7 @@ class Concept(Architecture):
         joint = self.joint(outer, weights["decoder"], compute)
         place = cache.encoder.position()[:, None]
         x = self.embed(weights, token[:, None], compute)
-        x, encoder = self.before.step(weights["encoder"], cache.encoder, x, compute)
+        x, encoder = self.encoder_stack.step(weights["encoder"], cache.encoder, x, compute)
         earlier = cache.concepts.position()
         shared = (place == 0, place, place >= 0, state, earlier, 1)
         chunks = chunked(self.chunker, outer["chunker"], token[:, None], x, *shared)
@@ -198,12 +200,12 @@ class Concept(Architecture):
 
         def run_global_layers() -> Any:
             pooled = self._pooled(outer["pool"], chunks, x, state)
-            made, concepts = self.globally.step(
+            made, concepts = self.global_stack.step(
                 weights["concepts"], cache.concepts, pooled, compute, ends
             )
             made = self._smoothed(chunks, made, state)[:, 0].astype(state.output.dtype)
             output = jnp.where(ends[:, None], made, state.output)
-            noted = self.injection.note(joint, lasting, output, ends)
+            noted = self.injection.append_concept(joint, lasting, output, ends)
             return output, [part.split()[1] for part in (concepts, *noted)]
 
         def keep_output() -> Any:
@@ -216,16 +218,16 @@ class Concept(Architecture):
             for part, tail in zip((cache.concepts, *lasting), tails, strict=True)
         )
         y, lasting = self.injection.step(joint, Lasting(*noted), x, output, earlier + ends)
-        state = left(chunks, x, output[:, None], state, jnp.ones_like(earlier))
+        state = state_after(chunks, x, output[:, None], state, jnp.ones_like(earlier))
         after = ConceptCache(encoder, concepts, *lasting, state)
         return self.logits(weights, self.normed(weights, y), compute)[:, 0], after
 
     def fold(self, weights: Weights, cache: ConceptCache) -> ConceptCache:
         read = [{"read": weights.get("injection", {}).get("read", {})}]
         return ConceptCache(
-            self.before.fold(weights["encoder"], cache.encoder),
-            self.globally.fold(weights["concepts"], cache.concepts),
+            self.encoder_stack.fold(weights["encoder"], cache.encoder),
+            self.global_stack.fold(weights["concepts"], cache.concepts),
             self.cross.fold(read, cache.cross),
-            self.after.fold(weights["decoder"], cache.decoder),
+            self.decoder_stack.fold(weights["decoder"], cache.decoder),
             cache.state,
         )

@@ -9,13 +9,13 @@ from mukv.core.table import PartTable
 from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInputs, Joint, Lasting
 from mukv.model.concept.injection.cross import Cross
 from mukv.model.concept.injection.prefix import Prefix
-from mukv.model.concept.injection.residual import Residually
+from mukv.model.concept.injection.residual import ResidualInjection
 
 INJECTIONS = PartTable(
     "injection",
     Injection,
     {
-        "residual": Residually,
+        "residual": ResidualInjection,
         "prefix": Prefix,
         "cross": Cross,
     },
@@ -32,5 +32,5 @@ __all__ = [
     "Joint",
     "Lasting",
     "Prefix",
-    "Residually",
+    "ResidualInjection",
 ]

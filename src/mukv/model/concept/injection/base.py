@@ -144,7 +144,7 @@ class Injection(Component):
         x, decoder = joint.decoder.prefill(joint.layers, cache.decoder, x, *shared)
         return x, cache._replace(decoder=decoder)
 
-    def note(
+    def append_concept(
         self,
         joint: Joint,
         cache: Lasting,

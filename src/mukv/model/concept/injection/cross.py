@@ -101,7 +101,7 @@ class Cross(Injection):
         x, decoder = joint.decoder.prefill(joint.layers, cache.decoder, x, *shared)
         return x, Lasting(after, decoder)
 
-    def note(
+    def append_concept(
         self,
         joint: Joint,
         cache: Lasting,

@@ -112,7 +112,7 @@ class Prefix(Injection):
         out, decoder = joint.decoder.prefill(joint.layers, cache.decoder, stream, *shared)
         return gathered(out, token), cache._replace(decoder=decoder)
 
-    def note(
+    def append_concept(
         self,
         joint: Joint,
         cache: Lasting,

@@ -18,7 +18,7 @@ from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInput
 
 
 @dataclass(frozen=True)
-class Residually(Injection):
+class ResidualInjection(Injection):
     """Addition to the residual stream: y = gain * x + W g, with encoder output x and concept g.
 
     g is the latest concept of the document; zero before the first.
