@@ -14,7 +14,7 @@ import numpy as np
 
 from mukv.attention import AnyAttention, Grouped
 from mukv.conversion.fits import Matrix
-from mukv.conversion.rotary import ANY, NONE, Maps, Pairs, commuting, cosine, pairs_of
+from mukv.conversion.rotary import ANY, NONE, Maps, RotatedPairs, commuting, cosine, pairs_of
 from mukv.core.errors import BadInput
 from mukv.core.params import Param, map_params
 from mukv.core.typing import Float
@@ -57,7 +57,7 @@ class SourceLayer:
         return wide(made.swapaxes(0, 1))
 
     @property
-    def pairs(self) -> Pairs:
+    def pairs(self) -> RotatedPairs:
         """The dimensions of a key that are rotated."""
         return pairs_of(self.attention.position, self.attention.head_dim)
 

@@ -24,7 +24,7 @@ Fit = Callable[[Matrix, Matrix], Matrix]
 
 
 @dataclass(frozen=True)
-class Pairs:
+class RotatedPairs:
     """Which dimensions of a key form the pairs that are rotated, and which are not rotated.
 
     first, second: of each pair. rest: all others.
@@ -59,20 +59,20 @@ class Pairs:
         return made
 
 
-def pairs_of(position: AnyPosition, width: int) -> Pairs:
+def pairs_of(position: AnyPosition, width: int) -> RotatedPairs:
     """The pairs of a head of this width; none where the position encoding does not rotate."""
     every = np.arange(width)
     if not isinstance(position, RoPE):
-        return Pairs(every[:0], every[:0], every)
+        return RotatedPairs(every[:0], every[:0], every)
     count = len(position.frequencies(width))
     if position.pairing == "half":
         first, second = every[:count], every[count : 2 * count]
     else:
         first, second = every[: 2 * count : 2], every[1 : 2 * count : 2]
-    return Pairs(first, second, every[2 * count :])
+    return RotatedPairs(first, second, every[2 * count :])
 
 
-def commuting_fit(pairs: Pairs, x: Matrix, y: Matrix) -> Matrix:
+def commuting_fit(pairs: RotatedPairs, x: Matrix, y: Matrix) -> Matrix:
     """The same as `fit`, of the maps that commute with the rotation."""
     one, other = pairs.complex(x), pairs.complex(y)
     size = np.sum(np.abs(one) ** 2, axis=0)
@@ -80,7 +80,7 @@ def commuting_fit(pairs: Pairs, x: Matrix, y: Matrix) -> Matrix:
     return pairs.matrix(factor, fit(x[:, pairs.rest], y[:, pairs.rest]))
 
 
-def commuting_rotation(pairs: Pairs, x: Matrix, y: Matrix) -> Matrix:
+def commuting_rotation(pairs: RotatedPairs, x: Matrix, y: Matrix) -> Matrix:
     """The same as `rotation`, of the maps that commute with the rotation of the positions."""
     product = np.sum(pairs.complex(x).conj() * pairs.complex(y), axis=0)
     size = np.abs(product)
@@ -88,7 +88,7 @@ def commuting_rotation(pairs: Pairs, x: Matrix, y: Matrix) -> Matrix:
     return pairs.matrix(factor, rotation(x[:, pairs.rest], y[:, pairs.rest]))
 
 
-def cosine(pairs: Pairs | None, x: Matrix, y: Matrix) -> float:
+def cosine(pairs: RotatedPairs | None, x: Matrix, y: Matrix) -> float:
     """The cosine of two heads, as rows of examples, after the rotation that makes it largest.
 
     pairs: where only rotations count that commute with that of the positions; None for all
@@ -135,6 +135,6 @@ NONE = Maps(_identity, _identity)
 ANY = Maps(rotation, fit)
 
 
-def commuting(pairs: Pairs) -> Maps:
+def commuting(pairs: RotatedPairs) -> Maps:
     """Those that commute with the rotation of the positions."""
     return Maps(partial(commuting_rotation, pairs), partial(commuting_fit, pairs))
