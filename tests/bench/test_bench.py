@@ -75,7 +75,7 @@ def test_a_model_of_text_reads_text(mukv, trained, tmp_path):
         (("tiny", "--learning-rates", "fast"), "numbers with commas"),
         (("tiny", "--learning-rates", "-1"), "greater than 0"),
         (("tiny", "--seeds", "0"), "at least 1"),
-        (("tiny", "--cache", "none"), "allowed: adaptive, all, clusters"),
+        (("tiny", "--cache", "none"), "allowed: adaptive, all, chunk"),
         (("tiny", "--lengths", "8", "--tasks", "needle"), "at least 15"),
         (("tiny", "--free", "-1"), "at least 0"),
         (("tiny", "--free", "0", "--cache", "int8"), "a cache policy changes"),

@@ -69,8 +69,9 @@ def evaluate(
         "loss": found.loss,
         "perplexity": found.perplexity,
         "bits_per_byte": found.bits_per_byte,
-        "weights_bytes": speaker.weights_bytes,
     }
+    if weights is not None:
+        facts["weights_bytes"] = speaker.weights_bytes
     output.print_facts(facts, as_json)
 
 
@@ -164,11 +165,12 @@ def generate(
             "text": texts[0],
             "texts": texts,
             "cache_bytes": made.cache_bytes,
-            "weights_bytes": speaker.weights_bytes,
             "compile_seconds": made.compile_seconds,
             "prefill_seconds": made.prefill_seconds,
             "tokens_per_second": made.tokens_per_second,
         }
+        if weights is not None:
+            facts["weights_bytes"] = speaker.weights_bytes
         if len(rows) > 1:
             facts["all_token_ids"] = made.tokens
         output.print_json(facts)

@@ -95,7 +95,7 @@ def open_feed(run: Run, folder: RunDirectory | None = None) -> tuple[Run, Feed]:
 
     Raises BadInput as `open_corpus` does.
     """
-    begun = folder is not None and folder.exists and folder.tokenizer.exists()
+    begun = folder is not None and folder.exists and folder.tokenizer.is_file()
     if run.data.task is None:
         own = load_tokenizer(folder.tokenizer) if folder is not None and begun else None
         tokens = _tokens(run, own) if begun else open_corpus(run)
