@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Queries, Written
-from mukv.cache import FULL, Cache, Calibrated, Policy, Reader, Recorded, Ring, Slot
+from mukv.cache import FULL, Cache, Calibrated, Policy, Recorded, Ring, Slot
 from mukv.cache.base import QUERY
 from mukv.core.compact import any_compact, is_compact
 from mukv.core.compute import Compute
@@ -27,7 +27,7 @@ from mukv.core.tap import capturing
 from mukv.core.typing import Array, Bool, Int, Residual, Weights
 from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
-from mukv.model.cache_update import LayerBag, LayerMemory, joined, memories
+from mukv.model.cache_update import LayerBag, LayerMemory, extended, joined, memories
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.passes import Memory, Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
@@ -356,7 +356,7 @@ class Stack:
             if query is not None:
                 query = query.reshape(len(added), attention.key_heads, -1, *query.shape[2:])
             given = weights[layer.index]["read"], query, new, cache.length, added
-            return _extended(attention, False, slot, *given)
+            return extended(attention, False, slot, *given)
 
         layers = (layer for layer, _, _ in self.bags)
         slots = tuple(map(folded, layers, cache.slots))
@@ -377,7 +377,7 @@ class Stack:
             if not isinstance(known.body, Recorded):
                 return replace(slot, body=known.body)
             given = known.body.queries, known.body.tensors, nothing, recorded.length
-            return _extended(layer.softmax, True, slot, weights[layer.index]["read"], *given)
+            return extended(layer.softmax, True, slot, weights[layer.index]["read"], *given)
 
         layers = (layer for layer, _, _ in self.bags)
         slots = tuple(map(made, layers, recorded.slots, empty.slots))
@@ -387,18 +387,3 @@ class Stack:
 def _repeat(stacked: Any, repeat: int) -> Any:
     """Return the weights of one repeat of a layer."""
     return jax.tree.map(lambda leaf: leaf[repeat], stacked, is_leaf=is_compact)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _extended(
-    attention: Attention,
-    fresh: bool,
-    slot: Slot,
-    reading: Any,
-    queries: Queries | None,
-    new: Any,
-    length: Int[Array, " batch"],
-    added: Int[Array, " batch"],
-) -> Slot:
-    """Apply `Slot.extended`, as a function that equal layers share."""
-    return slot.extended(new, length, added, Reader(attention, reading, queries), fresh)
