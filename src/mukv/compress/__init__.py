@@ -1,6 +1,7 @@
 """Measure a model under cache policies: perplexity, recall, bytes and speed."""
 
-from mukv.compress.command import CompressSettings
-from mukv.compress.judge import Comparison, Result
+from mukv.compress.judge import Result, grid, judge
+from mukv.compress.rows import USUAL, Rows, rows_of
+from mukv.compress.table import write
 
-__all__ = ["Comparison", "CompressSettings", "Result"]
+__all__ = ["USUAL", "Result", "Rows", "grid", "judge", "rows_of", "write"]

@@ -214,42 +214,7 @@ class LanguageModel(Component):
         """
         raise NotImplementedError
 
-    def compressed(self, weights: Weights, recorded: Any, empty: Any) -> Any:
-        """Return the cache that `prefill` makes under a policy, without reading the text again.
-
-        weights: scaled and unstacked. recorded: cache of the text under `mukv.cache.RECORD`. empty:
-        cache under the policy, with the sizes of `recorded`.
-        """
-        raise NotImplementedError
-
     # Methods with a default
-
-    def read_block(
-        self,
-        weights: Weights,
-        cache: Any,
-        tokens: Tokens,
-        compute: Compute | None = None,
-        joins: bool = True,
-    ) -> tuple[Float[Array, "batch token vocab"], Any]:
-        """Read as many known tokens as fit in the tail, as that many calls of `step` and a `fold`.
-
-        weights: scaled and unstacked. cache: cache with an empty tail. joins: whether the entries
-        of these tokens join the bodies; if not, the cache is returned unchanged.
-
-        Returns the float32 logits after each token, and the updated cache.
-        """
-        frozen, live = cache.split()
-
-        def step(live: Any, token: Array) -> tuple[Any, Array]:
-            cache = self.cache_class.join(frozen, live)
-            logits, cache = self.step(weights, cache, token, compute)
-            return cache.split()[1], logits
-
-        live, logits = jax.lax.scan(step, live, tokens.T)
-        if joins:
-            cache = self.fold(weights, self.cache_class.join(frozen, live))
-        return logits.swapaxes(0, 1), cache
 
     def check_tokenizer(self, vocab_size: int) -> None:
         """Raise BadInput if the model uses token ids that a tokenizer of this size lacks."""
