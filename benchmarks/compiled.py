@@ -153,13 +153,12 @@ def compiled(given: argparse.Namespace) -> tuple[str, float]:
     from mukv.runs import config
     from mukv.train.step import BATCH_FIELDS, Trainer
 
-    sizes = tuple(map(int, given.mesh.split("x")))
-    devices = math.prod(sizes)
+    devices = math.prod(given.mesh)
     # Slices, hosts and devices of each host.
     shape = f"1x{max(1, devices // 8)}x{min(devices, 8)}"
     found = get_topology_desc("", "cuda", topology=shape, target_config=TARGET).devices
-    axes = (AxisType.Auto,) * len(sizes)
-    mesh = Mesh(np.array(found).reshape(sizes), ("data", "tensor"), axis_types=axes)
+    axes = (AxisType.Auto,) * len(given.mesh)
+    mesh = Mesh(np.array(found).reshape(given.mesh), ("data", "tensor"), axis_types=axes)
     own = [f"train.batch={given.batch}", f"train.length={given.length}"]
     run = config.load(given.preset, [*own, "train.compute.platform=gpu", *given.overrides])
     trainer = Trainer(run.model, run.train, mesh)
@@ -178,22 +177,35 @@ def compiled(given: argparse.Namespace) -> tuple[str, float]:
     return program.as_text() or "", time.perf_counter() - start
 
 
+def sizes(text: str) -> tuple[int, int]:
+    """Read the sizes of the mesh, such as 8x1."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}; two numbers, such as 8x1")
+    return int(found[1]), int(found[2])
+
+
 def main() -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("preset")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--packages", required=True, help="folder of the compiler's packages")
-    parser.add_argument("--mesh", default="1x1", metavar="DATAxTENSOR")
+    parser.add_argument("--mesh", type=sizes, default=(1, 1), metavar="DATAxTENSOR")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if not os.path.isdir(os.path.join(given.packages, "jax_plugins")):
         parser.error(f"--packages: no jax_plugins in {given.packages}; the first lines say how")
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.append(given.packages)
-    text, seconds = compiled(given)
+    from mukv.core.errors import BadInput
+
+    try:
+        text, seconds = compiled(given)
+    except BadInput as error:
+        parser.error(str(error))
     found = counts(text)
     facts: dict[str, Any] = {"compile_seconds": round(seconds, 1), "kernels": found.kernels}
     facts |= {"calls": found.calls}

@@ -80,7 +80,7 @@ class Case:
     """One policy at one length: a compiled step, and its times."""
 
     def __init__(self, model: Decoder, weights: Any, context: int, name: str, budget: float):
-        compute = settled(None, model.vocab_size)
+        compute = settled(None)
         self.name, self.policy = name, Policy.parse(name, budget)
         self.weights = weights
         cache = filled(model, weights, context, self.policy, compute)

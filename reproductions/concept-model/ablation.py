@@ -81,7 +81,7 @@ class Unskipped(Concept):
         segment: Any = None,
         compute: Compute | None = None,
     ) -> ForwardResult:
-        compute = settled(compute, self.vocab_size)
+        compute = settled(compute)
         raw = self.embed(weights, tokens, compute)
         given = replace(self, injection=replace(cast("NoSkip", self.injection), raw=raw))
         return Concept.read(given, weights, tokens, position, segment, compute)

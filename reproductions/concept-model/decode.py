@@ -76,7 +76,7 @@ def reader(model: LanguageModel, context: int, text: np.ndarray) -> tuple[Callab
     resolved = jax.tree.map(lambda r: r.deviation, model.resolved(), is_leaf=is_resolved)
     weights = initialise(model.params(), resolved, jax.random.key(0))
     weights = decoding_weights(model, weights)
-    compute = settled(None, model.vocab_size)
+    compute = settled(None)
 
     @jax.jit
     def read(weights: Any, frozen: Any, live: Any, tokens: Any) -> Any:

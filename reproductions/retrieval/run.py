@@ -151,7 +151,7 @@ class Trial:
         """Compile the predictions of a model after a context, and after each of some tokens: [row
         step].
         """
-        model, compute = self.model.network, settled(self.model.run.train.compute, 264)
+        model, compute = self.model.network, settled(self.model.run.train.compute)
 
         def run(weights: Any, context: jax.Array, count: jax.Array, tokens: jax.Array) -> jax.Array:
             cache = self.cache(len(context))

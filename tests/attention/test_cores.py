@@ -103,6 +103,7 @@ def test_cores_agree(name, seed):
 
 FLASH = {
     "plain": {},
+    "padding": {"cuts": (0, 20), "padding": 30},
     "packed": {"cuts": (0, 20, 21, 90)},
     "window": {"window": 17, "group": 3},
     "capped": {"softcap": 1.5, "window": 70, "cuts": (0, 33, 64)},
@@ -117,7 +118,7 @@ ALIGNED = Mask(aligned=True)
 def test_flash_is_plain(name):
     """The kernels, interpreted, over several chunks and blocks; forward and backward."""
     given = {"cuts": (0,), "group": 2, "kv_heads": 2, "widths": (16, 16), "window": None}
-    given |= {"softcap": None, "sinks": False} | FLASH[name]
+    given |= {"softcap": None, "sinks": False, "padding": 0} | FLASH[name]
     random, length = np.random.default_rng(0), 150
     heads, (width, value_width) = (given["kv_heads"], given["group"]), given["widths"]
 
@@ -128,8 +129,14 @@ def test_flash_is_plain(name):
     document = np.searchsorted(given["cuts"], place, side="right")
     at = jnp.asarray(np.tile(place - np.take(given["cuts"], document - 1), (BATCH, 1)))
     segment = None if len(given["cuts"]) == 1 else jnp.asarray(np.tile(document, (BATCH, 1)))
+    valid = None
+    if given["padding"]:
+        # Padding is document -1, and its keys are not valid.
+        last = jnp.asarray(place >= length - given["padding"])
+        segment = jnp.where(last, -1, jnp.asarray(segment))
+        valid = jnp.tile(~last, (BATCH, 1, 1))
     own = None if segment is None else segment[:, None]
-    entries, mask = Entries({}, at[:, None], segment=own), Mask(segment, given["window"], True)
+    entries, mask = Entries({}, at[:, None], valid, own), Mask(segment, given["window"], True)
     moving = {
         "query": draw(BATCH, *heads, length, width),
         "key": draw(BATCH, heads[0], length, width),

@@ -61,9 +61,9 @@ def borders() -> np.ndarray:
     return first
 
 
-@partial(jax.jit, static_argnames="chunk")
-def computed(rows, first, state, chunk):
-    return delta_rule(jax.tree.map(jnp.float32, rows), first, jnp.float32(state), chunk)
+@partial(jax.jit, static_argnames=("chunk", "part"))
+def computed(rows, first, state, chunk, part=128):
+    return delta_rule(jax.tree.map(jnp.float32, rows), first, jnp.float32(state), chunk, part)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -75,6 +75,16 @@ def test_chunks_of_any_size_are_the_recurrence(decay_dim, chunk):
     found, kept = computed(rows, borders(), state, chunk)
     np.testing.assert_allclose(found, read, atol=2e-5)
     np.testing.assert_allclose(kept, after, atol=1e-5)
+
+
+def test_parts_of_any_size_are_the_recurrence():
+    """Parts of several chunks, the last one with padding."""
+    rows, state = drawn(1)
+    read, after = recurrence(rows, borders(), state)
+    for part in (8, 32):
+        found, kept = computed(rows, borders(), state, 8, part)
+        np.testing.assert_allclose(found, read, atol=2e-5)
+        np.testing.assert_allclose(kept, after, atol=1e-5)
 
 
 @pytest.mark.parametrize("decay_dim", [1, KEY])
@@ -96,7 +106,7 @@ def test_its_gradient_is_that_of_the_recurrence(decay_dim):
         return jnp.sum(read.swapaxes(0, 1) * mixed) + jnp.sum(state)
 
     def chunked(rows, state):
-        read, state = delta_rule(rows, first, state, 16)
+        read, state = delta_rule(rows, first, state, 16, 32)
         return jnp.sum(read * mixed) + jnp.sum(state)
 
     expected = jax.jit(jax.grad(scanned, (0, 1)))(rows, state)

@@ -28,7 +28,7 @@ COMMON = ("--packages", str(PACKAGES), "--length", "512", "--json")
 def counted(*given: str) -> dict:
     """What benchmarks/compiled.py prints, in a process of its own."""
     ran = subprocess.run(
-        [sys.executable, "benchmarks/compiled.py", "tiny", *WIDE, *given, *COMMON],
+        [sys.executable, "benchmarks/compiled.py", "tiny", *WIDE, *COMMON, *given],
         capture_output=True,
         text=True,
         check=False,
@@ -46,8 +46,9 @@ def counted(*given: str) -> dict:
         ("model.plan=[{pattern: [{window: 100}, {}]}]",),
         ("model.attention={kind: grouped, softcap: 30, sinks: learned}",),
         ("model.attention={kind: latent, heads: 4, rank: 64, head_dim: 32, rope_dim: 16}",),
+        ("--length", "40"),
     ],
-    ids=["packed", "window", "capped with sinks", "latent"],
+    ids=["packed", "window", "capped with sinks", "latent", "short"],
 )
 def test_attention_is_a_kernel(changes):
     """The forward pass and both kernels of the backward pass, in each layer."""

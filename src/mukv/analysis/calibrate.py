@@ -66,7 +66,7 @@ def calibrate(
     Raises BadInput for more clusters than there are points, and for layers whose attention has
     other stores than one entry per token.
     """
-    compute = settled(compute, model.vocab_size)
+    compute = settled(compute)
     weights, batches = model.scaled(stored), list(batches)
     names = POINTS[kind]
 

@@ -113,7 +113,7 @@ def summed(
 
     Raises BadInput as `looked_at` does.
     """
-    look = looked_at(model, reduction, settled(compute, model.vocab_size))
+    look = looked_at(model, reduction, settled(compute))
     total: dict[int, dict[str, np.ndarray]] = {}
     for rows in batches:
         for index, sums in look(weights, rows).items():

@@ -17,10 +17,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mukv.core.linear import matmul
 from mukv.core.typing import Array, Bool, Float, Int
 
-CHUNK = 64
+CHUNK = 32
 """Largest number of tokens per chunk, a power of two; `benchmarks/delta_rule.py` compares sizes."""
+PART = 256
+"""Largest number of tokens whose chunks are prepared at once, a multiple of CHUNK."""
 
 
 class DeltaRows(NamedTuple):
@@ -45,6 +48,7 @@ def delta_rule(
     first: Bool[Array, "batch token"],
     state: Float[Array, "batch heads key_dim value_dim"],
     chunk: int = CHUNK,
+    part: int = PART,
 ) -> tuple[
     Float[Array, "batch token heads value_dim"], Float[Array, "batch heads key_dim value_dim"]
 ]:
@@ -53,9 +57,40 @@ def delta_rule(
     first: whether a token is the first of a document, which starts with a state of zeros
     state: state before the first token
     chunk: largest number of tokens per chunk, a power of two
+    part: largest number of tokens whose chunks are prepared at once; the backward pass prepares
+        each part again from the state before it, so that only states and inputs are stored
 
     A token with decay 0 and beta 0 leaves the state as it is.
     """
+    length = rows.value.shape[1]
+    if length <= part:
+        return _part(rows, first, state, chunk)
+    padding = -length % part
+
+    def parts(array: Array) -> Array:
+        """[batch token ...] to [parts batch part ...]; padding is zeros, which change nothing."""
+        wide = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
+        return wide.reshape(len(wide), -1, part, *wide.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one(state: Array, given: tuple[DeltaRows, Array]) -> tuple[Array, Array]:
+        read, state = _part(*given, state, chunk)
+        return state, read
+
+    state, read = jax.lax.scan(one, state, jax.tree.map(parts, (rows, first)))
+    read = read.swapaxes(0, 1).reshape(len(first), -1, *read.shape[3:])
+    return read[:, :length], state
+
+
+def _part(
+    rows: DeltaRows,
+    first: Bool[Array, "batch token"],
+    state: Float[Array, "batch heads key_dim value_dim"],
+    chunk: int,
+) -> tuple[
+    Float[Array, "batch token heads value_dim"], Float[Array, "batch heads key_dim value_dim"]
+]:
+    """Compute `delta_rule` for few tokens, all chunks at once but for their states."""
     batch, length, heads, _ = rows.value.shape
     size = min(chunk, 1 << (length - 1).bit_length())
     padding = -length % size
@@ -223,10 +258,5 @@ def _joined(
 def _product(
     x: Float[Array, "*batch rows inner"], y: Float[Array, "*batch inner columns"]
 ) -> Float[Array, "*batch rows columns"]:
-    """Multiply matrices in float32, also on platforms whose default is less.
-
-    All batch axes are one for the product: XLA's fast products on a CPU support one at most.
-    """
-    flat = (array.reshape(-1, *array.shape[-2:]) for array in (x, y))
-    found = jnp.matmul(*flat, precision=jax.lax.Precision.HIGHEST)
-    return found.reshape(*x.shape[:-1], y.shape[-1])
+    """Multiply matrices in float32, also on platforms whose default is less."""
+    return matmul(x, y, jax.lax.Precision.HIGHEST)

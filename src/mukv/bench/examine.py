@@ -119,7 +119,7 @@ def examine(
         known = task.batch(max(task.smallest, 64), settings.seed, split, indices)
     scores = score(model.network, model.scaled, samples, model.run.train.compute)
     checked = solved(task, Samples(*(part[:CHECKED] for part in known)))
-    compute = settled(model.run.train.compute, model.network.vocab_size)
+    compute = settled(model.run.train.compute)
     right = scores.right[scores.present]
     taken = cache_bytes(model.network, 1, length, 0, compute.type)
     answers = _answers(model, samples, scores, length)

@@ -54,7 +54,7 @@ def examine_prompts(
     depth = np.array([prompts[row].depth for row, _ in wanted])
     model = asker.model
     if settings.policy == FULL:
-        compute = settled(model.run.train.compute, model.network.vocab_size)
+        compute = settled(model.run.train.compute)
         taken = cache_bytes(model.network, 1, length, 0, compute.type)
     row = {
         "task": name,

@@ -70,7 +70,7 @@ def score(
     model: LanguageModel, weights: Any, samples: Samples, compute: Compute | None = None
 ) -> AnswerScores:
     """Grade every answer with teacher forcing. weights: stacked and scaled."""
-    compute = settled(compute, model.vocab_size)
+    compute = settled(compute)
     rows, length = samples.tokens.shape
     graded = samples.graded
     most = int(graded.sum(axis=1).max())

@@ -81,7 +81,7 @@ def judge(
 
     Raises BadInput before anything is compiled if a policy does not fit.
     """
-    compute = settled(model.run.train.compute, model.network.vocab_size)
+    compute = settled(model.run.train.compute)
     length = rows.tokens.shape[1]
     readers = []
     for policy, budget in policies:

@@ -28,10 +28,11 @@ LEVELS: Mapping[str, int] = {"int8": 127, "int4": 15}
 """Largest code of each format with steps."""
 FEW = 16
 """Rows of activations up to which a product dequantises small blocks, as in decoding."""
-BLOCKS: Mapping[bool, int] = {True: 1 << 17, False: 1 << 22}
-"""Weights per block, for few rows and for many. Few rows: dequantised as float32 they take 512 KiB
-and stay in the second-level cache. Many rows: 16 MiB, so that a readout is never dequantised as a
-whole."""
+BLOCKS: Mapping[bool, int] = {True: 1 << 16, False: 1 << 22}
+"""Codes per block, for few rows and for many. Few rows: dequantised as float32, the block takes
+256 KiB, stays in the second-level cache, and is so small that XLA uses one thread for it; dividing
+larger ones among threads takes 1.3 times the time on two cores. Many rows: 16 MiB, so that a
+readout is never dequantised as a whole."""
 
 
 def require_format(kind: str, where: str = "weights") -> None:
@@ -131,7 +132,7 @@ class Compact:
 
     def _in_blocks(self, halves: Sequence[Array]) -> Float[Array, "row output"]:
         count, rows = self.codes.shape[-3], len(halves[0])
-        size = max(1, BLOCKS[rows <= FEW] // self._width)
+        size = max(1, BLOCKS[rows <= FEW] // math.prod(self.codes.shape[-2:]))
         if size >= count:
             return self._at_once(halves)
 

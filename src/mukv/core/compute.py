@@ -51,7 +51,7 @@ class Compute:
     def __post_init__(self) -> None:
         require_counts(self, "attention_chunk", "loss_chunk", unit="token")
 
-    def resolve(self, vocab_size: int, platform: Platform) -> Compute:
+    def resolve(self, platform: Platform) -> Compute:
         """Return a copy in which every setting that depends on the platform has a value.
 
         platform: platform of the device, used if the field `platform` is None
@@ -63,10 +63,6 @@ class Compute:
             dtype=dtype,
             operands=self.operands or dtype,
             unroll=on_cpu if self.unroll is None else self.unroll,
-            # At most 32 MiB of float32 logits per row; smaller chunks only cost time.
-            loss_chunk=max(128, (1 << 23) // vocab_size)
-            if on_cpu and self.loss_chunk is None
-            else self.loss_chunk,
             platform=self.platform or platform,
         )
 
@@ -80,8 +76,10 @@ class Compute:
 
         rows: rows of the batch on one device
         """
-        # On an accelerator every chunk reads the whole readout and updates its gradient.
-        return self.loss_chunk or max(128, (1 << 28) // (rows * vocab_size))
+        # On a CPU smaller chunks only cost time; on an accelerator every chunk reads the whole
+        # readout and updates its gradient.
+        logits = 1 << 23 if self.platform in ("cpu", None) else (1 << 28) // rows
+        return self.loss_chunk or max(128, logits // vocab_size)
 
     def working_copy(self, declared: Any, weights: Any) -> Any:
         """Round the weights that are multiplied to the type of operands.
@@ -97,10 +95,10 @@ class Compute:
         return map_params(rounded, declared, weights)
 
 
-def settled(compute: Compute | None, vocab_size: int) -> Compute:
+def settled(compute: Compute | None) -> Compute:
     """Resolve the settings of an entry point, for the platform that JAX runs on if none is named.
 
     Settings that are already resolved are returned unchanged. compute: None for the defaults.
     """
     platform = cast(Platform, jax.default_backend())
-    return (compute or Compute()).resolve(vocab_size, platform)
+    return (compute or Compute()).resolve(platform)

@@ -124,14 +124,14 @@ def similarity(
         # operand because XLA's CPU product is slow when its left operand has few rows.
         product = jnp.einsum("...yd,...xd->...yx", y, x, preferred_element_type=jnp.float32)
         return jnp.swapaxes(product, -1, -2)
-    return _matmul(x, _transposed(y))
+    return matmul(x, _transposed(y))
 
 
 def _similarity_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, y = saved
     rounded = gradient.astype(x.dtype)
-    to_y = jnp.swapaxes(_matmul(_transposed(x), rounded), -1, -2)
-    return _matmul(rounded, y).astype(x.dtype), to_y.astype(y.dtype)
+    to_y = jnp.swapaxes(matmul(_transposed(x), rounded), -1, -2)
+    return matmul(rounded, y).astype(x.dtype), to_y.astype(y.dtype)
 
 
 similarity.defvjp(lambda x, y: (similarity(x, y), (x, y)), _similarity_backward)
@@ -145,37 +145,36 @@ def mixture(
 
     The weights are rounded to the type of y; the sums and the result are float32.
     """
-    return _matmul(weights.astype(y.dtype), y)
+    return matmul(weights.astype(y.dtype), y)
 
 
 def _mixture_forward(weights: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
     rounded = weights.astype(y.dtype)
-    return _matmul(rounded, y), (rounded, y)
+    return matmul(rounded, y), (rounded, y)
 
 
 def _mixture_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     weights, y = saved
     rounded = gradient.astype(y.dtype)
-    to_y = jnp.swapaxes(_matmul(_transposed(rounded), weights), -1, -2)
+    to_y = jnp.swapaxes(matmul(_transposed(rounded), weights), -1, -2)
     return similarity(rounded, y), to_y.astype(y.dtype)
 
 
 mixture.defvjp(_mixture_forward, _mixture_backward)
 
 
-def _matmul(x: Array, y: Array) -> Array:
+def matmul(x: Array, y: Array, precision: jax.lax.Precision | None = None) -> Array:
     """Multiply matrices with float32 sums.
 
     On a CPU all batch axes are flattened into one, because XLA's fast products there support one
     at most. Elsewhere they stay apart, so that the mesh can split both rows of the batch and heads.
     """
 
+    multiply = partial(jnp.matmul, precision=precision, preferred_element_type=jnp.float32)
+
     def flat(x: Array, y: Array) -> Array:
         matrices = (array.reshape(-1, *array.shape[-2:]) for array in (x, y))
-        product = jnp.matmul(*matrices, preferred_element_type=jnp.float32)
+        product = multiply(*matrices)
         return product.reshape(*x.shape[:-1], y.shape[-1])
 
-    def apart(x: Array, y: Array) -> Array:
-        return jnp.matmul(x, y, preferred_element_type=jnp.float32)
-
-    return jax.lax.platform_dependent(x, y, cpu=flat, default=apart)
+    return jax.lax.platform_dependent(x, y, cpu=flat, default=multiply)

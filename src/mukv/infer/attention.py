@@ -36,7 +36,7 @@ def attention_weights(
         raise BadInput("MODEL", kinds, "a model with attention: a state has no weights to show")
     if len(ids) != 1:
         raise BadInput("text", f"{len(ids)} rows", "one text, or its token ids: [token]")
-    found = _captured(network, settled(compute, network.vocab_size))(weights, ids)
+    found = _captured(network, settled(compute))(weights, ids)
     return {layer: np.asarray(each) for layer, each in found.items()}
 
 

@@ -63,7 +63,7 @@ class Conversation:
         policy, centres: of the cache. Raises BadInput for a policy that does not fit the model."""
         self.model, self.weights, self.length = model, weights, length
         self.sampling = sampling or Sampling()
-        self.compute = settled(compute, model.vocab_size)
+        self.compute = settled(compute)
         self.policy, self.centres = policy, centres
         self.functions = decode_functions(model, replace(self.sampling, seed=0), self.compute)
         self.turns = 0

@@ -136,7 +136,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | None = None) -> Any:
     """Prepare weights for decoding: scaled, in the compute dtype, one entry per layer."""
-    compute = settled(compute, model.vocab_size)
+    compute = settled(compute)
     declared = model.params()
 
     def prepared(weights: Weights) -> Any:
@@ -228,7 +228,7 @@ def generate(
     whole = joined(prompts, then)
     _check(model, whole, max_tokens)
     sampling = sampling or Sampling()
-    compute = settled(compute, model.vocab_size)
+    compute = settled(compute)
     sizes = Sizes.plan(len(prompts), max(map(len, whole)), max_tokens)
     # The seed is an argument of the compiled functions: another seed needs no compilation.
     functions = decode_functions(model, replace(sampling, seed=0), compute)

@@ -70,7 +70,7 @@ def evaluate(
 
     Raises BadInput for ids out of range and rows of one token.
     """
-    compute = settled(compute, model.vocab_size)
+    compute = settled(compute)
     if model.context is not None and length > model.context:
         raise BadInput("length", length, f"the model's context is {model.context} tokens")
     if stride is not None and not 1 <= stride <= length:

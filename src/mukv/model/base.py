@@ -324,7 +324,7 @@ class LanguageModel(Component):
         self, weights: Weights, hidden: Residual, compute: Compute | None = None
     ) -> Float[Array, "batch token vocab"]:
         """Compute the float32 logits of the next token from the output of `hidden`."""
-        compute = settled(compute, self.vocab_size)
+        compute = settled(compute)
         table = weights[self.readout_name]
         if self.readout == "tied":
             hidden = hidden * self.scaling.tied_factor(self.params()["embedding"])

@@ -61,7 +61,7 @@ class Decoder(LanguageModel):
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
     ) -> ForwardResult:
-        compute = settled(compute, self.vocab_size)
+        compute = settled(compute)
         if position is None:
             position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.embed(weights, tokens, compute)
@@ -77,7 +77,7 @@ class Decoder(LanguageModel):
         policy: Policy = FULL,
         centres: Calibrated | None = None,
     ) -> Cache:
-        dtype = dtype or settled(None, self.vocab_size).type
+        dtype = dtype or settled(None).type
         self.stack.check_policy(policy)
         return self.stack.empty_cache(
             batch, length, tail, dtype, policy=policy, centres=centres or {}
@@ -92,7 +92,7 @@ class Decoder(LanguageModel):
         fresh: bool = True,
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
-        compute = settled(compute, self.vocab_size)
+        compute = settled(compute)
         x = self.embed(weights, tokens, compute)
         x, cache = self.stack.prefill(weights["layers"], cache, x, count, fresh, compute)
         return self.last_logits(weights, x, count - 1, compute), cache
@@ -104,7 +104,7 @@ class Decoder(LanguageModel):
         token: Int[Array, " batch"],
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
-        compute = settled(compute, self.vocab_size)
+        compute = settled(compute)
         x = self.embed(weights, token[:, None], compute)
         x, cache = self.stack.step(weights["layers"], cache, x, compute)
         return self.logits(weights, self.normed(weights, x), compute)[:, 0], cache

@@ -68,7 +68,7 @@ def summed_loss(
     The logits are computed for one chunk of tokens at a time, and recomputed in the backward pass,
     so that no array has batch x token x vocab elements.
     """
-    compute = settled(compute, model.vocab_size)
+    compute = settled(compute)
     result = model.forward(weights, tokens, position, segment, compute)
     readout = model.gathered_readout(weights, compute)
     rows = result.hidden, targets, weight

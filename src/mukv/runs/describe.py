@@ -31,7 +31,7 @@ def describe(run: Run) -> dict[str, Any]:
     those of the float32 arrays that training keeps over all devices, frozen weights included.
     """
     model = run.model
-    compute = settled(run.train.compute, model.vocab_size)
+    compute = settled(run.train.compute)
     layers = []
     grows = Fraction(0)
     for stack in model.stacks:

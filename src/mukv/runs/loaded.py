@@ -203,7 +203,7 @@ class Model:
         """Raise BadInput for a cache that takes more memory than is free."""
         if max_tokens < 1:
             return  # `generate` refuses it, with the other bad values
-        compute = settled(self.run.train.compute, self.network.vocab_size)
+        compute = settled(self.run.train.compute)
         sizes = Sizes.plan(len(prompts), max(map(len, prompts), default=1), max_tokens)
         room = sizes.batch, sizes.body, sizes.tail
         taken = cache_bytes(self.network, *room, compute.type, policy)

@@ -69,7 +69,7 @@ def check(found: Located, system: str | None, policy: Policy, length: int) -> No
     refuses the system prompt, a policy that does not fit and a cache that takes too much memory."""
     chat_text(found.folder, _messages(system, [{"role": "user", "content": "Hello"}]))
     model = found.run.model
-    compute = settled(found.run.train.compute, model.vocab_size)
+    compute = settled(found.run.train.compute)
     sizes = 1, length, min(TAIL, length)
     jax.eval_shape(lambda: model.empty_cache(*sizes, compute.type, policy))
     taken = cache_bytes(model, *sizes, compute.type, policy)

@@ -84,7 +84,7 @@ class Trainer:
         self.model, self.training, self.mesh = model, training, mesh
         self.share = share_of_batch(mesh)
         self.platform = mesh.devices.flat[0].platform
-        self.compute = training.compute.resolve(model.vocab_size, self.platform)
+        self.compute = training.compute.resolve(self.platform)
         self.adapter, family = training.adapter, training.optimizer.family
         self.frozen: Any = None
         if self.adapter is None:

@@ -143,6 +143,18 @@ class Core:
         raise NotImplementedError
 
 
+def all_at_once(demand: Demand, compute: Compute) -> str | None:
+    """Return why all logits must or may be computed at once, for cores that never do; None if there
+    is no reason."""
+    if not compute.fused:
+        return "compute.fused is false"
+    if demand.shows is not None:
+        return f"all logits are needed: {demand.shows}"
+    if demand.queries == 1:
+        return "one query: its logits need little memory"
+    return None
+
+
 def finite(top: Array) -> Array:
     """Replace a maximum of -inf, that of a query which sees no key, by 0."""
     return jnp.where(jnp.isfinite(top), top, 0.0)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, Shown, finite
+from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, Shown, all_at_once, finite
 from mukv.attention.cores.pairs import Cut, Places, aligned_pairs, pairs
 from mukv.attention.entries import Entries
 from mukv.attention.mask import Mask
@@ -48,15 +48,9 @@ class Chunked(Core):
 
     @classmethod
     def supports(cls, demand: Demand, compute: Compute) -> str | None:
-        if not compute.fused:
-            return "compute.fused is false"
-        if demand.shows is not None:
-            return f"all logits are needed: {demand.shows}"
-        if demand.queries == 1:
-            return "one query: its logits need little memory"
         if demand.position.sequential and not demand.ordered:
             return f"{demand.position.kind} needs entries in the order of their positions"
-        return None
+        return all_at_once(demand, compute)
 
     def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
         kind, length = query[0].dtype, query[0].shape[3]

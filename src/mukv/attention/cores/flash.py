@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from mukv.attention.cores.base import Core, Demand, Out, Part, Scores
+from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, all_at_once
 from mukv.attention.cores.pairs import Cut, Places, reachable
 from mukv.attention.recalled import Query
 from mukv.core.compute import Compute, Platform
@@ -32,8 +32,8 @@ BLOCK = 64
 """Queries per chunk and keys per block."""
 NARROWEST = 16
 """Smallest side of an operand of Triton's matrix products; all sides are powers of two."""
-NOBODY = -1
-"""Document of a key that no query sees."""
+NOBODY = -(1 << 31)
+"""Document of a key that no query sees; padding may have any other number."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,11 @@ class Flash(Core):
 
     @classmethod
     def supports(cls, demand: Demand, compute: Compute) -> str | None:
-        if not compute.fused:
-            return "compute.fused is false"
-        if demand.shows is not None:
-            return f"all logits are needed: {demand.shows}"
-        if demand.queries == 1:
-            return "one query: its logits need little memory"
         if demand.position.biases:
             return f"{demand.position.kind} adds a bias to the logits"
         if not demand.aligned:
             return "its keys must be those of the queries' own tokens, in one bag"
-        return None
+        return all_at_once(demand, compute)
 
     def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
         (part,) = parts
@@ -73,20 +67,20 @@ class Flash(Core):
         given = (jnp.concatenate(query, axis=-1), keys, values)
         if self.operands is not None:
             given = tuple(x.astype(self.operands) for x in given)
-        cut = Cut.of(length, min(BLOCK, _power(length)))
-        cut = Cut(length, cut.size, -(-length // cut.size))
+        size = min(BLOCK, _power(length))
+        cut = Cut(length, size, -(-length // size))
         window = part.mask.window
         places = Places.of(part, cut, cut)
         position = cut.padded(scores.query_position, 1)
         seen = reachable(cut, cut, window, position, places)[:, 0]
         own, keys_own = _documents(places, position)
-        where = (
-            position,
-            own,
-            places.position[:, 0],
-            keys_own,
-            jnp.argmax(seen, axis=2).astype(jnp.int32),
-            (cut.number - jnp.argmax(seen[:, ::-1], axis=1)).astype(jnp.int32),
+        where = _Where(
+            position=position,
+            document=own,
+            key_position=places.position[:, 0],
+            key_document=keys_own,
+            first=jnp.argmax(seen, axis=2).astype(jnp.int32),
+            stop=(cut.number - jnp.argmax(seen[:, ::-1], axis=1)).astype(jnp.int32),
         )
         padded = tuple(cut.padded(_widened(x), x.ndim - 2) for x in given)
         sinks = scores.sinks
@@ -126,18 +120,18 @@ def _documents(places: Places, position: Array) -> tuple[Array, Array]:
 class _Where(NamedTuple):
     """Inputs of the mask; int32.
 
-    position, own: position and document of each query [batch token]
-    key_position, key_own: those of each key [batch token]
+    position, document: of each query [batch token]
+    key_position, key_document: of each key [batch token]
     first: first block that a query of each chunk sees [batch chunk]
-    end: number of the chunk after the last one that sees each block [batch block]
+    stop: number of the chunk after the last one that sees each block [batch block]
     """
 
     position: Any
-    own: Any
+    document: Any
     key_position: Any
-    key_own: Any
+    key_document: Any
     first: Any
-    end: Any
+    stop: Any
 
 
 @dataclass(frozen=True)
@@ -164,7 +158,7 @@ class _Kernels:
         rows, keys = self.span(i), self.span(j)
         products = self.capped(_product(query, key.T))
         distance = where.position[rows][:, None] - where.key_position[keys][None]
-        seen = (distance >= 0) & (where.own[rows][:, None] == where.key_own[keys][None])
+        seen = (distance >= 0) & (where.document[rows][:, None] == where.key_document[keys][None])
         if self.window is not None:
             seen &= distance < self.window
         return jnp.where(seen, products, -jnp.inf)
@@ -230,11 +224,10 @@ class _Kernels:
         query heads of its group."""
         *where, norm, share, gradient, to_key, to_value = rest
         where, j, key, value = _Where(*where), pl.program_id(0), k[...], v[...]
-        begin = j
-        chunks = jnp.maximum(where.end[j] - begin, 0)
+        chunks = jnp.maximum(where.stop[j] - j, 0)
 
         def visit(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            head, i = number // chunks, begin + number % chunks
+            head, i = number // chunks, j + number % chunks
             rows = self.span(i)
             query, slope_out = q[head, rows], gradient[head, rows]
             masked = self.logits(query, key, where, i, j)

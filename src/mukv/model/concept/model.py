@@ -56,7 +56,7 @@ class Concept(Architecture):
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
     ) -> ForwardResult:
-        compute = settled(compute, self.vocab_size)
+        compute = settled(compute)
         outer = self.outer(weights, compute)
         here = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         position = here if position is None else position
@@ -126,7 +126,7 @@ class Concept(Architecture):
 
         See `LanguageModel.empty_cache`.
         """
-        dtype = dtype or settled(None, self.vocab_size).type
+        dtype = dtype or settled(None).type
         self.global_stack.check_policy(policy)
         first = self.global_stack.first
         own = {layer - first: each for layer, each in (centres or {}).items()}
@@ -148,7 +148,7 @@ class Concept(Architecture):
         fresh: bool = True,
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], ConceptCache]:
-        compute = settled(compute, self.vocab_size)
+        compute = settled(compute)
         outer, state = self.outer(weights, compute), cache.state
         here = jnp.arange(tokens.shape[1])[None]
         place = cache.length[:, None] + here
@@ -187,7 +187,7 @@ class Concept(Architecture):
 
         The global layers only run if a chunk ends in some row.
         """
-        compute = settled(compute, self.vocab_size)
+        compute = settled(compute)
         outer, state = self.outer(weights, compute), cache.state
         joint = self.joint(outer, weights["decoder"], compute)
         place = cache.encoder.position()[:, None]
