@@ -739,7 +739,7 @@ def test_reads_are_fewer():
         ("latent", "rope", "topk", 0.5, "keys and values of the same numbers (latent)"),
         ("mqa", "rope", "snapkv+adaptive", 0.5, "one set of entries for all heads"),
         ("gqa", "rope", "snapkv+adaptive+pages", 0.5, "adaptive is read whole"),
-        ("gqa", "rope", "knorm+critical", 0.5, "a score of at least 0, like that of snapkv"),
+        ("gqa", "rope", "knorm+critical", 0.5, "scores are at least 0, like snapkv, not knorm"),
         ("gqa", "rope", "streaming", 4.0, "at least 5 entries; this is 4 of 40"),
         ("gqa", "rope", "sparq", 0.2, "at least 13 entries; this is 8 of 40"),
     ],

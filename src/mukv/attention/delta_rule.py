@@ -21,8 +21,8 @@ from mukv.core.linear import matmul
 from mukv.core.typing import Array, Bool, Float, Int
 
 CHUNK = 32
-"""Largest number of tokens per chunk, a power of two. `benchmarks/delta_rule.py` compares sizes: 16 is
-2 to 10 % faster on a CPU, where 64 and 128 are slower."""
+"""Largest number of tokens per chunk, a power of two. On a CPU 16 is 2 to 10 % faster, and 64 and
+128 are slower (`benchmarks/delta_rule.py`)."""
 PART = 256
 """Largest number of tokens whose chunks are prepared at once, a multiple of CHUNK."""
 

@@ -194,7 +194,9 @@ class Policy:
             )
         if any(step.needs_weights for step in self.keep.refine):
             if self.keep.signed:
-                allowed = f"a score of at least 0, like that of snapkv: {_name(self.keep)} has none"
+                allowed = (
+                    f"a policy whose scores are at least 0, like snapkv, not {_name(self.keep)}"
+                )
                 raise BadInput("policy", self.name, allowed)
             if "output" not in attention.output_params(1):
                 allowed = f"{layer} projects its heads in several steps ({attention.kind})"

@@ -112,7 +112,9 @@ def resolve(
                 index = len(layers)
                 if layer.position is not None:
                     if not isinstance(chosen, Attention):
-                        allowed = f"null: {chosen.kind} in layer {index} takes no position encoding"
+                        allowed = (
+                            f"null, since {chosen.kind} in layer {index} takes no position encoding"
+                        )
                         raise BadInput("plan", f"position {layer.position.kind}", allowed)
                     chosen = replace(chosen, position=layer.position)
                 reads = _target(index, layer.reads)
@@ -152,7 +154,7 @@ def _check(layer: ResolvedLayer, before: Sequence[ResolvedLayer]) -> None:
         raise BadInput("plan", f"window {layer.window}", allowed)
     if layer.window is not None and not layer.bags:
         kind = layer.attention.kind
-        allowed = f"null: {kind} in layer {layer.index} has a state and no entries"
+        allowed = f"null, since {kind} in layer {layer.index} has a state and no entries"
         raise BadInput("plan", f"window {layer.window}", allowed)
     if layer.writes:
         return
@@ -160,7 +162,7 @@ def _check(layer: ResolvedLayer, before: Sequence[ResolvedLayer]) -> None:
     for each in (source, layer):
         if not each.bags:
             allowed = (
-                f"null: {each.attention.kind} in layer {each.index} has a state, which no other "
+                f"null, since {each.attention.kind} in layer {each.index} has a state, which no other "
                 "layer can read or write"
             )
             raise BadInput("plan", f"reads {layer.reads} in layer {layer.index}", allowed)
