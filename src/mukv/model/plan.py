@@ -162,8 +162,8 @@ def _check(layer: ResolvedLayer, before: Sequence[ResolvedLayer]) -> None:
     for each in (source, layer):
         if not each.bags:
             allowed = (
-                f"null, since {each.attention.kind} in layer {each.index} has a state, which no other "
-                "layer can read or write"
+                f"null, since {each.attention.kind} in layer {each.index} has a state, which no "
+                "other layer can read or write"
             )
             raise BadInput("plan", f"reads {layer.reads} in layer {layer.index}", allowed)
     if source.window != layer.window:
