@@ -1,4 +1,4 @@
-"""Decoding: prefill in one pass, then a compiled loop over a cache of static shape.
+"""Decoding: prefill in one pass or in chunks, then a compiled loop over a cache of static shape.
 
 The loop carries only the small tails of the cache. The large bodies are read in place, and full
 tails are folded into them. Text can be shown while it is decoded. All programs are compiled before
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.cache import FULL, Calibrated, Policy
+from mukv.cache import FULL, Calibrated, Policy, choosing
 from mukv.core.arguments import require_types
 from mukv.core.compact import any_compact
 from mukv.core.compute import Compute, settled
@@ -113,21 +113,29 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Static shapes of one generation, in rows and tokens."""
+    """Static shapes of one generation, in rows and tokens.
+
+    after: most tokens of a body that follow the prompt
+    """
 
     batch: int
     prompt: int
     body: int
     tail: int
+    after: int
 
     @classmethod
-    def plan(cls, batch: int, longest_prompt: int, max_tokens: int) -> Sizes:
-        """Compute the smallest cache that holds the prompt and all tokens that are read back."""
+    def plan(cls, batch: int, longest_prompt: int, max_tokens: int, then: int = 0) -> Sizes:
+        """Compute the smallest cache that holds the prompt and all tokens that are read back.
+
+        longest_prompt: tokens, those that are read behind it included. then: most of the latter.
+        """
         prompt = _round_up(longest_prompt, PROMPT_MULTIPLE)
         read_back = _round_up(max(max_tokens - 1, 1), BLOCK)
         tails = math.ceil(read_back / TAIL)
         tail = _round_up(math.ceil(read_back / tails), BLOCK)
-        return cls(batch, prompt, prompt + (tails - 1) * tail, tail)
+        more = (tails - 1) * tail
+        return cls(batch, prompt, prompt + more, tail, then + more)
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -199,6 +207,29 @@ def decode_functions(model: LanguageModel, sampling: Sampling, compute: Compute)
     )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Tokens that are read at once, and the function that reads them.
+
+    count: tokens of each row
+    chooses: whether a policy that never drops what follows the prompt chooses from these
+    """
+
+    function: Programs
+    tokens: np.ndarray
+    count: jax.Array
+    chooses: bool
+
+    def inputs(self, cache: Any, key: Array) -> tuple[Any, ...]:
+        """Return the arguments of the function behind the weights."""
+        cache = choosing(cache, True) if self.chooses else cache
+        return cache, self.tokens, self.count, key
+
+    def program(self, weights: Any, cache: Any, key: Array) -> Any:
+        """Compile the function for a cache, which may be abstract."""
+        return self.function.compiled(weights, *self.inputs(cache, key))
+
+
 def generate(
     model: LanguageModel,
     weights: Any,
@@ -212,6 +243,7 @@ def generate(
     centres: Calibrated | None = None,
     ended: Callable[[list[int]], bool] | None = None,
     then: Sequence[Sequence[int]] | None = None,
+    prefill_chunk: int | None = None,
 ) -> Generation:
     """Continue each prompt by up to `max_tokens` tokens.
 
@@ -222,6 +254,8 @@ def generate(
     ended: whether a row is complete; called with all its new tokens after each block
     then: tokens that follow each prompt, at least one; they are read after the policy has chosen
         from the prompt
+    prefill_chunk: tokens of a prompt that are read at once; the policy chooses entries after each
+        chunk, so that the memory of reading does not grow with the prompt. None reads it whole.
 
     Raises BadInput for prompts that the model can't read and policies that do not fit it.
     """
@@ -229,32 +263,42 @@ def generate(
     _check(model, whole, max_tokens)
     sampling = sampling or Sampling()
     compute = settled(compute)
-    sizes = Sizes.plan(len(prompts), max(map(len, whole)), max_tokens)
+    if prefill_chunk is not None and not 1 <= prefill_chunk < 1 << 31:
+        raise BadInput("prefill_chunk", prefill_chunk, "at least 1 token")
+    behind = max(map(len, then)) if then else 0
+    sizes = Sizes.plan(len(prompts), max(map(len, whole)), max_tokens, behind)
     # The seed is an argument of the compiled functions: another seed needs no compilation.
     functions = decode_functions(model, replace(sampling, seed=0), compute)
 
-    inputs = [_padded(prompts), *([] if then is None else [_padded(then)])]
+    chunks = _chunks(*_padded(prompts), prefill_chunk)
     key = jax.random.key(sampling.seed)
     room = sizes.batch, sizes.body, sizes.tail
-    cache = model.empty_cache(*room, compute.type, policy, centres)
+    cache = model.empty_cache(*room, compute.type, policy, centres, sizes.after)
     cache_bytes = cache.nbytes()
 
     number, one = jnp.ones((), jnp.int32), np.int32(1)
     start = time.perf_counter()
-    readers = (functions.prefill, functions.extend)[: len(inputs)]
-    reads = zip(readers, inputs, strict=True)
-    programs = [read.compiled(weights, cache, *each, key) for read, each in reads]
+    reads = [Reading(functions.prefill, *chunks[0], chooses=True)]
+    reads += [Reading(functions.extend, *each, chooses=True) for each in chunks[1:]]
+    if then is not None:
+        reads.append(Reading(functions.extend, *_padded(then), chooses=False))
+    programs, after = [], cache
+    for each in reads:
+        programs.append(each.program(weights, after, key))
+        after = outputs(programs[-1])[1]
     if max_tokens > 1:
-        token, after = outputs(programs[-1])
+        token = outputs(programs[-1])[0]
         functions.block.compiled(weights, *after.split(), token, number, key, one)
         if max_tokens - 1 > sizes.tail:
             functions.fold.compiled(weights, after)
     compile_seconds = time.perf_counter() - start
 
     start = time.perf_counter()
-    token, cache = programs[0](weights, cache, *inputs[0], key)
-    for program, each in zip(programs[1:], inputs[1:], strict=True):
-        token, cache = program(weights, cache, *each, key)
+    token = jnp.zeros(sizes.batch, jnp.int32)
+    for program, each in zip(programs, reads, strict=True):
+        last, cache = program(weights, *each.inputs(cache, key))
+        # A row that is shorter than the others has no tokens in the last chunks.
+        token = last if len(chunks) == 1 else jnp.where(each.count > 0, last, token)
     rows = _Rows(stop, max_tokens, show, ended)
     rows.add(np.asarray(token)[:, None])
     prefill_seconds = time.perf_counter() - start
@@ -300,6 +344,20 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, jax.Array]:
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     return padded, jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+
+
+def _chunks(
+    tokens: np.ndarray, count: jax.Array, size: int | None
+) -> list[tuple[np.ndarray, jax.Array]]:
+    """Cut padded rows into chunks of `size` tokens, the last one padded to it; None for one chunk.
+
+    Returns the tokens of each chunk and how many of them each row has.
+    """
+    length = int(tokens.shape[1])
+    size = length if size is None else min(size, length)
+    tokens = np.pad(tokens, [(0, 0), (0, -length % size)])
+    starts = range(0, int(jnp.max(count)), size)
+    return [(tokens[:, at : at + size], jnp.clip(count - at, 0, size)) for at in starts]
 
 
 class _Rows:
