@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.cache import FULL, Calibrated, Policy, choosing
+from mukv.cache import FULL, Calibrated, Policy
 from mukv.core.arguments import require_types
 from mukv.core.compact import any_compact
 from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.programs import Programs, outputs
 from mukv.core.typing import Array, Float, Int, Weights
+from mukv.infer.prompts import PROMPT_MULTIPLE, joined, readings, round_up
 from mukv.model.base import LanguageModel
 
 BLOCK = 16
@@ -37,8 +38,6 @@ TAIL = 64
 """Largest tail in tokens. A larger one means more reads of unused entries, a smaller one more
 folds.
 """
-PROMPT_MULTIPLE = 64
-"""Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +129,12 @@ class Sizes:
 
         longest_prompt: tokens, those that are read behind it included. then: most of the latter.
         """
-        prompt = _round_up(longest_prompt, PROMPT_MULTIPLE)
-        read_back = _round_up(max(max_tokens - 1, 1), BLOCK)
+        prompt = round_up(longest_prompt, PROMPT_MULTIPLE)
+        read_back = round_up(max(max_tokens - 1, 1), BLOCK)
         tails = math.ceil(read_back / TAIL)
-        tail = _round_up(math.ceil(read_back / tails), BLOCK)
+        tail = round_up(math.ceil(read_back / tails), BLOCK)
         more = (tails - 1) * tail
         return cls(batch, prompt, prompt + more, tail, then + more)
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | None = None) -> Any:
@@ -207,29 +202,6 @@ def decode_functions(model: LanguageModel, sampling: Sampling, compute: Compute)
     )
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Tokens that are read at once, and the function that reads them.
-
-    count: tokens of each row
-    chooses: whether a policy that never drops what follows the prompt chooses from these
-    """
-
-    function: Programs
-    tokens: np.ndarray
-    count: jax.Array
-    chooses: bool
-
-    def inputs(self, cache: Any, key: Array) -> tuple[Any, ...]:
-        """Return the arguments of the function behind the weights."""
-        cache = choosing(cache, True) if self.chooses else cache
-        return cache, self.tokens, self.count, key
-
-    def program(self, weights: Any, cache: Any, key: Array) -> Any:
-        """Compile the function for a cache, which may be abstract."""
-        return self.function.compiled(weights, *self.inputs(cache, key))
-
-
 def generate(
     model: LanguageModel,
     weights: Any,
@@ -263,14 +235,11 @@ def generate(
     _check(model, whole, max_tokens)
     sampling = sampling or Sampling()
     compute = settled(compute)
-    if prefill_chunk is not None and not 1 <= prefill_chunk < 1 << 31:
-        raise BadInput("prefill_chunk", prefill_chunk, "at least 1 token")
     behind = max(map(len, then)) if then else 0
     sizes = Sizes.plan(len(prompts), max(map(len, whole)), max_tokens, behind)
     # The seed is an argument of the compiled functions: another seed needs no compilation.
     functions = decode_functions(model, replace(sampling, seed=0), compute)
 
-    chunks = _chunks(*_padded(prompts), prefill_chunk)
     key = jax.random.key(sampling.seed)
     room = sizes.batch, sizes.body, sizes.tail
     cache = model.empty_cache(*room, compute.type, policy, centres, sizes.after)
@@ -278,10 +247,7 @@ def generate(
 
     number, one = jnp.ones((), jnp.int32), np.int32(1)
     start = time.perf_counter()
-    reads = [Reading(functions.prefill, *chunks[0], chooses=True)]
-    reads += [Reading(functions.extend, *each, chooses=True) for each in chunks[1:]]
-    if then is not None:
-        reads.append(Reading(functions.extend, *_padded(then), chooses=False))
+    reads = readings(functions.prefill, functions.extend, prompts, then, prefill_chunk)
     programs, after = [], cache
     for each in reads:
         programs.append(each.program(weights, after, key))
@@ -297,8 +263,7 @@ def generate(
     token = jnp.zeros(sizes.batch, jnp.int32)
     for program, each in zip(programs, reads, strict=True):
         last, cache = program(weights, *each.inputs(cache, key))
-        # A row that is shorter than the others has no tokens in the last chunks.
-        token = last if len(chunks) == 1 else jnp.where(each.count > 0, last, token)
+        token = each.token(last, token)
     rows = _Rows(stop, max_tokens, show, ended)
     rows.add(np.asarray(token)[:, None])
     prefill_seconds = time.perf_counter() - start
@@ -322,42 +287,6 @@ def generate(
             steps = min(2 * steps, BLOCK)
     speed = done * len(prompts) / (time.perf_counter() - start)
     return Generation(rows.tokens, cache_bytes, prefill_seconds, speed, compile_seconds)
-
-
-def joined(
-    prompts: Sequence[Sequence[int]], then: Sequence[Sequence[int]] | None
-) -> Sequence[Sequence[int]]:
-    """Return each prompt with the tokens that follow it. Raises BadInput for a prompt of which a
-    part has no token."""
-    if then is None:
-        return prompts
-    if len(prompts) != len(then) or not all(map(len, (*prompts, *then))):
-        raise BadInput("then", f"{len(then)} rows", "as many rows as prompts, none of them empty")
-    return [[*first, *second] for first, second in zip(prompts, then, strict=True)]
-
-
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, jax.Array]:
-    """Return token ids padded to a multiple of PROMPT_MULTIPLE, int32 [batch token], and the number
-    of tokens of each row."""
-    longest = _round_up(max(map(len, prompts)), PROMPT_MULTIPLE)
-    padded = np.zeros((len(prompts), longest), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return padded, jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
-
-
-def _chunks(
-    tokens: np.ndarray, count: jax.Array, size: int | None
-) -> list[tuple[np.ndarray, jax.Array]]:
-    """Cut padded rows into chunks of `size` tokens, the last one padded to it; None for one chunk.
-
-    Returns the tokens of each chunk and how many of them each row has.
-    """
-    length = int(tokens.shape[1])
-    size = length if size is None else min(size, length)
-    tokens = np.pad(tokens, [(0, 0), (0, -length % size)])
-    starts = range(0, int(jnp.max(count)), size)
-    return [(tokens[:, at : at + size], jnp.clip(count - at, 0, size)) for at in starts]
 
 
 class _Rows:

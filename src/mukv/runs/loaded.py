@@ -30,8 +30,9 @@ from mukv.hub import checkpoint
 from mukv.hub.chat import chat_text
 from mukv.hub.settings import read_json
 from mukv.infer.attention import attention_weights
-from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate, joined
+from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate
 from mukv.infer.evaluate import Evaluation, evaluate
+from mukv.infer.prompts import joined
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
 from mukv.runs.config import Run
