@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Adaptive as Adaptive
     from mukv.cache.policy import All as All
     from mukv.cache.policy import Clusters as Clusters
+    from mukv.cache.policy import Compactor as Compactor
     from mukv.cache.policy import Critical as Critical
     from mukv.cache.policy import Every as Every
     from mukv.cache.policy import Everything as Everything
@@ -160,9 +161,9 @@ _MODULES = {
         "Attention GatedDelta Grouped GroupedTied HCA KimiDelta Latent Mixer SharedKV TensorProduct"
     ),
     "mukv.cache.policy": (
-        "Adaptive All Clusters Critical CUR Every Everything Exact Expected Folds H2O Hold Int4 "
-        "Int8 Keep KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine Select SnapKV "
-        "SparQ Spread Store Streaming TopK TopP TOVA Uniform When WholeChunks"
+        "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds H2O "
+        "Hold Int4 Int8 Keep KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine "
+        "Select SnapKV SparQ Spread Store Streaming TopK TopP TOVA Uniform When WholeChunks"
     ),
     "mukv.core.compute": "Compute",
     "mukv.core.errors": "BadInput Failed",

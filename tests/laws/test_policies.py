@@ -44,6 +44,7 @@ PAIRS = [
     ("gqa-dressed", "rope-yarn", "leverage(sketch=4)"),
     ("gqa", "cope", "topk"),
     ("gqa", "rope", "h2o+adaptive+hold"),
+    ("gqa", "rope", "compactor+adaptive"),
 ]
 
 
@@ -664,7 +665,7 @@ def test_smaller_budgets_weigh_less(name):
     [
         *("streaming", "knorm", "h2o", "snapkv", "tova", "expected", "random", "keydiff"),
         *("expected(covariance=false)", "snapkv+adaptive", "topk", "topp", "pages", "sparq"),
-        *("cur", "lagkv", "leverage", "snapkv+chunk+critical"),
+        *("cur", "lagkv", "leverage", "compactor", "snapkv+chunk+critical"),
         *("clusters", "clusters(clusters=3)", "int8", "int4", "int4(group=8)"),
     ],
 )
@@ -680,6 +681,7 @@ def test_bytes_are_those_of_the_parts(name, budget):
     mean = 4 + 4 * 8 * 4  # number and sum of the queries of 4 heads
     extra = {
         "h2o": 2 * slots * 4 + asked,  # a score for each entry
+        "compactor": 2 * slots * 4 + asked,  # the attention of each entry
         "snapkv": asked,
         "snapkv+chunk+critical": asked,
         "tova": asked,

@@ -23,6 +23,7 @@ from mukv.cache.by_key import KeyDiff, KeyNorm
 from mukv.cache.by_value import CUR, LagKV, Leverage
 from mukv.cache.chunks import WholeChunks
 from mukv.cache.clusters import Clusters
+from mukv.cache.compactor import Compactor
 from mukv.cache.critical import Critical
 from mukv.cache.expected import Expected
 from mukv.cache.keep import Everything, Keep
@@ -57,6 +58,7 @@ KEEPERS = PartTable(
         "lagkv": LagKV,
         "leverage": Leverage,
         "cur": CUR,
+        "compactor": Compactor,
         "random": Random,
     },
     kinds=False,

@@ -27,6 +27,7 @@ PEERS: dict[str, dict[str, dict[str, Any]]] = {
         "lagkv": {"recent": 0},
         "leverage": {"recent": 0},
         "cur": {"recent": 0},
+        "compactor": {},
         "random": {"recent": 0},
         "critical": {},
         "chunk": {},
