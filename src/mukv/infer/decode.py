@@ -32,10 +32,10 @@ BLOCK = 16
 between.
 """
 SHOWN_EVERY = 0.1
-"""Seconds: a block of steps whose tokens are shown grows only while it takes less than this."""
+"""Upper bound, in seconds, of a block of steps whose tokens are shown; blocks grow up to it."""
 TAIL = 64
-"""Largest tail in tokens. A larger one means more reads of unused entries, a smaller one more
-folds.
+"""Largest tail in tokens. A larger tail makes steps read more unused entries, a smaller one makes
+folds more frequent.
 """
 PROMPT_MULTIPLE = 64
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
@@ -122,7 +122,7 @@ class Sizes:
 
     @classmethod
     def plan(cls, batch: int, longest_prompt: int, max_tokens: int) -> Sizes:
-        """Compute the smallest cache that holds the prompt and all tokens that are read back."""
+        """Compute the smallest cache for the prompt and all new tokens but the last."""
         prompt = _round_up(longest_prompt, PROMPT_MULTIPLE)
         read_back = _round_up(max(max_tokens - 1, 1), BLOCK)
         tails = math.ceil(read_back / TAIL)
@@ -151,9 +151,10 @@ class DecodeFunctions(NamedTuple):
     """Compiled functions of a model, one program per shape.
 
     prefill, extend: (weights, cache, tokens, count, key) to (token, cache), for an empty cache and
-    for one with tokens in it. block: (weights, frozen, live, token, number, key, steps) to (tokens,
-    live, token, number); `steps` is at most BLOCK and data, so that one program serves all. fold:
-    (weights, cache) to cache.
+        for a cache with tokens in it
+    block: (weights, frozen, live, token, number, key, steps) to (tokens, live, token, number), for
+        at most BLOCK steps; `steps` is traced, so that one program serves every number
+    fold: (weights, cache) to cache
     """
 
     prefill: Programs
@@ -219,11 +220,12 @@ def generate(
     stop: ids that end a row
     show: called with the new tokens of every row as they are decoded
     policy, centres: cache policy, and its calibrated centres if it needs them
-    ended: whether a row is complete; called with all its new tokens after each block
+    ended: whether a row is complete; called with all new tokens of the row after each block
     then: tokens that follow each prompt, at least one; they are read after the policy has chosen
         from the prompt
 
-    Raises BadInput for prompts that the model can't read and policies that do not fit it.
+    Raises BadInput for empty or too long prompts, for ids outside of the vocabulary, and for a
+    policy that does not fit the model.
     """
     whole = joined(prompts, then)
     _check(model, whole, max_tokens)
@@ -283,8 +285,8 @@ def generate(
 def joined(
     prompts: Sequence[Sequence[int]], then: Sequence[Sequence[int]] | None
 ) -> Sequence[Sequence[int]]:
-    """Return each prompt with the tokens that follow it. Raises BadInput for a prompt of which a
-    part has no token."""
+    """Return each prompt with the tokens that follow it. Raises BadInput for an empty part, and for
+    different numbers of rows."""
     if then is None:
         return prompts
     if len(prompts) != len(then) or not all(map(len, (*prompts, *then))):
