@@ -64,6 +64,7 @@ def test_a_sweep(mukv, token_file, tmp_path):
     assert "train.steps: got 4; the study" in other.stderr
 
 
+@pytest.mark.product
 def test_a_sampler_is_not_asked_for_seeds(mukv, token_file, tmp_path):
     ranges = ("train.learning_rate=1e-3..1e-2:log", "train.seed=3..4")
     more = ("--sampler", "tpe", "--trials", 2, "--json")
@@ -75,6 +76,7 @@ def test_a_sampler_is_not_asked_for_seeds(mukv, token_file, tmp_path):
     assert all("train.seed" not in row for row in facts["rows"])
 
 
+@pytest.mark.product
 def test_seeds_alone_are_a_point(mukv, token_file, tmp_path):
     done = mukv(*arguments(token_file, tmp_path / "s", "train.seed=0,1,2", "--json"))
     assert done.returncode == 0, done.stderr
@@ -192,6 +194,7 @@ def test_bad_input(mukv, token_file, tmp_path, given, message):
     assert message in done.stderr
 
 
+@pytest.mark.product
 def test_three_workers_of_which_one_is_killed(token_file, tmp_path):
     out = tmp_path / "s"
     given = arguments(

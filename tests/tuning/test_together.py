@@ -59,7 +59,7 @@ def ends(group):
 BOTH = [*itertools.product(VARIED, ("vmap", "map"))]
 
 
-@pytest.mark.parametrize(("name", "across"), params(BOTH, BOTH[::5], unpack=True))
+@pytest.mark.parametrize(("name", "across"), params(BOTH, BOTH[:1], unpack=True))
 def test_together_is_alone(token_file, name, across):
     tokens, chosen = points(token_file, VARIED[name])
     assert grouped(chosen) == [list(range(len(chosen)))]
@@ -72,6 +72,7 @@ def test_together_is_alone(token_file, name, across):
             np.testing.assert_allclose(leaf, other[path], rtol=1e-2, atol=1e-3, err_msg=path)
 
 
+@pytest.mark.product
 def test_a_point_alone_is_the_run(token_file, trained):
     tokens, (point,) = points(token_file, [[]])
     numbers, _ = ends(Together([point], tokens))
@@ -95,6 +96,7 @@ def test_one_that_diverges_leaves_the_others_alone(token_file):
     assert numbers[1]["validation_loss"] == np.inf
 
 
+@pytest.mark.product
 def test_a_group_shrinks_to_its_memory(token_file):
     tokens, chosen = points(token_file, [[f"train.seed={seed}"] for seed in range(4)])
     whole = Together(chosen, tokens, across="vmap")
