@@ -4,6 +4,18 @@ A policy says which entries the body keeps, how they are stored and which of the
 """
 
 from mukv.cache.base import Body, Cache, Reader, Ring, Slot
+from mukv.cache.kept import choosing
 from mukv.cache.policy import FULL, NAMES, Calibrated, Policy
 
-__all__ = ["FULL", "NAMES", "Body", "Cache", "Calibrated", "Policy", "Reader", "Ring", "Slot"]
+__all__ = [
+    "FULL",
+    "NAMES",
+    "Body",
+    "Cache",
+    "Calibrated",
+    "Policy",
+    "Reader",
+    "Ring",
+    "Slot",
+    "choosing",
+]

@@ -2,7 +2,8 @@
 
 A policy scores the entries. Those with the highest scores are kept, in the order of their
 positions, the newer one of equal scores, and always the last token. This happens after prefill and
-whenever a tail is folded, so that a body plus tail never exceeds its budget plus one tail.
+whenever a tail is folded, so that a body plus tail never exceeds its budget plus one tail, unless
+the policy says otherwise (`when.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mukv.cache.rank import by_store
 from mukv.cache.refine import Refine
 from mukv.cache.seen import Score, Seen
 from mukv.cache.spread import Spread, Uniform
+from mukv.cache.when import Folds, When
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, Int
 
@@ -46,12 +48,14 @@ class Keep:
     budget: per store (a KV head, where each head has its own tensors)
     spread: how layers and heads share the budget
     refine: what is done to scores before entries are chosen
+    when: when entries are chosen
     recent: number of newest tokens that are always kept
     """
 
     budget: CacheBudget = field(default_factory=CacheBudget)
     spread: Spread = field(default_factory=Uniform)
     refine: tuple[Refine, ...] = ()
+    when: When = field(default_factory=Folds)
     recent: int = 1
 
     has_budget: ClassVar[bool] = True

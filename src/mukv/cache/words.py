@@ -14,7 +14,7 @@ from mukv.schema.schema import build, join
 from mukv.schema.yaml_text import parse_yaml
 
 T = TypeVar("T")
-SET_ELSEWHERE = frozenset({"budget", "spread", "refine", "calibrated"})
+SET_ELSEWHERE = frozenset({"budget", "spread", "refine", "when", "calibrated"})
 """Fields that are no parameters: other words, or a calibration beside the model, set them."""
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
     "kvpress": {
