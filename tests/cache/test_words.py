@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mukv.cache.budget import CacheBudget
-from mukv.cache.policy import KEEPERS, REFINERS, SELECTORS, SPREADS, STORES, TABLES, Policy
+from mukv.cache.policy import (
+    KEEPERS,
+    REFINERS,
+    SELECTORS,
+    SPREADS,
+    STORES,
+    TABLES,
+    WHENS,
+    Policy,
+)
 from mukv.cache.words import PEERS, parameters, split
 from mukv.compress.judge import grid
 from mukv.core.errors import BadInput
@@ -48,7 +57,8 @@ def policies(draw):
     keep = draw(parts(KEEPERS))
     if keep.evicts:
         steps = draw(st.lists(parts(REFINERS), max_size=2, unique_by=type)) if REFINERS else ()
-        keep = dataclasses.replace(keep, spread=draw(parts(SPREADS)), refine=tuple(steps))
+        shared = {"spread": draw(parts(SPREADS)), "when": draw(parts(WHENS))}
+        keep = dataclasses.replace(keep, refine=tuple(steps), **shared)
     return Policy(keep, draw(parts(STORES)), draw(parts(SELECTORS)))
 
 

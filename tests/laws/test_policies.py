@@ -24,6 +24,7 @@ from mukv.model.counting import cache_bytes
 from mukv.position import RoPE
 from tests.laws import matrix
 from tests.laws.matrix import EXACT
+from tests.pairs import params
 
 LENGTH, PROMPT, TAIL = 40, 30, 4
 COUNT = np.array([30, 21])
@@ -43,6 +44,7 @@ PAIRS = [
     ("gqa", "rope", "lagkv(lag=4)+pages"),
     ("gqa-dressed", "rope-yarn", "leverage(sketch=4)"),
     ("gqa", "cope", "topk"),
+    ("gqa", "rope", "h2o+adaptive+hold"),
 ]
 
 
@@ -94,7 +96,7 @@ def whole():
     return of
 
 
-@pytest.mark.parametrize("case", PAIRS, ids="-".join)
+@pytest.mark.parametrize("case", params(PAIRS, PAIRS[::2], "-".join))
 def test_full_budget_is_full_attention(case, whole):
     """Law 7, and law 4: what it weighs does not change while it is used."""
     attention, position, name = case
@@ -759,6 +761,8 @@ def test_refused(attention, position, name, budget, words):
         ("snapvk", 0.5, "did you mean 'snapkv'?"),
         ("snapkv+h2o", 0.5, "at most one part that says what to keep"),
         ("int8+pyramid", 0.5, "pyramid needs a policy that drops entries"),
+        ("int8+hold", 0.5, "hold needs a policy that drops entries"),
+        ("snapkv+hold+every", 0.5, "at most one part that says when to choose entries"),
         ("pages+critical", 0.5, "critical needs a policy that drops entries"),
         ("snapkv+critical+chunk+critical", 0.5, "critical once"),
         ("int8:0.5", 0.5, "int8 has no budget"),

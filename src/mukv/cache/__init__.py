@@ -5,6 +5,18 @@ decides which entries the body keeps, how they are stored and which of them a qu
 """
 
 from mukv.cache.base import Body, Cache, Reader, Ring, Slot
+from mukv.cache.kept import choosing
 from mukv.cache.policy import FULL, NAMES, Calibrated, Policy
 
-__all__ = ["FULL", "NAMES", "Body", "Cache", "Calibrated", "Policy", "Reader", "Ring", "Slot"]
+__all__ = [
+    "FULL",
+    "NAMES",
+    "Body",
+    "Cache",
+    "Calibrated",
+    "Policy",
+    "Reader",
+    "Ring",
+    "Slot",
+    "choosing",
+]

@@ -3,7 +3,7 @@
 A policy scores the entries, and those with the highest scores are kept in the order of their
 positions. Of two equal scores the newer entry is kept, and the last token always. Entries are
 chosen after prefill and whenever a tail is folded, so that body and tail together never hold more
-than the budget plus one tail.
+than the budget plus one tail, unless the policy chooses at other times (`when.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mukv.cache.rank import by_store
 from mukv.cache.refine import Refine
 from mukv.cache.seen import Score, Seen
 from mukv.cache.spread import Spread, Uniform
+from mukv.cache.when import Folds, When
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, Int
 
@@ -47,12 +48,14 @@ class Keep:
     budget: number of entries per store, which is a KV head where each head has its own tensors
     spread: how layers and heads share the budget
     refine: functions applied to the scores, one after the other, before entries are chosen
+    when: times at which entries are chosen
     recent: number of newest tokens that are always kept
     """
 
     budget: CacheBudget = field(default_factory=CacheBudget)
     spread: Spread = field(default_factory=Uniform)
     refine: tuple[Refine, ...] = ()
+    when: When = field(default_factory=Folds)
     recent: int = 1
 
     has_budget: ClassVar[bool] = True

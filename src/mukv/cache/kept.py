@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import no_type_check
+from typing import Any, TypeVar, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from mukv.cache.store import Exact, Store
 from mukv.core.params import abstract
 from mukv.core.typing import Array, Bool, Float, Int
 
+T = TypeVar("T")
 EXACT = Exact()
 LAST = jnp.iinfo(jnp.int32).max
 
@@ -35,6 +36,7 @@ class Kept:
     notes: state of the eviction policy
     index: index of the read policy
     keep, select: eviction policy and read policy
+    held: whether nothing is dropped any more, as after the prompt under `hold`
     """
 
     shelf: Shelf
@@ -43,10 +45,11 @@ class Kept:
     index: dict[str, Array]
     keep: Keep = field(metadata={"static": True})
     select: Select = field(metadata={"static": True})
+    held: bool = field(default=False, metadata={"static": True})
 
     @property
     def needs_queries(self) -> bool:
-        return self.keep.needs_queries
+        return self.keep.needs_queries and not self.held
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         return self
@@ -67,29 +70,32 @@ class Kept:
         fresh: bool = False,
     ) -> Kept:
         """Merge new entries in the order of positions, and keep those that the eviction policy
-        chooses.
+        chooses, or all of them if nothing is dropped any more.
         """
         candidates = self._shelved(new, length, added)
         if not fresh:
             candidates = self._sorted(self._after(candidates))
-        entries, read = candidates.shelf.entries(), length + added
-        chosen = self.keep.chosen(
-            Seen(
-                reader,
-                entries,
-                length,
-                added,
-                jnp.maximum(self.keep.budget.number(read), self.keep.minimum),
-                candidates.carried,
-                self.notes,
-            ),
-            self.shelf.slots,
-        )
+        read = length + added
+        if self.held:
+            slots = jnp.broadcast_to(jnp.arange(self.shelf.slots), self.shelf.position.shape)
+            return candidates._taken(slots)._indexed(read, reader, fresh)._encoded(self)
+        entries = candidates.shelf.entries()
+        number = self._number(read, candidates)
+        seen = Seen(reader, entries, length, added, number, candidates.carried, self.notes)
+        chosen = self.keep.chosen(seen, self.shelf.slots)
         kept = candidates._taken(chosen.index, chosen.there)
         if self.keep.carries:
             carried = jnp.take_along_axis(chosen.score, chosen.index, axis=2)
             kept = replace(kept, carried=jnp.where(chosen.there, carried, 0.0))
-        return replace(kept, notes=dict(chosen.notes))._indexed(read, reader, fresh)._encoded(self)
+        kept = replace(kept, notes=dict(chosen.notes), held=self.keep.when.holds)
+        return kept._indexed(read, reader, fresh)._encoded(self)
+
+    def _number(self, read: Int[Array, " batch"], among: Kept) -> Int[Array, " batch"]:
+        """Return how many of these entries a store keeps, or a head where heads share one."""
+        budget = jnp.maximum(self.keep.budget.number(read), self.keep.minimum)
+        heads = 1 if self.shelf.owner is None else self.shelf.heads
+        count = jnp.max(jnp.sum(among.shelf.position != NOWHERE, axis=-1), axis=-1) // heads
+        return self.keep.when.number(budget, count, self.shelf.slots // heads)
 
     def _shelved(
         self, new: Tensors, length: Int[Array, " batch"], added: Int[Array, " batch"]
@@ -198,6 +204,17 @@ class Kept:
             for name, parts in self.shelf.stored.items()
         }
         return replace(self, shelf=replace(self.shelf, stored=stored, store=store))
+
+
+def choosing(memory: T, choose: bool) -> T:
+    """Return bodies, or a cache with bodies, of which those whose policy holds all that follows the
+    prompt choose again from the next tokens (the prompt is read in chunks), or do not."""
+
+    def told(body: Any) -> Any:
+        holds = isinstance(body, Kept) and body.keep.when.holds
+        return replace(body, held=not choose) if holds else body
+
+    return jax.tree.map(told, memory, is_leaf=lambda each: isinstance(each, Kept))
 
 
 def empty(

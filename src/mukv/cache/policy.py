@@ -36,6 +36,7 @@ from mukv.cache.sparq import SparQ
 from mukv.cache.spread import Adaptive, Pyramid, Spread, Uniform
 from mukv.cache.store import Exact, Store
 from mukv.cache.values import TopK, TopP
+from mukv.cache.when import Every, Folds, Hold, When
 from mukv.cache.words import Word, built, read_word, shown, split
 from mukv.core.errors import BadInput, unknown_name
 from mukv.core.table import PartTable, imported
@@ -81,7 +82,8 @@ SPREADS = PartTable(
     kinds=False,
 )
 REFINERS = PartTable("refine", Refine, {"critical": Critical, "chunk": WholeChunks}, kinds=False)
-TABLES: tuple[PartTable[Any], ...] = (KEEPERS, REFINERS, SPREADS, STORES, SELECTORS)
+WHENS = PartTable("when", When, {"folds": Folds, "hold": Hold, "every": Every}, kinds=False)
+TABLES: tuple[PartTable[Any], ...] = (KEEPERS, REFINERS, SPREADS, WHENS, STORES, SELECTORS)
 """Parts of a policy, in the order in which its name has them."""
 NAMES = tuple(name for table in TABLES for name in table)
 Calibrated = Mapping[int, Mapping[str, Array]]
@@ -115,20 +117,22 @@ class Policy:
         for word in (read_word(word, where) for word in split(text, "+")):
             table, part = _part(word, budget, where)
             if found[table.part] and table is not REFINERS:
-                raise BadInput(where, text, f"at most one part that says what to {table.part}")
+                raise BadInput(where, text, f"at most one part that says {_question(table)}")
             if type(part) in map(type, found[table.part]):
                 raise BadInput(where, text, f"{word.name} once")
             found[table.part].append(part)
-        refine, spread = tuple(found.pop("refine")), found.pop("spread")
+        refine, spread, when = (found.pop(part) for part in ("refine", "spread", "when"))
         policy = cls(**{question: part for question, parts in found.items() for part in parts})
         if not policy.keep.evicts:
-            idle = next((each for each in (*refine, *spread) if each != Uniform()), None)
+            shared = (*refine, *spread, *when)
+            idle = next((each for each in shared if each not in (Uniform(), Folds())), None)
             if idle is not None:
                 needs = f"{_name(idle)} needs a policy that drops entries, like snapkv"
                 raise BadInput(where, text, needs)
             return policy
-        shared = spread[0] if spread else Uniform()
-        return replace(policy, keep=replace(policy.keep, spread=shared, refine=refine))
+        once = {"spread": spread, "when": when}
+        parts = {question: found[0] for question, found in once.items() if found}
+        return replace(policy, keep=replace(policy.keep, refine=tuple(refine), **parts))
 
     def __str__(self) -> str:
         """Return the name, with the parameters that are not at their defaults and the budgets."""
@@ -144,8 +148,9 @@ class Policy:
             limit = part.budget.amount if budgets and part.has_budget else 1
             return shown(_name(part), part, None if limit == 1 else limit)
 
-        parts = (self.keep, *self.keep.refine, self.keep.spread, self.store, self.select)
-        left_out = (Everything, Uniform, Exact, All)
+        keep = self.keep
+        parts = (keep, *keep.refine, keep.spread, keep.when, self.store, self.select)
+        left_out = (Everything, Uniform, Folds, Exact, All)
         return "+".join(word(part) for part in parts if type(part) not in left_out) or "full"
 
     @property
@@ -231,19 +236,23 @@ class Policy:
         place: tuple[int, int],
         centres: Mapping[str, Array] | None = None,
         bag: str = ENTRIES,
+        after: int | None = None,
     ) -> Kept:
         """Make an empty body for `length` entries.
 
         place: index of the layer among the layers with a policy, and their number
         centres: calibrated centres of this layer; None for none
         bag: name of the mixer's store that holds these entries
+        after: most entries of a row that follow its prompt; None if that is not known
 
         Raises BadInput for a budget below the minimum of the policy.
         """
-        keep = self.keep.of_layer(*place, length)
-        slots = keep.budget.of(length) if keep.evicts else length
+        whole, more = self.keep.when.room(length, after)
+        keep = self.keep.of_layer(*place, whole)
+        slots = keep.budget.of(whole) if keep.evicts else length
         if slots < keep.minimum:
-            raise _too_small(self.name, keep.budget, slots, length, keep.minimum)
+            raise _too_small(self.name, keep.budget, slots, whole, keep.minimum)
+        slots = min(slots + more, length)
         select = self.select.sized(slots)
         slots = -(-slots // math.lcm(self.store.multiple, select.run)) * math.lcm(
             self.store.multiple, select.run
@@ -274,6 +283,10 @@ def _part(word: Word, budget: float, where: str) -> tuple[PartTable[Any], Any]:
     elif word.budget is not None:
         raise BadInput(where, word.text, f"{name} has no budget")
     return table, part
+
+
+def _question(table: PartTable[Any]) -> str:
+    return "when to choose entries" if table is WHENS else f"what to {table.part}"
 
 
 def _name(part: Any) -> str:

@@ -26,7 +26,18 @@ def byte_alphabet() -> list[str]:
     return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
 
 
-VALUES = {shown: byte for byte, shown in enumerate(byte_alphabet())}
+UNKNOWN = 0x100
+"""The character that stands for one that is in no byte-level vocabulary."""
+
+
+class _ByteValues(dict[int, int]):
+    """Table for `str.translate` from the visible characters of bytes to their values."""
+
+    def __missing__(self, character: int) -> int:
+        return UNKNOWN
+
+
+VALUES = _ByteValues({ord(shown): byte for byte, shown in enumerate(byte_alphabet())})
 
 
 def spelled(inner: Tokenizer, decoder: Any, silent: Collection[int], size: int) -> list[bytes]:
@@ -53,8 +64,9 @@ def spelled(inner: Tokenizer, decoder: Any, silent: Collection[int], size: int) 
                 del contextual[token]
     if "ByteLevel" in kinds:
         for token, text in tokens.items():
-            known = VALUES.keys() >= set(text)
-            data[token] = bytes(VALUES[c] for c in text) if known else text.encode()
+            values = text.translate(VALUES)
+            known = chr(UNKNOWN) not in values
+            data[token] = values.encode("latin-1") if known else text.encode()
             # Partial characters have no text.
             if kinds == {"ByteLevel"} or not _is_text(data[token]):
                 contextual.pop(token, None)

@@ -158,6 +158,7 @@ class LanguageModel(Component):
         dtype: jnp.dtype | None = None,
         policy: Policy = FULL,
         centres: Calibrated | None = None,
+        after: int | None = None,
     ) -> Any:
         """Allocate an empty cache.
 
@@ -167,6 +168,8 @@ class LanguageModel(Component):
         dtype: type of the entries; the compute type if None
         policy: cache policy of layers without a window
         centres: calibrated cluster centres by layer, for policies that use them
+        after: most tokens of a row that follow its prompt, for which a policy that holds them has
+            room beyond its budget; None if that is not known: it has room for `length` entries
 
         Raises BadInput for a policy that does not fit.
         """

@@ -65,7 +65,7 @@ def _cached() -> int:
 
 
 def sharing() -> int:
-    """Return the number of devices that share one memory: on a CPU all simulated devices, else 1."""
+    """Return the number of devices that share one memory: 1, or on a CPU the simulated devices."""
     devices = jax.local_devices()
     return len(devices) if devices[0].platform == "cpu" else 1
 

@@ -152,8 +152,8 @@ class Loop:
                 # With several processes `agreed` is a collective, called only when logging.
                 leaves = (logs or jax.process_count() == 1) and stop.agreed()
                 logs = logs or leaves
-                evaluates = ends or _due(step, training.evaluate_every)
-                saves = ends or leaves or _due(step, training.checkpoint_every) or step == stable
+                evaluates = ends or due(step, training.evaluate_every)
+                saves = ends or leaves or due(step, training.checkpoint_every) or step == stable
                 if logs or evaluates or saves:
                     self.require_sound(state, step, metrics)
                 if logs:
@@ -262,7 +262,8 @@ def validation_metrics(nats: float, tokens: float, read: float) -> dict[str, flo
     }
 
 
-def _due(step: int, every: int | None) -> bool:
+def due(step: int, every: int | None) -> bool:
+    """Return whether something that happens every `every` steps happens at this one."""
     return every is not None and step % every == 0
 
 

@@ -122,6 +122,7 @@ class Concept(Architecture):
         dtype: jnp.dtype | None = None,
         policy: Policy = FULL,
         centres: Calibrated | None = None,
+        after: int | None = None,
     ) -> ConceptCache:
         """Allocate an empty cache; the policy applies to the global layers.
 
@@ -131,10 +132,11 @@ class Concept(Architecture):
         self.global_stack.check_policy(policy)
         first = self.global_stack.first
         own = {layer - first: each for layer, each in (centres or {}).items()}
+        applied = {"policy": policy, "centres": own, "after": after}
         encoder, concepts, cross, decoder = (
             each.stack.empty_cache(
                 *(batch, each.length, each.tail, dtype, each.by_row),
-                **({"policy": policy, "centres": own} if each.stack is self.global_stack else {}),
+                **(applied if each.stack is self.global_stack else {}),
             )
             for each in self.memories(length, tail)
         )
