@@ -24,6 +24,7 @@ from mukv.model.counting import cache_bytes
 from mukv.position import RoPE
 from tests.laws import matrix
 from tests.laws.matrix import EXACT
+from tests.pairs import params
 
 LENGTH, PROMPT, TAIL = 40, 30, 4
 COUNT = np.array([30, 21])
@@ -96,7 +97,7 @@ def whole():
     return of
 
 
-@pytest.mark.parametrize("case", PAIRS, ids="-".join)
+@pytest.mark.parametrize("case", params(PAIRS, PAIRS[::2], "-".join))
 def test_full_budget_is_full_attention(case, whole):
     """Law 7, and law 4: what it weighs does not change while it is used."""
     attention, position, name = case

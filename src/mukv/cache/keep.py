@@ -1,9 +1,9 @@
 """Eviction: choose the entries to keep within a static budget. The default keeps all.
 
-A policy scores the entries. Those with the highest scores are kept, in the order of their
-positions, the newer one of equal scores, and always the last token. This happens after prefill and
-whenever a tail is folded, so that a body plus tail never exceeds its budget plus one tail, unless
-the policy says otherwise (`when.py`).
+A policy scores the entries, and those with the highest scores are kept in the order of their
+positions. Of two equal scores the newer entry is kept, and the last token always. Entries are
+chosen after prefill and whenever a tail is folded, so that body and tail together never hold more
+than the budget plus one tail, unless the policy chooses at other times (`when.py`).
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Chosen:
 class Keep:
     """Base class of eviction policies.
 
-    budget: per store (a KV head, where each head has its own tensors)
+    budget: number of entries per store, which is a KV head where each head has its own tensors
     spread: how layers and heads share the budget
-    refine: what is done to scores before entries are chosen
-    when: when entries are chosen
+    refine: functions applied to the scores, one after the other, before entries are chosen
+    when: times at which entries are chosen
     recent: number of newest tokens that are always kept
     """
 
@@ -70,7 +70,7 @@ class Keep:
     signed: ClassVar[bool] = False
     """Whether scores may be negative."""
     rotates_back: ClassVar[bool] = False
-    """Whether the rotation of keys is undone, which needs an entry of its own for each token."""
+    """Whether the score undoes the rotation of keys, which requires one entry per token."""
     evicts: ClassVar[bool] = True
     """Whether any entry is ever dropped."""
 
@@ -85,7 +85,7 @@ class Keep:
 
     @property
     def narrowest(self) -> int:
-        """Number of entries under which `pyramid` lets no layer fall."""
+        """Smallest number of entries that `pyramid` gives to a layer."""
         return self.minimum
 
     def of_layer(self, place: int, layers: int, length: int) -> Keep:
@@ -98,13 +98,13 @@ class Keep:
         return {}
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
-        """Score each entry, per KV head or for all heads alike; also return the policy's
-        new state.
+        """Return the score of each entry, per KV head or one for all heads, and the new state of
+        the policy.
         """
         raise NotImplementedError
 
     def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
-        """Return which entries are kept whatever their score."""
+        """Return which entries are kept regardless of their score."""
         return seen.recent(self.recent)
 
     def chosen(self, seen: Seen, capacity: int) -> Chosen:

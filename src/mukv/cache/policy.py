@@ -1,9 +1,9 @@
 """Cache policies: which entries are kept, how they are stored, which of them a query reads.
 
-These are three independent choices, each with the default "everything". A policy is named by its
-choices, joined by "+", each with its parameters and its budget: `snapkv(window=64):0.25+int8+topk`.
-A budget that is given separately applies to every choice that has none of its own. Layers with a
-window are not affected.
+These are three independent parts; by default all entries are kept, stored exactly and read. The
+name of a policy joins its parts by "+", each with its parameters and its budget:
+`snapkv(window=64):0.25+int8+topk`. A budget that is given separately applies to every part without
+a budget of its own. Layers with a window are not affected.
 """
 
 from __future__ import annotations
@@ -109,11 +109,11 @@ class Policy:
     def parse(cls, text: str, budget: float = 1.0, where: str = "policy") -> Policy:
         """Parse the name of a policy; the inverse of `str`.
 
-        budget: of the choices that do not have their own
+        budget: budget of the parts that do not have their own
         where: name of the policy in errors
 
         Raises BadInput for unknown names and parameters, for values that don't fit, and for two
-        choices of one kind.
+        parts of one kind.
         """
         found: dict[str, list[Any]] = {table.part: [] for table in TABLES}
         for word in (read_word(word, where) for word in split(text, "+")):
@@ -162,14 +162,14 @@ class Policy:
 
     @classmethod
     def takes_budget(cls, text: str, where: str = "policy") -> bool:
-        """Whether the separately given budget has an effect: not if no choice has a budget, or each
-        has its own.
+        """Whether a separately given budget has an effect. It has none if no part takes a budget,
+        or each part has its own.
         """
         return cls.parse(text, 1.0, where) != cls.parse(text, 0.5, where)
 
     @property
     def budget(self) -> float:
-        """The budget of kept entries, or else of read entries; 1 without either."""
+        """The budget of kept entries, or, if all are kept, of read entries; 1 if all are read."""
         return (self.keep if self.keep.evicts else self.select).budget.amount
 
     def check(self, number: int, attention: Attention) -> None:
@@ -247,7 +247,7 @@ class Policy:
         bag: name of the mixer's store that holds these entries
         after: most entries of a row that follow its prompt; None if that is not known
 
-        Raises BadInput for a budget below what the policy must hold.
+        Raises BadInput for a budget below the minimum of the policy.
         """
         whole, more = self.keep.when.room(length, after)
         keep = self.keep.of_layer(*place, whole)

@@ -33,10 +33,10 @@ BLOCK = 16
 between.
 """
 SHOWN_EVERY = 0.1
-"""Seconds: a block of steps whose tokens are shown grows only while it takes less than this."""
+"""Upper bound, in seconds, of a block of steps whose tokens are shown; blocks grow up to it."""
 TAIL = 64
-"""Largest tail in tokens. A larger one means more reads of unused entries, a smaller one more
-folds.
+"""Largest tail in tokens. A larger tail makes steps read more unused entries, a smaller one makes
+folds more frequent.
 """
 
 
@@ -125,9 +125,10 @@ class Sizes:
 
     @classmethod
     def plan(cls, batch: int, longest_prompt: int, max_tokens: int, then: int = 0) -> Sizes:
-        """Compute the smallest cache that holds the prompt and all tokens that are read back.
+        """Compute the smallest cache for the prompt and all new tokens but the last.
 
-        longest_prompt: tokens, those that are read behind it included. then: most of the latter.
+        longest_prompt: tokens of the longest prompt, with the tokens that are read after it
+        then: largest number of tokens that are read after a prompt
         """
         prompt = round_up(longest_prompt, PROMPT_MULTIPLE)
         read_back = round_up(max(max_tokens - 1, 1), BLOCK)
@@ -154,9 +155,10 @@ class DecodeFunctions(NamedTuple):
     """Compiled functions of a model, one program per shape.
 
     prefill, extend: (weights, cache, tokens, count, key) to (token, cache), for an empty cache and
-    for one with tokens in it. block: (weights, frozen, live, token, number, key, steps) to (tokens,
-    live, token, number); `steps` is at most BLOCK and data, so that one program serves all. fold:
-    (weights, cache) to cache.
+        for a cache with tokens in it
+    block: (weights, frozen, live, token, number, key, steps) to (tokens, live, token, number), for
+        at most BLOCK steps; `steps` is traced, so that one program serves every number
+    fold: (weights, cache) to cache
     """
 
     prefill: Programs
@@ -223,13 +225,14 @@ def generate(
     stop: ids that end a row
     show: called with the new tokens of every row as they are decoded
     policy, centres: cache policy, and its calibrated centres if it needs them
-    ended: whether a row is complete; called with all its new tokens after each block
+    ended: whether a row is complete; called with all new tokens of the row after each block
     then: tokens that follow each prompt, at least one; they are read after the policy has chosen
         from the prompt
     prefill_chunk: tokens of a prompt that are read at once; the policy chooses entries after each
         chunk, so that the memory of reading does not grow with the prompt. None reads it whole.
 
-    Raises BadInput for prompts that the model can't read and policies that do not fit it.
+    Raises BadInput for empty or too long prompts, for ids outside of the vocabulary, and for a
+    policy that does not fit the model.
     """
     whole = joined(prompts, then)
     _check(model, whole, max_tokens)
