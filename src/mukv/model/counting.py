@@ -81,6 +81,18 @@ def cache_bytes(
     return total
 
 
+def product_flops(model: LanguageModel, declared: Any) -> float:
+    """Return the operations per token of the forward pass's products with these weights.
+
+    declared: tree of `Param`, of the model or of its adapters
+    """
+    return sum(
+        2 * param.size * param.active / model.every(name.split(".")[0])
+        for name, param in named(declared).items()
+        if param.fan_in
+    )
+
+
 def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> int:
     """Return the floating-point operations of training per token at this sequence length.
 
@@ -91,16 +103,9 @@ def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> 
         other weights then has one product instead of two
     """
 
-    def of(declared: Any) -> float:
-        return sum(
-            2 * param.size * param.active / model.every(name.split(".")[0])
-            for name, param in named(declared).items()
-            if param.fan_in
-        )
-
-    products = of(model.params())
+    products = product_flops(model, model.params())
     if adapters is not None:
-        products = 2 / 3 * products + of(adapters)
+        products = 2 / 3 * products + product_flops(model, adapters)
     attention = sum(
         layer.attention.read_flops()
         * bag.mean_visible(max(length // stack.every, 1))
