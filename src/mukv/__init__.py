@@ -31,10 +31,14 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Adaptive as Adaptive
     from mukv.cache.policy import All as All
     from mukv.cache.policy import Clusters as Clusters
+    from mukv.cache.policy import Compactor as Compactor
     from mukv.cache.policy import Critical as Critical
+    from mukv.cache.policy import Every as Every
     from mukv.cache.policy import Everything as Everything
     from mukv.cache.policy import Exact as Exact
     from mukv.cache.policy import Expected as Expected
+    from mukv.cache.policy import Folds as Folds
+    from mukv.cache.policy import Hold as Hold
     from mukv.cache.policy import Int4 as Int4
     from mukv.cache.policy import Int8 as Int8
     from mukv.cache.policy import Keep as Keep
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from mukv.cache.policy import TopK as TopK
     from mukv.cache.policy import TopP as TopP
     from mukv.cache.policy import Uniform as Uniform
+    from mukv.cache.policy import When as When
     from mukv.cache.policy import WholeChunks as WholeChunks
     from mukv.core.compute import Compute as Compute
     from mukv.core.errors import BadInput as BadInput
@@ -156,9 +161,9 @@ _MODULES = {
         "Attention GatedDelta Grouped GroupedTied HCA KimiDelta Latent Mixer SharedKV TensorProduct"
     ),
     "mukv.cache.policy": (
-        "Adaptive All Clusters Critical CUR Everything Exact Expected H2O Int4 Int8 Keep "
-        "KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine Select SnapKV "
-        "SparQ Spread Store Streaming TopK TopP TOVA Uniform WholeChunks"
+        "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds H2O "
+        "Hold Int4 Int8 Keep KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine "
+        "Select SnapKV SparQ Spread Store Streaming TopK TopP TOVA Uniform When WholeChunks"
     ),
     "mukv.core.compute": "Compute",
     "mukv.core.errors": "BadInput Failed",

@@ -540,6 +540,7 @@ def compressed(folder: Path) -> None:
         made.writestr("archive/version", "3")
 
 
+@pytest.mark.product
 def test_metas_folders(meta, tmp_path, record_property):
     torch = pytest.importorskip("torch")
     marker = tmp_path / "executed"

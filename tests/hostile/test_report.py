@@ -250,6 +250,7 @@ def test_tables_and_pictures(tmp_path, record_property):
     assert counts.total() >= 150
 
 
+@pytest.mark.product
 def test_metrics(run, tmp_path, record_property):
     def read(path: Path) -> None:
         shutil.copy(path, run / "metrics.jsonl")
@@ -269,6 +270,7 @@ def test_metrics(run, tmp_path, record_property):
     assert check_all("report", inputs(), record_property).total() >= 100
 
 
+@pytest.mark.product
 def test_curves_of_foreign_metrics(run, tmp_path, record_property):
     drawn = ("step", "far", "negative", "too", "nothing", "one", "many", "bare")
     chosen = [each for each in metrics() if each[0].startswith(drawn)][::6]

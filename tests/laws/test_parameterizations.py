@@ -83,7 +83,10 @@ def test_powers_of_each_weight_are_the_table_s(model, kind):
     assert grown >= 5
 
 
-@pytest.mark.parametrize("pair", [("sp", "ntk"), ("mup", "mean_field")])
+ALIKE = [("sp", "ntk"), ("mup", "mean_field")]
+
+
+@pytest.mark.parametrize("pair", params(ALIKE, ALIKE[1:]))
 @pytest.mark.parametrize("ratio", params([4, 16], [4]))
 def test_symmetric_ones_train_the_same_without_epsilon(pair, ratio):
     """Training is the same up to rounding if the ratio of widths is a power of four, since all
@@ -92,6 +95,7 @@ def test_symmetric_ones_train_the_same_without_epsilon(pair, ratio):
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
+@pytest.mark.product
 def test_epsilon_breaks_the_symmetry_and_by_layer_mends_it():
     def gap(**fields):
         optimizer = AdamW(epsilon=1e-3, **fields)
@@ -101,6 +105,7 @@ def test_epsilon_breaks_the_symmetry_and_by_layer_mends_it():
     assert gap(epsilon_by="layer") < 1e-5
 
 
+@pytest.mark.product
 def test_muon_moves_matrices_alike_under_all():
     """Muon gives equal losses under SP and NTK: its update does not depend on how the scale of a
     hidden matrix is split between multiplier and deviation."""

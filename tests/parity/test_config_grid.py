@@ -106,7 +106,7 @@ def compare_all(architecture, points, tmp_path, record_property):
     return counts
 
 
-@pytest.mark.parametrize("architecture", grid.FAMILIES)
+@pytest.mark.parametrize("architecture", params(grid.FAMILIES, [*grid.FAMILIES][:1]))
 def test_every_key_with_one_family(architecture, tmp_path, record_property):
     """Every point with one of the families; `test_each_key` tries all of them."""
     turn = list(grid.FAMILIES).index(architecture)

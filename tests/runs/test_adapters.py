@@ -84,6 +84,7 @@ def test_whoever_reads_it_reads_them_merged(made, base):
         np.testing.assert_allclose(leaf, expected, atol=1e-6)
 
 
+@pytest.mark.product
 def test_from_a_checkpoint_too(adapted, made):
     whole = package.load(made).weights
     shutil.rmtree(adapted / "weights")
@@ -173,6 +174,7 @@ def moved(adapted, base, tmp_path) -> tuple[Path, Path]:
     return adapted, there
 
 
+@pytest.mark.product
 def test_the_base_may_lie_elsewhere(mukv, moved, made, base):
     adapted, _ = moved
     jax.tree.map(

@@ -196,6 +196,7 @@ def test_report(server, trained, tmp_path, count, every):
     count("report", check(server, tmp_path, run_of(trained), given, 2 * every - 1))
 
 
+@pytest.mark.product
 def test_sweep(server, token_file, tmp_path, count, every):
     given = ["sweep", "tiny", *SMALL, f"data.path={token_file}", "train.learning_rate=1e-3,1e-2"]
     rest = ["--out", "sweep", "--patience", "0.2"]

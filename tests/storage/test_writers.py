@@ -216,6 +216,7 @@ def test_a_run_that_can_not_be_written_is_refused(tmp_path, monkeypatch, number)
         pass
 
 
+@pytest.mark.product
 def test_a_trial_that_lives_on_is_waited_for(mukv, token_file, tmp_path, monkeypatch):
     """A worker that was taken for dead still writes the folder of a point."""
     held, waits = ExitStack(), []

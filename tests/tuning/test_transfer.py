@@ -9,15 +9,15 @@ import pytest
 
 from mukv.core.errors import BadInput
 from mukv.runs import config
-from mukv.runs.resolve import open_corpus
+from mukv.runs.resolve import open_feed
 from mukv.tuning.transfer import Search
 from tests.conftest import MINUSCULE
 
 
 def search(token_file, folder, widths=(32, 64), seeds=2, **changes):
     run = config.load("tiny", [*MINUSCULE, f"data.path={token_file}"])
-    tokens = open_corpus(run)
-    return Search(run.model, run.train, tokens, "packed", widths, seeds, folder, **changes)
+    _, feed = open_feed(run)
+    return Search(run.model, run.train, feed, widths, seeds, folder, **changes)
 
 
 def planted(found, drift):

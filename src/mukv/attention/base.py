@@ -139,7 +139,8 @@ class Attention(Mixer):
     ) -> Bool[Array, "batch #kv_heads query key"] | None:
         """Return which of the visible entries of a bag each query may read; None for all of them.
 
-        If it is not None, the logits of all pairs of a query and an entry are in memory at once.
+        If it is not None, the plain core is used, which computes the logits of all pairs of a query
+        and an entry at once.
         """
         return None
 
@@ -245,7 +246,7 @@ class Attention(Mixer):
         return 1
 
     def logit_weight(self, d_model: int) -> Param:
-        """Return the weight whose last axis is the width of a query."""
+        """Return the weight that makes queries; its last axis is the width of a query."""
         return tagged(self.read_params(d_model), "query")
 
     def read_flops(self) -> int:

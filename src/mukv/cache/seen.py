@@ -1,4 +1,4 @@
-"""The data by which an eviction policy scores entries."""
+"""Inputs of the score functions of eviction policies."""
 
 from __future__ import annotations
 

@@ -112,6 +112,13 @@ def generate(
             "default: 0.25."
         ),
     ] = None,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the prompt that are read at once; the policy chooses entries after "
+            "each of these chunks; default: all."
+        ),
+    ] = None,
     weights: StoredAs = None,
     compute: ComputeType = None,
     allow_nonfinite: AllowNonfinite = False,
@@ -157,7 +164,9 @@ def generate(
         opening = styled((f"{shown}\n---\n" if chat else shown, "dim"), keep=LINES)
         stream = TokenStream(speaker.tokenizer, sys.stdout, opening)
     show = stream.show if stream else None
-    made = speaker.generate_ids(rows, max_tokens, sampling, ends, show, policy)
+    made = speaker.generate_ids(
+        rows, max_tokens, sampling, ends, show, policy, prefill_chunk=prefill_chunk
+    )
     texts = [speaker.tokenizer.decode_further(row) for row in made.tokens]
     if as_json:
         facts = {

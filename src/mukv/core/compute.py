@@ -39,10 +39,10 @@ class Compute:
         each layer from the residual stream, which waits in the host's memory ("offload")
     fused: whether attention avoids the tensor of logits of all pairs of tokens
     attention_chunk: queries per chunk of the fused core; None for a size that depends on the length
-    loss_chunk: tokens per row whose logits are in memory at once; None for 32 MiB of float32 logits
-        per row on a CPU and 1 GiB per device elsewhere, but at least 128 tokens
-    platform: platform that the other settings and the attention core are chosen for, whose programs
-        another platform may lower but not run; None for the one that JAX runs on
+    loss_chunk: tokens per row whose logits exist at once; None for 32 MiB of float32 logits per row
+        on a CPU and 1 GiB per device elsewhere, but at least 128 tokens
+    platform: platform that the other settings and the attention core are chosen for; None for the
+        one that JAX runs on; programs for another platform can be lowered but not run
     """
 
     dtype: DType | None = None
@@ -97,7 +97,7 @@ class Compute:
         return jnp.dtype(self.dtype or "float32")
 
     def loss_tokens(self, rows: int, vocab_size: int) -> int:
-        """Return the number of tokens per row whose logits are in memory at once.
+        """Return the number of tokens per row whose logits exist at once.
 
         rows: rows of the batch on one device
         """

@@ -50,7 +50,7 @@ def project_each(
     x: Float[Array, "block rows inner"],
     weight: Float[Array, "block inner columns"] | LowRank | Compact,
 ) -> Float[Array, "block rows columns"]:
-    """Multiply each block of rows with its own weight; types as in `project`."""
+    """Multiply each block of rows with its own weight; types are those of `project`."""
     if isinstance(weight, LowRank):
         thin = project_each(x, weight.a)
         return project_each(x, weight.base) + project_each(thin, weight.b)
@@ -168,8 +168,8 @@ mixture.defvjp(_mixture_forward, _mixture_backward)
 def matmul(x: Array, y: Array, precision: jax.lax.Precision | None = None) -> Array:
     """Multiply matrices with float32 sums.
 
-    On a CPU all batch axes are flattened into one, because XLA's fast products there support one
-    at most. Elsewhere they stay apart, so that the mesh can split both rows of the batch and heads.
+    On a CPU all batch axes are flattened into one, because XLA's fast products there support at
+    most one. Elsewhere they stay separate, so that the mesh can split both the batch and the heads.
     """
 
     multiply = partial(jnp.matmul, precision=precision, preferred_element_type=jnp.float32)

@@ -185,8 +185,8 @@ def constrain(array: Array, *names: str | None) -> Array:
     if mesh is None:
         return array
     dims = {name or f"axis{i}": array.shape[i] for i, name in enumerate(names)}
-    # The residual stream's width stays whole: in activations, `data` splits only the batch. Inside
-    # `by_data_shard` it is split already.
+    # In activations, `data` splits only the batch, never the width of the residual stream. Inside
+    # `by_data_shard` the batch is split already.
     apart = mesh.manual_axes if "batch" in dims else ("data", *mesh.manual_axes)
     return jax.lax.with_sharding_constraint(array, specification(dims, mesh, exclude=apart))
 
@@ -203,7 +203,7 @@ def by_data_shard(function: Callable[..., Any], weights: Any, *rows: Array) -> A
     split = PartitionSpec("data")
 
     def own(weights: Any, *rows: Array) -> Any:
-        # Each shard has a gradient of its own; they are summed once, where the shards join.
+        # Each shard computes its own gradient of the weights; they are summed once, at the end.
         return function(jax.lax.pcast(weights, "data", to="varying"), *rows)
 
     return jax.shard_map(

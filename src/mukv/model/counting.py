@@ -64,11 +64,12 @@ def cache_bytes(
     tail: int,
     dtype: jnp.dtype,
     policy: Policy = FULL,
+    after: int | None = None,
 ) -> int:
     """Return the bytes of `empty_cache` with these sizes, without allocating it."""
     if not policy.everything:
         room = batch, length, tail
-        return jax.eval_shape(lambda: model.empty_cache(*room, dtype, policy)).nbytes()
+        return jax.eval_shape(lambda: model.empty_cache(*room, dtype, policy, after=after)).nbytes()
     total = batch * model.state_bytes(dtype)
     for memory in model.memories(length, tail):
         for layer in memory.stack.writers:

@@ -48,9 +48,9 @@ def register(part: Any = None, *, name: str | None = None) -> Any:
     part: a frozen dataclass that extends a base class such as `mukv.Attention`, `mukv.Position`,
         `mukv.Feedforward`, `mukv.Schedule`, `mukv.Optimizer` or `mukv.Task`, and says its name in a
         field `kind`; a part of a cache policy (`mukv.Keep`, `mukv.Refine`, `mukv.Spread`,
-        `mukv.Store`, `mukv.Select`); a
-        `mukv.Parameterization`; a `mukv.Family`; a tracker (a class with `log` and `close`); a
-        function that reads a text source, or, for a name that begins with a dot, a file format
+        `mukv.When`, `mukv.Store`, `mukv.Select`); a `mukv.Parameterization`; a `mukv.Family`; a
+        tracker (a class with `log` and `close`); a function that reads a text source, or, for a
+        name that begins with a dot, a file format
     name: of a part that has no `kind`
 
     Returns the part. Raises BadInput for a name in use, for another base class, for a class that is
