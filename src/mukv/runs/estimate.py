@@ -9,30 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
 from jax.sharding import AbstractMesh
 
 from mukv.core import params
 from mukv.core.compute import Compute
 from mukv.core.device import GIBIBYTE, Device
-from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape, specification, weight_shardings
 from mukv.core.params import LAYER, Param
 from mukv.model.base import LanguageModel
-from mukv.model.counting import cache_bytes, flops_per_token, product_flops
+from mukv.model.counting import cache_bytes, flops_per_token, product_flops, saved_bytes
+from mukv.model.shard import shard
 from mukv.runs.config import Run
 from mukv.runs.start import resolved_params, trained_params
 from mukv.train.footprint import LEFT
 from mukv.train.step import state_shardings
 
-SPLIT = ("heads", "kv_heads", "hidden", "groups")
-"""Fields of attention and feed-forward parts whose dimensions the axis `tensor` splits."""
 POLICIES = (False, "products", True, "offload")
 """Values of `train.compute.rematerialise`."""
 
@@ -105,30 +102,10 @@ class Estimate:
         under a rematerialisation policy; weights apart."""
         key = self.run.mesh.tensor, policy
         if key not in self.traced:
-            self.traced[key] = self._residuals(policy) - (self.gathered if policy is False else 0)
+            compute = replace(self.compute, rematerialise=policy)
+            saved = saved_bytes(self.local, self.run.train.length, compute)
+            self.traced[key] = saved - (self.gathered if policy is False else 0)
         return self.traced[key]
-
-    def _residuals(self, policy: Any) -> int:
-        model, compute = self.local, replace(self.compute, rematerialise=policy)
-        tokens = jax.ShapeDtypeStruct((1, self.run.train.length), jnp.int32)
-
-        def saved(weights: Any, tokens: Any, position: Any, segment: Any) -> list[Any]:
-            def hidden(weights: Any) -> Any:
-                result = model.forward(weights, tokens, position, segment, compute)
-                return result.hidden
-
-            return jax.tree.leaves(jax.vjp(hidden, weights)[1])
-
-        weights = params.abstract(model.params())
-        traced = jax.make_jaxpr(saved)(weights, *(tokens,) * 3).jaxpr
-        given = set(map(id, traced.invars))
-        made = {id(v): v.aval for v in traced.outvars if id(v) not in given}
-        arrays = (aval for aval in made.values() if isinstance(aval, ShapedArray))
-        return sum(
-            array.size * array.dtype.itemsize
-            for array in arrays
-            if array.memory_space != jax.memory.Space.Host
-        )
 
     @cached_property
     def gathered(self) -> int:
@@ -347,34 +324,6 @@ def _held(shapes: Any, placed: Any) -> int:
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return sum(jax.tree.leaves(jax.tree.map(one, shapes, placed)))
-
-
-def shard(model: LanguageModel, parts: int) -> LanguageModel:
-    """Return the model with the heads and hidden units of one of `parts` equal devices.
-
-    Parts whose sizes can't be divided are left whole, as the mesh leaves them.
-    """
-    if parts == 1:
-        return model
-
-    def divided(part: Any) -> Any:
-        if isinstance(part, tuple):
-            return tuple(map(divided, part))
-        if not is_dataclass(part) or isinstance(part, type):
-            return part
-        changes: dict[str, Any] = {}
-        for name in (one.name for one in fields(part) if one.init):
-            value, grows = getattr(part, name), getattr(part, "grows", ())
-            if name in SPLIT and name in grows and value:
-                changes[name] = value if value % parts else value // parts
-            else:
-                changes[name] = divided(value)
-        try:
-            return replace(part, **changes)
-        except BadInput:
-            return part
-
-    return divided(model)
 
 
 def estimate(run: Run, device: Device, name: str) -> dict[str, Any]:
