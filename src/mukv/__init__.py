@@ -210,6 +210,7 @@ _MODULES = {
         "Needle NoLiteral NoisyRecall Program SelectiveCopy Task VariableTracking"
     ),
     "mukv.train.adapter": "Adapter",
+    "mukv.train.distillation": "Distillation",
     "mukv.train.training": "Training",
 }
 """The public names, by the module that has them. Type checkers read the imports above; a test

@@ -317,6 +317,9 @@ REFUSED = {
 
 ELSEWHERE = {
     "Training.start": "weights of another model: tests/hub/test_convert.py",
+    "Training.teacher": "another model: tests/runs/test_teacher.py",
+    "Distillation.weight": "of a teacher: tests/train/test_distillation.py",
+    "Distillation.temperature": "of a teacher: tests/train/test_distillation.py",
     "Training.profile": "writes a profile beside the run",
     "Training.trackers": "packages that are not installed here; unknown names: test_bad_input.py",
 }

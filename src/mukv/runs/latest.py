@@ -59,7 +59,8 @@ def _saved(run: Run, folder: RunDirectory) -> Any:
             latest = checkpoints.latest()
             if latest is not None and (exported is None or latest > exported_step):
                 single = replace(run.mesh, data=1, tensor=1).build()
-                trainer = Trainer(run.model, replace(run.train, accumulate=1), single)
+                alone = replace(run.train, accumulate=1, teacher=None)
+                trainer = Trainer(run.model, alone, single)
                 return _restored(checkpoints, latest, trainer.abstract_state()).weights
     if exported is None:
         raise BadInput("MODEL", str(folder.path), "a run with weights; this one has none yet")

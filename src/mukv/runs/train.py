@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,8 @@ from mukv.runs.start import (
     with_base,
     write_base,
 )
+from mukv.runs.teacher import FIELD as TEACHER
+from mukv.runs.teacher import RunTeacher, find_teacher, same_weights, with_teacher
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
 from mukv.storage.checkpoint import Checkpoints
@@ -48,31 +51,40 @@ def train_run(
     """Train in `folder`, or continue the run in it; returns the state and the last losses.
 
     run: the configuration. A run may be continued with other steps, evaluation, logging or mesh,
-    and with its data, or the base of its adapters, at another path; another model, data, seed or
-    optimizer is refused. title: of the progress bar. ignore_memory: do not compare the memory of a
-    step with what is free.
+    and with its data, its teacher or the base of its adapters at another path; another model, data,
+    seed or optimizer is refused. title: of the progress bar. ignore_memory: do not compare the
+    memory of a step with what is free.
 
     Raises BadInput for a folder with another run or that another job writes, and for a step that
     takes more memory than is free; only the last needs a compilation.
     """
-    run, feed = open_feed(with_base(run), folder)
+    run, feed = open_feed(with_teacher(with_base(run)), folder)
     for name, value in leaves(schema.to_mapping(run)).items():
         if isinstance(value, str) and not is_text(value):
             raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
     _check_same(run, folder, feed)  # before the lock, so that a refused folder stays unchanged
+    teacher = find_teacher(run, folder, feed.tokenizer)
     with one_job_writes(folder.path):
-        return _train(run, feed, folder, title, ignore_memory)
+        return _train(run, feed, teacher, folder, title, ignore_memory)
 
 
-def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory: bool) -> Outcome:
+def _train(
+    run: Run,
+    feed: Feed,
+    teacher: RunTeacher | None,
+    folder: RunDirectory,
+    title: str,
+    ignore_memory: bool,
+) -> Outcome:
     _check_same(run, folder, feed)
     begin = _prolonged_from(run, folder)
     metrics.require(run.train.trackers)
     mesh = run.mesh.build()
-    trainer = Trainer(run.model, run.train, mesh)
+    trainer = Trainer(run.model, run.train, mesh, teacher.network if teacher else None)
     base = _freeze(run, folder, trainer, ignore_memory) if run.train.adapter else None
     if not ignore_memory:
         require_room(trainer)
+    notes = teacher.teach(trainer, run, folder) if teacher else None
     training = run.train
     common = {"seed": training.seed, "batch": training.batch, "length": training.length}
     # Wait until every process has checked the folder: what the first process writes next would make
@@ -85,7 +97,7 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
         if begin is not None:
             checkpoints.forget_after(begin)
         if jax.process_index() == 0:
-            describe_run(run, folder, feed)
+            describe_run(run, folder, feed, notes)
             if base is not None and run.train.start is not None:
                 write_base(folder, run.train.start, base)
         loop = Loop(
@@ -166,11 +178,15 @@ def _prolonged_from(run: Run, folder: RunDirectory) -> int | None:
     return good[-1]
 
 
-def describe_run(run: Run, folder: RunDirectory, origin: Origin) -> None:
-    """Write the configuration, tokenizer and provenance of a run into its folder."""
+def describe_run(
+    run: Run, folder: RunDirectory, origin: Origin, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write the configuration, tokenizer and provenance of a run into its folder. notes: more of
+    its provenance."""
     write_atomic(folder.config, schema.to_yaml(run))
     origin.tokenizer.save(folder.tokenizer)
-    write_atomic(folder.path / provenance.FILE, to_json(provenance.record(origin), indent=2))
+    facts = provenance.record(origin) | dict(notes or {})
+    write_atomic(folder.path / provenance.FILE, to_json(facts, indent=2))
     # The tokenizer and generation files of the model that training starts from are copied too.
     start = run.train.start and checkpoint.companion_folder(run.train.start)
     for given in checkpoint.companions(start) if start else ():
@@ -193,6 +209,8 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
         before["data.path"] = now["data.path"]
     if run.train.adapter is not None and FIELD in before:  # recognised when it is read
         before[FIELD] = now[FIELD]
+    if now.get(TEACHER) is not None and same_weights(before, folder.path):
+        before[TEACHER] = now[TEACHER]
     for name in [*now, *before]:
         section, key = name.split(".")[:2]
         old, new = before.get(name), now.get(name)

@@ -74,20 +74,22 @@ def least_bytes(trainer: Trainer) -> int:
     """Return a lower bound of a step's bytes, over all devices that share memory.
 
     It counts weights, optimizer state, gradient and the input of each layer, which the backward
-    pass needs. Frozen weights count only if they are not allocated yet.
+    pass needs. Frozen weights and a teacher's count only if they are not allocated yet.
     """
     return _here(trainer) * (sum(state_bytes(trainer).values()) - _held(trainer) + _stream(trainer))
 
 
 def state_bytes(trainer: Trainer) -> dict[str, int]:
     """Return the bytes that one device holds for training, by name: `weights` that are trained,
-    `optimizer` state, `gradient`, and `frozen` weights of the model under adapters."""
+    `optimizer` state, `gradient`, `frozen` weights of the model under adapters, and weights of the
+    `teacher`."""
     state = trainer.abstract_state()
     parts = {
         "weights": state.weights,
         "optimizer": state.optimizer,
         "gradient": state.weights,
         "frozen": trainer.frozen,
+        "teacher": trainer.taught,
     }
     return {
         name: sum(_local(leaf) for leaf in jax.tree.leaves(part)) for name, part in parts.items()
@@ -95,8 +97,8 @@ def state_bytes(trainer: Trainer) -> dict[str, int]:
 
 
 def _held(trainer: Trainer) -> int:
-    """Return the bytes of frozen weights that are allocated on one device."""
-    leaves = jax.tree.leaves(trainer.frozen)
+    """Return the bytes of weights that are not trained and are allocated on one device."""
+    leaves = jax.tree.leaves((trainer.frozen, trainer.taught))
     return sum(_local(leaf) for leaf in leaves if isinstance(leaf, jax.Array))
 
 
@@ -120,7 +122,7 @@ def _stream(trainer: Trainer) -> int:
 def step_bytes(trainer: Trainer) -> int:
     """Compile the step; return the bytes that it takes over all devices that share memory.
 
-    State and batch are included, frozen weights only if they are not allocated yet.
+    State and batch are included, frozen weights and a teacher's only if they are not allocated yet.
     """
     training, sharding = trainer.training, batch_sharding(trainer.mesh)
     shape = training.batch, training.length

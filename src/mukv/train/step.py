@@ -22,9 +22,10 @@ from mukv.core.mesh import batch_sharding, replicated, share_of_batch, weight_sh
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Float, Int
 from mukv.model.base import LanguageModel
-from mukv.model.loss import Losses, summed_loss
+from mukv.model.loss import Losses, Teacher, summed_loss
 from mukv.scaling.schedules import Plan
 from mukv.scaling.updates import global_norm
+from mukv.train import distillation
 from mukv.train.training import Training
 
 BATCH_FIELDS = ("tokens", "targets", "weight", "position", "segment")
@@ -53,7 +54,8 @@ class Metrics(NamedTuple):
     loss: nats per token, before the update
     gradient_norm: Euclidean norm of the whole gradient, before clipping
     learning_rate: learning rate of the schedule
-    counts: numbers that the model logs, per token; see `ForwardResult.counts`
+    counts: numbers that the model logs, per token; see `ForwardResult.counts`. With a teacher also
+        `divergence` in nats per token, before the update
     """
 
     loss: Float[Array, ""]
@@ -90,11 +92,28 @@ class Trainer:
     `share` is the part of each batch that this process reads (`host` of `hosts`). `declared` and
     `resolved` describe the weights that are trained. `frozen` is the tree of the model's weights,
     which are not trained when adapters are: arrays on the mesh, or `jax.ShapeDtypeStruct` before
-    `freeze` has received them; None without adapters.
+    `freeze` has received them; None without adapters. `taught` is the tree of a teacher's weights,
+    scaled: arrays on the mesh, or `jax.ShapeDtypeStruct` before `teach` has received them; None if
+    no teacher is run.
     """
 
-    def __init__(self, model: LanguageModel, training: Training, mesh: Mesh):
-        """Build the functions. Raises BadInput if the batch can't be split over the mesh."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        training: Training,
+        mesh: Mesh,
+        teacher: LanguageModel | None = None,
+    ):
+        """Build the functions.
+
+        teacher: the model that `training.teacher` names; None if it names none
+
+        Raises BadInput if the batch can't be split over the mesh, and for a teacher that is named
+        and not given.
+        """
+        if training.teacher is not None and teacher is None:
+            allowed = "null here: only `mukv train` learns from a teacher"
+            raise BadInput("train.teacher", training.teacher, allowed)
         rows = training.batch // training.accumulate
         if rows % mesh.shape["data"]:
             raise BadInput(
@@ -116,6 +135,11 @@ class Trainer:
             self.declared = self.adapter.params(model.params())
             self.resolved = self.adapter.resolved(model, family)
             self.thaw()
+        # With weight 0 the program is that of training without a teacher.
+        self.teacher = teacher if training.distillation.weight else None
+        self.taught: Any = None
+        if self.teacher is not None:
+            self.taught = distillation.abstract_weights(self.teacher, self.compute, mesh)
         self.optimizer = training.optimizer.transform(self.declared, self.resolved)
         self._step = self._compiled_step = jax.jit(
             self.update,
@@ -126,7 +150,7 @@ class Trainer:
 
     def step(self, state: State, step: int, batch: Batch) -> tuple[State, Metrics]:
         """Do update number `step`, counted from 0; the given state is donated."""
-        result = self._compiled_step(state, step, batch, self.frozen)
+        result = self._compiled_step(state, step, batch, self.frozen, self.taught)
         if self.platform == "cpu" and self.mesh.size > 1:
             # Simulated devices share one pool of threads. A second program could occupy the threads
             # that the first needs to finish a collective, which is a deadlock.
@@ -143,8 +167,8 @@ class Trainer:
         batch: `jax.ShapeDtypeStruct` by field, with shardings
         """
         with jax.set_mesh(self.mesh):
-            frozen = jax.tree.map(_abstract, self.frozen)
-            lowered = self._step.lower(self.abstract_state(), 0, batch, frozen)
+            others = jax.tree.map(_abstract, (self.frozen, self.taught))
+            lowered = self._step.lower(self.abstract_state(), 0, batch, *others)
             self._compiled_step = lowered.compile()
         return self._compiled_step
 
@@ -179,6 +203,12 @@ class Trainer:
     def thaw(self) -> None:
         """Drop the frozen weights. Unless `freeze` is called, `initial_state` then draws them."""
         self.frozen = None if self.adapter is None else self.abstract_weights()
+
+    def teach(self, weights: Any) -> None:
+        """Put the teacher's weights on the mesh. weights: as they are saved, of any dtype."""
+        if self.teacher is not None:
+            given = self.teacher, weights, self.taught, self.mesh
+            self.taught = distillation.placed_weights(*given)
 
     def initial_state(self, seed: int | None = None) -> State:
         """Draw the state before the first update; each device draws its own shard.
@@ -235,7 +265,7 @@ class Trainer:
                 if not finite:
                     return f"the output of {name}"
             slope = jax.jit(jax.grad(self._objective, has_aux=True))
-            gradient = slope(state.weights, batch, self.frozen)[0]
+            gradient = slope(state.weights, batch, self.frozen, self.taught)[0]
             # Gradients flow from the last layer to the first, so the last bad one is the cause.
             broken = [
                 name
@@ -270,17 +300,23 @@ class Trainer:
         return self.adapter.attached(self.model, frozen, weights)
 
     def _objective(
-        self, weights: Any, batch: Batch, frozen: Any
+        self, weights: Any, batch: Batch, frozen: Any, taught: Any
     ) -> tuple[Float[Array, ""], Losses]:
-        losses = self._losses(weights, batch, frozen)
+        losses = self._losses(weights, batch, frozen, taught)
         return losses.objective, losses
 
-    def _losses(self, weights: Any, batch: Batch, frozen: Any) -> Losses:
+    def _losses(self, weights: Any, batch: Batch, frozen: Any, taught: Any = None) -> Losses:
+        """Compute the summed losses. taught: weights of the teacher; None to leave it out."""
+        teacher = None
+        if self.teacher is not None and taught is not None:
+            plan = self.training.distillation
+            teacher = Teacher(self.teacher, taught, plan.weight, plan.temperature)
         return summed_loss(
             self.model,
             self.whole(weights, frozen),
             *(batch[name] for name in BATCH_FIELDS),
             compute=self.compute,
+            teacher=teacher,
         )
 
     def validation_sums(
@@ -298,7 +334,7 @@ class Trainer:
             self._losses(weights, batch, frozen)
         return {name: jnp.isfinite(value).all() for name, value in taps.items()}
 
-    def _gradient(self, weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
+    def _gradient(self, weights: Any, batch: Batch, frozen: Any, taught: Any) -> tuple[Losses, Any]:
         """Compute the summed losses of the whole batch and the gradient of the objective.
 
         On a CPU whose simulated devices split only the batch, each device computes the sums of its
@@ -308,25 +344,31 @@ class Trainer:
         """
         mesh = self.mesh
         if self.platform != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
-            return self._accumulated(weights, batch, frozen)
+            return self._accumulated(weights, batch, frozen, taught)
 
-        def local(weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
-            return jax.lax.psum(self._accumulated(weights, batch, frozen), "data")
+        def local(weights: Any, batch: Batch, frozen: Any, taught: Any) -> tuple[Losses, Any]:
+            return jax.lax.psum(self._accumulated(weights, batch, frozen, taught), "data")
 
         whole = PartitionSpec()
         split = {name: PartitionSpec("data") for name in batch}
         return jax.shard_map(
-            local, mesh=mesh, in_specs=(whole, split, whole), out_specs=whole, check_vma=False
-        )(weights, dict(batch), frozen)
+            local,
+            mesh=mesh,
+            in_specs=(whole, split, whole, whole),
+            out_specs=whole,
+            check_vma=False,
+        )(weights, dict(batch), frozen, taught)
 
-    def _accumulated(self, weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
+    def _accumulated(
+        self, weights: Any, batch: Batch, frozen: Any, taught: Any
+    ) -> tuple[Losses, Any]:
         """Compute losses and gradient as `_gradient` does, in `accumulate` pieces of the batch, one
         after another."""
         pieces = self.training.accumulate
 
         def losses_and_gradient(weights: Any, batch: Batch) -> tuple[Losses, Any]:
             (_, losses), gradient = jax.value_and_grad(self._objective, has_aux=True)(
-                weights, batch, frozen
+                weights, batch, frozen, taught
             )
             return losses, gradient
 
@@ -346,19 +388,27 @@ class Trainer:
         return total
 
     def update(
-        self, state: State, step: Int[Array, ""], batch: Batch, frozen: Any = None
+        self,
+        state: State,
+        step: Int[Array, ""],
+        batch: Batch,
+        frozen: Any = None,
+        taught: Any = None,
     ) -> tuple[State, Metrics]:
         """Do update number `step`, counted from 0. If it is not the next update of the state, the
         state is returned unchanged.
 
         frozen: weights of the model, which adapters change; None without adapters
+        taught: weights of the teacher; None without one
         """
         training = self.training
-        losses, gradient = self._gradient(state.weights, batch, frozen)
+        losses, gradient = self._gradient(state.weights, batch, frozen, taught)
         weight = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
         loss, gradient = jax.tree.map(lambda leaf: leaf / weight, (losses.cross_entropy, gradient))
         size = batch["tokens"].size
         counts = {name: total / size for name, total in losses.counts.items()}
+        if losses.divergence is not None:
+            counts["divergence"] = losses.divergence / weight
         norm = global_norm(self.declared, gradient)
         if training.clip_norm is not None:
             factor = jnp.minimum(1.0, training.clip_norm / jnp.maximum(norm, 1e-12))

@@ -11,6 +11,7 @@ from mukv.scaling.budget import AnyBudget
 from mukv.scaling.optimizers import AdamW, AnyOptimizer
 from mukv.scaling.schedules import AnySchedule, Cosine
 from mukv.train.adapter import Adapter
+from mukv.train.distillation import Distillation
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Training:
     start: initial weights: a run directory or a Hugging Face folder; None draws them
     adapter: low-rank adapters of the weights of `start`; if given, only the adapters are trained;
         None trains all weights
+    teacher: a model with the same vocabulary whose predictions are learnt: a run directory, a
+        Hugging Face folder, a GGUF file or a hub id; None to learn from the text alone
+    distillation: how the teacher counts beside the text
     steps: number of updates
     seed: 32-bit seed of the initial weights and the order of the data
     batch: rows per step over all devices
@@ -43,6 +47,8 @@ class Training:
 
     start: str | None = None
     adapter: Adapter | None = None
+    teacher: str | None = None
+    distillation: Distillation = field(default_factory=Distillation)
     steps: int = 100
     seed: int = 0
     batch: int = 8
@@ -68,8 +74,9 @@ class Training:
         require_counts(self, "evaluate_every", "checkpoint_every", "validation_batches")
         if not 0 <= self.keep_best <= INT32:
             raise BadInput("keep_best", self.keep_best, f"0 to {INT32:,}")
-        if self.start is not None and "\0" in self.start:
-            raise BadInput("start", self.start, "a path, which has no NUL character")
+        for name in ("start", "teacher"):
+            if "\0" in (getattr(self, name) or ""):
+                raise BadInput(name, getattr(self, name), "a path, which has no NUL character")
         if not 0 <= self.seed < 1 << 32:
             raise BadInput("seed", self.seed, "0 to 4294967295 (32 bits)")
         if self.learning_rate <= 0:
