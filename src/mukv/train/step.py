@@ -300,7 +300,7 @@ class Trainer:
         return self.adapter.attached(self.model, frozen, weights)
 
     def _objective(
-        self, weights: Any, batch: Batch, frozen: Any, taught: Any
+        self, weights: Any, batch: Batch, frozen: Any, taught: Any = None
     ) -> tuple[Float[Array, ""], Losses]:
         losses = self._losses(weights, batch, frozen, taught)
         return losses.objective, losses
