@@ -334,7 +334,9 @@ class Trainer:
             self._losses(weights, batch, frozen)
         return {name: jnp.isfinite(value).all() for name, value in taps.items()}
 
-    def _gradient(self, weights: Any, batch: Batch, frozen: Any, taught: Any) -> tuple[Losses, Any]:
+    def _gradient(
+        self, weights: Any, batch: Batch, frozen: Any, taught: Any = None
+    ) -> tuple[Losses, Any]:
         """Compute the summed losses of the whole batch and the gradient of the objective.
 
         On a CPU whose simulated devices split only the batch, each device computes the sums of its
