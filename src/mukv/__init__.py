@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Keep as Keep
     from mukv.cache.policy import KeyDiff as KeyDiff
     from mukv.cache.policy import KeyNorm as KeyNorm
+    from mukv.cache.policy import KVzip as KVzip
     from mukv.cache.policy import LagKV as LagKV
+    from mukv.cache.policy import Layers as Layers
     from mukv.cache.policy import Leverage as Leverage
     from mukv.cache.policy import Pages as Pages
     from mukv.cache.policy import Policy as Policy
@@ -162,8 +164,9 @@ _MODULES = {
     ),
     "mukv.cache.policy": (
         "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds H2O "
-        "Hold Int4 Int8 Keep KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine "
-        "Select SnapKV SparQ Spread Store Streaming TopK TopP TOVA Uniform When WholeChunks"
+        "Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Pages Policy Pyramid "
+        "Random Refine Select SnapKV SparQ Spread Store Streaming TopK TopP TOVA Uniform When "
+        "WholeChunks"
     ),
     "mukv.core.compute": "Compute",
     "mukv.core.errors": "BadInput Failed",

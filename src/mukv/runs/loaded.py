@@ -19,6 +19,7 @@ from mukv.attention import Attention
 from mukv.cache import FULL, Calibrated, Policy
 from mukv.cache.centres import FOLDER, load_centres
 from mukv.cache.clusters import Clusters
+from mukv.cache.replay import KVzip
 from mukv.core.arguments import require_types, strings, token_ids, whole_numbers
 from mukv.core.compact import any_compact, require_format
 from mukv.core.compute import Compute, DType, settled
@@ -33,6 +34,7 @@ from mukv.infer.attention import attention_weights
 from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate
 from mukv.infer.evaluate import Evaluation, evaluate
 from mukv.infer.prompts import joined
+from mukv.infer.replay import ASKS
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
 from mukv.runs.config import Run
@@ -207,6 +209,7 @@ class Model:
         if max_tokens < 1:
             return  # `generate` refuses it, with the other bad values
         compute = settled(self.run.train.compute)
+        policy = FULL if policy.keep.replays else policy
         longest = max(map(len, prompts), default=1)
         sizes = Sizes.plan(len(prompts), longest, max_tokens, behind)
         room = sizes.batch, sizes.body, sizes.tail
@@ -222,13 +225,16 @@ class Model:
         return all(attention.entry_sets == attention.key_heads for attention in kept)
 
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
-        """Return a policy with the centres that `mukv analyze --calibrate` saved for it.
+        """Return a policy with what this model knows for it: the centres that `mukv analyze
+        --calibrate` saved, or the token ids of the instructions of `kvzip`.
 
-        Only the policy `clusters` has any, and only if layers store keys for each key head; other
-        policies are returned unchanged, with an empty mapping. So are all if the weights were
-        converted when they were loaded, because centres belong to the saved ones. Raises BadInput
-        for centres that were calibrated on other weights, or on keys without their rotation.
+        Only the policy `clusters` has centres, and only if layers store keys for each key head;
+        other policies have an empty mapping. So has every policy if the weights were converted when they
+        were loaded, because centres belong to the saved ones. Raises BadInput for centres that were
+        calibrated on other weights, or on keys without their rotation.
         """
+        if isinstance(policy.keep, KVzip):
+            policy = replace(policy, keep=replace(policy.keep, asks=self._asks()))
         if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
             return policy, {}
         if self.converted or not (self.folder / FOLDER).exists():
@@ -239,6 +245,10 @@ class Model:
             raise BadInput(str(self.folder / FOLDER), "centres of unrotated keys", allowed)
         select = replace(policy.select, calibrated=centres.kind)
         return replace(policy, select=select), centres.arrays()
+
+    def _asks(self) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of the instructions with which a prompt is replayed."""
+        return tuple(tuple(self.tokenizer.encode(text).tolist()) for text in ASKS)
 
     @overload
     def generate(self, prompts: str, *args: Any, **kwargs: Any) -> Text: ...
