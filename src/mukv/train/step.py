@@ -62,6 +62,28 @@ class Metrics(NamedTuple):
     counts: dict[str, Float[Array, ""]]
 
 
+def state_shardings(declared: Any, optimizer: Any, mesh: Any) -> State:
+    """Return the sharding of each part of the state; a `Mesh` or an `AbstractMesh` will do.
+
+    declared: tree of `Param` of the trained weights. optimizer: its transformation
+    """
+    weights, whole = weight_shardings(declared, mesh), replicated(mesh)
+    shapes = params.abstract(declared)
+    shaped = {name: leaf.shape for name, leaf in params.named(shapes).items()}
+    placed = params.named(weights)
+
+    def place(path: Any, leaf: Any) -> Any:
+        # A leaf of the optimizer's state belongs to the weight whose name its path ends with.
+        for start in range(len(path)):
+            name = jax.tree_util.keystr(path[start:], simple=True, separator=".")
+            if shaped.get(name) == leaf.shape:
+                return placed[name]
+        return whole
+
+    state = jax.eval_shape(optimizer.init, shapes)
+    return State(weights, jax.tree.map_with_path(place, state), whole)
+
+
 class Trainer:
     """The compiled functions of one model, training plan and mesh.
 
@@ -186,21 +208,7 @@ class Trainer:
 
     def shardings(self) -> State:
         """Return the sharding of each part of the state."""
-        weights, whole = weight_shardings(self.declared, self.mesh), replicated(self.mesh)
-        shapes = params.abstract(self.declared)
-        shaped = {name: leaf.shape for name, leaf in params.named(shapes).items()}
-        placed = params.named(weights)
-
-        def place(path: Any, leaf: Any) -> Any:
-            # A leaf of the optimizer's state belongs to the weight whose name its path ends with.
-            for start in range(len(path)):
-                name = jax.tree_util.keystr(path[start:], simple=True, separator=".")
-                if shaped.get(name) == leaf.shape:
-                    return placed[name]
-            return whole
-
-        state = jax.eval_shape(self.optimizer.init, shapes)
-        return State(weights, jax.tree.map_with_path(place, state), whole)
+        return state_shardings(self.declared, self.optimizer, self.mesh)
 
     def put(self, batch: Any) -> Batch:
         """Convert this process's share of a batch (NumPy arrays) to global arrays on the mesh."""
