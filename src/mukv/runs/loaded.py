@@ -229,9 +229,9 @@ class Model:
         --calibrate` saved, or the token ids of the instructions of `kvzip`.
 
         Only the policy `clusters` has centres, and only if layers store keys for each key head;
-        other policies have an empty mapping. So has every policy if the weights were converted when they
-        were loaded, because centres belong to the saved ones. Raises BadInput for centres that were
-        calibrated on other weights, or on keys without their rotation.
+        other policies have an empty mapping. So has every policy if the weights were converted when
+        they were loaded, because centres belong to the saved ones. Raises BadInput for centres that
+        were calibrated on other weights, or on keys without their rotation.
         """
         if isinstance(policy.keep, KVzip):
             policy = replace(policy, keep=replace(policy.keep, asks=self._asks()))
