@@ -8,8 +8,8 @@ policy keeps by these scores is copied to a smaller cache, and the full one is g
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -38,6 +38,14 @@ ASKS = (
 """Instructions of the first and of further chunks, and what follows them (Kim et al. 2025)."""
 LAST = 8
 """Tokens of the chunk before that the instruction names."""
+
+
+def asking(policy: Policy, encode: Callable[[str], np.ndarray]) -> Policy:
+    """Return the policy with the instructions that it needs, as token ids. encode: of a text."""
+    if not isinstance(policy.keep, KVzip):
+        return policy
+    asks = tuple(tuple(encode(text).tolist()) for text in ASKS)
+    return replace(policy, keep=replace(policy.keep, asks=asks))
 
 
 @dataclass(frozen=True)

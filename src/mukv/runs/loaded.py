@@ -19,7 +19,6 @@ from mukv.attention import Attention
 from mukv.cache import FULL, Calibrated, Policy
 from mukv.cache.centres import FOLDER, load_centres
 from mukv.cache.clusters import Clusters
-from mukv.cache.replay import KVzip
 from mukv.core.arguments import require_types, strings, token_ids, whole_numbers
 from mukv.core.compact import any_compact, require_format
 from mukv.core.compute import Compute, DType, settled
@@ -34,7 +33,7 @@ from mukv.infer.attention import attention_weights
 from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate
 from mukv.infer.evaluate import Evaluation, evaluate
 from mukv.infer.prompts import joined
-from mukv.infer.replay import ASKS
+from mukv.infer.replay import asking
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
 from mukv.runs.config import Run
@@ -233,8 +232,7 @@ class Model:
         they were loaded, because centres belong to the saved ones. Raises BadInput for centres that
         were calibrated on other weights, or on keys without their rotation.
         """
-        if isinstance(policy.keep, KVzip):
-            policy = replace(policy, keep=replace(policy.keep, asks=self._asks()))
+        policy = asking(policy, self.tokenizer.encode)
         if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
             return policy, {}
         if self.converted or not (self.folder / FOLDER).exists():
@@ -245,10 +243,6 @@ class Model:
             raise BadInput(str(self.folder / FOLDER), "centres of unrotated keys", allowed)
         select = replace(policy.select, calibrated=centres.kind)
         return replace(policy, select=select), centres.arrays()
-
-    def _asks(self) -> tuple[tuple[int, ...], ...]:
-        """Return the token ids of the instructions with which a prompt is replayed."""
-        return tuple(tuple(self.tokenizer.encode(text).tolist()) for text in ASKS)
 
     @overload
     def generate(self, prompts: str, *args: Any, **kwargs: Any) -> Text: ...
@@ -289,14 +283,10 @@ class Model:
         given = {name: value for name, value in fields.items() if value is not None}
         if sampling is not None and given:
             raise BadInput("sampling", sampling, f"either sampling or {', '.join(given)}")
-        require_types(
-            max_tokens=(max_tokens, int),
-            sampling=(sampling, Sampling | None),
-            prefill_chunk=(prefill_chunk, int | None),
-        )
+        require_types(max_tokens=(max_tokens, int), sampling=(sampling, Sampling | None))
         if isinstance(policy, str):
             policy = Policy.parse(policy, where="policy")
-        require_types(policy=(policy, Policy))
+        require_types(policy=(policy, Policy), prefill_chunk=(prefill_chunk, int | None))
         ends = [text for text in strings("stop", stop) if text]
 
         def over(ids: list[int]) -> bool:
