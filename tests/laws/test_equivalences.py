@@ -82,7 +82,7 @@ def test_a_window_of_the_whole_length_is_none(window):
     assert difference[-1] > 1e-4
 
 
-@pytest.mark.parametrize("position", ["rope", "rope-llama3", "nope"])
+@pytest.mark.parametrize("position", params(["rope", "rope-llama3", "nope"], ["rope-llama3"]))
 @pytest.mark.parametrize("plan", ["plain", "window", "reuse"])
 def test_only_distances_matter(position, plan):
     model = matrix.build("gqa", position, plan)
@@ -102,7 +102,8 @@ def test_positions_matter():
 READS = [(-1, -1), (0, 0), (-1, 0), (0, -2)]
 
 
-@pytest.mark.parametrize("reads", params(READS, READS[3:]))
+@pytest.mark.product
+@pytest.mark.parametrize("reads", READS)
 def test_reuse_by_distance_by_number_and_through_others(reads):
     model = matrix.build("gqa", "rope", "plain")
     plans = [
