@@ -64,6 +64,15 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Uniform as Uniform
     from mukv.cache.policy import When as When
     from mukv.cache.policy import WholeChunks as WholeChunks
+    from mukv.conversion import Conversion as Conversion
+    from mukv.conversion import ConvertedLayer as ConvertedLayer
+    from mukv.conversion import CrossLayer as CrossLayer
+    from mukv.conversion import FewerHeads as FewerHeads
+    from mukv.conversion import SharedVectors as SharedVectors
+    from mukv.conversion import SourceLayer as SourceLayer
+    from mukv.conversion import TruncatedLatent as TruncatedLatent
+    from mukv.conversion import convert as convert
+    from mukv.conversion import examples_of as examples_of
     from mukv.core.compute import Compute as Compute
     from mukv.core.errors import BadInput as BadInput
     from mukv.core.errors import Failed as Failed
@@ -167,6 +176,10 @@ _MODULES = {
         "Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Pages Policy Pyramid "
         "Random Refine Select SnapKV SparQ Spread Store Streaming TopK TopP TOVA Uniform When "
         "WholeChunks"
+    ),
+    "mukv.conversion": (
+        "Conversion ConvertedLayer CrossLayer FewerHeads SharedVectors SourceLayer TruncatedLatent "
+        "convert examples_of"
     ),
     "mukv.core.compute": "Compute",
     "mukv.core.errors": "BadInput Failed",

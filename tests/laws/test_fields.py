@@ -140,6 +140,11 @@ CHANGES = {
     "Latent.rank": (LATENT, "model.attention.rank=6"),
     "Latent.head_dim": (LATENT, "model.attention.head_dim=3"),
     "Latent.rope_dim": (LATENT, "model.attention.rope_dim=4"),
+    "Latent.rope_parts": (
+        LATENT.replace("rope_dim: 2", "rope_dim: 4"),
+        "model.attention.rope_parts=2",
+    ),
+    "Latent.norm": (LATENT, "model.attention.norm=null"),
     "Latent.head_value_dim": (LATENT, "model.attention.head_value_dim=3"),
     "Latent.query_rank": (LATENT, "model.attention.query_rank=3"),
     "GroupedTied.kv_heads": (TIED, "model.attention.kv_heads=2"),
