@@ -87,7 +87,7 @@ def test_there_and_back(pair, tmp_path):
     assert mukv.load(tmp_path / "two").network == run.network
 
 
-@pytest.mark.parametrize("pair", params(["llama-3", "gemma-2"], ["gemma-2"]), indirect=True)
+@pytest.mark.parametrize("pair", params([*FAMILIES], ["gemma-2"]), indirect=True)
 def test_256_greedy_tokens(pair):
     theirs, _, ours = pair
     prompt = IDS[:1, :50]
