@@ -191,6 +191,7 @@ def check(count: int, seed: int, tmp_path: Path, record_property: Any) -> None:
     assert counts.keys() >= {f"{kind}ForCausalLM" for kind in KINDS}
 
 
+@pytest.mark.product
 def test_every_export_is_the_model_or_refused(tmp_path, record_property):
     check(36, 0, tmp_path, record_property)
 
