@@ -53,8 +53,9 @@ class LayerCentres:
     table: Float[Array, "kv_heads query_cluster cluster"] | None = None
 
     def labels(self, key: Points, kind: Kind) -> Int[Array, "*batch kv_heads point"]:
-        """Return the cluster of each entry. key: as multiplied with queries, its pieces
-        concatenated.
+        """Return the cluster of each entry.
+
+        key: keys as they are multiplied with queries, with their pieces concatenated
         """
         if kind == "queries":
             return jnp.argmax(_products(key, self.key), axis=-1).astype(jnp.int32)
@@ -63,8 +64,8 @@ class LayerCentres:
     def scores(self, query: Points, kind: Kind) -> Float[Array, "*batch kv_heads point cluster"]:
         """Return each query's score of each cluster; only the order of scores is meaningful.
 
-        query: as multiplied with keys: scaled, its pieces concatenated, one point per query head of
-            a group
+        query: queries as they are multiplied with keys: scaled, with their pieces concatenated, and
+            one point per query head of a group
         """
         if kind == "queries":
             return -distances(query, self.key)
@@ -85,7 +86,7 @@ class Centres:
         (`unrotated`)
     fingerprint: SHA-256 of the model's weights
     layers: centres by index of the writing layer
-    facts: how the centres were made, for people
+    facts: record of how the centres were made; no code reads it
     """
 
     kind: Kind
@@ -127,9 +128,11 @@ class Centres:
 
 
 def load_centres(folder: Path, weights: Mapping[str, Any]) -> Centres:
-    """Load the centres beside a model. weights: the model's, as stored.
+    """Load the centres that are saved in a model's folder.
 
-    Raises BadInput if there are none, or they are damaged or were made for other weights.
+    weights: the model's weights, as stored
+
+    Raises BadInput if there are no centres, or they are damaged or were made for other weights.
     """
     path = folder / FOLDER
     try:
@@ -181,7 +184,7 @@ def unrotated(
 ) -> Float[Array, "batch heads token width"]:
     """Rotate keys or queries (pieces concatenated, the rotated one last) back to position 0."""
     start = x.shape[-1] - attention.rotated_dim
-    turned = attention.position.rotate(x[..., start:], -position)
+    turned = attention.rotate(x[..., start:], -position)
     return jnp.concatenate([x[..., :start], turned], axis=-1)
 
 

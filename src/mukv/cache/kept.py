@@ -58,7 +58,7 @@ class Kept:
         return self.shelf.entries()
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
-        """Return what one query token reads."""
+        """Return the keys and values that one query token reads."""
         return self.select.retrieve(self.shelf, self.index, query, recall)
 
     def extended(
@@ -100,7 +100,7 @@ class Kept:
     def _shelved(
         self, new: Tensors, length: Int[Array, " batch"], added: Int[Array, " batch"]
     ) -> Kept:
-        """Return the new entries alone, unencoded."""
+        """Return a body of the new entries only, not encoded."""
         stores = self.shelf.position.shape[1]
         batch, _, places, _ = next(iter(new.values())).shape
         place = jnp.arange(places)[None]
@@ -174,7 +174,7 @@ class Kept:
         )
 
     def _indexed(self, read: Int[Array, " batch"], reader: Reader, fresh: bool) -> Kept:
-        """Put the entries into the order of the read policy and build its index."""
+        """Sort the entries as the read policy needs, and build its index."""
         if isinstance(self.select, All):
             return self
         form = reader.attention.decoding()
@@ -190,7 +190,7 @@ class Kept:
         return replace(kept, index=self.select.index(view))
 
     def _encoded(self, like: Kept) -> Kept:
-        """Encode the entries as those of `like` are."""
+        """Encode the entries with the store and dtypes of `like`."""
         store, used = like.shelf.store, self.shelf.position != NOWHERE
 
         def encode(name: str, tensor: Array, old: dict[str, Array]) -> dict[str, Array]:
@@ -228,25 +228,27 @@ def empty(
     select: Select,
     given: Mapping[str, Array],
     bag: str = ENTRIES,
+    pool: int | None = None,
 ) -> Kept:
-    """Make a body without entries, of the same shape as with entries.
+    """Make a body without entries; its shapes are those of a full body.
 
-    slots: number of entries that each store has room for
+    slots: capacity of each store, in entries
     given: arrays that the index of the read policy has from the start, such as calibrated centres
     bag: name of the mixer's store that holds these entries
+    pool: slots of heads that share a store; None for those of all heads
     """
     tokens = slots * attention.bags[bag].every
     written = attention.written(d_model, batch, tokens, dtype)[bag]
     heads = attention.key_heads
     shared = keep.spread.pools
     stores = attention.entry_sets if keep.evicts or not isinstance(select, All) else 1
-    position = jnp.full((batch, 1 if shared else stores, slots * (heads if shared else 1)), NOWHERE)
+    total = (heads * slots if pool is None else pool) if shared else slots
+    position = jnp.full((batch, 1 if shared else stores, total), NOWHERE)
     used = position != NOWHERE
     stored = {}
     for name, shape in written.items():
-        zeros = jnp.zeros(shape.shape, dtype)
-        if shared:
-            zeros = zeros.reshape(batch, 1, heads * slots, -1)
+        sizes = (batch, 1, total, shape.shape[3]) if shared else shape.shape
+        zeros = jnp.zeros(sizes, dtype)
         stored[name] = {"exact": zeros}
     group = attention.heads // heads
     exact = Kept(
@@ -279,6 +281,7 @@ def empty(
         for name, parts in stored.items()
     }
     shelf = replace(exact.shelf, stored=encoded, store=store)
-    # Copied, because a cache is donated to prefill, while centres are used again by the next one.
+    # Copied, because prefill takes the cache as a donated argument, and the next cache needs the
+    # centres again.
     own = {name: jnp.array(array, copy=True) for name, array in given.items()}
     return replace(exact, shelf=shelf, index={**zeros, **own})

@@ -1,11 +1,11 @@
-"""Store entries in 8 or 4 bits per number. The newest entries are exact: they are in the tail.
+"""Store entries in 8 or 4 bits per number. The newest entries, in the tail, are exact.
 
-Keys are quantised between minimum and maximum of each channel over a run of 32 tokens, as in KIVI
-(Liu et al. 2024): some channels are large throughout (because of Qwen 2's biases) and must not set
-the step of others. Other tensors are grouped per token, over 32 channels: 4 bits between minimum
-and maximum, 8 bits symmetric. Minima are float32, so that channels far from zero keep their
-differences; steps are bfloat16, which has float32's range, rounded up, so that the largest level
-covers the maximum.
+Keys are quantised between the minimum and the maximum of each channel over a run of 32 tokens, as
+in KIVI (Liu et al. 2024), because some channels are large in all tokens (those with Qwen 2's
+biases) and must not set the step of others. Other tensors are grouped per token, over 32 channels:
+4 bits between minimum and maximum, 8 bits symmetric. Minima are float32, so that channels far from
+zero keep their differences. Steps are bfloat16, which has float32's range, and are rounded up, so
+that the largest level covers the maximum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, UInt4, UInt8
 
 GROUP, LARGEST = 32, 512
-"""Default of `group`, and the largest: bodies are decoded in blocks of 512 slots."""
+"""Default and upper bound of `group`. Bodies are decoded in blocks of 512 slots."""
 ROUNDED_UP = 1 + 2**-7
 """Factor by which a step is multiplied, so that its bfloat16 value is not below the exact step."""
 
@@ -108,7 +108,7 @@ def _step(exact: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def _flat(number: Array, shape: tuple[int, ...]) -> Array:
-    """Ungroup into slots and channels, without the padding of the last group."""
+    """Reshape groups to slots and channels, without the padding of the last group."""
     return number.reshape(*shape[:3], -1)[..., : shape[-1]]
 
 

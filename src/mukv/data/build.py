@@ -55,14 +55,14 @@ def build_tokens(
     """Write the token file `out` and open it. Its content does not depend on `workers`.
 
     sources: see `mukv.data.text`
-    tokenizer: `bytes`, `bpe:SIZE` (trained on the sources), the path of a tokenizer.json, or one
-        that is loaded
+    tokenizer: `bytes`, `bpe:SIZE` (trained on the sources), the path of a tokenizer.json, or a
+        loaded tokenizer
     field: name of the text in JSONL, Parquet and data sets
     validation: fraction of the text that is held out, between 0 and 1
     on_invalid: treatment of text that is not UTF-8; see `pieces`
     workers: threads; None means one per core
-    overwrite: whether a different token file at `out` is replaced; without it, it is an error. One
-        of the same content is kept.
+    overwrite: whether a token file of other content at `out` is replaced; if false, it is an error.
+        A token file of the same content is kept.
     report: called with the bytes written so far
     selection: which documents are kept; None means all
 
@@ -142,7 +142,7 @@ def _kept(
 ) -> TokenFile:
     """Open a token file of the cache, or build it."""
     if not is_token_file(path):
-        # Processes that start together may build it together; the first to finish wins.
+        # Processes that start together may each build the file; the first to finish writes it.
         try:
             build_tokens(sources, path, tokenizer, report=report)
         except (BadInput, OSError):
@@ -152,8 +152,8 @@ def _kept(
 
 
 def make_tokenizer(spec: str, read: Callable[[], Iterable[Piece]]) -> AnyTokenizer:
-    """Make a tokenizer from `bytes`, `bpe:SIZE` (trained on what `read` yields) or the path of a
-    tokenizer.json.
+    """Make a tokenizer from `bytes`, `bpe:SIZE` (trained on the texts that `read` yields) or the
+    path of a tokenizer.json.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -209,9 +209,9 @@ def _check_same(out: Path, stamp: str, overwrite: bool) -> None:
 class _Encoded(NamedTuple):
     """The ids of a piece of text.
 
-    bytes: UTF-8 bytes of the text
-    first: whether a document begins with it
-    held_out: whether it belongs to validation
+    bytes: UTF-8 bytes of the piece
+    first: whether the piece begins a document
+    held_out: whether the piece belongs to validation
     """
 
     ids: np.ndarray

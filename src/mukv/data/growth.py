@@ -1,7 +1,8 @@
 """Bound how much longer a tokenizer.json can make a text.
 
 Four steps that each replace "a" by 2,000 of them turn one character into 10**13, and the library
-ends the process when memory is exhausted. So files that multiply texts are refused before use.
+ends the process when the machine's memory is exhausted. Files that lengthen texts by more than a
+bound are therefore refused before use.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from tokenizers import Regex, normalizers
 from mukv.core.errors import BadInput
 
 MOST_GROWTH = 256
-"""Largest number of characters that one may become; published files reach 54. Growth by Unicode
-normal forms (at most 18) is not counted.
+"""Largest number of characters that one character may become; published files reach 54. Growth by
+Unicode normal forms (at most 18) is not counted.
 """
 LONGEST_WORD = 1000
-"""Largest `max_input_chars_per_word` of WordPiece, whose time grows with its square; usual: 100."""
+"""Largest `max_input_chars_per_word` of WordPiece, whose time is quadratic in it; 100 is usual."""
 LONGEST_AFFIX = 64
 """Largest number of characters of affixes such as "##" inside a word or "</w>" at its end."""
 VISIBLE = [chr(code) for code in range(0x21, 0x7F)]
@@ -54,8 +55,8 @@ def require_bounded(tree: Mapping[str, Any], where: str) -> None:
 class Weights:
     """The largest number of characters that each character becomes in the following steps.
 
-    others: of characters that are not in `known`
-    known: by character
+    others: number for characters that are not in `known`
+    known: number by character
     """
 
     others: float = 1.0
@@ -78,8 +79,8 @@ class Weights:
 def growth(parts: Iterable[Mapping[str, Any]]) -> float:
     """Compute a bound on the characters that one character becomes in a sequence of parts.
 
-    Parts are processed from last to first. What a part substitutes for n characters is divided
-    equally among them.
+    Parts are processed from last to first. The characters that a part substitutes for n characters
+    are divided equally among these.
     """
     weights = Weights()
     for part in reversed(list(parts)):

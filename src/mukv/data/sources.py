@@ -1,8 +1,9 @@
 """Sources of text: files, folders, Python packages, data sets.
 
 A source is a string: a path, or `kind:name` with a kind of the table `SOURCES`. A source function
-yields documents as open binary files, or returns `RemoteRows`. To add a source: one function, one
-line in the table. The order is deterministic: paths are sorted, rows are in their order.
+yields documents as open binary files, or returns `RemoteRows`. To add a source, write a function and
+add a line to the table. The order of documents is deterministic: paths are sorted, and rows keep
+their order.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ Source = Iterator[tuple[str, BinaryIO]]
 
 
 def open_source(source: str, field: str, spools: Path | None = None) -> Source:
-    """Open the documents of a source; of records, the text in `field`. Raises BadInput: at once for
-    an unknown name, while iterating for what can't be read.
+    """Open the documents of a source. Of records, the text in `field` is read.
 
     spools: folder in which what a remote source sent is kept; None keeps nothing
+
+    Raises BadInput at once for an unknown name, and during iteration for a document that can't be
+    read.
     """
     kind, _, name = source.partition(":")
     if kind in SOURCES:
@@ -66,7 +69,7 @@ def telling_read_errors(name: str) -> Iterator[None]:
 
 
 def nearest_path(path: Path) -> str | None:
-    """Return the path in the same folder whose name is nearest to a missing one, if any is near."""
+    """Return the path in the same folder that is most similar to a missing path, or None."""
     try:
         return nearest_name(str(path), (str(each) for each in path.parent.iterdir()))
     except OSError:

@@ -1,7 +1,7 @@
 """Read all documents of all sources as a stream of pieces of valid UTF-8.
 
-A document of up to 1 MiB is one piece, a longer one comes in blocks, so that documents of any size
-fit in memory. sources.py opens the documents.
+A document of up to 1 MiB is one piece, and a longer one is read in blocks, so that a document of
+any size fits in memory. sources.py opens the documents.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mukv.core.errors import BadInput, unknown_name
 from mukv.data.sources import open_source, telling_read_errors
 
 WHOLE_BYTES = 1 << 20
-"""Longer texts are cut into blocks, so that a file of gigabytes is never in memory as a whole."""
+"""Longest text that is one piece; longer texts are read in blocks of `BLOCK_BYTES`."""
 BLOCK_BYTES = 1 << 16
 Invalid = Literal["strict", "replace", "skip"]
 
@@ -43,7 +43,7 @@ def pieces(
     """Yield all documents of all sources, those beyond 1 MiB in blocks of 64 KiB cut at line ends.
 
     field: name of the text in JSONL, Parquet and data sets
-    on_invalid: what to do with text that is not UTF-8: "strict" raises BadInput, "replace" inserts
+    on_invalid: treatment of text that is not UTF-8: "strict" raises BadInput, "replace" inserts
         U+FFFD, "skip" leaves the piece out
     spools: folder in which what remote sources sent is kept, so that it is not fetched again; None
         keeps nothing
@@ -68,8 +68,8 @@ def pieces(
 
 
 def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
-    """Yield a short document whole, a long one in blocks that end after a line, else before a
-    space, else after a character; and whether it is a long one.
+    """Yield a short document as one block, and a long one in blocks; and whether it is a long one.
+    A block ends after a line if possible, otherwise before a space, otherwise after a character.
     """
     rest = file.read(WHOLE_BYTES + 1)
     if len(rest) <= WHOLE_BYTES:

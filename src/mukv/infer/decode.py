@@ -26,6 +26,7 @@ from mukv.core.errors import BadInput
 from mukv.core.programs import Programs, outputs
 from mukv.core.typing import Array, Float, Int, Weights
 from mukv.infer.prompts import PROMPT_MULTIPLE, joined, readings, round_up
+from mukv.infer.replay import Spent, read_twice
 from mukv.model.base import LanguageModel
 
 BLOCK = 16
@@ -33,10 +34,10 @@ BLOCK = 16
 between.
 """
 SHOWN_EVERY = 0.1
-"""Seconds: a block of steps whose tokens are shown grows only while it takes less than this."""
+"""Upper bound, in seconds, of a block of steps whose tokens are shown; blocks grow up to it."""
 TAIL = 64
-"""Largest tail in tokens. A larger one means more reads of unused entries, a smaller one more
-folds.
+"""Largest tail in tokens. A larger tail makes steps read more unused entries, a smaller one makes
+folds more frequent.
 """
 
 
@@ -125,9 +126,10 @@ class Sizes:
 
     @classmethod
     def plan(cls, batch: int, longest_prompt: int, max_tokens: int, then: int = 0) -> Sizes:
-        """Compute the smallest cache that holds the prompt and all tokens that are read back.
+        """Compute the smallest cache for the prompt and all new tokens but the last.
 
-        longest_prompt: tokens, those that are read behind it included. then: most of the latter.
+        longest_prompt: tokens of the longest prompt, with the tokens that are read after it
+        then: largest number of tokens that are read after a prompt
         """
         prompt = round_up(longest_prompt, PROMPT_MULTIPLE)
         read_back = round_up(max(max_tokens - 1, 1), BLOCK)
@@ -154,9 +156,10 @@ class DecodeFunctions(NamedTuple):
     """Compiled functions of a model, one program per shape.
 
     prefill, extend: (weights, cache, tokens, count, key) to (token, cache), for an empty cache and
-    for one with tokens in it. block: (weights, frozen, live, token, number, key, steps) to (tokens,
-    live, token, number); `steps` is at most BLOCK and data, so that one program serves all. fold:
-    (weights, cache) to cache.
+        for a cache with tokens in it
+    block: (weights, frozen, live, token, number, key, steps) to (tokens, live, token, number), for
+        at most BLOCK steps; `steps` is traced, so that one program serves every number
+    fold: (weights, cache) to cache
     """
 
     prefill: Programs
@@ -223,13 +226,14 @@ def generate(
     stop: ids that end a row
     show: called with the new tokens of every row as they are decoded
     policy, centres: cache policy, and its calibrated centres if it needs them
-    ended: whether a row is complete; called with all its new tokens after each block
+    ended: whether a row is complete; called with all new tokens of the row after each block
     then: tokens that follow each prompt, at least one; they are read after the policy has chosen
         from the prompt
     prefill_chunk: tokens of a prompt that are read at once; the policy chooses entries after each
         chunk, so that the memory of reading does not grow with the prompt. None reads it whole.
 
-    Raises BadInput for prompts that the model can't read and policies that do not fit it.
+    Raises BadInput for empty or too long prompts, for ids outside of the vocabulary, and for a
+    policy that does not fit the model.
     """
     whole = joined(prompts, then)
     _check(model, whole, max_tokens)
@@ -242,31 +246,37 @@ def generate(
 
     key = jax.random.key(sampling.seed)
     room = sizes.batch, sizes.body, sizes.tail
-    cache = model.empty_cache(*room, compute.type, policy, centres, sizes.after)
+    number, one = jnp.ones((), jnp.int32), np.int32(1)
+    reads = readings(functions.prefill, functions.extend, prompts, then, prefill_chunk)
+    token, first = jnp.zeros(sizes.batch, jnp.int32), Spent()
+    if policy.keep.replays:
+        token, cache, first = read_twice(
+            model, weights, prompts, reads, policy, room, sizes.after, compute, key
+        )
+        reads = [each for each in reads if not each.chooses]
+    else:
+        cache = model.empty_cache(*room, compute.type, policy, centres, sizes.after)
     cache_bytes = cache.nbytes()
 
-    number, one = jnp.ones((), jnp.int32), np.int32(1)
     start = time.perf_counter()
-    reads = readings(functions.prefill, functions.extend, prompts, then, prefill_chunk)
     programs, after = [], cache
     for each in reads:
         programs.append(each.program(weights, after, key))
         after = outputs(programs[-1])[1]
     if max_tokens > 1:
-        token = outputs(programs[-1])[0]
-        functions.block.compiled(weights, *after.split(), token, number, key, one)
+        drawn = outputs(programs[-1])[0] if programs else token
+        functions.block.compiled(weights, *after.split(), drawn, number, key, one)
         if max_tokens - 1 > sizes.tail:
             functions.fold.compiled(weights, after)
-    compile_seconds = time.perf_counter() - start
+    compile_seconds = first.compiling + time.perf_counter() - start
 
     start = time.perf_counter()
-    token = jnp.zeros(sizes.batch, jnp.int32)
     for program, each in zip(programs, reads, strict=True):
         last, cache = program(weights, *each.inputs(cache, key))
         token = each.token(last, token)
     rows = _Rows(stop, max_tokens, show, ended)
     rows.add(np.asarray(token)[:, None])
-    prefill_seconds = time.perf_counter() - start
+    prefill_seconds = first.reading + time.perf_counter() - start
     if rows.done:
         return Generation(rows.tokens, cache_bytes, prefill_seconds, 0.0, compile_seconds)
 

@@ -1,8 +1,8 @@
 """Optimizers over optax, with a learning rate, epsilon and decay per weight.
 
 `transform` turns gradients into updates for a learning rate of 1; the caller multiplies them by the
-schedule's learning rate, which thereby stays a plain traced scalar. To add one: a class with a
-`direction` and the `family` of its learning-rate exponents, and a line in the table.
+schedule's learning rate, which is a traced scalar. To add an optimizer, write a class with a
+`direction` and the `family` of its learning-rate exponents, and add a line to the table.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ optimizer family and alignment. `stability.py` derives each of them.
 
 @dataclass(frozen=True)
 class Parameterization:
-    """A row for the table, from outside of the package; its learning rates are derived.
+    """A row of the table from outside of the package; its learning rates are derived.
 
     embedding, hidden, readout: (a, b): multiplier n ** -a, initial deviation n ** -b
     """

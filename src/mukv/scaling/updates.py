@@ -95,13 +95,13 @@ def by_layer(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
 
 
 def by_matrix(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
-    """Apply `function` to each matrix of a stacked weight: to each expert of each layer. All
-    arrays have the leading axes of the weight."""
+    """Apply `function` to each matrix of a stacked weight, that is, to each expert of each layer.
+    All arrays have the leading axes of the weight."""
     return _each(len(param.leading), function, *arrays)
 
 
 def _each(axes: int, function: Callable[..., Any], *arrays: Array) -> Any:
-    """`function` of each part along the first axes."""
+    """Apply `function` to each part along the first `axes` axes."""
     if axes == 0:
         return function(*arrays)
     return jax.lax.map(lambda parts: _each(axes - 1, function, *parts), arrays)
