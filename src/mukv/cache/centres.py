@@ -186,7 +186,7 @@ def unrotated(
 ) -> Float[Array, "batch heads token width"]:
     """Rotate keys or queries (pieces concatenated, the rotated one last) back to position 0."""
     start = x.shape[-1] - attention.rotated_dim
-    turned = attention.position.rotate(x[..., start:], -position)
+    turned = attention.rotate(x[..., start:], -position)
     return jnp.concatenate([x[..., :start], turned], axis=-1)
 
 
