@@ -36,7 +36,7 @@ from mukv.storage.files import new_folder, write_atomic
 
 TASK_BYTES = 1 << 18
 """Bytes of text that a thread tokenises at once."""
-Report = Callable[[int], None]
+ReportBytes = Callable[[int], None]
 """Callback that receives the bytes of text written so far."""
 
 
@@ -49,7 +49,7 @@ def build_tokens(
     on_invalid: str = "strict",
     workers: int | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
+    report: ReportBytes | None = None,
     selection: Selection | None = None,
 ) -> TokenFile:
     """Write the token file `out` and open it. Its content does not depend on `workers`.
@@ -110,7 +110,7 @@ def build_tokens(
 
 
 def default_corpus(
-    cache: Path, tokenizer: AnyTokenizer | None = None, report: Report | None = None
+    cache: Path, tokenizer: AnyTokenizer | None = None, report: ReportBytes | None = None
 ) -> TokenFile:
     """Return the Python library's own source, built in the folder `cache` on first use.
 
@@ -124,7 +124,7 @@ def default_corpus(
 
 
 def text_tokens(
-    source: str, tokenizer: AnyTokenizer, cache: Path, report: Report | None = None
+    source: str, tokenizer: AnyTokenizer, cache: Path, report: ReportBytes | None = None
 ) -> TokenFile:
     """Return a source's text in the ids of a tokenizer, built in the folder `cache` on first use.
 
@@ -138,7 +138,7 @@ def text_tokens(
 
 
 def _kept(
-    sources: Sequence[str], path: Path, tokenizer: str | AnyTokenizer, report: Report | None
+    sources: Sequence[str], path: Path, tokenizer: str | AnyTokenizer, report: ReportBytes | None
 ) -> TokenFile:
     """Open a token file of the cache, or build it."""
     if not is_token_file(path):
@@ -172,7 +172,7 @@ def make_tokenizer(spec: str, read: Callable[[], Iterable[Piece]]) -> AnyTokeniz
 
 
 @contextmanager
-def speed_meter(title: str, console: Console | None = None) -> Iterator[Report]:
+def speed_meter(title: str, console: Console | None = None) -> Iterator[ReportBytes]:
     """Show megabytes and megabytes per second on a terminal, for `build_tokens(report=...)`."""
     columns = SpinnerColumn(), column("task.description"), DownloadColumn()
     progress = Progress(
@@ -283,7 +283,7 @@ def _write(
     tokenizer: AnyTokenizer,
     encoded: Iterable[_Encoded],
     share: float,
-    report: Report | None,
+    report: ReportBytes | None,
 ) -> dict[str, _Count]:
     """Write both streams and return their counts."""
     dtype = layout.DTYPES[layout.dtype_name(tokenizer.vocab_size)]

@@ -1,9 +1,9 @@
 """Sources of text: files, folders, Python packages, data sets.
 
 A source is a string: a path, or `kind:name` with a kind of the table `SOURCES`. A source function
-yields documents as open binary files, or returns `RemoteRows`. To add a source, write a function and
-add a line to the table. The order of documents is deterministic: paths are sorted, and rows keep
-their order.
+yields documents as open binary files, or returns `RemoteRows`. To add a source, write a function
+and add a line to the table. The order of documents is deterministic: paths are sorted, and rows
+keep their order.
 """
 
 from __future__ import annotations
