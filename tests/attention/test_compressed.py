@@ -198,7 +198,8 @@ def test_entries_in_pieces_of_any_size(pieces):
 POLICIES = ["int8", "streaming:1.0", "knorm:1.0+int8", "clusters:1.0"]
 
 
-@pytest.mark.parametrize("name", params(POLICIES, POLICIES[3:]))
+@pytest.mark.product
+@pytest.mark.parametrize("name", POLICIES)
 def test_policies_act_on_the_compressed_entries(name):
     """At full budget a policy changes the result only by the rounding of int8."""
     model = matrix.build("hca", "rope", "plain")

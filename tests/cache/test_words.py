@@ -32,8 +32,9 @@ def values(cls, name):
         return st.sampled_from(get_args(hint))
     if hint is bool:
         return st.booleans()
-    if hint is float:
-        return st.floats(0, 1) | st.floats(1, 64)
+    if hint is float or float in get_args(hint):
+        numbers = st.floats(0, 1) | st.floats(1, 64)
+        return numbers if hint is float else numbers | st.none()
     counts = st.integers(0, 80) | st.sampled_from([2**bits for bits in range(10)])
     return counts if hint is int else counts | st.none()
 

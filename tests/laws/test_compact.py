@@ -33,7 +33,7 @@ MODELS = {
     "scaled": matrix.build("gqa", "rope", "plain", scaling=SCALING),
 }
 ROWS = [(name, kind) for name in MODELS for kind in GROUPS]
-QUICK = [("tied", "int4"), ("latent", "int8"), ("scaled", "bfloat16")]
+QUICK = [("tied", "int4"), ("scaled", "bfloat16")]
 LEAST = {"int8": 25.0, "int4": 2.5, "bfloat16": 100.0}
 """Least ratio of the size of the logits to their root mean square error. Rounding normal weights to
 half a step gives an error of 0.7 %, 8 % and 0.2 % of their size; some ten matrices add up."""

@@ -34,7 +34,7 @@ def build(combination):
 
 
 SPLIT = [*itertools.product(MESHES, matrix.SAMPLE)]
-QUICK = [("both", row) for row in matrix.SAMPLE[::6]]
+QUICK = [("both", matrix.SAMPLE[0])]
 """Both ways of splitting at once."""
 
 
@@ -63,7 +63,7 @@ def test_sharding_is_invisible(mesh, combination):
         assert np.sqrt(np.mean((np.asarray(eight) - np.asarray(one)) ** 2)) < 0.02 * RATE
 
 
-@pytest.mark.parametrize("combination", params(matrix.SAMPLE, matrix.SAMPLE[::6], "-".join))
+@pytest.mark.parametrize("combination", params(matrix.SAMPLE, matrix.SAMPLE[:1], "-".join))
 def test_decoding_is_sharded_invisibly(combination):
     """A prompt and a token after it, with weights in pieces: the logits are those of one device."""
     model, ids = build(combination), matrix.tokens(2)

@@ -91,6 +91,7 @@ def test_from_a_checkpoint_too(adapted, made):
     jax.tree.map(np.testing.assert_array_equal, package.load(adapted).weights, whole)
 
 
+@pytest.mark.product
 def test_validation_is_that_of_the_merged_model(mukv, made, token_file):
     """What the run logged last, measured again by what reads runs."""
     lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]

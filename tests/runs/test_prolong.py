@@ -18,6 +18,7 @@ def train(mukv, token_file, out, *changes):
     return mukv("train", "tiny", *MINUSCULE, f"data.path={token_file}", *changes, "--out", out)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("schedule", params([POWER, WSD], [POWER]))
 def test_prolonged_is_long(mukv, token_file, tmp_path, schedule):
     for steps in (5, 10):

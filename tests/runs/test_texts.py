@@ -112,7 +112,7 @@ def test_an_imported_model_is_begun_from_and_left_as_it_is(imported):
     run, folder = resolve(str(imported), ["train.steps=1"], None)
     assert run.train.start == str(imported.resolve())
     assert folder.path.parent == Path("runs")
-    with pytest.raises(BadInput, match=r"an imported model.*--out"):
+    with pytest.raises(BadInput, match=r"an imported or converted model.*--out"):
         train_run(run, type(folder)(imported))
 
 

@@ -61,7 +61,7 @@ compiled = partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": Tru
 question about the compiler too."""
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", params(OPTIMIZERS, ["adamw", "muon", "adafactor"]))
 @pytest.mark.parametrize("decay", params(["independent", "coupled"], ["coupled"]))
 def test_a_stack_is_its_layers(kind, decay):
     optimizer = OPTIMIZERS[kind](weight_decay=0.1, decay=decay)

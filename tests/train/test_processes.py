@@ -142,6 +142,7 @@ def test_a_run_that_is_written_is_refused_by_all(token_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.product
 def test_bad_input_ends_all(token_file, tmp_path, single):
     """Before anything is compiled or written: nobody waits for a process that has left."""
     run, _ = single

@@ -117,7 +117,6 @@ def test_a_slope_is_fitted_with_its_interval():
     assert not found.passed
 
 
-@pytest.mark.product
 def test_the_command(mukv, token_file, tmp_path):
     plot = tmp_path / "plot.png"
     changes = ("train.batch=2", "train.length=16", "model.plan=[{}]", f"data.path={token_file}")

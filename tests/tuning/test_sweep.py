@@ -97,6 +97,7 @@ def test_seeds_alone_are_a_point(mukv, token_file, tmp_path):
     assert facts["edges"] == []
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("sampler", params(["random", "tpe"], ["tpe"]))
 def test_samplers_and_pruning(mukv, token_file, tmp_path, sampler):
     more = ("train.evaluate_every=1", "train.learning_rate=1e-4..1e30:log", "--sampler", sampler)

@@ -42,6 +42,7 @@ def test_a_planted_drift_is_found(token_file, tmp_path, drift, passed):
     assert found.passed == passed
 
 
+@pytest.mark.product
 def test_the_command(mukv, token_file, tmp_path):
     given = ("transfer", "tiny", *MINUSCULE, f"data.path={token_file}", "--widths", "32,64")
     given = (*given, "--seeds", 1, "--octaves", 1, "--out", tmp_path / "t", "--json")

@@ -15,7 +15,7 @@ from mukv.cache.seen import Score, Seen
 from mukv.cache.windows import Windows
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.typing import Array, Float
+from mukv.core.typing import Array, Bool, Float
 
 RIDGE = 1e-2
 """Number added to the diagonal of the covariance of projected keys, as in kvpress."""
@@ -118,16 +118,27 @@ class Leverage(Keep):
             raise BadInput("seed", self.seed, "from 0 to 2**31 - 1")
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
-        key = seen.keys().astype(jnp.float32)
-        heads = key.shape[1]
-        valid = jnp.repeat(seen.valid, heads // seen.valid.shape[1], axis=1)[..., None]
-        position = seen.entries.position
-        position = jnp.repeat(position, heads // position.shape[1], axis=1)
-        still = jnp.where(valid, seen.rotated_back(key, position), 0.0)
-        number = jnp.maximum(jnp.sum(valid, axis=2, keepdims=True), 1)
-        centred = jnp.where(valid, still - jnp.sum(still, axis=2, keepdims=True) / number, 0.0)
-        draw = jax.random.normal(jax.random.key(self.seed), (key.shape[-1], self.sketch))
-        x = jnp.einsum("bhkd,ds->bhks", centred, draw / self.sketch**0.5)
-        square = jnp.einsum("bhks,bhkt->bhst", x, x) + RIDGE * jnp.eye(self.sketch)[None, None]
-        solved = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(square), True), x.swapaxes(-1, -2))
-        return jnp.einsum("bhks,bhsk->bhk", x, solved), {}
+        return leverage(seen, by_head(seen, seen.valid), self.sketch, self.seed), {}
+
+
+def by_head(
+    seen: Seen, which: Bool[Array, "batch stores key"]
+) -> Bool[Array, "batch kv_heads key"]:
+    """Repeat what is said of each store for each of its heads."""
+    return jnp.repeat(which, seen.reader.attention.key_heads // which.shape[1], axis=1)
+
+
+def leverage(seen: Seen, which: Bool[Array, "batch kv_heads key"], sketch: int, seed: int) -> Score:
+    """Return the approximate leverage of each of these entries among all of them; meaningless and
+    finite for others."""
+    key, valid = seen.keys().astype(jnp.float32), which[..., None]
+    position = seen.entries.position
+    position = jnp.repeat(position, key.shape[1] // position.shape[1], axis=1)
+    still = jnp.where(valid, seen.rotated_back(key, position), 0.0)
+    number = jnp.maximum(jnp.sum(valid, axis=2, keepdims=True), 1)
+    centred = jnp.where(valid, still - jnp.sum(still, axis=2, keepdims=True) / number, 0.0)
+    draw = jax.random.normal(jax.random.key(seed), (key.shape[-1], sketch))
+    x = jnp.einsum("bhkd,ds->bhks", centred, draw / sketch**0.5)
+    square = jnp.einsum("bhks,bhkt->bhst", x, x) + RIDGE * jnp.eye(sketch)[None, None]
+    solved = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(square), True), x.swapaxes(-1, -2))
+    return jnp.einsum("bhks,bhsk->bhk", x, solved)

@@ -24,6 +24,9 @@ from mukv.cache.when import Folds, When
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, Int
 
+CARRIED = "carried"
+"""Note of numbers [batch heads key] that are carried with the entries in place of their scores."""
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -31,7 +34,7 @@ class Chosen:
 
     index: indices of the kept entries, in the order of their positions
     there: which of these places are in use
-    score: score of every entry
+    score: number of every entry that is carried with it
     notes: state of the policy for the next choice
     """
 
@@ -62,11 +65,14 @@ class Keep:
     needs_queries: ClassVar[bool] = False
     """Whether scores depend on queries."""
     carries: ClassVar[bool] = False
-    """Whether scores are accumulated from one choice to the next."""
+    """Whether a number of each entry is carried from one choice to the next: the note `CARRIED` of
+    `score`, or else the score itself."""
     signed: ClassVar[bool] = False
     """Whether scores may be negative."""
     rotates_back: ClassVar[bool] = False
     """Whether the score undoes the rotation of keys, which requires one entry per token."""
+    replays: ClassVar[bool] = False
+    """Whether scores are made by reading the prompt a second time."""
     evicts: ClassVar[bool] = True
     """Whether any entry is ever dropped."""
 
@@ -105,7 +111,8 @@ class Keep:
 
     def chosen(self, seen: Seen, capacity: int) -> Chosen:
         """Choose at most `seen.number` entries per store, into `capacity` places."""
-        score, notes = self.score(seen)
+        score, noted = self.score(seen)
+        notes = {name: array for name, array in noted.items() if name != CARRIED}
         stores, keys = seen.entries.position.shape[1:]
         # One set of entries per head where heads share a pool; otherwise one per store.
         score = by_store(score, seen.valid.shape[1])
@@ -117,6 +124,7 @@ class Keep:
         there = (jnp.arange(places)[None, None] < number[:, None, None]) & (best > -jnp.inf)
         index = jnp.sort(jnp.where(there, keys - 1 - index, keys), axis=-1)
         index = jnp.pad(index, [(0, 0), (0, 0), (0, capacity - places)], constant_values=keys)
+        score = by_store(noted[CARRIED], score.shape[1]) if CARRIED in noted else score
         if score.shape[1] != stores:
             # In a pool an entry belongs to one head, so its scores of other heads are dropped.
             score = jnp.sum(jnp.where(seen.valid, score, 0.0), axis=1, keepdims=True)

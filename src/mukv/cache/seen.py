@@ -79,7 +79,7 @@ class Seen:
         """
         attention = self.reader.attention
         start = x.shape[-1] - attention.rotated_dim
-        turned = attention.position.rotate(x[..., start:], position)
+        turned = attention.rotate(x[..., start:], position)
         return jnp.concatenate([x[..., :start], turned], axis=-1)
 
     def rotated_back(

@@ -12,9 +12,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from mukv.core.compact import Compact
+from mukv.core.compute import PRODUCT
 from mukv.core.low_rank import LowRank
 from mukv.core.typing import Array, Float, Int
 
@@ -41,7 +43,7 @@ def project(
     flat: Array = _product(
         x.reshape(-1, inner), weight.reshape(inner, -1), jnp.dtype(out or x.dtype)
     )
-    return flat.reshape(*rows, *columns)
+    return checkpoint_name(flat, PRODUCT).reshape(*rows, *columns)
 
 
 def project_each(
@@ -54,7 +56,7 @@ def project_each(
         return project_each(x, weight.base) + project_each(thin, weight.b)
     if isinstance(weight, Compact):
         weight = weight.whole()
-    return _product(x, weight, x.dtype)
+    return checkpoint_name(_product(x, weight, x.dtype), PRODUCT)
 
 
 def look_up(table: Array | Compact, index: Int[Array, "..."]) -> Float[Array, "... width"]:

@@ -130,7 +130,7 @@ def specification(dims: Mapping[str, int], mesh: Any, exclude: Sequence[str] = (
     return PartitionSpec(*parts)
 
 
-def weight_shardings(declared: Any, mesh: Mesh) -> Any:
+def weight_shardings(declared: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Return the sharding of each declared weight, as a tree with the keys of `declared`."""
 
     def shard(param: Param) -> NamedSharding:
@@ -139,7 +139,7 @@ def weight_shardings(declared: Any, mesh: Mesh) -> Any:
     return map_params(shard, declared)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Return the sharding that copies an array to every device."""
     return NamedSharding(mesh, PartitionSpec())
 

@@ -13,9 +13,10 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from mukv.attention import DIRECT, AnyAttention, Attention, Bag, Carried, Mask, Queries, Written
-from mukv.core.compute import Compute
+from mukv.core.compute import RESIDUAL, Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
 from mukv.core.tap import capturing, scope, tap
@@ -92,8 +93,8 @@ class Pass:
         """
         index, memory = layer.index, self.memories.get(layer.index)
         apply = self._traced_once(layer) if memory is not None else self._applied(layer)
-        if self.compute.rematerialise and self.aligned:
-            apply = jax.checkpoint(apply)
+        if self.aligned:
+            apply = self.compute.recomputing(apply)
         x, bags, after, auxiliary = apply(weights, x, known.get(layer.source), memory)
         if bags is not None:
             known[index] = bags
@@ -139,6 +140,7 @@ class Pass:
             weights: Any, x: Residual, inherited: Any, memory: Memory
         ) -> tuple[Residual, Any, Memory, Auxiliary]:
             attention, stored = layer.attention, weights["read"]
+            x = checkpoint_name(x, RESIDUAL)
             residual, norm = self.residual, self.norm
             declared = layer_params(layer, norm, residual, self.d_model)
             weights = gather(self.compute.working_copy(declared, weights), declared)
