@@ -1,7 +1,4 @@
-"""Load a model with its weights and tokenizer (`mukv.load`), to generate, evaluate and inspect.
-
-`Model` is the same class for run directories, Hugging Face folders and GGUF files.
-"""
+"""Load a model with its weights and tokenizer (`mukv.load`), to generate, evaluate and inspect."""
 
 from __future__ import annotations
 
@@ -46,11 +43,7 @@ from mukv.train.footprint import require_bytes
 
 @dataclass(frozen=True)
 class Text:
-    """One generated continuation.
-
-    text: decoded text of the new tokens, up to the stop text
-    token_ids: ids of the new tokens, with those of the stop text
-    """
+    """One generated continuation: its text up to the stop text, and the ids of all new tokens."""
 
     text: str
     token_ids: list[int]
@@ -60,9 +53,8 @@ class Text:
 class Model:
     """A model with its weights and tokenizer, as `mukv.load` returns it.
 
-    run: configuration of the model
+    run, tokenizer: configuration and tokenizer of the model
     weights: weights as they are saved, without the multipliers of the parameterisation
-    tokenizer: tokenizer of the model
     """
 
     run: Run
@@ -96,9 +88,7 @@ class Model:
         """Return this model with another type of activations, cache entries and operands.
 
         dtype: "float32" or "bfloat16"; None for the model's own settings
-        where: name of the argument, for messages
-
-        Raises BadInput for any other type.
+        where: name of the argument, for messages. Raises BadInput for any other type.
         """
         if dtype is None:
             return self
@@ -130,8 +120,7 @@ class Model:
         segment: number of each token's document, in the shape of `tokens`. A token attends only to
             its own document; give padding a number that no document has
 
-        Each shape is compiled once. Raises BadInput for other types and shapes, for ids that the
-        model does not have, and for rows longer than the model's context.
+        Raises BadInput for other types and shapes, unknown ids, and rows longer than the context.
         """
         ids = self._token_ids("tokens", tokens)
         places = []
@@ -155,11 +144,9 @@ class Model:
         """Compute the attention weights of a text: float32 [head query key], by layer index, for
         each layer with softmax attention.
 
-        text: a text, or its token ids [token]
-
-        The weights of a query sum to 1, or to less if the head has a sink logit. Raises BadInput
-        for ids that the model does not have, for a model that is not a Decoder or has no softmax
-        attention, and for attention weights that need more device memory than is free.
+        text: a text, or its token ids [token]. The weights of a query sum to 1, or to less if the
+        head has a sink logit. Raises BadInput for ids that the model does not have, for a model
+        without softmax attention, and for weights that need more device memory than is free.
         """
         given = self.encode(text) if isinstance(text, str) else text
         ids = self._token_ids("text", given)
@@ -200,9 +187,7 @@ class Model:
     ) -> Generation:
         """Continue token ids: `mukv.infer.decode.generate` with this model's weights.
 
-        stop: ids that end a text; None for `ends`
-
-        The other arguments are those of `generate`. Raises BadInput for ids that the model does not
+        stop: ids that end a text; None for `ends`. Raises BadInput for ids that the model does not
         have, and for a KV cache that needs more device memory than is free.
         """
         compute = self.run.train.compute
@@ -280,18 +265,15 @@ class Model:
     ) -> Text | list[Text]:
         """Continue a text, or several texts that are decoded as one batch.
 
-        prompts: a text, or a list of texts
         max_tokens: most new tokens of a continuation
-        sampling: how tokens are drawn; greedily if None
-        temperature, top_k, top_p, seed: fields of `Sampling`, instead of `sampling`
+        sampling: how tokens are drawn (greedily if None), or its fields one by one
         policy: the cache policy, or its text such as "snapkv:0.25+int8"
         prefill_chunk: number of prompt tokens that are prefilled at once, after which the policy
             chooses entries; None for the whole prompt
         stop: texts; a continuation ends before the first of them, or at the model's end token. Its
             token ids include those of the stop text
 
-        Returns one Text for one prompt, a list for a list. Raises BadInput for values of another
-        type or out of range.
+        Returns a Text, or a list for a list. Raises BadInput for values of another type or range.
         """
         texts = strings("prompts", prompts)
         if not texts:
@@ -343,7 +325,7 @@ class Model:
         length: tokens per window; None for the length of training rows
         stride: tokens between the starts of windows; None for `length`
 
-        Raises BadInput as `mukv.infer.evaluate.evaluate` does.
+        Raises BadInput for the values that `mukv.infer.evaluate.evaluate` refuses.
         """
         return evaluate(
             self.network,
