@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Keep as Keep
     from mukv.cache.policy import KeyDiff as KeyDiff
     from mukv.cache.policy import KeyNorm as KeyNorm
+    from mukv.cache.policy import KVzip as KVzip
     from mukv.cache.policy import LagKV as LagKV
+    from mukv.cache.policy import Layers as Layers
     from mukv.cache.policy import Leverage as Leverage
     from mukv.cache.policy import Pages as Pages
     from mukv.cache.policy import Policy as Policy
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from mukv.model.block import Branching as Branching
     from mukv.model.block import Feedforward as Feedforward
     from mukv.model.block import Gated as Gated
+    from mukv.model.block import PostNorm as PostNorm
     from mukv.model.block import PreNorm as PreNorm
     from mukv.model.block import SandwichNorm as SandwichNorm
     from mukv.model.concept import Attend as Attend
@@ -171,8 +174,9 @@ _MODULES = {
     ),
     "mukv.cache.policy": (
         "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds H2O "
-        "Hold Int4 Int8 Keep KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine "
-        "Select SnapKV SparQ Spread Store Streaming TopK TopP TOVA Uniform When WholeChunks"
+        "Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Pages Policy Pyramid "
+        "Random Refine Select SnapKV SparQ Spread Store Streaming TopK TopP TOVA Uniform When "
+        "WholeChunks"
     ),
     "mukv.conversion": (
         "Conversion ConvertedLayer CrossLayer FewerHeads SharedVectors SourceLayer TruncatedLatent "
@@ -185,7 +189,7 @@ _MODULES = {
     "mukv.core.params": "Param",
     "mukv.infer.decode": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
-    "mukv.model.block": "Branching Feedforward Gated PreNorm SandwichNorm",
+    "mukv.model.block": "Branching Feedforward Gated PostNorm PreNorm SandwichNorm",
     "mukv.model.feedforward": "Experts",
     "mukv.model.concept": (
         "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "

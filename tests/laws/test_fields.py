@@ -136,6 +136,7 @@ CHANGES = {
     "Groups.kv_heads": "model.attention.kv_heads=2",
     "Groups.head_dim": "model.attention.head_dim=8",
     "Groups.norm": "model.attention.norm={}",
+    "Grouped.norm_over": ("model.attention.norm={}", "model.attention.norm_over=projection"),
     "Grouped.biases": "model.attention.biases=[value]",
     "Latent.rank": (LATENT, "model.attention.rank=6"),
     "Latent.head_dim": (LATENT, "model.attention.head_dim=3"),

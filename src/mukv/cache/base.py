@@ -34,11 +34,13 @@ class Reader:
     attention: its attention variant
     weights: its weights for reading
     queries: its queries of the new tokens; None if the body needs no queries
+    scores: of the new entries, where another pass has made them; None where the policy scores them
     """
 
     attention: Attention
     weights: Mapping[str, Any]
     queries: Queries | None = None
+    scores: Float[Array, "batch heads key"] | None = None
 
 
 @runtime_checkable

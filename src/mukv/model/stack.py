@@ -202,6 +202,7 @@ class Stack:
         policy: Policy = FULL,
         centres: Calibrated | None = None,
         after: int | None = None,
+        kept: Sequence[int] | None = None,
     ) -> Cache:
         """Allocate an empty cache.
 
@@ -211,6 +212,7 @@ class Stack:
         policy: cache policy of stores without a window
         centres: calibrated cluster centres by layer, for policies that use them
         after: most tokens of a row that follow its prompt; None if that is not known
+        kept: entries that each store without a window keeps of a prompt, if layers share a budget
         """
         whole = [(layer.index, name) for layer in self.writers for name in layer.whole]
 
@@ -228,7 +230,8 @@ class Stack:
             own = (centres or {}).get(layer.index, {})
             room = batch, bag.room(length), dtype
             rest = None if after is None else -(-after // bag.every)
-            body = policy.body(layer.softmax, self.d_model, *room, place, own, name, rest)
+            count = None if kept is None else kept[place[0]]
+            body = policy.body(layer.softmax, self.d_model, *room, place, own, name, rest, count)
             if choosing(body, False).needs_queries:
                 shape = (batch, layer.softmax.heads, tail, layer.softmax.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)

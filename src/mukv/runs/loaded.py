@@ -33,6 +33,7 @@ from mukv.infer.attention import attention_weights
 from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate
 from mukv.infer.evaluate import Evaluation, evaluate
 from mukv.infer.prompts import joined
+from mukv.infer.replay import asking
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
 from mukv.runs.config import Run
@@ -207,6 +208,7 @@ class Model:
         if max_tokens < 1:
             return  # `generate` refuses it, with the other bad values
         compute = settled(self.run.train.compute)
+        policy = FULL if policy.keep.replays else policy
         longest = max(map(len, prompts), default=1)
         sizes = Sizes.plan(len(prompts), longest, max_tokens, behind)
         room = sizes.batch, sizes.body, sizes.tail
@@ -222,13 +224,15 @@ class Model:
         return all(attention.entry_sets == attention.key_heads for attention in kept)
 
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
-        """Return a policy with the centres that `mukv analyze --calibrate` saved for it.
+        """Return a policy with what this model knows for it: the centres that `mukv analyze
+        --calibrate` saved, or the token ids of the instructions of `kvzip`.
 
-        Only the policy `clusters` has any, and only if layers store keys for each key head; other
-        policies are returned unchanged, with an empty mapping. So are all if the weights were
-        converted when they were loaded, because centres belong to the saved ones. Raises BadInput
-        for centres that were calibrated on other weights, or on keys without their rotation.
+        Only the policy `clusters` has centres, and only if layers store keys for each key head;
+        other policies have an empty mapping. So has every policy if the weights were converted when
+        they were loaded, because centres belong to the saved ones. Raises BadInput for centres that
+        were calibrated on other weights, or on keys without their rotation.
         """
+        policy = asking(policy, self.tokenizer.encode)
         if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
             return policy, {}
         if self.converted or not (self.folder / FOLDER).exists():
@@ -279,14 +283,10 @@ class Model:
         given = {name: value for name, value in fields.items() if value is not None}
         if sampling is not None and given:
             raise BadInput("sampling", sampling, f"either sampling or {', '.join(given)}")
-        require_types(
-            max_tokens=(max_tokens, int),
-            sampling=(sampling, Sampling | None),
-            prefill_chunk=(prefill_chunk, int | None),
-        )
+        require_types(max_tokens=(max_tokens, int), sampling=(sampling, Sampling | None))
         if isinstance(policy, str):
             policy = Policy.parse(policy, where="policy")
-        require_types(policy=(policy, Policy))
+        require_types(policy=(policy, Policy), prefill_chunk=(prefill_chunk, int | None))
         ends = [text for text in strings("stop", stop) if text]
 
         def over(ids: list[int]) -> bool:

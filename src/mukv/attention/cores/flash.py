@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, not_of_own_tokens, operands
-from mukv.attention.cores.pairs import Cut, Places, documents, reachable
+from mukv.attention.cores.pairs import Division, Places, documents, reachable
 from mukv.attention.recalled import Query
 from mukv.core.compute import Compute, Platform
 from mukv.core.mesh import by_shard
@@ -59,7 +59,7 @@ class Flash(Core):
         kind, length = query[0].dtype, query[0].shape[3]
         given = operands(query, part, self.operands)
         size = min(BLOCK, _power(length))
-        cut = Cut(length, size, -(-length // size))
+        cut = Division(length, size, -(-length // size))
         window = part.mask.window
         places = Places.of(part, cut, cut)
         position = cut.padded(scores.query_position, 1)
@@ -121,7 +121,7 @@ class _Kernels:
     window, softcap: as in `Mask` and `Scores`
     """
 
-    cut: Cut
+    cut: Division
     window: int | None
     softcap: float | None
     interpret: bool

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, not_of_own_tokens, operands
-from mukv.attention.cores.pairs import Cut, Places, documents
+from mukv.attention.cores.pairs import Division, Places, documents
 from mukv.attention.recalled import Query
 from mukv.core.compute import Compute, Platform
 from mukv.core.mesh import by_shard
@@ -55,7 +55,7 @@ class Splash(Core):
         kind, length = query[0].dtype, query[0].shape[3]
         given = operands(query, part, self.operands)
         size = min(BLOCK, -(-length // LANES) * LANES)
-        cut = Cut(length, size, -(-length // size))
+        cut = Division(length, size, -(-length // size))
         padded = tuple(_widened(cut.padded(x, x.ndim - 2)) for x in given)
         asked = documents(Places.of(part, cut, cut), cut.padded(scores.query_position, 1))
         window, softcap, sinks = part.mask.window, scores.softcap, scores.sinks
@@ -84,7 +84,7 @@ class Splash(Core):
 
     def _kernel(
         self, heads: int, tokens: int, size: int, window: int | None, softcap: float | None
-    ) -> Callable[..., Array]:
+    ) -> Callable[..., Any]:
         """Build the kernels for this number of heads on a device and of tokens of a row."""
         shape = (tokens, tokens)
         one = splash.CausalMask(shape)
