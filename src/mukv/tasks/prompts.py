@@ -94,7 +94,7 @@ class Wording(ABC):
 
     @abstractmethod
     def chance(self, task: Any) -> float:
-        """Return the expected fraction of answers that a random guess of the right form contains."""
+        """Return the expected fraction of answers that a random guess of this form contains."""
 
 
 class NumberWords(Wording):

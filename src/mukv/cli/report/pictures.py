@@ -1,4 +1,4 @@
-"""Draw the pictures of a report. Each function compares runs on one text and returns the caption."""
+"""Draw the pictures of a report. Each function compares runs on one text, returns the caption."""
 
 from __future__ import annotations
 
