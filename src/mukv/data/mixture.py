@@ -147,7 +147,7 @@ class MixtureFeed:
     def tokenizer(self) -> AnyTokenizer:
         return self.tokens[0].tokenizer
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of the fingerprints of all parts and of the rows of each in a cycle."""
         content = [[file.fingerprint for file in self.tokens], dealt(self.weights).tolist()]
