@@ -167,7 +167,8 @@ def _fingerprint(folder: Path) -> str | None:
 def _data(run: Run, fingerprint: str | None) -> str:
     stamp = "unknown" if fingerprint is None else shortened(fingerprint[:8])
     task = run.data.task
-    name = f"task {task.kind}" if task else Path(run.data.path or "unknown").name
+    mixed = "+".join(Path(part.path).name for part in run.data.mixture)
+    name = f"task {task.kind}" if task else mixed or Path(run.data.path or "unknown").name
     return f"{shortened(name)} ({stamp})"
 
 
