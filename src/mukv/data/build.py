@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeed
 from mukv.core.errors import BadInput, nearest_name, telling_disk_errors
 from mukv.core.version import VERSION
 from mukv.data import tokens as layout
+from mukv.data.selection import Selection
 from mukv.data.text import Piece, pieces
 from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer, load_tokenizer, train_bpe
 from mukv.data.tokens import TokenFile, is_token_file, open_tokens
@@ -48,6 +50,7 @@ def build_tokens(
     workers: int | None = None,
     overwrite: bool = False,
     report: ReportBytes | None = None,
+    selection: Selection | None = None,
 ) -> TokenFile:
     """Write the token file `out` and open it. Its content does not depend on `workers`.
 
@@ -61,9 +64,14 @@ def build_tokens(
     overwrite: whether a token file of other content at `out` is replaced; if false, it is an error.
         A token file of the same content is kept.
     report: called with the bytes written so far
+    selection: which documents are kept; None means all
 
-    Raises BadInput and Failed, and then leaves nothing behind.
+    What remote sources send is kept in the folder `OUT.spool` until the token file is complete, so
+    that a further call after a failure or a kill goes on there. Nothing else is left behind by
+    a failure. Raises BadInput and Failed.
     """
+    selection = selection or Selection()
+    spools = out.with_name(f"{out.name}.spool")
     if not 0 < validation < 1:
         raise BadInput("validation", validation, "a fraction between 0 and 1")
     if workers is not None and workers < 1:
@@ -72,7 +80,7 @@ def build_tokens(
         _check_free(out)
 
     def read() -> Iterator[Piece]:
-        return pieces(sources, field, on_invalid)
+        return selection.of(pieces(sources, field, on_invalid, spools))
 
     try:
         with new_folder(out, overwrite) as folder:
@@ -90,12 +98,14 @@ def build_tokens(
                 "fingerprint": stamp,
                 "sources": list(sources),
                 "validation_share": validation,
+                "selection": selection.asked,
                 "created_by": f"mukv {VERSION}",
             }
             write_atomic(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
             _check_same(out, stamp, overwrite)
     except _AlreadyThere:
         pass
+    shutil.rmtree(spools, ignore_errors=True)
     return open_tokens(out)
 
 
