@@ -110,8 +110,8 @@ def test_a_bias_of_one_channel_changes_no_other():
     ],
 )
 def test_each_variant_says_which_of_its_tensors_are_keys(name, keys):
-    """Tensors that are keys are quantised by channel, with a step for a run of tokens, so that they
-    have fewer rows of steps than slots."""
+    """Keys are quantised by channel, with one step per group of tokens, so that they have fewer
+    rows of steps than slots."""
     attention = matrix.ATTENTIONS[name]
     policy = Policy.parse("int4", 1.0)
     body = policy.body(attention, matrix.D_MODEL, 1, 2 * GROUP, jnp.dtype("float32"), (0, 1))
