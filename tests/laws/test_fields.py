@@ -48,6 +48,7 @@ SHARED = "model.attention={kind: shared_kv, heads: 2, kv_heads: 1, head_dim: 4}"
 LATENT = "model.attention={kind: latent, heads: 2, rank: 5, head_dim: 4, rope_dim: 2}"
 TIED = "model.attention={kind: grouped_tied, heads: 2, kv_heads: 1, head_dim: 4}"
 EXPERTS = "model.mlp={kind: experts, experts: 4, hidden: 6}"
+PLAIN = "model.mlp={kind: plain, hidden: 12}"
 HEADS = "{kind: grouped, heads: 1, kv_heads: 1, head_dim: 4}"
 PRODUCT = "model.attention={kind: tensor_product, heads: 2, head_dim: 4, query_rank: 2, rank: 1}"
 HCA = (
@@ -91,6 +92,7 @@ CHANGES = {
     "LanguageModel.d_model": "model.d_model=16",
     "LanguageModel.attention": SHARED,
     "Data.task": "data={path: null, task: {kind: flip_flop, facts: 1, writes: 1}}",
+    "Decoder.positions": ("model.context=64", "model.positions=learned"),
     "Decoder.plan": "model.plan=[{repeats: 3}]",
     "LanguageModel.residual": "model.residual={kind: sandwich}",
     "LanguageModel.embedding_scale": "model.embedding_scale=root_width",
@@ -202,6 +204,9 @@ CHANGES = {
     "Llama3.original_length": f"{PLACE}.scaling.original_length=64",
     "Gated.hidden": "model.mlp.hidden=16",
     "Gated.activation": "model.mlp.activation=gelu",
+    "Plain.hidden": (PLAIN, "model.mlp.hidden=16"),
+    "Plain.activation": (PLAIN, "model.mlp.activation=silu"),
+    "Plain.biases": (PLAIN, "model.mlp.biases=true"),
     "LanguageModel.mlp": EXPERTS,
     "Experts.experts": (EXPERTS, "model.mlp.experts=5"),
     "Experts.top_k": (EXPERTS, "model.mlp.top_k=3"),
@@ -214,6 +219,7 @@ CHANGES = {
     "Experts.z_loss": (EXPERTS, "model.mlp.z_loss=1"),
     "Experts.capacity": (EXPERTS, "model.mlp.capacity=0.5"),
     "RMSNorm.epsilon": "model.norm.epsilon=0.01",
+    "RMSNorm.centred": "model.norm.centred=true",
     "RMSNorm.stored": "model.norm.stored=offset",
     "Training.steps": "train.steps=9",
     "Training.seed": "train.seed=1",

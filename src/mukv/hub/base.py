@@ -24,6 +24,8 @@ from mukv.storage.tensors import Cut, Tensor
 
 BLOCK_BYTES = 1 << 26
 """Bytes of a weight that are read at once, at most, where it can be read in blocks of rows."""
+PART = "part"
+"""Name, in the axes of a rule, of the axis that counts the weights that a tensor holds."""
 OURS_FIRST = re.compile(r"^stage\d+\.slot\d+\.")
 ROTATED = frozenset(
     f"{place}{kind}"
@@ -47,12 +49,15 @@ class Rule:
 
     theirs: name of the tensor; "{layer}" stands for the layer's index
     ours: dotted path of the weight, inside its layer if it belongs to one
-    axes: for each axis of theirs, the dimensions of ours that it merges
+    axes: for each axis of theirs, the dimensions of ours that it merges; "part" counts the weights
+        that a tensor holds, as in "(part heads head_dim)"
+    part: index of this weight in a tensor that holds several, and their number
     """
 
     theirs: str
     ours: str
     axes: str
+    part: tuple[int, int] = (0, 1)
 
     def merged(self) -> tuple[tuple[str, ...], ...]:
         """Return the dimensions of ours that each axis of theirs merges."""
@@ -69,6 +74,7 @@ class WeightPiece:
     param: declaration of the weight, not stacked
     axes: for each axis of theirs, the dimensions of ours that it merges
     order: index in their head of each dimension of our head; None for the same order
+    part: index of the weight in their tensor, and the number of weights there
     """
 
     theirs: str
@@ -77,11 +83,16 @@ class WeightPiece:
     param: Param
     axes: tuple[tuple[str, ...], ...]
     order: tuple[int, ...] | None = None
+    part: tuple[int, int] = (0, 1)
+
+    @cached_property
+    def _dims(self) -> dict[str, int]:
+        return {**self.param.dims, PART: self.part[1]}
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of their tensor."""
-        dims = self.param.dims
+        dims = self._dims
         return tuple(math.prod(dims[name] for name in group) for group in self.axes)
 
     @property
@@ -92,8 +103,10 @@ class WeightPiece:
         """Read our weight, or a slice of it. Of a file, only the slice is read if it consists of
         whole rows or heads.
         """
-        dims = self.param.dims
-        whole = dict(zip(dims, cut or (), strict=False))
+        dims, index = self._dims, self.part[0]
+        whole = dict(zip(self.param.dims, cut or (), strict=False)) | {
+            PART: slice(index, index + 1)
+        }
         bounds = {name: whole.get(name, slice(None)).indices(size) for name, size in dims.items()}
         theirs, shape = [], []
         for first, *rest in self.axes:
@@ -102,12 +115,14 @@ class WeightPiece:
             theirs.append(slice(start * inner, stop * inner))
             shape += [stop - start, *(dims[name] for name in rest)]
         weight = source.read(self.theirs, tuple(theirs)).reshape(shape)
-        weight = weight.transpose([self._flat.index(name) for name in dims])
+        weight = weight.transpose([self._flat.index(name) for name in dims if name in self._flat])
+        later = {name for _, *rest in self.axes for name in rest}
+        if PART in self._flat:
+            weight = weight[..., index if PART in later else 0]
         if self.order is not None:
             weight = weight[..., np.asarray(self.order)]
-        later = {name for _, *rest in self.axes for name in rest}
-        inside = tuple(slice(*bounds[name]) if name in later else slice(None) for name in dims)
-        return weight[inside]
+        ours = self.param.dims
+        return weight[tuple(slice(*bounds[n]) if n in later else slice(None) for n in ours)]
 
     def blocks(self, source: WeightSource) -> Iterator[np.ndarray]:
         """Yield our weight in order, in blocks of rows where these are consecutive in the file, so
@@ -118,18 +133,25 @@ class WeightPiece:
         rows = dims[first]
         row_bytes = self.param.size // rows * source.tensors[self.theirs].dtype.itemsize
         step = max(1, BLOCK_BYTES // max(row_bytes, 1))
-        if self.axes[0][0] != first or self.order is not None or step >= rows:
+        reordered = self.order is not None or PART in self._flat
+        if self.axes[0][0] != first or reordered or step >= rows:
             yield self.read(source)
             return
         for start in range(0, rows, step):
             yield self.read(source, (slice(start, min(start + step, rows)),))
 
-    def give(self, weight: np.ndarray) -> np.ndarray:
-        """Convert our whole weight to their tensor."""
+    def put(self, weight: np.ndarray, into: np.ndarray) -> None:
+        """Write our whole weight to its part of their tensor, which is contiguous."""
+        view = into.reshape([self._dims[name] for name in self._flat])
+        place = [self.part[0] if name == PART else slice(None) for name in self._flat]
+        view[tuple(place)] = self._turned(weight)
+
+    def _turned(self, weight: np.ndarray) -> np.ndarray:
+        """Return our weight with its axes in their order."""
         if self.order is not None:
             weight = weight[..., np.argsort(self.order)]
         names = list(self.param.dims)
-        return weight.transpose([names.index(name) for name in self._flat]).reshape(self.shape)
+        return weight.transpose([names.index(name) for name in self._flat if name != PART])
 
 
 def pieces(
@@ -156,7 +178,7 @@ def pieces(
             )
         single = Param({k: v for k, v in param.dims.items() if k != LAYER})
         indices = tuple(order(param.shape[-1])) if order and inside in ROTATED else None
-        shared = (single, rule.merged(), indices)
+        shared = (single, rule.merged(), indices, rule.part)
         if inside == name:
             found.append(WeightPiece(rule.theirs, name, None, *shared))
             continue
