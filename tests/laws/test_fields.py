@@ -312,6 +312,7 @@ SAME = {
     "Compute.unroll": "train.compute.unroll=false",
     "Compute.rematerialise": "train.compute.rematerialise=true",
     "Compute.fused": "train.compute.fused=false",
+    "Compute.core": "train.compute.core=plain",
     "Compute.attention_chunk": "train.compute.attention_chunk=5",
     "Compute.loss_chunk": "train.compute.loss_chunk=5",
     "Training.accumulate": "train.accumulate=2",

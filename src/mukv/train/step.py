@@ -28,7 +28,7 @@ from mukv.scaling.updates import global_norm
 from mukv.train.training import Training
 
 BATCH_FIELDS = ("tokens", "targets", "weight", "position", "segment")
-Batch = Mapping[str, Array]
+BatchArrays = Mapping[str, Array]
 """tokens, targets, position, segment: int32 [batch token]; weight: float32 [batch token]."""
 
 
@@ -124,7 +124,7 @@ class Trainer:
         )
         self._validate = jax.jit(self.validation_sums, out_shardings=replicated(mesh))
 
-    def step(self, state: State, step: int, batch: Batch) -> tuple[State, Metrics]:
+    def step(self, state: State, step: int, batch: BatchArrays) -> tuple[State, Metrics]:
         """Do update number `step`, counted from 0; the given state is donated."""
         result = self._compiled_step(state, step, batch, self.frozen)
         if self.platform == "cpu" and self.mesh.size > 1:
@@ -133,7 +133,7 @@ class Trainer:
             jax.block_until_ready(result)
         return result
 
-    def validate(self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"]) -> Any:
+    def validate(self, weights: Any, batch: BatchArrays, token_bytes: Int[Array, " vocab"]) -> Any:
         """Compute `validation_sums`, compiled."""
         return self._validate(weights, batch, token_bytes, self.frozen)
 
@@ -210,7 +210,7 @@ class Trainer:
         """Return the sharding of each part of the state."""
         return state_shardings(self.declared, self.optimizer, self.mesh)
 
-    def put(self, batch: Any) -> Batch:
+    def put(self, batch: Any) -> BatchArrays:
         """Convert this process's share of a batch (NumPy arrays) to global arrays on the mesh."""
         sharding = batch_sharding(self.mesh)
         return {
@@ -225,7 +225,7 @@ class Trainer:
         plan = Plan(training.learning_rate, training.steps, tokens)
         return training.schedule.rate(step, plan)
 
-    def blame(self, state: State, batch: Batch) -> str:
+    def blame(self, state: State, batch: BatchArrays) -> str:
         """Name the place where the first number that is not finite appears, forward and then
         backward.
         """
@@ -270,12 +270,12 @@ class Trainer:
         return self.adapter.attached(self.model, frozen, weights)
 
     def _objective(
-        self, weights: Any, batch: Batch, frozen: Any
+        self, weights: Any, batch: BatchArrays, frozen: Any
     ) -> tuple[Float[Array, ""], Losses]:
         losses = self._losses(weights, batch, frozen)
         return losses.objective, losses
 
-    def _losses(self, weights: Any, batch: Batch, frozen: Any) -> Losses:
+    def _losses(self, weights: Any, batch: BatchArrays, frozen: Any) -> Losses:
         return summed_loss(
             self.model,
             self.whole(weights, frozen),
@@ -284,7 +284,11 @@ class Trainer:
         )
 
     def validation_sums(
-        self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"], frozen: Any = None
+        self,
+        weights: Any,
+        batch: BatchArrays,
+        token_bytes: Int[Array, " vocab"],
+        frozen: Any = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
         """Return the summed cross-entropy (nats), the number of targets, and their UTF-8 bytes."""
         counted = batch["weight"] > 0
@@ -293,12 +297,12 @@ class Trainer:
         nats = self._losses(weights, batch, frozen).cross_entropy
         return nats, jnp.sum(batch["weight"]), jnp.sum(read * 1.0)
 
-    def _finite(self, weights: Any, batch: Batch, frozen: Any) -> dict[str, Array]:
+    def _finite(self, weights: Any, batch: BatchArrays, frozen: Any) -> dict[str, Array]:
         with capture() as taps:
             self._losses(weights, batch, frozen)
         return {name: jnp.isfinite(value).all() for name, value in taps.items()}
 
-    def _gradient(self, weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
+    def _gradient(self, weights: Any, batch: BatchArrays, frozen: Any) -> tuple[Losses, Any]:
         """Compute the summed losses of the whole batch and the gradient of the objective.
 
         On a CPU whose simulated devices split only the batch, each device computes the sums of its
@@ -310,7 +314,7 @@ class Trainer:
         if self.platform != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
             return self._accumulated(weights, batch, frozen)
 
-        def local(weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
+        def local(weights: Any, batch: BatchArrays, frozen: Any) -> tuple[Losses, Any]:
             return jax.lax.psum(self._accumulated(weights, batch, frozen), "data")
 
         whole = PartitionSpec()
@@ -319,12 +323,12 @@ class Trainer:
             local, mesh=mesh, in_specs=(whole, split, whole), out_specs=whole, check_vma=False
         )(weights, dict(batch), frozen)
 
-    def _accumulated(self, weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
+    def _accumulated(self, weights: Any, batch: BatchArrays, frozen: Any) -> tuple[Losses, Any]:
         """Compute losses and gradient as `_gradient` does, in `accumulate` pieces of the batch, one
         after another."""
         pieces = self.training.accumulate
 
-        def losses_and_gradient(weights: Any, batch: Batch) -> tuple[Losses, Any]:
+        def losses_and_gradient(weights: Any, batch: BatchArrays) -> tuple[Losses, Any]:
             (_, losses), gradient = jax.value_and_grad(self._objective, has_aux=True)(
                 weights, batch, frozen
             )
@@ -337,7 +341,7 @@ class Trainer:
             # Row r goes to piece r modulo pieces, so that every device keeps its own rows.
             return array.reshape(-1, pieces, *array.shape[1:]).swapaxes(0, 1)
 
-        def add(total: Any, piece: Batch) -> tuple[Any, None]:
+        def add(total: Any, piece: BatchArrays) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, losses_and_gradient(weights, piece)), None
 
         shapes = jax.eval_shape(losses_and_gradient, weights, batch)
@@ -346,7 +350,7 @@ class Trainer:
         return total
 
     def update(
-        self, state: State, step: Int[Array, ""], batch: Batch, frozen: Any = None
+        self, state: State, step: Int[Array, ""], batch: BatchArrays, frozen: Any = None
     ) -> tuple[State, Metrics]:
         """Do update number `step`, counted from 0. If it is not the next update of the state, the
         state is returned unchanged.
