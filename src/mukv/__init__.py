@@ -91,10 +91,10 @@ if TYPE_CHECKING:
     from mukv.model.block import Branching as Branching
     from mukv.model.block import Feedforward as Feedforward
     from mukv.model.block import Gated as Gated
-    from mukv.model.block import Plain as Plain
     from mukv.model.block import PostNorm as PostNorm
     from mukv.model.block import PreNorm as PreNorm
     from mukv.model.block import SandwichNorm as SandwichNorm
+    from mukv.model.block import Ungated as Ungated
     from mukv.model.concept import Attend as Attend
     from mukv.model.concept import Chunker as Chunker
     from mukv.model.concept import Concatenate as Concatenate
@@ -192,7 +192,7 @@ _MODULES = {
     "mukv.core.params": "Param",
     "mukv.infer.decode": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
-    "mukv.model.block": "Branching Feedforward Gated Plain PostNorm PreNorm SandwichNorm",
+    "mukv.model.block": "Branching Feedforward Gated PostNorm PreNorm SandwichNorm Ungated",
     "mukv.model.feedforward": "Experts",
     "mukv.model.concept": (
         "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "

@@ -48,7 +48,7 @@ SHARED = "model.attention={kind: shared_kv, heads: 2, kv_heads: 1, head_dim: 4}"
 LATENT = "model.attention={kind: latent, heads: 2, rank: 5, head_dim: 4, rope_dim: 2}"
 TIED = "model.attention={kind: grouped_tied, heads: 2, kv_heads: 1, head_dim: 4}"
 EXPERTS = "model.mlp={kind: experts, experts: 4, hidden: 6}"
-PLAIN = "model.mlp={kind: plain, hidden: 12}"
+PLAIN = "model.mlp={kind: ungated, hidden: 12}"
 HEADS = "{kind: grouped, heads: 1, kv_heads: 1, head_dim: 4}"
 PRODUCT = "model.attention={kind: tensor_product, heads: 2, head_dim: 4, query_rank: 2, rank: 1}"
 HCA = (
@@ -204,9 +204,9 @@ CHANGES = {
     "Llama3.original_length": f"{PLACE}.scaling.original_length=64",
     "Gated.hidden": "model.mlp.hidden=16",
     "Gated.activation": "model.mlp.activation=gelu",
-    "Plain.hidden": (PLAIN, "model.mlp.hidden=16"),
-    "Plain.activation": (PLAIN, "model.mlp.activation=silu"),
-    "Plain.biases": (PLAIN, "model.mlp.biases=true"),
+    "Ungated.hidden": (PLAIN, "model.mlp.hidden=16"),
+    "Ungated.activation": (PLAIN, "model.mlp.activation=silu"),
+    "Ungated.biases": (PLAIN, "model.mlp.biases=true"),
     "LanguageModel.mlp": EXPERTS,
     "Experts.experts": (EXPERTS, "model.mlp.experts=5"),
     "Experts.top_k": (EXPERTS, "model.mlp.top_k=3"),

@@ -14,7 +14,7 @@ import mukv
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.data.tokenizer import NoTokenizer
-from mukv.model.block import Plain, SandwichNorm
+from mukv.model.block import SandwichNorm, Ungated
 from mukv.position import NoPE, RoPE
 from mukv.runs.config import Run
 from mukv.runs.exchange import export_model, import_model
@@ -53,7 +53,7 @@ MODELS = {
         {
             **SCALED,
             "norm": RMSNorm(centred=True),
-            "mlp": Plain(hidden=24, biases=True),
+            "mlp": Ungated(hidden=24, biases=True),
             "positions": "learned",
             "context": 256,
         },

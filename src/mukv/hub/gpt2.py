@@ -16,7 +16,7 @@ from mukv.hub.base import Rule
 from mukv.hub.family import MOST_HEADS, MOST_LAYERS, QKV, Family
 from mukv.hub.settings import ACTIVATIONS, Given
 from mukv.model import Decoder, Stage
-from mukv.model.block import Plain, PreNorm
+from mukv.model.block import PreNorm, Ungated
 from mukv.position import NoPE
 
 PREFIX = "transformer."
@@ -99,7 +99,7 @@ class LearnedPositions(Family):
                 scale=None if scaled or width == heads else 1.0,
                 biases=ALL,
             ),
-            mlp=Plain(
+            mlp=Ungated(
                 hidden=given.whole("n_inner", null=True) or 4 * width,
                 activation=given.one_of("activation_function", ACTIVATIONS),
                 biases=True,
@@ -116,8 +116,8 @@ class LearnedPositions(Family):
         if not isinstance(first, Grouped):
             yield BadInput("attention.kind", getattr(first, "kind", "?"), "grouped")
             return
-        if not isinstance(mlp, Plain):
-            yield BadInput("mlp.kind", getattr(mlp, "kind", "?"), "plain")
+        if not isinstance(mlp, Ungated):
+            yield BadInput("mlp.kind", getattr(mlp, "kind", "?"), "ungated")
             return
         plain = Grouped(
             heads=first.heads,
@@ -150,7 +150,7 @@ class LearnedPositions(Family):
     def write(self, model: Decoder, context: int) -> dict[str, Any]:
         attention, mlp = model.layers[0].attention, model.layers[0].mlp
         assert isinstance(attention, Grouped)
-        assert isinstance(mlp, Plain)
+        assert isinstance(mlp, Ungated)
         words = {"silu": "silu", "gelu": "gelu_new"}
         return {
             "architectures": [self.architecture],

@@ -79,7 +79,7 @@ class Gated(Feedforward):
 
 
 @dataclass(frozen=True)
-class Plain(Feedforward):
+class Ungated(Feedforward):
     """MLP without a gate (Vaswani et al. 2017; GPT-2): down(activation(up x)).
 
     hidden: inner width
@@ -87,7 +87,7 @@ class Plain(Feedforward):
     biases: whether both products have a bias
     """
 
-    kind: Literal["plain"] = "plain"
+    kind: Literal["ungated"] = "ungated"
     hidden: int = 128
     activation: Literal["silu", "gelu"] = "gelu"
     biases: bool = False
