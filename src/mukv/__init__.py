@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from mukv.core.mesh import MeshShape as MeshShape
     from mukv.core.norm import RMSNorm as RMSNorm
     from mukv.core.params import Param as Param
+    from mukv.data.mixture import MixturePart as MixturePart
     from mukv.hub.family import Family as Family
     from mukv.infer.decode import Sampling as Sampling
     from mukv.model import Concept as Concept
@@ -190,6 +191,7 @@ _MODULES = {
     "mukv.core.mesh": "MeshShape",
     "mukv.core.norm": "RMSNorm",
     "mukv.core.params": "Param",
+    "mukv.data.mixture": "MixturePart",
     "mukv.infer.decode": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
     "mukv.model.block": "Branching Feedforward Gated PostNorm PreNorm SandwichNorm Ungated",
