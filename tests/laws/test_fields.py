@@ -49,6 +49,7 @@ SHARED = "model.attention={kind: shared_kv, heads: 2, kv_heads: 1, head_dim: 4}"
 LATENT = "model.attention={kind: latent, heads: 2, rank: 5, head_dim: 4, rope_dim: 2}"
 TIED = "model.attention={kind: grouped_tied, heads: 2, kv_heads: 1, head_dim: 4}"
 EXPERTS = "model.mlp={kind: experts, experts: 4, hidden: 6}"
+PLAIN = "model.mlp={kind: ungated, hidden: 12}"
 HEADS = "{kind: grouped, heads: 1, kv_heads: 1, head_dim: 4}"
 PRODUCT = "model.attention={kind: tensor_product, heads: 2, head_dim: 4, query_rank: 2, rank: 1}"
 HCA = (
@@ -97,6 +98,7 @@ CHANGES = {
     "LanguageModel.d_model": "model.d_model=16",
     "LanguageModel.attention": SHARED,
     "Data.task": "data={path: null, task: {kind: flip_flop, facts: 1, writes: 1}}",
+    "Decoder.positions": ("model.context=64", "model.positions=learned"),
     "Decoder.plan": "model.plan=[{repeats: 3}]",
     "LanguageModel.residual": "model.residual={kind: sandwich}",
     "LanguageModel.embedding_scale": "model.embedding_scale=root_width",
@@ -208,6 +210,9 @@ CHANGES = {
     "Llama3.original_length": f"{PLACE}.scaling.original_length=64",
     "Gated.hidden": "model.mlp.hidden=16",
     "Gated.activation": "model.mlp.activation=gelu",
+    "Ungated.hidden": (PLAIN, "model.mlp.hidden=16"),
+    "Ungated.activation": (PLAIN, "model.mlp.activation=silu"),
+    "Ungated.biases": (PLAIN, "model.mlp.biases=true"),
     "LanguageModel.mlp": EXPERTS,
     "Experts.experts": (EXPERTS, "model.mlp.experts=5"),
     "Experts.top_k": (EXPERTS, "model.mlp.top_k=3"),
@@ -220,6 +225,7 @@ CHANGES = {
     "Experts.z_loss": (EXPERTS, "model.mlp.z_loss=1"),
     "Experts.capacity": (EXPERTS, "model.mlp.capacity=0.5"),
     "RMSNorm.epsilon": "model.norm.epsilon=0.01",
+    "RMSNorm.centred": "model.norm.centred=true",
     "RMSNorm.stored": "model.norm.stored=offset",
     "Training.steps": "train.steps=9",
     "Training.seed": "train.seed=1",

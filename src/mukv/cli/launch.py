@@ -96,6 +96,8 @@ def prepare(
     if distributed is None:
         simulate(devices)
         return nullcontext()
+    # JAX's own handler of SIGTERM would swallow a signal that comes before training begins.
+    jax.config.update("jax_enable_preemption_service", False)
     if distributed == "auto":
         try:
             whom = "the other processes of the cluster that JAX found (Slurm, MPI, TPU, GKE)"

@@ -63,6 +63,11 @@ class Outcome:
             )
 
 
+AGREE_EVERY = 8
+"""Steps between two collectives in which the processes agree whether to stop. Each waits for the
+devices, which costs a few milliseconds."""
+
+
 @dataclass
 class Clock:
     """Measures speed from the end of the first step (which compiles), without pauses."""
@@ -147,8 +152,8 @@ class Loop:
                 clock.tick()
                 ends = step == training.steps
                 logs = ends or step % training.log_every == 0 or step == start + 1
-                # With several processes `agreed` is a collective, called only when logging.
-                leaves = (logs or jax.process_count() == 1) and stop.agreed()
+                asks = logs or jax.process_count() == 1 or step % AGREE_EVERY == 0
+                leaves = asks and stop.agreed()
                 logs = logs or leaves
                 evaluates = ends or due(step, training.evaluate_every)
                 saves = ends or leaves or due(step, training.checkpoint_every) or step == stable
