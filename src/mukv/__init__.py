@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mukv.attention import SharedKV as SharedKV
     from mukv.attention import TensorProduct as TensorProduct
     from mukv.cache.policy import CUR as CUR
+    from mukv.cache.policy import FP8 as FP8
     from mukv.cache.policy import H2O as H2O
     from mukv.cache.policy import TOVA as TOVA
     from mukv.cache.policy import Adaptive as Adaptive
@@ -44,13 +45,16 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Keep as Keep
     from mukv.cache.policy import KeyDiff as KeyDiff
     from mukv.cache.policy import KeyNorm as KeyNorm
+    from mukv.cache.policy import KVzip as KVzip
     from mukv.cache.policy import LagKV as LagKV
+    from mukv.cache.policy import Layers as Layers
     from mukv.cache.policy import Leverage as Leverage
     from mukv.cache.policy import Pages as Pages
     from mukv.cache.policy import Policy as Policy
     from mukv.cache.policy import Pyramid as Pyramid
     from mukv.cache.policy import Random as Random
     from mukv.cache.policy import Refine as Refine
+    from mukv.cache.policy import Rotated as Rotated
     from mukv.cache.policy import Select as Select
     from mukv.cache.policy import SnapKV as SnapKV
     from mukv.cache.policy import SparQ as SparQ
@@ -77,6 +81,7 @@ if TYPE_CHECKING:
     from mukv.core.mesh import MeshShape as MeshShape
     from mukv.core.norm import RMSNorm as RMSNorm
     from mukv.core.params import Param as Param
+    from mukv.data.mixture import MixturePart as MixturePart
     from mukv.hub.family import Family as Family
     from mukv.infer.decode import Sampling as Sampling
     from mukv.model import Concept as Concept
@@ -87,8 +92,10 @@ if TYPE_CHECKING:
     from mukv.model.block import Branching as Branching
     from mukv.model.block import Feedforward as Feedforward
     from mukv.model.block import Gated as Gated
+    from mukv.model.block import PostNorm as PostNorm
     from mukv.model.block import PreNorm as PreNorm
     from mukv.model.block import SandwichNorm as SandwichNorm
+    from mukv.model.block import Ungated as Ungated
     from mukv.model.concept import Attend as Attend
     from mukv.model.concept import Chunker as Chunker
     from mukv.model.concept import Concatenate as Concatenate
@@ -162,6 +169,7 @@ if TYPE_CHECKING:
     from mukv.tasks import Task as Task
     from mukv.tasks import VariableTracking as VariableTracking
     from mukv.train.adapter import Adapter as Adapter
+    from mukv.train.training import LengthStage as LengthStage
     from mukv.train.training import Training as Training
 
 __version__ = VERSION
@@ -170,9 +178,10 @@ _MODULES = {
         "Attention GatedDelta Grouped GroupedTied HCA KimiDelta Latent Mixer SharedKV TensorProduct"
     ),
     "mukv.cache.policy": (
-        "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds H2O "
-        "Hold Int4 Int8 Keep KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine "
-        "Select SnapKV SparQ Spread Store Streaming TopK TopP TOVA Uniform When WholeChunks"
+        "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds "
+        "FP8 H2O Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Pages Policy "
+        "Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store Streaming TopK TopP "
+        "TOVA Uniform When WholeChunks"
     ),
     "mukv.conversion": (
         "Conversion ConvertedLayer CrossLayer FewerHeads SharedVectors SourceLayer TruncatedLatent "
@@ -183,9 +192,10 @@ _MODULES = {
     "mukv.core.mesh": "MeshShape",
     "mukv.core.norm": "RMSNorm",
     "mukv.core.params": "Param",
+    "mukv.data.mixture": "MixturePart",
     "mukv.infer.decode": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
-    "mukv.model.block": "Branching Feedforward Gated PreNorm SandwichNorm",
+    "mukv.model.block": "Branching Feedforward Gated PostNorm PreNorm SandwichNorm Ungated",
     "mukv.model.feedforward": "Experts",
     "mukv.model.concept": (
         "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "
@@ -211,7 +221,7 @@ _MODULES = {
     ),
     "mukv.train.adapter": "Adapter",
     "mukv.train.distillation": "Distillation",
-    "mukv.train.training": "Training",
+    "mukv.train.training": "LengthStage Training",
 }
 """The public names, by the module that has them. Type checkers read the imports above; a test
 compares the two."""

@@ -34,7 +34,7 @@ KINDS: tuple[Kind, ...] = ("keys", "queries", "means", "aligned")
 FOLDER, FACTS = "calibration", "calibration.json"
 FORMAT, VERSION = "mukv-centres", 1
 
-Points = Float[Array, "*batch kv_heads point width"]
+HeadPoints = Float[Array, "*batch kv_heads point width"]
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,7 @@ class LayerCentres:
     query: Float[Array, "kv_heads query_cluster width"] | None = None
     table: Float[Array, "kv_heads query_cluster cluster"] | None = None
 
-    def labels(self, key: Points, kind: Kind) -> Int[Array, "*batch kv_heads point"]:
+    def labels(self, key: HeadPoints, kind: Kind) -> Int[Array, "*batch kv_heads point"]:
         """Return the cluster of each entry.
 
         key: keys as they are multiplied with queries, with their pieces concatenated
@@ -61,7 +61,9 @@ class LayerCentres:
             return jnp.argmax(_products(key, self.key), axis=-1).astype(jnp.int32)
         return nearest(key, self.key)
 
-    def scores(self, query: Points, kind: Kind) -> Float[Array, "*batch kv_heads point cluster"]:
+    def scores(
+        self, query: HeadPoints, kind: Kind
+    ) -> Float[Array, "*batch kv_heads point cluster"]:
         """Return each query's score of each cluster; only the order of scores is meaningful.
 
         query: queries as they are multiplied with keys: scaled, with their pieces concatenated, and
@@ -189,6 +191,6 @@ def unrotated(
 
 
 def _products(
-    points: Points, centres: Float[Array, "kv_heads cluster width"]
+    points: HeadPoints, centres: Float[Array, "kv_heads cluster width"]
 ) -> Float[Array, "*batch kv_heads point cluster"]:
     return jnp.einsum("...hpd,hcd->...hpc", points, centres, preferred_element_type=jnp.float32)

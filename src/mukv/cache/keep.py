@@ -71,6 +71,8 @@ class Keep:
     """Whether scores may be negative."""
     rotates_back: ClassVar[bool] = False
     """Whether the score undoes the rotation of keys, which requires one entry per token."""
+    replays: ClassVar[bool] = False
+    """Whether scores are made by reading the prompt a second time."""
     evicts: ClassVar[bool] = True
     """Whether any entry is ever dropped."""
 

@@ -228,25 +228,27 @@ def empty(
     select: Select,
     given: Mapping[str, Array],
     bag: str = ENTRIES,
+    pool: int | None = None,
 ) -> Kept:
     """Make a body without entries; its shapes are those of a full body.
 
     slots: capacity of each store, in entries
     given: arrays that the index of the read policy has from the start, such as calibrated centres
     bag: name of the mixer's store that holds these entries
+    pool: slots of heads that share a store; None for those of all heads
     """
     tokens = slots * attention.bags[bag].every
     written = attention.written(d_model, batch, tokens, dtype)[bag]
     heads = attention.key_heads
     shared = keep.spread.pools
     stores = attention.entry_sets if keep.evicts or not isinstance(select, All) else 1
-    position = jnp.full((batch, 1 if shared else stores, slots * (heads if shared else 1)), NOWHERE)
+    total = (heads * slots if pool is None else pool) if shared else slots
+    position = jnp.full((batch, 1 if shared else stores, total), NOWHERE)
     used = position != NOWHERE
     stored = {}
     for name, shape in written.items():
-        zeros = jnp.zeros(shape.shape, dtype)
-        if shared:
-            zeros = zeros.reshape(batch, 1, heads * slots, -1)
+        sizes = (batch, 1, total, shape.shape[3]) if shared else shape.shape
+        zeros = jnp.zeros(sizes, dtype)
         stored[name] = {"exact": zeros}
     group = attention.heads // heads
     exact = Kept(

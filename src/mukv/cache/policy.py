@@ -26,12 +26,16 @@ from mukv.cache.clusters import Clusters
 from mukv.cache.compactor import Compactor
 from mukv.cache.critical import Critical
 from mukv.cache.expected import Expected
+from mukv.cache.fp8 import FP8
 from mukv.cache.keep import Everything, Keep
 from mukv.cache.kept import Kept, empty
+from mukv.cache.layers import PAGE, Layers
 from mukv.cache.pages import Pages
 from mukv.cache.positional import Random, Streaming
 from mukv.cache.quantised import Int4, Int8
 from mukv.cache.refine import Refine
+from mukv.cache.replay import TWICE, KVzip
+from mukv.cache.rotated import Rotated
 from mukv.cache.select import All, Select
 from mukv.cache.sparq import SparQ
 from mukv.cache.spread import Adaptive, Pyramid, Spread, Uniform
@@ -59,11 +63,17 @@ KEEPERS = PartTable(
         "leverage": Leverage,
         "cur": CUR,
         "compactor": Compactor,
+        "kvzip": KVzip,
         "random": Random,
     },
     kinds=False,
 )
-STORES = PartTable("store", Store, {"exact": Exact, "int8": Int8, "int4": Int4}, kinds=False)
+STORES = PartTable(
+    "store",
+    Store,
+    {"exact": Exact, "int8": Int8, "int4": Int4, "fp8": FP8, "rotated": Rotated},
+    kinds=False,
+)
 SELECTORS = PartTable(
     "select",
     Select,
@@ -80,7 +90,7 @@ SELECTORS = PartTable(
 SPREADS = PartTable(
     "spread",
     Spread,
-    {"uniform": Uniform, "pyramid": Pyramid, "adaptive": Adaptive},
+    {"uniform": Uniform, "pyramid": Pyramid, "adaptive": Adaptive, "layers": Layers},
     kinds=False,
 )
 REFINERS = PartTable("refine", Refine, {"critical": Critical, "chunk": WholeChunks}, kinds=False)
@@ -150,9 +160,14 @@ class Policy:
             limit = part.budget.amount if budgets and part.has_budget else 1
             return shown(_name(part), part, None if limit == 1 else limit)
 
-        keep = self.keep
-        parts = (keep, *keep.refine, keep.spread, keep.when, self.store, self.select)
-        left_out = (Everything, Uniform, Folds, Exact, All)
+        keep, usual = self.keep, type(self.keep)()
+        once = [
+            getattr(keep, step)
+            for step in ("spread", "when")
+            if getattr(keep, step) != getattr(usual, step)
+        ]
+        parts = (keep, *keep.refine, *once, self.store, self.select)
+        left_out = (Everything, Exact, All)
         return "+".join(word(part) for part in parts if type(part) not in left_out) or "full"
 
     @property
@@ -181,7 +196,7 @@ class Policy:
                 self.name,
                 f"{layer} has the position encoding {attention.position.kind}, which depends on "
                 "all entries between a query and a key, so that no entry may be dropped or "
-                "skipped; int8, int4, topk and topp fit",
+                "skipped; int8, int4, fp8, rotated, topk and topp fit",
             )
         if isinstance(self.select, TopK) and not attention.values_apart:
             raise BadInput(
@@ -205,19 +220,21 @@ class Policy:
                     f"a policy whose scores are at least 0, like snapkv, not {_name(self.keep)}"
                 )
                 raise BadInput("policy", self.name, allowed)
-            if "output" not in attention.output_params(1):
-                allowed = f"{layer} projects its heads in several steps ({attention.kind})"
-                raise BadInput("policy", self.name, f"no critical: {allowed}")
+            self._check_projection(layer, attention, "critical")
+        if isinstance(self.keep, KVzip) and self.keep.plus:
+            self._check_projection(layer, attention, "plus")
+        self._check_layers()
         if self.keep.spread.pools:
+            shared = _name(self.keep.spread)
             if attention.entry_sets == 1:
                 raise BadInput(
                     "policy",
                     self.name,
-                    f"{layer} has one set of entries for all heads: adaptive needs one per head",
+                    f"{layer} has one set of entries for all heads: {shared} needs one per head",
                 )
             if not isinstance(self.select, All):
                 raise BadInput(
-                    "policy", self.name, "adaptive is read whole: no select policy goes with it"
+                    "policy", self.name, f"{shared} is read whole: no select policy goes with it"
                 )
         calibrated = isinstance(self.select, Clusters) and self.select.calibrated
         if calibrated and attention.entry_sets != attention.key_heads:
@@ -227,6 +244,25 @@ class Policy:
                 f"{layer} has one set of entries for all heads ({attention.kind}): calibrated "
                 "centres, one set per head, don't fit; clusters of the prompt do",
             )
+
+    def _check_projection(self, layer: str, attention: Attention, part: str) -> None:
+        """Raise BadInput for a layer without one output projection of all heads."""
+        if "output" not in attention.output_params(1):
+            allowed = f"{layer} projects its heads in several steps ({attention.kind})"
+            raise BadInput("policy", self.name, f"no {part}: {allowed}")
+
+    def _check_layers(self) -> None:
+        """Raise BadInput for a budget over layers without scores that allow it, and for scores from
+        a second reading that can't be made again."""
+        keep, allowed = self.keep, None
+        if keep.spread.over_layers and not keep.replays:
+            allowed = f"layers with scores that compare layers, those of kvzip, not {_name(keep)}"
+        elif keep.spread.over_layers and keep.refine:
+            allowed = f"layers without {_name(keep.refine[0])}"
+        elif keep.replays and not keep.when.holds:
+            allowed = f"{_name(keep)}+hold: what follows the prompt has no scores"
+        if allowed:
+            raise BadInput("policy", self.name, allowed)
 
     def body(
         self,
@@ -239,6 +275,7 @@ class Policy:
         centres: Mapping[str, Array] | None = None,
         bag: str = ENTRIES,
         after: int | None = None,
+        kept: int | None = None,
     ) -> Kept:
         """Make an empty body for `length` entries.
 
@@ -246,6 +283,7 @@ class Policy:
         centres: calibrated centres of this layer; None for none
         bag: name of the mixer's store that holds these entries
         after: most entries of a row that follow its prompt; None if that is not known
+        kept: entries that all heads together keep of a prompt, if layers share a budget
 
         Raises BadInput for a budget below the minimum of the policy.
         """
@@ -266,7 +304,14 @@ class Policy:
             allowed = "a model with calibrated centres: mukv analyze MODEL --calibrate keys"
             raise BadInput("policy", self.name, allowed)
         given = dict(centres or {}) if isinstance(select, Clusters) and select.calibrated else {}
-        return empty(attention, d_model, batch, slots, dtype, keep, self.store, select, given, bag)
+        pool = None
+        if keep.spread.over_layers:
+            if kept is None:
+                raise BadInput("policy", self.name, TWICE)
+            unit = math.lcm(PAGE, self.store.multiple)
+            pool = -(-(kept + more * attention.key_heads) // unit) * unit
+        parts = keep, self.store, select, given, bag, pool
+        return empty(attention, d_model, batch, slots, dtype, *parts)
 
 
 FULL = Policy()

@@ -21,6 +21,8 @@ from mukv.core.typing import Array, Bool, Float, UInt4, UInt8
 
 GROUP, LARGEST = 32, 512
 """Default and upper bound of `group`. Bodies are decoded in blocks of 512 slots."""
+ROUNDING = 2.0**-18
+"""Relative error of a step that is computed from decoded numbers."""
 ROUNDED_UP = 1 + 2**-7
 """Factor by which a step is multiplied, so that its bfloat16 value is not below the exact step."""
 
@@ -49,10 +51,11 @@ class Int8(Quantised):
 
     def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
         if key:
-            number, factors = _between(key, tensor, there, 255, self.group)
+            number, factors = between(key, tensor, there, 255, self.group)
             return {"number": number, **factors}
         grouped = _channels(tensor.astype(jnp.float32), self.group)
-        step = _step(jnp.max(jnp.abs(grouped), axis=4, keepdims=True) / 127)
+        exact = jnp.max(jnp.abs(grouped), axis=4, keepdims=True) / 127
+        step = _step(exact, jnp.zeros_like(exact))
         number = jnp.clip(jnp.round(grouped / _divisor(step)), -127, 127).astype(jnp.int8)
         return {"number": _flat(number, tensor.shape), "step": jnp.squeeze(step, 4)}
 
@@ -69,11 +72,11 @@ class Int4(Quantised):
     """Store 4 bits per number (KIVI, Liu et al. 2024)."""
 
     def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
-        number, factors = _between(key, tensor, there, 15, self.group)
-        return {"number": _packed(number), **factors}
+        number, factors = between(key, tensor, there, 15, self.group)
+        return {"number": packed(number), **factors}
 
     def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
-        number = _unpacked(parts["number"])[..., :width].astype(jnp.float32)
+        number = unpacked(parts["number"])[..., :width].astype(jnp.float32)
         step, low = (
             _spread(key, parts[part], number.shape[2], width, self.group)
             for part in ("step", "low")
@@ -81,7 +84,7 @@ class Int4(Quantised):
         return number * step + low
 
 
-def _between(
+def between(
     key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"], levels: int, group: int
 ) -> tuple[UInt8[Array, "batch heads slot width"], Parts]:
     """Quantise each group to integers 0 to `levels` between its minimum and maximum.
@@ -95,16 +98,23 @@ def _between(
     high = jnp.max(jnp.where(counted, grouped, -jnp.inf), axis=axis, keepdims=True)
     low, high = (jnp.where(jnp.isfinite(end), end, 0.0) for end in (low, high))
     # Divide first, because the difference of two float32 numbers may be infinite.
-    step = _step(high / levels - low / levels)
+    error = ROUNDING * jnp.maximum(jnp.abs(low), jnp.abs(high)) / levels / 8
+    step = _step(high / levels - low / levels, error)
     parts = grouped / _divisor(step) - low / _divisor(step)
     number = jnp.clip(jnp.round(parts), 0, levels).astype(jnp.uint8)
     factors = {"low": jnp.squeeze(low, axis), "step": jnp.squeeze(step, axis)}
     return _flat(number, tensor.shape), factors
 
 
-def _step(exact: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Round up to bfloat16."""
-    return (exact * ROUNDED_UP).astype(jnp.bfloat16)
+def _step(exact: Float[Array, "*shape"], error: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Round up to bfloat16, unless it is one up to float32's rounding.
+
+    A step is therefore found again from numbers that were decoded with it, and entries don't change
+    when they are encoded again at every fold. error: of `exact`.
+    """
+    near = exact.astype(jnp.bfloat16)
+    covers = near.astype(jnp.float32) >= exact * (1 - ROUNDING) - error
+    return jnp.where(covers, near, (exact * ROUNDED_UP).astype(jnp.bfloat16))
 
 
 def _flat(number: Array, shape: tuple[int, ...]) -> Array:
@@ -116,10 +126,16 @@ def _spread(
     key: bool, factor: Float[Array, "batch heads row some"], slots: int, width: int, group: int
 ) -> Float[Array, "batch heads slot #width"]:
     """Broadcast a group's factor to its numbers, float32."""
-    factor = factor.astype(jnp.float32)
     if key:
-        return jnp.repeat(factor, slots // factor.shape[2], axis=2)
-    return jnp.repeat(factor, min(group, width), axis=3)[..., :width]
+        return jnp.repeat(factor.astype(jnp.float32), slots // factor.shape[2], axis=2)
+    return channels_spread(factor, width, group)
+
+
+def channels_spread(
+    factor: Float[Array, "batch heads slot some"], width: int, group: int
+) -> Float[Array, "batch heads slot width"]:
+    """Broadcast the factor of each group of a token's channels to these, float32."""
+    return jnp.repeat(factor.astype(jnp.float32), min(group, width), axis=3)[..., :width]
 
 
 def _runs(tensor: Array, group: int) -> Array:
@@ -138,7 +154,7 @@ def _channels(tensor: Array, group: int) -> Array:
     return padded.reshape(batch, heads, slots, -1, group)
 
 
-def _packed(
+def packed(
     number: UInt8[Array, "batch heads slot width"],
 ) -> UInt8[Array, "batch heads slot half"]:
     padded = jnp.pad(number, [(0, 0)] * 3 + [(0, number.shape[-1] % 2)])
@@ -146,7 +162,7 @@ def _packed(
     return jax.lax.bitcast_convert_type(pairs, jnp.uint8)
 
 
-def _unpacked(
+def unpacked(
     packed: UInt8[Array, "batch heads slot half"],
 ) -> UInt4[Array, "batch heads slot width"]:
     # XLA's bitcast of a byte to two numbers; shifts and a concatenation take 6 times as long.

@@ -26,6 +26,8 @@ class Spread:
     has_budget: ClassVar[bool] = False
     pools: ClassVar[bool] = False
     """Whether the heads of a layer share one pool of entries."""
+    over_layers: ClassVar[bool] = False
+    """Whether layers share one budget, so that their pools differ in size."""
 
     def of_layer(
         self, budget: CacheBudget, place: int, layers: int, length: int, least: int
@@ -111,16 +113,16 @@ class Adaptive(Spread):
         least = portion(seen.number, self.floor, least=1)[:, None, None]
         # The floor of a head includes the entries that must be kept: their rank is highest.
         safe = seen.valid & (places(own) < least)
-        pool = _pooled(jnp.where(safe, jnp.inf, own))
+        pool = pooled(jnp.where(safe, jnp.inf, own))
         if not steps:
             return pool, number
         # Unrefined scores decide how many entries each head keeps; refined scores decide which.
         kept = seen.valid & (places(pool) < number[:, None, None])
         count = jnp.sum(kept, axis=-1, keepdims=True)
         best = places(refined(own, seen, count, steps)) < count
-        return _pooled(jnp.where(best & seen.valid, jnp.inf, -jnp.inf)), number
+        return pooled(jnp.where(best & seen.valid, jnp.inf, -jnp.inf)), number
 
 
-def _pooled(own: Float[Array, "batch heads key"]) -> Rank:
+def pooled(own: Float[Array, "batch heads key"]) -> Rank:
     """Return the rank of each entry in the head that it belongs to; in other heads it is -inf."""
     return jnp.max(own, axis=1, keepdims=True)

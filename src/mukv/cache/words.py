@@ -15,7 +15,7 @@ from mukv.schema.schema import build, join
 from mukv.schema.yaml_text import parse_yaml
 
 T = TypeVar("T")
-SET_ELSEWHERE = frozenset({"budget", "spread", "refine", "when", "calibrated"})
+SET_ELSEWHERE = frozenset({"budget", "spread", "refine", "when", "calibrated", "asks"})
 """Fields that a word can't set: other words of the name set them, or a calibration."""
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
     "kvpress": {
@@ -29,6 +29,7 @@ PEERS: dict[str, dict[str, dict[str, Any]]] = {
         "leverage": {"recent": 0},
         "cur": {"recent": 0},
         "compactor": {},
+        "kvzip": {"recent": 0},
         "random": {"recent": 0},
         "critical": {},
         "chunk": {},

@@ -52,7 +52,7 @@ def require_bounded(tree: Mapping[str, Any], where: str) -> None:
 
 
 @dataclass
-class Weights:
+class Growths:
     """The largest number of characters that each character becomes in the following steps.
 
     others: number for characters that are not in `known`
@@ -71,9 +71,9 @@ class Weights:
         """Largest number of all characters."""
         return max(self.others, *self.known.values(), 0.0)
 
-    def each(self, change: Any) -> Weights:
+    def each(self, change: Any) -> Growths:
         """Apply a function to all numbers."""
-        return Weights(change(self.others), {c: change(w) for c, w in self.known.items()})
+        return Growths(change(self.others), {c: change(w) for c, w in self.known.items()})
 
 
 def growth(parts: Iterable[Mapping[str, Any]]) -> float:
@@ -82,30 +82,30 @@ def growth(parts: Iterable[Mapping[str, Any]]) -> float:
     Parts are processed from last to first. The characters that a part substitutes for n characters
     are divided equally among these.
     """
-    weights = Weights()
+    weights = Growths()
     for part in reversed(list(parts)):
         weights = _before(part, weights)
     return weights.most
 
 
-def _before(part: Mapping[str, Any], after: Weights) -> Weights:
+def _before(part: Mapping[str, Any], after: Growths) -> Growths:
     if "pattern" in part and "content" in part:
         return _before_replacing(part["pattern"], after.of(str(part["content"])), after)
     if "prepend" in part:
         added = after.of(str(part["prepend"]))
         return after.each(lambda weight: weight + added)
     if part.get("precompiled_charsmap"):
-        return Weights(after.most * max(1, _longest(part["precompiled_charsmap"])))
+        return Growths(after.most * max(1, _longest(part["precompiled_charsmap"])))
     if part.get("type") == "ByteLevel":  # a character has up to four bytes
-        return Weights(4 * after.most, {c: after.known.get(c, after.others) for c in VISIBLE})
-    return Weights(after.most)  # characters may be replaced by others
+        return Growths(4 * after.most, {c: after.known.get(c, after.others) for c in VISIBLE})
+    return Growths(after.most)  # characters may be replaced by others
 
 
-def _before_replacing(pattern: Any, added: float, after: Weights) -> Weights:
+def _before_replacing(pattern: Any, added: float, after: Growths) -> Growths:
     text = pattern.get("String") if isinstance(pattern, Mapping) else pattern
     if isinstance(text, str) and text:
         changed = {c: max(after.of(c), added / len(text)) for c in text}
-        return Weights(after.others, after.known | changed)
+        return Growths(after.others, after.known | changed)
     expression = pattern.get("Regex") if isinstance(pattern, Mapping) else None
     if isinstance(expression, str) and not matches_nothing(expression):
         return after.each(lambda weight: max(weight, added))

@@ -1,8 +1,9 @@
 """Rules that map our weights to the tensors of a checkpoint, in both directions.
 
-A rule names a tensor of theirs, a weight of ours, and how the axes of the former merge the named
-dimensions of the latter, as in einops: "(heads head_dim) embed". Shapes, reshapes, transposes and
-the slice of a file that a device needs follow from these.
+A rule has the name of a tensor of the checkpoint ("theirs"), the name of our weight ("ours"), and
+the named dimensions of our weight that each axis of the tensor merges, as in einops:
+"(heads head_dim) embed". Shapes, reshapes, transposes and the slice of a file that a device needs
+follow from these.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from mukv.model.plan import ResolvedLayer
 from mukv.storage.tensors import Cut, Tensor
 
 BLOCK_BYTES = 1 << 26
-"""Bytes of a weight that are read at once, at most, where it can be read in blocks of rows."""
+"""Maximum bytes of a weight that are read at once, if it can be read in blocks of rows."""
+PART = "part"
+"""Name, in the axes of a rule, of the axis that counts the weights that a tensor holds."""
 OURS_FIRST = re.compile(r"^stage\d+\.slot\d+\.")
 ROTATED = frozenset(
     f"{place}{kind}"
     for place in ("read.query", "write.key")
     for kind in ("", "_bias", "_norm.gain", "_norm.offset")
 )
-"""Weights whose last dimension is that of a rotated head."""
+"""Weights whose last dimension is the rotated width of a head."""
 
 
 class WeightSource(Protocol):
@@ -43,32 +46,37 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
-    """Maps one tensor of theirs to one weight of ours.
+    """Maps one tensor of a checkpoint to one of our weights.
 
     theirs: name of the tensor; "{layer}" stands for the layer's index
-    ours: dotted path of the weight, inside its layer if it belongs to one
-    axes: for each axis of theirs, the dimensions of ours that it merges
+    ours: dotted path of our weight, inside its layer if it belongs to one
+    axes: for each axis of the tensor, the dimensions of our weight that it merges; "part" counts
+        the weights that a tensor holds, as in "(part heads head_dim)"
+    part: index of this weight in a tensor that holds several, and their number
     """
 
     theirs: str
     ours: str
     axes: str
+    part: tuple[int, int] = (0, 1)
 
     def merged(self) -> tuple[tuple[str, ...], ...]:
-        """Return the dimensions of ours that each axis of theirs merges."""
+        """Return the dimensions of our weight that each axis of the tensor merges."""
         groups = re.findall(r"\(([^)]*)\)|(\S+)", self.axes)
         return tuple(tuple((group or single).split()) for group, single in groups)
 
 
 @dataclass(frozen=True)
 class WeightPiece:
-    """One tensor of theirs and the weight of ours, or the layer of a stacked weight, that it holds.
+    """One tensor of a checkpoint, and our weight (or layer of a stacked weight) that it holds.
 
-    theirs, ours: names
+    theirs, ours: names of the tensor and of our weight
     repeat: index in the stack; None for weights outside of layers
-    param: declaration of the weight, not stacked
-    axes: for each axis of theirs, the dimensions of ours that it merges
-    order: index in their head of each dimension of our head; None for the same order
+    param: declaration of our weight, not stacked
+    axes: for each axis of the tensor, the dimensions of our weight that it merges
+    order: for each dimension of a head of our weight, its index in a head of the tensor; None for
+        the same order
+    part: index of our weight in the tensor, and the number of weights there
     """
 
     theirs: str
@@ -77,11 +85,16 @@ class WeightPiece:
     param: Param
     axes: tuple[tuple[str, ...], ...]
     order: tuple[int, ...] | None = None
+    part: tuple[int, int] = (0, 1)
+
+    @cached_property
+    def _dims(self) -> dict[str, int]:
+        return {**self.param.dims, PART: self.part[1]}
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Shape of their tensor."""
-        dims = self.param.dims
+        """Shape of the tensor in the checkpoint."""
+        dims = self._dims
         return tuple(math.prod(dims[name] for name in group) for group in self.axes)
 
     @property
@@ -89,11 +102,13 @@ class WeightPiece:
         return [name for group in self.axes for name in group]
 
     def read(self, source: WeightSource, cut: Cut | None = None) -> np.ndarray:
-        """Read our weight, or a slice of it. Of a file, only the slice is read if it consists of
-        whole rows or heads.
+        """Read our weight, or a slice of it. If the slice consists of whole rows or heads, nothing
+        else is read from the file.
         """
-        dims = self.param.dims
-        whole = dict(zip(dims, cut or (), strict=False))
+        dims, index = self._dims, self.part[0]
+        whole = dict(zip(self.param.dims, cut or (), strict=False)) | {
+            PART: slice(index, index + 1)
+        }
         bounds = {name: whole.get(name, slice(None)).indices(size) for name, size in dims.items()}
         theirs, shape = [], []
         for first, *rest in self.axes:
@@ -102,43 +117,55 @@ class WeightPiece:
             theirs.append(slice(start * inner, stop * inner))
             shape += [stop - start, *(dims[name] for name in rest)]
         weight = source.read(self.theirs, tuple(theirs)).reshape(shape)
-        weight = weight.transpose([self._flat.index(name) for name in dims])
+        weight = weight.transpose([self._flat.index(name) for name in dims if name in self._flat])
+        later = {name for _, *rest in self.axes for name in rest}
+        if PART in self._flat:
+            weight = weight[..., index if PART in later else 0]
         if self.order is not None:
             weight = weight[..., np.asarray(self.order)]
-        later = {name for _, *rest in self.axes for name in rest}
-        inside = tuple(slice(*bounds[name]) if name in later else slice(None) for name in dims)
-        return weight[inside]
+        ours = self.param.dims
+        return weight[tuple(slice(*bounds[n]) if n in later else slice(None) for n in ours)]
 
     def blocks(self, source: WeightSource) -> Iterator[np.ndarray]:
-        """Yield our weight in order, in blocks of rows where these are consecutive in the file, so
-        that a large embedding is never in memory as a whole.
+        """Yield our weight in blocks of rows if its rows are consecutive in the file, else as a
+        whole, so that a large embedding is never in RAM as a whole.
         """
         dims = self.param.dims
         first = next(iter(dims))
         rows = dims[first]
         row_bytes = self.param.size // rows * source.tensors[self.theirs].dtype.itemsize
         step = max(1, BLOCK_BYTES // max(row_bytes, 1))
-        if self.axes[0][0] != first or self.order is not None or step >= rows:
+        reordered = self.order is not None or PART in self._flat
+        if self.axes[0][0] != first or reordered or step >= rows:
             yield self.read(source)
             return
         for start in range(0, rows, step):
             yield self.read(source, (slice(start, min(start + step, rows)),))
 
-    def give(self, weight: np.ndarray) -> np.ndarray:
-        """Convert our whole weight to their tensor."""
+    def put(self, weight: np.ndarray, into: np.ndarray) -> None:
+        """Write our whole weight to its part of the tensor of the checkpoint.
+
+        into: the tensor, contiguous
+        """
+        view = into.reshape([self._dims[name] for name in self._flat])
+        place = [self.part[0] if name == PART else slice(None) for name in self._flat]
+        view[tuple(place)] = self._turned(weight)
+
+    def _turned(self, weight: np.ndarray) -> np.ndarray:
+        """Return our weight with its axes in the order of the tensor of the checkpoint."""
         if self.order is not None:
             weight = weight[..., np.argsort(self.order)]
         names = list(self.param.dims)
-        return weight.transpose([names.index(name) for name in self._flat]).reshape(self.shape)
+        return weight.transpose([names.index(name) for name in self._flat if name != PART])
 
 
 def pieces(
     rules: Sequence[Rule], model: Decoder, order: Callable[[int], Sequence[int]] | None = None
 ) -> list[WeightPiece]:
-    """Return every tensor of a model, in the order of our names.
+    """Return a piece for every tensor of a model, in the order of our weights.
 
-    order: function from a head's width to the index in their head of each dimension of our rotated
-        head; None for the same order
+    order: function from the width of a rotated head to the `order` of its pieces; None for the same
+        order
 
     Raises BadInput for a weight without a rule.
     """
@@ -156,7 +183,7 @@ def pieces(
             )
         single = Param({k: v for k, v in param.dims.items() if k != LAYER})
         indices = tuple(order(param.shape[-1])) if order and inside in ROTATED else None
-        shared = (single, rule.merged(), indices)
+        shared = (single, rule.merged(), indices, rule.part)
         if inside == name:
             found.append(WeightPiece(rule.theirs, name, None, *shared))
             continue
@@ -167,8 +194,8 @@ def pieces(
 
 
 def halves_in_pairs(width: int) -> list[int]:
-    """Return the index, in a head with interleaved pairs, of each dimension of a head with rotated
-    halves.
+    """Return, for each dimension of a head whose halves are rotated as pairs, its index in a head
+    with interleaved pairs.
     """
     return [*range(0, width, 2), *range(1, width, 2)]
 
@@ -181,9 +208,9 @@ def pairs_in_halves(width: int) -> list[int]:
 def check(
     found: Iterable[WeightPiece], source: WeightSource, where: str, ignored: str = "$^"
 ) -> None:
-    """Raise BadInput unless every tensor is present with its shape and no other tensor is.
+    """Raise BadInput unless the source has exactly the tensors of these pieces, with their shapes.
 
-    ignored: pattern of names of tensors that may be present
+    ignored: pattern of the names of further tensors that may be present
     """
     wanted = {piece.theirs: piece.shape for piece in found}
     for name, shape in wanted.items():

@@ -26,6 +26,7 @@ from mukv.core.errors import BadInput
 from mukv.core.programs import Programs, outputs
 from mukv.core.typing import Array, Float, Int, Weights
 from mukv.infer.prompts import PROMPT_MULTIPLE, joined, readings, round_up
+from mukv.infer.replay import Spent, read_twice
 from mukv.model.base import LanguageModel
 
 BLOCK = 16
@@ -245,31 +246,37 @@ def generate(
 
     key = jax.random.key(sampling.seed)
     room = sizes.batch, sizes.body, sizes.tail
-    cache = model.empty_cache(*room, compute.type, policy, centres, sizes.after)
+    number, one = jnp.ones((), jnp.int32), np.int32(1)
+    reads = readings(functions.prefill, functions.extend, prompts, then, prefill_chunk)
+    token, first = jnp.zeros(sizes.batch, jnp.int32), Spent()
+    if policy.keep.replays:
+        token, cache, first = read_twice(
+            model, weights, prompts, reads, policy, room, sizes.after, compute, key
+        )
+        reads = [each for each in reads if not each.chooses]
+    else:
+        cache = model.empty_cache(*room, compute.type, policy, centres, sizes.after)
     cache_bytes = cache.nbytes()
 
-    number, one = jnp.ones((), jnp.int32), np.int32(1)
     start = time.perf_counter()
-    reads = readings(functions.prefill, functions.extend, prompts, then, prefill_chunk)
     programs, after = [], cache
     for each in reads:
         programs.append(each.program(weights, after, key))
         after = outputs(programs[-1])[1]
     if max_tokens > 1:
-        token = outputs(programs[-1])[0]
-        functions.block.compiled(weights, *after.split(), token, number, key, one)
+        drawn = outputs(programs[-1])[0] if programs else token
+        functions.block.compiled(weights, *after.split(), drawn, number, key, one)
         if max_tokens - 1 > sizes.tail:
             functions.fold.compiled(weights, after)
-    compile_seconds = time.perf_counter() - start
+    compile_seconds = first.compiling + time.perf_counter() - start
 
     start = time.perf_counter()
-    token = jnp.zeros(sizes.batch, jnp.int32)
     for program, each in zip(programs, reads, strict=True):
         last, cache = program(weights, *each.inputs(cache, key))
         token = each.token(last, token)
     rows = _Rows(stop, max_tokens, show, ended)
     rows.add(np.asarray(token)[:, None])
-    prefill_seconds = time.perf_counter() - start
+    prefill_seconds = first.reading + time.perf_counter() - start
     if rows.done:
         return Generation(rows.tokens, cache_bytes, prefill_seconds, 0.0, compile_seconds)
 

@@ -34,7 +34,7 @@ from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
 from mukv.scaling.parameterization import Scaling
-from mukv.scaling.stability import Family
+from mukv.scaling.stability import UpdateFamily
 
 
 class Memory(NamedTuple):
@@ -271,7 +271,7 @@ class LanguageModel(Component):
             )
         return declared
 
-    def resolved(self, family: Family = "adam") -> Any:
+    def resolved(self, family: UpdateFamily = "adam") -> Any:
         """Return deviation, multiplier and learning rate factors of each weight, from its scaling.
 
         family: family of optimizers that the learning rates are for

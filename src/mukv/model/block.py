@@ -9,7 +9,7 @@ import jax
 
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.linear import project
+from mukv.core.linear import project, with_bias
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, map_params
 from mukv.core.table import Component, PartTable
@@ -79,6 +79,44 @@ class Gated(Feedforward):
 
 
 @dataclass(frozen=True)
+class Ungated(Feedforward):
+    """MLP without a gate (Vaswani et al. 2017; GPT-2): down(activation(up x)).
+
+    hidden: inner width
+    activation: function of the inner units
+    biases: whether both products have a bias
+    """
+
+    kind: Literal["ungated"] = "ungated"
+    hidden: int = 128
+    activation: Literal["silu", "gelu"] = "gelu"
+    biases: bool = False
+
+    grows: ClassVar[tuple[str, ...]] = ("hidden",)
+
+    def __post_init__(self) -> None:
+        require_counts(self, "hidden", most=4 * WIDEST)
+
+    def params(self, d_model: int) -> dict[str, Param]:
+        width, inner = {"embed": d_model}, {"hidden": self.hidden}
+        declared = {
+            "up": Param(width | inner, fan_in=("embed",)),
+            "down": Param(inner | width, fan_in=("hidden",), ends_branch=True),
+        }
+        if self.biases:
+            declared["up_bias"] = Param(inner, role="vector", init="zeros")
+            declared["down_bias"] = Param(width, role="vector", init="zeros", ends_branch=True)
+        return declared
+
+    def apply(
+        self, weights: Weights, x: Residual, counted: Bool[Array, "batch token"] | None = None
+    ) -> tuple[Residual, None]:
+        inner = with_bias(project(x, weights["up"]), weights, "up_bias")
+        out = project(ACTIVATIONS[self.activation](inner), weights["down"])
+        return with_bias(out, weights, "down_bias"), None
+
+
+@dataclass(frozen=True)
 class Branching(Component):
     """Base class of the placements of norms: each branch computes x + branch(norm(x))."""
 
@@ -105,11 +143,8 @@ class PreNorm(Branching):
     kind: Literal["pre"] = "pre"
 
 
-@dataclass(frozen=True)
-class SandwichNorm(Branching):
-    """Norm before and after each branch: x + norm(branch(norm(x))) (Gemma 2)."""
-
-    kind: Literal["sandwich"] = "sandwich"
+class NormAfter(Branching):
+    """Base class of the placements with a norm of what a branch adds."""
 
     def check(self, norm: RMSNorm, scaling: Scaling) -> None:
         if scaling.depth is not None and norm.stored == "offset":
@@ -121,11 +156,33 @@ class SandwichNorm(Branching):
     def params(self, name: str, norm: RMSNorm, d_model: int) -> dict[str, Any]:
         # Only the outer gain determines the size of what a branch adds.
         after = map_params(lambda p: replace(p, ends_branch=True), norm.params(d_model))
-        return {**super().params(name, norm, d_model), f"{name}_post_norm": after}
+        return {f"{name}_post_norm": after}
 
     def leave(self, weights: Weights, name: str, norm: RMSNorm, branch: Residual) -> Residual:
         return norm.apply(weights[f"{name}_post_norm"], branch)
 
 
-RESIDUALS = PartTable("residual", Branching, {"pre": PreNorm, "sandwich": SandwichNorm})
+@dataclass(frozen=True)
+class PostNorm(NormAfter):
+    """Norm after each branch only: x + norm(branch(x)) (OLMo 2)."""
+
+    kind: Literal["post"] = "post"
+
+    def enter(self, weights: Weights, name: str, norm: RMSNorm, x: Residual) -> Residual:
+        return x
+
+
+@dataclass(frozen=True)
+class SandwichNorm(NormAfter):
+    """Norm before and after each branch: x + norm(branch(norm(x))) (Gemma 2)."""
+
+    kind: Literal["sandwich"] = "sandwich"
+
+    def params(self, name: str, norm: RMSNorm, d_model: int) -> dict[str, Any]:
+        return {f"{name}_norm": norm.params(d_model), **super().params(name, norm, d_model)}
+
+
+RESIDUALS = PartTable(
+    "residual", Branching, {"pre": PreNorm, "post": PostNorm, "sandwich": SandwichNorm}
+)
 AnyResidual = Annotated[Branching, RESIDUALS]

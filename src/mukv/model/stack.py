@@ -7,7 +7,7 @@ A stack maps a residual stream to a residual stream; it has no embedding or read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,7 @@ from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
 from mukv.model.cache_update import LayerBag, LayerMemory, joined, memories
 from mukv.model.feedforward import AnyFeedforward
-from mukv.model.passes import Memory, Pass, Remember, layer_params
+from mukv.model.passes import Asked, Memory, Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
 
@@ -138,7 +138,7 @@ class Stack:
             _: Any,
             memory: Memory,
             written: Written,
-            __: Callable[[], Queries],
+            __: Asked,
         ) -> tuple[tuple[Bag, ...], Memory]:
             bags = layer.bags.items()
             entries = (bag.entries(written[name], position, segment) for name, bag in bags)
@@ -202,6 +202,7 @@ class Stack:
         policy: Policy = FULL,
         centres: Calibrated | None = None,
         after: int | None = None,
+        kept: Sequence[int] | None = None,
     ) -> Cache:
         """Allocate an empty cache.
 
@@ -211,6 +212,7 @@ class Stack:
         policy: cache policy of stores without a window
         centres: calibrated cluster centres by layer, for policies that use them
         after: most tokens of a row that follow its prompt; None if that is not known
+        kept: entries that each store without a window keeps of a prompt, if layers share a budget
         """
         whole = [(layer.index, name) for layer in self.writers for name in layer.whole]
 
@@ -228,7 +230,8 @@ class Stack:
             own = (centres or {}).get(layer.index, {})
             room = batch, bag.room(length), dtype
             rest = None if after is None else -(-after // bag.every)
-            body = policy.body(layer.softmax, self.d_model, *room, place, own, name, rest)
+            count = None if kept is None else kept[place[0]]
+            body = policy.body(layer.softmax, self.d_model, *room, place, own, name, rest, count)
             if choosing(body, False).needs_queries:
                 shape = (batch, layer.softmax.heads, tail, layer.softmax.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
@@ -284,7 +287,7 @@ class Stack:
             reading: Any,
             memory: Memory,
             written: Written,
-            query: Callable[[], Queries],
+            query: Asked,
         ) -> tuple[tuple[Bag, ...], Memory]:
             assert memory is not None
             slots: dict[str, Slot] = {}
@@ -292,7 +295,7 @@ class Stack:
             for name, bag in layer.bags.items():
                 slot, new = memory.slots[name], written[name]
                 asked = query() if slot.body.needs_queries else None
-                reader = Reader(layer.softmax, reading, asked)
+                reader = Reader(layer.softmax, reading, asked, None, query.x)
                 slots[name] = slot.extended(new, cache.length, count, reader, fresh)
                 parts += () if fresh else (slot.entries(cache.length),)
                 parts.append(bag.entries(new, position))
@@ -330,7 +333,7 @@ class Stack:
             _: Any,
             memory: Memory,
             written: Written,
-            query: Callable[[], Queries],
+            query: Asked,
         ) -> tuple[tuple[Bag, ...], Memory]:
             assert memory is not None
             slots: dict[str, Slot] = {}

@@ -16,10 +16,10 @@ from mukv.core.errors import BadInput
 from mukv.model.base import LanguageModel
 from mukv.scaling.parameterization import sizes
 
-Model = TypeVar("Model", bound=LanguageModel)
+AnyLanguageModel = TypeVar("AnyLanguageModel", bound=LanguageModel)
 
 
-def widened(model: Model, d_model: int) -> Model:
+def widened(model: AnyLanguageModel, d_model: int) -> AnyLanguageModel:
     """Return the model with width d_model, and all sizes in `grows` scaled by the same ratio.
 
     Raises BadInput if a size would not be an integer.

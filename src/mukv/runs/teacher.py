@@ -89,9 +89,10 @@ def find_teacher(run: Run, folder: RunDirectory, tokenizer: AnyTokenizer) -> Run
     if network.vocab_size != mine.vocab_size:
         allowed = f"a model with the {mine.vocab_size:,} ids of model.vocab_size"
         raise BadInput(FIELD, f"{source}, with {network.vocab_size:,} ids", allowed)
-    if network.context is not None and run.train.length > network.context:
+    longest = max(length for _, length in run.train.sizes)
+    if network.context is not None and longest > network.context:
         allowed = f"at most the {network.context:,} tokens of the teacher's context"
-        raise BadInput("train.length", run.train.length, allowed)
+        raise BadInput("train.length", longest, allowed)
     theirs = _tokenizer(found)
     if not isinstance(theirs, NoTokenizer) and theirs.fingerprint != tokenizer.fingerprint:
         stamps = theirs.fingerprint[:12], tokenizer.fingerprint[:12]

@@ -19,7 +19,7 @@ import optax
 
 from mukv.core.params import Param, map_params
 from mukv.core.typing import Array
-from mukv.scaling.stability import Family
+from mukv.scaling.stability import UpdateFamily
 from mukv.scaling.updates import Optimizer, by_matrix
 
 SMALLEST_FACTORED = 128
@@ -56,7 +56,7 @@ class Adafactor(Optimizer):
     clip_threshold: upper bound of an update's root mean square
     """
 
-    family: ClassVar[Family] = "adafactor"
+    family: ClassVar[UpdateFamily] = "adafactor"
 
     kind: Literal["adafactor"] = "adafactor"
     weight_decay: float = 0.0

@@ -18,7 +18,7 @@ import optax
 from mukv.core.table import PartTable
 from mukv.scaling.adafactor import Adafactor
 from mukv.scaling.muon import Muon
-from mukv.scaling.stability import Family
+from mukv.scaling.stability import UpdateFamily
 from mukv.scaling.updates import Optimizer, adam
 
 
@@ -104,7 +104,7 @@ class SGD(Optimizer):
     momentum: decay of the running sum of gradients
     """
 
-    family: ClassVar[Family] = "sgd"
+    family: ClassVar[UpdateFamily] = "sgd"
 
     kind: Literal["sgd"] = "sgd"
     weight_decay: float = 0.0

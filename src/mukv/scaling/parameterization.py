@@ -28,7 +28,7 @@ from mukv.scaling.stability import (
     ROUTER,
     SCALED,
     Alignment,
-    Family,
+    UpdateFamily,
     check_start,
     learning_rate_powers,
     router_power,
@@ -154,7 +154,7 @@ class Scaling:
 
     # Hyperparameters of a weight
 
-    def resolve(self, declared: Any, layers: int, family: Family = "adam") -> Any:
+    def resolve(self, declared: Any, layers: int, family: UpdateFamily = "adam") -> Any:
         """Compute the `Resolved` of each declared weight, as a tree of the same structure.
 
         layers: number of layers of the whole model
@@ -235,7 +235,7 @@ class Scaling:
             return self.exponents
         return dict(zip(SCALED, EXPONENTS[self.kind], strict=True))
 
-    def _learning_rates(self, family: Family) -> dict[str, float]:
+    def _learning_rates(self, family: UpdateFamily) -> dict[str, float]:
         if self.alignment == "ignored":
             return {}
         if isinstance(self.alignment, Measured):

@@ -14,7 +14,7 @@ from typing import Literal
 
 from mukv.core.errors import BadInput
 
-Family = Literal["sgd", "adam", "adafactor"]
+UpdateFamily = Literal["sgd", "adam", "adafactor"]
 SCALED = ("embedding", "hidden", "readout")
 """Roles whose sizes grow with the width."""
 
@@ -49,7 +49,7 @@ ROUTER = (0.0, 0.5)
 the same initial size at every width."""
 
 
-def router_power(family: Family, alignment: Alignment) -> float:
+def router_power(family: UpdateFamily, alignment: Alignment) -> float:
     """Return the exponent of n in a router's learning rate with which changes of its scores have
     the same size at every width. Gradients of the scores are assumed not to shrink with n."""
     # Adafactor's updates are as large as the weight, n ** -b.
@@ -71,7 +71,7 @@ def check_start(exponents: Mapping[str, tuple[float, float]]) -> None:
 
 def learning_rate_powers(
     exponents: Mapping[str, tuple[float, float]],
-    family: Family,
+    family: UpdateFamily,
     hidden: Alignment,
     readout: Alignment,
 ) -> dict[str, float]:

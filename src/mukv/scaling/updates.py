@@ -15,7 +15,7 @@ from mukv.core.params import LAYER, Param, map_params
 from mukv.core.table import Component
 from mukv.core.typing import Array, Number
 from mukv.scaling.budget import Change
-from mukv.scaling.stability import Family
+from mukv.scaling.stability import UpdateFamily
 
 AVERAGES = ("beta1", "beta2", "momentum")
 
@@ -30,7 +30,7 @@ class Optimizer(Component):
         the same at every width (Wortsman et al. 2023; Kosson et al. 2025), or "coupled" to it
     """
 
-    family: ClassVar[Family] = "adam"
+    family: ClassVar[UpdateFamily] = "adam"
 
     weight_decay: float = 0.1
     decay: Literal["independent", "coupled"] = "independent"

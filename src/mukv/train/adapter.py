@@ -23,7 +23,7 @@ from mukv.core.params import LAYER, WIDEST, Param, named
 from mukv.core.typing import Array
 from mukv.model.base import LanguageModel
 from mukv.scaling.parameterization import changes
-from mukv.scaling.stability import Family
+from mukv.scaling.stability import UpdateFamily
 
 FIRST, SECOND = "a", "b"
 """Names of the two thin matrices in the tree, below the name of the weight that they change."""
@@ -94,7 +94,7 @@ class Adapter:
             node[FIRST], node[SECOND] = factors(param, self.rank)
         return tree
 
-    def resolved(self, model: LanguageModel, family: Family = "adam") -> Any:
+    def resolved(self, model: LanguageModel, family: UpdateFamily = "adam") -> Any:
         """Compute the `Resolved` of each A and B, for a family of optimizers."""
         declared = self.params(model.params())
         found = named(model.scaling.resolve(declared, len(model.layers), family))

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,9 @@ import numpy as np
 
 from mukv.core.device import peak_flops
 from mukv.core.errors import Failed
-from mukv.data.batches import Prefetch
+from mukv.data.batches import Batch, Prefetch
 from mukv.data.feed import Source
+from mukv.data.mixture import Mixture
 from mukv.model.counting import flops_per_token
 from mukv.show.progress import Bar
 from mukv.storage.checkpoint import Checkpoints
@@ -63,6 +63,11 @@ class Outcome:
             )
 
 
+AGREE_EVERY = 8
+"""Steps between two collectives in which the processes agree whether to stop. Each waits for the
+devices, which costs a few milliseconds."""
+
+
 @dataclass
 class Clock:
     """Measures speed from the end of the first step (which compiles), without pauses."""
@@ -97,13 +102,13 @@ class Clock:
 class Loop:
     """One run of one trainer in one folder.
 
-    batches, validation: sources of training and validation batches
+    batches, validation: sources of training and validation batches of each stage of training
     token_bytes: UTF-8 bytes of each id, int [vocab]
     """
 
     trainer: Trainer
-    batches: Source
-    validation: Source
+    batches: Sequence[Source]
+    validation: Sequence[Source]
     token_bytes: np.ndarray
     checkpoints: Checkpoints
     folder: Path
@@ -123,7 +128,7 @@ class Loop:
         clock = Clock(training.batch * training.length)
         peak = peak_flops(trainer.mesh.size)
         adapters = trainer.declared if trainer.adapter is not None else None
-        flops = flops_per_token(trainer.model, training.length, adapters)
+        flops = [flops_per_token(trainer.model, size, adapters) for _, size in training.sizes]
         step, finished = start, True
         stable = training.schedule.stable_until(training.steps)
         self.last, self.seen = known_so_far(self.folder / "metrics.jsonl", start)
@@ -138,9 +143,7 @@ class Loop:
                 bar.say(
                     f"all {start} steps are already done; metrics are those of the finished run"
                 )
-            prefetch = Prefetch(
-                lambda step: self.batches.at(step, **trainer.share), range(start, training.steps)
-            )
+            prefetch = Prefetch(self.batch_at, range(start, training.steps))
             stack.enter_context(prefetch)
             for step, batch in enumerate(prefetch, start=start + 1):
                 state, metrics = trainer.step(state, step - 1, trainer.put(batch))
@@ -149,8 +152,8 @@ class Loop:
                 clock.tick()
                 ends = step == training.steps
                 logs = ends or step % training.log_every == 0 or step == start + 1
-                # With several processes `agreed` is a collective, called only when logging.
-                leaves = (logs or jax.process_count() == 1) and stop.agreed()
+                asks = logs or jax.process_count() == 1 or step % AGREE_EVERY == 0
+                leaves = asks and stop.agreed()
                 logs = logs or leaves
                 evaluates = ends or due(step, training.evaluate_every)
                 saves = ends or leaves or due(step, training.checkpoint_every) or step == stable
@@ -165,14 +168,14 @@ class Loop:
                         **{name: float(n) for name, n in metrics.counts.items()},
                         "tokens": step * clock.tokens_per_step,
                         "tokens_per_second": rate,
-                        "mfu": rate * flops / peak,
+                        "mfu": rate * flops[training.stage_at(step - 1)] / peak,
                         "wait_fraction": prefetch.wait_seconds / max(clock.seconds, 1e-9),
                     }
                     self.note(step, numbers)
                     trackers.log(step, numbers)
                 if evaluates:
                     with clock.pause():
-                        validation = self.evaluate(state)
+                        validation = self.evaluate(state, step)
                     self.note(step, validation)
                     trackers.log(step, validation)
                 if logs or evaluates:
@@ -216,7 +219,7 @@ class Loop:
         sound = int(state.step)
         if sound == step:
             return
-        batch = self.batches.at(sound, **self.trainer.share)
+        batch = self.batch_at(sound)
         culprit = self.trainer.blame(state, self.trainer.put(batch))
         self.checkpoints.wait()
         # A checkpoint of step `sound` has the weights of the failed step.
@@ -226,18 +229,40 @@ class Loop:
             f"step {sound + 1}: not a finite number in {culprit}; {saved} in {self.folder}"
         )
 
-    def evaluate(self, state: State) -> dict[str, float]:
-        """Compute the loss on the validation windows: nats per token and bits per byte."""
+    def batch_at(self, step: int) -> Batch:
+        """Return this process's rows of a training batch."""
+        source = self.batches[self.trainer.training.stage_at(step)]
+        return source.at(step, **self.trainer.share)
+
+    def evaluate(self, state: State, step: int) -> dict[str, float]:
+        """Compute the loss on the validation windows: nats per token and bits per byte. Of a
+        mixture, that of each part, and their mean with its weights.
+
+        step: updates done. Windows have the length of the last one's stage
+        """
         training = self.trainer.training
-        windows: Iterable[Any] = self.validation.once(
-            training.validation_batches, **self.trainer.share
-        )
+        limit, mixed = training.validation_batches, self.validation[training.stage_at(step - 1)]
+        if not isinstance(mixed, Mixture):
+            return validation_metrics(*self.summed(state, mixed, limit))
+        share = mixed.share(limit)
+        sums = {name: self.summed(state, part, share) for name, part in mixed.parts.items()}
+        found: dict[str, float] = {}
+        for name, total in sums.items():
+            metrics = validation_metrics(*total)
+            found |= {f"{key}/{name}": value for key, value in metrics.items()}
+        counted = sum(total[1] for total in sums.values())
+        shares = counted * np.array(mixed.weights) / sum(mixed.weights)
+        per_token = np.array([total / max(total[1], 1) for total in sums.values()])
+        return validation_metrics(*(shares @ per_token)) | found
+
+    def summed(self, state: State, source: Source, limit: int | None) -> np.ndarray:
+        """Sum nats, tokens and bytes over at most `limit` validation batches [3]."""
         total = np.zeros(3)
         table = jnp.asarray(self.token_bytes, jnp.int32)
-        for batch in windows:
+        for batch in source.once(limit, **self.trainer.share):
             sums = self.trainer.validate(state.weights, self.trainer.put(batch), table)
             total += np.asarray([float(number) for number in sums])
-        return validation_metrics(*total)
+        return total
 
 
 def known_so_far(path: Path, step: int) -> tuple[dict[str, float], dict[str, int]]:

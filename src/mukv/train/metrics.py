@@ -22,7 +22,7 @@ from mukv.storage.json_text import to_json
 
 LONGEST_LINE, MOST_STEPS = 1 << 20, INT32
 """Longest line in characters, and largest step, that are accepted in a metrics file."""
-LeftOut = Callable[[int, str], None]
+SkippedLine = Callable[[int, str], None]
 """Callback that receives the number of an ignored line, and the reason."""
 
 
@@ -56,7 +56,7 @@ class MetricsFile:
         self.file.close()
 
 
-def read_metrics(path: Path, left_out: LeftOut | None = None) -> Iterator[dict[str, Any]]:
+def read_metrics(path: Path, left_out: SkippedLine | None = None) -> Iterator[dict[str, Any]]:
     """Yield the records of a metrics file: the step (32 bits) and all values that are finite
     numbers.
 

@@ -29,7 +29,7 @@ from mukv.train import distillation
 from mukv.train.training import Training
 
 BATCH_FIELDS = ("tokens", "targets", "weight", "position", "segment")
-Batch = Mapping[str, Array]
+BatchArrays = Mapping[str, Array]
 """tokens, targets, position, segment: int32 [batch token]; weight: float32 [batch token]."""
 
 
@@ -114,14 +114,15 @@ class Trainer:
         if training.teacher is not None and teacher is None:
             allowed = "null here: only `mukv train` learns from a teacher"
             raise BadInput("train.teacher", training.teacher, allowed)
-        rows = training.batch // training.accumulate
-        if rows % mesh.shape["data"]:
-            raise BadInput(
-                "train.batch",
-                training.batch,
-                f"batch / accumulate ({rows}) must be a multiple of mesh.data "
-                f"({mesh.shape['data']})",
-            )
+        for batch, length in training.sizes:
+            rows = batch // training.accumulate
+            if rows % mesh.shape["data"]:
+                raise BadInput(
+                    "train.batch",
+                    batch,
+                    f"batch / accumulate ({rows}) must be a multiple of mesh.data "
+                    f"({mesh.shape['data']})" + (f" at length {length}" if training.stages else ""),
+                )
         training = training.effective
         self.model, self.training, self.mesh = model, training, mesh
         self.share = share_of_batch(mesh)
@@ -141,23 +142,25 @@ class Trainer:
         if self.teacher is not None:
             self.taught = distillation.abstract_weights(self.teacher, self.compute, mesh)
         self.optimizer = training.optimizer.transform(self.declared, self.resolved)
-        self._step = self._compiled_step = jax.jit(
+        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._step = jax.jit(
             self.update,
             donate_argnums=0,
             out_shardings=(self.shardings(), replicated(mesh)),
         )
         self._validate = jax.jit(self.validation_sums, out_shardings=replicated(mesh))
 
-    def step(self, state: State, step: int, batch: Batch) -> tuple[State, Metrics]:
+    def step(self, state: State, step: int, batch: BatchArrays) -> tuple[State, Metrics]:
         """Do update number `step`, counted from 0; the given state is donated."""
-        result = self._compiled_step(state, step, batch, self.frozen, self.taught)
+        compiled = self._compiled.get(batch["tokens"].shape, self._step)
+        result = compiled(state, step, batch, self.frozen, self.taught)
         if self.platform == "cpu" and self.mesh.size > 1:
             # Simulated devices share one pool of threads. A second program could occupy the threads
             # that the first needs to finish a collective, which is a deadlock.
             jax.block_until_ready(result)
         return result
 
-    def validate(self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"]) -> Any:
+    def validate(self, weights: Any, batch: BatchArrays, token_bytes: Int[Array, " vocab"]) -> Any:
         """Compute `validation_sums`, compiled."""
         return self._validate(weights, batch, token_bytes, self.frozen)
 
@@ -169,8 +172,8 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             others = jax.tree.map(_abstract, (self.frozen, self.taught))
             lowered = self._step.lower(self.abstract_state(), 0, batch, *others)
-            self._compiled_step = lowered.compile()
-        return self._compiled_step
+            compiled = self._compiled[batch["tokens"].shape] = lowered.compile()
+        return compiled
 
     def abstract_state(self) -> State:
         """Return shapes and shardings of the state without allocating it."""
@@ -240,7 +243,7 @@ class Trainer:
         """Return the sharding of each part of the state."""
         return state_shardings(self.declared, self.optimizer, self.mesh)
 
-    def put(self, batch: Any) -> Batch:
+    def put(self, batch: Any) -> BatchArrays:
         """Convert this process's share of a batch (NumPy arrays) to global arrays on the mesh."""
         sharding = batch_sharding(self.mesh)
         return {
@@ -255,7 +258,7 @@ class Trainer:
         plan = Plan(training.learning_rate, training.steps, tokens)
         return training.schedule.rate(step, plan)
 
-    def blame(self, state: State, batch: Batch) -> str:
+    def blame(self, state: State, batch: BatchArrays) -> str:
         """Name the place where the first number that is not finite appears, forward and then
         backward.
         """
@@ -300,12 +303,12 @@ class Trainer:
         return self.adapter.attached(self.model, frozen, weights)
 
     def _objective(
-        self, weights: Any, batch: Batch, frozen: Any, taught: Any = None
+        self, weights: Any, batch: BatchArrays, frozen: Any, taught: Any = None
     ) -> tuple[Float[Array, ""], Losses]:
         losses = self._losses(weights, batch, frozen, taught)
         return losses.objective, losses
 
-    def _losses(self, weights: Any, batch: Batch, frozen: Any, taught: Any = None) -> Losses:
+    def _losses(self, weights: Any, batch: BatchArrays, frozen: Any, taught: Any = None) -> Losses:
         """Compute the summed losses. taught: weights of the teacher; None to leave it out."""
         teacher = None
         if self.teacher is not None and taught is not None:
@@ -320,7 +323,11 @@ class Trainer:
         )
 
     def validation_sums(
-        self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"], frozen: Any = None
+        self,
+        weights: Any,
+        batch: BatchArrays,
+        token_bytes: Int[Array, " vocab"],
+        frozen: Any = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
         """Return the summed cross-entropy (nats), the number of targets, and their UTF-8 bytes."""
         counted = batch["weight"] > 0
@@ -329,13 +336,13 @@ class Trainer:
         nats = self._losses(weights, batch, frozen).cross_entropy
         return nats, jnp.sum(batch["weight"]), jnp.sum(read * 1.0)
 
-    def _finite(self, weights: Any, batch: Batch, frozen: Any) -> dict[str, Array]:
+    def _finite(self, weights: Any, batch: BatchArrays, frozen: Any) -> dict[str, Array]:
         with capture() as taps:
             self._losses(weights, batch, frozen)
         return {name: jnp.isfinite(value).all() for name, value in taps.items()}
 
     def _gradient(
-        self, weights: Any, batch: Batch, frozen: Any, taught: Any = None
+        self, weights: Any, batch: BatchArrays, frozen: Any, taught: Any = None
     ) -> tuple[Losses, Any]:
         """Compute the summed losses of the whole batch and the gradient of the objective.
 
@@ -348,7 +355,7 @@ class Trainer:
         if self.platform != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
             return self._accumulated(weights, batch, frozen, taught)
 
-        def local(weights: Any, batch: Batch, frozen: Any, taught: Any) -> tuple[Losses, Any]:
+        def local(weights: Any, batch: BatchArrays, frozen: Any, taught: Any) -> tuple[Losses, Any]:
             return jax.lax.psum(self._accumulated(weights, batch, frozen, taught), "data")
 
         whole = PartitionSpec()
@@ -362,13 +369,13 @@ class Trainer:
         )(weights, dict(batch), frozen, taught)
 
     def _accumulated(
-        self, weights: Any, batch: Batch, frozen: Any, taught: Any
+        self, weights: Any, batch: BatchArrays, frozen: Any, taught: Any
     ) -> tuple[Losses, Any]:
         """Compute losses and gradient as `_gradient` does, in `accumulate` pieces of the batch, one
         after another."""
         pieces = self.training.accumulate
 
-        def losses_and_gradient(weights: Any, batch: Batch) -> tuple[Losses, Any]:
+        def losses_and_gradient(weights: Any, batch: BatchArrays) -> tuple[Losses, Any]:
             (_, losses), gradient = jax.value_and_grad(self._objective, has_aux=True)(
                 weights, batch, frozen, taught
             )
@@ -381,7 +388,7 @@ class Trainer:
             # Row r goes to piece r modulo pieces, so that every device keeps its own rows.
             return array.reshape(-1, pieces, *array.shape[1:]).swapaxes(0, 1)
 
-        def add(total: Any, piece: Batch) -> tuple[Any, None]:
+        def add(total: Any, piece: BatchArrays) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, losses_and_gradient(weights, piece)), None
 
         shapes = jax.eval_shape(losses_and_gradient, weights, batch)
@@ -393,7 +400,7 @@ class Trainer:
         self,
         state: State,
         step: Int[Array, ""],
-        batch: Batch,
+        batch: BatchArrays,
         frozen: Any = None,
         taught: Any = None,
     ) -> tuple[State, Metrics]:
