@@ -169,6 +169,7 @@ if TYPE_CHECKING:
     from mukv.tasks import Task as Task
     from mukv.tasks import VariableTracking as VariableTracking
     from mukv.train.adapter import Adapter as Adapter
+    from mukv.train.training import LengthStage as LengthStage
     from mukv.train.training import Training as Training
 
 __version__ = VERSION
@@ -219,7 +220,7 @@ _MODULES = {
         "Needle NoLiteral NoisyRecall Program SelectiveCopy Task VariableTracking"
     ),
     "mukv.train.adapter": "Adapter",
-    "mukv.train.training": "Training",
+    "mukv.train.training": "LengthStage Training",
 }
 """The public names, by the module that has them. Type checkers read the imports above; a test
 compares the two."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache, partial, reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
@@ -76,6 +77,7 @@ WSD, ROOT = (f"{SCHEDULE}={{kind: {kind}, warmup: 1}}" for kind in ("wsd", "inve
 POWER = f"{SCHEDULE}={{kind: power, warmup: 1, amplitude: 1}}"
 BUDGET = "train.budget={kind: sde, batch: 64, tokens: 1024}"
 ADAPTER = "train.adapter={rank: 2}"
+STAGED = "train.stages=[{begin: 1, length: 32}]"
 MIXED = "data={path: null, mixture: [{path: {own}}, {path: {other}}]}"
 NOPE, COPE, FIRE = (f"{PLACE}={{kind: {kind}}}" for kind in ("nope", "cope", "fire"))
 LOG = "{kind: log_length, typical: 16}"
@@ -253,6 +255,9 @@ CHANGES = {
         "model.scaling.alignment.hidden.both=0.6",
     ),
     "Training.schedule": f"{SCHEDULE}={{kind: linear}}",
+    "Training.stages": "train.stages=[{begin: 1, length: 32}]",
+    "LengthStage.begin": (STAGED, "train.stages.0.begin=2"),
+    "LengthStage.length": (STAGED, "train.stages.0.length=64"),
     "Training.optimizer": LION,
     "Training.budget": BUDGET,
     "Budget.batch": (BUDGET, "train.budget.batch=128"),
@@ -300,7 +305,7 @@ CHANGES = {
 }
 """What each changes is seen in the programs of training, or in what four steps of it do."""
 NUMBERS = {"Data.path", "Data.packing", "Data.mixture", "MixturePart.path", "MixturePart.weight"}
-NUMBERS |= {"Training.seed"}
+NUMBERS |= {"Training.seed", "Training.stages", "LengthStage.begin", "LengthStage.length"}
 """The program is the same; a change in it would not be that of the field."""
 
 LOOP = {
@@ -403,9 +408,10 @@ def load(token_file, tmp_path_factory):
 
 
 def batches_of(run: Run) -> Any:
-    """The batches of training."""
-    training = run.train
-    return open_feed(run)[1].source("train", training.seed, training.batch, training.length)
+    """The batches of training, of all stages."""
+    feed, training = open_feed(run)[1], run.train
+    sources = [feed.source("train", training.seed, *size) for size in training.sizes]
+    return SimpleNamespace(at=lambda step: sources[training.stage_at(step)].at(step))
 
 
 def programs(run: Run) -> Iterator[str]:
