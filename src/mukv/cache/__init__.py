@@ -5,5 +5,18 @@ A policy says which entries the body keeps, how they are stored and which of the
 
 from mukv.cache.base import Body, Cache, Reader, Ring, Slot
 from mukv.cache.policy import FULL, NAMES, Calibrated, Policy
+from mukv.cache.recorded import RECORD, Recorded
 
-__all__ = ["FULL", "NAMES", "Body", "Cache", "Calibrated", "Policy", "Reader", "Ring", "Slot"]
+__all__ = [
+    "FULL",
+    "NAMES",
+    "RECORD",
+    "Body",
+    "Cache",
+    "Calibrated",
+    "Policy",
+    "Reader",
+    "Recorded",
+    "Ring",
+    "Slot",
+]

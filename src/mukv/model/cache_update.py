@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
-from mukv.attention import EntryStore, Written
-from mukv.cache import Cache, Slot
+import jax
+
+from mukv.attention import Attention, EntryStore, Queries, Written
+from mukv.cache import Cache, Reader, Slot
+from mukv.core.typing import Array, Int
 from mukv.model.plan import ResolvedLayer
 
 LayerBag = tuple[ResolvedLayer, str, EntryStore]
@@ -51,3 +55,18 @@ def joined(
         slots=tuple(split[layer.index].slots[name] for layer, name, _ in bags),
         states=tuple(split[layer.index].states for layer in writers),
     )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def extended(
+    attention: Attention,
+    fresh: bool,
+    slot: Slot,
+    reading: Any,
+    queries: Queries | None,
+    new: Any,
+    length: Int[Array, " batch"],
+    added: Int[Array, " batch"],
+) -> Slot:
+    """Apply `Slot.extended`, as a function that equal layers share."""
+    return slot.extended(new, length, added, Reader(attention, reading, queries), fresh)

@@ -111,3 +111,20 @@ class Decoder(LanguageModel):
 
     def fold(self, weights: Weights, cache: Cache) -> Cache:
         return self.stack.fold(weights["layers"], cache)
+
+    def compressed(self, weights: Weights, recorded: Cache, empty: Cache) -> Cache:
+        return self.stack.compressed(weights["layers"], recorded, empty)
+
+    def read_block(
+        self,
+        weights: Weights,
+        cache: Cache,
+        tokens: Tokens,
+        compute: Compute | None = None,
+        joins: bool = True,
+    ) -> tuple[Float[Array, "batch token vocab"], Cache]:
+        """Read known tokens in one pass; see `LanguageModel.read_block`."""
+        compute = settled(compute)
+        x = self.embed(weights, tokens, compute)
+        x, cache = self.stack.read_block(weights["layers"], cache, x, compute, joins)
+        return self.logits(weights, self.normed(weights, x), compute), cache

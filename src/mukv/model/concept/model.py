@@ -9,7 +9,7 @@ Transformer (Ho et al. 2024), SpaceByte (Slagle 2024) and H-Net (Hwang et al. 20
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -231,3 +231,10 @@ class Concept(Architecture):
             self.decoder_stack.fold(weights["decoder"], cache.decoder),
             cache.state,
         )
+
+    def compressed(
+        self, weights: Weights, recorded: ConceptCache, empty: ConceptCache
+    ) -> ConceptCache:
+        """Apply a policy to the global layers; the other caches are equal under all policies."""
+        own = weights["concepts"], recorded.concepts, empty.concepts
+        return replace(recorded, concepts=self.global_stack.compressed(*own))
