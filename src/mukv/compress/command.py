@@ -13,11 +13,6 @@ from mukv.runs import inputs
 from mukv.runs.loaded import Model
 from mukv.show.progress import say
 
-STRINGS = 96
-"""Default number of planted strings: the 95 % interval of recall is at most 10 points to either
-side.
-"""
-
 
 @dataclass(frozen=True)
 class CompressSettings:
@@ -34,9 +29,9 @@ class CompressSettings:
     text: Path | None
     tokens: Path | None
     compared: Comparison
-    samples: int | None = None
-    strings: int = STRINGS
-    seed: int = 0
+    samples: int | None
+    strings: int
+    seed: int
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
