@@ -28,8 +28,8 @@ from mukv.core.params import Param, Tag
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 
 WINDOW, COMPRESSED, UNFINISHED = "window", "compressed", "unfinished"
-"""Names of the stores: entries of the newest tokens; compressed entries; running softmax of the
-compressed entry that still lacks tokens.
+"""Names of the stores: entries of the newest tokens; compressed entries; running sums of the
+softmax of the compressed entry that is not yet complete.
 """
 
 
@@ -41,7 +41,7 @@ class HCA(Attention):
     rope_dim: number of the last dimensions of a head, which are rotated
     query_rank: width of the normed latent from which queries are projected
     window: tokens whose own entries a query sees, itself included; None for all
-    every: tokens per compressed entry; None for the window alone
+    every: tokens per compressed entry; None for no compressed entries
     groups: number of groups of consecutive heads, each with an output projection of its own
     output_rank: width of the output projection of one group
     norm: normalisation of the latent, the entries and each query head
@@ -248,7 +248,11 @@ class Running(NamedTuple):
     weighted: Float[Array, "*place head_dim"]
 
     def after(self, earlier: Running, which: Bool[Array, "batch place"]) -> Running:
-        """Add the sums of earlier tokens, `earlier` of each row, at the places where `which`."""
+        """Add the sums of earlier tokens to the sums at some places.
+
+        earlier: one set of sums per row, without the axis of places
+        which: places that the earlier tokens belong to
+        """
         begun = which[..., None] & (earlier.total > 0)[:, None]
         old = jnp.where(begun, earlier.top[:, None], -jnp.inf)
         new = jnp.where(self.total > 0, self.top, -jnp.inf)
@@ -268,10 +272,10 @@ def running(
     length: Int[Array, "batch place"],
     most: int,
 ) -> Running:
-    """Compute the running softmax sums over the `length` tokens that end at index `last`.
+    """Compute the running softmax sums over the `length` tokens up to index `last`.
 
-    Tokens that are not among the given ones are left out. most: upper bound of `length`. The tokens
-    are gathered and not scattered, so that the gradient is the same in every run.
+    Tokens before the start of the row are left out. most: upper bound of `length`. The tokens are
+    gathered and not scattered, so that the gradient is deterministic.
     """
     back = jnp.arange(most)[None, None]
     token = last[..., None] - back
@@ -289,5 +293,5 @@ def running(
 
 
 def _finite(top: Array) -> Array:
-    """Replace a maximum of -inf, that of no logits, by 0."""
+    """Replace -inf, the maximum of an empty set of logits, by 0."""
     return jnp.where(jnp.isfinite(top), top, 0.0)

@@ -99,6 +99,8 @@ class Recording(Policy):
         place: tuple[int, int],
         centres: Mapping[str, Array] | None = None,
         bag: str = ENTRIES,
+        after: int | None = None,
+        kept: int | None = None,
     ) -> Any:
         """Make an empty `Recorded`."""
         every = attention.bags[bag].every

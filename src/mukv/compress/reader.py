@@ -88,8 +88,9 @@ class PolicyReader:
 
     def cache(self, batch: int, policy: Policy, centres: Calibrated) -> Any:
         """Make an empty cache."""
-        body = self.read + (self.blocks - 1) * self.tail
-        return self.model.empty_cache(batch, body, self.tail, self.compute.type, policy, centres)
+        after = (self.blocks - 1) * self.tail
+        sizes = batch, self.read + after, self.tail
+        return self.model.empty_cache(*sizes, self.compute.type, policy, centres, after)
 
     def cache_bytes(self, policy: Policy, centres: Calibrated) -> int:
         """Return the bytes of one row's cache, without allocating it. Raises BadInput if the policy

@@ -1,4 +1,4 @@
-"""The part of a cache that belongs to one layer, which a pass through the layers replaces."""
+"""Split a cache by layer, for a pass that replaces the part of each layer, and join it again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from mukv.attention import Attention, EntryStore, Queries, Written
-from mukv.cache import Cache, Reader, Slot
+from mukv.cache import Cache, Reader, Recorded, Ring, Slot
+from mukv.cache.seen import Score
 from mukv.core.typing import Array, Int
 from mukv.model.plan import ResolvedLayer
 
@@ -47,8 +49,9 @@ def joined(
     cache: Cache,
     split: Mapping[int, LayerMemory],
 ) -> Cache:
-    """Put the slots and states of `memories` back into a cache. (The order is that of `bags`: a
-    dict that has passed through `jax.jit` is sorted by its keys.)
+    """Put the slots and states of `memories` back into a cache.
+
+    The order of the slots comes from `bags`, because `jax.jit` sorts a dict by its keys.
     """
     return replace(
         cache,
@@ -67,6 +70,38 @@ def extended(
     new: Any,
     length: Int[Array, " batch"],
     added: Int[Array, " batch"],
+    scores: Score | None = None,
 ) -> Slot:
     """Apply `Slot.extended`, as a function that equal layers share."""
-    return slot.extended(new, length, added, Reader(attention, reading, queries), fresh)
+    return slot.extended(new, length, added, Reader(attention, reading, queries, scores), fresh)
+
+
+def compressed(
+    bags: Sequence[LayerBag],
+    weights: Sequence[Any],
+    whole: Cache,
+    empty: Cache,
+    scores: Sequence[Score] = (),
+) -> Cache:
+    """Return the cache that prefill makes under a policy, from a cache that has all entries.
+
+    bags: of the cache
+    weights: one entry per layer
+    whole: cache of the same tokens that is full, or made under `mukv.cache.RECORD`, which also has
+        the queries
+    empty: cache under the policy
+    scores: of each body without a window, in order, by position; empty if the policy computes them
+    """
+    left, nothing = list(scores), jnp.zeros_like(whole.length)
+
+    def kept(layer: ResolvedLayer, before: Slot, after: Slot) -> Slot:
+        body: Any = before.body
+        if isinstance(body, Ring) and body.wraps:
+            return replace(after, body=body)
+        queries = body.queries if isinstance(body, Recorded) else None
+        given = weights[layer.index]["read"], queries, body.tensors, nothing, whole.length
+        return extended(layer.softmax, True, after, *given, left.pop(0) if left else None)
+
+    pairs = zip(bags, whole.slots, empty.slots, strict=True)
+    slots = tuple(kept(layer, before, after) for (layer, _, _), before, after in pairs)
+    return replace(empty, slots=slots, states=whole.states, length=whole.length)

@@ -13,6 +13,7 @@ from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int, Tokens, Weights
 from mukv.model.base import ForwardResult, LanguageModel
+from mukv.model.cache_update import compressed
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
 
@@ -76,11 +77,12 @@ class Decoder(LanguageModel):
         dtype: jnp.dtype | None = None,
         policy: Policy = FULL,
         centres: Calibrated | None = None,
+        after: int | None = None,
     ) -> Cache:
         dtype = dtype or settled(None).type
         self.stack.check_policy(policy)
         return self.stack.empty_cache(
-            batch, length, tail, dtype, policy=policy, centres=centres or {}
+            batch, length, tail, dtype, policy=policy, centres=centres or {}, after=after
         )
 
     def prefill(
@@ -113,7 +115,7 @@ class Decoder(LanguageModel):
         return self.stack.fold(weights["layers"], cache)
 
     def compressed(self, weights: Weights, recorded: Cache, empty: Cache) -> Cache:
-        return self.stack.compressed(weights["layers"], recorded, empty)
+        return compressed(self.stack.bags, weights["layers"], recorded, empty)
 
     def read_block(
         self,

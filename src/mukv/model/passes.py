@@ -14,9 +14,10 @@ from functools import partial
 from typing import Any, no_type_check
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from mukv.attention import DIRECT, AnyAttention, Attention, Bag, Carried, Mask, Queries, Written
-from mukv.core.compute import Compute
+from mukv.core.compute import RESIDUAL, Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
 from mukv.core.tap import capturing, scope, tap
@@ -31,14 +32,16 @@ Memory = LayerMemory | None
 Remember = Callable[
     [ResolvedLayer, Any, Memory, Written, Callable[[], Queries]], tuple[tuple[Bag, ...], Memory]
 ]
-"""Maps a layer, its weights for reading, its memory, what it wrote, and a function that computes
-its queries, to the bags that it reads and its memory with the new entries."""
+"""Function of a layer, its weights for reading, its slots and states, the result of its `write`,
+and a function that computes its queries. Returns the bags that the layer reads, and its slots and
+states with the new entries."""
 
 
 def layer_params(
     layer: ResolvedLayer, norm: RMSNorm, residual: AnyResidual, d_model: int
 ) -> dict[str, Any]:
-    """Declare the weights of one layer; one that reads another's entries has none for writing."""
+    """Declare the weights of one layer; a layer that reads another layer's entries has no weights
+    for writing."""
     declared = {
         **residual.params("attention", norm, d_model),
         "read": layer.attention.read_params(d_model),
@@ -107,8 +110,8 @@ class Pass:
             alike = replace(layer, index=0, stage=0, slot=0, repeat=0, reads=None, source=source)
             shared = replace(self, layers=(), first=0, memories={})
             apply = partial(_layer, alike, layer.index in self._read_by_others, shared)
-        if self.compute.rematerialise and self.aligned:
-            apply = jax.checkpoint(apply)
+        if self.aligned:
+            apply = self.compute.recomputing(apply)
         x, bags, after, auxiliary = apply(weights, x, known.get(layer.source), memory)
         if bags is not None:
             known[index] = bags
@@ -130,6 +133,7 @@ class Pass:
         Returns the residual stream, the bags that it read, its memory, and auxiliary numbers.
         """
         attention, stored = layer.attention, weights["read"]
+        x = checkpoint_name(x, RESIDUAL)
         residual, norm = self.residual, self.norm
         declared = layer_params(layer, norm, residual, self.d_model)
         weights = gather(self.compute.working_copy(declared, weights), declared)
@@ -185,6 +189,6 @@ def _layer(layer: ResolvedLayer, shows: bool, run: Pass, *inputs: Any) -> Any:
 def _query(
     attention: AnyAttention, weights: Any, x: Residual, position: Int[Array, "batch token"]
 ) -> Queries:
-    """Compute the queries of a layer, which a cache policy asks for: only attention has one."""
+    """Compute the queries of an attention layer, for a cache policy that needs them."""
     assert isinstance(attention, Attention)
     return attention.query(weights, x, position)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Queries, Written
-from mukv.cache import FULL, Cache, Calibrated, Policy, Recorded, Ring, Slot
+from mukv.cache import FULL, Cache, Calibrated, Policy, Ring, Slot, choosing
 from mukv.cache.base import QUERY
 from mukv.core.compact import any_compact, is_compact
 from mukv.core.compute import Compute
@@ -202,6 +202,8 @@ class Stack:
         by_row: bool = False,
         policy: Policy = FULL,
         centres: Calibrated | None = None,
+        after: int | None = None,
+        kept: Sequence[int] | None = None,
     ) -> Cache:
         """Allocate an empty cache.
 
@@ -210,6 +212,8 @@ class Stack:
         by_row: whether the number of tokens in the tail differs between rows
         policy: cache policy of stores without a window
         centres: calibrated cluster centres by layer, for policies that use them
+        after: most tokens of a row that follow its prompt; None if that is not known
+        kept: entries that each store without a window keeps of a prompt, if layers share a budget
         """
         whole = [(layer.index, name) for layer in self.writers for name in layer.whole]
 
@@ -226,8 +230,10 @@ class Stack:
             place = whole.index((layer.index, name)), len(whole)
             own = (centres or {}).get(layer.index, {})
             room = batch, bag.room(length), dtype
-            body = policy.body(layer.softmax, self.d_model, *room, place, own, name)
-            if body.needs_queries:
+            rest = None if after is None else -(-after // bag.every)
+            count = None if kept is None else kept[place[0]]
+            body = policy.body(layer.softmax, self.d_model, *room, place, own, name, rest, count)
+            if choosing(body, False).needs_queries:
                 number = min(tail, body.last_queries or tail)
                 shape = (batch, layer.softmax.heads, number, layer.softmax.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
@@ -293,13 +299,14 @@ class Stack:
         Returns the residual stream after the last layer, and the cache after the steps and a fold.
         """
         count = jnp.full(len(x), x.shape[1])
-        run = self._several(cache, x, count, False, compute, as_steps=True, joins=joins)
+        before = replace(cache, slots=choosing(cache.slots, False))
+        run = self._several(before, x, count, False, compute, as_steps=True, joins=joins)
         if any(slot.body.by_query for slot in cache.slots):
             run = replace(run, single=True)
         x = run.all(weights, x)
         if not joins:
             return x, cache
-        after = joined(self.bags, self.writers, cache, run.memories)
+        after = joined(self.bags, self.writers, before, run.memories)
         return x, replace(after, length=cache.length + count)
 
     def _several(
@@ -359,29 +366,10 @@ class Stack:
             return extended(attention, False, slot, *given)
 
         layers = (layer for layer, _, _ in self.bags)
-        slots = tuple(map(folded, layers, cache.slots))
+        slots = tuple(map(folded, layers, choosing(cache.slots, False)))
         return replace(
             cache, slots=slots, length=cache.length + added, filled=jnp.zeros_like(cache.filled)
         )
-
-    def compressed(self, weights: Sequence[Any], recorded: Cache, empty: Cache) -> Cache:
-        """Return the cache that prefill makes under a policy, from the cache that it makes under
-        `RECORD`.
-
-        weights: one entry per layer. recorded: bodies that the policy applies to hold all entries
-        and queries. empty: cache under the policy.
-        """
-        nothing = jnp.zeros_like(recorded.length)
-
-        def made(layer: ResolvedLayer, known: Slot, slot: Slot) -> Slot:
-            if not isinstance(known.body, Recorded):
-                return replace(slot, body=known.body)
-            given = known.body.queries, known.body.tensors, nothing, recorded.length
-            return extended(layer.softmax, True, slot, weights[layer.index]["read"], *given)
-
-        layers = (layer for layer, _, _ in self.bags)
-        slots = tuple(map(made, layers, recorded.slots, empty.slots))
-        return replace(empty, slots=slots, states=recorded.states, length=recorded.length)
 
 
 def _repeat(stacked: Any, repeat: int) -> Any:

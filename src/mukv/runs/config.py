@@ -1,7 +1,8 @@
-"""The root of the configuration, and how it is loaded from a preset or YAML file.
+"""Define the configuration of a training run, and load it from a preset or YAML file.
 
-Its sections are `model`, `data`, `train` and `mesh`; the fields of each object are the YAML keys.
-Unknown keys and values of the wrong type are refused before anything is compiled or allocated.
+The configuration has the sections `model`, `data`, `train` and `mesh`; the fields of each dataclass
+are the YAML keys. Unknown keys and values of the wrong type are refused before anything is compiled
+or allocated.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from mukv.train.training import Training
 class Data:
     """The data that a run trains on: a token file or a synthetic task.
 
-    path: a token file. If `train.start` names a model with a tokenizer, also a text file, a folder
-        or another source of `mukv data`, which is read with that tokenizer. None for the source
-        code of Python's standard library, built once: in the ids of that tokenizer, or as bytes
-    packing: a token attends only to its own document ("packed"), or to all earlier tokens of its
-        row ("contiguous")
+    path: a token file. If `train.start` names a model with a tokenizer, a text file, a folder or
+        another source of `mukv data` is also possible: it is encoded with that tokenizer. None for
+        the source code of Python's standard library, encoded once with that tokenizer, or as bytes
+    packing: a token attends only to tokens of its own document ("packed"), or to all earlier tokens
+        of its row ("contiguous")
     task: a synthetic task, instead of a token file
     """
 
@@ -49,8 +50,8 @@ class Data:
 class Run:
     """The configuration of a training run.
 
-    model: architecture and its sizes
-    data: what the model is trained on
+    model: architecture and sizes of the model
+    data: token file or task that the model is trained on
     train: hyperparameters, and how often the run logs, evaluates and saves
     mesh: number of devices along each axis of the device mesh
     """
@@ -99,8 +100,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def given(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the nested mapping of the keys that are set by a preset or YAML file, by those that it
-    extends, and by the overrides. Raises BadInput for unknown names and keys."""
+    """Return the nested mapping of all keys that are set by a preset or YAML file, by the files
+    that it extends, and by the overrides. Raises BadInput for unknown names and keys."""
     return apply_overrides(Run, resolve_preset(Run, source, presets_folder()), overrides)
 
 
@@ -113,7 +114,8 @@ def given_or_empty(source: str | Path, overrides: Sequence[str] = ()) -> dict[st
 
 
 def with_vocabulary(mapping: dict[str, Any]) -> dict[str, Any]:
-    """Return the mapping, with a `model.vocab_size` taken from its data if it sets none."""
+    """Return a configuration's mapping. If `model.vocab_size` is missing, it is set to the
+    vocabulary size of `data`, rounded up."""
     model, data = mapping.get("model", {}), mapping.get("data", {})
     if not isinstance(model, dict) or not isinstance(data, dict) or "vocab_size" in model:
         return mapping

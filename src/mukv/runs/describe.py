@@ -1,4 +1,5 @@
-"""Compute parameters, FLOPs, cache bytes and shardings of a configuration; allocates no array."""
+"""Compute parameters, FLOPs, cache bytes and shardings of a configuration, without allocating
+arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from mukv.core.mesh import specification
 from mukv.core.names import even
 from mukv.model.counting import cached, entry_bytes, flops_per_token, state_bytes
 from mukv.runs.config import Run
-from mukv.runs.start import trained_params
+from mukv.runs.estimate import gibibytes
+from mukv.runs.start import resolved_params, trained_params
 from mukv.show.terminal import Console, styled, table
 
 
@@ -23,12 +25,12 @@ def describe(run: Run) -> dict[str, Any]:
     """Return parameters, FLOPs and cache bytes of a configuration as plain data for `--json`; the
     field names are public.
 
-    Cache entries are counted in the compute type, states in float32. A store with a window and a
-    state take a constant number of bytes, any other store an amount per token; a layer that reads
-    another layer's entries takes none. The constant of the whole includes what decoding keeps
-    outside of the layers. `core` names the attention core that a training step uses;
-    `cores_refused` says, by name of each faster core, why it is not used. `training_bytes` are
-    those of the float32 arrays that training keeps over all devices, frozen weights included.
+    Cache entries are counted in the compute type, states in float32. States and caches with a
+    window take a constant number of bytes; caches without a window take bytes per token; a layer
+    that reads another layer's cache takes none. The model's `cache_bytes_constant` includes arrays
+    that decoding keeps outside of the layers. `core` names the attention core of a training step;
+    `cores_refused` gives the reason for each faster core that is not used. `training_bytes` counts
+    the float32 arrays that training keeps, summed over all devices, with frozen weights.
     """
     model = run.model
     compute = settled(run.train.compute)
@@ -81,10 +83,10 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def training_bytes(run: Run) -> dict[str, int]:
-    """Bytes of the trained weights, their gradient, the optimizer's state, and of frozen weights
-    where adapters are trained."""
+    """Return the bytes of the trained weights, their gradient, the optimizer's state and, if
+    adapters are trained, the frozen weights."""
     training, declared = run.train.effective, trained_params(run)
-    optimizer = training.optimizer.transform(declared, _resolved(run))
+    optimizer = training.optimizer.transform(declared, resolved_params(run))
     shapes = params.abstract(declared)
     state = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
     weights = 4 * params.count(declared)
@@ -97,14 +99,8 @@ def training_bytes(run: Run) -> dict[str, int]:
 
 
 def _adapters(run: Run) -> Any:
-    """The declared weights of the adapters; None without any."""
+    """Return the declared weights of the adapters; None for a run without adapters."""
     return None if run.train.adapter is None else trained_params(run)
-
-
-def _resolved(run: Run) -> Any:
-    """What the parameterisation gives each weight that is trained."""
-    family, adapter = run.train.optimizer.family, run.train.adapter
-    return run.model.resolved(family) if adapter is None else adapter.resolved(run.model, family)
 
 
 def plain(number: Fraction) -> int | float:
@@ -113,7 +109,7 @@ def plain(number: Fraction) -> int | float:
 
 
 def megabytes(size: int) -> str:
-    """Format bytes, such as "12.5 MB"; below a megabyte in kB."""
+    """Format a number of bytes in MB, such as "12.5 MB", or in kB if it is below 1 MB."""
     return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
@@ -123,10 +119,10 @@ def shown(number: float) -> str:
 
 
 def weights(run: Run) -> list[dict[str, Any]]:
-    """Return name, dimensions, role, scaling and sharding (mesh axis of each dimension, on the mesh
-    of the configuration) of each weight.
+    """Return name, dimensions, role, scaling and sharding of each weight.
 
-    With adapters, frozen weights have a learning rate of zero, and the adapters follow them.
+    The sharding is the mesh axis of each dimension, on the mesh of the configuration. In a run with
+    adapters, the frozen weights come first, with a learning rate of zero, then the adapters.
     """
     mesh = jax.sharding.AbstractMesh((run.mesh.data, run.mesh.tensor), ("data", "tensor"))
     rows = []
@@ -134,7 +130,7 @@ def weights(run: Run) -> list[dict[str, Any]]:
     declared = params.named(run.model.params())
     if run.train.adapter is not None:
         scaling = {n: replace(w, learning_rate=0.0, decays=False) for n, w in scaling.items()}
-        scaling |= params.named(_resolved(run))
+        scaling |= params.named(resolved_params(run))
         declared |= params.named(trained_params(run))
     for name, param in declared.items():
         resolved = scaling[name]
@@ -224,9 +220,63 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     console.print(scaled)
 
 
+def show_step(facts: Mapping[str, Any], console: Console) -> None:
+    """Print the facts of `estimate` on a training step on a kind of device."""
+    mesh, held = facts["mesh"], facts["bytes_per_device"]
+    devices = mesh["data"] * mesh["tensor"]
+    console.print(
+        styled(
+            *("step        ", (f"{devices:,} x {facts['device']}", "bold")),
+            f", mesh data {mesh['data']} x tensor {mesh['tensor']}, batch {facts['batch']:,} x "
+            f"{facts['length']:,} tokens; each figure is of one device",
+        )
+    )
+    parts = [f"{gibibytes(n)} of {name}" for name, n in held.items() if n and name != "total"]
+    room = f" of {gibibytes(facts['memory'])}: {', '.join(parts)}"
+    console.print(styled("memory      ", (gibibytes(held["total"]), "bold"), room))
+    console.print(f"cache       {gibibytes(facts['cache_bytes_per_device'])} in decoding")
+    policies = table(("train.compute.rematerialise",), ("activations", "total", "fits"))
+    for name, each in facts["rematerialise"].items():
+        sizes = gibibytes(each["activations"]), gibibytes(each["total"])
+        policies.add_row(name, *sizes, "yes" if each["fits"] else "no")
+    console.print(policies)
+    if not facts["fits"]:
+        console.print(_way_out(facts))
+    more = facts["recomputed_flops_per_device"]
+    again = f" and {more:.3g} to recompute" if more else ""
+    console.print(f"work        {facts['flops_per_device']:.3g} FLOPs{again}")
+    moved = (f"{gibibytes(size)} over {axis}" for axis, size in facts["collective_bytes"].items())
+    console.print(f"collectives {', '.join(moved)}")
+    times = (f"{name.replace('_', ' ')} {1000 * t:,.0f}" for name, t in facts["seconds"].items())
+    console.print(f"least ms    {', '.join(times)}")
+    bounds = facts["mfu_bound"], facts["mfu_bound_without_overlap"]
+    console.print(
+        styled(
+            *("MFU         ", (f"at most {bounds[0]:.0%}", "bold")),
+            f", {bounds[1]:.0%} if collectives do not overlap; limited by "
+            f"{facts['limited_by'].replace('_', ' ')}",
+        )
+    )
+    console.print()
+
+
+def _way_out(facts: Mapping[str, Any]) -> str:
+    """Return a line with the settings under which a step that does not fit would fit."""
+    ways: list[str] = []
+    if fitting := [name for name, each in facts["rematerialise"].items() if each["fits"]]:
+        ways.append(f"train.compute.rematerialise={fitting[0]}")
+    if nearest := facts["nearest_mesh"]:
+        data, tensor = nearest["data"], nearest["tensor"]
+        more = f" train.batch={data}" if data > facts["batch"] else ""
+        ways.append(f"the nearest mesh, mesh.data={data} mesh.tensor={tensor}{more}")
+    return (
+        f"            does not fit; {' or '.join(ways) or 'a smaller model or shorter rows'} would"
+    )
+
+
 def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Merge rows that are equal but for their place in the layer plan; the merged row's name begins
-    with their number."""
+    """Merge rows that differ only in their stage or layer. The name of a merged row begins with the
+    number of rows."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in weights:
         facts = {name: value for name, value in row.items() if name != "weight"}

@@ -1,8 +1,4 @@
-"""Load a model with its weights and tokenizer (`mukv.load`), to generate, evaluate and inspect.
-
-Run directories of training and of `mukv import`, Hugging Face folders and GGUF files give the same
-class.
-"""
+"""Load a model with its weights and tokenizer (`mukv.load`), to generate, evaluate and inspect."""
 
 from __future__ import annotations
 
@@ -30,8 +26,10 @@ from mukv.hub import checkpoint
 from mukv.hub.chat import chat_text
 from mukv.hub.settings import read_json
 from mukv.infer.attention import attention_weights
-from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate, joined
+from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate
 from mukv.infer.evaluate import Evaluation, evaluate
+from mukv.infer.prompts import joined
+from mukv.infer.replay import asking
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
 from mukv.runs.config import Run
@@ -45,8 +43,7 @@ from mukv.train.footprint import require_bytes
 
 @dataclass(frozen=True)
 class Text:
-    """One generated continuation. text: decoded, without the prompt and the stop text. token_ids:
-    the new tokens."""
+    """One generated continuation: its text up to the stop text, and the ids of all new tokens."""
 
     text: str
     token_ids: list[int]
@@ -56,7 +53,8 @@ class Text:
 class Model:
     """A model with its weights and tokenizer, as `mukv.load` returns it.
 
-    run: configuration. weights: as they are saved, unscaled. tokenizer: of its texts.
+    run, tokenizer: configuration and tokenizer of the model
+    weights: weights as they are saved, without the multipliers of the parameterisation
     """
 
     run: Run
@@ -65,7 +63,7 @@ class Model:
     ends: tuple[int, ...] = ()
     """Ids that end a generated text; empty if the model's files name none."""
     folder: Path | None = None
-    """The folder that it was loaded from."""
+    """The folder that the model was loaded from; None if it was made otherwise."""
 
     @property
     def network(self) -> LanguageModel:
@@ -83,14 +81,14 @@ class Model:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of the weights in memory."""
+        """Bytes of the weights' arrays as they are loaded."""
         return nbytes(self.weights)
 
     def computing(self, dtype: str | None, where: str = "dtype") -> Model:
         """Return this model with another type of activations, cache entries and operands.
 
-        dtype: "float32" or "bfloat16"; None for the model's own settings. where: its name in
-        errors. Raises BadInput for any other type.
+        dtype: "float32" or "bfloat16"; None for the model's own settings
+        where: name of the argument, for messages. Raises BadInput for any other type.
         """
         if dtype is None:
             return self
@@ -102,8 +100,8 @@ class Model:
 
     @cached_property
     def scaled(self) -> Any:
-        """Weights stacked by layer and multiplied by their scaling, as the forward pass takes
-        them."""
+        """Weights as the forward pass takes them: stacked by layer and multiplied by the
+        multipliers of the parameterisation."""
         return self.network.scaled(self.weights)
 
     @cached_property
@@ -114,14 +112,15 @@ class Model:
     def logits(
         self, tokens: Any, position: Any = None, segment: Any = None
     ) -> Float[Array, "batch token vocab"]:
-        """Compute the float32 logits of the next token after each of `tokens`.
+        """Compute the float32 logits [batch token vocab] of the token after each of `tokens`.
 
-        tokens: ids, [batch token] or [token], as lists or arrays of whole numbers. position: place
-        of each token in its document (default: its index in the row). segment: number of each
-        token's document; a token attends only to its own document, so that padding is given a
-        number of its own. Both have the shape of `tokens`. Raises BadInput for other types and
-        shapes, for ids that the model does not have, and for rows longer than the model's context.
-        Each shape is compiled once.
+        tokens: ids [batch token] or [token], as lists or arrays of whole numbers
+        position: index of each token in its document, in the shape of `tokens`; None for its index
+            in the row
+        segment: number of each token's document, in the shape of `tokens`. A token attends only to
+            its own document; give padding a number that no document has
+
+        Raises BadInput for other types and shapes, unknown ids, and rows longer than the context.
         """
         ids = self._token_ids("tokens", tokens)
         places = []
@@ -142,12 +141,12 @@ class Model:
         return ids
 
     def attention(self, text: str | Sequence[int] | Any) -> dict[int, np.ndarray]:
-        """Compute the attention weights on a text: float32 [head query key], by index of each layer
-        that has a softmax.
+        """Compute the attention weights of a text: float32 [head query key], by layer index, for
+        each layer with softmax attention.
 
-        text: a text, or its token ids [token]. The weights of each query sum to 1, or to less if
-        the head has a sink logit. Raises BadInput for ids that the model does not have, for a model
-        that is not a Decoder or has no softmax, and for weights that take more memory than is free.
+        text: a text, or its token ids [token]. The weights of a query sum to 1, or to less if the
+        head has a sink logit. Raises BadInput for ids that the model does not have, for a model
+        without softmax attention, and for weights that need more device memory than is free.
         """
         given = self.encode(text) if isinstance(text, str) else text
         ids = self._token_ids("text", given)
@@ -161,8 +160,8 @@ class Model:
         return [*self.tokenizer.start, *self.tokenizer.encode(text).tolist()]
 
     def encode_marked(self, text: str) -> list[int]:
-        """Encode like `encode`, but turn special tokens that are written out in the text (such as
-        `<|endoftext|>`) into their ids. Start tokens that the text has are not doubled."""
+        """Encode like `encode`, but encode the names of special tokens in the text (such as
+        `<|endoftext|>`) as their ids. No start tokens are added if the text begins with them."""
         ids, start = self.tokenizer.encode_marked(text), self.tokenizer.start
         return ids if tuple(ids[: len(start)]) == start else [*start, *ids]
 
@@ -184,29 +183,33 @@ class Model:
         policy: Policy = FULL,
         ended: Callable[[list[int]], bool] | None = None,
         then: Sequence[Sequence[int]] | None = None,
+        prefill_chunk: int | None = None,
     ) -> Generation:
         """Continue token ids: `mukv.infer.decode.generate` with this model's weights.
 
         stop: ids that end a text; None for `ends`. Raises BadInput for ids that the model does not
-        have, and for a cache that takes more memory than is free.
+        have, and for a KV cache that needs more device memory than is free.
         """
         compute = self.run.train.compute
         stop = self.ends if stop is None else stop
         cache = self.calibrated(policy)
-        self._require_room(joined(prompts, then), max_tokens, policy)
+        behind = max(map(len, then), default=0) if then else 0
+        self._require_room(joined(prompts, then), max_tokens, policy, behind)
         asked = prompts, max_tokens, sampling, stop, compute, show, *cache, ended, then
-        return generate(self.network, self.decoding, *asked)
+        return generate(self.network, self.decoding, *asked, prefill_chunk)
 
     def _require_room(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, policy: Policy
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, policy: Policy, behind: int
     ) -> None:
-        """Raise BadInput for a cache that takes more memory than is free."""
+        """Raise BadInput for a KV cache that needs more device memory than is free."""
         if max_tokens < 1:
-            return  # `generate` refuses it, with the other bad values
+            return  # `generate` raises BadInput for it
         compute = settled(self.run.train.compute)
-        sizes = Sizes.plan(len(prompts), max(map(len, prompts), default=1), max_tokens)
+        policy = FULL if policy.keep.replays else policy
+        longest = max(map(len, prompts), default=1)
+        sizes = Sizes.plan(len(prompts), longest, max_tokens, behind)
         room = sizes.batch, sizes.body, sizes.tail
-        taken = cache_bytes(self.network, *room, compute.type, policy)
+        taken = cache_bytes(self.network, *room, compute.type, policy, sizes.after)
         require_bytes("the cache", taken, "max_tokens", max_tokens)
 
     @property
@@ -218,13 +221,15 @@ class Model:
         return all(attention.entry_sets == attention.key_heads for attention in kept)
 
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
-        """Return a policy with the centres that `mukv analyze --calibrate` saved for it.
+        """Return a policy that is completed with data of this model, and its cluster centres.
 
-        Only the policy `clusters` has any, and only if layers store keys for each key head; other
-        policies are returned unchanged, with an empty mapping. So are all if the weights were
-        converted when they were loaded, because centres belong to the saved ones. Raises BadInput
-        for centres that were calibrated on other weights, or on keys without their rotation.
+        The policy `kvzip` gets the token ids of its instructions. The policy `clusters` gets the
+        centres that `mukv analyze --calibrate` saved, if layers store keys for each key head and
+        the weights were not converted when they were loaded (centres belong to the saved weights);
+        in all other cases the mapping of centres is empty. Raises BadInput for centres that were
+        calibrated on other weights, or on keys without their rotation.
         """
+        policy = asking(policy, self.tokenizer.encode)
         if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
             return policy, {}
         if self.converted or not (self.folder / FOLDER).exists():
@@ -255,16 +260,20 @@ class Model:
         top_p: float | None = None,
         seed: int | None = None,
         policy: str | Policy = FULL,
+        prefill_chunk: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Text | list[Text]:
         """Continue a text, or several texts that are decoded as one batch.
 
-        max_tokens: most new tokens. sampling: how tokens are drawn; or its fields one by one:
-        temperature (0, the default, is greedy), top_k, top_p, seed. policy: the cache policy, also
-        as text such as "snapkv:0.25+int8". stop: a continuation ends before the first of these
-        texts, or at the model's own end token. Its token ids include those of the stop text.
-        Returns one Text for one prompt, a list for a list. Raises BadInput for values of another
-        type or out of range.
+        max_tokens: most new tokens of a continuation
+        sampling: how tokens are drawn (greedily if None), or its fields one by one
+        policy: the cache policy, or its text such as "snapkv:0.25+int8"
+        prefill_chunk: number of prompt tokens that are prefilled at once, after which the policy
+            chooses entries; None for the whole prompt
+        stop: texts; a continuation ends before the first of them, or at the model's end token. Its
+            token ids include those of the stop text
+
+        Returns a Text, or a list for a list. Raises BadInput for values of another type or range.
         """
         texts = strings("prompts", prompts)
         if not texts:
@@ -276,7 +285,7 @@ class Model:
         require_types(max_tokens=(max_tokens, int), sampling=(sampling, Sampling | None))
         if isinstance(policy, str):
             policy = Policy.parse(policy, where="policy")
-        require_types(policy=(policy, Policy))
+        require_types(policy=(policy, Policy), prefill_chunk=(prefill_chunk, int | None))
         ends = [text for text in strings("stop", stop) if text]
 
         def over(ids: list[int]) -> bool:
@@ -290,12 +299,13 @@ class Model:
             sampling or Sampling(**given),
             policy=policy,
             ended=over if ends else None,
+            prefill_chunk=prefill_chunk,
         )
         found = [self._until(row, ends) for row in made.tokens]
         return found[0] if isinstance(prompts, str) else found
 
     def _until(self, ids: list[int], ends: Sequence[str]) -> Text:
-        """Decode new tokens, and cut the text before the first of `ends` and the ids after it."""
+        """Decode new tokens. Cut the text before the first of `ends`, and the ids after it."""
         text = self.tokenizer.decode_further(ids)
         places = [text.index(end) for end in ends if end in text]
         if not places:
@@ -312,8 +322,10 @@ class Model:
     ) -> Evaluation:
         """Compute the mean loss on rows of token ids [token], in nats per token.
 
-        length: tokens per window; None for that of training. stride: tokens between the starts of
-        windows; None for `length`. Raises BadInput as `mukv.infer.evaluate.evaluate` does.
+        length: tokens per window; None for the length of training rows
+        stride: tokens between the starts of windows; None for `length`
+
+        Raises BadInput for the values that `mukv.infer.evaluate.evaluate` refuses.
         """
         return evaluate(
             self.network,
@@ -346,11 +358,11 @@ def load(
     """Load a model with its weights and tokenizer.
 
     source: a run directory (its exported weights, or its latest checkpoint if that is newer), a
-        Hugging Face folder, a GGUF file or a hub id, whose tensors are read one by one
-    mesh: devices that the weights are split over; None for one device
+        Hugging Face folder, a GGUF file or a hub id
+    mesh: mesh of devices that the weights are sharded over; None for one device
     allow_nonfinite: accept weights that are infinite or not a number
     weights: format that the weights are converted to while they are read, for inference on one
-        device: "int8", "int4" or "bfloat16"; None to keep them as they are
+        device: "int8", "int4" or "bfloat16"; None to keep their dtype
 
     Raises BadInput for a source that is not a model, for damaged files, for weights that are not
     finite, and for a format that is unknown or given together with a mesh or `allow_nonfinite`.

@@ -27,27 +27,28 @@ from mukv.tasks.feed import TaskFeed
 from mukv.train.training import Training
 
 LENGTH = 2048
-"""Default window of an imported model in tokens; less if its context is shorter."""
+"""Default length of an imported model's training rows in tokens; less if its context is shorter."""
 
 
 def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Run, RunDirectory]:
     """Return the configuration and run directory that `mukv train CONFIG` names.
 
-    source: CONFIG: a preset, a YAML file, a run directory to continue, or an imported run, Hugging
-        Face folder, GGUF file or hub id whose weights training starts from
-    overrides: `a.b=c`
-    out: the run directory; None for the one to continue, or for a name with a hash of the
-        configuration, so that the same command continues its own run
+    source: the argument CONFIG: a preset, a YAML file, a run directory to continue, or a model
+        whose weights training starts from (an imported or converted run directory, a Hugging Face
+        folder, a GGUF file or a hub id)
+    overrides: texts `a.b=c`
+    out: the run directory. None for the run directory to continue, or for a new one whose name has
+        a hash of the configuration, so that the same command continues the same run
 
     Raises BadInput for unknown names, unknown keys and bad values.
     """
     given = RunDirectory(Path(source))
-    imported = given.exists and provenance.is_imported(given.path)
-    if given.exists and not imported:
+    untrained = given.exists and provenance.is_untrained(given.path)
+    if given.exists and not untrained:
         mapping = apply_overrides(Run, read_yaml(given.config), overrides)
         return schema.build(Run, mapping), RunDirectory(out) if out else given
-    found = None if imported else checkpoint.find(source)
-    if imported:
+    found = None if untrained else checkpoint.find(source)
+    if untrained:
         run = _starting_from(given.load_config(), given.path, overrides)
     elif found is not None:
         # The folder of a GGUF file is that of its tokenizer.
@@ -70,11 +71,11 @@ def _starting_from(run: Run, place: Path, overrides: Sequence[str]) -> Run:
 def open_corpus(run: Run, own: AnyTokenizer | None = None) -> TokenFile:
     """Open the token file that a run trains on.
 
-    own: the model's tokenizer; None for that of `train.start`, if there is one. Text is read with
-        it, and a token file in the ids of another tokenizer is refused
+    own: the model's tokenizer, with which text is encoded; None for the tokenizer of `train.start`,
+        if there is one
 
-    Raises BadInput for a token file that has changed since it was built, for one with more ids than
-    the model, and for a run that trains on a task.
+    Raises BadInput for a token file that has changed since it was built, has the ids of another
+    tokenizer, or has more ids than the model, and for a run that trains on a task.
     """
     if run.data.task is not None:
         raise BadInput("data.task", run.data.task.kind, "null: text is needed here")
@@ -88,10 +89,10 @@ def open_corpus(run: Run, own: AnyTokenizer | None = None) -> TokenFile:
 
 
 def open_feed(run: Run, folder: RunDirectory | None = None) -> tuple[Run, Feed]:
-    """Open the data that a run trains on; returns the run with `data.path` filled in, and the data.
+    """Open the data that a run trains on; return the run with `data.path` filled in, and the data.
 
-    folder: the run directory. If the run has begun, text is read with its tokenizer, and the
-        tokenizer of `train.start` is not consulted: `train_run` compares the data's fingerprint
+    folder: the run directory. If the run has begun, text is encoded with the tokenizer in it, and
+        not with the tokenizer of `train.start`: `train_run` compares the data's fingerprint
 
     Raises BadInput as `open_corpus` does.
     """
@@ -111,16 +112,16 @@ def open_feed(run: Run, folder: RunDirectory | None = None) -> tuple[Run, Feed]:
 
 
 def named_tokenizer(name: str) -> str | AnyTokenizer:
-    """Return the tokenizer of a GGUF file or hub id; any other name as it is, for `build_tokens`.
-    Raises BadInput for a model that can't be opened."""
+    """Return the tokenizer of a GGUF file or hub id, or else the unchanged name, which
+    `build_tokens` accepts. Raises BadInput for a model that can't be opened."""
     if gguf.is_gguf(Path(name)) or (checkpoint.is_hub_id(name) and not name.endswith(".json")):
         return checkpoint.require(name).tokenizer
     return name
 
 
 def _tokens(run: Run, own: AnyTokenizer | None) -> TokenFile:
-    """Open the token file of a run, or read its text with the model's own tokenizer. Raises
-    BadInput for a file that has changed or that has more ids than the model."""
+    """Open the token file of a run, or encode its text with the model's tokenizer. Raises BadInput
+    for a file that has changed or that has more ids than the model."""
     tokens = _opened(run.data.path, own)
     tokens.require_unchanged()
     needed = tokens.tokenizer.text_vocab_size
@@ -173,7 +174,7 @@ def _check_vocabulary(run: Run, needed: int, whose: str) -> None:
 
 
 def imported_run(found: Checkpoint) -> Run:
-    """Return the configuration of the run directory of an imported model, with windows of LENGTH
-    tokens or its context, whichever is less."""
+    """Return the configuration of an imported model's run directory, with training rows of LENGTH
+    tokens or of its context, whichever is less."""
     length = min(LENGTH, found.model.context or LENGTH)
     return Run(model=found.model, train=Training(length=length))

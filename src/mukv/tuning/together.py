@@ -1,8 +1,9 @@
 """Train runs that differ only in numbers together, in one program.
 
 Learning rates, constants, decay, seeds and numbers of a schedule are arguments of the program, and
-the training step is mapped over them. Each point ends where it would have ended alone, up to
-rounding. One device; a group is split until the compiled step fits the memory that it may use.
+the training step is mapped over them. The result of each run is the same as alone, up to rounding.
+Runs are trained on one device; a group is split until the compiled step fits the bytes of device
+memory that it may take.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import numpy as np
 
 from mukv.core.mesh import MeshShape
 from mukv.core.typing import Array
-from mukv.data.batches import Batches, Prefetch
-from mukv.data.tokens import TokenFile
+from mukv.data.batches import Batch, Prefetch
+from mukv.data.feed import Feed, Half, Source
 from mukv.model import LanguageModel
 from mukv.schema import schema
 from mukv.schema.numbers import leaves, substituted
 from mukv.show.progress import Bar
 from mukv.train import footprint
+from mukv.train.loop import due, validation_metrics
 from mukv.train.step import BATCH_FIELDS, Metrics, State, Trainer
 from mukv.train.training import Training
 
@@ -40,7 +42,7 @@ TRACED: dict[str, tuple[str, ...]] = {
         for constant in ("rate", "multiplier", "deviation")
     },
 }
-"""Numbers that may differ between points of one program."""
+"""Configuration keys whose numbers may differ between the points of one program, by section."""
 PATHS = frozenset(f"{where}.{name}" for where, names in TRACED.items() for name in names)
 
 
@@ -51,14 +53,16 @@ class Point(NamedTuple):
     training: Training
 
     def leaves(self) -> dict[str, Any]:
-        """Return every value by path, of the training after its budget is applied."""
+        """Return every configuration value by path, after `train.budget` was applied."""
         training = schema.to_mapping(self.training.effective)
         return leaves({"model": schema.to_mapping(self.model), "train": training})
 
 
 class Report(NamedTuple):
-    """Metrics of all points after a step: for each point values by name, infinite where it
-    diverged."""
+    """Metrics of all points after a step.
+
+    numbers: metrics of each point, by name; infinite if the point diverged
+    """
 
     step: int
     numbers: list[dict[str, float]]
@@ -81,8 +85,8 @@ def _traced(path: str, value: Any) -> bool:
 
 
 def free_memory() -> int:
-    """Return the bytes that a group may take by default: 90 % of a device's free memory, half of a
-    host's."""
+    """Return the bytes that a group may take by default: 90 % of the free memory of an accelerator,
+    half of the free RAM on a CPU."""
     return int(footprint.free_memory() * (0.5 if jax.devices()[0].platform == "cpu" else 0.9))
 
 
@@ -90,17 +94,17 @@ def free_memory() -> int:
 class Together:
     """A group of points, which must be one of `grouped`.
 
-    packing: as in `Batches`
-    across: how one step is mapped over all points: "vmap" computes them at once, "map" one after
-        another within the program; None means the faster one. A CPU is busy with one point and
-        saves only compilations (benchmarks/sweep.py).
-    stopped: indices of points that are not needed any more
-    start: weights that all points begin with, or that the adapters of all change; None draws them
+    feed: training and validation batches of all points
+    across: how one step is mapped over the points: "vmap" computes all points at once, "map" one
+        after another within the program; None for the faster one, which is "map" on a CPU, where
+        one point uses all cores (benchmarks/sweep.py)
+    stopped: indices of points that need not be trained further
+    start: initial weights of all points, or the frozen weights under their adapters; None draws
+        them
     """
 
     points: Sequence[Point]
-    tokens: TokenFile
-    packing: Literal["packed", "contiguous"] = "packed"
+    feed: Feed
     across: Literal["vmap", "map"] | None = None
     stopped: set[int] = field(default_factory=set)
     start: Any = None
@@ -146,26 +150,35 @@ class Together:
 
         return self._map(one)(numbers) if numbers else self._map(lambda _: one({}))(self.which)
 
+    def _of_seed(self, batches: Any, which: Array) -> Any:
+        """Return the batch of one seed from the batches of all seeds.
+
+        With one seed all points share the batch, and the computations that depend only on it.
+        """
+        return jax.tree.map(lambda all: all[which if len(self.seeds) > 1 else 0], batches)
+
     def _update(
         self, numbers: Any, which: Array, states: State, step: Array, batches: Any, frozen: Any
     ) -> tuple[State, Metrics]:
         def one(numbers: Any, which: Array, state: State) -> tuple[State, Metrics]:
-            # With one seed the batch is the same for all points, and so is what depends only on it.
-            mine = jax.tree.map(lambda all: all[which if len(self.seeds) > 1 else 0], batches)
-            return self._trainer(numbers).update(state, step, mine, frozen)
+            batch = self._of_seed(batches, which)
+            return self._trainer(numbers).update(state, step, batch, frozen)
 
         return self._map(one)(numbers, which, states)
 
-    def _validate(self, numbers: Any, states: State, batch: Any, table: Array, frozen: Any) -> Any:
-        def one(numbers: Any, state: State, _: Array) -> Any:
-            trainer = self._trainer(numbers)
-            return trainer.validation_sums(state.weights, batch, table, frozen)
+    def _validate(
+        self, numbers: Any, which: Array, states: State, batches: Any, table: Array, frozen: Any
+    ) -> Any:
+        def one(numbers: Any, which: Array, state: State) -> Any:
+            batch = self._of_seed(batches, which)
+            return self._trainer(numbers).validation_sums(state.weights, batch, table, frozen)
 
-        return self._map(one)(numbers, states, jnp.asarray(self.which))
+        return self._map(one)(numbers, which, states)
 
     @cached_property
     def compiled(self) -> Any:
-        """The compiled training step. Raises BadInput if a single point can't fit the memory."""
+        """The compiled training step. Raises BadInput if even one point takes more memory than is
+        free."""
         trainer = self._trainer({})
         trainer.frozen = self.frozen
         footprint.require_least(trainer)
@@ -184,8 +197,8 @@ class Together:
         return taken + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
     def fitting(self, budget: int) -> list[Together]:
-        """Split this group until each part needs at most `budget` bytes; a single point is never
-        refused here."""
+        """Split this group into parts that each take at most `budget` bytes. A part of one point is
+        returned whatever it takes."""
         if len(self.points) == 1 or self.memory() <= budget:
             return [self]
         half = len(self.points) // 2
@@ -196,26 +209,26 @@ class Together:
         ]
 
     def _with(self, points: Sequence[Point]) -> Together:
-        return Together(points, self.tokens, self.packing, self.across, start=self.start)
+        return Together(points, self.feed, self.across, start=self.start)
 
     # The loop
 
-    def _batches(self, seed: int, split: Literal["train", "validation"]) -> Batches:
-        training = self.training
-        return Batches(self.tokens, seed, training.batch, training.length, split, self.packing)
+    def _sources(self, split: Half) -> list[Source]:
+        """Return the batches of each seed."""
+        sizes = {"batch": self.training.batch, "length": self.training.length}
+        return [self.feed.source(split, seed, **sizes) for seed in self.seeds]
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
-        rows = [batches.at(step) for batches in self._training_batches]
-        return {name: np.stack([getattr(row, name) for row in rows]) for name in BATCH_FIELDS}
+        return _stacked([source.at(step) for source in self._training])
 
     @cached_property
-    def _training_batches(self) -> list[Batches]:
-        return [self._batches(seed, "train") for seed in self.seeds]
+    def _training(self) -> list[Source]:
+        return self._sources("train")
 
     def run(self, title: str = "training") -> Iterator[Report]:
         """Train to the last step; yield a report whenever metrics are due.
 
-        Ends early once all points are in `stopped`, to which the caller may add.
+        Ends early if all points are in `stopped`, to which the caller may add points.
         """
         training = self.training
         with jax.set_mesh(self.mesh):
@@ -231,7 +244,7 @@ class Together:
                         self.frozen,
                     )
                     ends = step == training.steps
-                    evaluates = ends or _due(step, training.evaluate_every)
+                    evaluates = ends or due(step, training.evaluate_every)
                     if not (evaluates or step % training.log_every == 0):
                         continue
                     numbers = self._numbers(metrics, step)
@@ -254,24 +267,24 @@ class Together:
         rows: list[dict[str, float]] = []
         for point, done in enumerate(steps):
             row = {name: float(getattr(values, name)[point]) for name in names}
-            # A state whose loss or gradient was not finite has stopped at that step.
+            # After a loss or gradient that is not finite, a state no longer changes.
             rows.append(row if done == step else _diverged(row))
         return rows
 
     def _evaluate(self, validate: Callable[..., Any]) -> list[dict[str, float]]:
-        table = self.tokens.token_bytes(self.model.vocab_size)
+        table = jnp.asarray(self.feed.tokenizer.token_bytes(self.model.vocab_size))
         sums = np.zeros((3, len(self.points)))
-        windows = self._batches(0, "validation")
-        for batch in windows.once(self.training.validation_batches):
-            arrays = {name: getattr(batch, name) for name in BATCH_FIELDS}
-            given = (self.numbers, self.states, arrays, jnp.asarray(table), self.frozen)
+        limit = self.training.validation_batches
+        windows = (source.once(limit) for source in self._sources("validation"))
+        for batches in zip(*windows, strict=True):
+            given = (self.numbers, self.which, self.states, _stacked(batches), table, self.frozen)
             sums += np.array(validate(*given))
-        nats, tokens, read = sums
-        bits = nats / np.log(2) / np.maximum(read, 1)
-        return [
-            {"validation_loss": float(loss), "validation_bits_per_byte": float(bit)}
-            for loss, bit in zip(nats / np.maximum(tokens, 1), bits, strict=True)
-        ]
+        return [validation_metrics(*map(float, point)) for point in sums.T]
+
+
+def _stacked(batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+    """Stack the batches of all seeds: every field [seed batch ...]."""
+    return {name: np.stack([getattr(batch, name) for batch in batches]) for name in BATCH_FIELDS}
 
 
 def _diverged(row: dict[str, float]) -> dict[str, float]:
@@ -282,7 +295,3 @@ def _dtype(path: str, value: Any) -> np.dtype:
     if path == "train.seed":
         return np.dtype(np.uint32)
     return np.dtype(np.int32 if isinstance(value, int) else np.float32)
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

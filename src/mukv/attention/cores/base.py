@@ -51,7 +51,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What turns products of queries and keys into logits.
+    """Inputs from which the logits are computed, besides the products of queries and keys.
 
     query: scaled queries, as the position encoding reads them; None where it adds no bias
     query_position: position of each query in its document
@@ -106,7 +106,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Demand:
-    """What is required of a core, known before any array exists.
+    """Requirements on a core, which are known before any array exists.
 
     queries: number of queries per row
     position: position encoding
@@ -124,7 +124,10 @@ class Demand:
 
 @dataclass(frozen=True)
 class Core:
-    """Base class of attention cores. platforms: those on which it may be chosen; None for all"""
+    """Base class of attention cores.
+
+    platforms: platforms on which the core may be chosen; None for all
+    """
 
     platforms: ClassVar[tuple[Platform, ...] | None] = None
 
@@ -144,8 +147,8 @@ class Core:
 
 
 def all_at_once(demand: Demand, compute: Compute) -> str | None:
-    """Return why all logits must or may be computed at once, for cores that never do; None if there
-    is no reason."""
+    """Return why the plain core, which computes all logits at once, is needed or as good; None if
+    there is no such reason. For `supports` of cores that compute logits in blocks."""
     if not compute.fused:
         return "compute.fused is false"
     if demand.shows is not None:
@@ -153,6 +156,26 @@ def all_at_once(demand: Demand, compute: Compute) -> str | None:
     if demand.queries == 1:
         return "one query: its logits need little memory"
     return None
+
+
+def not_of_own_tokens(demand: Demand, compute: Compute) -> str | None:
+    """Return why a kernel for entries of the queries' own tokens can't serve; None if it can."""
+    if demand.position.biases:
+        return f"{demand.position.kind} adds a bias to the logits"
+    if not demand.aligned:
+        return "its keys must be those of the queries' own tokens, in one bag"
+    return all_at_once(demand, compute)
+
+
+def operands(query: Query, part: Part, kind: str | None) -> tuple[Array, Array, Array]:
+    """Return queries, keys and values as one array each, with as many heads of values as of keys.
+
+    kind: type that they are rounded to; None to keep their types
+    """
+    keys, values = part.recalled.dense(query[0].shape[1])
+    asked = jnp.concatenate(query, axis=-1)
+    asked, keys, values = (x.astype(kind or x.dtype) for x in (asked, keys, values))
+    return asked, keys, values
 
 
 def finite(top: Array) -> Array:

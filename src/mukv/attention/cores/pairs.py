@@ -12,6 +12,9 @@ import numpy as np
 from mukv.attention.cores.base import Part
 from mukv.core.typing import Array
 
+NOBODY = -(1 << 31)
+"""Document of a key that no query sees; padding may have any other number."""
+
 
 def chunk_size(length: int) -> int:
     """Return the maximum size of a chunk or block: an eighth of the length, from 64 to 256."""
@@ -19,15 +22,15 @@ def chunk_size(length: int) -> int:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Division of an axis of `length` into `number` pieces of `size`, with padding at the end."""
+class Division:
+    """Divides an axis of `length` into `number` pieces of `size`, with padding at the end."""
 
     length: int
     size: int
     number: int
 
     @classmethod
-    def of(cls, length: int, size: int | None) -> Cut:
+    def of(cls, length: int, size: int | None) -> Division:
         """Divide an axis of this length.
 
         size: size of a piece; None for the sizes up to `chunk_size` that need the least padding
@@ -84,7 +87,7 @@ class Places(NamedTuple):
     asking: Any
 
     @classmethod
-    def of(cls, part: Part, rows: Cut, keys: Cut) -> Places:
+    def of(cls, part: Part, rows: Division, keys: Division) -> Places:
         entries, asking = part.entries, part.mask.segment
         valid, segment = entries.valid, entries.segment
         if valid is None and (keys.padding or not part.mask.aligned):
@@ -99,7 +102,19 @@ class Places(NamedTuple):
         )
 
 
-def aligned_pairs(rows: Cut, keys: Cut, window: int | None) -> tuple[np.ndarray, int]:
+def documents(places: Places, position: Array) -> tuple[Array, Array]:
+    """Return the document of each query and of each key [batch token]; NOBODY for keys that are
+    not valid. position: padded positions of the queries"""
+    if places.segment is None:
+        own = keys = jnp.zeros_like(position)
+    else:
+        own, keys = places.asking, places.segment[:, 0]
+    if places.valid is not None:
+        keys = jnp.where(places.valid[:, 0], keys, NOBODY)
+    return own.astype(jnp.int32), keys.astype(jnp.int32)
+
+
+def aligned_pairs(rows: Division, keys: Division, window: int | None) -> tuple[np.ndarray, int]:
     """List the pairs of a chunk and a block with a visible key, for entries that the queries wrote.
 
     Returns their indices [pair 2], chunk by chunk with blocks from right to left, and their number.
@@ -113,7 +128,7 @@ def aligned_pairs(rows: Cut, keys: Cut, window: int | None) -> tuple[np.ndarray,
 
 
 def pairs(
-    rows: Cut, keys: Cut, window: int | None, position: Array, places: Places
+    rows: Division, keys: Division, window: int | None, position: Array, places: Places
 ) -> tuple[Array, Array]:
     """List the pairs of a chunk and a block with a visible key, for any entries.
 
@@ -126,7 +141,9 @@ def pairs(
     return jnp.stack([i, j], axis=1), jnp.sum(seen)
 
 
-def reachable(rows: Cut, keys: Cut, window: int | None, position: Array, places: Places) -> Array:
+def reachable(
+    rows: Division, keys: Division, window: int | None, position: Array, places: Places
+) -> Array:
     """Return whether some query of each chunk may see some key of each block.
 
     position: padded positions of the queries [batch query]
