@@ -26,6 +26,7 @@ from mukv.cache.clusters import Clusters
 from mukv.cache.compactor import Compactor
 from mukv.cache.critical import Critical
 from mukv.cache.expected import Expected
+from mukv.cache.fp8 import FP8
 from mukv.cache.keep import Everything, Keep
 from mukv.cache.kept import Kept, empty
 from mukv.cache.layers import PAGE, Layers
@@ -34,6 +35,7 @@ from mukv.cache.positional import Random, Streaming
 from mukv.cache.quantised import Int4, Int8
 from mukv.cache.refine import Refine
 from mukv.cache.replay import TWICE, KVzip
+from mukv.cache.rotated import Rotated
 from mukv.cache.select import All, Select
 from mukv.cache.sparq import SparQ
 from mukv.cache.spread import Adaptive, Pyramid, Spread, Uniform
@@ -66,7 +68,12 @@ KEEPERS = PartTable(
     },
     kinds=False,
 )
-STORES = PartTable("store", Store, {"exact": Exact, "int8": Int8, "int4": Int4}, kinds=False)
+STORES = PartTable(
+    "store",
+    Store,
+    {"exact": Exact, "int8": Int8, "int4": Int4, "fp8": FP8, "rotated": Rotated},
+    kinds=False,
+)
 SELECTORS = PartTable(
     "select",
     Select,
@@ -189,7 +196,7 @@ class Policy:
                 self.name,
                 f"{layer} has the position encoding {attention.position.kind}, which depends on "
                 "all entries between a query and a key, so that no entry may be dropped or "
-                "skipped; int8, int4, topk and topp fit",
+                "skipped; int8, int4, fp8, rotated, topk and topp fit",
             )
         if isinstance(self.select, TopK) and not attention.values_apart:
             raise BadInput(
@@ -213,9 +220,9 @@ class Policy:
                     f"a policy whose scores are at least 0, like snapkv, not {_name(self.keep)}"
                 )
                 raise BadInput("policy", self.name, allowed)
-            if "output" not in attention.output_params(1):
-                allowed = f"{layer} projects its heads in several steps ({attention.kind})"
-                raise BadInput("policy", self.name, f"no critical: {allowed}")
+            self._check_projection(layer, attention, "critical")
+        if isinstance(self.keep, KVzip) and self.keep.plus:
+            self._check_projection(layer, attention, "plus")
         self._check_layers()
         if self.keep.spread.pools:
             shared = _name(self.keep.spread)
@@ -237,6 +244,12 @@ class Policy:
                 f"{layer} has one set of entries for all heads ({attention.kind}): calibrated "
                 "centres, one set per head, don't fit; clusters of the prompt do",
             )
+
+    def _check_projection(self, layer: str, attention: Attention, part: str) -> None:
+        """Raise BadInput for a layer without one output projection of all heads."""
+        if "output" not in attention.output_params(1):
+            allowed = f"{layer} projects its heads in several steps ({attention.kind})"
+            raise BadInput("policy", self.name, f"no {part}: {allowed}")
 
     def _check_layers(self) -> None:
         """Raise BadInput for a budget over layers without scores that allow it, and for scores from

@@ -5,7 +5,6 @@ Each class is a pytree, because a layer of a pass with a cache is a compiled fun
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, no_type_check
 
@@ -16,6 +15,7 @@ from mukv.cache import Reader, Slot
 from mukv.cache.base import QUERY
 from mukv.core.typing import Array, Bool, Float, Int
 from mukv.model.cache_update import LayerMemory
+from mukv.model.passes import Asked
 from mukv.model.plan import ResolvedLayer
 
 
@@ -46,7 +46,7 @@ class Several:
         reading: Any,
         memory: LayerMemory | None,
         written: Written,
-        query: Callable[[], Queries],
+        query: Asked,
     ) -> tuple[tuple[Bag, ...], LayerMemory]:
         assert memory is not None
         slots: dict[str, Slot] = {}
@@ -55,7 +55,7 @@ class Several:
             slot, new = memory.slots[name], written[name]
             if self.joins:
                 asked = query() if slot.body.needs_queries else None
-                reader = Reader(layer.softmax, reading, asked)
+                reader = Reader(layer.softmax, reading, asked, None, query.x)
                 slots[name] = slot.extended(new, self.length, self.count, reader, self.fresh)
             if not self.fresh:
                 by_query = self.as_steps and slot.body.by_query
@@ -86,7 +86,7 @@ class One:
         _: Any,
         memory: LayerMemory | None,
         written: Written,
-        query: Callable[[], Queries],
+        query: Asked,
     ) -> tuple[tuple[Bag, ...], LayerMemory]:
         more = 1 if self.which is None else self.which.astype("int32")
         assert memory is not None

@@ -7,7 +7,7 @@ A stack maps a residual stream to a residual stream; it has no embedding or read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Queries, Written
+from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Written
 from mukv.cache import FULL, Cache, Calibrated, Policy, Ring, Slot, choosing
 from mukv.cache.base import QUERY
 from mukv.core.compact import any_compact, is_compact
@@ -29,7 +29,7 @@ from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
 from mukv.model.cache_update import LayerBag, LayerMemory, extended, joined, memories
 from mukv.model.feedforward import AnyFeedforward
-from mukv.model.passes import Memory, Pass, Remember, layer_params
+from mukv.model.passes import Asked, Memory, Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.model.remember import One, Several
 from mukv.scaling.parameterization import Scaling
@@ -139,7 +139,7 @@ class Stack:
             _: Any,
             memory: Memory,
             written: Written,
-            __: Callable[[], Queries],
+            __: Asked,
         ) -> tuple[tuple[Bag, ...], Memory]:
             bags = layer.bags.items()
             entries = (bag.entries(written[name], position, segment) for name, bag in bags)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
+from mukv.data.mixture import MixturePart, require_shares
 from mukv.data.tokens import open_tokens
 from mukv.model import AnyModel, Decoder
 from mukv.schema import schema
@@ -32,11 +33,14 @@ class Data:
         the source code of Python's standard library, encoded once with that tokenizer, or as bytes
     packing: a token attends only to tokens of its own document ("packed"), or to all earlier tokens
         of its row ("contiguous")
+    mixture: several token files, each with a weight, instead of `path`: their shares of the
+        training tokens
     task: a synthetic task, instead of a token file
     """
 
     path: str | None = None
     packing: Literal["packed", "contiguous"] = "packed"
+    mixture: tuple[MixturePart, ...] = ()
     task: AnyTask | None = None
 
     def __post_init__(self) -> None:
@@ -44,6 +48,12 @@ class Data:
             raise BadInput("path", self.path, "a path, which has no NUL character")
         if self.task is not None and self.path is not None:
             raise BadInput("path", self.path, "null where data.task is given: one of the two")
+        if self.mixture:
+            for name in ("path", "task"):
+                if getattr(self, name) is not None:
+                    allowed = "null where data.mixture is given: one of the two"
+                    raise BadInput(name, getattr(self, name), allowed)
+            require_shares([part.weight for part in self.mixture])
 
 
 @dataclass(frozen=True)
@@ -125,8 +135,9 @@ def with_vocabulary(mapping: dict[str, Any]) -> dict[str, Any]:
         part = schema.build(Data, data)
         if part.task is not None:
             needed = part.task.vocab_size
-        elif part.path is not None:
-            needed = open_tokens(Path(part.path)).vocab_size
+        else:
+            paths = [part.path] if part.path is not None else [p.path for p in part.mixture]
+            needed = max((open_tokens(Path(path)).vocab_size for path in paths), default=None)
     if needed is None:
         return mapping
     rounded = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mukv.data.feed import Feed, TextFeed
+from mukv.data.mixture import MixtureFeed
 from mukv.data.tokens import TokenFile
 from mukv.runs.config import Run
 from mukv.runs.describe import weights
@@ -64,6 +65,13 @@ def of_feed(feed: Feed) -> str:
         tokens = feed.tokens
         count = len(tokens.train.tokens)
         return f"training on {count:,} tokens of {_sources(tokens)} in {tokens.path} (data.path)"
+    if isinstance(feed, MixtureFeed):
+        total = sum(feed.weights)
+        parts = (
+            f"{weight / total:.1%} {file.path} ({len(file.train.tokens):,} tokens)"
+            for file, weight in zip(feed.tokens, feed.weights, strict=True)
+        )
+        return f"training on a mixture of {', '.join(parts)} (data.mixture)"
     return "training on a synthetic task (data.task)"
 
 

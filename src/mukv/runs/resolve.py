@@ -10,6 +10,7 @@ from pathlib import Path
 from mukv.core.errors import BadInput
 from mukv.data.build import default_corpus, speed_meter, text_tokens
 from mukv.data.feed import Feed, TextFeed
+from mukv.data.mixture import MixtureFeed
 from mukv.data.sources import SOURCES
 from mukv.data.tokenizer import AnyTokenizer, NoTokenizer, load_tokenizer
 from mukv.data.tokens import TokenFile, open_tokens
@@ -79,29 +80,48 @@ def open_corpus(run: Run, own: AnyTokenizer | None = None) -> TokenFile:
     """
     if run.data.task is not None:
         raise BadInput("data.task", run.data.task.kind, "null: text is needed here")
-    if own is None and run.train.start is not None:
-        own = find_start(run.train.start).tokenizer
-    tokens = _tokens(run, own)
-    if own is not None:
+    if run.data.mixture:
+        paths = ", ".join(part.path for part in run.data.mixture)
+        raise BadInput("data.mixture", paths, "one of them as data.path: a single text is needed")
+    own = _starting_tokenizer(run) if own is None else own
+    return _own_tokens(run, own, "data.path", run.data.path, checks=True)
+
+
+def _starting_tokenizer(run: Run) -> AnyTokenizer | None:
+    return None if run.train.start is None else find_start(run.train.start).tokenizer
+
+
+def _own_tokens(
+    run: Run, own: AnyTokenizer | None, where: str, path: str | None, checks: bool
+) -> TokenFile:
+    """Open a token file, or read a text with the model's own tokenizer. Raises BadInput about
+    `where`; with `checks`, also for the ids of another tokenizer."""
+    try:
+        tokens = _tokens(run, own, path)
+    except BadInput as error:
+        if error.where != "data.path":
+            raise
+        raise BadInput(where, error.given, error.allowed, error.nearest) from None
+    if checks and own is not None:
         allowed = "a token file in the ids of the model's own tokenizer, or a text to read with it"
-        _check_ids("data.path", str(tokens.path), tokens.tokenizer, own, allowed)
+        _check_ids(where, str(tokens.path), tokens.tokenizer, own, allowed)
     return tokens
 
 
 def open_feed(run: Run, folder: RunDirectory | None = None) -> tuple[Run, Feed]:
-    """Open the data that a run trains on; return the run with `data.path` filled in, and the data.
+    """Open the data that a run trains on; return the run with absolute paths, `data.path` filled
+    in, and the data.
 
     folder: the run directory. If the run has begun, text is encoded with the tokenizer in it, and
         not with the tokenizer of `train.start`: `train_run` compares the data's fingerprint
 
-    Raises BadInput as `open_corpus` does.
+    Raises BadInput as `open_corpus` does, and for parts of a mixture that can't be mixed.
     """
     begun = folder is not None and folder.exists and folder.tokenizer.is_file()
     if run.data.task is None:
         own = load_tokenizer(folder.tokenizer) if folder is not None and begun else None
-        tokens = _tokens(run, own) if begun else open_corpus(run)
-        data = replace(run.data, path=str(tokens.path.resolve()))
-        return replace(run, data=data), TextFeed(tokens, run.data.packing)
+        own = own if begun else _starting_tokenizer(run)
+        return _open_text(run, own, checks=not begun)
     feed = TaskFeed(run.data.task)
     _check_vocabulary(run, feed.task.vocab_size, "data.task")
     start = None if begun or run.train.start is None else find_start(run.train.start)
@@ -109,6 +129,25 @@ def open_feed(run: Run, folder: RunDirectory | None = None) -> tuple[Run, Feed]:
         allowed = "null: the model's ids are those of its own tokenizer, not of this task's words"
         _check_ids("data.task", feed.task.kind, feed.tokenizer, start.tokenizer, allowed)
     return run, feed
+
+
+def _open_text(run: Run, own: AnyTokenizer | None, checks: bool) -> tuple[Run, Feed]:
+    """Open the token file of a run, or those of its mixture."""
+    data = run.data
+    if not data.mixture:
+        tokens = _own_tokens(run, own, "data.path", data.path, checks)
+        data = replace(data, path=str(tokens.path.resolve()))
+        return replace(run, data=data), TextFeed(tokens, data.packing)
+    files = [
+        _own_tokens(run, own, f"data.mixture.{number}.path", part.path, checks)
+        for number, part in enumerate(data.mixture)
+    ]
+    feed = MixtureFeed((*files,), tuple(part.weight for part in data.mixture), data.packing)
+    parts = [
+        replace(part, path=str(file.path.resolve()))
+        for part, file in zip(data.mixture, files, strict=True)
+    ]
+    return replace(run, data=replace(data, mixture=(*parts,))), feed
 
 
 def named_tokenizer(name: str) -> str | AnyTokenizer:
@@ -119,10 +158,10 @@ def named_tokenizer(name: str) -> str | AnyTokenizer:
     return name
 
 
-def _tokens(run: Run, own: AnyTokenizer | None) -> TokenFile:
+def _tokens(run: Run, own: AnyTokenizer | None, path: str | None) -> TokenFile:
     """Open the token file of a run, or encode its text with the model's tokenizer. Raises BadInput
     for a file that has changed or that has more ids than the model."""
-    tokens = _opened(run.data.path, own)
+    tokens = _opened(path, own)
     tokens.require_unchanged()
     needed = tokens.tokenizer.text_vocab_size
     _check_vocabulary(run, needed, f"the tokenizer of {tokens.path}")

@@ -193,7 +193,8 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
     before, now = (leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
     began_with = provenance.began_with(folder.path, origin)
     if began_with is not None:  # the fingerprint is compared below; the path may differ
-        before["data.path"] = now["data.path"]
+        paths = [name for name in now if name.startswith("data.") and name.endswith(".path")]
+        before |= {name: now[name] for name in paths if name in before}
     if run.train.adapter is not None and FIELD in before:  # `require_base` compares checksums
         before[FIELD] = now[FIELD]
     for name in [*now, *before]:
@@ -206,12 +207,22 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
             )
 
     if began_with not in (None, origin.fingerprint):
+        where, given = _named_data(run)
         raise BadInput(
-            "data.path" if run.data.task is None else "data.task",
-            str(run.data.path if run.data.task is None else run.data.task.kind),
+            where,
+            given,
             f"the run in {folder.path} began with data of fingerprint {began_with[:12]}, this has "
             f"{origin.fingerprint[:12]}; give another folder with --out",
         )
+
+
+def _named_data(run: Run) -> tuple[str, str]:
+    """Return the key that names the data of a run, and its value."""
+    if run.data.task is not None:
+        return "data.task", run.data.task.kind
+    if run.data.mixture:
+        return "data.mixture", ", ".join(part.path for part in run.data.mixture)
+    return "data.path", str(run.data.path)
 
 
 def _untouched(folder: RunDirectory) -> bool:
