@@ -156,6 +156,7 @@ class Decoder(LanguageModel):
     ) -> tuple[Float[Array, "batch token vocab"], Cache]:
         """Read known tokens in one pass; see `LanguageModel.read_block`."""
         compute = settled(compute)
-        x = self.embed(weights, tokens, compute)
+        position = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
+        x = self.placed(weights, tokens, position, compute)
         x, cache = self.stack.read_block(weights["layers"], cache, x, compute, joins)
         return self.logits(weights, self.normed(weights, x), compute), cache
