@@ -11,7 +11,8 @@ from mukv.core.compute import Compute
 from mukv.core.mesh import MeshShape
 from mukv.data.batches import Batch
 from mukv.model import LanguageModel
-from mukv.train.step import Metrics, State, Trainer
+from mukv.train.state import Metrics, State
+from mukv.train.step import Trainer
 from mukv.train.training import Training
 from tests.laws import matrix
 

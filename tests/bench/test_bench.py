@@ -12,7 +12,7 @@ from mukv.core.errors import Failed
 from mukv.runs import config
 from mukv.tasks import TASKS
 from mukv.train.loop import Outcome
-from mukv.train.step import State
+from mukv.train.state import State
 from tests.conftest import MINUSCULE
 
 SMALL = ("--samples", "10", "--free", "3", "--json")

@@ -28,7 +28,7 @@ from mukv.model.shard import shard
 from mukv.runs.config import Run
 from mukv.runs.start import resolved_params, trained_params
 from mukv.train.footprint import LEFT
-from mukv.train.step import state_shardings
+from mukv.train.state import state_shardings
 
 POLICIES = (False, "products", True, "offload")
 """Values of `train.compute.rematerialise`."""

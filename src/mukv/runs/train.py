@@ -36,7 +36,8 @@ from mukv.storage.weights import save_weights
 from mukv.train import metrics
 from mukv.train.footprint import require_least, require_room
 from mukv.train.loop import Loop, Outcome
-from mukv.train.step import State, Trainer
+from mukv.train.state import State
+from mukv.train.step import Trainer
 
 FREE = (
     *("steps", "schedule", "compute", "profile", "trackers", "keep_last", "keep_best"),

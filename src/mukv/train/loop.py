@@ -27,7 +27,8 @@ from mukv.model.counting import flops_per_token
 from mukv.show.progress import Bar
 from mukv.storage.checkpoint import Checkpoints
 from mukv.train.metrics import Trackers, read_metrics
-from mukv.train.step import Metrics, State, Trainer
+from mukv.train.state import Metrics, State
+from mukv.train.step import Trainer
 from mukv.train.stopping import StopSignal
 
 PROFILED_STEPS = range(10, 16)

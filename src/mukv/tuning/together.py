@@ -28,7 +28,8 @@ from mukv.schema.numbers import leaves, substituted
 from mukv.show.progress import Bar
 from mukv.train import footprint
 from mukv.train.loop import due, validation_metrics
-from mukv.train.step import BATCH_FIELDS, Metrics, State, Trainer
+from mukv.train.state import Metrics, State
+from mukv.train.step import BATCH_FIELDS, Trainer
 from mukv.train.training import Training
 
 TRACED: dict[str, tuple[str, ...]] = {
