@@ -169,6 +169,7 @@ if TYPE_CHECKING:
     from mukv.tasks import Task as Task
     from mukv.tasks import VariableTracking as VariableTracking
     from mukv.train.adapter import Adapter as Adapter
+    from mukv.train.distillation import Distillation as Distillation
     from mukv.train.training import LengthStage as LengthStage
     from mukv.train.training import Training as Training
 
