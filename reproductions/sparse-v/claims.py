@@ -1,10 +1,11 @@
 """Compute the figures of this page."""
 
+from math import exp
 from statistics import mean
 
 from claims import percent, read, table
 
-RESULTS = read(__file__)
+RESULTS, REAL = read(__file__), read(__file__, "real.json")
 TRAINED, RANDOM = RESULTS["trained, 3 layers"], RESULTS["heads of Llama 3.2 1B, random weights"]
 GIVEN = [
     "one of Llama 3.2 1B's heads and rotation in four layers with random weights",
@@ -21,6 +22,47 @@ def agreement(layers: list[dict], key: str) -> str:
     return " / ".join(f"{layer[key]:.2f}" for layer in layers)
 
 
+TEXTS = ("code", "prose", "dialogue")
+CHOICES = ("each head", "KV head", "layer", "first head", "latest")
+SHARES = ("1/4", "1/8", "1/16")
+NAMES = {"smollm2-135m-instruct": "SmolLM2 135M", "gemma-3-270m": "Gemma 3 270M"}
+
+
+def added(found: dict, choice: str, share: str) -> float:
+    """Return the loss that few reads add, in nats a token, as the mean over windows."""
+    return mean(found[f"{choice}, {share}"]) - mean(found["all"])
+
+
+def real() -> list[str]:
+    """Return the figures of the pretrained models."""
+    losses = table(
+        ["nats a token more", *(f"{text}, {share}" for text in TEXTS for share in SHARES)],
+        [
+            [
+                f"{name}: {choice}",
+                *(f"{added(REAL[key][t], choice, share):+.3f}" for t in TEXTS for share in SHARES),
+            ]
+            for key, name in NAMES.items()
+            for choice in CHOICES
+        ],
+    )
+    rows = []
+    for key, name in NAMES.items():
+        for text in TEXTS:
+            layers = REAL[key][text]["sparsity"]
+            rows.append(
+                [
+                    f"{name}, {text}",
+                    f"{exp(mean(REAL[key][text]['all'])):.2f}",
+                    *(f"{mean(x[kind] for x in layers):.3f}" for kind in ("top 0.1", "error 0.1")),
+                    *(f"{pick(x['top 0.1'] for x in layers):.3f}" for pick in (min, max)),
+                    f"{mean(x['agreement'] for x in layers):.2f}",
+                ]
+            )
+    facts = ["", "perplexity", "mass of the top 10 %", "error", "least layer", "largest layer"]
+    return [losses, table([*facts, "agreement of heads"], rows)]
+
+
 def said() -> list[str]:
     texts = [
         *((f"trained, {name}", TRAINED[name]) for name in TRAINED),
@@ -32,6 +74,7 @@ def said() -> list[str]:
     other = [layer["agreement_other_kv_heads"] for layers in TRAINED.values() for layer in layers]
     same = [layer["agreement_same_kv_head"] for layers in TRAINED.values() for layer in layers]
     return [
+        *real(),
         table(
             ["", "entries for 80 %", "95 %", "99 %", "mass of the top 10 %", "error", "top 20 %", "error"],
             [
