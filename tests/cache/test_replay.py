@@ -12,6 +12,7 @@ import pytest
 from mukv.cache import Policy
 from mukv.cache.layers import best_of_layers
 from mukv.core.errors import BadInput
+from mukv.core.tap import capture
 from mukv.infer import replay
 from mukv.infer.attention import attention_weights
 from mukv.infer.decode import Sampling, decode_functions, decoding_weights, generate
@@ -43,7 +44,7 @@ def policy_of(name):
 
 @pytest.fixture(scope="module")
 def kept(model, weights):
-    """The cache after the prompts, and after how many tokens of each."""
+    """Return the cache after the prompts, and the number of tokens of each prompt."""
 
     def of(name, prompts=PROMPTS):
         functions = decode_functions(model, Sampling(), EXACT)
@@ -54,9 +55,32 @@ def kept(model, weights):
     return of
 
 
+def factors(model, ids):
+    """Compute |W v| [layer, head, token] and |h| [layer, token] from the input of each layer."""
+    tree = model.unstack(model.scaled(matrix.weights(model)))
+    with capture() as taps:
+        model.hidden(model.scaled(matrix.weights(model)), jnp.asarray(ids), compute=EXACT)
+    stream = model.embed(tree, jnp.asarray(ids), EXACT)
+    place, found = jnp.arange(ids.shape[1])[None], []
+    for layer, own in zip(model.stack.layers, tree["layers"], strict=True):
+        entered = model.residual.enter(own, "attention", model.norm, stream)
+        value = layer.attention.write(own["write"], entered, place)["value"]
+        value = np.repeat(np.float64(value)[0], 2, axis=0)
+        projected = np.einsum("htv,hve->hte", value, np.float64(own["read"]["output"]))
+        sizes = np.linalg.norm(np.float64(entered)[0], axis=-1)
+        found.append((np.linalg.norm(projected, axis=-1), sizes))
+        stream = taps[f"layer{layer.index}.mlp"]
+    return map(np.stack, zip(*found, strict=True))
+
+
 @pytest.fixture(scope="module")
 def scores(model):
-    """By a dense pass over prompt and repetition: [row][layer, kv head, entry], numpy."""
+    return dense_scores(model, plus=False)
+
+
+def dense_scores(model, plus):
+    """Compute scores in numpy, by a dense pass over prompt and repetition: [row][layer, kv head,
+    entry]."""
     found = []
     for prompt in PROMPTS:
         length, parts = len(prompt), []
@@ -70,6 +94,9 @@ def scores(model):
             keys = [*range(min(4, start)), *range(start, start + len(piece)), *own]
             part = np.stack([dense[layer][:, own][:, :, keys] for layer in sorted(dense)])
             part /= part.sum(-1, keepdims=True)
+            if plus:
+                projected, sizes = factors(model, ids)
+                part *= projected[:, :, None, keys] / sizes[:, None, own, None]
             part = part.reshape(len(part), 2, -1, *part.shape[2:]).max((2, 3))
             parts.append(part[..., min(4, start) :][..., : len(piece)])
         found.append(np.concatenate(parts, -1))
@@ -77,7 +104,7 @@ def scores(model):
 
 
 def positions(cache, row):
-    """[layer] of sets of (head, position)."""
+    """Return the sets of kept (head, position), for each layer."""
     found = []
     for slot in cache.slots:
         shelf = slot.body.shelf
@@ -91,14 +118,15 @@ def positions(cache, row):
 
 
 def best(score, number):
-    """Indices of the largest of any shape, as a set."""
+    """Return the indices of the largest elements of an array, as a set."""
     flat = np.argsort(-score.ravel(), kind="stable")[:number]
     return {tuple(map(int, at)) for at in zip(*np.unravel_index(flat, score.shape), strict=True)}
 
 
 @pytest.mark.parametrize("share", [0.5, 0.3])
 def test_the_best_entries_of_all_layers_are_kept(kept, scores, share):
-    """By a dense pass over prompt and repetition. The sum over layers and heads is the budget."""
+    """Scores come from a dense pass over prompt and repetition. The entries of all layers and heads
+    sum to the budget."""
     cache = kept(f"kvzip(chunk={CHUNK}):{share}")
     for row, score in enumerate(scores):
         score = score.copy()
@@ -107,6 +135,15 @@ def test_the_best_entries_of_all_layers_are_kept(kept, scores, share):
         found = {(n, *pair) for n, pairs in enumerate(positions(cache, row)) for pair in pairs}
         assert len(found) == number
         assert len(found ^ best(score, number)) <= 2  # equal to the last digit
+
+
+def test_weights_times_norms(kept, model):
+    """KVzip+, by the values and inputs of a dense pass."""
+    cache = kept(f"kvzip(chunk={CHUNK},plus=true):0.5")
+    for row, score in enumerate(dense_scores(model, plus=True)):
+        score[..., :4] = score[..., -1:] = np.inf
+        found = {(n, *pair) for n, pairs in enumerate(positions(cache, row)) for pair in pairs}
+        assert len(found ^ best(score, -(-score.size // 2))) <= 2
 
 
 def test_a_budget_for_each_head_or_layer(kept, scores):
@@ -123,7 +160,7 @@ def test_a_budget_for_each_head_or_layer(kept, scores):
 
 
 def test_bytes_are_those_of_what_is_kept(kept, model):
-    """A layer's pool has its entries, rounded up to 16, and no more."""
+    """The pool of a layer has room for its entries, rounded up to a multiple of 16."""
     prompts = PROMPTS[:1]
     cache = kept(f"kvzip(chunk={CHUNK}):0.25", prompts)
     sizes = [len(each) for each in positions(cache, 0)]
@@ -144,7 +181,7 @@ def test_ties_are_won_by_the_newer_entry_and_the_lower_layer():
 
 
 def test_full_budget_is_full_attention():
-    """Law 7, with a question behind the prompt, over a fold."""
+    """Law 7, with a question after the prompt, over a fold."""
     model = model_of("gqa", "rope")
     weights = decoding_weights(model, matrix.weights(model), EXACT)
     given = {"compute": EXACT, "then": [PROMPTS[1][:5], PROMPTS[0][:9]]}

@@ -32,7 +32,7 @@ from mukv.core import params
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
 from mukv.model import Decoder, LanguageModel, Layer, Stage
-from mukv.model.block import Gated, PostNorm, SandwichNorm
+from mukv.model.block import Gated, PostNorm, SandwichNorm, Ungated
 from mukv.model.concept import (
     Attend,
     Concatenate,
@@ -135,6 +135,7 @@ DRESSES: dict[str, dict[str, Any]] = {
         "logit_softcap": 3.0,
     },
     "mqa": {"residual": PostNorm()},
+    "tensor-product": {"norm": RMSNorm(centred=True), "positions": "learned", "context": 512},
 }
 """What a model with such an attention has besides."""
 MIXED = Stage(
@@ -151,13 +152,14 @@ HYBRID = Stage((Layer(window=5), Layer(position=NoPE())))
 ROUTED = Experts(experts=5, top_k=2, hidden=12, balance=0.1, z_loss=0.01)
 SHARED = Experts(experts=4, top_k=3, hidden=12, shared=1, router="sigmoid", activation="gelu")
 DENSE_AND_SHARED = Stage((Layer(window=4), Layer(mlp=SHARED, reads=0)))
+PLAIN_MLP = Stage((Layer(mlp=Ungated(hidden=20, biases=True)),))
 SIMPLE: dict[str, tuple[Stage, ...]] = {
     "plain": (Stage(repeats=2),),
     "window": (Stage((Layer(window=3),), repeats=2),),
     "reuse": (REUSE,),
     "reuse-window": (REUSE_WINDOW,),
     "last-layers": (Stage(repeats=2), Stage((Layer(reads=1),), repeats=2)),
-    "hybrid": (HYBRID, Stage()),
+    "hybrid": (HYBRID, PLAIN_MLP),
     "experts": (Stage((Layer(mlp=ROUTED),), repeats=2),),
     "experts-dense": (Stage(), DENSE_AND_SHARED),
 }
@@ -165,7 +167,7 @@ COMPOSED: dict[str, tuple[Stage, ...]] = {
     "mixed": (MIXED,),
     "local-global": (Stage((Layer(window=3), Layer()), repeats=2),),
     "reuse-both": (REUSE, dataclasses.replace(REUSE_WINDOW, repeats=1)),
-    "hybrid-last": (HYBRID, Stage(), Stage((Layer(reads=2),), repeats=2)),
+    "hybrid-last": (HYBRID, PLAIN_MLP, Stage((Layer(reads=2),), repeats=2)),
     "experts-both": (Stage((Layer(mlp=ROUTED),)), DENSE_AND_SHARED),
 }
 """The stages of all simple plans, in fewer models."""
@@ -241,7 +243,7 @@ def in_turn(plan: Sequence[Stage], first: str, attention: str) -> tuple[Stage, .
 
 
 def parts(combination: Combination) -> set[tuple[str, str]]:
-    """What meets in a combination."""
+    """Return the parts of a combination, by axis."""
     attention, first, plan = combination
     stages = in_turn(PLANS[plan], first, attention)
     layers = [layer for stage in stages for layer in stage.pattern]
@@ -314,7 +316,7 @@ CONCEPTS = [
 
 
 def concept_parts(row: tuple[str, str, str]) -> list[tuple[str, str]]:
-    """What meets in a concept model."""
+    """Return the parts of a concept model, by axis."""
     return [*zip(CONCEPT_AXES, row, strict=True)]
 
 
@@ -367,7 +369,7 @@ def tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> np.ndarray:
 
 
 def logits(model: LanguageModel, compute: Compute = EXACT) -> Callable[..., jax.Array]:
-    """The forward pass of training, compiled: (weights, tokens, position, segment) -> logits."""
+    """Compile the training forward pass: (weights, tokens, position, segment) -> logits."""
 
     @jax.jit
     def forward(tree: dict, ids: jax.Array, position: jax.Array, segment: jax.Array) -> jax.Array:
@@ -380,7 +382,7 @@ def logits(model: LanguageModel, compute: Compute = EXACT) -> Callable[..., jax.
 def loss_and_gradient(
     model: LanguageModel, compute: Compute
 ) -> Callable[..., tuple[jax.Array, dict]]:
-    """(weights, tokens) -> summed loss and its gradient, compiled."""
+    """Compile the summed loss and its gradient: (weights, tokens) -> (loss, gradient)."""
 
     def loss(tree: dict, ids: jax.Array) -> jax.Array:
         ones = jnp.ones(ids.shape)

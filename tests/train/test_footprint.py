@@ -1,4 +1,5 @@
-"""The memory of a training step: known before it runs, and refused where it is not there."""
+"""Device memory of a training step is computed before the step runs; a step that does not fit is
+refused."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ def test_the_least_is_less_than_what_is_taken_and_holds_the_state():
 def test_the_compiled_step_is_the_one_that_runs():
     trainer = trainer_of()
     footprint.step_bytes(trainer)
-    shape, compiled = (2, 32), trainer._compiled_step
-    assert not hasattr(compiled, "lower")
+    shape = (2, 32)
+    assert not hasattr(trainer._compiled[shape], "lower")
     batch = {
         name: np.ones(shape, np.float32 if name == "weight" else np.int32) for name in BATCH_FIELDS
     }
