@@ -33,6 +33,14 @@ def added(found: dict, choice: str, share: str) -> float:
     return mean(found[f"{choice}, {share}"]) - mean(found["all"])
 
 
+def by_model(choice: str) -> dict[str, list[float]]:
+    """Return the loss that a choice adds at every share, as the mean over texts, by model."""
+    return {
+        key: [mean(added(REAL[key][text], choice, share) for text in TEXTS) for share in SHARES]
+        for key in NAMES
+    }
+
+
 def real() -> list[str]:
     """Return the figures of the pretrained models."""
     losses = table(
@@ -59,8 +67,37 @@ def real() -> list[str]:
                     f"{mean(x['agreement'] for x in layers):.2f}",
                 ]
             )
+    own, kv, layer, first, latest = map(by_model, CHOICES)
+    smol, gemma = NAMES
+    of_layers = [[x["top 0.1"] for x in REAL[smol][text]["sparsity"]] for text in TEXTS]
+    apart = max(
+        abs(a - b)
+        for text in TEXTS
+        for choice in ("each head", "KV head")
+        for a, b in [
+            [
+                few - all
+                for few, all in zip(
+                    REAL[gemma][text][f"{choice}, 1/4"], REAL[gemma][text]["all"], strict=True
+                )
+            ]
+        ]
+    )
+    sentences = [
+        f"costs SmolLM2 {own[smol][0]:.3f} nats on average over the texts and Gemma {own[gemma][0]:.3f}; "
+        f"an eighth {own[smol][1]:.3f} and {own[gemma][1]:.3f}; "
+        f"a sixteenth {own[smol][2]:.3f} and {own[gemma][2]:.3f}",
+        "SmolLM2 loses {:.3f}, {:.3f} and {:.3f}. All nine".format(*kv[smol]),
+        "of a layer lose {:.3f}, {:.3f} and {:.3f} with one choice".format(*layer[smol]),
+        "first head SmolLM2 loses {:.3f}, {:.3f} and {:.3f}".format(*first[smol]),
+        f"they lose {latest[smol][0]:.3f} and {latest[gemma][0]:.3f} at a quarter",
+        f"its top tenth holds {percent(min(x[0] for x in of_layers))} to "
+        f"{percent(max(x[0] for x in of_layers))} of the mass, that of every other layer at least "
+        f"{percent(min(min(x[1:]) for x in of_layers))}",
+        f"differ by up to {apart:.2f} nats in what they lose at a quarter",
+    ]
     facts = ["", "perplexity", "mass of the top 10 %", "error", "least layer", "largest layer"]
-    return [losses, table([*facts, "agreement of heads"], rows)]
+    return [losses, table([*facts, "agreement of heads"], rows), *sentences]
 
 
 def said() -> list[str]:
