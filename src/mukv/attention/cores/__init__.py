@@ -10,7 +10,7 @@ from typing import NamedTuple
 from mukv.attention.cores.base import Core, Demand, Part, Scores
 from mukv.attention.cores.chunked import Chunked
 from mukv.attention.cores.flash import Flash
-from mukv.attention.cores.plain import Plain, weighed
+from mukv.attention.cores.plain import Plain, mixed, weighed
 from mukv.core.compute import Compute
 
 CORES: dict[str, type[Core]] = {"flash": Flash, "fused": Chunked, "plain": Plain}
@@ -54,5 +54,6 @@ __all__ = [
     "Plain",
     "Scores",
     "choose",
+    "mixed",
     "weighed",
 ]
