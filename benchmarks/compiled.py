@@ -90,7 +90,7 @@ def exchanged(instruction: Instruction, body: dict[str, Instruction]) -> tuple[s
     """Return the type and the bytes, of the larger side, of a collective."""
     given = [body[name].shape for name in instruction.operands if name in body]
     read, written = sum(map(size, given)), size(instruction.shape)
-    if instruction.operation == "all-gather-start":
+    if instruction.operation in ("all-gather-start", "reduce-scatter-start"):
         written -= read  # its shape has the operands as well
     largest = max((size(one), one) for one in given)[1]
     return ARRAY.findall(largest)[0][0], max(read, written)
@@ -141,8 +141,8 @@ def counts(text: str) -> Counts:
     return Counts(kernels, dict(calls), kinds)
 
 
-def compiled(given: argparse.Namespace) -> tuple[str, float]:
-    """Return the optimised program of a training step, and the seconds of its compilation."""
+def compiled(given: argparse.Namespace) -> tuple[Any, float]:
+    """Return the compiled program of a training step, and the seconds of its compilation."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -174,7 +174,16 @@ def compiled(given: argparse.Namespace) -> tuple[str, float]:
     start = time.perf_counter()
     # Tuning needs the device.
     program = traced.lower(lowering_platforms=("cuda",)).compile({"xla_gpu_autotune_level": 0})
-    return program.as_text() or "", time.perf_counter() - start
+    return program, time.perf_counter() - start
+
+
+def memory(program: Any) -> dict[str, int]:
+    """Return the bytes of a program on one device: state and batch, and what lives only in it."""
+    found = program.memory_analysis()
+    return {
+        "arguments": found.argument_size_in_bytes,
+        "temporary": found.temp_size_in_bytes,
+    }
 
 
 def sizes(text: str) -> tuple[int, int]:
@@ -203,17 +212,18 @@ def main() -> None:
     from mukv.core.errors import BadInput
 
     try:
-        text, seconds = compiled(given)
+        program, seconds = compiled(given)
     except BadInput as error:
         parser.error(str(error))
-    found = counts(text)
+    found, held = counts(program.as_text() or ""), memory(program)
     facts: dict[str, Any] = {"compile_seconds": round(seconds, 1), "kernels": found.kernels}
-    facts |= {"calls": found.calls}
+    facts |= {"calls": found.calls, "memory_bytes": held}
     facts["collectives"] = {key: one._asdict() for key, one in found.collectives.items()}
     if given.json:
         print(json.dumps(facts))
         return
     print(f"compiled in {seconds:.1f} s; kernels {found.kernels:,}; calls {found.calls}")
+    print(", ".join(f"{size / 2**30:.2f} GiB {name}" for name, size in held.items()))
     for key, one in found.collectives.items():
         print(f"{key:36} {one.bytes / 2**30:8.3f} GiB in {one.number:,}")
 

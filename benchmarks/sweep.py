@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mukv.cli import launch
-from mukv.data.tokens import TokenFile
+from mukv.data.feed import Feed
 from mukv.runs import config
-from mukv.runs.resolve import open_corpus
+from mukv.runs.resolve import open_feed
 from mukv.tuning.together import Point, Together
 
 
-def points(width: int, count: int, steps: int) -> tuple[TokenFile, list[Point]]:
+def points(width: int, count: int, steps: int) -> tuple[Feed, list[Point]]:
     run = config.load(
         "tiny",
         [
@@ -43,7 +43,7 @@ def points(width: int, count: int, steps: int) -> tuple[TokenFile, list[Point]]:
     )
     rates = 2.0 ** np.linspace(-11, -7, count)
     trainings = [replace(run.train, learning_rate=float(rate)) for rate in rates]
-    return open_corpus(run), [Point(run.model, training) for training in trainings]
+    return open_feed(run)[1], [Point(run.model, training) for training in trainings]
 
 
 def losses(groups: Sequence[Together]) -> tuple[float, float, list[float]]:
@@ -77,10 +77,10 @@ def main() -> None:
     columns = ("alone", "one after the other inside", "vmap", "best ratio", "largest difference")
     table = Table("width", *columns, title=title)
     for width in map(int, given.widths.split(",")):
-        tokens, chosen = points(width, given.points, given.steps)
-        alone, _, expected = losses([Together([point], tokens) for point in chosen])
-        mapped, _, first = losses([Together(chosen, tokens, across="map")])
-        vmapped, _, second = losses([Together(chosen, tokens, across="vmap")])
+        feed, chosen = points(width, given.points, given.steps)
+        alone, _, expected = losses([Together([point], feed) for point in chosen])
+        mapped, _, first = losses([Together(chosen, feed, across="map")])
+        vmapped, _, second = losses([Together(chosen, feed, across="vmap")])
         gap = max(np.abs(np.array(each) - expected).max() for each in (first, second))
         table.add_row(
             str(width),

@@ -20,7 +20,7 @@ from mukv.analysis.capture import CapturedRows
 from mukv.analysis.samples import windows
 from mukv.core.params import initialise
 from mukv.data.build import default_corpus
-from mukv.data.tokenizer import ByteTokenizer
+from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer
 from mukv.model import Decoder
 from mukv.runs import config
 from mukv.storage.files import cache_folder
@@ -62,9 +62,16 @@ def llama_shaped(seed: int = 0) -> Subject:
     return Subject("heads of Llama 3.2 1B, random weights", model, stored)
 
 
-def texts(length: int, samples: int) -> dict[str, CapturedRows]:
+TEXTS = ("code", "prose", "dialogue")
+
+
+def texts(
+    length: int, samples: int, tokenizer: AnyTokenizer | None = None
+) -> dict[str, CapturedRows]:
     """Return code (held out from training), prose (this project's pages) and dialogue (sessions
-    with the Python interpreter from the library's docstrings).
+    with the Python interpreter from the library's docstrings), in windows of `length` tokens.
+
+    tokenizer: None for bytes
     """
     tokens = default_corpus(cache_folder()).split("validation").tokens
     code = bytes(tokens[tokens < 256].astype("uint8"))
@@ -72,9 +79,11 @@ def texts(length: int, samples: int) -> dict[str, CapturedRows]:
     prose = "\n".join(page.read_text() for page in pages)
     turns = doctest.DocTestParser().get_examples(code.decode("utf-8", "ignore"))
     dialogue = "".join(f">>> {turn.source}{turn.want}" for turn in turns)
-    given = {"code": code, "prose": prose.encode(), "dialogue": dialogue.encode()}
-    start = ByteTokenizer().start
+    tokenizer = tokenizer or ByteTokenizer()
+    given = dict(zip(TEXTS, (code.decode("utf-8", "ignore"), prose, dialogue), strict=True))
     return {
-        name: windows(name, [np.array([*start, *text])], length, samples)
+        name: windows(
+            name, [np.array([*tokenizer.start, *tokenizer.encode(text)])], length, samples
+        )
         for name, text in given.items()
     }

@@ -17,8 +17,8 @@ SOURCE = Path(mukv.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOMS = (
     *("core", "storage", "schema", "show", "position", "scaling", "data", "attention", "tasks"),
-    *("cache", "model", "infer", "train", "hub", "runs", "tuning", "analysis", "compress"),
-    *("bench", "cli", "__main__"),
+    *("cache", "model", "infer", "conversion", "train", "hub", "runs", "tuning", "analysis"),
+    *("compress", "bench", "cli", "__main__"),
 )
 """Folders in the order of imports: a module imports from its own folder and from earlier ones."""
 PLACE = {room: place for place, room in enumerate(ROOMS)}

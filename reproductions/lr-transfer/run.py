@@ -23,7 +23,7 @@ from rich.table import Table
 
 from mukv.cli import launch
 from mukv.runs import config
-from mukv.runs.resolve import open_corpus
+from mukv.runs.resolve import open_feed
 from mukv.scaling.parameterization import Constants
 from mukv.show.figures import saved_figure
 from mukv.storage.files import write_atomic
@@ -60,8 +60,8 @@ CONDITIONS = {
 def search(name: str, widths: list[int], seeds: int, root: Path) -> transfer.Search:
     run = config.load("tiny", [*BASE, *CONDITIONS[name]])
     folder = root / name.replace(" ", "-").replace(",", "").replace("'", "")
-    tokens = open_corpus(run)
-    found = transfer.Search(run.model, run.train, tokens, "packed", widths, seeds, folder)
+    _, feed = open_feed(run)
+    found = transfer.Search(run.model, run.train, feed, widths, seeds, folder)
     for width, model in found.models.items() if name == RAISED else ():
         rate = Constants(embedding=width / min(widths))
         found.models[width] = replace(model, scaling=replace(model.scaling, rate=rate))

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mukv.cli import launch
-from mukv.data.tokens import TokenFile
+from mukv.data.feed import Feed
 from mukv.runs import config
-from mukv.runs.resolve import open_corpus
+from mukv.runs.resolve import open_feed
 from mukv.scaling.budget import BUDGETS
 from mukv.show.figures import saved_figure
 from mukv.storage.files import write_atomic
@@ -73,7 +73,7 @@ class Bench:
     def __post_init__(self) -> None:
         if self.path.exists():
             self.losses = json.loads(self.path.read_text())
-        self.tokens: TokenFile = open_corpus(config.load("tiny", MODEL))
+        self.feed: Feed = open_feed(config.load("tiny", MODEL))[1]
 
     def measure(
         self, rows: int, steps: int, settings: Sequence[Setting], title: str
@@ -86,7 +86,7 @@ class Bench:
         for start in range(0, len(todo), 24):
             part = todo[start : start + 24]
             loaded = [config.load("tiny", [*MODEL, *key]) for key in part]
-            group = Together([Point(run.model, run.train) for run in loaded], self.tokens)
+            group = Together([Point(run.model, run.train) for run in loaded], self.feed)
             *_, last = group.run(title)
             for key, row in zip(part, last.numbers, strict=True):
                 self.losses[" ".join(key)] = row["validation_loss"]

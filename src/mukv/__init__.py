@@ -33,16 +33,22 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Adaptive as Adaptive
     from mukv.cache.policy import All as All
     from mukv.cache.policy import Clusters as Clusters
+    from mukv.cache.policy import Compactor as Compactor
     from mukv.cache.policy import Critical as Critical
+    from mukv.cache.policy import Every as Every
     from mukv.cache.policy import Everything as Everything
     from mukv.cache.policy import Exact as Exact
     from mukv.cache.policy import Expected as Expected
+    from mukv.cache.policy import Folds as Folds
+    from mukv.cache.policy import Hold as Hold
     from mukv.cache.policy import Int4 as Int4
     from mukv.cache.policy import Int8 as Int8
     from mukv.cache.policy import Keep as Keep
     from mukv.cache.policy import KeyDiff as KeyDiff
     from mukv.cache.policy import KeyNorm as KeyNorm
+    from mukv.cache.policy import KVzip as KVzip
     from mukv.cache.policy import LagKV as LagKV
+    from mukv.cache.policy import Layers as Layers
     from mukv.cache.policy import Leverage as Leverage
     from mukv.cache.policy import Pages as Pages
     from mukv.cache.policy import Policy as Policy
@@ -58,7 +64,17 @@ if TYPE_CHECKING:
     from mukv.cache.policy import TopK as TopK
     from mukv.cache.policy import TopP as TopP
     from mukv.cache.policy import Uniform as Uniform
+    from mukv.cache.policy import When as When
     from mukv.cache.policy import WholeChunks as WholeChunks
+    from mukv.conversion import Conversion as Conversion
+    from mukv.conversion import ConvertedLayer as ConvertedLayer
+    from mukv.conversion import CrossLayer as CrossLayer
+    from mukv.conversion import FewerHeads as FewerHeads
+    from mukv.conversion import SharedVectors as SharedVectors
+    from mukv.conversion import SourceLayer as SourceLayer
+    from mukv.conversion import TruncatedLatent as TruncatedLatent
+    from mukv.conversion import convert as convert
+    from mukv.conversion import examples_of as examples_of
     from mukv.core.compute import Compute as Compute
     from mukv.core.errors import BadInput as BadInput
     from mukv.core.errors import Failed as Failed
@@ -75,6 +91,7 @@ if TYPE_CHECKING:
     from mukv.model.block import Branching as Branching
     from mukv.model.block import Feedforward as Feedforward
     from mukv.model.block import Gated as Gated
+    from mukv.model.block import PostNorm as PostNorm
     from mukv.model.block import PreNorm as PreNorm
     from mukv.model.block import SandwichNorm as SandwichNorm
     from mukv.model.concept import Attend as Attend
@@ -159,9 +176,14 @@ _MODULES = {
         "TensorProduct"
     ),
     "mukv.cache.policy": (
-        "Adaptive All Clusters Critical CUR Everything Exact Expected H2O Int4 Int8 Keep "
-        "KeyDiff KeyNorm LagKV Leverage Pages Policy Pyramid Random Refine Select SnapKV "
-        "SparQ Spread Store Streaming TopK TopP TOVA Uniform WholeChunks"
+        "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds H2O "
+        "Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Pages Policy Pyramid "
+        "Random Refine Select SnapKV SparQ Spread Store Streaming TopK TopP TOVA Uniform When "
+        "WholeChunks"
+    ),
+    "mukv.conversion": (
+        "Conversion ConvertedLayer CrossLayer FewerHeads SharedVectors SourceLayer TruncatedLatent "
+        "convert examples_of"
     ),
     "mukv.core.compute": "Compute",
     "mukv.core.errors": "BadInput Failed",
@@ -170,7 +192,7 @@ _MODULES = {
     "mukv.core.params": "Param",
     "mukv.infer.decode": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
-    "mukv.model.block": "Branching Feedforward Gated PreNorm SandwichNorm",
+    "mukv.model.block": "Branching Feedforward Gated PostNorm PreNorm SandwichNorm",
     "mukv.model.feedforward": "Experts",
     "mukv.model.concept": (
         "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mukv.analysis.command import names_of
 
 
+@pytest.mark.product
 def test_texts_side_by_side(mukv, trained, tmp_path):
     for name, text in (("prose", "It was so. " * 30), ("code", "x = f(x)\n" * 40)):
         (tmp_path / f"{name}.txt").write_text(text)

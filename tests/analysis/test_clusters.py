@@ -15,11 +15,15 @@ from mukv.data.tokens import open_tokens
 from mukv.storage.weights import load_weights
 from tests.analysis.test_sparsity import rows, taps
 from tests.laws import matrix
+from tests.pairs import params
 
 CASE = ("gqa", "rope", "reuse")
 
 
-@pytest.mark.parametrize(("kind", "rotated"), [(kind, kind != "queries") for kind in KINDS])
+WAYS = [(kind, kind != "queries") for kind in KINDS]
+
+
+@pytest.mark.parametrize(("kind", "rotated"), params(WAYS, WAYS[::3], unpack=True))
 def test_calibration_has_centres_for_what_is_written(kind, rotated):
     model = matrix.build(*CASE)
     weights = matrix.weights(model)
@@ -78,6 +82,7 @@ def test_rows_to_cluster(token_file):
     assert [len(part.tokens) for part in parts] == [3, 3]
 
 
+@pytest.mark.product
 def test_calibrated_beside_a_model(mukv, trained, tmp_path):
     import shutil
 

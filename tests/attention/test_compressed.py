@@ -150,6 +150,7 @@ def test_an_entry_is_seen_from_its_last_token_on(entry):
     assert (difference[first + 3 :] > 1e-5).all()
 
 
+@pytest.mark.product
 def test_only_distances_matter():
     """Shifting all positions by a multiple of the rate changes nothing, since the rotation of the
     values is undone."""
@@ -165,7 +166,10 @@ def test_only_distances_matter():
     np.testing.assert_allclose(at(400), at(0), atol=1e-4)
 
 
-@pytest.mark.parametrize("pieces", [(13,), (1,) * 13, (3, 1, 5, 4), (2, 9, 2), (4, 4, 4, 1)])
+PIECES = [(13,), (1,) * 13, (3, 1, 5, 4), (2, 9, 2), (4, 4, 4, 1)]
+
+
+@pytest.mark.parametrize("pieces", params(PIECES, PIECES[3:]))
 def test_entries_in_pieces_of_any_size(pieces):
     """The running softmax of an unfinished entry goes from piece to piece, row by row: the second
     row has only the first tokens of each piece, all but one."""
@@ -194,7 +198,8 @@ def test_entries_in_pieces_of_any_size(pieces):
 POLICIES = ["int8", "streaming:1.0", "knorm:1.0+int8", "clusters:1.0"]
 
 
-@pytest.mark.parametrize("name", params(POLICIES, POLICIES[2:]))
+@pytest.mark.product
+@pytest.mark.parametrize("name", POLICIES)
 def test_policies_act_on_the_compressed_entries(name):
     """At full budget a policy changes the result only by the rounding of int8."""
     model = matrix.build("hca", "rope", "plain")

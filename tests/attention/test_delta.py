@@ -253,6 +253,7 @@ def test_a_policy_refuses_states_by_name():
         model.empty_cache(1, 8, policy=Policy.parse("snapkv:0.5"))
 
 
+@pytest.mark.product
 def test_in_a_hybrid_a_policy_acts_on_the_attention_alone():
     """At full budget the logits are those without a policy; below it the cache is smaller."""
     model = matrix.build("gated-delta", "rope", "plain")
@@ -273,6 +274,7 @@ def test_in_a_hybrid_a_policy_acts_on_the_attention_alone():
     assert cache("streaming:0.5").nbytes() < cache("full").nbytes()
 
 
+@pytest.mark.product
 def test_local_layers_of_a_concept_model_may_have_states():
     """Decoding token by token equals the whole row, with delta layers around the concepts, and as
     global layers."""

@@ -16,6 +16,7 @@ from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.position import ALiBi, CoPE, NoPE, RoPE
+from tests.pairs import params
 
 D_MODEL, LENGTH = 16, 10
 POSITION = jnp.arange(LENGTH)[None].repeat(2, axis=0)
@@ -46,7 +47,7 @@ def run(attention: Attention, write: dict, read: dict, aligned=True, chunk=None)
 
 
 @pytest.mark.parametrize("position", [NoPE(), RoPE(), ALiBi(), CoPE(positions=4)])
-@pytest.mark.parametrize("query_rank", [None, 7])
+@pytest.mark.parametrize("query_rank", params([None, 7], [7]))
 def test_latent_absorbed_is_expanded(position, query_rank):
     latent = Latent(position, rank=12, head_dim=6, rope_dim=4, query_rank=query_rank)
     write, read = weights(latent)
@@ -211,7 +212,7 @@ def test_softcap_bounds_and_vanishes():
     np.testing.assert_allclose(run(tight, write, read), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 16])
+@pytest.mark.parametrize("chunk", params([1, 3, 4, 16], [3]))
 @pytest.mark.parametrize("sinks", [None, "learned"])
 @pytest.mark.parametrize("position", [RoPE(), CoPE(positions=4)])
 def test_fused_core_is_plain_core(position, sinks, chunk):

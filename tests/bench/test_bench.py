@@ -59,6 +59,7 @@ def test_a_model_that_is_not_trained_to_the_end_is_not_judged(monkeypatch, tmp_p
         trial.examine("needle", TASKS["needle"])
 
 
+@pytest.mark.product
 def test_a_model_of_text_reads_text(mukv, trained, tmp_path):
     asked = ("--tasks", "needle,flip_flop", "--form", "text", "--lengths", "320")
     given = (*asked, "--out", tmp_path / "out")

@@ -180,6 +180,7 @@ def test_the_template_is_put_around_each_prompt(chatty, template):
     assert plain.startswith(f"{shot.message}{shot.opening} {shot.answers[0]}.\n\n{prompt.message}")
 
 
+@pytest.mark.product
 def test_what_the_model_answered_is_told_and_kept(mukv, chatty, tmp_path):
     given = ("--tasks", "needle,variable_tracking", "--lengths", LENGTH, "--samples", 2)
     done = mukv("bench", chatty, *given, "--out", tmp_path / "out", "--json")

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mukv.cache.budget import CacheBudget
-from mukv.cache.policy import KEEPERS, REFINERS, SELECTORS, SPREADS, STORES, TABLES, Policy
+from mukv.cache.policy import (
+    KEEPERS,
+    REFINERS,
+    SELECTORS,
+    SPREADS,
+    STORES,
+    TABLES,
+    WHENS,
+    Policy,
+)
 from mukv.cache.words import PEERS, parameters, split
 from mukv.compress.judge import grid
 from mukv.core.errors import BadInput
@@ -23,8 +32,9 @@ def values(cls, name):
         return st.sampled_from(get_args(hint))
     if hint is bool:
         return st.booleans()
-    if hint is float:
-        return st.floats(0, 1) | st.floats(1, 64)
+    if hint is float or float in get_args(hint):
+        numbers = st.floats(0, 1) | st.floats(1, 64)
+        return numbers if hint is float else numbers | st.none()
     counts = st.integers(0, 80) | st.sampled_from([2**bits for bits in range(10)])
     return counts if hint is int else counts | st.none()
 
@@ -48,7 +58,8 @@ def policies(draw):
     keep = draw(parts(KEEPERS))
     if keep.evicts:
         steps = draw(st.lists(parts(REFINERS), max_size=2, unique_by=type)) if REFINERS else ()
-        keep = dataclasses.replace(keep, spread=draw(parts(SPREADS)), refine=tuple(steps))
+        shared = {"spread": draw(parts(SPREADS)), "when": draw(parts(WHENS))}
+        keep = dataclasses.replace(keep, refine=tuple(steps), **shared)
     return Policy(keep, draw(parts(STORES)), draw(parts(SELECTORS)))
 
 

@@ -98,6 +98,7 @@ def writes(
     assert counts["accepted"] > len(names) / 2, counts
 
 
+@pytest.mark.product
 def test_token_files(mukv, place, record_property):
     (place / "source.txt").write_text("some text " * 30)
     writes(mukv, place, record_property, "names of token files", "data", "source.txt")

@@ -25,6 +25,7 @@ from mukv.show.terminal import Console
 from mukv.train.loop import known_so_far
 from mukv.train.metrics import MetricsFile, read_metrics
 from tests.hostile.harness import check_all
+from tests.pairs import params
 
 DIGITS = 400
 WORDS = (
@@ -250,6 +251,7 @@ def test_tables_and_pictures(tmp_path, record_property):
     assert counts.total() >= 150
 
 
+@pytest.mark.product
 def test_metrics(run, tmp_path, record_property):
     def read(path: Path) -> None:
         shutil.copy(path, run / "metrics.jsonl")
@@ -269,6 +271,7 @@ def test_metrics(run, tmp_path, record_property):
     assert check_all("report", inputs(), record_property).total() >= 100
 
 
+@pytest.mark.product
 def test_curves_of_foreign_metrics(run, tmp_path, record_property):
     drawn = ("step", "far", "negative", "too", "nothing", "one", "many", "bare")
     chosen = [each for each in metrics() if each[0].startswith(drawn)][::6]
@@ -281,9 +284,10 @@ def test_curves_of_foreign_metrics(run, tmp_path, record_property):
     check_all("report", inputs, record_property)
 
 
-def test_names(run, tmp_path, record_property):
+@pytest.mark.parametrize("every", params([4, 1], [4]))
+def test_names(run, tmp_path, record_property, every):
     """Every name as one of a run, of files, and in all that is drawn and printed."""
-    out = tmp_path / "page"
+    out, tried = tmp_path / "page", NAMES[::every]
 
     def whole(names: tuple[str, ...]) -> None:
         root = tmp_path / f"runs {len(list(tmp_path.iterdir()))}"
@@ -303,7 +307,7 @@ def test_names(run, tmp_path, record_property):
             Console(file=printed, width=500).say(f"run: {name}")
         printed.getvalue().encode()
 
-    inputs = [(f"names {number}", partial(whole, NAMES[number::6])) for number in range(6)]
+    inputs = [(f"names {number}", partial(whole, tried[number::6])) for number in range(6)]
     check_all("report", inputs, record_property)
     record_property("hostile", ("report", {"names": len(NAMES)}))
 

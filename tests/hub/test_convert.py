@@ -26,6 +26,7 @@ def told(done):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.product
 def test_every_command_takes_it(mukv, trained, folder, tmp_path):
     """A run, its export and the import of that: the same loss, continuation and description."""
     (tmp_path / "text.txt").write_text("Déjà vu number 3. " * 9)

@@ -12,6 +12,7 @@ from mukv.infer.conversation import Conversation
 from mukv.infer.decode import TAIL, Sampling, decoding_weights, generate
 from tests.laws import matrix
 from tests.laws.matrix import EXACT, VOCAB
+from tests.pairs import params
 
 ROOM = 256
 FIRST, SECOND = [3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2]
@@ -42,7 +43,7 @@ def whole(model, weights):
     return lambda ids, number: generate(model, weights, [ids], number, compute=EXACT).tokens[0]
 
 
-@pytest.mark.parametrize("policy", ["full", "knorm", "snapkv"])
+@pytest.mark.parametrize("policy", params(["full", "knorm", "snapkv"], ["knorm"]))
 def test_turns_are_one_prefill(begun, whole, monkeypatch, policy):
     """Policies with room for everything keep everything; a tail is folded within the first answer,
     one that is not full before the second, and the second message is read in pieces."""

@@ -34,7 +34,7 @@ from mukv.core import params
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
 from mukv.model import Decoder, LanguageModel, Layer, Stage
-from mukv.model.block import Gated, SandwichNorm
+from mukv.model.block import Gated, PostNorm, SandwichNorm
 from mukv.model.concept import (
     Attend,
     Concatenate,
@@ -78,7 +78,7 @@ CUTS = [0, 4, 5, LENGTH]
 
 ATTENTIONS: dict[str, AnyAttention] = {
     "gqa": Grouped(heads=4, kv_heads=2, head_dim=8),
-    "mqa": Grouped(heads=4, kv_heads=1, head_dim=8),
+    "mqa": Grouped(heads=4, kv_heads=1, head_dim=8, norm=RMSNorm(), norm_over="projection"),
     "gqa-dressed": Grouped(
         heads=4,
         kv_heads=2,
@@ -147,7 +147,8 @@ DRESSES: dict[str, dict[str, Any]] = {
         "residual": SandwichNorm(),
         "embedding_scale": "root_width",
         "logit_softcap": 3.0,
-    }
+    },
+    "mqa": {"residual": PostNorm()},
 }
 """What a model with such an attention has besides."""
 MIXED = Stage(

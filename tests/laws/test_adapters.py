@@ -34,7 +34,7 @@ MODELS |= {
 }
 PLAIN = matrix.build("gqa", "rope", "plain")
 SCANNED = Compute("float32", "float32", unroll=False)
-QUICK = list(MODELS)[::5]
+QUICK = list(MODELS)[:1]
 
 
 def everything(model):
@@ -116,6 +116,7 @@ def test_multipliers_are_those_of_the_weight(kind):
     )
 
 
+@pytest.mark.product
 def test_gradients_are_those_of_the_product():
     """By the chain rule from the gradient of the merged weights."""
     model, adapter = PLAIN, Adapter(rank=2, alpha=3.0)
@@ -152,7 +153,7 @@ def test_only_thin_weights_train():
     assert seen[-1].loss < seen[0].loss
 
 
-@pytest.mark.parametrize("kind", params(sorted(OPTIMIZERS), ["adafactor", "adamw", "muon"]))
+@pytest.mark.parametrize("kind", params(sorted(OPTIMIZERS), ["adamw"]))
 def test_the_optimizer_remembers_thin_weights_alone(kind):
     """Its state grows with the rank, not with the model."""
     wide = matrix.build("gqa", "rope", "plain", d_model=256)
@@ -223,6 +224,7 @@ def test_full_rank_expresses_any_update(shape):
 LAST = 4
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("stop", params(range(1, LAST), [2]))
 def test_resume_is_bit_equal(stop, tmp_path):
     whole, _ = run(trainer(PLAIN, adapter=ADAPTER), LAST)
@@ -240,6 +242,7 @@ RATE = 1e-3
 SPLIT = [("gqa", "rope", "plain"), ("latent", "rope", "experts-both"), ("hca", "rope", "mixed")]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("mesh", params(MESHES, ["both"]))
 @pytest.mark.parametrize("combination", params(SPLIT, SPLIT[:1], "-".join))
 def test_sharding_is_invisible(mesh, combination):
@@ -281,6 +284,7 @@ def _inputs(model, name):
     return named(model.params())[name].fan_in_size
 
 
+@pytest.mark.product
 def test_muon_moves_both_as_matrices():
     """The first update of the second thin weight has singular values near sqrt(columns / rank)."""
     train = trainer(PLAIN, adapter=ADAPTER, optimizer=Muon(weight_decay=0.0), clip_norm=None)

@@ -15,6 +15,9 @@ import sys
 import pytest
 
 from benchmarks import compiled
+from mukv.core.device import DEVICES
+from mukv.runs import config
+from mukv.runs.estimate import estimate
 
 PACKAGES = os.environ.get("MUKV_COMPILERS")
 needs_compiler = pytest.mark.skipif(
@@ -25,10 +28,10 @@ WIDE = ("model.d_model=512", "model.plan=[{repeats: 3}]", "model.vocab_size=1638
 COMMON = ("--packages", str(PACKAGES), "--length", "512", "--json")
 
 
-def counted(*given: str) -> dict:
+def counted(*given: str, preset: tuple[str, ...] = ("tiny", *WIDE)) -> dict:
     """What benchmarks/compiled.py prints, in a process of its own."""
     ran = subprocess.run(
-        [sys.executable, "benchmarks/compiled.py", "tiny", *WIDE, *COMMON, *given],
+        [sys.executable, "benchmarks/compiled.py", *preset, *COMMON, *given],
         capture_output=True,
         text=True,
         check=False,
@@ -64,6 +67,21 @@ def test_gradients_are_scattered_and_the_readout_is_gathered_once():
     assert not [key for key in large if key.startswith("all-reduce f32 in loops")], found
     gathers = [key for key, one in found.items() if "all-gather" in key and "in loops" in key]
     assert all(found[key]["largest"] < readout for key in gathers), found
+
+
+@needs_compiler
+@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
+def test_the_estimate_is_what_the_program_takes(mesh):
+    """Memory within 15 %, and collectives of which the partitioner gathers some in float32."""
+    changes = ["train.compute.rematerialise=true", "train.batch=8", "train.length=4096"]
+    given = ("--mesh", f"{mesh[0]}x{mesh[1]}", "--length", "4096", changes[0])
+    facts = counted(*given, preset=("llama-3.2-1b",))
+    sizes = [f"mesh.data={mesh[0]}", f"mesh.tensor={mesh[1]}", "train.compute.platform=gpu"]
+    told = estimate(config.load("llama-3.2-1b", changes + sizes), DEVICES["h100"], "h100")
+    taken = sum(facts["memory_bytes"].values())
+    assert told["bytes_per_device"]["total"] == pytest.approx(taken, rel=0.15)
+    moved = sum(one["bytes"] for one in facts["collectives"].values())
+    assert sum(told["collective_bytes"].values()) == pytest.approx(moved, rel=0.15)
 
 
 MODULE = """HloModule step

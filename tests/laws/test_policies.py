@@ -24,6 +24,7 @@ from mukv.model.counting import cache_bytes
 from mukv.position import RoPE
 from tests.laws import matrix
 from tests.laws.matrix import EXACT
+from tests.pairs import params
 
 LENGTH, PROMPT, TAIL = 40, 30, 4
 COUNT = np.array([30, 21])
@@ -43,6 +44,8 @@ PAIRS = [
     ("gqa", "rope", "lagkv(lag=4)+pages"),
     ("gqa-dressed", "rope-yarn", "leverage(sketch=4)"),
     ("gqa", "cope", "topk"),
+    ("gqa", "rope", "h2o+adaptive+hold"),
+    ("gqa", "rope", "compactor+adaptive"),
 ]
 
 
@@ -94,7 +97,7 @@ def whole():
     return of
 
 
-@pytest.mark.parametrize("case", PAIRS, ids="-".join)
+@pytest.mark.parametrize("case", params(PAIRS, PAIRS[::3], "-".join))
 def test_full_budget_is_full_attention(case, whole):
     """Law 7, and law 4: what it weighs does not change while it is used."""
     attention, position, name = case
@@ -427,7 +430,7 @@ def refined_by_output(one, row, head, score, places, number, epsilon=1e-4, first
     return new
 
 
-@pytest.mark.parametrize("first", [0.5, 0.0, 1.0])
+@pytest.mark.parametrize("first", params([0.5, 0.0, 1.0], [0.5]))
 @pytest.mark.parametrize("name", ["snapkv", "cur"])
 def test_critical(one, name, first):
     """Of each head by itself; with `adaptive` within the number that the scores alone give it. With
@@ -657,13 +660,13 @@ def test_smaller_budgets_weigh_less(name):
     assert sizes[-1] < 0.5 * full
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.5])
+@pytest.mark.parametrize("budget", params([1.0, 0.5], [0.5]))
 @pytest.mark.parametrize(
     "name",
     [
         *("streaming", "knorm", "h2o", "snapkv", "tova", "expected", "random", "keydiff"),
         *("expected(covariance=false)", "snapkv+adaptive", "topk", "topp", "pages", "sparq"),
-        *("cur", "lagkv", "leverage", "snapkv+chunk+critical"),
+        *("cur", "lagkv", "leverage", "compactor", "snapkv+chunk+critical"),
         *("clusters", "clusters(clusters=3)", "int8", "int4", "int4(group=8)"),
     ],
 )
@@ -679,6 +682,7 @@ def test_bytes_are_those_of_the_parts(name, budget):
     mean = 4 + 4 * 8 * 4  # number and sum of the queries of 4 heads
     extra = {
         "h2o": 2 * slots * 4 + asked,  # a score for each entry
+        "compactor": 2 * slots * 4 + asked,  # the attention of each entry
         "snapkv": asked,
         "snapkv+chunk+critical": asked,
         "tova": asked,
@@ -759,6 +763,8 @@ def test_refused(attention, position, name, budget, words):
         ("snapvk", 0.5, "did you mean 'snapkv'?"),
         ("snapkv+h2o", 0.5, "at most one part that says what to keep"),
         ("int8+pyramid", 0.5, "pyramid needs a policy that drops entries"),
+        ("int8+hold", 0.5, "hold needs a policy that drops entries"),
+        ("snapkv+hold+every", 0.5, "at most one part that says when to choose entries"),
         ("pages+critical", 0.5, "critical needs a policy that drops entries"),
         ("snapkv+critical+chunk+critical", 0.5, "critical once"),
         ("int8:0.5", 0.5, "int8 has no budget"),

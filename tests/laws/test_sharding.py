@@ -34,12 +34,8 @@ def build(combination):
 
 
 SPLIT = [*itertools.product(MESHES, matrix.SAMPLE)]
-QUICK = [
-    (mesh, row)
-    for mesh, row in SPLIT
-    if row == matrix.SAMPLE[0] or (mesh == "both" and row in matrix.SAMPLE[::3])
-]
-"""Both ways of splitting at once with every third combination; each way alone with one."""
+QUICK = [("both", matrix.SAMPLE[0])]
+"""Both ways of splitting at once."""
 
 
 @functools.lru_cache(1)
@@ -67,7 +63,7 @@ def test_sharding_is_invisible(mesh, combination):
         assert np.sqrt(np.mean((np.asarray(eight) - np.asarray(one)) ** 2)) < 0.02 * RATE
 
 
-@pytest.mark.parametrize("combination", params(matrix.SAMPLE, matrix.SAMPLE[::3], "-".join))
+@pytest.mark.parametrize("combination", params(matrix.SAMPLE, matrix.SAMPLE[:1], "-".join))
 def test_decoding_is_sharded_invisibly(combination):
     """A prompt and a token after it, with weights in pieces: the logits are those of one device."""
     model, ids = build(combination), matrix.tokens(2)

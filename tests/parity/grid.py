@@ -102,6 +102,8 @@ FAMILIES = {
     "Qwen3ForCausalLM": "qwen3",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
 }
 TOGETHER: list[dict[str, Any]] = [
     *({"rope_scaling": {**each}, **BEFORE} for each in (LLAMA3, YARN)),

@@ -64,6 +64,8 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": BY_TYPE,
         },
     ),
+    "olmo-2": ("Olmo2", {"rope_parameters": YARN}),
+    "olmo-3": ("Olmo3", {"sliding_window": 7, "rope_parameters": BY_TYPE}),
 }
 """Windows are shorter than the text, and texts longer than what rotations were slowed from."""
 

@@ -23,6 +23,7 @@ from tests.parity import grid
 from tests.parity.models import our_logits, torch, transformers
 
 IDS = np.random.default_rng(0).integers(0, 40, (1, 20))
+SPARSE = 24
 SAME, REFUSED, NEITHER, OURS = "same logits", "refused by name", "refused by both", "ours alone"
 
 
@@ -106,13 +107,16 @@ def compare_all(architecture, points, tmp_path, record_property):
     return counts
 
 
-@pytest.mark.parametrize("architecture", grid.FAMILIES)
+@pytest.mark.parametrize("architecture", params(grid.FAMILIES, [*grid.FAMILIES][:1]))
 def test_every_key_with_one_family(architecture, tmp_path, record_property):
-    """Every point with one of the families; `test_each_key` tries all of them."""
+    """Every point with one of the first six families, and one of `SPARSE` with each of the others,
+    which are read by the same code; `test_each_key` tries all of them.
+    """
     turn = list(grid.FAMILIES).index(architecture)
-    points = [each for i, each in enumerate(grid.single()) if (i + turn) % 6 == 0]
+    every = 6 if turn < 6 else SPARSE
+    points = [each for i, each in enumerate(grid.single()) if (i + turn) % every == 0]
     counts = compare_all(architecture, points, tmp_path, record_property)
-    assert counts[SAME] > 15
+    assert counts[SAME] > (15 if turn < 6 else 3)
 
 
 @pytest.mark.product
@@ -129,7 +133,7 @@ def test_sizes_that_are_left_out(architecture, tmp_path, record_property):
     assert counts[SAME] >= 3
 
 
-@pytest.mark.parametrize("architecture", grid.FAMILIES)
+@pytest.mark.parametrize("architecture", params(grid.FAMILIES, [*grid.FAMILIES][::3]))
 @pytest.mark.parametrize(("count", "least"), params([(8, 2), (100, 40)], [(8, 2)], unpack=True))
 def test_several_keys_at_once(architecture, count, least, tmp_path, record_property):
     points = grid.several(count, seed=0)

@@ -24,7 +24,7 @@ from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.data.tokenizer import NoTokenizer
 from mukv.model import Decoder, Layer, Stage
-from mukv.model.block import Gated, PreNorm, SandwichNorm
+from mukv.model.block import Gated, PostNorm, PreNorm, SandwichNorm
 from mukv.position import NTK, ALiBi, LinearScaling, Llama3, NoPE, RoPE, YaRN
 from mukv.runs.config import Run
 from mukv.runs.exchange import export_model
@@ -80,6 +80,7 @@ PLANS = {
 OFFSET = RMSNorm(stored="offset")
 GEMMA = {"norm": OFFSET, "residual": SandwichNorm(), "embedding_scale": "root_width",
          "readout": "tied", "mlp": Gated(hidden=24, activation="gelu")}  # fmt: skip
+OVER_ALL = {"norm": RMSNorm(), "norm_over": "projection"}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "Llama": ({}, {}, ("plain",)),
     "Mistral": ({}, {}, ("window", "plain")),
@@ -87,6 +88,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "Qwen3": ({"norm": RMSNorm()}, {}, ("local-global", "plain")),
     "Gemma2": ({"softcap": 2.0}, {**GEMMA, "logit_softcap": 3.0}, ("local-global",)),
     "Gemma3": ({"norm": OFFSET}, GEMMA, ("fast local", "slowed local", "yarned local", "plain")),
+    "Olmo2": (OVER_ALL, {"residual": PostNorm()}, ("plain",)),
+    "Olmo3": (OVER_ALL, {"residual": PostNorm()}, ("local-global", "fast local", "slowed local")),
 }
 """Of each architecture: attention, model, plans."""
 ATTENTION: Mapping[str, list[Any]] = {
@@ -104,7 +107,7 @@ MODEL: Mapping[str, list[Any]] = {
     "d_model": [12, 20],
     "mlp": [Gated(hidden=7), Gated(hidden=24, activation="gelu")],
     "norm": [RMSNorm(epsilon=1e-2), OFFSET, RMSNorm()],
-    "residual": [PreNorm(), SandwichNorm()],
+    "residual": [PreNorm(), PostNorm(), SandwichNorm()],
     "embedding_scale": [None, "root_width"],
     "readout": ["linear", "tied"],
     "logit_softcap": [None, 1.5],
@@ -188,8 +191,9 @@ def check(count: int, seed: int, tmp_path: Path, record_property: Any) -> None:
     assert counts.keys() >= {f"{kind}ForCausalLM" for kind in KINDS}
 
 
+@pytest.mark.product
 def test_every_export_is_the_model_or_refused(tmp_path, record_property):
-    check(30, 0, tmp_path, record_property)
+    check(36, 0, tmp_path, record_property)
 
 
 @pytest.mark.product

@@ -14,7 +14,6 @@ from mukv.core.compute import Compute
 from mukv.core.mesh import MeshShape
 from mukv.core.params import named
 from mukv.runs.exchange import export_model, import_model
-from tests.pairs import params
 from tests.parity import models
 from tests.parity.models import FAMILIES, TINY, VOCAB, logits, saved, torch, transformers
 
@@ -87,7 +86,8 @@ def test_there_and_back(pair, tmp_path):
     assert mukv.load(tmp_path / "two").network == run.network
 
 
-@pytest.mark.parametrize("pair", params(["llama-3", "gemma-2"], ["gemma-2"]), indirect=True)
+@pytest.mark.product
+@pytest.mark.parametrize("pair", FAMILIES, indirect=True)
 def test_256_greedy_tokens(pair):
     theirs, _, ours = pair
     prompt = IDS[:1, :50]

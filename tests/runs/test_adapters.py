@@ -84,12 +84,14 @@ def test_whoever_reads_it_reads_them_merged(made, base):
         np.testing.assert_allclose(leaf, expected, atol=1e-6)
 
 
+@pytest.mark.product
 def test_from_a_checkpoint_too(adapted, made):
     whole = package.load(made).weights
     shutil.rmtree(adapted / "weights")
     jax.tree.map(np.testing.assert_array_equal, package.load(adapted).weights, whole)
 
 
+@pytest.mark.product
 def test_validation_is_that_of_the_merged_model(mukv, made, token_file):
     """What the run logged last, measured again by what reads runs."""
     lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
@@ -173,6 +175,7 @@ def moved(adapted, base, tmp_path) -> tuple[Path, Path]:
     return adapted, there
 
 
+@pytest.mark.product
 def test_the_base_may_lie_elsewhere(mukv, moved, made, base):
     adapted, _ = moved
     jax.tree.map(

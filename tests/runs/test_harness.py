@@ -32,6 +32,7 @@ def log_likelihood(model, ids):
 PAIRS = [("Déjà", " vu number"), ("", "Déjà"), ("Déjà vu ", "number 3."), ("x" * 70, "y")]
 
 
+@pytest.mark.product
 def test_likelihood_of_continuations(model):
     """Rows of different lengths, with a space before a word counted to it."""
     found = Answers(model).loglikelihood([ask(*pair) for pair in PAIRS])
@@ -44,6 +45,7 @@ def test_likelihood_of_continuations(model):
         assert greedy == (table.argmax(axis=-1)[known - 1 :] == ids[known:]).all()
 
 
+@pytest.mark.product
 def test_the_greedy_continuation_is_known_as_such(model):
     text = model.generate("Déjà", max_tokens=6).text
     (found,) = Answers(model).loglikelihood([ask("Déjà", text)])

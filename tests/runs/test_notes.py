@@ -51,6 +51,7 @@ def test_a_rate_that_jumps(schedule):
     assert notes.of_jump(before, replace(before, steps=101), 20) == []
 
 
+@pytest.mark.product
 def test_commands_print_them(mukv, token_file, tmp_path):
     out, data = tmp_path / "run", f"data.path={token_file}"
     done = mukv("train", "tiny", *MINUSCULE, data, "--out", out)

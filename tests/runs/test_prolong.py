@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from tests.conftest import MINUSCULE
+from tests.pairs import params
 from tests.processes import contents
 
 POWER = "train.schedule={kind: power, warmup: 2, amplitude: 40, decay: 0.4}"
@@ -17,7 +18,8 @@ def train(mukv, token_file, out, *changes):
     return mukv("train", "tiny", *MINUSCULE, f"data.path={token_file}", *changes, "--out", out)
 
 
-@pytest.mark.parametrize("schedule", [POWER, WSD])
+@pytest.mark.product
+@pytest.mark.parametrize("schedule", params([POWER, WSD], [POWER]))
 def test_prolonged_is_long(mukv, token_file, tmp_path, schedule):
     for steps in (5, 10):
         done = train(mukv, token_file, tmp_path / "prolonged", schedule, f"train.steps={steps}")
@@ -34,6 +36,7 @@ def test_without_a_checkpoint_from_before_the_decay_it_is_refused(mukv, token_fi
     assert "no checkpoint from before its decay (step 3)" in done.stderr
 
 
+@pytest.mark.product
 def test_a_run_whose_numbers_follow_from_its_length_keeps_it(mukv, token_file, tmp_path):
     budget = "train.budget={kind: sde, batch: 64, tokens: 192}"
     assert train(mukv, token_file, tmp_path / "r", budget).returncode == 0

@@ -112,10 +112,11 @@ def test_an_imported_model_is_begun_from_and_left_as_it_is(imported):
     run, folder = resolve(str(imported), ["train.steps=1"], None)
     assert run.train.start == str(imported.resolve())
     assert folder.path.parent == Path("runs")
-    with pytest.raises(BadInput, match=r"an imported model.*--out"):
+    with pytest.raises(BadInput, match=r"an imported or converted model.*--out"):
         train_run(run, type(folder)(imported))
 
 
+@pytest.mark.product
 def test_without_a_text_the_default_one_is_read_with_its_own_tokenizer(mukv, imported, tmp_path):
     run, feed = open_feed(resolve(str(imported), [], None)[0])
     own = load_tokenizer(imported)
@@ -192,6 +193,7 @@ def test_mukv_data_takes_the_tokenizer_of_a_model(mukv, imported, text, tmp_path
     assert named_tokenizer(str(imported)) == str(imported)
 
 
+@pytest.mark.product
 def test_a_run_goes_on_where_its_start_is_gone(mukv, imported, text, tmp_path):
     start = Path(shutil.copytree(imported, tmp_path / "start"))
     given = (f"data.path={text}", "--out", tmp_path / "tuned")

@@ -148,6 +148,7 @@ def test_another_tokenizer_at_the_same_path_is_told(mukv, resumed, tmp_path):
     told(resumed(), "data.path", "made began with data of fingerprint", "--out")
 
 
+@pytest.mark.product
 def test_the_same_data_may_move(mukv, resumed, tmp_path):
     (tmp_path / "data").rename(tmp_path / "moved")
     told(resumed(), "data.path", "data", "mukv data")
@@ -183,6 +184,7 @@ def test_streams_that_were_swapped_are_told(resumed, tmp_path):
     told(resumed(), "train.bin", "meta.json says", "truncated, or of another file")
 
 
+@pytest.mark.product
 def test_a_run_that_does_not_say_its_data_is_told_how_to_go_on(resumed, tmp_path):
     path = tmp_path / "made" / "provenance.json"
     path.unlink()

@@ -125,9 +125,9 @@ def count(record_property) -> Callable[[str, Counter[str]], None]:
     return lambda command, counts: record_property("kills", (command, dict(counts)))
 
 
-@pytest.fixture(params=params([8, 1], [8]), ids=["some", "all"])
+@pytest.fixture(params=params([16, 1], [16]), ids=["some", "all"])
 def every(request: pytest.FixtureRequest) -> int:
-    """The quick round kills before one in eight kinds of operation."""
+    """The quick round kills before one in sixteen kinds of operation."""
     return request.param
 
 
@@ -191,11 +191,13 @@ def test_compress(server, trained, tmp_path, count, every):
     count("compress", check(server, tmp_path, run_of(trained), [*given, *sizes], every, chain=20))
 
 
+@pytest.mark.product
 def test_report(server, trained, tmp_path, count, every):
     given = ["report", "run", "--out", "run/report.html"]
     count("report", check(server, tmp_path, run_of(trained), given, 2 * every - 1))
 
 
+@pytest.mark.product
 def test_sweep(server, token_file, tmp_path, count, every):
     given = ["sweep", "tiny", *SMALL, f"data.path={token_file}", "train.learning_rate=1e-3,1e-2"]
     rest = ["--out", "sweep", "--patience", "0.2"]

@@ -99,7 +99,7 @@ def test_trainings_that_begin_together(server, token_file, root, trained, count)
 
 
 @pytest.mark.parametrize("count", params([2, 4], [2]))
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", params([False, True], [True]))
 def test_token_files_that_are_built_together(server, root, count, overwrite):
     """Of the same texts all is well; of other texts one wins or is replaced as a whole."""
     for number in range(2):
@@ -206,7 +206,7 @@ def test_without_locks_a_note_says_so(tmp_path, monkeypatch, capsys):
     assert "no locks on this file system" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("number", params([errno.EROFS, errno.EACCES], [errno.EROFS]))
 def test_a_run_that_can_not_be_written_is_refused(tmp_path, monkeypatch, number):
     def refuse(*_: object) -> int:
         raise OSError(number, os.strerror(number))
@@ -216,6 +216,7 @@ def test_a_run_that_can_not_be_written_is_refused(tmp_path, monkeypatch, number)
         pass
 
 
+@pytest.mark.product
 def test_a_trial_that_lives_on_is_waited_for(mukv, token_file, tmp_path, monkeypatch):
     """A worker that was taken for dead still writes the folder of a point."""
     held, waits = ExitStack(), []

@@ -71,6 +71,7 @@ def test_a_stopped_run_ends_in_the_same_bits(mukv, token_file, tmp_path, monkeyp
     assert contents(parts / "weights") == contents(whole / "weights")
 
 
+@pytest.mark.product
 def test_a_run_in_two_parts_is_one_run(mukv, token_file, tmp_path):
     """The second part goes on from the checkpoint of the first, which was to be longer."""
     changes = ("train.steps=6", "train.log_every=1", "train.checkpoint_every=3")

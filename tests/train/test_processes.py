@@ -96,6 +96,7 @@ def test_a_checkpoint_moves_to_other_meshes(token_file, tmp_path, single):
         assert_same_weights(out, run)
 
 
+@pytest.mark.product
 def test_a_signal_to_one_stops_all(token_file, tmp_path):
     """They agree on the step to save, at one that is logged."""
     out = tmp_path / "run"
@@ -112,6 +113,7 @@ def test_a_signal_to_one_stops_all(token_file, tmp_path):
     assert (out / "checkpoints" / str(facts["step"])).is_dir()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("killed", params([0, 1], [1]))
 def test_who_is_left_says_so_and_ends(token_file, tmp_path, killed):
     """A process that is killed takes the others with it, in one line with the last checkpoint."""
@@ -130,6 +132,7 @@ def test_who_is_left_says_so_and_ends(token_file, tmp_path, killed):
     assert "Traceback" not in error
 
 
+@pytest.mark.product
 def test_a_run_that_is_written_is_refused_by_all(token_file, tmp_path):
     """Process 0 finds the lock taken, and the other hears of it."""
     with one_writer(tmp_path / "run"):
@@ -139,6 +142,7 @@ def test_a_run_that_is_written_is_refused_by_all(token_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.product
 def test_bad_input_ends_all(token_file, tmp_path, single):
     """Before anything is compiled or written: nobody waits for a process that has left."""
     run, _ = single

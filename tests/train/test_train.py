@@ -36,6 +36,7 @@ def test_pieces_of_a_batch_make_the_batch():
     )
 
 
+@pytest.mark.product
 def test_the_gradient_is_clipped():
     """With plain norms below the limit nothing happens; a tiny limit bounds what Adam sees."""
     free, loose, tight = (run(trainer(MODEL, clip_norm=limit), 1) for limit in (None, 1e6, 1e-3))

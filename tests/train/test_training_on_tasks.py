@@ -16,6 +16,7 @@ from tests.conftest import MINUSCULE
 TASK = "data.task={kind: needle, filler: 4}"
 
 
+@pytest.mark.product
 def test_train_and_resume(mukv, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     given = ("train", "tiny", *MINUSCULE, TASK, "train.schedule={kind: inverse_sqrt}")

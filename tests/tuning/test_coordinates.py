@@ -67,6 +67,7 @@ def adapter_slopes(**scaling):
     return sorted(each.slope for each in found if each.name.endswith(("attention", "mlp")))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", params(["sp", "mup"], ["mup"]))
 def test_adapters_are_flat(kind):
     found = adapter_slopes(kind=kind)
@@ -93,6 +94,7 @@ def test_one_rate_for_all_widths_is_caught():
     assert slopes(alignment="ignored")[-1] > coordinates.LIMIT
 
 
+@pytest.mark.product
 def test_a_rate_half_an_exponent_off_is_caught(monkeypatch):
     rates = parameterization.LEARNING_RATES["adam", "full"]
     embedding, hidden, readout = rates["sp"]
@@ -100,6 +102,7 @@ def test_a_rate_half_an_exponent_off_is_caught(monkeypatch):
     assert slopes()[-1] > coordinates.LIMIT
 
 
+@pytest.mark.product
 def test_a_deviation_that_was_meant_as_a_variance_is_caught(monkeypatch):
     embedding, (a, b), readout = parameterization.EXPONENTS["sp"]
     monkeypatch.setitem(parameterization.EXPONENTS, "sp", (embedding, (a, 2 * b), readout))

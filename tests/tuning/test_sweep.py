@@ -64,6 +64,19 @@ def test_a_sweep(mukv, token_file, tmp_path):
     assert "train.steps: got 4; the study" in other.stderr
 
 
+@pytest.mark.product
+def test_each_point_trains_on_its_own_task(mukv, tmp_path):
+    """A key of the data may be searched; points with different data are not trained together."""
+    task = ("data.task={kind: needle}", "data.task.filler=4,8")
+    done = mukv("sweep", "tiny", *MINUSCULE, *task, "--out", tmp_path / "s", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "programs to compile: 2" in done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert {package.load(row["run"]).run.data.task.filler for row in rows} == {4, 8}
+    assert len({row["validation_loss"] for row in rows}) == 2
+
+
+@pytest.mark.product
 def test_a_sampler_is_not_asked_for_seeds(mukv, token_file, tmp_path):
     ranges = ("train.learning_rate=1e-3..1e-2:log", "train.seed=3..4")
     more = ("--sampler", "tpe", "--trials", 2, "--json")
@@ -75,6 +88,7 @@ def test_a_sampler_is_not_asked_for_seeds(mukv, token_file, tmp_path):
     assert all("train.seed" not in row for row in facts["rows"])
 
 
+@pytest.mark.product
 def test_seeds_alone_are_a_point(mukv, token_file, tmp_path):
     done = mukv(*arguments(token_file, tmp_path / "s", "train.seed=0,1,2", "--json"))
     assert done.returncode == 0, done.stderr
@@ -83,6 +97,7 @@ def test_seeds_alone_are_a_point(mukv, token_file, tmp_path):
     assert facts["edges"] == []
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("sampler", params(["random", "tpe"], ["tpe"]))
 def test_samplers_and_pruning(mukv, token_file, tmp_path, sampler):
     more = ("train.evaluate_every=1", "train.learning_rate=1e-4..1e30:log", "--sampler", sampler)
@@ -192,6 +207,7 @@ def test_bad_input(mukv, token_file, tmp_path, given, message):
     assert message in done.stderr
 
 
+@pytest.mark.product
 def test_three_workers_of_which_one_is_killed(token_file, tmp_path):
     out = tmp_path / "s"
     given = arguments(

@@ -9,7 +9,7 @@ import pytest
 
 from mukv.core.params import named
 from mukv.runs import config
-from mukv.runs.resolve import open_corpus
+from mukv.runs.resolve import open_feed
 from mukv.train import metrics
 from mukv.tuning.together import Point, Together, grouped
 from tests.conftest import MINUSCULE
@@ -18,11 +18,13 @@ from tests.pairs import params
 POWER = "train.schedule={kind: power, warmup: 1, amplitude: 1, decay: 0.5}"
 ATAN2 = "train.optimizer={kind: adam_atan2}"
 SCALING = "model.scaling"
+TASK = "data.task={kind: needle, filler: 4}"
 VARIED = {
     "rates and seeds": (
         ["train.learning_rate=0.01", "train.seed=0"],
         ["train.learning_rate=0.003", "train.seed=1"],
     ),
+    "seeds of a task": ([TASK, "train.seed=0"], [TASK, "train.seed=1"]),
     "schedule": (
         [POWER, "train.schedule.exponent=-0.4"],
         [POWER, "train.schedule.warmup=2"],
@@ -46,9 +48,13 @@ VARIED = {
 
 
 def points(token_file, changes):
-    given = [*MINUSCULE, f"data.path={token_file}", "train.compute={dtype: float32}"]
-    loaded = [config.load("tiny", given + change) for change in changes]
-    return open_corpus(loaded[0]), [Point(run.model, run.train) for run in loaded]
+    given = [*MINUSCULE, "train.compute={dtype: float32}"]
+    text = f"data.path={token_file}"
+    loaded = [
+        config.load("tiny", given + change if TASK in change else [text, *given, *change])
+        for change in changes
+    ]
+    return open_feed(loaded[0])[1], [Point(run.model, run.train) for run in loaded]
 
 
 def ends(group):
@@ -59,22 +65,23 @@ def ends(group):
 BOTH = [*itertools.product(VARIED, ("vmap", "map"))]
 
 
-@pytest.mark.parametrize(("name", "across"), params(BOTH, BOTH[::5], unpack=True))
+@pytest.mark.parametrize(("name", "across"), params(BOTH, [BOTH[0], BOTH[3]], unpack=True))
 def test_together_is_alone(token_file, name, across):
-    tokens, chosen = points(token_file, VARIED[name])
+    feed, chosen = points(token_file, VARIED[name])
     assert grouped(chosen) == [list(range(len(chosen)))]
-    numbers, weights = ends(Together(chosen, tokens, across=across))
+    numbers, weights = ends(Together(chosen, feed, across=across))
     assert len({row["validation_loss"] for row in numbers}) == len(chosen)
     for point, row, mine in zip(chosen, numbers, weights, strict=True):
-        (alone,), (other,) = ends(Together([point], tokens))
+        (alone,), (other,) = ends(Together([point], feed))
         assert row == pytest.approx(alone, rel=1e-4)
         for path, leaf in mine.items():
             np.testing.assert_allclose(leaf, other[path], rtol=1e-2, atol=1e-3, err_msg=path)
 
 
+@pytest.mark.product
 def test_a_point_alone_is_the_run(token_file, trained):
-    tokens, (point,) = points(token_file, [[]])
-    numbers, _ = ends(Together([point], tokens))
+    feed, (point,) = points(token_file, [[]])
+    numbers, _ = ends(Together([point], feed))
     last = [r for r in metrics.read_metrics(trained / "metrics.jsonl") if "loss" in r][-1]
     assert numbers[0]["loss"] == pytest.approx(last["loss"], rel=1e-5)
 
@@ -87,17 +94,16 @@ def test_what_differs_in_more_than_numbers_is_apart(token_file):
 
 
 def test_one_that_diverges_leaves_the_others_alone(token_file):
-    tokens, chosen = points(
-        token_file, [["train.learning_rate=0.01"], ["train.learning_rate=1e30"]]
-    )
-    numbers, _ = ends(Together(chosen, tokens))
+    feed, chosen = points(token_file, [["train.learning_rate=0.01"], ["train.learning_rate=1e30"]])
+    numbers, _ = ends(Together(chosen, feed))
     assert numbers[0]["validation_loss"] < 6
     assert numbers[1]["validation_loss"] == np.inf
 
 
+@pytest.mark.product
 def test_a_group_shrinks_to_its_memory(token_file):
-    tokens, chosen = points(token_file, [[f"train.seed={seed}"] for seed in range(4)])
-    whole = Together(chosen, tokens, across="vmap")
+    feed, chosen = points(token_file, [[f"train.seed={seed}"] for seed in range(4)])
+    whole = Together(chosen, feed, across="vmap")
     assert whole.fitting(whole.memory()) == [whole]
     parts = whole.fitting(whole.memory() - 1)
     assert [point for part in parts for point in part.points] == chosen

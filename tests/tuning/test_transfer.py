@@ -9,15 +9,15 @@ import pytest
 
 from mukv.core.errors import BadInput
 from mukv.runs import config
-from mukv.runs.resolve import open_corpus
+from mukv.runs.resolve import open_feed
 from mukv.tuning.transfer import Search
 from tests.conftest import MINUSCULE
 
 
 def search(token_file, folder, widths=(32, 64), seeds=2, **changes):
     run = config.load("tiny", [*MINUSCULE, f"data.path={token_file}"])
-    tokens = open_corpus(run)
-    return Search(run.model, run.train, tokens, "packed", widths, seeds, folder, **changes)
+    _, feed = open_feed(run)
+    return Search(run.model, run.train, feed, widths, seeds, folder, **changes)
 
 
 def planted(found, drift):
@@ -42,6 +42,7 @@ def test_a_planted_drift_is_found(token_file, tmp_path, drift, passed):
     assert found.passed == passed
 
 
+@pytest.mark.product
 def test_the_command(mukv, token_file, tmp_path):
     given = ("transfer", "tiny", *MINUSCULE, f"data.path={token_file}", "--widths", "32,64")
     given = (*given, "--seeds", 1, "--octaves", 1, "--out", tmp_path / "t", "--json")

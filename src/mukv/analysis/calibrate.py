@@ -1,9 +1,9 @@
 """Cluster the keys or queries of every head of a model by k-means, in one pass over a text.
 
-The first points form the sample that k-means starts from; each later batch updates the centres
-(mini-batch k-means), so that memory does not grow with the text. Layers whose points have the same
-shape are clustered in one call. A layer that reads another layer's entries adds its queries to
-those of that layer.
+k-means is fitted to the first points; each later batch updates the centres (mini-batch k-means), so
+that the arrays held do not grow with the text. Layers whose points have the same shape are
+clustered in one call. A layer that reads another layer's entries adds its queries to those of that
+layer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mukv.model.decoder import Decoder
 from mukv.model.plan import ResolvedLayer
 
 START = 64
-"""Points per cluster in the sample that k-means starts from."""
+"""Points per cluster in the sample that k-means is first fitted to."""
 POINTS: dict[Kind, tuple[str, ...]] = {
     "keys": ("key",),
     "queries": ("query",),
@@ -53,15 +53,15 @@ def calibrate(
 ) -> Centres:
     """Compute the cluster centres of each key head of each layer.
 
-    stored: weights as they are saved, unscaled; the result keeps their fingerprint, by which
-        `load_centres` refuses other weights
+    stored: weights as they are saved, unscaled; the result has their fingerprint, so that
+        `load_centres` can refuse other weights
     batches: rows [batch token], all of one shape and without padding
-    kind: what is clustered: `keys`, `queries`, `means` (the mean of all keys, weighted by a query's
-        attention weights) or `aligned` (keys and queries apart, and a table between them)
+    kind: points to cluster: `keys`, `queries`, `means` (the mean of all keys, weighted by a query's
+        attention weights) or `aligned` (keys and queries separately, and a table between them)
     clusters: centres per head
-    rotated: cluster keys and queries after their position rotation, rather than before it
-    seed: of the starting points of k-means
-    compute: types of the forward pass; None for the default of the platform
+    rotated: whether keys and queries are clustered after their position rotation, not before it
+    seed: seed of the initial centres
+    compute: settings of the forward pass; None for the defaults of the platform
 
     Raises BadInput for more clusters than there are points, and for layers whose attention has
     other stores than one entry per token.
@@ -132,8 +132,8 @@ class _Growing:
         self.fits: dict[tuple[int, ...], kmeans.Fit] = {}
 
     def add(self, points: dict[int, Array]) -> None:
-        """Update the centres with points [kv_heads point width] by layer; the first batches are
-        only kept, until they hold START points per cluster."""
+        """Update the centres with points [kv_heads point width] by layer. The first batches are
+        collected until there are START points per cluster."""
         if self.fits:
             for layers, stacked in _stacked(points).items():
                 self.fits[layers] = kmeans.absorb(self.fits[layers], stacked)
@@ -186,8 +186,8 @@ def _aligned(
     rotated: bool,
     compute: Compute,
 ) -> dict[int, LayerCentres]:
-    """Return the centres with the table of logarithms of the mean attention weight between each
-    cluster of queries and each cluster of keys, which takes a second pass over the batches."""
+    """Add to the centres the table of logarithms of the mean attention weight between each cluster
+    of queries and each cluster of keys. This takes a second pass over the batches."""
 
     def reduction(layer: ResolvedLayer, seen: Captured) -> dict[str, Array]:
         own, centres = turned(layer, seen, rotated), layers[layer.source]

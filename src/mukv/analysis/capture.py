@@ -1,8 +1,8 @@
 """Capture the attention of each layer and reduce it to sums, batch by batch.
 
-The reduction runs inside the compiled forward pass: it is given queries, keys, values and attention
-weights of one layer and returns sums, which are added up over batches. Memory therefore does not
-grow with the number of samples.
+The reduction runs inside the compiled forward pass: it receives queries, keys, values and attention
+weights of one layer and returns sums, which are added over batches. The arrays held therefore do
+not grow with the number of samples.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from mukv.model.decoder import Decoder
 from mukv.model.plan import ResolvedLayer
 
 BATCH_NUMBERS = 1 << 24
-"""Most attention weights of one layer in one batch (over rows, heads, queries and keys)."""
+"""Maximum size of one layer's attention weights [batch head query key] in one batch."""
 
 
 class CapturedRows(NamedTuple):
     """Rows of tokens, int32 [batch token].
 
-    tokens: ids. position: place of each token in its document, from 0. segment: number of its
-    document in the row, from 1; 0 is padding.
+    tokens: ids
+    position: position of each token in its document, from 0
+    segment: number of each token's document in the row, from 1; 0 is padding
     """
 
     tokens: np.ndarray
@@ -44,8 +45,10 @@ class CapturedRows(NamedTuple):
 class Captured:
     """Arrays of one layer's attention in one batch, float32.
 
-    query and key are those whose product is the logit: query is scaled, both are rotated. weights:
-    after the softmax. position and segment as in CapturedRows.
+    query, key: scaled queries and keys, both rotated, whose dot product is the logit
+    value: values
+    weights: attention weights, after the softmax
+    position, segment: as in CapturedRows
     """
 
     query: Float[Array, "batch kv_heads group query width"]
@@ -107,9 +110,9 @@ def summed(
     """Reduce all batches; returns the results by layer and name, float64.
 
     weights: stacked and scaled
-    reduction: returns a dict of arrays
-    combine: by name, how the results of two batches become one (np.minimum, for instance); names
-        that are not in it are added up
+    reduction: function that returns a dict of arrays
+    combine: function that combines the results of two batches, by name, such as np.minimum; results
+        whose name is missing are added
 
     Raises BadInput as `looked_at` does.
     """

@@ -76,7 +76,7 @@ class Attention(Mixer):
         for name in ("scale", "softcap"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise BadInput(name, getattr(self, name), "greater than 0, or null")
-        self.position.check(self.rotated_dim, self.heads)
+        self.position.check(self.rotated_dim // self.rotated_parts, self.heads)
         if self.position.sequential and len(self.bags) > 1:
             allowed = (
                 "an encoding whose bias does not depend on the keys between query and key: "
@@ -100,6 +100,22 @@ class Attention(Mixer):
     def rotated_dim(self) -> int:
         """Number of dimensions per head that the position encoding rotates."""
         return self.query_dim
+
+    @property
+    def rotated_parts(self) -> int:
+        """Equal pieces of that width, each of which is rotated as a head of its own."""
+        return 1
+
+    def rotate(
+        self,
+        x: Float[Array, "batch heads token rotated_dim"],
+        position: Int[Array, "batch #heads token"],
+    ) -> Float[Array, "batch heads token rotated_dim"]:
+        """Rotate the rotated dimensions of queries or keys by their positions."""
+        if self.rotated_parts == 1:
+            return self.position.rotate(x, position)
+        pieces = jnp.split(x, self.rotated_parts, axis=-1)
+        return jnp.concatenate([self.position.rotate(p, position) for p in pieces], axis=-1)
 
     def read_params(self, d_model: int) -> dict[str, Any]:
         """Declare the weights of queries, gate, position encoding, sinks and output.
@@ -139,7 +155,8 @@ class Attention(Mixer):
     ) -> Bool[Array, "batch #kv_heads query key"] | None:
         """Return which of the visible entries of a bag each query may read; None for all of them.
 
-        If it is not None, the logits of all pairs of a query and an entry are in memory at once.
+        If it is not None, the plain core is used, which computes the logits of all pairs of a query
+        and an entry at once.
         """
         return None
 
@@ -245,7 +262,7 @@ class Attention(Mixer):
         return 1
 
     def logit_weight(self, d_model: int) -> Param:
-        """Return the weight whose last axis is the width of a query."""
+        """Return the weight that makes queries; its last axis is the width of a query."""
         return tagged(self.read_params(d_model), "query")
 
     def read_flops(self) -> int:

@@ -28,8 +28,8 @@ from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 
 WINDOW, COMPRESSED, UNFINISHED = "window", "compressed", "unfinished"
-"""Names of the stores: entries of the newest tokens; compressed entries; running softmax of the
-compressed entry that still lacks tokens.
+"""Names of the stores: entries of the newest tokens; compressed entries; running sums of the
+softmax of the compressed entry that is not yet complete.
 """
 
 
@@ -43,7 +43,7 @@ class Compressed(Attention):
     rope_dim: number of the last dimensions of a head, which are rotated
     query_rank: width of the normed latent from which queries are projected
     window: tokens whose own entries a query sees, itself included; None for all
-    every: tokens per compressed entry; None for the window alone
+    every: tokens per compressed entry; None for no compressed entries
     groups: number of groups of consecutive heads, each with an output projection of its own
     output_rank: width of the output projection of one group
     norm: normalisation of the latent, the entries and each query head

@@ -121,7 +121,11 @@ class Running(NamedTuple):
     weighted: Float[Array, "*place head_dim"]
 
     def after(self, earlier: Running, which: Bool[Array, "batch place"]) -> Running:
-        """Add the sums of earlier tokens, `earlier` of each row, at the places where `which`."""
+        """Add the sums of earlier tokens to the sums at some places.
+
+        earlier: one set of sums per row, without the axis of places
+        which: places that the earlier tokens belong to
+        """
         return self.plus(
             Running(*(jnp.where(which[..., None], sums[:, None], 0.0) for sums in earlier))
         )
@@ -154,10 +158,10 @@ def running(
     length: Int[Array, "batch place"],
     most: int,
 ) -> Running:
-    """Compute the running softmax sums over the `length` tokens that end at index `last`.
+    """Compute the running softmax sums over the `length` tokens up to index `last`.
 
-    Tokens that are not among the given ones are left out. most: upper bound of `length`. The tokens
-    are gathered and not scattered, so that the gradient is the same in every run.
+    Tokens before the start of the row are left out. most: upper bound of `length`. The tokens are
+    gathered and not scattered, so that the gradient is deterministic.
     """
     back = jnp.arange(most)[None, None]
     token = last[..., None] - back
@@ -175,5 +179,5 @@ def running(
 
 
 def _finite(top: Array) -> Array:
-    """Replace a maximum of -inf, that of no logits, by 0."""
+    """Replace -inf, the maximum of an empty set of logits, by 0."""
     return jnp.where(jnp.isfinite(top), top, 0.0)

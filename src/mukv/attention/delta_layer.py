@@ -2,7 +2,8 @@
 
 Queries, keys and values pass through short causal convolutions and silu; queries and keys get unit
 length. The state is read after each token has written to it, and the result is normed per head,
-gated and projected. There is no position encoding: decay and convolutions tell tokens apart.
+gated and projected. There is no position encoding: decay and convolutions depend on the order of
+tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class DeltaLayer(Mixer):
     heads: number of states, each with a value head
     head_dim: width of a key and of a query
     taps: tokens that the convolutions of queries, keys and values span, the newest one included
-    norm: norm of what a head reads from its state
+    norm: norm of the vector that a head reads from its state
     """
 
     heads: int = 4
@@ -72,25 +73,29 @@ class DeltaLayer(Mixer):
 
     @property
     def value_dim(self) -> int:
-        """Width of a value and of what a query reads."""
+        """Width of a value, and of the vector that a query reads from a state."""
         return self.head_dim
 
     def decay(self, weights: Weights, x: Residual) -> Float[Array, "batch token heads decay_dim"]:
         """Return the float32 log decay of each token, for each head or for each channel of a key.
 
-        weights: those for writing
+        weights: weights for writing
         """
         raise NotImplementedError
 
     def strength(self, weights: Weights, x: Residual) -> Float[Array, "batch token heads"]:
-        """Return beta, the share of the difference that each token writes, float32.
+        """Return beta of each token, the fraction of (value - value that its key reads) that is
+        written, float32.
 
-        weights: those for writing
+        weights: weights for writing
         """
         return jax.nn.sigmoid(project(x, weights["beta"], out=FLOAT32))
 
     def gate(self, weights: Weights, x: Residual) -> Float[Array, "batch token heads value_dim"]:
-        """Return the factor of what each head reads, float32. weights: those for reading"""
+        """Return the float32 gate that multiplies the vector that each head reads.
+
+        weights: weights for reading
+        """
         raise NotImplementedError
 
     # Weights
@@ -136,9 +141,9 @@ class DeltaLayer(Mixer):
         position: Int[Array, "batch token"],
         memory: Carried | None = None,
     ) -> Written:
-        """Compute what each token reads from the state, under DIRECT, and the new states.
+        """Compute the vectors that each token reads from the state, and the new states.
 
-        A token at position 0 starts from a state of zeros.
+        The vectors are returned under DIRECT. A token at position 0 starts from a state of zeros.
         """
         states = {RECENT: {}} if memory is None else memory.states
         made, recent = self._convolved(weights, x, position, memory)
@@ -189,16 +194,17 @@ class DeltaLayer(Mixer):
         compute: Compute,
         direct: Tensors | None = None,
     ) -> tuple[Residual, Reported]:
-        """Norm, gate and project what the heads have read.
+        """Norm, gate and project the vectors that the heads have read.
 
-        direct: what `write` passes on for these tokens
+        direct: arrays that `write` returned under DIRECT for these tokens
         """
         assert direct is not None
         heads = self.norm.apply(weights["norm"], direct["read"]) * self.gate(weights, x)
         return project(heads.astype(x.dtype), weights["output"], contracted=2), None
 
     def token_flops(self) -> int:
-        """Return the operations of the products of a chunk of `CHUNK` tokens, per token."""
+        """Return the floating-point operations per token of the matrix products within a chunk of
+        `CHUNK` tokens and with the state."""
         key, value = self.head_dim, self.value_dim
         return self.heads * (6 * key * value + CHUNK * (5 * key + 3 * value))
 

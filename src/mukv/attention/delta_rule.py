@@ -7,7 +7,8 @@ A state S, [key_dim value_dim] per head, follows
 
 with one log decay g per token (Gated DeltaNet) or one per token and key channel (Kimi Delta
 Attention). Within a chunk all tokens are computed at once by the WY representation: a unit lower
-triangular inverse; a scan over chunks carries S. All is float32, and no exponent is positive.
+triangular inverse; a scan over chunks carries S. All numbers are float32, and no exponential has a
+positive argument.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ CHUNK = 32
 """Largest number of tokens per chunk, a power of two. On a CPU 16 is 2 to 10 % faster, and 64 and
 128 are slower (`benchmarks/delta_rule.py`)."""
 PART = 256
-"""Largest number of tokens whose chunks are prepared at once, a multiple of CHUNK."""
+"""Largest number of tokens whose chunks are prepared at once; a multiple of CHUNK. Preparation is
+everything that does not depend on the state: products of pairs of tokens, and inverses."""
 
 
 class DeltaRows(NamedTuple):
-    """What each token contributes, float32.
+    """Inputs of the delta rule for each token, float32.
 
     query, key: as they are multiplied with the state
-    value: what the token would write to an empty state
-    decay: logarithm of the factor by which the token first multiplies the state, at most 0; one
-        number per head, or one per head and key channel
-    beta: share of the difference between value and what the key reads that is written
+    value: value v_t
+    decay: log decay g_t, at most 0; one number per head, or one per head and key channel
+    beta: beta_t, the fraction of (value - value that the key reads) that is written
     """
 
     query: Float[Array, "batch token heads key_dim"]
@@ -53,13 +54,13 @@ def delta_rule(
 ) -> tuple[
     Float[Array, "batch token heads value_dim"], Float[Array, "batch heads key_dim value_dim"]
 ]:
-    """Compute what each token reads from the state, itself included, and the state at the end.
+    """Compute the output o_t of each token and the state after the last token.
 
     first: whether a token is the first of a document, which starts with a state of zeros
     state: state before the first token
     chunk: largest number of tokens per chunk, a power of two
-    part: largest number of tokens whose chunks are prepared at once; the backward pass prepares
-        each part again from the state before it, so that only states and inputs are stored
+    part: largest number of tokens whose chunks are prepared at once; the backward pass recomputes
+        each part from the state before it, so that only states and inputs are stored
 
     A token with decay 0 and beta 0 leaves the state as it is.
     """
@@ -91,7 +92,7 @@ def _part(
 ) -> tuple[
     Float[Array, "batch token heads value_dim"], Float[Array, "batch heads key_dim value_dim"]
 ]:
-    """Compute `delta_rule` for few tokens, all chunks at once but for their states."""
+    """Compute `delta_rule` for at most `part` tokens: all chunks at once, then a scan over them."""
     batch, length, heads, _ = rows.value.shape
     size = min(chunk, 1 << (length - 1).bit_length())
     padding = -length % size
@@ -150,7 +151,11 @@ class _Borders(NamedTuple):
 
     @classmethod
     def of(cls, document: Int[Array, "batch 1 chunks size"]) -> _Borders:
-        """document: number of each token's document in its row; 0 for one that had begun before."""
+        """Compute the masks.
+
+        document: number of each token's document in its row, from 1; 0 for tokens of the document
+            that the state before the row belongs to
+        """
         last = document[..., -1:]
         before = jnp.pad(last[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
         return cls(
@@ -162,7 +167,7 @@ class _Borders(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """What depends on two tokens of a chunk, r and j, with G the sums of log decays.
+    """Products of two tokens r and j of a chunk, where G is the cumulative sum of log decays.
 
     reads: sum_c q_rc k_jc e^(G_rc - G_jc) for j <= r, else 0
     corrections: sum_c k_rc k_jc e^(G_rc - G_jc) for j < r, else 0
@@ -181,7 +186,7 @@ def _pairs(
     key: Float[Array, "chunks size key_dim"],
     decay: Float[Array, "chunks size decay_dim"],
 ) -> _Pairs:
-    """Compute all pairs of the tokens of a chunk by halves of halves.
+    """Compute the products of all pairs of tokens of a chunk by recursive halving.
 
     For r in the second half and j in the first one, G_r - G_j is the sum of the decays in the
     second half up to r plus that in the first half after j. Its exponential is a product of two
@@ -250,7 +255,7 @@ def _joined(
     diagonal: Float[Array, "chunks blocks width width"],
     below: Float[Array, "chunks pairs width width"],
 ) -> Float[Array, "chunks pairs double double"]:
-    """Join pairs of lower triangular blocks on the diagonal, with the block below the first one."""
+    """Join pairs of lower triangular blocks: [[first, 0], [below, second]]."""
     early, later = diagonal[:, 0::2], diagonal[:, 1::2]
     above = jnp.concatenate([early, jnp.zeros_like(below)], axis=-1)
     return jnp.concatenate([above, jnp.concatenate([below, later], axis=-1)], axis=-2)
@@ -259,5 +264,5 @@ def _joined(
 def _product(
     x: Float[Array, "*batch rows inner"], y: Float[Array, "*batch inner columns"]
 ) -> Float[Array, "*batch rows columns"]:
-    """Multiply matrices in float32, also on platforms whose default is less."""
+    """Multiply matrices in float32, also on platforms whose default precision is lower."""
     return matmul(x, y, jax.lax.Precision.HIGHEST)

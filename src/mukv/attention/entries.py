@@ -1,4 +1,4 @@
-"""Entries of a cache: the tensors that tokens leave for later queries, each with a position.
+"""Entries of a cache: the tensors that tokens write for later queries, each with a position.
 
 An entry has named tensors (keys and values, a latent, or values alone), its position, whether it is
 valid, and its document.
@@ -21,7 +21,7 @@ from mukv.core.typing import Array, Bool, Float, Int
 class Entries:
     """A bag of entries. Masks are computed from its fields.
 
-    tensors: what the cache stores, by name, each [batch heads key width]
+    tensors: stored tensors by name, each [batch heads key width]
     position: position in the document, [batch 1 key], or per KV head where heads keep different
         entries
     valid: which slots hold an entry; None for all

@@ -15,6 +15,7 @@ from mukv.attention.entries import Entries
 from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense
 from mukv.core.broadcast import with_rank
+from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param
@@ -60,13 +61,23 @@ class Groups(Attention):
             **super().read_params(d_model),
         }
         if self.norm:
-            declared["query_norm"] = self.norm.params(self.head_dim, "head_dim")
+            declared["query_norm"] = self.norm_params(self.norm, "heads")
         return declared
+
+    def norm_params(self, norm: RMSNorm, heads: str) -> dict[str, Param]:
+        """Declare the norm of queries or keys. heads: name of their axis of heads."""
+        return norm.params(self.head_dim, "head_dim")
+
+    def apply_norm(
+        self, norm: RMSNorm, weights: dict[str, Any], x: Float[Array, "batch token heads head_dim"]
+    ) -> Float[Array, "batch token heads head_dim"]:
+        """Normalise queries or keys."""
+        return norm.apply(weights, x)
 
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
         query = self.project_query(weights, x)
         if self.norm:
-            query = self.norm.apply(weights["query_norm"], query)
+            query = self.apply_norm(self.norm, weights["query_norm"], query)
         rotated = self.position.rotate(query.swapaxes(1, 2), position[:, None])
         return by_group(rotated, self.kv_heads)
 
@@ -81,14 +92,31 @@ class Groups(Attention):
 class Grouped(Groups):
     """Grouped-query attention (Ainslie et al. 2023): query heads share keys and values in groups.
 
+    norm_over: what the QK norm averages over: each head, or all heads of a projection (OLMo 2)
     biases: projections that have a bias (Qwen 2: query, key and value)
     """
 
     kind: Literal["grouped"] = "grouped"
+    norm_over: Literal["head", "projection"] = "head"
     biases: tuple[Literal["query", "key", "value", "output"], ...] = ()
 
     values_apart: ClassVar[bool] = True
     keys: ClassVar[tuple[str, ...]] = ("key",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm is None and self.norm_over != "head":
+            raise BadInput("norm_over", self.norm_over, "head where norm is null")
+
+    def norm_params(self, norm: RMSNorm, heads: str) -> dict[str, Param]:
+        if self.norm_over == "head":
+            return super().norm_params(norm, heads)
+        return norm.params_over({heads: getattr(self, heads), "head_dim": self.head_dim})
+
+    def apply_norm(self, norm: RMSNorm, weights: dict[str, Any], x: Array) -> Array:
+        if self.norm_over == "head":
+            return super().apply_norm(norm, weights, x)
+        return norm.apply_over(weights, x)
 
     def read_params(self, d_model: int) -> dict[str, Any]:
         declared = super().read_params(d_model)
@@ -105,7 +133,7 @@ class Grouped(Groups):
             "value": Param(dims, fan_in=("embed",), tag="value"),
         }
         if self.norm:
-            declared["key_norm"] = self.norm.params(self.head_dim, "head_dim")
+            declared["key_norm"] = self.norm_params(self.norm, "kv_heads")
         for name in ("key", "value"):
             if name in self.biases:
                 bias = _bias({"kv_heads": self.kv_heads, "head_dim": self.head_dim})
@@ -132,12 +160,13 @@ class Grouped(Groups):
         memory: Carried | None = None,
     ) -> dict[str, Float[Array, "batch kv_heads token head_dim"]]:
         key, value = (
-            _with_bias(project(x, weights[name]), weights, f"{name}_bias").swapaxes(1, 2)
+            _with_bias(project(x, weights[name]), weights, f"{name}_bias")
             for name in ("key", "value")
         )
         if self.norm:
-            key = self.norm.apply(weights["key_norm"], key)
-        return {"key": self.position.rotate(key, position[:, None]), "value": value}
+            key = self.apply_norm(self.norm, weights["key_norm"], key)
+        rotated = self.position.rotate(key.swapaxes(1, 2), position[:, None])
+        return {"key": rotated, "value": value.swapaxes(1, 2)}
 
     def recall(self, weights: Weights, entries: Entries) -> Dense:
         return Dense((entries.tensors["key"],), entries.tensors["value"])

@@ -21,6 +21,7 @@ from mukv.attention.mixer import Carried, Reported, Tensors
 from mukv.attention.recalled import Dense, Query
 from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
+from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param
@@ -34,27 +35,32 @@ class Latent(Attention):
     rank: width of the latent
     head_dim: width of the part of a key that is projected from the latent
     rope_dim: width of the rotated part of a key, which all heads share
+    rope_parts: equal pieces of the rotated part, each of which is rotated as a head of its own
     head_value_dim: width of a value; head_dim if None
     query_rank: width of the normed latent from which queries are projected; None to project the
         residual stream itself
-    norm: RMSNorm of the latents
+    norm: RMSNorm of the latents; None for none, as converted models have it
     """
 
     kind: Literal["latent"] = "latent"
     rank: int = 64
     head_dim: int = 32
     rope_dim: int = 16
+    rope_parts: int = 1
     head_value_dim: int | None = None
     query_rank: int | None = None
-    norm: RMSNorm = field(default_factory=RMSNorm)
+    norm: RMSNorm | None = field(default_factory=RMSNorm)
 
     sizes: ClassVar[tuple[str, ...]] = ("heads", "rank", "head_dim", "rope_dim")
     grows: ClassVar[tuple[str, ...]] = ("heads", "rank", "query_rank")
     keys: ClassVar[tuple[str, ...]] = ("key",)
 
     def __post_init__(self) -> None:
+        require_counts(self, "head_value_dim", "query_rank", "rope_parts", most=1 << 16)
+        if self.rope_dim % self.rope_parts:
+            allowed = f"must divide rope_dim ({self.rope_dim})"
+            raise BadInput("rope_parts", self.rope_parts, allowed)
         super().__post_init__()
-        require_counts(self, "head_value_dim", "query_rank", most=1 << 16)
 
     @property
     def query_dim(self) -> int:
@@ -68,14 +74,20 @@ class Latent(Attention):
     def rotated_dim(self) -> int:
         return self.rope_dim
 
+    @property
+    def rotated_parts(self) -> int:
+        return self.rope_parts
+
     def write_params(self, d_model: int) -> dict[str, Any]:
-        return {
+        declared: dict[str, Any] = {
             "latent": Param({"embed": d_model, "latent": self.rank}, fan_in=("embed",)),
             "key": Param(
                 {"embed": d_model, "rope_dim": self.rope_dim}, fan_in=("embed",), tag="key"
             ),
-            "norm": self.norm.params(self.rank, "latent"),
         }
+        if self.norm:
+            declared["norm"] = self.norm.params(self.rank, "latent")
+        return declared
 
     def read_params(self, d_model: int) -> dict[str, Any]:
         source = {"embed": d_model}
@@ -83,7 +95,8 @@ class Latent(Attention):
         if self.query_rank is not None:
             source = {"query_latent": self.query_rank}
             declared["query_latent"] = Param({"embed": d_model, **source}, fan_in=("embed",))
-            declared["query_norm"] = self.norm.params(self.query_rank, "query_latent")
+            if self.norm:
+                declared["query_norm"] = self.norm.params(self.query_rank, "query_latent")
         heads, latent = {"heads": self.heads}, {"latent": self.rank}
         return {
             **declared,
@@ -105,20 +118,23 @@ class Latent(Attention):
         position: Int[Array, "batch token"],
         memory: Carried | None = None,
     ) -> dict[str, Float[Array, "batch 1 token _"]]:
-        latent = self.norm.apply(weights["norm"], project(x, weights["latent"]))
+        latent = self._normed(weights, "norm", project(x, weights["latent"]))
         key = project(x, weights["key"])[:, None]
-        return {"latent": latent[:, None], "key": self.position.rotate(key, position[:, None])}
+        return {"latent": latent[:, None], "key": self.rotate(key, position[:, None])}
+
+    def _normed(self, weights: Weights, name: str, latent: Array) -> Array:
+        return self.norm.apply(weights[name], latent) if self.norm else latent
 
     def query(self, weights: Weights, x: Residual, position: Int[Array, "batch token"]) -> Queries:
         """Project queries, each head a group of its own; the last `rope_dim` dimensions are
         rotated.
         """
         if self.query_rank is not None:
-            x = self.norm.apply(weights["query_norm"], project(x, weights["query_latent"]))
+            x = self._normed(weights, "query_norm", project(x, weights["query_latent"]))
         query = project(x, weights["query"]).swapaxes(1, 2)
-        unrotated, rotating = jnp.split(query, [self.head_dim], axis=-1)
-        rotated = self.position.rotate(rotating, position[:, None])
-        return jnp.concatenate([unrotated, rotated], axis=-1)[:, :, None]
+        still, turning = jnp.split(query, [self.head_dim], axis=-1)
+        rotated = self.rotate(turning, position[:, None])
+        return jnp.concatenate([still, rotated], axis=-1)[:, :, None]
 
     def address(self, weights: Weights, query: Queries) -> Query:
         unrotated, rotating = jnp.split(query, [self.head_dim], axis=-1)
@@ -153,7 +169,8 @@ class Latent(Attention):
         return Absorbed(**{f.name: getattr(self, f.name) for f in fields(self)})
 
     def memory(self) -> Hashable:
-        return self.kind, self.rank, self.rope_dim, self.position.rotation()
+        parts = self.rope_dim, self.rope_parts
+        return self.kind, self.rank, *parts, self.position.rotation()
 
 
 @dataclass(frozen=True)

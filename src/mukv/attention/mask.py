@@ -31,9 +31,11 @@ class Mask:
     def of(
         self, entries: Entries, chosen: Bool[Array, "batch #kv_heads query key"] | None = None
     ) -> Mask:
-        """Return the mask of one bag: its own window limits the mask too; chosen as given.
+        """Return the mask of one bag, whose own window also limits the mask.
 
-        It is aligned only if the bag has one entry per token.
+        chosen: field `chosen` of the result
+
+        The result is aligned only if the bag has one entry per token.
         """
         windows = [window for window in (self.window, entries.window) if window is not None]
         aligned = self.aligned and entries.every == 1

@@ -1,9 +1,9 @@
 """Mixers: the part of a layer that moves information between tokens.
 
-Attention, compressed attention and recurrences are mixers. A mixer writes what later tokens need
-into named stores and reads from them. A store is a bag of entries at its own rate (`EntryStore`) or
-a state of constant size (`StateStore`). Training computes `read(x, write(x))`; decoding carries the
-stores from step to step.
+Attention, compressed attention and recurrences are mixers. A mixer writes tensors for later tokens
+into named stores and reads from them. A store is a bag of entries, one for every m tokens
+(`EntryStore`), or a state of constant size (`StateStore`). Training computes `read(x, write(x))`;
+decoding carries the stores from step to step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Reported = dict[str, Float[Array, " batch"]] | None
 ENTRIES = "entries"
 """Name of the store of a mixer that has only one."""
 DIRECT = "direct"
-"""Name under which `write` passes arrays of the new tokens on to `read`; no store keeps them."""
+"""Name under which `write` passes arrays of the new tokens to `read`; no store keeps them."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ class Carried(NamedTuple):
 class Mixer(Component):
     """Base class of mixers; the fields are the YAML keys.
 
-    A mixer is frozen and holds no weights. It declares those that write apart from those that read,
-    since a layer that reuses another layer's entries has only the latter.
+    A mixer is frozen and holds no weights. It declares the weights for writing and for reading
+    separately, since a layer that reuses another layer's entries has only those for reading.
     """
 
     sizes: ClassVar[tuple[str, ...]] = ()
@@ -192,7 +192,7 @@ class Mixer(Component):
         position: Int[Array, "batch token"],
         memory: Carried | None = None,
     ) -> Any:
-        """Compute what the stores keep of the new tokens.
+        """Compute the entries and states that the stores keep for the new tokens.
 
         x: new tokens after the layer's norm
         position: their positions in their documents
@@ -200,9 +200,9 @@ class Mixer(Component):
 
         Returns {store: {name: array}}, or the inner dict if there is one store. The arrays of an
         entry store are [batch heads places(tokens) width]: the completed entries in order, then
-        arbitrary values. A state store gives its arrays after the new tokens; they are only needed
-        if `memory` is not None. Where the output depends on states, which `read` doesn't see, the
-        dict under DIRECT has what `read` needs of them for these tokens.
+        arbitrary values. The arrays of a state store are the state after the new tokens; they are
+        only needed if `memory` is not None. `read` doesn't receive states: where the output depends
+        on them, the dict under DIRECT holds the arrays that `read` needs for these tokens.
         """
         raise NotImplementedError
 
@@ -220,7 +220,7 @@ class Mixer(Component):
 
         x: tokens after the layer's norm
         position: their positions in their documents
-        parts: bags of entries that they read, each with its own window
+        parts: bags of entries that the tokens read, each with its own window
         mask: which entries each token sees
         compute: settings of the forward pass
         direct: what `write` returned under DIRECT for the same tokens; None for nothing
@@ -248,11 +248,12 @@ class Mixer(Component):
         return None
 
     def memory(self) -> Hashable:
-        """Return a value that must be equal in two layers where one reads the other's stores."""
+        """Return a hashable value that two layers must have in common for one to read the other's
+        stores."""
         raise NotImplementedError
 
     def read_flops(self) -> int:
-        """Return the operations of the forward pass in training, per query and visible entry."""
+        """Return the floating-point operations of the forward pass per query and visible entry."""
         return 0
 
     def pair_flops(self, bags: Mapping[str, EntryStore], tokens: int) -> float:
@@ -264,15 +265,15 @@ class Mixer(Component):
         return self.read_flops() * sum(bag.mean_visible(tokens) for bag in bags.values())
 
     def token_flops(self) -> int:
-        """Return the operations of the forward pass in training, per token, of products without
-        weights whose number does not depend on entries.
+        """Return the floating-point operations per token of a training forward pass that involve
+        neither weights nor entries, such as products of a recurrence with its state.
         """
         return 0
 
     # Shared methods
 
     def by_store(self, written: Any) -> dict[str, Any]:
-        """Return what `write` returned as a dict by store, also if there is one store."""
+        """Return the result of `write` as a dict by store, also if there is only one store."""
         name, *more = self.stores()
         return written if more else {name: written}
 

@@ -1,9 +1,22 @@
-"""The cache of a decoding model: a large body that is only read, a small tail, static shapes.
+"""The KV cache of a decoding model, and the policies that compress it.
 
-A policy says which entries the body keeps, how they are stored and which of them a query reads.
+Its shapes are static. Decoding steps only read the large body and write the small tail. A policy
+decides which entries the body keeps, how they are stored and which of them a query reads.
 """
 
 from mukv.cache.base import Body, Cache, Reader, Ring, Slot
+from mukv.cache.kept import choosing
 from mukv.cache.policy import FULL, NAMES, Calibrated, Policy
 
-__all__ = ["FULL", "NAMES", "Body", "Cache", "Calibrated", "Policy", "Reader", "Ring", "Slot"]
+__all__ = [
+    "FULL",
+    "NAMES",
+    "Body",
+    "Cache",
+    "Calibrated",
+    "Policy",
+    "Reader",
+    "Ring",
+    "Slot",
+    "choosing",
+]

@@ -1,4 +1,4 @@
-"""Eviction by attention weight: from the last query (TOVA), a few (SnapKV) or all of them (H2O)."""
+"""Eviction by attention weight: of the last query (TOVA), the last few (SnapKV) or all (H2O)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mukv.core.counts import require_counts
 from mukv.core.typing import Array, Bool, Int
 
 CHUNK = 128
-"""Queries whose attention weights are in memory at once while H2O sums them."""
+"""Number of queries whose attention weights exist at once while H2O sums them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SnapKV(Keep):
 
     window: number of last queries; at most half of the budget
     kernel: number of neighbours that are smoothed over
-    pool: what smoothing takes of them, their mean or their maximum (RocketKV)
+    pool: whether smoothing takes the mean or the maximum of the neighbours (RocketKV)
     """
 
     window: int = 32

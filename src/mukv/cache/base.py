@@ -33,18 +33,20 @@ class Reader:
 
     attention: its attention variant
     weights: its weights for reading
-    queries: of the new tokens; None for a body that needs none
+    queries: its queries of the new tokens; None if the body needs no queries
+    scores: of the new entries, where another pass has made them; None where the policy scores them
     """
 
     attention: Attention
     weights: Mapping[str, Any]
     queries: Queries | None = None
+    scores: Float[Array, "batch heads key"] | None = None
 
 
 @runtime_checkable
 class Body(Protocol):
-    """The entries of one store without those in its tail. Lengths and positions here count entries,
-    not tokens."""
+    """The entries of one store, without those in its tail. The lengths and positions of these
+    methods count entries, not tokens."""
 
     @property
     def needs_queries(self) -> bool:
@@ -52,8 +54,10 @@ class Body(Protocol):
         ...
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:
-        """Return the entries that the query of one token may read. length: entries folded so
-        far."""
+        """Return the entries that the query of one token may read.
+
+        length: number of entries folded so far
+        """
         ...
 
     def entries(self, length: Int[Array, " batch"]) -> Entries:
@@ -170,7 +174,7 @@ class Paced:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """The memory of all layers of a stack while decoding.
+    """The entries and states of all layers of a stack while decoding.
 
     slots: one per store of entries of each layer that writes, in order
     states: of each layer that writes, the arrays of its state stores
@@ -308,9 +312,11 @@ def fold(
 ) -> Tensors:
     """Return the ring after the first `added` entries of `new` were written to each row.
 
-    length: entries in the ring before. For each slot the position that it must hold now is
-    computed; if that entry is in `new`, it is gathered from there, otherwise the slot stays as it
-    is. Rows of different lengths and rings that wrap are no special cases.
+    length: number of entries written to the ring before
+
+    The position that each slot must hold afterwards is computed. An entry at a new position is
+    gathered from `new`; other slots are unchanged. The same rule holds for rows of different
+    lengths and for rings that wrap.
     """
 
     def one(old: Array, fresh: Array) -> Array:

@@ -55,6 +55,13 @@ class CacheBudget:
             return jnp.minimum(length, int(self.amount))
         return length * self._share.numerator // self._share.denominator
 
+    def total(self, length: int, stores: int) -> int:
+        """Return the entries that several stores share, of `length` entries each: of a share, all
+        but the dropped ones, whose number is rounded down (as in KVzip)."""
+        if self.amount > 1:
+            return stores * min(int(self.amount), length)
+        return math.ceil(stores * length * self._share)
+
     def resized(self, entries: float, length: int) -> CacheBudget:
         """Return a budget of the same kind that is `entries` at `length`."""
         if self.amount > 1:

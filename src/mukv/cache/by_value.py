@@ -15,10 +15,10 @@ from mukv.cache.seen import Score, Seen
 from mukv.cache.windows import Windows
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.typing import Array, Float
+from mukv.core.typing import Array, Bool, Float
 
 RIDGE = 1e-2
-"""Added to the diagonal of the covariance of sketched keys, as in kvpress."""
+"""Number added to the diagonal of the covariance of projected keys, as in kvpress."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,18 @@ class CUR(Sinking):
 
 @dataclass(frozen=True)
 class LagKV(Sinking):
-    """Score: place of an entry in its partition by the standard deviation over channels of keys and
-    values that are scaled by the next partition (LagKV, Liang et al. 2025).
+    """Score: rank of an entry within its partition, by the standard deviation over channels of keys
+    and values that are normalised by the next partition (LagKV, Liang et al. 2025).
 
-    Entries behind the sinks are cut into partitions. Each channel is scaled by its minimum and
-    maximum in the next partition; the softmax over the partition of the standard deviations of keys
-    is averaged with that of values. The last complete partition and what follows it have the
-    highest score. A head with fewer than two complete partitions keeps its newest entries.
+    Entries after the sinks are divided into partitions. Each channel is scaled by its minimum and
+    maximum in the next partition. The standard deviations of an entry's keys and of its values each
+    pass through a softmax over the partition, and the two results are averaged. The last complete
+    partition and all later entries have the highest score. A head with fewer than two complete
+    partitions keeps its newest entries.
 
     lag: entries per partition
-    cross: whether entries of different partitions are compared by their softmax, not by their place
+    cross: true compares entries of different partitions by the averaged softmax, false by their
+        rank in the partition
     """
 
     lag: int = 128
@@ -83,8 +85,8 @@ class LagKV(Sinking):
 def _lagged(
     x: Float[Array, "batch heads window entry width"],
 ) -> Float[Array, "batch heads window entry"]:
-    """Return the softmax of the standard deviations (unbiased) of vectors that are scaled by the
-    next window. The result of the last window is meaningless."""
+    """Scale vectors by minimum and maximum of the next window; return the softmax over the window
+    of their standard deviations (unbiased). The result of the last window is meaningless."""
     x = x.astype(jnp.float32)
     after = jnp.roll(x, -1, axis=2)
     low, high = (end(after, axis=3, keepdims=True) for end in (jnp.min, jnp.max))
@@ -101,7 +103,7 @@ class Leverage(Keep):
     leverage of a row x is x (X^T X + 0.01 I)^-1 x^T.
 
     sketch: width of the random projection
-    seed: of the random projection
+    seed: seed of the random projection
     """
 
     sketch: int = 48
@@ -116,16 +118,27 @@ class Leverage(Keep):
             raise BadInput("seed", self.seed, "from 0 to 2**31 - 1")
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
-        key = seen.keys().astype(jnp.float32)
-        heads = key.shape[1]
-        valid = jnp.repeat(seen.valid, heads // seen.valid.shape[1], axis=1)[..., None]
-        position = seen.entries.position
-        position = jnp.repeat(position, heads // position.shape[1], axis=1)
-        still = jnp.where(valid, seen.rotated_back(key, position), 0.0)
-        number = jnp.maximum(jnp.sum(valid, axis=2, keepdims=True), 1)
-        centred = jnp.where(valid, still - jnp.sum(still, axis=2, keepdims=True) / number, 0.0)
-        draw = jax.random.normal(jax.random.key(self.seed), (key.shape[-1], self.sketch))
-        x = jnp.einsum("bhkd,ds->bhks", centred, draw / self.sketch**0.5)
-        square = jnp.einsum("bhks,bhkt->bhst", x, x) + RIDGE * jnp.eye(self.sketch)[None, None]
-        solved = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(square), True), x.swapaxes(-1, -2))
-        return jnp.einsum("bhks,bhsk->bhk", x, solved), {}
+        return leverage(seen, by_head(seen, seen.valid), self.sketch, self.seed), {}
+
+
+def by_head(
+    seen: Seen, which: Bool[Array, "batch stores key"]
+) -> Bool[Array, "batch kv_heads key"]:
+    """Repeat what is said of each store for each of its heads."""
+    return jnp.repeat(which, seen.reader.attention.key_heads // which.shape[1], axis=1)
+
+
+def leverage(seen: Seen, which: Bool[Array, "batch kv_heads key"], sketch: int, seed: int) -> Score:
+    """Return the approximate leverage of each of these entries among all of them; meaningless and
+    finite for others."""
+    key, valid = seen.keys().astype(jnp.float32), which[..., None]
+    position = seen.entries.position
+    position = jnp.repeat(position, key.shape[1] // position.shape[1], axis=1)
+    still = jnp.where(valid, seen.rotated_back(key, position), 0.0)
+    number = jnp.maximum(jnp.sum(valid, axis=2, keepdims=True), 1)
+    centred = jnp.where(valid, still - jnp.sum(still, axis=2, keepdims=True) / number, 0.0)
+    draw = jax.random.normal(jax.random.key(seed), (key.shape[-1], sketch))
+    x = jnp.einsum("bhkd,ds->bhks", centred, draw / sketch**0.5)
+    square = jnp.einsum("bhks,bhkt->bhst", x, x) + RIDGE * jnp.eye(sketch)[None, None]
+    solved = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(square), True), x.swapaxes(-1, -2))
+    return jnp.einsum("bhks,bhsk->bhk", x, solved)

@@ -34,7 +34,7 @@ KINDS: tuple[Kind, ...] = ("keys", "queries", "means", "aligned")
 FOLDER, FACTS = "calibration", "calibration.json"
 FORMAT, VERSION = "mukv-centres", 1
 
-Points = Float[Array, "*batch kv_heads point width"]
+HeadPoints = Float[Array, "*batch kv_heads point width"]
 
 
 @jax.tree_util.register_dataclass
@@ -52,19 +52,22 @@ class LayerCentres:
     query: Float[Array, "kv_heads query_cluster width"] | None = None
     table: Float[Array, "kv_heads query_cluster cluster"] | None = None
 
-    def labels(self, key: Points, kind: Kind) -> Int[Array, "*batch kv_heads point"]:
-        """Return the cluster of each entry. key: as multiplied with queries, its pieces
-        concatenated.
+    def labels(self, key: HeadPoints, kind: Kind) -> Int[Array, "*batch kv_heads point"]:
+        """Return the cluster of each entry.
+
+        key: keys as they are multiplied with queries, with their pieces concatenated
         """
         if kind == "queries":
             return jnp.argmax(_products(key, self.key), axis=-1).astype(jnp.int32)
         return nearest(key, self.key)
 
-    def scores(self, query: Points, kind: Kind) -> Float[Array, "*batch kv_heads point cluster"]:
+    def scores(
+        self, query: HeadPoints, kind: Kind
+    ) -> Float[Array, "*batch kv_heads point cluster"]:
         """Return each query's score of each cluster; only the order of scores is meaningful.
 
-        query: as multiplied with keys: scaled, its pieces concatenated, one point per query head of
-            a group
+        query: queries as they are multiplied with keys: scaled, with their pieces concatenated, and
+            one point per query head of a group
         """
         if kind == "queries":
             return -distances(query, self.key)
@@ -85,7 +88,7 @@ class Centres:
         (`unrotated`)
     fingerprint: SHA-256 of the model's weights
     layers: centres by index of the writing layer
-    facts: how the centres were made, for people
+    facts: record of how the centres were made; no code reads it
     """
 
     kind: Kind
@@ -127,9 +130,11 @@ class Centres:
 
 
 def load_centres(folder: Path, weights: Mapping[str, Any]) -> Centres:
-    """Load the centres beside a model. weights: the model's, as stored.
+    """Load the centres that are saved in a model's folder.
 
-    Raises BadInput if there are none, or they are damaged or were made for other weights.
+    weights: the model's weights, as stored
+
+    Raises BadInput if there are no centres, or they are damaged or were made for other weights.
     """
     path = folder / FOLDER
     try:
@@ -181,11 +186,11 @@ def unrotated(
 ) -> Float[Array, "batch heads token width"]:
     """Rotate keys or queries (pieces concatenated, the rotated one last) back to position 0."""
     start = x.shape[-1] - attention.rotated_dim
-    turned = attention.position.rotate(x[..., start:], -position)
+    turned = attention.rotate(x[..., start:], -position)
     return jnp.concatenate([x[..., :start], turned], axis=-1)
 
 
 def _products(
-    points: Points, centres: Float[Array, "kv_heads cluster width"]
+    points: HeadPoints, centres: Float[Array, "kv_heads cluster width"]
 ) -> Float[Array, "*batch kv_heads point cluster"]:
     return jnp.einsum("...hpd,hcd->...hpc", points, centres, preferred_element_type=jnp.float32)

@@ -17,8 +17,8 @@ from mukv.core.typing import Array, Float, Int
 class WholeChunks(Refine):
     """Score: mean score of a chunk of tokens, over all heads (ChunkKV, Liu et al. 2025).
 
-    Entries that are always kept do not count. The budget is exact, so that of the last chunk that
-    fits only the newest entries are kept.
+    Entries that are always kept do not count. The budget is exact: where the last chunk does not
+    fit as a whole, only its newest entries are kept.
 
     size: tokens per chunk
     """

@@ -16,7 +16,7 @@ from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int
 
 CHUNK = 512
-"""Entries whose projected values are in memory at once."""
+"""Number of entries whose projected values exist at once."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class Critical(Refine):
     The value is projected by the output weights of each query head of its group, and the norms are
     averaged.
 
-    With `adaptive`, heads get their budgets by the scores alone, as in CriticalAdaKV.
+    With `adaptive`, the unrefined scores decide the budgets of heads, as in CriticalAdaKV.
 
-    epsilon: added to the score
-    first: fraction of the budget that is kept by the score alone, at least one entry; 0 for none
+    epsilon: number added to the score
+    first: fraction of the budget that is kept by the unrefined score, at least one entry; 0 for
+        none
     """
 
     epsilon: float = 1e-4

@@ -30,9 +30,9 @@ class Expected(Sinking):
 
     future: number of next positions over which rotations are averaged
     sinks: number of first tokens, which are always kept; their queries do not count
-    epsilon: added to the mean softmax
-    covariance: whether C' is used, not only m'
-    vnorm: whether scores are multiplied with |v_j|
+    epsilon: number added to the mean softmax
+    covariance: whether the term with C' is included
+    vnorm: whether scores are multiplied by |v_j|
     """
 
     future: int = 512
@@ -68,8 +68,8 @@ class Expected(Sinking):
         return weights * jnp.linalg.norm(seen.values(), axis=-1) if self.vnorm else weights, notes
 
     def _noted(self, seen: Seen) -> dict[str, Array]:
-        """Update number, sum and sum of outer products of all queries so far, rotated back to
-        position 0.
+        """Return number, sum and sum of outer products of all queries so far, the new ones
+        included. Queries are rotated back to position 0.
         """
         queries = seen.queries.astype(jnp.float32)
         place = jnp.arange(queries.shape[3])[None]
@@ -102,8 +102,8 @@ class Expected(Sinking):
 
         zeros = jnp.zeros((width, width))
         total, _ = jax.lax.scan(add, zeros, jnp.arange(self.future))
-        # Rows are rotated unit vectors, i.e. columns of the matrix; then rotate to each row's own
-        # end.
+        # The rows of `total` are rotated unit vectors, which are columns of the mean rotation
+        # matrix. They are then rotated by the length of each row of the batch.
         rows = jnp.tile((total / self.future)[None, :, None], (len(seen.length), 1, 1, 1))
         end = (seen.length + seen.added)[:, None, None]
         return seen.rotated(rows, end)[:, :, 0].swapaxes(-1, -2)

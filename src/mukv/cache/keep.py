@@ -1,8 +1,9 @@
 """Eviction: choose the entries to keep within a static budget. The default keeps all.
 
-A policy scores the entries. Those with the highest scores are kept, in the order of their
-positions, the newer one of equal scores, and always the last token. This happens after prefill and
-whenever a tail is folded, so that a body plus tail never exceeds its budget plus one tail.
+A policy scores the entries, and those with the highest scores are kept in the order of their
+positions. Of two equal scores the newer entry is kept, and the last token always. Entries are
+chosen after prefill and whenever a tail is folded, so that body and tail together never hold more
+than the budget plus one tail, unless the policy chooses at other times (`when.py`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from mukv.cache.rank import by_store
 from mukv.cache.refine import Refine
 from mukv.cache.seen import Score, Seen
 from mukv.cache.spread import Spread, Uniform
+from mukv.cache.when import Folds, When
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, Int
+
+CARRIED = "carried"
+"""Note of numbers [batch heads key] that are carried with the entries in place of their scores."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Chosen:
 
     index: indices of the kept entries, in the order of their positions
     there: which of these places are in use
-    score: score of every entry
+    score: number of every entry that is carried with it
     notes: state of the policy for the next choice
     """
 
@@ -43,26 +48,31 @@ class Chosen:
 class Keep:
     """Base class of eviction policies.
 
-    budget: per store (a KV head, where each head has its own tensors)
+    budget: number of entries per store, which is a KV head where each head has its own tensors
     spread: how layers and heads share the budget
-    refine: what is done to scores before entries are chosen
+    refine: functions applied to the scores, one after the other, before entries are chosen
+    when: times at which entries are chosen
     recent: number of newest tokens that are always kept
     """
 
     budget: CacheBudget = field(default_factory=CacheBudget)
     spread: Spread = field(default_factory=Uniform)
     refine: tuple[Refine, ...] = ()
+    when: When = field(default_factory=Folds)
     recent: int = 1
 
     has_budget: ClassVar[bool] = True
     needs_queries: ClassVar[bool] = False
     """Whether scores depend on queries."""
     carries: ClassVar[bool] = False
-    """Whether scores are accumulated from one choice to the next."""
+    """Whether a number of each entry is carried from one choice to the next: the note `CARRIED` of
+    `score`, or else the score itself."""
     signed: ClassVar[bool] = False
     """Whether scores may be negative."""
     rotates_back: ClassVar[bool] = False
-    """Whether the rotation of keys is undone, which needs an entry of its own for each token."""
+    """Whether the score undoes the rotation of keys, which requires one entry per token."""
+    replays: ClassVar[bool] = False
+    """Whether scores are made by reading the prompt a second time."""
     evicts: ClassVar[bool] = True
     """Whether any entry is ever dropped."""
 
@@ -77,7 +87,7 @@ class Keep:
 
     @property
     def narrowest(self) -> int:
-        """Number of entries under which `pyramid` lets no layer fall."""
+        """Smallest number of entries that `pyramid` gives to a layer."""
         return self.minimum
 
     def of_layer(self, place: int, layers: int, length: int) -> Keep:
@@ -90,18 +100,19 @@ class Keep:
         return {}
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
-        """Score each entry, per KV head or for all heads alike; also return the policy's
-        new state.
+        """Return the score of each entry, per KV head or one for all heads, and the new state of
+        the policy.
         """
         raise NotImplementedError
 
     def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
-        """Return which entries are kept whatever their score."""
+        """Return which entries are kept regardless of their score."""
         return seen.recent(self.recent)
 
     def chosen(self, seen: Seen, capacity: int) -> Chosen:
         """Choose at most `seen.number` entries per store, into `capacity` places."""
-        score, notes = self.score(seen)
+        score, noted = self.score(seen)
+        notes = {name: array for name, array in noted.items() if name != CARRIED}
         stores, keys = seen.entries.position.shape[1:]
         # One set of entries per head where heads share a pool; otherwise one per store.
         score = by_store(score, seen.valid.shape[1])
@@ -113,6 +124,7 @@ class Keep:
         there = (jnp.arange(places)[None, None] < number[:, None, None]) & (best > -jnp.inf)
         index = jnp.sort(jnp.where(there, keys - 1 - index, keys), axis=-1)
         index = jnp.pad(index, [(0, 0), (0, 0), (0, capacity - places)], constant_values=keys)
+        score = by_store(noted[CARRIED], score.shape[1]) if CARRIED in noted else score
         if score.shape[1] != stores:
             # In a pool an entry belongs to one head, so its scores of other heads are dropped.
             score = jnp.sum(jnp.where(seen.valid, score, 0.0), axis=1, keepdims=True)

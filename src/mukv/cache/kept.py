@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import no_type_check
+from typing import Any, TypeVar, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from mukv.cache.store import Exact, Store
 from mukv.core.params import abstract
 from mukv.core.typing import Array, Bool, Float, Int
 
+T = TypeVar("T")
 EXACT = Exact()
 LAST = jnp.iinfo(jnp.int32).max
 
@@ -35,6 +36,7 @@ class Kept:
     notes: state of the eviction policy
     index: index of the read policy
     keep, select: eviction policy and read policy
+    held: whether nothing is dropped any more, as after the prompt under `hold`
     """
 
     shelf: Shelf
@@ -43,10 +45,11 @@ class Kept:
     index: dict[str, Array]
     keep: Keep = field(metadata={"static": True})
     select: Select = field(metadata={"static": True})
+    held: bool = field(default=False, metadata={"static": True})
 
     @property
     def needs_queries(self) -> bool:
-        return self.keep.needs_queries
+        return self.keep.needs_queries and not self.held
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         return self
@@ -55,7 +58,7 @@ class Kept:
         return self.shelf.entries()
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
-        """Return what one query token reads."""
+        """Return the keys and values that one query token reads."""
         return self.select.retrieve(self.shelf, self.index, query, recall)
 
     def extended(
@@ -67,34 +70,37 @@ class Kept:
         fresh: bool = False,
     ) -> Kept:
         """Merge new entries in the order of positions, and keep those that the eviction policy
-        chooses.
+        chooses, or all of them if nothing is dropped any more.
         """
         candidates = self._shelved(new, length, added)
         if not fresh:
             candidates = self._sorted(self._after(candidates))
-        entries, read = candidates.shelf.entries(), length + added
-        chosen = self.keep.chosen(
-            Seen(
-                reader,
-                entries,
-                length,
-                added,
-                jnp.maximum(self.keep.budget.number(read), self.keep.minimum),
-                candidates.carried,
-                self.notes,
-            ),
-            self.shelf.slots,
-        )
+        read = length + added
+        if self.held:
+            slots = jnp.broadcast_to(jnp.arange(self.shelf.slots), self.shelf.position.shape)
+            return candidates._taken(slots)._indexed(read, reader, fresh)._encoded(self)
+        entries = candidates.shelf.entries()
+        number = self._number(read, candidates)
+        seen = Seen(reader, entries, length, added, number, candidates.carried, self.notes)
+        chosen = self.keep.chosen(seen, self.shelf.slots)
         kept = candidates._taken(chosen.index, chosen.there)
         if self.keep.carries:
             carried = jnp.take_along_axis(chosen.score, chosen.index, axis=2)
             kept = replace(kept, carried=jnp.where(chosen.there, carried, 0.0))
-        return replace(kept, notes=dict(chosen.notes))._indexed(read, reader, fresh)._encoded(self)
+        kept = replace(kept, notes=dict(chosen.notes), held=self.keep.when.holds)
+        return kept._indexed(read, reader, fresh)._encoded(self)
+
+    def _number(self, read: Int[Array, " batch"], among: Kept) -> Int[Array, " batch"]:
+        """Return how many of these entries a store keeps, or a head where heads share one."""
+        budget = jnp.maximum(self.keep.budget.number(read), self.keep.minimum)
+        heads = 1 if self.shelf.owner is None else self.shelf.heads
+        count = jnp.max(jnp.sum(among.shelf.position != NOWHERE, axis=-1), axis=-1) // heads
+        return self.keep.when.number(budget, count, self.shelf.slots // heads)
 
     def _shelved(
         self, new: Tensors, length: Int[Array, " batch"], added: Int[Array, " batch"]
     ) -> Kept:
-        """Return the new entries alone, unencoded."""
+        """Return a body of the new entries only, not encoded."""
         stores = self.shelf.position.shape[1]
         batch, _, places, _ = next(iter(new.values())).shape
         place = jnp.arange(places)[None]
@@ -168,7 +174,7 @@ class Kept:
         )
 
     def _indexed(self, read: Int[Array, " batch"], reader: Reader, fresh: bool) -> Kept:
-        """Put the entries into the order of the read policy and build its index."""
+        """Sort the entries as the read policy needs, and build its index."""
         if isinstance(self.select, All):
             return self
         form = reader.attention.decoding()
@@ -184,7 +190,7 @@ class Kept:
         return replace(kept, index=self.select.index(view))
 
     def _encoded(self, like: Kept) -> Kept:
-        """Encode the entries as those of `like` are."""
+        """Encode the entries with the store and dtypes of `like`."""
         store, used = like.shelf.store, self.shelf.position != NOWHERE
 
         def encode(name: str, tensor: Array, old: dict[str, Array]) -> dict[str, Array]:
@@ -200,6 +206,17 @@ class Kept:
         return replace(self, shelf=replace(self.shelf, stored=stored, store=store))
 
 
+def choosing(memory: T, choose: bool) -> T:
+    """Return bodies, or a cache with bodies, of which those whose policy holds all that follows the
+    prompt choose again from the next tokens (the prompt is read in chunks), or do not."""
+
+    def told(body: Any) -> Any:
+        holds = isinstance(body, Kept) and body.keep.when.holds
+        return replace(body, held=not choose) if holds else body
+
+    return jax.tree.map(told, memory, is_leaf=lambda each: isinstance(each, Kept))
+
+
 def empty(
     attention: Attention,
     d_model: int,
@@ -211,25 +228,27 @@ def empty(
     select: Select,
     given: Mapping[str, Array],
     bag: str = ENTRIES,
+    pool: int | None = None,
 ) -> Kept:
-    """Make a body without entries, of the same shape as with entries.
+    """Make a body without entries; its shapes are those of a full body.
 
-    slots: number of entries that each store has room for
+    slots: capacity of each store, in entries
     given: arrays that the index of the read policy has from the start, such as calibrated centres
     bag: name of the mixer's store that holds these entries
+    pool: slots of heads that share a store; None for those of all heads
     """
     tokens = slots * attention.bags[bag].every
     written = attention.written(d_model, batch, tokens, dtype)[bag]
     heads = attention.key_heads
     shared = keep.spread.pools
     stores = attention.entry_sets if keep.evicts or not isinstance(select, All) else 1
-    position = jnp.full((batch, 1 if shared else stores, slots * (heads if shared else 1)), NOWHERE)
+    total = (heads * slots if pool is None else pool) if shared else slots
+    position = jnp.full((batch, 1 if shared else stores, total), NOWHERE)
     used = position != NOWHERE
     stored = {}
     for name, shape in written.items():
-        zeros = jnp.zeros(shape.shape, dtype)
-        if shared:
-            zeros = zeros.reshape(batch, 1, heads * slots, -1)
+        sizes = (batch, 1, total, shape.shape[3]) if shared else shape.shape
+        zeros = jnp.zeros(sizes, dtype)
         stored[name] = {"exact": zeros}
     group = attention.heads // heads
     exact = Kept(
@@ -262,6 +281,7 @@ def empty(
         for name, parts in stored.items()
     }
     shelf = replace(exact.shelf, stored=encoded, store=store)
-    # Copied, because a cache is donated to prefill, while centres are used again by the next one.
+    # Copied, because prefill takes the cache as a donated argument, and the next cache needs the
+    # centres again.
     own = {name: jnp.array(array, copy=True) for name, array in given.items()}
     return replace(exact, shelf=shelf, index={**zeros, **own})

@@ -1,8 +1,8 @@
-"""k-means of many independent sets of points at once, along a leading axis; all compiled.
+"""k-means of many independent sets of points at once, compiled, with the sets along a leading axis.
 
-It starts by greedy k-means++ (Arthur and Vassilvitskii 2007; of a few candidates, the one that
-reduces the sum of squares most), continues with Lloyd's iterations, and takes further points in
-mini-batches with one learning rate per centre (Sculley 2010). Assignments are products and
+Centres are initialised by greedy k-means++ (Arthur and Vassilvitskii 2007; of a few candidates, the
+one that reduces the sum of squares most) and refined by Lloyd's iterations. Further points update
+them in mini-batches with one learning rate per centre (Sculley 2010). Assignments are products and
 comparisons, without arg-reductions and scatters, which are slow on a CPU.
 """
 
@@ -21,8 +21,8 @@ from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int
 
 START_POINTS = 16
-"""Points per cluster of the sample for the start: enough for a sum of squares within a percent of
-that of all points.
+"""Points per cluster in the sample that the initial centres are fitted to. This many give a sum of
+squares within a percent of that of all points.
 """
 
 Points = Float[Array, "sets point width"]
@@ -109,7 +109,7 @@ def plus_plus(points: Points, clusters: int, key: Array) -> Centroids:
 
 
 def lloyd(points: Points, centres: Centroids, iterations: int, tolerance: float) -> Fit:
-    """Iterate Lloyd's algorithm. A centre without points stays where it is."""
+    """Iterate Lloyd's algorithm. A centre without points is unchanged."""
     squares = jnp.sum(points**2, axis=(1, 2))
 
     def step(state: tuple[Fit, Array]) -> tuple[Fit, Array]:
@@ -162,8 +162,8 @@ def nearest(
 
 @jax.jit
 def absorb(known: Fit, points: Points) -> Fit:
-    """Update centres with further points: each is the mean of all points that it was
-    ever assigned.
+    """Update centres with further points, so that each is the mean of all points ever assigned to
+    it.
     """
     points = points.astype(jnp.float32)
     sums, counts, least = gathered(points, known.centres)

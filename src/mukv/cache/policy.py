@@ -1,9 +1,9 @@
 """Cache policies: which entries are kept, how they are stored, which of them a query reads.
 
-These are three independent choices, each with the default "everything". A policy is named by its
-choices, joined by "+", each with its parameters and its budget: `snapkv(window=64):0.25+int8+topk`.
-A budget that is given separately applies to every choice that has none of its own. Layers with a
-window are not affected.
+These are three independent parts; by default all entries are kept, stored exactly and read. The
+name of a policy joins its parts by "+", each with its parameters and its budget:
+`snapkv(window=64):0.25+int8+topk`. A budget that is given separately applies to every part without
+a budget of its own. Layers with a window are not affected.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ from mukv.cache.by_key import KeyDiff, KeyNorm
 from mukv.cache.by_value import CUR, LagKV, Leverage
 from mukv.cache.chunks import WholeChunks
 from mukv.cache.clusters import Clusters
+from mukv.cache.compactor import Compactor
 from mukv.cache.critical import Critical
 from mukv.cache.expected import Expected
 from mukv.cache.keep import Everything, Keep
 from mukv.cache.kept import Kept, empty
+from mukv.cache.layers import PAGE, Layers
 from mukv.cache.pages import Pages
 from mukv.cache.positional import Random, Streaming
 from mukv.cache.quantised import Int4, Int8
 from mukv.cache.refine import Refine
+from mukv.cache.replay import TWICE, KVzip
 from mukv.cache.select import All, Select
 from mukv.cache.sparq import SparQ
 from mukv.cache.spread import Adaptive, Pyramid, Spread, Uniform
 from mukv.cache.store import Exact, Store
 from mukv.cache.values import TopK, TopP
+from mukv.cache.when import Every, Folds, Hold, When
 from mukv.cache.words import Word, built, read_word, shown, split
 from mukv.core.errors import BadInput, unknown_name
 from mukv.core.table import PartTable, imported
@@ -56,6 +60,8 @@ KEEPERS = PartTable(
         "lagkv": LagKV,
         "leverage": Leverage,
         "cur": CUR,
+        "compactor": Compactor,
+        "kvzip": KVzip,
         "random": Random,
     },
     kinds=False,
@@ -77,11 +83,12 @@ SELECTORS = PartTable(
 SPREADS = PartTable(
     "spread",
     Spread,
-    {"uniform": Uniform, "pyramid": Pyramid, "adaptive": Adaptive},
+    {"uniform": Uniform, "pyramid": Pyramid, "adaptive": Adaptive, "layers": Layers},
     kinds=False,
 )
 REFINERS = PartTable("refine", Refine, {"critical": Critical, "chunk": WholeChunks}, kinds=False)
-TABLES: tuple[PartTable[Any], ...] = (KEEPERS, REFINERS, SPREADS, STORES, SELECTORS)
+WHENS = PartTable("when", When, {"folds": Folds, "hold": Hold, "every": Every}, kinds=False)
+TABLES: tuple[PartTable[Any], ...] = (KEEPERS, REFINERS, SPREADS, WHENS, STORES, SELECTORS)
 """Parts of a policy, in the order in which its name has them."""
 NAMES = tuple(name for table in TABLES for name in table)
 Calibrated = Mapping[int, Mapping[str, Array]]
@@ -105,30 +112,32 @@ class Policy:
     def parse(cls, text: str, budget: float = 1.0, where: str = "policy") -> Policy:
         """Parse the name of a policy; the inverse of `str`.
 
-        budget: of the choices that do not have their own
+        budget: budget of the parts that do not have their own
         where: name of the policy in errors
 
         Raises BadInput for unknown names and parameters, for values that don't fit, and for two
-        choices of one kind.
+        parts of one kind.
         """
         found: dict[str, list[Any]] = {table.part: [] for table in TABLES}
         for word in (read_word(word, where) for word in split(text, "+")):
             table, part = _part(word, budget, where)
             if found[table.part] and table is not REFINERS:
-                raise BadInput(where, text, f"at most one part that says what to {table.part}")
+                raise BadInput(where, text, f"at most one part that says {_question(table)}")
             if type(part) in map(type, found[table.part]):
                 raise BadInput(where, text, f"{word.name} once")
             found[table.part].append(part)
-        refine, spread = tuple(found.pop("refine")), found.pop("spread")
+        refine, spread, when = (found.pop(part) for part in ("refine", "spread", "when"))
         policy = cls(**{question: part for question, parts in found.items() for part in parts})
         if not policy.keep.evicts:
-            idle = next((each for each in (*refine, *spread) if each != Uniform()), None)
+            shared = (*refine, *spread, *when)
+            idle = next((each for each in shared if each not in (Uniform(), Folds())), None)
             if idle is not None:
                 needs = f"{_name(idle)} needs a policy that drops entries, like snapkv"
                 raise BadInput(where, text, needs)
             return policy
-        shared = spread[0] if spread else Uniform()
-        return replace(policy, keep=replace(policy.keep, spread=shared, refine=refine))
+        once = {"spread": spread, "when": when}
+        parts = {question: found[0] for question, found in once.items() if found}
+        return replace(policy, keep=replace(policy.keep, refine=tuple(refine), **parts))
 
     def __str__(self) -> str:
         """Return the name, with the parameters that are not at their defaults and the budgets."""
@@ -144,8 +153,14 @@ class Policy:
             limit = part.budget.amount if budgets and part.has_budget else 1
             return shown(_name(part), part, None if limit == 1 else limit)
 
-        parts = (self.keep, *self.keep.refine, self.keep.spread, self.store, self.select)
-        left_out = (Everything, Uniform, Exact, All)
+        keep, usual = self.keep, type(self.keep)()
+        once = [
+            getattr(keep, step)
+            for step in ("spread", "when")
+            if getattr(keep, step) != getattr(usual, step)
+        ]
+        parts = (keep, *keep.refine, *once, self.store, self.select)
+        left_out = (Everything, Exact, All)
         return "+".join(word(part) for part in parts if type(part) not in left_out) or "full"
 
     @property
@@ -155,14 +170,14 @@ class Policy:
 
     @classmethod
     def takes_budget(cls, text: str, where: str = "policy") -> bool:
-        """Whether the separately given budget has an effect: not if no choice has a budget, or each
-        has its own.
+        """Whether a separately given budget has an effect. It has none if no part takes a budget,
+        or each part has its own.
         """
         return cls.parse(text, 1.0, where) != cls.parse(text, 0.5, where)
 
     @property
     def budget(self) -> float:
-        """The budget of kept entries, or else of read entries; 1 without either."""
+        """The budget of kept entries, or, if all are kept, of read entries; 1 if all are read."""
         return (self.keep if self.keep.evicts else self.select).budget.amount
 
     def check(self, number: int, attention: Attention) -> None:
@@ -201,16 +216,18 @@ class Policy:
             if "output" not in attention.output_params(1):
                 allowed = f"{layer} projects its heads in several steps ({attention.kind})"
                 raise BadInput("policy", self.name, f"no critical: {allowed}")
+        self._check_layers()
         if self.keep.spread.pools:
+            shared = _name(self.keep.spread)
             if attention.entry_sets == 1:
                 raise BadInput(
                     "policy",
                     self.name,
-                    f"{layer} has one set of entries for all heads: adaptive needs one per head",
+                    f"{layer} has one set of entries for all heads: {shared} needs one per head",
                 )
             if not isinstance(self.select, All):
                 raise BadInput(
-                    "policy", self.name, "adaptive is read whole: no select policy goes with it"
+                    "policy", self.name, f"{shared} is read whole: no select policy goes with it"
                 )
         calibrated = isinstance(self.select, Clusters) and self.select.calibrated
         if calibrated and attention.entry_sets != attention.key_heads:
@@ -220,6 +237,19 @@ class Policy:
                 f"{layer} has one set of entries for all heads ({attention.kind}): calibrated "
                 "centres, one set per head, don't fit; clusters of the prompt do",
             )
+
+    def _check_layers(self) -> None:
+        """Raise BadInput for a budget over layers without scores that allow it, and for scores from
+        a second reading that can't be made again."""
+        keep, allowed = self.keep, None
+        if keep.spread.over_layers and not keep.replays:
+            allowed = f"layers with scores that compare layers, those of kvzip, not {_name(keep)}"
+        elif keep.spread.over_layers and keep.refine:
+            allowed = f"layers without {_name(keep.refine[0])}"
+        elif keep.replays and not keep.when.holds:
+            allowed = f"{_name(keep)}+hold: what follows the prompt has no scores"
+        if allowed:
+            raise BadInput("policy", self.name, allowed)
 
     def body(
         self,
@@ -231,19 +261,25 @@ class Policy:
         place: tuple[int, int],
         centres: Mapping[str, Array] | None = None,
         bag: str = ENTRIES,
+        after: int | None = None,
+        kept: int | None = None,
     ) -> Kept:
         """Make an empty body for `length` entries.
 
         place: index of the layer among the layers with a policy, and their number
         centres: calibrated centres of this layer; None for none
         bag: name of the mixer's store that holds these entries
+        after: most entries of a row that follow its prompt; None if that is not known
+        kept: entries that all heads together keep of a prompt, if layers share a budget
 
-        Raises BadInput for a budget below what the policy must hold.
+        Raises BadInput for a budget below the minimum of the policy.
         """
-        keep = self.keep.of_layer(*place, length)
-        slots = keep.budget.of(length) if keep.evicts else length
+        whole, more = self.keep.when.room(length, after)
+        keep = self.keep.of_layer(*place, whole)
+        slots = keep.budget.of(whole) if keep.evicts else length
         if slots < keep.minimum:
-            raise _too_small(self.name, keep.budget, slots, length, keep.minimum)
+            raise _too_small(self.name, keep.budget, slots, whole, keep.minimum)
+        slots = min(slots + more, length)
         select = self.select.sized(slots)
         slots = -(-slots // math.lcm(self.store.multiple, select.run)) * math.lcm(
             self.store.multiple, select.run
@@ -255,7 +291,14 @@ class Policy:
             allowed = "a model with calibrated centres: mukv analyze MODEL --calibrate keys"
             raise BadInput("policy", self.name, allowed)
         given = dict(centres or {}) if isinstance(select, Clusters) and select.calibrated else {}
-        return empty(attention, d_model, batch, slots, dtype, keep, self.store, select, given, bag)
+        pool = None
+        if keep.spread.over_layers:
+            if kept is None:
+                raise BadInput("policy", self.name, TWICE)
+            unit = math.lcm(PAGE, self.store.multiple)
+            pool = -(-(kept + more * attention.key_heads) // unit) * unit
+        parts = keep, self.store, select, given, bag, pool
+        return empty(attention, d_model, batch, slots, dtype, *parts)
 
 
 FULL = Policy()
@@ -274,6 +317,10 @@ def _part(word: Word, budget: float, where: str) -> tuple[PartTable[Any], Any]:
     elif word.budget is not None:
         raise BadInput(where, word.text, f"{name} has no budget")
     return table, part
+
+
+def _question(table: PartTable[Any]) -> str:
+    return "when to choose entries" if table is WHENS else f"what to {table.part}"
 
 
 def _name(part: Any) -> str:

@@ -1,11 +1,11 @@
-"""Store entries in 8 or 4 bits per number. The newest entries are exact: they are in the tail.
+"""Store entries in 8 or 4 bits per number. The newest entries, in the tail, are exact.
 
-Keys are quantised between minimum and maximum of each channel over a run of 32 tokens, as in KIVI
-(Liu et al. 2024): some channels are large throughout (because of Qwen 2's biases) and must not set
-the step of others. Other tensors are grouped per token, over 32 channels: 4 bits between minimum
-and maximum, 8 bits symmetric. Minima are float32, so that channels far from zero keep their
-differences; steps are bfloat16, which has float32's range, rounded up, so that the largest level
-covers the maximum.
+Keys are quantised between the minimum and the maximum of each channel over a run of 32 tokens, as
+in KIVI (Liu et al. 2024), because some channels are large in all tokens (those with Qwen 2's
+biases) and must not set the step of others. Other tensors are grouped per token, over 32 channels:
+4 bits between minimum and maximum, 8 bits symmetric. Minima are float32, so that channels far from
+zero keep their differences. Steps are bfloat16, which has float32's range, and are rounded up, so
+that the largest level covers the maximum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, UInt4, UInt8
 
 GROUP, LARGEST = 32, 512
-"""Default of `group`, and the largest: bodies are decoded in blocks of 512 slots."""
+"""Default and upper bound of `group`. Bodies are decoded in blocks of 512 slots."""
+ROUNDING = 2.0**-18
+"""Relative error of a step that is computed from decoded numbers."""
 ROUNDED_UP = 1 + 2**-7
 """Factor by which a step is multiplied, so that its bfloat16 value is not below the exact step."""
 
@@ -52,7 +54,8 @@ class Int8(Quantised):
             number, factors = _between(key, tensor, there, 255, self.group)
             return {"number": number, **factors}
         grouped = _channels(tensor.astype(jnp.float32), self.group)
-        step = _step(jnp.max(jnp.abs(grouped), axis=4, keepdims=True) / 127)
+        exact = jnp.max(jnp.abs(grouped), axis=4, keepdims=True) / 127
+        step = _step(exact, jnp.zeros_like(exact))
         number = jnp.clip(jnp.round(grouped / _divisor(step)), -127, 127).astype(jnp.int8)
         return {"number": _flat(number, tensor.shape), "step": jnp.squeeze(step, 4)}
 
@@ -95,20 +98,27 @@ def _between(
     high = jnp.max(jnp.where(counted, grouped, -jnp.inf), axis=axis, keepdims=True)
     low, high = (jnp.where(jnp.isfinite(end), end, 0.0) for end in (low, high))
     # Divide first, because the difference of two float32 numbers may be infinite.
-    step = _step(high / levels - low / levels)
+    error = ROUNDING * jnp.maximum(jnp.abs(low), jnp.abs(high)) / levels / 8
+    step = _step(high / levels - low / levels, error)
     parts = grouped / _divisor(step) - low / _divisor(step)
     number = jnp.clip(jnp.round(parts), 0, levels).astype(jnp.uint8)
     factors = {"low": jnp.squeeze(low, axis), "step": jnp.squeeze(step, axis)}
     return _flat(number, tensor.shape), factors
 
 
-def _step(exact: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Round up to bfloat16."""
-    return (exact * ROUNDED_UP).astype(jnp.bfloat16)
+def _step(exact: Float[Array, "*shape"], error: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Round up to bfloat16, unless it is one up to float32's rounding.
+
+    A step is therefore found again from numbers that were decoded with it, and entries don't change
+    when they are encoded again at every fold. error: of `exact`.
+    """
+    near = exact.astype(jnp.bfloat16)
+    covers = near.astype(jnp.float32) >= exact * (1 - ROUNDING) - error
+    return jnp.where(covers, near, (exact * ROUNDED_UP).astype(jnp.bfloat16))
 
 
 def _flat(number: Array, shape: tuple[int, ...]) -> Array:
-    """Ungroup into slots and channels, without the padding of the last group."""
+    """Reshape groups to slots and channels, without the padding of the last group."""
     return number.reshape(*shape[:3], -1)[..., : shape[-1]]
 
 

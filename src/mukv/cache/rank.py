@@ -1,4 +1,4 @@
-"""Order entries by their scores: the newer of two equal scores is first."""
+"""Rank entries by their scores; of two equal scores the newer entry comes first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mukv.core.typing import Array, Float, Int
 
 
 def places(score: Float[Array, "batch stores key"]) -> Int[Array, "batch stores key"]:
-    """Return the place of each entry in the order of falling scores, from 0 on."""
+    """Return the rank of each entry in the order of falling scores, from 0."""
     newest_first = jnp.flip(score, axis=-1)
     order = jnp.argsort(newest_first, axis=-1, descending=True, stable=True)
     return jnp.flip(jnp.argsort(order, axis=-1), axis=-1)

@@ -1,7 +1,7 @@
-"""Count the bytes of its arguments that a program reads, from its jaxpr.
+"""Count the bytes that a program reads of an argument, from its jaxpr.
 
-Gathers and slices count what they take, other operations their whole operand, and no byte counts
-twice. Masking therefore saves no reads, as on a real machine.
+A gather or slice counts the elements that it takes, any other operation its whole operand. An array
+counts at most its size. Masking therefore saves no reads, as on a real machine.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import jax
 SAME = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "slice"} | {
     *("convert_element_type", "copy", "stop_gradient")
 }
-"""Operations whose result is their operand in another form; the uses of the result are counted."""
+"""Operations that only change the form of their operand; uses of the result count as reads of the
+operand."""
 TAKEN = {"gather", "dynamic_slice"}
 
 
 def bytes_read(program: Callable[..., Any], tracked: Any, *others: Any) -> int:
-    """Return the bytes that a program reads of its first argument `tracked`. Arguments may be
-    abstract.
+    """Return the bytes that a program reads of its first argument.
+
+    tracked: the first argument, a tree of arrays
+    others: the other arguments; all arguments may be abstract
     """
     jaxpr = jax.make_jaxpr(program)(tracked, *others).jaxpr
     leaves = jax.tree.leaves(tracked)
@@ -45,8 +48,13 @@ def _walk(
     times: int,
     add: Callable[[int, int], None],
 ) -> list[int | None]:
-    """Count the reads of a jaxpr that runs `times` times; return the source that each result is a
-    form of.
+    """Count the reads of a jaxpr that runs `times` times.
+
+    sources: index of the tracked array that a variable is a form of
+    wanted: which results are used
+    add: called with the index of a tracked array and the number of elements read
+
+    Returns, for each result, the index of the tracked array that it is a form of, or None.
     """
     sources = dict(sources)
     alive = _alive(jaxpr, wanted)

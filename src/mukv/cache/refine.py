@@ -16,7 +16,8 @@ class Refine:
 
     has_budget: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
-    """Whether scores must be at least 0, and the layer have one output projection."""
+    """Whether the output projection is used. The layer must then have a single one, and scores must
+    not be negative."""
 
     def apply(
         self,
@@ -26,8 +27,9 @@ class Refine:
     ) -> Float[Array, "batch stores key"]:
         """Return the new scores.
 
-        score: inf for entries that are kept for certain, -inf for empty slots; both stay so
-        number: entries that each store keeps
+        score: inf for entries that are always kept and -inf for empty slots, both of which must be
+            returned unchanged
+        number: number of entries that each store keeps
         """
         raise NotImplementedError
 
@@ -38,7 +40,7 @@ def refined(
     number: Int[Array, "batch #stores 1"],
     steps: Iterable[Refine],
 ) -> Float[Array, "batch stores key"]:
-    """Apply some refinements, one after the other."""
+    """Apply refinements one after the other."""
     for step in steps:
         score = step.apply(score, seen, number)
     return score

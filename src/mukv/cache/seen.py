@@ -1,4 +1,4 @@
-"""The data by which an eviction policy scores entries."""
+"""Inputs of the score functions of eviction policies."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Seen:
         """
         attention = self.reader.attention
         start = x.shape[-1] - attention.rotated_dim
-        turned = attention.position.rotate(x[..., start:], position)
+        turned = attention.rotate(x[..., start:], position)
         return jnp.concatenate([x[..., :start], turned], axis=-1)
 
     def rotated_back(

@@ -1,9 +1,9 @@
 """Read policies: choose the entries that a query reads. The default reads all.
 
-All entries stay in memory, but fewer are read: an index beside the body, built with it, is compared
-with the query of a decode step, and the chosen entries are gathered. One choice serves all query
-heads of a store: each head distributes a weight of 1 over entries (or pages, or clusters), and the
-weights are summed. The first tokens, recent tokens and the tail are always read.
+All entries stay allocated, but fewer are read: an index that is built with the body is compared
+with the query of a decode step, and the chosen entries are gathered. All query heads of a store
+read the same entries: each head distributes a weight of 1 over entries (or pages, or clusters), and
+the sums of these weights decide. The first tokens, recent tokens and the tail are always read.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class View:
 class Select:
     """Base class of read policies.
 
-    budget: of the entries that a body has room for
+    budget: number of entries that a query reads, or their fraction of the body's capacity
     """
 
     budget: CacheBudget = field(default_factory=CacheBudget)
@@ -79,8 +79,8 @@ class Select:
 
     @property
     def minimum(self) -> int:
-        """Smallest number of entries that a budget may allow: those that are always read,
-        and one.
+        """Smallest number of entries that a budget may allow: the entries that are always read, and
+        one more.
         """
         return SINKS + RECENT + 1
 
@@ -89,8 +89,8 @@ class Select:
         return self
 
     def order(self, view: View) -> tuple[Int[Array, "batch stores slot"], View]:
-        """Return the order in which slots are filled if the policy `orders`, and the view for
-        `index`.
+        """Return the order of the entries in the body, and the view from which `index` is built.
+        Called only if `orders` is true.
         """
         raise NotImplementedError
 
@@ -99,7 +99,7 @@ class Select:
         return {}
 
     def retrieve(self, shelf: Shelf, index: Index, query: Query, recall: Recall) -> Retrieved:
-        """Return what one query token reads of the body."""
+        """Return the keys and values of the body that one query token reads."""
         raise NotImplementedError
 
 
@@ -115,7 +115,7 @@ class All(Select):
 
 
 def joined(query: Query) -> Float[Array, "batch heads group width"]:
-    """Concatenate the pieces of one query token, as those of keys are."""
+    """Concatenate the pieces of the query of one token."""
     return jnp.concatenate(query, axis=-1)[:, :, :, 0]
 
 

@@ -1,4 +1,4 @@
-"""Stored entries of a body with their positions, to be read whole or in part."""
+"""Encoded entries of a body with their positions, and functions that read all or some of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from mukv.core.typing import Array, Bool, Float, Int
 from mukv.position.base import Logits
 
 BLOCK = 512
-"""Slots that are decoded at once, so that the result stays in a processor's cache. Reading int8 on
-two cores takes 1.0 times as long as reading float32, against 2.4 times in blocks of 4,096.
+"""Number of slots that are decoded at once, so that the result stays in the processor's cache. On
+two cores reading int8 takes 1.0 times as long as reading float32, and 2.4 times with blocks of
+4,096 slots.
 """
 NOWHERE = -1
 """Position of an empty slot."""
@@ -35,7 +36,7 @@ class Shelf:
     store: encoding
     widths: names and widths of the tensors
     keys: names of the tensors that are keys
-    heads: KV heads as queries see them
+    heads: number of key heads that queries are grouped by
     """
 
     stored: Stored
@@ -62,7 +63,7 @@ class Shelf:
         return self._entries(self.stored, self.position, self.there())
 
     def whole(self, recall: Recall) -> tuple[Recalled, Entries]:
-        """Return all entries without ever decoding all at once."""
+        """Return all entries; a blockwise encoding is decoded block by block when they are read."""
         if not self.store.blockwise or self.slots <= BLOCK:
             entries = self.entries()
             return recall(entries), entries
@@ -70,7 +71,10 @@ class Shelf:
         return recalled, Entries({}, self.position, self.there())
 
     def runs(self, index: Int[Array, "batch stores run"], length: int = 1) -> Entries:
-        """Gather the entries of some runs of `length` slots. index: index of each run."""
+        """Gather the entries of some runs of `length` slots.
+
+        index: index of each run; run i starts at slot i * length
+        """
         slot = (index[..., None] * length + jnp.arange(length)[None, None, None]).reshape(
             *index.shape[:2], -1
         )

@@ -25,7 +25,7 @@ from mukv.position.base import Logits
 class SparQ(Select):
     """Read the entries with the largest approximate weights (Ribar et al. 2024).
 
-    components: number of components of each key that are read; None means a quarter
+    components: number of components of each key that are read; None for a quarter of its width
     """
 
     components: int | None = None
@@ -76,7 +76,7 @@ class SparQ(Select):
 def _with_rest(
     recalled: Recalled, entries: Entries, mean: Array, read: Array, shelf: Shelf
 ) -> Retrieved:
-    """Append one entry that stands for all others."""
+    """Append one entry whose value is the mean value, for the entries that are not read."""
     newest = jnp.max(shelf.position, axis=-1, keepdims=True)
     assert entries.valid is not None
     some = jnp.any(shelf.position != NOWHERE, axis=-1, keepdims=True)

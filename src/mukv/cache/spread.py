@@ -26,23 +26,27 @@ class Spread:
     has_budget: ClassVar[bool] = False
     pools: ClassVar[bool] = False
     """Whether the heads of a layer share one pool of entries."""
+    over_layers: ClassVar[bool] = False
+    """Whether layers share one budget, so that their pools differ in size."""
 
     def of_layer(
         self, budget: CacheBudget, place: int, layers: int, length: int, least: int
     ) -> CacheBudget:
         """Return the budget of layer `place` of `layers`.
 
-        length: tokens that the cache has room for
-        least: number of entries under which no layer may fall
+        length: capacity of the cache in tokens
+        least: smallest number of entries of a layer
         """
         return budget
 
     def ranked(
         self, own: Float[Array, "batch sets key"], seen: Seen, steps: tuple[Refine, ...]
     ) -> tuple[Rank, Int[Array, " batch"]]:
-        """Return the rank of each entry in its store, and how many entries a store keeps.
+        """Return the rank of each entry in its store, and how many entries each store keeps.
 
-        own: rank of each entry by its score, in each store, or in each head if the spread `pools`
+        own: score of each entry in its store, or in each head if `pools` is true; inf for entries
+            that must be kept, -inf for empty slots
+        steps: refinements of the scores
         """
         return refined(own, seen, seen.number[:, None, None], steps), seen.number
 
@@ -56,9 +60,9 @@ class Uniform(Spread):
 class Pyramid(Spread):
     """Give early layers more than late ones, falling linearly (PyramidKV, Cai et al. 2024).
 
-    The last layer keeps 1 / beta of the budget and the first one 2 - 1 / beta of it, at most all
-    but the window of the policy. If the narrowest layer would keep fewer entries than that window
-    has, all layers get the same budget, as in kvpress.
+    The last layer keeps 1 / beta of the budget and the first one 2 - 1 / beta of it, but at most
+    the length less the window of the policy. If the last layer would keep fewer entries than that
+    window, all layers get the same budget, as in kvpress.
 
     beta: ratio of the budget to that of the last layer
     """
@@ -90,8 +94,8 @@ class Adaptive(Spread):
     """Let the heads of a layer share one budget, so that heads with flat attention keep more
     (AdaKV, Feng et al. 2024).
 
-    floor: fraction of its uniform budget that each head keeps for certain, at least one entry; 0
-        for none
+    floor: fraction of its uniform budget that each head keeps at least, and at least one entry; 0
+        for no minimum
     """
 
     floor: float = 0.2
@@ -109,16 +113,16 @@ class Adaptive(Spread):
         least = portion(seen.number, self.floor, least=1)[:, None, None]
         # The floor of a head includes the entries that must be kept: their rank is highest.
         safe = seen.valid & (places(own) < least)
-        pool = _pooled(jnp.where(safe, jnp.inf, own))
+        pool = pooled(jnp.where(safe, jnp.inf, own))
         if not steps:
             return pool, number
-        # Scores decide how many entries a head keeps, and only within a head are they refined.
+        # Unrefined scores decide how many entries each head keeps; refined scores decide which.
         kept = seen.valid & (places(pool) < number[:, None, None])
         count = jnp.sum(kept, axis=-1, keepdims=True)
         best = places(refined(own, seen, count, steps)) < count
-        return _pooled(jnp.where(best & seen.valid, jnp.inf, -jnp.inf)), number
+        return pooled(jnp.where(best & seen.valid, jnp.inf, -jnp.inf)), number
 
 
-def _pooled(own: Float[Array, "batch heads key"]) -> Rank:
-    """Return the rank of each entry in its own head, which is the only one where it is not -inf."""
+def pooled(own: Float[Array, "batch heads key"]) -> Rank:
+    """Return the rank of each entry in the head that it belongs to; in other heads it is -inf."""
     return jnp.max(own, axis=1, keepdims=True)

@@ -1,7 +1,7 @@
 """Encodings of entries. The default stores them unchanged.
 
-A stored tensor is a dict of arrays, all [batch heads row width], with one row per slot, or one per
-`multiple` slots for what a run of slots has in common.
+A stored tensor is a dict of arrays, all [batch heads row width], with one row per slot, or one row
+per `multiple` slots for numbers that a run of slots shares, such as a quantisation step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Store:
 
     has_budget: ClassVar[bool] = False
     blockwise: ClassVar[bool] = True
-    """Whether decoding makes a copy; if so, it is done in blocks, never of everything at once."""
+    """Whether decoding makes a copy; a body is then decoded block by block when it is read."""
 
     @property
     def multiple(self) -> int:
@@ -35,7 +35,7 @@ class Store:
     def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
         """Encode a tensor.
 
-        key: whether it is one of the keys of its attention variant
+        key: whether the tensor is in `keys` of its attention variant
         there: which slots are in use
         """
         raise NotImplementedError
@@ -71,7 +71,8 @@ def rows(parts: Parts, slots: int, start: Int[Array, ""] | int, size: int) -> Pa
 
 
 def runs(parts: Parts, slots: int, index: Int[Array, "batch stores run"], length: int) -> Parts:
-    """Gather runs of slots: `length` slots from index * length on; one row per slot."""
+    """Gather runs of `length` slots, each from slot index * length; the result has one row per
+    slot."""
 
     def pick(array: Array) -> Array:
         per = slots // array.shape[2]

@@ -29,7 +29,8 @@ CAPPED = "capped"
 class TopK(Select):
     """Read the values of the `budget` largest weights.
 
-    renormalise: whether these get the weight of the others, so that the body keeps its weight
+    renormalise: whether the weights of the values that are read are scaled up, so that their sum is
+        the weight of the whole body
     """
 
     renormalise: bool = True
@@ -77,9 +78,10 @@ class Heaviest(Recalled):
 
     values: function that gathers the values of some slots
     stores: number of stores
-    number: number of values that are read at most
-    mass: fraction of the total weight, in falling order, at which reading stops
-    renormalise: whether the weights that are read are scaled to the sum of all, per query head
+    number: maximum number of values that are read
+    mass: fraction of the total weight at which reading, in order of falling weight, stops
+    renormalise: whether the weights of the values that are read are scaled to the sum of all
+        weights, per query head
     """
 
     whole: Recalled

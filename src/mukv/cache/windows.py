@@ -12,7 +12,7 @@ from mukv.core.typing import Array, Float, Int
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of `size` entries that follow one another after the first `skipped` entries.
+    """Consecutive windows of `size` entries, after the first `skipped` entries of each head.
 
     rank: number of entries of the same head before an entry, less `skipped`; meaningless for
         empty slots

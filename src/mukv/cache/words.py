@@ -1,6 +1,7 @@
 """Parse and print the words of a policy's name: `[PEER:]NAME[(FIELD=VALUE,...)][:BUDGET]`.
 
-The fields are those of the part's dataclass. Values are YAML: numbers, true, false, null, words.
+A word names one part of a policy. FIELD is a field of the part's dataclass, and VALUE is YAML:
+numbers, true, false, null, words. PEER is a library whose defaults the part takes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from mukv.schema.schema import build, join
 from mukv.schema.yaml_text import parse_yaml
 
 T = TypeVar("T")
-SET_ELSEWHERE = frozenset({"budget", "spread", "refine", "calibrated"})
-"""Fields that are no parameters: other words, or a calibration beside the model, set them."""
+SET_ELSEWHERE = frozenset({"budget", "spread", "refine", "when", "calibrated", "asks"})
+"""Fields that a word can't set: other words of the name set them, or a calibration."""
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
     "kvpress": {
         "streaming": {},
@@ -27,6 +28,8 @@ PEERS: dict[str, dict[str, dict[str, Any]]] = {
         "lagkv": {"recent": 0},
         "leverage": {"recent": 0},
         "cur": {"recent": 0},
+        "compactor": {},
+        "kvzip": {"recent": 0},
         "random": {"recent": 0},
         "critical": {},
         "chunk": {},
@@ -34,7 +37,8 @@ PEERS: dict[str, dict[str, dict[str, Any]]] = {
         "adaptive": {},
     }
 }
-"""Fields of our parts that differ in another library (kvpress 0.5.5), by library and name."""
+"""Fields whose defaults in another library (kvpress 0.5.5) differ from ours, with its defaults; by
+library and name of the part."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Word:
 
     text: the word as typed
     name: name of the part
-    given: its fields; those of the peer's defaults first
-    budget: None if it has none of its own
+    given: values of its fields, those of the peer's defaults included
+    budget: its own budget; None if it has none
     """
 
     text: str
@@ -66,7 +70,7 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def read_word(text: str, where: str) -> Word:
-    """Parse one word. Raises BadInput for what is no word of this form.
+    """Parse one word. Raises BadInput for a text that does not have this form.
 
     where: name of the policy in errors
     """

@@ -18,8 +18,8 @@ from mukv.storage.locks import writing, writing_inside
 
 ORDER = (
     *("demo", "data", "train", "eval", "generate", "chat", "sweep", "transfer", "analyze"),
-    *("compress", "bench", "import", "export", "report", "runs", "describe", "presets"),
-    *("policies", "docs"),
+    *("compress", "convert", "bench", "import", "export", "report", "runs", "describe"),
+    *("presets", "policies", "docs"),
 )
 """The commands in the order in which `mukv --help` lists them: that of a typical workflow."""
 

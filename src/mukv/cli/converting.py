@@ -1,4 +1,4 @@
-"""The commands `mukv import` and `mukv export`: from and to the format of Hugging Face."""
+"""The commands `mukv import`, `mukv export` and `mukv convert`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from mukv.cli import launch
-from mukv.cli.app import AllowNonfinite, Json, app, hold_run
+from mukv.cli.app import AllowNonfinite, Json, ModelName, app, hold_run
 from mukv.core.errors import unknown_name
 from mukv.show import output
 
 TYPES = ("float32", "bfloat16", "float16")
+TOKENS = 4096
+"""Of calibration, by default: several times the width of a head, of which maps are fitted."""
 
 
 @app.command("import")
@@ -66,3 +68,44 @@ def export(
     model = loaded.load(run, allow_nonfinite=allow_nonfinite)
     facts = export_model(model, Path(run), out, dtype)
     output.print_facts(facts, as_json)
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    model: ModelName,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="gqa:N, mqa, shared_kv[:WIDTH], mla:RANK or reuse:N; options in parentheses, such "
+            "as mla(rope=2):128."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Run directory to make.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="UTF-8 text files that it is fitted to; may be repeated. Default: what the model "
+            "was trained on."
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Tokens of the text that are read.")
+    ] = TOKENS,
+    as_json: Json = False,
+) -> None:
+    """Turn a grouped-query model into one with a smaller cache, as a start for more training.
+
+    It has fewer KV heads, shared KV, latent attention, or layers that read the cache of others, and
+    predicts worse than the model until it is trained again (`mukv train RUN`).
+
+    Example: `mukv convert runs/llama-1b --to mla:128 --text README.md --out runs/llama-1b-mla`
+    """
+    launch.prepare()
+    from mukv.runs.convert import convert_model
+
+    hold_run(context, out)
+    facts = convert_model(model, to, out, text or (), calibration_tokens)
+    output.print_facts(facts, as_json)
+    if not as_json:
+        output.warn(f"to train it again: mukv train {out} data.path=TEXT --out NEW")

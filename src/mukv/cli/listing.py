@@ -84,7 +84,7 @@ def policies(as_json: Json = False) -> None:
         shown.add_row(each["name"], each["answers"], each["meaning"], words, each["source"] or "")
     Console().print(shown)
     Console().say(
-        "join parts by +, at most one each to keep, spread, store, select, each with its "
+        "join parts by +, at most one each to keep, spread, when, store, select, each with its "
         "parameters and its budget: --cache 'snapkv(window=64):0.25+int8'",
         "dim",
     )

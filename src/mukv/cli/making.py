@@ -46,7 +46,8 @@ def data(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="Files or folders (text, .jsonl, .parquet), `stdlib`, `package:NAME`, `hf:NAME`.",
+            help="Files or folders (text, .jsonl, .parquet), `stdlib`, `package:NAME`, `hf:NAME`, "
+            "`https://...`.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the token file to.")],
@@ -57,6 +58,15 @@ def data(
         ),
     ] = "bytes",
     field: Annotated[str, typer.Option(help="Field of the text in JSONL and Parquet.")] = "text",
+    limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes of text at most, such as 2GB.")
+    ] = None,
+    min_length: Annotated[
+        int | None, typer.Option(help="Leave out documents of fewer bytes.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Leave out documents of more bytes.")
+    ] = None,
     validation: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.05,
     invalid: Annotated[
         str, typer.Option(help="For text that is not UTF-8: strict, replace, skip.")
@@ -72,16 +82,28 @@ def data(
     Example: `mukv data stdlib --out data/stdlib`
     """
     from mukv.data.build import build_tokens, speed_meter
+    from mukv.data.selection import Selection, parse_size
     from mukv.data.sources import binary_files
     from mukv.data.tokens import SPLITS
     from mukv.runs.resolve import named_tokenizer
 
+    most = None if limit is None else parse_size(limit)
+    selection = Selection(most, min_length, max_length)
     hold_run(context, out)
     began = time.monotonic()
     with speed_meter("reading") as report:
         chosen = named_tokenizer(tokenizer)
         tokens = build_tokens(
-            sources, out, chosen, field, validation, invalid, workers, overwrite, report
+            sources,
+            out,
+            chosen,
+            field,
+            validation,
+            invalid,
+            workers,
+            overwrite,
+            report,
+            selection,
         )
     seconds = time.monotonic() - began
     facts = {
@@ -98,6 +120,13 @@ def data(
         output.warn(
             f"--tokenizer {tokenizer}: the text has only {tokens.vocab_size:,} tokens to learn"
         )
+    if limit is not None and selection.ended:
+        output.warn(
+            f"--limit {limit}: the sources ended after {selection.bytes:,} bytes "
+            f"({selection.documents:,} documents)"
+        )
+    if selection.left_out:
+        output.warn(f"left out {selection.left_out:,} documents of another length")
     skipped = sum(map(binary_files, sources))
     if skipped:
         output.warn(f"left out {skipped:,} binary files (a zero byte in their first 8 KiB)")

@@ -88,13 +88,11 @@ def _check(
     name: str,
     as_json: bool,
 ) -> bool:
-    from mukv.data.batches import Batches
-    from mukv.runs.resolve import open_corpus
+    from mukv.runs.resolve import open_feed
     from mukv.tuning import coordinates
 
-    training = run.train
-    tokens, packing = open_corpus(run), run.data.packing
-    batches = Batches(tokens, training.seed, training.batch, training.length, packing=packing)
+    training, (_, feed) = run.train, open_feed(run)
+    batches = feed.source("train", training.seed, training.batch, training.length)
     slopes = coordinates.check(
         run.model, training, batches.at(0), widths, seeds, steps, learning_rate
     )
@@ -119,14 +117,13 @@ def _search(
     name: str,
     as_json: bool,
 ) -> bool:
-    from mukv.runs.resolve import open_corpus
+    from mukv.runs.resolve import open_feed
     from mukv.tuning import transfer
 
     search = transfer.Search(
         run.model,
         run.train,
-        open_corpus(run),
-        run.data.packing,
+        open_feed(run)[1],
         widths,
         seeds,
         folder,

@@ -40,6 +40,7 @@ USE: Mapping[str, str] = {
     "analyze": "mukv analyze MODEL --text FILE",
     "export": "mukv export RUN --out FOLDER",
     "import": "mukv import SOURCE --out RUN",
+    "convert": "mukv convert MODEL --to gqa:N --out RUN",
     "train": "mukv train CONFIG key=value",
     "describe": "mukv describe CONFIG key=value",
     "transfer": "mukv transfer CONFIG key=value",

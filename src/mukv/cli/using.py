@@ -112,6 +112,13 @@ def generate(
             "default: 0.25."
         ),
     ] = None,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the prompt that are read at once; the policy chooses entries after "
+            "each of these chunks; default: all."
+        ),
+    ] = None,
     weights: StoredAs = None,
     compute: ComputeType = None,
     allow_nonfinite: AllowNonfinite = False,
@@ -157,7 +164,9 @@ def generate(
         opening = styled((f"{shown}\n---\n" if chat else shown, "dim"), keep=LINES)
         stream = TokenStream(speaker.tokenizer, sys.stdout, opening)
     show = stream.show if stream else None
-    made = speaker.generate_ids(rows, max_tokens, sampling, ends, show, policy)
+    made = speaker.generate_ids(
+        rows, max_tokens, sampling, ends, show, policy, prefill_chunk=prefill_chunk
+    )
     texts = [speaker.tokenizer.decode_further(row) for row in made.tokens]
     if as_json:
         facts = {
@@ -198,20 +207,41 @@ def describe(
         str, typer.Argument(metavar="CONFIG", help="A preset, a YAML file or a run directory.")
     ],
     overrides: Overrides = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Estimate a training step on this kind of device, such as h100 or v5p."),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens per row; default: train.length.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show parameters, FLOPs, cache bytes and shardings of a configuration; allocates no weights.
 
-    Example: `mukv describe llama-3.1-70b`
+    With --device, also the memory, FLOPs, collectives and largest MFU of a training step on a mesh
+    of such devices, what does not fit, and the nearest mesh on which it does.
+
+    Example: `mukv describe llama-3.1-70b mesh.data=64 mesh.tensor=8 --device h100 --length 8192`
     """
     launch.prepare()
+    from mukv.core.device import device as device_named
     from mukv.runs.describe import describe as facts_of
-    from mukv.runs.describe import show
+    from mukv.runs.describe import show, show_step
+    from mukv.runs.estimate import estimate
     from mukv.runs.resolve import resolve
 
-    run, _ = resolve(source, overrides or [], None)
+    kind = None if device is None else device_named(device)
+    changes = [*(overrides or []), *([] if length is None else [f"train.length={length}"])]
+    if kind is not None:
+        changes.append(f"train.compute.platform={kind.platform}")
+    run, _ = resolve(source, changes, None)
     facts = facts_of(run)
+    if kind is not None and device is not None:
+        step = estimate(run, kind, device)
+        facts |= {"step": step, "bytes_per_device": step["bytes_per_device"]}
     if as_json:
         output.print_json(facts)
-    else:
-        show(facts, run, Console())
+        return
+    if kind is not None:
+        show_step(facts["step"], Console())
+    show(facts, run, Console())

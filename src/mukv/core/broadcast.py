@@ -1,4 +1,4 @@
-"""Broadcasting in the open: tests run with JAX's implicit rank promotion refused."""
+"""Add leading axes explicitly: the tests run with JAX's implicit rank promotion forbidden."""
 
 from __future__ import annotations
 

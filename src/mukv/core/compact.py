@@ -1,9 +1,10 @@
 """Weights stored in few bits (int8, int4, bfloat16), dequantised block by block in each product.
 
-A matrix is stored by output, each with its inputs in groups. int8: groups of 64 inputs, symmetric,
-w = step * code. int4: groups of 32, between minimum and maximum, w = low + step * code, two codes
-in a byte. Steps and minima are bfloat16, rounded so that every weight lies within the levels; a
-weight is therefore off by at most half a step. There are no gradients with respect to them.
+A matrix is stored as codes [output group code]: the inputs of each output are divided into groups
+that share a step. int8 has groups of 64 inputs and is symmetric, w = step * code. int4 has groups
+of 32 inputs between minimum and maximum, w = low + step * code, and packs two codes into a byte.
+Steps and minima are bfloat16, rounded so that every weight lies within the levels; the error of a
+weight is therefore at most half a step. Compact weights have no gradients.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Number
 
 GROUPS: Mapping[str, int | None] = {"int8": 64, "int4": 32, "bfloat16": None}
-"""Inputs per step of each format; None without steps."""
+"""Number of inputs that share a step, by format; None for a format without steps."""
 LEVELS: Mapping[str, int] = {"int8": 127, "int4": 15}
-"""Largest code of each format with steps."""
+"""Largest code of each format that has steps."""
 FEW = 16
-"""Rows of activations up to which a product dequantises small blocks, as in decoding."""
+"""Largest number of rows of activations for which a product dequantises in small blocks. Decoding
+has few rows, prefill many."""
 BLOCKS: Mapping[bool, int] = {True: 1 << 16, False: 1 << 22}
-"""Codes per block, for few rows and for many. Few rows: dequantised as float32, the block takes
-256 KiB, stays in the second-level cache, and is so small that XLA uses one thread for it; dividing
-larger ones among threads takes 1.3 times the time on two cores. Many rows: 16 MiB, so that a
-readout is never dequantised as a whole."""
+"""Codes per block, for few rows (True) and for many. With few rows a block takes 256 KiB as
+float32: it stays in the processor's second-level cache, and XLA uses one thread for it; larger
+blocks, which XLA divides among threads, take 1.3 times as long on two cores. With many rows a block
+takes 16 MiB, so that a readout is never dequantised as a whole."""
 
 
 def require_format(kind: str, where: str = "weights") -> None:
@@ -46,15 +48,16 @@ def require_format(kind: str, where: str = "weights") -> None:
 class Compact:
     """A weight stored in few bits.
 
-    codes: by output: int8, uint8 (two codes of 4 bits), or uint16 (the bits of bfloat16)
+    codes: int8, uint8 (two codes of 4 bits), or uint16 (the bits of bfloat16)
     step, low: bfloat16 factor and minimum of each group; None where the format has none
     inputs, outputs: sizes of the contracted axes and of the others
     kind: name of the format
-    turned: whether the weight's own axes are [*leading *outputs *inputs], as an embedding's
-    dtype: type that it is dequantised to
+    turned: whether the declared axes are [*leading *outputs *inputs], as those of an embedding,
+        and not [*leading *inputs *outputs]
+    dtype: type that the weight is dequantised to
 
-    `core.linear` multiplies with blocks of it and looks up rows. Where anything else takes it for
-    an array (`einsum`), JAX asks `__jax_array__`, and it is dequantised as a whole.
+    `core.linear` multiplies with it block by block and looks up rows. Other JAX functions, such as
+    `einsum`, call `__jax_array__`, which dequantises the whole weight.
     """
 
     codes: Int[Array, "*leading output group code"]
@@ -68,7 +71,7 @@ class Compact:
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """Sizes of the axes that count matrices: experts."""
+        """Sizes of the axes that count separate matrices, such as experts."""
         return self.codes.shape[:-3]
 
     @property
@@ -90,7 +93,7 @@ class Compact:
         return replace(self, dtype=jnp.dtype(dtype))
 
     def __mul__(self, factor: Number) -> Compact:
-        """Multiply by a number: the steps, which become float32."""
+        """Multiply the weight by a number; the steps and minima of the result are float32."""
         if self.step is None:
             return replace(self, step=jnp.full(self.codes.shape[:-1], factor, jnp.float32))
         step = self.step.astype(jnp.float32) * factor
@@ -98,22 +101,22 @@ class Compact:
         return replace(self, step=step, low=low)
 
     def whole(self) -> Array:
-        """Dequantise all of it, with its own axes."""
+        """Dequantise the whole weight to an array of the declared shape."""
         matrices = self._decoded()
         return (matrices if self.turned else jnp.swapaxes(matrices, -1, -2)).reshape(self.shape)
 
     __jax_array__ = whole
 
     def rows(self, index: Int[Array, "..."]) -> Float[Array, "... input"]:
-        """Look up rows of an embedding: the inputs of these outputs."""
+        """Look up rows of an embedding, whose vocabulary is the axis of outputs."""
         taken = self._mapped(partial(jnp.take, indices=index, axis=0))
         return taken._decoded()
 
     def product(self, x: Float[Array, "row input"]) -> Float[Array, "row output"]:
         """Multiply rows with the matrix: operands of the type `dtype`, float32 sums and result.
 
-        On a CPU it works through blocks of outputs: each is dequantised and multiplied before the
-        next one, so that memory holds one block, which few rows find in the processor's cache.
+        On a CPU blocks of outputs are dequantised and multiplied one after the other, so that only
+        one dequantised block exists at a time.
         """
         halves = self._split(x.astype(self.dtype))
         # Chosen when the program is lowered, by the platform that it is lowered for.
@@ -165,7 +168,8 @@ class Compact:
         )
 
     def _split(self, x: Float[Array, "row input"]) -> list[Float[Array, "row code"]]:
-        """Pad the inputs to whole groups; return those of each half of a byte."""
+        """Pad the inputs to whole groups. For int4, divide them into those whose codes are in the
+        low and in the high half of each byte; other formats have one part."""
         x = jnp.pad(x, ((0, 0), (0, self._width - x.shape[1])))
         if self.kind != "int4":
             return [x]
@@ -173,7 +177,7 @@ class Compact:
         return [pairs[:, :, half].reshape(len(x), -1) for half in (0, 1)]
 
     def _pieces(self) -> list[Array]:
-        """Dequantise; return the inputs of each half of a byte: [*leading output code]."""
+        """Dequantise into the parts of `_split`, each [*leading output code]."""
         codes, step, low = self.codes, self.step, self.low
         halves = (codes & 15, codes >> 4) if self.kind == "int4" else (codes,)
 
@@ -207,8 +211,8 @@ def _wide(codes: Array) -> Float[Array, "..."]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CompactLayers:
-    """The weights of all repeats of a layer, each with arrays of its own, so that the weights by
-    layer take no further memory."""
+    """The weights of all repeats of a layer as separate arrays, so that selecting one layer copies
+    nothing."""
 
     layers: tuple[Compact, ...]
 
@@ -234,8 +238,8 @@ def any_compact(weights: Any) -> bool:
 
 
 def fits(name: str, param: Param) -> bool:
-    """Whether a weight is stored in few bits: a matrix that is looked up, or whose contracted axes
-    come first. Gains, biases, routers and the weights of position encodings keep their type.
+    """Whether `compacted` can store a weight: an embedding, or a matrix whose contracted axes come
+    first. Gains, biases, routers and the weights of position encodings keep their type.
     """
     if "position" in name.split(".") or len(param.own_shape) < 2:
         return False
@@ -276,7 +280,7 @@ def _encoded(
     width, levels = by_output.shape[-1], LEVELS[kind]
     group = min(GROUPS[kind] or width, width + width % 2)
     padding = [(0, 0)] * (by_output.ndim - 1) + [(0, -width % group)]
-    # Repeats the last weight, which changes no minimum.
+    # Padding repeats the last weight, which changes neither minimum nor maximum.
     padded = jnp.pad(by_output.astype(jnp.float32), padding, mode="edge")
     grouped = padded.reshape(*padded.shape[:-1], -1, group)
     if kind == "int8":

@@ -7,6 +7,7 @@ and loss are computed in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -18,6 +19,10 @@ from mukv.core.params import Param, map_params
 
 Platform = Literal["cpu", "gpu", "tpu"]
 DType = Literal["float32", "bfloat16"]
+RESIDUAL = "residual"
+PRODUCT = "product"
+"""Names of the residual stream between layers, and of products with weights, for policies of
+rematerialisation."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +34,21 @@ class Compute:
         `dtype` if None
     unroll: whether layers are unrolled instead of scanned (faster on a CPU, slower to compile);
         None to unroll on a CPU only
-    rematerialise: whether the backward pass recomputes each layer from the residual stream instead
-        of storing its activations
+    rematerialise: what the backward pass recomputes instead of storing it: nothing (false), each
+        layer from the residual stream (true), all but the products with weights ("products"), or
+        each layer from the residual stream, which waits in the host's memory ("offload")
     fused: whether attention avoids the tensor of logits of all pairs of tokens
     attention_chunk: queries per chunk of the fused core; None for a size that depends on the length
-    loss_chunk: tokens per row whose logits are in memory at once; None for 32 MiB of float32 logits
-        per row on a CPU and 1 GiB per device elsewhere, but at least 128 tokens
-    platform: platform that the other settings and the attention core are chosen for, whose programs
-        another platform may lower but not run; None for the one that JAX runs on
+    loss_chunk: tokens per row whose logits exist at once; None for 32 MiB of float32 logits per row
+        on a CPU and 1 GiB per device elsewhere, but at least 128 tokens
+    platform: platform that the other settings and the attention core are chosen for; None for the
+        one that JAX runs on; programs for another platform can be lowered but not run
     """
 
     dtype: DType | None = None
     operands: DType | None = None
     unroll: bool | None = None
-    rematerialise: bool = False
+    rematerialise: bool | Literal["products", "offload"] = False
     fused: bool = True
     attention_chunk: int | None = None
     loss_chunk: int | None = None
@@ -66,13 +72,32 @@ class Compute:
             platform=self.platform or platform,
         )
 
+    def recomputing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a layer's function whose backward pass recomputes what `rematerialise` says."""
+        policies = jax.checkpoint_policies
+        match self.rematerialise:
+            case False:
+                return function
+            case "products":
+                return jax.checkpoint(function, policy=policies.save_only_these_names(PRODUCT))
+            case "offload":
+                offloaded = policies.save_and_offload_only_these_names(
+                    names_which_can_be_saved=[],
+                    names_which_can_be_offloaded=[RESIDUAL],
+                    offload_src="device",
+                    offload_dst="pinned_host",
+                )
+                return jax.checkpoint(function, policy=offloaded)
+            case _:
+                return jax.checkpoint(function)
+
     @property
     def type(self) -> jnp.dtype:
         """Type of activations and cache entries."""
         return jnp.dtype(self.dtype or "float32")
 
     def loss_tokens(self, rows: int, vocab_size: int) -> int:
-        """Return the number of tokens per row whose logits are in memory at once.
+        """Return the number of tokens per row whose logits exist at once.
 
         rows: rows of the batch on one device
         """

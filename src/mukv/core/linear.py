@@ -12,9 +12,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from mukv.core.compact import Compact
+from mukv.core.compute import PRODUCT
 from mukv.core.low_rank import LowRank
 from mukv.core.typing import Array, Float, Int
 
@@ -41,20 +43,20 @@ def project(
     flat: Array = _product(
         x.reshape(-1, inner), weight.reshape(inner, -1), jnp.dtype(out or x.dtype)
     )
-    return flat.reshape(*rows, *columns)
+    return checkpoint_name(flat, PRODUCT).reshape(*rows, *columns)
 
 
 def project_each(
     x: Float[Array, "block rows inner"],
     weight: Float[Array, "block inner columns"] | LowRank | Compact,
 ) -> Float[Array, "block rows columns"]:
-    """Multiply each block of rows with its own weight; types as in `project`."""
+    """Multiply each block of rows with its own weight; types are those of `project`."""
     if isinstance(weight, LowRank):
         thin = project_each(x, weight.a)
         return project_each(x, weight.base) + project_each(thin, weight.b)
     if isinstance(weight, Compact):
         weight = weight.whole()
-    return _product(x, weight, x.dtype)
+    return checkpoint_name(_product(x, weight, x.dtype), PRODUCT)
 
 
 def look_up(table: Array | Compact, index: Int[Array, "..."]) -> Float[Array, "... width"]:
@@ -166,8 +168,8 @@ mixture.defvjp(_mixture_forward, _mixture_backward)
 def matmul(x: Array, y: Array, precision: jax.lax.Precision | None = None) -> Array:
     """Multiply matrices with float32 sums.
 
-    On a CPU all batch axes are flattened into one, because XLA's fast products there support one
-    at most. Elsewhere they stay apart, so that the mesh can split both rows of the batch and heads.
+    On a CPU all batch axes are flattened into one, because XLA's fast products there support at
+    most one. Elsewhere they stay separate, so that the mesh can split both the batch and the heads.
     """
 
     multiply = partial(jnp.matmul, precision=precision, preferred_element_type=jnp.float32)

@@ -1,6 +1,7 @@
-"""A weight plus the product of two thin ones, which is never formed where it is multiplied with.
+"""A weight plus the product of two thin matrices, for low-rank adapters (LoRA, Hu et al. 2021).
 
-Low-rank adapters (LoRA, Hu et al. 2021) train the thin weights and leave the other one as it is.
+Training changes the two thin matrices only. Matrix products multiply with the parts, without
+forming the sum.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mukv.core.params import Param
 from mukv.core.typing import Array, Float
 
 RANK = "adapter_rank"
-"""Name of the dimension between the two thin weights."""
+"""Name of the dimension that the two thin matrices share."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,8 +32,7 @@ class LowRank:
     b: [*leading rank *others]
 
     `core.linear.project` multiplies with the parts, so that neither the sum nor its gradient
-    exists. Where anything else takes it for an array (`einsum`), JAX asks `__jax_array__`, and the
-    sum is formed.
+    exists. Other JAX functions, such as `einsum`, call `__jax_array__`, which forms the sum.
     """
 
     base: Float[Array, "..."]
@@ -71,7 +71,7 @@ class LowRank:
         return LowRank(self.base[index], self.a[index], self.b[index])
 
     def mapped(self, function: Callable[[Param, Array], Array], param: Param) -> LowRank:
-        """Apply `function(param, array)` to each part. param: of the weight."""
+        """Apply `function(param, array)` to each part. param: declaration of the weight."""
         a, b = factors(param, self.a.shape[-1])
         parts = ((param, self.base), (a, self.a), (b, self.b))
         return LowRank(*(function(own, part) for own, part in parts))
@@ -80,7 +80,7 @@ class LowRank:
 def product(
     a: Float[Array, "*leading_rows rank"], b: Float[Array, "*leading rank *columns"], leading: int
 ) -> Float[Array, "*leading *rows *columns"]:
-    """Multiply two thin weights over the rank. leading: number of leading axes. float32."""
+    """Multiply the two thin matrices over the rank, in float32. leading: number of leading axes."""
     first, rows, columns = a.shape[:leading], a.shape[leading:-1], b.shape[leading + 1 :]
     flat = jnp.matmul(
         a.reshape(*first, math.prod(rows), a.shape[-1]),
@@ -92,8 +92,8 @@ def product(
 
 
 def rows(param: Param) -> tuple[str, ...]:
-    """Return the axes that the first thin weight has: those that are contracted, or the first one
-    of an embedding, which is looked up. None for gains, biases and what else is no matrix.
+    """Return the axes of the first thin matrix besides the rank: the contracted axes, or the axis
+    of token ids of an embedding. Empty for gains, biases and other weights without an adapter.
     """
     if param.role == "embedding":
         return tuple(param.dims)[:1]
@@ -102,18 +102,18 @@ def rows(param: Param) -> tuple[str, ...]:
 
 
 def columns(param: Param) -> tuple[str, ...]:
-    """Return the axes that the second thin weight has."""
+    """Return the axes of the second thin matrix besides the rank."""
     taken = {*param.leading, *rows(param)}
     return tuple(name for name in param.dims if name not in taken)
 
 
 def factors(param: Param, rank: int) -> tuple[Param, Param]:
-    """Declare the two thin weights of a matrix.
+    """Declare the two thin matrices of a weight.
 
-    The first one maps the width to the rank: contracted over the width, so that every
-    parameterisation initialises it and gives it a learning rate as to any hidden matrix of this
-    width. The second one is contracted over the rank, the same at every width. Both keep the axes
-    of layers and experts; the second one ends a branch where the weight does.
+    The first one is contracted over the weight's own input, so that a parameterisation treats it as
+    any hidden matrix of this width. The second one is contracted over the rank, which is the same
+    at every width. Both keep the axes of layers and experts; the second one ends a residual branch
+    if the weight does.
     """
 
     def sizes(names: tuple[str, ...]) -> dict[str, int]:
@@ -142,12 +142,12 @@ def factors(param: Param, rank: int) -> tuple[Param, Param]:
 
 
 def in_order(param: Param) -> bool:
-    """Whether a weight's axes lie as those of a `LowRank`: leading, contracted, others."""
+    """Whether a weight's axes have the order that `LowRank` needs: leading, contracted, others."""
     return tuple(param.dims) == (*param.leading, *rows(param), *columns(param))
 
 
 def added(param: Param, base: Array, a: Array, b: Array) -> Array:
-    """Add the product of its thin weights to a weight whose axes lie in any order."""
+    """Add the product of two thin matrices to a weight whose axes have any order."""
     names = [*param.leading, *rows(param), *columns(param)]
     change = product(a, b, len(param.leading))
     return base + change.transpose([names.index(name) for name in param.dims])

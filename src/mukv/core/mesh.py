@@ -130,7 +130,7 @@ def specification(dims: Mapping[str, int], mesh: Any, exclude: Sequence[str] = (
     return PartitionSpec(*parts)
 
 
-def weight_shardings(declared: Any, mesh: Mesh) -> Any:
+def weight_shardings(declared: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Return the sharding of each declared weight, as a tree with the keys of `declared`."""
 
     def shard(param: Param) -> NamedSharding:
@@ -139,7 +139,7 @@ def weight_shardings(declared: Any, mesh: Mesh) -> Any:
     return map_params(shard, declared)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Return the sharding that copies an array to every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -185,8 +185,8 @@ def constrain(array: Array, *names: str | None) -> Array:
     if mesh is None:
         return array
     dims = {name or f"axis{i}": array.shape[i] for i, name in enumerate(names)}
-    # The residual stream's width stays whole: in activations, `data` splits only the batch. Inside
-    # `by_data_shard` it is split already.
+    # In activations, `data` splits only the batch, never the width of the residual stream. Inside
+    # `by_data_shard` the batch is split already.
     apart = mesh.manual_axes if "batch" in dims else ("data", *mesh.manual_axes)
     return jax.lax.with_sharding_constraint(array, specification(dims, mesh, exclude=apart))
 
@@ -203,7 +203,7 @@ def by_data_shard(function: Callable[..., Any], weights: Any, *rows: Array) -> A
     split = PartitionSpec("data")
 
     def own(weights: Any, *rows: Array) -> Any:
-        # Each shard has a gradient of its own; they are summed once, where the shards join.
+        # Each shard computes its own gradient of the weights; they are summed once, at the end.
         return function(jax.lax.pcast(weights, "data", to="varying"), *rows)
 
     return jax.shard_map(

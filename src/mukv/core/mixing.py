@@ -15,7 +15,7 @@ ROUNDS = 4
 
 
 def mixed(x: np.ndarray | np.uint64) -> np.ndarray:
-    """Hash 64-bit numbers by a bijection without visible pattern. Returns a uint64 array."""
+    """Hash 64-bit numbers; the hash is a bijection. Returns a uint64 array."""
     x = np.atleast_1d(x) + GOLDEN  # overflow is intended
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,9 +35,12 @@ class RMSNorm:
 
         width: size of the normalised axis. axis: name of that axis.
         """
+        return self.params_over({axis: width})
+
+    def params_over(self, dims: Mapping[str, int]) -> dict[str, Param]:
+        """Declare the weight of a norm over several axes, given by name and size."""
         initial: dict[str, Literal["ones", "zeros"]] = {"gain": "ones", "offset": "zeros"}
-        init = initial[self.stored]
-        return {self.stored: Param({axis: width}, role="vector", init=init)}
+        return {self.stored: Param(dims, role="vector", init=initial[self.stored])}
 
     def apply(
         self, weights: dict[str, Any], x: Float[Array, "*batch width"]
@@ -46,6 +50,13 @@ class RMSNorm:
         """
         normed = self.unit(x.astype(jnp.float32))
         return (normed * with_rank(self.gain(weights), x.ndim)).astype(x.dtype)
+
+    def apply_over(
+        self, weights: dict[str, Any], x: Float[Array, "*batch heads head_dim"]
+    ) -> Float[Array, "*batch heads head_dim"]:
+        """Normalise x over its last two axes together and multiply by the gain of each element."""
+        flat = {self.stored: weights[self.stored].reshape(-1)}
+        return self.apply(flat, x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
     def gain(self, weights: dict[str, Any]) -> Float[Array, " width"]:
         """Return the gain that `apply` multiplies with; float32."""

@@ -25,16 +25,16 @@ Tag = Literal["query", "key", "value", "gate", "readout"]
 Init = Literal["normal", "zeros", "ones", "decay_rates", "decay_steps"]
 LAYER = "layer"
 WIDEST = 1 << 20
-"""Maximum width of a model and of other widths; a larger number is a typing error."""
+"""Upper bound of the width of a model and of other widths, which catches typing errors."""
 
 
 def _decay_rates(key: Array, shape: tuple[int, ...]) -> Array:
-    """Logarithms of numbers from 1 to 16, uniform."""
+    """Draw logarithms of numbers that are uniform from 1 to 16."""
     return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
 
 
 def _decay_steps(key: Array, shape: tuple[int, ...]) -> Array:
-    """Numbers whose softplus is from 0.001 to 0.1, uniform in its logarithm."""
+    """Draw numbers whose softplus lies between 0.001 and 0.1, uniform in its logarithm."""
     low, high = math.log(1e-3), math.log(1e-1)
     step = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
     return step + jnp.log(-jnp.expm1(-step))
@@ -46,8 +46,9 @@ DRAWN: Mapping[Init, Callable[[Array, tuple[int, ...]], Array]] = {
     "decay_rates": _decay_rates,
     "decay_steps": _decay_steps,
 }
-"""Initial values that no parameterisation scales. The last two give a state that decays by
-exp(-exp(rate) softplus(step)) memories of 1 to 1,000 tokens (Mamba 2, Gated DeltaNet)."""
+"""Functions that draw initial values which no parameterisation scales. A state with the last two
+decays per token by exp(-exp(rate) softplus(step)), with time constants of about 1 to 1,000 tokens
+(Mamba 2, Gated DeltaNet)."""
 
 
 @dataclass(frozen=True)

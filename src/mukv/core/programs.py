@@ -1,4 +1,4 @@
-"""Functions that are compiled ahead of their first call, once per shape."""
+"""Compile functions before their first call, once per shape of the arguments."""
 
 from __future__ import annotations
 

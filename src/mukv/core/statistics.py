@@ -27,8 +27,8 @@ def wilson(right: float, count: int) -> tuple[float, float]:
 
 
 def of_mean(values: Float[np.ndarray, " sample"]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean of independent values, assumed Gaussian; None for a
-    single one.
+    """Return the 95 % interval of the mean of independent values, assumed Gaussian; None for fewer
+    than two values.
     """
     if len(values) < 2:
         return None

@@ -1,8 +1,8 @@
 """Batches as a pure function of (seed, step, row), so that resuming needs only the step.
 
-A stream is cut into windows of `length` + 1 tokens that overlap by one, so that every token is
-predicted once per epoch. The order of windows in an epoch is a keyed permutation, which is
-computed, not stored.
+A stream is divided into windows of `length` + 1 tokens that overlap by one, so that every token but
+the first is predicted once per epoch. The order of windows in an epoch is a keyed permutation,
+which is computed, not stored.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Batches of one split of a token file. Raises BadInput for values that can't work.
+    """Batches of one split of a token file.
+
+    Raises BadInput for unknown splits and packings, for sizes below 1, and for a split of a single
+    token.
 
     seed: key of the permutation of windows
     batch: rows over all hosts

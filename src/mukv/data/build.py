@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeed
 from mukv.core.errors import BadInput, nearest_name, telling_disk_errors
 from mukv.core.version import VERSION
 from mukv.data import tokens as layout
+from mukv.data.selection import Selection
 from mukv.data.text import Piece, pieces
 from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer, load_tokenizer, train_bpe
 from mukv.data.tokens import TokenFile, is_token_file, open_tokens
@@ -34,7 +36,7 @@ from mukv.storage.files import new_folder, write_atomic
 
 TASK_BYTES = 1 << 18
 """Bytes of text that a thread tokenises at once."""
-Report = Callable[[int], None]
+ReportBytes = Callable[[int], None]
 """Callback that receives the bytes of text written so far."""
 
 
@@ -47,23 +49,29 @@ def build_tokens(
     on_invalid: str = "strict",
     workers: int | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
+    report: ReportBytes | None = None,
+    selection: Selection | None = None,
 ) -> TokenFile:
     """Write the token file `out` and open it. Its content does not depend on `workers`.
 
     sources: see `mukv.data.text`
-    tokenizer: `bytes`, `bpe:SIZE` (trained on the sources), the path of a tokenizer.json, or one
-        that is loaded
+    tokenizer: `bytes`, `bpe:SIZE` (trained on the sources), the path of a tokenizer.json, or a
+        loaded tokenizer
     field: name of the text in JSONL, Parquet and data sets
     validation: fraction of the text that is held out, between 0 and 1
     on_invalid: treatment of text that is not UTF-8; see `pieces`
     workers: threads; None means one per core
-    overwrite: whether a different token file at `out` is replaced; without it, it is an error. One
-        of the same content is kept.
+    overwrite: whether a token file of other content at `out` is replaced; if false, it is an error.
+        A token file of the same content is kept.
     report: called with the bytes written so far
+    selection: which documents are kept; None means all
 
-    Raises BadInput and Failed, and then leaves nothing behind.
+    What remote sources send is kept in the folder `OUT.spool` until the token file is complete, so
+    that a further call after a failure or a kill goes on there. Nothing else is left behind by
+    a failure. Raises BadInput and Failed.
     """
+    selection = selection or Selection()
+    spools = out.with_name(f"{out.name}.spool")
     if not 0 < validation < 1:
         raise BadInput("validation", validation, "a fraction between 0 and 1")
     if workers is not None and workers < 1:
@@ -72,7 +80,7 @@ def build_tokens(
         _check_free(out)
 
     def read() -> Iterator[Piece]:
-        return pieces(sources, field, on_invalid)
+        return selection.of(pieces(sources, field, on_invalid, spools))
 
     try:
         with new_folder(out, overwrite) as folder:
@@ -90,17 +98,19 @@ def build_tokens(
                 "fingerprint": stamp,
                 "sources": list(sources),
                 "validation_share": validation,
+                "selection": selection.asked,
                 "created_by": f"mukv {VERSION}",
             }
             write_atomic(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
             _check_same(out, stamp, overwrite)
     except _AlreadyThere:
         pass
+    shutil.rmtree(spools, ignore_errors=True)
     return open_tokens(out)
 
 
 def default_corpus(
-    cache: Path, tokenizer: AnyTokenizer | None = None, report: Report | None = None
+    cache: Path, tokenizer: AnyTokenizer | None = None, report: ReportBytes | None = None
 ) -> TokenFile:
     """Return the Python library's own source, built in the folder `cache` on first use.
 
@@ -114,7 +124,7 @@ def default_corpus(
 
 
 def text_tokens(
-    source: str, tokenizer: AnyTokenizer, cache: Path, report: Report | None = None
+    source: str, tokenizer: AnyTokenizer, cache: Path, report: ReportBytes | None = None
 ) -> TokenFile:
     """Return a source's text in the ids of a tokenizer, built in the folder `cache` on first use.
 
@@ -128,11 +138,11 @@ def text_tokens(
 
 
 def _kept(
-    sources: Sequence[str], path: Path, tokenizer: str | AnyTokenizer, report: Report | None
+    sources: Sequence[str], path: Path, tokenizer: str | AnyTokenizer, report: ReportBytes | None
 ) -> TokenFile:
     """Open a token file of the cache, or build it."""
     if not is_token_file(path):
-        # Processes that start together may build it together; the first to finish wins.
+        # Processes that start together may each build the file; the first to finish writes it.
         try:
             build_tokens(sources, path, tokenizer, report=report)
         except (BadInput, OSError):
@@ -142,8 +152,8 @@ def _kept(
 
 
 def make_tokenizer(spec: str, read: Callable[[], Iterable[Piece]]) -> AnyTokenizer:
-    """Make a tokenizer from `bytes`, `bpe:SIZE` (trained on what `read` yields) or the path of a
-    tokenizer.json.
+    """Make a tokenizer from `bytes`, `bpe:SIZE` (trained on the texts that `read` yields) or the
+    path of a tokenizer.json.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -162,7 +172,7 @@ def make_tokenizer(spec: str, read: Callable[[], Iterable[Piece]]) -> AnyTokeniz
 
 
 @contextmanager
-def speed_meter(title: str, console: Console | None = None) -> Iterator[Report]:
+def speed_meter(title: str, console: Console | None = None) -> Iterator[ReportBytes]:
     """Show megabytes and megabytes per second on a terminal, for `build_tokens(report=...)`."""
     columns = SpinnerColumn(), column("task.description"), DownloadColumn()
     progress = Progress(
@@ -199,9 +209,9 @@ def _check_same(out: Path, stamp: str, overwrite: bool) -> None:
 class _Encoded(NamedTuple):
     """The ids of a piece of text.
 
-    bytes: UTF-8 bytes of the text
-    first: whether a document begins with it
-    held_out: whether it belongs to validation
+    bytes: UTF-8 bytes of the piece
+    first: whether the piece begins a document
+    held_out: whether the piece belongs to validation
     """
 
     ids: np.ndarray
@@ -273,7 +283,7 @@ def _write(
     tokenizer: AnyTokenizer,
     encoded: Iterable[_Encoded],
     share: float,
-    report: Report | None,
+    report: ReportBytes | None,
 ) -> dict[str, _Count]:
     """Write both streams and return their counts."""
     dtype = layout.DTYPES[layout.dtype_name(tokenizer.vocab_size)]

@@ -1,7 +1,8 @@
 """Bound how much longer a tokenizer.json can make a text.
 
 Four steps that each replace "a" by 2,000 of them turn one character into 10**13, and the library
-ends the process when memory is exhausted. So files that multiply texts are refused before use.
+ends the process when the machine's memory is exhausted. Files that lengthen texts by more than a
+bound are therefore refused before use.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from tokenizers import Regex, normalizers
 from mukv.core.errors import BadInput
 
 MOST_GROWTH = 256
-"""Largest number of characters that one may become; published files reach 54. Growth by Unicode
-normal forms (at most 18) is not counted.
+"""Largest number of characters that one character may become; published files reach 54. Growth by
+Unicode normal forms (at most 18) is not counted.
 """
 LONGEST_WORD = 1000
-"""Largest `max_input_chars_per_word` of WordPiece, whose time grows with its square; usual: 100."""
+"""Largest `max_input_chars_per_word` of WordPiece, whose time is quadratic in it; 100 is usual."""
 LONGEST_AFFIX = 64
 """Largest number of characters of affixes such as "##" inside a word or "</w>" at its end."""
 VISIBLE = [chr(code) for code in range(0x21, 0x7F)]
@@ -51,11 +52,11 @@ def require_bounded(tree: Mapping[str, Any], where: str) -> None:
 
 
 @dataclass
-class Weights:
+class Growths:
     """The largest number of characters that each character becomes in the following steps.
 
-    others: of characters that are not in `known`
-    known: by character
+    others: number for characters that are not in `known`
+    known: number by character
     """
 
     others: float = 1.0
@@ -70,41 +71,41 @@ class Weights:
         """Largest number of all characters."""
         return max(self.others, *self.known.values(), 0.0)
 
-    def each(self, change: Any) -> Weights:
+    def each(self, change: Any) -> Growths:
         """Apply a function to all numbers."""
-        return Weights(change(self.others), {c: change(w) for c, w in self.known.items()})
+        return Growths(change(self.others), {c: change(w) for c, w in self.known.items()})
 
 
 def growth(parts: Iterable[Mapping[str, Any]]) -> float:
     """Compute a bound on the characters that one character becomes in a sequence of parts.
 
-    Parts are processed from last to first. What a part substitutes for n characters is divided
-    equally among them.
+    Parts are processed from last to first. The characters that a part substitutes for n characters
+    are divided equally among these.
     """
-    weights = Weights()
+    weights = Growths()
     for part in reversed(list(parts)):
         weights = _before(part, weights)
     return weights.most
 
 
-def _before(part: Mapping[str, Any], after: Weights) -> Weights:
+def _before(part: Mapping[str, Any], after: Growths) -> Growths:
     if "pattern" in part and "content" in part:
         return _before_replacing(part["pattern"], after.of(str(part["content"])), after)
     if "prepend" in part:
         added = after.of(str(part["prepend"]))
         return after.each(lambda weight: weight + added)
     if part.get("precompiled_charsmap"):
-        return Weights(after.most * max(1, _longest(part["precompiled_charsmap"])))
+        return Growths(after.most * max(1, _longest(part["precompiled_charsmap"])))
     if part.get("type") == "ByteLevel":  # a character has up to four bytes
-        return Weights(4 * after.most, {c: after.known.get(c, after.others) for c in VISIBLE})
-    return Weights(after.most)  # characters may be replaced by others
+        return Growths(4 * after.most, {c: after.known.get(c, after.others) for c in VISIBLE})
+    return Growths(after.most)  # characters may be replaced by others
 
 
-def _before_replacing(pattern: Any, added: float, after: Weights) -> Weights:
+def _before_replacing(pattern: Any, added: float, after: Growths) -> Growths:
     text = pattern.get("String") if isinstance(pattern, Mapping) else pattern
     if isinstance(text, str) and text:
         changed = {c: max(after.of(c), added / len(text)) for c in text}
-        return Weights(after.others, after.known | changed)
+        return Growths(after.others, after.known | changed)
     expression = pattern.get("Regex") if isinstance(pattern, Mapping) else None
     if isinstance(expression, str) and not matches_nothing(expression):
         return after.each(lambda weight: max(weight, added))

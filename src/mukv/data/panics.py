@@ -119,9 +119,9 @@ def is_quick(expression: str) -> bool:
 
 
 class _Traces:
-    """Holds back the whole process's standard error while any thread is in a block.
+    """Holds back the standard error of the whole process while any thread is in a block.
 
-    At the end of each block, what others wrote is passed on, and traces of panics are dropped.
+    At the end of each block, traces of panics are dropped, and all other text is passed on.
     """
 
     TRACE = re.compile(rb"\n?thread '[^\n]* panicked at .*?(\nnote: [^\n]*\n|\Z)", re.DOTALL)

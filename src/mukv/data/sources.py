@@ -1,26 +1,38 @@
 """Sources of text: files, folders, Python packages, data sets.
 
 A source is a string: a path, or `kind:name` with a kind of the table `SOURCES`. A source function
-yields documents as open binary files. To add a source: one function, one line in the table. The
-order is deterministic: paths are sorted, rows are in their order.
+yields documents as open binary files, or returns `RemoteRows`. To add a source, write a function
+and add a line to the table. The order of documents is deterministic: paths are sorted, and rows
+keep their order.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import os
 import pkgutil
 import sys
 import sysconfig
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from mukv.core.errors import BadInput, nearest_name, unknown_name
 from mukv.core.table import imported
+from mukv.data.remote import (
+    Hub,
+    Lines,
+    Reliable,
+    RemoteRows,
+    Table,
+    json_field,
+    require_datasets,
+    require_pyarrow,
+)
+from mukv.data.spool import spooled
 from mukv.storage.files import require_regular_file
 
 TESTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
@@ -30,13 +42,18 @@ Source = Iterator[tuple[str, BinaryIO]]
 """Names (for messages) and open files of documents."""
 
 
-def open_source(source: str, field: str) -> Source:
-    """Open the documents of a source; of records, the text in `field`. Raises BadInput: at once for
-    an unknown name, while iterating for what can't be read.
+def open_source(source: str, field: str, spools: Path | None = None) -> Source:
+    """Open the documents of a source. Of records, the text in `field` is read.
+
+    spools: folder in which what a remote source sent is kept; None keeps nothing
+
+    Raises BadInput at once for an unknown name, and during iteration for a document that can't be
+    read.
     """
     kind, _, name = source.partition(":")
     if kind in SOURCES:
-        return SOURCES[kind](name, field)
+        found = SOURCES[kind](name, field)
+        return _streamed(found, field, spools) if isinstance(found, RemoteRows) else found
     if name and "." in kind and not os.path.lexists(source):
         return imported(kind, "SOURCE")(name, field)
     return _path(source, field)
@@ -52,7 +69,7 @@ def telling_read_errors(name: str) -> Iterator[None]:
 
 
 def nearest_path(path: Path) -> str | None:
-    """Return the path in the same folder whose name is nearest to a missing one, if any is near."""
+    """Return the path in the same folder that is most similar to a missing path, or None."""
     try:
         return nearest_name(str(path), (str(each) for each in path.parent.iterdir()))
     except OSError:
@@ -64,7 +81,7 @@ def _path(source: str, field: str) -> Source:
     path = Path(source)
     if not path.exists():
         near = nearest_name(source, SOURCES) or nearest_path(path)
-        allowed = "a file or folder, stdlib, package:NAME or hf:NAME"
+        allowed = "a file or folder, stdlib, package:NAME, hf:NAME or an address (https://...)"
         raise BadInput("SOURCE", source, allowed, near)
     if not path.is_dir():
         return _file(path, field)
@@ -132,23 +149,11 @@ def _jsonl(path: Path, field: str) -> Source:
             if not line.strip():
                 continue
             where = f"{path}:{number}"
-            try:
-                # Bytes that are not UTF-8 are kept here and treated by `pieces`.
-                record = json.loads(line.decode(errors="surrogateescape"))
-            except (ValueError, RecursionError) as error:
-                raise BadInput(where, _start(line), f"one JSON object per line ({error})") from None
-            if not isinstance(record, dict):
-                raise BadInput(where, _start(line), "one JSON object per line")
-            if field not in record:
-                raise unknown_name(f"{where}: field", field, map(str, record))
-            yield _record(where, field, record[field])
+            yield record(where, field, json_field(line, field, where))
 
 
-def _start(line: bytes) -> str:
-    return line[:40].decode(errors="replace").strip()
-
-
-def _record(where: str, field: str, value: object) -> tuple[str, BinaryIO]:
+def record(where: str, field: str, value: object) -> tuple[str, BinaryIO]:
+    """Return the name and the content of a record's text. Raises BadInput unless it is text."""
     if value is None:
         return where, io.BytesIO()
     if not isinstance(value, str):
@@ -161,11 +166,7 @@ def _record(where: str, field: str, value: object) -> tuple[str, BinaryIO]:
 
 
 def _parquet(path: Path, field: str) -> Source:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise BadInput(str(path), "Parquet", "pip install 'mukv[parquet]' first") from None
+    pyarrow = require_pyarrow(str(path))
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
@@ -173,7 +174,7 @@ def _parquet(path: Path, field: str) -> Source:
             batches = file.iter_batches(columns=[field])
             values = (value for batch in batches for value in batch.column(0).to_pylist())
             for number, value in enumerate(values, start=1):
-                yield _record(f"{path}:{number}", field, value)
+                yield record(f"{path}:{number}", field, value)
     except pyarrow.ArrowException as error:
         raise BadInput(str(path), "a file that Parquet can't read", str(error)) from None
 
@@ -214,44 +215,64 @@ def _python(paths: Iterable[Path], field: str) -> Source:
 
 
 def _hugging_face(name: str, field: str) -> Source:
-    """Open NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, on the hub or in a folder. SPLIT is `train` if
-    none is given.
-    """
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise BadInput("hf", name, "pip install 'mukv[huggingface]' first") from None
-    return _rows(datasets, name, field)
-
-
-def _rows(datasets: Any, name: str, field: str) -> Source:
+    """Open a data set in a folder that `datasets` has saved: FOLDER or FOLDER:SPLIT."""
+    datasets = require_datasets(name)
     path, *rest = name.split(":")
-    split = rest[-1] if rest else "train"
-    config = rest[0] if len(rest) > 1 else None
     try:
-        if any((Path(path) / saved).is_file() for saved in SAVED_DATA_SET):
-            rows = datasets.load_from_disk(path)
-            if isinstance(rows, datasets.DatasetDict):
-                rows = rows[split]
-            elif rest:
-                raise BadInput("hf", name, f"{path} alone: a saved data set without splits")
-        else:
-            rows = datasets.load_dataset(path, config, split=split, streaming=True)
+        rows = datasets.load_from_disk(path)
+        if isinstance(rows, datasets.DatasetDict):
+            rows = rows[rest[-1] if rest else "train"]
+        elif rest:
+            raise BadInput("hf", name, f"{path} alone: a saved data set without splits")
         for number, row in enumerate(rows, start=1):
             if field not in row:
                 raise unknown_name(f"hf:{name}: field", field, row)
-            yield _record(f"hf:{name}:{number}", field, row[field])
+            yield record(f"hf:{name}:{number}", field, row[field])
     except BadInput:
         raise
     except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput("hf", name, f"NAME, NAME:SPLIT or NAME:CONFIG:SPLIT ({reason})") from error
+        raise BadInput(
+            "hf", name, f"a saved data set: FOLDER or FOLDER:SPLIT ({reason})"
+        ) from error
 
 
-SOURCES: dict[str, Callable[[str, str], Source]] = {
+def _hub(name: str, field: str) -> Source | RemoteRows:
+    """Open a data set in a folder, or stream one of the hub."""
+    folder = Path(name.partition(":")[0])
+    if any((folder / saved).is_file() for saved in SAVED_DATA_SET):
+        return _hugging_face(name, field)
+    return Hub(name, field)
+
+
+def _web(kind: str) -> Callable[[str, str], RemoteRows]:
+    """Return the reader of files on the web, by the suffix in their address."""
+
+    def read(name: str, field: str) -> RemoteRows:
+        url = f"{kind}:{name}"
+        suffix = PurePosixPath(urllib.parse.urlsplit(url).path).suffix
+        if suffix not in WEB:
+            allowed = f"the address of a file that ends in {' or '.join(WEB)}"
+            raise BadInput("SOURCE", url, allowed)
+        return WEB[suffix](url, field)
+
+    return read
+
+
+def _streamed(rows: RemoteRows, field: str, spools: Path | None) -> Source:
+    """Yield the documents of a remote source; with `spools`, those kept there are not fetched."""
+    for row in Reliable(rows) if spools is None else spooled(rows, field, spools):
+        yield record(row.name, field, row.value)
+
+
+SOURCES: dict[str, Callable[[str, str], Source | RemoteRows]] = {
     "stdlib": _stdlib,
     "package": _package,
-    "hf": _hugging_face,
+    "hf": _hub,
+    "http": _web("http"),
+    "https": _web("https"),
 }
 FORMATS: dict[str, Callable[[Path, str], Source]] = {".jsonl": _jsonl, ".parquet": _parquet}
 """Readers by suffix; all other files are read as text."""
+WEB: dict[str, Callable[[str, str], RemoteRows]] = {".jsonl": Lines, ".parquet": Table}
+"""Readers of files on the web by suffix."""

@@ -1,8 +1,8 @@
-"""Compute the bytes of each id of a tokenizer.json, as its decoder spells them.
+"""Compute the bytes of text that each id of a tokenizer.json stands for, from its decoder.
 
-Decoders depend on a token's position: they join words by spaces and strip the space before the
-first. So a token is decoded between two others, where it adds the same to a text as everywhere
-except at the ends.
+What a decoder returns for a token depends on its position: words are joined by spaces, and the
+space before the first word is stripped. Each token is therefore decoded between two others; the
+text between theirs is what the token adds to a text anywhere but at its ends.
 """
 
 from __future__ import annotations
@@ -26,16 +26,27 @@ def byte_alphabet() -> list[str]:
     return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
 
 
-VALUES = {shown: byte for byte, shown in enumerate(byte_alphabet())}
+UNKNOWN = 0x100
+"""The character that stands for one that is in no byte-level vocabulary."""
+
+
+class _ByteValues(dict[int, int]):
+    """Table for `str.translate` from the visible characters of bytes to their values."""
+
+    def __missing__(self, character: int) -> int:
+        return UNKNOWN
+
+
+VALUES = _ByteValues({ord(shown): byte for byte, shown in enumerate(byte_alphabet())})
 
 
 def spelled(inner: Tokenizer, decoder: Any, silent: Collection[int], size: int) -> list[bytes]:
-    """Return the bytes of each id below `size`; empty for unused ids and for those in `silent`.
+    """Return the bytes of each id below `size`; empty for unused ids and for ids in `silent`.
 
     decoder: the file's decoder
 
-    The bytes of consecutive tokens, except the first, add up to the decoded text if it consists of
-    whole characters.
+    The concatenated bytes of consecutive tokens are the decoded text, except for the first token,
+    and if the text consists of whole characters.
     """
     data = [b""] * size
     tokens = {
@@ -53,8 +64,9 @@ def spelled(inner: Tokenizer, decoder: Any, silent: Collection[int], size: int) 
                 del contextual[token]
     if "ByteLevel" in kinds:
         for token, text in tokens.items():
-            known = VALUES.keys() >= set(text)
-            data[token] = bytes(VALUES[c] for c in text) if known else text.encode()
+            values = text.translate(VALUES)
+            known = chr(UNKNOWN) not in values
+            data[token] = values.encode("latin-1") if known else text.encode()
             # Partial characters have no text.
             if kinds == {"ByteLevel"} or not _is_text(data[token]):
                 contextual.pop(token, None)
@@ -63,7 +75,8 @@ def spelled(inner: Tokenizer, decoder: Any, silent: Collection[int], size: int) 
 
 
 def _between(inner: Tokenizer, tokens: Mapping[int, str]) -> dict[int, str]:
-    """Return the text of each id between two others, or alone if no suitable others exist."""
+    """Return the text of each id decoded between two others, or alone if there are no suitable
+    ones."""
     if not tokens:
         return {}
     ids = list(tokens)
@@ -85,8 +98,8 @@ def _between(inner: Tokenizer, tokens: Mapping[int, str]) -> dict[int, str]:
 def _neighbours(
     inner: Tokenizer, tokens: Mapping[int, str]
 ) -> tuple[list[int], list[int], str, str]:
-    """Choose two tokens to put around another; also return what they add to a text before and after
-    it.
+    """Choose two tokens to put before and after another; also return the texts that they decode to
+    there.
     """
     letters = re.compile("[A-Za-z0-9]")
     tried = sorted(tokens, key=lambda t: (not letters.search(tokens[t]), len(tokens[t]), t))[:TRIED]

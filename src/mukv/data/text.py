@@ -1,19 +1,20 @@
 """Read all documents of all sources as a stream of pieces of valid UTF-8.
 
-A document of up to 1 MiB is one piece, a longer one comes in blocks, so that documents of any size
-fit in memory. sources.py opens the documents.
+A document of up to 1 MiB is one piece, and a longer one is read in blocks, so that a document of
+any size fits in memory. sources.py opens the documents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, get_args
 
 from mukv.core.errors import BadInput, unknown_name
 from mukv.data.sources import open_source, telling_read_errors
 
 WHOLE_BYTES = 1 << 20
-"""Longer texts are cut into blocks, so that a file of gigabytes is never in memory as a whole."""
+"""Longest text that is one piece; longer texts are read in blocks of `BLOCK_BYTES`."""
 BLOCK_BYTES = 1 << 16
 Invalid = Literal["strict", "replace", "skip"]
 
@@ -24,46 +25,55 @@ class Piece(NamedTuple):
     name: document, for messages
     data: the text
     first: whether a document begins here
+    long: whether the document came in blocks
     """
 
     name: str
     data: bytes
     first: bool
+    long: bool = False
 
 
 def pieces(
-    sources: Sequence[str], field: str = "text", on_invalid: str = "strict"
+    sources: Sequence[str],
+    field: str = "text",
+    on_invalid: str = "strict",
+    spools: Path | None = None,
 ) -> Iterator[Piece]:
     """Yield all documents of all sources, those beyond 1 MiB in blocks of 64 KiB cut at line ends.
 
     field: name of the text in JSONL, Parquet and data sets
-    on_invalid: what to do with text that is not UTF-8: "strict" raises BadInput, "replace" inserts
+    on_invalid: treatment of text that is not UTF-8: "strict" raises BadInput, "replace" inserts
         U+FFFD, "skip" leaves the piece out
+    spools: folder in which what remote sources sent is kept, so that it is not fetched again; None
+        keeps nothing
 
     Empty documents are left out. Raises BadInput for a source that can't be read.
     """
     if on_invalid not in get_args(Invalid):
         raise unknown_name("on_invalid", on_invalid, get_args(Invalid))
-    opened = [open_source(source, field) for source in sources]  # raises for unknown names first
+    opened = [
+        open_source(source, field, spools) for source in sources
+    ]  # raises for unknown names first
     for source in opened:
         for name, file in source:
             first, offset = True, 0
             with file, telling_read_errors(name):
-                for block in _blocks(file):
+                for block, long in _blocks(file):
                     valid = _valid(name, block, offset, on_invalid)
                     offset += len(block)
                     if valid:
-                        yield Piece(name, valid, first)
+                        yield Piece(name, valid, first, long)
                     first = not valid
 
 
-def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Yield a short document whole, a long one in blocks that end after a line, else before a
-    space, else after a character.
+def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """Yield a short document as one block, and a long one in blocks; and whether it is a long one.
+    A block ends after a line if possible, otherwise before a space, otherwise after a character.
     """
     rest = file.read(WHOLE_BYTES + 1)
     if len(rest) <= WHOLE_BYTES:
-        yield rest
+        yield rest, False
         return
     while rest:
         if len(rest) <= BLOCK_BYTES:
@@ -75,7 +85,7 @@ def _blocks(file: BinaryIO) -> Iterator[bytes]:
             # Continuation bytes of UTF-8 are 10xxxxxx; no character has more than three.
             for _ in range(3):
                 cut -= rest[cut] & 0xC0 == 0x80
-        yield rest[:cut]
+        yield rest[:cut], True
         rest = rest[cut:]
 
 

@@ -1,8 +1,9 @@
 """Tokenizers: bytes, or any `tokenizer.json`, behind one small interface.
 
 Both kinds are stored as a `tokenizers` file. Every id has known bytes, so that bits per byte are
-exact for byte-level vocabularies (GPT-2, Llama 3, mukv's own) and SentencePiece ones with byte
-fallback (Gemma); what others (WordPiece) lose in their normalisation is not counted.
+exact for byte-level vocabularies (GPT-2, Llama 3, mukv's own) and SentencePiece vocabularies with
+byte fallback (Gemma). Bytes that other tokenizers (WordPiece) remove from a text by normalisation
+are not counted.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from mukv.storage.files import require_regular_file, write_atomic
 BEGIN = "<|begin|>"
 """Token before every document; its id in the byte tokenizer is 256."""
 MOST_BYTES = 200_000_000
-"""Largest tokenizer.json in bytes; that of Gemma 3 has 33 MB."""
+"""Largest size of a tokenizer.json, in bytes; Gemma 3's has 33 MB."""
 MOST_IDS = 1 << 24
 """Upper bound of ids: the largest published vocabularies have 2**18."""
 TRAINING_BYTES = 1 << 28
-"""Bytes of text that BPE is trained on, at most; more changes little and takes long."""
+"""Maximum bytes of text that BPE is trained on; more text changes little and takes long."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ class JsonTokenizer:
 
     @cached_property
     def text_vocab_size(self) -> int:
-        """The largest id that a text can have plus one: the size that a model's embedding needs.
+        """One more than the largest id of a tokenised text, which is the vocabulary that a model
+        needs.
 
-        Special tokens count only if they begin a text. Published files name some that their models
-        have no embedding for.
+        Special tokens count only if they begin a text, because published files name special tokens
+        for which their models have no embedding.
         """
         special = {t for t, token in self._added.items() if token.special}
         # A special token may be the unknown token.
@@ -72,13 +74,13 @@ class JsonTokenizer:
 
     @cached_property
     def start(self) -> tuple[int, ...]:
-        """Ids before every document, from the file's template; ids that it puts after a text are
-        ignored."""
-        return _start(self.said.get("post_processor"))
+        """Ids before every document, from the file's template. Ids that the template puts after a
+        text are ignored."""
+        return _start(self.settings.get("post_processor"))
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of all tokens with their ids. Equal fingerprints: ids mean the same."""
+        """The SHA-256 of all tokens with their ids; equal for tokenizers with the same ids."""
         ordered = sorted(self._vocab.items(), key=lambda item: (item[1], item[0]))
         return hashlib.sha256(json.dumps(ordered).encode()).hexdigest()
 
@@ -91,8 +93,8 @@ class JsonTokenizer:
         return self.inner.get_added_tokens_decoder()
 
     @cached_property
-    def said(self) -> dict[str, Any]:
-        """The file without its vocabulary and merges."""
+    def settings(self) -> dict[str, Any]:
+        """The content of the file without its vocabulary and merges."""
         tree = json.loads(self.content)
         if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
             raise ValueError("no JSON object with a `model`")
@@ -102,7 +104,7 @@ class JsonTokenizer:
 
     @cached_property
     def _may_panic(self) -> bool:
-        return may_panic(self.said)
+        return may_panic(self.settings)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int32 [token], without `start`. Raises BadInput for lone
@@ -113,8 +115,8 @@ class JsonTokenizer:
         return np.array(found.ids, np.int32)
 
     def encode_marked(self, text: str) -> list[int]:
-        """Return the ids of a text in which special tokens are written out, as by a
-        chat template."""
+        """Return the ids of a text in which special tokens are written out, as a chat template
+        writes them."""
         require_text("text", text)
         with telling_tokenizer_errors("text", text[:40], self._may_panic):
             return self._marked.encode(text, add_special_tokens=False).ids
@@ -124,7 +126,7 @@ class JsonTokenizer:
         return _plain(self.content)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids that begin a text, as the file's decoder gives it.
+        """Decode ids from the start of a text, by the file's decoder.
 
         Special tokens and unused ids are left out; bytes that are not characters become U+FFFD.
         """
@@ -133,7 +135,7 @@ class JsonTokenizer:
             return self.inner.decode(known)
 
     def decode_further(self, ids: Iterable[int]) -> str:
-        """Return the text of ids that follow others, with the space before the first word."""
+        """Decode ids that follow other ids, keeping the space before the first word."""
         return b"".join(map(self.token_data, ids)).decode(errors="replace")
 
     def token_data(self, token: int) -> bytes:
@@ -145,11 +147,11 @@ class JsonTokenizer:
     def _data(self) -> list[bytes]:
         silent = {token for token, added in self._added.items() if added.special}
         with telling_tokenizer_errors("tokenizer.json", "its decoder", self._may_panic):
-            return spelled(self.inner, self.said.get("decoder"), silent, self.vocab_size)
+            return spelled(self.inner, self.settings.get("decoder"), silent, self.vocab_size)
 
     def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
-        """Return the UTF-8 bytes of each id, int32 [vocab]. Raises BadInput for too small a
-        vocabulary."""
+        """Return the number of UTF-8 bytes of each id, int32 [vocab]. Raises BadInput for a
+        vocabulary that is too small."""
         size = self.vocab_size if vocab_size is None else vocab_size
         if size < self.text_vocab_size:
             raise BadInput("vocab_size", size, f"at least the tokenizer's {self.text_vocab_size}")
@@ -164,7 +166,7 @@ class JsonTokenizer:
 
 
 class ByteTokenizer(JsonTokenizer):
-    """Tokenizer whose ids are byte values, and 256, which begins a document."""
+    """Tokenizer whose ids are the values of bytes; id 256 begins a document."""
 
     def __init__(self) -> None:
         vocab = {shown: byte for byte, shown in enumerate(byte_alphabet())}
@@ -180,7 +182,7 @@ class ByteTokenizer(JsonTokenizer):
 
 
 class NoTokenizer(JsonTokenizer):
-    """Tokenizer of a model without one: it has only ids, without text."""
+    """Placeholder for a model without a tokenizer. It has no ids and refuses texts."""
 
     def __init__(self) -> None:
         super().__init__(Tokenizer(models.BPE()).to_str())
@@ -195,7 +197,8 @@ AnyTokenizer = ByteTokenizer | JsonTokenizer
 def _plain(content: str) -> Tokenizer:
     """Load a tokenizer without truncation, padding and randomness (dropout of merges, sampling).
 
-    Its post-processor is removed: `start` replaces it, and a template may also double the text.
+    Its post-processor is removed, because `JsonTokenizer.start` replaces it, and because a template
+    may repeat the text.
     """
     inner = Tokenizer.from_str(content)
     inner.post_processor = None
@@ -231,7 +234,8 @@ def _start(processor: Any) -> tuple[int, ...]:
 
 
 def _spells_one(inner: Tokenizer, special: Iterable[str]) -> bool:
-    """Whether the model alone forms a special token other than the unknown one from letters."""
+    """Whether the model tokenises the text of a special token, other than the unknown token, to
+    that token."""
     unknown = getattr(inner.model, "unk_token", None)
     return any(
         text != unknown and any(piece.value == text for piece in inner.model.tokenize(text))
@@ -240,8 +244,8 @@ def _spells_one(inner: Tokenizer, special: Iterable[str]) -> bool:
 
 
 def _without_words(model: dict[str, Any], words: set[str]) -> models.Model:
-    """Return the model of a file without these words, except the unknown token; ids do
-    not change."""
+    """Return the model of a file without these words, except the unknown token. The other words
+    keep their ids."""
     vocab = model["vocab"]
     if isinstance(vocab, list):  # Unigram: an id is the place in the list
         kept = vocab[model["unk_id"]][0] if model.get("unk_id") is not None else None
@@ -258,10 +262,10 @@ def _without_words(model: dict[str, Any], words: set[str]) -> models.Model:
 
 
 def _require_one_name(found: JsonTokenizer, where: str) -> None:
-    """Raise BadInput for an id with two tokens."""
+    """Raise BadInput if two tokens have the same id."""
     names: dict[int, str] = {}
     words = found.inner.get_vocab(with_added_tokens=False).items()
-    added = [(token["content"], token["id"]) for token in found.said.get("added_tokens") or ()]
+    added = [(token["content"], token["id"]) for token in found.settings.get("added_tokens") or ()]
     for word, token in (*words, *added):
         if word and names.setdefault(token, word) != word:  # see `_without_words`
             given = f"{names[token]!r} and {word!r}, both with id {token}"
@@ -281,14 +285,17 @@ def _finished(inner: Tokenizer, use_regex: bool = True) -> Tokenizer:
 
 
 def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
-    """Parse the content of a tokenizer.json. where: name in errors. Raises BadInput."""
+    """Parse the content of a tokenizer.json. Raises BadInput if it can't be used.
+
+    where: name of the file in errors
+    """
     byte_level = ByteTokenizer()
     if text == byte_level.content:
         return byte_level
     allowed = "a tokenizer.json of Hugging Face's tokenizers"
     with telling_tokenizer_errors(where, "a file that can't be used", quiet=True):
         found = JsonTokenizer(text)
-        require_bounded(found.said, where)
+        require_bounded(found.settings, where)
         size = found.vocab_size
         if size > MOST_IDS:
             raise BadInput(where, f"an id of {size - 1:,}", f"ids below {MOST_IDS:,}")
@@ -305,7 +312,7 @@ def parse_tokenizer(text: str, where: str) -> AnyTokenizer:
 
 
 def load_tokenizer(path: Path) -> AnyTokenizer:
-    """Load a tokenizer.json, or that of a folder. Raises BadInput."""
+    """Load a tokenizer.json, or the one in a folder. Raises BadInput if it can't be used."""
     path = path / "tokenizer.json" if path.is_dir() else path
     require_regular_file(path, "tokenizer")
     try:
@@ -329,8 +336,8 @@ def find_tokenizer(path: Path) -> AnyTokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """Train a byte-level BPE on at most the first 256 MiB of text.
 
-    It has fewer ids than requested if the text has nothing left to merge. Raises BadInput for fewer
-    than the 257 ids of the bytes and the begin token.
+    The tokenizer has fewer ids than requested if no pairs are left to merge. Raises BadInput for a
+    vocabulary below 257, which are the ids of the bytes and the begin token.
     """
     if vocab_size < 257:
         raise BadInput("vocab_size", vocab_size, "at least 257: the bytes and the begin token")

@@ -2,8 +2,8 @@
 
 `train.bin` and `validation.bin` hold ids, `*.starts` the index of each document's first token,
 tokenizer.json the vocabulary, meta.json counts and fingerprint (see docs/formats.md). Opening
-checks all sizes and document starts, but not every id: `verify` checks all, and `Batches` those
-that it returns.
+checks all sizes and document starts, but not the ids: `verify` checks all ids, and `Batches` the
+ids that it returns.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TokenFile:
     """An open token file.
 
     fingerprint: SHA-256 of its content
-    sources: the sources it was made from, as typed
+    sources: sources from which it was made, as typed
     """
 
     path: Path
@@ -80,15 +80,16 @@ class TokenFile:
         return {"train": self.train, "validation": self.validation}[name]
 
     def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
-        """Return the UTF-8 bytes of each id, int32 [vocab], padded with zeros to a model's larger
-        vocabulary.
+        """Return the number of UTF-8 bytes of each id, int32 [vocab], padded with zeros to the
+        vocabulary of a model.
         """
         return self.tokenizer.token_bytes(vocab_size)
 
     def require_unchanged(self) -> None:
         """Raise BadInput unless the content has the recorded fingerprint.
 
-        Reads everything: 0.6 s per GB. Files that were read are not read again in this process.
+        All files are read, which takes 0.6 s per GB. Files that have not changed since are not read
+        again in this process.
         """
         files = [(self.path / name).stat() for name in CONTENT]
         state = (self.fingerprint, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in files))
@@ -204,7 +205,7 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
         if size != count * dtype.itemsize:
             expected = f"meta.json says {count * dtype.itemsize}: truncated, or of another file"
             raise BadInput(str(path), f"{size} bytes", expected)
-        # An empty file can't be mapped. As a plain array: slicing a memmap object is slow.
+        # An empty file can't be mapped. The map becomes a plain array, whose slices are faster.
         return np.asarray(np.memmap(path, dtype, "r")) if count else np.zeros(0, dtype)
     except OSError as error:
         raise BadInput(str(path), error.strerror, "a file that can be read") from None

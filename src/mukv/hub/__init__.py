@@ -6,6 +6,7 @@ from mukv.hub.family import Family
 from mukv.hub.gemma import GEMMA2, GEMMA3
 from mukv.hub.llama import LLAMA
 from mukv.hub.mistral import MISTRAL
+from mukv.hub.olmo import OLMO2, OLMO3
 from mukv.hub.qwen import QWEN2, QWEN3
 
 FAMILIES: dict[str, Family] = {
@@ -15,6 +16,8 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": QWEN3,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
+    "Olmo2ForCausalLM": OLMO2,
+    "Olmo3ForCausalLM": OLMO3,
 }
 """By `architectures[0]` of a config.json; where several can express a model, the first one
 is used.

@@ -58,7 +58,7 @@ class Family:
     residual, embedding_scale: as in `Decoder`
     activation: key of the activation
     biases: biases that all of its models have; None if `attention_bias` says whether there are any
-    query_norm: whether queries and keys are normalised
+    query_norm: what queries and keys are normalised over; None if they are not
     query_scale, attention_softcap, logit_softcap: keys of these numbers; None if there is no key
     width_of_heads: whether the number of heads must divide the width
     windows: how windows are expressed
@@ -76,7 +76,7 @@ class Family:
     embedding_scale: Literal["root_width"] | None = None
     activation: str = "hidden_act"
     biases: tuple[Literal["query", "key", "value", "output"], ...] | None = None
-    query_norm: bool = False
+    query_norm: Literal["head", "projection"] | None = None
     query_scale: str | None = None
     attention_softcap: str | None = None
     logit_softcap: str | None = None
@@ -114,6 +114,7 @@ class Family:
             kv_heads=kv_heads,
             head_dim=head_dim,
             norm=norm if self.query_norm else None,
+            norm_over=self.query_norm or "head",
             scale=self._read_scale(given, head_dim),
             softcap=self._cap(given, self.attention_softcap),
             biases=self._read_biases(given),
@@ -196,6 +197,7 @@ class Family:
             "residual.kind": (model.residual.kind, (self.residual.kind,)),
             "embedding_scale": (model.embedding_scale, (self.embedding_scale,)),
             "attention.norm": (first.norm, (norm if self.query_norm else None,)),
+            "attention.norm_over": (first.norm_over, (self.query_norm or "head",)),
             "attention.sinks": (first.sinks, (None,)),
             "attention.gate": (first.gate, (None,)),
             "attention.biases": (set(first.biases), tuple(map(set, some))),

@@ -59,6 +59,6 @@ QWEN3 = Family(
     "qwen3",
     RULES,
     {**DEFAULTS, "head_dim": 128},
-    query_norm=True,
+    query_norm="head",
     windows=LastLayers(),
 )

@@ -35,12 +35,12 @@ def read_rope(given: Given) -> RoPE:
     for kind in (LOCAL, GLOBAL):
         settings.require(kind)
     outside = {key: given.mapping[key] for key in (ORIGINAL,) if key in given.mapping}
-    return _rotation(Given({**settings.mapping, **outside}, settings.where), given, THETA)
+    return read_rotation(Given({**settings.mapping, **outside}, settings.where), given, THETA)
 
 
 def read_local_rope(given: Given) -> RoPE:
     """Read the rotation of layers with a window, in a family where that of the others differs."""
-    return _rotation(given.inside("rope_parameters").inside(LOCAL), given, LOCAL_THETA)
+    return read_rotation(given.inside("rope_parameters").inside(LOCAL), given, LOCAL_THETA)
 
 
 def read_global_rope(given: Given) -> RoPE:
@@ -53,10 +53,10 @@ def read_global_rope(given: Given) -> RoPE:
         over.require("type", "default")
     settings = both.inside(GLOBAL)
     where = over.where if over.mapping else settings.where
-    return _rotation(Given({**settings.mapping, **over.mapping}, where), given, THETA)
+    return read_rotation(Given({**settings.mapping, **over.mapping}, where), given, THETA)
 
 
-def _rotation(settings: Given, given: Given, theta: str) -> RoPE:
+def read_rotation(settings: Given, given: Given, theta: str) -> RoPE:
     """Build a rotation. theta: key of the base outside of the mapping."""
     for each in (given, settings):
         each.require("partial_rotary_factor", 1)
@@ -198,6 +198,11 @@ def write_ropes(position: RoPE, local: RoPE) -> dict[str, Any]:
     """Return the keys of two rotations. The older form can't express a scaled local rotation."""
     if local.scaling is None:
         return write_rope(position) | {LOCAL_THETA: local.base}
+    return write_ropes_by_type(position, local)
+
+
+def write_ropes_by_type(position: RoPE, local: RoPE) -> dict[str, Any]:
+    """Return the keys of two rotations in the newer form."""
     return {
         "rope_parameters": {
             kind: {

@@ -1,4 +1,4 @@
-"""The attention weights of a decoder on one text."""
+"""Compute the attention weights of a decoder on one text."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ def attention_weights(
     ids: Int[np.ndarray, "batch token"],
     compute: Compute | None = None,
 ) -> dict[int, np.ndarray]:
-    """Compute the weights of every layer that has a softmax: float32 [head query key] by number.
+    """Compute the attention weights of every attention layer.
 
-    weights: stacked and scaled. ids: one row. Raises BadInput for another model than a decoder (the
-    keys of a concept model are no tokens), for one without attention, and for several rows.
+    weights: weights of the model, stacked and scaled
+    ids: one row of token ids
+
+    Returns float32 arrays [head query key] by number of the layer. Raises BadInput for a model that
+    is not a decoder (the keys of a concept model are not tokens), for a model without attention,
+    and for several rows.
     """
     if not isinstance(network, Decoder):
         raise BadInput("MODEL", network.kind, "a model of kind decoder")

@@ -1,7 +1,8 @@
-"""A conversation in token ids over one cache: each turn reads only what is new since the last one.
+"""A conversation in token ids with one cache: each turn reads only the tokens added since the last.
 
-The cache has a fixed room. Steps are taken one by one, so that what is in the cache is exactly what
-was read: a model whose state can't go back needs nothing special.
+The capacity of the cache is fixed. Tokens are decoded one by one and none is read ahead, so that
+the cache holds exactly the tokens of the conversation. This also holds for recurrent layers, whose
+states can't be reverted.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ from mukv.infer.decode import TAIL, Sampling, decode_functions
 from mukv.model.base import LanguageModel
 
 SHORTEST = 16
-"""Fewest tokens that a prefill is compiled for; others are padded to a power of two."""
+"""Smallest length of a prefill in tokens; longer ones are padded to a power of two."""
 LONGEST = 512
-"""Most new tokens that are read at once behind others: scores are [query, cache and new tokens]."""
+"""Maximum number of new tokens in one prefill after tokens in the cache, which bounds the array of
+logits [new tokens, tokens in the cache and new tokens]."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """One turn of a model.
 
-    tokens: new ones, a stop token included. read: tokens that were prefilled; kept: tokens that
-    the cache had from earlier turns. cache_bytes: as allocated. prefill_seconds: until the first
-    token, without compile_seconds. tokens_per_second: after the first token.
+    tokens: new tokens, a stop token included
+    read: number of tokens that were prefilled in this turn
+    kept: number of tokens that were in the cache from earlier turns
+    cache_bytes: bytes of the allocated cache
+    prefill_seconds: time until the first token, without compile_seconds
+    compile_seconds: time to compile programs, or to read them from disk
+    tokens_per_second: decoding speed after the first token
     """
 
     tokens: list[int]
@@ -47,7 +53,7 @@ class Answer:
 
 
 class Conversation:
-    """Token ids that grow turn by turn, and the cache of those that were read."""
+    """The token ids of a conversation, which grow turn by turn, and their cache."""
 
     def __init__(
         self,
@@ -59,8 +65,14 @@ class Conversation:
         policy: Policy = FULL,
         centres: Calibrated | None = None,
     ):
-        """weights: from `decoding_weights`. length: tokens that the conversation may have in all.
-        policy, centres: of the cache. Raises BadInput for a policy that does not fit the model."""
+        """Allocate the cache.
+
+        weights: weights from `decoding_weights`
+        length: maximum number of tokens of the conversation
+        policy, centres: cache policy, and its calibrated centres if it needs them
+
+        Raises BadInput for a policy that does not fit the model.
+        """
         self.model, self.weights, self.length = model, weights, length
         self.sampling = sampling or Sampling()
         self.compute = settled(compute)
@@ -70,7 +82,7 @@ class Conversation:
         self.ids: list[int] = []
         """Tokens in the cache, in order."""
         self.filled = 0
-        """Those of them in the tail."""
+        """Number of these tokens that are in the tail."""
         self.cache = self._empty()
         self.cache_bytes = self.cache.nbytes()
 
@@ -83,7 +95,7 @@ class Conversation:
         return self.model.empty_cache(*room, self.compute.type, self.policy, self.centres)
 
     def continues(self, ids: Sequence[int]) -> bool:
-        """Whether these begin with all that is in the cache, and go on."""
+        """Return whether `ids` are the tokens in the cache, followed by more."""
         return len(ids) > len(self.ids) and list(ids[: len(self.ids)]) == self.ids
 
     def answer(
@@ -94,12 +106,16 @@ class Conversation:
         show: Callable[[int], None] | None = None,
         ended: Callable[[list[int]], bool] | None = None,
     ) -> Answer:
-        """Continue a conversation by up to `max_tokens` tokens, as many as there is room for.
+        """Continue a conversation by up to `max_tokens` tokens, or until the cache is full.
 
-        ids: all of its tokens. Those in the cache are not read again if `ids` continue them;
-        otherwise the cache begins anew. stop: ids that end the answer. show: called with each new
-        token. ended: whether the answer is complete, called with all its tokens after each one.
-        Raises BadInput for no tokens, ids that the model lacks, and more than there is room for.
+        ids: all tokens of the conversation; if they continue the tokens in the cache, only the
+            others are read, otherwise the cache is emptied first
+        stop: ids that end the answer
+        show: called with each new token
+        ended: whether the answer is complete; called with all its tokens after each token
+
+        Raises BadInput for no tokens, ids outside of the vocabulary, and a conversation that does
+        not fit into the cache.
         """
         self._check(ids, max_tokens)
         if self.ids and not self.continues(ids):
@@ -108,7 +124,7 @@ class Conversation:
         try:
             found = self._answer(new, min(max_tokens, self.length - len(ids)), stop, show, ended)
         except BaseException:
-            # What the cache holds now is unknown, or was given to a program that has not returned.
+            # The content of the cache is unknown, or was donated to a program that did not return.
             self.reset()
             raise
         self.turns += 1
@@ -123,7 +139,7 @@ class Conversation:
         ended: Callable[[list[int]], bool] | None,
     ) -> Answer:
         model, weights, functions = self.model, self.weights, self.functions
-        # Another seed for each turn: the same message need not have the same answer.
+        # Each turn has its own seed, so that equal messages may have different answers.
         key = jax.random.fold_in(jax.random.key(self.sampling.seed), self.turns)
         number, one = jnp.ones((), jnp.int32), np.int32(1)
         pieces = (
@@ -173,7 +189,7 @@ class Conversation:
         return Answer(tokens, len(new), 0, self.cache_bytes, *times)
 
     def _padded(self, tokens: list[int]) -> tuple[np.ndarray, jax.Array]:
-        """A prompt of one row as a program takes it, and its number of tokens."""
+        """Return the tokens as one padded row, int32 [1 token], and their number [1]."""
         size = max(SHORTEST, 1 << (len(tokens) - 1).bit_length())
         padded = np.zeros((1, min(size, self.length)), np.int32)
         padded[0, : len(tokens)] = tokens

@@ -1,4 +1,4 @@
-"""Decoding: prefill in one pass, then a compiled loop over a cache of static shape.
+"""Decoding: prefill in one pass or in chunks, then a compiled loop over a cache of static shape.
 
 The loop carries only the small tails of the cache. The large bodies are read in place, and full
 tails are folded into them. Text can be shown while it is decoded. All programs are compiled before
@@ -25,6 +25,8 @@ from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.programs import Programs, outputs
 from mukv.core.typing import Array, Float, Int, Weights
+from mukv.infer.prompts import PROMPT_MULTIPLE, joined, readings, round_up
+from mukv.infer.replay import Spent, read_twice
 from mukv.model.base import LanguageModel
 
 BLOCK = 16
@@ -32,13 +34,11 @@ BLOCK = 16
 between.
 """
 SHOWN_EVERY = 0.1
-"""Seconds: a block of steps whose tokens are shown grows only while it takes less than this."""
+"""Upper bound, in seconds, of a block of steps whose tokens are shown; blocks grow up to it."""
 TAIL = 64
-"""Largest tail in tokens. A larger one means more reads of unused entries, a smaller one more
-folds.
+"""Largest tail in tokens. A larger tail makes steps read more unused entries, a smaller one makes
+folds more frequent.
 """
-PROMPT_MULTIPLE = 64
-"""Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
 
 
 @dataclass(frozen=True)
@@ -113,25 +113,30 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Static shapes of one generation, in rows and tokens."""
+    """Static shapes of one generation, in rows and tokens.
+
+    after: most tokens of a body that follow the prompt
+    """
 
     batch: int
     prompt: int
     body: int
     tail: int
+    after: int
 
     @classmethod
-    def plan(cls, batch: int, longest_prompt: int, max_tokens: int) -> Sizes:
-        """Compute the smallest cache that holds the prompt and all tokens that are read back."""
-        prompt = _round_up(longest_prompt, PROMPT_MULTIPLE)
-        read_back = _round_up(max(max_tokens - 1, 1), BLOCK)
+    def plan(cls, batch: int, longest_prompt: int, max_tokens: int, then: int = 0) -> Sizes:
+        """Compute the smallest cache for the prompt and all new tokens but the last.
+
+        longest_prompt: tokens of the longest prompt, with the tokens that are read after it
+        then: largest number of tokens that are read after a prompt
+        """
+        prompt = round_up(longest_prompt, PROMPT_MULTIPLE)
+        read_back = round_up(max(max_tokens - 1, 1), BLOCK)
         tails = math.ceil(read_back / TAIL)
-        tail = _round_up(math.ceil(read_back / tails), BLOCK)
-        return cls(batch, prompt, prompt + (tails - 1) * tail, tail)
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+        tail = round_up(math.ceil(read_back / tails), BLOCK)
+        more = (tails - 1) * tail
+        return cls(batch, prompt, prompt + more, tail, then + more)
 
 
 def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | None = None) -> Any:
@@ -151,9 +156,10 @@ class DecodeFunctions(NamedTuple):
     """Compiled functions of a model, one program per shape.
 
     prefill, extend: (weights, cache, tokens, count, key) to (token, cache), for an empty cache and
-    for one with tokens in it. block: (weights, frozen, live, token, number, key, steps) to (tokens,
-    live, token, number); `steps` is at most BLOCK and data, so that one program serves all. fold:
-    (weights, cache) to cache.
+        for a cache with tokens in it
+    block: (weights, frozen, live, token, number, key, steps) to (tokens, live, token, number), for
+        at most BLOCK steps; `steps` is traced, so that one program serves every number
+    fold: (weights, cache) to cache
     """
 
     prefill: Programs
@@ -212,6 +218,7 @@ def generate(
     centres: Calibrated | None = None,
     ended: Callable[[list[int]], bool] | None = None,
     then: Sequence[Sequence[int]] | None = None,
+    prefill_chunk: int | None = None,
 ) -> Generation:
     """Continue each prompt by up to `max_tokens` tokens.
 
@@ -219,45 +226,57 @@ def generate(
     stop: ids that end a row
     show: called with the new tokens of every row as they are decoded
     policy, centres: cache policy, and its calibrated centres if it needs them
-    ended: whether a row is complete; called with all its new tokens after each block
+    ended: whether a row is complete; called with all new tokens of the row after each block
     then: tokens that follow each prompt, at least one; they are read after the policy has chosen
         from the prompt
+    prefill_chunk: tokens of a prompt that are read at once; the policy chooses entries after each
+        chunk, so that the memory of reading does not grow with the prompt. None reads it whole.
 
-    Raises BadInput for prompts that the model can't read and policies that do not fit it.
+    Raises BadInput for empty or too long prompts, for ids outside of the vocabulary, and for a
+    policy that does not fit the model.
     """
     whole = joined(prompts, then)
     _check(model, whole, max_tokens)
     sampling = sampling or Sampling()
     compute = settled(compute)
-    sizes = Sizes.plan(len(prompts), max(map(len, whole)), max_tokens)
+    behind = max(map(len, then)) if then else 0
+    sizes = Sizes.plan(len(prompts), max(map(len, whole)), max_tokens, behind)
     # The seed is an argument of the compiled functions: another seed needs no compilation.
     functions = decode_functions(model, replace(sampling, seed=0), compute)
 
-    inputs = [_padded(prompts), *([] if then is None else [_padded(then)])]
     key = jax.random.key(sampling.seed)
     room = sizes.batch, sizes.body, sizes.tail
-    cache = model.empty_cache(*room, compute.type, policy, centres)
+    number, one = jnp.ones((), jnp.int32), np.int32(1)
+    reads = readings(functions.prefill, functions.extend, prompts, then, prefill_chunk)
+    token, first = jnp.zeros(sizes.batch, jnp.int32), Spent()
+    if policy.keep.replays:
+        token, cache, first = read_twice(
+            model, weights, prompts, reads, policy, room, sizes.after, compute, key
+        )
+        reads = [each for each in reads if not each.chooses]
+    else:
+        cache = model.empty_cache(*room, compute.type, policy, centres, sizes.after)
     cache_bytes = cache.nbytes()
 
-    number, one = jnp.ones((), jnp.int32), np.int32(1)
     start = time.perf_counter()
-    readers = (functions.prefill, functions.extend)[: len(inputs)]
-    reads = zip(readers, inputs, strict=True)
-    programs = [read.compiled(weights, cache, *each, key) for read, each in reads]
+    programs, after = [], cache
+    for each in reads:
+        programs.append(each.program(weights, after, key))
+        after = outputs(programs[-1])[1]
     if max_tokens > 1:
-        token, after = outputs(programs[-1])
-        functions.block.compiled(weights, *after.split(), token, number, key, one)
+        drawn = outputs(programs[-1])[0] if programs else token
+        functions.block.compiled(weights, *after.split(), drawn, number, key, one)
         if max_tokens - 1 > sizes.tail:
             functions.fold.compiled(weights, after)
-    compile_seconds = time.perf_counter() - start
+    compile_seconds = first.compiling + time.perf_counter() - start
 
     start = time.perf_counter()
-    token, cache = programs[0](weights, cache, *inputs[0], key)
-    for program, each in zip(programs[1:], inputs[1:], strict=True):
-        token, cache = program(weights, cache, *each, key)
+    for program, each in zip(programs, reads, strict=True):
+        last, cache = program(weights, *each.inputs(cache, key))
+        token = each.token(last, token)
     rows = _Rows(stop, max_tokens, show, ended)
     rows.add(np.asarray(token)[:, None])
-    prefill_seconds = time.perf_counter() - start
+    prefill_seconds = first.reading + time.perf_counter() - start
     if rows.done:
         return Generation(rows.tokens, cache_bytes, prefill_seconds, 0.0, compile_seconds)
 
@@ -278,28 +297,6 @@ def generate(
             steps = min(2 * steps, BLOCK)
     speed = done * len(prompts) / (time.perf_counter() - start)
     return Generation(rows.tokens, cache_bytes, prefill_seconds, speed, compile_seconds)
-
-
-def joined(
-    prompts: Sequence[Sequence[int]], then: Sequence[Sequence[int]] | None
-) -> Sequence[Sequence[int]]:
-    """Return each prompt with the tokens that follow it. Raises BadInput for a prompt of which a
-    part has no token."""
-    if then is None:
-        return prompts
-    if len(prompts) != len(then) or not all(map(len, (*prompts, *then))):
-        raise BadInput("then", f"{len(then)} rows", "as many rows as prompts, none of them empty")
-    return [[*first, *second] for first, second in zip(prompts, then, strict=True)]
-
-
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, jax.Array]:
-    """Return token ids padded to a multiple of PROMPT_MULTIPLE, int32 [batch token], and the number
-    of tokens of each row."""
-    longest = _round_up(max(map(len, prompts)), PROMPT_MULTIPLE)
-    padded = np.zeros((len(prompts), longest), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return padded, jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
 
 
 class _Rows:

@@ -64,9 +64,9 @@ def evaluate(
     rows: token ids, int [token] each
     length: tokens per window; longer rows are cut into windows, each with a forward pass of its own
     token_bytes: UTF-8 bytes of each id, int [vocab]; None if unknown
-    stride: tokens from the start of a window to that of the next. Of predictions in both, the first
-        window's counts. None means `length`: neighbours share only the one token that the next
-        window predicts from.
+    stride: tokens from the start of a window to the start of the next; a token that two windows
+        predict counts once, in the earlier window; None means `length`, with which consecutive
+        windows share one token, the input of the later window's first prediction
 
     Raises BadInput for ids out of range and rows of one token.
     """
@@ -102,8 +102,8 @@ def evaluate(
 
 
 def _windows(row: np.ndarray, length: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield the windows of a row, each with the number of its predictions that an earlier
-    one made.
+    """Yield the windows of a row, each with the number of its predictions that an earlier window
+    has made.
     """
     done = 0
     for start in range(0, len(row) - 1, stride):

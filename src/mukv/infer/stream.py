@@ -13,9 +13,10 @@ from mukv.show.terminal import Console
 
 
 class TokenStream:
-    """Text of successive tokens, printed as it becomes certain.
+    """Text of successive tokens, printed as they are decoded.
 
-    Held back are bytes of an incomplete character, and text that may begin a stop text.
+    Bytes of an incomplete character, and text that may be the beginning of a stop text, are held
+    back.
 
     out: where text is printed; None for nowhere
     opening: text printed before the first token; None for none
@@ -34,7 +35,7 @@ class TokenStream:
         self.text = ""
         self.printed = 0
         self.ended = False
-        """Whether a stop text has come."""
+        """Whether a stop text has occurred."""
 
     def show(self, fresh: list[list[int]]) -> None:
         """Print the new tokens of the first row."""
@@ -49,7 +50,7 @@ class TokenStream:
         self._add(self.decoder.decode(data))
 
     def end(self) -> None:
-        """Print what is still held back, with replacement characters."""
+        """Print the text that is still held back, with U+FFFD for incomplete characters."""
         self._add(self.decoder.decode(b"", final=True))
         self._print(len(self.text))
         if self.out:

@@ -19,7 +19,8 @@ PENALTY = "penalty"
 
 
 def together(*parts: Auxiliary | None) -> Auxiliary:
-    """Merge what the parts of one layer report: penalties are added, other names are distinct."""
+    """Merge the auxiliary numbers of the parts of one layer: penalties are added, other names must
+    be distinct."""
     joined: Auxiliary = {}
     for part in parts:
         for name, value in (part or {}).items():

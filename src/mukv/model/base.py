@@ -34,7 +34,7 @@ from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
 from mukv.scaling.parameterization import Scaling
-from mukv.scaling.stability import Family
+from mukv.scaling.stability import UpdateFamily
 
 
 class Memory(NamedTuple):
@@ -43,7 +43,7 @@ class Memory(NamedTuple):
     stack: the stack
     length: capacity of the bodies, in tokens (in concepts, for the global layers of a concept
         model)
-    tail: capacity of the tails, in the same unit
+    tail: capacity of the tails, in tokens or concepts like `length`
     by_row: whether rows fill their tails at different steps
     """
 
@@ -57,7 +57,8 @@ class ForwardResult(NamedTuple):
     """Result of a forward pass over whole rows.
 
     hidden: residual stream after the last layer and norm
-    penalty: what training adds to the cross-entropy, in nats per token of each row; None for none
+    penalty: penalty that training adds to the cross-entropy, in nats per token of each row; None
+        for none
     counts: numbers to log by name, summed over each row; a run logs them per token
     """
 
@@ -157,6 +158,7 @@ class LanguageModel(Component):
         dtype: jnp.dtype | None = None,
         policy: Policy = FULL,
         centres: Calibrated | None = None,
+        after: int | None = None,
     ) -> Any:
         """Allocate an empty cache.
 
@@ -164,8 +166,10 @@ class LanguageModel(Component):
         length: capacity of the bodies, in tokens per row
         tail: number of decoding steps until `fold` must be called
         dtype: type of the entries; the compute type if None
-        policy: what layers without a window keep, how they store it, and what they read
+        policy: cache policy of layers without a window
         centres: calibrated cluster centres by layer, for policies that use them
+        after: most tokens of a row that follow its prompt, for which a policy that holds them has
+            room beyond its budget; None if that is not known: it has room for `length` entries
 
         Raises BadInput for a policy that does not fit.
         """
@@ -217,10 +221,10 @@ class LanguageModel(Component):
     # Methods with a default
 
     def check_tokenizer(self, vocab_size: int) -> None:
-        """Raise BadInput if the model uses token ids that a tokenizer of this size lacks."""
+        """Raise BadInput if a field names a token id that a tokenizer of this size lacks."""
 
     def memories(self, length: int, tail: int) -> tuple[Memory, ...]:
-        """Return the sizes of each stack's cache, as `empty_cache` allocates it.
+        """Return the sizes of the cache of each stack that `empty_cache` allocates.
 
         length, tail: arguments of `empty_cache`
         """
@@ -231,7 +235,10 @@ class LanguageModel(Component):
         return 0
 
     def every(self, part: str) -> int:
-        """Return the number of tokens per use of the weights under this name (a lower bound)."""
+        """Return the minimum number of tokens per application of a group of weights, for FLOPs.
+
+        part: name of the group in `params`
+        """
         return 1
 
     # Shared methods
@@ -264,7 +271,7 @@ class LanguageModel(Component):
             )
         return declared
 
-    def resolved(self, family: Family = "adam") -> Any:
+    def resolved(self, family: UpdateFamily = "adam") -> Any:
         """Return deviation, multiplier and learning rate factors of each weight, from its scaling.
 
         family: family of optimizers that the learning rates are for
@@ -293,10 +300,14 @@ class LanguageModel(Component):
     def __call__(self, weights: Weights, tokens: Any) -> Float[Array, "*batch token vocab"]:
         """Compute the float32 logits of the token after each of `tokens`.
 
-        A pure function: jit, grad and vmap apply. weights: as `init` draws and training saves them;
-        the multipliers of the parameterisation are applied here. tokens: ids, [batch token] or
-        [token]. Raises BadInput for other shapes and types, and, where they are known (not
-        traced), for ids outside of the vocabulary.
+        This is a pure function, to which jit, grad and vmap apply.
+
+        weights: weights as `init` draws and training saves them, without the multipliers of the
+            parameterisation, which are applied here
+        tokens: ids, [batch token] or [token]
+
+        Raises BadInput for other shapes and types, and for ids outside of the vocabulary unless
+        `tokens` is traced.
         """
         if not isinstance(tokens, Tracer):
             ids = jnp.asarray(token_ids("tokens", tokens, self.vocab_size))
@@ -343,9 +354,9 @@ class LanguageModel(Component):
     def gathered_readout(self, weights: Weights, compute: Compute) -> Weights:
         """Return the weight that makes logits, by its name, rounded and gathered over `data`.
 
-        A loop of `logits` would otherwise gather it in every turn. It is rounded to the type of
-        operands before it is gathered, which halves the traffic, and float32 after that, so that
-        the gradients of the turns are summed in float32.
+        A loop that calls `logits` would otherwise gather the weight in every iteration. It is
+        rounded to the type of operands before it is gathered, which halves the traffic, and then
+        converted to float32, so that the gradients of the iterations are summed in float32.
         """
         name = self.readout_name
         table = weights[name].astype(compute.operands or jnp.float32)
@@ -355,8 +366,8 @@ class LanguageModel(Component):
         """Look up the embeddings of tokens, in the compute type."""
         x = look_up(weights["embedding"], tokens).astype(compute.type)
         if self.embedding_scale is not None:
-            # The root of the base width, since initialisation and multipliers account for the
-            # ratio to other widths. Rounded to the compute type as in Gemma.
+            # The base width is used, since initialisation and multipliers account for the ratio of
+            # the model's width to it. The root is rounded to the compute type as in Gemma.
             width = (self.scaling.base or {}).get("embed", self.d_model)
             x = x * jnp.asarray(width**0.5, x.dtype)
         return tap("embedding", constrain(x, "batch", None, None))

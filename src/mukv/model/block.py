@@ -105,11 +105,8 @@ class PreNorm(Branching):
     kind: Literal["pre"] = "pre"
 
 
-@dataclass(frozen=True)
-class SandwichNorm(Branching):
-    """Norm before and after each branch: x + norm(branch(norm(x))) (Gemma 2)."""
-
-    kind: Literal["sandwich"] = "sandwich"
+class NormAfter(Branching):
+    """Base class of the placements with a norm of what a branch adds."""
 
     def check(self, norm: RMSNorm, scaling: Scaling) -> None:
         if scaling.depth is not None and norm.stored == "offset":
@@ -121,11 +118,33 @@ class SandwichNorm(Branching):
     def params(self, name: str, norm: RMSNorm, d_model: int) -> dict[str, Any]:
         # Only the outer gain determines the size of what a branch adds.
         after = map_params(lambda p: replace(p, ends_branch=True), norm.params(d_model))
-        return {**super().params(name, norm, d_model), f"{name}_post_norm": after}
+        return {f"{name}_post_norm": after}
 
     def leave(self, weights: Weights, name: str, norm: RMSNorm, branch: Residual) -> Residual:
         return norm.apply(weights[f"{name}_post_norm"], branch)
 
 
-RESIDUALS = PartTable("residual", Branching, {"pre": PreNorm, "sandwich": SandwichNorm})
+@dataclass(frozen=True)
+class PostNorm(NormAfter):
+    """Norm after each branch only: x + norm(branch(x)) (OLMo 2)."""
+
+    kind: Literal["post"] = "post"
+
+    def enter(self, weights: Weights, name: str, norm: RMSNorm, x: Residual) -> Residual:
+        return x
+
+
+@dataclass(frozen=True)
+class SandwichNorm(NormAfter):
+    """Norm before and after each branch: x + norm(branch(norm(x))) (Gemma 2)."""
+
+    kind: Literal["sandwich"] = "sandwich"
+
+    def params(self, name: str, norm: RMSNorm, d_model: int) -> dict[str, Any]:
+        return {f"{name}_norm": norm.params(d_model), **super().params(name, norm, d_model)}
+
+
+RESIDUALS = PartTable(
+    "residual", Branching, {"pre": PreNorm, "post": PostNorm, "sandwich": SandwichNorm}
+)
 AnyResidual = Annotated[Branching, RESIDUALS]

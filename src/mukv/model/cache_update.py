@@ -1,4 +1,4 @@
-"""The part of a cache that belongs to one layer, which a pass through the layers replaces."""
+"""Split a cache by layer, for a pass that replaces the part of each layer, and join it again."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def joined(
     cache: Cache,
     split: Mapping[int, LayerMemory],
 ) -> Cache:
-    """Put the slots and states of `memories` back into a cache. (The order is that of `bags`: a
-    dict that has passed through `jax.jit` is sorted by its keys.)
+    """Put the slots and states of `memories` back into a cache.
+
+    The order of the slots comes from `bags`, because `jax.jit` sorts a dict by its keys.
     """
     return replace(
         cache,

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 
 from mukv.attention import AnyAttention
 from mukv.cache import FULL, Policy
-from mukv.core.params import named
+from mukv.core.compute import Compute
+from mukv.core.params import abstract, named
 from mukv.model.base import LanguageModel
 from mukv.model.plan import ResolvedLayer
 from mukv.model.stack import Stack
@@ -64,11 +66,12 @@ def cache_bytes(
     tail: int,
     dtype: jnp.dtype,
     policy: Policy = FULL,
+    after: int | None = None,
 ) -> int:
     """Return the bytes of `empty_cache` with these sizes, without allocating it."""
     if not policy.everything:
         room = batch, length, tail
-        return jax.eval_shape(lambda: model.empty_cache(*room, dtype, policy)).nbytes()
+        return jax.eval_shape(lambda: model.empty_cache(*room, dtype, policy, after=after)).nbytes()
     total = batch * model.state_bytes(dtype)
     for memory in model.memories(length, tail):
         for layer in memory.stack.writers:
@@ -81,6 +84,18 @@ def cache_bytes(
     return total
 
 
+def product_flops(model: LanguageModel, declared: Any) -> float:
+    """Return the operations per token of the forward pass's products with these weights.
+
+    declared: tree of `Param`, of the model or of its adapters
+    """
+    return sum(
+        2 * param.size * param.active / model.every(name.split(".")[0])
+        for name, param in named(declared).items()
+        if param.fan_in
+    )
+
+
 def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> int:
     """Return the floating-point operations of training per token at this sequence length.
 
@@ -91,16 +106,9 @@ def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> 
         other weights then has one product instead of two
     """
 
-    def of(declared: Any) -> float:
-        return sum(
-            2 * param.size * param.active / model.every(name.split(".")[0])
-            for name, param in named(declared).items()
-            if param.fan_in
-        )
-
-    products = of(model.params())
+    products = product_flops(model, model.params())
     if adapters is not None:
-        products = 2 / 3 * products + of(adapters)
+        products = 2 / 3 * products + product_flops(model, adapters)
     attention = sum(
         layer.attention.pair_flops(layer.bags, max(length // stack.every, 1))
         / (stack.query_every or stack.every)
@@ -112,3 +120,28 @@ def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> 
         for layer in stack.layers
     )
     return round(3 * (products + attention))
+
+
+def saved_bytes(model: LanguageModel, length: int, compute: Compute) -> int:
+    """Return the bytes in the device's memory that the forward pass over one row keeps for the
+    backward pass, rounded weights included; the forward pass is traced, nothing is computed.
+
+    length: tokens of the row. compute: settings, resolved
+    """
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def saved(weights: Any, tokens: Any, position: Any, segment: Any) -> list[Any]:
+        def hidden(weights: Any) -> Any:
+            return model.forward(weights, tokens, position, segment, compute).hidden
+
+        return jax.tree.leaves(jax.vjp(hidden, weights)[1])
+
+    traced = jax.make_jaxpr(saved)(abstract(model.params()), *(tokens,) * 3).jaxpr
+    given = set(map(id, traced.invars))
+    made = {id(var): var.aval for var in traced.outvars if id(var) not in given}
+    arrays = (aval for aval in made.values() if isinstance(aval, ShapedArray))
+    return sum(
+        array.size * array.dtype.itemsize
+        for array in arrays
+        if array.memory_space != jax.memory.Space.Host
+    )

@@ -76,11 +76,12 @@ class Decoder(LanguageModel):
         dtype: jnp.dtype | None = None,
         policy: Policy = FULL,
         centres: Calibrated | None = None,
+        after: int | None = None,
     ) -> Cache:
         dtype = dtype or settled(None).type
         self.stack.check_policy(policy)
         return self.stack.empty_cache(
-            batch, length, tail, dtype, policy=policy, centres=centres or {}
+            batch, length, tail, dtype, policy=policy, centres=centres or {}, after=after
         )
 
     def prefill(

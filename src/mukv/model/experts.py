@@ -3,7 +3,7 @@
 A router selects `top_k` of many small gated MLPs for each token and sums their outputs with
 weights. Without a capacity no token is dropped: tokens are grouped by expert, and each group is
 divided into blocks of the mean group size. There are at most two blocks per expert on average, so
-shapes are static and at most twice the necessary products are computed.
+that shapes are static and at most twice the necessary operations are computed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, with the logits of only one chunk in memory at a time."""
+"""Cross-entropy of the next token, whose logits are computed for one chunk of tokens at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def token_losses(
 ) -> Float[Array, "batch token"]:
     """Return -log p(target) of each token, in nats; float32."""
     logits = model.logits(weights, hidden, compute)
-    # Elsewhere than on a CPU the gradient of a lookup, a scatter, would be one more pass over all
+    # On accelerators the gradient of a lookup, which is a scatter, would be one more pass over all
     # logits; a masked sum and its gradient are fused with the passes of the softmax.
     chosen = jax.lax.platform_dependent(logits, targets, cpu=_looked_up, default=_picked)
     return jax.nn.logsumexp(logits, axis=-1) - chosen
@@ -39,7 +39,7 @@ def _picked(logits: Array, targets: Tokens) -> Float[Array, "batch token"]:
 class Losses(NamedTuple):
     """Sums over a batch.
 
-    objective: what training minimises, in nats: cross-entropy plus penalty
+    objective: objective of training, cross-entropy plus penalty, in nats
     cross_entropy: weighted cross-entropy, in nats
     counts: numbers to log, by name
     """
@@ -124,15 +124,17 @@ def _chunks(array: Array, chunk: int) -> Array:
 def chunked_losses(
     model: LanguageModel, weights: Weights, hidden: Residual, targets: Tokens, compute: Compute
 ) -> Float[Array, "batch token"]:
-    """Return what `token_losses` returns, with the logits of at most `compute.loss_chunk` tokens of
-    all rows in memory at once; nothing is kept for a backward pass.
+    """Compute `token_losses` for one chunk of at most `compute.loss_chunk` tokens at a time.
+
+    Tokens of all rows together are divided into chunks. For evaluation: activations are not
+    recomputed in a backward pass.
     """
     chunk = compute.loss_tokens(1, model.vocab_size)
 
     def one(piece: tuple[Array, Array]) -> Float[Array, "row token"]:
         return token_losses(model, weights, *piece, compute)
 
-    # One row of all tokens, because the chunk of each of many short rows would add up.
+    # All tokens form one row, because a chunk of each of many short rows would have too many.
     flat = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), (hidden, targets))
     if targets.size <= chunk:
         found = one(flat)

@@ -1,8 +1,8 @@
 """One pass of tokens through the layers, for training, prefill or a decoding step.
 
-These differ only in the function `remember`, which returns the bags of entries that the queries of
-a layer read. With a cache, layers that are equal but for their number are traced once, so that
-tracing and lowering take about as long for 30 layers as for one.
+The three kinds of passes differ only in the function `remember`, which returns the bags of entries
+that the queries of a layer read. With a cache, layers that differ only in their number are traced
+once, so that tracing and lowering take about as long for 30 layers as for one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from mukv.attention import DIRECT, AnyAttention, Attention, Bag, Carried, Mask, Queries, Written
-from mukv.core.compute import Compute
+from mukv.core.compute import RESIDUAL, Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
 from mukv.core.tap import capturing, scope, tap
@@ -30,14 +31,16 @@ Memory = LayerMemory | None
 Remember = Callable[
     [ResolvedLayer, Any, Memory, Written, Callable[[], Queries]], tuple[tuple[Bag, ...], Memory]
 ]
-"""Maps a layer, its weights for reading, its memory, what it wrote, and a function that computes
-its queries, to the bags that it reads and its memory with the new entries."""
+"""Function of a layer, its weights for reading, its slots and states, the result of its `write`,
+and a function that computes its queries. Returns the bags that the layer reads, and its slots and
+states with the new entries."""
 
 
 def layer_params(
     layer: ResolvedLayer, norm: RMSNorm, residual: AnyResidual, d_model: int
 ) -> dict[str, Any]:
-    """Declare the weights of one layer; one that reads another's entries has none for writing."""
+    """Declare the weights of one layer; a layer that reads another layer's entries has no weights
+    for writing."""
     declared = {
         **residual.params("attention", norm, d_model),
         "read": layer.attention.read_params(d_model),
@@ -90,8 +93,8 @@ class Pass:
         """
         index, memory = layer.index, self.memories.get(layer.index)
         apply = self._traced_once(layer) if memory is not None else self._applied(layer)
-        if self.compute.rematerialise and self.aligned:
-            apply = jax.checkpoint(apply)
+        if self.aligned:
+            apply = self.compute.recomputing(apply)
         x, bags, after, auxiliary = apply(weights, x, known.get(layer.source), memory)
         if bags is not None:
             known[index] = bags
@@ -126,14 +129,18 @@ class Pass:
         return {layer.source for layer in self.layers if not layer.writes}
 
     def _applied(self, layer: ResolvedLayer) -> Callable[..., Any]:
-        """Return the function of one layer: (weights, residual stream, bags of the layer that it
-        reads, memory) to (residual stream, bags that it read, memory, auxiliary numbers).
+        """Return the function that applies one layer.
+
+        Its arguments are the weights, the residual stream, the bags of the layer whose entries this
+        one reads, and the slots and states. It returns the residual stream, the bags that it read,
+        the new slots and states, and the auxiliary numbers.
         """
 
         def apply(
             weights: Any, x: Residual, inherited: Any, memory: Memory
         ) -> tuple[Residual, Any, Memory, Auxiliary]:
             attention, stored = layer.attention, weights["read"]
+            x = checkpoint_name(x, RESIDUAL)
             residual, norm = self.residual, self.norm
             declared = layer_params(layer, norm, residual, self.d_model)
             weights = gather(self.compute.working_copy(declared, weights), declared)
@@ -167,6 +174,6 @@ class Pass:
 def _query(
     attention: AnyAttention, weights: Any, x: Residual, position: Int[Array, "batch token"]
 ) -> Queries:
-    """Compute the queries of a layer, which a cache policy asks for: only attention has one."""
+    """Compute the queries of an attention layer, for a cache policy that needs them."""
     assert isinstance(attention, Attention)
     return attention.query(weights, x, position)

@@ -29,7 +29,7 @@ class Layer:
     position: position encoding that replaces the one of the attention; None to keep that one
     mlp: feed-forward part of this layer; that of the model if None
     window: tokens that a query sees, itself included; None for all
-    reads: layer whose entries it reads; None to write and read its own
+    reads: layer whose entries this layer reads; None to write and read its own
     """
 
     attention: AnyAttention | None = None
@@ -41,7 +41,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """A pattern of layers that is repeated. Repeats are scanned if none needs entries of another.
+    """A pattern of layers that is repeated. Repeats are scanned if none reads entries of another.
 
     pattern: layers in order
     repeats: number of times the pattern is repeated
@@ -62,8 +62,8 @@ class ResolvedLayer:
 
     index: number of the layer in the plan
     stage, slot, repeat: number of the stage, place in its pattern, and number of the repeat
-    reads: index of the layer whose entries it reads; None for its own
-    source: index of the layer that wrote the entries that it reads
+    reads: index of the layer whose entries this layer reads, as in the plan; None for its own
+    source: index of the layer that writes the entries that this layer reads
     """
 
     index: int
@@ -83,7 +83,7 @@ class ResolvedLayer:
 
     @property
     def softmax(self) -> Attention:
-        """The attention, for code that no other kind of layer reaches."""
+        """The mixer, which must be attention."""
         assert isinstance(self.attention, Attention), self.attention.kind
         return self.attention
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Queries, Written
-from mukv.cache import FULL, Cache, Calibrated, Policy, Reader, Ring, Slot
+from mukv.cache import FULL, Cache, Calibrated, Policy, Reader, Ring, Slot, choosing
 from mukv.cache.base import QUERY
 from mukv.core.compact import any_compact, is_compact
 from mukv.core.compute import Compute
@@ -201,6 +201,8 @@ class Stack:
         by_row: bool = False,
         policy: Policy = FULL,
         centres: Calibrated | None = None,
+        after: int | None = None,
+        kept: Sequence[int] | None = None,
     ) -> Cache:
         """Allocate an empty cache.
 
@@ -209,6 +211,8 @@ class Stack:
         by_row: whether the number of tokens in the tail differs between rows
         policy: cache policy of stores without a window
         centres: calibrated cluster centres by layer, for policies that use them
+        after: most tokens of a row that follow its prompt; None if that is not known
+        kept: entries that each store without a window keeps of a prompt, if layers share a budget
         """
         whole = [(layer.index, name) for layer in self.writers for name in layer.whole]
 
@@ -225,8 +229,10 @@ class Stack:
             place = whole.index((layer.index, name)), len(whole)
             own = (centres or {}).get(layer.index, {})
             room = batch, bag.room(length), dtype
-            body = policy.body(layer.softmax, self.d_model, *room, place, own, name)
-            if body.needs_queries:
+            rest = None if after is None else -(-after // bag.every)
+            count = None if kept is None else kept[place[0]]
+            body = policy.body(layer.softmax, self.d_model, *room, place, own, name, rest, count)
+            if choosing(body, False).needs_queries:
                 shape = (batch, layer.softmax.heads, tail, layer.softmax.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
             return Slot(body, places, bag)
@@ -360,7 +366,7 @@ class Stack:
             return slot.extended(new, cache.length, added, reader)
 
         layers = (layer for layer, _, _ in self.bags)
-        slots = tuple(map(folded, layers, cache.slots))
+        slots = tuple(map(folded, layers, choosing(cache.slots, False)))
         return replace(
             cache, slots=slots, length=cache.length + added, filled=jnp.zeros_like(cache.filled)
         )

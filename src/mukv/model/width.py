@@ -1,8 +1,8 @@
-"""Widening of a model: every size that scales with d_model is multiplied by one ratio.
+"""Widen a model: multiply every size that scales with d_model by one ratio.
 
-The number of heads grows, not their width; the number of query heads per KV head is kept, and a
-single KV head stays single. The sizes of the narrow model become the base of the wide model's
-scaling.
+The number of heads grows, not their width. The number of query heads per KV head is kept, except
+that a single KV head stays single. The sizes of the narrow model become the base of the wide
+model's scaling.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mukv.core.errors import BadInput
 from mukv.model.base import LanguageModel
 from mukv.scaling.parameterization import sizes
 
-Model = TypeVar("Model", bound=LanguageModel)
+AnyLanguageModel = TypeVar("AnyLanguageModel", bound=LanguageModel)
 
 
-def widened(model: Model, d_model: int) -> Model:
-    """Return the model with width d_model and all sizes in `grows` scaled alike.
+def widened(model: AnyLanguageModel, d_model: int) -> AnyLanguageModel:
+    """Return the model with width d_model, and all sizes in `grows` scaled by the same ratio.
 
     Raises BadInput if a size would not be an integer.
     """

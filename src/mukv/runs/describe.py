@@ -15,7 +15,8 @@ from mukv.core.mesh import specification
 from mukv.core.names import even
 from mukv.model.counting import cached, entry_bytes, flops_per_token, state_bytes
 from mukv.runs.config import Run
-from mukv.runs.start import trained_params
+from mukv.runs.estimate import gibibytes
+from mukv.runs.start import resolved_params, trained_params
 from mukv.show.terminal import Console, styled, table
 
 
@@ -84,7 +85,7 @@ def training_bytes(run: Run) -> dict[str, int]:
     """Bytes of the trained weights, their gradient, the optimizer's state, and of frozen weights
     where adapters are trained."""
     training, declared = run.train.effective, trained_params(run)
-    optimizer = training.optimizer.transform(declared, _resolved(run))
+    optimizer = training.optimizer.transform(declared, resolved_params(run))
     shapes = params.abstract(declared)
     state = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
     weights = 4 * params.count(declared)
@@ -99,12 +100,6 @@ def training_bytes(run: Run) -> dict[str, int]:
 def _adapters(run: Run) -> Any:
     """The declared weights of the adapters; None without any."""
     return None if run.train.adapter is None else trained_params(run)
-
-
-def _resolved(run: Run) -> Any:
-    """What the parameterisation gives each weight that is trained."""
-    family, adapter = run.train.optimizer.family, run.train.adapter
-    return run.model.resolved(family) if adapter is None else adapter.resolved(run.model, family)
 
 
 def plain(number: Fraction) -> int | float:
@@ -134,7 +129,7 @@ def weights(run: Run) -> list[dict[str, Any]]:
     declared = params.named(run.model.params())
     if run.train.adapter is not None:
         scaling = {n: replace(w, learning_rate=0.0, decays=False) for n, w in scaling.items()}
-        scaling |= params.named(_resolved(run))
+        scaling |= params.named(resolved_params(run))
         declared |= params.named(trained_params(run))
     for name, param in declared.items():
         resolved = scaling[name]
@@ -222,6 +217,60 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
             "yes" if row["decays"] else "no",
         )
     console.print(scaled)
+
+
+def show_step(facts: Mapping[str, Any], console: Console) -> None:
+    """Print what `estimate` says of a step on a kind of device."""
+    mesh, held = facts["mesh"], facts["bytes_per_device"]
+    devices = mesh["data"] * mesh["tensor"]
+    console.print(
+        styled(
+            *("step        ", (f"{devices:,} x {facts['device']}", "bold")),
+            f", mesh data {mesh['data']} x tensor {mesh['tensor']}, batch {facts['batch']:,} x "
+            f"{facts['length']:,} tokens; each figure is of one device",
+        )
+    )
+    parts = [f"{gibibytes(n)} of {name}" for name, n in held.items() if n and name != "total"]
+    room = f" of {gibibytes(facts['memory'])}: {', '.join(parts)}"
+    console.print(styled("memory      ", (gibibytes(held["total"]), "bold"), room))
+    console.print(f"cache       {gibibytes(facts['cache_bytes_per_device'])} in decoding")
+    policies = table(("train.compute.rematerialise",), ("activations", "total", "fits"))
+    for name, each in facts["rematerialise"].items():
+        sizes = gibibytes(each["activations"]), gibibytes(each["total"])
+        policies.add_row(name, *sizes, "yes" if each["fits"] else "no")
+    console.print(policies)
+    if not facts["fits"]:
+        console.print(_way_out(facts))
+    more = facts["recomputed_flops_per_device"]
+    again = f" and {more:.3g} to recompute" if more else ""
+    console.print(f"work        {facts['flops_per_device']:.3g} FLOPs{again}")
+    moved = (f"{gibibytes(size)} over {axis}" for axis, size in facts["collective_bytes"].items())
+    console.print(f"collectives {', '.join(moved)}")
+    times = (f"{name.replace('_', ' ')} {1000 * t:,.0f}" for name, t in facts["seconds"].items())
+    console.print(f"least ms    {', '.join(times)}")
+    bounds = facts["mfu_bound"], facts["mfu_bound_without_overlap"]
+    console.print(
+        styled(
+            *("MFU         ", (f"at most {bounds[0]:.0%}", "bold")),
+            f", {bounds[1]:.0%} if collectives do not overlap; limited by "
+            f"{facts['limited_by'].replace('_', ' ')}",
+        )
+    )
+    console.print()
+
+
+def _way_out(facts: Mapping[str, Any]) -> str:
+    """Return the lines that say how a step that doesn't fit would."""
+    ways: list[str] = []
+    if fitting := [name for name, each in facts["rematerialise"].items() if each["fits"]]:
+        ways.append(f"train.compute.rematerialise={fitting[0]}")
+    if nearest := facts["nearest_mesh"]:
+        data, tensor = nearest["data"], nearest["tensor"]
+        more = f" train.batch={data}" if data > facts["batch"] else ""
+        ways.append(f"the nearest mesh, mesh.data={data} mesh.tensor={tensor}{more}")
+    return (
+        f"            does not fit; {' or '.join(ways) or 'a smaller model or shorter rows'} would"
+    )
 
 
 def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ from mukv.model import Decoder
 from mukv.position import RoPE
 from mukv.runs.folder import RunDirectory
 from mukv.runs.loaded import Model
+from mukv.runs.provenance import FILE as PROVENANCE
+from mukv.runs.provenance import noted
 from mukv.runs.resolve import imported_run
 from mukv.schema import schema
 from mukv.storage.files import new_folder, write_atomic, writer_of
@@ -52,9 +53,8 @@ def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[
     model, for an architecture that is not supported, for `out` in use, and for weights that are not
     finite.
     """
-    before = _told(out)
-    again = before.get("imported_from") == source
-    _require_free(out, again)
+    again = noted(out, "imported_from") == source
+    require_free(out, again)
     found = require(source)
     specs = found.specs()
     if not allow_nonfinite:
@@ -64,15 +64,11 @@ def import_model(source: str, out: Path, allow_nonfinite: bool = False) -> dict[
         target = RunDirectory(folder)
         write_tensors(target.weights / FILE, specs, {"step": "0"})
         write_atomic(target.config, schema.to_yaml(imported_run(found)))
-        for path in companions(found.folder):
-            shutil.copy(path, folder / path.name)
-        if not (folder / GENERATION).exists():
-            special = {key: value for key, value in found.special.items() if value is not None}
-            write_atomic(folder / GENERATION, json.dumps(special, indent=2))
+        copy_companions(found.folder, found.special, folder)
         facts = _provenance(source, found)
         if again:  # a repeated import keeps an identical folder as it is
-            facts["started"] = before.get("started")
-        write_atomic(folder / "provenance.json", json.dumps(facts, indent=2))
+            facts["started"] = noted(out, "started")
+        write_atomic(folder / PROVENANCE, json.dumps(facts, indent=2))
     return {
         "run": str(out),
         "architecture": found.architecture,
@@ -103,15 +99,19 @@ def _finite(where: str, spec: Spec) -> Spec:
     return replace(spec, pieces=pieces)
 
 
-def _told(folder: Path) -> dict[str, Any]:
-    """Return the provenance.json of a folder; an empty dict if it is missing or unreadable."""
-    path = folder / "provenance.json"
-    with suppress(BadInput):
-        return read_json(path) if path.is_file() else {}
-    return {}
+def copy_companions(source: Path, special: Mapping[str, Any], folder: Path) -> None:
+    """Copy tokenizer, chat template and generation file into a new run directory.
+
+    special: ids of special tokens, from which a missing generation file is written; empty for none
+    """
+    for path in companions(source):
+        shutil.copy(path, folder / path.name)
+    kept = {key: value for key, value in special.items() if value is not None}
+    if special and not (folder / GENERATION).exists():
+        write_atomic(folder / GENERATION, json.dumps(kept, indent=2))
 
 
-def _require_free(out: Path, again: bool) -> None:
+def require_free(out: Path, again: bool) -> None:
     """Raise BadInput for a path in use. again: the folder there seems to be made by the same
     command, so that it is allowed; the caller compares it with the new one."""
     if out.exists() and not again and (not out.is_dir() or any(out.iterdir())):
@@ -140,7 +140,7 @@ def export_model(
         allowed = "a model that was loaded without `weights`: exported weights are the saved ones"
         raise BadInput("MODEL", str(source), allowed)
     there = out / CONFIG
-    _require_free(out, there.is_file() and not out.samefile(source))
+    require_free(out, there.is_file() and not out.samefile(source))
     decoder = model.network
     if not isinstance(decoder, Decoder):
         raise BadInput("model.kind", decoder.kind, "decoder: others have no name in Hugging Face")
@@ -154,7 +154,7 @@ def export_model(
     # All special ids are written: transformers gives a missing one the default of the architecture.
     special = dict.fromkeys(SPECIAL) | _special(model, source)
     text = json.dumps(config | special, indent=2)
-    _require_free(out, there.is_file() and there.read_bytes() == text.encode())
+    require_free(out, there.is_file() and there.read_bytes() == text.encode())
     with new_folder(out) as folder:
         files = write_shards(folder, specs, shard)
         write_atomic(folder / CONFIG, text)
@@ -175,7 +175,7 @@ def export_model(
 def _family(model: Decoder, source: Path) -> Family:
     """Return the architecture that the model was imported from if it still fits, or else the first
     that fits. Raises BadInput with the part that the nearest architecture does not have."""
-    told = source / "provenance.json"
+    told = source / PROVENANCE
     named = read_json(told).get("architecture") if told.exists() else None
     ordered = sorted(FAMILIES.values(), key=lambda family: family.architecture != named)
     misfits = {family.architecture: list(family.misfits(model)) for family in ordered}

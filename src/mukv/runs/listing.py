@@ -32,8 +32,8 @@ def preset_list() -> list[dict[str, Any]]:
 
 def policy_list() -> list[dict[str, Any]]:
     """Return every part of a cache policy: name, step of the policy that it implements (keep,
-    refine, spread, store or select), meaning, source, whether it has a budget, its parameters with
-    their defaults, and those defaults of other libraries that differ."""
+    refine, spread, when, store or select), meaning, source, whether it has a budget, its parameters
+    with their defaults, and those defaults of other libraries that differ."""
     return [_of_part(name, table) for table in TABLES for name in table]
 
 

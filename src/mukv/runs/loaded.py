@@ -30,8 +30,10 @@ from mukv.hub import checkpoint
 from mukv.hub.chat import chat_text
 from mukv.hub.settings import read_json
 from mukv.infer.attention import attention_weights
-from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate, joined
+from mukv.infer.decode import Generation, Sampling, Sizes, decoding_weights, generate
 from mukv.infer.evaluate import Evaluation, evaluate
+from mukv.infer.prompts import joined
+from mukv.infer.replay import asking
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
 from mukv.runs.config import Run
@@ -184,6 +186,7 @@ class Model:
         policy: Policy = FULL,
         ended: Callable[[list[int]], bool] | None = None,
         then: Sequence[Sequence[int]] | None = None,
+        prefill_chunk: int | None = None,
     ) -> Generation:
         """Continue token ids: `mukv.infer.decode.generate` with this model's weights.
 
@@ -193,20 +196,23 @@ class Model:
         compute = self.run.train.compute
         stop = self.ends if stop is None else stop
         cache = self.calibrated(policy)
-        self._require_room(joined(prompts, then), max_tokens, policy)
+        behind = max(map(len, then), default=0) if then else 0
+        self._require_room(joined(prompts, then), max_tokens, policy, behind)
         asked = prompts, max_tokens, sampling, stop, compute, show, *cache, ended, then
-        return generate(self.network, self.decoding, *asked)
+        return generate(self.network, self.decoding, *asked, prefill_chunk)
 
     def _require_room(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, policy: Policy
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, policy: Policy, behind: int
     ) -> None:
         """Raise BadInput for a cache that takes more memory than is free."""
         if max_tokens < 1:
             return  # `generate` refuses it, with the other bad values
         compute = settled(self.run.train.compute)
-        sizes = Sizes.plan(len(prompts), max(map(len, prompts), default=1), max_tokens)
+        policy = FULL if policy.keep.replays else policy
+        longest = max(map(len, prompts), default=1)
+        sizes = Sizes.plan(len(prompts), longest, max_tokens, behind)
         room = sizes.batch, sizes.body, sizes.tail
-        taken = cache_bytes(self.network, *room, compute.type, policy)
+        taken = cache_bytes(self.network, *room, compute.type, policy, sizes.after)
         require_bytes("the cache", taken, "max_tokens", max_tokens)
 
     @property
@@ -218,13 +224,15 @@ class Model:
         return all(attention.entry_sets == attention.key_heads for attention in kept)
 
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
-        """Return a policy with the centres that `mukv analyze --calibrate` saved for it.
+        """Return a policy with what this model knows for it: the centres that `mukv analyze
+        --calibrate` saved, or the token ids of the instructions of `kvzip`.
 
-        Only the policy `clusters` has any, and only if layers store keys for each key head; other
-        policies are returned unchanged, with an empty mapping. So are all if the weights were
-        converted when they were loaded, because centres belong to the saved ones. Raises BadInput
-        for centres that were calibrated on other weights, or on keys without their rotation.
+        Only the policy `clusters` has centres, and only if layers store keys for each key head;
+        other policies have an empty mapping. So has every policy if the weights were converted when
+        they were loaded, because centres belong to the saved ones. Raises BadInput for centres that
+        were calibrated on other weights, or on keys without their rotation.
         """
+        policy = asking(policy, self.tokenizer.encode)
         if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
             return policy, {}
         if self.converted or not (self.folder / FOLDER).exists():
@@ -255,16 +263,18 @@ class Model:
         top_p: float | None = None,
         seed: int | None = None,
         policy: str | Policy = FULL,
+        prefill_chunk: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Text | list[Text]:
         """Continue a text, or several texts that are decoded as one batch.
 
         max_tokens: most new tokens. sampling: how tokens are drawn; or its fields one by one:
         temperature (0, the default, is greedy), top_k, top_p, seed. policy: the cache policy, also
-        as text such as "snapkv:0.25+int8". stop: a continuation ends before the first of these
-        texts, or at the model's own end token. Its token ids include those of the stop text.
-        Returns one Text for one prompt, a list for a list. Raises BadInput for values of another
-        type or out of range.
+        as text such as "snapkv:0.25+int8". prefill_chunk: tokens of a prompt that are read at once,
+        after which the policy chooses entries; None for all. stop: a continuation ends before the
+        first of these texts, or at the model's own end token. Its token ids include those of the
+        stop text. Returns one Text for one prompt, a list for a list. Raises BadInput for values of
+        another type or out of range.
         """
         texts = strings("prompts", prompts)
         if not texts:
@@ -276,7 +286,7 @@ class Model:
         require_types(max_tokens=(max_tokens, int), sampling=(sampling, Sampling | None))
         if isinstance(policy, str):
             policy = Policy.parse(policy, where="policy")
-        require_types(policy=(policy, Policy))
+        require_types(policy=(policy, Policy), prefill_chunk=(prefill_chunk, int | None))
         ends = [text for text in strings("stop", stop) if text]
 
         def over(ids: list[int]) -> bool:
@@ -290,6 +300,7 @@ class Model:
             sampling or Sampling(**given),
             policy=policy,
             ended=over if ends else None,
+            prefill_chunk=prefill_chunk,
         )
         found = [self._until(row, ends) for row in made.tokens]
         return found[0] if isinstance(prompts, str) else found

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 from mukv.attention import ATTENTIONS
 from mukv.cache.policy import TABLES as POLICY
+from mukv.conversion import CONVERSIONS
 from mukv.core.errors import BadInput
 from mukv.core.table import PartTable, check_name, path_of
 from mukv.data.sources import FORMATS, SOURCES
@@ -30,6 +31,7 @@ TABLES: tuple[PartTable[Any], ...] = (
     *(ATTENTIONS, POSITIONS, SCALINGS, FEEDFORWARDS, RESIDUALS, MODELS),
     *(CHUNKERS, POOLS, INJECTIONS, SCHEDULES, OPTIMIZERS, BUDGETS, TASK_KINDS),
     *POLICY,
+    CONVERSIONS,
 )
 
 
@@ -48,7 +50,7 @@ def register(part: Any = None, *, name: str | None = None) -> Any:
     part: a frozen dataclass that extends a base class such as `mukv.Attention`, `mukv.Position`,
         `mukv.Feedforward`, `mukv.Schedule`, `mukv.Optimizer` or `mukv.Task`, and says its name in a
         field `kind`; a part of a cache policy (`mukv.Keep`, `mukv.Refine`, `mukv.Spread`,
-        `mukv.Store`, `mukv.Select`); a
+        `mukv.When`, `mukv.Store`, `mukv.Select`); a `mukv.Conversion`; a
         `mukv.Parameterization`; a `mukv.Family`; a tracker (a class with `log` and `close`); a
         function that reads a text source, or, for a name that begins with a dot, a file format
     name: of a part that has no `kind`

@@ -33,12 +33,18 @@ def record(origin: Origin) -> dict[str, Any]:
     }
 
 
-def is_imported(folder: Path) -> bool:
-    """Whether a run directory is an imported model that was not trained here."""
+def noted(folder: Path, key: str) -> str | None:
+    """Return the text under a key of a folder's provenance.json; None if it can't be read."""
     try:
-        return "imported_from" in json.loads((folder / FILE).read_text("utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+        found = json.loads((folder / FILE).read_text("utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def is_untrained(folder: Path) -> bool:
+    """Whether a run directory is an imported or converted model that was not trained here."""
+    return any(noted(folder, key) for key in ("imported_from", "converted_from"))
 
 
 def began_with(folder: Path, origin: Origin) -> str | None:
@@ -47,13 +53,9 @@ def began_with(folder: Path, origin: Origin) -> str | None:
     Returns None if it can't be read and no checkpoint was saved. Raises BadInput if it can't be
     read and there is a checkpoint. origin: the data at hand, for the message.
     """
-    path = folder / FILE
-    try:
-        found = json.loads(path.read_text("utf-8"))["data_fingerprint"]
-        if isinstance(found, str):
-            return found
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
+    path, found = folder / FILE, noted(folder, "data_fingerprint")
+    if found is not None:
+        return found
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         if checkpoints.latest() is None:
             return None

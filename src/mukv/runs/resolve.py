@@ -33,8 +33,8 @@ LENGTH = 2048
 def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Run, RunDirectory]:
     """Return the configuration and run directory that `mukv train CONFIG` names.
 
-    source: CONFIG: a preset, a YAML file, a run directory to continue, or an imported run, Hugging
-        Face folder, GGUF file or hub id whose weights training starts from
+    source: CONFIG: a preset, a YAML file, a run directory to continue, or an imported or converted
+        run, Hugging Face folder, GGUF file or hub id whose weights training starts from
     overrides: `a.b=c`
     out: the run directory; None for the one to continue, or for a name with a hash of the
         configuration, so that the same command continues its own run
@@ -42,12 +42,12 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
     Raises BadInput for unknown names, unknown keys and bad values.
     """
     given = RunDirectory(Path(source))
-    imported = given.exists and provenance.is_imported(given.path)
-    if given.exists and not imported:
+    untrained = given.exists and provenance.is_untrained(given.path)
+    if given.exists and not untrained:
         mapping = apply_overrides(Run, read_yaml(given.config), overrides)
         return schema.build(Run, mapping), RunDirectory(out) if out else given
-    found = None if imported else checkpoint.find(source)
-    if imported:
+    found = None if untrained else checkpoint.find(source)
+    if untrained:
         run = _starting_from(given.load_config(), given.path, overrides)
     elif found is not None:
         # The folder of a GGUF file is that of its tokenizer.

@@ -143,6 +143,12 @@ def trained_params(run: Run) -> Any:
     return declared if adapter is None else adapter.params(declared)
 
 
+def resolved_params(run: Run) -> Any:
+    """Return what the parameterisation gives each weight that is trained."""
+    family, adapter = run.train.optimizer.family, run.train.adapter
+    return run.model.resolved(family) if adapter is None else adapter.resolved(run.model, family)
+
+
 def merged_weights(run: Run, folder: RunDirectory, own: Any, mesh: Mesh) -> Any:
     """Return all weights of a run with adapters: float32, on a mesh.
 

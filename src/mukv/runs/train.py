@@ -184,9 +184,9 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
         if folder.path.exists() and not (folder.path.is_dir() and _untouched(folder)):
             raise BadInput(str(folder.path), "a path in use", "a run directory or a new path")
         return
-    if provenance.is_imported(folder.path):
+    if provenance.is_untrained(folder.path):
         allowed = "another folder, with --out: this one is the model that training starts from"
-        raise BadInput(str(folder.path), "an imported model", allowed)
+        raise BadInput(str(folder.path), "an imported or converted model", allowed)
     before, now = (leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
     began_with = provenance.began_with(folder.path, origin)
     if began_with is not None:  # the fingerprint is compared below; the path may differ

@@ -1,9 +1,9 @@
-"""Adafactor: factored second moments, updates relative to the weight's size, per layer.
+"""Adafactor (Shazeer and Stern 2018, algorithms 4 and 5), without momentum.
 
-Shazeer and Stern 2018, algorithms 4 and 5, without momentum. A matrix of the paper is here the
-weight of one layer with its contracted axes as rows. A stack of equal layers has a leading layer
-axis and is treated as that many matrices, so that `repeats: 4` and a pattern of four layers train
-identically; each expert is a matrix as well.
+Second moments are factored into rows and columns, and updates are relative to the weight's size. A
+matrix of the paper is the weight of one layer, with its contracted axes as rows. A stack of equal
+layers, which has a leading layer axis, is treated as that many matrices, so that `repeats: 4` and a
+pattern of four layers train identically; each expert is a matrix as well.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import optax
 
 from mukv.core.params import Param, map_params
 from mukv.core.typing import Array
-from mukv.scaling.stability import Family
+from mukv.scaling.stability import UpdateFamily
 from mukv.scaling.updates import Optimizer, by_matrix
 
 SMALLEST_FACTORED = 128
-"""Matrices with fewer rows or columns keep unfactored second moments: factors would save little."""
+"""Matrices with fewer rows or columns have unfactored second moments, as factors save little."""
 SQUARE_EPSILON = 1e-30
 """Added to squared gradients (epsilon 1 of the paper)."""
 SMALLEST_SIZE = 1e-3
@@ -38,7 +38,7 @@ class Factors(NamedTuple):
     columns: running mean of squared gradients per column, of factored matrices
     square: running mean of squared gradients per element, of all other weights
 
-    What a weight does not use has one placeholder number per matrix.
+    Where a weight does not use one of the three means, it has one placeholder number per matrix.
     """
 
     steps: Array
@@ -56,7 +56,7 @@ class Adafactor(Optimizer):
     clip_threshold: upper bound of an update's root mean square
     """
 
-    family: ClassVar[Family] = "adafactor"
+    family: ClassVar[UpdateFamily] = "adafactor"
 
     kind: Literal["adafactor"] = "adafactor"
     weight_decay: float = 0.0
@@ -137,16 +137,19 @@ def factored(param: Param) -> bool:
 
 
 def _part(param: Param, shape: tuple[int, ...], kept: bool) -> tuple[int, ...]:
-    """Return the shape of a running mean over all matrices; one placeholder per matrix if not
-    kept."""
+    """Return the shape of a running mean of all matrices of a weight.
+
+    shape: shape of the mean of one matrix
+    kept: whether the weight uses this mean; if not, each matrix has one placeholder number
+    """
     leading = tuple(param.dims[name] for name in param.leading)
     return (*leading, *(shape if kept else (1,)))
 
 
 def _matrix(param: Param) -> tuple[int, int]:
-    """Return rows and columns: the contracted axes and the others, in the order in which they lie.
-    If no axis is contracted, or the contracted axes are neither first nor last, the first axis and
-    the others.
+    """Return the numbers of rows and columns: the sizes of the contracted axes and of the others,
+    in the order of the axes. If no axis is contracted, or the contracted axes are neither first nor
+    last, the first axis counts as rows.
     """
     names = [name for name in param.dims if name not in param.leading]
     contracted = set(param.fan_in)

@@ -34,7 +34,7 @@ class Budget(Component):
     """Base class of the rules.
 
     batch: tokens per step of the run that the hyperparameters were tuned for
-    tokens: tokens in all of that run
+    tokens: total tokens of that run
     """
 
     batch: int
@@ -46,7 +46,7 @@ class Budget(Component):
                 raise BadInput(name, getattr(self, name), "at least 1 token")
 
     def change(self, batch: int, tokens: int) -> Change:
-        """Return the factors for a run of `batch` tokens per step and `tokens` in all."""
+        """Return the factors for a run of `batch` tokens per step and `tokens` in total."""
         raise NotImplementedError
 
 

@@ -27,7 +27,7 @@ class Muon(Optimizer):
     momentum: decay of the momentum of hidden matrices
     iterations: Newton-Schulz steps of the orthogonalisation, 1 to 100
     rate: learning rate of hidden matrices, as a multiple of that of the other weights
-    beta1, beta2, epsilon: of Adam, for all other weights
+    beta1, beta2, epsilon: settings of Adam for all other weights
     """
 
     kind: Literal["muon"] = "muon"

@@ -1,8 +1,8 @@
 """Optimizers over optax, with a learning rate, epsilon and decay per weight.
 
 `transform` turns gradients into updates for a learning rate of 1; the caller multiplies them by the
-schedule's learning rate, which thereby stays a plain traced scalar. To add one: a class with a
-`direction` and the `family` of its learning-rate exponents, and a line in the table.
+schedule's learning rate, which is a traced scalar. To add an optimizer, write a class with a
+`direction` and the `family` of its learning-rate exponents, and add a line to the table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import optax
 from mukv.core.table import PartTable
 from mukv.scaling.adafactor import Adafactor
 from mukv.scaling.muon import Muon
-from mukv.scaling.stability import Family
+from mukv.scaling.stability import UpdateFamily
 from mukv.scaling.updates import Optimizer, adam
 
 
@@ -104,7 +104,7 @@ class SGD(Optimizer):
     momentum: decay of the running sum of gradients
     """
 
-    family: ClassVar[Family] = "sgd"
+    family: ClassVar[UpdateFamily] = "sgd"
 
     kind: Literal["sgd"] = "sgd"
     weight_decay: float = 0.0

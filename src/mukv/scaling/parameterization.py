@@ -28,7 +28,7 @@ from mukv.scaling.stability import (
     ROUTER,
     SCALED,
     Alignment,
-    Family,
+    UpdateFamily,
     check_start,
     learning_rate_powers,
     router_power,
@@ -92,7 +92,7 @@ class Scaling:
     kind: row of the table, or "custom"
     base: size of each dimension in the model that the hyperparameters were tuned for; None means
         the model's own sizes
-    alignment: what the learning rates assume of the alignment of updates with activations;
+    alignment: assumed alignment of updates with activations, from which the learning rates follow;
         "ignored" gives all weights one learning rate at every width
     exponents: (a, b) of each role, for kind "custom"; None otherwise
     depth: CompleteP's alpha, 0.5 to 1; None means no change with depth
@@ -154,7 +154,7 @@ class Scaling:
 
     # Hyperparameters of a weight
 
-    def resolve(self, declared: Any, layers: int, family: Family = "adam") -> Any:
+    def resolve(self, declared: Any, layers: int, family: UpdateFamily = "adam") -> Any:
         """Compute the `Resolved` of each declared weight, as a tree of the same structure.
 
         layers: number of layers of the whole model
@@ -192,8 +192,8 @@ class Scaling:
     def tied_factor(self, embedding: Param) -> float:
         """Return the factor of the output logits where the embedding is also the readout.
 
-        One weight can't have the learning rates of both roles: it has the embedding's, and this
-        factor makes up the difference.
+        One weight can't have the learning rates of both roles. It has that of an embedding, and
+        this factor compensates for the difference.
         """
         return self._ratio(embedding) ** (-0.5 - self._excess)
 
@@ -215,10 +215,9 @@ class Scaling:
         rate_factor = depth_ratio ** (self.depth - 1) if inside and self.depth is not None else 1.0
         epsilon_factor = depth_ratio**-self.depth if inside and self.depth is not None else 1.0
         base_width = math.prod(size for _, size in self._widths(param, of_base=True))
-        # An embedding is looked up, not summed over: its rows have the scale of the residual
-        # stream.
-        # A vector that declares a fan-in is a filter per channel; its number of taps does not grow
-        # with the model's width.
+        # An embedding is looked up and not summed over, so its rows have the scale of the residual
+        # stream. A vector that declares a fan-in is a filter per channel, whose number of taps does
+        # not grow with the model's width.
         fan_in = param.fan_in_size if role == "vector" else base_width if param.fan_in else 1
         return Resolved(
             deviation=0.0 if zero else self._constant("deviation", role) * fan_in**-0.5 * ratio**-b,
@@ -236,7 +235,7 @@ class Scaling:
             return self.exponents
         return dict(zip(SCALED, EXPONENTS[self.kind], strict=True))
 
-    def _learning_rates(self, family: Family) -> dict[str, float]:
+    def _learning_rates(self, family: UpdateFamily) -> dict[str, float]:
         if self.alignment == "ignored":
             return {}
         if isinstance(self.alignment, Measured):
@@ -251,8 +250,7 @@ class Scaling:
         return router | learning_rate_powers(self._exponents, family, hidden, readout)
 
     def _gradient(self, role: Role) -> float:
-        """Return the exponent of n in the size of a weight's gradient, to which epsilon
-        is added."""
+        """Return the exponent of n in the size of the gradients of weights with this role."""
         if role not in self._exponents:
             return 0.0
         (a, _), (a_out, b_out) = self._exponents[role], self._exponents["readout"]
@@ -288,8 +286,8 @@ def widths(param: Param) -> tuple[str, ...]:
 
 
 def sizes(declared: Any) -> dict[str, int]:
-    """Return the size of every dimension that a parameterisation depends on: what a base must name.
-    Raises BadInput if layers differ in the size of a dimension."""
+    """Return the size of every dimension that a parameterisation depends on, which are the keys of
+    a base. Raises BadInput if layers differ in the size of a dimension."""
     seen: dict[str, int] = {}
     for param in named(declared).values():
         axes = widths(param)

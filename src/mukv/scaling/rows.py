@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mukv.core.errors import BadInput
 from mukv.core.table import Names
-from mukv.scaling.stability import SCALED, Family, check_start
+from mukv.scaling.stability import SCALED, UpdateFamily, check_start
 
 EXPONENTS = Names[tuple[tuple[float, float], ...]](
     {
@@ -19,7 +19,7 @@ EXPONENTS = Names[tuple[tuple[float, float], ...]](
 )
 """(a, b) of embedding, hidden and readout: multiplier n ** -a, initial deviation n ** -b."""
 
-LEARNING_RATES: Mapping[tuple[Family, str], Mapping[str, tuple[float, float, float]]] = {
+LEARNING_RATES: Mapping[tuple[UpdateFamily, str], Mapping[str, tuple[float, float, float]]] = {
     ("sgd", "full"): {
         "sp": (0.5, -0.5, -1.0),
         "ntk": (0.5, 0.5, 0.0),
@@ -64,7 +64,7 @@ optimizer family and alignment. `stability.py` derives each of them.
 
 @dataclass(frozen=True)
 class Parameterization:
-    """A row for the table, from outside of the package; its learning rates are derived.
+    """A row of the table from outside of the package; its learning rates are derived.
 
     embedding, hidden, readout: (a, b): multiplier n ** -a, initial deviation n ** -b
     """

@@ -1,8 +1,8 @@
 """Learning-rate schedules: `rate(step, plan)` gives the learning rate of a step.
 
-To add one: a class, and a line in the table. A schedule that does not depend on the number of steps
-until its final decay says by `stable_until` where that decay begins, so that a run can be extended
-from there.
+To add a schedule, write a class and add a line to the table. If a schedule depends on the number of
+steps only in its final decay, `stable_until` returns the step at which that decay begins, so that a
+run can be extended from there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     """Inputs of a schedule besides the step.
 
     peak: highest learning rate
-    steps: steps of the run in all
+    steps: total steps of the run
     tokens: tokens per step
     """
 
@@ -57,19 +57,19 @@ class Schedule(Component):
         return (jnp.where(step < self.warmup, rise, 1.0) * risen).astype(jnp.float32)
 
     def after(self, step: Int[Array, ""], plan: Plan) -> Rate:
-        """Compute the learning rate after the warm-up, which rises to its value at
-        step `warmup`.
+        """Compute the learning rate after the warm-up. The warm-up rises to the value at step
+        `warmup`.
         """
         raise NotImplementedError
 
     def stable_until(self, steps: int) -> int | None:
-        """Return the step until which a longer run has the same learning rates; None if there is
-        none.
+        """Return the step until which a run of more steps has the same learning rates; None if
+        there is no such step.
         """
         return None
 
     def _progress(self, step: Int[Array, ""], plan: Plan) -> Share:
-        """Compute the fraction of the run that is past: 0 at the end of the warm-up, 1 at the last
+        """Compute the completed fraction of the run: 0 at the end of the warm-up, 1 at the last
         update.
         """
         span = jnp.maximum(plan.steps - 1 - self.warmup, 1)
@@ -118,16 +118,17 @@ DECAYS: dict[str, Callable[[Share], Share]] = {
     "linear": lambda share: 1 - share,
     "root": lambda share: 1 - jnp.sqrt(share),
 }
-"""Factor of the learning rate, from 1 to 0, by the fraction of the final decay that is past."""
+"""Factor of the learning rate, from 1 to 0, by the completed fraction of the final decay."""
 
 
 @dataclass(frozen=True)
 class Prolongable(Schedule):
     """Schedules with a stable phase that does not depend on the end, then a decay to zero.
 
-    The update after the last one would have a learning rate of zero, so that no update is wasted.
+    The learning rate reaches zero one step after the last update, so that the last update still has
+    an effect.
 
-    decay: final decay, as a fraction of all steps
+    decay: length of the final decay, as a fraction of all steps
     shape: curve of the final decay
     """
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from mukv.core.errors import BadInput
 
-Family = Literal["sgd", "adam", "adafactor"]
+UpdateFamily = Literal["sgd", "adam", "adafactor"]
 SCALED = ("embedding", "hidden", "readout")
 """Roles whose sizes grow with the width."""
 
@@ -23,9 +23,9 @@ SCALED = ("embedding", "hidden", "readout")
 class Alignment:
     """Exponents of n by which the norm of a product exceeds the product of the factors' RMS norms.
 
-    alpha: of an update with an old activation
-    omega: of an old weight with the change of an activation
-    both: of an update with the change of an activation (u in the paper)
+    alpha: exponent for the product of an update with an old activation
+    omega: exponent for the product of an old weight with the change of an activation
+    both: exponent for the product of an update with the change of an activation (u in the paper)
 
     0.5 means no alignment, 1 means full alignment.
     """
@@ -45,13 +45,13 @@ NONE = Alignment(0.5, 0.5, 0.5)
 
 
 ROUTER = (0.0, 0.5)
-"""(a, b) of a router under every parameterisation: its outputs, a fixed number of scores, start at
-one size at every width."""
+"""(a, b) of a router under every parameterisation. Its outputs, a fixed number of scores, then have
+the same initial size at every width."""
 
 
-def router_power(family: Family, alignment: Alignment) -> float:
-    """The power of n that a router's learning rate may grow with, so that changes of its scores
-    have one size at every width. Gradients of the scores are taken not to shrink with n."""
+def router_power(family: UpdateFamily, alignment: Alignment) -> float:
+    """Return the exponent of n in a router's learning rate with which changes of its scores have
+    the same size at every width. Gradients of the scores are assumed not to shrink with n."""
     # Adafactor's updates are as large as the weight, n ** -b.
     own = ROUTER[1] if family == "adafactor" else 0.0
     return own - max(alignment.alpha, alignment.both)
@@ -71,7 +71,7 @@ def check_start(exponents: Mapping[str, tuple[float, float]]) -> None:
 
 def learning_rate_powers(
     exponents: Mapping[str, tuple[float, float]],
-    family: Family,
+    family: UpdateFamily,
     hidden: Alignment,
     readout: Alignment,
 ) -> dict[str, float]:

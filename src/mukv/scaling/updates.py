@@ -15,7 +15,7 @@ from mukv.core.params import LAYER, Param, map_params
 from mukv.core.table import Component
 from mukv.core.typing import Array, Number
 from mukv.scaling.budget import Change
-from mukv.scaling.stability import Family
+from mukv.scaling.stability import UpdateFamily
 
 AVERAGES = ("beta1", "beta2", "momentum")
 
@@ -30,7 +30,7 @@ class Optimizer(Component):
         the same at every width (Wortsman et al. 2023; Kosson et al. 2025), or "coupled" to it
     """
 
-    family: ClassVar[Family] = "adam"
+    family: ClassVar[UpdateFamily] = "adam"
 
     weight_decay: float = 0.1
     decay: Literal["independent", "coupled"] = "independent"
@@ -95,13 +95,13 @@ def by_layer(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
 
 
 def by_matrix(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
-    """Apply `function` to each matrix of a stacked weight: to each expert of each layer. All
-    arrays have the leading axes of the weight."""
+    """Apply `function` to each matrix of a stacked weight, that is, to each expert of each layer.
+    All arrays have the leading axes of the weight."""
     return _each(len(param.leading), function, *arrays)
 
 
 def _each(axes: int, function: Callable[..., Any], *arrays: Array) -> Any:
-    """`function` of each part along the first axes."""
+    """Apply `function` to each part along the first `axes` axes."""
     if axes == 0:
         return function(*arrays)
     return jax.lax.map(lambda parts: _each(axes - 1, function, *parts), arrays)

@@ -1,1 +1,1 @@
-"""Training: the step, the loop around it, metrics, the plan."""
+"""Training: the training step, the loop, metrics, checkpoints and the section `train`."""

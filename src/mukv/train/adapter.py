@@ -1,7 +1,7 @@
-"""Low-rank adapters: which weights get one, what it declares, and how both make a weight.
+"""Low-rank adapters (LoRA): which weights have one, their declaration, and how they are merged.
 
-A model knows nothing of them. Its forward pass takes the frozen weights with `LowRank` in place of
-those that have an adapter; what is saved and optimised is the tree of thin weights alone.
+Models have no code for adapters. The forward pass takes a tree of weights in which a `LowRank`
+replaces each weight that has an adapter. Only the thin matrices A and B are optimised and saved.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from mukv.core.params import LAYER, WIDEST, Param, named
 from mukv.core.typing import Array
 from mukv.model.base import LanguageModel
 from mukv.scaling.parameterization import changes
-from mukv.scaling.stability import Family
+from mukv.scaling.stability import UpdateFamily
 
 FIRST, SECOND = "a", "b"
-"""Names of the two thin weights, below that of the weight that they change."""
+"""Names of the two thin matrices in the tree, below the name of the weight that they change."""
 WHERE = "train.adapter"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Low-rank adapters (LoRA, Hu et al. 2021): a weight W becomes W + alpha / rank * A B. W stays
-    as it is in `train.start`; A begins random and B as zero.
+    """Low-rank adapters (LoRA, Hu et al. 2021): a weight W becomes W + alpha / rank * A B.
 
-    The learning rate of A falls with the width as that of a hidden matrix, that of B is the same at
-    every width (LoRA+, Hayou et al. 2024).
+    W is the weight of `train.start` and does not change. A is initialised randomly and B to zero.
+    The learning rate of A falls with the width like that of a hidden matrix; the learning rate of B
+    is the same at every width (LoRA+, Hayou et al. 2024).
 
-    rank: width between A and B
-    alpha: the change is multiplied by alpha / rank
-    weights: names of the weights that get an adapter, whole ("stage0.slot0.mlp.up") or in part
+    rank: number of columns of A and of rows of B
+    alpha: numerator of the factor alpha / rank
+    weights: weights that get an adapter, by whole names ("stage0.slot0.mlp.up"), parts of names
         ("mlp", "query"), patterns ("*.mlp.*") or tags (query, key, value, gate); None for the
         hidden matrices of all layers, in attention and MLP
     ratio: learning rate of B as a multiple of A's at the base width (lambda of LoRA+)
@@ -64,8 +64,8 @@ class Adapter:
 
         declared: tree of the model's `Param`
 
-        Raises BadInput for a name of no weight or of none that is a matrix, and for a rank above
-        the smaller side of a matrix.
+        Raises BadInput for a name that stands for no matrix, and for a rank above the smaller side
+        of a matrix.
         """
         every = named(declared)
         if self.weights is None:
@@ -84,7 +84,8 @@ class Adapter:
         return found
 
     def params(self, declared: Any) -> dict[str, Any]:
-        """Declare the thin weights, as a tree like the model's. Raises BadInput as `chosen`."""
+        """Declare A and B of each adapter, in a tree like the model's. Raises BadInput as `chosen`
+        does."""
         tree: dict[str, Any] = {}
         for name, param in self.chosen(declared).items():
             node = tree
@@ -93,8 +94,8 @@ class Adapter:
             node[FIRST], node[SECOND] = factors(param, self.rank)
         return tree
 
-    def resolved(self, model: LanguageModel, family: Family = "adam") -> Any:
-        """Compute the `Resolved` of each thin weight, for a family of optimizers."""
+    def resolved(self, model: LanguageModel, family: UpdateFamily = "adam") -> Any:
+        """Compute the `Resolved` of each A and B, for a family of optimizers."""
         declared = self.params(model.params())
         found = named(model.scaling.resolve(declared, len(model.layers), family))
         for name, resolved in found.items():
@@ -104,24 +105,30 @@ class Adapter:
         return _structure(declared).unflatten(found.values())
 
     def attached(self, model: LanguageModel, base: Any, own: Any) -> Any:
-        """Return the weights as the forward pass takes them, multipliers included.
+        """Return the weights as the forward pass takes them, multiplied by their multipliers.
 
-        base: the model's weights, own: the thin weights, both as they are stored
+        base: weights of the model, as they are stored
+        own: A and B of each adapter, as they are stored
         """
         return self._joined(model, model.scaled(base), own, dict[str, Any](), _low_rank)
 
     def merged(self, model: LanguageModel, base: Any, own: Any) -> Any:
-        """Return float32 weights, as they are stored, that equal base and thin weights together."""
+        """Return the float32 weights of a model without adapters that computes the same function.
+
+        base, own: as in `attached`; the result has the form in which weights are stored
+        """
         base = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
-        # What is added here is multiplied in the forward pass.
+        # The forward pass multiplies the merged weight by its multiplier, so A B is divided by it.
         shares = {name: weight.multiplier for name, weight in named(model.resolved()).items()}
         return self._joined(model, base, own, shares, added)
 
     def _joined(
         self, model: LanguageModel, base: Any, own: Any, shares: Mapping[str, Any], join: Any
     ) -> Any:
-        """`join(param, weight, a, b)` of each weight that has an adapter, b divided by its share
-        where that is not 1."""
+        """Replace each weight that has an adapter by `join(param, weight, a, b)`.
+
+        b is multiplied by alpha / rank and divided by the number in `shares` (1 if missing).
+        """
         declared = model.params()
         thin = model.scaling.scale(self.params(declared), own, len(model.layers))
         parts, whole = named(thin), named(base)
@@ -134,7 +141,8 @@ class Adapter:
 
 
 def _low_rank(param: Param, base: Array, a: Array, b: Array) -> LowRank | Array:
-    """A weight that is multiplied with by its parts; the sum where it is looked up instead."""
+    """Return a `LowRank`, or the sum where products with the parts are not possible: for an
+    embedding, and for axes in another order."""
     if param.role == "embedding" or not in_order(param):
         return added(param, base, a, b)
     return LowRank(base, a, b)
@@ -151,7 +159,8 @@ def _by_default(name: str, param: Param) -> bool:
 
 
 def _meant(text: str, declared: Mapping[str, Param]) -> list[str]:
-    """The matrices that a name, a part of one, a pattern or a tag stands for. Raises BadInput."""
+    """Return the matrices that a name, a part of a name, a pattern or a tag stands for. Raises
+    BadInput if there are none."""
     pattern = any(letter in text for letter in "*?[")
 
     def is_meant(name: str, param: Param) -> bool:
@@ -175,7 +184,7 @@ def _last(name: str) -> str:
 
 
 def _names(declared: Mapping[str, Param]) -> list[str]:
-    """Everything that stands for a matrix: names, parts of names and tags."""
+    """Return all texts that stand for a matrix: names, parts of names, and tags."""
     found: dict[str, None] = {}
     for name, param in declared.items():
         if not rows(param):

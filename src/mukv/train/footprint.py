@@ -1,7 +1,8 @@
-"""Compute the memory of a training step before it runs, and compare it with the free memory.
+"""Compute the device memory that a training step takes, and compare it with the free memory.
 
-A lower bound from state and residual stream is computed first, at no cost. The exact number is read
-from the compiled program, which the run then uses.
+On a CPU, device memory is the host's RAM. A lower bound from the training state and the residual
+stream is computed first, without compilation. The exact number is read from the compiled program,
+which the run then uses.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from mukv.train.step import BATCH_FIELDS, Trainer
 
 GIBIBYTE = 1 << 30
 LEFT = 0.95
-"""Fraction of the free memory that a step may take; Python and the file system need the rest."""
+"""Fraction of the free memory that a step may take; the rest is for Python and the file system."""
 
 
 def free_memory() -> int:
-    """Return the free bytes: of a device's own memory, or of the host for all devices simulated on
-    it.
+    """Return the free bytes of the memory of one device. Devices that are simulated on a CPU share
+    the host's RAM, whose free bytes are then returned.
     """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
@@ -64,7 +65,7 @@ def _cached() -> int:
 
 
 def sharing() -> int:
-    """Return the number of devices that share one memory: simulated devices share the host's."""
+    """Return the number of devices that share one memory: 1, or on a CPU the simulated devices."""
     devices = jax.local_devices()
     return len(devices) if devices[0].platform == "cpu" else 1
 
@@ -73,14 +74,14 @@ def least_bytes(trainer: Trainer) -> int:
     """Return a lower bound of a step's bytes, over all devices that share memory.
 
     It counts weights, optimizer state, gradient and the input of each layer, which the backward
-    pass needs; of frozen weights those that are not in memory yet.
+    pass needs. Frozen weights count only if they are not allocated yet.
     """
     return _here(trainer) * (sum(state_bytes(trainer).values()) - _held(trainer) + _stream(trainer))
 
 
 def state_bytes(trainer: Trainer) -> dict[str, int]:
-    """Return the bytes that one device keeps for training: `weights` that are trained, `optimizer`
-    state, `gradient`, and `frozen` weights that adapters change."""
+    """Return the bytes that one device holds for training, by name: `weights` that are trained,
+    `optimizer` state, `gradient`, and `frozen` weights of the model under adapters."""
     state = trainer.abstract_state()
     parts = {
         "weights": state.weights,
@@ -94,7 +95,7 @@ def state_bytes(trainer: Trainer) -> dict[str, int]:
 
 
 def _held(trainer: Trainer) -> int:
-    """Return the bytes of frozen weights that one device has in memory already."""
+    """Return the bytes of frozen weights that are allocated on one device."""
     leaves = jax.tree.leaves(trainer.frozen)
     return sum(_local(leaf) for leaf in leaves if isinstance(leaf, jax.Array))
 
@@ -117,8 +118,9 @@ def _stream(trainer: Trainer) -> int:
 
 
 def step_bytes(trainer: Trainer) -> int:
-    """Return the bytes of the compiled step, over all devices that share memory, state and batch
-    included, frozen weights only if they are not in memory yet. Compiles the step once.
+    """Compile the step; return the bytes that it takes over all devices that share memory.
+
+    State and batch are included, frozen weights only if they are not allocated yet.
     """
     training, sharding = trainer.training, batch_sharding(trainer.mesh)
     shape = training.batch, training.length
@@ -135,8 +137,8 @@ def step_bytes(trainer: Trainer) -> int:
 
 
 def require_least(trainer: Trainer) -> int:
-    """Return the bytes that a step may take. Raises BadInput if the lower bound exceeds them;
-    compiles nothing.
+    """Return the bytes that a step may take. Raises BadInput if the lower bound exceeds them.
+    Nothing is compiled.
     """
     room = int(LEFT * free_memory())
     least = least_bytes(trainer)
@@ -146,11 +148,11 @@ def require_least(trainer: Trainer) -> int:
 
 
 def require_bytes(what: str, taken: int, where: str, given: int) -> None:
-    """Raise BadInput if something takes more bytes than are free.
+    """Raise BadInput if an allocation takes more bytes than are free.
 
-    what: its name, such as "the cache"
+    what: name of the allocation, such as "the cache"
     taken: its bytes
-    where, given: the field that made it large, and its value
+    where, given: name and value of the field that determines its size
     """
     room = int(LEFT * free_memory())
     if taken > room:
@@ -159,10 +161,10 @@ def require_bytes(what: str, taken: int, where: str, given: int) -> None:
 
 
 def require_room(trainer: Trainer) -> None:
-    """Raise BadInput if a step takes more memory than is free, with the amount and with what would
-    fit.
+    """Raise BadInput if a step takes more memory than is free; the message has the bytes, and
+    settings that would fit.
 
-    Absurd sizes are refused before anything is compiled.
+    If even the lower bound is too large, nothing is compiled.
     """
     room = require_least(trainer)
     taken = step_bytes(trainer)

@@ -2,7 +2,7 @@
 
 Batches are a pure function of the step, so a resumed run gives the same bits. SIGTERM and SIGINT
 save a checkpoint and stop. A number that is not finite stops the run and names the step, the layer
-and the last good checkpoint. The loop does not know the root configuration, only its parts.
+and the last good checkpoint. The loop receives parts of a run's configuration, not the whole.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Loop:
     folder: Path
     title: str = "training"
     begin: Callable[[], State] | None = None
-    """Makes the state before the first step; None lets the trainer draw it."""
+    """Function that makes the state before the first step; None lets the trainer draw it."""
     last: dict[str, float] = field(default_factory=dict)
     """Latest value of each metric."""
     seen: dict[str, int] = field(default_factory=dict)
@@ -149,11 +149,11 @@ class Loop:
                 clock.tick()
                 ends = step == training.steps
                 logs = ends or step % training.log_every == 0 or step == start + 1
-                # Asking the other processes costs a collective, so do it only when logging.
+                # With several processes `agreed` is a collective, called only when logging.
                 leaves = (logs or jax.process_count() == 1) and stop.agreed()
                 logs = logs or leaves
-                evaluates = ends or _due(step, training.evaluate_every)
-                saves = ends or leaves or _due(step, training.checkpoint_every) or step == stable
+                evaluates = ends or due(step, training.evaluate_every)
+                saves = ends or leaves or due(step, training.checkpoint_every) or step == stable
                 if logs or evaluates or saves:
                     self.require_sound(state, step, metrics)
                 if logs:
@@ -211,14 +211,15 @@ class Loop:
         return self.checkpoints.restore(None, self.trainer.abstract_state())
 
     def require_sound(self, state: State, step: int, metrics: Metrics) -> None:
-        """Raise Failed if a loss or gradient was not finite; the state has stopped at that step."""
+        """Raise Failed if a loss or gradient was not finite, after which the state no longer
+        changes."""
         sound = int(state.step)
         if sound == step:
             return
         batch = self.batches.at(sound, **self.trainer.share)
         culprit = self.trainer.blame(state, self.trainer.put(batch))
         self.checkpoints.wait()
-        # A checkpoint of this step has the weights that failed.
+        # A checkpoint of step `sound` has the weights of the failed step.
         good = [str(saved) for saved in self.checkpoints.steps() if saved < sound]
         saved = f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"
         raise Failed(
@@ -261,13 +262,14 @@ def validation_metrics(nats: float, tokens: float, read: float) -> dict[str, flo
     }
 
 
-def _due(step: int, every: int | None) -> bool:
+def due(step: int, every: int | None) -> bool:
+    """Return whether something that happens every `every` steps happens at this one."""
     return every is not None and step % every == 0
 
 
 def shown(step: int, last: Mapping[str, float], seen: Mapping[str, int]) -> dict[str, str]:
-    """Format the numbers of the progress line. A number of an earlier step is shown with
-    that step.
+    """Format the numbers of the progress line. A number from an earlier step is shown with the
+    number of that step.
     """
     text = {"training loss": f"{last['loss']:.3f}"}
     if "validation_bits_per_byte" in last:

@@ -1,7 +1,8 @@
 """Log a run's metrics: always to metrics.jsonl, optionally to trackers.
 
 Each record is one line of JSON, appended and flushed at once. A tracker is a class with `log` and
-`close`; to add one: a class, and a line in the table. Trackers' packages are optional extras.
+`close`; to add one, write a class and add a line to the table. The packages of trackers are
+optional extras.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mukv.storage.json_text import to_json
 
 LONGEST_LINE, MOST_STEPS = 1 << 20, INT32
 """Longest line in characters, and largest step, that are accepted in a metrics file."""
-LeftOut = Callable[[int, str], None]
+SkippedLine = Callable[[int, str], None]
 """Callback that receives the number of an ignored line, and the reason."""
 
 
@@ -37,8 +38,10 @@ class MetricsFile:
     """metrics.jsonl: one object per line, with the step."""
 
     def __init__(self, path: Path, keep_until: int | None = None):
-        """keep_until: records beyond this step, logged before a run was resumed, are deleted; None
-        keeps all
+        """Open the file for appending.
+
+        keep_until: records after this step, which a run logged before it was resumed from this
+            step, are deleted; None keeps all
         """
         if path.exists():
             kept = [r for r in read_metrics(path) if keep_until is None or r["step"] <= keep_until]
@@ -53,7 +56,7 @@ class MetricsFile:
         self.file.close()
 
 
-def read_metrics(path: Path, left_out: LeftOut | None = None) -> Iterator[dict[str, Any]]:
+def read_metrics(path: Path, left_out: SkippedLine | None = None) -> Iterator[dict[str, Any]]:
     """Yield the records of a metrics file: the step (32 bits) and all values that are finite
     numbers.
 
@@ -160,7 +163,10 @@ class Trackers:
     def __init__(
         self, folder: Path, names: Sequence[str], keep_until: int | None, silent: bool = False
     ):
-        """silent: log nothing, for all processes of a run except process 0"""
+        """Open the metrics file and the trackers.
+
+        silent: log nothing, for all processes of a run except process 0
+        """
         require(names)
         self.all: list[Tracker] = []
         if silent:

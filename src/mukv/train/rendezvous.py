@@ -1,8 +1,9 @@
 """Connect the processes that train together, and notice when one of them ends.
 
-Process 0 listens at the address until all have connected, then JAX takes over the port. The
-connections stay open: the operating system closes those of a process that dies, however it dies, so
-that the others end with one line instead of waiting in a collective. Imports nothing heavy.
+Process 0 listens at the address until all processes have connected; then JAX uses the port. The
+connections stay open. When a process ends in any way, the operating system closes its connections,
+so that the others end with a one-line error instead of waiting in a collective. This module does
+not import JAX.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from mukv.core.errors import BadInput, Failed
 WAIT_SECONDS = 300.0
 """Time that a process waits for the others to connect."""
 TELL_SECONDS = 5.0
-"""Time after which it reports whom it waits for; it repeats that every `TELL_AGAIN_SECONDS`."""
+"""Time after which a process reports which processes it waits for. It repeats the report every
+`TELL_AGAIN_SECONDS`."""
 TELL_AGAIN_SECONDS = 60.0
 GRACE_SECONDS = 20.0
-"""Time in which a process may end with its own error after another process has failed."""
+"""Time within which a process can still end with its own error after another process failed."""
 SETTLE_SECONDS = 5.0
-"""Time within which a lost process is noticed after the error that its loss causes."""
+"""Time that a process with an error waits for the notice that another process was lost, which would
+be the cause."""
 MOST_PROCESSES = 1 << 16
 EXAMPLE = "auto, or HOST:PORT,PROCESSES,NUMBER such as 10.0.0.1:9000,2,0"
 Tell = Callable[[str], None]
@@ -56,8 +59,8 @@ class Place(NamedTuple):
 
 
 def parse(text: str) -> Place:
-    """Parse HOST:PORT,PROCESSES,NUMBER; an IPv6 address is in brackets. Raises BadInput, also for a
-    host without an address."""
+    """Parse HOST:PORT,PROCESSES,NUMBER, with an IPv6 address in brackets. Raises BadInput for other
+    texts, and for a host without an address."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]]+):(\d{1,9}),(\d{1,9}),(\d{1,9})", text)
     if match is None or not text.isascii():
         raise BadInput("--distributed", text, EXAMPLE)
@@ -79,10 +82,9 @@ def parse(text: str) -> Place:
 class Watch:
     """The connections between processes.
 
-    As a context manager it tells the other processes how the block ended, and ends this process
-    with one line if another process is lost.
-
-    `checkpoints` is the folder whose newest checkpoint that line names.
+    As a context manager it tells the other processes whether the block succeeded, and ends this
+    process with a one-line error if another process is lost. The error names the newest checkpoint
+    in the folder `checkpoints`.
     """
 
     def __init__(self, place: Place, peers: dict[int, socket.socket]):
@@ -111,7 +113,8 @@ class Watch:
             self.leave()
 
     def _leave_after_others(self, status: int) -> None:
-        """End this process once the others have failed too or had time to notice."""
+        """End this process when the others have failed too, or after the time within which they
+        notice the failure."""
         self.alone.wait(GRACE_SECONDS + SETTLE_SECONDS)
         if self.place.number == 0:  # JAX aborts the others as soon as this process ends
             time.sleep(1)
@@ -119,8 +122,8 @@ class Watch:
         os._exit(status)
 
     def leave(self) -> None:
-        """End this process with one line that names the lost one. JAX's own exit handler would wait
-        for the lost process, and abort."""
+        """End this process with a one-line error that names the lost process. JAX's own exit
+        handler is skipped, because it would wait for the lost process and then abort."""
         self.leaving.acquire()  # never released: one thread prints the line
         sys.stdout.flush()
         os.write(2, f"error: {self.line()}\n".encode())
@@ -169,8 +172,14 @@ class Watch:
         self.alone.set()
 
     def _notice(self, word: str, number: int) -> None:
-        """Handle the failure or loss of another process: end this one, unless it ends by itself in
-        time."""
+        """Handle the failure or loss of another process.
+
+        word: "failed" or "lost"
+        number: number of the process
+
+        The others are informed. This process ends at once, or, after a failure, if it has not ended
+        by itself within `GRACE_SECONDS`.
+        """
         if self.lost is not None:
             return
         self.lost = number
@@ -186,10 +195,12 @@ class Watch:
 
 
 def meet(place: Place, tell: Tell) -> Watch:
-    """Wait until all processes have connected. tell: called with a line on whom this one waits for.
+    """Wait until all processes have connected.
 
-    Raises BadInput if the port can't be used and for a process of another job, Failed if not all
-    have connected after `WAIT_SECONDS`.
+    tell: called with a line that names the missing processes
+
+    Raises BadInput if the port can't be used, or if process 0 belongs to another job, and Failed if
+    not all have connected after `WAIT_SECONDS`.
     """
     peers = _gather(place, tell) if place.number == 0 else {0: _join(place, tell)}
     return Watch(place, peers)
@@ -197,7 +208,7 @@ def meet(place: Place, tell: Tell) -> Watch:
 
 @contextmanager
 def telling_wait(whom: str, tell: Tell) -> Iterator[None]:
-    """Report whom the block waits for after 5 s, and again every minute."""
+    """Report after 5 s, and again every minute, that the block waits for `whom`."""
     over = threading.Event()
 
     def wait() -> None:
@@ -216,8 +227,11 @@ def telling_wait(whom: str, tell: Tell) -> Iterator[None]:
 
 
 def _patience(place: Place, missing: Callable[[], str], tell: Tell) -> Callable[[], None]:
-    """Return a function to call while waiting: it reports who is missing, and raises Failed at the
-    end."""
+    """Return a function to call repeatedly while waiting. It reports the missing processes, and
+    raises Failed after `WAIT_SECONDS`.
+
+    missing: returns the names of the missing processes
+    """
     began, next_report = time.monotonic(), [TELL_SECONDS]
 
     def check() -> None:
@@ -272,7 +286,8 @@ def _gather(place: Place, tell: Tell) -> dict[int, socket.socket]:
 def _introduced(
     peer: socket.socket, place: Place, known: dict[int, socket.socket]
 ) -> tuple[int | None, str]:
-    """Return the number of a process that has connected, or None and why it is refused."""
+    """Return the number of a process that has connected and an empty text, or None and the reason
+    why it is refused."""
     peer.settimeout(2)
     try:
         words = peer.recv(64).decode().split()

@@ -1,9 +1,9 @@
 """One training step: the state, the optimizer and their sharding.
 
 A step is a pure function of (state, batch). It sums loss and gradient over all pieces of the batch,
-divides by the weight, clips and applies the update. If loss or gradient is not finite, this step
-and all later ones leave the state unchanged, so that the failure can be examined where it happened.
-`loop.py` runs the steps.
+divides them by the sum of the loss weights, clips the gradient and applies the update. If loss or
+gradient is not finite, this step and all later ones leave the state unchanged, so that the failure
+can be examined with the weights that caused it. `loop.py` runs the steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mukv.scaling.updates import global_norm
 from mukv.train.training import Training
 
 BATCH_FIELDS = ("tokens", "targets", "weight", "position", "segment")
-Batch = Mapping[str, Array]
+BatchArrays = Mapping[str, Array]
 """tokens, targets, position, segment: int32 [batch token]; weight: float32 [batch token]."""
 
 
@@ -37,7 +37,7 @@ Batch = Mapping[str, Array]
 class State:
     """Training state.
 
-    weights: those that are trained, float32: all of the model's, or those of its adapters alone
+    weights: float32 weights that are trained: all weights of the model, or only its adapters
     optimizer: state of the optimizer, float32
     step: updates done, int32 scalar
     """
@@ -52,8 +52,8 @@ class Metrics(NamedTuple):
 
     loss: nats per token, before the update
     gradient_norm: Euclidean norm of the whole gradient, before clipping
-    learning_rate: that of the schedule
-    counts: what the model counts, per token
+    learning_rate: learning rate of the schedule
+    counts: numbers that the model logs, per token; see `ForwardResult.counts`
     """
 
     loss: Float[Array, ""]
@@ -62,16 +62,39 @@ class Metrics(NamedTuple):
     counts: dict[str, Float[Array, ""]]
 
 
+def state_shardings(declared: Any, optimizer: Any, mesh: Any) -> State:
+    """Return the sharding of each part of the state; a `Mesh` or an `AbstractMesh` will do.
+
+    declared: tree of `Param` of the trained weights. optimizer: its transformation
+    """
+    weights, whole = weight_shardings(declared, mesh), replicated(mesh)
+    shapes = params.abstract(declared)
+    shaped = {name: leaf.shape for name, leaf in params.named(shapes).items()}
+    placed = params.named(weights)
+
+    def place(path: Any, leaf: Any) -> Any:
+        # A leaf of the optimizer's state belongs to the weight whose name its path ends with.
+        for start in range(len(path)):
+            name = jax.tree_util.keystr(path[start:], simple=True, separator=".")
+            if shaped.get(name) == leaf.shape:
+                return placed[name]
+        return whole
+
+    state = jax.eval_shape(optimizer.init, shapes)
+    return State(weights, jax.tree.map_with_path(place, state), whole)
+
+
 class Trainer:
     """The compiled functions of one model, training plan and mesh.
 
-    `share` says which share of each batch this process reads (`host` of `hosts`). `declared` and
-    `resolved` are of the weights that are trained. `frozen` are those that adapters change, on the
-    mesh, or `jax.ShapeDtypeStruct` of them before they are read; None without adapters.
+    `share` is the part of each batch that this process reads (`host` of `hosts`). `declared` and
+    `resolved` describe the weights that are trained. `frozen` is the tree of the model's weights,
+    which are not trained when adapters are: arrays on the mesh, or `jax.ShapeDtypeStruct` before
+    `freeze` has received them; None without adapters.
     """
 
     def __init__(self, model: LanguageModel, training: Training, mesh: Mesh):
-        """Raises BadInput if the batch can't be split over the mesh."""
+        """Build the functions. Raises BadInput if the batch can't be split over the mesh."""
         rows = training.batch // training.accumulate
         if rows % mesh.shape["data"]:
             raise BadInput(
@@ -101,16 +124,16 @@ class Trainer:
         )
         self._validate = jax.jit(self.validation_sums, out_shardings=replicated(mesh))
 
-    def step(self, state: State, step: int, batch: Batch) -> tuple[State, Metrics]:
+    def step(self, state: State, step: int, batch: BatchArrays) -> tuple[State, Metrics]:
         """Do update number `step`, counted from 0; the given state is donated."""
         result = self._compiled_step(state, step, batch, self.frozen)
         if self.platform == "cpu" and self.mesh.size > 1:
-            # Simulated devices share one pool of threads. A second program in flight can occupy the
-            # threads that the first needs to finish a collective: a deadlock.
+            # Simulated devices share one pool of threads. A second program could occupy the threads
+            # that the first needs to finish a collective, which is a deadlock.
             jax.block_until_ready(result)
         return result
 
-    def validate(self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"]) -> Any:
+    def validate(self, weights: Any, batch: BatchArrays, token_bytes: Int[Array, " vocab"]) -> Any:
         """Compute `validation_sums`, compiled."""
         return self._validate(weights, batch, token_bytes, self.frozen)
 
@@ -134,8 +157,10 @@ class Trainer:
         )
 
     def abstract_weights(self, like: Any = None) -> Any:
-        """Return shapes and shardings of all weights of the model. like: tree that gives their
-        dtypes; None means float32."""
+        """Return shapes and shardings of all weights of the model.
+
+        like: tree of arrays or abstract arrays whose dtypes the weights have; None for float32
+        """
         declared = self.model.params()
         types = params.abstract(declared) if like is None else like
 
@@ -145,18 +170,23 @@ class Trainer:
         return params.map_params(one, declared, weight_shardings(declared, self.mesh), types)
 
     def freeze(self, weights: Any) -> None:
-        """Put the weights that adapters change, of any dtype, on the mesh."""
+        """Put the model's weights, which are frozen while adapters are trained, on the mesh.
+
+        weights: of any dtype, which is kept
+        """
         self.frozen = jax.device_put(weights, weight_shardings(self.model.params(), self.mesh))
 
     def thaw(self) -> None:
-        """Drop the frozen weights, so that `initial_state` draws random ones."""
+        """Drop the frozen weights. Unless `freeze` is called, `initial_state` then draws them."""
         self.frozen = None if self.adapter is None else self.abstract_weights()
 
     def initial_state(self, seed: int | None = None) -> State:
-        """Draw weights from a seed (None: that of the training plan), each device its own shard.
+        """Draw the state before the first update; each device draws its own shard.
 
-        With adapters these are theirs. Weights for them to change are drawn as well if none were
-        given to `freeze`.
+        seed: random seed; None for the seed of the training plan
+
+        With adapters, their weights are drawn, and also the frozen weights of the model if `freeze`
+        has not received any.
         """
         with jax.set_mesh(self.mesh):
             key = jax.random.key(self.training.seed if seed is None else seed)
@@ -167,7 +197,7 @@ class Trainer:
 
     @property
     def has_frozen(self) -> bool:
-        """Whether `frozen` are arrays."""
+        """Whether the frozen weights are allocated."""
         return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self.frozen))
 
     def state_of(self, weights: Any) -> State:
@@ -178,26 +208,10 @@ class Trainer:
 
     def shardings(self) -> State:
         """Return the sharding of each part of the state."""
-        weights, whole = weight_shardings(self.declared, self.mesh), replicated(self.mesh)
-        shapes = params.abstract(self.declared)
-        shaped = {name: leaf.shape for name, leaf in params.named(shapes).items()}
-        placed = params.named(weights)
+        return state_shardings(self.declared, self.optimizer, self.mesh)
 
-        def place(path: Any, leaf: Any) -> Any:
-            # A leaf of the optimizer's state belongs to the weight whose name its path ends with.
-            for start in range(len(path)):
-                name = jax.tree_util.keystr(path[start:], simple=True, separator=".")
-                if shaped.get(name) == leaf.shape:
-                    return placed[name]
-            return whole
-
-        state = jax.eval_shape(self.optimizer.init, shapes)
-        return State(weights, jax.tree.map_with_path(place, state), whole)
-
-    def put(self, batch: Any) -> Batch:
-        """Turn this process's `share` of a batch (NumPy) into its shards of global arrays on the
-        mesh.
-        """
+    def put(self, batch: Any) -> BatchArrays:
+        """Convert this process's share of a batch (NumPy arrays) to global arrays on the mesh."""
         sharding = batch_sharding(self.mesh)
         return {
             name: jax.make_array_from_process_local_data(sharding, getattr(batch, name))
@@ -211,7 +225,7 @@ class Trainer:
         plan = Plan(training.learning_rate, training.steps, tokens)
         return training.schedule.rate(step, plan)
 
-    def blame(self, state: State, batch: Batch) -> str:
+    def blame(self, state: State, batch: BatchArrays) -> str:
         """Name the place where the first number that is not finite appears, forward and then
         backward.
         """
@@ -247,18 +261,21 @@ class Trainer:
         return State(wide, self.optimizer.init(wide), jnp.zeros((), jnp.int32))
 
     def whole(self, weights: Any, frozen: Any = None) -> Any:
-        """Return all weights as the forward pass takes them: trained ones, and frozen ones."""
+        """Return all weights as the forward pass takes them.
+
+        weights: trained weights. frozen: weights of the model under adapters; None without.
+        """
         if self.adapter is None:
             return self.model.scaled(weights)
         return self.adapter.attached(self.model, frozen, weights)
 
     def _objective(
-        self, weights: Any, batch: Batch, frozen: Any
+        self, weights: Any, batch: BatchArrays, frozen: Any
     ) -> tuple[Float[Array, ""], Losses]:
         losses = self._losses(weights, batch, frozen)
         return losses.objective, losses
 
-    def _losses(self, weights: Any, batch: Batch, frozen: Any) -> Losses:
+    def _losses(self, weights: Any, batch: BatchArrays, frozen: Any) -> Losses:
         return summed_loss(
             self.model,
             self.whole(weights, frozen),
@@ -267,33 +284,37 @@ class Trainer:
         )
 
     def validation_sums(
-        self, weights: Any, batch: Batch, token_bytes: Int[Array, " vocab"], frozen: Any = None
+        self,
+        weights: Any,
+        batch: BatchArrays,
+        token_bytes: Int[Array, " vocab"],
+        frozen: Any = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-        """Compute the summed loss (nats), the number of tokens, and the number of their bytes."""
+        """Return the summed cross-entropy (nats), the number of targets, and their UTF-8 bytes."""
         counted = batch["weight"] > 0
         read = jnp.where(counted, token_bytes[batch["targets"]], 0)
         # Float32 counts exactly up to 2**24, far beyond one batch.
         nats = self._losses(weights, batch, frozen).cross_entropy
         return nats, jnp.sum(batch["weight"]), jnp.sum(read * 1.0)
 
-    def _finite(self, weights: Any, batch: Batch, frozen: Any) -> dict[str, Array]:
+    def _finite(self, weights: Any, batch: BatchArrays, frozen: Any) -> dict[str, Array]:
         with capture() as taps:
             self._losses(weights, batch, frozen)
         return {name: jnp.isfinite(value).all() for name, value in taps.items()}
 
-    def _gradient(self, weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
+    def _gradient(self, weights: Any, batch: BatchArrays, frozen: Any) -> tuple[Losses, Any]:
         """Compute the summed losses of the whole batch and the gradient of the objective.
 
-        On a CPU whose devices only split the batch, each device processes its rows by itself and
-        the sums are added: the partitioner can't see through the layouts that make matrix products
-        fast there (core/linear.py). This is 1.4 times faster. Elsewhere the partitioner does
-        everything.
+        On a CPU whose simulated devices split only the batch, each device computes the sums of its
+        own rows, and these are added by a collective. This is 1.4 times as fast, because the
+        partitioner does not support the layouts that make matrix products fast there
+        (core/linear.py). Elsewhere the partitioner splits the whole computation.
         """
         mesh = self.mesh
         if self.platform != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
             return self._accumulated(weights, batch, frozen)
 
-        def local(weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
+        def local(weights: Any, batch: BatchArrays, frozen: Any) -> tuple[Losses, Any]:
             return jax.lax.psum(self._accumulated(weights, batch, frozen), "data")
 
         whole = PartitionSpec()
@@ -302,11 +323,12 @@ class Trainer:
             local, mesh=mesh, in_specs=(whole, split, whole), out_specs=whole, check_vma=False
         )(weights, dict(batch), frozen)
 
-    def _accumulated(self, weights: Any, batch: Batch, frozen: Any) -> tuple[Losses, Any]:
-        """Compute the same with the batch cut into `accumulate` pieces, one after another."""
+    def _accumulated(self, weights: Any, batch: BatchArrays, frozen: Any) -> tuple[Losses, Any]:
+        """Compute losses and gradient as `_gradient` does, in `accumulate` pieces of the batch, one
+        after another."""
         pieces = self.training.accumulate
 
-        def losses_and_gradient(weights: Any, batch: Batch) -> tuple[Losses, Any]:
+        def losses_and_gradient(weights: Any, batch: BatchArrays) -> tuple[Losses, Any]:
             (_, losses), gradient = jax.value_and_grad(self._objective, has_aux=True)(
                 weights, batch, frozen
             )
@@ -319,7 +341,7 @@ class Trainer:
             # Row r goes to piece r modulo pieces, so that every device keeps its own rows.
             return array.reshape(-1, pieces, *array.shape[1:]).swapaxes(0, 1)
 
-        def add(total: Any, piece: Batch) -> tuple[Any, None]:
+        def add(total: Any, piece: BatchArrays) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, losses_and_gradient(weights, piece)), None
 
         shapes = jax.eval_shape(losses_and_gradient, weights, batch)
@@ -328,11 +350,12 @@ class Trainer:
         return total
 
     def update(
-        self, state: State, step: Int[Array, ""], batch: Batch, frozen: Any = None
+        self, state: State, step: Int[Array, ""], batch: BatchArrays, frozen: Any = None
     ) -> tuple[State, Metrics]:
-        """Do update number `step` (counted from 0); do nothing unless it is the next one.
+        """Do update number `step`, counted from 0. If it is not the next update of the state, the
+        state is returned unchanged.
 
-        frozen: the weights that adapters change; None without adapters
+        frozen: weights of the model, which adapters change; None without adapters
         """
         training = self.training
         losses, gradient = self._gradient(state.weights, batch, frozen)

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-    """Records SIGTERM or SIGINT; a second one has its usual effect at once."""
+    """Records a SIGTERM or SIGINT. A second signal has the effect that it has elsewhere."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -32,8 +32,8 @@ class StopSignal:
         signal.signal(number, self.before[number])
 
     def agreed(self) -> bool:
-        """Whether any process received a signal. A collective: all processes must call
-        it together.
+        """Return whether any process has received a signal. With several processes this is a
+        collective, which all of them must call.
         """
         mine = np.asarray(self.name is not None)
         if jax.process_count() == 1:

@@ -18,26 +18,27 @@ class Training:
     """How a model is trained.
 
     start: initial weights: a run directory or a Hugging Face folder; None draws them
-    adapter: low-rank adapters of the weights of `start`, which alone are trained; None trains all
-        weights
+    adapter: low-rank adapters of the weights of `start`; if given, only the adapters are trained;
+        None trains all weights
     steps: number of updates
-    seed: of weights and data order, 32 bits
+    seed: 32-bit seed of the initial weights and the order of the data
     batch: rows per step over all devices
     length: tokens per row
-    learning_rate: the peak
+    learning_rate: peak learning rate
     schedule: how the learning rate changes over the steps
     optimizer: rule by which gradients change the weights
     budget: batch and tokens that the hyperparameters were tuned for; None means those of this run
     clip_norm: largest norm of the whole gradient; None means no limit
-    accumulate: pieces into which a batch is cut to save memory
-    compute: dtypes and cores
+    accumulate: pieces into which a batch is divided to save device memory; their gradients are
+        summed
+    compute: settings of the forward pass, such as dtypes
     log_every: steps between two records of metrics
     evaluate_every: steps between two validations; None means only at the end
-    validation_batches: validation batches at most; None means all
+    validation_batches: maximum number of validation batches; None means all
     checkpoint_every: steps between two checkpoints; None means only at the end
     keep_last, keep_best: number of newest and of best checkpoints that are kept
     profile: whether steps 10 to 15 are profiled
-    trackers: where metrics go besides metrics.jsonl
+    trackers: destinations of metrics besides metrics.jsonl
     """
 
     start: str | None = None

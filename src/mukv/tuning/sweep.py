@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,11 +23,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
-from mukv.data.tokens import TokenFile
+from mukv.data.feed import Feed
 from mukv.runs import config
-from mukv.runs.config import Run
+from mukv.runs.config import Data, Run
 from mukv.runs.folder import RunDirectory
-from mukv.runs.resolve import open_corpus
+from mukv.runs.resolve import open_feed
 from mukv.runs.start import checksums, find_base, find_start, with_base, write_base
 from mukv.runs.train import describe_run
 from mukv.schema import schema
@@ -63,11 +63,23 @@ class Pending:
 
 
 class Member(NamedTuple):
-    """One seed of a pending trial."""
+    """One seed of a pending trial.
+
+    feed: the data of its run
+    """
 
     pending: Pending
     seed: int
     run: Run
+    feed: Feed
+
+
+def _by_data(members: Iterable[Member]) -> list[list[Member]]:
+    """Group members by the data of their runs."""
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        groups.setdefault(repr(member.run.data), []).append(member)
+    return list(groups.values())
 
 
 @dataclass
@@ -77,6 +89,7 @@ class Sweep:
     source, overrides: as of `mukv train`
     together: points that the worker takes at once; None means the number in `settings`
     memory: bytes that a program may take; None means `free_memory`
+    feeds: the data of runs, with its resolved configuration, by configuration
     held, locks: locks on the run directories of the current trials, all and by trial
     """
 
@@ -88,6 +101,7 @@ class Sweep:
     storage: str | None = None
     together: int | None = None
     memory: int | None = None
+    feeds: dict[str, tuple[Data, Feed]] = field(default_factory=dict)
     held: ExitStack = field(default_factory=ExitStack)
     locks: dict[int, ExitStack] = field(default_factory=dict)
 
@@ -105,9 +119,8 @@ class Sweep:
         for point in points if points[0] else corners(self.space):
             for seed in self.seeds:
                 self.run_of(point, seed)
-        self.tokens: TokenFile = open_corpus(self.base)
-        data = replace(self.base.data, path=str(self.tokens.path.resolve()))
-        facts = leaves(schema.to_mapping(replace(self.base, data=data)))
+        base, feed = self._opened(self.base)
+        facts = leaves(schema.to_mapping(base))
         ranges = {f"range of {name}": str(part) for name, part in searched.items()}
         chosen = {"--sampler": self.settings.sampler, "--seed": self.settings.seed}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -116,13 +129,22 @@ class Sweep:
             self.folder.name,
             self.space,
             self.settings,
-            {**facts, **ranges, **chosen, "data": self.tokens.fingerprint},
+            {**facts, **ranges, **chosen, "data": feed.fingerprint},
         )
 
     def run_of(self, point: Mapping[str, Any], seed: int) -> Run:
         """Return the configuration of a point with a seed. Raises BadInput."""
         given = [f"{name}={json.dumps(value)}" for name, value in {**point, SEED: seed}.items()]
         return with_base(config.load(self.source, [*self.overrides, *given]))
+
+    def _opened(self, run: Run) -> tuple[Run, Feed]:
+        """Open the data of a run, once for all runs with the same data; see `open_feed`."""
+        name = repr(run.data)
+        if name not in self.feeds:
+            opened, feed = open_feed(run)
+            self.feeds[name] = opened.data, feed
+        data, feed = self.feeds[name]
+        return replace(run, data=data), feed
 
     def work(self) -> None:
         """Train points until all points of the study are done, by any worker."""
@@ -169,25 +191,25 @@ class Sweep:
             pending = Pending(trial)
             try:
                 for seed in self.seeds:
-                    run = self.run_of(values, seed)
-                    data = replace(run.data, path=str(self.tokens.path.resolve()))
-                    ready.append(Member(pending, seed, replace(run, data=data)))
+                    run, feed = self._opened(self.run_of(values, seed))
+                    ready.append(Member(pending, seed, run, feed))
             except BadInput as error:
                 ready = [member for member in ready if member.pending is not pending]
                 self._end(trial, None, str(error))
-        points = [Point(run.model, run.train) for _, _, run in ready]
-        groups = grouped(points)
+        groups = [
+            [same[index] for index in indices]
+            for same in _by_data(ready)
+            for indices in grouped([Point(each.run.model, each.run.train) for each in same])
+        ]
         say(
             f"{self.folder.name}: {len(taken)} of {len(self.study.points)} points, "
             f"{len(ready)} runs; programs to compile: {len(groups)}"
         )
         budget = self.memory if self.memory is not None else free_memory()
-        for indices in groups:
-            first = ready[indices[0]].run
-            chosen = [points[index] for index in indices]
-            start = starting_weights(first)
-            whole = Together(chosen, self.tokens, first.data.packing, start=start)
-            members = iter(ready[index] for index in indices)
+        for group in groups:
+            points = [Point(each.run.model, each.run.train) for each in group]
+            whole = Together(points, group[0].feed, start=starting_weights(group[0].run))
+            members = iter(group)
             for part in whole.fitting(budget):
                 self._train_group(part, [next(members) for _ in part.points])
         for pending in {member.pending.trial.number: member.pending for member in ready}.values():
@@ -203,17 +225,17 @@ class Sweep:
         self._end(pending.trial, statistics.mean(pending.losses.values()))
 
     def _train_group(self, group: Together, members: Sequence[Member]) -> None:
-        folders = [self._folder(pending.trial, seed) for pending, seed, _ in members]
+        folders = [self._folder(each.pending.trial, each.seed) for each in members]
         base = None if group.frozen is None else checksums(group.frozen)
         trackers: list[Trackers] = []
         for member, folder in zip(members, folders, strict=True):
-            describe_run(member.run, folder, self.tokens)
+            describe_run(member.run, folder, member.feed)
             if base is not None:
                 write_base(folder, str(member.run.train.start), base)
             # A killed trial starts again from step 0.
             trackers.append(Trackers(folder.path, member.run.train.trackers, keep_until=0))
         for report in group.run(f"{self.folder.name}: {len(members)} runs"):
-            for index, (pending, seed, _) in enumerate(members):
+            for index, (pending, seed, *_) in enumerate(members):
                 if pending.why is not None:
                     group.stopped.add(index)
                     continue
@@ -227,7 +249,7 @@ class Sweep:
                     pending.losses[seed] = numbers[OBJECTIVE]
             if report.step < group.training.steps and OBJECTIVE in report.numbers[0]:
                 self._prune(members, report.step)
-        for index, (pending, _, _) in enumerate(members):
+        for index, (pending, *_) in enumerate(members):
             trackers[index].close()
             if pending.why is None:
                 save_weights(folders[index].weights, group.weights(index), {})

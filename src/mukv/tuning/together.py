@@ -18,13 +18,14 @@ import numpy as np
 
 from mukv.core.mesh import MeshShape
 from mukv.core.typing import Array
-from mukv.data.batches import Batches, Prefetch
-from mukv.data.tokens import TokenFile
+from mukv.data.batches import Batch, Prefetch
+from mukv.data.feed import Feed, Half, Source
 from mukv.model import LanguageModel
 from mukv.schema import schema
 from mukv.schema.numbers import leaves, substituted
 from mukv.show.progress import Bar
 from mukv.train import footprint
+from mukv.train.loop import due, validation_metrics
 from mukv.train.step import BATCH_FIELDS, Metrics, State, Trainer
 from mukv.train.training import Training
 
@@ -90,7 +91,7 @@ def free_memory() -> int:
 class Together:
     """A group of points, which must be one of `grouped`.
 
-    packing: as in `Batches`
+    feed: training and validation batches of all points
     across: how one step is mapped over all points: "vmap" computes them at once, "map" one after
         another within the program; None means the faster one. A CPU is busy with one point and
         saves only compilations (benchmarks/sweep.py).
@@ -99,8 +100,7 @@ class Together:
     """
 
     points: Sequence[Point]
-    tokens: TokenFile
-    packing: Literal["packed", "contiguous"] = "packed"
+    feed: Feed
     across: Literal["vmap", "map"] | None = None
     stopped: set[int] = field(default_factory=set)
     start: Any = None
@@ -146,22 +146,30 @@ class Together:
 
         return self._map(one)(numbers) if numbers else self._map(lambda _: one({}))(self.which)
 
+    def _of_seed(self, batches: Any, which: Array) -> Any:
+        """Return the batch of one seed, given those of all seeds.
+
+        With one seed it is the same for all points, and so is what depends only on it.
+        """
+        return jax.tree.map(lambda all: all[which if len(self.seeds) > 1 else 0], batches)
+
     def _update(
         self, numbers: Any, which: Array, states: State, step: Array, batches: Any, frozen: Any
     ) -> tuple[State, Metrics]:
         def one(numbers: Any, which: Array, state: State) -> tuple[State, Metrics]:
-            # With one seed the batch is the same for all points, and so is what depends only on it.
-            mine = jax.tree.map(lambda all: all[which if len(self.seeds) > 1 else 0], batches)
-            return self._trainer(numbers).update(state, step, mine, frozen)
+            batch = self._of_seed(batches, which)
+            return self._trainer(numbers).update(state, step, batch, frozen)
 
         return self._map(one)(numbers, which, states)
 
-    def _validate(self, numbers: Any, states: State, batch: Any, table: Array, frozen: Any) -> Any:
-        def one(numbers: Any, state: State, _: Array) -> Any:
-            trainer = self._trainer(numbers)
-            return trainer.validation_sums(state.weights, batch, table, frozen)
+    def _validate(
+        self, numbers: Any, which: Array, states: State, batches: Any, table: Array, frozen: Any
+    ) -> Any:
+        def one(numbers: Any, which: Array, state: State) -> Any:
+            batch = self._of_seed(batches, which)
+            return self._trainer(numbers).validation_sums(state.weights, batch, table, frozen)
 
-        return self._map(one)(numbers, states, jnp.asarray(self.which))
+        return self._map(one)(numbers, which, states)
 
     @cached_property
     def compiled(self) -> Any:
@@ -196,21 +204,21 @@ class Together:
         ]
 
     def _with(self, points: Sequence[Point]) -> Together:
-        return Together(points, self.tokens, self.packing, self.across, start=self.start)
+        return Together(points, self.feed, self.across, start=self.start)
 
     # The loop
 
-    def _batches(self, seed: int, split: Literal["train", "validation"]) -> Batches:
-        training = self.training
-        return Batches(self.tokens, seed, training.batch, training.length, split, self.packing)
+    def _sources(self, split: Half) -> list[Source]:
+        """Return the batches of each seed."""
+        sizes = {"batch": self.training.batch, "length": self.training.length}
+        return [self.feed.source(split, seed, **sizes) for seed in self.seeds]
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
-        rows = [batches.at(step) for batches in self._training_batches]
-        return {name: np.stack([getattr(row, name) for row in rows]) for name in BATCH_FIELDS}
+        return _stacked([source.at(step) for source in self._training])
 
     @cached_property
-    def _training_batches(self) -> list[Batches]:
-        return [self._batches(seed, "train") for seed in self.seeds]
+    def _training(self) -> list[Source]:
+        return self._sources("train")
 
     def run(self, title: str = "training") -> Iterator[Report]:
         """Train to the last step; yield a report whenever metrics are due.
@@ -231,7 +239,7 @@ class Together:
                         self.frozen,
                     )
                     ends = step == training.steps
-                    evaluates = ends or _due(step, training.evaluate_every)
+                    evaluates = ends or due(step, training.evaluate_every)
                     if not (evaluates or step % training.log_every == 0):
                         continue
                     numbers = self._numbers(metrics, step)
@@ -259,19 +267,19 @@ class Together:
         return rows
 
     def _evaluate(self, validate: Callable[..., Any]) -> list[dict[str, float]]:
-        table = self.tokens.token_bytes(self.model.vocab_size)
+        table = jnp.asarray(self.feed.tokenizer.token_bytes(self.model.vocab_size))
         sums = np.zeros((3, len(self.points)))
-        windows = self._batches(0, "validation")
-        for batch in windows.once(self.training.validation_batches):
-            arrays = {name: getattr(batch, name) for name in BATCH_FIELDS}
-            given = (self.numbers, self.states, arrays, jnp.asarray(table), self.frozen)
+        limit = self.training.validation_batches
+        windows = (source.once(limit) for source in self._sources("validation"))
+        for batches in zip(*windows, strict=True):
+            given = (self.numbers, self.which, self.states, _stacked(batches), table, self.frozen)
             sums += np.array(validate(*given))
-        nats, tokens, read = sums
-        bits = nats / np.log(2) / np.maximum(read, 1)
-        return [
-            {"validation_loss": float(loss), "validation_bits_per_byte": float(bit)}
-            for loss, bit in zip(nats / np.maximum(tokens, 1), bits, strict=True)
-        ]
+        return [validation_metrics(*map(float, point)) for point in sums.T]
+
+
+def _stacked(batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+    """Stack the batches of all seeds: every field [seed batch ...]."""
+    return {name: np.stack([getattr(batch, name) for batch in batches]) for name in BATCH_FIELDS}
 
 
 def _diverged(row: dict[str, float]) -> dict[str, float]:
@@ -282,7 +290,3 @@ def _dtype(path: str, value: Any) -> np.dtype:
     if path == "train.seed":
         return np.dtype(np.uint32)
     return np.dtype(np.int32 if isinstance(value, int) else np.float32)
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

@@ -14,13 +14,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mukv.core import statistics
 from mukv.core.errors import BadInput
-from mukv.data.tokens import TokenFile
+from mukv.data.feed import Feed
 from mukv.model import LanguageModel
 from mukv.model.width import widened
 from mukv.schema import schema
@@ -93,8 +93,7 @@ class Search:
 
     model: LanguageModel
     training: Training
-    tokens: TokenFile
-    packing: Literal["packed", "contiguous"]
+    feed: Feed
     widths: Sequence[int]
     seeds: int
     folder: Path
@@ -118,7 +117,7 @@ class Search:
         self.models = {width: widened(narrow, width) for width in sorted(set(self.widths))}
         sections = {"model": narrow, "train": replace(self.training, seed=0, learning_rate=1.0)}
         mapping = {name: schema.to_mapping(part) for name, part in sections.items()}
-        self.facts = leaves({**mapping, "data": {"fingerprint": self.tokens.fingerprint}})
+        self.facts = leaves({**mapping, "data": {"fingerprint": self.feed.fingerprint}})
         if self.path.exists():
             self._read()
 
@@ -236,7 +235,7 @@ class Search:
         budget = free_memory() if self.memory is None else self.memory
         for indices in grouped(points):
             names = iter(wanted[index] for index in indices)
-            whole = Together([points[index] for index in indices], self.tokens, self.packing)
+            whole = Together([points[index] for index in indices], self.feed)
             for part in whole.fitting(budget):
                 last = [math.inf] * len(part.points)
                 for report in part.run(f"width {width}, {len(rates)} rates"):

@@ -51,7 +51,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What turns products of queries and keys into logits.
+    """Inputs from which the logits are computed, besides the products of queries and keys.
 
     query: scaled queries, as the position encoding reads them; None where it adds no bias
     query_position: position of each query in its document
@@ -106,7 +106,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Demand:
-    """What is required of a core, known before any array exists.
+    """Requirements on a core, which are known before any array exists.
 
     queries: number of queries per row
     position: position encoding
@@ -124,7 +124,10 @@ class Demand:
 
 @dataclass(frozen=True)
 class Core:
-    """Base class of attention cores. platforms: those on which it may be chosen; None for all"""
+    """Base class of attention cores.
+
+    platforms: platforms on which the core may be chosen; None for all
+    """
 
     platforms: ClassVar[tuple[Platform, ...] | None] = None
 
@@ -144,8 +147,8 @@ class Core:
 
 
 def all_at_once(demand: Demand, compute: Compute) -> str | None:
-    """Return why all logits must or may be computed at once, for cores that never do; None if there
-    is no reason."""
+    """Return why the plain core, which computes all logits at once, is needed or as good; None if
+    there is no such reason. For `supports` of cores that compute logits in blocks."""
     if not compute.fused:
         return "compute.fused is false"
     if demand.shows is not None:

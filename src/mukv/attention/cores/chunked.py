@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, Shown, all_at_once, finite
-from mukv.attention.cores.pairs import Cut, Places, aligned_pairs, pairs
+from mukv.attention.cores.pairs import Division, Places, aligned_pairs, pairs
 from mukv.attention.entries import Entries
 from mukv.attention.mask import Mask
 from mukv.attention.recalled import Query
@@ -59,9 +59,9 @@ class Chunked(Core):
         if self.operands is not None:
             operand = jnp.dtype(self.operands)
             query, recalled = jax.tree.map(lambda x: x.astype(operand), (query, recalled))
-        rows = Cut.of(length, self.chunk)
+        rows = Division.of(length, self.chunk)
         keys = tuple(
-            rows if part.mask.aligned else Cut.of(part.entries.position.shape[-1], self.chunk)
+            rows if part.mask.aligned else Division.of(part.entries.position.shape[-1], self.chunk)
             for part in parts
         )
         inputs = _Differentiable(
@@ -124,8 +124,8 @@ class _Loops:
     input_tree, constant_tree: structure of `_Differentiable` and of `_Constant`
     """
 
-    rows: Cut
-    keys: tuple[Cut, ...]
+    rows: Division
+    keys: tuple[Division, ...]
     masks: tuple[tuple[int | None, bool, bool], ...]
     position: AnyPosition
     scale: float
@@ -238,7 +238,7 @@ class _Loops:
         left = None if carry_gradient is None else rows.take(carry_gradient, i, 3)
         query, bias_query, weights, recalled, carry = pull((gradient, share, left))
 
-        def add(cut: Cut, axis: int, whole: Any, piece: Any) -> Any:
+        def add(cut: Division, axis: int, whole: Any, piece: Any) -> Any:
             def one(x: Array, y: Array) -> Array:
                 return cut.add(x, y.astype(jnp.float32), i if axis == 3 else j, axis)
 

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, all_at_once
-from mukv.attention.cores.pairs import Cut, Places, reachable
+from mukv.attention.cores.pairs import Division, Places, reachable
 from mukv.attention.recalled import Query
 from mukv.core.compute import Compute, Platform
 from mukv.core.mesh import by_shard
@@ -68,7 +68,7 @@ class Flash(Core):
         if self.operands is not None:
             given = tuple(x.astype(self.operands) for x in given)
         size = min(BLOCK, _power(length))
-        cut = Cut(length, size, -(-length // size))
+        cut = Division(length, size, -(-length // size))
         window = part.mask.window
         places = Places.of(part, cut, cut)
         position = cut.padded(scores.query_position, 1)
@@ -142,7 +142,7 @@ class _Kernels:
     window, softcap: as in `Mask` and `Scores`
     """
 
-    cut: Cut
+    cut: Division
     window: int | None
     softcap: float | None
     interpret: bool

@@ -19,15 +19,15 @@ def chunk_size(length: int) -> int:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Division of an axis of `length` into `number` pieces of `size`, with padding at the end."""
+class Division:
+    """Divides an axis of `length` into `number` pieces of `size`, with padding at the end."""
 
     length: int
     size: int
     number: int
 
     @classmethod
-    def of(cls, length: int, size: int | None) -> Cut:
+    def of(cls, length: int, size: int | None) -> Division:
         """Divide an axis of this length.
 
         size: size of a piece; None for the sizes up to `chunk_size` that need the least padding
@@ -84,7 +84,7 @@ class Places(NamedTuple):
     asking: Any
 
     @classmethod
-    def of(cls, part: Part, rows: Cut, keys: Cut) -> Places:
+    def of(cls, part: Part, rows: Division, keys: Division) -> Places:
         entries, asking = part.entries, part.mask.segment
         valid, segment = entries.valid, entries.segment
         if valid is None and (keys.padding or not part.mask.aligned):
@@ -99,7 +99,7 @@ class Places(NamedTuple):
         )
 
 
-def aligned_pairs(rows: Cut, keys: Cut, window: int | None) -> tuple[np.ndarray, int]:
+def aligned_pairs(rows: Division, keys: Division, window: int | None) -> tuple[np.ndarray, int]:
     """List the pairs of a chunk and a block with a visible key, for entries that the queries wrote.
 
     Returns their indices [pair 2], chunk by chunk with blocks from right to left, and their number.
@@ -113,7 +113,7 @@ def aligned_pairs(rows: Cut, keys: Cut, window: int | None) -> tuple[np.ndarray,
 
 
 def pairs(
-    rows: Cut, keys: Cut, window: int | None, position: Array, places: Places
+    rows: Division, keys: Division, window: int | None, position: Array, places: Places
 ) -> tuple[Array, Array]:
     """List the pairs of a chunk and a block with a visible key, for any entries.
 
@@ -126,7 +126,9 @@ def pairs(
     return jnp.stack([i, j], axis=1), jnp.sum(seen)
 
 
-def reachable(rows: Cut, keys: Cut, window: int | None, position: Array, places: Places) -> Array:
+def reachable(
+    rows: Division, keys: Division, window: int | None, position: Array, places: Places
+) -> Array:
     """Return whether some query of each chunk may see some key of each block.
 
     position: padded positions of the queries [batch query]
@@ -140,7 +142,7 @@ def reachable(rows: Cut, keys: Cut, window: int | None, position: Array, places:
     stands = places.position.reshape(*places.position.shape[:2], 1, keys.number, keys.size)
     nearest = furthest = stands
     if places.valid is not None:
-        valid = places.valid.reshape(stands.shape)
+        valid = places.valid.reshape(*places.valid.shape[:2], *stands.shape[2:])
         nearest = jnp.where(valid, stands, jnp.iinfo(stands.dtype).max)
         furthest = jnp.where(valid, stands, -1)
     seen = asks.max(-1) >= nearest.min(-1)

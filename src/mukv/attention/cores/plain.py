@@ -1,4 +1,4 @@
-"""Attention that holds all logits in memory, for decoding steps, cache policies and taps."""
+"""Attention that computes all logits at once, for decoding steps, cache policies and taps."""
 
 from __future__ import annotations
 

@@ -195,11 +195,14 @@ class Architecture(LanguageModel):
         return {"chunker": {}, "injection": {}, **gather(own, declared)}
 
     def joint(self, outer: Weights, layers: Any, compute: Compute) -> Joint:
-        """Collect what an injection needs. layers: weights of the decoder's layers."""
+        """Collect the weights and parts that an injection needs.
+
+        layers: weights of the decoder's layers
+        """
         parts = (self.decoder_stack, layers, self.reader, self.norm, compute)
         return Joint(outer["give"], outer["injection"], *parts)
 
-    # Memory
+    # Cache sizes
 
     def memories(self, length: int, tail: int) -> tuple[Memory, ...]:
         concepts, more = max(1, length // self.chunker.pace), self.chunker.burst(tail)

@@ -1,9 +1,9 @@
 """Chunkers: rules by which a chunk of tokens ends and becomes a concept.
 
-A chunker proposes the ends of chunks. All that it needs of the previous token is that token's
-`mark`, so that whole rows and single steps use one function. `paced` then limits the number of
-concepts to n // room after n tokens of a document, so that memory of static size suffices. A
-proposed end beyond this limit is refused and counted, and its chunk continues.
+A chunker proposes the ends of chunks. It decides about a token from that token and a vector of the
+previous one, its `mark`, so that whole rows and single steps use one function. `paced` then limits
+the number of concepts to n // room after n tokens of a document, so that a cache of static size
+suffices. A proposed end beyond this limit is refused and counted, and its chunk continues.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Chunker(Component):
         return {}
 
     def mark(self, weights: Weights, tokens: Tokens, x: Residual) -> Float[Array, "batch token _"]:
-        """Return what `wish` needs to know of each token when it decides about the next one."""
+        """Return the vector of each token from which `wish` decides about the next token."""
         return jnp.zeros((*tokens.shape, 0), x.dtype)
 
     def mark_width(self, d_model: int) -> int:
@@ -91,7 +91,7 @@ class Chunker(Component):
         """Propose the ends of chunks.
 
         x: output of the encoder for each token
-        mark, before: marks of each token and of the one before it
+        mark, before: marks of each token and of the previous token
         first: whether the token is the first one of its document
         place: place of the token in its document, from 0
         """
@@ -100,9 +100,8 @@ class Chunker(Component):
     def penalty(
         self, ends: Bool[Array, "batch token"], wish: Wish
     ) -> Float[Array, " batch"] | None:
-        """Return what training adds to the cross-entropy; None for nothing.
-
-        The penalty is in nats per token of each row.
+        """Return the penalty that training adds to the cross-entropy, in nats per token of each
+        row; None for none.
         """
         return None
 
@@ -231,7 +230,7 @@ class Learned(Chunker):
         return self.span
 
     def params(self, d_model: int) -> dict[str, Param]:
-        # The maps are identity plus these, so that they start as the identity.
+        # The projections are the identity plus these weights, which start at zero.
         square = Param({"embed": d_model, "turned": d_model}, fan_in=("embed",), init="zeros")
         return {"now": square, "before": square}
 

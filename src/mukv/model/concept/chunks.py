@@ -1,7 +1,7 @@
 """Division of rows of tokens into chunks: ends, members, and the concept that each token reads.
 
 All operations are gathers with a static number of concepts per row. A row that continues from a
-cache starts from the `ChunkState` that its last token left; a new row starts from zeros.
+cache starts from the `ChunkState` after its last token; a new row starts from zeros.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ ConceptOutputs = Float[Array, "batch concept concept_embed"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ChunkState:
-    """What decoding keeps of a row besides entries, after its last token.
+    """State of decoding besides the entries, for each row after its last token.
 
     mark: the chunker's mark of that token
-    recent: encoder outputs of the last tokens, which the unfinished chunk may be pooled from
+    recent: encoder outputs of the last tokens, from which the unfinished chunk may be pooled
     inside: number of tokens in the unfinished chunk
     output: output of the global layers for the latest concept
     """
@@ -100,7 +100,7 @@ def chunked(
     first, place: as in `Chunker.wish`
     real: which tokens are not padding
     state: state after the tokens before these
-    start: number of concepts that each row's first document already has
+    start: number of concepts that the first document of each row has before these tokens
     concepts: maximum number of concepts per row
     """
     mark = chunker.mark(weights, tokens, x)

@@ -1,10 +1,11 @@
 """The concept model: local layers over tokens, global layers over one concept per chunk.
 
-Windowed layers encode tokens; a chunker ends chunks, pooling reduces each chunk to a vector, the
-concept, and the global layers process these. An injection passes each concept to its chunk's last
-token and all later ones, before more windowed layers. The cache grows with the number of concepts,
-not of tokens. Training uses cross-entropy, and the ratio loss of a learned chunker. After Block
-Transformer (Ho et al. 2024), SpaceByte (Slagle 2024) and H-Net (Hwang et al. 2025).
+Windowed layers encode tokens. A chunker divides them into chunks, pooling reduces each chunk to a
+vector, the concept, and the global layers process the concepts. An injection passes each concept to
+the last token of its chunk and all later tokens, which more windowed layers process. The cache
+grows with the number of concepts, not of tokens. Training minimises the cross-entropy plus the
+ratio loss of a learned chunker. The model follows Block Transformer (Ho et al. 2024), SpaceByte
+(Slagle 2024) and H-Net (Hwang et al. 2025).
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ class Concept(Architecture):
     def _smoothed(
         self, chunks: Chunks, outputs: ConceptOutputs, state: ChunkState
     ) -> ConceptOutputs:
-        """Mix concepts of uncertain ends with the previous one; do nothing without
-        probabilities.
+        """Mix each concept whose end is uncertain with the previous concept. Without probabilities
+        of ends the outputs are returned unchanged.
         """
         if chunks.wish.chance is None:
             return outputs
@@ -121,6 +122,7 @@ class Concept(Architecture):
         dtype: jnp.dtype | None = None,
         policy: Policy = FULL,
         centres: Calibrated | None = None,
+        after: int | None = None,
     ) -> ConceptCache:
         """Allocate an empty cache; the policy applies to the global layers.
 
@@ -130,10 +132,11 @@ class Concept(Architecture):
         self.global_stack.check_policy(policy)
         first = self.global_stack.first
         own = {layer - first: each for layer, each in (centres or {}).items()}
+        applied = {"policy": policy, "centres": own, "after": after}
         encoder, concepts, cross, decoder = (
             each.stack.empty_cache(
                 *(batch, each.length, each.tail, dtype, each.by_row),
-                **({"policy": policy, "centres": own} if each.stack is self.global_stack else {}),
+                **(applied if each.stack is self.global_stack else {}),
             )
             for each in self.memories(length, tail)
         )

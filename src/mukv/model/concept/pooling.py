@@ -1,8 +1,7 @@
 """Pooling: reduction of the tokens of a chunk to one vector.
 
-A pooling function is given the last `span` tokens of a chunk in order, the last one last, and which
-of them exist. Whole rows and single steps use the same function, so that no running sums are
-stored.
+A pooling function takes the last `span` tokens of a chunk in their order, and a mask of those that
+exist. Whole rows and single steps use the same function, so that no running sums are stored.
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ class Concatenate(Pool):
 
 @dataclass(frozen=True)
 class SelectPool(Pool):
-    """The last token, which has attended to the others (H-Net)."""
+    """The last token, which has attended to the other tokens of its chunk (H-Net)."""
 
     kind: Literal["select"] = "select"
 

@@ -1,0 +1,112 @@
+"""Prompts as a model reads them: padded, in one pass or in chunks, with a text behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.cache import choosing
+from mukv.core.errors import BadInput
+from mukv.core.programs import Programs
+from mukv.core.typing import Array
+
+PROMPT_MULTIPLE = 64
+"""Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Tokens that are read at once, and the function that reads them.
+
+    count: tokens of each row
+    chooses: whether a policy that never drops what follows the prompt chooses from these
+    """
+
+    function: Programs
+    tokens: np.ndarray
+    count: np.ndarray
+    chooses: bool
+
+    def inputs(self, cache: Any, key: Array) -> tuple[Any, ...]:
+        """Return the arguments of the function behind the weights."""
+        cache = choosing(cache, True) if self.chooses else cache
+        return cache, self.tokens, self.count, key
+
+    def token(self, new: Array, before: Array) -> Array:
+        """Return the next token of each row: the one from before where this has none of its
+        tokens, because the row is shorter than others."""
+        return new if self.count.all() else jnp.where(self.count > 0, new, before)
+
+    def program(self, weights: Any, cache: Any, key: Array) -> Any:
+        """Compile the function for a cache, which may be abstract."""
+        return self.function.compiled(weights, *self.inputs(cache, key))
+
+
+def readings(
+    first: Programs,
+    further: Programs,
+    prompts: Sequence[Sequence[int]],
+    then: Sequence[Sequence[int]] | None,
+    chunk: int | None,
+) -> list[Reading]:
+    """Return what is read, in order: the prompts in chunks, and what follows them.
+
+    first, further: functions that read into an empty cache, and behind other tokens
+    then: tokens that follow each prompt; None for none
+    chunk: tokens of a prompt that are read at once; None for all
+
+    Raises BadInput for a chunk without tokens.
+    """
+    if chunk is not None and not 1 <= chunk < 1 << 31:
+        raise BadInput("prefill_chunk", chunk, "at least 1 token")
+    start, *rest = _chunks(*_padded(prompts), chunk)
+    found = [Reading(first, *start, chooses=True)]
+    found += [Reading(further, *each, chooses=True) for each in rest]
+    if then is not None:
+        found.append(Reading(further, *_padded(then), chooses=False))
+    return found
+
+
+def joined(
+    prompts: Sequence[Sequence[int]], then: Sequence[Sequence[int]] | None
+) -> Sequence[Sequence[int]]:
+    """Return each prompt with the tokens that follow it. Raises BadInput for a prompt of which a
+    part has no token."""
+    if then is None:
+        return prompts
+    if len(prompts) != len(then) or not all(map(len, (*prompts, *then))):
+        raise BadInput("then", f"{len(then)} rows", "as many rows as prompts, none of them empty")
+    return [[*first, *second] for first, second in zip(prompts, then, strict=True)]
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids padded to a multiple of PROMPT_MULTIPLE, int32 [batch token], and the number
+    of tokens of each row."""
+    longest = round_up(max(map(len, prompts)), PROMPT_MULTIPLE)
+    padded = np.zeros((len(prompts), longest), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return padded, np.array([len(prompt) for prompt in prompts], np.int32)
+
+
+def _chunks(
+    tokens: np.ndarray, count: np.ndarray, size: int | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Cut padded rows into chunks of `size` tokens, the last one padded to it; None for one chunk.
+
+    Returns the tokens of each chunk and how many of them each row has.
+    """
+    length = int(tokens.shape[1])
+    size = length if size is None else min(size, length)
+    tokens = np.pad(tokens, [(0, 0), (0, -length % size)])
+    starts = range(0, count.max(), size)
+    return [(tokens[:, at : at + size], np.clip(count - at, 0, size)) for at in starts]
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Return the least multiple that is at least `number`."""
+    return -(-number // multiple) * multiple

@@ -1,0 +1,180 @@
+"""Read prompts twice, and keep what the model reads of them while it repeats them (KVzip).
+
+First the whole prompts are read with a full cache. Then their chunks are read again behind it,
+each after an instruction to repeat it, and every pass scores the entries of one chunk. What the
+policy keeps by these scores is copied to a smaller cache, and the full one is given back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mukv.cache import Policy
+from mukv.cache.layers import best_of_layers
+from mukv.cache.replay import TWICE, KVzip
+from mukv.cache.seen import Score
+from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
+from mukv.core.programs import Programs
+from mukv.core.typing import Array
+from mukv.infer.prompts import PROMPT_MULTIPLE, Reading, round_up
+from mukv.model import Decoder
+from mukv.model.base import LanguageModel
+from mukv.model.replayed import compressed, replaying, scores
+
+ASKS = (
+    "\n\nRepeat the previous context exactly.",
+    "\n\nRepeat the part of the previous context exactly, starting with",
+    "\n",
+)
+"""Instructions of the first and of further chunks, and what follows them (Kim et al. 2025)."""
+LAST = 8
+"""Tokens of the chunk before that the instruction names."""
+
+
+def asking(policy: Policy, encode: Callable[[str], np.ndarray]) -> Policy:
+    """Return the policy with the instructions that it needs, as token ids. encode: of a text."""
+    if not isinstance(policy.keep, KVzip):
+        return policy
+    asks = tuple(tuple(encode(text).tolist()) for text in ASKS)
+    return replace(policy, keep=replace(policy.keep, asks=asks))
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of compiling and of reading."""
+
+    compiling: float = 0.0
+    reading: float = 0.0
+
+
+@lru_cache(maxsize=8)
+def _replay(model: Decoder, compute: Compute, chunk: int, sinks: int) -> Programs:
+    """Return the function that reads tokens behind a cache and scores entries by them: (weights,
+    cache, tokens, count, index of the first entry) to the scores of each layer."""
+
+    def replay(weights: Any, cache: Any, tokens: Array, count: Array, start: Array) -> Any:
+        told = replaying(model.stack, cache, start, chunk, sinks)
+        _, after = model.prefill(weights, told, tokens, count, fresh=False, compute=compute)
+        return scores(after)
+
+    return Programs(replay)
+
+
+def read_twice(
+    model: LanguageModel,
+    weights: Any,
+    prompts: Sequence[Sequence[int]],
+    reads: Sequence[Reading],
+    policy: Policy,
+    room: tuple[int, int, int],
+    after: int,
+    compute: Compute,
+    key: Array,
+) -> tuple[Array, Any, Spent]:
+    """Return the next token of each prompt, and a cache with what the policy keeps of the prompts.
+
+    reads: how they are read, and what follows them, which is left out here. room: rows of the
+    cache, tokens of its bodies and of its tails. after: most tokens of a row that follow its prompt
+
+    Raises BadInput for a model of several stacks, and for prompts that leave no room in the model's
+    context for a repetition.
+    """
+    keep = policy.keep
+    assert isinstance(keep, KVzip)
+    if not isinstance(model, Decoder):
+        raise BadInput("policy", policy.name, TWICE)
+    model.stack.check_policy(policy)
+    whole = model.empty_cache(*room, compute.type)
+    began, compiling = time.perf_counter(), 0.0
+    token = jnp.zeros(len(prompts), jnp.int32)
+    for each in reads:
+        if each.chooses:
+            start = time.perf_counter()
+            program = each.program(weights, whole, key)
+            compiling += time.perf_counter() - start
+            last, whole = program(weights, *each.inputs(whole, key))
+            token = each.token(last, token)
+
+    longest = max(map(len, prompts))
+    chunk = min(keep.chunk, round_up(longest, PROMPT_MULTIPLE))
+    pieces = _pieces(prompts, chunk, keep.asks)
+    width = max(tokens.shape[1] for tokens, _ in pieces)
+    if model.context is not None and longest + width > model.context:
+        allowed = f"the model's context is {model.context} tokens, of which the prompt takes "
+        allowed += f"{longest} and its repetition {width}; kvzip(chunk=N) repeats fewer at once"
+        raise BadInput("policy", policy.name, allowed)
+    replay, found = _replay(model, compute, chunk, keep.sinks), []
+    for number, (tokens, count) in enumerate(pieces):
+        given = whole, tokens, count, np.int32(number * chunk)
+        start = time.perf_counter()
+        program = replay.compiled(weights, *given)
+        compiling += time.perf_counter() - start
+        found.append(program(weights, *given))
+    layers = [jnp.concatenate(each, axis=2) for each in zip(*found, strict=True)]
+    start = time.perf_counter()
+    cache = _kept(model, weights, whole, layers, policy, room, after, compute)
+    jax.block_until_ready(cache)
+    return token, cache, Spent(compiling, time.perf_counter() - began - compiling)
+
+
+def _kept(
+    model: Decoder,
+    weights: Any,
+    whole: Any,
+    layers: Sequence[Score],
+    policy: Policy,
+    room: tuple[int, int, int],
+    after: int,
+    compute: Compute,
+) -> Any:
+    """Return the cache that has what the policy keeps by these scores."""
+    keep, size = policy.keep, room[1]
+    assert isinstance(keep, KVzip)
+    layers = [jnp.pad(each, [(0, 0), (0, 0), (0, size)])[:, :, :size] for each in layers]
+    counts = None
+    if keep.spread.over_layers:
+        stores = sum(each.shape[1] for each in layers)
+        number = np.array([keep.budget.total(int(n), stores) for n in whole.length], np.int32)
+        choose = jax.jit(best_of_layers, static_argnums=(3, 4))
+        layers, kept = choose(layers, whole.length, number, keep.sinks, keep.recent)
+        counts = np.asarray(kept).max(axis=1).tolist()
+    empty = model.stack.empty_cache(*room, compute.type, policy=policy, after=after, kept=counts)
+    reduce = jax.jit(
+        lambda weights, *caches: compressed(model.stack, weights["layers"], *caches),
+        donate_argnums=2,
+    )
+    return reduce(weights, whole, empty, layers)
+
+
+def _pieces(
+    prompts: Sequence[Sequence[int]], chunk: int, asks: Sequence[Sequence[int]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the tokens of each repetition, padded to one shape, and how many of them each row has:
+    none where a prompt has no tokens in that chunk."""
+    first, further, behind = asks or ((), (), ())
+    starts = range(0, max(map(len, prompts)), chunk)
+
+    def row(prompt: Sequence[int], at: int) -> list[int]:
+        if at >= len(prompt):
+            return []
+        asked = [*further, *prompt[at - LAST : at]] if at else first
+        return [*asked, *behind, *prompt[at : at + chunk]]
+
+    rows = [[row(prompt, at) for prompt in prompts] for at in starts]
+    width = round_up(max(len(each) for piece in rows for each in piece), PROMPT_MULTIPLE)
+    found = []
+    for piece in rows:
+        tokens = np.zeros((len(piece), width), np.int32)
+        for place, each in zip(tokens, piece, strict=True):
+            place[: len(each)] = each
+        found.append((tokens, np.array([*map(len, piece)], np.int32)))
+    return found

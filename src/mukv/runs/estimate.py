@@ -1,0 +1,373 @@
+"""Estimate what a training step takes on a mesh of devices that are not at hand.
+
+Everything is arithmetic on declared weights and on the shapes that a traced forward pass keeps for
+the backward pass; nothing is compiled or allocated. Times are lower bounds at the rates of the data
+sheets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from mukv.core import params
+from mukv.core.compute import Compute
+from mukv.core.device import GIBIBYTE, Device
+from mukv.core.mesh import MeshShape, specification, weight_shardings
+from mukv.core.params import LAYER, Param
+from mukv.model.base import LanguageModel
+from mukv.model.counting import cache_bytes, flops_per_token, product_flops, saved_bytes
+from mukv.model.shard import shard
+from mukv.runs.config import Run
+from mukv.runs.start import resolved_params, trained_params
+from mukv.train.footprint import LEFT
+from mukv.train.step import state_shardings
+
+POLICIES = (False, "products", True, "offload")
+"""Values of `train.compute.rematerialise`."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A training step of one configuration on one kind of device.
+
+    A batch that can't be split over `mesh.data` is enlarged to the next one that can.
+
+    run: the configuration. device: the kind of device. traced: results of `kept`, by size of
+    the axis `tensor` and policy
+    """
+
+    run: Run
+    device: Device
+    traced: dict[tuple[int, Any], int] = field(default_factory=dict)
+
+    @cached_property
+    def mesh(self) -> AbstractMesh:
+        """The mesh of the configuration, without devices."""
+        mesh = self.run.mesh
+        return AbstractMesh((mesh.data, mesh.tensor), ("data", "tensor"))
+
+    @cached_property
+    def compute(self) -> Compute:
+        """Settings of the forward pass on the device's platform."""
+        compute = replace(self.run.train.compute, platform=None)
+        return compute.resolve(self.device.platform)
+
+    @property
+    def rows(self) -> int:
+        """Rows that a device reads at once."""
+        training = self.run.train
+        return -(-training.batch // training.accumulate // self.run.mesh.data)
+
+    @property
+    def batch(self) -> int:
+        """Rows of a step over all devices."""
+        return self.rows * self.run.train.accumulate * self.run.mesh.data
+
+    @cached_property
+    def local(self) -> LanguageModel:
+        """The model as one device of the axis `tensor` computes it."""
+        return shard(self.run.model, self.run.mesh.tensor)
+
+    # Memory
+
+    @cached_property
+    def state(self) -> dict[str, int]:
+        """Bytes of weights, optimizer state, gradient, and frozen weights under adapters."""
+        training, declared = self.run.train.effective, trained_params(self.run)
+        optimizer = training.optimizer.transform(declared, resolved_params(self.run))
+        placed = state_shardings(declared, optimizer, self.mesh)
+        shapes = params.abstract(declared)
+        weights = _held(shapes, placed.weights)
+        frozen = 0
+        if training.adapter is not None:
+            whole = self.run.model.params()
+            frozen = _held(params.abstract(whole), weight_shardings(whole, self.mesh))
+        return {
+            "weights": weights,
+            "optimizer": _held(jax.eval_shape(optimizer.init, shapes), placed.optimizer),
+            "gradient": weights,
+            "frozen": frozen,
+        }
+
+    def kept(self, policy: Any) -> int:
+        """Return the bytes per row of tokens that the forward pass keeps for the backward pass,
+        under a rematerialisation policy; weights apart."""
+        key = self.run.mesh.tensor, policy
+        if key not in self.traced:
+            compute = replace(self.compute, rematerialise=policy)
+            saved = saved_bytes(self.local, self.run.train.length, compute)
+            self.traced[key] = saved - (self.gathered if policy is False else 0)
+        return self.traced[key]
+
+    @cached_property
+    def gathered(self) -> int:
+        """Bytes of the gathered weights of all layers, which are stored if nothing is recomputed;
+        none where products take float32 weights as they are."""
+        if self._operand.itemsize == 4:
+            return 0
+        declared = params.named(self.run.model.params()).values()
+        rounded = (param for param in declared if LAYER in param.dims and param.fan_in)
+        return self._operand.itemsize * sum(
+            self._whole(param) for param in rounded if param.role != "router"
+        )
+
+    @cached_property
+    def working(self) -> int:
+        """Bytes of the larger of two: the loss of one chunk, or one layer's backward pass."""
+        layers = len(self.run.model.layers)
+        # What is not the result of a product is computed within the kernels that read it. Beside
+        # that, the gathered weights and their float32 gradient before it is scattered.
+        layer = self.rows * self.kept("products") // layers + 3 * self.gathered // layers
+        return max(self.loss, layer)
+
+    @cached_property
+    def loss(self) -> int:
+        """Bytes of the gathered readout, its gradient, the logits of a chunk and theirs."""
+        model = self.run.model
+        readout = params.named(model.params())[model.readout_name]
+        whole = self._whole(readout)
+        chunk = min(self.compute.loss_tokens(self.rows, model.vocab_size), self.run.train.length)
+        logits = 4 * self.rows * chunk * model.vocab_size // self._parts(readout, "tensor")
+        rounded = self._operand.itemsize < 4
+        copies = self._operand.itemsize * rounded + 4 * (rounded or self.run.mesh.data > 1)
+        return whole * (4 + copies) + 2 * logits
+
+    def bytes(self, policy: Any) -> dict[str, int]:
+        """Return the bytes of each part of a step under a rematerialisation policy."""
+        stored = self.rows * self.kept(policy) + (self.gathered if policy is False else 0)
+        return self.state | {"activations": stored, "working": self.working}
+
+    def fits(self, parts: dict[str, int]) -> bool:
+        """Whether parts fit in the device's memory."""
+        return sum(parts.values()) <= LEFT * self.device.memory
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the cache of the rows of a device, at the length of the configuration."""
+        length = self.run.train.length
+        return cache_bytes(self.local, self.rows, length, 0, self.compute.type)
+
+    # Work
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step in all devices that share rows."""
+        return self.rows * self.run.train.accumulate * self.run.train.length
+
+    @cached_property
+    def flops(self) -> float:
+        """Operations of a step, per device, without recomputation."""
+        adapters = None if self.run.train.adapter is None else trained_params(self.run)
+        each = flops_per_token(self.run.model, self.run.train.length, adapters)
+        return each * self.tokens / self.run.mesh.tensor
+
+    @cached_property
+    def recomputed(self) -> float:
+        """Operations that rematerialisation adds to a step, per device."""
+        if not self.compute.rematerialise:
+            return 0.0
+        model = self.run.model
+        forward = flops_per_token(model, self.run.train.length) / 3
+        if self.compute.rematerialise == "products":
+            stored = product_flops(model, model.params())
+        else:
+            stored = 2 * params.named(model.params())[model.readout_name].size
+        return (forward - stored) * self.tokens / self.run.mesh.tensor
+
+    @cached_property
+    def collectives(self) -> dict[str, int]:
+        """Bytes of a step's collectives by mesh axis, per device, the larger side of each.
+
+        Weights are gathered in the type of operands once for the forward pass, and again for the
+        backward pass if layers are recomputed; gradients are summed in float32. An all-reduce
+        counts once.
+        """
+        training, model = self.run.train, self.run.model
+        trained = trained_params(self.run)
+        moved = {"data": 0, "tensor": 0}
+        passes = 2 if self.compute.rematerialise else 1
+        for name, param in params.named(model.params()).items():
+            if self._parts(param, "data") == 1:
+                continue
+            if name == model.readout_name:
+                moved["data"] += 4 * self._whole(param) * training.accumulate
+            elif LAYER in param.dims:
+                size = self._operand.itemsize if param.fan_in else 4
+                moved["data"] += size * self._whole(param) * passes * training.accumulate
+        if self.run.mesh.data > 1:
+            # Of the embedding's gradient, only the rows of a device's own tokens move.
+            looked_up = () if model.readout_name == "embedding" else ("embedding",)
+            moved["data"] += sum(
+                4 * self._whole(param) * training.accumulate
+                for name, param in params.named(trained).items()
+                if name not in looked_up
+            )
+        moved["tensor"] = sum(self._sums())
+        return moved
+
+    def _sums(self) -> Iterator[int]:
+        """Yield the bytes of the all-reduces over `tensor`."""
+        model = self.run.model
+        if self.run.mesh.tensor == 1:
+            return
+        for name, param in params.named(model.params()).items():
+            width = self.tokens * param.dims.get("embed", model.d_model)
+            if name == model.readout_name:
+                yield 4 * width * self._split(param, "tensor")
+            elif param.ends_branch and param.fan_in and self._split(param, "tensor"):
+                # Forward, and in the backward pass for the branch's input. Recomputing a layer
+                # needs the sum after attention again.
+                again = self.compute.rematerialise in (True, "offload") and ".read." in name
+                times = param.dims.get(LAYER, 1) * (2 + again)
+                size = self.compute.type.itemsize
+                yield size * times * width // model.every(name.split(".")[0])
+
+    @property
+    def _operand(self) -> jnp.dtype:
+        return jnp.dtype(self.compute.operands or "float32")
+
+    def _parts(self, param: Param, axis: str) -> int:
+        """Return the number of parts into which a mesh axis splits a weight."""
+        return self.mesh.shape[axis] if self._split(param, axis) else 1
+
+    def _split(self, param: Param, axis: str) -> bool:
+        return axis in specification(param.dims, self.mesh)
+
+    def _whole(self, param: Param) -> int:
+        """Return the number of elements of a weight that is gathered over `data`."""
+        return param.size // self._parts(param, "tensor")
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Least seconds of a step by what takes them, each at the rate of the data sheet."""
+        mesh, device, moved = self.run.mesh, self.device, self.collectives
+
+        def share(size: int) -> float:
+            return (size - 1) / size
+
+        data, tensor = (device.link(mesh.data, mesh.tensor), device.link(mesh.tensor, 1))
+        return {
+            "compute": (self.flops + self.recomputed) / device.flops,
+            "memory": self.traffic / device.bandwidth,
+            "data_links": share(mesh.data) * moved["data"] / data,
+            "tensor_links": 2 * share(mesh.tensor) * moved["tensor"] / tensor,
+        }
+
+    @cached_property
+    def traffic(self) -> int:
+        """Bytes from and to the device's memory, at least.
+
+        Each value that the backward pass needs is written and read once, and once more where it is
+        recomputed; logits and their gradient, the state and gathered weights are, too.
+        """
+        stored, pieces = self.rows * self.kept(False) + self.gathered, self.run.train.accumulate
+        times = 2 * pieces * (2 if self.compute.rematerialise else 1)
+        model = self.run.model
+        readout = params.named(model.params())[model.readout_name]
+        logits = 4 * self.tokens * model.vocab_size // self._parts(readout, "tensor")
+        state = self.state
+        return (
+            times * stored
+            + 4 * logits
+            + 2 * sum(state[part] for part in ("weights", "optimizer", "gradient"))
+        )
+
+    @property
+    def limit(self) -> str:
+        """What takes most of a step."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+    def utilisation(self, overlap: bool) -> float:
+        """Return the largest model FLOPs utilisation.
+
+        overlap: whether memory and links work at the same time as the products; otherwise
+            collectives wait for them and they for the collectives
+        """
+        spent = dict(self.seconds)
+        own = max(spent.pop("compute"), spent.pop("memory"))
+        links = spent.values()
+        total = max(own, *links) if overlap else own + sum(links)
+        return self.flops / self.device.flops / total
+
+    def nearest(self) -> MeshShape | None:
+        """Return the nearest mesh on which a step fits: that of the fewest devices, and of these
+        the one that changes the sizes least; None if there is none up to 65,536 devices."""
+        mesh, training = self.run.mesh, replace(self.run.train, batch=self.batch)
+        found = []
+        for tensor in sorted({1, 2, 4, 8, mesh.tensor}):
+            if tensor > self.device.island:
+                continue
+            for doubling in range(17):
+                shape = MeshShape(1 << doubling, tensor)
+                moved = replace(self, run=replace(self.run, mesh=shape, train=training))
+                if shape.size < mesh.size or shape.size > 1 << 16:
+                    continue
+                if moved.fits(moved.bytes(moved.compute.rematerialise)):
+                    change = abs(math.log2(shape.data / mesh.data))
+                    found.append((shape.size, change, shape))
+                    break
+        return min(found, key=lambda one: one[:2])[2] if found else None
+
+
+def _held(shapes: Any, placed: Any) -> int:
+    """Return the bytes that one device holds of arrays."""
+
+    def one(leaf: Any, sharding: Any) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(one, shapes, placed)))
+
+
+def estimate(run: Run, device: Device, name: str) -> dict[str, Any]:
+    """Return what `mukv describe --device` adds to the facts, as plain data for `--json`.
+
+    name: that of the device
+    """
+    found = Estimate(run, device)
+    policies = {_yaml(policy): found.bytes(policy) for policy in POLICIES}
+    parts = policies[_yaml(found.compute.rematerialise)]
+    nearest = None if found.fits(parts) else found.nearest()
+    return {
+        "device": name,
+        "memory": device.memory,
+        "mesh": {"data": run.mesh.data, "tensor": run.mesh.tensor},
+        "batch": found.batch,
+        "length": run.train.length,
+        "bytes_per_device": {**parts, "total": sum(parts.values())},
+        "fits": found.fits(parts),
+        "rematerialise": {
+            key: {
+                "activations": each["activations"],
+                "total": sum(each.values()),
+                "fits": found.fits(each),
+            }
+            for key, each in policies.items()
+        },
+        "nearest_mesh": nearest and {"data": nearest.data, "tensor": nearest.tensor},
+        "cache_bytes_per_device": found.cache,
+        "flops_per_device": found.flops,
+        "recomputed_flops_per_device": found.recomputed,
+        "collective_bytes": found.collectives,
+        "seconds": found.seconds,
+        "limited_by": found.limit,
+        "mfu_bound": found.utilisation(overlap=True),
+        "mfu_bound_without_overlap": found.utilisation(overlap=False),
+    }
+
+
+def _yaml(policy: Any) -> str:
+    """Return a policy as it is written in YAML."""
+    return str(policy).lower()
+
+
+def gibibytes(size: float) -> str:
+    """Format bytes, such as "12.5 GiB"."""
+    return f"{size / GIBIBYTE:,.1f} GiB" if size >= GIBIBYTE / 10 else f"{size / 2**20:,.1f} MiB"

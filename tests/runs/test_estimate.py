@@ -1,0 +1,120 @@
+"""`describe --device`: the arithmetic agrees with what programs hold, and says what would fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mukv.core.device import DEVICES, Device, device
+from mukv.core.errors import BadInput
+from mukv.core.mesh import MeshShape, batch_sharding, replicated
+from mukv.runs import config
+from mukv.runs.estimate import POLICIES, Estimate, estimate
+from mukv.train import footprint
+from mukv.train.step import BATCH_FIELDS, Trainer
+from tests.conftest import MINUSCULE
+
+HOST = Device("cpu", 1 << 40, 1e12, 1e11, 8, 1e10, 1e9, "cpu")
+EXAMPLE = ("mesh.data=64", "mesh.tensor=8", "train.length=8192", "train.compute.platform=gpu")
+
+
+@cache
+def of(preset: str, *changes: str, name: str = "h100") -> Estimate:
+    return Estimate(config.load(preset, changes), DEVICES[name])
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (8, 1)])
+@pytest.mark.parametrize("changes", [(), ("train.optimizer={kind: muon}",)], ids=["adamw", "muon"])
+def test_state_is_what_each_device_is_given(mesh, changes):
+    sizes = f"mesh.data={mesh[0]}", f"mesh.tensor={mesh[1]}"
+    run = config.load("tiny-experts", [*changes, *sizes])
+    trainer = Trainer(run.model, run.train, run.mesh.build())
+    assert Estimate(run, HOST).state == footprint.state_bytes(trainer)
+
+
+def test_a_compiled_program_holds_what_is_estimated():
+    """Of the loss and its gradient on 2 x 2 devices; tests/laws/test_compiled.py compares the
+    memory of whole steps on GPUs."""
+    run = config.load("tiny", [*MINUSCULE, "model.d_model=128", "mesh.data=2", "mesh.tensor=2"])
+    trainer = Trainer(run.model, run.train, run.mesh.build())
+    rows = jax.ShapeDtypeStruct((2, 8), jnp.int32, sharding=batch_sharding(trainer.mesh))
+    batch = dict.fromkeys(BATCH_FIELDS, rows) | {"weight": rows.update(dtype=jnp.float32)}
+    weights = trainer.abstract_state().weights
+    placed = (replicated(trainer.mesh), trainer.shardings().weights)
+    with jax.set_mesh(trainer.mesh):
+        traced = jax.jit(trainer._gradient, out_shardings=placed).lower(weights, batch, None)
+        memory = traced.compile().memory_analysis()
+    state = Estimate(run, HOST).state
+    assert state["weights"] == pytest.approx(memory.argument_size_in_bytes, rel=0.01)
+    assert state["gradient"] == pytest.approx(memory.output_size_in_bytes, rel=0.01)
+
+
+def test_each_policy_stores_less_than_the_one_before():
+    found = of("llama-3.2-1b", *EXAMPLE)
+    rows = [found.kept(policy) for policy in POLICIES]
+    assert rows == sorted(rows, reverse=True)
+    assert len(set(rows)) == len(POLICIES)
+    # The residual stream before each of 16 layers in bfloat16, which offloading takes away.
+    stream = rows[POLICIES.index(True)] - rows[POLICIES.index("offload")]
+    assert stream == 16 * 8192 * 2048 * 2
+
+
+def test_work_and_collectives_of_a_large_model():
+    found = of("llama-3.1-70b", *EXAMPLE, "train.compute.rematerialise=true")
+    parameters, layers, width = 70_553_706_496, 80, 8192
+    assert sum(found.state.values()) == pytest.approx(16 * parameters / 512, rel=0.01)
+    assert found.batch == 64
+    tokens = 8192
+    assert found.flops == pytest.approx(tokens * 449_226_473_472 / 8, rel=1e-6)
+    assert 0.25 < found.recomputed / found.flops < 1 / 3
+    readout = 128256 * width
+    # Two gathers in bfloat16 and one float32 gradient; the readout in float32, gathered once.
+    inside = (parameters - 2 * readout) / 8 * (2 + 2 + 4)
+    assert found.collectives["data"] == pytest.approx(inside + 3 * 4 * readout / 8, rel=0.02)
+    # Five sums of the residual stream in each layer, and one in float32 of the loss.
+    sums = 2 * tokens * width * 5 * layers + 4 * tokens * width
+    assert found.collectives["tensor"] == sums
+
+
+def test_links_between_islands_are_shared():
+    h100 = DEVICES["h100"]
+    assert h100.link(8, 1) == h100.fast
+    assert h100.link(64, 1) == 8 * h100.network
+    assert h100.link(64, 8) == h100.network
+
+
+def test_what_does_not_fit_and_the_nearest_mesh_that_does():
+    found = of("llama-3.2-1b", "train.compute.platform=gpu", "train.compute.rematerialise=true")
+    small = replace(found, device=replace(found.device, memory=8e9))
+    told = estimate(small.run, small.device, "small")
+    assert not told["fits"]
+    mesh = MeshShape(**told["nearest_mesh"])
+
+    def fits(mesh: MeshShape) -> bool:
+        moved = replace(small, run=replace(small.run, mesh=mesh))
+        return moved.fits(moved.bytes(policy=True))
+
+    assert fits(mesh)
+    half = mesh.size // 2
+    assert half
+    assert not any(fits(MeshShape(half // n, n)) for n in (1, 2, 4, 8) if n <= half)
+
+
+def test_unknown_devices_are_refused():
+    with pytest.raises(BadInput, match="allowed: a100"):
+        device("h10")
+
+
+def test_the_command(mukv):
+    line = ("describe", "tiny", "mesh.data=4", "--device", "v5p", "--length", "64", "--json")
+    facts = json.loads(mukv(*line).stdout.splitlines()[-1])
+    step = facts["step"]
+    assert (step["device"], step["length"], step["batch"]) == ("v5p", 64, 8)
+    assert facts["bytes_per_device"] == step["bytes_per_device"]
+    assert set(step["rematerialise"]) == {"false", "products", "true", "offload"}
+    assert 0 < step["mfu_bound_without_overlap"] <= step["mfu_bound"] < 1
