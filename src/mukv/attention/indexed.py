@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mukv.attention.base import Attention
 from mukv.attention.cores import Part, mixed
-from mukv.attention.cores.pairs import Cut
+from mukv.attention.cores.pairs import Division
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.indexer import Indexer, largest, scores
 from mukv.attention.mask import Mask
@@ -95,7 +95,7 @@ class IndexedRead:
         segment = self.mask.segment
         counted = jnp.ones(position.shape, bool) if segment is None else segment > 0
         queried = Queried(x, position, segment, counted)
-        rows = Cut.of(x.shape[1], compute.attention_chunk)
+        rows = Division.of(x.shape[1], compute.attention_chunk)
         whole = all(isinstance(part, Entries) for part in parts)
         if rows.number == 1 or not whole or not compute.fused or capturing():
             out, sums = self._attend(queried, parts)
@@ -115,7 +115,7 @@ class IndexedRead:
         }
 
     def _by_chunk(
-        self, queried: Queried, parts: Sequence[Bag], rows: Cut
+        self, queried: Queried, parts: Sequence[Bag], rows: Division
     ) -> tuple[Array, Float[Array, "batch 3"]]:
         """Attend from one chunk of queries after the other."""
         padded = Queried(*(rows.padded(array, 1) for array in queried))
