@@ -8,6 +8,8 @@ it serves as a baseline without training.
 from __future__ import annotations
 
 import doctest
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from mukv.analysis.capture import CapturedRows
 from mukv.analysis.samples import windows
 from mukv.core.params import initialise
 from mukv.data.build import default_corpus
+from mukv.data.feed import Half
 from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer
+from mukv.data.tokens import TokenFile
 from mukv.model import Decoder
 from mukv.runs import config
 from mukv.storage.files import cache_folder
@@ -65,6 +69,20 @@ def llama_shaped(seed: int = 0) -> Subject:
 TEXTS = ("code", "prose", "dialogue")
 
 
+def _text(corpus: TokenFile, split: Half) -> str:
+    tokens = corpus.split(split).tokens
+    return bytes(tokens[tokens < 256].astype("uint8")).decode("utf-8", "ignore")
+
+
+def sessions(parts: Iterable[str]) -> str:
+    """Return the sessions with the Python interpreter in the docstrings of some code."""
+    turns: list[doctest.Example] = []
+    for part in parts:
+        with suppress(ValueError):  # raised for a session that is indented unevenly
+            turns += doctest.DocTestParser().get_examples(part)
+    return "".join(f">>> {turn.source}{turn.want}" for turn in turns)
+
+
 def texts(
     length: int, samples: int, tokenizer: AnyTokenizer | None = None
 ) -> dict[str, CapturedRows]:
@@ -73,14 +91,14 @@ def texts(
 
     tokenizer: None for bytes
     """
-    tokens = default_corpus(cache_folder()).split("validation").tokens
-    code = bytes(tokens[tokens < 256].astype("uint8"))
+    corpus = default_corpus(cache_folder())
+    code = _text(corpus, "validation")
     pages = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
     prose = "\n".join(page.read_text() for page in pages)
-    turns = doctest.DocTestParser().get_examples(code.decode("utf-8", "ignore"))
-    dialogue = "".join(f">>> {turn.source}{turn.want}" for turn in turns)
+    # The validation half has too few sessions for windows of many tokens of several bytes.
+    dialogue = sessions([code] if tokenizer is None else _text(corpus, "train").split("\n\n\n"))
     tokenizer = tokenizer or ByteTokenizer()
-    given = dict(zip(TEXTS, (code.decode("utf-8", "ignore"), prose, dialogue), strict=True))
+    given = dict(zip(TEXTS, (code, prose, dialogue), strict=True))
     return {
         name: windows(
             name, [np.array([*tokenizer.start, *tokenizer.encode(text)])], length, samples

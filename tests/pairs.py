@@ -1,4 +1,4 @@
-"""Choose few rows of a product of parts, so that every pair of parts is in at least one of them."""
+"""Pairwise testing: choose few combinations of parts, so that every pair of parts occurs in one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import pytest
 
 Row = TypeVar("Row")
 Part = tuple[str, Any]
-"""The name of an axis and a value on it."""
+"""An axis (such as "attention") and a value of it (such as "gqa")."""
 ORDERS = 20
+"""Number of random orders of the rows that the greedy search tries."""
 
 
 def cover(rows: Iterable[Row], parts: Callable[[Row], Iterable[Part]], size: int = 2) -> list[Row]:
-    """Rows in which every group of `size` parts of different axes appears that is in `rows` at all.
+    """Choose few of the rows, so that every group of `size` parts of different axes that occurs in
+    `rows` also occurs in a chosen row.
 
-    Greedy: the row with the most groups that are still missing comes next. Which of equals is taken
-    first matters much, so this is the best of some orders, the same ones each time.
-    parts: what a row consists of; it may have several values on an axis.
+    parts: function that returns the parts of a row, which may have several values of an axis
+
+    The search is greedy: it takes the row with the most groups that are not covered yet, and of
+    equal rows the first. Since the order of the rows matters, the result is the smallest of ORDERS
+    searches over random orders with fixed seeds.
     """
     rows = list(rows)
     bit: dict[frozenset[Part], int] = {}
@@ -45,7 +49,8 @@ def cover(rows: Iterable[Row], parts: Callable[[Row], Iterable[Part]], size: int
 
 
 def pairs(axes: Mapping[str, Iterable[Any]]) -> list[tuple[Any, ...]]:
-    """Rows of the product of the axes, in which every two values of different axes meet."""
+    """Choose few combinations of one value per axis, so that every two values of different axes
+    occur in a combination."""
     return cover(itertools.product(*axes.values()), lambda row: zip(axes, row, strict=True))
 
 
@@ -55,10 +60,12 @@ def params(
     name: Callable[[Row], str] | None = None,
     unpack: bool = False,
 ) -> list[Any]:
-    """Parameters of a test: all rows, of which those that are not in `quick` are for the product.
+    """Make the pytest parameters of a test from rows.
 
-    name: the name of a row, which also keeps its tests in one process. unpack: a row is the values
-    of several parameters.
+    rows: all rows
+    quick: rows of the quick round; all other rows have the marker `product`
+    name: function that names a row; tests of equal names run in one process
+    unpack: whether a row is a tuple of values for several parameters
     """
 
     def param(row: Row) -> Any:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mukv.attention import SharedKV as SharedKV
     from mukv.attention import TensorProduct as TensorProduct
     from mukv.cache.policy import CUR as CUR
+    from mukv.cache.policy import FP8 as FP8
     from mukv.cache.policy import H2O as H2O
     from mukv.cache.policy import TOVA as TOVA
     from mukv.cache.policy import Adaptive as Adaptive
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Pyramid as Pyramid
     from mukv.cache.policy import Random as Random
     from mukv.cache.policy import Refine as Refine
+    from mukv.cache.policy import Rotated as Rotated
     from mukv.cache.policy import Select as Select
     from mukv.cache.policy import SnapKV as SnapKV
     from mukv.cache.policy import SparQ as SparQ
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from mukv.core.mesh import MeshShape as MeshShape
     from mukv.core.norm import RMSNorm as RMSNorm
     from mukv.core.params import Param as Param
+    from mukv.data.mixture import MixturePart as MixturePart
     from mukv.hub.family import Family as Family
     from mukv.infer.decode import Sampling as Sampling
     from mukv.model import Concept as Concept
@@ -176,10 +179,10 @@ _MODULES = {
         "TensorProduct"
     ),
     "mukv.cache.policy": (
-        "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds H2O "
-        "Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Pages Policy Pyramid "
-        "Random Refine Select SnapKV SparQ Spread Store Streaming TopK TopP TOVA Uniform When "
-        "WholeChunks"
+        "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds "
+        "FP8 H2O Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Pages Policy "
+        "Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store Streaming TopK TopP "
+        "TOVA Uniform When WholeChunks"
     ),
     "mukv.conversion": (
         "Conversion ConvertedLayer CrossLayer FewerHeads SharedVectors SourceLayer TruncatedLatent "
@@ -190,6 +193,7 @@ _MODULES = {
     "mukv.core.mesh": "MeshShape",
     "mukv.core.norm": "RMSNorm",
     "mukv.core.params": "Param",
+    "mukv.data.mixture": "MixturePart",
     "mukv.infer.decode": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
     "mukv.model.block": "Branching Feedforward Gated PostNorm PreNorm SandwichNorm",

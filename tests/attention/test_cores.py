@@ -10,12 +10,24 @@ import numpy as np
 import pytest
 
 from mukv.attention import Entries, Mask
-from mukv.attention.cores import CORES, Chunked, Demand, Flash, Part, Plain, Scores, choose
+from mukv.attention.cores import (
+    CORES,
+    Chunked,
+    Demand,
+    Flash,
+    Part,
+    Plain,
+    Scores,
+    Splash,
+    choose,
+)
 from mukv.attention.recalled import Dense
 from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
-from mukv.core.params import map_params
+from mukv.core.params import abstract, map_params
 from mukv.position import POSITIONS, CoPE, NoPE
+from mukv.runs import config
 from tests.laws import matrix
 from tests.pairs import params
 
@@ -102,7 +114,7 @@ def test_cores_agree(name, seed):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), one, two)
 
 
-FLASH = {
+KERNELS = {
     "plain": {},
     "padding": {"cuts": (0, 20), "padding": 30},
     "packed": {"cuts": (0, 20, 21, 90)},
@@ -115,11 +127,12 @@ FLASH = {
 ALIGNED = Mask(aligned=True)
 
 
-@pytest.mark.parametrize("name", FLASH)
-def test_flash_is_plain(name):
+@pytest.mark.parametrize("core", [Flash, Splash])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_are_plain(name, core):
     """The kernels, interpreted, over several chunks and blocks; forward and backward."""
     given = {"cuts": (0,), "group": 2, "kv_heads": 2, "widths": (16, 16), "window": None}
-    given |= {"softcap": None, "sinks": False, "padding": 0} | FLASH[name]
+    given |= {"softcap": None, "sinks": False, "padding": 0} | KERNELS[name]
     random, length = np.random.default_rng(0), 150
     heads, (width, value_width) = (given["kv_heads"], given["group"]), given["widths"]
 
@@ -156,7 +169,7 @@ def test_flash_is_plain(name):
         jax.jit(jax.value_and_grad(lambda moving, core=core: read(moving, core), has_aux=True))(
             moving
         )
-        for core in (Plain(), Flash(interpret=True))
+        for core in (Plain(), core(interpret=True))
     )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4), one, two)
 
@@ -181,11 +194,39 @@ def test_flash_is_split_over_a_mesh():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-5), whole, split)
 
 
+def test_a_step_is_lowered_to_the_kernels_of_a_tpu():
+    """Forward, and two kernels backward, for each of the two layers of the pattern."""
+    wide = ["model.d_model=32", "model.plan=[{repeats: 2, pattern: [{window: 16}, {}]}]"]
+    run = config.load("tiny", [*wide, "train.compute.platform=tpu"])
+    tokens = jax.ShapeDtypeStruct((2, 200), jnp.int32)
+
+    def total(weights: Any, tokens: Any) -> Any:
+        compute = run.train.compute.resolve("tpu")
+        result = run.model.forward(weights, tokens, tokens, tokens, compute)
+        return jnp.sum(result.hidden.astype(jnp.float32))
+
+    traced = jax.jit(jax.grad(total)).trace(abstract(run.model.params()), tokens)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 2 * 3
+
+
+def test_a_core_asked_for_by_name():
+    own = Demand(8, aligned=True)
+    assert choose(own, Compute(platform="gpu", core="fused")).name == "fused"
+    assert choose(Demand(1), Compute(platform="gpu", core="flash")).name == "plain"
+    with pytest.raises(BadInput, match="splash, fused, plain can serve here; flash can't: it is"):
+        choose(own, Compute(platform="tpu", core="flash"))
+    biased = Demand(8, POSITIONS["alibi"](), aligned=True)
+    with pytest.raises(BadInput, match="fused, plain can serve here; splash can't: alibi adds"):
+        choose(biased, Compute(platform="tpu", core="splash"))
+
+
 def test_the_chooser_says_why():
     fast = choose(Demand(8), Compute())
     assert (fast.name, fast.refused) == ("fused", {})
     gpu = Compute(platform="gpu")
     assert choose(Demand(8, aligned=True), gpu).name == "flash"
+    assert choose(Demand(8, aligned=True), Compute(platform="tpu")).name == "splash"
     assert "in one bag" in choose(Demand(8), gpu).refused["flash"]
     biased = choose(Demand(8, POSITIONS["alibi"](), aligned=True), gpu)
     assert biased.refused == {"flash": "alibi adds a bias to the logits"}

@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -80,6 +80,7 @@ WSD, ROOT = (f"{SCHEDULE}={{kind: {kind}, warmup: 1}}" for kind in ("wsd", "inve
 POWER = f"{SCHEDULE}={{kind: power, warmup: 1, amplitude: 1}}"
 BUDGET = "train.budget={kind: sde, batch: 64, tokens: 1024}"
 ADAPTER = "train.adapter={rank: 2}"
+MIXED = "data={path: null, mixture: [{path: {own}}, {path: {other}}]}"
 NOPE, COPE, FIRE = (f"{PLACE}={{kind: {kind}}}" for kind in ("nope", "cope", "fire"))
 LOG = "{kind: log_length, typical: 16}"
 STEP = "{kind: step_length, every: 4, strength: 1}"
@@ -92,6 +93,9 @@ YARN = (
 CHANGES = {
     "Data.path": "data.path={other}",
     "Data.packing": "data.packing=contiguous",
+    "Data.mixture": "data={path: null, mixture: [{path: {other}}]}",
+    "MixturePart.path": (MIXED, "data.mixture.0.path={other}"),
+    "MixturePart.weight": (MIXED, "data.mixture.0.weight=9"),
     "LanguageModel.vocab_size": "model.vocab_size=272",
     "LanguageModel.d_model": "model.d_model=16",
     "LanguageModel.attention": SHARED,
@@ -299,7 +303,8 @@ CHANGES = {
     "MeshShape.tensor": "mesh.tensor=2",
 }
 """What each changes is seen in the programs of training, or in what four steps of it do."""
-NUMBERS = {"Data.path", "Data.packing", "Training.seed"}
+NUMBERS = {"Data.path", "Data.packing", "Data.mixture", "MixturePart.path", "MixturePart.weight"}
+NUMBERS |= {"Training.seed"}
 """The program is the same; a change in it would not be that of the field."""
 
 LOOP = {
@@ -316,6 +321,7 @@ SAME = {
     "Compute.unroll": "train.compute.unroll=false",
     "Compute.rematerialise": "train.compute.rematerialise=true",
     "Compute.fused": "train.compute.fused=false",
+    "Compute.core": "train.compute.core=plain",
     "Compute.attention_chunk": "train.compute.attention_chunk=5",
     "Compute.loss_chunk": "train.compute.loss_chunk=5",
     "Training.accumulate": "train.accumulate=2",
@@ -393,7 +399,8 @@ def load(token_file, tmp_path_factory):
     other = build_tokens([str(folder / "a.txt")], folder / "tokens").path
 
     def load(*overrides: str) -> Run:
-        given = (text.replace("{other}", str(other)) for text in overrides)
+        paths = {"{other}": str(other), "{own}": str(token_file)}
+        given = [reduce(lambda t, p: t.replace(*p), paths.items(), text) for text in overrides]
         return config.load("tiny", [f"data.path={token_file}", *BASE, *given])
 
     return load

@@ -1,1 +1,1 @@
-"""Measurements of the attention weights of a trained model, by layer and head."""
+"""Measure the attention weights of a trained model, by layer and head."""

@@ -1,10 +1,11 @@
 """Measure how well cluster centres predict which entries have large attention weights.
 
-A query scores the centres; its entries are read cluster by cluster in the order of the scores, and
-within a cluster the latest first, until a given share of the visible entries is read. Measured by
-head: the attention mass of the entries read; precision, recall and F1 against the entries that
-hold 80 % of the mass; the sizes of the clusters. For comparison, the mass of as many entries with
-the largest weights (the upper bound) and of as many latest entries.
+A query scores the centres. Its entries are read cluster by cluster in the order of the scores, the
+latest first within a cluster, until a given fraction of the visible entries is read. The results,
+by head, are the attention mass of the entries read; their precision, recall and F1 against the
+entries that hold 80 % of the mass; and the sizes of the clusters. For comparison there is the mass
+of equally many entries with the largest weights (the upper bound), and of equally many latest
+entries.
 """
 
 from __future__ import annotations
@@ -27,19 +28,21 @@ from mukv.model.decoder import Decoder
 from mukv.model.plan import ResolvedLayer
 
 READS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Shares of the visible entries that are read."""
+"""Fractions of the visible entries that are read."""
 MEASURES = ("captured", "largest", "latest", "precision", "recall", "f1")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Measures of one layer, float64 [head read], with one `read` per share of READS. They are
-    means over queries, and NaN where no query sees LEAST entries.
+    """Measures of one layer, float64 [head read]; the axis `read` has the fractions of READS. They
+    are means over queries, and NaN where no query sees LEAST entries.
 
     captured: attention mass of the entries that the clusters choose
-    largest, latest: mass of as many entries with the largest weights, and of the latest ones
-    precision, recall, f1: of the chosen entries, against those that hold NEEDED of the mass
-    sizes: share of all entries in each cluster, largest first [kv_head cluster]
+    largest, latest: mass of equally many entries with the largest weights, and of equally many
+        latest entries
+    precision, recall, f1: scores of the chosen entries against the entries that hold NEEDED of the
+        mass
+    sizes: fraction of all entries in each cluster, largest first [kv_head cluster]
     """
 
     layer: int
@@ -61,8 +64,10 @@ def judge(
 ) -> list[Prediction]:
     """Measure the centres in every layer, over queries that see at least LEAST entries.
 
-    weights: stacked and scaled. batches: rows of one shape; padding is not counted. Raises BadInput
-    for layers whose attention has other stores than one entry per token.
+    weights: stacked and scaled
+    batches: rows of one shape; padding is not counted
+
+    Raises BadInput for layers whose attention has other stores than one entry per token.
     """
 
     def reduction(layer: ResolvedLayer, seen: Captured) -> dict[str, Array]:
@@ -99,8 +104,8 @@ def _sums(layer: ResolvedLayer, seen: Captured, centres: Centres) -> dict[str, A
     sizes = jnp.take_along_axis(each(sees), order, axis=-1)
     better = jnp.cumsum(sizes, axis=-1) - sizes
     earlier = jnp.take_along_axis(better, jnp.argsort(order, axis=-1), axis=-1)
-    # The number of entries that are read before an entry: all of better clusters, and the later
-    # ones of its own.
+    # The number of entries that are read before an entry: all entries of clusters with higher
+    # scores, and the later entries of its own cluster.
     place = earlier + each(until[:, :, taken])
     index = jnp.broadcast_to(labels[:, :, None], (*place.shape[:3], length))
     own_count = jnp.take_along_axis(until, labels[..., None], axis=3)[..., 0]

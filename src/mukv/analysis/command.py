@@ -27,10 +27,10 @@ class AnalyzeSettings:
     text: text files
     tokens: a .npy file of ids, instead of text; the held-out text is used if neither is given
     samples: windows per text
-    calibrate: what is clustered (keys, queries, means, aligned); None: no calibration
+    calibrate: points to cluster (keys, queries, means, aligned); None for no calibration
     clusters: cluster centres per head
-    before_rotation: cluster keys and queries before their position rotation
-    calibration_tokens: tokens of the training text that are clustered
+    before_rotation: whether keys and queries are clustered before their position rotation
+    calibration_tokens: number of tokens of the training text that are clustered
     """
 
     text: tuple[Path, ...] = ()
@@ -52,8 +52,11 @@ class AnalyzeSettings:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Results of an analysis. found: measures of each layer by name of the text. facts: the object
-    that `--json` prints."""
+    """Results of an analysis.
+
+    found: measures of each layer, by name of the text
+    facts: the object that `--json` prints
+    """
 
     found: study.Found
     facts: dict[str, Any]
@@ -69,10 +72,12 @@ def analyze(
 ) -> Analysis:
     """Measure a model, and write tables, pictures and an HTML page into a folder.
 
-    name: the model as it was typed. length: tokens per window. beside: the run directory where
-    calibrated centres are saved; None to save them in `folder`. Raises BadInput for texts shorter
-    than a window, for token ids that the model does not have, and for a model that is not a
-    Decoder.
+    name: the model as it was typed
+    length: tokens per window
+    beside: run directory in which calibrated centres are saved; None to save them in `folder`
+
+    Raises BadInput for texts shorter than a window, for token ids that the model does not have, and
+    for a model that is not a Decoder.
     """
     texts = chosen_texts(model, length, settings)
     to_cluster = to_judge = samples.joined(texts.values())
@@ -97,8 +102,8 @@ def analyze(
 
 
 def chosen_texts(model: Model, length: int, settings: AnalyzeSettings) -> dict[str, CapturedRows]:
-    """Return windows of each text, by name. Raises BadInput for ids that the model does not have,
-    and for a text shorter than a window."""
+    """Return windows of each text, by name. Raises BadInput for ids outside of the vocabulary, and
+    for a text shorter than a window."""
     count = settings.samples
     if settings.text:
         names = names_of(settings.text)
@@ -124,8 +129,11 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 def _parted(
     model: Model, length: int, settings: AnalyzeSettings, rows: CapturedRows
 ) -> tuple[CapturedRows, CapturedRows]:
-    """Return the windows to cluster and the windows to test the clusters on: alternate windows of
-    the given texts, or else windows of the training text and of the held-out text."""
+    """Return the windows to cluster, and the windows on which the clusters are tested.
+
+    These are alternate windows of the given texts; without texts they are windows of the training
+    text, and `rows`.
+    """
     if settings.text or settings.tokens:
         return samples.halves(rows)
     count = -(-settings.calibration_tokens // length)
@@ -141,7 +149,8 @@ def _clusters(
     saved: Path,
     page: Page,
 ) -> Mapping[str, Any]:
-    """Calibrate centres, save and test them; adds a section to the page and returns the facts."""
+    """Calibrate centres, save and test them. Adds a section to the page; returns the fields that
+    `--json` prints."""
     decoder, kind, compute = model.network, settings.calibrate, model.run.train.compute
     assert isinstance(decoder, Decoder)
     size = batch_rows(decoder, to_cluster.tokens.shape[1])

@@ -17,9 +17,10 @@ from mukv.show.figures import labels, legend, powers, saved_figure, series_style
 
 PANEL = (3.3, 3.0)
 MOST_PANELS = 6
-"""Most panels in a picture; of a model with more layers, this many evenly spaced ones are drawn."""
+"""Maximum number of panels; of a model with more layers, this many evenly spaced ones are drawn."""
 FEW_LAYERS = 10
-"""Most layers with a colour and a marker each; more are coloured in order, with a colour bar."""
+"""Largest number of layers that each have a colour and a marker; more layers get colours of a
+gradient, with a colour bar."""
 ColourMap = "viridis"
 
 
@@ -217,8 +218,8 @@ def clusters(layers: Sequence[Prediction], path: Path) -> str:
 
 
 def layer_styles(count: int) -> list[dict[str, Any]]:
-    """Return a line style per layer: a colour and marker each, or if there are more than FEW_LAYERS
-    a colour of `ColourMap` each."""
+    """Return a line style per layer: a colour and a marker, or a colour of `ColourMap` if there are
+    more than FEW_LAYERS layers."""
     if count <= FEW_LAYERS:
         return [style | {"ms": 4, "lw": 1.2} for style in series_styles(count)]
     import matplotlib as mpl
@@ -229,7 +230,7 @@ def layer_styles(count: int) -> list[dict[str, Any]]:
 
 def layer_key(figure: Any, panels: Sequence[Any], layers: Sequence[Sparsity | Prediction]) -> None:
     """Add a legend of the lines of the first panel. If there are more than FEW_LAYERS layers, a
-    colour bar beside the panels takes their place in it."""
+    colour bar beside the panels replaces their entries in the legend."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.ticker import MaxNLocator
@@ -260,7 +261,7 @@ def heat(
 ) -> None:
     """Draw a matrix as colours, with its numbers if it has at most 64.
 
-    logarithmic: colours follow the logarithm of the values, which begin at 0
+    logarithmic: whether colours follow the logarithm of the values, which are at least 0
     """
     from matplotlib.colors import SymLogNorm
 
@@ -289,7 +290,7 @@ def heat(
 
 
 def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Stack rows of different lengths (layers may differ in heads), filled up with NaN."""
+    """Stack rows of different lengths (layers may differ in heads), padded with NaN."""
     table = np.full((len(rows), max(map(len, rows))), np.nan)
     for row, values in zip(table, rows, strict=True):
         row[: len(values)] = values

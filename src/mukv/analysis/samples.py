@@ -15,8 +15,11 @@ from mukv.data.tokens import TokenFile
 def windows(name: str, texts: Sequence[np.ndarray], length: int, samples: int) -> CapturedRows:
     """Choose at most `samples` windows of `length` tokens, evenly spaced over all texts.
 
-    texts: token ids [token]. Each window has positions from 0, like the beginning of a document.
-    Raises BadInput if every text is shorter than a window; name: of the texts, for its message.
+    name: name of the texts, for errors
+    texts: token ids [token]
+
+    Each window has positions from 0, like the beginning of a document. Raises BadInput if every
+    text is shorter than a window.
     """
     starts = [
         (number, start)
@@ -61,7 +64,7 @@ def even(rows: CapturedRows, most: int) -> Iterator[CapturedRows]:
 
 
 def halves(rows: CapturedRows) -> tuple[CapturedRows, CapturedRows]:
-    """Split windows into those of even and of odd number. Raises BadInput for a single window."""
+    """Split windows into those with even and odd index. Raises BadInput for a single window."""
     if len(rows.tokens) < 2:
         raise BadInput("--text", f"{len(rows.tokens)} window", "2 or more: half of them calibrate")
     first, second = (CapturedRows(*(array[start::2] for array in rows)) for start in (0, 1))
@@ -74,7 +77,7 @@ def joined(parts: Iterable[CapturedRows]) -> CapturedRows:
 
 
 def batched(rows: CapturedRows, size: int) -> Iterator[CapturedRows]:
-    """Yield batches of one shape; the last is filled up with rows of padding (segment 0)."""
+    """Yield batches of one shape; the last is completed with rows of padding (segment 0)."""
     size = min(size, len(rows.tokens))
     for start in range(0, len(rows.tokens), size):
         part = CapturedRows(*(array[start : start + size] for array in rows))

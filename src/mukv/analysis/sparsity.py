@@ -1,10 +1,10 @@
 """Measure how sparse attention is, by layer, head and number of visible entries.
 
-The weights of each query are sorted. Measured are the mass of the largest weights, the number of
-entries that hold a share of the mass, and the relative error of the output if only the values of
-the largest weights are read. (Mass alone does not determine this error: values of entries with
-small weights may be large, or cancel.) Queries are grouped by octave of the number of entries that
-they see; each group has a mean, and for some measures the least and largest of its queries.
+The weights of each query are sorted. The measures are the mass of the largest weights, the number
+of entries that hold a given fraction of the mass, and the relative error of the output if only the
+values of the largest weights are read. (The mass does not determine this error: values of entries
+with small weights may be large, or cancel.) Queries are grouped by octave of the number of entries
+that they see. Each measure is averaged over a group; some also have the minimum and maximum.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from mukv.model.plan import ResolvedLayer
 MASSES = (0.8, 0.9, 0.95, 0.99, 0.999)
 SHARES = (0.01, 0.05, 0.1, 0.2)
 SINKS, NEAR = 4, 16
-"""Entries counted as sinks (the first of a document) and as near (the last before a query, and its
-own)."""
+"""Number of entries that count as sinks (the first of a document), and as near (the last up to the
+query's own)."""
 NEEDED = 0.8
-"""Share of a query's attention mass whose entries count as needed, when heads are compared."""
+"""Fraction of a query's attention mass that its needed entries hold, when heads are compared."""
 LEAST = 32
-"""Queries that see fewer entries are left out when heads or clusters are compared."""
+"""Number of entries that a query must see to count when heads or clusters are compared."""
 QUERIES = 256
-"""Most queries that are measured per row, evenly spaced."""
+"""Maximum number of queries that are measured per row, evenly spaced."""
 PARTS = ("sinks", "near", "distance")
 EXTREMES = {"low": np.minimum, "high": np.maximum}
 
@@ -46,7 +46,7 @@ def octave(visible: Int[Array, "*queries"]) -> Int[Array, "*queries"]:
 
 def ranks(length: int) -> np.ndarray:
     """Return the numbers of largest weights at which the mass is recorded: 1, 2, 3, 4, 6, 8, 12 and
-    so on, up to the length and with it."""
+    so on, and the length itself."""
     powers = 2 ** np.arange(int(np.log2(length)) + 1)
     halves = powers[powers > 1] * 3 // 2
     return np.unique([rank for rank in [*powers, *halves, length] if rank <= length])
@@ -55,9 +55,9 @@ def ranks(length: int) -> np.ndarray:
 class MostRead(NamedTuple):
     """The entry to which the queries of a head give the most attention mass, in each window.
 
-    position: in its document; median over windows
-    share: of the attention mass; mean over windows
-    first: share of the windows in which it is one of the first SINKS entries
+    position: position of the entry in its document; median over windows
+    share: fraction of the attention mass; mean over windows
+    first: fraction of the windows in which the entry is one of the first SINKS
     """
 
     position: int
@@ -67,24 +67,27 @@ class MostRead(NamedTuple):
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Measures of one layer. Axes: head [H], octave [O], rank [R], mass [M], share [S]; float64,
-    means over the queries of an octave, NaN in octaves without queries.
+    """Measures of one layer, float64. Axes: head [H], octave [O], rank [R], mass [M], share [S].
 
-    queries: their number [O]
+    Measures with an octave axis are means over the queries of an octave, and NaN in octaves without
+    queries.
+
+    queries: number of queries [O]
     ranks: numbers of largest weights [R] (see `ranks`)
-    curve: mass of that many largest weights; "mean", "low" and "high" over queries, each [H O R]
-    needed: entries that hold a share MASSES of the mass; the same three, each [H O M]
-    top: mass of the largest SHARES of the visible entries [H O S]
-    error: norm of the output's error when only their values are read, relative to the output's norm
-        [H O S]
-    renormalised: the same after the output was divided by their mass [H O S]
-    sinks, near: mass of the first SINKS entries of a document and of the last NEAR [H O]
+    curve: mass of `ranks` largest weights; "mean", "low" and "high" over queries, each [H O R]
+    needed: number of entries that hold a fraction MASSES of the mass; "mean", "low" and "high" over
+        queries, each [H O M]
+    top: mass of the entries with the largest weights, a fraction SHARES of the visible ones [H O S]
+    error: relative error of the output (norm of the difference over norm) when only the values of
+        these entries are read [H O S]
+    renormalised: relative error of that output divided by the mass of these entries [H O S]
+    sinks, near: mass of the first SINKS entries of a document, and of the last NEAR [H O]
     distance: mean distance of entries from the query, in tokens, weighted by attention [H O]
     far_from_mean: total variation between a head's weights and the mean over heads [H O]
-    agreement: intersection over union of the entries with NEEDED of the mass of two heads [H H]
-    read_share: mass of the most-read entry of a window, mean over windows; of each head, then of
-        the mean over heads [H + 1]
-    read_windows: share of the windows whose most-read entry is at a position [H + 1 position]
+    agreement: intersection over union of two heads' entries with NEEDED of the mass [H H]
+    read_share: mass of the most-read entry of a window, mean over windows; for each head, and last
+        for the mean over heads [H + 1]
+    read_windows: fraction of the windows whose most-read entry is at a position [H + 1 position]
     """
 
     layer: int
@@ -105,7 +108,7 @@ class Sparsity:
 
     @property
     def most_read(self) -> list[MostRead]:
-        """The most-read entry of each head, and last of the mean over heads."""
+        """The most-read entry of each head, and last that of the mean over heads."""
         median = np.argmax(np.cumsum(self.read_windows, axis=1) >= 0.5 - 1e-6, axis=1)
         first = self.read_windows[:, :SINKS].sum(axis=1)
         parts = zip(median, self.read_share, first, strict=True)
@@ -126,8 +129,10 @@ def measure(
 ) -> list[Sparsity]:
     """Measure every layer on rows of `length` tokens.
 
-    weights: stacked and scaled. batches: rows of one shape; padding is not counted. Raises BadInput
-    for layers whose attention has other stores than one entry per token.
+    weights: stacked and scaled
+    batches: rows of one shape; padding is not counted
+
+    Raises BadInput for layers whose attention has other stores than one entry per token.
     """
     octaves = math.ceil(math.log2(length)) + 1
     at = ranks(length)
@@ -217,12 +222,11 @@ def _most_read(
     taken: np.ndarray,
     counted: Float[Array, "batch query"],
 ) -> dict[str, Array]:
-    """Find in each row the entry with the largest share of the counted queries' mass; sum these
-    shares over rows [head], and count the entries by their position in their document
-    [head position].
+    """Find in each row the entry with the largest fraction of the counted queries' mass.
 
-    A row with several documents counts for that with the most such queries. The last head is the
-    mean over heads.
+    Returns the number of rows, the sum of these fractions over rows [head], and the number of rows
+    by the entry's position in its document [head position]. Of a row with several documents only
+    the one with the most counted queries counts. The last head is the mean over heads.
     """
     length = seen.position.shape[1]
     same = seen.segment[:, taken, None] == seen.segment[:, None, :]
@@ -242,7 +246,7 @@ def _most_read(
 
 
 def _extremes(name: str, x: Float[Array, "batch heads query _"], place: Array) -> dict[str, Array]:
-    """Return the least and the largest value of each head and octave, [head octave _]."""
+    """Return the minimum and the maximum over queries, each [head octave _]."""
     inside = (place > 0)[:, None, :, :, None]
     wide = x[:, :, :, None]
     return {

@@ -23,7 +23,7 @@ from mukv.show.progress import Bar
 from mukv.storage.files import write_atomic
 
 LONGEST = 80
-"""Most characters of a text's name in a file name (file systems allow 255 bytes in all)."""
+"""Maximum number of characters of a text's name in a file name; file systems allow 255 bytes."""
 Found = Mapping[str, Sequence[Sparsity]]
 """Measures of each layer, by name of the text."""
 
@@ -33,8 +33,10 @@ def look(
 ) -> dict[str, list[Sparsity]]:
     """Measure the attention sparsity of a model on windows of each text, with a progress bar.
 
-    weights: stacked and scaled. texts: rows by name. Raises BadInput for layers whose attention has
-    other stores than one entry per token.
+    weights: stacked and scaled
+    texts: rows by name
+
+    Raises BadInput for layers whose attention has other stores than one entry per token.
     """
     found: dict[str, list[Sparsity]] = {}
     total = sum(len(rows.tokens) for rows in texts.values())
@@ -57,7 +59,7 @@ def look(
 
 
 def write(found: Found, out: Path, title: str, about: Mapping[str, str]) -> Page:
-    """Write tables and pictures into a folder; returns the page that shows them, not yet saved."""
+    """Write tables and pictures into a folder; return the page that shows them, not yet saved."""
     for name, rows in tables(found).items():
         write_atomic(out / f"{name}.csv", csv_text(rows))
     page = Page(title)
@@ -79,8 +81,8 @@ def write(found: Found, out: Path, title: str, about: Mapping[str, str]) -> Page
 def write_clusters(
     found: Sequence[Prediction], centres: Centres, out: Path, page: Page
 ) -> dict[str, Any]:
-    """Write the table and picture of how well centres predict the entries that queries need; adds
-    them to the page and returns the facts that `--json` prints."""
+    """Write the table and picture of how well centres predict the entries that queries need. Adds
+    them to the page; returns the fields that `--json` prints."""
     rows = [
         {"layer": layer.layer, "head": head, "read": share}
         | {name: float(getattr(layer, name)[head, place]) for name in MEASURES}

@@ -1,1 +1,1 @@
-"""The long-context benchmark: which facts of a text a model retrieves, by length and cache size."""
+"""The long-context benchmark: test which facts of a text a model retrieves, by length and cache."""

@@ -15,19 +15,19 @@ from mukv.runs.loaded import Model
 from mukv.tasks.prompts import Prompt, PromptForm
 
 Form = Literal["chat", "plain", "text"]
-"""How a model that was not trained on a task is asked: with a prompt in its chat template, with a
-prompt without it, or with the task's own text, which it continues."""
+"""Form in which a model is asked that was not trained on a task: a prompt in its chat template, a
+prompt without template, or the task's own text, which the model continues."""
 PLACE = "MUKV-MESSAGE"
-"""Stands for the message when a template is rendered once for all prompts."""
+"""Placeholder of the message when a template is rendered once for all prompts."""
 ROOM = 16
-"""New tokens of an answer, besides twice those of the right one."""
+"""Number of tokens that an answer may have beyond twice those of the right answer."""
 
 
 class DecodedAnswers(NamedTuple):
     """Decoded answers.
 
-    texts: without the tokens that end them
-    cache_bytes: allocated bytes of cache per prompt
+    texts: answers without the tokens that end a text
+    cache_bytes: bytes of the allocated cache per prompt
     """
 
     texts: list[str]
@@ -37,8 +37,8 @@ class DecodedAnswers(NamedTuple):
 class Asker:
     """Asks a model with prompts.
 
-    chat: whether to use its chat template; None: if it has one
-    shots: solved prompts before each prompt; with a template they are earlier turns
+    chat: whether the model's chat template is used; None to use it if there is one
+    shots: solved prompts before each prompt; with a template they are earlier turns of the chat
     """
 
     def __init__(self, model: Model, chat: bool | None = None, shots: Sequence[Prompt] = ()):
@@ -64,8 +64,8 @@ class Asker:
         return self._encoded(self.whole(prompt))
 
     def parts(self, prompt: Prompt) -> tuple[list[int], list[int]]:
-        """Return the tokens of a prompt before its question, and those from the question on. Raises
-        BadInput for a chat template that changes the question."""
+        """Return the tokens of a prompt before its question, and the tokens from the question on.
+        Raises BadInput for a chat template that changes the question."""
         whole = self.whole(prompt)
         place = whole.rfind(prompt.question)
         if place < 1:
@@ -91,7 +91,7 @@ class Asker:
     def fitting(
         self, form: PromptForm, length: int, seed: int, indices: np.ndarray
     ) -> list[Prompt]:
-        """Make test samples with as much filler as `length` tokens hold, answers included.
+        """Make test samples with as much filler as fits into `length` tokens, answers included.
 
         Raises BadInput for a length that is too short.
         """
@@ -123,7 +123,7 @@ class Asker:
     ) -> DecodedAnswers:
         """Decode answers greedily.
 
-        aware: whether the policy chooses when the question was read, or before
+        aware: whether the policy first chooses after the question was read, not before
         tick: called with the number of prompts that are answered
         """
         rows = [(self.ids(prompt), []) if aware else self.parts(prompt) for prompt in prompts]
@@ -145,7 +145,7 @@ class Asker:
         return DecodedAnswers(texts, taken)
 
     def _template(self) -> tuple[str, str] | None:
-        """Return the text that a template puts before and after a message; None if it depends on
+        """Return the texts that a template puts before and after a message; None if they depend on
         the message."""
         before, found, after = self._rendered(PLACE).partition(PLACE)
         example = "\n".join(["A text of", *["several lines."] * 50, "And a question?"])

@@ -1,6 +1,6 @@
-"""Test one model on one task at one length: correct answers, and the cache that they take.
+"""Test one model on one task at one length: count correct answers and the bytes of the cache.
 
-A model trained on the task receives the samples' ids, any other model their text.
+A model that was trained on the task receives the samples as ids, any other model as text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mukv.tasks.prompts import NOISE, WORDINGS
 
 DEPTHS = [0.0, 0.25, 0.5, 0.75]
 CHECKED = 50
-"""Samples that the independent solver answers as well."""
+"""Number of samples that the independent solver answers as well."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class ExamineSettings:
     """How a model is tested.
 
     samples: number of samples per task and length
-    free: number of these that are also decoded freely, without the answer's tokens as input
-    shots: solved samples before each text
+    free: number of samples whose last answer is also decoded, without the right answer's tokens as
+        input
+    shots: number of solved samples before each text
     policy: cache policy of decoding
-    form: how a model is asked that was not trained on a task; None: with prompts if the task has
-        them, in the model's chat template if it has one
+    form: form in which a model is asked that was not trained on a task; None for prompts if the
+        task has them, in the model's chat template if it has one
     haystack: sentences between the items of prompts
-    aware: whether the policy has seen the question of a prompt when it chooses
+    aware: whether the policy first chooses after the question of a prompt was read
     """
 
     samples: int = 200
@@ -69,7 +70,7 @@ class Examination:
 
     row: row of the table
     answers: every answer of every sample
-    decoded: those that were decoded from a text of the task, with this text
+    decoded: answers that were decoded from a text of the task, with this text
     """
 
     row: dict[str, Any]
@@ -169,8 +170,8 @@ def decoded(
 ) -> tuple[list[dict[str, Any]], float]:
     """Decode the last answer of the first `free` samples greedily.
 
-    Returns an entry of each, with the text before the answer, and the allocated bytes of cache per
-    row.
+    Returns an entry for each, with the text before the answer, and the bytes of the allocated cache
+    per row.
     """
     rows = np.arange(min(settings.free, len(samples.tokens)))
     # Answers are in the order of the text; absent ones may be anywhere among them.
@@ -196,7 +197,7 @@ def decoded(
 
 
 def _texts(model: Model, wanted: Sequence[int], given: Sequence[int]) -> dict[str, Any]:
-    """Return both answers as texts, and how near they are."""
+    """Return the expected and the given answer as texts, and the nearness of the given answer."""
     expected, answer = (model.tokenizer.decode_further(ids) for ids in (wanted, given))
     near = 1.0 if given == wanted else round(closeness(answer, expected), 4)
     return {"expected": expected, "answer": answer, "partial": near}

@@ -33,7 +33,7 @@ def effective_length(scores: Mapping[int, float], chance: float) -> int:
     """Return the longest length up to which every score is at least 85 % of that at the shortest
     length; 0 if the score at the shortest length is at most twice the chance.
 
-    scores: by length
+    scores: score by length in tokens
     """
     lengths = sorted(scores)
     base = scores[lengths[0]]
@@ -74,10 +74,11 @@ def names(answer: str, wanted: str) -> bool:
 
 
 def closeness(answer: str, wanted: str) -> float:
-    """Compute 1 - edits / characters of the wanted text; edits: insertions, deletions and
-    substitutions (Levenshtein 1966) that turn the nearest part of the answer into it.
+    """Compute the nearness of an answer: 1 - edits / characters of the wanted text.
 
-    1 where the answer contains the text, 0 where it has none of it; the case does not matter.
+    Edits are the insertions, deletions and substitutions (Levenshtein 1966) that turn the most
+    similar part of the answer into the wanted text, whatever the case. The result is 1 if the
+    answer contains the wanted text, and 0 if it shares no character with it.
     """
     wanted, answer = wanted.strip().casefold(), answer.casefold()
     if wanted in answer:

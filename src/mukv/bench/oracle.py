@@ -1,5 +1,5 @@
-"""The benchmark's scores without a model: of an independent solver, of guessing, of
-position alone.
+"""Compute the benchmark's scores without a model: of an independent solver, of random guesses, and
+of the most common token at each position.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def same(one: str, other: str) -> bool:
 
 
 def solved(task: AnyTask, samples: Samples) -> np.ndarray:
-    """Whether the task's independent solver answers correctly from the text, bool [answer]."""
+    """Return whether the task's independent solver answers correctly, bool [answer].
+
+    The solver reads only the text.
+    """
     solve = SOLVERS.get(task.kind) or getattr(task, "solve", None)
     if solve is None:
         allowed = "a task with a method solve(text), which answers the questions of a text"
@@ -35,8 +38,9 @@ def solved(task: AnyTask, samples: Samples) -> np.ndarray:
 
 
 def by_position(seen: Samples, samples: Samples) -> np.ndarray:
-    """Whether the most common token at each place of the samples `seen` is the correct one, bool
-    [answer].
+    """Return whether each answer is the most common token at its position, bool [answer].
+
+    seen: samples in which tokens are counted
     """
     columns = seen.tokens.T
     common = [np.bincount(column).argmax() for column in columns]
@@ -48,7 +52,7 @@ def check(
 ) -> list[dict[str, Any]]:
     """Return a row for each task and length.
 
-    count: samples of each
+    count: number of samples of each
 
     Raises BadInput before any work for a length that is too short for a task.
     """

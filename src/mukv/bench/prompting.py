@@ -1,7 +1,7 @@
-"""Test a model with prompts: compute the share of right answers and how near wrong ones are.
+"""Test a model with prompts: compute the fraction of right answers, and the nearness of all.
 
-An answer is right if it contains what was asked for, as in RULER (Hsieh et al. 2024). The cache
-policy chooses before the question is read, as in kvpress' leaderboard, or after it.
+An answer is right if it contains the expected number or word, as in RULER (Hsieh et al. 2024). The
+cache policy first chooses before the question is read, as in kvpress' leaderboard, or after it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mukv.tasks.solvers.prompts import SOLVERS_IN_WORDS
 
 
 def asker_of(model: Model, form: PromptForm, settings: ExamineSettings) -> Asker:
-    """Return what asks a model in the form of the settings, with their number of shots."""
+    """Return the `Asker` of a model for the form and the number of shots of the settings."""
     indices = np.arange(settings.shots)
     shots = (
         form.batch(form.task.smallest, settings.seed, "train", indices) if settings.shots else []
@@ -45,7 +45,7 @@ def examine_prompts(
     tick: called with the number of samples that are answered
     """
     prompts = asker.fitting(form, length, settings.seed, np.arange(settings.samples))
-    # Without a policy both are the same, and one pass is faster.
+    # With the full cache the order makes no difference, and reading in one pass is faster.
     aware = settings.aware or settings.policy == FULL
     texts, taken = asker.answers(prompts, settings.policy, aware, tick)
     wanted = [(row, answer) for row, prompt in enumerate(prompts) for answer in prompt.answers]
@@ -90,8 +90,8 @@ def examine_prompts(
 
 
 def unrelated(prompts: Sequence[Prompt]) -> float | None:
-    """Return the mean nearness of other samples' right answers, which have the right form; None for
-    one sample."""
+    """Return the mean nearness of the right answers of other samples, as a baseline; None for a
+    single sample."""
     if len(prompts) < 2:
         return None
     others = [*prompts[1:], prompts[0]]

@@ -1,5 +1,5 @@
-"""Run the benchmark on a model, or on a configuration that is trained for it, and write
-its files.
+"""Run the benchmark on a model, or on a configuration that is trained for it, and write the
+results.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from mukv.tasks.prompts import Prompt, PromptForm
 
 Tell = Callable[[str], None]
 ANSWERS_SHOWN, ANSWER_LETTERS = 2, 160
-"""Number of answers of each task that are shown if none is right, and most characters of each."""
+"""Number of answers of each task that are shown if none is right, and their maximum length."""
 
 
 def try_configuration(
     trial: Trial, tasks: Mapping[str, AnyTask], out: Path, tell: Tell
 ) -> list[dict[str, Any]]:
-    """Train and test a configuration on each task. Raises BadInput before the first is trained."""
+    """Train and test a configuration on each task; return the rows of the table. Raises BadInput
+    before any training."""
     for name, task in tasks.items():
         with_name(name, lambda task=task: trial.check(task))
     rows: list[dict[str, Any]] = []
@@ -57,11 +58,11 @@ def test_model(
     out: Path,
     tell: Tell,
 ) -> list[dict[str, Any]]:
-    """Test a trained model on each task; returns the rows of the table. Raises BadInput before the
+    """Test a trained model on each task; return the rows of the table. Raises BadInput before the
     first test.
 
-    tell: receives a sample prompt of each task that is asked in words, and some of the model's
-        answers if none is right
+    tell: called with lines to print: a sample of each task that is asked with prompts, and some of
+        the model's answers if none is right
     """
     tests = {
         name: with_name(name, lambda task=task: _test(model, task, settings))
@@ -96,7 +97,7 @@ def test_model(
 
 @dataclass(frozen=True)
 class _OwnForm:
-    """A task that a model reads as ids or as the task's own text."""
+    """Test of a model with a task's ids or its own text."""
 
     model: Model
     task: AnyTask
@@ -119,7 +120,7 @@ class _OwnForm:
 
 @dataclass(frozen=True)
 class _InWords(_OwnForm):
-    """A task that a model is asked in words."""
+    """Test of a model with prompts."""
 
     form: PromptForm
     asker: Asker
@@ -163,7 +164,7 @@ def _results(name: str, test: _OwnForm, lengths: Sequence[int]) -> list[Examinat
 
 
 def instead(answers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each of some wrong answers: the expected answer and the model's."""
+    """Return lines that compare wrong answers of a model with the expected ones."""
     lines = ["no answer is right; the model wrote instead:"]
     for each in answers:
         expected = each["expected"]
@@ -177,7 +178,7 @@ def instead(answers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def with_name(name: str, work: Callable[[], Any]) -> Any:
-    """Return the result of `work`; put the task's name into a BadInput that it raises."""
+    """Return the result of `work`; add the task's name to a BadInput that it raises."""
     try:
         return work()
     except BadInput as error:

@@ -1,4 +1,4 @@
-"""Grade a model's predictions of answer tokens, given the true text before each
+"""Grade a model's predictions of the tokens of answers, with the true tokens before each as input
 (teacher forcing).
 """
 
@@ -25,12 +25,12 @@ BATCH_TOKENS = 8192
 class AnswerScores(NamedTuple):
     """Scores of all answers.
 
-    right: whether the whole answer is correct; false where there is none
-    tokens: fraction of its tokens that are correct
+    right: whether the whole answer is correct; false where there is no answer
+    tokens: fraction of the answer's tokens that are correct
     bits: negative log2 probability of the whole answer
     present: whether there is an answer
-    calibration_error: of all graded tokens together
-    likeliest: ids predicted for the tokens of answers; of other tokens the true ids
+    calibration_error: expected calibration error over all graded tokens
+    likeliest: predicted ids for the tokens of answers, and the true ids elsewhere
     """
 
     right: Bool[np.ndarray, "row answer"]
@@ -57,7 +57,7 @@ def _graded(model: LanguageModel, compute: Compute) -> Any:
         wanted = jnp.take_along_axis(tokens, places, axis=1)[..., None]
         own = jnp.take_along_axis(logits, wanted, axis=-1)
         others = jnp.where(jnp.arange(logits.shape[-1])[None, None] == wanted, -jnp.inf, logits)
-        # Strictly larger than all others: a tie is wrong, and so is NaN.
+        # The comparison is strict, so that ties and NaN count as wrong.
         right = own[..., 0] > others.max(axis=-1)
         total = jax.nn.logsumexp(logits, axis=-1)
         likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)

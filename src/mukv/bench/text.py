@@ -1,7 +1,8 @@
-"""Tasks as text for any tokenizer: the same puzzles, with a given length in its tokens.
+"""Encode tasks as text with any tokenizer, to a given length in its tokens.
 
-Questions and answers are encoded separately, so that the tokens of an answer do not depend on the
-text before it. Shots are solved samples of the training split, put before each text.
+The puzzles are the same as in the task's own tokens. Questions and answers are encoded separately,
+so that the tokens of an answer do not depend on the text before it. Shots are solved samples of the
+training split that precede each text.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mukv.data.tokenizer import AnyTokenizer
 from mukv.tasks import AnyTask, Samples
 
 PILOTS = 8
-"""Samples from which the number of tokens of a text is estimated."""
+"""Number of samples from which the number of tokens of a text is estimated."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class TextForm:
                 )
 
     def batch(self, length: int, seed: int, indices: Int[np.ndarray, " row"]) -> Samples:
-        """Make test samples of at most `length` tokens, padded at the end; positions refer to these
-        tokens.
+        """Make test samples of at most `length` tokens, padded at the end. The fields of the
+        samples count tokens of the tokenizer.
 
         Raises BadInput for a length that is too short.
         """
@@ -65,8 +66,9 @@ class TextForm:
         return _joined([self._row(samples, row, before) for row in range(len(indices))], length)
 
     def _needed(self, size: int, seed: int, indices: Int[np.ndarray, " row"]) -> int:
-        """Return the tokens of the longest of these samples' texts; `size` is in the task's own
-        tokens.
+        """Return the number of tokens of the longest text of these samples.
+
+        size: length of the samples in the task's own tokens
         """
         samples = self.task.batch(size, seed, "test", indices)
         return max(len(self._row(samples, row, [])[0]) for row in range(len(indices)))

@@ -1,8 +1,8 @@
 """Train a configuration on a task at one length, and test it at that and longer lengths.
 
-Every learning rate has the same budget. The best is that with the most correct answers on
-validation samples at the training length, over all seeds. Runs are run directories, so that an
-interrupted trial resumes.
+Each learning rate is trained for the same number of steps. The best one has the most correct
+answers on validation samples at the training length, over all seeds. Each run has a run directory,
+so that an interrupted trial resumes.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Trial:
     """A configuration to be trained and tested.
 
     run: model and training; its data, vocabulary size, length, learning rate and seed are replaced
-    lengths: lengths of the test in tokens; the first is that of training
+    lengths: lengths of the test in tokens; the first one is also the length of training
     rates: learning rates to try
     seeds: number of seeds
-    folder: where runs are written
+    folder: folder in which runs are written
     settings: how models are tested
     growing: whether the number of facts grows with the length
     """
@@ -62,7 +62,7 @@ class Trial:
         _ = self.runs(task)
 
     def at(self, task: AnyTask, length: int) -> AnyTask:
-        """Return the task as it is tested at a length."""
+        """Return the task with the number of facts that it has at a length."""
         times = length // self.lengths[0]
         if not self.growing or times == 1:
             return task
@@ -139,7 +139,7 @@ class Trial:
 
 
 def summary(results: Sequence[Examination], rate: float) -> dict[str, Any]:
-    """Return means over seeds, with one interval of all their answers together."""
+    """Return means over seeds, with one confidence interval over the answers of all seeds."""
     rows = [each.row for each in results]
     means = (
         "exact_match",

@@ -26,6 +26,7 @@ from mukv.cache.clusters import Clusters
 from mukv.cache.compactor import Compactor
 from mukv.cache.critical import Critical
 from mukv.cache.expected import Expected
+from mukv.cache.fp8 import FP8
 from mukv.cache.keep import Everything, Keep
 from mukv.cache.kept import Kept, empty
 from mukv.cache.layers import PAGE, Layers
@@ -34,6 +35,7 @@ from mukv.cache.positional import Random, Streaming
 from mukv.cache.quantised import Int4, Int8
 from mukv.cache.refine import Refine
 from mukv.cache.replay import TWICE, KVzip
+from mukv.cache.rotated import Rotated
 from mukv.cache.select import All, Select
 from mukv.cache.sparq import SparQ
 from mukv.cache.spread import Adaptive, Pyramid, Spread, Uniform
@@ -66,7 +68,12 @@ KEEPERS = PartTable(
     },
     kinds=False,
 )
-STORES = PartTable("store", Store, {"exact": Exact, "int8": Int8, "int4": Int4}, kinds=False)
+STORES = PartTable(
+    "store",
+    Store,
+    {"exact": Exact, "int8": Int8, "int4": Int4, "fp8": FP8, "rotated": Rotated},
+    kinds=False,
+)
 SELECTORS = PartTable(
     "select",
     Select,
@@ -189,7 +196,7 @@ class Policy:
                 self.name,
                 f"{layer} has the position encoding {attention.position.kind}, which depends on "
                 "all entries between a query and a key, so that no entry may be dropped or "
-                "skipped; int8, int4, topk and topp fit",
+                "skipped; int8, int4, fp8, rotated, topk and topp fit",
             )
         if isinstance(self.select, TopK) and not attention.values_apart:
             raise BadInput(

@@ -51,7 +51,7 @@ class Int8(Quantised):
 
     def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
         if key:
-            number, factors = _between(key, tensor, there, 255, self.group)
+            number, factors = between(key, tensor, there, 255, self.group)
             return {"number": number, **factors}
         grouped = _channels(tensor.astype(jnp.float32), self.group)
         exact = jnp.max(jnp.abs(grouped), axis=4, keepdims=True) / 127
@@ -72,11 +72,11 @@ class Int4(Quantised):
     """Store 4 bits per number (KIVI, Liu et al. 2024)."""
 
     def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
-        number, factors = _between(key, tensor, there, 15, self.group)
-        return {"number": _packed(number), **factors}
+        number, factors = between(key, tensor, there, 15, self.group)
+        return {"number": packed(number), **factors}
 
     def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
-        number = _unpacked(parts["number"])[..., :width].astype(jnp.float32)
+        number = unpacked(parts["number"])[..., :width].astype(jnp.float32)
         step, low = (
             _spread(key, parts[part], number.shape[2], width, self.group)
             for part in ("step", "low")
@@ -84,7 +84,7 @@ class Int4(Quantised):
         return number * step + low
 
 
-def _between(
+def between(
     key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"], levels: int, group: int
 ) -> tuple[UInt8[Array, "batch heads slot width"], Parts]:
     """Quantise each group to integers 0 to `levels` between its minimum and maximum.
@@ -126,10 +126,16 @@ def _spread(
     key: bool, factor: Float[Array, "batch heads row some"], slots: int, width: int, group: int
 ) -> Float[Array, "batch heads slot #width"]:
     """Broadcast a group's factor to its numbers, float32."""
-    factor = factor.astype(jnp.float32)
     if key:
-        return jnp.repeat(factor, slots // factor.shape[2], axis=2)
-    return jnp.repeat(factor, min(group, width), axis=3)[..., :width]
+        return jnp.repeat(factor.astype(jnp.float32), slots // factor.shape[2], axis=2)
+    return channels_spread(factor, width, group)
+
+
+def channels_spread(
+    factor: Float[Array, "batch heads slot some"], width: int, group: int
+) -> Float[Array, "batch heads slot width"]:
+    """Broadcast the factor of each group of a token's channels to these, float32."""
+    return jnp.repeat(factor.astype(jnp.float32), min(group, width), axis=3)[..., :width]
 
 
 def _runs(tensor: Array, group: int) -> Array:
@@ -148,7 +154,7 @@ def _channels(tensor: Array, group: int) -> Array:
     return padded.reshape(batch, heads, slots, -1, group)
 
 
-def _packed(
+def packed(
     number: UInt8[Array, "batch heads slot width"],
 ) -> UInt8[Array, "batch heads slot half"]:
     padded = jnp.pad(number, [(0, 0)] * 3 + [(0, number.shape[-1] % 2)])
@@ -156,7 +162,7 @@ def _packed(
     return jax.lax.bitcast_convert_type(pairs, jnp.uint8)
 
 
-def _unpacked(
+def unpacked(
     packed: UInt8[Array, "batch heads slot half"],
 ) -> UInt4[Array, "batch heads slot width"]:
     # XLA's bitcast of a byte to two numbers; shifts and a concatenation take 6 times as long.

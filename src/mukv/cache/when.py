@@ -1,4 +1,4 @@
-"""When an eviction policy chooses entries. The default is at every fold."""
+"""Define when a policy chooses the entries that it keeps. By default it chooses at every fold."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from mukv.core.typing import Array, Int
 
 @dataclass(frozen=True)
 class When:
-    """Base class of the times at which entries are chosen. A prefill of an empty cache is always
-    one of them."""
+    """Base class of the rules for when entries are chosen. A prefill of an empty cache always
+    chooses."""
 
     has_budget: ClassVar[bool] = False
     holds: ClassVar[bool] = False
-    """Whether all entries that follow the first choice are kept."""
+    """Whether all entries are kept that are written after the prompt."""
 
     def room(self, length: int, after: int | None) -> tuple[int, int]:
-        """Return the tokens to which a budget refers, and the entries that a store may hold beyond
-        its budget.
+        """Return the number of tokens to which a fractional budget refers, and the number of
+        entries that a store may hold in addition to its budget.
 
-        length: tokens that the cache has room for
-        after: most tokens of a row that follow its prompt; None if that is not known
+        length: number of tokens that the cache has room for
+        after: largest number of tokens of a row that follow its prompt; None if it is unknown
         """
         return length, 0
 
@@ -34,20 +34,22 @@ class When:
     ) -> Int[Array, " batch"]:
         """Return how many entries a store keeps.
 
-        budget: entries within the budget. count: entries before the choice. room: slots.
+        budget: number of entries of the budget
+        count: number of entries before the choice
+        room: number of slots of the store
         """
         return budget
 
 
 @dataclass(frozen=True)
 class Folds(When):
-    """Choose after each prefill and whenever a tail is folded."""
+    """Choose after each prefill, and at each fold of the tail during decoding."""
 
 
 @dataclass(frozen=True)
 class Hold(When):
-    """Choose while the prompt is read, and never drop an entry after it (the protocol of kvpress:
-    Devoto et al. 2025)."""
+    """Choose only while the prompt is prefilled, and keep all entries that are written after it
+    (the protocol of kvpress: Devoto et al. 2025)."""
 
     holds: ClassVar[bool] = True
 
@@ -60,11 +62,10 @@ class Hold(When):
 
 @dataclass(frozen=True)
 class Every(When):
-    """Choose only when a store has this many entries more than its budget (decoding in kvpress:
-    Devoto et al. 2025). A choice that comes with a fold is made by the queries of that fold's
-    tokens.
+    """Choose only when a store has `tokens` entries more than its budget (decoding in kvpress:
+    Devoto et al. 2025). A choice at a fold is scored by the queries of the folded tokens.
 
-    tokens: entries above the budget
+    tokens: number of entries above the budget
     """
 
     tokens: int = 512

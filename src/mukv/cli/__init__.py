@@ -1,4 +1,4 @@
-"""The command line `mukv`. Each subcommand is a function in one of the modules here.
+"""The command line `mukv`. Each subcommand is a function in one of the modules of this package.
 
 Results are printed to standard output, with `--json` as one JSON object on the last line; progress
 and errors go to standard error. The exit status is 0, 1 (failed) or 2 (bad input). Commands import
@@ -59,7 +59,7 @@ def main() -> NoReturn:
     ending.settle_streams()
     # No heartbeat with --distributed: all processes would print it, and training shows progress.
     alone = not any(part.startswith("--distributed") for part in sys.argv)
-    # None for a chat, which waits for input; it starts a heartbeat for each answer itself.
+    # A chat waits for input; it starts a heartbeat for each answer itself.
     watched = alone and sys.argv[1:2] != ["chat"]
     beat = Heartbeat(" ".join(["mukv", *sys.argv[1:2]])) if watched else nullcontext()
     try:

@@ -21,7 +21,7 @@ ORDER = (
     *("compress", "convert", "bench", "import", "export", "report", "runs", "describe"),
     *("presets", "policies", "docs"),
 )
-"""The commands in the order in which `mukv --help` lists them: that of a typical workflow."""
+"""The commands in the order of `mukv --help`, which is the order of a typical workflow."""
 
 
 class InOrder(TyperGroup):
@@ -120,13 +120,13 @@ def tell(notes: Iterable[str]) -> None:
 
 
 def hold(context: typer.Context, *folders: Path) -> None:
-    """Lock these folders, or the run directories that they lie in, against other writers until the
-    command ends. Raises BadInput with the id of a process that has already locked one."""
+    """Lock these folders, or the run directories that contain them, against other writers until the
+    command ends. Raises BadInput, with the process id, if another process has locked a folder."""
     context.with_resource(writing(*folders))
 
 
 def hold_run(context: typer.Context, path: Path) -> None:
-    """Lock the run directory that a path lies in, if any, until the command ends."""
+    """Lock the run directory that contains a path, if there is one, until the command ends."""
     context.with_resource(writing_inside(path))
 
 
@@ -135,6 +135,7 @@ def _dashed(name: str) -> str:
 
 
 def beside(model: str, name: str) -> Path:
-    """Return the folder of results: `name` in the folder of the model, or else in `runs`."""
+    """Return a folder for results: `name` in the model's folder, or runs/`name`-MODEL if the model
+    is not a folder."""
     path = Path(model)
     return path / name if path.is_dir() else Path("runs") / f"{name}-{path.name}"

@@ -1,4 +1,4 @@
-"""The command `mukv bench`: test the long-context memory of a model on synthetic tasks."""
+"""The command `mukv bench`: measure long-context recall of a model on synthetic tasks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from mukv.tasks import AnyTask
 
 SAMPLES, PROMPT_SAMPLES = 200, 20
-"""Default number of samples of each task and length: with teacher forcing, and of prompts."""
+"""Default number of samples of each task and length: with teacher forcing, and with prompts."""
 TEXT_LENGTH = 1024
-"""Default of the shortest text length in tokens, for a model that was not trained on a task. Each
-task with its default sizes fits in as many bytes."""
+"""Default of the shortest text length in tokens, for a model that was not trained on a task. A text
+of so many bytes holds every task with its default sizes."""
 
 
 @app.command()
@@ -159,12 +159,12 @@ def bench(
 
 
 class Wanted(NamedTuple):
-    """What is asked.
+    """The tasks to test, and their sizes.
 
-    names: of tasks; None for the one that a model was or will be trained on, or else all that can
-        be asked
-    facts: per text; None for those of the task
-    lengths: as typed
+    names: names of tasks. None for the task that the model is trained on; if there is none, for all
+        tasks
+    facts: number of facts per text; None for the default of each task
+    lengths: text lengths as the user typed them
     """
 
     names: Sequence[str] | None
@@ -172,10 +172,10 @@ class Wanted(NamedTuple):
     lengths: str | None
 
     def tasks(self, trained: AnyTask | None, in_words: bool = False) -> dict[str, AnyTask]:
-        """Return the tasks by name. Raises BadInput for one that can't have as many facts.
+        """Return the tasks by name. Raises BadInput for a task that can't have so many facts.
 
-        trained: the task that a model was or will be trained on
-        in_words: whether they are asked with prompts, in which numbers have more digits
+        trained: the task that the model was or will be trained on
+        in_words: whether the tasks are asked with prompts, in which numbers have more digits
         """
         from mukv.bench.run import with_facts
         from mukv.tasks import TASKS
@@ -196,9 +196,10 @@ def of_model(
     folder: Path,
     weights: str | None,
 ) -> list[dict[str, Any]]:
-    """Test a model; returns the rows of the table.
+    """Test a model; return the rows of the table.
 
-    of_prompts: settings if it is asked with prompts. weights: format of weights; None for float32
+    of_prompts: settings if the model is asked with prompts
+    weights: format that the weights are converted to; None keeps their dtype
     """
     from mukv.bench.run import test_model
     from mukv.runs import loaded
@@ -214,7 +215,12 @@ def of_model(
 
 
 class TrainingPlan(NamedTuple):
-    """How a configuration is trained. rates: as typed. growing: more facts in longer texts."""
+    """How a configuration is trained.
+
+    rates: learning rates as the user typed them
+    seeds: number of runs per learning rate
+    growing: whether longer texts have more facts
+    """
 
     rates: str | None
     seeds: int
@@ -229,7 +235,7 @@ def of_configuration(
     settings: ExamineSettings,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """Train and test a configuration; returns the rows of the table."""
+    """Train and test a configuration; return the rows of the table."""
     from mukv.bench.run import try_configuration
     from mukv.bench.trial import Trial
     from mukv.runs.resolve import resolve
@@ -245,8 +251,8 @@ def of_configuration(
 
 
 def sentences(path: Path | None) -> tuple[str, ...]:
-    """Return the sentences of a text file, or RULER's filler without a path. Raises BadInput for a
-    text without any."""
+    """Return the sentences of a text file, or RULER's filler if `path` is None. Raises BadInput for
+    a text without sentences."""
     from mukv.runs import inputs
     from mukv.tasks.prompts import NOISE, sentences_of
 
@@ -267,8 +273,8 @@ def is_model(source: str) -> bool:
 
 
 def sizes_of(given: str | None, first: int, context: int | None) -> list[int]:
-    """Parse text lengths; without them return 1, 2, 4, 8 and 16 times the first, up to the model's
-    context. Raises BadInput."""
+    """Parse text lengths; if `given` is None, return 1, 2, 4, 8 and 16 times `first`, up to the
+    model's context. Raises BadInput for lengths that can't be parsed."""
     if given is not None:
         return whole_numbers("--lengths", given)
     sizes = [first * times for times in (1, 2, 4, 8, 16)]
@@ -276,7 +282,8 @@ def sizes_of(given: str | None, first: int, context: int | None) -> list[int]:
 
 
 def rates_of(text: str) -> tuple[float, ...]:
-    """Parse learning rates from "1e-3,3e-3"; returns them sorted. Raises BadInput."""
+    """Parse learning rates from a text such as "1e-3,3e-3"; return them sorted. Raises BadInput for
+    other texts, and for rates that are not greater than 0."""
     try:
         found = tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
@@ -287,7 +294,8 @@ def rates_of(text: str) -> tuple[float, ...]:
 
 
 def chosen(text: str | None, names: Sequence[str]) -> list[str]:
-    """Parse names from "a,b"; None for all. Raises BadInput for names that are not in `names`."""
+    """Parse names from a text such as "a,b"; return all names if it is None. Raises BadInput for
+    names that are not in `names`."""
     if text is None:
         return list(names)
     found = [part.strip() for part in text.split(",") if part.strip()]
@@ -300,7 +308,8 @@ def chosen(text: str | None, names: Sequence[str]) -> list[str]:
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """Parse whole numbers from "1,2,3"; returns each once, sorted. Raises BadInput below 1."""
+    """Parse whole numbers from a text such as "1,2,3"; return them sorted, without repetition.
+    Raises BadInput for numbers below 1."""
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:

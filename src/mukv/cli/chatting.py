@@ -90,15 +90,18 @@ def chat(
 
 
 class _Session:
-    """Handle the lines of a chat: commands and messages. as_json: print each answer as JSON."""
+    """Handle the lines of a chat, which are commands and messages.
+
+    as_json: whether each answer is printed as one JSON object
+    """
 
     def __init__(self, talker: Chat, as_json: bool):
         self.talker, self.as_json = talker, as_json
         self.last: Reply | None = None
 
     def take(self, line: str) -> bool:
-        """Run a command or answer a message; returns False if the chat is to end. Raises BadInput
-        for text that is not UTF-8."""
+        """Run a command or answer a message; return False if the chat ends. Raises BadInput for
+        text that is not UTF-8."""
         if not line.strip():
             return True
         if not is_text(line):
@@ -150,8 +153,8 @@ class _Session:
             output.print_json(_facts(reply))
 
     def _stats(self) -> None:
-        """Print statistics; with --json to standard error, since each line of standard output is a
-        turn."""
+        """Print statistics. With --json they go to standard error, since each line of standard
+        output is the object of an answer."""
         talker, last = self.talker, self.last
         facts: dict[str, Any] = {
             "turns": len(talker.messages) // 2,
@@ -215,8 +218,9 @@ def _lines(terminal: bool) -> Iterator[str]:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Catch the first Ctrl-C in this block: it is appended to the list that the block is given. A
-    second one raises KeyboardInterrupt, since the compiled program that runs may take long."""
+    """Catch the first Ctrl-C in this block and append its signal number to the list that the block
+    receives. A second Ctrl-C raises KeyboardInterrupt, since the running compiled program may take
+    long."""
     pressed: list[int] = []
 
     def press(number: int, _: Any) -> None:

@@ -1,8 +1,8 @@
-"""The demonstration: compare attention variants in small models of equal size (`mukv demo`).
+"""Compare attention variants in small models of equal size (`mukv demo`).
 
 Each model is trained on the source code of Python's standard library, which every machine has. A
-variant with fewer attention weights has a wider MLP, so that all have the same number of
-parameters. Bits per byte of held-out text, and decoding speed after a long context, are plotted
+variant with fewer attention weights has a wider MLP, so that all models have about the same number
+of parameters. Bits per byte of held-out text, and decoding speed after a long context, are plotted
 against the cache bytes per token.
 """
 
@@ -42,8 +42,12 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Contestant:
-    """An attention variant of the demonstration. name: in tables. preset: its configuration.
-    words: a short description."""
+    """An attention variant of the demonstration.
+
+    name: name in tables
+    preset: preset with its configuration
+    words: a short description
+    """
 
     name: str
     preset: str
@@ -61,9 +65,9 @@ CONTESTANTS = (
 
 
 def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
-    """Train the models, compare and plot them; returns the table as data and the paths written.
+    """Train the models, compare and plot them; return the table as data and the paths of files.
 
-    fast: every second variant, and fewer steps.
+    fast: whether only every second variant is trained, for fewer steps
     """
     steps, contestants = (40, CONTESTANTS[::2]) if fast else (140, CONTESTANTS)
     target = count(config.load(CONTESTANTS[0].preset).model.params())
@@ -122,14 +126,14 @@ def equal_size(preset: str, target: int, overrides: Sequence[str]) -> Run:
 
 
 def hidden_of(run: Run) -> int:
-    """Return the width of the MLP of a preset (the presets here have gated MLPs)."""
+    """Return the MLP width of a run, whose MLP must be gated."""
     assert isinstance(run.model.mlp, Gated)
     return run.model.mlp.hidden
 
 
 def decoding_speed(run: Run, model: loaded.Model) -> float:
-    """Measure decoding speed after CONTEXT tokens of held-out text, in tokens per second: the best
-    of ROUNDS, since other load on the machine can only lower it."""
+    """Measure the decoding speed after CONTEXT tokens of held-out text, in tokens per second. The
+    result is the maximum of ROUNDS measurements, since other load on the machine only lowers it."""
     text = open_corpus(run).split("validation").tokens[:CONTEXT].tolist()
     return max(model.generate_ids([text], MEASURED).tokens_per_second for _ in range(ROUNDS))
 

@@ -1,7 +1,7 @@
 """Turn every exception that ends a command into one line and an exit status.
 
-Status 1 is for failures at run time, SIGINT and SIGTERM included, and 2 for bad input. An exception
-that mukv does not raise on purpose is reported as a fault of mukv, with its place in the source.
+The status is 2 for bad input, and 1 for all other failures, including SIGINT and SIGTERM. An
+exception that mukv does not raise on purpose is reported as a fault of mukv, with file and line.
 MUKV_TRACEBACK=1 shows the traceback of any error.
 """
 
@@ -30,13 +30,13 @@ MISTYPED = {
     *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EINVAL),
 }
-"""Errors of the file system that are the fault of the given path: they count as bad input."""
+"""Errors of the file system that are caused by the path that the user gave: they are bad input."""
 PACKAGE = Path(__file__).parents[1]
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class Signalled(SystemExit):
-    """Ends the command on a signal. An exception, so that locks are released and temporary files
+    """Raised to end the command on a signal, so that locks are released and temporary files are
     removed."""
 
     def __init__(self, number: int) -> None:
@@ -92,8 +92,8 @@ def told(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         return _of_system(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text_of(error):
-        said = text_of(error)
-        return "not enough memory" + (f" ({said})" if said else ""), 1
+        detail = text_of(error)
+        return "not enough memory" + (f" ({detail})" if detail else ""), 1
     return _of_fault(error), 1
 
 
@@ -119,8 +119,8 @@ def _of_system(error: OSError) -> tuple[str, int]:
 
 
 def _of_fault(error: BaseException) -> str:
-    said = shortened(text_of(error), 400)
-    what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    detail = shortened(text_of(error), 400)
+    what = f"{type(error).__name__}: {detail}" if detail else type(error).__name__
     hint = f"{TRACEBACK}=1 shows the traceback"
     return f"this is a fault of mukv: {what} ({place_of(error)}); {hint}"
 

@@ -1,4 +1,4 @@
-"""Configure what must be set before JAX starts: allocator, compilation cache, devices.
+"""Configure allocator, compilation cache and devices, which must be set before JAX starts.
 
 Imports no large module, so that a mistyped command line is refused at once.
 """
@@ -32,9 +32,9 @@ ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "kfd", "vfio/[0-9]*")
 def restart_with_allocator() -> None:
     """Start this command again with settings for the allocator of glibc, if that makes it faster.
 
-    glibc reads GLIBC_TUNABLES only when a process starts, so that a running command can't change
-    it. The second start costs some 30 ms, before large modules are imported. There is none if it
-    would have no effect (another C library, a command that neither trains nor decodes, an
+    glibc reads GLIBC_TUNABLES only when a process starts. The restart takes some 30 ms, because it
+    comes before large modules are imported. The command is not restarted if the settings would have
+    no effect (with another C library, for a command that neither trains nor decodes, and with an
     accelerator, whose memory glibc does not allocate) or if GLIBC_TUNABLES is set, even to "".
     """
     if allocator_helps(sys.argv[1:]):
@@ -51,13 +51,13 @@ def allocator_helps(words: Sequence[str]) -> bool:
 
 
 def has_glibc() -> bool:
-    """Whether the C library is glibc; only looked for on Linux."""
+    """Whether the system is Linux and the C library is glibc."""
     return sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
 
 
 def has_accelerator(devices: Path = Path("/dev")) -> bool:
-    """Whether JAX may find a GPU or TPU, judged by JAX_PLATFORMS and device files: importing JAX to
-    ask it would take seconds."""
+    """Whether JAX may find a GPU or TPU, according to JAX_PLATFORMS and device files (importing JAX
+    takes seconds)."""
     chosen = os.environ.get("JAX_PLATFORMS")
     if chosen:
         return chosen != "cpu"
@@ -69,12 +69,12 @@ def prepare(
 ) -> AbstractContextManager[Any]:
     """Configure JAX before its first use: logging, compilation cache, devices, processes.
 
-    devices: their number over all processes; on a CPU they are simulated
+    devices: number of devices over all processes; on a CPU they are simulated
     distributed: how processes find each other: "auto" or "HOST:PORT,PROCESSES,NUMBER"; None for a
         single process
-    tell: called with a line of text while other processes are waited for
+    tell: function that is called with a line of text while this process waits for others
 
-    Returns a context manager to train in; with "HOST:PORT,..." it watches the other processes
+    Returns a context manager in which to train; with "HOST:PORT,..." it watches the other processes
     (`rendezvous.Watch`). Raises BadInput if `distributed` can't be parsed or the address can't be
     reached, Failed if not all processes connect in time.
     """
@@ -96,6 +96,8 @@ def prepare(
     if distributed is None:
         simulate(devices)
         return nullcontext()
+    # JAX's own handler of SIGTERM would swallow a signal that comes before training begins.
+    jax.config.update("jax_enable_preemption_service", False)
     if distributed == "auto":
         try:
             whom = "the other processes of the cluster that JAX found (Slurm, MPI, TPU, GKE)"
@@ -118,7 +120,7 @@ def prepare(
 
 
 def speaks() -> bool:
-    """Whether this process prints for all processes of a run: it is the first of them."""
+    """Whether this is process 0, which prints for all processes of a run."""
     import jax
 
     return jax.process_index() == 0

@@ -84,11 +84,11 @@ def policies(as_json: Json = False) -> None:
         shown.add_row(each["name"], each["answers"], each["meaning"], words, each["source"] or "")
     Console().print(shown)
     Console().say(
-        "join parts by +, at most one each to keep, spread, when, store, select, each with its "
-        "parameters and its budget: --cache 'snapkv(window=64):0.25+int8'",
+        "parts are joined by +, at most one for each of keep, spread, when, store and select; "
+        "parameters are in brackets, a budget after a colon: --cache 'snapkv(window=64):0.25+int8'",
         "dim",
     )
-    Console().say("defaults of kvpress by its name: kvpress:snapkv:0.25", "dim")
+    Console().say("the prefix kvpress: gives the defaults of kvpress: kvpress:snapkv:0.25", "dim")
 
 
 @app.command()
@@ -132,8 +132,12 @@ def docs(
 
 
 def _facts(keys: list[Key], inside: list[Any], top: bool) -> dict[str, Any]:
-    """Return the object that `--json` prints: the facts of the first field of this name, those of
-    all fields of this name, and the keys inside of it."""
+    """Return the object that `--json` prints.
+
+    Without a KEY (`top`) it has the facts of all keys. Otherwise it has the facts of the first
+    field of this name, under `variants` those of all fields of this name, and under `inside` the
+    keys of the mappings that the field takes.
+    """
     if top:
         return {"keys": {key.path: key.facts() for key in keys}}
     below = [

@@ -185,8 +185,8 @@ def train(
 
 
 def ending(outcome: Outcome) -> list[str]:
-    """Return the lines that end a run: its last losses, the data they were measured on, and their
-    step if it is not the last."""
+    """Return the last lines that `mukv train` prints: the last losses, the data on which they were
+    measured, and their step if it is not the last step."""
 
     def at(step: int | None) -> str:
         return "" if step in (outcome.step, None) else f", at step {step}"

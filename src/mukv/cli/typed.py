@@ -1,8 +1,7 @@
 """Rewrite errors of the library for the command line, and recognise swapped arguments.
 
 An error of the library names a field (`max_tokens`); the command line shows the option or argument
-as it is typed (`--max-tokens`). If an argument seems to stand in the place of another, the error
-says so.
+as it is typed (`--max-tokens`). If two arguments seem to be swapped, the error says so.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "data": {"package": "SOURCE", "hf": "SOURCE", "vocab_size": "--tokenizer"},
     "sweep": {"ranges": "key=RANGE"},
 }
-"""By command ("" for all): how fields of the library are typed, if no parameter of the command has
-the field's name."""
+"""By command ("" for all commands): options or arguments that set fields of the library for which
+no parameter of the command is named."""
 OPTIONS_OF_KEYS: Mapping[str, Mapping[str, str]] = {"bench": {"train.steps": "steps"}}
 """By command: configuration keys that an option sets. Errors name the option if it was given."""
 USE: Mapping[str, str] = {
@@ -70,8 +69,8 @@ class Command(TyperCommand):
             hint = swapped(self, words) if hasattr(error, "format_message") else None
             if hint is None:
                 raise
-            said = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
-            raise BadInput(f"mukv {self.name}", " ".join(words), f"{hint} ({said})") from error
+            detail = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+            raise BadInput(f"mukv {self.name}", " ".join(words), f"{hint} ({detail})") from error
         context.meta["words"] = words
         return context
 
@@ -110,7 +109,8 @@ def require_number(param: Any, value: Any) -> None:
 
 
 def reworded(error: BadInput, command: Command, words: list[str]) -> BadInput:
-    """Return the error with parameters as they are typed, and a hint if arguments are swapped."""
+    """Return an error that names parameters as they are typed, with a hint if two arguments seem to
+    be swapped."""
     spelt, name = spellings(command.params), str(command.name)
     aliases = {**ALIASES[""], **ALIASES.get(name, {})}
     where = spelt.get(error.where) or aliases.get(error.where) or error.where
@@ -143,7 +143,7 @@ def spellings(params: Iterable[Any]) -> dict[str, str]:
 
 
 def swapped(command: Command, words: list[str]) -> str | None:
-    """Describe an argument that seems to stand in another's place; None if there is none."""
+    """Describe an argument that seems to be in the place of another; None if there is none."""
     name = str(command.name)
     if name not in USE:
         return None

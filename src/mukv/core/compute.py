@@ -19,6 +19,7 @@ from mukv.core.params import Param, map_params
 
 Platform = Literal["cpu", "gpu", "tpu"]
 DType = Literal["float32", "bfloat16"]
+CoreName = Literal["flash", "splash", "fused", "plain"]
 RESIDUAL = "residual"
 PRODUCT = "product"
 """Names of the residual stream between layers, and of products with weights, for policies of
@@ -38,6 +39,8 @@ class Compute:
         layer from the residual stream (true), all but the products with weights ("products"), or
         each layer from the residual stream, which waits in the host's memory ("offload")
     fused: whether attention avoids the tensor of logits of all pairs of tokens
+    core: attention core of training and of prefill into an empty cache; None for the fastest that
+        can serve
     attention_chunk: queries per chunk of the fused core; None for a size that depends on the length
     loss_chunk: tokens per row whose logits exist at once; None for 32 MiB of float32 logits per row
         on a CPU and 1 GiB per device elsewhere, but at least 128 tokens
@@ -50,6 +53,7 @@ class Compute:
     unroll: bool | None = None
     rematerialise: bool | Literal["products", "offload"] = False
     fused: bool = True
+    core: CoreName | None = None
     attention_chunk: int | None = None
     loss_chunk: int | None = None
     platform: Platform | None = None

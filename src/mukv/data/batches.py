@@ -91,7 +91,11 @@ class Batches:
         """Return this host's rows of the training batch of a step. All hosts' rows together do not
         depend on the number of hosts.
         """
-        epoch, place = np.divmod(self._rows(step, host, hosts), self.windows)
+        return self.training_rows(rows_of(self.batch, step, host, hosts))
+
+    def training_rows(self, numbers: Int[np.ndarray, " row"]) -> Batch:
+        """Return the rows of training with these numbers, counted from its beginning."""
+        epoch, place = np.divmod(numbers, self.windows)
         return self._read(permuted(place, epoch, self.windows, self.seed))
 
     def once(self, limit: int | None = None, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
@@ -104,15 +108,8 @@ class Batches:
         if limit is not None and limit < steps:
             steps, rows = limit, limit * self.batch
         for step in range(steps):
-            row = self._rows(step, host, hosts)
+            row = rows_of(self.batch, step, host, hosts)
             yield self._read(np.where(row < rows, row * total // rows, total))
-
-    def _rows(self, step: int, host: int, hosts: int) -> Int[np.ndarray, " row"]:
-        """Return the numbers of this host's rows, counted from the beginning of training."""
-        if self.batch % hosts:
-            raise BadInput("batch", self.batch, f"a multiple of the number of hosts ({hosts})")
-        share = self.batch // hosts
-        return step * self.batch + host * share + np.arange(share)
 
     def _read(self, windows: Int[np.ndarray, " row"]) -> Batch:
         stream, length = self.stream, self.length
@@ -142,6 +139,17 @@ class Batches:
             segment=segment * real[:, :-1],
             weight=learned.astype(np.float32),
         )
+
+
+def rows_of(batch: int, step: int, host: int, hosts: int) -> Int[np.ndarray, " row"]:
+    """Return the numbers of this host's rows of a step, counted from the beginning of training.
+
+    batch: rows per step over all hosts. Raises BadInput if the hosts can't share them equally.
+    """
+    if batch % hosts:
+        raise BadInput("batch", batch, f"a multiple of the number of hosts ({hosts})")
+    share = batch // hosts
+    return step * batch + host * share + np.arange(share)
 
 
 class Prefetch(Generic[T]):

@@ -1,5 +1,5 @@
-"""Convert models from and to Hugging Face's format. To add a family: its data in a file, a line
-here.
+"""Convert models from and to Hugging Face's format. To add a family, write a file with its data and
+add a line to FAMILIES.
 """
 
 from mukv.hub.family import Family
@@ -19,8 +19,8 @@ FAMILIES: dict[str, Family] = {
     "Olmo2ForCausalLM": OLMO2,
     "Olmo3ForCausalLM": OLMO3,
 }
-"""By `architectures[0]` of a config.json; where several can express a model, the first one
-is used.
+"""Families by `architectures[0]` of a config.json. A model that several families can express is
+exported as the first of them.
 """
 
 __all__ = ["FAMILIES", "Family"]

@@ -1,8 +1,9 @@
 """Rules that map our weights to the tensors of a checkpoint, in both directions.
 
-A rule names a tensor of theirs, a weight of ours, and how the axes of the former merge the named
-dimensions of the latter, as in einops: "(heads head_dim) embed". Shapes, reshapes, transposes and
-the slice of a file that a device needs follow from these.
+A rule has the name of a tensor of the checkpoint ("theirs"), the name of our weight ("ours"), and
+the named dimensions of our weight that each axis of the tensor merges, as in einops:
+"(heads head_dim) embed". Shapes, reshapes, transposes and the slice of a file that a device needs
+follow from these.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from mukv.model.plan import ResolvedLayer
 from mukv.storage.tensors import Cut, Tensor
 
 BLOCK_BYTES = 1 << 26
-"""Bytes of a weight that are read at once, at most, where it can be read in blocks of rows."""
+"""Maximum bytes of a weight that are read at once, if it can be read in blocks of rows."""
 OURS_FIRST = re.compile(r"^stage\d+\.slot\d+\.")
 ROTATED = frozenset(
     f"{place}{kind}"
     for place in ("read.query", "write.key")
     for kind in ("", "_bias", "_norm.gain", "_norm.offset")
 )
-"""Weights whose last dimension is that of a rotated head."""
+"""Weights whose last dimension is the rotated width of a head."""
 
 
 class WeightSource(Protocol):
@@ -43,11 +44,11 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
-    """Maps one tensor of theirs to one weight of ours.
+    """Maps one tensor of a checkpoint to one of our weights.
 
     theirs: name of the tensor; "{layer}" stands for the layer's index
-    ours: dotted path of the weight, inside its layer if it belongs to one
-    axes: for each axis of theirs, the dimensions of ours that it merges
+    ours: dotted path of our weight, inside its layer if it belongs to one
+    axes: for each axis of the tensor, the dimensions of our weight that it merges
     """
 
     theirs: str
@@ -55,20 +56,21 @@ class Rule:
     axes: str
 
     def merged(self) -> tuple[tuple[str, ...], ...]:
-        """Return the dimensions of ours that each axis of theirs merges."""
+        """Return the dimensions of our weight that each axis of the tensor merges."""
         groups = re.findall(r"\(([^)]*)\)|(\S+)", self.axes)
         return tuple(tuple((group or single).split()) for group, single in groups)
 
 
 @dataclass(frozen=True)
 class WeightPiece:
-    """One tensor of theirs and the weight of ours, or the layer of a stacked weight, that it holds.
+    """One tensor of a checkpoint, and our weight (or layer of a stacked weight) that it holds.
 
-    theirs, ours: names
+    theirs, ours: names of the tensor and of our weight
     repeat: index in the stack; None for weights outside of layers
-    param: declaration of the weight, not stacked
-    axes: for each axis of theirs, the dimensions of ours that it merges
-    order: index in their head of each dimension of our head; None for the same order
+    param: declaration of our weight, not stacked
+    axes: for each axis of the tensor, the dimensions of our weight that it merges
+    order: for each dimension of a head of our weight, its index in a head of the tensor; None for
+        the same order
     """
 
     theirs: str
@@ -80,7 +82,7 @@ class WeightPiece:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Shape of their tensor."""
+        """Shape of the tensor in the checkpoint."""
         dims = self.param.dims
         return tuple(math.prod(dims[name] for name in group) for group in self.axes)
 
@@ -89,8 +91,8 @@ class WeightPiece:
         return [name for group in self.axes for name in group]
 
     def read(self, source: WeightSource, cut: Cut | None = None) -> np.ndarray:
-        """Read our weight, or a slice of it. Of a file, only the slice is read if it consists of
-        whole rows or heads.
+        """Read our weight, or a slice of it. If the slice consists of whole rows or heads, nothing
+        else is read from the file.
         """
         dims = self.param.dims
         whole = dict(zip(dims, cut or (), strict=False))
@@ -110,8 +112,8 @@ class WeightPiece:
         return weight[inside]
 
     def blocks(self, source: WeightSource) -> Iterator[np.ndarray]:
-        """Yield our weight in order, in blocks of rows where these are consecutive in the file, so
-        that a large embedding is never in memory as a whole.
+        """Yield our weight in blocks of rows if its rows are consecutive in the file, else as a
+        whole, so that a large embedding is never in RAM as a whole.
         """
         dims = self.param.dims
         first = next(iter(dims))
@@ -125,7 +127,7 @@ class WeightPiece:
             yield self.read(source, (slice(start, min(start + step, rows)),))
 
     def give(self, weight: np.ndarray) -> np.ndarray:
-        """Convert our whole weight to their tensor."""
+        """Convert our whole weight to the tensor of the checkpoint."""
         if self.order is not None:
             weight = weight[..., np.argsort(self.order)]
         names = list(self.param.dims)
@@ -135,10 +137,10 @@ class WeightPiece:
 def pieces(
     rules: Sequence[Rule], model: Decoder, order: Callable[[int], Sequence[int]] | None = None
 ) -> list[WeightPiece]:
-    """Return every tensor of a model, in the order of our names.
+    """Return a piece for every tensor of a model, in the order of our weights.
 
-    order: function from a head's width to the index in their head of each dimension of our rotated
-        head; None for the same order
+    order: function from the width of a rotated head to the `order` of its pieces; None for the same
+        order
 
     Raises BadInput for a weight without a rule.
     """
@@ -167,8 +169,8 @@ def pieces(
 
 
 def halves_in_pairs(width: int) -> list[int]:
-    """Return the index, in a head with interleaved pairs, of each dimension of a head with rotated
-    halves.
+    """Return, for each dimension of a head whose halves are rotated as pairs, its index in a head
+    with interleaved pairs.
     """
     return [*range(0, width, 2), *range(1, width, 2)]
 
@@ -181,9 +183,9 @@ def pairs_in_halves(width: int) -> list[int]:
 def check(
     found: Iterable[WeightPiece], source: WeightSource, where: str, ignored: str = "$^"
 ) -> None:
-    """Raise BadInput unless every tensor is present with its shape and no other tensor is.
+    """Raise BadInput unless the source has exactly the tensors of these pieces, with their shapes.
 
-    ignored: pattern of names of tensors that may be present
+    ignored: pattern of the names of further tensors that may be present
     """
     wanted = {piece.theirs: piece.shape for piece in found}
     for name, shape in wanted.items():

@@ -27,19 +27,20 @@ TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "
 ADDED = "AddedToken"
 """The `__type` of a special token that is a mapping in tokenizer_config.json."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys under which a message may have its reasoning; templates read the first or the second."""
+"""Keys under which a message may have its reasoning; templates read one of the first two."""
 MOST_BYTES = 1 << 20
 WALL_SECONDS = 20.0
 """Time limit of rendering; on a busy machine a process takes longer than its CPU time."""
 
 
 def chat_text(folder: Path, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Format messages (each with `role` and `content`), up to where the model's answer begins.
+    """Format messages (each with `role` and `content`) as the text that the model's answer follows.
 
     folder: folder with the template
 
-    Keys of a message that are None are left out. Raises BadInput if there is no template or no
-    message, rendering exceeds its limits of time and memory, or the template refuses the messages.
+    Keys of a message whose value is None are left out. Raises BadInput if there is no template or
+    no message, if rendering exceeds its limits of time and RAM, and if the template refuses the
+    messages.
     """
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise BadInput("messages", messages, "at least one mapping with `role` and `content`")
@@ -63,9 +64,11 @@ def chat_text(folder: Path, messages: Sequence[Mapping[str, Any]]) -> str:
 def rendered(
     templates: Sequence[str], values: Mapping[str, Any], where: str
 ) -> list[dict[str, str]]:
-    """Render templates; return `text` or `error` of each. where: their name in errors.
+    """Render templates in a separate process; return the `text` or the `error` of each.
 
-    Raises BadInput if jinja2 is missing or the process was ended for its use of time or memory.
+    where: name of the templates in errors
+
+    Raises BadInput if jinja2 is missing, and if the process exceeded its limits of time or RAM.
     """
     request = {"templates": list(templates), "values": values}
     # As in transformers, templates receive the name of the type of an image or an array.
@@ -107,10 +110,12 @@ def _death(where: str, number: int) -> BadInput:
 def special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts of the special tokens that a model names.
 
-    Values of special_tokens_map.json, null included, override those of `settings`, its
-    tokenizer_config.json; but the file is ignored if the settings have `added_tokens_decoder`
-    (transformers 5, `PreTrainedTokenizerBase._from_pretrained`). For a model's own names, such as
-    `image_token`, the precedence is reversed.
+    settings: content of tokenizer_config.json
+
+    Values of special_tokens_map.json, null included, override those of `settings`. The file is
+    ignored if the settings have `added_tokens_decoder` (transformers 5,
+    `PreTrainedTokenizerBase._from_pretrained`). For names that only some models have, such as
+    `image_token`, the settings override the file.
     """
     named = dict(settings)
     own = {key: named.pop(key) for key in list(named) if _is_own(key, named[key], (str,))}
@@ -148,7 +153,8 @@ def has_template(folder: Path) -> bool:
 
 
 def find_template(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the file that contains a folder's template, and the template. Raises BadInput."""
+    """Return the name of the file with a folder's template, and the template. Raises BadInput if
+    there is none, or it can't be read."""
     path = folder / FILE
     if path.exists():
         try:

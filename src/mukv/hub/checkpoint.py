@@ -1,7 +1,7 @@
 """Read a Hugging Face folder as a model: its configuration, and its weights as a stream.
 
-Each tensor is read when it is needed and goes directly to its shards on the mesh, or into a file of
-ours. Besides these, memory holds only the largest tensor and the mapping of one file.
+Each tensor is read when it is needed and copied directly to its shards on the mesh, or to a file of
+a run directory. Besides these, RAM holds only the largest tensor and the mapping of one file.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ ROWS = 4096
 class Checkpoint:
     """An open checkpoint.
 
-    architecture: their name of the model class
-    source: where tensors are read from
-    pieces: every tensor of theirs with the weight of ours that it holds
+    architecture: name of the model class in Hugging Face's format
+    source: source of the tensors
+    pieces: every tensor of the checkpoint, with our weight that it holds
     """
 
     folder: Path
@@ -76,7 +76,7 @@ class Checkpoint:
         """Read the weights onto a mesh, in the dtypes of the files."""
         declared = named(self.model.params())
         made: dict[str, Any] = {}
-        # In the order of the files, so that each is mapped once.
+        # Read in the order of the files, so that each file is mapped once.
         for piece in sorted(self.pieces, key=lambda p: str(self.source.tensors[p.theirs].file)):
             dims = piece.param.dims
             layer = jax.make_array_from_callback(
@@ -97,7 +97,7 @@ class Checkpoint:
         return nested({name: made[name] for name in declared})
 
     def compact(self, kind: str) -> dict[str, Any]:
-        """Read the weights tensor by tensor into a format of `core.compact`, on one device.
+        """Read the weights tensor by tensor and convert them to a format of `core.compact`.
 
         Raises BadInput for an unknown format and for numbers that are not finite.
         """
@@ -129,8 +129,8 @@ class Checkpoint:
 def _put(whole: Array, part: Array, place: int) -> Array:
     """Put a layer into its place in the stack.
 
-    It copies bits, because a CPU converts a whole bfloat16 stack to float32 and back: fifteen times
-    as slow.
+    The arrays are copied as integers, because on a CPU an update of a bfloat16 stack converts all
+    of it to float32 and back, which takes fifteen times as long.
     """
     bits = jnp.dtype(f"uint{8 * whole.dtype.itemsize}")
     stack, layer = (jax.lax.bitcast_convert_type(array, bits) for array in (whole, part))
@@ -148,23 +148,23 @@ def is_checkpoint(folder: Path) -> bool:
 def companions(folder: Path) -> list[Path]:
     """Return the files of a folder that are copied with the weights.
 
-    Raises BadInput for one that is not a regular file or that a link takes from outside of the
-    folder, because its content would be copied.
+    Raises BadInput for a file that is not regular, and for a link to a file outside of the folder,
+    because its content would be copied.
     """
     return [file_inside(folder, name) for name in COMPANIONS if os.path.lexists(folder / name)]
 
 
 def companion_folder(source: str | Path) -> Path:
     """Return the folder of a model's tokenizer and chat template; for a GGUF file it is in the
-    user's cache. Raises BadInput.
+    user's cache. Raises BadInput for a GGUF file that can't be read.
     """
     folder = Path(source)
     return open_gguf(folder).folder if gguf.is_gguf(folder) else folder
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the configuration, and check names and shapes of all tensors against it. Raises
-    BadInput.
+    """Open a Hugging Face folder, or one in Meta's format. Names and shapes of all tensors are
+    compared with the configuration. Raises BadInput for a folder that can't be read.
     """
     if meta.is_meta(folder):
         return _opened(folder, *meta.open_meta(folder), {})
@@ -244,7 +244,7 @@ def _family(config: dict[str, Any], path: Path) -> Family:
 
 
 def end_ids(special: dict[str, Any]) -> tuple[int, ...]:
-    """Return the ids that end a text: one, several or none."""
+    """Return the ids that end a text, of which there may be none."""
     value = special.get("eos_token_id")
     ids = value if isinstance(value, list) else [value]
     return tuple(token for token in ids if type(token) is int and abs(token) <= LARGEST)
@@ -258,10 +258,10 @@ def is_hub_id(source: str) -> bool:
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file. Raises BadInput.
+    """Open a GGUF file. Raises BadInput for a file that can't be read.
 
-    Making its tokenizer from the metadata takes seconds, so the tokenizer is saved in the user's
-    cache as files of a Hugging Face folder.
+    Making the tokenizer from the metadata takes seconds, so that the tokenizer is saved in the
+    user's cache as files of a Hugging Face folder.
     """
     files = gguf.GgufFiles(path)
     family, model, found = gguf.read_gguf(files)

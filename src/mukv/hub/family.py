@@ -1,7 +1,7 @@
-"""A family of models under one Hugging Face name, as data.
+"""Describe a family of models, which share a class name in Hugging Face's format, as data.
 
-Reading and writing its configuration both follow from the data. Its weights are mapped by rules
-(base.py).
+Reading and writing of a family's config.json both follow from the data. Its weights are mapped by
+rules (base.py).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from mukv.position import RoPE
 Windows = Sequence[int | None]
 QKV = ("query", "key", "value")
 MOST_HEADS, MOST_LAYERS = 1 << 16, 1 << 10
-"""Upper bounds that no real model reaches; larger numbers are mistakes, and slow to
-refuse later.
+"""Upper bounds that no real model reaches. Larger numbers are mistakes, which would take long to be
+refused later.
 """
 
 
 @dataclass(frozen=True)
 class WindowKeys:
-    """How a configuration says which layers have a window. In this base class none has."""
+    """Keys of a config.json for the windows of layers. In this base class no layer has a window."""
 
     def read(self, given: Given, layers: int) -> Windows:
         """Return each layer's window in tokens; None for a layer without one."""
@@ -39,8 +39,8 @@ class WindowKeys:
         return [None] * layers
 
     def write(self, windows: Windows) -> dict[str, Any]:
-        """Return the keys of these windows. Raises BadInput for windows that the family can't
-        express.
+        """Return the keys that express these windows. Raises BadInput for windows that the family
+        can't express.
         """
         if any(windows):
             raise BadInput("plan: window", sorted({w for w in windows if w}), "null in all layers")
@@ -49,22 +49,22 @@ class WindowKeys:
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes a family of models.
+    """Description of a family of models.
 
-    architecture, model_type: its names in a config.json
-    rules: mapping of its tensors
+    architecture, model_type: names of the family in a config.json
+    rules: rules of its tensors
     defaults: values of the keys that a config.json may leave out
-    norm: how gains of norms are stored
+    norm: form in which gains of norms are stored
     residual, embedding_scale: as in `Decoder`
     activation: key of the activation
-    biases: biases that all of its models have; None if `attention_bias` says whether there are any
-    query_norm: what queries and keys are normalised over; None if they are not
+    biases: biases that all models of the family have; None if the key `attention_bias` decides
+    query_norm: axis over which queries and keys are normalised; None if they are not
     query_scale, attention_softcap, logit_softcap: keys of these numbers; None if there is no key
     width_of_heads: whether the number of heads must divide the width
-    windows: how windows are expressed
-    position: reads the rotation
-    local: reads the rotation of layers with a window; None if it is the same
-    write_ropes: writes both rotations; None if there is one
+    windows: keys of the windows
+    position: function that reads the rotation
+    local: function that reads the rotation of layers with a window; None if it is the same
+    write_ropes: function that writes both rotations; None if there is only one
     """
 
     architecture: str
@@ -89,7 +89,8 @@ class Family:
     # Reading their configuration
 
     def read(self, given: Given) -> Decoder:
-        """Return the model that a config.json describes. Raises BadInput with the key."""
+        """Return the model that a config.json describes. Raises BadInput, with the key, for a value
+        that can't be represented."""
         given = replace(given, defaults=self.defaults)
         given.require("model_type", self.model_type)
         given.require("mlp_bias", False)
@@ -222,7 +223,8 @@ class Family:
             yield error
 
     def _positions(self, model: Decoder) -> bool:
-        """Whether layers with a window share one rotation, and layers without one share one."""
+        """Whether the layers share rotations as the family can express: one rotation for all
+        layers, or, if `local` is given, one for layers with a window and one for the others."""
         by_window: dict[bool, set[Any]] = {}
         for layer in model.layers:
             by_window.setdefault(bool(layer.window), set()).add(layer.softmax.position)
@@ -231,8 +233,9 @@ class Family:
         return all(len(positions) == 1 for positions in by_window.values())
 
     def write(self, model: Decoder, context: int) -> dict[str, Any]:
-        """Return the config.json of a model that fits. context: used if the model itself has no
-        limit.
+        """Return the config.json of a model that this family can express.
+
+        context: longest sequence in tokens, used if the model has no limit
         """
         layers = model.layers
         attention, mlp = layers[0].attention, layers[0].mlp
@@ -275,8 +278,8 @@ class Family:
 
 
 def whole_scalar(scale: float | None) -> int | None:
-    """Return the whole number whose root divides the logits, the only form of a scale in a
-    config.json; None if there is none.
+    """Return the integer n with scale = 1 / sqrt(n), the only form of a scale in a config.json;
+    None if there is none.
     """
     if scale is None:
         return None

@@ -19,7 +19,7 @@ from mukv.hub.settings import Given
 from mukv.model.block import SandwichNorm
 
 UNUSED = 4096
-"""Window written where no layer has one."""
+"""Size of the window that is written if no layer has a window."""
 RULES = (
     *ENDS,
     *BRANCHES,
@@ -69,9 +69,10 @@ class ByType(WindowKeys):
 
 @dataclass(frozen=True)
 class EveryNthGlobal(ByType):
-    """Where `layer_types` is left out, the last of every `period` layers has no window.
+    """If `layer_types` is left out, the last of every `period` layers has no window.
 
-    key: key with another period; None if there is none
+    period: number of layers per global layer
+    key: key of a config.json that replaces `period`; None if there is no such key
     """
 
     period: int

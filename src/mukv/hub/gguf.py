@@ -1,4 +1,4 @@
-"""Read GGUF files, llama.cpp's format of configuration, weights and tokenizer in one or more files.
+"""Read GGUF files, llama.cpp's format for configuration, weights and tokenizer.
 
 The metadata is converted to the config.json of the family, so that families, their rules and checks
 are those of Hugging Face folders. Quantised tensors are dequantised to float32 by the `gguf`
@@ -29,23 +29,23 @@ from mukv.model import Decoder
 from mukv.storage.tensors import Cut, Tensor
 
 SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
-"""Name of one file of several, as llama.cpp's gguf-split writes them."""
+"""Name of a part of a split model, as llama.cpp's gguf-split writes it."""
 KEPT: Mapping[str, np.dtype] = {"F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 """Dtypes that are not converted to float32 if all layers have them."""
 ROPE_FACTORS = "rope_freqs.weight"
-"""Tensor by which llama.cpp divides the frequencies of Llama 3.1, instead of storing
-its settings."""
+"""Name of the tensor by which llama.cpp divides the frequencies of Llama 3.1. Files have it instead
+of the settings of the scaled RoPE."""
 
 
 @dataclass(frozen=True)
 class GgufArchitecture:
     """Description of an architecture of llama.cpp.
 
-    name: of the class in Hugging Face
-    norms: name in Hugging Face of each norm of llama.cpp
+    name: name of the model class in Hugging Face's format
+    norms: name in Hugging Face's format of each norm of llama.cpp
     turned: whether queries and keys are stored in interleaved pairs
-    offset: whether norms are stored as gains, which are the family's offsets plus one
-    settings: further keys of config.json
+    offset: whether norms are stored as gains where the family stores offsets from one
+    settings: function that returns further keys of config.json
     """
 
     name: str
@@ -68,17 +68,17 @@ class Metadata:
 
     @property
     def checked(self) -> Given:
-        """The same values, whose numbers are checked when they are read."""
+        """The values under the architecture's prefix, which are checked when they are read."""
         prefix = f"{self.architecture}."
         own = {k.removeprefix(prefix): v for k, v in self.values.items() if k.startswith(prefix)}
         return Given(own, f"{self.where}: {self.architecture}")
 
     def whole(self, key: str) -> int:
-        """Return a whole number of at least 1. Raises BadInput if it is missing or no such."""
+        """Return a whole number of at least 1. Raises BadInput for a missing or other value."""
         return self.checked.whole(key)
 
     def number(self, key: str, default: float) -> float:
-        """Return a number greater than 0. Raises BadInput if it is no such."""
+        """Return a number greater than 0. Raises BadInput for another value."""
         return self.checked.number(key, default)
 
 
@@ -88,8 +88,8 @@ def _gemma2(metadata: Metadata) -> dict[str, Any]:
         "attn_logit_softcapping": metadata.get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": metadata.get("final_logit_softcapping", 30.0),
     }
-    # llama.cpp recognises Gemma 2 27B by its number of layers: its scale is not that of its head
-    # width.
+    # As in llama.cpp, Gemma 2 27B is recognised by its number of layers; its queries are not scaled
+    # by the width of a head.
     if metadata.whole("block_count") == 46:
         found["query_pre_attn_scalar"] = width // heads
     return found
@@ -141,7 +141,7 @@ ARCHITECTURES = {
     "gemma2": GgufArchitecture("Gemma2ForCausalLM", GEMMA_NORMS, offset=True, settings=_gemma2),
     "gemma3": GgufArchitecture("Gemma3ForCausalLM", GEMMA3_NORMS, offset=True, settings=_gemma3),
 }
-"""By `general.architecture`."""
+"""Architectures by `general.architecture`; `mistral` is chosen for Llama files with a window."""
 PARTS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -260,7 +260,7 @@ class GgufFiles:
         return self.tensors[name].shape[0]
 
     def _head_dim(self) -> int:
-        """Return the width of a head, which older files of Llama give as the number of rotated
+        """Return the width of a head. Older files of Llama have it only as the number of rotated
         dimensions."""
         data = self.metadata
         given = data.get("attention.key_length")
@@ -297,8 +297,8 @@ class GgufFiles:
     def _llama3(self, factors: np.ndarray) -> dict[str, Any]:
         """Return the settings of Llama 3.1's scaled rotation that give these factors.
 
-        llama.cpp computes the factors from these four numbers, which files don't contain. Raises
-        BadInput for other factors.
+        llama.cpp computes the factors from four numbers, which files don't contain. Raises BadInput
+        for factors that the published numbers do not give.
         """
         low, high, original = 1.0, 4.0, 8192
         factor = float(factors.max())
@@ -324,7 +324,8 @@ NULL = ("sliding_window", "rope_scaling")
 
 
 def read_gguf(files: GgufFiles) -> tuple[Family, Decoder, Sequence[WeightPiece]]:
-    """Return family, model and pieces of a GGUF file. Raises BadInput."""
+    """Return family, model and pieces of a GGUF file. Raises BadInput for metadata that no model
+    of the family can have."""
     family = FAMILIES[files.architecture.name]
     model = family.read(Given(files.config, str(files.path)))
     order = halves_in_pairs if files.architecture.turned else None
@@ -351,5 +352,8 @@ def _everywhere(name: str) -> str:
 
 
 def _dtype(kinds: set[str]) -> np.dtype:
-    """Return one dtype for all layers of a tensor."""
+    """Return the dtype of a tensor in all layers.
+
+    kinds: types in which the layers are stored
+    """
     return KEPT.get(next(iter(kinds)), np.dtype("float32")) if len(kinds) == 1 else np.dtype("f4")

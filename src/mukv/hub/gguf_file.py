@@ -1,8 +1,8 @@
 """Read one GGUF file (version 2 or 3, little-endian): its metadata, and its tensors by name.
 
-The layout is that of llama.cpp's gguf.md. The header is parsed here because the reader of the
-`gguf` package takes half a minute for a vocabulary of 262,144 tokens, this one a second. Sizes of
-blocks and dequantisation are the package's. A tensor is read on request.
+The layout is described in llama.cpp's gguf.md. The header is parsed here because the reader of the
+`gguf` package takes half a minute for a vocabulary of 262,144 tokens, and this one takes a second.
+Sizes of blocks and dequantisation come from the package. A tensor is read when it is requested.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SCALARS = {
     11: "q",
     12: "d",
 }
-"""Code in `struct` of each scalar type of metadata."""
+"""Format character of `struct` for each scalar type of metadata."""
 TEXT, LIST = 8, 9
 MOST_DIMS = 4
 ALIGNMENT = "general.alignment"
@@ -51,7 +51,7 @@ ALIGNMENT = "general.alignment"
 class GgufTensor:
     """A tensor in the file.
 
-    shape: in NumPy's order, rows first
+    shape: shape in NumPy's order, rows first
     kind: name of the type
     start: offset of its first byte
     """
@@ -62,7 +62,7 @@ class GgufTensor:
 
 
 class _Header:
-    """A cursor over the mapped file. Raises ValueError beyond the end."""
+    """A reader of the mapped file from its beginning. Raises ValueError beyond the end."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.place = data, 0
@@ -103,7 +103,7 @@ class GgufFile:
     """Metadata and tensors of one file.
 
     values: metadata by key
-    tensors: by llama.cpp's names
+    tensors: tensors by llama.cpp's names
 
     Raises BadInput for a file that is not GGUF, is cut short, has the other byte order, or has
     tensors of a type that can't be read.
@@ -169,11 +169,11 @@ class GgufFile:
                 raise ValueError(f"{name}: it ends before byte {end:,}")
 
     def _block(self, kind: str) -> tuple[int, int]:
-        """Return the numbers and bytes in a block of a type."""
+        """Return how many numbers a block of a type has, and how many bytes."""
         return next((length, size) for name, length, size in self.sizes.values() if name == kind)
 
     def read(self, name: str, rows: slice = slice(None)) -> Float[np.ndarray, "..."]:
-        """Read some rows of a tensor, as float32 or its own dtype if that is a 16-bit float."""
+        """Read some rows of a tensor, as float16 if it is stored so, else as float32."""
         tensor = self.tensors[name]
         length, size = self._block(tensor.kind)
         start, stop, _ = rows.indices(tensor.shape[0])
@@ -192,8 +192,8 @@ class GgufFile:
 def _library(path: Path) -> tuple[dict[int, tuple[str, int, int]], Callable[..., Any]]:
     """Load the `gguf` package.
 
-    Returns name, numbers and bytes of a block for each type, and a function from bytes [row, byte]
-    and a type's name to numbers [row, number].
+    Returns, for each type, its name and the numbers and bytes of a block; and a function from bytes
+    [row byte] and the name of a type to numbers [row number].
     """
     try:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType

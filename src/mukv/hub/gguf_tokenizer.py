@@ -2,7 +2,7 @@
 
 A GGUF file has the vocabulary, scores or merges, the type of each token, and the names of two
 algorithms: `tokenizer.ggml.model` (byte-level BPE or SentencePiece) and `tokenizer.ggml.pre`
-(pre-tokenizer of byte-level BPE). Everything else in a tokenizer.json follows from these.
+(pre-tokenizer of byte-level BPE). All parts of a tokenizer.json follow from these.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), lambda: _split(QWEN2)),
     "tekken": lambda: _split(TEKKEN),
 }
-"""By `tokenizer.ggml.pre`: how a text is split before merges are applied."""
+"""Pre-tokenizers, which split a text before merges are applied, by `tokenizer.ggml.pre`."""
 
 
 def tokenizer_files(values: Mapping[str, Any], architecture: str, where: str) -> dict[str, str]:
@@ -146,7 +146,7 @@ def _token(tokens: Sequence[str], number: Any, key: str, where: str) -> str | No
 
 
 def _byte_level(data: Mapping[str, Any], where: str) -> Tokenizer:
-    """Make byte-level BPE (GPT-2). Tokens outside the byte alphabet are written in it."""
+    """Make byte-level BPE (GPT-2). Other characters are rewritten in the byte alphabet."""
     alphabet = byte_alphabet()
     letters = set(alphabet)
     vocab = {
@@ -163,8 +163,8 @@ def _byte_level(data: Mapping[str, Any], where: str) -> Tokenizer:
 
 
 def _sentence_piece(data: Mapping[str, Any], where: str) -> Tokenizer:
-    """Make SentencePiece's BPE with byte fallback (Llama 2). A space is put before a text unless
-    `add_space_prefix` is false.
+    """Make SentencePiece's BPE with byte fallback (Llama 2). Texts get a space at the beginning
+    unless `add_space_prefix` is false.
     """
     tokens = data["tokens"]
     inner = _with_byte_fallback(data, tokens, _scores(data, where), where)
@@ -230,7 +230,7 @@ def _given_merges(data: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
 def _merges(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
     """Return the merges that SentencePiece's BPE implies: all pairs of tokens that form a token.
 
-    They are ordered by falling score, and equal ones by falling length of the first part.
+    Merges are ordered by falling score, and for equal scores by falling length of the first part.
     """
     numbers = {token: number for number, token in enumerate(tokens)}
     found: list[tuple[float, int, int, str, str]] = []

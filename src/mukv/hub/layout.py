@@ -1,4 +1,4 @@
-"""Find the shortest plan with given layers."""
+"""Find a short plan that has given layers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from mukv.model import Layer, Stage
 
 
 def planned(layers: Sequence[Layer]) -> tuple[Stage, ...]:
-    """Return stages with these layers whose repeats cover as much as possible; of equal ones, the
-    shortest pattern.
+    """Return stages that have these layers.
+
+    Each stage is chosen greedily: the pattern whose repeats cover the most of the remaining layers,
+    and of equal ones the shortest.
     """
     stages: list[Stage] = []
     rest = tuple(layers)

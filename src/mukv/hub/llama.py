@@ -51,6 +51,6 @@ DEFAULTS = {
     "mlp_bias": False,
     "rope_theta": 10_000.0,
 }
-"""Defaults of transformers 5, as in every family."""
+"""Defaults of transformers 5; those of the other families are too."""
 
 LLAMA = Family("LlamaForCausalLM", "llama", RULES, DEFAULTS, width_of_heads=True)

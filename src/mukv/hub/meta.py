@@ -1,7 +1,8 @@
 """Read Meta's own format of Llama: params.json and consolidated.*.pth.
 
 Each .pth file has a shard of every large tensor (model parallelism). Meta rotates heads in
-interleaved pairs; we convert to halves, as Hugging Face does. Needs torch to read the files.
+interleaved pairs, which are converted to rotated halves, as in Hugging Face's format. Reading the
+files needs torch.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ RULES = (
 )
 IGNORED = "rope.freqs"
 CONTEXTS = {False: 8192, True: 131_072}
-"""Context of Llama 3, and of Llama 3.1 and later, which have scaled rotation; params.json
-lacks it.
+"""Context in tokens of Llama 3 (False), and of Llama 3.1 and later, whose rotation is scaled
+(True); params.json does not have it.
 """
 
 
@@ -58,9 +59,9 @@ def is_meta(folder: Path) -> bool:
 
 
 class TorchFiles:
-    """The tensors of consolidated.*.pth, joined along the axis that gives the right shape.
+    """The tensors of consolidated.*.pth, whose shards `join` concatenates.
 
-    Raises BadInput for files of anything else than tensors; nothing in them is executed.
+    Raises BadInput for files that contain anything but tensors; no code in them is executed.
     """
 
     def __init__(self, folder: Path):
@@ -114,8 +115,8 @@ class TorchFiles:
         return {name: tensor for name, tensor in tensors.items() if name != IGNORED}
 
     def join(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Find the axis along which each tensor is split, from the wanted shapes; leave what does
-        not fit.
+        """Find the axis along which each tensor is split, from the shapes of the whole tensors.
+        Tensors whose shards do not give the shape are left as they are.
         """
         for name, wanted in shapes.items():
             first = self.tensors.get(name)
@@ -155,7 +156,8 @@ class TorchFiles:
 
 
 def open_meta(folder: Path) -> tuple[str, Decoder, TorchFiles, Sequence[WeightPiece]]:
-    """Return architecture, model, tensors and pieces of such a folder. Raises BadInput."""
+    """Return architecture, model, tensors and pieces of a folder in Meta's format. Raises BadInput
+    for a folder that can't be read."""
     path = file_inside(folder, PARAMS)
     given = Given(read_json(path), str(path))
     files = TorchFiles(folder)
@@ -212,7 +214,8 @@ def _model(given: Given, files: TorchFiles, folder: Path) -> Decoder:
 
 
 def _tied(files: TorchFiles) -> bool:
-    """Whether the readout is the embedding: Llama 3.2's small models repeat it or leave it out."""
+    """Whether the readout is tied to the embedding. In the files of Llama 3.2's small models the
+    readout equals the embedding, or is missing."""
     return all(
         HEAD not in part or files.torch.equal(part[EMBEDDING], part[HEAD]) for part in files.parts
     )

@@ -1,9 +1,9 @@
 """Render chat templates in a process of its own: `python -P render.py`.
 
-A template is an untrusted program. It may loop for ever or allocate any amount of memory, and
-neither can be stopped inside the process that holds a model, so this file runs as a separate
-process with limits of time and memory. It reads one JSON object from standard input and writes a
-list with `text` or `error` (one line) for each template. It imports nothing of mukv.
+A template is an untrusted program. It may loop for ever or allocate any amount of RAM, which can't
+be stopped inside the process that holds a model. This file therefore runs as a separate process
+with limits of time and RAM. It reads one JSON object from standard input and writes a list with the
+`text` or the one-line `error` of each template. It imports no other module of mukv.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def render(template: str, values: dict[str, Any]) -> str:
     from jinja2.utils import Namespace
 
     class GenerationBlock(Extension):
-        """`{% generation %}...{% endgeneration %}` returns its body; it marks the model's words."""
+        """Renders the body of `{% generation %}...{% endgeneration %}`, which marks the text of the
+        model, unchanged."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja2's own form)
 
@@ -52,7 +53,7 @@ def render(template: str, values: dict[str, Any]) -> str:
             super().__setitem__(name, value)
 
     class Dict:
-        """Makes a dict, and exposes nothing else of the type."""
+        """Function that makes a dict, without the other attributes of the type."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
             return dict(*args, **kwargs)
@@ -98,7 +99,7 @@ def render(template: str, values: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Answer the request on standard input."""
+    """Render the templates of the request on standard input."""
     request = json.load(sys.stdin)
     try:
         import jinja2  # noqa: F401

@@ -1,8 +1,8 @@
 """Read and write the rotations of a config.json.
 
-Both forms are read: that of transformers 5 (`rope_parameters`) and the older one (`rope_theta` and
-`rope_scaling`), with the meaning that transformers 5 gives them, also where both are present. The
-older form is written, because old and new versions can read it.
+Two forms are read, the form of transformers 5 (`rope_parameters`) and the older form (`rope_theta`
+and `rope_scaling`). Where both are present, they mean what they mean to transformers 5. The older
+form is written, because all versions can read it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Scaled = Callable[[Given, Given], AnyScaling | None]
 def read_rope(given: Given) -> RoPE:
     """Read the rotation of all layers.
 
-    Where both forms are present the older one counts, and an original length outside of the mapping
-    takes precedence over one inside.
+    If both forms are present the older one is used. An original length beside the mapping takes
+    precedence over one inside the mapping.
     """
     settings = given.inside("rope_scaling")
     if not settings.mapping:
@@ -39,13 +39,13 @@ def read_rope(given: Given) -> RoPE:
 
 
 def read_local_rope(given: Given) -> RoPE:
-    """Read the rotation of layers with a window, in a family where that of the others differs."""
+    """Read the rotation of layers with a window, in a family with two rotations."""
     return read_rotation(given.inside("rope_parameters").inside(LOCAL), given, LOCAL_THETA)
 
 
 def read_global_rope(given: Given) -> RoPE:
-    """Read the rotation of the other layers: keys of `rope_scaling` override those of
-    `rope_parameters`.
+    """Read the rotation of layers without a window, in a family with two rotations. Keys of
+    `rope_scaling` override those of `rope_parameters`.
     """
     both, over = given.inside("rope_parameters"), given.inside("rope_scaling")
     if given.mapping.get("rope_parameters") is None and "rope_type" not in over.mapping:
@@ -57,7 +57,11 @@ def read_global_rope(given: Given) -> RoPE:
 
 
 def read_rotation(settings: Given, given: Given, theta: str) -> RoPE:
-    """Build a rotation. theta: key of the base outside of the mapping."""
+    """Build a rotation.
+
+    settings: mapping of the rotation. given: whole config.json. theta: key of the base in `given`,
+        used if `settings` has none
+    """
     for each in (given, settings):
         each.require("partial_rotary_factor", 1)
     kind = "rope_type" if "rope_type" in settings.mapping else "type"

@@ -1,7 +1,7 @@
 """Read a config.json key by key; errors name the key.
 
-A missing key has the family's default, null is a value of its own, as in transformers 5, and values
-that no model can have (no heads, an infinite number) are refused.
+A missing key has the family's default. As in transformers 5, null is a value and not a missing key.
+Values that no model can have (no heads, an infinite number) are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ ACTIVATIONS = {
     "gelu_fast": "gelu",
     "gelu_python_tanh": "gelu",
 }
-"""Their names -> ours; of several with the same meaning, the first is written."""
+"""Our name of an activation by its name in Hugging Face's format. Of several names with the same
+meaning, the first is written."""
 LARGEST = 2**31 - 1
 """Largest whole number that is accepted; no array axis is longer."""
 SMALLEST_NUMBER, LARGEST_NUMBER = 1e-30, 1e30
@@ -33,8 +34,8 @@ SMALLEST_NUMBER, LARGEST_NUMBER = 1e-30, 1e30
 class Given:
     """A mapping of a config.json.
 
-    where: its place, for errors
-    defaults: values of keys that it leaves out
+    where: name of the mapping, for errors
+    defaults: values of missing keys
     """
 
     mapping: Mapping[str, Any]
@@ -46,10 +47,11 @@ class Given:
     ) -> Any:
         """Return a whole number from `low` to `high`.
 
-        default: value if the family has none; `...` makes the key required
+        default: value of a missing key for which the family has no default; `...` makes the key
+            required
         null: whether None is allowed
 
-        All methods below treat these arguments alike.
+        The arguments mean the same in the other methods.
         """
         value = self._value(key, default, "a whole number")
         if value is None and null:
@@ -101,7 +103,7 @@ class Given:
             raise self._wrong(key, value, f"not supported; allowed: {words}")
 
     def one_of(self, key: str, table: Mapping[str, Any], default: Any = ...) -> Any:
-        """Return the table's entry for the word at a key."""
+        """Return the value in a table for the text at a key."""
         word = self._value(key, default, "text")
         if not isinstance(word, str):
             raise self._wrong(key, word, f"needs text; allowed: {', '.join(table)}")

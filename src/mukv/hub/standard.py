@@ -1,7 +1,7 @@
-"""Convert a model to an equal one without scaling factors, as other programs expect it.
+"""Convert a model to an equivalent model without scaling factors, which other programs can run.
 
-Multipliers of a parameterisation are merged into the weights; factors of logits are merged into
-queries and the last norm. Where all factors are one, no number changes.
+Multipliers of a parameterisation are merged into the weights, and factors of logits into the
+queries and the last norm. If all factors are one, no number changes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mukv.schema.schema import to_mapping
 
 
 def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dict[str, Any]]:
-    """Return an equal model without scaling, and its weights by dotted name."""
+    """Return an equivalent model without scaling, and its weights by dotted name."""
     flat = named(model.scaled(weights))
     plain = replace(model, scaling=Scaling())
     width = (model.scaling.base or {}).get("embed", model.d_model)
@@ -59,8 +59,8 @@ def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dic
 
 
 def _multiply(flat: dict[str, Any], factor: float, names: Iterable[str]) -> None:
-    """Multiply these weights by a factor; for weights stored as offsets from one, multiply 1 +
-    offset.
+    """Multiply weights by a factor. Of gains that are stored as offsets from one, 1 + offset is
+    multiplied.
     """
     if abs(factor - 1) < 1e-12:
         return
@@ -72,11 +72,11 @@ def _multiply(flat: dict[str, Any], factor: float, names: Iterable[str]) -> None
 
 
 def require_same(model: Decoder, again: Decoder) -> None:
-    """Raise BadInput with the field that is lost when a model is written to a config.json.
+    """Raise BadInput, with the field, if writing a model to a config.json changes it.
 
-    again: the model that the file describes
+    again: the model that is read from the file
 
-    This check holds for all families and readers, so that nothing is lost silently.
+    The comparison does not depend on the family, so that no field is lost silently.
     """
     wanted, written = _meaning(model), _meaning(again)
     for name in [*wanted, *written]:
@@ -87,8 +87,8 @@ def require_same(model: Decoder, again: Decoder) -> None:
 
 
 def _meaning(model: Decoder) -> dict[str, Any]:
-    """Return everything that determines what a model computes, by field name, each layer
-    by itself.
+    """Return all settings that determine the function of a model, by name of the field, with each
+    layer separate.
     """
     meaning: dict[str, Any] = {
         name: to_mapping(getattr(model, name))

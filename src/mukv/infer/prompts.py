@@ -1,4 +1,4 @@
-"""Prompts as a model reads them: padded, in one pass or in chunks, with a text behind them."""
+"""Prepare prompts for prefill: pad them, cut them into chunks, and append further tokens."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ PROMPT_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class Reading:
-    """Tokens that are read at once, and the function that reads them.
+    """Tokens of one prefill call, and the function that prefills them.
 
-    count: tokens of each row
-    chooses: whether a policy that never drops what follows the prompt chooses from these
+    function: the jitted function
+    tokens: ids, padded, int32 [batch token]
+    count: number of tokens of each row [batch]
+    chooses: whether a policy with `hold`, which keeps all entries after the prompt, may choose
+        among these tokens
     """
 
     function: Programs
@@ -32,17 +35,17 @@ class Reading:
     chooses: bool
 
     def inputs(self, cache: Any, key: Array) -> tuple[Any, ...]:
-        """Return the arguments of the function behind the weights."""
+        """Return the function's arguments after the weights."""
         cache = choosing(cache, True) if self.chooses else cache
         return cache, self.tokens, self.count, key
 
     def token(self, new: Array, before: Array) -> Array:
-        """Return the next token of each row: the one from before where this has none of its
-        tokens, because the row is shorter than others."""
+        """Return the next token of each row: the new one, or that of the chunk before for a short
+        row, which has no token in this chunk."""
         return new if self.count.all() else jnp.where(self.count > 0, new, before)
 
     def program(self, weights: Any, cache: Any, key: Array) -> Any:
-        """Compile the function for a cache, which may be abstract."""
+        """Compile the function for a cache, whose arrays may be abstract."""
         return self.function.compiled(weights, *self.inputs(cache, key))
 
 
@@ -53,13 +56,15 @@ def readings(
     then: Sequence[Sequence[int]] | None,
     chunk: int | None,
 ) -> list[Reading]:
-    """Return what is read, in order: the prompts in chunks, and what follows them.
+    """Return the prefill calls in order: the prompts in chunks, then the tokens that follow them.
 
-    first, further: functions that read into an empty cache, and behind other tokens
-    then: tokens that follow each prompt; None for none
-    chunk: tokens of a prompt that are read at once; None for all
+    first: function that prefills an empty cache
+    further: function that appends to a cache with tokens
+    prompts: token ids of each row
+    then: token ids that follow each prompt; None if nothing follows
+    chunk: number of tokens of a prompt that are prefilled at once; None for all
 
-    Raises BadInput for a chunk without tokens.
+    Raises BadInput for a chunk of less than one token.
     """
     if chunk is not None and not 1 <= chunk < 1 << 31:
         raise BadInput("prefill_chunk", chunk, "at least 1 token")
@@ -74,8 +79,8 @@ def readings(
 def joined(
     prompts: Sequence[Sequence[int]], then: Sequence[Sequence[int]] | None
 ) -> Sequence[Sequence[int]]:
-    """Return each prompt with the tokens that follow it. Raises BadInput for a prompt of which a
-    part has no token."""
+    """Return each prompt with the tokens that follow it. Raises BadInput if a prompt or its
+    continuation is empty."""
     if then is None:
         return prompts
     if len(prompts) != len(then) or not all(map(len, (*prompts, *then))):
@@ -96,9 +101,10 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 def _chunks(
     tokens: np.ndarray, count: np.ndarray, size: int | None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Cut padded rows into chunks of `size` tokens, the last one padded to it; None for one chunk.
+    """Cut padded rows into chunks of `size` tokens, of which the last is padded to `size`; None for
+    one chunk.
 
-    Returns the tokens of each chunk and how many of them each row has.
+    Returns ids [batch token] and the number of tokens of each row [batch], for each chunk.
     """
     length = int(tokens.shape[1])
     size = length if size is None else min(size, length)

@@ -1,7 +1,8 @@
-"""The root of the configuration, and how it is loaded from a preset or YAML file.
+"""Define the configuration of a training run, and load it from a preset or YAML file.
 
-Its sections are `model`, `data`, `train` and `mesh`; the fields of each object are the YAML keys.
-Unknown keys and values of the wrong type are refused before anything is compiled or allocated.
+The configuration has the sections `model`, `data`, `train` and `mesh`; the fields of each dataclass
+are the YAML keys. Unknown keys and values of the wrong type are refused before anything is compiled
+or allocated.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
+from mukv.data.mixture import MixturePart, require_shares
 from mukv.data.tokens import open_tokens
 from mukv.model import AnyModel, Decoder
 from mukv.schema import schema
@@ -26,16 +28,19 @@ from mukv.train.training import Training
 class Data:
     """The data that a run trains on: a token file or a synthetic task.
 
-    path: a token file. If `train.start` names a model with a tokenizer, also a text file, a folder
-        or another source of `mukv data`, which is read with that tokenizer. None for the source
-        code of Python's standard library, built once: in the ids of that tokenizer, or as bytes
-    packing: a token attends only to its own document ("packed"), or to all earlier tokens of its
-        row ("contiguous")
+    path: a token file. If `train.start` names a model with a tokenizer, a text file, a folder or
+        another source of `mukv data` is also possible: it is encoded with that tokenizer. None for
+        the source code of Python's standard library, encoded once with that tokenizer, or as bytes
+    packing: a token attends only to tokens of its own document ("packed"), or to all earlier tokens
+        of its row ("contiguous")
+    mixture: several token files, each with a weight, instead of `path`: their shares of the
+        training tokens
     task: a synthetic task, instead of a token file
     """
 
     path: str | None = None
     packing: Literal["packed", "contiguous"] = "packed"
+    mixture: tuple[MixturePart, ...] = ()
     task: AnyTask | None = None
 
     def __post_init__(self) -> None:
@@ -43,14 +48,20 @@ class Data:
             raise BadInput("path", self.path, "a path, which has no NUL character")
         if self.task is not None and self.path is not None:
             raise BadInput("path", self.path, "null where data.task is given: one of the two")
+        if self.mixture:
+            for name in ("path", "task"):
+                if getattr(self, name) is not None:
+                    allowed = "null where data.mixture is given: one of the two"
+                    raise BadInput(name, getattr(self, name), allowed)
+            require_shares([part.weight for part in self.mixture])
 
 
 @dataclass(frozen=True)
 class Run:
     """The configuration of a training run.
 
-    model: architecture and its sizes
-    data: what the model is trained on
+    model: architecture and sizes of the model
+    data: token file or task that the model is trained on
     train: hyperparameters, and how often the run logs, evaluates and saves
     mesh: number of devices along each axis of the device mesh
     """
@@ -99,8 +110,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def given(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the nested mapping of the keys that are set by a preset or YAML file, by those that it
-    extends, and by the overrides. Raises BadInput for unknown names and keys."""
+    """Return the nested mapping of all keys that are set by a preset or YAML file, by the files
+    that it extends, and by the overrides. Raises BadInput for unknown names and keys."""
     return apply_overrides(Run, resolve_preset(Run, source, presets_folder()), overrides)
 
 
@@ -113,7 +124,8 @@ def given_or_empty(source: str | Path, overrides: Sequence[str] = ()) -> dict[st
 
 
 def with_vocabulary(mapping: dict[str, Any]) -> dict[str, Any]:
-    """Return the mapping, with a `model.vocab_size` taken from its data if it sets none."""
+    """Return a configuration's mapping. If `model.vocab_size` is missing, it is set to the
+    vocabulary size of `data`, rounded up."""
     model, data = mapping.get("model", {}), mapping.get("data", {})
     if not isinstance(model, dict) or not isinstance(data, dict) or "vocab_size" in model:
         return mapping
@@ -123,8 +135,9 @@ def with_vocabulary(mapping: dict[str, Any]) -> dict[str, Any]:
         part = schema.build(Data, data)
         if part.task is not None:
             needed = part.task.vocab_size
-        elif part.path is not None:
-            needed = open_tokens(Path(part.path)).vocab_size
+        else:
+            paths = [part.path] if part.path is not None else [p.path for p in part.mixture]
+            needed = max((open_tokens(Path(path)).vocab_size for path in paths), default=None)
     if needed is None:
         return mapping
     rounded = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

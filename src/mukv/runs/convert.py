@@ -1,4 +1,4 @@
-"""Convert a trained model to one with a smaller memory: `mukv convert`."""
+"""Convert a trained model to one with a smaller KV cache or a state: `mukv convert`."""
 
 from __future__ import annotations
 
@@ -36,13 +36,15 @@ def convert_model(
 ) -> dict[str, Any]:
     """Make a run directory of a converted model, at step 0.
 
-    source: the model, as every command takes it
+    source: run directory, Hugging Face folder, GGUF file or hub id of the model
     to: the conversion, such as "gqa:1"
-    texts: UTF-8 files that it is fitted to; those that the model was trained on if there are none
-    tokens: of these texts that are read
+    out: run directory to make
+    texts: UTF-8 files that the conversion is fitted to; if empty, the model's training data is used
+    tokens: number of tokens of the texts to use
 
-    Returns what `mukv convert --json` prints. Raises BadInput, with what is possible, for a model
-    that can't be converted; for a model without a text; and for a path in use.
+    Returns the object that `mukv convert --json` prints. Raises BadInput for a model that can't be
+    converted (with the conversions that are possible), if there is neither a text nor training
+    data, and for a path in use.
     """
     conversion, found = parse(to), locate(source)
     require_free(out, again=False)
@@ -88,7 +90,7 @@ def convert_model(
 def _examples(
     model: Model, decoder: Decoder, texts: Sequence[str], tokens: int
 ) -> list[np.ndarray]:
-    """Compute what the layers read on the texts, or on what the model was trained on. Raises
+    """Compute the inputs of the layers on the texts, or on the model's training data. Raises
     BadInput if there is neither."""
     training = model.run.train
     length = min(training.length, WINDOW)
@@ -117,7 +119,7 @@ def _without_text(why: str) -> BadInput:
 
 
 def _architecture(found: Located) -> str | None:
-    """The name of the pretrained family that a model came from."""
+    """Return the architecture's name of the pretrained model that a model was made from."""
     if found.checkpoint is not None:
         return found.checkpoint.architecture
     return noted(found.folder, "architecture")

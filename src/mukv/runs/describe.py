@@ -1,4 +1,5 @@
-"""Compute parameters, FLOPs, cache bytes and shardings of a configuration; allocates no array."""
+"""Compute parameters, FLOPs, cache bytes and shardings of a configuration, without allocating
+arrays."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ def describe(run: Run) -> dict[str, Any]:
     """Return parameters, FLOPs and cache bytes of a configuration as plain data for `--json`; the
     field names are public.
 
-    Cache entries are counted in the compute type, states in float32. A store with a window and a
-    state take a constant number of bytes, any other store an amount per token; a layer that reads
-    another layer's entries takes none. The constant of the whole includes what decoding keeps
-    outside of the layers. `core` names the attention core that a training step uses;
-    `cores_refused` says, by name of each faster core, why it is not used. `training_bytes` are
-    those of the float32 arrays that training keeps over all devices, frozen weights included.
+    Cache entries are counted in the compute type, states in float32. States and caches with a
+    window take a constant number of bytes; caches without a window take bytes per token; a layer
+    that reads another layer's cache takes none. The model's `cache_bytes_constant` includes arrays
+    that decoding keeps outside of the layers. `core` names the attention core of a training step;
+    `cores_refused` gives the reason for each faster core that is not used. `training_bytes` counts
+    the float32 arrays that training keeps, summed over all devices, with frozen weights.
     """
     model = run.model
     compute = settled(run.train.compute)
@@ -82,8 +83,8 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def training_bytes(run: Run) -> dict[str, int]:
-    """Bytes of the trained weights, their gradient, the optimizer's state, and of frozen weights
-    where adapters are trained."""
+    """Return the bytes of the trained weights, their gradient, the optimizer's state and, if
+    adapters are trained, the frozen weights."""
     training, declared = run.train.effective, trained_params(run)
     optimizer = training.optimizer.transform(declared, resolved_params(run))
     shapes = params.abstract(declared)
@@ -98,7 +99,7 @@ def training_bytes(run: Run) -> dict[str, int]:
 
 
 def _adapters(run: Run) -> Any:
-    """The declared weights of the adapters; None without any."""
+    """Return the declared weights of the adapters; None for a run without adapters."""
     return None if run.train.adapter is None else trained_params(run)
 
 
@@ -108,7 +109,7 @@ def plain(number: Fraction) -> int | float:
 
 
 def megabytes(size: int) -> str:
-    """Format bytes, such as "12.5 MB"; below a megabyte in kB."""
+    """Format a number of bytes in MB, such as "12.5 MB", or in kB if it is below 1 MB."""
     return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
@@ -118,10 +119,10 @@ def shown(number: float) -> str:
 
 
 def weights(run: Run) -> list[dict[str, Any]]:
-    """Return name, dimensions, role, scaling and sharding (mesh axis of each dimension, on the mesh
-    of the configuration) of each weight.
+    """Return name, dimensions, role, scaling and sharding of each weight.
 
-    With adapters, frozen weights have a learning rate of zero, and the adapters follow them.
+    The sharding is the mesh axis of each dimension, on the mesh of the configuration. In a run with
+    adapters, the frozen weights come first, with a learning rate of zero, then the adapters.
     """
     mesh = jax.sharding.AbstractMesh((run.mesh.data, run.mesh.tensor), ("data", "tensor"))
     rows = []
@@ -220,7 +221,7 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
 
 
 def show_step(facts: Mapping[str, Any], console: Console) -> None:
-    """Print what `estimate` says of a step on a kind of device."""
+    """Print the facts of `estimate` on a training step on a kind of device."""
     mesh, held = facts["mesh"], facts["bytes_per_device"]
     devices = mesh["data"] * mesh["tensor"]
     console.print(
@@ -260,7 +261,7 @@ def show_step(facts: Mapping[str, Any], console: Console) -> None:
 
 
 def _way_out(facts: Mapping[str, Any]) -> str:
-    """Return the lines that say how a step that doesn't fit would."""
+    """Return a line with the settings under which a step that does not fit would fit."""
     ways: list[str] = []
     if fitting := [name for name, each in facts["rematerialise"].items() if each["fits"]]:
         ways.append(f"train.compute.rematerialise={fitting[0]}")
@@ -274,8 +275,8 @@ def _way_out(facts: Mapping[str, Any]) -> str:
 
 
 def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Merge rows that are equal but for their place in the layer plan; the merged row's name begins
-    with their number."""
+    """Merge rows that differ only in their stage or layer. The name of a merged row begins with the
+    number of rows."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in weights:
         facts = {name: value for name, value in row.items() if name != "weight"}

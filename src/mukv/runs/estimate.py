@@ -1,8 +1,8 @@
-"""Estimate what a training step takes on a mesh of devices that are not at hand.
+"""Estimate bytes of device memory, FLOPs and time of a training step on a mesh of other devices.
 
-Everything is arithmetic on declared weights and on the shapes that a traced forward pass keeps for
-the backward pass; nothing is compiled or allocated. Times are lower bounds at the rates of the data
-sheets.
+The estimates are computed from the declared weights and from the shapes that a traced forward pass
+saves for the backward pass; nothing is compiled or allocated. Times are lower bounds at the rates
+of the data sheets.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Estimate:
 
     A batch that can't be split over `mesh.data` is enlarged to the next one that can.
 
-    run: the configuration. device: the kind of device. traced: results of `kept`, by size of
-    the axis `tensor` and policy
+    run: the configuration
+    device: the kind of device
+    traced: cached results of `kept`, by size of the axis `tensor` and policy
     """
 
     run: Run
@@ -80,7 +81,8 @@ class Estimate:
 
     @cached_property
     def state(self) -> dict[str, int]:
-        """Bytes of weights, optimizer state, gradient, and frozen weights under adapters."""
+        """Bytes per device of the trained weights, the optimizer state, the gradient, and the
+        frozen weights if adapters are trained."""
         training, declared = self.run.train.effective, trained_params(self.run)
         optimizer = training.optimizer.transform(declared, resolved_params(self.run))
         placed = state_shardings(declared, optimizer, self.mesh)
@@ -98,8 +100,8 @@ class Estimate:
         }
 
     def kept(self, policy: Any) -> int:
-        """Return the bytes per row of tokens that the forward pass keeps for the backward pass,
-        under a rematerialisation policy; weights apart."""
+        """Return the bytes per row of tokens that the forward pass saves for the backward pass
+        under a rematerialisation policy, without weights."""
         key = self.run.mesh.tensor, policy
         if key not in self.traced:
             compute = replace(self.compute, rematerialise=policy)
@@ -109,8 +111,8 @@ class Estimate:
 
     @cached_property
     def gathered(self) -> int:
-        """Bytes of the gathered weights of all layers, which are stored if nothing is recomputed;
-        none where products take float32 weights as they are."""
+        """Bytes of the gathered weights of all layers in the type of operands, which are stored if
+        nothing is recomputed; 0 if operands are float32."""
         if self._operand.itemsize == 4:
             return 0
         declared = params.named(self.run.model.params()).values()
@@ -121,16 +123,18 @@ class Estimate:
 
     @cached_property
     def working(self) -> int:
-        """Bytes of the larger of two: the loss of one chunk, or one layer's backward pass."""
+        """Bytes of temporary arrays: the loss of one chunk or one layer's backward pass, whichever
+        takes more."""
         layers = len(self.run.model.layers)
-        # What is not the result of a product is computed within the kernels that read it. Beside
-        # that, the gathered weights and their float32 gradient before it is scattered.
+        # Values that are not results of products are computed within the kernels that read them.
+        # The gathered weights, and their float32 gradient before it is scattered, are added.
         layer = self.rows * self.kept("products") // layers + 3 * self.gathered // layers
         return max(self.loss, layer)
 
     @cached_property
     def loss(self) -> int:
-        """Bytes of the gathered readout, its gradient, the logits of a chunk and theirs."""
+        """Bytes of the gathered readout and its gradient, and of the logits of a chunk and their
+        gradient."""
         model = self.run.model
         readout = params.named(model.params())[model.readout_name]
         whole = self._whole(readout)
@@ -146,12 +150,12 @@ class Estimate:
         return self.state | {"activations": stored, "working": self.working}
 
     def fits(self, parts: dict[str, int]) -> bool:
-        """Whether parts fit in the device's memory."""
+        """Whether the sum of the parts fits in the device's memory."""
         return sum(parts.values()) <= LEFT * self.device.memory
 
     @property
     def cache(self) -> int:
-        """Bytes of the cache of the rows of a device, at the length of the configuration."""
+        """Bytes of the KV cache of one device's rows, at the length of the configuration."""
         length = self.run.train.length
         return cache_bytes(self.local, self.rows, length, 0, self.compute.type)
 
@@ -159,19 +163,19 @@ class Estimate:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step in all devices that share rows."""
+        """Tokens of a step in the rows of one index of the axis `data`."""
         return self.rows * self.run.train.accumulate * self.run.train.length
 
     @cached_property
     def flops(self) -> float:
-        """Operations of a step, per device, without recomputation."""
+        """FLOPs of a step per device, without recomputation."""
         adapters = None if self.run.train.adapter is None else trained_params(self.run)
         each = flops_per_token(self.run.model, self.run.train.length, adapters)
         return each * self.tokens / self.run.mesh.tensor
 
     @cached_property
     def recomputed(self) -> float:
-        """Operations that rematerialisation adds to a step, per device."""
+        """FLOPs per device that rematerialisation adds to a step."""
         if not self.compute.rematerialise:
             return 0.0
         model = self.run.model
@@ -184,11 +188,11 @@ class Estimate:
 
     @cached_property
     def collectives(self) -> dict[str, int]:
-        """Bytes of a step's collectives by mesh axis, per device, the larger side of each.
+        """Bytes per device of a step's collectives, by mesh axis.
 
-        Weights are gathered in the type of operands once for the forward pass, and again for the
-        backward pass if layers are recomputed; gradients are summed in float32. An all-reduce
-        counts once.
+        A collective counts the bytes of its input or output, whichever is larger, and an all-reduce
+        once. Weights are gathered in the type of operands once for the forward pass, and again for
+        the backward pass if layers are recomputed; gradients are summed in float32.
         """
         training, model = self.run.train, self.run.model
         trained = trained_params(self.run)
@@ -203,7 +207,7 @@ class Estimate:
                 size = self._operand.itemsize if param.fan_in else 4
                 moved["data"] += size * self._whole(param) * passes * training.accumulate
         if self.run.mesh.data > 1:
-            # Of the embedding's gradient, only the rows of a device's own tokens move.
+            # Only the rows of a device's own tokens of the embedding's gradient are sent.
             looked_up = () if model.readout_name == "embedding" else ("embedding",)
             moved["data"] += sum(
                 4 * self._whole(param) * training.accumulate
@@ -223,8 +227,8 @@ class Estimate:
             if name == model.readout_name:
                 yield 4 * width * self._split(param, "tensor")
             elif param.ends_branch and param.fan_in and self._split(param, "tensor"):
-                # Forward, and in the backward pass for the branch's input. Recomputing a layer
-                # needs the sum after attention again.
+                # One sum in the forward pass, and one in the backward pass for the branch's input.
+                # Recomputing a layer repeats the sum after attention.
                 again = self.compute.rematerialise in (True, "offload") and ".read." in name
                 times = param.dims.get(LAYER, 1) * (2 + again)
                 size = self.compute.type.itemsize
@@ -247,7 +251,7 @@ class Estimate:
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Least seconds of a step by what takes them, each at the rate of the data sheet."""
+        """Lower bounds of a step's seconds for each resource, at the rates of the data sheet."""
         mesh, device, moved = self.run.mesh, self.device, self.collectives
 
         def share(size: int) -> float:
@@ -263,10 +267,10 @@ class Estimate:
 
     @cached_property
     def traffic(self) -> int:
-        """Bytes from and to the device's memory, at least.
+        """Lower bound of the bytes that a step reads from and writes to the device's memory.
 
-        Each value that the backward pass needs is written and read once, and once more where it is
-        recomputed; logits and their gradient, the state and gathered weights are, too.
+        Each value that the backward pass needs is written and read once, and once more if it is
+        recomputed. So are the logits and their gradient, the state and the gathered weights.
         """
         stored, pieces = self.rows * self.kept(False) + self.gathered, self.run.train.accumulate
         times = 2 * pieces * (2 if self.compute.rematerialise else 1)
@@ -282,14 +286,14 @@ class Estimate:
 
     @property
     def limit(self) -> str:
-        """What takes most of a step."""
+        """Name of the resource with the largest bound in `seconds`."""
         return max(self.seconds, key=self.seconds.__getitem__)
 
     def utilisation(self, overlap: bool) -> float:
-        """Return the largest model FLOPs utilisation.
+        """Return an upper bound of the model FLOPs utilisation.
 
-        overlap: whether memory and links work at the same time as the products; otherwise
-            collectives wait for them and they for the collectives
+        overlap: whether collectives run at the same time as computation; if not, the times are
+            added
         """
         spent = dict(self.seconds)
         own = max(spent.pop("compute"), spent.pop("memory"))
@@ -298,8 +302,8 @@ class Estimate:
         return self.flops / self.device.flops / total
 
     def nearest(self) -> MeshShape | None:
-        """Return the nearest mesh on which a step fits: that of the fewest devices, and of these
-        the one that changes the sizes least; None if there is none up to 65,536 devices."""
+        """Return the mesh with the fewest devices on which a step fits; of several, the mesh whose
+        axis `data` changes least. None if no mesh of up to 65,536 devices fits."""
         mesh, training = self.run.mesh, replace(self.run.train, batch=self.batch)
         found = []
         for tensor in sorted({1, 2, 4, 8, mesh.tensor}):
@@ -318,7 +322,7 @@ class Estimate:
 
 
 def _held(shapes: Any, placed: Any) -> int:
-    """Return the bytes that one device holds of arrays."""
+    """Return the bytes of a tree of arrays that are placed on one device."""
 
     def one(leaf: Any, sharding: Any) -> int:
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -327,9 +331,9 @@ def _held(shapes: Any, placed: Any) -> int:
 
 
 def estimate(run: Run, device: Device, name: str) -> dict[str, Any]:
-    """Return what `mukv describe --device` adds to the facts, as plain data for `--json`.
+    """Return the facts that `mukv describe --device` adds, as plain data for `--json`.
 
-    name: that of the device
+    name: name of the device
     """
     found = Estimate(run, device)
     policies = {_yaml(policy): found.bytes(policy) for policy in POLICIES}
@@ -369,5 +373,5 @@ def _yaml(policy: Any) -> str:
 
 
 def gibibytes(size: float) -> str:
-    """Format bytes, such as "12.5 GiB"."""
+    """Format a number of bytes in GiB, such as "12.5 GiB", or in MiB if it is below 0.1 GiB."""
     return f"{size / GIBIBYTE:,.1f} GiB" if size >= GIBIBYTE / 10 else f"{size / 2**20:,.1f} MiB"

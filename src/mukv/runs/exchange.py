@@ -112,8 +112,11 @@ def copy_companions(source: Path, special: Mapping[str, Any], folder: Path) -> N
 
 
 def require_free(out: Path, again: bool) -> None:
-    """Raise BadInput for a path in use. again: the folder there seems to be made by the same
-    command, so that it is allowed; the caller compares it with the new one."""
+    """Raise BadInput for a path in use.
+
+    again: whether an existing folder is allowed, because it seems to be made by the same command;
+        the caller compares it with the new folder
+    """
     if out.exists() and not again and (not out.is_dir() or any(out.iterdir())):
         raise BadInput("--out", str(out), "a path that is not in use")
     writer = writer_of(out)
@@ -128,13 +131,12 @@ def export_model(
 
     source: the run directory or folder that the model was loaded from
     out: the folder to make
-    dtype: of the written weights; None: unchanged
+    dtype: dtype of the written weights; None keeps the dtype of each
     shard: most bytes per weight file
 
-    Returns the object that `mukv export --json` prints. Raises BadInput for a model whose
-    weights were converted when they were loaded, naming the part of the
-    model that no supported Hugging Face architecture has, for `out` in use, and for weights that
-    `dtype` can't hold.
+    Returns the object that `mukv export --json` prints. Raises BadInput for a model whose weights
+    were converted when they were loaded, for a model with a part that no supported Hugging Face
+    architecture has, for `out` in use, and for weights that `dtype` can't hold.
     """
     if model.converted:
         allowed = "a model that was loaded without `weights`: exported weights are the saved ones"
@@ -173,8 +175,9 @@ def export_model(
 
 
 def _family(model: Decoder, source: Path) -> Family:
-    """Return the architecture that the model was imported from if it still fits, or else the first
-    that fits. Raises BadInput with the part that the nearest architecture does not have."""
+    """Return the architecture that the model was imported from if the model still fits it, or else
+    the first that the model fits. Raises BadInput, with a part of the model that the architecture
+    with the fewest differences does not have, if the model fits none."""
     told = source / PROVENANCE
     named = read_json(told).get("architecture") if told.exists() else None
     ordered = sorted(FAMILIES.values(), key=lambda family: family.architecture != named)
@@ -195,8 +198,8 @@ def _family(model: Decoder, source: Path) -> Family:
 def _specs(
     model: Decoder, flat: Mapping[str, Any], family: Family, dtype: str | None
 ) -> dict[str, Spec]:
-    """Return the tensors to write by their names in the architecture, in the order of the layers.
-    Each is converted when its file is written."""
+    """Return the tensors to write, by their names in the architecture, in the order of the layers.
+    A tensor is converted only when its file is written."""
     made: dict[str, Spec] = {}
     position = model.layers[0].softmax.position
     interleaved = isinstance(position, RoPE) and position.pairing == "interleaved"
@@ -219,8 +222,8 @@ def _specs(
 
 
 def write_shards(folder: Path, specs: Mapping[str, Spec], limit: int) -> int:
-    """Write safetensors of at most `limit` bytes each: one file, or several with an index. A tensor
-    is never split, so that a file with a larger one exceeds the limit. Returns their number."""
+    """Write one safetensors file, or several of at most `limit` bytes with an index; return the
+    number of files. A tensor that is larger than the limit gets a file that exceeds it."""
     shards: list[dict[str, Spec]] = [{}]
     size = 0
     for name, spec in specs.items():
@@ -245,9 +248,9 @@ def write_shards(folder: Path, specs: Mapping[str, Spec], limit: int) -> int:
 
 def _special(model: Model, source: Path) -> dict[str, Any]:
     """Return the ids that begin, end and pad a text, by their names in generation_config.json."""
-    said = source / GENERATION
-    if said.exists():
-        found = read_json(said)
+    path = source / GENERATION
+    if path.exists():
+        found = read_json(path)
         return {key: value for key, value in found.items() if key.endswith("_token_id")}
     start = model.tokenizer.start
     return {"bos_token_id": start[0] if start else None, "eos_token_id": None}

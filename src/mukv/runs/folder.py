@@ -1,8 +1,8 @@
 """Define the paths of a run directory, and load its configuration.
 
-A run directory has config.yaml (complete, reloadable), metrics.jsonl, checkpoints/,
-tokenizer.json, weights/ and provenance.json; one with adapters has base.json too. `train_run`
-makes or continues one, `mukv.load` reads one as a model.
+A run directory has config.yaml (with every key of the configuration), metrics.jsonl, checkpoints/,
+tokenizer.json, weights/ and provenance.json; with adapters also base.json. `train_run` makes or
+continues a run directory, `mukv.load` reads it as a model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class RunDirectory:
 
     @property
     def base(self) -> Path:
-        """Only in a run with adapters: what the weights that they change are recognised by."""
+        """File with the checksums of the weights that adapters were trained on. Only runs with
+        adapters have it."""
         return self.path / "base.json"
 
     @property

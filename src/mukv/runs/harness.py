@@ -45,8 +45,8 @@ def harness_model(source: str | Path | Model) -> Any:
 
 
 class Answers:
-    """The methods that the harness calls. Each takes a list of requests, whose `args` are as the
-    harness documents them, and returns one result per request."""
+    """The methods that the harness calls. Each takes a list of requests, whose `args` the harness
+    documents, and returns one result per request."""
 
     def __init__(self, model: Model):
         self.model = model
@@ -61,8 +61,8 @@ class Answers:
         """For each (context, continuation), return log p(continuation | context) in nats, and
         whether greedy decoding would give the continuation."""
         rows = [self._pair(*request.args) for request in requests]
-        # Rows are sorted by length, longest first, to save padding and so that a lack of memory
-        # shows in the first batch.
+        # Rows are sorted by length, longest first: this saves padding, and if the device has too
+        # little memory, the first batch fails.
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place][0]))
         found: dict[int, tuple[float, bool]] = {}
         while order:
@@ -83,7 +83,8 @@ class Answers:
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """For each (text,), return log p of the whole text in nats, in windows as `mukv eval`."""
+        """For each (text,), return log p of the whole text in nats, computed in windows like the
+        loss of `mukv eval`."""
 
         def score(text: str) -> float:
             row = np.asarray([*self._prefix, *self.model.tokenizer.encode(text)])
@@ -109,8 +110,8 @@ class Answers:
         return _before([until] if isinstance(until, str) else until, text)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Return the ids of context and continuation, cut from the left to the model's context
-        length, and how many of them are context (at least one)."""
+        """Return the last ids of context and continuation that fit into the model's context length,
+        and how many of these ids belong to the context (at least one)."""
         # Tokenizers join a space to the word after it, so trailing spaces of the context are
         # counted as continuation.
         kept = context.rstrip()
@@ -120,7 +121,8 @@ class Answers:
         return fitting, max(1, known - (len(whole) - len(fitting)))
 
     def _fitting(self, ids: list[int], room: int) -> list[int]:
-        """Return the last ids that fit into the model's context length with `room` more tokens."""
+        """Return the last ids that fit into the model's context length together with `room` more
+        tokens."""
         context = self.model.network.context
         return ids if context is None else ids[-max(1, context - room) :]
 

@@ -19,7 +19,12 @@ STANDARD_INPUT = Path("-")
 
 
 def ids(text: str, where: str) -> list[int]:
-    """Parse token ids from "1,2,3". Raises BadInput, with `where` as the name of the option."""
+    """Parse token ids from a text such as "1,2,3".
+
+    where: name of the option, for messages
+
+    Raises BadInput for a text that is not a list of whole numbers.
+    """
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -29,8 +34,10 @@ def ids(text: str, where: str) -> list[int]:
 def texts(paths: Iterable[Path], where: str) -> list[str]:
     """Read UTF-8 text files; the path - is standard input.
 
-    where: name of the option, for messages. Raises BadInput for files that can't be read, are empty
-    or are not UTF-8, and for - given twice.
+    where: name of the option, for messages
+
+    Raises BadInput for files that can't be read, are empty or are not UTF-8, and if - is given
+    twice.
     """
     paths = list(paths)
     if paths.count(STANDARD_INPUT) > 1:
@@ -58,8 +65,8 @@ def _text(path: Path, where: str) -> str:
 
 
 def _standard_input() -> bytes | str:
-    """Read standard input as bytes, so that the locale does not choose its encoding. A replaced
-    sys.stdin may have no `buffer`; then its text is read."""
+    """Read standard input as bytes, so that the locale does not choose its encoding. If sys.stdin
+    was replaced by a stream without `buffer`, read text."""
     stream = getattr(sys.stdin, "buffer", sys.stdin)
     return stream.read() if stream is not None else b""
 
@@ -94,8 +101,9 @@ def rows_of_ids(path: Path) -> list[np.ndarray]:
 
 
 def window(model: Model, length: int | None) -> int:
-    """Return the window length in tokens: the given one, or if None that of training, at most the
-    model's context. Raises BadInput for less than 2 and for more than the model's context."""
+    """Return the window length in tokens: `length`, or if it is None the length of training rows,
+    but at most the model's context. Raises BadInput for a length below 2 or above the model's
+    context."""
     if length is None:
         return min(model.run.train.length, model.network.context or model.run.train.length)
     if length < 2:

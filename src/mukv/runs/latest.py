@@ -1,4 +1,4 @@
-"""Read the newest weights of a run directory; adapters are merged with their base."""
+"""Read the newest weights of a run directory; adapters are merged with the weights they change."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ from mukv.train.step import Trainer
 
 
 def latest_weights(run: Run, folder: RunDirectory, mesh: Mesh, kind: str | None = None) -> Any:
-    """Read the exported weights of a run, or those of its latest checkpoint if that is newer.
+    """Read the exported weights of a run, or the weights of its latest checkpoint if it is newer.
 
-    Adapters are merged with the weights that they change, on a mesh. kind: format of
-    `core.compact` that the weights are converted to, those of a file one by one; None to keep them
-    as they are. Raises BadInput for a run that has none, and for damaged ones.
+    Adapters are merged with the weights that they change.
+
+    mesh: mesh on which adapters are merged
+    kind: format of `core.compact` that the weights are converted to, one weight at a time if they
+        are read from a file; None to keep their dtype
+
+    Raises BadInput for a run that has no weights, and for damaged weights.
     """
     if kind is None:
         saved = _saved(run, folder)
@@ -49,7 +53,7 @@ def latest_weights(run: Run, folder: RunDirectory, mesh: Mesh, kind: str | None 
 
 
 def _saved(run: Run, folder: RunDirectory) -> Any:
-    """Read the newest weights that a run trained."""
+    """Read the newest weights that a run trained: the adapters alone if it has adapters."""
     exported, exported_step = None, 0
     if folder.weights.exists():
         exported, metadata = load_weights(folder.weights)
@@ -68,7 +72,7 @@ def _saved(run: Run, folder: RunDirectory) -> Any:
 
 
 def _restored(checkpoints: Checkpoints, latest: int, like: Any) -> Any:
-    """Restore a checkpoint; or a newer one if a training process deletes it while it is read."""
+    """Restore a checkpoint. If a training process deletes it meanwhile, restore a newer one."""
     try:
         return checkpoints.restore(latest, like)
     except (BadInput, Failed):

@@ -19,7 +19,8 @@ from mukv.train.metrics import read_metrics
 
 
 def preset_list() -> list[dict[str, Any]]:
-    """Return name, meaning (the first comment of the file) and parameters of every preset."""
+    """Return name, meaning (the first comment of the file) and number of parameters of every
+    preset."""
     found = []
     for name in config.presets():
         text = (config.presets_folder() / f"{name}.yaml").read_text("utf-8")
@@ -31,9 +32,15 @@ def preset_list() -> list[dict[str, Any]]:
 
 
 def policy_list() -> list[dict[str, Any]]:
-    """Return every part of a cache policy: name, step of the policy that it implements (keep,
-    refine, spread, when, store or select), meaning, source, whether it has a budget, its parameters
-    with their defaults, and those defaults of other libraries that differ."""
+    """Return every part that a cache policy can have, as the objects of `mukv policies --json`.
+
+    name: name of the part
+    answers: step of the policy that the part implements: keep, refine, spread, when, store, select
+    meaning, source: what the part does, and the paper that describes it
+    budget: whether the part has a budget
+    parameters: default, type and meaning of each parameter
+    peers: defaults of other libraries that differ, by library
+    """
     return [_of_part(name, table) for table in TABLES for name in table]
 
 
@@ -60,15 +67,15 @@ def _of_part(name: str, table: PartTable[Any]) -> dict[str, Any]:
 
 
 def source_of(text: str) -> str | None:
-    """Return the first paper that a text names in brackets: author and year."""
+    """Return author and year of the first paper that a text names in brackets."""
     found = re.search(r"\(([^()]*?[A-Z][^()]*? (?:19|20)\d\d)[^()]*\)", text)
     return found[1] if found else None
 
 
 def run_list(folder: Path) -> list[dict[str, Any]]:
-    """Return the run directories in a folder, or the folder itself if it is one: preset (if the
-    folder's name contains one), total and completed steps, and last losses in nats per token.
-    Raises BadInput if there is none."""
+    """Return facts on each run directory in a folder, or on the folder itself if it is a run
+    directory: preset (if the folder is named after one), total and completed steps, and last losses
+    in nats per token. Raises BadInput if there is no run directory."""
     itself = [folder] if RunDirectory(folder).exists else []
     found = itself or sorted(path.parent for path in folder.glob("**/config.yaml"))
     if not found:

@@ -1,8 +1,4 @@
-"""Load a model with its weights and tokenizer (`mukv.load`), to generate, evaluate and inspect.
-
-Run directories of training and of `mukv import`, Hugging Face folders and GGUF files give the same
-class.
-"""
+"""Load a model with its weights and tokenizer (`mukv.load`), to generate, evaluate and inspect."""
 
 from __future__ import annotations
 
@@ -47,8 +43,7 @@ from mukv.train.footprint import require_bytes
 
 @dataclass(frozen=True)
 class Text:
-    """One generated continuation. text: decoded, without the prompt and the stop text. token_ids:
-    the new tokens."""
+    """One generated continuation: its text up to the stop text, and the ids of all new tokens."""
 
     text: str
     token_ids: list[int]
@@ -58,7 +53,8 @@ class Text:
 class Model:
     """A model with its weights and tokenizer, as `mukv.load` returns it.
 
-    run: configuration. weights: as they are saved, unscaled. tokenizer: of its texts.
+    run, tokenizer: configuration and tokenizer of the model
+    weights: weights as they are saved, without the multipliers of the parameterisation
     """
 
     run: Run
@@ -67,7 +63,7 @@ class Model:
     ends: tuple[int, ...] = ()
     """Ids that end a generated text; empty if the model's files name none."""
     folder: Path | None = None
-    """The folder that it was loaded from."""
+    """The folder that the model was loaded from; None if it was made otherwise."""
 
     @property
     def network(self) -> LanguageModel:
@@ -85,14 +81,14 @@ class Model:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of the weights in memory."""
+        """Bytes of the weights' arrays as they are loaded."""
         return nbytes(self.weights)
 
     def computing(self, dtype: str | None, where: str = "dtype") -> Model:
         """Return this model with another type of activations, cache entries and operands.
 
-        dtype: "float32" or "bfloat16"; None for the model's own settings. where: its name in
-        errors. Raises BadInput for any other type.
+        dtype: "float32" or "bfloat16"; None for the model's own settings
+        where: name of the argument, for messages. Raises BadInput for any other type.
         """
         if dtype is None:
             return self
@@ -104,8 +100,8 @@ class Model:
 
     @cached_property
     def scaled(self) -> Any:
-        """Weights stacked by layer and multiplied by their scaling, as the forward pass takes
-        them."""
+        """Weights as the forward pass takes them: stacked by layer and multiplied by the
+        multipliers of the parameterisation."""
         return self.network.scaled(self.weights)
 
     @cached_property
@@ -116,14 +112,15 @@ class Model:
     def logits(
         self, tokens: Any, position: Any = None, segment: Any = None
     ) -> Float[Array, "batch token vocab"]:
-        """Compute the float32 logits of the next token after each of `tokens`.
+        """Compute the float32 logits [batch token vocab] of the token after each of `tokens`.
 
-        tokens: ids, [batch token] or [token], as lists or arrays of whole numbers. position: place
-        of each token in its document (default: its index in the row). segment: number of each
-        token's document; a token attends only to its own document, so that padding is given a
-        number of its own. Both have the shape of `tokens`. Raises BadInput for other types and
-        shapes, for ids that the model does not have, and for rows longer than the model's context.
-        Each shape is compiled once.
+        tokens: ids [batch token] or [token], as lists or arrays of whole numbers
+        position: index of each token in its document, in the shape of `tokens`; None for its index
+            in the row
+        segment: number of each token's document, in the shape of `tokens`. A token attends only to
+            its own document; give padding a number that no document has
+
+        Raises BadInput for other types and shapes, unknown ids, and rows longer than the context.
         """
         ids = self._token_ids("tokens", tokens)
         places = []
@@ -144,12 +141,12 @@ class Model:
         return ids
 
     def attention(self, text: str | Sequence[int] | Any) -> dict[int, np.ndarray]:
-        """Compute the attention weights on a text: float32 [head query key], by index of each layer
-        that has a softmax.
+        """Compute the attention weights of a text: float32 [head query key], by layer index, for
+        each layer with softmax attention.
 
-        text: a text, or its token ids [token]. The weights of each query sum to 1, or to less if
-        the head has a sink logit. Raises BadInput for ids that the model does not have, for a model
-        that is not a Decoder or has no softmax, and for weights that take more memory than is free.
+        text: a text, or its token ids [token]. The weights of a query sum to 1, or to less if the
+        head has a sink logit. Raises BadInput for ids that the model does not have, for a model
+        without softmax attention, and for weights that need more device memory than is free.
         """
         given = self.encode(text) if isinstance(text, str) else text
         ids = self._token_ids("text", given)
@@ -163,8 +160,8 @@ class Model:
         return [*self.tokenizer.start, *self.tokenizer.encode(text).tolist()]
 
     def encode_marked(self, text: str) -> list[int]:
-        """Encode like `encode`, but turn special tokens that are written out in the text (such as
-        `<|endoftext|>`) into their ids. Start tokens that the text has are not doubled."""
+        """Encode like `encode`, but encode the names of special tokens in the text (such as
+        `<|endoftext|>`) as their ids. No start tokens are added if the text begins with them."""
         ids, start = self.tokenizer.encode_marked(text), self.tokenizer.start
         return ids if tuple(ids[: len(start)]) == start else [*start, *ids]
 
@@ -191,7 +188,7 @@ class Model:
         """Continue token ids: `mukv.infer.decode.generate` with this model's weights.
 
         stop: ids that end a text; None for `ends`. Raises BadInput for ids that the model does not
-        have, and for a cache that takes more memory than is free.
+        have, and for a KV cache that needs more device memory than is free.
         """
         compute = self.run.train.compute
         stop = self.ends if stop is None else stop
@@ -204,9 +201,9 @@ class Model:
     def _require_room(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, policy: Policy, behind: int
     ) -> None:
-        """Raise BadInput for a cache that takes more memory than is free."""
+        """Raise BadInput for a KV cache that needs more device memory than is free."""
         if max_tokens < 1:
-            return  # `generate` refuses it, with the other bad values
+            return  # `generate` raises BadInput for it
         compute = settled(self.run.train.compute)
         policy = FULL if policy.keep.replays else policy
         longest = max(map(len, prompts), default=1)
@@ -224,13 +221,13 @@ class Model:
         return all(attention.entry_sets == attention.key_heads for attention in kept)
 
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
-        """Return a policy with what this model knows for it: the centres that `mukv analyze
-        --calibrate` saved, or the token ids of the instructions of `kvzip`.
+        """Return a policy that is completed with data of this model, and its cluster centres.
 
-        Only the policy `clusters` has centres, and only if layers store keys for each key head;
-        other policies have an empty mapping. So has every policy if the weights were converted when
-        they were loaded, because centres belong to the saved ones. Raises BadInput for centres that
-        were calibrated on other weights, or on keys without their rotation.
+        The policy `kvzip` gets the token ids of its instructions. The policy `clusters` gets the
+        centres that `mukv analyze --calibrate` saved, if layers store keys for each key head and
+        the weights were not converted when they were loaded (centres belong to the saved weights);
+        in all other cases the mapping of centres is empty. Raises BadInput for centres that were
+        calibrated on other weights, or on keys without their rotation.
         """
         policy = asking(policy, self.tokenizer.encode)
         if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
@@ -268,13 +265,15 @@ class Model:
     ) -> Text | list[Text]:
         """Continue a text, or several texts that are decoded as one batch.
 
-        max_tokens: most new tokens. sampling: how tokens are drawn; or its fields one by one:
-        temperature (0, the default, is greedy), top_k, top_p, seed. policy: the cache policy, also
-        as text such as "snapkv:0.25+int8". prefill_chunk: tokens of a prompt that are read at once,
-        after which the policy chooses entries; None for all. stop: a continuation ends before the
-        first of these texts, or at the model's own end token. Its token ids include those of the
-        stop text. Returns one Text for one prompt, a list for a list. Raises BadInput for values of
-        another type or out of range.
+        max_tokens: most new tokens of a continuation
+        sampling: how tokens are drawn (greedily if None), or its fields one by one
+        policy: the cache policy, or its text such as "snapkv:0.25+int8"
+        prefill_chunk: number of prompt tokens that are prefilled at once, after which the policy
+            chooses entries; None for the whole prompt
+        stop: texts; a continuation ends before the first of them, or at the model's end token. Its
+            token ids include those of the stop text
+
+        Returns a Text, or a list for a list. Raises BadInput for values of another type or range.
         """
         texts = strings("prompts", prompts)
         if not texts:
@@ -306,7 +305,7 @@ class Model:
         return found[0] if isinstance(prompts, str) else found
 
     def _until(self, ids: list[int], ends: Sequence[str]) -> Text:
-        """Decode new tokens, and cut the text before the first of `ends` and the ids after it."""
+        """Decode new tokens. Cut the text before the first of `ends`, and the ids after it."""
         text = self.tokenizer.decode_further(ids)
         places = [text.index(end) for end in ends if end in text]
         if not places:
@@ -323,8 +322,10 @@ class Model:
     ) -> Evaluation:
         """Compute the mean loss on rows of token ids [token], in nats per token.
 
-        length: tokens per window; None for that of training. stride: tokens between the starts of
-        windows; None for `length`. Raises BadInput as `mukv.infer.evaluate.evaluate` does.
+        length: tokens per window; None for the length of training rows
+        stride: tokens between the starts of windows; None for `length`
+
+        Raises BadInput for the values that `mukv.infer.evaluate.evaluate` refuses.
         """
         return evaluate(
             self.network,
@@ -357,11 +358,11 @@ def load(
     """Load a model with its weights and tokenizer.
 
     source: a run directory (its exported weights, or its latest checkpoint if that is newer), a
-        Hugging Face folder, a GGUF file or a hub id, whose tensors are read one by one
-    mesh: devices that the weights are split over; None for one device
+        Hugging Face folder, a GGUF file or a hub id
+    mesh: mesh of devices that the weights are sharded over; None for one device
     allow_nonfinite: accept weights that are infinite or not a number
     weights: format that the weights are converted to while they are read, for inference on one
-        device: "int8", "int4" or "bfloat16"; None to keep them as they are
+        device: "int8", "int4" or "bfloat16"; None to keep their dtype
 
     Raises BadInput for a source that is not a model, for damaged files, for weights that are not
     finite, and for a format that is unknown or given together with a mesh or `allow_nonfinite`.

@@ -15,11 +15,11 @@ from mukv.runs.resolve import imported_run
 
 @dataclass(frozen=True)
 class Located:
-    """A model that was found, but whose weights are not read.
+    """A model whose configuration is read, but not its weights.
 
-    source: as it was named
-    run: its configuration
-    folder: of its tokenizer and chat template; for a GGUF file, the cache folder that has them
+    source: path or hub id that the user gave
+    run: configuration of the model
+    folder: folder with the tokenizer and chat template; for a GGUF file, a folder in mukv's cache
     checkpoint: the pretrained weights; None for a run directory
     """
 
@@ -32,7 +32,7 @@ class Located:
 def locate(source: str | Path) -> Located:
     """Find a run directory, a Hugging Face folder, a GGUF file or a model of the hub.
 
-    Raises BadInput if there is none, with the run directory of the most similar name.
+    Raises BadInput if there is none; the error suggests the run directory of the nearest name.
     """
     folder = RunDirectory(Path(source))
     if folder.exists:

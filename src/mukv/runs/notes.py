@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mukv.data.feed import Feed, TextFeed
+from mukv.data.mixture import MixtureFeed
 from mukv.data.tokens import TokenFile
 from mukv.runs.config import Run
 from mukv.runs.describe import weights
@@ -38,8 +39,11 @@ def of_run(run: Run) -> list[str]:
 
 
 def of_defaults(mapping: Mapping[str, Any], run: Run) -> list[str]:
-    """Return a line with the sizes of an attention variant that were left to their defaults, which
-    do not follow the model's width. mapping: the keys that were given."""
+    """Return a line with the sizes of an attention variant that have their default values, which
+    do not depend on the model's width.
+
+    mapping: nested mapping of the keys that were given
+    """
     model = mapping.get("model")
     given = model.get("attention") if isinstance(model, Mapping) else None
     attention = getattr(run.model, "attention", None)
@@ -61,6 +65,13 @@ def of_feed(feed: Feed) -> str:
         tokens = feed.tokens
         count = len(tokens.train.tokens)
         return f"training on {count:,} tokens of {_sources(tokens)} in {tokens.path} (data.path)"
+    if isinstance(feed, MixtureFeed):
+        total = sum(feed.weights)
+        parts = (
+            f"{weight / total:.1%} {file.path} ({len(file.train.tokens):,} tokens)"
+            for file, weight in zip(feed.tokens, feed.weights, strict=True)
+        )
+        return f"training on a mixture of {', '.join(parts)} (data.mixture)"
     return "training on a synthetic task (data.task)"
 
 
@@ -74,8 +85,11 @@ def _sources(tokens: TokenFile) -> str:
 
 
 def of_length(length: int, run: Run, what: str) -> list[str]:
-    """Return a line for a text longer than the rows that a model was trained on. length: in tokens.
-    what: name of the text or option."""
+    """Return a line for a text longer than the rows that a model was trained on.
+
+    length: length of the text in tokens
+    what: name of the text or option
+    """
     trained = run.model.context or run.train.length
     if length <= trained:
         return []
@@ -97,8 +111,8 @@ def of_stop(ids: Sequence[int], vocab_size: int) -> list[str]:
 
 
 def of_prolonging(run: Run, folder: RunDirectory) -> list[str]:
-    """Return a line if continuing the run in a folder to another number of steps makes the learning
-    rate jump."""
+    """Return a line if the learning rate jumps when the run in a folder is continued to another
+    number of steps."""
     if not folder.exists:
         return []
     before = folder.load_config().train
@@ -110,8 +124,8 @@ def of_prolonging(run: Run, folder: RunDirectory) -> list[str]:
 
 
 def of_jump(before: Training, after: Training, step: int) -> list[str]:
-    """Return a line if the learning rate after `step` updates is more than 1.1 times the last one
-    of the shorter run."""
+    """Return a line if the learning rate of the longer run after `step` updates is more than 1.1
+    times the last learning rate of the shorter run."""
 
     def rate(training: Training, at: int) -> float:
         training = training.effective

@@ -47,16 +47,19 @@ def register(part: Any = None, *, name: str | None = None) -> Any:
     """Register a part of another package, so that YAML, overrides and options can name it. Can be
     used as a decorator.
 
-    part: a frozen dataclass that extends a base class such as `mukv.Attention`, `mukv.Position`,
-        `mukv.Feedforward`, `mukv.Schedule`, `mukv.Optimizer` or `mukv.Task`, and says its name in a
-        field `kind`; a part of a cache policy (`mukv.Keep`, `mukv.Refine`, `mukv.Spread`,
-        `mukv.When`, `mukv.Store`, `mukv.Select`); a `mukv.Conversion`; a
-        `mukv.Parameterization`; a `mukv.Family`; a tracker (a class with `log` and `close`); a
-        function that reads a text source, or, for a name that begins with a dot, a file format
-    name: of a part that has no `kind`
+    part: one of
+        - a frozen dataclass that extends a base class such as `mukv.Attention`, `mukv.Position`,
+          `mukv.Feedforward`, `mukv.Schedule`, `mukv.Optimizer` or `mukv.Task`, with its name in a
+          field `kind`
+        - a part of a cache policy: `mukv.Keep`, `mukv.Refine`, `mukv.Spread`, `mukv.When`,
+          `mukv.Store` or `mukv.Select`
+        - a `mukv.Conversion`, `mukv.Parameterization` or `mukv.Family`
+        - a tracker: a class with the methods `log` and `close`
+        - a function that reads a text source or, if `name` begins with a dot, a file format
+    name: name of a part that has no field `kind`
 
     Returns the part. Raises BadInput for a name in use, for another base class, for a class that is
-    no frozen dataclass, and for a missing `kind` or name.
+    not a frozen dataclass, and for a missing `kind` or name.
     """
     if part is None:
         return lambda given: register(given, name=name)

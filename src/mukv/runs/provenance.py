@@ -34,7 +34,7 @@ def record(origin: Origin) -> dict[str, Any]:
 
 
 def noted(folder: Path, key: str) -> str | None:
-    """Return the text under a key of a folder's provenance.json; None if it can't be read."""
+    """Return the text of a key in a folder's provenance.json; None if it can't be read."""
     try:
         found = json.loads((folder / FILE).read_text("utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -43,15 +43,17 @@ def noted(folder: Path, key: str) -> str | None:
 
 
 def is_untrained(folder: Path) -> bool:
-    """Whether a run directory is an imported or converted model that was not trained here."""
+    """Whether a run directory was made by `mukv import` or `mukv convert`, not by training."""
     return any(noted(folder, key) for key in ("imported_from", "converted_from"))
 
 
 def began_with(folder: Path, origin: Origin) -> str | None:
     """Return the fingerprint of the data that a run began with.
 
-    Returns None if it can't be read and no checkpoint was saved. Raises BadInput if it can't be
-    read and there is a checkpoint. origin: the data at hand, for the message.
+    origin: the present data, whose fingerprint the message of an error contains
+
+    If the fingerprint can't be read, returns None if the run has no checkpoint, and raises BadInput
+    if it has one.
     """
     path, found = folder / FILE, noted(folder, "data_fingerprint")
     if found is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from mukv.core.errors import BadInput
 from mukv.data.build import default_corpus, speed_meter, text_tokens
 from mukv.data.feed import Feed, TextFeed
+from mukv.data.mixture import MixtureFeed
 from mukv.data.sources import SOURCES
 from mukv.data.tokenizer import AnyTokenizer, NoTokenizer, load_tokenizer
 from mukv.data.tokens import TokenFile, open_tokens
@@ -27,17 +28,18 @@ from mukv.tasks.feed import TaskFeed
 from mukv.train.training import Training
 
 LENGTH = 2048
-"""Default window of an imported model in tokens; less if its context is shorter."""
+"""Default length of an imported model's training rows in tokens; less if its context is shorter."""
 
 
 def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Run, RunDirectory]:
     """Return the configuration and run directory that `mukv train CONFIG` names.
 
-    source: CONFIG: a preset, a YAML file, a run directory to continue, or an imported or converted
-        run, Hugging Face folder, GGUF file or hub id whose weights training starts from
-    overrides: `a.b=c`
-    out: the run directory; None for the one to continue, or for a name with a hash of the
-        configuration, so that the same command continues its own run
+    source: the argument CONFIG: a preset, a YAML file, a run directory to continue, or a model
+        whose weights training starts from (an imported or converted run directory, a Hugging Face
+        folder, a GGUF file or a hub id)
+    overrides: texts `a.b=c`
+    out: the run directory. None for the run directory to continue, or for a new one whose name has
+        a hash of the configuration, so that the same command continues the same run
 
     Raises BadInput for unknown names, unknown keys and bad values.
     """
@@ -70,37 +72,56 @@ def _starting_from(run: Run, place: Path, overrides: Sequence[str]) -> Run:
 def open_corpus(run: Run, own: AnyTokenizer | None = None) -> TokenFile:
     """Open the token file that a run trains on.
 
-    own: the model's tokenizer; None for that of `train.start`, if there is one. Text is read with
-        it, and a token file in the ids of another tokenizer is refused
+    own: the model's tokenizer, with which text is encoded; None for the tokenizer of `train.start`,
+        if there is one
 
-    Raises BadInput for a token file that has changed since it was built, for one with more ids than
-    the model, and for a run that trains on a task.
+    Raises BadInput for a token file that has changed since it was built, has the ids of another
+    tokenizer, or has more ids than the model, and for a run that trains on a task.
     """
     if run.data.task is not None:
         raise BadInput("data.task", run.data.task.kind, "null: text is needed here")
-    if own is None and run.train.start is not None:
-        own = find_start(run.train.start).tokenizer
-    tokens = _tokens(run, own)
-    if own is not None:
+    if run.data.mixture:
+        paths = ", ".join(part.path for part in run.data.mixture)
+        raise BadInput("data.mixture", paths, "one of them as data.path: a single text is needed")
+    own = _starting_tokenizer(run) if own is None else own
+    return _own_tokens(run, own, "data.path", run.data.path, checks=True)
+
+
+def _starting_tokenizer(run: Run) -> AnyTokenizer | None:
+    return None if run.train.start is None else find_start(run.train.start).tokenizer
+
+
+def _own_tokens(
+    run: Run, own: AnyTokenizer | None, where: str, path: str | None, checks: bool
+) -> TokenFile:
+    """Open a token file, or read a text with the model's own tokenizer. Raises BadInput about
+    `where`; with `checks`, also for the ids of another tokenizer."""
+    try:
+        tokens = _tokens(run, own, path)
+    except BadInput as error:
+        if error.where != "data.path":
+            raise
+        raise BadInput(where, error.given, error.allowed, error.nearest) from None
+    if checks and own is not None:
         allowed = "a token file in the ids of the model's own tokenizer, or a text to read with it"
-        _check_ids("data.path", str(tokens.path), tokens.tokenizer, own, allowed)
+        _check_ids(where, str(tokens.path), tokens.tokenizer, own, allowed)
     return tokens
 
 
 def open_feed(run: Run, folder: RunDirectory | None = None) -> tuple[Run, Feed]:
-    """Open the data that a run trains on; returns the run with `data.path` filled in, and the data.
+    """Open the data that a run trains on; return the run with absolute paths, `data.path` filled
+    in, and the data.
 
-    folder: the run directory. If the run has begun, text is read with its tokenizer, and the
-        tokenizer of `train.start` is not consulted: `train_run` compares the data's fingerprint
+    folder: the run directory. If the run has begun, text is encoded with the tokenizer in it, and
+        not with the tokenizer of `train.start`: `train_run` compares the data's fingerprint
 
-    Raises BadInput as `open_corpus` does.
+    Raises BadInput as `open_corpus` does, and for parts of a mixture that can't be mixed.
     """
     begun = folder is not None and folder.exists and folder.tokenizer.is_file()
     if run.data.task is None:
         own = load_tokenizer(folder.tokenizer) if folder is not None and begun else None
-        tokens = _tokens(run, own) if begun else open_corpus(run)
-        data = replace(run.data, path=str(tokens.path.resolve()))
-        return replace(run, data=data), TextFeed(tokens, run.data.packing)
+        own = own if begun else _starting_tokenizer(run)
+        return _open_text(run, own, checks=not begun)
     feed = TaskFeed(run.data.task)
     _check_vocabulary(run, feed.task.vocab_size, "data.task")
     start = None if begun or run.train.start is None else find_start(run.train.start)
@@ -110,18 +131,37 @@ def open_feed(run: Run, folder: RunDirectory | None = None) -> tuple[Run, Feed]:
     return run, feed
 
 
+def _open_text(run: Run, own: AnyTokenizer | None, checks: bool) -> tuple[Run, Feed]:
+    """Open the token file of a run, or those of its mixture."""
+    data = run.data
+    if not data.mixture:
+        tokens = _own_tokens(run, own, "data.path", data.path, checks)
+        data = replace(data, path=str(tokens.path.resolve()))
+        return replace(run, data=data), TextFeed(tokens, data.packing)
+    files = [
+        _own_tokens(run, own, f"data.mixture.{number}.path", part.path, checks)
+        for number, part in enumerate(data.mixture)
+    ]
+    feed = MixtureFeed((*files,), tuple(part.weight for part in data.mixture), data.packing)
+    parts = [
+        replace(part, path=str(file.path.resolve()))
+        for part, file in zip(data.mixture, files, strict=True)
+    ]
+    return replace(run, data=replace(data, mixture=(*parts,))), feed
+
+
 def named_tokenizer(name: str) -> str | AnyTokenizer:
-    """Return the tokenizer of a GGUF file or hub id; any other name as it is, for `build_tokens`.
-    Raises BadInput for a model that can't be opened."""
+    """Return the tokenizer of a GGUF file or hub id, or else the unchanged name, which
+    `build_tokens` accepts. Raises BadInput for a model that can't be opened."""
     if gguf.is_gguf(Path(name)) or (checkpoint.is_hub_id(name) and not name.endswith(".json")):
         return checkpoint.require(name).tokenizer
     return name
 
 
-def _tokens(run: Run, own: AnyTokenizer | None) -> TokenFile:
-    """Open the token file of a run, or read its text with the model's own tokenizer. Raises
-    BadInput for a file that has changed or that has more ids than the model."""
-    tokens = _opened(run.data.path, own)
+def _tokens(run: Run, own: AnyTokenizer | None, path: str | None) -> TokenFile:
+    """Open the token file of a run, or encode its text with the model's tokenizer. Raises BadInput
+    for a file that has changed or that has more ids than the model."""
+    tokens = _opened(path, own)
     tokens.require_unchanged()
     needed = tokens.tokenizer.text_vocab_size
     _check_vocabulary(run, needed, f"the tokenizer of {tokens.path}")
@@ -173,7 +213,7 @@ def _check_vocabulary(run: Run, needed: int, whose: str) -> None:
 
 
 def imported_run(found: Checkpoint) -> Run:
-    """Return the configuration of the run directory of an imported model, with windows of LENGTH
-    tokens or its context, whichever is less."""
+    """Return the configuration of an imported model's run directory, with training rows of LENGTH
+    tokens or of its context, whichever is less."""
     length = min(LENGTH, found.model.context or LENGTH)
     return Run(model=found.model, train=Training(length=length))

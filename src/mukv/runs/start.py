@@ -1,7 +1,7 @@
-"""The weights that a run starts from (`train.start`), and those that its adapters belong to.
+"""Find and read the weights that `train.start` names: initial weights, or the base of adapters.
 
-A run with adapters saves these alone. Its base is found by `train.start` and recognised by the
-checksums of its weights, which base.json of the run directory keeps.
+The base is the model whose weights adapters change. A run with adapters saves only the adapters;
+its base.json has the checksums of the base's weights, so that another base is refused.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ FORMAT, VERSION = "mukv-base", 1
 class Start:
     """Weights on disk.
 
-    run: of a run directory; None otherwise
-    found: of a Hugging Face folder or GGUF file; None for a run directory
+    folder: folder of the weights
+    run: configuration of a run directory; None otherwise
+    found: checkpoint of a Hugging Face folder or GGUF file; None for a run directory
     """
 
     folder: RunDirectory
@@ -46,7 +47,7 @@ class Start:
 
     @property
     def adapted(self) -> bool:
-        """Whether the weights are a base and adapters."""
+        """Whether the weights are the adapters of a run."""
         return self.run is not None and self.run.train.adapter is not None
 
     @property
@@ -56,15 +57,15 @@ class Start:
 
     @property
     def tokenizer(self) -> AnyTokenizer:
-        """The tokenizer beside the weights; `NoTokenizer` if there is none. Raises BadInput for a
-        bad file."""
+        """The tokenizer in the folder; `NoTokenizer` if there is none. Raises BadInput for a
+        damaged file."""
         if self.found is not None:
             return self.found.tokenizer
         return find_tokenizer(self.folder.tokenizer)
 
     def types(self, declared: Any) -> Any:
-        """Read shapes and dtypes, not the weights. Raises BadInput unless they are those of
-        `declared`."""
+        """Read the shapes and dtypes of the weights. Raises BadInput if names or shapes differ from
+        those of `declared`."""
         if self.found is not None:
             specs = self.found.specs()
             types = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in specs.items()}
@@ -80,9 +81,10 @@ class Start:
         return structure.unflatten(types[name] for name in params.named(declared))
 
     def weights(self, declared: Any, mesh: Mesh) -> Any:
-        """Read the weights. Raises BadInput for damaged ones, other shapes and what is not finite.
+        """Read the weights; adapters are merged with their base.
 
-        Those of a run with adapters are merged.
+        Raises BadInput for damaged weights, for other names or shapes than those of `declared`, and
+        for weights that are not finite.
         """
         if self.found is not None:
             weights = self.found.place(mesh)
@@ -97,7 +99,12 @@ class Start:
 
 
 def find_start(start: str, where: str = FIELD) -> Start:
-    """Find the weights that `train.start` names. Raises BadInput."""
+    """Find the weights that `train.start` names.
+
+    where: name of the key, for messages
+
+    Raises BadInput if there are none.
+    """
     folder = RunDirectory(Path(start))
     if folder.exists:
         if not folder.weights.exists():
@@ -110,8 +117,8 @@ def find_start(start: str, where: str = FIELD) -> Start:
 
 
 def with_base(run: Run) -> Run:
-    """The run with an absolute path of the weights that its adapters change. Raises BadInput where
-    it names none."""
+    """Return a run with an absolute path in `train.start` if it has adapters. Raises BadInput for a
+    run with adapters but without `train.start`."""
     start = run.train.start
     if run.train.adapter is None:
         return run
@@ -125,7 +132,8 @@ def with_base(run: Run) -> Run:
 
 
 def find_base(start: str, where: str = FIELD) -> Start:
-    """Find the weights that adapters change: all of a model's. Raises BadInput."""
+    """Find the weights that adapters change. Raises BadInput if there are none, or if they are
+    adapters themselves."""
     found = find_start(start, where)
     if found.adapted:
         allowed = (
@@ -144,17 +152,19 @@ def trained_params(run: Run) -> Any:
 
 
 def resolved_params(run: Run) -> Any:
-    """Return what the parameterisation gives each weight that is trained."""
+    """Return what the parameterisation gives each trained weight: initial deviation, multiplier and
+    learning rate."""
     family, adapter = run.train.optimizer.family, run.train.adapter
     return run.model.resolved(family) if adapter is None else adapter.resolved(run.model, family)
 
 
 def merged_weights(run: Run, folder: RunDirectory, own: Any, mesh: Mesh) -> Any:
-    """Return all weights of a run with adapters: float32, on a mesh.
+    """Return all weights of a run with adapters in float32, sharded over a mesh.
 
-    own: its adapters
+    own: the adapters of the run
 
-    Raises BadInput for a base that is missing or has changed, and for adapters of other weights.
+    Raises BadInput for a base that is missing or has changed, and for adapters that do not fit its
+    weights.
     """
     adapter, start = run.train.adapter, run.train.start
     assert adapter is not None
@@ -177,23 +187,23 @@ def merged_weights(run: Run, folder: RunDirectory, own: Any, mesh: Mesh) -> Any:
         return merge(jax.device_put(base, shardings), own)
 
 
-# What a base is recognised by
+# Checksums of a base
 
 
 def checksums(weights: Any) -> dict[str, int]:
-    """Compute a 32-bit checksum of each weight by its name; the same for every sharding."""
+    """Compute a 32-bit checksum of each weight, by name. It does not depend on the sharding."""
     found = params.named(weights)
     return {name: int(np.asarray(checksum(leaf))) for name, leaf in found.items()}
 
 
 def write_base(folder: RunDirectory, start: str, sums: dict[str, int]) -> None:
-    """Write what the base of a run is recognised by."""
+    """Write base.json: name and checksums of the base of a run."""
     about = {"format": FORMAT, "version": VERSION, "start": start, "checksums": sums}
     write_atomic(folder.base, to_json(about, indent=2) + "\n")
 
 
 def require_base(folder: RunDirectory, weights: Any, start: str) -> None:
-    """Raise BadInput unless these are the weights that the adapters of a run were trained on."""
+    """Raise BadInput if the weights differ from those that a run's adapters were trained on."""
     saved = _saved_base(folder)
     for name, found in checksums(weights).items():
         if saved.get(name) != found:

@@ -29,14 +29,14 @@ MOST_TOKENS = 4096
 class Reply:
     """A model's answer to one message.
 
-    text: without stop texts and special tokens
+    text: the answer, without stop texts and special tokens
     tokens: number of generated tokens
     cache_tokens, cache_bytes: size of the cache after the answer
-    read: prompt tokens that were prefilled in this turn
-    restarted: whether the cache was rebuilt, because the template changed the tokens it holds
-    prefill_seconds, compile_seconds: of this turn
-    first_token_seconds: from the message to the first token, with rendering and compilation
-    tokens_per_second: of decoding
+    read: number of prompt tokens that were prefilled in this turn
+    restarted: whether the cache was rebuilt, because the chat template changed earlier tokens
+    prefill_seconds, compile_seconds: time of prefill and of compilation in this turn
+    first_token_seconds: time from the message to the first token, with rendering and compilation
+    tokens_per_second: speed of decoding
     """
 
     text: str
@@ -52,8 +52,8 @@ class Reply:
 
 
 def room(found: Located, length: int | None) -> int:
-    """Return the most tokens of a conversation: `length`, or if None the model's context but at
-    most MOST_TOKENS. Raises BadInput for less than 2 and for more than the model's context."""
+    """Return the most tokens of a conversation: `length`, or if it is None the model's context but
+    at most MOST_TOKENS. Raises BadInput for a length below 2 or above the model's context."""
     context = found.run.model.context
     if length is None:
         return min(context or MOST_TOKENS, MOST_TOKENS)
@@ -65,8 +65,9 @@ def room(found: Located, length: int | None) -> int:
 
 
 def check(found: Located, system: str | None, policy: Policy, length: int) -> None:
-    """Raise BadInput, before weights are read, for a model without a chat template, a template that
-    refuses the system prompt, a policy that does not fit and a cache that takes too much memory."""
+    """Check a conversation before weights are read. Raises BadInput for a model without a chat
+    template, a template that refuses the system prompt, a policy that does not fit the model, and a
+    KV cache that needs more device memory than is free."""
     chat_text(found.folder, _messages(system, [{"role": "user", "content": "Hello"}]))
     model = found.run.model
     compute = settled(found.run.train.compute)
@@ -91,9 +92,15 @@ class Chat:
     ):
         """Allocate the cache of a conversation of `length` tokens.
 
-        system: the system prompt. sampling: how tokens are drawn; greedy if None. policy: of the
-        cache. max_tokens: most tokens of an answer. stop: texts before which an answer ends. Raises
-        BadInput for a model that was not loaded from a folder.
+        speaker: the model
+        length: most tokens of the conversation
+        system: the system prompt
+        sampling: how tokens are drawn; greedily if None
+        policy: the cache policy
+        max_tokens: most tokens of an answer
+        stop: texts before which an answer ends
+
+        Raises BadInput for a model that was not loaded from a folder.
         """
         if speaker.folder is None:
             raise BadInput("chat", str(speaker.folder), "a model that was loaded from a folder")
@@ -128,9 +135,11 @@ class Chat:
     ) -> Reply:
         """Answer a message.
 
-        out: stream that the answer is printed to, token by token. interrupted: called after each
-        token; the answer ends if it returns True. Raises BadInput for a message that the template
-        refuses or that does not fit into the conversation's length; the message is then dropped.
+        out: stream that the answer is printed to, token by token
+        interrupted: called after each token; if it returns True, the answer ends
+
+        Raises BadInput for a message that the template refuses or that does not fit into the
+        conversation's length; the conversation is then unchanged.
         """
         begun = time.perf_counter()
         first: list[float] = []
@@ -173,9 +182,9 @@ class Chat:
     def _continued(self, rendered: str) -> tuple[list[int], str]:
         """Return the ids of a rendered conversation, and its text.
 
-        If the text begins with the text of the cache, the ids of the cache are kept and only the
-        rest is encoded: a model may generate a text in other tokens than its tokenizer would use,
-        and encoding it again would make the cache useless.
+        If the text begins with the text of the tokens in the cache, these ids are reused and only
+        the rest is encoded. A model may generate other tokens for a text than its tokenizer gives;
+        with the tokenizer's ids, the cache would have to be rebuilt.
         """
         ids = self.speaker.tokenizer.encode_marked(rendered)
         if not self.conversation.ids or self.conversation.continues(ids):

@@ -45,15 +45,17 @@ FREE = (
 def train_run(
     run: Run, folder: RunDirectory, title: str = "training", ignore_memory: bool = False
 ) -> Outcome:
-    """Train in `folder`, or continue the run in it; returns the state and the last losses.
+    """Train in `folder`, or continue the run in it; return the state and the last losses.
 
-    run: the configuration. A run may be continued with other steps, evaluation, logging or mesh,
-    and with its data, or the base of its adapters, at another path; another model, data, seed or
-    optimizer is refused. title: of the progress bar. ignore_memory: do not compare the memory of a
-    step with what is free.
+    run: the configuration. A run may be continued with another number of steps, evaluation, logging
+        or mesh, and with another path of the same data or of the same base of adapters; a change of
+        model, data, seed or optimizer is refused
+    title: title of the progress bar
+    ignore_memory: train even if a step needs more device memory than is free
 
-    Raises BadInput for a folder with another run or that another job writes, and for a step that
-    takes more memory than is free; only the last needs a compilation.
+    Raises BadInput for a folder with another run, for a folder that another job writes, and for a
+    step that needs more device memory than is free. All checks but the last come before any
+    compilation.
     """
     run, feed = open_feed(with_base(run), folder)
     for name, value in leaves(schema.to_mapping(run)).items():
@@ -75,13 +77,14 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
         require_room(trainer)
     training = run.train
     common = {"seed": training.seed, "batch": training.batch, "length": training.length}
-    # Wait until every process has checked the folder: what the first process writes next would make
-    # a slower one refuse it.
+    # Wait until every process has checked the folder, since process 0 writes files into it next,
+    # which the check of a slower process would refuse.
     multihost_utils.sync_global_devices("checked")
     stable = training.schedule.stable_until(training.steps)
     keep = (training.keep_last, training.keep_best, stable)
     with Checkpoints(folder.checkpoints, *keep) as checkpoints:
-        # Before config.yaml is written with the new steps, so that a kill in between loses nothing.
+        # Before config.yaml is written with the new number of steps: if the process is killed in
+        # between, the next run deletes the same checkpoints.
         if begin is not None:
             checkpoints.forget_after(begin)
         if jax.process_index() == 0:
@@ -104,8 +107,8 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
 
 
 def _begin(run: Run, trainer: Trainer) -> State:
-    """Return the state before the first step: randomly initialised, or with the weights of the run
-    or model that train.start names. Raises BadInput if that has no weights or others."""
+    """Return the state before the first step: random weights, or the weights that `train.start`
+    names. Raises BadInput if these are missing or do not fit the model."""
     if run.train.start is None or run.train.adapter is not None:
         return trainer.initial_state()
     start = find_start(run.train.start)
@@ -115,9 +118,9 @@ def _begin(run: Run, trainer: Trainer) -> State:
 def _freeze(
     run: Run, folder: RunDirectory, trainer: Trainer, ignore_memory: bool
 ) -> dict[str, int]:
-    """Read the weights that the adapters change, and return their checksums. Raises BadInput where
-    a run in the folder has adapters of other weights, or where they take more memory than is free.
-    """
+    """Read the weights that the adapters change, give them to the trainer as frozen weights, and
+    return their checksums. Raises BadInput if the adapters in the folder were trained on other
+    weights, or if the weights need more device memory than is free."""
     declared, where = run.model.params(), run.train.start
     assert where is not None
     start = find_base(where)
@@ -136,11 +139,11 @@ def _has_checkpoints(folder: RunDirectory) -> bool:
 
 
 def _prolonged_from(run: Run, folder: RunDirectory) -> int | None:
-    """Return the step of the checkpoint from which a run is extended to more steps: the last one
-    before the final decay of the learning rate, since the longer run decays later. None: the run
-    continues from its last checkpoint.
+    """Return the step of the checkpoint from which a run is extended to more steps: the last
+    checkpoint before the final decay of the learning rate, since the longer run decays later.
 
-    Raises BadInput if every checkpoint from before the decay was deleted.
+    Returns None if the run continues from its last checkpoint. Raises BadInput if all checkpoints
+    from before the decay were deleted.
     """
     if not folder.exists:
         return None
@@ -190,8 +193,9 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
     before, now = (leaves(schema.to_mapping(each)) for each in (folder.load_config(), run))
     began_with = provenance.began_with(folder.path, origin)
     if began_with is not None:  # the fingerprint is compared below; the path may differ
-        before["data.path"] = now["data.path"]
-    if run.train.adapter is not None and FIELD in before:  # recognised when it is read
+        paths = [name for name in now if name.startswith("data.") and name.endswith(".path")]
+        before |= {name: now[name] for name in paths if name in before}
+    if run.train.adapter is not None and FIELD in before:  # `require_base` compares checksums
         before[FIELD] = now[FIELD]
     for name in [*now, *before]:
         section, key = name.split(".")[:2]
@@ -203,16 +207,27 @@ def _check_same(run: Run, folder: RunDirectory, origin: Origin) -> None:
             )
 
     if began_with not in (None, origin.fingerprint):
+        where, given = _named_data(run)
         raise BadInput(
-            "data.path" if run.data.task is None else "data.task",
-            str(run.data.path if run.data.task is None else run.data.task.kind),
+            where,
+            given,
             f"the run in {folder.path} began with data of fingerprint {began_with[:12]}, this has "
             f"{origin.fingerprint[:12]}; give another folder with --out",
         )
 
 
+def _named_data(run: Run) -> tuple[str, str]:
+    """Return the key that names the data of a run, and its value."""
+    if run.data.task is not None:
+        return "data.task", run.data.task.kind
+    if run.data.mixture:
+        return "data.mixture", ", ".join(part.path for part in run.data.mixture)
+    return "data.path", str(run.data.path)
+
+
 def _untouched(folder: RunDirectory) -> bool:
-    """Whether a folder is empty, or has only leftovers of a run killed before its first file."""
+    """Whether a folder is empty, or has only what a run leaves that was killed before it wrote its
+    first file."""
     there = [path for path in folder.path.iterdir() if not is_leftover(path)]
     checkpoints = folder.checkpoints
     return there in ([], [checkpoints]) and not (

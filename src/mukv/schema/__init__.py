@@ -1,1 +1,1 @@
-"""Configuration: strict objects from YAML, presets and overrides."""
+"""Build configuration objects from YAML, presets and overrides, with strict types."""

@@ -1,4 +1,4 @@
-"""Find the numbers in configuration objects by dotted path, and replace them by traced ones."""
+"""Find numbers in configuration objects by dotted path, and replace them by traced numbers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def leaves(mapping: Any, where: str = "") -> dict[str, Any]:
 def substituted(part: T, numbers: Mapping[str, Any]) -> T:
     """Copy a dataclass with other numbers at dotted paths of its fields.
 
-    Values are not checked, because a traced number can't be compared: build the object with
-    ordinary numbers first.
+    The numbers are not checked, because traced numbers can't be compared; the checks were made when
+    the original object was built.
     """
     if not numbers:
         return part

@@ -1,7 +1,7 @@
 """Resolve a run's configuration: presets that extend each other, and overrides.
 
-Both are merged by the rule of `schema.merge`, so that a variant differs from what it extends only
-in the keys that it names.
+Presets and overrides are merged by the rule of `schema.merge`: a preset differs from the one that
+it extends only in the keys that it names.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ def apply_overrides(cls: type, mapping: Mapping[str, Any], overrides: Iterable[s
     """Merge each "path.to.key=value" into the mapping, in order; the value is YAML.
 
     A number in a path is an index into a list. Keys that the mapping leaves out have the class's
-    defaults. `build` checks keys, except that a path must not continue past a value. An explicit
-    override is kept when a later one changes `kind`. Raises BadInput.
+    defaults. A value of an earlier override is kept when a later override changes `kind`.
+
+    Raises BadInput for an override that can't be parsed, for a path that continues below a plain
+    value, and for an index that a list does not have; `build` checks names and types of keys.
     """
     result: Any = dict(mapping)
     done: list[str] = []
@@ -38,10 +40,10 @@ def apply_overrides(cls: type, mapping: Mapping[str, Any], overrides: Iterable[s
 
 
 def resolve_preset(cls: type, name: str | Path, folder: Path) -> dict[str, Any]:
-    """Read the mapping of a YAML file, merged into the ones that it `extends`.
+    """Read the mapping of a YAML file, merged into those of the files that it `extends`.
 
-    name: NAME of a file NAME.yaml in `folder`, or a path; a path in `extends` is relative to its
-        own file
+    name: NAME of a file NAME.yaml in `folder`, or a path; a path in `extends` is relative to the
+        file that contains it
     folder: folder of the presets
 
     Raises BadInput for an unknown name and for files that extend each other in a circle.
@@ -89,8 +91,8 @@ def _set(
 ) -> Any:
     """Return `node` with `value` merged in at `keys`.
 
-    default: the class's value of what the node leaves out; only a list that an index needs is
-        copied from it
+    default: the class's default of the node; it is copied only if the node is missing and a key is
+        an index into the default, a list
     done: paths of earlier overrides
     """
     if not keys:

@@ -30,22 +30,22 @@ from mukv.schema.yaml_text import dump_yaml
 
 _FIELD = re.compile(r"(?<![\w`.])([a-z][a-z0-9_]*(?:, [a-z][a-z0-9_]*)*):\s")
 ITEM = "N"
-"""Stands for the number of an entry of a list, and for a key of a mapping of any keys."""
+"""Placeholder in paths for the index of an item of a list."""
 
 
 @dataclass(frozen=True)
 class Key:
     """One field of one class.
 
-    path: dotted path, with N for the number of an entry
-    kinds: kinds of the class, where others in its place lack the field
+    path: dotted path, with N for the index of a list's item
+    kinds: kinds of the class, if other classes at the same path lack the field
     owner: class that has the field
-    meaning: its line in the docstring; empty if there is none
-    type: its type in words
-    default: its default as plain data; None also where it is required
-    required: whether it has no default
-    allowed: words or kinds that it takes; None for other types
-    hint: its annotation
+    meaning: meaning in the docstring; empty if there is none
+    type: type in words
+    default: default as plain data; None also for a required field
+    required: whether the field has no default
+    allowed: words or kinds that the field takes; None for other types
+    hint: annotation of the field
     """
 
     path: str
@@ -68,7 +68,7 @@ class Key:
         return short_yaml(self.default)
 
     def facts(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the key's facts as plain data for `--json`."""
         found: dict[str, Any] = {"meaning": self.meaning, "type": self.type}
         found |= {"default": self.default, "required": self.required}
         return {**found, "allowed": self.allowed and list(self.allowed), "kinds": list(self.kinds)}
@@ -76,7 +76,7 @@ class Key:
 
 @cache
 def meanings(cls: type) -> dict[str, str]:
-    """Return the meaning of each field that a docstring of the class or of its bases tells."""
+    """Return the meaning of each field in the docstrings of the class and its bases."""
     found: dict[str, str] = {}
     names = {field.name for field in fields(cls)}
     for base in cls.__mro__:
@@ -109,7 +109,7 @@ def _own_doc(cls: type) -> str:
 
 
 def short_yaml(value: Any) -> str:
-    """A value as YAML on one line; of a mapping with a `kind` only that."""
+    """Format a value as YAML on one line; of a mapping with a `kind`, only the `kind`."""
     if isinstance(value, dict) and "kind" in value:
         value = {"kind": value["kind"]}
     text = dump_yaml(value).strip().removesuffix("...").strip()
@@ -127,7 +127,7 @@ def _flow(value: Any) -> str:
 
 
 def keys_of(cls: type, path: str = "") -> list[Key]:
-    """Return every field of a class but `kind`, which the choice of the class sets."""
+    """Return every field of a class except `kind`, whose value follows from the class."""
     return [
         _key(cls, name, join(path, name))
         for name in hints_of(cls)
@@ -160,7 +160,7 @@ def _allowed(hint: Any) -> Iterator[str]:
 
 
 def _type(hint: Any) -> str:
-    """The type in words; classes by their kinds."""
+    """Describe an annotation in words, with classes named by their kinds."""
     classes = classes_of(hint)
     if names_of(hint) is not None:
         return f"one of {', '.join(_allowed(hint))}"
@@ -176,10 +176,9 @@ def _type(hint: Any) -> str:
 
 
 def find(root: type, path: str) -> list[Key]:
-    """Return the fields that a dotted path means: several where it depends on a `kind`.
+    """Return the fields at a dotted path: several if classes of different `kind` have the field.
 
-    Entries of a list are named by a number or N, or not at all. Raises BadInput for a key that
-    there is not.
+    The index of a list's item is a number or N, or is left out. Raises BadInput for an unknown key.
     """
     words = path.split(".")
     places: list[tuple[str, Any]] = [("", root)]
@@ -206,7 +205,7 @@ def inside(keys: Iterable[Key]) -> list[tuple[str, str, list[Key]]]:
 
 
 def _inside(where: str, hint: Any, word: str) -> Iterator[Key]:
-    """Fields of this name in the classes of an annotation, or in those of its entries."""
+    """Yield the fields named `word` in the classes of an annotation, or of its list items."""
     classes = classes_of(hint)
     having = [cls for cls in classes if word in hints_of(cls)]
     for cls in having:
@@ -220,7 +219,7 @@ def _inside(where: str, hint: Any, word: str) -> Iterator[Key]:
 
 
 def _merged(keys: Iterable[Key]) -> list[Key]:
-    """Keys without repetition: those that say the same are one, of all their kinds."""
+    """Merge keys that differ only in their kinds into one key with all these kinds."""
     found: dict[Any, Key] = {}
     for key in keys:
         same = key.path, key.meaning, key.type, repr(key.default), key.required
@@ -233,7 +232,7 @@ def _merged(keys: Iterable[Key]) -> list[Key]:
 
 
 def _unknown(root: type, path: str, word: str, places: list[tuple[str, Any]]) -> BadInput:
-    """The error for a path with a word that no class has at these places."""
+    """Make the error for a path in which no class at these places has the key `word`."""
     siblings = {
         name: join(where, name)
         for place, hint in places
@@ -250,7 +249,7 @@ def _unknown(root: type, path: str, word: str, places: list[tuple[str, Any]]) ->
 
 
 def sections(root: type) -> list[tuple[tuple[str, type], list[Key]]]:
-    """Return every class that a configuration is made of, once: where it is first, and its keys."""
+    """Return every class of a configuration once: its first path, the class, and its keys."""
     found: list[tuple[tuple[str, type], list[Key]]] = []
     seen: set[type] = set()
 

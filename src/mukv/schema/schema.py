@@ -1,10 +1,10 @@
 """Frozen dataclasses as a schema: build them from checked plain mappings, and convert them back.
 
-A field that holds one of several dataclasses selects it by `kind`. One rule merges a preset with
-its parent and an override with a preset: mappings merge key by key, everything else replaces; where
-`kind` changes, only keys that the new kind also has are kept. Keys that are left out have the
-fields' defaults if those are of the same kind. pydantic checks leaf types strictly: "3", 3.0 and
-true are not integers.
+The key `kind` of a mapping selects one of several dataclasses that a field can hold. `merge` merges
+a preset with its parent and an override with a preset: mappings are merged key by key, any other
+value replaces the old one; if `kind` changes, only keys that the new kind also has are kept.
+Missing keys have the field's defaults if the default is of the same kind. pydantic checks plain
+types strictly: "3", 3.0 and true are not integers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def build(cls: type[T], mapping: Any, where: str = "") -> T:
 def to_mapping(value: Any) -> Any:
     """Return the complete mapping that `build` turns into an equal object.
 
-    The kind of a class from outside is its dotted path, by which another process finds it.
+    The `kind` of a class from another package is its dotted path, so that another process can
+    import it.
     """
     if is_dataclass(value):
         mapping = {f.name: to_mapping(getattr(value, f.name)) for f in fields(value) if f.init}
@@ -84,13 +85,13 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 
 def names_of(hint: Any) -> Names[Any] | None:
-    """The names that an annotation of text takes, if it has a table of them."""
+    """Return the table of names that an annotation of text allows; None if it has none."""
     found = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
     return next((each for each in found if type(each) is Names), None)
 
 
 def table_of(hint: Any) -> PartTable[Any] | None:
-    """The table that an annotation takes its classes from, if it has one."""
+    """Return the table with the classes that an annotation allows; None if it has none."""
     if get_origin(hint) is Annotated:
         return next((each for each in get_args(hint)[1:] if isinstance(each, PartTable)), None)
     if get_origin(hint) in (Union, types.UnionType):
@@ -115,13 +116,13 @@ def classes_of(hint: Any) -> list[type]:
 
 
 def _class_of(hint: Any, mapping: Mapping[Any, Any]) -> type | None:
-    """Return the dataclass that a mapping describes; None if that is undetermined."""
+    """Return the dataclass that a mapping describes; None if the mapping does not determine it."""
     classes, kind = classes_of(hint), mapping.get("kind")
     if "kind" in mapping and any(map(kinds_of, classes)):
         classes = [cls for cls in classes if kind in kinds_of(cls)]
         table = table_of(hint)
         if not classes and table is not None and isinstance(kind, str):
-            with suppress(BadInput):  # told where the object is built
+            with suppress(BadInput):  # `_instance` reports the error
                 classes = [table.find(kind, "kind")]
     elif len(classes) > 1:
         classes = [cls for cls in classes if getattr(cls, "kind_may_be_left_out", False)]
@@ -183,7 +184,10 @@ def phrase(hint: Any) -> str:
 
 
 def merge(hint: Any, base: Any, change: Any) -> Any:
-    """Merge `change` into `base` by the rule above. hint: the annotation of both."""
+    """Merge `change` into `base` by the rule of the module's docstring.
+
+    hint: annotation of both
+    """
     if not isinstance(base, Mapping) or not isinstance(change, Mapping):
         return change
     merged = {**base, **change}
@@ -197,7 +201,8 @@ def merge(hint: Any, base: Any, change: Any) -> Any:
 
 
 def completed(default: Any, given: Any) -> Any:
-    """Return `given` with missing keys from `default`, wherever both are of the same kind."""
+    """Return `given` with missing keys from `default`, also in nested mappings, if both have the
+    same `kind`."""
     if not isinstance(given, Mapping) or not isinstance(default, Mapping):
         return given
     if "kind" in given and given["kind"] != default.get("kind"):

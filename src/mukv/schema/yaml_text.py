@@ -1,7 +1,8 @@
-"""Read and write YAML by the core schema of YAML 1.2, with one clear line for every mistake.
+"""Read and write YAML by the core schema of YAML 1.2, with a one-line error for every mistake.
 
-PyYAML implements YAML 1.1, where 1e-3 is text, `no` is false and a date is an object. Here numbers
-are numbers, only true and false are booleans, everything else is text. Duplicate keys are refused.
+PyYAML implements YAML 1.1, where 1e-3 is text, `no` is false and a date is an object. In the core
+schema of YAML 1.2, 1e-3 is a number, only true and false are booleans, and dates are text.
+Duplicate keys are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _PLAIN = {
     ),
     "merge": ("<", r"<<"),
 }
-"""Patterns of unquoted words that are not text: possible first characters, whole word."""
+"""Unquoted words that are not text, by type: possible first characters, pattern of the word."""
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
@@ -94,9 +95,9 @@ def _too_many(mark: yaml.Mark) -> yaml.composer.ComposerError:
 def _values(node: yaml.Node, known: dict[int, int]) -> int:
     """Count the values of a node with its aliases expanded.
 
-    known: counts of nodes seen before, 0 for one that is being counted
+    known: counts of earlier nodes by id, 0 for a node whose count is not finished
 
-    Raises YAML's error for too many values, and for a node inside itself.
+    Raises YAML's error for too many values, and for a node that contains itself.
     """
     if id(node) in known:
         if not known[id(node)]:
@@ -173,7 +174,7 @@ def has_comment(text: str) -> bool:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file. Raises BadInput for anything else."""
+    """Read the mapping in a YAML file. Raises BadInput for any other file."""
     where = str(path)
     try:
         require_regular_file(path)
@@ -194,7 +195,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_yaml(mapping: Any) -> str:
-    """Write YAML that `parse_yaml` reads back to the same value; keys keep their order."""
+    """Format a value as YAML that `parse_yaml` reads as the same value; keys keep their order."""
     return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 

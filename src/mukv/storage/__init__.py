@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all: weights, checkpoints, JSON; and folder locks."""
+"""Read and write files atomically: weights, checkpoints, JSON; and lock folders."""

@@ -1,9 +1,10 @@
 """Checkpoints of a training state: atomic, verified when read, independent of the mesh.
 
 Orbax writes every array in shards from the devices that hold them and commits with one rename. It
-does not detect flipped bits (tested: it silently returns other numbers) and reports what does not
-match or can't be read in many lines. Therefore each step also has a manifest, against which what
-`storage/stored.py` reads is compared. Arrays without elements can't be saved.
+does not detect flipped bits (tested: it silently returns other numbers), and its errors for files
+that don't match or can't be read have many lines. Therefore each step also has a manifest, with
+which the arrays that `storage/stored.py` reads are compared. Arrays without elements can't be
+saved.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Preserve:
     pinned: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Say for each checkpoint whether it is kept. Orbax calls this when a save begins and
-        deletes the others once the save is complete."""
+        """Return whether each checkpoint is kept. Orbax calls this when a save begins, and deletes
+        the other checkpoints once the save is complete."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         scored = sorted(self.scores.keys() & steps, key=lambda step: (self.scores[step], step))
         kept = {*sorted(steps)[-self.last :], *scored[: self.best], self.pinned}
@@ -65,10 +66,10 @@ class _Info:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in folder/STEP. A context manager; all processes make the same
-    calls.
+    """The checkpoints of one run, in folder/STEP, as a context manager. All processes of a run must
+    make the same calls.
 
-    folder: where the checkpoints are
+    folder: folder of the checkpoints
     keep_last: number of newest steps to keep, at least 1
     keep_best: number of steps with the lowest metric to keep in addition
     pinned: a step that is always kept; None for none
@@ -85,7 +86,8 @@ class Checkpoints:
         asynchronous: bool = True,
         read_only: bool = False,
     ):
-        """Raises BadInput if the folder can't be used or holds something else."""
+        """Open the folder. Raises BadInput if it can't be used, or has sub-folders with a number as
+        name that are not checkpoints."""
         self.folder, self.read_only = Path(folder).absolute(), read_only
         foreign = [step for step in _numbered(self.folder) if _foreign(self.folder / str(step))]
         if foreign:
@@ -130,7 +132,7 @@ class Checkpoints:
         while True:
             before, names = names, sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
             found = [step for step in _numbered(self.folder) if _ours(self.folder / str(step))]
-            # A training process may replace the only checkpoint while this one looks at the folder.
+            # A training process may replace the only checkpoint while the folder is listed.
             if found or names == before:
                 return found
 
@@ -139,8 +141,8 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Return the step with the lowest metric, the earliest of equal ones; None if there is
-        none."""
+        """Return the step with the lowest metric, and of equal ones the earliest; None if no step
+        has a metric."""
         scored = self.scores.keys() & self.steps()
         return min(scored, key=lambda step: (self.scores[step], step), default=None)
 
@@ -149,8 +151,8 @@ class Checkpoints:
 
         metric: score of the step, lower is better; None for none
 
-        The state may be donated as soon as this returns. Raises Failed if this save, or an
-        asynchronous one before it, can't be written; earlier checkpoints stay.
+        The state may be donated after the call. Raises Failed if this checkpoint, or an earlier one
+        that is saved asynchronously, can't be written; complete checkpoints are kept.
         """
         if step == self.saving or step in self.steps():
             return
@@ -179,7 +181,7 @@ class Checkpoints:
                 self.scores.pop(later, None)
 
     def wait(self) -> None:
-        """Wait until everything is on disk. Raises Failed if it can't be written."""
+        """Wait until all checkpoints are on disk. Raises Failed if one can't be written."""
         if self.manager is None:
             return
         with self._telling_failure():
@@ -193,8 +195,8 @@ class Checkpoints:
         return not self.read_only and jax.process_index() == 0
 
     def _forget_others(self) -> None:
-        """Delete checkpoints that should not be kept, which a kill after the last save may have
-        left."""
+        """Delete checkpoints that are not to be kept. A process that was killed after its last save
+        may have left some."""
         infos = [_Info(step) for step in self.steps()]
         kept = self.keep.should_preserve(infos, context=None)
         for info, stays in zip(infos, kept, strict=True):
@@ -208,7 +210,7 @@ class Checkpoints:
             shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def close(self) -> None:
-        """Wait until everything is on disk, then release the folder."""
+        """Wait until all checkpoints are on disk, then close Orbax's manager."""
         try:
             self.wait()
         finally:
@@ -219,11 +221,11 @@ class Checkpoints:
         """Read the state of a step.
 
         step: the step; None means the latest
-        like: pytree of `jax.ShapeDtypeStruct`, each with the sharding to read it into (None: the
-            first device)
+        like: pytree of `jax.ShapeDtypeStruct` with the sharding of each array; a sharding of None
+            stands for the first device
 
-        Raises BadInput if there is no such checkpoint or it is of another model, Failed if it is
-        damaged.
+        Raises BadInput if there is no such checkpoint or it belongs to another model, and Failed if
+        it is damaged.
         """
         self.wait()
         steps = self.steps()
@@ -255,7 +257,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: Any) -> Any:
-        """Read the state of a step. Raises Damaged, or BadInput if it is of another model."""
+        """Read the state of a step. Raises Damaged, or BadInput if it belongs to another model."""
         path = self.folder / str(step)
         saved = manifest.read(path / MANIFEST / "metadata")
         manifest.require_same_tree(saved, like, path)
@@ -312,7 +314,7 @@ class Checkpoints:
 
 
 def _numbered(folder: Path) -> list[int]:
-    """Return the sub-folders whose names are numbers; Orbax gives unfinished steps other names."""
+    """Return the sub-folders' names that are numbers. Unfinished steps have other names."""
     if not folder.is_dir():
         return []
     names = (entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -325,7 +327,7 @@ def _ours(path: Path) -> bool:
 
 
 def _foreign(path: Path) -> bool:
-    """Whether a folder is neither a checkpoint nor what a killed process left of deleting one."""
+    """Whether a folder is neither a checkpoint nor a partly deleted one."""
     names: set[str] = set()
     with contextlib.suppress(FileNotFoundError):  # deleted meanwhile by a running training
         names = {entry.name for entry in path.iterdir()}
@@ -333,10 +335,10 @@ def _foreign(path: Path) -> bool:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left: steps in the middle of being written or deleted.
+    """Delete the steps that killed processes have written or deleted only in part.
 
-    Orbax would refuse to write a step again under the name of a partly deleted one. It can remove
-    unfinished steps in a background thread, but that may not have ended when the manager is closed.
+    Orbax refuses to save a step whose name a partly deleted step has. It can remove unfinished
+    steps in a background thread, but that may not have ended when the manager is closed.
     """
     gone = [folder / str(step) for step in _numbered(folder) if not _ours(folder / str(step))]
     for path in (*unfinished(folder), *gone):

@@ -1,7 +1,7 @@
-"""Store weights in few bits while they are read, so that memory never holds them all at full size.
+"""Convert weights to few bits while they are read, so that RAM never holds all of them in full.
 
-A tensor is read and converted by layers, or, if it is an embedding or a readout, by blocks of
-tokens.
+A tensor is read and converted layer by layer, or, if it is an embedding or a readout, in blocks of
+the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mukv.storage.tensors import Cut, is_finite
 from mukv.storage.weights import not_finite
 
 TOKENS = 1 << 14
-"""Rows of an embedding that are converted at once."""
+"""Number of token ids whose rows of an embedding or readout are converted at once."""
 
 
 class Converter:
     """Converts weights to a format of `core.compact`. Raises BadInput for an unknown format.
 
-    where: what the weights belong to, for errors
+    where: name of the file or folder of the weights, for errors
     """
 
     def __init__(self, kind: str, where: object):
@@ -35,9 +35,9 @@ class Converter:
         self.kind, self.where = kind, where
 
     def __call__(self, name: str, param: Param, read: Callable[[Cut], np.ndarray]) -> Any:
-        """Convert one weight, or read it as it is if it is a vector.
+        """Convert one weight, or read it without conversion if it does not fit the format.
 
-        read: returns a part of the weight
+        read: function that returns a part of the weight
 
         Raises BadInput for numbers that are not finite.
         """
@@ -65,7 +65,8 @@ class Converter:
 
 
 def _cuts(param: Param) -> Iterator[Cut]:
-    """Yield the parts of a weight that are converted one after the other: blocks of tokens."""
+    """Yield the parts of a weight that are converted one after the other: blocks of the vocabulary,
+    or the whole weight if it has none."""
     if param.role not in ("embedding", "readout"):
         yield ()
         return
@@ -76,7 +77,7 @@ def _cuts(param: Param) -> Iterator[Cut]:
 
 
 def joined(parts: list[Compact]) -> Compact:
-    """Join blocks of outputs."""
+    """Concatenate blocks of outputs."""
     if len(parts) == 1:
         return parts[0]
     arrays = [(part.codes, part.step, part.low) for part in parts]
@@ -85,7 +86,8 @@ def joined(parts: list[Compact]) -> Compact:
 
 
 def stacked(layers: list[Compact | Array]) -> CompactLayers | Array:
-    """Join the weights of the repeats of a layer."""
+    """Combine the weights of the repeats of a layer: compact ones as a `CompactLayers`, arrays
+    stacked."""
     kept = [layer for layer in layers if isinstance(layer, Compact)]
     if len(kept) == len(layers):
         return CompactLayers(tuple(kept))

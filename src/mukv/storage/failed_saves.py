@@ -1,5 +1,5 @@
-"""What Orbax and TensorStore leave behind of a save of a checkpoint that fails: files, and writes
-that end later."""
+"""Clean up after a failed save: delete the files of Orbax and TensorStore, and silence the errors
+of writes that end later."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ REMOVALS, SETTLES = 20, 0.05
 
 
 class LateWrites:
-    """Tells Python to print nothing of writes that end after the save has failed.
+    """Suppresses the errors of writes that end after their save has failed.
 
-    At the first error of a save Orbax closes the event loop in which TensorStore's threads announce
-    the end of their writes. Each later one then raises an error that no caller can catch, and of
-    which Python prints a traceback.
+    At the first error of a save, Orbax closes the event loop to which TensorStore's threads report
+    the end of their writes. Each report after that raises an error that no caller can catch, and
+    Python prints its traceback.
     """
 
     def __init__(self) -> None:
         self.before: Any = None
 
     def ignore(self) -> None:
-        """From the beginning of a save on; after one that failed, as long as the process lives,
-        since nobody knows when the last write ends."""
+        """Suppress such errors from now on. Called when a save begins; after a failed save the
+        effect remains, because it is not known when the last write ends."""
         if self.before is None:
             self.before, sys.unraisablehook = sys.unraisablehook, self._hook
 
     def report(self) -> None:
-        """Nothing is being written any more: show every error again."""
+        """Show all errors again. Called when all writes have ended."""
         if self.before is not None and sys.unraisablehook == self._hook:
             sys.unraisablehook, self.before = self.before, None
 
@@ -44,14 +44,14 @@ class LateWrites:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """The folders of steps that are being written, or were when a process was killed."""
+    """Return the folders of steps that are being written, or that a killed process was writing."""
     return [entry for entry in folder.iterdir() if UNFINISHED in entry.name]
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a save that failed has written, as far as that is possible.
+    """Delete the files of a failed save, as far as possible.
 
-    Writes that have not ended put files and folders back for a moment.
+    The deletion is repeated, because writes that have not ended may create files and folders again.
     """
     with contextlib.suppress(OSError):
         for _ in range(REMOVALS):

@@ -1,8 +1,8 @@
-"""Write files and folders whole or not at all: in a temporary folder, then renamed.
+"""Write files and folders atomically: into a temporary folder, and then by a rename.
 
-The temporary folder, `.NAME.PROCESS.partial`, is made beside the target, and its process holds a
-lock on it. Folders without a holder were left by killed processes; the next process that writes
-beside them removes them.
+The temporary folder, `.NAME.PROCESS.partial`, is made beside the target and locked by its process.
+A temporary folder without a lock was left by a killed process; the next process that writes beside
+it removes it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+(-\d+)?\.partial", re.DOTALL)
 MOST_TRIES = 99
 """Number of names that are tried for a temporary folder."""
 OLD = ".old"
-"""Name, in a temporary folder, of the folder being replaced, where two can't be exchanged
-at once.
+"""Name of a replaced folder inside a temporary folder, on systems that can't exchange two folders
+in one step.
 """
 AT_WORKING_FOLDER, EXCHANGE = -100, 2
 """Arguments of Linux's renameat2: AT_FDCWD and RENAME_EXCHANGE."""
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step, durably."""
+    """Write or replace a file in one step, and flush it to disk."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -53,8 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new folder that becomes `path` if the block succeeds and is removed otherwise.
 
-    overwrite: replace an existing folder, so that at every moment one of the two is there;
-        otherwise raise BadInput unless the existing one has the same files
+    overwrite: whether an existing folder is replaced, so that one of the two exists at every
+        moment; if false, BadInput is raised unless the existing folder has the same files
     """
     with telling_disk_errors(path), temporary(path) as made:
         made.mkdir()
@@ -69,8 +69,8 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 def temporary(path: Path) -> Iterator[Path]:
     """Yield a path of the same name in a new temporary folder beside `path`.
 
-    The folder is removed at the end; temporary folders left there by killed processes are removed
-    at once.
+    The temporary folder is removed at the end. Temporary folders that killed processes have left
+    beside `path` are removed at the beginning.
     """
     path = Path(os.path.abspath(path))  # "." has no name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +84,8 @@ def temporary(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(parent: Path) -> None:
-    """Remove the temporary folders of ended processes from a folder. Keeps what can't be removed or
-    might belong to a running process.
+    """Remove the temporary folders of ended processes from a folder. Those that can't be removed,
+    or may belong to a running process, are kept.
     """
     with suppress(OSError):
         with os.scandir(parent) as entries:
@@ -98,8 +98,8 @@ def clear_leftovers(parent: Path) -> None:
 
 
 def writer_of(path: Path) -> str | None:
-    """Name the running process that is writing `path`, such as "process 12"; None if there
-    is none.
+    """Return the name of the running process that is writing `path`, such as "process 12"; None if
+    there is none.
     """
     whole = Path(os.path.abspath(path))
     with suppress(OSError), os.scandir(whole.parent) as entries:
@@ -254,8 +254,8 @@ def file_inside(folder: Path, name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled programs and the default corpus: $MUKV_CACHE or the user's
-    cache.
+    """Return the folder of cached files, such as compiled programs and the default corpus: the
+    variable MUKV_CACHE, or a folder in the user's cache.
     """
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(os.environ.get("MUKV_CACHE") or Path(base) / "mukv")

@@ -1,4 +1,4 @@
-"""Read and write JSON without NaN, which not every reader accepts."""
+"""Read and write JSON. NaN and infinities, which not every reader accepts, are written as null."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mukv.core.errors import BadInput
 from mukv.storage.files import require_regular_file
 
 MOST_BYTES = 32 << 20
-"""Largest file that is read. The index of a model with 100,000 tensors has 10 MB; a parsed file
-takes 30 times its size in memory.
+"""Largest file that is read, in bytes. The index of a model with 100,000 tensors has 10 MB; a
+parsed file takes 30 times its size in RAM.
 """
 
 
@@ -30,8 +30,8 @@ def is_text(value: str) -> bool:
 def to_json(value: Any, indent: int | None = None) -> str:
     """Encode a value made of mappings, lists, tuples, numbers and text.
 
-    Numbers that are not finite become null, NumPy's numbers and arrays plain numbers and lists, and
-    anything else, such as a path, its text.
+    Numbers that are not finite become null, NumPy's numbers and arrays become plain numbers and
+    lists, and any other value, such as a path, becomes its text.
     """
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
@@ -53,8 +53,8 @@ def _key(key: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file with one JSON object. Raises BadInput for anything else, including a duplicate
-    key.
+    """Read a file with one JSON object. Raises BadInput for other content, and for a key that
+    occurs twice.
     """
     size = require_regular_file(path).stat().st_size
     if size > MOST_BYTES:
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class _DuplicateKey(Exception):
-    """Raised for a duplicate key, which is the message."""
+    """Raised for a key that occurs twice; the message is the key."""
 
 
 def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

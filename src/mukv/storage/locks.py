@@ -1,7 +1,8 @@
-"""Locks that allow one writer per folder: the process that holds the lock on its file `.lock`.
+"""Lock folders, so that only one process writes into a folder at a time.
 
-The operating system releases a lock when its process ends, however it ends; the file names the
-process. Processes that only read take no lock.
+A process locks the file `.lock` in the folder and writes its process number and host into it. The
+operating system releases the lock when the process ends, even if it is killed. Processes that only
+read take no lock.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ RUN = "config.yaml"
 
 
 ATTEMPTS = 100
-"""Attempts at making a folder that other processes may be removing."""
+"""Number of attempts to make a folder, which other processes may remove at the same time."""
 
 
 class NoLocks(OSError):
@@ -35,7 +36,8 @@ class Held(BadInput):
 
 
 def run_around(path: Path) -> Path | None:
-    """Return the run directory that a path is, or lies in; None if there is none."""
+    """Return the path if it is a run directory, or else the run directory that contains it; None if
+    there is none."""
     if (path / RUN).is_file():
         return path
     whole = Path(os.path.abspath(path))
@@ -44,9 +46,8 @@ def run_around(path: Path) -> Path | None:
 
 @contextmanager
 def writing(*folders: Path) -> Iterator[None]:
-    """Hold the locks of the run directories that these folders are or lie in, or else of the
-    folders themselves; see `one_writer`.
-    """
+    """Hold a lock for each folder: that of the run directory which it is or which contains it, or
+    else its own. See `one_writer`."""
     roots = (run_around(folder) or folder for folder in folders)
     wanted = {os.path.realpath(folder): folder for folder in roots}
     with ExitStack() as held:
@@ -57,7 +58,7 @@ def writing(*folders: Path) -> Iterator[None]:
 
 @contextmanager
 def writing_inside(path: Path) -> Iterator[None]:
-    """Hold the lock of the run directory that a path lies in, if there is one."""
+    """Hold the lock of the run directory that contains a path, if there is one."""
     run = run_around(path)
     with writing(*([run] if run else [])):
         yield
@@ -65,11 +66,11 @@ def writing_inside(path: Path) -> Iterator[None]:
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; make the folder if necessary and remove it again if it stays
+    """Hold the lock of a folder. The folder is made if necessary, and removed again if it stays
     empty.
 
-    Raises Held with the number of the process that holds it. On a file system without locks, prints
-    a note to standard error and holds nothing.
+    Raises Held, with the number of the process, if another process holds the lock. On a file system
+    without locks, prints a note to standard error and takes no lock.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with telling_disk_errors(folder):
@@ -134,7 +135,7 @@ def _flock(file: int) -> None:
 
 
 def release(lock: int | None) -> None:
-    """Release a lock; None means that there is none."""
+    """Release a lock; do nothing for None."""
     if lock is not None:
         os.close(lock)
 

@@ -1,8 +1,8 @@
-"""The manifest of a saved state: name, shape, dtype and checksum of every leaf, plus its own
-checksum.
+"""Make and check the manifest of a saved state: name, shape, dtype and checksum of every leaf, and
+a checksum of the manifest itself.
 
-Checksums are computed on the devices, so that they don't depend on the sharding and cost one pass
-over the state. They cover what was in memory, not what a file format made of it.
+Checksums are computed on the devices from the arrays, not from the bytes of files. They don't
+depend on the sharding and take one pass over the state.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from mukv.core.typing import Array, Int
 
 
 class Damaged(Exception):
-    """A checkpoint differs from what was saved; the message says where."""
+    """A checkpoint differs from the state that was saved; the message names the part."""
 
 
 def describe(state: Any, metric: float | None) -> dict[str, Any]:
-    """Make the manifest of a pytree of arrays, as JSON."""
+    """Return the manifest of a pytree of arrays, as an object for JSON."""
     return _sealed(
         {
             "metric": metric,
@@ -37,7 +37,7 @@ def describe(state: Any, metric: float | None) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a manifest from a file. Raises Damaged."""
+    """Read a manifest from a file. Raises Damaged if it can't be read or has changed."""
     if path.exists() and not path.is_file():  # reading a pipe would never end
         raise Damaged("its manifest is not a file")
     try:

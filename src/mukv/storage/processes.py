@@ -20,9 +20,10 @@ ERROR_BYTES = 2048
 
 @contextmanager
 def one_job_writes(folder: Path) -> Iterator[None]:
-    """Lock a folder against other jobs: process 0 takes its lock.
+    """Lock a folder against other jobs. Process 0 takes the lock.
 
-    Raises BadInput, in every process, with the number of the process that holds it.
+    If another job holds the lock, raises BadInput in every process, with the number of the process
+    that holds it.
     """
     with ExitStack() as held:
         first_alone(lambda: held.enter_context(one_writer(folder)))

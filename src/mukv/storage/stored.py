@@ -1,8 +1,8 @@
 """Read arrays that Orbax saved, one after another, each onto its devices.
 
-Orbax reads all of them at once in an event loop, which it closes at the first error; every read
-that ends later then prints a traceback. Read one by one, a damaged file is one exception.
-`require_path` checks the paths that Orbax and TensorStore can use.
+Orbax reads all arrays at once in an event loop, which it closes at the first error; every read that
+ends later prints a traceback. With one read at a time, a damaged file gives one exception.
+`require_path` refuses paths that Orbax or TensorStore can't use.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from mukv.core.errors import BadInput
 from mukv.storage.json_text import is_text
 
 PATH_BYTES = 3800
-"""Longest path of a folder in bytes: Linux allows 4096, and names inside it take up to 200."""
+"""Longest path of a folder in bytes. Linux allows 4096, and names in the folder take up to 200."""
 
 
 def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Read arrays by dotted name, each with the wanted shape, dtype and sharding.
 
-    folder: what Orbax saved with `StandardSave`
+    folder: folder that Orbax wrote with `StandardSave`
 
-    Raises ValueError, with TensorStore's message, for what is missing or can't be decoded.
+    Raises ValueError for an array of another shape or dtype, and, with TensorStore's message, for
+    an array that is missing or can't be decoded.
     """
     for entry in folder.rglob("*"):
         if not entry.is_file() and not entry.is_dir():  # reading a pipe would never end
@@ -59,10 +60,10 @@ def _read(folder: Path, name: str, leaf: jax.ShapeDtypeStruct, context: ts.Conte
 
 
 def require_path(folder: Path) -> None:
-    """Raise BadInput for a path that Orbax takes for a pattern or TensorStore for another path.
+    """Raise BadInput for a path that Orbax or TensorStore can't use.
 
-    Orbax finds what it wrote with `glob`; TensorStore reads a backslash as a slash and accepts only
-    UTF-8.
+    Orbax passes the path to `glob`, which reads brackets, * and ? as patterns. TensorStore reads a
+    backslash as a slash and accepts only UTF-8.
     """
     text = str(folder)
     if not is_text(text):

@@ -1,7 +1,7 @@
-"""Read and write safetensors tensor by tensor, without holding a whole file in memory.
+"""Read and write safetensors tensor by tensor, without loading a whole file into RAM.
 
-`TensorFiles` gives access to a folder's tensors, in one file or in shards with an index; one file
-is mapped at a time. `write_tensors` takes each tensor as an iterator of pieces.
+`TensorFiles` reads the tensors of a folder, in one file or in shards with an index; one file is
+mapped at a time. `write_tensors` takes each tensor as an iterator of pieces.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ WRITTEN: Mapping[np.dtype, str] = {dtype: code for code, dtype in DTYPES.items()
 """Dtypes that can be written: those of weights and integers."""
 Cut = tuple[slice, ...]
 MAPPED = 1 << 28
-"""Bytes that are read from one mapping of a file."""
+"""Bytes that are read before a file is mapped anew."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Location, shape and dtype of a tensor."""
+    """File, shape and dtype of a tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -53,10 +53,10 @@ class Tensor:
 
 
 class TensorFiles:
-    """The tensors of a folder, by name.
+    """Access to the tensors of a folder by name.
 
-    Raises BadInput if a file is missing or damaged, lies outside of the folder, or repeats a tensor
-    of another file.
+    Raises BadInput if a file is missing or damaged, lies outside of the folder, or has a tensor
+    that another file has too.
     """
 
     def __init__(self, folder: Path):
@@ -84,8 +84,8 @@ class TensorFiles:
     def read(self, name: str, cut: Cut) -> np.ndarray:
         """Return a copy of a part of a tensor.
 
-        After MAPPED bytes the file is mapped anew: pages that were read count as memory of the
-        process until then.
+        After MAPPED bytes the file is mapped anew, because pages of a mapping that were read count
+        as RAM of the process.
         """
         stored = self._open(self.tensors[name].file).get_slice(name)
         found = stored[cut] if cut else stored[...]
@@ -136,7 +136,7 @@ def _files(folder: Path) -> dict[Path, set[str]]:
 class Spec:
     """A tensor to be written.
 
-    pieces: makes an iterator of its elements, in order
+    pieces: function that returns an iterator of arrays with the tensor's elements, in order
     """
 
     shape: tuple[int, ...]
@@ -149,7 +149,8 @@ class Spec:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file with a checksum in its metadata, whole or not at all.
+    """Write one safetensors file with a checksum in its metadata. The file is replaced only when
+    the new one is complete.
 
     Raises BadInput for a folder that can't be written, Failed for a full disk.
     """
@@ -196,16 +197,16 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 CHUNK = 1 << 18
-"""Elements per block, which fit the processor's cache."""
+"""Elements that are checked at once, so that they fit the processor's cache."""
 EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00}
-"""Exponent bits, which are all set where a number is not finite."""
+"""Exponent bits, which are all set in a number that is not finite."""
 TILE = 128
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """Return the array contiguous in its own order of axes.
+    """Return the array in C order.
 
-    If its first axes are the last ones in memory, it is transposed in tiles that fit the
+    A transposed array, whose last axes have the largest strides, is copied in tiles that fit the
     processor's cache: six times as fast as NumPy's copy.
     """
     for split in range(1, array.ndim):

@@ -1,4 +1,5 @@
-"""Save and load weights as one safetensors file: a nested dict of arrays, names joined by dots."""
+"""Save and load weights, a nested dict of arrays, as one safetensors file. The name of a tensor is
+the keys joined by dots."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ TYPES = {code: dtype for dtype, code in WRITTEN.items()}
 def save_weights(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
     """Write a nested dict of arrays (any sharding, dtypes of 8 to 64 bits) to a file in a folder.
 
-    Returns the file's path. All processes must call it; process 0 writes. The file is written whole
-    or not at all, has a checksum, and replaces one of the same name. Raises BadInput for a name
-    with a dot or a folder that can't be written, Failed for a full disk.
+    Returns the file's path. All processes must call this function; process 0 writes. The file has a
+    checksum, and replaces an existing file only when it is complete. Raises BadInput for a key with
+    a dot and for a folder that can't be written, Failed for a full disk.
     """
     arrays = {name: _on_host(array) for name, array in _flatten(tree)}
     path = folder / FILE
@@ -46,10 +47,10 @@ def load_weights(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Read the nested dict of NumPy arrays that `save_weights` wrote, and its metadata.
 
-    convert: maps the name of a weight and its array to what is returned; called before the next
-        weight is read
+    convert: function of the name and the array of a weight that returns the value to put in its
+        place; it is called before the next weight is read
 
-    Raises BadInput if the file is missing, damaged or something else.
+    Raises BadInput if the file is missing, damaged or not written by mukv.
     """
     path = folder / FILE
     tree: dict[str, Any] = {}
@@ -77,7 +78,7 @@ def load_weights(
 def weight_types(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Read shape and dtype of each weight that `save_weights` wrote, by dotted name.
 
-    Raises BadInput if the file is missing, damaged or something else.
+    Raises BadInput if the file is missing, damaged or not written by mukv.
     """
     path = folder / FILE
     if not path.is_file():
@@ -119,11 +120,12 @@ def not_finite(where: str) -> BadInput:
 
 
 def require_weights(declared: Any, given: Any, path: Path) -> None:
-    """Raise BadInput if weights differ in name or shape from what a model declares, or are not
-    floating-point.
+    """Raise BadInput if names or shapes of weights differ from what a model declares, or if they
+    are not floating-point numbers.
 
     declared: tree of `Param`
     given: tree of arrays
+    path: file of the weights, for messages
     """
     wanted = {name: leaf.shape for name, leaf in named(abstract(declared)).items()}
     shapes = {name: leaf.shape for name, leaf in named(given).items()}

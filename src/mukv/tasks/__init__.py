@@ -1,4 +1,4 @@
-"""Synthetic tasks that test a model's memory; `docs/benchmark.md` shows a sample of each."""
+"""Synthetic tasks that test long-context recall; `docs/benchmark.md` shows a sample of each."""
 
 from typing import Annotated
 
@@ -54,7 +54,7 @@ TASKS: dict[str, AnyTask] = {
     "indirect_indexing": IndirectIndexing(),
     "program": Program(),
 }
-"""The benchmark: each task with the parameters that it has by default."""
+"""The tasks of `mukv bench` with their default parameters."""
 
 __all__ = [
     "SPLITS",

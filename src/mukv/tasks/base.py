@@ -1,10 +1,11 @@
-"""The base class of tasks: a puzzle without filler, and the amount of filler before each item.
+"""The base class of tasks. A task makes a puzzle (items without filler), and draws the number of
+filler tokens before each item.
 
-Sample i is a pure function of (seed, split, i). Its puzzle does not depend on the length, so the
+Sample i is a pure function of (seed, split, i). The puzzle does not depend on the length, so the
 same sample at another length is the same puzzle with more filler. Every sequence begins with a
 salt, one of three tokens, chosen so that the sum of salt and puzzle, modulo 3, is the number of the
-split: no puzzle of one split can occur in another, whatever the seeds. A salt carries no other
-information: each of the three is equally frequent in every split.
+split: no puzzle of one split can occur in another, whatever the seeds. Each of the three salts is
+equally frequent in every split.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from mukv.tasks.words import FILLER, SALTS, Vocabulary
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 ABSENT = -1
-"""Marks a place of a puzzle at which a row has no token."""
+"""Id at a place of a puzzle where a row has no token."""
 LONGEST = 1 << 30
-"""Tokens of the longest sequence."""
+"""Most tokens of a sequence."""
 
 
 class Puzzle(NamedTuple):
@@ -36,8 +37,8 @@ class Puzzle(NamedTuple):
 
     tokens: ids; `ABSENT` where a row has no token
     begins: true at places before which filler may be inserted
-    start, stop: range of places of each answer; equal where a row has no such answer
-    fact: first place of the item that determines the answer, the latest one if there are several
+    start, stop: range of places of each answer; equal if a row does not have the answer
+    fact: first place of the item that determines the answer; if several items do, of the last
     """
 
     tokens: Int[np.ndarray, "row place"]
@@ -51,7 +52,7 @@ class Samples(NamedTuple):
     """Rows of exactly `length` tokens.
 
     tokens: ids, int32
-    start, stop: range of each answer, tokens[start:stop]; equal where a row has no such answer
+    start, stop: range of each answer, tokens[start:stop]; equal if a row does not have the answer
     fact: index of the first token of the fact that determines the answer
     """
 
@@ -76,8 +77,9 @@ class Samples(NamedTuple):
         return self.stop > self.start
 
     def right(self, predicted: Int[np.ndarray, "row token"]) -> Bool[np.ndarray, "row answer"]:
-        """Return which answers are predicted correctly as a whole; `predicted` has the predicted
-        token at each place.
+        """Return which answers are predicted correctly in all their tokens.
+
+        predicted: predicted token at each place
         """
         wrong = (predicted != self.tokens) & self.graded
         before = np.cumsum(np.pad(wrong, ((0, 0), (1, 0))), axis=1)
@@ -86,7 +88,7 @@ class Samples(NamedTuple):
 
     @property
     def distance(self) -> Int[np.ndarray, "row answer"]:
-        """Tokens from the fact to its answer."""
+        """Number of tokens from the fact to its answer."""
         return self.start - self.fact
 
     @property
@@ -99,7 +101,7 @@ class Samples(NamedTuple):
 class Task(Component, ABC):
     """Base class of the tasks.
 
-    facts: number of facts to remember; each family says of what kind
+    facts: number of facts to remember; each task defines what a fact is
     filler: number of different filler words; 1 repeats one word
     """
 
@@ -107,9 +109,9 @@ class Task(Component, ABC):
     filler: int = 16
 
     fewest: ClassVar[Mapping[str, int]] = {}
-    """The smallest value of each numeric parameter."""
+    """Smallest value of each numeric parameter."""
     ends: ClassVar[int] = 0
-    """Tokens at the end of each answer that only mark its end."""
+    """Number of tokens that mark the end of each answer."""
 
     def __post_init__(self) -> None:
         for name, low in {"facts": 1, "filler": 1, **self.fewest}.items():
@@ -122,13 +124,11 @@ class Task(Component, ABC):
     def check(self) -> None:
         """Raise BadInput for parameters that contradict each other."""
 
-    # What each family defines
+    # Methods that each task defines
 
     @abstractmethod
     def symbols(self) -> dict[str, Sequence[str]]:
-        """Return the family's groups of tokens, in the order of their ids, with the text of each
-        token.
-        """
+        """Return the text of each token of the task's own groups, in the order of the ids."""
 
     @abstractmethod
     def puzzle(self, draws: Draws) -> Puzzle:
@@ -142,7 +142,10 @@ class Task(Component, ABC):
     def gaps(
         self, draws: Draws, items: int, free: Int[np.ndarray, "row 1"]
     ) -> Int[np.ndarray, "row item"]:
-        """Return the cumulative number of filler tokens before each item, increasing up to `free`.
+        """Draw how many filler tokens are before each item, counted from the start of the sequence.
+
+        items: number of items
+        free: number of filler tokens of the sequence
 
         By default the last item ends the sequence and the others are uniformly distributed before
         it.
@@ -155,19 +158,19 @@ class Task(Component, ABC):
         return self.vocabulary.filler + draws.small(self.filler, length)
 
     def chance(self, samples: Samples) -> float:
-        """Return the expected fraction of correct answers of a random guess that knows form and
-        length of each answer.
+        """Return the expected fraction of correct answers of random guesses that have the form and
+        length of the answers.
         """
         width = (samples.stop - samples.start)[samples.present] - self.ends
         return float(np.mean(float(len(self.choices)) ** -width))
 
     def guess(self, samples: Samples, draws: Draws) -> Int[np.ndarray, "row token"]:
-        """Return the rows with every answer replaced by such a random guess."""
+        """Return the rows with every answer replaced by a random guess, as `chance` assumes."""
         drawn = self.choices[draws.integers(len(self.choices), samples.tokens.shape[1])]
         guessed = samples._replace(stop=samples.stop - self.ends).graded
         return np.where(guessed, drawn, samples.tokens).astype(np.int32)
 
-    # What follows from these definitions
+    # Methods that follow from these definitions
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -185,7 +188,7 @@ class Task(Component, ABC):
 
     @cached_property
     def smallest(self) -> int:
-        """Tokens of the shortest sequence that holds every puzzle."""
+        """Number of tokens of the shortest sequence that holds every puzzle."""
         return 1 + self.puzzle(Draws.of(0, 0, np.arange(1))).tokens.shape[1]
 
     def check_length(self, length: int) -> None:
@@ -232,7 +235,7 @@ class Task(Component, ABC):
         return Samples(tokens, start, stop, at[row, puzzle.fact])
 
     def content(self, tokens: Int[np.ndarray, " token"]) -> Int[np.ndarray, " token"]:
-        """Return a row's puzzle, without salt and filler."""
+        """Return the tokens of a row without salt and filler."""
         return tokens[tokens >= self.vocabulary.filler + self.filler]
 
     def render(self, tokens: Int[np.ndarray, " token"]) -> str:

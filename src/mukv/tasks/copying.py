@@ -1,7 +1,8 @@
-"""Tasks on order and place: selective copying and indirect indexing.
+"""Tasks on order and position: selective copying and indirect indexing.
 
 Selective copying follows Mamba and MAD (Gu and Dao 2023; Poli et al. 2024). Indirect indexing
-follows PoPE (Gopalakrishnan et al. 2025): which symbol is n places after (or before) a given one?
+follows PoPE (Gopalakrishnan et al. 2025): it asks for the symbol n places after (or before) a given
+symbol of a list.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mukv.tasks.words import invented
 
 @dataclass(frozen=True)
 class SelectiveCopy(Task):
-    """Symbols lie among filler and are to be copied in order, as one answer.
+    """Copy the symbols that are scattered in filler, in order, as one answer.
 
     facts: number of symbols
     values: number of different symbols
@@ -54,8 +55,7 @@ class SelectiveCopy(Task):
 
 @dataclass(frozen=True)
 class IndirectIndexing(Task):
-    """A list of different symbols, then questions: which symbol is n places after (or before) this
-    one?
+    """Find the symbol that is n places after (or before) a given symbol in a list.
 
     facts: number of questions
     listed: number of symbols in the list

@@ -1,7 +1,7 @@
-"""Random numbers for many samples at once, each row a pure function of its key.
+"""Random numbers for many samples at once; the numbers of a row depend only on its key.
 
-A row's key is a hash of (seed, split, i); its numbers are SplitMix64's, indexed by a counter. Any
-worker can make any sample, in any order, alone or with others, with the same result.
+A row's key is a hash of (seed, split, i), and its numbers are those of SplitMix64, indexed by a
+counter. A sample is therefore the same in any order and in any batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Draws:
         return len(self.keys)
 
     def stream(self, name: str) -> Draws:
-        """Return other numbers of the same rows, which do not depend on earlier draws."""
+        """Return an independent generator for the same rows, which does not depend on earlier
+        draws."""
         return Draws(mixed(self.keys ^ np.uint64(crc32(name.encode()))))
 
     def bits(self, count: int) -> np.ndarray:

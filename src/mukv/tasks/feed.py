@@ -18,11 +18,11 @@ from mukv.schema.schema import to_yaml
 from mukv.tasks.base import Samples, Task
 
 VALIDATION_BATCHES = 16
-"""Batches of a validation without a limit, because a task has no last sample."""
+"""Number of batches of an evaluation without a limit, because a task has no last sample."""
 
 
 def as_batch(samples: Samples) -> Batch:
-    """Turn samples into a training batch; only tokens of answers have weight."""
+    """Turn samples into a training batch, in which only tokens of answers have weight."""
     tokens, graded = samples.tokens, samples.graded
     return Batch(
         tokens=tokens,
@@ -35,7 +35,8 @@ def as_batch(samples: Samples) -> Batch:
 
 @dataclass(frozen=True, eq=False)
 class TaskBatches:
-    """Batches of one split of a task: batch `step` holds the samples from step * batch on."""
+    """Batches of one split of a task. Batch `step` has the samples step * batch to
+    (step + 1) * batch - 1."""
 
     task: Task
     seed: int

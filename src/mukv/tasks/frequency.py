@@ -1,8 +1,8 @@
 """Tasks of counting words: common words and frequent words (after RULER, Hsieh et al. 2024).
 
-RULER's samples all share one order, so that the common words are always at the same places; here
-each sample has its own order. The order of an answer is defined, so that it is right or wrong as a
-whole.
+In RULER all samples have the same order, so that the common words are always at the same places; in
+these tasks each sample has its own order. The question defines the order of the words in an answer,
+so that an answer is right or wrong as a whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mukv.tasks.words import invented
 
 @dataclass(frozen=True)
 class Mentions(Task):
-    """Base class: some words are mentioned more often than others and are to be named.
+    """Base class: name the words that a text mentions more often than others.
 
     facts: number of words in the answer
     distractors: number of words that are mentioned less often
@@ -52,12 +52,13 @@ class Mentions(Task):
     @property
     @abstractmethod
     def mentions(self) -> list[int]:
-        """Number of mentions of each word, words of the answer first."""
+        """Number of mentions of each word; the words of the answer come first."""
 
     @abstractmethod
     def answer_order(self, first: Int[np.ndarray, "row fact"]) -> Int[np.ndarray, "row fact"]:
-        """Return the indices of the answer's words in the order in which they are to be named.
-        first: place of each word's first mention.
+        """Return the indices of the answer's words in the order of the answer.
+
+        first: place of each word's first mention
         """
 
     @property
@@ -65,9 +66,7 @@ class Mentions(Task):
         return self.vocabulary.word + np.arange(self.words)
 
     def chance(self, samples: Samples) -> float:
-        """Return the expected fraction of correct answers of a guess that knows that the words
-        differ.
-        """
+        """Return the expected fraction of correct answers of random guesses of different words."""
         return float(1 / np.prod(np.arange(self.words, self.words - self.facts, -1, dtype=float)))
 
     def guess(self, samples: Samples, draws: Draws) -> Int[np.ndarray, "row token"]:
@@ -100,7 +99,7 @@ class Mentions(Task):
 
 @dataclass(frozen=True)
 class CommonWords(Mentions):
-    """Common words are to be named in the order of their first mention; the others are rare.
+    """Name the common words in the order of their first mention; all other words are rare.
 
     often: mentions of each common word
     seldom: mentions of each rare word
@@ -127,14 +126,14 @@ class CommonWords(Mentions):
 
 @dataclass(frozen=True)
 class FrequentWords(Mentions):
-    """Frequencies fall as a power of the rank; the words of the first ranks are to be named in
-    order.
+    """Name the most frequent words, the most frequent first; frequencies fall as a power of the
+    rank.
 
-    Their frequencies are all different.
+    The frequencies of the words of the answer are all different.
 
-    often: mentions of the first word
+    often: mentions of the word of rank 1
     seldom: smallest number of mentions of any word
-    exponent: exponent of the power
+    exponent: mentions are proportional to rank ** -exponent
     """
 
     kind: Literal["frequent_words"] = "frequent_words"

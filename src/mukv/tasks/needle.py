@@ -33,12 +33,12 @@ CITIES = {
 
 @dataclass(frozen=True)
 class Haystack(Task):
-    """Base class: sentences that give the number of a key.
+    """Base class: recall the numbers that sentences give for keys.
 
     facts: number of keys that are asked, one after the other
-    values: values of each such key; all are asked, in the order of the text
-    distractors: number of values of keys that are not asked
-    digits: digits of a value
+    values: number of values of each asked key; the answer has all of them, in the order of the text
+    distractors: number of keys that are not asked, with one value each
+    digits: number of digits of a value
     keys: number of different keys
     """
 
@@ -118,17 +118,17 @@ class Haystack(Task):
 
 @dataclass(frozen=True)
 class Needle(Haystack):
-    """The question names the key as the fact does."""
+    """Recall a number by its key: the question has the same word for the key as the fact."""
 
     kind: Literal["needle"] = "needle"
 
 
 @dataclass(frozen=True)
 class NoLiteral(Haystack):
-    """Facts name cities, questions name the countries in which they lie.
+    """Recall a number by the country of a city: facts name cities, questions name countries.
 
-    Which city belongs to which country must be learnt, not read. Countries have tokens of their
-    own.
+    The text does not say which city belongs to which country; a model must have learnt it. Cities
+    and countries have different tokens.
     """
 
     kind: Literal["no_literal"] = "no_literal"

@@ -1,7 +1,8 @@
-"""Pseudo-programs: strings are passed through names, tuples and functions and printed in comments.
+"""Pseudo-programs that pass strings through variables, tuples and functions and print them.
 
-Names x hold strings, names t hold pairs of strings. Functions f are defined in the text (repeat,
-map, shift, reverse), so that every graded comment follows from the text before it.
+Variables x hold strings, variables t hold pairs of strings. Functions f are defined in the text
+(repeat, map, shift, reverse), so that the value in every graded comment follows from the text
+before it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mukv.tasks.base import ABSENT, Puzzle, Task
 from mukv.tasks.draws import Draws
 
 Strings = Int[np.ndarray, "row letter"]
-"""Letters from 0, then `ABSENT` after the end of the string."""
+"""Letters, numbered from 0, and `ABSENT` after the end of the string."""
 REVERSE, REPEAT, SHIFT, MAP = range(4)
 COPY, TUPLE, ITEM, CALL = range(4)
 
@@ -27,7 +28,7 @@ class Functions(NamedTuple):
     """Definitions of each row's functions.
 
     kind: REVERSE, REPEAT, SHIFT or MAP
-    one, two: letters of a map; `one` is also the shift minus 1 (modulo 3)
+    one, two: a map replaces letter `one` by letter `two`; a shift goes by 1 + one % 3 letters
     """
 
     kind: Int[np.ndarray, "row function"]
@@ -37,13 +38,14 @@ class Functions(NamedTuple):
 
 @dataclass(frozen=True)
 class Program(Task):
-    """Programs of assignments with comments that show values.
+    """Tell the values that a program of assignments prints.
 
-    facts: graded comments: of prints, and of evaluations of a call or a tuple's item
-    statements: assignments between two of them
-    names, tuples, functions: number of each
+    facts: number of graded comments, which show the value of a print, a call or a tuple's item
+    statements: number of assignments between two graded comments
+    names, tuples, functions: number of string variables, of tuple variables, and of functions
     letters: number of different letters in strings
-    shortest, longest: letters of a string in the text; a function's result is at most twice as long
+    shortest, longest: number of letters of a string in the text; a function's result is at most
+        twice as long
     """
 
     kind: Literal["program"] = "program"
@@ -71,7 +73,7 @@ class Program(Task):
 
     @property
     def room(self) -> int:
-        """Letters of the longest string."""
+        """Number of letters of the longest string."""
         return 2 * self.longest
 
     def filler_words(self) -> Sequence[str]:
@@ -109,7 +111,7 @@ class Program(Task):
 
 
 class Writer:
-    """Writes programs of many rows, statement by statement, and tracks the value of each name."""
+    """Writes the programs of all rows, statement by statement, and tracks each variable's value."""
 
     def __init__(self, task: Program, draws: Draws):
         self.task, self.draws = task, draws
@@ -151,8 +153,9 @@ class Writer:
     # Lines
 
     def line(self, *parts: int | np.ndarray) -> int:
-        """Append tokens, each the same for all rows, [row], or [row token]; return their first
-        place.
+        """Append a line of tokens to all rows; return the place of its first token.
+
+        parts: tokens of the line; a part is one id for all rows, ids [row], or ids [row token]
         """
         rows = len(self.row)
         columns = [
@@ -198,8 +201,8 @@ class Writer:
         self.paired[self.row, number] = begin
 
     def call(self, function: np.ndarray, string: Strings) -> Strings:
-        """Apply each row's function to its string, which has at most half of `room` letters where
-        it repeats.
+        """Apply each row's function to its string. A string that is repeated must have at most half
+        of `room` letters.
         """
         task, row = self.task, self.row[:, None]
         kind, one, two = (part[self.row, function][:, None] for part in self.functions)

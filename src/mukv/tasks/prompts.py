@@ -1,4 +1,4 @@
-"""Put tasks in plain words, for models that were tuned to follow instructions.
+"""Phrase tasks as English prompts, for models that were tuned to follow instructions.
 
 Instructions and questions are those of RULER (Hsieh et al. 2024). Each filler word of a sample
 becomes a sentence of a haystack, each item (a fact, an assignment, a word) a sentence of its own,
@@ -29,7 +29,7 @@ NOISE = (
 )
 """RULER's filler."""
 LONGEST = 300
-"""Characters of a sentence of another haystack, at most."""
+"""Most characters of a sentence of a user's haystack."""
 WORDS = """
 abrupt amber bashful brisk candid clumsy dapper eager fancy frosty gentle giddy hasty hollow icy
 jolly lanky lively mellow nimble ornate placid quaint rusty shiny sturdy tidy timid upbeat vivid
@@ -45,10 +45,10 @@ class Prompt(NamedTuple):
     """A sample in words.
 
     context: instruction and text
-    question: the line that follows them
+    question: line with the question, which follows the context
     opening: first words of the answer, which the model continues
     answers: texts that a right answer contains, in any order
-    depth: place of the facts in the text, 0 at its beginning and 1 at its end; their mean
+    depth: mean relative position of the facts in the text: 0 at its beginning, 1 at its end
     """
 
     context: str
@@ -64,7 +64,7 @@ class Prompt(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What is asked at the end of a text; see `Prompt`."""
+    """The question at the end of a text; its fields are those of `Prompt`."""
 
     text: str
     opening: str
@@ -72,9 +72,9 @@ class Question(NamedTuple):
 
 
 class Wording(ABC):
-    """Wording of the tasks of a kind.
+    """Base class of the wordings of a kind of task.
 
-    item, ask: names of the groups of tokens that begin an item and a question
+    item, ask: names of the groups of tokens that begin an item, and that begin a question
     """
 
     item: ClassVar[str]
@@ -82,7 +82,7 @@ class Wording(ABC):
 
     @abstractmethod
     def instruction(self, task: Any) -> str:
-        """Return what comes before the text."""
+        """Return the instruction, which comes before the text."""
 
     @abstractmethod
     def sentence(self, task: Any, tokens: Sequence[int]) -> str:
@@ -94,7 +94,7 @@ class Wording(ABC):
 
     @abstractmethod
     def chance(self, task: Any) -> float:
-        """Return the expected share of answers that a random guess of the right form names."""
+        """Return the expected fraction of answers that a random guess of this form contains."""
 
 
 class NumberWords(Wording):
@@ -202,7 +202,7 @@ class MentionWords(Wording):
     item, ask = "word", "ask"
 
     def __init__(self, most: str):
-        """most: "common" or "frequent"."""
+        """Set the adjective of the questions: "common" or "frequent"."""
         self.most = most
 
     def instruction(self, task: Any) -> str:
@@ -255,7 +255,8 @@ PROMPTED: dict[str, AnyTask] = {
 class PromptForm:
     """A task in words. Raises BadInput for a task without a wording.
 
-    haystack: sentences between the items; each sample takes them in order, from another one on
+    haystack: sentences between the items; each sample takes them in order, but starts at another
+        sentence
     """
 
     task: AnyTask
@@ -278,13 +279,13 @@ class PromptForm:
 
     @property
     def chance(self) -> float:
-        """The expected share of answers that a random guess of the right form names."""
+        """Expected fraction of answers that a random guess of the right form contains."""
         return self.wording.chance(self.task)
 
     def batch(
         self, size: int, seed: int, split: Split, indices: Int[np.ndarray, " row"]
     ) -> list[Prompt]:
-        """Make samples from puzzles of `size` tokens. Raises BadInput for too small a size."""
+        """Make prompts from samples of `size` tokens. Raises BadInput if the size is too small."""
         samples = self.task.batch(size, seed, split, indices)
         return [self._prompt(samples, row, int(at)) for row, at in enumerate(indices)]
 
@@ -312,8 +313,8 @@ class PromptForm:
 
 
 def sentences_of(text: str) -> tuple[str, ...]:
-    """Split a text into sentences without line ends, long ones into parts of at most LONGEST
-    characters.
+    """Split a text into sentences without line ends. Sentences are split into parts of at most
+    LONGEST characters.
     """
     found = []
     for sentence in re.split(r"(?<=[.!?])[\"'\u201d\u2019)]*\s+|\n\s*\n", text):

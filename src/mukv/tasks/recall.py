@@ -1,7 +1,7 @@
-"""Associative recall: pairs of key and value are shown, then keys whose values are asked.
+"""Associative recall: a text has pairs of key and value, then keys whose values are asked.
 
-Multi-query associative recall with its compositional and forgetting forms (Arora et al. 2024,
-"Zoology"; their code), and the noisy and fuzzy recall of MAD (Poli et al. 2024).
+The tasks are multi-query associative recall with its compositional and forgetting forms (Arora et
+al. 2024, "Zoology"; their code), and the noisy and fuzzy recall of MAD (Poli et al. 2024).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mukv.tasks.words import invented
 
 @dataclass(frozen=True)
 class PairTask(Task):
-    """Base class: keys of one or two tokens, values of one.
+    """Base class: recall the value of a key; keys have one or two tokens, values have one.
 
-    facts: pairs that are asked
-    distractors: pairs that are not asked
-    updates: facts whose key later gets another value; the last value is the answer
-    parts: tokens of a key; keys of two are all pairs of two sets, so that neither token alone
-        identifies the key
+    facts: number of pairs that are asked
+    distractors: number of pairs that are not asked
+    updates: number of asked keys that later get another value; the last value is the answer
+    parts: number of tokens of a key. With 2, keys are all pairs of two sets of tokens, so that
+        neither token alone identifies a key
     keys, values: number of different keys and values
     """
 
@@ -98,7 +98,8 @@ class PairTask(Task):
 
 @dataclass(frozen=True)
 class Mqar(PairTask):
-    """Pairs first, then each asked key at a distance with density proportional to 1 / distance."""
+    """Recall values of keys: pairs come first, then the asked keys, at distances with a density
+    proportional to 1 / distance."""
 
     kind: Literal["mqar"] = "mqar"
 
@@ -112,19 +113,19 @@ class Mqar(PairTask):
 
 @dataclass(frozen=True)
 class NoisyRecall(PairTask):
-    """As `PairTask`, with filler anywhere between pairs and questions."""
+    """Recall values of keys, with filler anywhere between pairs and questions."""
 
     kind: Literal["noisy_recall"] = "noisy_recall"
 
 
 @dataclass(frozen=True)
 class FuzzyRecall(Task):
-    """Keys and values of one to `motif` symbols each; the end mark of a value is part of the
-    answer.
+    """Recall values of keys, which have one to `motif` symbols each; the end mark of a value is
+    part of the answer.
 
-    facts: pairs that are asked
-    distractors: pairs that are not asked
-    motif: largest number of symbols
+    facts: number of pairs that are asked
+    distractors: number of pairs that are not asked
+    motif: largest number of symbols of a key or value
     keys, values: number of different symbols of keys and of values
     """
 

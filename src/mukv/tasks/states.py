@@ -1,7 +1,8 @@
 """Tasks with a state that instructions change: flip-flop and counting.
 
-Flip-flop language (Liu et al. 2023, "Exposing attention glitches"): write, ignore and read a bit.
-Counting (Golovneva et al. 2024, CoPE): variables are set to zero and incremented, among filler.
+In the flip-flop language (Liu et al. 2023, "Exposing attention glitches") instructions write,
+ignore and read a bit. In counting (Golovneva et al. 2024, CoPE) variables are set to zero and
+incremented, among filler.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from mukv.tasks.words import invented
 
 @dataclass(frozen=True)
 class FlipFlop(Task):
-    """Instructions with one bit each; the bit of a read is that of the last write.
+    """Recall the last written bit: each instruction has a bit, and a read has that of the last
+    write.
 
     facts: number of reads
-    writes: number of writes; the first instruction is one
-    filler: must be 1; filler is `ignore` instructions, whose share grows with the length
+    writes: number of writes; the first instruction is a write
+    filler: must be 1; the filler is `ignore` instructions, whose number grows with the length
     """
 
     kind: Literal["flip_flop"] = "flip_flop"
@@ -89,12 +91,13 @@ class FlipFlop(Task):
 
 @dataclass(frozen=True)
 class Counting(Task):
-    """Each variable is set to zero and incremented; at the end some are asked, one after the other.
+    """Count the increments of variables since they were last set to zero; at the end some variables
+    are asked, one after the other.
 
-    facts: variables that are asked
-    distractors: variables that are not asked
+    facts: number of variables that are asked
+    distractors: number of variables that are not asked
     largest: largest count; all counts are equally likely
-    resets: number of times that a variable is set to zero again, at random times
+    resets: number of times that each variable is set to zero again, at random places
     """
 
     kind: Literal["counting"] = "counting"
@@ -125,7 +128,8 @@ class Counting(Task):
     def puzzle(self, draws: Draws) -> Puzzle:
         ids, rows, variables = self.vocabulary, draws.rows, self.facts + self.distractors
         row = np.arange(rows)[:, None]
-        # A life of a variable is a reset and as many increments as its count, at most `largest`.
+        # A "life" of a variable is a reset followed by as many increments as its count, which is at
+        # most `largest`.
         lives = variables * (self.resets + 1)
         count = draws.integers(self.largest + 1, lives)
         step = np.arange(self.largest + 1)

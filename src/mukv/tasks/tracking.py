@@ -1,7 +1,7 @@
-"""Variable tracking: values are passed from name to name (after RULER, Hsieh et al. 2024).
+"""Variable tracking: assignments copy values from name to name (after RULER, Hsieh et al. 2024).
 
-RULER asks for all names of a value. Here the question is the value of the last name of a chain,
-which can't be answered without following every hop.
+RULER asks for all names that have a value. This task asks for the value of the last name of a
+chain, which can't be answered without following every hop.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mukv.tasks.words import invented
 
 @dataclass(frozen=True)
 class VariableTracking(Task):
-    """Chains of assignments.
+    """Follow chains of assignments to the value of their last name.
 
-    facts: chains whose last name is asked
-    distractors: chains that are not asked
-    hops: assignments of a chain after the first
+    facts: number of chains whose last name is asked
+    distractors: number of chains that are not asked
+    hops: number of assignments of a chain after the first
     names, values: number of different names and values
     """
 

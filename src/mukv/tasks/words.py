@@ -31,7 +31,7 @@ def invented(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids in the order of the groups.
+    """Ids and texts of tokens; ids are numbered in the order of the groups.
 
     groups: text of each token of a group, by the group's name
     """

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from mukv.core.device import peak_flops
 from mukv.core.errors import Failed
 from mukv.data.batches import Prefetch
 from mukv.data.feed import Source
+from mukv.data.mixture import Mixture
 from mukv.model.counting import flops_per_token
 from mukv.show.progress import Bar
 from mukv.storage.checkpoint import Checkpoints
@@ -61,6 +61,11 @@ class Outcome:
             raise Failed(
                 f"{folder}: stopped at step {self.step}; the same command goes on from there"
             )
+
+
+AGREE_EVERY = 8
+"""Steps between two collectives in which the processes agree whether to stop. Each waits for the
+devices, which costs a few milliseconds."""
 
 
 @dataclass
@@ -149,8 +154,8 @@ class Loop:
                 clock.tick()
                 ends = step == training.steps
                 logs = ends or step % training.log_every == 0 or step == start + 1
-                # With several processes `agreed` is a collective, called only when logging.
-                leaves = (logs or jax.process_count() == 1) and stop.agreed()
+                asks = logs or jax.process_count() == 1 or step % AGREE_EVERY == 0
+                leaves = asks and stop.agreed()
                 logs = logs or leaves
                 evaluates = ends or due(step, training.evaluate_every)
                 saves = ends or leaves or due(step, training.checkpoint_every) or step == stable
@@ -227,17 +232,31 @@ class Loop:
         )
 
     def evaluate(self, state: State) -> dict[str, float]:
-        """Compute the loss on the validation windows: nats per token and bits per byte."""
-        training = self.trainer.training
-        windows: Iterable[Any] = self.validation.once(
-            training.validation_batches, **self.trainer.share
-        )
+        """Compute the loss on the validation windows: nats per token and bits per byte. Of a
+        mixture, that of each part, and their mean with its weights.
+        """
+        limit = self.trainer.training.validation_batches
+        if not isinstance(self.validation, Mixture):
+            return validation_metrics(*self.summed(state, self.validation, limit))
+        share, mixed = self.validation.share(limit), self.validation
+        sums = {name: self.summed(state, part, share) for name, part in mixed.parts.items()}
+        found: dict[str, float] = {}
+        for name, total in sums.items():
+            metrics = validation_metrics(*total)
+            found |= {f"{key}/{name}": value for key, value in metrics.items()}
+        counted = sum(total[1] for total in sums.values())
+        shares = counted * np.array(mixed.weights) / sum(mixed.weights)
+        per_token = np.array([total / max(total[1], 1) for total in sums.values()])
+        return validation_metrics(*(shares @ per_token)) | found
+
+    def summed(self, state: State, source: Source, limit: int | None) -> np.ndarray:
+        """Sum nats, tokens and bytes over at most `limit` validation batches [3]."""
         total = np.zeros(3)
         table = jnp.asarray(self.token_bytes, jnp.int32)
-        for batch in windows:
+        for batch in source.once(limit, **self.trainer.share):
             sums = self.trainer.validate(state.weights, self.trainer.put(batch), table)
             total += np.asarray([float(number) for number in sums])
-        return validation_metrics(*total)
+        return total
 
 
 def known_so_far(path: Path, step: int) -> tuple[dict[str, float], dict[str, int]]:

@@ -1,9 +1,9 @@
-"""The coordinate check: how the change of activations in the first steps depends on the width.
+"""The coordinate check: measure how the change of activations in the first steps depends on width.
 
 If hyperparameters transfer, the change of every activation since the start is equally large in a
-wide and a narrow model: the slope of its logarithm against that of the width is near zero (Yang et
-al. 2022, appendix D.1; bounds and intervals of slopes are ours). One batch is repeated, at a
-constant and large learning rate.
+wide and a narrow model: the slope of its logarithm against the logarithm of the width is near zero
+(Yang et al. 2022, appendix D.1; bounds and intervals of slopes are ours). All steps train on one
+batch, at a large constant learning rate.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from mukv.train.training import Training
 
 LIMIT = 0.2
 LOGITS_LIMIT = 0.35
-"""Largest absolute slopes that pass, of most activations and of logits; logits are smaller at the
+"""Largest absolute slopes that pass, of most activations and of logits, which are smaller at the
 start than later."""
 SIGMAS = 2.0
 """Half the width of a slope's interval, in standard errors."""
 INSIDE_A_HEAD = (".weights", ".query", ".key", ".value")
-"""Taps that are not checked: the logits cover queries and keys, the attention output
-covers values."""
+"""Suffixes of the activations that are not checked. Queries and keys are covered by the logits,
+weights and values by the output of attention."""
 LEARNING_RATE = 2.0**-7
 
 
@@ -46,7 +46,7 @@ LEARNING_RATE = 2.0**-7
 class Slope:
     """Slope of one activation's change: d log2 change / d log2 width after the last step.
 
-    slope, low, high: the slope and its interval
+    slope, low, high: the slope and the ends of its interval
     limit: largest absolute slope that passes
     changes: root mean square of the change by width, mean over seeds
     deviations: standard deviation over seeds by width; empty for one seed
@@ -85,8 +85,8 @@ def check(
 
     batch: `training.batch` rows
 
-    The base is the model's, or else the narrowest of the widths. At the base the learning rate is
-    `learning_rate`, and no other width has a larger one.
+    The base of the parameterisation is the model's, or, if it has none, the narrowest width. At the
+    base the learning rate is `learning_rate`, and no other width has a larger one.
 
     Raises BadInput for widths that can't be compared or do not fit a size of the model.
     """
@@ -111,7 +111,7 @@ def check(
             for seed in range(seeds):
                 seen[width].append(changes(trainer, put, seed))
                 bar.show(sum(map(len, seen.values())), {"width": str(width)})
-    # The embedding, for one, does not change where adapters are trained.
+    # With adapters some activations, such as the embedding, do not change.
     rows = [row for found in seen.values() for row in found]
     return [fit(name, seen) for name in rows[0] if any(row[name] for row in rows)]
 
@@ -119,7 +119,7 @@ def check(
 def changes(trainer: Trainer, batch: Any, seed: int) -> dict[str, float]:
     """Compute the root mean square of each activation's change, by name.
 
-    With adapters the weights that they change are drawn as well, from the same seed.
+    With adapters the frozen weights of the model are drawn from the same seed.
     """
     activations = jax.jit(lambda weights, frozen: _activations(trainer, weights, batch, frozen))
     distance = jax.jit(lambda after, before: jax.tree.map(_distance, after, before))

@@ -1,6 +1,6 @@
 """Parse the search space of a sweep: `key=LOW..HIGH[:log][:COUNT]`, or `key=A,B,C`.
 
-Everything else is an ordinary override and holds for all trials.
+All other arguments are ordinary overrides, which hold for all trials.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Interval:
     """Numbers from low to high.
 
     log: whether the scale is logarithmic
-    count: number of values in a grid; None if it has none
+    count: number of values in a grid; None if none is given
     """
 
     low: float
@@ -38,12 +38,12 @@ class Interval:
 
     @property
     def whole(self) -> bool:
-        """Whether its numbers are integers."""
+        """Whether only integers are in the interval."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     @property
     def values(self) -> tuple[Any, ...] | None:
-        """The values of the grid; None if it has no count."""
+        """The values of the grid; None without `count`."""
         if self.count is None:
             return None
         shares = np.linspace(0, 1, self.count).tolist()
@@ -108,9 +108,10 @@ def without_seeds(space: Space, seed: int) -> tuple[Space, tuple[int, ...]]:
     """Return the space without `train.seed`, and the seeds with which each of its points is
     trained.
 
-    A seed is averaged over, not chosen: the best of several seeds is a matter of luck.
+    Results are averaged over seeds, since choosing the best of several seeds would select by
+    chance.
 
-    seed: the only seed if the space has none
+    seed: the only seed if the space has no `train.seed`
 
     Raises BadInput for seeds that are not whole numbers.
     """
@@ -129,8 +130,8 @@ def without_seeds(space: Space, seed: int) -> tuple[Space, tuple[int, ...]]:
 
 
 def at_edge(part: Interval | Choice, value: Any) -> bool:
-    """Whether a value is at an end of the searched range, so that the best one may be beyond it.
-    Values without an order have no ends."""
+    """Return whether a value is at an end of the searched range, so that the optimum may be beyond
+    it. False for values without an order."""
     if isinstance(part, Interval) and part.values is None:
         share = (value - part.low) / (part.high - part.low)
         if part.log:

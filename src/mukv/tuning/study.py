@@ -1,8 +1,9 @@
-"""A study that several processes and machines share, over Optuna and its database.
+"""A study that several processes and machines share, through Optuna and its database.
 
-All points of a study are queued when it begins. If a process is killed, its points return to the
-queue: any worker that sees a trial without a heartbeat for a while marks it as failed and queues
-its point again. Of two trials of one point the older counts, so that no lock is needed.
+All points of a study are queued when it begins. A trial is one attempt to train a point. If a
+process is killed, its points return to the queue: any worker that finds a trial without a recent
+heartbeat marks it as failed and queues its point again. If a point has two trials, the older one
+counts, so that no lock is needed.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ POINT, ALIVE, FACTS = "point", "alive", "sweep"
 facts)."""
 ATTEMPTS = 6
 AT_ONCE, ROUNDS = 16, 8
-"""Points that a worker takes at once, at most; and the least number of rounds of a sampler that
-learns."""
+"""Maximum number of points that a worker takes at once, and minimum number of rounds of a sampler
+that learns from earlier points."""
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -71,8 +72,8 @@ class Settings:
 
     @property
     def at_once(self) -> int:
-        """Number of points that a worker takes at once: few for a sampler that learns from earlier
-        ones."""
+        """Number of points that a worker takes at once; few for a sampler that learns from earlier
+        points."""
         return min(AT_ONCE, max(1, self.trials // ROUNDS)) if self.learns else AT_ONCE
 
     @property
@@ -81,7 +82,8 @@ class Settings:
         return self.sampler in ("tpe", "gp")
 
     def points(self, space: Space) -> list[dict[str, Any]]:
-        """Return the points that are queued at the start; empty ones where the sampler chooses."""
+        """Return the points that are queued at the start; empty dicts if the sampler chooses their
+        values later."""
         if self.sampler == "grid":
             return grid(space)
         if self.sampler == "random":
@@ -95,7 +97,7 @@ class Study:
 
     storage: URL of the database
     facts: configuration of the study by name; a study with other facts is refused
-    mine: running trials of this worker, by number
+    mine: this worker's running trials, by number
     """
 
     storage: str
@@ -106,7 +108,8 @@ class Study:
     mine: dict[int, Trial] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises BadInput for a database that can't be used, or a study of something else."""
+        """Open or create the study. Raises BadInput for a database that can't be used, and for an
+        existing study with other facts."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.points = self.settings.points(self.space)
         try:
@@ -172,7 +175,8 @@ class Study:
     # The queue
 
     def trials(self) -> list[FrozenTrial]:
-        """Return the trials that count, by point: the oldest of each point that has not failed."""
+        """Return the trial that counts of each point, in the order of points: the oldest that has
+        not failed."""
         oldest: dict[int, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False):
             point = trial.user_attrs.get(POINT)
@@ -181,7 +185,8 @@ class Study:
         return [oldest[point] for point in sorted(oldest)]
 
     def heal(self) -> None:
-        """Queue every point without a trial, or whose trial has no heartbeat."""
+        """Queue every point that has no trial, or whose trial has had no heartbeat for
+        `patience` seconds."""
         now = time.time()
         drawn: dict[int, dict[str, Any]] = {}
         for trial in self.study.get_trials(deepcopy=False):
@@ -204,7 +209,8 @@ class Study:
             trial = self.study.ask()
             point = trial.user_attrs.get(POINT)
             if point is None or not any(each.number == trial.number for each in self.trials()):
-                # Another worker was faster: the trial has no point, or its point has a trial.
+                # Another worker was faster, and the point already has a trial; or the trial was not
+                # queued here and has no point.
                 self._fail(trial.number)
                 continue
             self.mine[trial.number] = trial
@@ -252,7 +258,8 @@ class Study:
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Send heartbeats of this worker's trials from a thread while the block runs."""
+        """Send heartbeats of this worker's trials from a thread while the block runs. At the end,
+        unfinished points return to the queue."""
         over = threading.Event()
 
         def beat() -> None:
@@ -302,8 +309,8 @@ def _lock_from_first_read(engine: Engine) -> None:
 
 
 def storage_of(folder: Path) -> str:
-    """Return the URL of the database of a study in a folder. Raises BadInput for a path that has
-    none."""
+    """Return the URL of the database of a study in a folder. Raises BadInput for a path that can't
+    be written as a URL."""
     path = str(folder.absolute() / "study.db")
     url = URL.create("sqlite", database=path).render_as_string(hide_password=False)
     if make_url(url).database != path:  # SQLAlchemy before 2.1 reads text after a "?" as options

@@ -1,9 +1,9 @@
 """A sweep: run trials of a study until the study is finished.
 
-A trial trains one point of the search space with each seed; its value is the mean over the seeds,
-each of which is a run directory. A worker takes some points of the queue and trains those that
-differ only in numbers together. Any number of workers may share a study; points of a killed worker
-return to the queue.
+A trial trains one point of the search space with each seed, in one run directory per seed; its
+value is the mean over the seeds. A worker takes some points from the queue and trains those that
+differ only in numbers together, in one program. Any number of workers may share a study; the points
+of a killed worker return to the queue.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Pending:
     """A trial that this worker is training.
 
     losses: latest objective by seed
-    why: reason of an early end; None if there was none
+    why: reason why the trial ended early; None if it did not
     """
 
     trial: Trial
@@ -86,11 +86,11 @@ def _by_data(members: Iterable[Member]) -> list[list[Member]]:
 class Sweep:
     """A worker of a sweep.
 
-    source, overrides: as of `mukv train`
-    together: points that the worker takes at once; None means the number in `settings`
-    memory: bytes that a program may take; None means `free_memory`
-    feeds: the data of runs, with its resolved configuration, by configuration
-    held, locks: locks on the run directories of the current trials, all and by trial
+    source, overrides: configuration as in `mukv train`
+    together: number of points that the worker takes at once; None for the number in `settings`
+    memory: bytes of device memory that a program may take; None for `free_memory`
+    feeds: data of runs, with its resolved configuration, by configuration
+    held, locks: locks on the run directories of the current trials, of all and by trial
     """
 
     source: str
@@ -106,7 +106,8 @@ class Sweep:
     locks: dict[int, ExitStack] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises BadInput if a point of the space is not a valid run, before any is trained."""
+        """Open the study. Raises BadInput if a point of the space is not a valid run, before any is
+        trained."""
         if self.together is not None and self.together < 1:
             raise BadInput("--together", self.together, "at least 1")
         self.base = config.load(self.source, self.overrides)
@@ -133,7 +134,7 @@ class Sweep:
         )
 
     def run_of(self, point: Mapping[str, Any], seed: int) -> Run:
-        """Return the configuration of a point with a seed. Raises BadInput."""
+        """Return the configuration of a point with a seed. Raises BadInput if it is not valid."""
         given = [f"{name}={json.dumps(value)}" for name, value in {**point, SEED: seed}.items()]
         return with_base(config.load(self.source, [*self.overrides, *given]))
 
@@ -165,8 +166,8 @@ class Sweep:
     def _hold(self, trial: Trial) -> bool:
         """Lock a trial's run directories; return whether that succeeded.
 
-        It fails if a process that seemed dead is still running: the point is given back, and queued
-        again once its heartbeat ends.
+        It fails if a process whose heartbeat stopped is still running. The point is then given
+        back, and queued again.
         """
         lock = self.held.enter_context(ExitStack())
         try:
@@ -181,7 +182,7 @@ class Sweep:
         return True
 
     def _end(self, trial: Trial, value: float | None, why: str | None = None) -> None:
-        """End a trial; release its locks first, because this worker does not return to it."""
+        """Release a trial's locks, and end it with a value or a reason."""
         self.locks.pop(trial.number).close()
         self.study.tell(trial, value, why)
 
@@ -267,7 +268,8 @@ class Sweep:
                 pending.why = f"pruned at step {step}"
 
     def _folder(self, trial: Trial | FrozenTrial, seed: int) -> RunDirectory:
-        """Return trials/POINT for one seed, else trials/POINT-seed-SEED."""
+        """Return the run directory of a trial and seed: trials/POINT if the sweep has one seed,
+        else trials/POINT-seed-SEED."""
         name = f"{trial.user_attrs['point']:04d}"
         if len(self.seeds) > 1:
             name += f"-seed-{seed}"
@@ -278,9 +280,10 @@ class Sweep:
     def results(self) -> dict[str, Any]:
         """Return the rows of all points, best first; `trials` and `complete` count runs.
 
-        A row has the searched keys, `validation_loss` (the mean over seeds), with several seeds
-        also `deviation` (of one seed, n - 1) and `seeds` (the loss of each), and `run`, the run
-        directory of the best seed. `edges` are keys whose best value is at an end of its range.
+        A row has the searched keys, `validation_loss` (the mean over seeds), and `run`, the run
+        directory of the best seed. With several seeds it also has `deviation`, the sample standard
+        deviation over seeds, and `seeds`, the loss of each seed. `edges` are the keys whose best
+        value is at an end of the searched range.
         """
         rows = [self._row(trial) for trial in self.study.trials()]
         rows.sort(key=lambda row: math.inf if row[OBJECTIVE] is None else row[OBJECTIVE])
@@ -333,7 +336,8 @@ class Sweep:
 
 
 def starting_weights(run: Run) -> Any:
-    """Read the weights that a run begins with, or that its adapters change; None draws them."""
+    """Read the initial weights of a run, or the frozen weights under its adapters, from
+    `train.start`; None if they are drawn."""
     if run.train.start is None:
         return None
     find = find_start if run.train.adapter is None else find_base

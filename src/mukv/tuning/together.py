@@ -1,8 +1,9 @@
 """Train runs that differ only in numbers together, in one program.
 
 Learning rates, constants, decay, seeds and numbers of a schedule are arguments of the program, and
-the training step is mapped over them. Each point ends where it would have ended alone, up to
-rounding. One device; a group is split until the compiled step fits the memory that it may use.
+the training step is mapped over them. The result of each run is the same as alone, up to rounding.
+Runs are trained on one device; a group is split until the compiled step fits the bytes of device
+memory that it may take.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ TRACED: dict[str, tuple[str, ...]] = {
         for constant in ("rate", "multiplier", "deviation")
     },
 }
-"""Numbers that may differ between points of one program."""
+"""Configuration keys whose numbers may differ between the points of one program, by section."""
 PATHS = frozenset(f"{where}.{name}" for where, names in TRACED.items() for name in names)
 
 
@@ -52,14 +53,16 @@ class Point(NamedTuple):
     training: Training
 
     def leaves(self) -> dict[str, Any]:
-        """Return every value by path, of the training after its budget is applied."""
+        """Return every configuration value by path, after `train.budget` was applied."""
         training = schema.to_mapping(self.training.effective)
         return leaves({"model": schema.to_mapping(self.model), "train": training})
 
 
 class Report(NamedTuple):
-    """Metrics of all points after a step: for each point values by name, infinite where it
-    diverged."""
+    """Metrics of all points after a step.
+
+    numbers: metrics of each point, by name; infinite if the point diverged
+    """
 
     step: int
     numbers: list[dict[str, float]]
@@ -82,8 +85,8 @@ def _traced(path: str, value: Any) -> bool:
 
 
 def free_memory() -> int:
-    """Return the bytes that a group may take by default: 90 % of a device's free memory, half of a
-    host's."""
+    """Return the bytes that a group may take by default: 90 % of the free memory of an accelerator,
+    half of the free RAM on a CPU."""
     return int(footprint.free_memory() * (0.5 if jax.devices()[0].platform == "cpu" else 0.9))
 
 
@@ -92,11 +95,12 @@ class Together:
     """A group of points, which must be one of `grouped`.
 
     feed: training and validation batches of all points
-    across: how one step is mapped over all points: "vmap" computes them at once, "map" one after
-        another within the program; None means the faster one. A CPU is busy with one point and
-        saves only compilations (benchmarks/sweep.py).
-    stopped: indices of points that are not needed any more
-    start: weights that all points begin with, or that the adapters of all change; None draws them
+    across: how one step is mapped over the points: "vmap" computes all points at once, "map" one
+        after another within the program; None for the faster one, which is "map" on a CPU, where
+        one point uses all cores (benchmarks/sweep.py)
+    stopped: indices of points that need not be trained further
+    start: initial weights of all points, or the frozen weights under their adapters; None draws
+        them
     """
 
     points: Sequence[Point]
@@ -147,9 +151,9 @@ class Together:
         return self._map(one)(numbers) if numbers else self._map(lambda _: one({}))(self.which)
 
     def _of_seed(self, batches: Any, which: Array) -> Any:
-        """Return the batch of one seed, given those of all seeds.
+        """Return the batch of one seed from the batches of all seeds.
 
-        With one seed it is the same for all points, and so is what depends only on it.
+        With one seed all points share the batch, and the computations that depend only on it.
         """
         return jax.tree.map(lambda all: all[which if len(self.seeds) > 1 else 0], batches)
 
@@ -173,7 +177,8 @@ class Together:
 
     @cached_property
     def compiled(self) -> Any:
-        """The compiled training step. Raises BadInput if a single point can't fit the memory."""
+        """The compiled training step. Raises BadInput if even one point takes more memory than is
+        free."""
         trainer = self._trainer({})
         trainer.frozen = self.frozen
         footprint.require_least(trainer)
@@ -192,8 +197,8 @@ class Together:
         return taken + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
     def fitting(self, budget: int) -> list[Together]:
-        """Split this group until each part needs at most `budget` bytes; a single point is never
-        refused here."""
+        """Split this group into parts that each take at most `budget` bytes. A part of one point is
+        returned whatever it takes."""
         if len(self.points) == 1 or self.memory() <= budget:
             return [self]
         half = len(self.points) // 2
@@ -223,7 +228,7 @@ class Together:
     def run(self, title: str = "training") -> Iterator[Report]:
         """Train to the last step; yield a report whenever metrics are due.
 
-        Ends early once all points are in `stopped`, to which the caller may add.
+        Ends early if all points are in `stopped`, to which the caller may add points.
         """
         training = self.training
         with jax.set_mesh(self.mesh):
@@ -262,7 +267,7 @@ class Together:
         rows: list[dict[str, float]] = []
         for point, done in enumerate(steps):
             row = {name: float(getattr(values, name)[point]) for name in names}
-            # A state whose loss or gradient was not finite has stopped at that step.
+            # After a loss or gradient that is not finite, a state no longer changes.
             rows.append(row if done == step else _diverged(row))
         return rows
 

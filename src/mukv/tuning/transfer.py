@@ -1,10 +1,10 @@
-"""Learning-rate transfer: the best learning rate at each width, and the cost of using the
-narrowest's.
+"""Learning-rate transfer: find the best learning rate at each width, and how it drifts with width.
 
-At each width learning rates are swept over octaves, with seeds, until the best is not at an edge.
-The optimum is the vertex of a parabola through the losses around it, over the logarithm of the
-rate. The drift is the slope of the optimum's logarithm against that of the width. Every measured
-loss is saved, so that an interrupted search resumes.
+At each width learning rates are swept in octaves, with several seeds, until the best is not at an
+edge. The optimum is the vertex of a parabola through the losses near the best, over log2 of the
+learning rate. The drift is the slope of log2 of the optimum against log2 of the width. The gap is
+the loss that the widest model has more at the narrowest model's optimum than at its own. Every
+measured loss is saved, so that an interrupted search resumes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from mukv.train.training import Training
 from mukv.tuning.together import Point, Together, free_memory, grouped
 
 DRIFT_LIMIT = 0.3
-"""Largest absolute drift that passes, in octaves of rate per octave of width, our choice."""
+"""Largest absolute drift that passes, in octaves of learning rate per octave of width (our choice).
+"""
 GAP_LIMIT = 0.03
-"""Largest loss in nats per token that the narrowest model's rate may cost the widest."""
+"""Largest gap that passes, in nats per token."""
 AROUND = 2
-"""Octaves on each side of the best rate that the parabola is fitted to."""
+"""Octaves on each side of the best learning rate to which the parabola is fitted."""
 MOST_EXTENSIONS = 6
 SIGMAS = 2.0
 
@@ -45,10 +46,10 @@ SIGMAS = 2.0
 class Optimum:
     """Best learning rate of one width.
 
-    rate: log2 of it
-    low, high: interval of two standard errors over seeds
-    loss: nats per token there
-    inside: whether rates on both sides were tried
+    rate: log2 of the best learning rate
+    low, high: ends of its interval of two standard errors over seeds, log2
+    loss: validation loss at the best learning rate, in nats per token
+    inside: whether learning rates on both sides of the best were tried
     """
 
     rate: float
@@ -63,8 +64,10 @@ class Transfer:
     """Result of a search.
 
     optima: best learning rate by width
-    drift, low, high: octaves of rate per octave of width, with its interval
-    gap: nats per token that the narrowest model's best rate costs the widest
+    drift, low, high: drift and the ends of its interval, in octaves of learning rate per octave of
+        width
+    gap: loss of the widest model at the narrowest model's optimum, less its loss at its own, in
+        nats per token
     """
 
     optima: Mapping[int, Optimum]
@@ -85,10 +88,10 @@ class Transfer:
 class Search:
     """A search of the best learning rate at several widths.
 
-    octaves: octaves on each side of the centre that are tried first
-    memory: bytes that a program may take; None means `free_memory`
-    losses: validation loss after the last step by (width, log2 rate, seed); infinite where a run
-        diverged
+    octaves: octaves that are tried first on each side of the centre
+    memory: bytes of device memory that a program may take; None for `free_memory`
+    losses: validation loss after the last step by (width, log2 of the learning rate, seed);
+        infinite where a run diverged
     """
 
     model: LanguageModel
@@ -102,7 +105,8 @@ class Search:
     losses: dict[tuple[int, float, int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises BadInput for widths that can't be compared, or a folder of another search."""
+        """Widen the model. Raises BadInput for widths that can't be compared, and for a folder with
+        the losses of another search."""
         if len(set(self.widths)) < 2:
             raise BadInput("widths", list(self.widths), "at least two different ones")
         for name, number in (("seeds", self.seeds), ("octaves", self.octaves)):
@@ -126,7 +130,7 @@ class Search:
         return self.folder / "losses.json"
 
     def run(self) -> Transfer:
-        """Measure what is not measured yet, and return the result."""
+        """Measure the losses that are not measured yet, and return the result."""
         centre = round(math.log2(self.training.learning_rate) * 2) / 2
         for width in self.models:
             rates = [centre + step for step in range(-self.octaves, self.octaves + 1)]
@@ -136,16 +140,17 @@ class Search:
                 if not beyond:
                     break
                 self._measure(width, beyond)
-            # The search at the next width is centred on this width's best rate.
-            centre = self.optimum(width).rate
-            centre = round(centre)
+            # The search at the next width is centred on this width's optimum.
+            centre = round(self.optimum(width).rate)
         return self.verdict()
 
     def verdict(self) -> Transfer:
         """Compute the result from the measured losses."""
         optima = {width: self.optimum(width) for width in self.models}
         points = [
-            (math.log2(width), rate) for width in self.models for rate in self._vertices(width)
+            (math.log2(width), log2_rate)
+            for width in self.models
+            for log2_rate in self._vertices(width)
         ]
         drift, error = statistics.line(points)
         widest, narrowest = max(self.models), min(self.models)
@@ -153,32 +158,35 @@ class Search:
         return Transfer(optima, drift, drift - SIGMAS * error, drift + SIGMAS * error, gap)
 
     def rates(self, width: int) -> list[float]:
-        """Return the log2 of the tried rates."""
-        return sorted({rate for other, rate, _ in self.losses if other == width})
+        """Return log2 of the tried learning rates, ascending."""
+        return sorted({log2_rate for other, log2_rate, _ in self.losses if other == width})
 
-    def mean(self, width: int, rate: float) -> float:
-        """Return the mean loss over seeds."""
-        return float(np.mean([self.losses[width, rate, seed] for seed in range(self.seeds)]))
+    def mean(self, width: int, log2_rate: float) -> float:
+        """Return the mean loss over seeds. log2_rate: log2 of the learning rate."""
+        return float(np.mean([self.losses[width, log2_rate, seed] for seed in range(self.seeds)]))
 
-    def loss_at(self, width: int, rate: float) -> float:
-        """Interpolate the loss between tried rates: by the parabola where it applies, else
-        linearly."""
+    def loss_at(self, width: int, log2_rate: float) -> float:
+        """Interpolate the loss between tried learning rates, by the parabola in its range and
+        linearly elsewhere; infinite beyond the tried learning rates.
+
+        log2_rate: log2 of the learning rate
+        """
         optimum = self.optimum(width)
-        if abs(rate - optimum.rate) < 1e-9:
+        if abs(log2_rate - optimum.rate) < 1e-9:
             return optimum.loss
         near, losses = self._near(width, None)
-        if len(near) >= 3 and near[0] <= rate <= near[-1]:
-            return float(np.polyval(np.polyfit(near, losses, 2), rate))
+        if len(near) >= 3 and near[0] <= log2_rate <= near[-1]:
+            return float(np.polyval(np.polyfit(near, losses, 2), log2_rate))
         tried = self.rates(width)
         means = [self.mean(width, each) for each in tried]
-        if not tried[0] <= rate <= tried[-1]:
+        if not tried[0] <= log2_rate <= tried[-1]:
             return math.inf
-        return float(np.interp(rate, tried, means))
+        return float(np.interp(log2_rate, tried, means))
 
     def optimum(self, width: int) -> Optimum:
         """Compute the optimum of a width."""
         tried = self.rates(width)
-        best = min(tried, key=lambda rate: self.mean(width, rate))
+        best = min(tried, key=lambda log2_rate: self.mean(width, log2_rate))
         vertices = self._vertices(width)
         error = float(np.std(vertices, ddof=1) / math.sqrt(len(vertices))) if self.seeds > 1 else 0
         best_rate, loss = statistics.vertex(*self._near(width, None))
@@ -191,31 +199,34 @@ class Search:
         )
 
     def _vertices(self, width: int) -> list[float]:
-        """Return the optimum of each seed."""
+        """Return log2 of the best learning rate of each seed."""
         return [statistics.vertex(*self._near(width, seed))[0] for seed in range(self.seeds)]
 
     def _near(self, width: int, seed: int | None) -> tuple[list[float], list[float]]:
-        """Return the rates around the best and their losses, of one seed or the mean (seed None).
+        """Return log2 of the learning rates near the best, and their losses.
 
-        The best is that of the mean. Rates with a loss more than a fifth above the best are left
-        out (the threshold of Everett et al.).
+        seed: seed whose losses are returned; None for the mean over seeds
+
+        The best learning rate is the one with the smallest mean loss. Learning rates with a mean
+        loss more than a fifth above that are left out (the threshold of Everett et al.).
         """
         tried = self.rates(width)
-        best = min(tried, key=lambda rate: self.mean(width, rate))
+        best = min(tried, key=lambda log2_rate: self.mean(width, log2_rate))
         limit = 1.2 * self.mean(width, best)
         near = [
-            rate
-            for rate in tried
-            if abs(rate - best) <= AROUND and (self.mean(width, rate) <= limit or rate == best)
+            log2_rate
+            for log2_rate in tried
+            if abs(log2_rate - best) <= AROUND
+            and (self.mean(width, log2_rate) <= limit or log2_rate == best)
         ]
         if seed is None:
-            return near, [self.mean(width, rate) for rate in near]
-        return near, [self.losses[width, rate, seed] for rate in near]
+            return near, [self.mean(width, log2_rate) for log2_rate in near]
+        return near, [self.losses[width, log2_rate, seed] for log2_rate in near]
 
     def _beyond(self, width: int) -> Iterator[float]:
-        """Yield the rates that are missing for one on each side of the best."""
+        """Yield log2 of further learning rates to try if the best is at an end of those tried."""
         tried = self.rates(width)
-        best = min(tried, key=lambda rate: self.mean(width, rate))
+        best = min(tried, key=lambda log2_rate: self.mean(width, log2_rate))
         if best == tried[0]:
             yield from (best - 1, best - 2)
         if best == tried[-1]:
@@ -223,14 +234,16 @@ class Search:
 
     def _measure(self, width: int, rates: Sequence[float]) -> None:
         wanted = [
-            (width, rate, seed)
-            for rate in rates
+            (width, log2_rate, seed)
+            for log2_rate in rates
             for seed in range(self.seeds)
-            if (width, rate, seed) not in self.losses
+            if (width, log2_rate, seed) not in self.losses
         ]
         points = [
-            Point(self.models[width], replace(self.training, learning_rate=2.0**rate, seed=seed))
-            for _, rate, seed in wanted
+            Point(
+                self.models[width], replace(self.training, learning_rate=2.0**log2_rate, seed=seed)
+            )
+            for _, log2_rate, seed in wanted
         ]
         budget = free_memory() if self.memory is None else self.memory
         for indices in grouped(points):
@@ -259,12 +272,12 @@ class Search:
                     f"the search in {self.folder} has {before.get(name, 'nothing')}; give another "
                     "folder with --out",
                 )
-        for width, rate, seed, loss in saved["losses"]:
-            self.losses[width, rate, seed] = math.inf if loss is None else loss
+        for width, log2_rate, seed, loss in saved["losses"]:
+            self.losses[width, log2_rate, seed] = math.inf if loss is None else loss
 
 
 def facts(search: Search, result: Transfer) -> dict[str, Any]:
-    """Return the result as fields of --json."""
+    """Return the fields that `--json` prints; `optima` has log2 of learning rates."""
     return {
         "drift": result.drift,
         "low": result.low,
@@ -273,8 +286,8 @@ def facts(search: Search, result: Transfer) -> dict[str, Any]:
         "passed": result.passed,
         "optima": {str(width): vars(optimum) for width, optimum in result.optima.items()},
         "losses": [
-            {"width": width, "log2_rate": rate, "seed": seed, "loss": loss}
-            for (width, rate, seed), loss in sorted(search.losses.items())
+            {"width": width, "log2_rate": log2_rate, "seed": seed, "loss": loss}
+            for (width, log2_rate, seed), loss in sorted(search.losses.items())
             if math.isfinite(loss)
         ],
     }
@@ -290,12 +303,16 @@ def draw(search: Search, result: Transfer, path: Path, title: str) -> None:
     with saved_figure(path, (9.6, 4.0), title, about.strip()) as figure:
         left, right = figure.subplots(1, 2)
         for width, style in zip(search.models, series_styles(len(search.models)), strict=True):
-            tried = [rate for rate in search.rates(width) if search.mean(width, rate) < math.inf]
-            means = np.array([search.mean(width, rate) for rate in tried])
+            tried = [
+                log2_rate
+                for log2_rate in search.rates(width)
+                if search.mean(width, log2_rate) < math.inf
+            ]
+            means = np.array([search.mean(width, log2_rate) for log2_rate in tried])
             each = np.array(
                 [
-                    [search.losses[width, rate, seed] for seed in range(search.seeds)]
-                    for rate in tried
+                    [search.losses[width, log2_rate, seed] for seed in range(search.seeds)]
+                    for log2_rate in tried
                 ]
             ).reshape(len(tried), search.seeds)
             spread = (means - each.min(axis=1), each.max(axis=1) - means) if seeded else None
@@ -304,7 +321,7 @@ def draw(search: Search, result: Transfer, path: Path, title: str) -> None:
             left.plot(optimum.rate, optimum.loss, "*", ms=12, color=style["color"])
         finite = [optimum.loss for optimum in result.optima.values()]
         low, high = min(finite) - 0.1, max(finite) + 1.2
-        near = [rate for (_, rate, _), loss in search.losses.items() if loss <= high]
+        near = [log2_rate for (_, log2_rate, _), loss in search.losses.items() if loss <= high]
         left.set(ylim=(low, high), xlim=(min(near) - 0.5, max(near) + 0.5))
         left.set(xlabel="log2 of the learning rate", ylabel="validation loss, nats per token")
         widths = np.log2(list(result.optima))

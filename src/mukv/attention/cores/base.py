@@ -158,6 +158,26 @@ def all_at_once(demand: Demand, compute: Compute) -> str | None:
     return None
 
 
+def not_of_own_tokens(demand: Demand, compute: Compute) -> str | None:
+    """Return why a kernel for entries of the queries' own tokens can't serve; None if it can."""
+    if demand.position.biases:
+        return f"{demand.position.kind} adds a bias to the logits"
+    if not demand.aligned:
+        return "its keys must be those of the queries' own tokens, in one bag"
+    return all_at_once(demand, compute)
+
+
+def operands(query: Query, part: Part, kind: str | None) -> tuple[Array, Array, Array]:
+    """Return queries, keys and values as one array each, with as many heads of values as of keys.
+
+    kind: type that they are rounded to; None to keep their types
+    """
+    keys, values = part.recalled.dense(query[0].shape[1])
+    asked = jnp.concatenate(query, axis=-1)
+    asked, keys, values = (x.astype(kind or x.dtype) for x in (asked, keys, values))
+    return asked, keys, values
+
+
 def finite(top: Array) -> Array:
     """Replace a maximum of -inf, that of a query which sees no key, by 0."""
     return jnp.where(jnp.isfinite(top), top, 0.0)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, all_at_once
-from mukv.attention.cores.pairs import Division, Places, reachable
+from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, not_of_own_tokens, operands
+from mukv.attention.cores.pairs import Division, Places, documents, reachable
 from mukv.attention.recalled import Query
 from mukv.core.compute import Compute, Platform
 from mukv.core.mesh import by_shard
@@ -32,8 +32,6 @@ BLOCK = 64
 """Queries per chunk and keys per block."""
 NARROWEST = 16
 """Smallest side of an operand of Triton's matrix products; all sides are powers of two."""
-NOBODY = -(1 << 31)
-"""Document of a key that no query sees; padding may have any other number."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +52,19 @@ class Flash(Core):
 
     @classmethod
     def supports(cls, demand: Demand, compute: Compute) -> str | None:
-        if demand.position.biases:
-            return f"{demand.position.kind} adds a bias to the logits"
-        if not demand.aligned:
-            return "its keys must be those of the queries' own tokens, in one bag"
-        return all_at_once(demand, compute)
+        return not_of_own_tokens(demand, compute)
 
     def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
         (part,) = parts
-        kind, heads, length = query[0].dtype, query[0].shape[1], query[0].shape[3]
-        keys, values = part.recalled.dense(heads)
-        given = (jnp.concatenate(query, axis=-1), keys, values)
-        if self.operands is not None:
-            given = tuple(x.astype(self.operands) for x in given)
+        kind, length = query[0].dtype, query[0].shape[3]
+        given = operands(query, part, self.operands)
         size = min(BLOCK, _power(length))
         cut = Division(length, size, -(-length // size))
         window = part.mask.window
         places = Places.of(part, cut, cut)
         position = cut.padded(scores.query_position, 1)
         seen = reachable(cut, cut, window, position, places)[:, 0]
-        own, keys_own = _documents(places, position)
+        own, keys_own = documents(places, position)
         where = _Where(
             position=position,
             document=own,
@@ -91,7 +82,7 @@ class Flash(Core):
         names = (*(by_head,) * 3, ("kv_heads",), *(("batch",),) * len(where))
         attend = by_shard(partial(_attend, kernels), names, by_head)
         out = attend(*padded, sinks.astype(jnp.float32), *where)
-        return out[:, :, :, :length, : values.shape[-1]].astype(kind)
+        return out[:, :, :, :length, : given[2].shape[-1]].astype(kind)
 
 
 def _power(length: int) -> int:
@@ -103,18 +94,6 @@ def _widened(x: Array) -> Array:
     """Pad the last axis with zeros to a power of two."""
     wide = _power(x.shape[-1]) - x.shape[-1]
     return jnp.pad(x, [*((0, 0),) * (x.ndim - 1), (0, wide)]) if wide else x
-
-
-def _documents(places: Places, position: Array) -> tuple[Array, Array]:
-    """Return the document of each query and of each key [batch token]; NOBODY for keys that are
-    not valid."""
-    if places.segment is None:
-        own = keys = jnp.zeros_like(position)
-    else:
-        own, keys = places.asking, places.segment[:, 0]
-    if places.valid is not None:
-        keys = jnp.where(places.valid[:, 0], keys, NOBODY)
-    return own.astype(jnp.int32), keys.astype(jnp.int32)
 
 
 class _Where(NamedTuple):

@@ -12,6 +12,9 @@ import numpy as np
 from mukv.attention.cores.base import Part
 from mukv.core.typing import Array
 
+NOBODY = -(1 << 31)
+"""Document of a key that no query sees; padding may have any other number."""
+
 
 def chunk_size(length: int) -> int:
     """Return the maximum size of a chunk or block: an eighth of the length, from 64 to 256."""
@@ -97,6 +100,18 @@ class Places(NamedTuple):
             keys.padded(segment, 2),
             rows.padded(asking, 1),
         )
+
+
+def documents(places: Places, position: Array) -> tuple[Array, Array]:
+    """Return the document of each query and of each key [batch token]; NOBODY for keys that are
+    not valid. position: padded positions of the queries"""
+    if places.segment is None:
+        own = keys = jnp.zeros_like(position)
+    else:
+        own, keys = places.asking, places.segment[:, 0]
+    if places.valid is not None:
+        keys = jnp.where(places.valid[:, 0], keys, NOBODY)
+    return own.astype(jnp.int32), keys.astype(jnp.int32)
 
 
 def aligned_pairs(rows: Division, keys: Division, window: int | None) -> tuple[np.ndarray, int]:

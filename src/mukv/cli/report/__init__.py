@@ -27,11 +27,13 @@ COLUMNS = (
 
 
 def report(sources: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Write the page; returns the numbers of its first table, the path, and what was left out.
+    """Write the page; return the numbers of its first table, its path, and what was left out.
 
-    sources: run directories, or folders of them. out: the HTML file. Raises BadInput for a source
-    that is not a run, or whose configuration can't be read; unreadable runs in a folder of runs are
-    left out.
+    sources: run directories, or folders of run directories
+    out: the HTML file
+
+    Raises BadInput for a source that is not a run, or whose configuration can't be read. Unreadable
+    runs in a folder of runs are left out.
     """
     runs, left_out = gather(sources)
     names = [shortened(run.name) for run in runs[:4]]

@@ -16,29 +16,29 @@ from mukv.show.figures import CAPTION
 
 MOST_BYTES = 32 << 20
 MOST_ROWS, MOST_COLUMNS = 60, 60
-"""Largest table that is shown; the page names a larger one, which stays in the run directory."""
+"""Largest table that is shown. Of a larger table the page says that it was left out."""
 LONGEST_CELL, LONGEST_CAPTION = 120, 2000
 WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]{0,14})")
 DECIMAL = re.compile(
     r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?|[+-]?inf|nan"
 )
-"""Numbers as programs write them. Digits with leading zeros, such as 007, are left as text."""
+"""Patterns of numbers. Digits with leading zeros, such as 007, count as text."""
 
 
 class LeftOut(Exception):
-    """Raised for a file that is not shown; its text is the reason."""
+    """Raised for a file that is not shown; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class ForeignTable:
-    """A table whose cells are formatted as they are shown."""
+    """A table of formatted cells."""
 
     columns: list[str]
     rows: list[list[str]]
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a regular file of at most MOST_BYTES. Raises LeftOut."""
+    """Read a regular file of at most MOST_BYTES. Raises LeftOut for any other file."""
     try:
         if not path.is_file():  # reading a pipe would block
             raise LeftOut("not a regular file")
@@ -52,7 +52,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_table(path: Path) -> ForeignTable:
-    """Read a CSV file with column names in its first line. Raises LeftOut."""
+    """Read a CSV file with column names in its first line. Raises LeftOut for any other file."""
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -98,8 +98,8 @@ def _column(cells: Sequence[str]) -> list[str]:
 
 
 def read_picture(path: Path) -> tuple[bytes, str]:
-    """Read a PNG; returns its bytes and the caption in its metadata, or else its file name. Raises
-    LeftOut."""
+    """Read a PNG file; return its bytes and the caption in its metadata, or else its file name.
+    Raises LeftOut for any other file."""
     from PIL import Image
 
     content = read_bytes(path)

@@ -27,7 +27,8 @@ MOST_FILES = 200
 
 
 def findings(page: Page, name: str, folder: Path) -> list[str]:
-    """Add pictures and short tables to a page; returns what was left out, with the reasons."""
+    """Add the pictures and short tables of a run directory to a page; return the files that were
+    left out, with the reasons."""
     left_out: list[str] = []
     for kind, title in FINDINGS.items():
         pictures = sorted((folder / kind).glob("*.png"))

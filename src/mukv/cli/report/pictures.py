@@ -1,4 +1,4 @@
-"""Draw the pictures of a report. Each compares runs on one text, and returns its caption."""
+"""Draw the pictures of a report. Each function compares runs on one text, returns the caption."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mukv.show.figures import labels, legend, powers, saved_figure, series_style
 
 BITS = "validation_bits_per_byte"
 MOST_POINTS, MARKED = 1000, 25
-"""Most points of a curve that are drawn, and most points of which each has a marker."""
+"""Most points of a curve that are drawn, and most points of a curve that marks every point."""
 SHOWN, WORTH = 0.75, 1.5
-"""Least share of a curve's values inside of the axis; and the axis is cut only if it would have to
-be this many times taller to show all values."""
+"""Smallest fraction of a curve's values within the axis limits; and ratio of heights: the axis is
+cut only if it would be more than this many times as tall with all values."""
 
 
 def curves(runs: Sequence[Told], path: Path) -> str | None:
-    """Plot the logged losses by step: one panel of nats per token for each group of runs with the
-    same tokens, and one of bits per byte for all runs. Returns None if nothing was logged."""
+    """Plot the logged losses by step: a panel of nats per token for each group of runs with the
+    same tokens, and a panel of bits per byte for all runs. Returns None if no loss was logged."""
     from matplotlib.ticker import MaxNLocator
 
     panels: list[tuple[str, str, list[Told]]] = []
@@ -81,18 +81,18 @@ def _common_legend(
 
 
 def _points(curve: dict[int, float]) -> tuple[list[int], list[float]]:
-    """Return steps and values in order: at most MOST_POINTS, evenly spaced and with the last."""
+    """Return the steps and values of at most MOST_POINTS evenly spaced points, with the last."""
     points = sorted(curve.items())
     points = points[:: -max(1, -(-len(points) // MOST_POINTS))][::-1]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def _clip(axes: Any, drawn: Sequence[tuple[list[int], list[float]]]) -> bool:
-    """Limit the axes so that the high values of the first steps don't flatten the curves; returns
-    whether values are outside of them.
+    """Limit the axes so that the high values of the first steps don't flatten the curves; return
+    whether some values are outside of the limits.
 
-    At least a share SHOWN of each curve stays inside, and all of its second half, so that a loss
-    that diverges is seen.
+    At least the fraction SHOWN of each curve's values stays inside, and the whole second half, so
+    that a diverging loss is visible.
     """
     values = [each for _, each in drawn]
     low, high = min(map(min, values)), max(map(max, values))
@@ -112,8 +112,8 @@ def _clip(axes: Any, drawn: Sequence[tuple[list[int], list[float]]]) -> bool:
 
 
 def trade_off(runs: Sequence[Told], path: Path) -> str | None:
-    """Plot bits per byte against cache bytes per token, for runs on one text. Returns None for less
-    than two runs with both numbers."""
+    """Plot bits per byte against cache bytes per token, for runs on one text. Returns None if fewer
+    than two runs have both numbers."""
     points = {run.name: (run.facts["cache_bytes_per_token"], run.facts[BITS]) for run in runs}
     points = {name: point for name, point in points.items() if point[0] and point[1] is not None}
     if len(points) < 2:
@@ -129,4 +129,4 @@ def trade_off(runs: Sequence[Told], path: Path) -> str | None:
         axes.set(xlabel="cache bytes per token", ylabel="held-out bits/byte")
         axes.grid(alpha=0.3)
         legend(figure, axes)
-    return "Quality against memory, on the same text: down and left is better. One point per run."
+    return "Quality against cache bytes, on one text: down and left is better. One point per run."

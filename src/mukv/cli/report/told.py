@@ -26,7 +26,7 @@ SIZES = ("parameters", "cache_bytes_per_token", "cache_bytes_constant")
 COMPARED = 1 << 16
 """Two texts count as the same if these first bytes of each split and its length are equal."""
 HIGHEST = 1e12
-"""A larger loss is left out of the curves, since the axis could show nothing else."""
+"""Largest loss that curves show; with larger values the axis would flatten all others."""
 MOST_COMPLAINTS = 3
 
 
@@ -34,11 +34,14 @@ MOST_COMPLAINTS = 3
 class Told:
     """The numbers of one run.
 
-    facts: last numbers, by name
+    name: name on the page
+    folder: the run directory
+    facts: last values of the numbers, by name
     curves: logged numbers, by name and step
-    data, tokenizer: names as they are shown
-    text, tokens: keys that are equal for runs with the same text, and with the same tokens
-    held_out: number of tokens that it was evaluated on; None for all of the split
+    data, tokenizer: names on the page
+    text: key that runs share if they were trained on the same text
+    tokens: key that runs share if they were trained on the same tokens
+    held_out: number of tokens on which the run was evaluated; None for the whole split
     stale: step of each held-out number that was not measured at the last step
     left_out: files and lines that could not be read, each with the reason
     """
@@ -57,11 +60,11 @@ class Told:
 
 
 def gather(sources: Sequence[Path]) -> tuple[list[Told], list[str]]:
-    """Read run directories, and those inside of folders, each once; returns them, and the names of
-    those that were left out with the reasons.
+    """Read the run directories among the sources, and those in folders, each once. Return the runs,
+    and the names of runs that were left out, with the reasons.
 
-    Raises BadInput for a source that is neither, and for a run that was named itself and can't be
-    read.
+    Raises BadInput for a source that is neither a run directory nor a folder of them, and for a
+    source that is a run directory that can't be read.
     """
     folders: dict[Path, bool] = {}
     for source in sources:
@@ -103,7 +106,12 @@ def same_text(runs: Sequence[Told]) -> list[list[Told]]:
 
 
 def told(folder: Path, name: str) -> Told:
-    """Read a run directory. name: as it is shown. Raises BadInput for a damaged configuration."""
+    """Read a run directory.
+
+    name: name on the page
+
+    Raises BadInput for a damaged configuration.
+    """
     directory, left_out = RunDirectory(folder), list[str]()
     run = directory.load_config()
     described = describe(run)
@@ -159,12 +167,13 @@ def _fingerprint(folder: Path) -> str | None:
 def _data(run: Run, fingerprint: str | None) -> str:
     stamp = "unknown" if fingerprint is None else shortened(fingerprint[:8])
     task = run.data.task
-    name = f"task {task.kind}" if task else Path(run.data.path or "unknown").name
+    mixed = "+".join(Path(part.path).name for part in run.data.mixture)
+    name = f"task {task.kind}" if task else mixed or Path(run.data.path or "unknown").name
     return f"{shortened(name)} ({stamp})"
 
 
 def _tokenizer(path: Path) -> tuple[str, str | None]:
-    """Return the tokenizer's name as it is shown, and the SHA-256 of its file."""
+    """Return the tokenizer's name on the page, and the SHA-256 of its file."""
     try:
         content = read_bytes(path)
     except LeftOut:

@@ -1,7 +1,7 @@
 """Independent solvers: compute the answers to a task's questions from its text alone.
 
-They share no code with the generators, so that their answers follow from the text. A solver
-receives the text with " ?" for each answer and returns the answers in order.
+Solvers share no code with the generators, so that their answers follow from the text alone. A
+solver receives the text with " ?" in place of each answer and returns the answers in order.
 """
 
 from collections.abc import Callable

@@ -25,7 +25,7 @@ def function(does: str, how: str, alphabet: str) -> Callable[[str], str]:
 
 
 def comments(text: str) -> list[str]:
-    """Return the value of each print and evaluation."""
+    """Return the values that the graded comments show, in order."""
     functions: dict[str, Callable[[str], str]] = {}
     values: dict[str, str] = {}
     pairs: dict[str, tuple[str, str]] = {}
