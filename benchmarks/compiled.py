@@ -1,11 +1,15 @@
-"""Compile a training step for H100 GPUs on a machine that has none, and count what it will do.
+"""Compile a step for H100 GPUs on a machine that has none, and count what it will do.
 
 Run: pip install --no-deps --target DIR jax-cuda12-pjrt==JAX jax-cuda12-plugin==JAX
      python benchmarks/compiled.py llama-3.2-1b --packages DIR --mesh 8x1 --batch 8 --length 4096
+     python benchmarks/compiled.py llama-3.2-1b --packages DIR --decode int4 --length 131072
 
-JAX is the installed version of jax. Counted are, per device and step: kernels, calls of attention
-kernels, and the bytes of each kind of collective, of which the larger side counts. They are counts
-to compare two programs with, not times. A loop counts as often as it turns.
+JAX is the installed version of jax. The second compiles one step of training, the third one step of
+decoding on one GPU behind a cache of `--length` tokens. Counted are, per device and step: kernels,
+calls of attention kernels, the bytes that kernels read and write, each array once, and the bytes of
+each kind of collective, of which the larger side counts. They are counts to compare two programs
+with, not times. A loop counts as often as it turns; in one, a kernel that reads a part of an array
+counts the whole.
 """
 
 from __future__ import annotations
@@ -58,11 +62,13 @@ class Counts(NamedTuple):
     """Counts of a compiled program, for one device.
 
     kernels: number of kernels
+    moved: bytes that they read and write
     calls: number of calls of kernels that are not XLA's own, by name
     collectives: by kind, type and whether in a loop, such as "all-gather bf16 in loops"
     """
 
     kernels: int
+    moved: int
     calls: dict[str, int]
     collectives: dict[str, Exchange]
 
@@ -107,11 +113,11 @@ def counts(text: str) -> Counts:
         elif found := INSTRUCTION.match(line):
             operands = re.findall(r"%([\w.\-]+)", found[4].split("), ")[0])
             body[found[1]] = Instruction(found[2], found[3], operands, line)
-    kernels, calls = 0, Counter()
+    kernels, passed, calls = 0, 0, Counter()
     moved, number, largest = Counter(), Counter(), Counter()
 
     def visit(name: str, times: int, looped: bool) -> None:
-        nonlocal kernels
+        nonlocal kernels, passed
         body = bodies.get(name, {})
         for instruction in body.values():
             operation, line = instruction.operation, instruction.line
@@ -131,6 +137,10 @@ def counts(text: str) -> Counts:
                 largest[key] = max(largest[key], given)
             elif operation in LAUNCHED:
                 kernels += times
+                given = {
+                    name: size(body[name].shape) for name in instruction.operands if name in body
+                }
+                passed += times * (sum(given.values()) + size(instruction.shape))
                 if "triton" in line and "pallas_call" in line:
                     calls["flash"] += times
                 elif "fmha" in line:
@@ -138,7 +148,7 @@ def counts(text: str) -> Counts:
 
     visit(entry, 1, False)
     kinds = {key: Exchange(n, number[key], largest[key]) for key, n in moved.most_common()}
-    return Counts(kernels, dict(calls), kinds)
+    return Counts(kernels, passed, dict(calls), kinds)
 
 
 def compiled(given: argparse.Namespace) -> tuple[Any, float]:
@@ -177,6 +187,45 @@ def compiled(given: argparse.Namespace) -> tuple[Any, float]:
     return program, time.perf_counter() - start
 
 
+def decoding(given: argparse.Namespace) -> tuple[Any, float]:
+    """Return the compiled program of one greedy step of decoding, and the seconds it took."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.topologies import get_topology_desc
+    from jax.sharding import SingleDeviceSharding
+
+    from mukv.cache import Policy
+    from mukv.core import params
+    from mukv.infer.decode import TAIL, decoding_weights
+    from mukv.runs import config
+
+    device = get_topology_desc("", "cuda", topology="1x1x1", target_config=TARGET).devices[0]
+    own = ["model.context=null", "train.compute.platform=gpu"]
+    run = config.load(given.preset, [*own, *given.overrides])
+    model, compute = run.model, run.train.compute.resolve("gpu")
+
+    def arguments(weights: Any) -> tuple[Any, ...]:
+        room = given.batch, given.length, TAIL, compute.type, Policy.parse(given.decode)
+        cache = model.empty_cache(*room).split()
+        weights = decoding_weights(model, weights, compute)
+        return weights, *cache, jnp.zeros(given.batch, jnp.int32)
+
+    def step(weights: Any, frozen: Any, live: Any, token: Any) -> tuple[Any, Any]:
+        cache = model.cache_class.join(frozen, live)
+        logits, cache = model.step(weights, cache, token, compute=compute)
+        return jnp.argmax(logits, axis=-1), cache.split()[1]
+
+    placed = SingleDeviceSharding(device)
+    shapes = jax.tree.map(
+        lambda leaf: leaf.update(sharding=placed),
+        jax.eval_shape(arguments, params.abstract(model.params())),
+    )
+    lowered = jax.jit(step, donate_argnums=2).trace(*shapes).lower(lowering_platforms=("cuda",))
+    start = time.perf_counter()
+    program = lowered.compile({"xla_gpu_autotune_level": 0})
+    return program, time.perf_counter() - start
+
+
 def memory(program: Any) -> dict[str, int]:
     """Return the bytes of a program on one device: state and batch, and what lives only in it."""
     found = program.memory_analysis()
@@ -203,6 +252,7 @@ def main() -> None:
     parser.add_argument("--mesh", type=sizes, default=(1, 1), metavar="DATAxTENSOR")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--decode", metavar="POLICY", help="a step of decoding, such as full")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_intermixed_args()
     if not os.path.isdir(os.path.join(given.packages, "jax_plugins")):
@@ -212,17 +262,18 @@ def main() -> None:
     from mukv.core.errors import BadInput
 
     try:
-        program, seconds = compiled(given)
+        program, seconds = compiled(given) if given.decode is None else decoding(given)
     except BadInput as error:
         parser.error(str(error))
     found, held = counts(program.as_text() or ""), memory(program)
     facts: dict[str, Any] = {"compile_seconds": round(seconds, 1), "kernels": found.kernels}
-    facts |= {"calls": found.calls, "memory_bytes": held}
+    facts |= {"moved_bytes": found.moved, "calls": found.calls, "memory_bytes": held}
     facts["collectives"] = {key: one._asdict() for key, one in found.collectives.items()}
     if given.json:
         print(json.dumps(facts))
         return
     print(f"compiled in {seconds:.1f} s; kernels {found.kernels:,}; calls {found.calls}")
+    print(f"{found.moved / 2**30:.2f} GiB read and written by kernels")
     print(", ".join(f"{size / 2**30:.2f} GiB {name}" for name, size in held.items()))
     for key, one in found.collectives.items():
         print(f"{key:36} {one.bytes / 2**30:8.3f} GiB in {one.number:,}")

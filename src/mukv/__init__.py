@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from mukv.model.block import PostNorm as PostNorm
     from mukv.model.block import PreNorm as PreNorm
     from mukv.model.block import SandwichNorm as SandwichNorm
+    from mukv.model.block import Ungated as Ungated
     from mukv.model.concept import Attend as Attend
     from mukv.model.concept import Chunker as Chunker
     from mukv.model.concept import Concatenate as Concatenate
@@ -170,6 +171,7 @@ if TYPE_CHECKING:
     from mukv.tasks import Task as Task
     from mukv.tasks import VariableTracking as VariableTracking
     from mukv.train.adapter import Adapter as Adapter
+    from mukv.train.training import LengthStage as LengthStage
     from mukv.train.training import Training as Training
 
 __version__ = VERSION
@@ -196,7 +198,7 @@ _MODULES = {
     "mukv.data.mixture": "MixturePart",
     "mukv.infer.decode": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
-    "mukv.model.block": "Branching Feedforward Gated PostNorm PreNorm SandwichNorm",
+    "mukv.model.block": "Branching Feedforward Gated PostNorm PreNorm SandwichNorm Ungated",
     "mukv.model.feedforward": "Experts",
     "mukv.model.concept": (
         "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "
@@ -221,7 +223,7 @@ _MODULES = {
         "Needle NoLiteral NoisyRecall Program SelectiveCopy Task VariableTracking"
     ),
     "mukv.train.adapter": "Adapter",
-    "mukv.train.training": "Training",
+    "mukv.train.training": "LengthStage Training",
 }
 """The public names, by the module that has them. Type checkers read the imports above; a test
 compares the two."""

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mukv.attention.recalled import Dense
 from mukv.cache import Policy
 from mukv.cache.quantised import GROUP, Int4, Int8
+from mukv.cache.shelf import BLOCK, InBlocks
 from tests.laws import matrix
 
 STORES = {"int8": (Int8(), 255), "int4": (Int4(), 15)}
@@ -139,3 +141,23 @@ def test_entries_may_be_encoded_at_every_fold(bits, kind, key):
     error = np.abs(once - x) / np.where(size > 0, size, 1)
     most = {"int4": 1.02, "int8": 2.02}[bits] * error.max() + 1e-6
     assert (np.abs(often - x) / np.where(size > 0, size, 1)).max() < most
+
+
+def test_all_blocks_at_once_are_one_by_one():
+    """Accelerators decode a body at once, a CPU block by block."""
+    random, slots = np.random.default_rng(0), BLOCK + 64
+    keys, values = random.standard_normal((2, 2, 2, slots, 8)).astype(np.float32)
+
+    def block(start, size):
+        key, value = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (keys, values))
+        return Dense((key,), value)
+
+    for queries in (1, 3):
+        query = jnp.asarray(random.standard_normal((2, 2, 2, queries, 8)), jnp.float32)
+        weights = jnp.asarray(random.random((2, 2, 2, queries, slots)), jnp.float32)
+        some = InBlocks(slots, block)
+        for one, other in (
+            (some._products((query,)), some._all_products((query,))),
+            (some._mixture(weights), some._all_mixture(weights)),
+        ):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)

@@ -12,6 +12,7 @@ import pytest
 from mukv.cache import Policy
 from mukv.cache.layers import best_of_layers
 from mukv.core.errors import BadInput
+from mukv.core.tap import capture
 from mukv.infer import replay
 from mukv.infer.attention import attention_weights
 from mukv.infer.decode import Sampling, decode_functions, decoding_weights, generate
@@ -54,8 +55,30 @@ def kept(model, weights):
     return of
 
 
+def factors(model, ids):
+    """|W v| [layer, head, token] and |h| [layer, token], from the stream in front of each layer."""
+    tree = model.unstack(model.scaled(matrix.weights(model)))
+    with capture() as taps:
+        model.hidden(model.scaled(matrix.weights(model)), jnp.asarray(ids), compute=EXACT)
+    stream = model.embed(tree, jnp.asarray(ids), EXACT)
+    place, found = jnp.arange(ids.shape[1])[None], []
+    for layer, own in zip(model.stack.layers, tree["layers"], strict=True):
+        entered = model.residual.enter(own, "attention", model.norm, stream)
+        value = layer.attention.write(own["write"], entered, place)["value"]
+        value = np.repeat(np.float64(value)[0], 2, axis=0)
+        projected = np.einsum("htv,hve->hte", value, np.float64(own["read"]["output"]))
+        sizes = np.linalg.norm(np.float64(entered)[0], axis=-1)
+        found.append((np.linalg.norm(projected, axis=-1), sizes))
+        stream = taps[f"layer{layer.index}.mlp"]
+    return map(np.stack, zip(*found, strict=True))
+
+
 @pytest.fixture(scope="module")
 def scores(model):
+    return dense_scores(model, plus=False)
+
+
+def dense_scores(model, plus):
     """By a dense pass over prompt and repetition: [row][layer, kv head, entry], numpy."""
     found = []
     for prompt in PROMPTS:
@@ -70,6 +93,9 @@ def scores(model):
             keys = [*range(min(4, start)), *range(start, start + len(piece)), *own]
             part = np.stack([dense[layer][:, own][:, :, keys] for layer in sorted(dense)])
             part /= part.sum(-1, keepdims=True)
+            if plus:
+                projected, sizes = factors(model, ids)
+                part *= projected[:, :, None, keys] / sizes[:, None, own, None]
             part = part.reshape(len(part), 2, -1, *part.shape[2:]).max((2, 3))
             parts.append(part[..., min(4, start) :][..., : len(piece)])
         found.append(np.concatenate(parts, -1))
@@ -107,6 +133,15 @@ def test_the_best_entries_of_all_layers_are_kept(kept, scores, share):
         found = {(n, *pair) for n, pairs in enumerate(positions(cache, row)) for pair in pairs}
         assert len(found) == number
         assert len(found ^ best(score, number)) <= 2  # equal to the last digit
+
+
+def test_weights_times_norms(kept, model):
+    """KVzip+, by the values and inputs of a dense pass."""
+    cache = kept(f"kvzip(chunk={CHUNK},plus=true):0.5")
+    for row, score in enumerate(dense_scores(model, plus=True)):
+        score[..., :4] = score[..., -1:] = np.inf
+        found = {(n, *pair) for n, pairs in enumerate(positions(cache, row)) for pair in pairs}
+        assert len(found ^ best(score, -(-score.size // 2))) <= 2
 
 
 def test_a_budget_for_each_head_or_layer(kept, scores):

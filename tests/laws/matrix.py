@@ -34,7 +34,7 @@ from mukv.core import params
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
 from mukv.model import Decoder, LanguageModel, Layer, Stage
-from mukv.model.block import Gated, PostNorm, SandwichNorm
+from mukv.model.block import Gated, PostNorm, SandwichNorm, Ungated
 from mukv.model.concept import (
     Attend,
     Concatenate,
@@ -149,6 +149,7 @@ DRESSES: dict[str, dict[str, Any]] = {
         "logit_softcap": 3.0,
     },
     "mqa": {"residual": PostNorm()},
+    "tensor-product": {"norm": RMSNorm(centred=True), "positions": "learned", "context": 512},
 }
 """What a model with such an attention has besides."""
 MIXED = Stage(
@@ -165,13 +166,14 @@ HYBRID = Stage((Layer(window=5), Layer(position=NoPE())))
 ROUTED = Experts(experts=5, top_k=2, hidden=12, balance=0.1, z_loss=0.01)
 SHARED = Experts(experts=4, top_k=3, hidden=12, shared=1, router="sigmoid", activation="gelu")
 DENSE_AND_SHARED = Stage((Layer(window=4), Layer(mlp=SHARED, reads=0)))
+PLAIN_MLP = Stage((Layer(mlp=Ungated(hidden=20, biases=True)),))
 SIMPLE: dict[str, tuple[Stage, ...]] = {
     "plain": (Stage(repeats=2),),
     "window": (Stage((Layer(window=3),), repeats=2),),
     "reuse": (REUSE,),
     "reuse-window": (REUSE_WINDOW,),
     "last-layers": (Stage(repeats=2), Stage((Layer(reads=1),), repeats=2)),
-    "hybrid": (HYBRID, Stage()),
+    "hybrid": (HYBRID, PLAIN_MLP),
     "experts": (Stage((Layer(mlp=ROUTED),), repeats=2),),
     "experts-dense": (Stage(), DENSE_AND_SHARED),
 }
@@ -179,7 +181,7 @@ COMPOSED: dict[str, tuple[Stage, ...]] = {
     "mixed": (MIXED,),
     "local-global": (Stage((Layer(window=3), Layer()), repeats=2),),
     "reuse-both": (REUSE, dataclasses.replace(REUSE_WINDOW, repeats=1)),
-    "hybrid-last": (HYBRID, Stage(), Stage((Layer(reads=2),), repeats=2)),
+    "hybrid-last": (HYBRID, PLAIN_MLP, Stage((Layer(reads=2),), repeats=2)),
     "experts-both": (Stage((Layer(mlp=ROUTED),)), DENSE_AND_SHARED),
 }
 """The stages of all simple plans, in fewer models."""

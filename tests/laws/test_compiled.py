@@ -84,6 +84,16 @@ def test_the_estimate_is_what_the_program_takes(mesh):
     assert sum(told["collective_bytes"].values()) == pytest.approx(moved, rel=0.15)
 
 
+@needs_compiler
+def test_a_quantised_cache_is_read_by_few_kernels():
+    """One step of decoding: at most 10 more kernels per layer than for the exact cache, however
+    long it is."""
+    given = ("--length", "8192", "--batch", "1")
+    exact, int8, int4 = (counted("--decode", name, *given) for name in ("full", "int8", "int4"))
+    for found in (int8, int4):
+        assert found["kernels"] <= exact["kernels"] + 10 * 3
+
+
 MODULE = """HloModule step
 
 %fused (p: f32[8]) -> f32[8] {

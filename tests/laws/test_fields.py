@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache, partial, reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
@@ -48,6 +49,7 @@ SHARED = "model.attention={kind: shared_kv, heads: 2, kv_heads: 1, head_dim: 4}"
 LATENT = "model.attention={kind: latent, heads: 2, rank: 5, head_dim: 4, rope_dim: 2}"
 TIED = "model.attention={kind: grouped_tied, heads: 2, kv_heads: 1, head_dim: 4}"
 EXPERTS = "model.mlp={kind: experts, experts: 4, hidden: 6}"
+PLAIN = "model.mlp={kind: ungated, hidden: 12}"
 HEADS = "{kind: grouped, heads: 1, kv_heads: 1, head_dim: 4}"
 PRODUCT = "model.attention={kind: tensor_product, heads: 2, head_dim: 4, query_rank: 2, rank: 1}"
 HCA = (
@@ -80,6 +82,7 @@ WSD, ROOT = (f"{SCHEDULE}={{kind: {kind}, warmup: 1}}" for kind in ("wsd", "inve
 POWER = f"{SCHEDULE}={{kind: power, warmup: 1, amplitude: 1}}"
 BUDGET = "train.budget={kind: sde, batch: 64, tokens: 1024}"
 ADAPTER = "train.adapter={rank: 2}"
+STAGED = "train.stages=[{begin: 1, length: 32}]"
 MIXED = "data={path: null, mixture: [{path: {own}}, {path: {other}}]}"
 NOPE, COPE, FIRE = (f"{PLACE}={{kind: {kind}}}" for kind in ("nope", "cope", "fire"))
 LOG = "{kind: log_length, typical: 16}"
@@ -100,6 +103,7 @@ CHANGES = {
     "LanguageModel.d_model": "model.d_model=16",
     "LanguageModel.attention": SHARED,
     "Data.task": "data={path: null, task: {kind: flip_flop, facts: 1, writes: 1}}",
+    "Decoder.positions": ("model.context=64", "model.positions=learned"),
     "Decoder.plan": "model.plan=[{repeats: 3}]",
     "LanguageModel.residual": "model.residual={kind: sandwich}",
     "LanguageModel.embedding_scale": "model.embedding_scale=root_width",
@@ -216,6 +220,9 @@ CHANGES = {
     "Llama3.original_length": f"{PLACE}.scaling.original_length=64",
     "Gated.hidden": "model.mlp.hidden=16",
     "Gated.activation": "model.mlp.activation=gelu",
+    "Ungated.hidden": (PLAIN, "model.mlp.hidden=16"),
+    "Ungated.activation": (PLAIN, "model.mlp.activation=silu"),
+    "Ungated.biases": (PLAIN, "model.mlp.biases=true"),
     "LanguageModel.mlp": EXPERTS,
     "Experts.experts": (EXPERTS, "model.mlp.experts=5"),
     "Experts.top_k": (EXPERTS, "model.mlp.top_k=3"),
@@ -228,6 +235,7 @@ CHANGES = {
     "Experts.z_loss": (EXPERTS, "model.mlp.z_loss=1"),
     "Experts.capacity": (EXPERTS, "model.mlp.capacity=0.5"),
     "RMSNorm.epsilon": "model.norm.epsilon=0.01",
+    "RMSNorm.centred": "model.norm.centred=true",
     "RMSNorm.stored": "model.norm.stored=offset",
     "Training.steps": "train.steps=9",
     "Training.seed": "train.seed=1",
@@ -257,6 +265,9 @@ CHANGES = {
         "model.scaling.alignment.hidden.both=0.6",
     ),
     "Training.schedule": f"{SCHEDULE}={{kind: linear}}",
+    "Training.stages": "train.stages=[{begin: 1, length: 32}]",
+    "LengthStage.begin": (STAGED, "train.stages.0.begin=2"),
+    "LengthStage.length": (STAGED, "train.stages.0.length=64"),
     "Training.optimizer": LION,
     "Training.budget": BUDGET,
     "Budget.batch": (BUDGET, "train.budget.batch=128"),
@@ -304,7 +315,7 @@ CHANGES = {
 }
 """What each changes is seen in the programs of training, or in what four steps of it do."""
 NUMBERS = {"Data.path", "Data.packing", "Data.mixture", "MixturePart.path", "MixturePart.weight"}
-NUMBERS |= {"Training.seed"}
+NUMBERS |= {"Training.seed", "Training.stages", "LengthStage.begin", "LengthStage.length"}
 """The program is the same; a change in it would not be that of the field."""
 
 LOOP = {
@@ -407,9 +418,10 @@ def load(token_file, tmp_path_factory):
 
 
 def batches_of(run: Run) -> Any:
-    """The batches of training."""
-    training = run.train
-    return open_feed(run)[1].source("train", training.seed, training.batch, training.length)
+    """The batches of training, of all stages."""
+    feed, training = open_feed(run)[1], run.train
+    sources = [feed.source("train", training.seed, *size) for size in training.sizes]
+    return SimpleNamespace(at=lambda step: sources[training.stage_at(step)].at(step))
 
 
 def programs(run: Run) -> Iterator[str]:

@@ -93,7 +93,15 @@ KEYS: dict[str, list[Any]] = {
     "final_logit_softcapping": [ABSENT, 2.0, None],
     "use_bidirectional_attention": [ABSENT, False, None, True],
     "attention_dropout": [ABSENT, 0.5],
-    "model_type": [ABSENT, "gpt2"],
+    "n_embd": [ABSENT, 48],
+    "n_inner": [ABSENT, None, 17],
+    "activation_function": [ABSENT, "gelu", "gelu_pytorch_tanh", "relu", None],
+    "layer_norm_epsilon": [ABSENT, 0.05, None],
+    "scale_attn_weights": [ABSENT, False],
+    "scale_attn_by_inverse_layer_idx": [ABSENT, False, True],
+    "reorder_and_upcast_attn": [ABSENT, True],
+    "add_cross_attention": [ABSENT, True],
+    "model_type": [ABSENT, "bert"],
 }
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -104,6 +112,7 @@ FAMILIES = {
     "Gemma3ForCausalLM": "gemma3_text",
     "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3",
+    "GPT2LMHeadModel": "gpt2",
 }
 TOGETHER: list[dict[str, Any]] = [
     *({"rope_scaling": {**each}, **BEFORE} for each in (LLAMA3, YARN)),

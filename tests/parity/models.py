@@ -65,6 +65,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo-2": ("Olmo2", {"rope_parameters": YARN}),
+    "gpt-2": ("GPT2", {"n_inner": 48}),
     "olmo-3": ("Olmo3", {"sliding_window": 7, "rope_parameters": BY_TYPE}),
 }
 """Windows are shorter than the text, and texts longer than what rotations were slowed from."""
@@ -74,12 +75,12 @@ def build(family: str, fields: Mapping[str, Any], seed: int = 0) -> Any:
     """A model of theirs with all weights drawn."""
     name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
     config = getattr(transformers, name)(**fields)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if "norm" in name:
+            if "norm" in name or ".ln_" in name:
                 weight.copy_(0.2 * noise + ("Gemma" not in family))
             else:
                 weight.copy_(noise * weight.shape[-1] ** -0.5)

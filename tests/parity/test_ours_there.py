@@ -14,8 +14,8 @@ import mukv
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.data.tokenizer import NoTokenizer
-from mukv.model.block import SandwichNorm
-from mukv.position import RoPE
+from mukv.model.block import SandwichNorm, Ungated
+from mukv.position import NoPE, RoPE
 from mukv.runs.config import Run
 from mukv.runs.exchange import export_model, import_model
 from mukv.runs.loaded import Model
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.xdist_group("trained")
 
 BASE = {"embed": 4, "heads": 2, "head_dim": 2, "value_dim": 2, "hidden": 6, "layer": 1}
 SCALED = {"scaling": Scaling(kind="mup", base=BASE, depth=0.7), "readout": "tied"}
+ALL = ("query", "key", "value", "output")
 FAST = RoPE(base=100.0, pairing="interleaved")
 GEMMA = {
     "norm": RMSNorm(stored="offset"),
@@ -46,6 +47,17 @@ MODELS = {
     "gemma-2": ("local-global", {"scale": 0.3, "softcap": 2.0}, {**GEMMA, "readout": "tied"}),
     "gemma-2-untied": ("plain", {"scale": 0.3}, GEMMA),
     "gemma-3": ("local-global", {"norm": RMSNorm(stored="offset")}, {**GEMMA, "readout": "tied"}),
+    "gpt-2": (
+        "plain",
+        {"kv_heads": 4, "head_dim": 4, "scale": 0.3, "position": NoPE(), "biases": ALL},
+        {
+            **SCALED,
+            "norm": RMSNorm(centred=True),
+            "mlp": Ungated(hidden=24, biases=True),
+            "positions": "learned",
+            "context": 256,
+        },
+    ),
 }
 """Plan, changes of attention, changes of the model: all that an export has to fold away."""
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 import mukv
 from mukv.core.compute import Compute
@@ -84,6 +85,19 @@ def test_there_and_back(pair, tmp_path):
     files = [tmp_path / each / "weights/weights.safetensors" for each in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert mukv.load(tmp_path / "two").network == run.network
+
+
+@pytest.mark.parametrize("pair", ["gpt-2"], indirect=True)
+def test_names_without_their_prefix(pair, tmp_path):
+    """The files that OpenAI's models were published in also have the causal mask as a buffer."""
+    _, folder, ours = pair
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): weight for name, weight in tensors.items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    save_file(bare, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for name, leaf in named(mukv.load(tmp_path).weights).items():
+        np.testing.assert_array_equal(leaf, named(ours.weights)[name])
 
 
 @pytest.mark.product

@@ -31,8 +31,8 @@ def test_the_least_is_less_than_what_is_taken_and_holds_the_state():
 def test_the_compiled_step_is_the_one_that_runs():
     trainer = trainer_of()
     footprint.step_bytes(trainer)
-    shape, compiled = (2, 32), trainer._compiled_step
-    assert not hasattr(compiled, "lower")
+    shape = (2, 32)
+    assert not hasattr(trainer._compiled[shape], "lower")
     batch = {
         name: np.ones(shape, np.float32 if name == "weight" else np.int32) for name in BATCH_FIELDS
     }

@@ -14,9 +14,8 @@ from mukv.attention.base import Attention, Queries, by_group, check_groups
 from mukv.attention.entries import Entries
 from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense
-from mukv.core.broadcast import with_rank
 from mukv.core.errors import BadInput
-from mukv.core.linear import project
+from mukv.core.linear import project, with_bias
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
@@ -141,7 +140,7 @@ class Grouped(Groups):
         return declared
 
     def project_query(self, weights: Weights, x: Residual) -> Array:
-        return _with_bias(super().project_query(weights, x), weights, "query_bias")
+        return with_bias(super().project_query(weights, x), weights, "query_bias")
 
     def output(
         self,
@@ -150,7 +149,7 @@ class Grouped(Groups):
         x: Residual,
         position: Int[Array, "batch query"],
     ) -> Residual:
-        return _with_bias(super().output(weights, out, x, position), weights, "output_bias")
+        return with_bias(super().output(weights, out, x, position), weights, "output_bias")
 
     def write(
         self,
@@ -160,7 +159,7 @@ class Grouped(Groups):
         memory: Carried | None = None,
     ) -> dict[str, Float[Array, "batch kv_heads token head_dim"]]:
         key, value = (
-            _with_bias(project(x, weights[name]), weights, f"{name}_bias")
+            with_bias(project(x, weights[name]), weights, f"{name}_bias")
             for name in ("key", "value")
         )
         if self.norm:
@@ -177,8 +176,3 @@ class Grouped(Groups):
 
 def _bias(dims: dict[str, int]) -> Param:
     return Param(dims, role="vector", init="zeros")
-
-
-def _with_bias(x: Array, weights: Weights, name: str) -> Array:
-    """Add the bias with this name, if there is one."""
-    return x + with_rank(weights[name].astype(x.dtype), x.ndim) if name in weights else x

@@ -17,6 +17,7 @@ from mukv.attention.grouped import Groups
 from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense
 from mukv.core.broadcast import with_rank
+from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
@@ -30,6 +31,12 @@ class SharedKV(Groups):
     """
 
     kind: Literal["shared_kv"] = "shared_kv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm and self.norm.centred:
+            allowed = "false: values are cached without gain and bias"
+            raise BadInput("norm.centred", True, allowed)
 
     def write_params(self, d_model: int) -> dict[str, Param]:
         dims = {"embed": d_model, "kv_heads": self.kv_heads, "head_dim": self.head_dim}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mukv.attention import Attention, Bag, Entries, Queries, Query, Recall, Retrieved
 from mukv.attention.mixer import EntryStore, Written
-from mukv.core.typing import Array, Bool, Float, Int
+from mukv.core.typing import Array, Bool, Float, Int, Residual
 
 Tensors = dict[str, Float[Array, "batch _ slot _"]]
 Token = dict[str, Float[Array, "batch _ 1 _"]]
@@ -35,12 +35,14 @@ class Reader:
     weights: its weights for reading
     queries: its queries of the new tokens; None if the body needs no queries
     scores: of the new entries, where another pass has made them; None where the policy scores them
+    inputs: the new tokens as the layer gets them, after its norm; None at a fold
     """
 
     attention: Attention
     weights: Mapping[str, Any]
     queries: Queries | None = None
     scores: Float[Array, "batch heads key"] | None = None
+    inputs: Residual | None = None
 
 
 @runtime_checkable

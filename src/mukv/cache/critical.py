@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,14 @@ class Critical(Refine):
 def projected(seen: Seen) -> Float[Array, "batch kv_heads key"]:
     """Return the L1 norm of the output projection of each entry's value, mean over the query heads
     of a group."""
+    return jnp.mean(projected_by_head(seen, order=1), axis=2)
+
+
+def projected_by_head(seen: Seen, order: Literal[1, 2]) -> Float[Array, "batch kv_heads group key"]:
+    """Return the norm of the output projection of each entry's value by each query head.
+
+    order: 1 for the sum of absolute values, 2 for the root of the sum of squares
+    """
     value = seen.values().astype(jnp.float32)
     batch, heads, keys, width = value.shape
     output = jnp.asarray(seen.reader.weights["output"], jnp.float32)
@@ -70,7 +78,7 @@ def projected(seen: Seen) -> Float[Array, "batch kv_heads key"]:
     chunks = jnp.moveaxis(padded.reshape(batch, heads, -1, chunk, width), 2, 0)
 
     def norm(part: Array) -> Array:
-        return jnp.mean(jnp.sum(jnp.abs(jnp.einsum("bhkv,hgve->bhgke", part, output)), -1), 2)
+        return jnp.linalg.norm(jnp.einsum("bhkv,hgve->bhgke", part, output), order, axis=-1)
 
     found = jax.lax.map(norm, chunks)
-    return jnp.moveaxis(found, 0, 2).reshape(batch, heads, -1)[..., :keys]
+    return jnp.moveaxis(found, 0, 3).reshape(batch, heads, output.shape[1], -1)[..., :keys]

@@ -220,9 +220,9 @@ class Policy:
                     f"a policy whose scores are at least 0, like snapkv, not {_name(self.keep)}"
                 )
                 raise BadInput("policy", self.name, allowed)
-            if "output" not in attention.output_params(1):
-                allowed = f"{layer} projects its heads in several steps ({attention.kind})"
-                raise BadInput("policy", self.name, f"no critical: {allowed}")
+            self._check_projection(layer, attention, "critical")
+        if isinstance(self.keep, KVzip) and self.keep.plus:
+            self._check_projection(layer, attention, "plus")
         self._check_layers()
         if self.keep.spread.pools:
             shared = _name(self.keep.spread)
@@ -244,6 +244,12 @@ class Policy:
                 f"{layer} has one set of entries for all heads ({attention.kind}): calibrated "
                 "centres, one set per head, don't fit; clusters of the prompt do",
             )
+
+    def _check_projection(self, layer: str, attention: Attention, part: str) -> None:
+        """Raise BadInput for a layer without one output projection of all heads."""
+        if "output" not in attention.output_params(1):
+            allowed = f"{layer} projects its heads in several steps ({attention.kind})"
+            raise BadInput("policy", self.name, f"no {part}: {allowed}")
 
     def _check_layers(self) -> None:
         """Raise BadInput for a budget over layers without scores that allow it, and for scores from

@@ -8,7 +8,7 @@ repeat them, and each entry is scored by the largest attention weight that it ge
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, no_type_check
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mukv.attention import Bag, Entries
 from mukv.cache.base import Reader, Ring, Tensors
+from mukv.cache.critical import projected_by_head
 from mukv.cache.keep import Sinking
 from mukv.cache.layers import Layers
 from mukv.cache.seen import Score, Seen
@@ -27,6 +28,8 @@ from mukv.core.typing import Array, Float, Int
 
 TWICE = "`mukv generate` and `mukv bench`, which read a prompt twice, for a model of one stack"
 """Where scores from a second reading are made."""
+LEAST = 1e-6
+"""Least norm of an input that weights are divided by."""
 QUERIES = 128
 """Queries whose attention weights are in memory at once."""
 
@@ -41,11 +44,14 @@ class KVzip(Sinking):
 
     chunk: tokens that are repeated at once
     sinks: number of first tokens, which are always kept
+    plus: whether a weight is multiplied with |W v_j| / |h_t| before the largest is taken, where W
+        is the head's output projection and h_t the layer's input at the repeating token (KVzip+)
     """
 
     spread: Spread = field(default_factory=Layers)
     when: When = field(default_factory=Hold)
     chunk: int = 2048
+    plus: bool = False
     asks: tuple[tuple[int, ...], ...] = ()
     """Token ids in front of the first chunk, of others with the last tokens of the chunk before in
     between, and of what follows both; empty for none."""
@@ -77,6 +83,7 @@ class Replaying:
     start: index of its first entry
     chunk: its number of entries
     sinks: first entries that take part in the softmax, if they are in front of the chunk
+    plus: whether weights are multiplied with norms of projected values and inputs
     """
 
     body: Ring
@@ -84,6 +91,7 @@ class Replaying:
     start: Int[Array, ""]
     chunk: int = field(metadata={"static": True})
     sinks: int = field(metadata={"static": True})
+    plus: bool = field(default=False, metadata={"static": True})
 
     @property
     def needs_queries(self) -> bool:
@@ -122,10 +130,18 @@ class Replaying:
         queries = seen.queries.shape[3]
         size = min(QUERIES, queries)
 
+        scored = slice(self.sinks, self.sinks + self.chunk)
+        norm = projected_by_head(seen, order=2)[..., scored] if self.plus else None
+
         def most(best: Array, start: Array) -> tuple[Array, None]:
             asked = jnp.broadcast_to(start + jnp.arange(size)[None], (len(added), size))
-            weights = seen.weights(asked)[..., self.sinks : self.sinks + self.chunk]
+            weights = seen.weights(asked)[..., scored]
+            if norm is not None and reader.inputs is not None:
+                place = jnp.clip(asked, 0, queries - 1)[..., None]
+                inputs = jnp.take_along_axis(reader.inputs.astype(jnp.float32), place, axis=1)
+                size_of = jnp.maximum(jnp.linalg.norm(inputs, axis=-1), LEAST)
+                weights *= norm[:, :, :, None] / size_of[:, None, None, :, None]
             return jnp.maximum(best, jnp.max(weights, axis=(2, 3))), None
 
         best, _ = jax.lax.scan(most, self.score, jnp.arange(0, queries, size))
-        return Replaying(self.body, best, self.start, self.chunk, self.sinks)
+        return replace(self, score=best)

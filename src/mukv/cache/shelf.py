@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import Entries, Query, Recall, Recalled
-from mukv.attention.recalled import Whole
+from mukv.attention.recalled import Dense, Whole
 from mukv.cache.store import Parts, Store, Stored, rows, runs
 from mukv.core.typing import Array, Bool, Float, Int
 from mukv.position.base import Logits
@@ -101,12 +101,40 @@ class Shelf:
 
 @dataclass(frozen=True)
 class InBlocks(Recalled):
-    """Keys and values that are decoded block by block, for products and again for mixtures."""
+    """Keys and values that are decoded block by block, for products and again for mixtures.
+
+    Elsewhere than on a CPU all are decoded at once, in the kernels that read them: a loop of small
+    blocks starts some 10 kernels for each.
+    """
 
     slots: int
     block: Callable[[Int[Array, ""] | int, int], Recalled]
 
     def products(self, query: Query) -> Logits:
+        return jax.lax.platform_dependent(query, cpu=self._products, default=self._all_products)
+
+    def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
+        return jax.lax.platform_dependent(weights, cpu=self._mixture, default=self._all_mixture)
+
+    def _all_products(self, query: Query) -> Logits:
+        found = self.block(0, self.slots)
+        if query[0].shape[3] > 1 or not isinstance(found, Dense):
+            return found.products(query)
+        # Sums of single products, into which XLA fuses decoding; it writes the operands of a
+        # matrix product to memory in float32 first.
+        pairs = zip(query, found.keys, strict=True)
+        return sum(
+            (jnp.sum(q[..., None, :] * k[:, :, None, None], axis=-1) for q, k in pairs),
+            start=jnp.zeros((), jnp.float32),
+        )
+
+    def _all_mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
+        found = self.block(0, self.slots)
+        if weights.shape[3] > 1 or not isinstance(found, Dense):
+            return found.mixture(weights)
+        return jnp.sum(weights[..., None] * found.value[:, :, None, None], axis=-2)
+
+    def _products(self, query: Query) -> Logits:
         def each(start: Array) -> Logits:
             return self.block(start, BLOCK).products(query)
 
@@ -118,7 +146,7 @@ class InBlocks(Recalled):
             products = jnp.concatenate([products, last], axis=-1)
         return products
 
-    def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
+    def _mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
         def add(total: Array, start: Array) -> tuple[Array, None]:
             share = jax.lax.dynamic_slice_in_dim(weights, start, BLOCK, axis=4)
             return total + self.block(start, BLOCK).mixture(share), None

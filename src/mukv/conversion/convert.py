@@ -50,7 +50,8 @@ def convert(
     sources: list[SourceLayer] = []
     for layer, own in zip(_resolved(decoder), parts, strict=True):
         assert isinstance(layer.attention, Grouped)
-        gain = wide(decoder.norm.gain(own["attention_norm"]))
+        before = own.get("attention_norm")
+        gain = wide(decoder.norm.gain(before)) if before else np.ones(decoder.d_model)
         seen = np.diag(gain) * len(gain) ** 0.5 if examples is None else examples[layer.index]
         mine = layer.index, layer.attention, layer.window, own["read"], own["write"]
         sources.append(SourceLayer(*mine, np.asarray(seen, np.float32), length))
@@ -73,6 +74,9 @@ def check(model: LanguageModel, conversion: Conversion) -> Decoder:
         if type(layer.attention) is not Grouped:
             allowed = "grouped: a conversion begins with grouped-query attention"
             raise BadInput(f"{where}: attention.kind", layer.attention.kind, allowed)
+        if layer.attention.norm_over != "head":
+            allowed = "head: a norm over all heads depends on their number"
+            raise BadInput(f"{where}: attention.norm_over", layer.attention.norm_over, allowed)
         if not layer.writes:
             allowed = "null: a conversion begins with layers that write their own entries"
             raise BadInput(f"{where}: reads", layer.source, allowed)

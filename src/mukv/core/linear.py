@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from mukv.core.broadcast import with_rank
 from mukv.core.compact import Compact
 from mukv.core.compute import PRODUCT
 from mukv.core.low_rank import LowRank
-from mukv.core.typing import Array, Float, Int
+from mukv.core.typing import Array, Float, Int, Weights
 
 
 def project(
@@ -57,6 +58,11 @@ def project_each(
     if isinstance(weight, Compact):
         weight = weight.whole()
     return checkpoint_name(_product(x, weight, x.dtype), PRODUCT)
+
+
+def with_bias(x: Array, weights: Weights, name: str) -> Array:
+    """Add the bias with this name, over the last axes of x, if there is one."""
+    return x + with_rank(weights[name].astype(x.dtype), x.ndim) if name in weights else x
 
 
 def look_up(table: Array | Compact, index: Int[Array, "..."]) -> Float[Array, "... width"]:

@@ -1,4 +1,7 @@
-"""RMSNorm: division by the root mean square, times a gain (Zhang and Sennrich 2019)."""
+"""RMSNorm: division by the root mean square, times a gain (Zhang and Sennrich 2019).
+
+With the mean subtracted before and a bias added after, it is LayerNorm (Ba et al. 2016).
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,21 @@ class RMSNorm:
 
     epsilon: number that is added to the mean square
     stored: form of the weight: the gain, or the gain minus one (Gemma)
+    centred: subtract the mean before, and add a trained bias after: LayerNorm (Ba et al. 2016;
+        GPT-2)
     """
 
     epsilon: float = 1e-6
     stored: Literal["gain", "offset"] = "gain"
+    centred: bool = False
 
     def __post_init__(self) -> None:
         if self.epsilon <= 0:
             raise BadInput("epsilon", self.epsilon, "greater than 0")
 
     def params(self, width: int, axis: str = "embed") -> dict[str, Param]:
-        """Declare the weight, named "gain" or "offset" as it is stored; the initial gain is 1.
+        """Declare the weight, named "gain" or "offset" as it is stored; the initial gain is 1. A
+        centred norm also has a "bias", which is 0 at first.
 
         width: size of the normalised axis. axis: name of that axis.
         """
@@ -40,22 +47,27 @@ class RMSNorm:
     def params_over(self, dims: Mapping[str, int]) -> dict[str, Param]:
         """Declare the weight of a norm over several axes, given by name and size."""
         initial: dict[str, Literal["ones", "zeros"]] = {"gain": "ones", "offset": "zeros"}
-        return {self.stored: Param(dims, role="vector", init=initial[self.stored])}
+        declared = {self.stored: Param(dims, role="vector", init=initial[self.stored])}
+        if self.centred:
+            declared["bias"] = Param(dims, role="vector", init="zeros")
+        return declared
 
     def apply(
         self, weights: dict[str, Any], x: Float[Array, "*batch width"]
     ) -> Float[Array, "*batch width"]:
-        """Normalise x over its last axis and multiply by the gain, in float32; the type of x is
-        kept.
+        """Normalise x over its last axis, multiply by the gain and add the bias, in float32; the
+        type of x is kept.
         """
-        normed = self.unit(x.astype(jnp.float32))
-        return (normed * with_rank(self.gain(weights), x.ndim)).astype(x.dtype)
+        normed = self.unit(x.astype(jnp.float32)) * with_rank(self.gain(weights), x.ndim)
+        if self.centred:
+            normed = normed + with_rank(weights["bias"].astype(jnp.float32), x.ndim)
+        return normed.astype(x.dtype)
 
     def apply_over(
         self, weights: dict[str, Any], x: Float[Array, "*batch heads head_dim"]
     ) -> Float[Array, "*batch heads head_dim"]:
         """Normalise x over its last two axes together and multiply by the gain of each element."""
-        flat = {self.stored: weights[self.stored].reshape(-1)}
+        flat = {name: weight.reshape(-1) for name, weight in weights.items()}
         return self.apply(flat, x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
     def gain(self, weights: dict[str, Any]) -> Float[Array, " width"]:
@@ -66,5 +78,7 @@ class RMSNorm:
     def unit(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Normalise x over its last axis without a gain, in float32; the type of x is kept."""
         wide = x.astype(jnp.float32)
+        if self.centred:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         return (wide * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)

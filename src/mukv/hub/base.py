@@ -25,6 +25,8 @@ from mukv.storage.tensors import Cut, Tensor
 
 BLOCK_BYTES = 1 << 26
 """Maximum bytes of a weight that are read at once, if it can be read in blocks of rows."""
+PART = "part"
+"""Name, in the axes of a rule, of the axis that counts the weights that a tensor holds."""
 OURS_FIRST = re.compile(r"^stage\d+\.slot\d+\.")
 ROTATED = frozenset(
     f"{place}{kind}"
@@ -48,12 +50,15 @@ class Rule:
 
     theirs: name of the tensor; "{layer}" stands for the layer's index
     ours: dotted path of our weight, inside its layer if it belongs to one
-    axes: for each axis of the tensor, the dimensions of our weight that it merges
+    axes: for each axis of the tensor, the dimensions of our weight that it merges; "part" counts
+        the weights that a tensor holds, as in "(part heads head_dim)"
+    part: index of this weight in a tensor that holds several, and their number
     """
 
     theirs: str
     ours: str
     axes: str
+    part: tuple[int, int] = (0, 1)
 
     def merged(self) -> tuple[tuple[str, ...], ...]:
         """Return the dimensions of our weight that each axis of the tensor merges."""
@@ -71,6 +76,7 @@ class WeightPiece:
     axes: for each axis of the tensor, the dimensions of our weight that it merges
     order: for each dimension of a head of our weight, its index in a head of the tensor; None for
         the same order
+    part: index of our weight in the tensor, and the number of weights there
     """
 
     theirs: str
@@ -79,11 +85,16 @@ class WeightPiece:
     param: Param
     axes: tuple[tuple[str, ...], ...]
     order: tuple[int, ...] | None = None
+    part: tuple[int, int] = (0, 1)
+
+    @cached_property
+    def _dims(self) -> dict[str, int]:
+        return {**self.param.dims, PART: self.part[1]}
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor in the checkpoint."""
-        dims = self.param.dims
+        dims = self._dims
         return tuple(math.prod(dims[name] for name in group) for group in self.axes)
 
     @property
@@ -94,8 +105,10 @@ class WeightPiece:
         """Read our weight, or a slice of it. If the slice consists of whole rows or heads, nothing
         else is read from the file.
         """
-        dims = self.param.dims
-        whole = dict(zip(dims, cut or (), strict=False))
+        dims, index = self._dims, self.part[0]
+        whole = dict(zip(self.param.dims, cut or (), strict=False)) | {
+            PART: slice(index, index + 1)
+        }
         bounds = {name: whole.get(name, slice(None)).indices(size) for name, size in dims.items()}
         theirs, shape = [], []
         for first, *rest in self.axes:
@@ -104,12 +117,14 @@ class WeightPiece:
             theirs.append(slice(start * inner, stop * inner))
             shape += [stop - start, *(dims[name] for name in rest)]
         weight = source.read(self.theirs, tuple(theirs)).reshape(shape)
-        weight = weight.transpose([self._flat.index(name) for name in dims])
+        weight = weight.transpose([self._flat.index(name) for name in dims if name in self._flat])
+        later = {name for _, *rest in self.axes for name in rest}
+        if PART in self._flat:
+            weight = weight[..., index if PART in later else 0]
         if self.order is not None:
             weight = weight[..., np.asarray(self.order)]
-        later = {name for _, *rest in self.axes for name in rest}
-        inside = tuple(slice(*bounds[name]) if name in later else slice(None) for name in dims)
-        return weight[inside]
+        ours = self.param.dims
+        return weight[tuple(slice(*bounds[n]) if n in later else slice(None) for n in ours)]
 
     def blocks(self, source: WeightSource) -> Iterator[np.ndarray]:
         """Yield our weight in blocks of rows if its rows are consecutive in the file, else as a
@@ -120,18 +135,28 @@ class WeightPiece:
         rows = dims[first]
         row_bytes = self.param.size // rows * source.tensors[self.theirs].dtype.itemsize
         step = max(1, BLOCK_BYTES // max(row_bytes, 1))
-        if self.axes[0][0] != first or self.order is not None or step >= rows:
+        reordered = self.order is not None or PART in self._flat
+        if self.axes[0][0] != first or reordered or step >= rows:
             yield self.read(source)
             return
         for start in range(0, rows, step):
             yield self.read(source, (slice(start, min(start + step, rows)),))
 
-    def give(self, weight: np.ndarray) -> np.ndarray:
-        """Convert our whole weight to the tensor of the checkpoint."""
+    def put(self, weight: np.ndarray, into: np.ndarray) -> None:
+        """Write our whole weight to its part of the tensor of the checkpoint.
+
+        into: the tensor, contiguous
+        """
+        view = into.reshape([self._dims[name] for name in self._flat])
+        place = [self.part[0] if name == PART else slice(None) for name in self._flat]
+        view[tuple(place)] = self._turned(weight)
+
+    def _turned(self, weight: np.ndarray) -> np.ndarray:
+        """Return our weight with its axes in the order of the tensor of the checkpoint."""
         if self.order is not None:
             weight = weight[..., np.argsort(self.order)]
         names = list(self.param.dims)
-        return weight.transpose([names.index(name) for name in self._flat]).reshape(self.shape)
+        return weight.transpose([names.index(name) for name in self._flat if name != PART])
 
 
 def pieces(
@@ -158,7 +183,7 @@ def pieces(
             )
         single = Param({k: v for k, v in param.dims.items() if k != LAYER})
         indices = tuple(order(param.shape[-1])) if order and inside in ROTATED else None
-        shared = (single, rule.merged(), indices)
+        shared = (single, rule.merged(), indices, rule.part)
         if inside == name:
             found.append(WeightPiece(rule.theirs, name, None, *shared))
             continue

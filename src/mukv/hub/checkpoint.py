@@ -47,9 +47,9 @@ COMPANIONS = (
     GENERATION,
 )
 """Files that are copied in both directions."""
-IGNORED = r"rotary_emb\.inv_freq$"
-"""Old files contain this buffer, which follows from the configuration."""
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+IGNORED = r"rotary_emb\.inv_freq$|^(transformer\.)?h\.\d+\.attn\.(masked_)?bias$"
+"""Old files contain these buffers: frequencies, and the causal mask of GPT-2."""
+HEAD = "lm_head.weight"
 ROWS = 4096
 """Rows of an embedding that are compared at once."""
 
@@ -175,7 +175,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     source = TensorFiles(folder)
     special = {key: config.get(key, family.defaults[key]) for key in SPECIAL}
     _check_ids(special, path)
-    return _opened(folder, family.architecture, model, source, pieces(family.rules, model), special)
+    found = pieces(family.rules_for(source.tensors), model)
+    return _opened(folder, family.architecture, model, source, found, special)
 
 
 def _opened(
@@ -196,7 +197,8 @@ def _opened(
             allowed = "one type in all layers"
             raise BadInput(f"{folder}: {name}", sorted(map(str, types)), allowed)
     if tied and (HEAD in source.tensors):
-        _check_tied(source, folder)
+        embedding = next(piece.theirs for piece in found if piece.ours == "embedding")
+        _check_tied(source, embedding, folder)
     path = folder / "tokenizer.json"
     tokenizer = find_tokenizer(path)
     if tokenizer.text_vocab_size > model.vocab_size:
@@ -220,16 +222,16 @@ def _check_ids(special: dict[str, Any], path: Path) -> None:
             raise BadInput(f"{path}: {key}", value, "a token's id, a list of ids or null")
 
 
-def _check_tied(source: WeightSource, folder: Path) -> None:
+def _check_tied(source: WeightSource, embedding: str, folder: Path) -> None:
     """Raise BadInput unless the readout, where present, equals the embedding that it is tied to."""
-    if source.tensors[HEAD].shape != source.tensors[EMBEDDING].shape:
-        allowed = f"tie_word_embeddings is true: {list(source.tensors[EMBEDDING].shape)}"
+    if source.tensors[HEAD].shape != source.tensors[embedding].shape:
+        allowed = f"tie_word_embeddings is true: {list(source.tensors[embedding].shape)}"
         raise BadInput(f"{folder}: {HEAD}", list(source.tensors[HEAD].shape), allowed)
-    rows = source.tensors[EMBEDDING].shape[0]
+    rows = source.tensors[embedding].shape[0]
     for start in range(0, rows, ROWS):
         cut = (slice(start, min(start + ROWS, rows)), slice(None))
-        if not np.array_equal(source.read(EMBEDDING, cut), source.read(HEAD, cut)):
-            allowed = f"tie_word_embeddings is true: equal to {EMBEDDING}"
+        if not np.array_equal(source.read(embedding, cut), source.read(HEAD, cut)):
+            allowed = f"tie_word_embeddings is true: equal to {embedding}"
             raise BadInput(f"{folder}: {HEAD}", "other numbers", allowed)
 
 

@@ -6,7 +6,7 @@ rules (base.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -65,6 +65,7 @@ class Family:
     position: function that reads the rotation
     local: function that reads the rotation of layers with a window; None if it is the same
     write_ropes: function that writes both rotations; None if there is only one
+    prefix: beginning of the names of tensors, which a file may leave out
     """
 
     architecture: str
@@ -85,6 +86,15 @@ class Family:
     position: Callable[[Given], RoPE] = read_rope
     local: Callable[[Given], RoPE] | None = None
     write_ropes: Callable[[RoPE, RoPE], dict[str, Any]] | None = None
+    prefix: str = ""
+
+    def rules_for(self, tensors: Iterable[str]) -> tuple[Rule, ...]:
+        """Return the rules for a file with tensors of these names."""
+        if not self.prefix or any(name.startswith(self.prefix) for name in tensors):
+            return self.rules
+        return tuple(
+            replace(rule, theirs=rule.theirs.removeprefix(self.prefix)) for rule in self.rules
+        )
 
     # Reading their configuration
 
@@ -194,6 +204,8 @@ class Family:
             ),
             "plan: mlp": ({layer.mlp for layer in layers}, ({layers[0].mlp},)),
             "plan: position": (self._positions(model), (True,)),
+            "norm.centred": (model.norm.centred, (False,)),
+            "positions": (model.positions, (None,)),
             "norm.stored": (model.norm.stored, (self.norm,)),
             "residual.kind": (model.residual.kind, (self.residual.kind,)),
             "embedding_scale": (model.embedding_scale, (self.embedding_scale,)),

@@ -34,7 +34,7 @@ def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dic
         final = 1 / ratio if model.readout == "tied" else 1.0
     if model.readout == "tied":
         final *= model.scaling.tied_factor(model.params()["embedding"])
-    _multiply(flat, final, ["final_norm.gain", "final_norm.offset"])
+    _multiply(flat, final, ["final_norm.gain", "final_norm.offset", "final_norm.bias"])
     attention = model.layers[0].softmax
     if family.query_scale and whole_scalar(attention.scale):
         layers = attention.scale
@@ -94,12 +94,12 @@ def _meaning(model: Decoder) -> dict[str, Any]:
         name: to_mapping(getattr(model, name))
         for name in ("vocab_size", "d_model", "norm", "residual", "embedding_scale", "readout")
     }
-    meaning["logit_softcap"] = model.logit_softcap
+    meaning |= {"logit_softcap": model.logit_softcap, "positions": model.positions}
     for layer in model.layers:
         attention = to_mapping(layer.attention)
         attention["scale"] = layer.softmax.scale or layer.softmax.query_dim**-0.5
         attention["biases"] = sorted(attention["biases"])
-        attention["position"].pop("pairing")
+        attention["position"].pop("pairing", None)
         fields = {"attention": attention, "mlp": to_mapping(layer.mlp), "window": layer.window}
         meaning[f"layer {layer.index}"] = fields
     return leaves(meaning)

@@ -57,12 +57,12 @@ class Spent:
 
 
 @lru_cache(maxsize=8)
-def _replay(model: Decoder, compute: Compute, chunk: int, sinks: int) -> Programs:
+def _replay(model: Decoder, compute: Compute, chunk: int, sinks: int, plus: bool) -> Programs:
     """Return the function that reads tokens behind a cache and scores entries by them: (weights,
     cache, tokens, count, index of the first entry) to the scores of each layer."""
 
     def replay(weights: Any, cache: Any, tokens: Array, count: Array, start: Array) -> Any:
-        told = replaying(model.stack, cache, start, chunk, sinks)
+        told = replaying(model.stack, cache, start, chunk, sinks, plus)
         _, after = model.prefill(weights, told, tokens, count, fresh=False, compute=compute)
         return scores(after)
 
@@ -112,7 +112,7 @@ def read_twice(
         allowed = f"the model's context is {model.context} tokens, of which the prompt takes "
         allowed += f"{longest} and its repetition {width}; kvzip(chunk=N) repeats fewer at once"
         raise BadInput("policy", policy.name, allowed)
-    replay, found = _replay(model, compute, chunk, keep.sinks), []
+    replay, found = _replay(model, compute, chunk, keep.sinks, keep.plus), []
     for number, (tokens, count) in enumerate(pieces):
         given = whole, tokens, count, np.int32(number * chunk)
         start = time.perf_counter()

@@ -9,7 +9,7 @@ import jax
 
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.linear import project
+from mukv.core.linear import project, with_bias
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, map_params
 from mukv.core.table import Component, PartTable
@@ -76,6 +76,44 @@ class Gated(Feedforward):
     ) -> tuple[Residual, None]:
         gate = ACTIVATIONS[self.activation](project(x, weights["gate"]))
         return project(gate * project(x, weights["up"]), weights["down"]), None
+
+
+@dataclass(frozen=True)
+class Ungated(Feedforward):
+    """MLP without a gate (Vaswani et al. 2017; GPT-2): down(activation(up x)).
+
+    hidden: inner width
+    activation: function of the inner units
+    biases: whether both products have a bias
+    """
+
+    kind: Literal["ungated"] = "ungated"
+    hidden: int = 128
+    activation: Literal["silu", "gelu"] = "gelu"
+    biases: bool = False
+
+    grows: ClassVar[tuple[str, ...]] = ("hidden",)
+
+    def __post_init__(self) -> None:
+        require_counts(self, "hidden", most=4 * WIDEST)
+
+    def params(self, d_model: int) -> dict[str, Param]:
+        width, inner = {"embed": d_model}, {"hidden": self.hidden}
+        declared = {
+            "up": Param(width | inner, fan_in=("embed",)),
+            "down": Param(inner | width, fan_in=("hidden",), ends_branch=True),
+        }
+        if self.biases:
+            declared["up_bias"] = Param(inner, role="vector", init="zeros")
+            declared["down_bias"] = Param(width, role="vector", init="zeros", ends_branch=True)
+        return declared
+
+    def apply(
+        self, weights: Weights, x: Residual, counted: Bool[Array, "batch token"] | None = None
+    ) -> tuple[Residual, None]:
+        inner = with_bias(project(x, weights["up"]), weights, "up_bias")
+        out = project(ACTIVATIONS[self.activation](inner), weights["down"])
+        return with_bias(out, weights, "down_bias"), None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from mukv.cache import FULL, Cache, Calibrated, Policy
 from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
-from mukv.core.typing import Array, Float, Int, Tokens, Weights
+from mukv.core.linear import look_up
+from mukv.core.params import Param
+from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import ForwardResult, LanguageModel
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
@@ -22,12 +24,18 @@ class Decoder(LanguageModel):
     """Decoder-only transformer.
 
     plan: stages of layers; `attention` and `mlp` are used by layers that name none
+    positions: "learned" adds a trained vector per position, up to `context`, to the embeddings
+        (GPT-2); None for none
     """
 
     kind: Literal["decoder"] = "decoder"
     plan: tuple[Stage, ...] = (Stage(),)
+    positions: Literal["learned"] | None = None
 
     def __post_init__(self) -> None:
+        if self.positions and self.context is None:
+            allowed = "a number of tokens, since positions are learned"
+            raise BadInput("context", None, allowed)
         if not self.plan:
             raise BadInput("plan", [], "at least one stage")
         super().__post_init__()
@@ -47,7 +55,27 @@ class Decoder(LanguageModel):
         return self.stack.writers
 
     def body_params(self) -> dict[str, Any]:
-        return self.stack.params()
+        if not self.positions:
+            return self.stack.params()
+        dims = {"position": self.context or 0, "embed": self.d_model}
+        return {"positions": Param(dims, role="embedding"), **self.stack.params()}
+
+    def placed(
+        self,
+        weights: Weights,
+        tokens: Tokens,
+        position: Int[Array, "batch token"],
+        compute: Compute,
+    ) -> Residual:
+        """Return the embeddings of tokens at these positions, in the compute type.
+
+        Positions of padding may lie beyond the context and have the vector of the last one.
+        """
+        x = self.embed(weights, tokens, compute)
+        if self.positions:
+            last = (self.context or 1) - 1
+            x = x + look_up(weights["positions"], jnp.clip(position, 0, last)).astype(x.dtype)
+        return x
 
     def unstack(self, weights: Weights) -> dict[str, Any]:
         outer = {name: value for name, value in weights.items() if not name.startswith("stage")}
@@ -64,7 +92,7 @@ class Decoder(LanguageModel):
         compute = settled(compute)
         if position is None:
             position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = self.embed(weights, tokens, compute)
+        x = self.placed(weights, tokens, position, compute)
         x, auxiliary = self.stack.forward(weights, x, position, segment, compute)
         return self.result(weights, x, auxiliary, tokens.shape[1])
 
@@ -94,7 +122,8 @@ class Decoder(LanguageModel):
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
         compute = settled(compute)
-        x = self.embed(weights, tokens, compute)
+        position = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
+        x = self.placed(weights, tokens, position, compute)
         x, cache = self.stack.prefill(weights["layers"], cache, x, count, fresh, compute)
         return self.last_logits(weights, x, count - 1, compute), cache
 
@@ -106,7 +135,7 @@ class Decoder(LanguageModel):
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
         compute = settled(compute)
-        x = self.embed(weights, token[:, None], compute)
+        x = self.placed(weights, token[:, None], cache.position()[:, None], compute)
         x, cache = self.stack.step(weights["layers"], cache, x, compute)
         return self.logits(weights, self.normed(weights, x), compute)[:, 0], cache
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -28,9 +28,27 @@ from mukv.model.plan import ResolvedLayer
 
 Memory = LayerMemory | None
 """Slots and states of one layer; None in training."""
-Remember = Callable[
-    [ResolvedLayer, Any, Memory, Written, Callable[[], Queries]], tuple[tuple[Bag, ...], Memory]
-]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a cache policy may ask of a layer about the new tokens.
+
+    x: the layer's input after the norm
+    """
+
+    attention: AnyAttention
+    weights: Any
+    x: Residual
+    position: Int[Array, "batch token"]
+
+    def __call__(self) -> Queries:
+        """Compute the queries; only attention has one."""
+        assert isinstance(self.attention, Attention)
+        return self.attention.query(self.weights, self.x, self.position)
+
+
+Remember = Callable[[ResolvedLayer, Any, Memory, Written, Asked], tuple[tuple[Bag, ...], Memory]]
 """Function of a layer, its weights for reading, its slots and states, the result of its `write`,
 and a function that computes its queries. Returns the bags that the layer reads, and its slots and
 states with the new entries."""
@@ -154,8 +172,8 @@ class Pass:
                     written = attention.write(weights["write"], normed, self.position, carried)
                     written = attention.by_store(written)
                     direct = written.get(DIRECT)
-                    query = partial(_query, attention, weights["read"], normed, self.position)
-                    parts, memory = self.remember(layer, stored, memory, written, query)
+                    asked = Asked(attention, weights["read"], normed, self.position)
+                    parts, memory = self.remember(layer, stored, memory, written, asked)
                 mask = Mask(self.segment, layer.window, self.aligned)
                 read, own = attention.read(
                     weights["read"], normed, self.position, parts, mask, self.compute, direct
@@ -169,11 +187,3 @@ class Pass:
             return x, parts, memory, together(own, reported)
 
         return apply
-
-
-def _query(
-    attention: AnyAttention, weights: Any, x: Residual, position: Int[Array, "batch token"]
-) -> Queries:
-    """Compute the queries of an attention layer, for a cache policy that needs them."""
-    assert isinstance(attention, Attention)
-    return attention.query(weights, x, position)

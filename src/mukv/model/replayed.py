@@ -15,18 +15,20 @@ from mukv.core.typing import Array, Int
 from mukv.model.stack import Stack
 
 
-def replaying(stack: Stack, cache: Cache, start: Int[Array, ""], chunk: int, sinks: int) -> Cache:
+def replaying(
+    stack: Stack, cache: Cache, start: Int[Array, ""], chunk: int, sinks: int, plus: bool
+) -> Cache:
     """Return a cache whose bodies without a window score entries by the tokens that are read next.
 
     cache: a full cache. start: first entry to score. chunk: their number. sinks: first entries that
-    take part in the softmax.
+    take part in the softmax. plus: whether weights are multiplied with norms, as in KVzip+.
     """
 
     def told(slot: Slot, heads: int) -> Slot:
         body = slot.body
         assert isinstance(body, Ring)
         score = jnp.zeros((len(cache.length), heads, chunk))
-        return replace(slot, body=Replaying(body, score, start, chunk, sinks))
+        return replace(slot, body=Replaying(body, score, start, chunk, sinks, plus))
 
     slots = (
         slot if bag.window is not None else told(slot, layer.softmax.key_heads)

@@ -7,7 +7,7 @@ A stack maps a residual stream to a residual stream; it has no embedding or read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,7 @@ from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
 from mukv.model.cache_update import LayerBag, LayerMemory, joined, memories
 from mukv.model.feedforward import AnyFeedforward
-from mukv.model.passes import Memory, Pass, Remember, layer_params
+from mukv.model.passes import Asked, Memory, Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.scaling.parameterization import Scaling
 
@@ -138,7 +138,7 @@ class Stack:
             _: Any,
             memory: Memory,
             written: Written,
-            __: Callable[[], Queries],
+            __: Asked,
         ) -> tuple[tuple[Bag, ...], Memory]:
             bags = layer.bags.items()
             entries = (bag.entries(written[name], position, segment) for name, bag in bags)
@@ -287,7 +287,7 @@ class Stack:
             reading: Any,
             memory: Memory,
             written: Written,
-            query: Callable[[], Queries],
+            query: Asked,
         ) -> tuple[tuple[Bag, ...], Memory]:
             assert memory is not None
             slots: dict[str, Slot] = {}
@@ -295,7 +295,7 @@ class Stack:
             for name, bag in layer.bags.items():
                 slot, new = memory.slots[name], written[name]
                 asked = query() if slot.body.needs_queries else None
-                reader = Reader(layer.softmax, reading, asked)
+                reader = Reader(layer.softmax, reading, asked, None, query.x)
                 slots[name] = slot.extended(new, cache.length, count, reader, fresh)
                 parts += () if fresh else (slot.entries(cache.length),)
                 parts.append(bag.entries(new, position))
@@ -333,7 +333,7 @@ class Stack:
             _: Any,
             memory: Memory,
             written: Written,
-            query: Callable[[], Queries],
+            query: Asked,
         ) -> tuple[tuple[Bag, ...], Memory]:
             assert memory is not None
             slots: dict[str, Slot] = {}

@@ -75,6 +75,10 @@ class Run:
         context = self.model.context
         if context is not None and self.train.length > context:
             raise BadInput("train.length", self.train.length, f"at most model.context ({context})")
+        for number, stage in enumerate(self.train.stages):
+            if context is not None and stage.length > context:
+                where = f"train.stages.{number}.length"
+                raise BadInput(where, stage.length, f"at most model.context ({context})")
         task = self.data.task
         if task is not None and self.train.length < task.smallest:
             allowed = f"at least the {task.smallest} tokens of data.task"

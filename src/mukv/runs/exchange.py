@@ -200,25 +200,34 @@ def _specs(
 ) -> dict[str, Spec]:
     """Return the tensors to write, by their names in the architecture, in the order of the layers.
     A tensor is converted only when its file is written."""
-    made: dict[str, Spec] = {}
     position = model.layers[0].softmax.position
     interleaved = isinstance(position, RoPE) and position.pairing == "interleaved"
+    groups: dict[str, list[WeightPiece]] = {}
     for piece in pieces(family.rules, model, pairs_in_halves if interleaved else None):
-        kept = jnp.dtype(dtype or flat[piece.ours].dtype)
+        groups.setdefault(piece.theirs, []).append(piece)
+    made: dict[str, Spec] = {}
+    for name, parts in groups.items():
+        kept = jnp.dtype(dtype or flat[parts[0].ours].dtype)
 
-        def read(piece: WeightPiece = piece, kept: np.dtype = kept) -> Iterator[np.ndarray]:
-            whole = flat[piece.ours]
-            ours = np.asarray(whole if piece.repeat is None else whole[piece.repeat])
-            with np.errstate(over="ignore"):
-                theirs = piece.give(ours).astype(kept)
-            if not np.isfinite(theirs).all() and np.isfinite(ours).all():
-                raise BadInput(
-                    "--dtype", kept.name, f"a type that holds the numbers of {piece.ours}"
-                )
-            yield theirs
+        def read(parts: list[WeightPiece] = parts, kept: np.dtype = kept) -> Iterator[np.ndarray]:
+            yield _joined(parts, flat, kept)
 
-        made[piece.theirs] = Spec(piece.shape, kept, read)
+        made[name] = Spec(parts[0].shape, kept, read)
     return made
+
+
+def _joined(parts: list[WeightPiece], flat: Mapping[str, Any], kept: np.dtype) -> np.ndarray:
+    """Return a tensor of the checkpoint, made of all weights that it holds."""
+    whole = np.empty(parts[0].shape, kept)
+    for piece in parts:
+        stored = flat[piece.ours]
+        ours = np.asarray(stored if piece.repeat is None else stored[piece.repeat])
+        with np.errstate(over="ignore"):
+            theirs = ours.astype(kept)
+        if not np.isfinite(theirs).all() and np.isfinite(ours).all():
+            raise BadInput("--dtype", kept.name, f"a type that holds the numbers of {piece.ours}")
+        piece.put(theirs, whole)
+    return whole
 
 
 def write_shards(folder: Path, specs: Mapping[str, Spec], limit: int) -> int:

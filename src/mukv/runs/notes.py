@@ -30,6 +30,12 @@ def of_run(run: Run) -> list[str]:
             f"train.schedule.warmup: {warmup} steps, but train.steps is {steps}: the learning rate "
             "never reaches its peak"
         )
+    for number, stage in enumerate(run.train.stages):
+        if stage.begin >= steps:
+            found.append(
+                f"train.stages.{number}.begin: {stage.begin}, but train.steps is {steps}: this "
+                "stage never begins"
+            )
     if run.mesh.tensor > 1 and not any("tensor" in row["sharding"] for row in weights(run)):
         found.append(
             f"mesh.tensor: {run.mesh.tensor} splits no weight: it divides neither the heads nor "
@@ -90,7 +96,7 @@ def of_length(length: int, run: Run, what: str) -> list[str]:
     length: length of the text in tokens
     what: name of the text or option
     """
-    trained = run.model.context or run.train.length
+    trained = run.model.context or run.train.sizes[-1][1]
     if length <= trained:
         return []
     return [

@@ -76,7 +76,7 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
     if not ignore_memory:
         require_room(trainer)
     training = run.train
-    common = {"seed": training.seed, "batch": training.batch, "length": training.length}
+    sizes = [(training.seed, *size) for size in training.sizes]
     # Wait until every process has checked the folder, since process 0 writes files into it next,
     # which the check of a slower process would refuse.
     multihost_utils.sync_global_devices("checked")
@@ -94,8 +94,8 @@ def _train(run: Run, feed: Feed, folder: RunDirectory, title: str, ignore_memory
         loop = Loop(
             begin=lambda: _begin(run, trainer),
             trainer=trainer,
-            batches=feed.source("train", **common),
-            validation=feed.source("validation", **common),
+            batches=[feed.source("train", *size) for size in sizes],
+            validation=[feed.source("validation", *size) for size in sizes],
             token_bytes=feed.tokenizer.token_bytes(run.model.vocab_size),
             checkpoints=checkpoints,
             folder=folder.path,

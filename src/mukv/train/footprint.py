@@ -118,12 +118,16 @@ def _stream(trainer: Trainer) -> int:
 
 
 def step_bytes(trainer: Trainer) -> int:
-    """Compile the step; return the bytes that it takes over all devices that share memory.
+    """Compile the step of each stage; return the bytes that the largest takes over all devices that
+    share memory.
 
     State and batch are included, frozen weights only if they are not allocated yet.
     """
-    training, sharding = trainer.training, batch_sharding(trainer.mesh)
-    shape = training.batch, training.length
+    return max(_bytes_of(trainer, shape) for shape in trainer.training.sizes)
+
+
+def _bytes_of(trainer: Trainer, shape: tuple[int, int]) -> int:
+    sharding = batch_sharding(trainer.mesh)
     batch = {
         name: jax.ShapeDtypeStruct(
             shape, jnp.float32 if name == "weight" else jnp.int32, sharding=sharding

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 
 from mukv.core.device import peak_flops
 from mukv.core.errors import Failed
-from mukv.data.batches import Prefetch
+from mukv.data.batches import Batch, Prefetch
 from mukv.data.feed import Source
 from mukv.data.mixture import Mixture
 from mukv.model.counting import flops_per_token
@@ -102,13 +102,13 @@ class Clock:
 class Loop:
     """One run of one trainer in one folder.
 
-    batches, validation: sources of training and validation batches
+    batches, validation: sources of training and validation batches of each stage of training
     token_bytes: UTF-8 bytes of each id, int [vocab]
     """
 
     trainer: Trainer
-    batches: Source
-    validation: Source
+    batches: Sequence[Source]
+    validation: Sequence[Source]
     token_bytes: np.ndarray
     checkpoints: Checkpoints
     folder: Path
@@ -128,7 +128,7 @@ class Loop:
         clock = Clock(training.batch * training.length)
         peak = peak_flops(trainer.mesh.size)
         adapters = trainer.declared if trainer.adapter is not None else None
-        flops = flops_per_token(trainer.model, training.length, adapters)
+        flops = [flops_per_token(trainer.model, size, adapters) for _, size in training.sizes]
         step, finished = start, True
         stable = training.schedule.stable_until(training.steps)
         self.last, self.seen = known_so_far(self.folder / "metrics.jsonl", start)
@@ -143,9 +143,7 @@ class Loop:
                 bar.say(
                     f"all {start} steps are already done; metrics are those of the finished run"
                 )
-            prefetch = Prefetch(
-                lambda step: self.batches.at(step, **trainer.share), range(start, training.steps)
-            )
+            prefetch = Prefetch(self.batch_at, range(start, training.steps))
             stack.enter_context(prefetch)
             for step, batch in enumerate(prefetch, start=start + 1):
                 state, metrics = trainer.step(state, step - 1, trainer.put(batch))
@@ -170,14 +168,14 @@ class Loop:
                         **{name: float(n) for name, n in metrics.counts.items()},
                         "tokens": step * clock.tokens_per_step,
                         "tokens_per_second": rate,
-                        "mfu": rate * flops / peak,
+                        "mfu": rate * flops[training.stage_at(step - 1)] / peak,
                         "wait_fraction": prefetch.wait_seconds / max(clock.seconds, 1e-9),
                     }
                     self.note(step, numbers)
                     trackers.log(step, numbers)
                 if evaluates:
                     with clock.pause():
-                        validation = self.evaluate(state)
+                        validation = self.evaluate(state, step)
                     self.note(step, validation)
                     trackers.log(step, validation)
                 if logs or evaluates:
@@ -221,7 +219,7 @@ class Loop:
         sound = int(state.step)
         if sound == step:
             return
-        batch = self.batches.at(sound, **self.trainer.share)
+        batch = self.batch_at(sound)
         culprit = self.trainer.blame(state, self.trainer.put(batch))
         self.checkpoints.wait()
         # A checkpoint of step `sound` has the weights of the failed step.
@@ -231,14 +229,22 @@ class Loop:
             f"step {sound + 1}: not a finite number in {culprit}; {saved} in {self.folder}"
         )
 
-    def evaluate(self, state: State) -> dict[str, float]:
+    def batch_at(self, step: int) -> Batch:
+        """Return this process's rows of a training batch."""
+        source = self.batches[self.trainer.training.stage_at(step)]
+        return source.at(step, **self.trainer.share)
+
+    def evaluate(self, state: State, step: int) -> dict[str, float]:
         """Compute the loss on the validation windows: nats per token and bits per byte. Of a
         mixture, that of each part, and their mean with its weights.
+
+        step: updates done. Windows have the length of the last one's stage
         """
-        limit = self.trainer.training.validation_batches
-        if not isinstance(self.validation, Mixture):
-            return validation_metrics(*self.summed(state, self.validation, limit))
-        share, mixed = self.validation.share(limit), self.validation
+        training = self.trainer.training
+        limit, mixed = training.validation_batches, self.validation[training.stage_at(step - 1)]
+        if not isinstance(mixed, Mixture):
+            return validation_metrics(*self.summed(state, mixed, limit))
+        share = mixed.share(limit)
         sums = {name: self.summed(state, part, share) for name, part in mixed.parts.items()}
         found: dict[str, float] = {}
         for name, total in sums.items():

@@ -95,14 +95,15 @@ class Trainer:
 
     def __init__(self, model: LanguageModel, training: Training, mesh: Mesh):
         """Build the functions. Raises BadInput if the batch can't be split over the mesh."""
-        rows = training.batch // training.accumulate
-        if rows % mesh.shape["data"]:
-            raise BadInput(
-                "train.batch",
-                training.batch,
-                f"batch / accumulate ({rows}) must be a multiple of mesh.data "
-                f"({mesh.shape['data']})",
-            )
+        for batch, length in training.sizes:
+            rows = batch // training.accumulate
+            if rows % mesh.shape["data"]:
+                raise BadInput(
+                    "train.batch",
+                    batch,
+                    f"batch / accumulate ({rows}) must be a multiple of mesh.data "
+                    f"({mesh.shape['data']})" + (f" at length {length}" if training.stages else ""),
+                )
         training = training.effective
         self.model, self.training, self.mesh = model, training, mesh
         self.share = share_of_batch(mesh)
@@ -117,7 +118,8 @@ class Trainer:
             self.resolved = self.adapter.resolved(model, family)
             self.thaw()
         self.optimizer = training.optimizer.transform(self.declared, self.resolved)
-        self._step = self._compiled_step = jax.jit(
+        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._step = jax.jit(
             self.update,
             donate_argnums=0,
             out_shardings=(self.shardings(), replicated(mesh)),
@@ -126,7 +128,8 @@ class Trainer:
 
     def step(self, state: State, step: int, batch: BatchArrays) -> tuple[State, Metrics]:
         """Do update number `step`, counted from 0; the given state is donated."""
-        result = self._compiled_step(state, step, batch, self.frozen)
+        compiled = self._compiled.get(batch["tokens"].shape, self._step)
+        result = compiled(state, step, batch, self.frozen)
         if self.platform == "cpu" and self.mesh.size > 1:
             # Simulated devices share one pool of threads. A second program could occupy the threads
             # that the first needs to finish a collective, which is a deadlock.
@@ -145,8 +148,8 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             frozen = jax.tree.map(_abstract, self.frozen)
             lowered = self._step.lower(self.abstract_state(), 0, batch, frozen)
-            self._compiled_step = lowered.compile()
-        return self._compiled_step
+            compiled = self._compiled[batch["tokens"].shape] = lowered.compile()
+        return compiled
 
     def abstract_state(self) -> State:
         """Return shapes and shardings of the state without allocating it."""

@@ -14,6 +14,21 @@ from mukv.train.adapter import Adapter
 
 
 @dataclass(frozen=True)
+class LengthStage:
+    """A part of training with longer rows, and as many fewer rows per step.
+
+    begin: number of updates done before the stage
+    length: tokens per row, a multiple of `train.length`
+    """
+
+    begin: int
+    length: int
+
+    def __post_init__(self) -> None:
+        require_counts(self, "begin", "length")
+
+
+@dataclass(frozen=True)
 class Training:
     """How a model is trained.
 
@@ -24,6 +39,8 @@ class Training:
     seed: 32-bit seed of the initial weights and the order of the data
     batch: rows per step over all devices
     length: tokens per row
+    stages: later parts of training with longer rows and as many tokens per step: `batch` is divided
+        by the factor by which rows are longer
     learning_rate: peak learning rate
     schedule: how the learning rate changes over the steps
     optimizer: rule by which gradients change the weights
@@ -47,6 +64,7 @@ class Training:
     seed: int = 0
     batch: int = 8
     length: int = 256
+    stages: tuple[LengthStage, ...] = ()
     learning_rate: float = 3e-3
     schedule: AnySchedule = field(default_factory=Cosine)
     optimizer: AnyOptimizer = field(default_factory=AdamW)
@@ -78,7 +96,37 @@ class Training:
             raise BadInput("clip_norm", self.clip_norm, "greater than 0, or null")
         if self.batch % self.accumulate:
             raise BadInput("accumulate", self.accumulate, f"must divide batch ({self.batch})")
+        self._check_stages()
         _ = self.effective
+
+    def _check_stages(self) -> None:
+        before = LengthStage(1, self.length)
+        for number, stage in enumerate(self.stages):
+            where = f"stages.{number}"
+            if number and stage.begin <= before.begin:
+                raise BadInput(f"{where}.begin", stage.begin, f"more than {before.begin}")
+            if stage.length % before.length or stage.length == before.length:
+                allowed = f"a multiple of the length before it ({before.length}), and longer"
+                raise BadInput(f"{where}.length", stage.length, allowed)
+            factor = stage.length // self.length
+            if self.batch % (factor * self.accumulate):
+                by = f"{factor} times as long as train.length ({self.length})"
+                rows = f"batch / accumulate ({self.batch // self.accumulate})"
+                allowed = f"{by}, which must divide {rows}"
+                raise BadInput(f"{where}.length", stage.length, allowed)
+            before = stage
+
+    def stage_at(self, step: int) -> int:
+        """Return the number of the stage in which update number `step` (from 0) is: 0 before the
+        first of `stages`."""
+        return sum(stage.begin <= step for stage in self.stages)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Rows per step and tokens per row of each stage; first those before the first of
+        `stages`."""
+        lengths = (self.length, *(stage.length for stage in self.stages))
+        return tuple((self.batch * self.length // length, length) for length in lengths)
 
     @property
     def effective(self) -> Training:

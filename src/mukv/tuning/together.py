@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
 from mukv.core.typing import Array
 from mukv.data.batches import Batch, Prefetch
@@ -113,6 +114,9 @@ class Together:
         values = [point.leaves() for point in self.points]
         first = self.points[0]
         self.model, self.training = first.model, first.training.effective
+        if self.training.stages:
+            allowed = "none: points that are trained together have rows of one length"
+            raise BadInput("train.stages", list(self.training.stages), allowed)
         self.mesh = MeshShape().build()
         varied = [path for path in values[0] if len({each[path] for each in values}) > 1]
         self.seeds = sorted({each["train.seed"] for each in values})
