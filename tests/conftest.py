@@ -1,8 +1,6 @@
-"""Tests share compiled programs between runs.
-
-The quick round keeps XLA from optimising what runs once; the whole one (`-m ""`, `make test-all`)
-optimises as users do.
-"""
+"""Fixtures of all tests. Compiled programs are cached between runs of the tests. In the quick round
+XLA does not optimise programs that run once; in the full round (`-m ""`, `make test-all`) it
+optimises as for users."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ QUICK_TO_COMPILE = ("xla_cpu_use_fusion_emitters=false", "xla_cpu_parallel_codeg
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Decide about optimisations before JAX is first used; processes inherit it."""
+    """Choose XLA's optimisations before JAX is first used; child processes inherit the choice."""
     quick = config.option.markexpr == QUICK
     chosen = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
     if "jax" in sys.modules:  # a plugin has imported it, which reads the environment
@@ -66,7 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def known(options: Sequence[str]) -> list[str]:
-    """Return the options of XLA that the installed jaxlib has; any other would end the process."""
+    """Return those options of XLA that the installed jaxlib has; an unknown option would end the
+    process."""
     package = importlib.util.find_spec("jaxlib")
     assert package is not None
     library = max(
@@ -118,7 +117,7 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a minuscule model; not to be written to."""
+    """The run directory of a minuscule model. Tests must not write to it."""
     out = tmp_path_factory.mktemp("runs") / "minuscule"
     done = command("train", "tiny", *MINUSCULE, f"data.path={token_file}", "--out", out)
     assert done.returncode == 0, done.stderr
@@ -127,7 +126,7 @@ def trained(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The minuscule model as a folder of Hugging Face's; not to be written to."""
+    """The minuscule model as a Hugging Face folder. Tests must not write to it."""
     out = tmp_path_factory.mktemp("exported") / "folder"
     done = command("export", trained, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -153,7 +152,7 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many combinations the laws were held to."""
+    """Print the number of combinations that the laws were checked on."""
     passed = (report.nodeid for report in terminalreporter.stats.get("passed", []))
     laws = {name.split("[")[1].split("]")[0] for name in passed if "test_laws.py" in name}
     if laws:

@@ -117,7 +117,7 @@ def listen(root: Path, log: Path, kill: tuple[str, int] | None) -> None:
 
 
 def remembered(folder: Path, *given: Any) -> Any:
-    """What `compress` measures, which is not what is tested: once for all children."""
+    """Cache the measurements of `compress` for all children, since they are not what is tested."""
     path = folder / "judged"
     if not path.exists():
         path.write_bytes(pickle.dumps(judge(*given)))
@@ -220,7 +220,8 @@ class Server:
     def run(
         self, root: Path, *arguments: object, kill: tuple[str, int] | None = None
     ) -> tuple[int, list[str], str]:
-        """Status (-9: killed), the operations that were done, and what was said."""
+        """Run a command; return its status (-9 if it was killed), the operations that were done,
+        and its output."""
         process = self.start(root, *arguments, kill=kill)
         log = self.last
         status = self.ask(do="wait", process=process)

@@ -1,4 +1,4 @@
-"""`mukv` in processes of its own, for what can't be seen from inside: kills, signals, several."""
+"""Run `mukv` in other processes, to test kills, signals and several processes at once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def environment() -> dict[str, str]:
-    """As a user's, but for XLA's optimisations in the quick round and a cache of compiled programs
-    that is shared with the other tests."""
+    """Return the environment of a user, but with XLA's optimisations as in this round of tests and
+    with their cache of compiled programs."""
     kept = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     return kept | {"GLIBC_TUNABLES": "", "MUKV_CACHE": str(Path(".cache/mukv").absolute())}
 
@@ -26,7 +26,7 @@ def start(*args: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
-    """Status, standard output and standard error."""
+    """Return status, standard output and standard error."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -37,6 +37,6 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, s
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by its path."""
+    """Return the content of every file, by path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -41,7 +41,7 @@ STARTS_FROM_PRESETS = {"train", "sweep", "transfer", "describe"}
 
 
 def prose(text: str) -> str:
-    """A page without its blocks of code."""
+    """Return a page without its blocks of code."""
     return INDENTED.sub("\n", FENCE.sub("\n", text))
 
 
@@ -53,7 +53,7 @@ def blocks(text: str) -> list[str]:
 
 
 def typed(line: str) -> list[list[str]]:
-    """The commands `mukv` of a line of shell, as words."""
+    """Return the `mukv` commands in a line of shell, as lists of words."""
     lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="|&;")
     lexer.whitespace_split = True
     lexer.commenters = "#"
@@ -106,7 +106,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def dead_links(page: Path) -> list[str]:
-    """Relative links of a page that lead nowhere."""
+    """Return the relative links of a page whose target is missing."""
     dead = []
     for groups in LINK.findall(prose(page.read_text())):
         target = next(filter(None, groups))
@@ -122,7 +122,7 @@ def dead_links(page: Path) -> list[str]:
 
 
 def wrong_commands(page: Path) -> list[str]:
-    """Command lines of a page that can't be typed."""
+    """Return the command lines of a page that the parser refuses."""
     text, wrong = page.read_text(), []
     lines = [(line, True) for line in blocks(text) if re.search(r"\bmukv\b", line)]
     lines += [(line, False) for line in re.findall(r"`(mukv [a-z][^`]*)`", prose(text))]
@@ -150,7 +150,7 @@ def preset(name: str) -> bool:
 
 
 def missing_files(page: Path) -> list[str]:
-    """Scripts, pages and presets that a page names and that are not there."""
+    """Return the scripts, pages and presets that a page names but that do not exist."""
     text = page.read_text()
     files = {*FILE.findall(text), *SCRIPT.findall(text)}
     missing = [f for f in files if not any((root / f).exists() for root in (ROOT, page.parent))]

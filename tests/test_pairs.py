@@ -12,7 +12,7 @@ from tests.pairs import cover, pairs
 
 
 def met(rows, axes):
-    """All pairs of values that stand in one row, with their axes."""
+    """Return all pairs of values of different axes that occur in one row."""
     numbered = [list(zip(axes, row, strict=True)) for row in rows]
     return {frozenset(pair) for row in numbered for pair in itertools.combinations(row, 2)}
 

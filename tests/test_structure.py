@@ -85,7 +85,7 @@ def test_a_file_has_at_most_400_lines(path):
 
 
 def loaded(code: str) -> set[str]:
-    """The packages that are there after running `code` in a fresh Python."""
+    """Return the packages that are imported after running `code` in a new Python process."""
     script = f"{code}\nimport sys; print(*(name for name in sys.modules if '.' not in name))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Training steps on random tokens, without a run around them."""
+"""Run training steps on random tokens, without a run directory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EXACT = Compute("float32", "float32", unroll=True)
 
 
 def trainer(model: LanguageModel, data: int = 1, tensor: int = 1, **changes: Any) -> Trainer:
-    """On a mesh of simulated devices."""
+    """Make a trainer on a mesh of simulated devices."""
     settings = {"steps": 8, "batch": 8, "length": matrix.LENGTH, "compute": EXACT, **changes}
     return Trainer(model, Training(**settings), MeshShape(data, tensor).build())
 
 
 def batch(step: int, rows: int = 8) -> Batch:
-    """Two documents a row, a place without weight now and then."""
+    """Make a batch with two documents per row and some tokens of weight zero."""
     random = np.random.default_rng(step)
     tokens = random.integers(0, matrix.VOCAB, (rows, matrix.LENGTH + 1)).astype(np.int32)
     cut = matrix.LENGTH // 3
@@ -40,7 +40,7 @@ def batch(step: int, rows: int = 8) -> Batch:
 
 
 def steps(train: Trainer, state: State, first: int, last: int) -> tuple[State, list[Metrics]]:
-    """Updates number `first` up to `last`."""
+    """Apply the updates number `first` to `last`."""
     seen = []
     with jax.set_mesh(train.mesh):
         for step in range(first, last):
@@ -50,5 +50,5 @@ def steps(train: Trainer, state: State, first: int, last: int) -> tuple[State, l
 
 
 def run(train: Trainer, last: int) -> tuple[State, list[Metrics]]:
-    """From the beginning."""
+    """Train from the initial state."""
     return steps(train, train.initial_state(), 0, last)

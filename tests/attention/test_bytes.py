@@ -91,7 +91,7 @@ STATES = {
 
 
 def bytes_of(model: Decoder, length: int) -> int:
-    """Of the bodies as allocated."""
+    """Return the bytes of the allocated cache bodies."""
     cache = model.empty_cache(1, length, tail=1, dtype=jnp.dtype("bfloat16"))
     return sum(leaf.nbytes for slot in cache.slots for leaf in jax.tree.leaves(slot.body))
 
@@ -115,8 +115,8 @@ def test_bytes(name):
 
 @pytest.mark.parametrize("name", STATES)
 def test_states(name):
-    """They are the same at every length; the documented length is that at which MQA takes as
-    many bytes."""
+    """States take the same bytes at every length; the documented length is that at which MQA takes
+    as many bytes."""
     attention, expected = STATES[name]
     model = Decoder(vocab_size=8, d_model=768, attention=attention, plan=PLAIN)
     for length in (W, 64 * W):

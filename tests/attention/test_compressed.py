@@ -56,7 +56,7 @@ def stream(seed: int = 9) -> np.ndarray:
 
 
 def run(attention: HCA, write: dict, read: dict, x: np.ndarray, only: str | None = None):
-    """The layer over whole rows. only: the store that is read, all if None."""
+    """Run the layer over whole rows. only: name of the store that is read; None for all."""
     position = jnp.tile(jnp.arange(TOKENS), (2, 1))
 
     @jax.jit
@@ -201,7 +201,7 @@ POLICIES = ["int8", "streaming:1.0", "knorm:1.0+int8", "clusters:1.0"]
 @pytest.mark.product
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_act_on_the_compressed_entries(name):
-    """At full budget a policy changes the result only by the rounding of int8."""
+    """With full budget, a policy changes the result only by the rounding of int8."""
     model = matrix.build("hca", "rope", "plain")
     model = dataclasses.replace(model, attention=dataclasses.replace(model.attention, every=2))
     tree = matrix.weights(model)

@@ -130,7 +130,8 @@ ALIGNED = Mask(aligned=True)
 @pytest.mark.parametrize("core", [Flash, Splash])
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_are_plain(name, core):
-    """The kernels, interpreted, over several chunks and blocks; forward and backward."""
+    """The interpreted kernels equal the plain core over several chunks and blocks, forward and
+    backward."""
     given = {"cuts": (0,), "group": 2, "kv_heads": 2, "widths": (16, 16), "window": None}
     given |= {"softcap": None, "sinks": False, "padding": 0} | KERNELS[name]
     random, length = np.random.default_rng(0), 150
@@ -175,7 +176,8 @@ def test_kernels_are_plain(name, core):
 
 
 def test_flash_is_split_over_a_mesh():
-    """Rows over `data` and KV heads over `tensor`; gradients of sinks are summed over both."""
+    """Rows are split over `data` and KV heads over `tensor`; gradients of sinks are summed over
+    both axes."""
     random = np.random.default_rng(0)
     shape, length = (4, 2, 2), 40
     query, direction = random.standard_normal((2, *shape, length, 16)).astype(np.float32)
@@ -195,7 +197,7 @@ def test_flash_is_split_over_a_mesh():
 
 
 def test_a_step_is_lowered_to_the_kernels_of_a_tpu():
-    """Forward, and two kernels backward, for each of the two layers of the pattern."""
+    """Each of the two layers of the pattern has one forward kernel and two backward kernels."""
     wide = ["model.d_model=32", "model.plan=[{repeats: 2, pattern: [{window: 16}, {}]}]"]
     run = config.load("tiny", [*wide, "train.compute.platform=tpu"])
     tokens = jax.ShapeDtypeStruct((2, 200), jnp.int32)

@@ -26,7 +26,7 @@ CHUNKS = (1, 4, 64, 128)
 
 
 def drawn(decay_dim: int, seed: int = 0) -> tuple[DeltaRows, np.ndarray]:
-    """Random rows in float64, with keys of unit length, and a state."""
+    """Draw random rows in float64, with keys of unit length, and a state."""
     random = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -42,7 +42,7 @@ def drawn(decay_dim: int, seed: int = 0) -> tuple[DeltaRows, np.ndarray]:
 def recurrence(
     rows: DeltaRows, first: np.ndarray, state: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The definition, token by token."""
+    """Compute the delta rule by its definition, token by token."""
     query, key, value, decay, beta = (np.asarray(each) for each in rows)
     found = []
     for t in range(query.shape[1]):
@@ -55,7 +55,7 @@ def recurrence(
 
 
 def borders() -> np.ndarray:
-    """Documents of several lengths, one of them of one token; the second row begins inside one."""
+    """Make documents of several lengths, one of one token; row 1 begins within a document."""
     first = np.zeros((BATCH, TOKENS), bool)
     first[0, [0, 10, 11, 40]] = first[1, 37] = True
     return first
@@ -69,7 +69,7 @@ def computed(rows, first, state, chunk, part=128):
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("decay_dim", [1, KEY])
 def test_chunks_of_any_size_are_the_recurrence(decay_dim, chunk):
-    """With a decay per head and per channel, several documents, and a state from before."""
+    """Decays are per head or per channel; rows have several documents and an initial state."""
     rows, state = drawn(decay_dim)
     read, after = recurrence(rows, borders(), state)
     found, kept = computed(rows, borders(), state, chunk)
@@ -78,7 +78,7 @@ def test_chunks_of_any_size_are_the_recurrence(decay_dim, chunk):
 
 
 def test_parts_of_any_size_are_the_recurrence():
-    """Parts of several chunks, the last one with padding."""
+    """Parts have several chunks; the last chunk is padded."""
     rows, state = drawn(1)
     read, after = recurrence(rows, borders(), state)
     for part in (8, 32):
@@ -116,7 +116,7 @@ def test_its_gradient_is_that_of_the_recurrence(decay_dim):
 
 
 def test_strong_decays_overflow_nowhere():
-    """Sums of log decays far below -88, where e^-G is beyond float32."""
+    """Sums of log decays are far below -88, where exp(-G) overflows in float32."""
     rows, state = drawn(KEY)
     rows = rows._replace(decay=5 * rows.decay)
     read, after = recurrence(rows, borders(), state)
@@ -236,7 +236,7 @@ def test_a_floor_that_is_no_decay_is_refused():
 
 
 def test_a_floor_bounds_the_decays():
-    """Whatever the step, each is between the floor and 0; without a floor some are lower."""
+    """With a floor, every log decay is between the floor and 0; without one some are lower."""
     x = 30 * jnp.asarray(np.random.default_rng(0).standard_normal((1, 20, 16)), jnp.float32)
     for floor in (None, -5.0):
         layer = KimiDelta(heads=2, head_dim=4, decay_floor=floor)
@@ -255,7 +255,7 @@ def test_a_policy_refuses_states_by_name():
 
 @pytest.mark.product
 def test_in_a_hybrid_a_policy_acts_on_the_attention_alone():
-    """At full budget the logits are those without a policy; below it the cache is smaller."""
+    """With full budget the logits are those without a policy; with less the cache is smaller."""
     model = matrix.build("gated-delta", "rope", "plain")
     gqa = dataclasses.replace(matrix.ATTENTIONS["gqa"], position=RoPE())
     model = dataclasses.replace(model, plan=(Stage((Layer(), Layer(attention=gqa))),))

@@ -112,7 +112,7 @@ def test_normed_shared_kv_is_gemma_4s():
 
 
 def test_tensor_product_is_attention_over_its_products():
-    """Keys and values multiplied out: a multi-head attention with those keys and values."""
+    """The layer equals multi-head attention with the keys and values that the products give."""
     product = TensorProduct(RoPE(), heads=4, head_dim=8, query_rank=3, rank=2)
     write, read = weights(product)
     x = draw(2, LENGTH, D_MODEL, seed=9)
@@ -216,7 +216,8 @@ def test_softcap_bounds_and_vanishes():
 @pytest.mark.parametrize("sinks", [None, "learned"])
 @pytest.mark.parametrize("position", [RoPE(), CoPE(positions=4)])
 def test_fused_core_is_plain_core(position, sinks, chunk):
-    """Chunks that divide the length and that don't; blocks right to left for CoPE; gradients."""
+    """Chunk sizes divide the length or not; CoPE goes through blocks from right to left; gradients
+    are compared too."""
     grouped = Grouped(position, heads=4, kv_heads=2, head_dim=8, sinks=sinks)
     write, read = weights(grouped)
 

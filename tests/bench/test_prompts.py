@@ -46,7 +46,7 @@ def chatty(trained, tmp_path) -> Path:
 
 
 def answering(monkeypatch, answer) -> list[str]:
-    """Let models answer as a function of the prompt does; returns what they were given."""
+    """Replace generation by a function of the prompt; return the prompts that it was given."""
     given: list[str] = []
 
     def generate_ids(self, prompts, most, policy=None, then=None):
@@ -90,7 +90,7 @@ def test_near_misses_show(monkeypatch, speaker):
 
 
 def edits(one: str, two: str) -> int:
-    """Levenshtein's distance by its recursion."""
+    """Compute Levenshtein's distance by its recursion."""
     row = list(range(len(two) + 1))
     for count, letter in enumerate(one, start=1):
         before, row = row, [count]

@@ -23,7 +23,7 @@ EXACT = Compute("float32", "float32")
 
 @dataclass(frozen=True)
 class Known:
-    """Expects after each token the one that weights say: a table of logits by token."""
+    """A model that predicts the next token by a table of logits, which is its weights."""
 
     vocab_size: int
 

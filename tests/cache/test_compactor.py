@@ -1,4 +1,4 @@
-"""Compactor against its formula in float64, after a prompt and after a fold."""
+"""Scores of Compactor equal its formula in float64, after a prompt and after a fold."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def standard(score):
 
 
 def leverage(one, row, places):
-    """[head entry], of keys that are rotated back by the complex form of RoPE."""
+    """Compute leverage scores [head entry] of keys, whose rotation is undone by the complex form of
+    RoPE."""
     key = np.float64(one.key[row][:, places])
     turn = one.place[row][places][:, None] * 100.0 ** -(np.arange(4) / 4)
     still = (key[..., :4] + 1j * key[..., 4:]) * np.exp(-1j * turn)
@@ -35,7 +36,7 @@ def leverage(one, row, places):
 
 
 def attention(one, row, places):
-    """[head entry] of tokens in blocks, not scaled and not causal, times |v|."""
+    """Compute the attention [head entry] of tokens in blocks, neither scaled nor causal, x |v|."""
     found = []
     for start in range(0, len(places), BLOCK):
         block = places[start : start + BLOCK]

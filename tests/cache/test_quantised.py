@@ -112,7 +112,8 @@ def test_a_bias_of_one_channel_changes_no_other():
     ],
 )
 def test_each_variant_says_which_of_its_tensors_are_keys(name, keys):
-    """By channel: steps for runs of tokens, so that their rows are fewer than the slots."""
+    """Keys are quantised by channel, with one step per group of tokens, so that they have fewer
+    rows of steps than slots."""
     attention = matrix.ATTENTIONS[name]
     policy = Policy.parse("int4", 1.0)
     body = policy.body(attention, matrix.D_MODEL, 1, 2 * GROUP, jnp.dtype("float32"), (0, 1))
@@ -124,8 +125,8 @@ def test_each_variant_says_which_of_its_tensors_are_keys(name, keys):
 @pytest.mark.parametrize("bits", STORES)
 @pytest.mark.parametrize("key", [True, False])
 def test_entries_may_be_encoded_at_every_fold(bits, kind, key):
-    """The error of 40 folds is that of one in 4 bits, and of two in 8 bits, whose largest level is
-    not always used because steps are rounded."""
+    """After 40 folds the error is that of one encoding with 4 bits, and of two with 8 bits, whose
+    largest level is not always used because steps are rounded."""
     store, x = STORES[bits][0], drawn(kind)
     there = jnp.ones(SHAPE[:3], bool)
 

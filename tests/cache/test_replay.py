@@ -44,7 +44,7 @@ def policy_of(name):
 
 @pytest.fixture(scope="module")
 def kept(model, weights):
-    """The cache after the prompts, and after how many tokens of each."""
+    """Return the cache after the prompts, and the number of tokens of each prompt."""
 
     def of(name, prompts=PROMPTS):
         functions = decode_functions(model, Sampling(), EXACT)
@@ -56,7 +56,7 @@ def kept(model, weights):
 
 
 def factors(model, ids):
-    """|W v| [layer, head, token] and |h| [layer, token], from the stream in front of each layer."""
+    """Compute |W v| [layer, head, token] and |h| [layer, token] from the input of each layer."""
     tree = model.unstack(model.scaled(matrix.weights(model)))
     with capture() as taps:
         model.hidden(model.scaled(matrix.weights(model)), jnp.asarray(ids), compute=EXACT)
@@ -79,7 +79,8 @@ def scores(model):
 
 
 def dense_scores(model, plus):
-    """By a dense pass over prompt and repetition: [row][layer, kv head, entry], numpy."""
+    """Compute scores in numpy, by a dense pass over prompt and repetition: [row][layer, kv head,
+    entry]."""
     found = []
     for prompt in PROMPTS:
         length, parts = len(prompt), []
@@ -103,7 +104,7 @@ def dense_scores(model, plus):
 
 
 def positions(cache, row):
-    """[layer] of sets of (head, position)."""
+    """Return the sets of kept (head, position), for each layer."""
     found = []
     for slot in cache.slots:
         shelf = slot.body.shelf
@@ -117,14 +118,15 @@ def positions(cache, row):
 
 
 def best(score, number):
-    """Indices of the largest of any shape, as a set."""
+    """Return the indices of the largest elements of an array, as a set."""
     flat = np.argsort(-score.ravel(), kind="stable")[:number]
     return {tuple(map(int, at)) for at in zip(*np.unravel_index(flat, score.shape), strict=True)}
 
 
 @pytest.mark.parametrize("share", [0.5, 0.3])
 def test_the_best_entries_of_all_layers_are_kept(kept, scores, share):
-    """By a dense pass over prompt and repetition. The sum over layers and heads is the budget."""
+    """Scores come from a dense pass over prompt and repetition. The entries of all layers and heads
+    sum to the budget."""
     cache = kept(f"kvzip(chunk={CHUNK}):{share}")
     for row, score in enumerate(scores):
         score = score.copy()
@@ -158,7 +160,7 @@ def test_a_budget_for_each_head_or_layer(kept, scores):
 
 
 def test_bytes_are_those_of_what_is_kept(kept, model):
-    """A layer's pool has its entries, rounded up to 16, and no more."""
+    """The pool of a layer has room for its entries, rounded up to a multiple of 16."""
     prompts = PROMPTS[:1]
     cache = kept(f"kvzip(chunk={CHUNK}):0.25", prompts)
     sizes = [len(each) for each in positions(cache, 0)]
@@ -179,7 +181,7 @@ def test_ties_are_won_by_the_newer_entry_and_the_lower_layer():
 
 
 def test_full_budget_is_full_attention():
-    """Law 7, with a question behind the prompt, over a fold."""
+    """Law 7, with a question after the prompt, over a fold."""
     model = model_of("gqa", "rope")
     weights = decoding_weights(model, matrix.weights(model), EXACT)
     given = {"compute": EXACT, "then": [PROMPTS[1][:5], PROMPTS[0][:9]]}

@@ -127,7 +127,7 @@ def test_chunks_are_steps_with_a_fold_after_each(name):
 
 @pytest.fixture(scope="module")
 def continued():
-    """generate(...) with a model of one layer."""
+    """Return a function that generates with a model of one layer."""
     model = model_of("gqa", "rope")
     weights = decoding_weights(model, matrix.weights(model), EXACT)
 

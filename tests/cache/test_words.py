@@ -70,7 +70,7 @@ def test_parsing_is_the_inverse_of_printing(policy):
 
 
 def test_every_parameter_can_be_set():
-    """Of each part, by its word alone; the default is left out of the name."""
+    """Each parameter of a part is set by its word; the default is left out of the policy's name."""
     for table in TABLES:
         for name, cls in table.items():
             head = "" if table in (KEEPERS, STORES, SELECTORS) else "knorm+"

@@ -42,7 +42,7 @@ def in_ascii(model):
 
 @pytest.fixture
 def typed(mukv, folder, monkeypatch):
-    """mukv chat with these lines as standard input."""
+    """Run mukv chat with these lines as standard input."""
 
     def run(text, *args):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))

@@ -28,7 +28,7 @@ PROMPT = "Déjà"
 
 @pytest.fixture(scope="module")
 def facts(mukv):
-    """The object that a command prints with --json."""
+    """Return the object that a command prints with --json."""
 
     def run(*args):
         done = mukv(*args, "--json")

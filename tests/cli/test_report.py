@@ -1,5 +1,5 @@
-"""One page about runs: everything lies inside it, wrong folders are refused, and only what can be
-compared shares an axis."""
+"""`mukv report` writes one self-contained page, refuses wrong folders, and puts only comparable
+runs on one axis."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def texts(tmp_path_factory) -> dict[str, Path]:
 
 
 def make_run(trained: Path, folder: Path, tokens: Path | None, losses=(3.0, 2.0)) -> Path:
-    """A run directory as training leaves it, of another token file."""
+    """Make a run directory as training leaves it, with another token file."""
     folder.mkdir(parents=True)
     config = (trained / "config.yaml").read_text()
     if tokens is not None:
@@ -90,7 +90,7 @@ def make_run(trained: Path, folder: Path, tokens: Path | None, losses=(3.0, 2.0)
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """The figures that a report draws."""
+    """Return the figures that a report draws."""
     kept: list = []
 
     @contextmanager

@@ -52,7 +52,7 @@ forward = lru_cache(partial(matrix.logits, compute=QUICK))
 
 
 def logits(model: Decoder, weights, ids=IDS) -> np.ndarray:
-    """Of the forward pass of training; a model is compiled once."""
+    """Return the logits of the training forward pass; a model is compiled once."""
     position = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
     return np.asarray(forward(model)(weights, ids, position, np.zeros_like(ids)))
 
@@ -177,7 +177,7 @@ def test_values_that_follow_from_keys_need_no_room():
 
 @pytest.mark.parametrize("position", params(["rope", "partial, interleaved"], ["rope"]))
 def test_keys_and_values_of_low_rank_need_no_more(position):
-    """Keys that differ from head to head by complex factors, and values of rank 5."""
+    """Keys differ from head to head by complex factors; values have rank 5."""
     model = source(POSITIONS[position])
     weights, random = matrix.weights(model), np.random.default_rng(0)
     write, pairs = weights["stage0"]["slot0"]["write"], pairs_of(POSITIONS[position], D)
@@ -198,7 +198,7 @@ def test_keys_and_values_of_low_rank_need_no_more(position):
 
 @pytest.mark.parametrize("entries", ["mean", "first"])
 def test_a_layer_whose_entries_follow_from_anothers_reads_them_without_loss(entries):
-    """The first layer adds nothing to the stream, so that both read the same."""
+    """The first layer adds nothing to the residual stream: both layers have the same input."""
     model = source()
     weights, random = matrix.weights(model), np.random.default_rng(0)
     slot, pairs = weights["stage0"]["slot0"], pairs_of(model.attention.position, D)
@@ -230,7 +230,7 @@ def test_a_layer_whose_entries_follow_from_anothers_reads_them_without_loss(entr
     ],
 )
 def test_bytes(to, numbers):
-    """Of the bodies as allocated, in four layers; numbers of a token."""
+    """Numbers per token of the allocated bodies, in four layers."""
     model = source(plan=(Stage(repeats=4),))
     made, weights = converted(model, matrix.weights(model), to, calibrated=False)
     cache = made.empty_cache(1, 64, tail=1, dtype=jnp.dtype("bfloat16"))

@@ -21,7 +21,7 @@ DECLARED["experts"] = EXPERTS
 
 
 def drawn(param: Param, seed: int = 0) -> jax.Array:
-    """Numbers of very different sizes, some groups of zeros, and one far from zero."""
+    """Draw numbers of very different sizes, some groups of zeros, and numbers far from zero."""
     random = np.random.default_rng(seed)
     size = 10.0 ** random.integers(-3, 3, param.shape[-1])
     found = random.standard_normal(param.shape) * size

@@ -53,7 +53,8 @@ for batch, rows, columns, width in itertools.product((1, 2), (1, 16, 64), (1, 5,
 
 
 def test_every_shape_in_bfloat16():
-    """In a process of its own: with optimisations off, as they are here, XLA has none of them."""
+    """Runs in its own process, because XLA has no bfloat16 products while its optimisations are
+    off, as in these tests."""
     done = subprocess.run(
         [sys.executable, "-c", BFLOAT16], env=environment(), capture_output=True, text=True
     )

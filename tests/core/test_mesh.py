@@ -1,4 +1,4 @@
-"""Named dimensions lie on the mesh as the one table says."""
+"""The sharding of named dimensions follows the table of rules."""
 
 from __future__ import annotations
 

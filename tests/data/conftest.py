@@ -1,4 +1,4 @@
-"""Small token files to try things on."""
+"""Fixtures with small token files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources: the same documents whatever they are stored in, and one clear line for the rest."""
+"""Documents do not depend on the format of a source; any other input gives one clear error line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token files: what was written is read, and nothing else is taken for one."""
+"""Token files are read as they were written; other files are refused."""
 
 from __future__ import annotations
 

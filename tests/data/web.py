@@ -1,4 +1,4 @@
-"""A server of files that answers requests for ranges of bytes, and fails as told."""
+"""A server of files that answers requests for ranges of bytes, and fails as a test demands."""
 
 from __future__ import annotations
 

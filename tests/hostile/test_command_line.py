@@ -1,5 +1,5 @@
-"""Every number that a command takes, with values that it can't have; swapped arguments; how a
-command ends, whatever exception it meets."""
+"""Every number of a command is tried with invalid values; arguments are swapped; a command ends in
+one line for any exception."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def commands() -> dict[str, Command]:
 
 
 def number_of(param: Any) -> type | None:
-    """int or float, for a parameter that is declared one."""
+    """Return int or float for a parameter of this type."""
     declared = param.type_descriptor.annotation
     return next((kind for kind in (int, float) if kind in (declared, *get_args(declared))), None)
 
 
 def numbers() -> list[tuple[str, str, str]]:
-    """Command, option and value, for each option that is declared a number."""
+    """Yield command, option and value for each numeric option."""
     found = []
     for name, each in commands().items():
         spelt = spellings(each.params)
@@ -67,7 +67,8 @@ NEEDED = {
 
 @pytest.mark.parametrize("every", params([4, 1], [4]))
 def test_numbers(tmp_path, monkeypatch, record_property, every):
-    """Each is refused before anything is read, by the name that was typed."""
+    """Each value is refused before any file is read, and the error names the option as it was
+    typed."""
     monkeypatch.chdir(tmp_path)
 
     def call(name: str, option: str, value: str) -> None:
@@ -176,7 +177,7 @@ def test_overwrite_is_an_option(mukv, place):
 
 
 class Panic(BaseException):
-    """As a panic of a Rust library is seen."""
+    """An exception like that of a panic in a Rust library."""
 
 
 class Mute(Exception):
@@ -225,7 +226,7 @@ def test_every_exception_ends_in_a_line(mukv, monkeypatch, error, status, start)
 
 @pytest.fixture
 def handlers():
-    """Puts back what handles signals, which one that ends a command sets to kill."""
+    """Restore the signal handlers, which a signal that ends a command resets."""
     before = {number: signal.getsignal(number) for number in ending.SIGNALS}
     # A process in the background may have been started to ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -238,7 +239,7 @@ def handlers():
     ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
 )
 def test_a_signal_ends_in_a_line(mukv, monkeypatch, tmp_path, handlers, number, word):
-    """What is open is closed on the way, as after any exception."""
+    """Context managers are left, as after any exception."""
 
     def wait(*_: object) -> None:
         with temporary(tmp_path / "x") as made:

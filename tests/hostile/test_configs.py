@@ -97,7 +97,7 @@ def test_files(folder, record_property):
 
 
 def test_texts(folder, record_property):
-    """The same text as a file and as an override."""
+    """The same text is given as a file and as an override."""
 
     def as_file(text: str) -> None:
         Path("x.yaml").write_bytes(text.encode(errors="surrogatepass"))
@@ -116,7 +116,7 @@ def test_texts(folder, record_property):
 
 
 def test_noise(record_property):
-    """Random strings of YAML's own signs."""
+    """Texts are random strings of characters that have a meaning in YAML."""
     random.seed(0)
     signs = [
         *"[]{}:,&*!|>%@`#-?\"' \n\t0aé\0",
@@ -155,7 +155,7 @@ VALUES = [
 
 @pytest.mark.parametrize("preset", params(["tiny", "tiny-concept-learned"], ["tiny"]))
 def test_every_key(preset, record_property):
-    """No number, or one beyond all sense, at each place of a whole configuration."""
+    """Each value of a whole configuration is replaced by a non-number or an absurd number."""
     random.seed(0)
     paths = list(leaves(schema.to_mapping(config.load(preset))))
 

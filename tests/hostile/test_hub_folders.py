@@ -161,7 +161,7 @@ def configs(architecture: str) -> Iterator[tuple[str, Change]]:
 
 
 def texts() -> Iterator[tuple[str, Change]]:
-    """Of config.json, whatever it says."""
+    """Try a config.json with any text."""
     plain = json.dumps({"architectures": ["LlamaForCausalLM"], **SIZES})
     whole = [
         *("", "\x00", "null", "1", '"x"', "[]", "{}", "{", plain[:-1], plain + "x", plain * 2),
@@ -241,7 +241,7 @@ def headers() -> Iterator[tuple[str, Change]]:
 
 
 def damaged() -> Iterator[tuple[str, Change]]:
-    """Of the file of tensors, byte by byte."""
+    """Change the tensor file byte by byte."""
 
     def at(place: int, byte: int) -> Change:
         def apply(folder: Path) -> None:
@@ -274,7 +274,7 @@ def test_tensors(valid, tmp_path, record_property):
 
 
 def placed(name: str, kind: str, outside: Path) -> Change:
-    """Something else in a file's place."""
+    """Put something else in the place of a file."""
 
     def apply(folder: Path) -> None:
         path, at = folder / name, os.getcwd()
@@ -377,7 +377,7 @@ def test_a_cache_of_the_hub_is_all_links(valid, tmp_path):
 
 @pytest.mark.parametrize("kind", ["a run", "a folder"])
 def test_links_of_companions_do_not_leave(valid, tmp_path, trained, mukv, token_file, kind):
-    """Not by an import, an export or a training that begins with the folder."""
+    """Import, export and training from the folder do not follow links out of it."""
     secret = tmp_path / "secret"
     secret.write_text("secret")
     start = tmp_path / "start"
@@ -454,7 +454,7 @@ def test_a_tied_readout_may_be_left_out(meta, tmp_path):
 
 
 class Touch:
-    """A pickle that executes what it names."""
+    """A pickle that executes a command when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -533,7 +533,7 @@ def meta_changes(torch: Any, marker: Path) -> Iterator[tuple[str, Change]]:
 
 
 def compressed(folder: Path) -> None:
-    """A megabyte that becomes gigabytes."""
+    """Make a megabyte that decompresses to gigabytes."""
     path = folder / "consolidated.00.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
         with made.open("archive/data.pkl", "w", force_zip64=True) as file:

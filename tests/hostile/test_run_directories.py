@@ -34,7 +34,7 @@ def run(trained, tmp_path) -> Path:
 
 
 def test_metrics(tmp_path, record_property):
-    """Whatever the file holds, a run that goes on reads it, and keeps what are numbers."""
+    """A continued run reads any metrics.jsonl, and keeps the numbers in it."""
     path = tmp_path / "metrics.jsonl"
     good = '{"step": 2, "loss": 3.5}'
 

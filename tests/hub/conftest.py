@@ -10,5 +10,5 @@ import pytest
 
 @pytest.fixture
 def folder(exported: Path, tmp_path: Path) -> Path:
-    """A copy, to be written to."""
+    """A copy that tests may write to."""
     return Path(shutil.copytree(exported, tmp_path / "folder"))

@@ -28,7 +28,8 @@ def told(done):
 
 @pytest.mark.product
 def test_every_command_takes_it(mukv, trained, folder, tmp_path):
-    """A run, its export and the import of that: the same loss, continuation and description."""
+    """A run, its export and the import of the export have the same loss, continuation and
+    description."""
     (tmp_path / "text.txt").write_text("Déjà vu number 3. " * 9)
     facts = told(mukv("import", folder, "--out", tmp_path / "run", "--json"))
     assert facts["architecture"] == "LlamaForCausalLM"

@@ -1,4 +1,4 @@
-"""Published configurations: what we read is the preset of that name, of exactly so many weights."""
+"""Published configurations are read as the preset of that name, with its number of weights."""
 
 from __future__ import annotations
 

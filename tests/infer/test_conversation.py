@@ -39,7 +39,7 @@ def begun(model, weights):
 
 @pytest.fixture
 def whole(model, weights):
-    """Greedy tokens after one prefill."""
+    """Return greedy tokens after one prefill."""
     return lambda ids, number: generate(model, weights, [ids], number, compute=EXACT).tokens[0]
 
 

@@ -32,7 +32,7 @@ def weights(model):
 
 @pytest.fixture(scope="module")
 def continued(model, weights):
-    """generate(...) with everything but what the test is about."""
+    """Generate with default values for all arguments that a test does not set."""
 
     def run(prompts=PROMPTS, max_tokens=BLOCK, sampling=None, stop=(), show=None):
         return generate(model, weights, prompts, max_tokens, sampling, stop, EXACT, show)

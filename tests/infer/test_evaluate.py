@@ -31,7 +31,7 @@ def weights(model):
 
 
 def by_hand(model, weights, length):
-    """Sum of -log p and number of tokens, window after window in float64."""
+    """Compute the sum of -log p and the number of tokens, window by window in float64."""
     forward, nats, tokens = matrix.logits(model), 0.0, 0
     for row in ROWS:
         for start in range(0, len(row) - 1, length):
@@ -84,7 +84,7 @@ def test_rows_that_can_not_be_read(weights, row, length, message):
 
 
 def test_logits_are_in_memory_for_a_chunk_of_tokens(model, weights):
-    """No array of the program has a logit of each token, and the loss is the same."""
+    """No array of the program holds the logits of all tokens; the loss is the same."""
     chunked = replace(EXACT, loss_chunk=5)
     expected = evaluate(model, weights, ROWS, 4, None, EXACT).loss
     assert evaluate(model, weights, ROWS, 4, None, chunked).loss == pytest.approx(

@@ -11,7 +11,7 @@ from mukv.infer.stream import TokenStream
 
 
 def streamed(data: bytes, stop=()):
-    """What had been printed after each byte, and the text in the end."""
+    """Return what was printed after each byte, and the final text."""
     out, shown = io.StringIO(), []
     stream = TokenStream(ByteTokenizer(), out, stop=stop)
     for byte in data:

@@ -257,7 +257,7 @@ def in_turn(plan: Sequence[Stage], first: str, attention: str) -> tuple[Stage, .
 
 
 def parts(combination: Combination) -> set[tuple[str, str]]:
-    """What meets in a combination."""
+    """Return the parts of a combination, by axis."""
     attention, first, plan = combination
     stages = in_turn(PLANS[plan], first, attention)
     layers = [layer for stage in stages for layer in stage.pattern]
@@ -330,7 +330,7 @@ CONCEPTS = [
 
 
 def concept_parts(row: tuple[str, str, str]) -> list[tuple[str, str]]:
-    """What meets in a concept model."""
+    """Return the parts of a concept model, by axis."""
     return [*zip(CONCEPT_AXES, row, strict=True)]
 
 
@@ -383,7 +383,7 @@ def tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> np.ndarray:
 
 
 def logits(model: LanguageModel, compute: Compute = EXACT) -> Callable[..., jax.Array]:
-    """The forward pass of training, compiled: (weights, tokens, position, segment) -> logits."""
+    """Compile the training forward pass: (weights, tokens, position, segment) -> logits."""
 
     @jax.jit
     def forward(tree: dict, ids: jax.Array, position: jax.Array, segment: jax.Array) -> jax.Array:
@@ -396,7 +396,7 @@ def logits(model: LanguageModel, compute: Compute = EXACT) -> Callable[..., jax.
 def loss_and_gradient(
     model: LanguageModel, compute: Compute
 ) -> Callable[..., tuple[jax.Array, dict]]:
-    """(weights, tokens) -> summed loss and its gradient, compiled."""
+    """Compile the summed loss and its gradient: (weights, tokens) -> (loss, gradient)."""
 
     def loss(tree: dict, ids: jax.Array) -> jax.Array:
         ones = jnp.ones(ids.shape)

@@ -72,7 +72,7 @@ def forward(model, compute):
 
 @pytest.mark.parametrize("name", params(MODELS, [n for n in MODELS if n in QUICK]))
 def test_at_first_nothing_changes(name):
-    """To the bit: the second thin weight begins as zero."""
+    """Logits are bit-equal, because the second thin weight is initialised with zeros."""
     model = MODELS[name]()
     adapter, base = everything(model), matrix.weights(model)
     train = trainer(model, adapter=adapter)
@@ -88,7 +88,7 @@ def test_at_first_nothing_changes(name):
 
 @pytest.mark.parametrize("name", params(MODELS, [n for n in MODELS if n in QUICK]))
 def test_merged_is_unmerged(name):
-    """Forward and backward, on every kind of layer, unrolled and scanned."""
+    """Forward and backward, for every kind of layer, unrolled and scanned."""
     model = MODELS[name]()
     adapter, base = everything(model), matrix.weights(model)
     own, ids = thin(adapter, model), matrix.tokens()
@@ -118,7 +118,7 @@ def test_multipliers_are_those_of_the_weight(kind):
 
 @pytest.mark.product
 def test_gradients_are_those_of_the_product():
-    """By the chain rule from the gradient of the merged weights."""
+    """They follow by the chain rule from the gradient of the merged weights."""
     model, adapter = PLAIN, Adapter(rank=2, alpha=3.0)
     base, own = matrix.weights(model), thin(adapter, model)
     ids = jnp.asarray(matrix.tokens())
@@ -155,7 +155,7 @@ def test_only_thin_weights_train():
 
 @pytest.mark.parametrize("kind", params(sorted(OPTIMIZERS), ["adamw"]))
 def test_the_optimizer_remembers_thin_weights_alone(kind):
-    """Its state grows with the rank, not with the model."""
+    """The optimizer state grows with the rank, not with the model."""
     wide = matrix.build("gqa", "rope", "plain", d_model=256)
 
     def held(adapter):
@@ -193,7 +193,7 @@ def test_gradients_of_frozen_weights_are_never_formed():
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
 def test_full_rank_expresses_any_update(shape):
-    """Exactly, by the singular vectors of the update; and gradient descent finds it."""
+    """The singular vectors of an update give it exactly; gradient descent finds it."""
     random = np.random.default_rng(0)
     param = Param({"rows": shape[0], "columns": shape[1]}, fan_in=("rows",))
     base, update = (random.standard_normal(shape).astype(np.float32) for _ in range(2))

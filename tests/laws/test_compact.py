@@ -50,7 +50,7 @@ def converted(model, weights, kind):
 
 
 def restored(small, weights):
-    """The weights that the converted ones stand for, as arrays in their old form."""
+    """Return the dequantised weights as ordinary arrays."""
 
     def whole(leaf, like):
         layers = getattr(leaf, "layers", None)
@@ -125,7 +125,7 @@ def test_both_kinds_of_folder_are_converted_while_they_are_read(trained, exporte
 
 
 def test_a_run_without_exported_weights(trained, tmp_path):
-    """The latest checkpoint is converted."""
+    """The weights of the latest checkpoint are converted."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     shutil.rmtree(run / "weights")

@@ -29,7 +29,7 @@ COMMON = ("--packages", str(PACKAGES), "--length", "512", "--json")
 
 
 def counted(*given: str, preset: tuple[str, ...] = ("tiny", *WIDE)) -> dict:
-    """What benchmarks/compiled.py prints, in a process of its own."""
+    """Return what benchmarks/compiled.py prints in its own process."""
     ran = subprocess.run(
         [sys.executable, "benchmarks/compiled.py", *preset, *COMMON, *given],
         capture_output=True,
@@ -54,7 +54,7 @@ def counted(*given: str, preset: tuple[str, ...] = ("tiny", *WIDE)) -> dict:
     ids=["packed", "window", "capped with sinks", "latent", "short"],
 )
 def test_attention_is_a_kernel(changes):
-    """The forward pass and both kernels of the backward pass, in each layer."""
+    """Each layer calls one kernel in the forward pass and two in the backward pass."""
     layers = 2 if "plan" in "".join(changes) else 3
     assert counted(*changes)["calls"] == {"flash": 3 * layers}
 
@@ -72,7 +72,8 @@ def test_gradients_are_scattered_and_the_readout_is_gathered_once():
 @needs_compiler
 @pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
 def test_the_estimate_is_what_the_program_takes(mesh):
-    """Memory within 15 %, and collectives of which the partitioner gathers some in float32."""
+    """Bytes of device memory agree within 15 %; collectives agree except for those that the
+    partitioner gathers in float32."""
     changes = ["train.compute.rematerialise=true", "train.batch=8", "train.length=4096"]
     given = ("--mesh", f"{mesh[0]}x{mesh[1]}", "--length", "4096", changes[0])
     facts = counted(*given, preset=("llama-3.2-1b",))

@@ -112,7 +112,7 @@ def test_every_weight_learns(case):
 
 @over("forward")
 def test_bytes_are_true(case):
-    """Law 4: the cache as allocated weighs what is computed without it."""
+    """Law 4: the bytes of the allocated cache are those computed without allocation."""
     for batch, length, tail in ((1, 2, 1), (3, LENGTH, 4)):
         cache = case.model.empty_cache(batch, length, tail, EXACT.type)
         assert cache.nbytes() == cache_bytes(case.model, batch, length, tail, EXACT.type)
@@ -276,7 +276,7 @@ def test_sharding_is_invisible(combination):
 
 @pytest.mark.product
 def test_resume_is_bit_equal(tmp_path):
-    """Law 8."""
+    """Law 8: a stopped and resumed run ends with bit-equal weights."""
     model = matrix.concept("learned", "weighted", "prefix")
     assert_same_bits(*whole_and_resumed(model, 2, tmp_path))
 

@@ -1,7 +1,5 @@
-"""Laws 1 to 5 of the house over combinations of attention, positions and plan.
-
-The forward passes of all laws on a combination are rows of one batch, which is compiled once.
-"""
+"""Laws 1 to 5 over combinations of attention, position and layer plan. The rows that the laws of a
+combination compare are one batch, which is compiled once."""
 
 from __future__ import annotations
 
@@ -74,7 +72,7 @@ def test_every_weight_learns(case):
 
 @over("forward")
 def test_bytes_are_true(case):
-    """Law 4: the cache as allocated weighs what is computed from `write`."""
+    """Law 4: the bytes of the allocated cache are those computed from `write`."""
     for batch, length, tail in ((1, 2, 1), (3, LENGTH, 4)):
         cache = case.model.empty_cache(batch, length, tail, EXACT.type)
         assert cache.nbytes() == cache_bytes(case.model, batch, length, tail, EXACT.type)

@@ -1,4 +1,4 @@
-"""A part that is in a table of the house is in the matrix that the laws walk."""
+"""Every part in a table of the package is in the matrix of the laws."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ PAIRS = [
 
 
 def model_of(attention, position):
-    """Of one layer."""
+    """Make a model of one layer."""
     return dataclasses.replace(matrix.build(attention, position, "plain"), plan=(Stage(),))
 
 
@@ -83,7 +83,7 @@ def decode(model, policy, centres=None):
 
 @pytest.fixture(scope="module")
 def whole():
-    """Logits of one pass."""
+    """Return the logits of one forward pass."""
     known = {}
 
     def of(model):
@@ -99,7 +99,7 @@ def whole():
 
 @pytest.mark.parametrize("case", params(PAIRS, PAIRS[::3], "-".join))
 def test_full_budget_is_full_attention(case, whole):
-    """Law 7, and law 4: what it weighs does not change while it is used."""
+    """Law 7; and law 4: the cache has the same bytes during decoding."""
     attention, position, name = case
     model, policy = model_of(attention, position), Policy.parse(name)
     if name.startswith("topp"):
@@ -115,7 +115,7 @@ def test_full_budget_is_full_attention(case, whole):
     "attention", ["shared-kv", "shared-kv-normed", "latent", "tied", "tensor-product"]
 )
 def test_calibrated_centres_fit_or_are_refused(attention, whole):
-    """Law 7 where every head has entries of its own; elsewhere the reason."""
+    """Law 7 if every head has its own entries; otherwise the error says why centres do not fit."""
     model, policy = model_of(attention, "rope"), Policy.parse("clusters")
     policy = dataclasses.replace(policy, select=Clusters(calibrated="keys"))
     layer = model.attention
@@ -185,7 +185,7 @@ class One:
         return [*range(self.count[row]), *range(self.length, self.x.shape[1])]
 
     def weights(self, row, queries, keys):
-        """softmax(q k / sqrt(d)) of places: [kv head, group, query, key], causal."""
+        """Compute softmax(q k / sqrt(d)) of places, causal: [kv head, group, query, key]."""
         q = np.asarray(self.queries)[row][:, :, queries]
         logits = np.einsum("hgqd,hkd->hgqk", q, self.key[row][:, keys]) / 8**0.5
         seen = self.place[row][keys] <= self.place[row][queries][:, None]
@@ -208,12 +208,12 @@ def newest_stays(score):
 
 
 def best_of(score, number):
-    """The entries with the highest scores, the newer of two equal ones."""
+    """Return the entries with the highest scores; of two equal entries the newer is better."""
     return sorted(np.lexsort((-np.arange(len(score)), -score))[:number].tolist())
 
 
 def by_score(one, row, head, name, places, number):
-    """Score of each place by the formula, float64 where the sum is long."""
+    """Compute the score of each place by the formula, in float64 if the sum is long."""
     key = one.key[row, head][places]
     last = places[-1]
     if name == "knorm":
@@ -276,7 +276,7 @@ def by_score(one, row, head, name, places, number):
     ],
 )
 def test_what_is_kept(one, name):
-    """After a prompt, for rows of unequal length; budgets count the tokens that there are."""
+    """Rows of a prompt have unequal lengths; a budget is a fraction of the tokens of the row."""
     body, _ = one.body(name, 0.4)
     for row, count in enumerate(one.count):
         number = int(count * 0.4)
@@ -332,7 +332,7 @@ def test_what_is_kept_while_decoding(one, name):
     ],
 )
 def test_expected_attention(one, options, epsilon, covariance, vnorm):
-    """Against means and covariances over explicit rotations."""
+    """Scores equal those of means and covariances over explicit rotations."""
     body, _ = one.body("expected" + options, 12.0)
     rope, width = one.attention.position, 8
 
@@ -361,14 +361,14 @@ def test_expected_attention(one, options, epsilon, covariance, vnorm):
 
 
 def hashed(x):
-    """MurmurHash3's finaliser."""
+    """Apply the finaliser of MurmurHash3."""
     for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
         x = ((x ^ (x >> shift)) * factor) % 2**32
     return x ^ (x >> 16)
 
 
 def test_random(one):
-    """Each head and each layer drops other entries, as if each were drawn by itself."""
+    """Each head and layer drops other entries, as if drawn independently."""
     body, _ = one.body("random(seed=3)", 0.5)
     kept = {}
     for (row, count), head in product(enumerate(one.count), range(2)):
@@ -382,7 +382,7 @@ def test_random(one):
 
 
 def by_head(body, row):
-    """Positions that each head keeps in a shared pool."""
+    """Return the positions that each head keeps in a shared pool."""
     place, owner = (np.asarray(x)[row, 0] for x in (body.shelf.position, body.shelf.owner))
     return [sorted(place[(owner == head) & (place >= 0)].tolist()) for head in range(2)]
 
@@ -650,7 +650,7 @@ def test_stores(one, name, bits):
 
 @pytest.mark.parametrize("name", ["tova", "snapkv+int8", "knorm+pages", "snapkv+adaptive"])
 def test_smaller_budgets_weigh_less(name):
-    """Law 7: bytes as allocated shrink with the budget."""
+    """Law 7: allocated bytes shrink with the budget."""
     model = model_of("gqa", "rope")
     room = 2, 512, TAIL, EXACT.type
     policies = [Policy.parse(name, budget) for budget in (1.0, 0.5, 0.25)]
@@ -671,7 +671,7 @@ def test_smaller_budgets_weigh_less(name):
     ],
 )
 def test_bytes_are_those_of_the_parts(name, budget):
-    """Law 4: of one layer with 2 KV heads of 8 in float32, by a formula of each policy."""
+    """Law 4: bytes of one layer with 2 KV heads of 8 in float32 equal a formula for each policy."""
     model, policy = model_of("gqa", "rope"), Policy.parse(name, budget)
     slots = int(LENGTH * budget) if policy.keep.evicts else LENGTH
     if name.startswith("int"):
@@ -711,7 +711,8 @@ def test_bytes_are_those_of_the_parts(name, budget):
 
 
 def test_reads_are_fewer():
-    """Law 7: a step's program takes a part of the cache; a mask would take it all."""
+    """Law 7: the program of a decoding step slices a part of the cache; with a mask it would read
+    all of it."""
     model = model_of("gqa", "rope")
     weights = jax.eval_shape(lambda: model.unstack(matrix.weights(model)))
 

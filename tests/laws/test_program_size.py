@@ -20,7 +20,7 @@ COMPUTE = Compute("float32", "float32", loss_chunk=256)
 
 
 def equations(jaxpr: Any) -> int:
-    """Those of a program and of all programs inside it."""
+    """Count the equations of a program and of all programs inside it."""
     inner = [
         value
         for equation in jaxpr.eqns

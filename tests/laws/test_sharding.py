@@ -29,7 +29,7 @@ whole."""
 
 
 def build(combination):
-    """With a vocabulary that can be split."""
+    """Build a model whose vocabulary can be split."""
     return matrix.build(*combination, vocab_size=32)
 
 
@@ -65,7 +65,7 @@ def test_sharding_is_invisible(mesh, combination):
 
 @pytest.mark.parametrize("combination", params(matrix.SAMPLE, matrix.SAMPLE[:1], "-".join))
 def test_decoding_is_sharded_invisibly(combination):
-    """A prompt and a token after it, with weights in pieces: the logits are those of one device."""
+    """With sharded weights, logits after a prompt and one more token are those of one device."""
     model, ids = build(combination), matrix.tokens(2)
     weights, count = matrix.weights(model), jnp.array([5, 6])
 
@@ -88,7 +88,7 @@ def test_decoding_is_sharded_invisibly(combination):
 
 @pytest.mark.parametrize(("data", "tensor"), [(8, 1), (1, 4), (4, 2)])
 def test_weights_and_moments_are_split(data, tensor):
-    """Every large array lies in pieces over data (FSDP); over tensor, all but the KV heads."""
+    """Every large array is sharded over `data` (FSDP), and over `tensor` except for KV heads."""
     model = build(("mqa", "rope", "plain"))
     state = trainer(model, data, tensor).initial_state()
     big = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 64]

@@ -51,7 +51,7 @@ def test_an_oracle_scores_one(name):
 
 @pytest.mark.parametrize("name", PROMPTED)
 def test_an_oracle_answers_every_prompt(name):
-    """It reads the message alone. Question and opening don't contain the answer."""
+    """The solver reads only the message. Question and opening don't contain the answer."""
     form = PromptForm(PROMPTED[name])
     for prompt in form.batch(form.task.smallest + 25, 3, "test", np.arange(300)):
         solved = SOLVERS_IN_WORDS[form.task.kind](prompt.message)
@@ -62,7 +62,7 @@ def test_an_oracle_answers_every_prompt(name):
 
 @pytest.mark.parametrize("name", PROMPTED)
 def test_a_guess_of_the_right_form_names_chance(name):
-    """The answers of another sample, which has the same form."""
+    """The guess is the answer of another sample, which has the same form."""
     form = PromptForm(PROMPTED[name])
     prompts = form.batch(form.task.smallest, 3, "test", np.arange(COUNT))
     pairs = zip(prompts, [*prompts[1:], prompts[0]], strict=True)

@@ -1,4 +1,4 @@
-"""Experts give what a loop over all of them gives, drop what a capacity says, and say how evenly
+"""Experts equal a loop over all experts, drop tokens beyond their capacity, and report how evenly
 they are used."""
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def applied(part: Experts, own: dict, x: np.ndarray, counted: np.ndarray | None 
 
 
 def dense(part: Experts, own: dict, x: Array) -> Array:
-    """Every expert for every token, then a sum by one-hot weights."""
+    """Compute every expert for every token, then a sum with one-hot weights."""
     logits = x @ own["router"]
     scores = jax.nn.softmax(logits) if part.router == "softmax" else jax.nn.sigmoid(logits)
     kept = jnp.where(scores >= jnp.sort(scores)[..., -part.top_k, None], scores, 0)
@@ -80,7 +80,7 @@ def dense(part: Experts, own: dict, x: Array) -> Array:
 @pytest.mark.parametrize("lean", [0.0, 9.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_grouped_products_are_the_dense_sum(kind, lean):
-    """Forward and backward, evenly used or nearly all tokens with one expert."""
+    """Forward and backward, with experts evenly used or nearly all tokens with one expert."""
     part, x = KINDS[kind], np.abs(inputs())
     own = weights(part, lean=lean)
     look = jnp.asarray(inputs(seed=2))
@@ -100,7 +100,7 @@ def test_grouped_products_are_the_dense_sum(kind, lean):
 
 
 def test_products_are_those_of_ragged_dot():
-    """JAX's own grouped product over tokens sorted by expert."""
+    """The reference is JAX's grouped product over tokens sorted by expert."""
     part, x = PART, inputs()
     own = weights(part)
     _, _, chosen, weight = part.route(own, jnp.asarray(x))
@@ -308,7 +308,7 @@ def test_experts_in_pieces_are_the_same(capacity):
 
 
 def test_a_mapping_without_a_kind_is_a_gated_mlp():
-    """Configurations from before there were experts, also where a layer has an MLP of its own."""
+    """Configurations from before there were experts are valid, also if a layer has its own MLP."""
     run = config.load("tiny", ["model.plan=[{pattern: [{mlp: {hidden: 8}}, {}]}]"])
     assert [layer.mlp for layer in run.model.layers] == [Gated(hidden=8), Gated(hidden=384)]
     with pytest.raises(BadInput, match=r"mlp.*kind: got 'expert'.*experts"):

@@ -24,7 +24,7 @@ def model(trained):
 
 @contextmanager
 def compilations():
-    """The number of programs that XLA compiles in a block."""
+    """Count the programs that XLA compiles in a block."""
     seen = []
 
     def listen(event, _, **__):

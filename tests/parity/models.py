@@ -72,7 +72,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(family: str, fields: Mapping[str, Any], seed: int = 0) -> Any:
-    """A model of theirs with all weights drawn."""
+    """Build a model of transformers with random weights."""
     name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
     config = getattr(transformers, name)(**fields)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -88,7 +88,7 @@ def build(family: str, fields: Mapping[str, Any], seed: int = 0) -> Any:
 
 
 def logits(model: Any, ids: np.ndarray, **given: Any) -> np.ndarray:
-    """Theirs, float32 [batch token vocab]."""
+    """Return the logits of the transformers model, float32 [batch token vocab]."""
     with torch.inference_mode():
         tensors = {name: torch.tensor(value) for name, value in given.items()}
         return model(torch.tensor(ids), **tensors).logits.float().numpy()
@@ -100,7 +100,7 @@ def saved(model: Any, folder: Path, **options: Any) -> Path:
 
 
 def our_logits(model: Any, ids: np.ndarray) -> np.ndarray:
-    """Ours, operation by operation: faster than a compilation for one use."""
+    """Return mukv's logits without compilation, which is faster for a single use."""
     compute = model.run.train.compute
     with jax.disable_jit():
         hidden = model.network.hidden(model.scaled, jnp.asarray(ids), compute=compute)

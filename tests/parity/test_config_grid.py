@@ -36,7 +36,7 @@ def quiet():
 
 
 def theirs(folder: Path):
-    """Their model with random weights, or None where they have none for this file."""
+    """Return the transformers model with random weights; None if transformers refuses the file."""
     torch.manual_seed(0)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)

@@ -88,7 +88,7 @@ def theirs():
 
 
 def ours(config, layer, index):
-    """The same layer and its weights."""
+    """Return the same layer of mukv and its weights."""
     scaling = YaRN(factor=4.0, original_length=32, temperature="none") if index else None
     attention = HCA(
         position=RoPE(

@@ -24,7 +24,7 @@ KEY_HEADS, HEADS, KEY, VALUE, TAPS = 2, 4, 8, 12, 4
 
 
 def seen(model, layer, ids):
-    """Input and output of a layer in the module, and its final state."""
+    """Return input and output of a layer in the module, and its final state."""
     found = {}
 
     def keep(_, given, named, out):
@@ -161,7 +161,7 @@ def kimi():
 @pytest.mark.parametrize("pieces", [(LENGTH,), (20, 1, 1, 53)], ids=["whole", "pieces"])
 @pytest.mark.parametrize("model", ["qwen", "kimi"])
 def test_a_layer_agrees(model, pieces, request):
-    """Outputs and the final state, of the row at once and continued from states."""
+    """Outputs and final state agree for a whole row, and for a row continued from states."""
     layer, write, read, (x, expected, state) = request.getfixturevalue(model)
     declared = layer.write_params(WIDTH), layer.read_params(WIDTH)
     write, read = map_params(

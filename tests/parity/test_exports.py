@@ -118,7 +118,7 @@ MODEL: Mapping[str, list[Any]] = {
 
 
 def drawn(draw: random.Random) -> Decoder | None:
-    """A model; None for one that there is not."""
+    """Draw a model; None if the combination is not a valid model."""
     attention, model, plans = KINDS[draw.choice([*KINDS])]
     attention = {"heads": 4, "kv_heads": 2, "head_dim": 8, "position": ROPES[1], **attention}
     model = {"plan": PLANS[draw.choice(plans)], "mlp": Gated(hidden=24), **model}
@@ -203,7 +203,7 @@ def test_more_exports(tmp_path, record_property, seed):
 
 
 def test_what_a_config_cannot_say_is_named(tmp_path):
-    """The field is that of our configuration."""
+    """The error names the field of mukv's configuration."""
     plain = Decoder(vocab_size=VOCAB, attention=Grouped(position=RoPE()))
     shared = replace(plain, attention=SharedKV(position=RoPE()))
     scaled = {

@@ -42,7 +42,7 @@ def rows():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory):
-    """A model of theirs, the folder that it is saved in, and ours."""
+    """Return a transformers model, its saved folder, and the model that mukv loads from it."""
     name, fields = FAMILIES[request.param]
     theirs = models.build(name, {**TINY, **fields})
     folder = saved(theirs, tmp_path_factory.mktemp(request.param) / "theirs")
@@ -51,7 +51,7 @@ def pair(request, tmp_path_factory):
 
 
 def test_logits(pair):
-    """Whole rows, padded ones and packed ones, in one batch of ours."""
+    """Whole, padded and packed rows are one batch of mukv."""
     theirs, _, ours = pair
     ids, position, segment, counts = map(np.stack, zip(*rows(), strict=True))
     found = np.asarray(ours.logits(ids, position, segment))

@@ -33,7 +33,7 @@ def draw(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def pairs(queries: int, keys: int, query: jax.Array | None = None, scale: float = 1.0) -> Pairs:
-    """The last `queries` of `keys` tokens look back on all."""
+    """Make positions for the last `queries` of `keys` tokens, which attend to all keys."""
     query_position = jnp.arange(keys - queries, keys)[None]
     key_position = jnp.arange(keys)[None, None]
     visible = query_position[:, None, :, None] >= key_position[:, :, None]

@@ -1,4 +1,5 @@
-"""Runs that train adapters: saved apart from their base, merged with it by whoever reads them."""
+"""Runs that train adapters: adapters are saved without their base, and merged with it when a model
+is loaded."""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ FEW = (
 
 @pytest.fixture(scope="module")
 def base(trained, tmp_path_factory) -> Path:
-    """The model that adapters change; not to be written to."""
+    """The model whose weights adapters change. Tests must not write to it."""
     return Path(shutil.copytree(trained, tmp_path_factory.mktemp("base") / "base"))
 
 
 @pytest.fixture(scope="module")
 def made(mukv: Command, base, tmp_path_factory) -> Path:
-    """A run that trained adapters; not to be written to."""
+    """A run that trained adapters. Tests must not write to it."""
     out = tmp_path_factory.mktemp("adapted") / "adapted"
     done = mukv("train", base, f"train.start={base}", *ADAPTER, *FEW, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -45,7 +46,7 @@ def made(mukv: Command, base, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def adapted(made, tmp_path) -> Path:
-    """A copy of it, to be written to."""
+    """A copy of the run `made`, which tests may write to."""
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
@@ -93,7 +94,7 @@ def test_from_a_checkpoint_too(adapted, made):
 
 @pytest.mark.product
 def test_validation_is_that_of_the_merged_model(mukv, made, token_file):
-    """What the run logged last, measured again by what reads runs."""
+    """The last logged validation loss equals that of the loaded model."""
     lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
     logged = [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
     tokens = open_tokens(token_file).validation
@@ -134,7 +135,7 @@ def test_transformers_reads_what_is_exported(mukv, made, tmp_path):
 
 
 def test_a_whole_run_starts_from_it(mukv, made, base, tmp_path):
-    """With the merged weights, all of which it trains."""
+    """A run without adapters starts from the merged weights and trains all of them."""
     given = (f"train.start={made}", "train.adapter=null", *FEW, "train.steps=1")
     rate = ("train.learning_rate=1e-12", "train.optimizer.weight_decay=0.0")
     done = mukv("train", base, *given, *rate, "--out", tmp_path / "whole")
@@ -148,7 +149,7 @@ def test_a_whole_run_starts_from_it(mukv, made, base, tmp_path):
 
 
 def test_killed_and_continued_it_ends_in_the_same_bits(mukv, adapted, made):
-    """As a kill after step 4 leaves it; the base is read again."""
+    """The run is left as after a kill in step 4; the base is read again."""
     shutil.rmtree(adapted / "checkpoints/6")
     shutil.rmtree(adapted / "weights")
     done = mukv("train", adapted)
@@ -158,7 +159,7 @@ def test_killed_and_continued_it_ends_in_the_same_bits(mukv, adapted, made):
 
 
 def test_killed_before_the_first_step(mukv, adapted, made):
-    """With a configuration, and nothing that tells what the base was."""
+    """The folder has a configuration but no base.json."""
     for name in ("checkpoints", "weights"):
         shutil.rmtree(adapted / name)
     (adapted / "base.json").unlink()
@@ -186,7 +187,7 @@ def test_the_base_may_lie_elsewhere(mukv, moved, made, base):
 
 
 def change(folder: Path) -> None:
-    """Other numbers in one weight of a run."""
+    """Change the numbers of one weight of a run."""
     tree, metadata = load_weights(folder / "weights")
     name = "embedding"
     tree[name] = np.nextafter(tree[name], np.float32(9), dtype=np.float32)
@@ -232,7 +233,7 @@ def test_without_what_tells_the_base_nothing_is_merged(mukv, adapted, content):
 
 
 def test_adapters_of_a_model_of_other_sizes_are_refused(mukv, adapted, tmp_path):
-    """By the first weight of the base that does not fit."""
+    """The error names the first weight of the base that does not fit."""
     text = (adapted / "config.yaml").read_text()
     (adapted / "config.yaml").write_text(text.replace("hidden: 48", "hidden: 40"))
     with pytest.raises(package.BadInput, match=r"stage0\.slot0\.mlp\.down"):
@@ -265,7 +266,7 @@ def test_bad_input(mukv, base, tmp_path, change):
 
 
 def test_adapters_have_one_base(mukv, made, tmp_path):
-    """Which has none of its own; the error says how to get it."""
+    """A base with adapters is refused; the error says how to merge them."""
     done = mukv("train", made, f"train.start={made}", *FEW, "--out", tmp_path / "run")
     assert done.returncode == 2
     assert "`mukv export RUN --out DIR`" in done.stderr

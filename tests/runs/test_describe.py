@@ -33,7 +33,7 @@ def test_llama_allocates_nothing(preset, parameters, layers):
 
 
 def test_flops_of_llama():
-    """6 per weight that multiplies (all but embedding and gains), and attention besides."""
+    """6 FLOPs per weight that multiplies (not embedding and gains), and those of attention."""
     run = config.load("llama-3.1-8b")
     declared = params.named(run.model.params()).values()
     products = 6 * sum(param.size for param in declared if param.fan_in)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("trained")
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of the minuscule run, to be written to."""
+    """A copy of the minuscule run, which tests may write to."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 

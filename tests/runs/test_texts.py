@@ -59,7 +59,7 @@ def imported(mukv, tokens, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
-    """Use a cache of its own, and a default text of a few lines."""
+    """Use a separate cache folder, and a default text of a few lines."""
     monkeypatch.setenv("MUKV_CACHE", str(tmp_path / "cache"))
 
     def few(name: str, field: str):
@@ -101,7 +101,7 @@ def test_a_text_is_trained_on_with_the_tokenizer_of_the_start(mukv, imported, te
 
 
 class RunOf:
-    """A run and what it was trained on."""
+    """A run, and the data that it was trained on."""
 
     def __init__(self, folder: Path):
         self.model = package.load(folder)

@@ -1,5 +1,5 @@
-"""Layers said as `repeats: 4` or as a pattern of four are updated alike, to the bit; experts are
-updated as weights of their own are."""
+"""Layers given as `repeats: 4` or as a pattern of four have bit-equal updates; an expert is updated
+like a weight of its own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def apart(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def drawn(seed: int, scale: float) -> dict[str, Any]:
-    """Numbers that are ten times as large in the last layer."""
+    """Draw numbers that are ten times as large in the last layer."""
     rng, sizes = np.random.default_rng(seed), np.array([1, 1, 1, 10], np.float32)
     return {
         name: jnp.asarray(

@@ -370,7 +370,7 @@ def test_damage_and_a_full_disk_are_told_once_and_nothing_else_is_printed(tmp_pa
 
 
 def test_what_is_no_file_is_told(saved, tmp_path):
-    """A pipe would be read for ever."""
+    """A pipe in the place of a file is refused, since reading it would never end."""
     for name in ("manifest/metadata", "state/manifest.ocdbt"):
         folder = tmp_path / name.replace("/", "-")
         shutil.copytree(saved, folder)

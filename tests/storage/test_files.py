@@ -1,4 +1,4 @@
-"""Files and folders are written completely or not at all; leftovers of killed processes go."""
+"""Files and folders are written whole or not at all; what killed processes leave is removed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def filled(path, text="new"):
 
 
 def dead(path, name="file"):
-    """What a killed process leaves that was writing `path`."""
+    """Make what a process leaves that is killed while it writes `path`."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
     folder.mkdir()
     (folder / ".lock").write_text(f"{os.getpid()} here\n")

@@ -20,12 +20,12 @@ pytestmark = pytest.mark.xdist_group("trained")
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of the minuscule run, to be written to."""
+    """A copy of the minuscule run, which tests may write to."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def told(done, *parts: str, status: int = 2) -> None:
-    """One line of error with these parts."""
+    """Check that there is one error line with these parts."""
     lines = done.stderr.splitlines()
     assert done.returncode == status, done.stderr
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:], done.stderr
@@ -159,7 +159,7 @@ def test_the_same_data_may_move(mukv, resumed, tmp_path):
 
 @pytest.mark.parametrize("name", ["train.bin", "train.starts", "validation.bin", "tokenizer.json"])
 def test_a_token_file_that_was_edited_in_place_is_told(resumed, tmp_path, name):
-    """Of the same size, and valid: only the fingerprint tells."""
+    """The edited file is valid and has the same size, so that only the fingerprint differs."""
     path = tmp_path / "data" / name
     data = path.read_bytes()
     if name == "train.starts":

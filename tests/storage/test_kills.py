@@ -49,7 +49,8 @@ def result(root: Path) -> dict[str, str]:
 
 
 def shape(found: dict[str, str]) -> dict[str, str]:
-    """Files of checkpoints have names of their own."""
+    """Replace the files inside of checkpoints, which have random names, by one entry per
+    checkpoint."""
     return {name: digest for name, digest in found.items() if "checkpoints/" not in name} | {
         "/".join(name.split("/")[: name.split("/").index("checkpoints") + 2]): ""
         for name in found
@@ -117,7 +118,7 @@ def check(
 
 
 def nothing(_: Path) -> None:
-    """A new folder."""
+    """Make a new folder."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A name that the file system allows works whole, or is refused before the first step."""
+"""A path that the file system allows works in all commands, or is refused before the first step."""
 
 from __future__ import annotations
 

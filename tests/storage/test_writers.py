@@ -1,4 +1,5 @@
-"""Of several processes on one folder one writes; the others are refused with its process id."""
+"""Of several processes that write into one folder, one succeeds; the others are refused with its
+process id."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def test_a_run_that_is_written(server, token_file, root):
 
 
 def test_a_run_is_read_while_it_is_written(server, token_file, root):
-    """Checkpoints come and go at every step."""
+    """Checkpoints are written and deleted at every step."""
     often = ("train.steps=100000", "train.checkpoint_every=1", "train.keep_last=1")
     given = ["train", "tiny", *SMALL, *often, f"data.path={token_file}", "--out", "run"]
     writer = server.start(root, *given)
@@ -142,7 +143,7 @@ READING = {
 
 @pytest.fixture
 def held(trained, exported, tmp_path, monkeypatch) -> Iterator[Path]:
-    """A run that this process writes."""
+    """A run whose lock this process holds."""
     shutil.copytree(trained, tmp_path / "run")
     shutil.copytree(exported, tmp_path / "exported")
     np.save(tmp_path / "ids.npy", np.arange(96) % 250)

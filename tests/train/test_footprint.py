@@ -1,4 +1,5 @@
-"""The memory of a training step: known before it runs, and refused where it is not there."""
+"""Device memory of a training step is computed before the step runs; a step that does not fit is
+refused."""
 
 from __future__ import annotations
 

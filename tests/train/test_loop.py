@@ -88,7 +88,7 @@ def test_a_run_in_two_parts_is_one_run(mukv, token_file, tmp_path):
 
 
 def failure(done) -> str:
-    """The one line about what went wrong."""
+    """Return the one error line."""
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.stderr.endswith(f"{line}\n")

@@ -34,7 +34,7 @@ def alone(*args: object) -> dict:
 
 
 def launched(token_file: Path, out: Path, *changes: str) -> list[subprocess.Popen[str]]:
-    """Two processes that share a run."""
+    """Start two processes that share a run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -45,7 +45,7 @@ def launched(token_file: Path, out: Path, *changes: str) -> list[subprocess.Pope
 
 
 def together(token_file: Path, out: Path, *changes: str) -> list[str]:
-    """What two processes that share a run say at its end."""
+    """Return the last output of two processes that share a run."""
     ended = [finish(process) for process in launched(token_file, out, *changes)]
     for status, _, error in ended:
         assert status == 0, error
@@ -62,7 +62,7 @@ MESHES = [("mesh.data=2",), ("mesh.tensor=2",), ("mesh.data=2", "mesh.tensor=2")
 
 
 def assert_same_weights(one: Path, two: Path) -> None:
-    """Up to float32 sums in another order: see laws/test_sharding.py."""
+    """Compare weights up to float32 sums in another order (see laws/test_sharding.py)."""
     (first, _), (second, _) = (load_weights(folder / "weights") for folder in (one, two))
     for name, leaf in named(first).items():
         np.testing.assert_allclose(named(second)[name], leaf, atol=1e-4, err_msg=name)
@@ -84,7 +84,7 @@ def test_two_processes_are_one(token_file, tmp_path, single, mesh):
 
 @pytest.mark.product
 def test_a_checkpoint_moves_to_other_meshes(token_file, tmp_path, single):
-    """Begun by two processes, ended by one, on one device and on 2 x 2."""
+    """Two processes begin the run; one process ends it, on one device and on 2 x 2 devices."""
     run, facts = single
     together(token_file, tmp_path / "begun", "mesh.data=2")
     shutil.rmtree(tmp_path / "begun" / "checkpoints" / "6")
@@ -146,7 +146,7 @@ def test_a_run_that_is_written_is_refused_by_all(token_file, tmp_path):
 
 @pytest.mark.product
 def test_bad_input_ends_all(token_file, tmp_path, single):
-    """Before anything is compiled or written: nobody waits for a process that has left."""
+    """All processes end before anything is compiled or written; none waits for another."""
     run, _ = single
     before = contents(run)
     for status, _, error in map(finish, launched(token_file, run, "mesh.data=2", "train.seed=1")):

@@ -1,4 +1,4 @@
-"""`mukv train CONFIG data.task=...`: a task is trained on as a text is."""
+"""`mukv train CONFIG data.task=...` trains on a synthetic task."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ TRAINING = Training(
 
 
 def slopes(model=MODEL, **scaling):
-    """Of what attention and MLP give, sorted."""
+    """Return the slopes of the outputs of attention and MLP, sorted."""
     model = dataclasses.replace(model, scaling=dataclasses.replace(model.scaling, **scaling))
     found = coordinates.check(model, TRAINING, batch(0), (16, 64), seeds=2, steps=6)
     return sorted(each.slope for each in found if each.name.endswith(("attention", "mlp")))
@@ -76,7 +76,8 @@ def test_adapters_are_flat(kind):
 
 @pytest.mark.product
 def test_one_rate_for_both_thin_weights_is_caught():
-    """The first one's then moves what it gives by more in wider models (Hayou et al. 2024)."""
+    """With one rate, the first thin weight changes its output more in wider models (Hayou et al.
+    2024)."""
     assert adapter_slopes(alignment="ignored")[-1] > ADAPTER_LIMIT
 
 

@@ -21,7 +21,7 @@ def search(token_file, folder, widths=(32, 64), seeds=2, **changes):
 
 
 def planted(found, drift):
-    """Losses on parabolas whose vertex moves by `drift` an octave of width."""
+    """Return losses on parabolas whose vertex moves by `drift` octaves per octave of width."""
     for step, width in enumerate(found.models):
         for rate in range(-12, 0):
             for seed in range(found.seeds):
