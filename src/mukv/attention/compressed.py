@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 
 from mukv.attention.base import Attention, Queries, by_group, by_token
-from mukv.attention.compressor import Chunks, Running, compressed, gated_values
+from mukv.attention.compressor import ChunkPlaces, Running, compressed, gated_values
 from mukv.attention.entries import Entries
 from mukv.attention.mixer import Carried, EntryStore, StateStore
 from mukv.attention.recalled import Dense
@@ -217,7 +217,7 @@ class HCA(Compressed):
             return window
         own = weights["compressed"]
         value, logit = gated_values(own, x, position, self.every)
-        chunks = Chunks.of(self.every, position, None if memory is None else memory.added)
+        chunks = ChunkPlaces.of(self.every, position, None if memory is None else memory.added)
         earlier = None if memory is None else Running(**memory.states[UNFINISHED])
         made = compressed(value, logit, chunks, self.every, earlier)
         entries = EntryStore(self.every).places(x.shape[1])

@@ -17,7 +17,7 @@ from mukv.core.linear import project
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 
 
-class Chunks(NamedTuple):
+class ChunkPlaces(NamedTuple):
     """The chunks of tokens that become entries: [batch place].
 
     last: index of the last token of each chunk among the given tokens
@@ -34,7 +34,7 @@ class Chunks(NamedTuple):
     @classmethod
     def of(
         cls, every: int, position: Int[Array, "batch token"], added: Int[Array, " batch"] | None
-    ) -> Chunks:
+    ) -> ChunkPlaces:
         """Return the chunks of `every` tokens that these tokens complete.
 
         added: number of valid tokens of each row; with it, the last place is the chunk that these
@@ -67,7 +67,7 @@ def gated_values(
 def compressed(
     value: Float[Array, "batch token head_dim"],
     logit: Float[Array, "batch token head_dim"],
-    chunks: Chunks,
+    chunks: ChunkPlaces,
     every: int,
     earlier: Running | None,
 ) -> Running:
@@ -81,7 +81,7 @@ def compressed(
 def overlapping(
     value: Float[Array, "batch token 2 head_dim"],
     logit: Float[Array, "batch token 2 head_dim"],
-    chunks: Chunks,
+    chunks: ChunkPlaces,
     every: int,
     earlier: tuple[Running, Running] | None,
 ) -> tuple[Running, Running]:

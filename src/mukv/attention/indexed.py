@@ -32,7 +32,7 @@ REASON = "each query chooses its entries, for a chunk of queries at a time"
 """Why no core that hides the logits can serve."""
 
 
-class Held(NamedTuple):
+class ReadBag(NamedTuple):
     """A bag as queries read it: keys and values, the indexer's keys (None where all entries are
     read), and the entries.
     """
@@ -119,7 +119,7 @@ class IndexedRead:
     ) -> tuple[Array, Float[Array, "batch 3"]]:
         """Attend from one chunk of queries after the other."""
         padded = Queried(*(rows.padded(array, 1) for array in queried))
-        near: list[tuple[Held, int | None]] = []
+        near: list[tuple[ReadBag, int | None]] = []
         for part, indexed in zip(parts, self.indexed, strict=True):
             held = self._held(part, (), indexed)
             window = self.mask.of(held.entries).window
@@ -143,7 +143,7 @@ class IndexedRead:
         out = out.reshape(*out.shape[:3], -1, out.shape[-1])[:, :, :, : rows.length]
         return out, jnp.sum(sums, axis=0)
 
-    def _held(self, part: Bag, address: Query, indexed: bool) -> Held:
+    def _held(self, part: Bag, address: Query, indexed: bool) -> ReadBag:
         """Compute what a query reads of a bag."""
 
         def index(entries: Entries) -> Recalled:
@@ -153,19 +153,19 @@ class IndexedRead:
         recalled, entries = part.retrieve(
             address, lambda entries: self.attention.recall(self.weights, entries)
         )
-        return Held(recalled, part.retrieve(address, index)[0] if indexed else None, entries)
+        return ReadBag(recalled, part.retrieve(address, index)[0] if indexed else None, entries)
 
     def _attend(
         self, queried: Queried, parts: Sequence[Bag]
     ) -> tuple[Array, Float[Array, "batch 3"]]:
-        def held(address: Query) -> list[Held]:
+        def held(address: Query) -> list[ReadBag]:
             bags = zip(parts, self.indexed, strict=True)
             return [self._held(part, address, indexed) for part, indexed in bags]
 
         return self._attend_held(queried, held)
 
     def _attend_held(
-        self, queried: Queried, held: Callable[[Query], list[Held]]
+        self, queried: Queried, held: Callable[[Query], list[ReadBag]]
     ) -> tuple[Array, Float[Array, "batch 3"]]:
         """Attend from these queries; return the outputs of the heads, and three sums over tokens:
         of the divergences of the indexer and of a uniform distribution, and of ones.
@@ -187,7 +187,7 @@ class IndexedRead:
         return out, self._divergence(queried, bags, score, seen, weights)
 
     def _choice(
-        self, queried: Queried, bags: Sequence[Held], masks: Sequence[Mask]
+        self, queried: Queried, bags: Sequence[ReadBag], masks: Sequence[Mask]
     ) -> tuple[Float[Array, "batch query key"], Bool[Array, "batch query key"]]:
         """Return the scores of all entries that the indexer chooses among, in the order of the
         bags, and which are chosen.
@@ -210,7 +210,7 @@ class IndexedRead:
     def _divergence(
         self,
         queried: Queried,
-        bags: Sequence[Held],
+        bags: Sequence[ReadBag],
         score: Float[Array, "batch query key"],
         seen: Bool[Array, "batch query key"],
         weights: Float[Array, "batch kv_heads group query any_key"],
@@ -238,7 +238,7 @@ class IndexedRead:
         return jnp.sum(jnp.where(counted[..., None], tokens, 0.0), axis=1)
 
 
-def _padded(held: Held, before: int, after: int) -> Held:
+def _padded(held: ReadBag, before: int, after: int) -> ReadBag:
     """Pad the entries of a bag with invalid ones in front and behind."""
     entries = held.entries
     if entries.valid is None:
@@ -251,7 +251,7 @@ def _padded(held: Held, before: int, after: int) -> Held:
     return jax.tree.map(pad, held._replace(entries=entries))
 
 
-def _sliced(held: Held, start: Array, size: int) -> Held:
+def _sliced(held: ReadBag, start: Array, size: int) -> ReadBag:
     """Return `size` entries of a bag, from `start` on."""
 
     def cut(array: Array) -> Array:

@@ -15,7 +15,7 @@ import jax
 
 from mukv.attention import cores
 from mukv.attention.compressed import COMPRESSED, UNFINISHED, WINDOW, Compressed
-from mukv.attention.compressor import Chunks, Running, gated_values, overlapping
+from mukv.attention.compressor import ChunkPlaces, Running, gated_values, overlapping
 from mukv.attention.entries import Bag
 from mukv.attention.indexed import INDEX, REASON, IndexedRead
 from mukv.attention.indexer import Indexer
@@ -99,7 +99,7 @@ class CSA(Compressed):
         position: Int[Array, "batch token"],
         memory: Carried | None = None,
     ) -> Any:
-        chunks = Chunks.of(self.every, position, None if memory is None else memory.added)
+        chunks = ChunkPlaces.of(self.every, position, None if memory is None else memory.added)
         entry = weights["compressed"], x, (UNFINISHED, FOLLOWING)
         index = weights["index"], jax.lax.stop_gradient(x), (INDEX_UNFINISHED, INDEX_FOLLOWING)
         key, states = self._compress(*entry, position, chunks, memory)
@@ -114,7 +114,7 @@ class CSA(Compressed):
         x: Residual,
         names: tuple[str, str],
         position: Int[Array, "batch token"],
-        chunks: Chunks,
+        chunks: ChunkPlaces,
         memory: Carried | None,
     ) -> tuple[Float[Array, "batch 1 entry width"], dict[str, Tensors]]:
         """Return the entries that these tokens complete, and the states by store.
