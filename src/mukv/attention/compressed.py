@@ -1,4 +1,4 @@
-"""Compressed attention with a window (DeepSeek V4; transformers' `deepseek_v4`), and HCA.
+"""CompressedAttention attention with a window (DeepSeek V4; transformers' `deepseek_v4`), and HCA.
 
 Each token writes one normed, rotated vector, which is key and value of all heads; the newest
 `window` of them are kept. In addition, every `every` tokens are compressed into one permanent
@@ -34,7 +34,7 @@ softmax of the compressed entry that is not yet complete.
 
 
 @dataclass(frozen=True)
-class Compressed(Attention):
+class CompressedAttention(Attention):
     """Base class of attention to a window and to compressed entries (DeepSeek V4).
 
     A variant says how tokens are compressed.
@@ -179,7 +179,7 @@ class Compressed(Attention):
 
 
 @dataclass(frozen=True)
-class HCA(Compressed):
+class HCA(CompressedAttention):
     """Heavily compressed attention of DeepSeek V4: a window, and one entry per `every` tokens."""
 
     kind: Literal["hca"] = "hca"

@@ -1,4 +1,4 @@
-"""Compressed sparse attention (CSA, DeepSeek V4; transformers' `deepseek_v4`).
+"""CompressedAttention sparse attention (CSA, DeepSeek V4; transformers' `deepseek_v4`).
 
 As HCA it attends to a window and to compressed entries. These are closer together and overlap: an
 entry covers the tokens of its own chunk and of the chunk before. Each query reads only the `top_k`
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 
 from mukv.attention import cores
-from mukv.attention.compressed import COMPRESSED, UNFINISHED, WINDOW, Compressed
+from mukv.attention.compressed import COMPRESSED, UNFINISHED, WINDOW, CompressedAttention
 from mukv.attention.compressor import ChunkPlaces, Running, gated_values, overlapping
 from mukv.attention.entries import Bag
 from mukv.attention.indexed import INDEX, REASON, IndexedRead
@@ -33,7 +33,7 @@ INDEX_UNFINISHED, INDEX_FOLLOWING = "index_unfinished", "index_following"
 
 
 @dataclass(frozen=True)
-class CSA(Compressed):
+class CSA(CompressedAttention):
     """CSA of DeepSeek V4: a window, and the `top_k` best of overlapping compressed entries.
 
     every: tokens from one compressed entry to the next, each of which covers twice as many
