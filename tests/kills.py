@@ -18,11 +18,12 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mukv.compress import judge
+from mukv.compress.measure import measured
 from tests.processes import environment
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -116,12 +117,15 @@ def listen(root: Path, log: Path, kill: tuple[str, int] | None) -> None:
     sys.addaudithook(hook)
 
 
-def remembered(folder: Path, *given: Any) -> Any:
+def remembered(folder: Path, reader: Any, rows: Any, left: Any, *given: Any) -> Iterator[Any]:
     """Cache the measurements of `compress` for all children, since they are not what is tested."""
-    path = folder / "judged"
+    path = folder / "measured"
     if not path.exists():
-        path.write_bytes(pickle.dumps(judge(*given)))
-    return pickle.loads(path.read_bytes())
+        found = {job.key: each for job, each in measured(reader, rows, left, *given)}
+        path.write_bytes(pickle.dumps(found))
+    found = pickle.loads(path.read_bytes())
+    for job in left:
+        yield job, found[job.key]
 
 
 def child(request: dict[str, Any]) -> int:
@@ -143,7 +147,10 @@ def child(request: dict[str, Any]) -> int:
     with (
         mock.patch.object(sys, "argv", given),
         mock.patch.object(launch, "restart_with_allocator"),
-        mock.patch("mukv.compress.judge", partial(remembered, Path(request["root"]).parent.parent)),
+        mock.patch(
+            "mukv.compress.judge.measured",
+            partial(remembered, Path(request["root"]).parent.parent),
+        ),
     ):
         listen(Path(request["root"]), Path(request["log"]), kill)
         try:

@@ -92,7 +92,9 @@ def test_bytes_of_what_is_held():
     assert model.empty_cache(*room, asked, after=16).nbytes() == cache.nbytes()
 
 
-@pytest.mark.parametrize("name", ["snapkv:12", "h2o:0.5+adaptive"])
+@pytest.mark.parametrize(
+    "name", ["h2o:0.5+adaptive", pytest.param("snapkv:12", marks=pytest.mark.product)]
+)
 def test_chunks_are_steps_with_a_fold_after_each(name):
     """Law 2 for a prompt that is read in chunks."""
     plan = "local-global" if name == "snapkv:12" else "plain"

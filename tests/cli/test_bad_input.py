@@ -231,6 +231,11 @@ BAD = [
     ((*COMPRESS, "--policy", "snapkv", "--budget", "0"), ["budget", "0.0", "a share above 0"]),
     ((*COMPRESS, "--policy", "sparq", "--budget", "0.1"), ["budget", "sparq must hold at least"]),
     ((*COMPRESS, "--samples", "0"), ["samples", "0", "at least 1"]),
+    ((*COMPRESS, "--strings", "-1"), ["strings", "-1", "at least 0"]),
+    ((*COMPRESS, "--strings", "0", "--aware"), ["--aware", "--strings 0", "at least one"]),
+    ((*COMPRESS, "--policy", "snapkv", "--bytes", "x"), ["--bytes", "x", "numbers"]),
+    ((*COMPRESS, "--policy", "snapkv", "--bytes", "0.001"), ["--bytes", "0.001", "snapkv"]),
+    ((*COMPRESS, "--compute", "float16"), ["--compute", "float16", "bfloat16, float32"]),
     (("eval", "run", "--text", "a.txt", "--compute", "bf16"), ["--compute", "bf16", "bfloat16"]),
     ((*COMPRESS[:2], "--text", "a.txt"), ["text", "10 tokens", "at least 32"]),
 ]

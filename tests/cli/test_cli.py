@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import mukv as package
+from mukv.compress.measure import measured
 from mukv.data.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.xdist_group("trained")
@@ -160,7 +161,8 @@ def test_compress(mukv, trained, tmp_path):
     (tmp_path / "a.txt").write_text("Déjà vu number 3, once more. " * 9)
     given = ("compress", trained, "--text", tmp_path / "a.txt", "--out", tmp_path / "c")
     policies = "streaming,int8,topp:0.05"
-    made = mukv(*given, "--policy", policies, "--budget", "1,0.25", "--samples", 2, "--json")
+    sizes = ("--samples", 2, "--strings", 3)
+    made = mukv(*given, "--policy", policies, "--budget", "1,0.25", *sizes, "--json")
     assert "--budget means nothing to int8, topp:0.05\n" in made.stderr
     rows = json.loads(made.stdout.splitlines()[-1])["rows"]
     assert [(row["policy"], row["budget"]) for row in rows] == [
@@ -173,16 +175,57 @@ def test_compress(mukv, trained, tmp_path):
         assert row["perplexity_low"] <= row["perplexity"] <= row["perplexity_high"]
         assert row["recall_low"] <= row["recall"] <= row["recall_high"]
         assert row["prefill_seconds"] > 0
+        assert row["tokens_per_second"] > 0
+        assert row["strings"] == 3
+        assert row["recall_aware"] is None
     # One entry in twenty does not hold 95 % of what weights of a model that learnt little spread.
     assert [row["capped"] for row in (*rows[:-1], *values)] == [None] * 4 + [1.0]
     assert same["perplexity"] == pytest.approx(full["perplexity"], rel=1e-4)
     assert less["perplexity"] != full["perplexity"]
     for small in (less, narrow):
         assert small["cache_bytes"] < full["cache_bytes"]
+        assert small["bytes_of_full"] == small["cache_bytes"] / full["cache_bytes"]
         assert small["bytes_read_per_step"] < full["bytes_read_per_step"]
     table = (tmp_path / "c" / "compress.csv").read_text().splitlines()
     assert len(table) == 1 + len(rows)
     assert (tmp_path / "c" / "compress.png").stat().st_size > 10_000
+
+
+def test_compress_continues(mukv, trained, tmp_path, monkeypatch):
+    """What an earlier command measured is not measured again, with other policies beside it."""
+    (tmp_path / "a.txt").write_text("Once upon a time, and once more. " * 9)
+    given = ("compress", trained, "--text", tmp_path / "a.txt", "--out", tmp_path / "c", "--json")
+    sizes = ("--samples", 1, "--strings", 2, "--policy")
+    first = mukv(*given, *sizes, "knorm")
+    assert "about " in first.stderr
+    done: list[str] = []
+
+    def counted(reader, rows, left, *rest):
+        done.extend(job.candidate.policy.name for job in left)
+        yield from measured(reader, rows, left, *rest)
+
+    monkeypatch.setattr("mukv.compress.judge.measured", counted)
+    again = mukv(*given, *sizes, "knorm")
+    assert done == []
+    assert again.stdout == first.stdout
+    more = mukv(*given, *sizes, "knorm,random")
+    assert done == ["random", "random"]
+    assert "4 of 6 measurements are stored" in more.stderr
+    rows = [json.loads(run.stdout.splitlines()[-1])["rows"] for run in (first, more)]
+    assert rows[1][:2] == rows[0]
+    mukv(*given, *sizes, "knorm", "--again")
+    assert sorted(done[2:]) == ["full", "full", "knorm", "knorm"]
+
+
+def test_compress_at_equal_bytes_without_recall(facts, trained, tmp_path):
+    (tmp_path / "a.txt").write_text("Once upon a time, and once more. " * 9)
+    given = ("compress", trained, "--text", tmp_path / "a.txt", "--out", tmp_path / "c")
+    sizes = ("--samples", 1, "--strings", 0, "--policy", "streaming,tova", "--bytes", 0.6)
+    full, *rows = facts(*given, *sizes)["rows"]
+    assert full["recall"] is None
+    for row in rows:
+        assert 0.5 < row["bytes_of_full"] <= 0.6
+        assert row["budget"] < 0.6
 
 
 def test_another_compute_type(facts, trained, tmp_path):

@@ -678,16 +678,17 @@ def test_bytes_are_those_of_the_parts(name, budget):
         slots = {"int8": 64, "int4": 64, "int4(group=8)": 40}[name]  # whole groups
     entry = 2 * 2 * 8 * 4  # keys and values
     places = 2 * slots * 4  # a position for each head
-    asked = TAIL * 4 * 8 * 4  # queries in the tail
+    query = 4 * 8 * 4
+    asked = TAIL * query  # queries in the tail
     mean = 4 + 4 * 8 * 4  # number and sum of the queries of 4 heads
     extra = {
         "h2o": 2 * slots * 4 + asked,  # a score for each entry
+        "snapkv": asked,  # no more than its window
         "compactor": 2 * slots * 4 + asked,  # the attention of each entry
-        "snapkv": asked,
         "snapkv+chunk+critical": asked,
-        "tova": asked,
+        "tova": query,  # the last one of the tail
         "expected(covariance=false)": asked + mean,
-        "expected": asked + mean + 4 * 8 * 8 * 4,
+        "expected": asked + mean + 4 * (8 * 9 // 2) * 4,  # a triangle of squares
         "snapkv+adaptive": asked + 2 * slots * 4,  # the head that an entry belongs to
         "pages": 2 * (slots // 4) * (2 * 8 * 4 + 2),  # bounds, and whether read always or at all
         "sparq": 2 * (slots * (8 * 4 + 1) + 8 * 4),  # keys by component, and a mean of the values

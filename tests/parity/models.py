@@ -64,7 +64,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": BY_TYPE,
         },
     ),
-    "olmo-2": ("Olmo2", {"rope_parameters": YARN}),
+    "olmo-2": ("Olmo2", {"rope_parameters": {**YARN, "truncate": False}}),
     "gpt-2": ("GPT2", {"n_inner": 48}),
     "olmo-3": ("Olmo3", {"sliding_window": 7, "rope_parameters": BY_TYPE}),
 }

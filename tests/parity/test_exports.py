@@ -208,7 +208,6 @@ def test_what_a_config_cannot_say_is_named(tmp_path):
     shared = replace(plain, attention=SharedKV(position=RoPE()))
     scaled = {
         "attention.position.scaling": NTK(factor=2.0),
-        "attention.position.scaling.rounded": SCALINGS[-2],
         "attention.position.scaling.temperature": SCALINGS[-3],
     }
     models = {

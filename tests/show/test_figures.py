@@ -97,6 +97,19 @@ def test_powers_of_two(tmp_path, values):
     assert not overlapping(axes.xaxis, figure)
 
 
+@pytest.mark.parametrize("values", [[0.6, 0.75, 0.99], [0.3, 0.45], [520, 600, 610], [0.26, 1]])
+def test_a_logarithmic_axis_has_two_ticks_in_view(tmp_path, values):
+    """Also if the values lie between two powers of two."""
+    with saved_figure(tmp_path / "x.png", (4, 2)) as figure:
+        axes = figure.subplots()
+        axes.plot(values, values, "o")
+        powers(axes.xaxis, values)
+    low, high = axes.get_xlim()
+    assert low < values[0] <= values[-1] < high
+    assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 2
+    assert not overlapping(axes.xaxis, figure)
+
+
 def test_the_caption_lies_in_the_file(tmp_path):
     with saved_figure(tmp_path / "x.png", (2, 2), caption="Für jeden: 95 % \u2026") as figure:
         figure.subplots().plot([1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.table import Table
@@ -42,23 +44,73 @@ def headers(printed: Table) -> str:
     return " ".join(str(column.header) for column in printed.columns).replace("\n", " ")
 
 
-def result(policy: str, budget: float, perplexity: float, capped: float | None = None) -> Result:
-    return Result(policy, budget, perplexity, 0.5, 1.0, 16392, 256.1, 4098, 12345.6, 0.01, 8,
-                  None, None, 0.2, 0.8, capped)  # fmt: skip
+def result(policy: str, budget: float, perplexity: float, **changes: Any) -> Result:
+    measured = Result(
+        policy=policy,
+        budget=budget,
+        perplexity=perplexity,
+        recall=0.5,
+        recall_aware=None,
+        cache_bytes=16392,
+        bytes_per_token=256.1,
+        bytes_of_full=0.25,
+        bytes_read_per_step=4098,
+        read_of_full=0.0625,
+        tokens_per_second=12345.6,
+        decoding_of_full=1.0,
+        prefill_seconds=0.01,
+        samples=8,
+        strings=96,
+        perplexity_low=None,
+        perplexity_high=None,
+        recall_low=0.4,
+        recall_high=0.6,
+        capped=None,
+    )
+    return replace(measured, **changes)
 
 
 def test_compress(tables):
     found = [
         result("full", 1.0, 9.5),
-        result("snapkv", 0.25, 12345.678),
-        result("topp", 64, 10.25, 0.5),
+        result("snapkv", 0.25, 12345.678, recall_aware=1.0),
+        result("topp", 64, 10.25, capped=0.5),
     ]
     judging.show_results(found, Console())
     assert uneven(tables[0]) == []
-    assert "cache bytes" in headers(tables[0])
-    assert "bytes/step" in headers(tables[0])
-    assert "tokens/s" in headers(tables[0])
+    for part in ("cache bytes", "bytes/step", "tokens/s", "recall", "aware", "capped"):
+        assert part in headers(tables[0])
     assert list(tables[0].columns[1].cells) == ["100.0%", "25.0%", "64 entries"]
+    assert list(tables[0].columns[2].cells) == ["0.25"] * 3
+    assert list(tables[0].columns[4].cells) == ["50.0% (40-60)"] * 3
+
+
+def test_compress_on_a_narrow_terminal():
+    """No name and no number is wrapped at 80 columns."""
+    file = io.StringIO()
+    found = [result("full", 1.0, 40.51, cache_bytes=70_778_880)]
+    found.append(result("snapkv+int8", 0.25, 41.758, cache_bytes=15_571_968))
+    judging.show_results(found, Console(file=file, width=80))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("snapkv+int8" in line for line in lines) == 2
+    for number in ("15,571,968", "41.76", "12,346", "50.0% (40-60)"):
+        assert any(number in line for line in lines)
+
+
+def test_compress_says_what_it_cannot_tell(tables, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(judging.output, "warn", said.append)
+    judging.show_results([result("full", 1.0, 9.5)], Console())
+    assert said == []
+    found = [result("full", 1.0, 9.5, strings=4, recall_low=0.15, recall_high=0.85)]
+    judging.show_results(found, Console())
+    assert "4 planted strings are too few" in said[0]
+    assert "35 points higher or lower" in said[0]
+    nothing = {"recall": None, "recall_low": None, "recall_high": None}
+    judging.show_results([result("full", 1.0, 9.5, **nothing)], Console())
+    assert "recall" not in headers(tables[2])
+    assert len(said) == 1
 
 
 def test_bench(tables):

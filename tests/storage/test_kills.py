@@ -24,7 +24,10 @@ from tests.processes import contents
 
 pytestmark = pytest.mark.xdist_group("kills")
 
-CHANGING = {"provenance.json", "metrics.jsonl", "compress.csv", "study.db", "results.json"}
+CHANGING = {
+    *("provenance.json", "metrics.jsonl", "compress.csv", "finished.jsonl", "study.db"),
+    "results.json",
+}
 """Files that tell of times and speeds."""
 
 Prepare = Callable[[Path], None]
@@ -188,7 +191,7 @@ def run_of(trained: Path) -> Prepare:
 def test_compress(server, trained, tmp_path, count, every):
     given = ["compress", "run", "--tokens", trained.parent / "ids.npy", "--policy", "streaming"]
     np.save(trained.parent / "ids.npy", np.arange(400).reshape(4, 100) % 250)
-    sizes = ["--samples", 1, "--length", 64]
+    sizes = ["--samples", 1, "--length", 64, "--strings", 2]
     count("compress", check(server, tmp_path, run_of(trained), [*given, *sizes], every, chain=20))
 
 

@@ -7,15 +7,18 @@ decides which entries the body keeps, how they are stored and which of them a qu
 from mukv.cache.base import Body, Cache, Reader, Ring, Slot
 from mukv.cache.kept import choosing
 from mukv.cache.policy import FULL, NAMES, Calibrated, Policy
+from mukv.cache.recorded import RECORD, Recorded
 
 __all__ = [
     "FULL",
     "NAMES",
+    "RECORD",
     "Body",
     "Cache",
     "Calibrated",
     "Policy",
     "Reader",
+    "Recorded",
     "Ring",
     "Slot",
     "choosing",

@@ -26,6 +26,10 @@ class TOVA(Keep):
 
     needs_queries: ClassVar[bool] = True
 
+    @property
+    def last_queries(self) -> int | None:
+        return 1
+
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
         weights = seen.weights(seen.last(1))
         mean = jnp.mean(weights, axis=(1, 2))
@@ -56,6 +60,10 @@ class SnapKV(Keep):
     @property
     def narrowest(self) -> int:
         return max(self.window, self.minimum)
+
+    @property
+    def last_queries(self) -> int | None:
+        return self.window
 
     def _window(self, seen: Seen) -> Int[Array, " batch"]:
         return jnp.minimum(jnp.minimum(seen.number // 2, self.window), seen.added)

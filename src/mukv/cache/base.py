@@ -55,6 +55,16 @@ class Body(Protocol):
         """Whether the choice of the entries to keep depends on queries."""
         ...
 
+    @property
+    def last_queries(self) -> int | None:
+        """Number of the newest queries on which the choice depends; None for all."""
+        ...
+
+    @property
+    def by_query(self) -> bool:
+        """Whether `bag` chooses entries for one query, and not the same ones for all."""
+        ...
+
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         """Return the entries that the query of one token may read.
 
@@ -64,6 +74,10 @@ class Body(Protocol):
 
     def entries(self, length: Int[Array, " batch"]) -> Entries:
         """Return all entries of the body. length: entries folded so far."""
+        ...
+
+    def for_steps(self) -> Body:
+        """Return the body without what only the next choice of entries needs."""
         ...
 
     def extended(
@@ -96,6 +110,14 @@ class Slot:
     body: Body
     tail: Tail
     store: EntryStore = field(default=EntryStore(), metadata={"static": True})
+
+    def for_steps(self) -> Slot:
+        """Return the slot without what only the next choice of entries needs.
+
+        The steps of policies that differ only in that choice are one compiled program.
+        """
+        tail = {name: tensor for name, tensor in self.tail.items() if name != QUERY}
+        return replace(self, body=self.body.for_steps(), tail=tail)
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         """Return the entries of the body that the query of one token may read.
@@ -236,11 +258,22 @@ class Ring:
     def needs_queries(self) -> bool:
         return False
 
+    @property
+    def last_queries(self) -> int | None:
+        return None
+
+    @property
+    def by_query(self) -> bool:
+        return False
+
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         return self.entries(length)
 
     def entries(self, length: Int[Array, " batch"]) -> Entries:
         return body_entries(self.tensors, length, self.wraps)
+
+    def for_steps(self) -> Ring:
+        return self
 
     def extended(
         self,
@@ -283,27 +316,34 @@ def tail_entries(
 
 
 def append(tail: Tail, new: Token, filled: Int[Array, ""]) -> Tail:
-    """Write the entry of one token to place `filled` of the tail, the same in all rows."""
-    return {
-        name: jax.lax.dynamic_update_slice_in_dim(
-            tail[name], new[name].astype(tail[name].dtype), filled, axis=2
-        )
-        for name in tail
-    }
+    """Write the entry of one token to place `filled` of the tail, the same in all rows.
+
+    The query goes to this place modulo the number of its places, which may be fewer.
+    """
+
+    def one(name: str, old: Array) -> Array:
+        place = filled % old.shape[2] if name == QUERY else filled
+        fresh = new[name].astype(old.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(old, fresh, place, axis=2)
+
+    return {name: one(name, old) for name, old in tail.items()}
 
 
 def append_some(
     tail: Tail, new: Token, filled: Int[Array, " batch"], which: Bool[Array, " batch"]
 ) -> Tail:
-    """Write the entry of one token to place `filled` of each row's tail, in the rows `which`."""
+    """Write the entry of one token to place `filled` of each row's tail, in the rows `which`; the
+    query as in `append`.
+    """
     rows = jnp.arange(len(filled))
 
-    def one(old: Array, fresh: Array) -> Array:
+    def one(name: str, old: Array, fresh: Array) -> Array:
+        place = filled % old.shape[2] if name == QUERY else filled
         # A place beyond the tail is dropped by mode="drop", so that the row is not written.
-        place = jnp.where(which, filled, old.shape[2])
+        place = jnp.where(which, place, old.shape[2])
         return old.at[rows, :, place].set(fresh[:, :, 0].astype(old.dtype), mode="drop")
 
-    return {name: one(tail[name], new[name]) for name in tail}
+    return {name: one(name, tail[name], new[name]) for name in tail}
 
 
 def fold(

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mukv.cache.keep import Sinking
 from mukv.cache.seen import Score, Seen
@@ -58,7 +59,8 @@ class Expected(Sinking):
         logits = jnp.einsum("bhgd,bhkd->bhgk", ahead, key)
         if self.covariance:
             # Second-order term of the mean of the exponential of a Gaussian.
-            spread = notes["squares"] / count[..., None] - mean[..., None] * mean[..., None, :]
+            squares = notes["squares"][..., _place(mean.shape[-1])]
+            spread = squares / count[..., None] - mean[..., None] * mean[..., None, :]
             spread = jnp.einsum("bde,bhgef,bcf->bhgdc", turn, spread, turn) * scale**2
             logits += jnp.einsum("bhkd,bhgdc,bhkc->bhgk", key, spread, key) / 2
         there = seen.valid & ~seen.first(self.sinks)
@@ -82,13 +84,15 @@ class Expected(Sinking):
         turned = jnp.where(counted[:, None, None, :, None], turned, 0.0)
         new = {"count": jnp.sum(counted, axis=1), "sum": jnp.sum(turned, axis=3)}
         if self.covariance:
-            new["squares"] = jnp.einsum("bhgqd,bhgqe->bhgde", turned, turned)
+            squares = jnp.einsum("bhgqd,bhgqe->bhgde", turned, turned)
+            new["squares"] = squares[..., *np.triu_indices(width)]
         return {name: seen.notes[name] + array for name, array in new.items()}
 
     def empty(self, batch: int, heads: int, group: int, width: int) -> dict[str, Array]:
         notes = {"count": jnp.zeros(batch), "sum": jnp.zeros((batch, heads, group, width))}
         if self.covariance:
-            notes["squares"] = jnp.zeros((batch, heads, group, width, width))
+            # A symmetric matrix: its upper triangle, row by row.
+            notes["squares"] = jnp.zeros((batch, heads, group, width * (width + 1) // 2))
         return notes
 
     def _average_rotation(self, seen: Seen) -> Float[Array, "batch width width"]:
@@ -107,3 +111,12 @@ class Expected(Sinking):
         rows = jnp.tile((total / self.future)[None, :, None], (len(seen.length), 1, 1, 1))
         end = (seen.length + seen.added)[:, None, None]
         return seen.rotated(rows, end)[:, :, 0].swapaxes(-1, -2)
+
+
+def _place(width: int) -> np.ndarray:
+    """Return the place of each element of a symmetric matrix in its upper triangle, int [width
+    width].
+    """
+    place = np.zeros((width, width), int)
+    place[np.triu_indices(width)] = np.arange(width * (width + 1) // 2)
+    return np.maximum(place, place.T)

@@ -95,6 +95,13 @@ class Keep:
         budget = self.spread.of_layer(self.budget, place, layers, length, self.narrowest)
         return replace(self, budget=budget)
 
+    @property
+    def last_queries(self) -> int | None:
+        """Number of the newest queries on which scores depend; None for all. A tail keeps no more
+        of them.
+        """
+        return None
+
     def empty(self, batch: int, heads: int, group: int, width: int) -> dict[str, Array]:
         """Return the initial state of the policy."""
         return {}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mukv.attention import Attention, Bag, Entries, Query, Recall, Retrieved
 from mukv.attention.mixer import ENTRIES
 from mukv.cache.base import Reader, Tensors
-from mukv.cache.keep import Keep
+from mukv.cache.keep import Everything, Keep
 from mukv.cache.seen import Seen
 from mukv.cache.select import All, Select, View
 from mukv.cache.shelf import NOWHERE, Shelf
@@ -51,11 +51,22 @@ class Kept:
     def needs_queries(self) -> bool:
         return self.keep.needs_queries and not self.held
 
+    @property
+    def last_queries(self) -> int | None:
+        return self.keep.last_queries
+
+    @property
+    def by_query(self) -> bool:
+        return not isinstance(self.select, All)
+
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         return self
 
     def entries(self, length: Int[Array, " batch"]) -> Entries:
         return self.shelf.entries()
+
+    def for_steps(self) -> Kept:
+        return replace(self, carried=None, notes={}, keep=Everything(), held=False)
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
         """Return the keys and values that one query token reads."""

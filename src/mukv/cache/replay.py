@@ -97,6 +97,17 @@ class Replaying:
     def needs_queries(self) -> bool:
         return True
 
+    @property
+    def last_queries(self) -> int | None:
+        return None
+
+    @property
+    def by_query(self) -> bool:
+        return False
+
+    def for_steps(self) -> Replaying:
+        return self
+
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         return self.body.bag(length)
 

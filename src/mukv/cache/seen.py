@@ -101,10 +101,12 @@ class Seen:
     ) -> Float[Array, "batch kv_heads group query key"]:
         """Return the attention weights of the new queries at these indices; 0 for
         negative indices.
+
+        Query i lies at place i modulo the number of places, where only the newest ones are kept.
         """
         attention = self.reader.attention
         queries, position = self.queries, self.length[:, None] + place
-        index = jnp.clip(place, 0, queries.shape[3] - 1)[:, None, None, :, None]
+        index = (jnp.maximum(place, 0) % queries.shape[3])[:, None, None, :, None]
         queries = jnp.take_along_axis(queries, index, axis=3)
         address, scores = attention.scaled_queries(self.reader.weights, queries, position)
         recalled = attention.recall(self.reader.weights, self.entries)

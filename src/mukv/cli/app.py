@@ -14,7 +14,7 @@ from mukv.cli.typed import App
 from mukv.core.errors import BadInput
 from mukv.core.version import VERSION
 from mukv.show import output
-from mukv.storage.locks import writing, writing_inside
+from mukv.storage.locks import RUN, writing, writing_inside
 
 ORDER = (
     *("demo", "data", "train", "eval", "generate", "chat", "sweep", "transfer", "analyze"),
@@ -135,7 +135,8 @@ def _dashed(name: str) -> str:
 
 
 def beside(model: str, name: str) -> Path:
-    """Return a folder for results: `name` in the model's folder, or runs/`name`-MODEL if the model
-    is not a folder."""
+    """Return the folder of results: `name` in a run directory, or else in `runs`, because the
+    folder of a model from elsewhere is not written to.
+    """
     path = Path(model)
-    return path / name if path.is_dir() else Path("runs") / f"{name}-{path.name}"
+    return path / name if (path / RUN).is_file() else Path("runs") / f"{name}-{path.name}"

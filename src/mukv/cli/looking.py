@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mukv.cli import launch
-from mukv.cli.app import Json, ModelName, app, hold, hold_run, tell
+from mukv.cli.app import Json, ModelName, app, beside, hold, hold_run, tell
 from mukv.show import output
 from mukv.show.terminal import Console, table
 
@@ -65,15 +65,15 @@ def analyze(
     settings = command.AnalyzeSettings(
         tuple(text or ()), tokens, samples, calibrate, clusters, before_rotation, calibration_tokens
     )
-    beside = Path(model) if Path(model).is_dir() else None
-    folder = out or (beside or Path("runs") / Path(model).name) / "analysis"
-    hold(context, folder, *([beside] if beside and calibrate is not None else []))
+    source = Path(model) if Path(model).is_dir() else None
+    folder = out or beside(model, "analysis")
+    hold(context, folder, *([source] if source and calibrate is not None else []))
     speaker = loaded.load(model)
     length = inputs.window(speaker, length)
     tell(notes.of_length(length, speaker.run, "--length"))
     if not settings.text and settings.tokens is None:
         Console(stderr=True).say(notes.of_held_out(inputs.corpus(speaker)))
-    made = command.analyze(speaker, model, length, settings, folder, beside)
+    made = command.analyze(speaker, model, length, settings, folder, source)
     if as_json:
         output.print_json(made.facts)
         return

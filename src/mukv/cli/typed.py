@@ -52,7 +52,7 @@ CONFIGURED = ("train", "describe", "transfer", "sweep", "bench")
 """Commands whose first argument is a configuration, and whose other arguments are overrides."""
 
 
-FROM_ZERO = frozenset({"seed", "shots", "free", "temperature"})
+FROM_ZERO = frozenset({"seed", "shots", "strings", "free", "temperature"})
 """Options whose number may be 0; any other number must be greater than 0."""
 SEEDS = (1 << 32) - 1
 

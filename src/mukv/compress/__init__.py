@@ -1,7 +1,6 @@
 """Measure a model under cache policies: perplexity, recall, bytes and speed."""
 
-from mukv.compress.judge import Result, grid, judge
-from mukv.compress.rows import USUAL, Rows, rows_of
-from mukv.compress.table import write
+from mukv.compress.command import CompressSettings
+from mukv.compress.judge import Comparison, Result
 
-__all__ = ["USUAL", "Result", "Rows", "grid", "judge", "rows_of", "write"]
+__all__ = ["Comparison", "CompressSettings", "Result"]

@@ -1,44 +1,52 @@
-"""Measure every policy with every budget on the same rows."""
+"""Compare cache policies on the same texts, and summarise each as one row."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
-from mukv.cache import FULL, Policy
-from mukv.cache.words import split
-from mukv.compress.reader import PolicyReader, Read
+from mukv.compress import duration
+from mukv.compress.candidates import Candidate, candidates
+from mukv.compress.finished import Finished, key_of
+from mukv.compress.measure import Job, jobs, measured
+from mukv.compress.reader import PolicyReader
 from mukv.compress.rows import Rows
 from mukv.core.compute import settled
 from mukv.core.statistics import of_mean, wilson
 from mukv.runs.loaded import Model
+from mukv.show import heartbeat
 from mukv.show.progress import Bar
-
-TOKENS = 16_384
-"""Tokens of all rows in one batch."""
 
 
 @dataclass(frozen=True)
 class Result:
     """Measurements of one policy with one budget; field names are public.
 
-    perplexity: of plain text
+    perplexity: of the tokens of the text after the prefill
     recall: fraction of the planted strings' tokens that are predicted, with the cue after
-        compression
-    recall_aware: the same with the cue before compression
+        compression; None without strings
+    recall_aware: the same with the cues of up to eight strings also at the end of the prefilled
+        text, so that the policy sees the questions; None if not measured
     cache_bytes: of one row
     bytes_per_token: cache_bytes divided by the length of a row
+    bytes_of_full: cache_bytes divided by those of `full`
     bytes_read_per_step: bytes of the cache read in one decode step of one row
-    tokens_per_second: decoding speed over all rows
+    read_of_full: bytes_read_per_step divided by those of `full`
+    tokens_per_second: decoding speed of one row
+    decoding_of_full: speed of decoding divided by that of `full`, measured in turn
     prefill_seconds: of one row, compression included
-    samples: rows of each kind
-    perplexity_low, perplexity_high: 95 % interval of the difference to `full` on the same rows;
-        None for one row
-    recall_low, recall_high: 95 % interval of recall
+    samples: rows of text
+    strings: planted strings
+    perplexity_low, perplexity_high: 95 % interval, from the differences to `full` of the mean
+        losses of stretches of one tail, taken as independent; None for a single stretch
+    recall_low, recall_high: 95 % interval of recall, one trial per string (Wilson)
     capped: fraction of the choices of `topp` at which the budget was exhausted before the
         probability mass was reached; None for other policies
     """
@@ -46,120 +54,179 @@ class Result:
     policy: str
     budget: float
     perplexity: float
-    recall: float
-    recall_aware: float
+    recall: float | None
+    recall_aware: float | None
     cache_bytes: int
     bytes_per_token: float
+    bytes_of_full: float
     bytes_read_per_step: int
+    read_of_full: float
     tokens_per_second: float
+    decoding_of_full: float
     prefill_seconds: float
     samples: int
+    strings: int
     perplexity_low: float | None
     perplexity_high: float | None
-    recall_low: float
-    recall_high: float
+    recall_low: float | None
+    recall_high: float | None
     capped: float | None
 
 
-def grid(names: str, budgets: Sequence[float]) -> list[tuple[Policy, float]]:
-    """Return `full`, then each policy with each budget; only once where a policy has no budget."""
-    made: list[tuple[Policy, float]] = [(FULL, 1.0)]
-    for name in split(names, ","):
-        takes = Policy.takes_budget(name, "--policy")
-        for budget in budgets:
-            policy = Policy.parse(name, budget, "--policy")
-            pair = policy, budget if takes else policy.budget
-            if pair not in made:
-                made.append(pair)
-    return made
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    policies: names, separated by commas
+    budgets: shares of the entries up to 1, or numbers of entries
+    shares: bytes as shares of the full cache's; see `candidates`
+    aware: whether recall with known questions is measured too
+    again: whether measurements of earlier commands are forgotten
+    """
+
+    policies: str
+    budgets: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
+    aware: bool = False
+    again: bool = False
 
 
 def judge(
-    model: Model, rows: Rows, policies: Sequence[tuple[Policy, float]], silent: bool = False
+    model: Model, rows: Rows, asked: Comparison, folder: Path, silent: bool = False
 ) -> list[Result]:
-    """Measure every policy on the same rows; the first is the baseline of the others.
+    """Compare policies on the same rows; the first is `full`, the baseline of the others.
 
-    Raises BadInput before anything is compiled if a policy does not fit.
+    folder: where measurements are stored as they come; those of an earlier command are used again.
+    silent: show no progress
+
+    Raises BadInput before anything is measured if a policy does not fit.
     """
     compute = settled(model.run.train.compute)
-    length = rows.tokens.shape[1]
-    readers = []
-    for policy, budget in policies:
-        chosen, centres = model.calibrated(policy)
-        shared = (model.network, model.decoding, compute, chosen, centres)
-        readers.append((PolicyReader(*shared, rows.read, length), budget))
-        readers[-1][0].check()
-    passes = math.ceil(len(rows.tokens) / _together(rows))
-    ticks = [passes * (reader.blocks + 1) for reader, _ in readers]
-    results, full, before = [], None, 0
-    with Bar("compress", sum(ticks), silent=silent) as bar:
-        for (reader, budget), own in zip(readers, ticks, strict=True):
-            done, name = itertools.count(before), f"{reader.policy.name} {budget:g}"
-
-            def tick(done: Iterator[int] = done, name: str = name) -> None:
-                bar.show(next(done), {"policy": name})
-
-            tick()
-            result, losses = _result(reader, budget, rows, _reads(reader, rows, tick), full)
-            full, before = losses if full is None else full, before + own
-            results.append(result)
-            bar.say(f"{name}: perplexity {result.perplexity:.3f}, recall {result.recall:.1%}")
-    return results
+    reader = PolicyReader(model.network, None, compute, rows.read, rows.length)
+    compared = candidates(model, reader, asked.policies, asked.budgets, asked.shares)
+    finished = Finished(folder, asked.again)
+    weights, names = jax.tree.flatten(model.weights)
+    every = jobs(reader, rows, compared, key_of(str(names), *weights), asked.aware)
+    left = [job for job in every if finished.get(job.key) is None]
+    if left:
+        reader = replace(reader, weights=model.decoding)
+        _measure(reader, rows, left, asked.aware, finished, silent, len(every) - len(left))
+    known = {job.key: finished.known[job.key] for job in every}
+    return results(reader, rows, compared, every, known)
 
 
-def _together(rows: Rows) -> int:
-    """Return the number of rows per batch."""
-    return min(len(rows.tokens), max(1, TOKENS // rows.tokens.shape[1]))
+def _measure(
+    reader: PolicyReader,
+    rows: Rows,
+    left: Sequence[Job],
+    aware: bool,
+    finished: Finished,
+    silent: bool,
+    stored: int,
+) -> None:
+    """Do the jobs and store each result, with an estimate of the time and a progress bar."""
+    work = duration.Work(reader, rows, left, aware)
+    started = time.monotonic()
+    with Bar("compress, percent", 100, silent=silent) as bar:
+        again = f", {stored} of {stored + len(left)} measurements are stored" if stored else ""
+        bar.say(f"about {heartbeat.duration(work.seconds)}{again}")
+
+        def tick(kind: str) -> None:
+            bar.show(work.done(kind), {})
+
+        for job, found in measured(reader, rows, left, aware, tick):
+            finished.add(job.key, found)
+            bar.say(f"{job.candidate}: {_said(job, found)}")
+            if job is left[0] and len(left) > 1:
+                more = work.left(time.monotonic() - started)
+                bar.say(f"about {heartbeat.duration(more)} left")
 
 
-def _reads(reader: PolicyReader, rows: Rows, tick: Callable[[], None]) -> list[Read]:
-    count, batch, programs = len(rows.tokens), _together(rows), reader.programs()
-    reader.warm(rows.tokens[:batch], programs)
-    reads = []
-    for first in range(0, count, batch):
-        # The last batch repeats earlier rows if needed, so that one shape is compiled.
-        start = min(first, count - batch)
-        read = reader(rows.tokens[start : start + batch], programs, tick=tick)
-        new = slice(first - start, None)
-        reads.append(replace(read, loss=read.loss[new], hit=read.hit[new]))
-    return reads
+def _said(job: Job, found: dict[str, Any]) -> str:
+    """Summarise one measurement."""
+    if job.kind == "text":
+        return f"perplexity {_perplexity(np.mean(found['losses'])):.3f}"
+    known = f", aware {np.mean(found['known']):.1%}" if "known" in found else ""
+    return f"recall {np.mean(found['hits']):.1%}{known}"
+
+
+def results(
+    reader: PolicyReader,
+    rows: Rows,
+    compared: Sequence[Candidate],
+    every: Sequence[Job],
+    known: dict[str, dict[str, Any]],
+) -> list[Result]:
+    """Return one row per candidate from all measurements, which are given by key."""
+    made: list[Result] = []
+    base: np.ndarray | None = None
+    for each in compared:
+        own = [job for job in every if job.candidate is each]
+        of_kind = {
+            kind: [known[job.key] for job in own if job.kind == kind]
+            for kind in ("text", "strings")
+        }
+        losses = np.concatenate([found["losses"] for found in of_kind["text"]])
+        base = losses if base is None else base
+        made.append(_result(reader, rows, each, of_kind, losses, base, made))
+    return made
 
 
 def _result(
-    reader: PolicyReader, budget: float, rows: Rows, reads: Sequence[Read], full: np.ndarray | None
-) -> tuple[Result, np.ndarray]:
-    """Return the result, and the loss of each row of plain text. full: these losses with the full
-    cache.
-    """
-    loss, hit = (np.concatenate([getattr(r, name) for r in reads]) for name in ("loss", "hit"))
-    _, unaware, aware = rows.asked[:, :, rows.read :]
-    losses = loss[: rows.samples].mean(axis=1, dtype=np.float64)
-    base = losses if full is None else full
-    difference = of_mean(losses - base) or (None, None)
-    low, high = (None if x is None else _perplexity(base.mean() + x) for x in difference)
-    recall, capped = float(hit[unaware].mean()), float(np.mean([read.capped for read in reads]))
-    interval = wilson(recall * rows.samples, rows.samples)
-    worked = len(reads) * _together(rows)
-    seconds = sum(read.decode_seconds for read in reads)
-    result = Result(
-        policy=reader.policy.name,
-        budget=budget,
-        perplexity=_perplexity(losses.mean()),
-        recall=recall,
-        recall_aware=float(hit[aware].mean()),
-        cache_bytes=reader.cache_bytes(),
-        bytes_per_token=reader.cache_bytes() / rows.tokens.shape[1],
-        bytes_read_per_step=reader.bytes_read(),
-        tokens_per_second=worked * reader.blocks * reader.tail / seconds,
-        prefill_seconds=sum(read.prefill_seconds for read in reads) / worked,
-        samples=rows.samples,
-        perplexity_low=low,
-        perplexity_high=high,
-        recall_low=interval[0],
-        recall_high=interval[1],
-        capped=None if math.isnan(capped) else capped,
+    reader: PolicyReader,
+    rows: Rows,
+    candidate: Candidate,
+    found: dict[str, list[dict[str, Any]]],
+    losses: np.ndarray,
+    base: np.ndarray,
+    before: Sequence[Result],
+) -> Result:
+    first, mean = found["text"][0], losses.mean()
+    reach = _reach(losses - base, reader.tail)
+    hits, aware = (
+        np.concatenate([each[name] for each in found["strings"]])
+        if found["strings"] and name in found["strings"][0]
+        else None
+        for name in ("hits", "known")
     )
-    return result, losses
+    recall = None if hits is None else float(hits.mean())
+    low, high = wilson(recall * rows.asked, rows.asked) if recall is not None else (None, None)
+    full = before[0] if before else None
+    size, read = candidate.cache_bytes, int(first["bytes_read"])
+    return Result(
+        policy=candidate.policy.name,
+        budget=candidate.budget,
+        perplexity=_perplexity(mean),
+        recall=recall,
+        recall_aware=None if aware is None else float(aware.mean()),
+        cache_bytes=size,
+        bytes_per_token=size / rows.length,
+        bytes_of_full=size / full.cache_bytes if full else 1.0,
+        bytes_read_per_step=read,
+        read_of_full=read / full.bytes_read_per_step if full else 1.0,
+        tokens_per_second=1 / first["step_seconds"],
+        decoding_of_full=first["decoding_x_full"] if full else 1.0,
+        prefill_seconds=first["prefill_seconds"],
+        samples=len(rows.text),
+        strings=rows.asked,
+        perplexity_low=None if reach is None else _perplexity(mean - reach),
+        perplexity_high=None if reach is None else _perplexity(mean + reach),
+        recall_low=low,
+        recall_high=high,
+        capped=first["capped"],
+    )
+
+
+def _reach(difference: np.ndarray, stretch: int) -> float | None:
+    """Return half the 95 % interval of the mean of differences [row token], in nats; None for a
+    single stretch.
+
+    stretch: tokens whose mean is one trial
+    """
+    pieces = max(1, difference.shape[1] // stretch)
+    parts = np.array_split(difference, pieces, axis=1)
+    ends = of_mean(np.concatenate([part.mean(axis=1) for part in parts]))
+    return None if ends is None else (ends[1] - ends[0]) / 2
 
 
 def _perplexity(loss: float) -> float:

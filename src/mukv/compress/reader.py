@@ -1,7 +1,11 @@
-"""Read rows with a model under one cache policy.
+"""Read a text once for all policies, and continue it under each of them.
 
-Three quarters of a row are prefilled, after which the policy has compressed the cache; the rest is
-read token by token, through the same steps and folds as `generate`.
+The prefill of a text computes the same entries and queries under every policy, so that it is run
+once, with a cache that records them (`mukv.cache.RECORD`). Each policy makes its own cache from
+this record. Text that is known is then read in blocks of one tail: a block gives the logits of as
+many decoding steps and a fold, in one pass. A Decoder runs layer by layer, so that one layer is
+compiled instead of all; other models are compiled whole. Speed is measured with the decoding loop
+itself.
 """
 
 from __future__ import annotations
@@ -11,15 +15,17 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.cache import Calibrated, Policy
+from mukv.cache import RECORD, Calibrated, Policy, Slot
 from mukv.cache.reads import bytes_read
 from mukv.cache.values import CAPPED, TopP
+from mukv.compress.rows import ANSWER, CUE
 from mukv.core.compute import Compute
 from mukv.core.tap import capture
 from mukv.core.typing import Array
@@ -30,30 +36,34 @@ TAIL, SHARE, LEAST = 64, 16, 8
 """Size of the tail in tokens, which is the interval at which the policy compresses while decoding:
 upper bound, fraction of a row (1 / SHARE), lower bound.
 """
-Programs = tuple[Any, Any, Any]
+STEPS, ROUNDS = 16, 3
+"""Decoding steps per measurement of speed (at most a tail), and number of measurements."""
+ASKED = 128
+"""Most tokens of cues and answers that are read at once."""
+SHORT_SECONDS = 2.0
+"""A shorter prefill is timed a second time, because most of the first one may be compilation."""
+Tick = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Read:
-    """Measurements of some rows.
+class Speed:
+    """Speed of decoding one row.
 
-    loss: nats of each token from `read` on, [row token]
-    hit: whether each such token was the likeliest, [row token]
+    seconds: per step, the median of all rounds
+    full: seconds of a step with the full cache divided by those with this one, each measured right
+        after the other; the median of all rounds
     capped: fraction of the choices of `topp` at which the budget was exhausted before the mass was
-        reached; NaN if there are none
-    prefill_seconds, decode_seconds: time of prefill, and of all steps and folds
+        reached; None for other policies
     """
 
-    loss: np.ndarray
-    hit: np.ndarray
-    capped: float
-    prefill_seconds: float
-    decode_seconds: float
+    seconds: float
+    full: float
+    capped: float | None
 
 
 @dataclass(frozen=True)
 class PolicyReader:
-    """A model that reads rows under one policy.
+    """A model that reads texts, each once for all policies.
 
     weights: from `decoding_weights`
     read: tokens of a row that are prefilled
@@ -63,8 +73,6 @@ class PolicyReader:
     model: LanguageModel
     weights: Any
     compute: Compute
-    policy: Policy
-    centres: Calibrated
     read: int
     length: int
 
@@ -75,25 +83,22 @@ class PolicyReader:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks of `tail` decode steps."""
+        """Number of blocks of `tail` tokens that are read after the prefill."""
         return math.ceil((self.length - self.read) / self.tail)
 
-    def cache(self, batch: int) -> Any:
+    def cache(self, batch: int, policy: Policy, centres: Calibrated) -> Any:
         """Make an empty cache."""
-        body = self.read + (self.blocks - 1) * self.tail
-        return self.model.empty_cache(
-            batch, body, self.tail, self.compute.type, self.policy, self.centres
-        )
+        after = (self.blocks - 1) * self.tail
+        sizes = batch, self.read + after, self.tail
+        return self.model.empty_cache(*sizes, self.compute.type, policy, centres, after)
 
-    def check(self) -> None:
-        """Raise BadInput if the policy does not fit; allocates nothing."""
-        jax.eval_shape(lambda: self.cache(1))
+    def cache_bytes(self, policy: Policy, centres: Calibrated) -> int:
+        """Return the bytes of one row's cache, without allocating it. Raises BadInput if the policy
+        does not fit.
+        """
+        return jax.eval_shape(lambda: self.cache(1, policy, centres)).nbytes()
 
-    def cache_bytes(self) -> int:
-        """Return the bytes of one row's cache."""
-        return jax.eval_shape(lambda: self.cache(1)).nbytes()
-
-    def bytes_read(self) -> int:
+    def bytes_read(self, policy: Policy, centres: Calibrated) -> int:
         """Return the bytes of the cache read in one decode step of one row."""
 
         def step(cache: Any, weights: Any) -> Any:
@@ -101,94 +106,186 @@ class PolicyReader:
             logits, cache = self.model.step(weights, cache, token, compute=self.compute)
             return logits, cache.split()[1]
 
-        return bytes_read(step, jax.eval_shape(lambda: self.cache(1)), self.weights)
+        cache = jax.eval_shape(lambda: self.cache(1, policy, centres))
+        return bytes_read(step, cache, self.weights)
 
-    @property
-    def caps(self) -> bool:
-        """Whether capped choices can be counted. They can't in a concept model, whose global layers
-        run inside a conditional, which taps can't leave.
-        """
-        return isinstance(self.policy.select, TopP) and isinstance(self.model, Decoder)
+    # Programs
 
-    def programs(self) -> Programs:
-        """Return the compiled functions of prefill, of a block of steps, and of folding.
+    @cached_property
+    def _compiled(self) -> Callable[[Callable[..., Any]], Any]:
+        """How a method of the model is run: a Decoder compiles each of its layers by itself."""
+        return (lambda method: method) if isinstance(self.model, Decoder) else jax.jit
 
-        The first two return the loss of the next token and whether it was the likeliest, [token
-        batch]; the second also the fraction of capped choices, [token], NaN if there were none.
-        """
-        model, compute = self.model, self.compute
+    @cached_property
+    def _prefill(self) -> Any:
+        return self._compiled(partial(self.model.prefill, fresh=True, compute=self.compute))
 
-        def judged(logits: Array, target: Array) -> tuple[Array, Array]:
-            likely = jax.nn.log_softmax(logits, axis=-1)
-            loss = -jnp.take_along_axis(likely, target[:, None], axis=-1)[:, 0]
-            return loss, jnp.argmax(logits, axis=-1) == target
+    @cached_property
+    def _extend(self) -> Any:
+        return self._compiled(partial(self.model.prefill, fresh=False, compute=self.compute))
 
-        def prefill(weights: Any, cache: Any, tokens: Array, target: Array) -> Any:
-            count = jnp.full(len(tokens), tokens.shape[1])
-            logits, cache = model.prefill(weights, cache, tokens, count, compute=compute)
-            return cache, judged(logits, target)
+    @cached_property
+    def _compress(self) -> Any:
+        return self._compiled(self.model.compressed)
 
-        def block(weights: Any, frozen: Any, live: Any, tokens: Array, targets: Array) -> Any:
-            def step(live: Any, pair: tuple[Array, Array]) -> tuple[Any, Any]:
+    @cached_property
+    def _block(self) -> Any:
+        return self._compiled(partial(self.model.read_block, compute=self.compute))
+
+    @cached_property
+    def _last_block(self) -> Any:
+        return self._compiled(partial(self.model.read_block, compute=self.compute, joins=False))
+
+    @cached_property
+    def _answer(self) -> Any:
+        """Blocks that continue one cache, [question row token] to logits."""
+
+        def block(weights: Any, cache: Any, tokens: Array) -> Array:
+            return self.model.read_block(weights, cache, tokens, self.compute, joins=False)[0]
+
+        return self._compiled(jax.vmap(block, (None, None, 0)))
+
+    @cached_property
+    def _steps(self) -> Any:
+        """A loop of decoding steps over known tokens; returns what it writes, and the fraction of
+        capped choices (NaN without any)."""
+        model = self.model
+
+        def run(taps: bool, weights: Any, frozen: Any, live: Any, tokens: Array) -> Any:
+            def step(live: Any, token: Array) -> tuple[Any, Array]:
                 cache = model.cache_class.join(frozen, live)
-                with capture() if self.caps else nullcontext({}) as taps:
-                    logits, cache = model.step(weights, cache, pair[0], compute=compute)
-                capped = [value.ravel() for name, value in taps.items() if name.endswith(CAPPED)]
+                with capture() if taps else nullcontext({}) as seen:
+                    _, cache = model.step(weights, cache, token, compute=self.compute)
+                capped = [value.ravel() for name, value in seen.items() if name.endswith(CAPPED)]
                 share = jnp.mean(jnp.concatenate(capped)) if capped else jnp.nan
-                return cache.split()[1], (*judged(logits, pair[1]), share)
+                return cache.split()[1], jnp.asarray(share)
 
-            return jax.lax.scan(step, live, (tokens.T, targets.T))
+            return jax.lax.scan(step, live, tokens.T)
 
-        return (
-            jax.jit(prefill, donate_argnums=1),
-            jax.jit(block, donate_argnums=2),
-            jax.jit(model.fold, donate_argnums=1),
-        )
+        return jax.jit(run, static_argnums=0)
 
-    def warm(self, tokens: np.ndarray, programs: Programs) -> None:
-        """Run every program once, so that later calls compile nothing."""
-        self(tokens, programs, min(self.blocks, 2))
+    # Reading
 
-    def __call__(
-        self,
-        tokens: np.ndarray,
-        programs: Programs,
-        blocks: int | None = None,
-        tick: Callable[[], None] = lambda: None,
-    ) -> Read:
-        """Read rows of tokens.
-
-        blocks: number of blocks of steps; None means all
-        tick: called after prefill and after each block
+    def record(self, tokens: np.ndarray) -> tuple[Array, Any, float]:
+        """Prefill rows of tokens, [row token]; return the logits of the next token, the record, and
+        the seconds of one row.
         """
-        prefill, block, fold = programs
-        end = self.read + self.blocks * self.tail + 1
-        padded = jnp.asarray(np.pad(tokens, [(0, 0), (0, end - tokens.shape[1])]))
-        now, then = padded[:, : self.read], padded[:, self.read]
-        empty = jax.block_until_ready(self.cache(len(tokens)))
+        logits, cache, seconds = self._record(tokens)
+        if seconds <= SHORT_SECONDS:
+            logits, cache, seconds = self._record(tokens)
+        return logits, cache, seconds / len(tokens)
+
+    def _record(self, tokens: np.ndarray) -> tuple[Array, Any, float]:
+        empty = self.cache(len(tokens), RECORD, {})
+        count = jnp.full(len(tokens), tokens.shape[1])
         start = time.perf_counter()
-        cache, (loss, hit) = jax.block_until_ready(prefill(self.weights, empty, now, then))
-        filled = time.perf_counter()
-        tick()
-        losses, hits, capped = [loss[:, None]], [hit[:, None]], []
-        frozen, live = cache.split()
-        seconds = 0.0
-        for number in range(self.blocks if blocks is None else blocks):
+        made = self._prefill(self.weights, empty, jnp.asarray(tokens), count)
+        logits, cache = jax.block_until_ready(made)
+        return logits, cache, time.perf_counter() - start
+
+    def extended(self, record: Any, tokens: np.ndarray) -> Any:
+        """Return the record of more tokens, [row token]."""
+        count = jnp.full(len(tokens), tokens.shape[1])
+        return self._extend(self.weights, record, jnp.asarray(tokens), count)[1]
+
+    def compressed(self, record: Any, policy: Policy, centres: Calibrated) -> tuple[Any, float]:
+        """Return the cache under a policy, and the seconds of one row."""
+        batch = len(record.length)
+        empty = jax.block_until_ready(self.cache(batch, policy, centres))
+        start = time.perf_counter()
+        cache = jax.block_until_ready(self._compress(self.weights, record, empty))
+        return cache, (time.perf_counter() - start) / batch
+
+    def losses(self, logits: Array, cache: Any, tokens: np.ndarray, tick: Tick) -> np.ndarray:
+        """Return the loss of each token after the prefill in nats, [row token].
+
+        logits: after the prefill. tokens: of whole rows. tick: called after each block.
+        """
+        end = self.read + self.blocks * self.tail + 1
+        padded = np.pad(tokens, [(0, 0), (0, end - tokens.shape[1])])
+        found = [np.asarray(_graded(logits[:, None], padded[:, self.read, None])[0])]
+        for number in range(self.blocks):
             at = self.read + number * self.tail
-            now, then = padded[:, at : at + self.tail], padded[:, at + 1 : at + self.tail + 1]
-            began = time.perf_counter()
-            if number:
-                frozen, live = fold(self.weights, self.model.cache_class.join(frozen, live)).split()
-            live, (loss, hit, share) = jax.block_until_ready(
-                block(self.weights, frozen, live, now, then)
-            )
-            seconds += time.perf_counter() - began
+            block = self._last_block if number + 1 == self.blocks else self._block
+            now = jnp.asarray(padded[:, at : at + self.tail])
+            logits, cache = block(self.weights, cache, now)
+            then = padded[:, at + 1 : at + self.tail + 1]
+            found.append(np.asarray(_graded(logits, then)[0]))
             tick()
-            losses.append(loss.T)
-            hits.append(hit.T)
-            capped.append(share)
-        count = tokens.shape[1] - self.read
-        loss, hit = (
-            np.asarray(jnp.concatenate(part, axis=1))[:, :count] for part in (losses, hits)
+        return np.concatenate(found, axis=1)[:, : tokens.shape[1] - self.read]
+
+    def recalled(self, cache: Any, strings: np.ndarray, tick: Tick = lambda: None) -> np.ndarray:
+        """Return whether each token of each answer is the likeliest after its cue and the earlier
+        tokens of the answer, bool [row string token]. strings: [row string token].
+        """
+        asked = np.moveaxis(strings, 1, 0)
+        rows, size = len(strings), strings.shape[2] - 1
+        # Chunks of equal size, so that one is compiled; the last one takes earlier strings again.
+        chunk = strings_together(rows, len(asked), size)
+        found = np.zeros((len(asked), rows, ANSWER), bool)
+        for first in range(0, len(asked), chunk):
+            start = min(first, len(asked) - chunk)
+            some = asked[start : start + chunk]
+            logits = self._answer(self.weights, cache, jnp.asarray(some[:, :, :-1]))
+            hits = _graded(logits[:, :, CUE - 1 :], some[:, :, CUE:])[1]
+            found[start : start + chunk] = np.asarray(hits)
+            tick()
+        return np.moveaxis(found, 0, 1)
+
+    def speeds(self, cache: Any, policy: Policy, full: Any, tokens: np.ndarray) -> Speed:
+        """Measure decoding with a cache of one row, in turn with the full cache.
+
+        full: a cache without compression, of the same text. tokens: that follow, [1 token].
+        """
+        taps = isinstance(policy.select, TopP) and isinstance(self.model, Decoder)
+        tokens = tokens[:, : min(STEPS, self.tail)]
+        rounds = [
+            [self._timed(each, tokens, taps and each is cache) for each in (full, cache)]
+            for _ in range(ROUNDS + 1)
+        ][1:]  # the first one compiles
+        whole, own = (np.array([one[place][0] for one in rounds]) for place in (0, 1))
+        capped = rounds[0][1][1]
+        return Speed(
+            float(np.median(own)),
+            float(np.median(whole / own)),
+            None if math.isnan(capped) else capped,
         )
-        return Read(loss, hit, float(jnp.mean(jnp.concatenate(capped))), filled - start, seconds)
+
+    def _timed(self, cache: Any, tokens: np.ndarray, taps: bool) -> tuple[float, float]:
+        frozen, live = cache.split()
+        start = time.perf_counter()
+        _, shares = jax.block_until_ready(
+            self._steps(taps, self.weights, frozen, live, jnp.asarray(tokens))
+        )
+        seconds = (time.perf_counter() - start) / tokens.shape[1]
+        return seconds, float(jnp.mean(shares))
+
+
+def strings_together(rows: int, strings: int, size: int) -> int:
+    """Return the number of strings of each row that are asked for at once. size: tokens of one."""
+    return max(1, min(strings, ASKED // (rows * size)))
+
+
+def for_steps(cache: Any) -> Any:
+    """Return a cache without what only the next choice of entries needs; see `Slot.for_steps`."""
+
+    def one(slot: Any) -> Any:
+        return slot.for_steps() if isinstance(slot, Slot) else slot
+
+    return jax.tree.map(one, cache, is_leaf=lambda part: isinstance(part, Slot))
+
+
+def one_row(cache: Any) -> Any:
+    """Return the first row of a cache or of a record."""
+    return jax.tree.map(lambda leaf: leaf[:1] if leaf.ndim else leaf, cache)
+
+
+@jax.jit
+def _graded(logits: Array, target: Any) -> tuple[Array, Array]:
+    """Return -log p of each target in nats, and whether it is the likeliest.
+
+    logits: [... vocab]
+    """
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    loss = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return loss, jnp.argmax(logits, axis=-1) == target

@@ -31,16 +31,17 @@ def _draw(results: Sequence[Result], path: Path, title: str) -> None:
     """Draw perplexity and recall against bytes kept and bytes read, relative to the full cache."""
     full, names = results[0], list(dict.fromkeys(result.policy for result in results))
     across = {
-        "bytes kept, of full": lambda r: r.cache_bytes / full.cache_bytes,
-        "bytes read per step, of full": lambda r: r.bytes_read_per_step / full.bytes_read_per_step,
+        "bytes kept, of full": lambda r: r.bytes_of_full,
+        "bytes read per step, of full": lambda r: r.read_of_full,
     }
-    up = ("perplexity", "recall")
+    up = ("perplexity",) if full.recall is None else ("perplexity", "recall")
     about = (
         f"Policies of the cache at several budgets, beside the full cache: {title}, "
-        f"{full.samples} rows of each kind. Bars: 95 % intervals (of perplexity: of the "
-        "difference to full). Grey line: full. Down (perplexity), up (recall) and left are better."
+        f"{full.samples} of text, {full.strings} planted strings. Bars: 95 % intervals (of "
+        "perplexity: of the difference to full). Grey line: full. Down (perplexity), up (recall) "
+        "and left are better."
     )
-    with saved_figure(path, (10, 7), title, about) as figure:
+    with saved_figure(path, (10, 3.5 * len(up)), title, about) as figure:
         axes = figure.subplots(len(up), len(across), squeeze=False)
         others = series_styles(max(1, len(names) - 1))
         for row, label in zip(axes, up, strict=True):

@@ -100,8 +100,6 @@ def _llama3(settings: Given, given: Given) -> AnyScaling:
 
 
 def _yarn(settings: Given, given: Given) -> AnyScaling:
-    if "truncate" in settings.mapping and settings.flag("truncate") is False:
-        raise BadInput(f"{settings.where}: truncate", False, "not supported; allowed: True")
     original = _original_length(settings, given)
     if "factor" in settings.mapping and settings.mapping["factor"] is None:
         factor = given.whole("max_position_embeddings") / original
@@ -122,6 +120,7 @@ def _yarn(settings: Given, given: Given) -> AnyScaling:
         original_length=original,
         fast=fast,
         slow=slow,
+        rounded=settings.flag("truncate", True),
         temperature="rotation" if _default_temperature(settings, factor) else "none",
     )
 
@@ -174,8 +173,9 @@ def write_scaling(scaling: AnyScaling | None) -> dict[str, Any] | None:
                 "high_freq_factor": scaling.high_frequency_factor,
                 ORIGINAL: scaling.original_length,
             }
-        case YaRN(rounded=True, temperature="rotation" | "none"):
+        case YaRN(temperature="rotation" | "none"):
             factor = {} if scaling.temperature == "rotation" else {"attention_factor": 1.0}
+            rounded = {} if scaling.rounded else {"truncate": False}
             return {
                 "rope_type": "yarn",
                 "factor": scaling.factor,
@@ -183,9 +183,8 @@ def write_scaling(scaling: AnyScaling | None) -> dict[str, Any] | None:
                 "beta_fast": scaling.fast,
                 "beta_slow": scaling.slow,
                 **factor,
+                **rounded,
             }
-        case YaRN(rounded=False):
-            raise BadInput("attention.position.scaling.rounded", False, "True")
         case YaRN():
             words = "rotation or none"
             raise BadInput("attention.position.scaling.temperature", scaling.temperature, words)

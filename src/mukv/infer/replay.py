@@ -28,7 +28,8 @@ from mukv.core.typing import Array
 from mukv.infer.prompts import PROMPT_MULTIPLE, Reading, round_up
 from mukv.model import Decoder
 from mukv.model.base import LanguageModel
-from mukv.model.replayed import compressed, replaying, scores
+from mukv.model.cache_update import compressed
+from mukv.model.replayed import replaying, scores
 
 ASKS = (
     "\n\nRepeat the previous context exactly.",
@@ -149,7 +150,7 @@ def _kept(
         counts = np.asarray(kept).max(axis=1).tolist()
     empty = model.stack.empty_cache(*room, compute.type, policy=policy, after=after, kept=counts)
     reduce = jax.jit(
-        lambda weights, *caches: compressed(model.stack, weights["layers"], *caches),
+        lambda weights, *caches: compressed(model.stack.bags, weights["layers"], *caches),
         donate_argnums=2,
     )
     return reduce(weights, whole, empty, layers)

@@ -30,6 +30,7 @@ from mukv.core.tap import tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.auxiliary import PENALTY, Auxiliary
 from mukv.model.block import AnyResidual, Gated, PreNorm
+from mukv.model.continued import Continued
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
@@ -68,7 +69,7 @@ class ForwardResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LanguageModel(Component):
+class LanguageModel(Continued, Component):
     """Base class of language models; the fields are the YAML keys.
 
     vocab_size: number of token ids; at least the tokenizer's

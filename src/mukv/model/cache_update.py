@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
-from mukv.attention import EntryStore, Written
-from mukv.cache import Cache, Slot
+import jax
+import jax.numpy as jnp
+
+from mukv.attention import Attention, EntryStore, Queries, Written
+from mukv.cache import Cache, Reader, Recorded, Ring, Slot
+from mukv.cache.seen import Score
+from mukv.core.typing import Array, Int
 from mukv.model.plan import ResolvedLayer
 
 LayerBag = tuple[ResolvedLayer, str, EntryStore]
@@ -52,3 +58,50 @@ def joined(
         slots=tuple(split[layer.index].slots[name] for layer, name, _ in bags),
         states=tuple(split[layer.index].states for layer in writers),
     )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def extended(
+    attention: Attention,
+    fresh: bool,
+    slot: Slot,
+    reading: Any,
+    queries: Queries | None,
+    new: Any,
+    length: Int[Array, " batch"],
+    added: Int[Array, " batch"],
+    scores: Score | None = None,
+) -> Slot:
+    """Apply `Slot.extended`, as a function that equal layers share."""
+    return slot.extended(new, length, added, Reader(attention, reading, queries, scores), fresh)
+
+
+def compressed(
+    bags: Sequence[LayerBag],
+    weights: Sequence[Any],
+    whole: Cache,
+    empty: Cache,
+    scores: Sequence[Score] = (),
+) -> Cache:
+    """Return the cache that prefill makes under a policy, from a cache that has all entries.
+
+    bags: of the cache
+    weights: one entry per layer
+    whole: cache of the same tokens that is full, or made under `mukv.cache.RECORD`, which also has
+        the queries
+    empty: cache under the policy
+    scores: of each body without a window, in order, by position; empty if the policy computes them
+    """
+    left, nothing = list(scores), jnp.zeros_like(whole.length)
+
+    def kept(layer: ResolvedLayer, before: Slot, after: Slot) -> Slot:
+        body: Any = before.body
+        if isinstance(body, Ring) and body.wraps:
+            return replace(after, body=body)
+        queries = body.queries if isinstance(body, Recorded) else None
+        given = weights[layer.index]["read"], queries, body.tensors, nothing, whole.length
+        return extended(layer.softmax, True, after, *given, left.pop(0) if left else None)
+
+    pairs = zip(bags, whole.slots, empty.slots, strict=True)
+    slots = tuple(kept(layer, before, after) for (layer, _, _), before, after in pairs)
+    return replace(empty, slots=slots, states=whole.states, length=whole.length)

@@ -15,6 +15,7 @@ from mukv.core.linear import look_up
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import ForwardResult, LanguageModel
+from mukv.model.cache_update import compressed
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
 
@@ -141,3 +142,21 @@ class Decoder(LanguageModel):
 
     def fold(self, weights: Weights, cache: Cache) -> Cache:
         return self.stack.fold(weights["layers"], cache)
+
+    def compressed(self, weights: Weights, recorded: Cache, empty: Cache) -> Cache:
+        return compressed(self.stack.bags, weights["layers"], recorded, empty)
+
+    def read_block(
+        self,
+        weights: Weights,
+        cache: Cache,
+        tokens: Tokens,
+        compute: Compute | None = None,
+        joins: bool = True,
+    ) -> tuple[Float[Array, "batch token vocab"], Cache]:
+        """Read known tokens in one pass; see `LanguageModel.read_block`."""
+        compute = settled(compute)
+        position = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
+        x = self.placed(weights, tokens, position, compute)
+        x, cache = self.stack.read_block(weights["layers"], cache, x, compute, joins)
+        return self.logits(weights, self.normed(weights, x), compute), cache

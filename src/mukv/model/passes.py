@@ -1,16 +1,17 @@
 """One pass of tokens through the layers, for training, prefill or a decoding step.
 
-The three kinds of passes differ only in the function `remember`, which returns the bags of entries
-that the queries of a layer read. With a cache, layers that differ only in their number are traced
-once, so that tracing and lowering take about as long for 30 layers as for one.
+These differ only in `remember`, which returns the bags of entries that the queries of a layer read.
+With a cache, each layer is a function under `jax.jit` that equal layers share. A program of many
+layers traces it once. Outside of a program each layer runs as one by itself, so that 30 equal
+layers take one compilation of one layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import partial
+from typing import Any, no_type_check
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -70,12 +71,21 @@ def layer_params(
     return declared
 
 
+# JAX also rebuilds a pytree with things that are no arrays: shapes can't be checked here.
+@no_type_check
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["position", "segment", "remember", "memories", "added", "counted"],
+    meta_fields=["layers", "norm", "residual", "d_model", "first", "compute", "aligned", "single"],
+)
 @dataclass(frozen=True)
 class Pass:
     """Settings and inputs that all layers of one pass share.
 
     first: number of the first layer in the whole model
     aligned: whether queries read only entries of the tokens of this pass
+    single: whether each query reads by itself, because a bag chooses what it reads
+    remember: a pytree in passes with memories
     memories: slots and states by layer, which the pass replaces; empty in training
     added: number of new tokens of each row; None without memories
     """
@@ -90,6 +100,7 @@ class Pass:
     segment: Int[Array, "batch token"] | None
     remember: Remember
     aligned: bool
+    single: bool = False
     memories: dict[int, LayerMemory] = field(default_factory=dict)
     added: Int[Array, " batch"] | None = None
     counted: Bool[Array, "batch token"] | None = None
@@ -110,7 +121,13 @@ class Pass:
         known: bags that each earlier layer read, by layer; those of this layer are added
         """
         index, memory = layer.index, self.memories.get(layer.index)
-        apply = self._traced_once(layer) if memory is not None else self._applied(layer)
+        apply: Callable[..., Any] = partial(self.applied, layer)
+        if self.added is not None and not capturing():
+            # What equal layers have in common; they differ in their numbers and in their arrays.
+            source = 0 if layer.writes else -1
+            alike = replace(layer, index=0, stage=0, slot=0, repeat=0, reads=None, source=source)
+            shared = replace(self, layers=(), first=0, memories={})
+            apply = partial(_layer, alike, layer.index in self._read_by_others, shared)
         if self.aligned:
             apply = self.compute.recomputing(apply)
         x, bags, after, auxiliary = apply(weights, x, known.get(layer.source), memory)
@@ -120,70 +137,68 @@ class Pass:
             self.memories[index] = after
         return x, auxiliary
 
-    def _traced_once(self, layer: ResolvedLayer) -> Callable[..., Any]:
-        """Return `_applied` as a jitted function that all equal layers share.
-
-        It is not jitted if another layer reads this layer's entries, because not every bag is a
-        pytree, nor while taps capture values.
-        """
-        if capturing() or layer.index in self._read_by_others:
-            return self._applied(layer)
-        alike = replace(layer, index=0, stage=0, slot=0, repeat=0, source=0)
-        if alike not in self._jitted:
-
-            def apply(*inputs: Any) -> Any:
-                x, _, after, auxiliary = self._applied(layer)(*inputs)
-                return x, None, after, auxiliary
-
-            self._jitted[alike] = jax.jit(apply)
-        return self._jitted[alike]
-
-    @cached_property
-    def _jitted(self) -> dict[ResolvedLayer, Callable[..., Any]]:
-        return {}
-
-    @cached_property
+    @property
     def _read_by_others(self) -> set[int]:
         return {layer.source for layer in self.layers if not layer.writes}
 
-    def _applied(self, layer: ResolvedLayer) -> Callable[..., Any]:
-        """Return the function that applies one layer.
+    def applied(
+        self, layer: ResolvedLayer, weights: Any, x: Residual, inherited: Any, memory: Memory
+    ) -> tuple[Residual, Any, Memory, Auxiliary]:
+        """Apply one layer.
 
-        Its arguments are the weights, the residual stream, the bags of the layer whose entries this
-        one reads, and the slots and states. It returns the residual stream, the bags that it read,
-        the new slots and states, and the auxiliary numbers.
+        weights: of the layer. inherited: bags of the layer that it reads. memory: its own.
+
+        Returns the residual stream, the bags that it read, its memory, and auxiliary numbers.
         """
+        attention, stored = layer.attention, weights["read"]
+        x = checkpoint_name(x, RESIDUAL)
+        residual, norm = self.residual, self.norm
+        declared = layer_params(layer, norm, residual, self.d_model)
+        weights = gather(self.compute.working_copy(declared, weights), declared)
+        with scope(f"layer{self.first + layer.index}"):
+            normed = residual.enter(weights, "attention", norm, x)
+            parts, direct = inherited, None
+            if layer.writes:
+                carried = None
+                if memory is not None and self.added is not None:
+                    carried = Carried(memory.states, self.added)
+                written = attention.write(weights["write"], normed, self.position, carried)
+                written = attention.by_store(written)
+                direct = written.get(DIRECT)
+                asked = Asked(attention, weights["read"], normed, self.position)
+                parts, memory = self.remember(layer, stored, memory, written, asked)
+            mask = Mask(self.segment, layer.window, self.aligned)
+            read, own = self._read(attention, weights["read"], normed, parts, mask, direct)
+            read = residual.leave(weights, "attention", norm, read)
+            x = tap("attention", constrain(x + read, "batch", None, None))
+            normed = residual.enter(weights, "mlp", norm, x)
+            mlp, reported = layer.mlp.apply(weights["mlp"], normed, self.counted)
+            mlp = residual.leave(weights, "mlp", norm, mlp)
+            x = tap("mlp", constrain(x + mlp, "batch", None, None))
+        return x, parts, memory, together(own, reported)
 
-        def apply(
-            weights: Any, x: Residual, inherited: Any, memory: Memory
-        ) -> tuple[Residual, Any, Memory, Auxiliary]:
-            attention, stored = layer.attention, weights["read"]
-            x = checkpoint_name(x, RESIDUAL)
-            residual, norm = self.residual, self.norm
-            declared = layer_params(layer, norm, residual, self.d_model)
-            weights = gather(self.compute.working_copy(declared, weights), declared)
-            with scope(f"layer{self.first + layer.index}"):
-                normed = residual.enter(weights, "attention", norm, x)
-                parts, direct = inherited, None
-                if layer.writes:
-                    carried = None
-                    if memory is not None and self.added is not None:
-                        carried = Carried(memory.states, self.added)
-                    written = attention.write(weights["write"], normed, self.position, carried)
-                    written = attention.by_store(written)
-                    direct = written.get(DIRECT)
-                    asked = Asked(attention, weights["read"], normed, self.position)
-                    parts, memory = self.remember(layer, stored, memory, written, asked)
-                mask = Mask(self.segment, layer.window, self.aligned)
-                read, own = attention.read(
-                    weights["read"], normed, self.position, parts, mask, self.compute, direct
-                )
-                read = residual.leave(weights, "attention", norm, read)
-                x = tap("attention", constrain(x + read, "batch", None, None))
-                normed = residual.enter(weights, "mlp", norm, x)
-                mlp, reported = layer.mlp.apply(weights["mlp"], normed, self.counted)
-                mlp = residual.leave(weights, "mlp", norm, mlp)
-                x = tap("mlp", constrain(x + mlp, "batch", None, None))
-            return x, parts, memory, together(own, reported)
+    def _read(
+        self,
+        attention: AnyAttention,
+        weights: Any,
+        x: Residual,
+        parts: Any,
+        mask: Mask,
+        direct: Any,
+    ) -> tuple[Residual, Any]:
+        """Read the bags with all queries at once, or with each by itself if `single`."""
+        if not self.single or direct is not None:
+            return attention.read(weights, x, self.position, parts, mask, self.compute, direct)
 
-        return apply
+        def one(x: Array, position: Array) -> Array:
+            query = x[:, None], position[:, None]
+            return attention.read(weights, *query, parts, mask, self.compute)[0][:, 0]
+
+        return jax.vmap(one, in_axes=1, out_axes=1)(x, self.position), None
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _layer(layer: ResolvedLayer, shows: bool, run: Pass, *inputs: Any) -> Any:
+    """Apply one layer, as `Pass.applied` does. shows: whether another layer reads its bags."""
+    x, bags, after, auxiliary = run.applied(layer, *inputs)
+    return x, bags if shows else None, after, auxiliary

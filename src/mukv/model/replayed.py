@@ -1,14 +1,12 @@
-"""Caches of a stack for scoring a prompt by a second reading, and for what is then kept of it."""
+"""Caches of a stack that score the entries of a prompt by a second reading."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax.numpy as jnp
 
-from mukv.cache import Cache, Reader, Ring, Slot
+from mukv.cache import Cache, Ring, Slot
 from mukv.cache.replay import Replaying
 from mukv.cache.seen import Score
 from mukv.core.typing import Array, Int
@@ -41,28 +39,3 @@ def scores(cache: Cache) -> tuple[Score, ...]:
     """Return the scores of the bodies of such a cache, in order."""
     bodies = (slot.body for slot in cache.slots)
     return tuple(body.score for body in bodies if isinstance(body, Replaying))
-
-
-def compressed(
-    stack: Stack, weights: Sequence[Any], whole: Cache, empty: Cache, given: Sequence[Score]
-) -> Cache:
-    """Return a cache that has what its policy keeps of a full one.
-
-    weights: one entry per layer. empty: a cache of that policy. given: scores of each body without
-    a window, in order, by position.
-    """
-    left = list(given)
-
-    def kept(layer: Any, before: Slot, after: Slot) -> Slot:
-        body = before.body
-        assert isinstance(body, Ring)
-        if body.wraps:
-            return replace(after, body=body)
-        reader = Reader(layer.softmax, weights[layer.index]["read"], None, left.pop(0))
-        return after.extended(
-            body.tensors, jnp.zeros_like(whole.length), whole.length, reader, fresh=True
-        )
-
-    pairs = zip(stack.bags, whole.slots, empty.slots, strict=True)
-    slots = tuple(kept(layer, before, after) for (layer, _, _), before, after in pairs)
-    return replace(empty, slots=slots, states=whole.states, length=whole.length)

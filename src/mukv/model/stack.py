@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Queries, Written
-from mukv.cache import FULL, Cache, Calibrated, Policy, Reader, Ring, Slot, choosing
+from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Written
+from mukv.cache import FULL, Cache, Calibrated, Policy, Ring, Slot, choosing
 from mukv.cache.base import QUERY
 from mukv.core.compact import any_compact, is_compact
 from mukv.core.compute import Compute
@@ -24,13 +24,14 @@ from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.core.tap import capturing
-from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
+from mukv.core.typing import Array, Bool, Int, Residual, Weights
 from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
-from mukv.model.cache_update import LayerBag, LayerMemory, joined, memories
+from mukv.model.cache_update import LayerBag, LayerMemory, extended, joined, memories
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.passes import Asked, Memory, Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
+from mukv.model.remember import One, Several
 from mukv.scaling.parameterization import Scaling
 
 
@@ -188,7 +189,7 @@ class Stack:
         """Make a pass with the settings of this stack."""
         shared = (self.layers, self.norm, self.residual, self.d_model, self.first)
         given = (compute, position, segment, remember, aligned)
-        return Pass(*shared, *given, held or {}, added)
+        return Pass(*shared, *given, memories=held or {}, added=added)
 
     # Decoding
 
@@ -233,7 +234,8 @@ class Stack:
             count = None if kept is None else kept[place[0]]
             body = policy.body(layer.softmax, self.d_model, *room, place, own, name, rest, count)
             if choosing(body, False).needs_queries:
-                shape = (batch, layer.softmax.heads, tail, layer.softmax.query_dim)
+                number = min(tail, body.last_queries or tail)
+                shape = (batch, layer.softmax.heads, number, layer.softmax.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
             return Slot(body, places, bag)
 
@@ -280,34 +282,49 @@ class Stack:
 
         Returns the residual stream after the last layer, and the updated cache.
         """
+        run = self._several(cache, x, count, fresh, compute)
+        x = run.all(weights, x)
+        after = joined(self.bags, self.writers, cache, run.memories)
+        return x, replace(after, length=cache.length + count)
+
+    def read_block(
+        self, weights: Sequence[Any], cache: Cache, x: Residual, compute: Compute, joins: bool
+    ) -> tuple[Residual, Cache]:
+        """Read tokens in one pass, each of which reads what a decode step reads.
+
+        weights: one entry per layer
+        cache: cache with an empty tail
+        joins: whether the new entries join the bodies; if not, the cache is returned unchanged
+
+        Returns the residual stream after the last layer, and the cache after the steps and a fold.
+        """
+        count = jnp.full(len(x), x.shape[1])
+        before = replace(cache, slots=choosing(cache.slots, False))
+        run = self._several(before, x, count, False, compute, as_steps=True, joins=joins)
+        if any(slot.body.by_query for slot in cache.slots):
+            run = replace(run, single=True)
+        x = run.all(weights, x)
+        if not joins:
+            return x, cache
+        after = joined(self.bags, self.writers, before, run.memories)
+        return x, replace(after, length=cache.length + count)
+
+    def _several(
+        self,
+        cache: Cache,
+        x: Residual,
+        count: Int[Array, " batch"],
+        fresh: bool,
+        compute: Compute,
+        **reading: bool,
+    ) -> Pass:
+        """Make a pass of several tokens per row. reading: further fields of `Several`."""
         position = cache.length[:, None] + jnp.arange(x.shape[1])[None]
-
-        def remember(
-            layer: ResolvedLayer,
-            reading: Any,
-            memory: Memory,
-            written: Written,
-            query: Asked,
-        ) -> tuple[tuple[Bag, ...], Memory]:
-            assert memory is not None
-            slots: dict[str, Slot] = {}
-            parts: list[Bag] = []
-            for name, bag in layer.bags.items():
-                slot, new = memory.slots[name], written[name]
-                asked = query() if slot.body.needs_queries else None
-                reader = Reader(layer.softmax, reading, asked, None, query.x)
-                slots[name] = slot.extended(new, cache.length, count, reader, fresh)
-                parts += () if fresh else (slot.entries(cache.length),)
-                parts.append(bag.entries(new, position))
-            return tuple(parts), LayerMemory(slots, _states(layer, written))
-
+        remember = Several(cache.length, count, position, fresh, **reading)
         # Nothing is differentiated, and entries computed inside jax.checkpoint could not leave it.
         compute = replace(compute, rematerialise=False)
-        own = (self.bags, self.writers, cache)
-        held = (memories(*own), count)
-        run = self._pass(compute, position, remember, fresh, None, *held)
-        x = run.all(weights, x)
-        return x, replace(joined(*own, run.memories), length=cache.length + count)
+        held = memories(self.bags, self.writers, cache)
+        return self._pass(compute, position, remember, fresh, None, held, count)
 
     def step(
         self,
@@ -328,24 +345,7 @@ class Stack:
         position = cache.position()[:, None]
         more = 1 if which is None else which.astype(jnp.int32)
 
-        def remember(
-            layer: ResolvedLayer,
-            _: Any,
-            memory: Memory,
-            written: Written,
-            query: Asked,
-        ) -> tuple[tuple[Bag, ...], Memory]:
-            assert memory is not None
-            slots: dict[str, Slot] = {}
-            parts: list[Bag] = []
-            for name in layer.bags:
-                slot, new = memory.slots[name], written[name]
-                if slot.body.needs_queries:
-                    new = {**new, QUERY: _by_head(query())}
-                slots[name] = slot = slot.appended(new, cache.length, cache.filled, which)
-                parts += slot.bag(cache.length), slot.newest(cache.length, cache.filled + more)
-            return tuple(parts), LayerMemory(slots, _states(layer, written))
-
+        remember = One(cache.length, cache.filled, which)
         added = jnp.broadcast_to(jnp.asarray(more), cache.length.shape)
         own = (self.bags, self.writers, cache)
         held = (memories(*own), added)
@@ -362,8 +362,8 @@ class Stack:
             query = new.pop(QUERY, None)
             if query is not None:
                 query = query.reshape(len(added), attention.key_heads, -1, *query.shape[2:])
-            reader = Reader(attention, weights[layer.index]["read"], query)
-            return slot.extended(new, cache.length, added, reader)
+            given = weights[layer.index]["read"], query, new, cache.length, added
+            return extended(attention, False, slot, *given)
 
         layers = (layer for layer, _, _ in self.bags)
         slots = tuple(map(folded, layers, choosing(cache.slots, False)))
@@ -375,14 +375,3 @@ class Stack:
 def _repeat(stacked: Any, repeat: int) -> Any:
     """Return the weights of one repeat of a layer."""
     return jax.tree.map(lambda leaf: leaf[repeat], stacked, is_leaf=is_compact)
-
-
-def _states(layer: ResolvedLayer, written: Written) -> dict[str, Any]:
-    """Return the new states among what a layer wrote."""
-    return {name: written[name] for name in layer.attention.states}
-
-
-def _by_head(query: Queries) -> Float[Array, "batch heads query query_dim"]:
-    """Join KV heads and groups to the axis of heads, as tails store queries."""
-    batch, kv_heads, group, length, width = query.shape
-    return query.reshape(batch, kv_heads * group, length, width)

@@ -161,7 +161,8 @@ class YaRN(Slower):
 
         low, high = pair_with_turns(self.fast), pair_with_turns(self.slow)
         if self.rounded:
-            low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * pairs - 1)
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * pairs - 1)
         # Where the bounds cross, the published code divides by a negative number; this is the same.
         ramp = (np.arange(pairs, dtype=np.float32) - low) / ((high - low) or 1e-3)
         kept = 1 - np.clip(ramp, 0, 1)

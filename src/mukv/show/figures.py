@@ -31,6 +31,8 @@ ALIKE, APART = 1.01, 1.2
 """Ratio below which two values share a tick, and below which the labels of two ticks
 would touch.
 """
+EDGE = 1.05
+"""Ratio of the limit of a logarithmic axis to its outermost tick."""
 
 
 @contextmanager
@@ -130,8 +132,14 @@ def powers(axis: Any, values: Sequence[float], unit: float = 1) -> None:
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: _number(value / unit))
-    if distinct_values[-1] / distinct_values[0] < ALIKE:
-        limits = (distinct_values[0] / 2, distinct_values[-1] * 2)
+    least, most = distinct_values[0], distinct_values[-1]
+    limits: tuple[float, float] | None = None
+    if most / least < ALIKE:
+        limits = least / 2, most * 2
+    elif sum(least <= tick <= most for tick in ticks) < 2:
+        # Values between two powers of two: the axis reaches both, so that its scale can be read.
+        limits = min(least, ticks[0]) / EDGE, max(most, ticks[-1]) * EDGE
+    if limits is not None:
         (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(limits)
 
 

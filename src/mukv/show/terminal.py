@@ -6,6 +6,7 @@ end a command with an error. Styles are given as an argument or as `Text`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ LINES = "\n\t"
 """Control characters that a text of several lines may have; in a name they are escaped."""
 
 
+WIDE = 200
+"""Columns of an output that is no terminal, such as a file, where tables keep a line per row."""
+
+
 class Console(RichConsole):
     """A console that prints every text and table cell unchanged, except escaped
     control characters.
@@ -30,6 +35,8 @@ class Console(RichConsole):
         """options: further arguments of rich's Console"""
         fixed = {"markup": False, "emoji": False, "highlight": False}
         super().__init__(stderr=stderr, quiet=quiet, **{**options, **fixed})
+        if not self.is_terminal and "width" not in options and "COLUMNS" not in os.environ:
+            self.width = WIDE
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text, keep=LINES), **options)

@@ -157,6 +157,7 @@ def reachable(
     stands = places.position.reshape(*places.position.shape[:2], 1, keys.number, keys.size)
     nearest = furthest = stands
     if places.valid is not None:
+        # Heads that share a pool of entries differ in which are valid, not in the positions.
         valid = places.valid.reshape(*places.valid.shape[:2], *stands.shape[2:])
         nearest = jnp.where(valid, stands, jnp.iinfo(stands.dtype).max)
         furthest = jnp.where(valid, stands, -1)

@@ -10,7 +10,7 @@ ratio loss of a learned chunker. The model follows Block Transformer (Ho et al. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -22,6 +22,7 @@ from mukv.core.linear import project
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.auxiliary import PENALTY, over_layers
 from mukv.model.base import ForwardResult
+from mukv.model.cache_update import compressed
 from mukv.model.concept.architecture import Architecture
 from mukv.model.concept.cache import ConceptCache
 from mukv.model.concept.chunks import (
@@ -234,3 +235,10 @@ class Concept(Architecture):
             self.decoder_stack.fold(weights["decoder"], cache.decoder),
             cache.state,
         )
+
+    def compressed(
+        self, weights: Weights, recorded: ConceptCache, empty: ConceptCache
+    ) -> ConceptCache:
+        """Apply a policy to the global layers; the other caches are equal under all policies."""
+        own = weights["concepts"], recorded.concepts, empty.concepts
+        return replace(recorded, concepts=compressed(self.global_stack.bags, *own))

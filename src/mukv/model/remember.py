@@ -1,0 +1,112 @@
+"""What a layer's memory becomes in a pass with a cache, and what the queries of the pass read.
+
+Each class is a pytree, because a layer of a pass with a cache is a compiled function of its inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, no_type_check
+
+import jax
+
+from mukv.attention import Bag, Queries, Written
+from mukv.cache import Reader, Slot
+from mukv.cache.base import QUERY
+from mukv.core.typing import Array, Bool, Float, Int
+from mukv.model.cache_update import LayerMemory
+from mukv.model.passes import Asked
+from mukv.model.plan import ResolvedLayer
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Several:
+    """Several tokens per row, whose entries join the bodies: prefill, or a block of steps.
+
+    length: tokens of each row before them
+    count: number of them in each row
+    position: position of each
+    fresh: whether there are none before
+    as_steps: whether they read what the policy lets a decode step read, and not all that is kept
+    joins: whether their entries join the bodies; if not, no memory is returned
+    """
+
+    length: Int[Array, " batch"]
+    count: Int[Array, " batch"]
+    position: Int[Array, "batch token"]
+    fresh: bool = field(metadata={"static": True})
+    as_steps: bool = field(metadata={"static": True}, default=False)
+    joins: bool = field(metadata={"static": True}, default=True)
+
+    def __call__(
+        self,
+        layer: ResolvedLayer,
+        reading: Any,
+        memory: LayerMemory | None,
+        written: Written,
+        query: Asked,
+    ) -> tuple[tuple[Bag, ...], LayerMemory]:
+        assert memory is not None
+        slots: dict[str, Slot] = {}
+        parts: list[Bag] = []
+        for name, bag in layer.bags.items():
+            slot, new = memory.slots[name], written[name]
+            if self.joins:
+                asked = query() if slot.body.needs_queries else None
+                reader = Reader(layer.softmax, reading, asked, None, query.x)
+                slots[name] = slot.extended(new, self.length, self.count, reader, self.fresh)
+            if not self.fresh:
+                by_query = self.as_steps and slot.body.by_query
+                parts.append(slot.bag(self.length) if by_query else slot.entries(self.length))
+            parts.append(bag.entries(new, self.position))
+        states = states_of(layer, written) if self.joins else {}
+        return tuple(parts), LayerMemory(slots, states)
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class One:
+    """One token per row, whose entry joins the tails.
+
+    length: tokens of each row in the bodies
+    filled: tokens in the tails
+    which: rows whose token is kept; None for all rows
+    """
+
+    length: Int[Array, " batch"]
+    filled: Int[Array, "*row"]
+    which: Bool[Array, " batch"] | None
+
+    def __call__(
+        self,
+        layer: ResolvedLayer,
+        _: Any,
+        memory: LayerMemory | None,
+        written: Written,
+        query: Asked,
+    ) -> tuple[tuple[Bag, ...], LayerMemory]:
+        more = 1 if self.which is None else self.which.astype("int32")
+        assert memory is not None
+        slots: dict[str, Slot] = {}
+        parts: list[Bag] = []
+        for name in layer.bags:
+            slot, new = memory.slots[name], written[name]
+            if slot.body.needs_queries:
+                new = {**new, QUERY: by_head(query())}
+            slots[name] = slot = slot.appended(new, self.length, self.filled, self.which)
+            parts += slot.bag(self.length), slot.newest(self.length, self.filled + more)
+        return tuple(parts), LayerMemory(slots, states_of(layer, written))
+
+
+def states_of(layer: ResolvedLayer, written: Written) -> dict[str, Any]:
+    """Return the new states among what a layer wrote."""
+    return {name: written[name] for name in layer.attention.states}
+
+
+def by_head(query: Queries) -> Float[Array, "batch heads query query_dim"]:
+    """Join KV heads and groups to the axis of heads, as tails store queries."""
+    batch, kv_heads, group, length, width = query.shape
+    return query.reshape(batch, kv_heads * group, length, width)
