@@ -218,8 +218,8 @@ def clusters(layers: Sequence[Prediction], path: Path) -> str:
 
 
 def layer_styles(count: int) -> list[dict[str, Any]]:
-    """Return a line style per layer: a colour and a marker, or a colour of `COLOUR_MAP` if there are
-    more than FEW_LAYERS layers."""
+    """Return a line style per layer: a colour and a marker, or a colour of `COLOUR_MAP` if there
+    are more than FEW_LAYERS layers."""
     if count <= FEW_LAYERS:
         return [style | {"ms": 4, "lw": 1.2} for style in series_styles(count)]
     import matplotlib as mpl
