@@ -49,6 +49,7 @@ def said() -> list[str]:
     ]
     sparse, clusters, mqar = page("sparse-v"), page("query-clusters"), page("mqar")
     heads = [layer["agreement"] for layers in sparse.TRAINED.values() for layer in layers]
+    quarter = [lost[0] for lost in sparse.by_model("each head").values()]
     keys = clusters.TRAINED["keys, after rotation"]
     gain = 100 * (keys["captured"][2] - keys["latest"][2])
     concept, retrieval = page("concept-model"), page("retrieval")
@@ -74,6 +75,7 @@ def said() -> list[str]:
         f"the top tenth holds {percent(sparse.over_layers(sparse.TRAINED['dialogue'], 'top', '0.1'))} to "
         f"{percent(sparse.over_layers(sparse.TRAINED['code'], 'top', '0.1'))} of the mass; two heads share "
         f"{percent(min(heads))} to {percent(max(heads))} of what either needs",
+        f"in two pretrained models a quarter of the values costs {min(quarter):.2f} to {max(quarter):.2f} nats",
         f"at an eighth of the entries {gain:.1f} points of mass above the latest ones",
         f"in one or two seeds and at one rate, at widths 32, 64 and 128: {100 * least_right(mqar):.1f} % and more",
         f"{flops['bytes']['bits_per_byte'] - flops['words']['bits_per_byte']:.3f} bits per byte ahead after 1.6 MB, "

@@ -7,7 +7,7 @@ GIVEN = [
     "needs 1.2 % more steps than grouped-query attention with as many cache bytes, and 11 % more than "
     "multi-head attention",
     "MQA 4.1 % more than grouped queries",
-    "0.86M parameters (the MLPs make up for what a memory saves), 400 steps of 2,048 bytes",
+    "0.86M parameters (wider MLPs use the parameters that a smaller cache saves), 400 steps of 2,048 bytes",
     "After 0.8M tokens",
     "a model 43 times larger",
 ]

@@ -1,10 +1,11 @@
 """Compute the figures of this page."""
 
+from math import exp
 from statistics import mean
 
 from claims import percent, read, table
 
-RESULTS = read(__file__)
+RESULTS, REAL = read(__file__), read(__file__, "real.json")
 TRAINED, RANDOM = RESULTS["trained, 3 layers"], RESULTS["heads of Llama 3.2 1B, random weights"]
 GIVEN = [
     "one of Llama 3.2 1B's heads and rotation in four layers with random weights",
@@ -21,6 +22,84 @@ def agreement(layers: list[dict], key: str) -> str:
     return " / ".join(f"{layer[key]:.2f}" for layer in layers)
 
 
+TEXTS = ("code", "prose", "dialogue")
+CHOICES = ("each head", "KV head", "layer", "first head", "latest")
+SHARES = ("1/4", "1/8", "1/16")
+NAMES = {"smollm2-135m-instruct": "SmolLM2 135M", "gemma-3-270m": "Gemma 3 270M"}
+
+
+def added(found: dict, choice: str, share: str) -> float:
+    """Return the loss that few reads add, in nats a token, as the mean over windows."""
+    return mean(found[f"{choice}, {share}"]) - mean(found["all"])
+
+
+def by_model(choice: str) -> dict[str, list[float]]:
+    """Return the loss that a choice adds at every share, as the mean over texts, by model."""
+    return {
+        key: [mean(added(REAL[key][text], choice, share) for text in TEXTS) for share in SHARES]
+        for key in NAMES
+    }
+
+
+def real() -> list[str]:
+    """Return the figures of the pretrained models."""
+    losses = table(
+        ["nats a token more", *(f"{text}, {share}" for text in TEXTS for share in SHARES)],
+        [
+            [
+                f"{name}: {choice}",
+                *(f"{added(REAL[key][t], choice, share):+.3f}" for t in TEXTS for share in SHARES),
+            ]
+            for key, name in NAMES.items()
+            for choice in CHOICES
+        ],
+    )
+    rows = []
+    for key, name in NAMES.items():
+        for text in TEXTS:
+            layers = REAL[key][text]["sparsity"]
+            rows.append(
+                [
+                    f"{name}, {text}",
+                    f"{exp(mean(REAL[key][text]['all'])):.2f}",
+                    *(f"{mean(x[kind] for x in layers):.3f}" for kind in ("top 0.1", "error 0.1")),
+                    *(f"{pick(x['top 0.1'] for x in layers):.3f}" for pick in (min, max)),
+                    f"{mean(x['agreement'] for x in layers):.2f}",
+                ]
+            )
+    own, kv, layer, first, latest = map(by_model, CHOICES)
+    smol, gemma = NAMES
+    of_layers = [[x["top 0.1"] for x in REAL[smol][text]["sparsity"]] for text in TEXTS]
+    apart = max(
+        abs(a - b)
+        for text in TEXTS
+        for choice in ("each head", "KV head")
+        for a, b in [
+            [
+                few - all
+                for few, all in zip(
+                    REAL[gemma][text][f"{choice}, 1/4"], REAL[gemma][text]["all"], strict=True
+                )
+            ]
+        ]
+    )
+    sentences = [
+        f"costs SmolLM2 {own[smol][0]:.3f} nats on average over the texts and Gemma {own[gemma][0]:.3f}; "
+        f"an eighth {own[smol][1]:.3f} and {own[gemma][1]:.3f}; "
+        f"a sixteenth {own[smol][2]:.3f} and {own[gemma][2]:.3f}",
+        "SmolLM2 loses {:.3f}, {:.3f} and {:.3f}. All nine".format(*kv[smol]),
+        "of a layer lose {:.3f}, {:.3f} and {:.3f} with one choice".format(*layer[smol]),
+        "first head SmolLM2 loses {:.3f}, {:.3f} and {:.3f}".format(*first[smol]),
+        f"they lose {latest[smol][0]:.3f} and {latest[gemma][0]:.3f} at a quarter",
+        f"its top tenth holds {percent(min(x[0] for x in of_layers))} to "
+        f"{percent(max(x[0] for x in of_layers))} of the mass, that of every other layer at least "
+        f"{percent(min(min(x[1:]) for x in of_layers))}",
+        f"differ by up to {apart:.2f} nats in what they lose at a quarter",
+    ]
+    facts = ["", "perplexity", "mass of the top 10 %", "error", "least layer", "largest layer"]
+    return [losses, table([*facts, "agreement of heads"], rows), *sentences]
+
+
 def said() -> list[str]:
     texts = [
         *((f"trained, {name}", TRAINED[name]) for name in TRAINED),
@@ -32,6 +111,7 @@ def said() -> list[str]:
     other = [layer["agreement_other_kv_heads"] for layers in TRAINED.values() for layer in layers]
     same = [layer["agreement_same_kv_head"] for layers in TRAINED.values() for layer in layers]
     return [
+        *real(),
         table(
             ["", "entries for 80 %", "95 %", "99 %", "mass of the top 10 %", "error", "top 20 %", "error"],
             [

@@ -54,6 +54,8 @@ sys.path.insert(0, str(HERE.parent))
 import subjects  # noqa: E402
 
 SHARES = (1 / 4, 1 / 8, 1 / 16)
+NATS = (0.01, 0.03, 0.1, 0.3, 1, 3)
+"""Ticks of the figure."""
 SINKS = 4
 """Entries at the beginning that `latest` reads besides the most recent ones."""
 SCANNED = Compute("float32", "float32", unroll=False)
@@ -238,8 +240,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 for choice in CHOICES:
                     lost = [mean(more(found[text], f"{choice}, 1/{round(1 / s)}")) for s in SHARES]
                     axes.plot(SHARES, lost, marker="o", label=choice)
-                axes.set(xscale="log", yscale="symlog", title=f"{model}\n{text}")
-                axes.set_yscale("symlog", linthresh=0.01)
+                axes.set(xscale="log", yscale="log", ylim=(0.01, 5), title=f"{model}\n{text}")
+                axes.set_yticks(NATS, map(str, NATS))
                 axes.set_xticks(SHARES, [f"1/{round(1 / share)}" for share in SHARES])
                 axes.minorticks_off()
                 axes.set(xlabel="share of entries read", ylabel="added loss, nats a token")

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from mukv.core.version import VERSION
 
 if TYPE_CHECKING:
+    from mukv.attention import CSA as CSA
     from mukv.attention import HCA as HCA
     from mukv.attention import Attention as Attention
     from mukv.attention import GatedDelta as GatedDelta
     from mukv.attention import Grouped as Grouped
     from mukv.attention import GroupedTied as GroupedTied
+    from mukv.attention import Indexer as Indexer
     from mukv.attention import KimiDelta as KimiDelta
     from mukv.attention import Latent as Latent
     from mukv.attention import Mixer as Mixer
@@ -176,7 +178,8 @@ if TYPE_CHECKING:
 __version__ = VERSION
 _MODULES = {
     "mukv.attention": (
-        "Attention GatedDelta Grouped GroupedTied HCA KimiDelta Latent Mixer SharedKV TensorProduct"
+        "Attention CSA GatedDelta Grouped GroupedTied HCA Indexer KimiDelta Latent Mixer SharedKV "
+        "TensorProduct"
     ),
     "mukv.cache.policy": (
         "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds "

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import pytest
 
 from mukv.attention import (
+    CSA,
     HCA,
     GatedDelta,
     Grouped,
     GroupedTied,
+    Indexer,
     KimiDelta,
     Latent,
     SharedKV,
@@ -53,6 +55,10 @@ ROWS = {
     "HCA, an entry per 16": (
         HCA(heads=H, head_dim=512, rope_dim=D, window=W, every=16),
         PLAIN, 512 * BYTES * L // 16, 512 * BYTES * L,
+    ),
+    "CSA, an entry per 4": (
+        CSA(heads=H, head_dim=512, rope_dim=D, window=W, every=4, indexer=Indexer(width=128)),
+        PLAIN, (512 + 128) * BYTES * L // 4, 512 * BYTES * L,
     ),
     "cross-layer, pairs (GQA)": (
         GQA, (Stage((Layer(), Layer(reads=-1)), repeats=L // 2),), 2 * G * D * BYTES * L // 2, 0,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import mukv as package
-from mukv.cli import chatting
+from mukv.cli.chat import interruptible
 from mukv.core.errors import BadInput
 from mukv.infer import conversation
 from mukv.runs import loaded
@@ -138,12 +138,12 @@ def test_a_message_that_does_not_fit_changes_nothing(typed):
 
 def test_ctrl_c_ends_the_answer(folder):
     chat = Chat(package.load(folder), 256, max_tokens=9)
-    with chatting.interruptible() as pressed:
+    with interruptible() as pressed:
         signal.raise_signal(signal.SIGINT)
         reply = chat.say("Hello", None, lambda: bool(pressed))
     assert reply.tokens == 1
     assert chat.say("Why?").tokens == 9
-    with chatting.interruptible():
+    with interruptible():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -219,7 +219,7 @@ def test_every_exception_ends_in_a_line(mukv, monkeypatch, error, status, start)
     assert done.stderr.count("\n") == (start != "")
     assert len(done.stderr) < 1100
     if "fault of mukv" in start:
-        assert "mukv/cli/looking.py:" in done.stderr or "mukv/cli/using.py:" in done.stderr
+        assert "mukv/cli/analysis.py:" in done.stderr or "mukv/cli/inference.py:" in done.stderr
         monkeypatch.setenv(ending.TRACEBACK, "1")
         assert "Traceback" in mukv("describe", "tiny").stderr
 

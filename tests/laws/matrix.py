@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.attention import (
+    CSA,
     HCA,
     AnyAttention,
     Attention,
     GatedDelta,
     Grouped,
     GroupedTied,
+    Indexer,
     KimiDelta,
     Latent,
     SharedKV,
@@ -104,6 +106,18 @@ ATTENTIONS: dict[str, AnyAttention] = {
         output_rank=6,
         sinks="learned",
     ),
+    "csa": CSA(
+        heads=4,
+        head_dim=8,
+        rope_dim=4,
+        query_rank=10,
+        window=4,
+        every=2,
+        groups=2,
+        output_rank=6,
+        sinks="learned",
+        indexer=Indexer(heads=3, width=6, top_k=2),
+    ),
     # The norm of what a head reads would magnify the rounding of reads that happen to be tiny.
     "gated-delta": GatedDelta(
         heads=4, key_heads=2, head_dim=8, head_value_dim=6, taps=3, beta=2, norm=RMSNorm(1e-3)
@@ -174,7 +188,7 @@ COMPOSED: dict[str, tuple[Stage, ...]] = {
 PLANS = COMPOSED | SIMPLE
 Combination = tuple[str, str, str]
 """Names of attention, first position, and plan."""
-REFUSED = {("hca", "cope")}
+REFUSED = {("hca", "cope"), ("csa", "cope")}
 """Attentions and positions that can't work together."""
 
 

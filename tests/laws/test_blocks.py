@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mukv.cache import RECORD, Policy
+from mukv.cache import FULL, RECORD, Policy
 from mukv.cache.base import QUERY
 from mukv.model import LanguageModel
 from tests.laws import matrix
@@ -149,3 +149,13 @@ def test_policies_that_differ_in_the_choice_alone_share_their_steps():
         slots = tuple(slot.for_steps() for slot in cache.slots)
         found.add(jax.tree.structure(slots))
     assert len(found) == 1
+
+
+def test_a_block_has_learned_positions():
+    model = replace(model_of("gqa", "rope", "plain"), positions="learned", context=2 * LENGTH)
+    weights = jax.tree.map(jnp.asarray, model.unstack(matrix.weights(model)))
+    _, cache = prefilled(model, weights, FULL)
+    ids = jnp.asarray(following(0))
+    logits, _ = model.read_block(weights, cache, ids, EXACT)
+    expected, _ = LanguageModel.read_block(model, weights, cache, ids, EXACT)
+    np.testing.assert_allclose(logits, expected, atol=3e-5)

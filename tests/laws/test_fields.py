@@ -56,6 +56,11 @@ HCA = (
     "model.attention={kind: hca, heads: 2, head_dim: 4, rope_dim: 2, query_rank: 3, window: 3, "
     "every: 3, groups: 1, output_rank: 3, position: {kind: rope}}"
 )
+CSA = (
+    "model.attention={kind: csa, heads: 2, head_dim: 4, rope_dim: 2, query_rank: 3, window: 3, "
+    "every: 2, groups: 1, output_rank: 3, indexer: {heads: 2, width: 4, top_k: 2}, "
+    "position: {kind: rope}}"
+)
 DELTA = "model.attention={kind: gated_delta, heads: 2, head_dim: 4}"
 KIMI = "model.attention={kind: kimi_delta, heads: 2, head_dim: 4}"
 BASED = "model.scaling.base={embed: 4, heads: 1, head_dim: 4, value_dim: 4, hidden: 6, layer: 1}"
@@ -161,13 +166,18 @@ CHANGES = {
     "TensorProduct.head_dim": (PRODUCT, "model.attention.head_dim=8"),
     "TensorProduct.query_rank": (PRODUCT, "model.attention.query_rank=3"),
     "TensorProduct.rank": (PRODUCT, "model.attention.rank=2"),
-    "HCA.head_dim": (HCA, "model.attention.head_dim=8"),
-    "HCA.rope_dim": (HCA, "model.attention.rope_dim=4"),
-    "HCA.query_rank": (HCA, "model.attention.query_rank=4"),
-    "HCA.window": (HCA, "model.attention.window=4"),
-    "HCA.every": (HCA, "model.attention.every=4"),
-    "HCA.groups": (HCA, "model.attention.groups=2"),
-    "HCA.output_rank": (HCA, "model.attention.output_rank=4"),
+    "CompressedAttention.head_dim": (HCA, "model.attention.head_dim=8"),
+    "CompressedAttention.rope_dim": (HCA, "model.attention.rope_dim=4"),
+    "CompressedAttention.query_rank": (HCA, "model.attention.query_rank=4"),
+    "CompressedAttention.window": (HCA, "model.attention.window=4"),
+    "CompressedAttention.every": (HCA, "model.attention.every=4"),
+    "CompressedAttention.groups": (HCA, "model.attention.groups=2"),
+    "CompressedAttention.output_rank": (HCA, "model.attention.output_rank=4"),
+    "CSA.every": (CSA, "model.attention.every=3"),
+    "Indexer.heads": (CSA, "model.attention.indexer.heads=3"),
+    "Indexer.width": (CSA, "model.attention.indexer.width=6"),
+    "Indexer.top_k": (CSA, "model.attention.indexer.top_k=1"),
+    "Indexer.loss": (CSA, "model.attention.indexer.loss=0.5"),
     "DeltaLayer.heads": (DELTA, "model.attention.heads=4"),
     "DeltaLayer.head_dim": (DELTA, "model.attention.head_dim=8"),
     "DeltaLayer.taps": (DELTA, "model.attention.taps=3"),

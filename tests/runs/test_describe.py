@@ -57,17 +57,22 @@ def test_windows_and_reuse():
 
 def test_compressed_entries_cost_a_fraction_of_a_byte_per_token():
     """HCA of DeepSeek V4's size: 8 bytes a token, 128 tokens in the window, 3 float32 vectors."""
-    keys = "kind: hca, head_dim: 512, rope_dim: 64, window: 128"
+    keys = "kind: hca, head_dim: 512, rope_dim: 64"
     facts = describe(
         config.load(
-            "tiny", [f"model.attention={{{keys}, every: 128}}", "train.compute.dtype=bfloat16"]
+            "tiny",
+            [
+                f"model.attention={{{keys}, every: 128, window: 128}}",
+                "train.compute.dtype=bfloat16",
+            ],
         )
     )
     layer = facts["layers"][0]
     assert layer["cache_bytes_per_token"] == 512 * 2 / 128
     assert layer["cache_bytes_constant"] == 128 * 512 * 2 + 3 * 512 * 4
     assert layer["cached"] == {"window.key": (1, 512), "compressed.key": (1, 512)}
-    tiny = describe(config.load("tiny", [f"model.attention={{{keys}, every: 1000}}"]))
+    rare = f"model.attention={{{keys}, every: 1000, window: 1000}}"
+    tiny = describe(config.load("tiny", [rare]))
     assert tiny["layers"][0]["cache_bytes_per_token"] == 512 * 4 / 1000
     assert tiny["cache_bytes_per_token"] == 4 * 512 * 4 / 1000
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.table import Table
 
-from mukv.cli import benching, demo, judging, scaling
+from mukv.cli import benchmark, compression, demo, tuning
 from mukv.compress import Result
 from mukv.runs import config, describe
 from mukv.show.terminal import Console, table
@@ -76,7 +76,7 @@ def test_compress(tables):
         result("snapkv", 0.25, 12345.678, recall_aware=1.0),
         result("topp", 64, 10.25, capped=0.5),
     ]
-    judging.show_results(found, Console())
+    compression.show_results(found, Console())
     assert uneven(tables[0]) == []
     for part in ("cache bytes", "bytes/step", "tokens/s", "recall", "aware", "capped"):
         assert part in headers(tables[0])
@@ -90,7 +90,7 @@ def test_compress_on_a_narrow_terminal():
     file = io.StringIO()
     found = [result("full", 1.0, 40.51, cache_bytes=70_778_880)]
     found.append(result("snapkv+int8", 0.25, 41.758, cache_bytes=15_571_968))
-    judging.show_results(found, Console(file=file, width=80))
+    compression.show_results(found, Console(file=file, width=80))
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("snapkv+int8" in line for line in lines) == 2
@@ -100,15 +100,15 @@ def test_compress_on_a_narrow_terminal():
 
 def test_compress_says_what_it_cannot_tell(tables, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr(judging.output, "warn", said.append)
-    judging.show_results([result("full", 1.0, 9.5)], Console())
+    monkeypatch.setattr(compression.output, "warn", said.append)
+    compression.show_results([result("full", 1.0, 9.5)], Console())
     assert said == []
     found = [result("full", 1.0, 9.5, strings=4, recall_low=0.15, recall_high=0.85)]
-    judging.show_results(found, Console())
+    compression.show_results(found, Console())
     assert "4 planted strings are too few" in said[0]
     assert "35 points higher or lower" in said[0]
     nothing = {"recall": None, "recall_low": None, "recall_high": None}
-    judging.show_results([result("full", 1.0, 9.5, **nothing)], Console())
+    compression.show_results([result("full", 1.0, 9.5, **nothing)], Console())
     assert "recall" not in headers(tables[2])
     assert len(said) == 1
 
@@ -119,15 +119,15 @@ def test_bench(tables):
          "oracle": 1.0, "chance": chance, "cache_bytes_per_token": 256.02, "free_running": free}
         for name, length, chance, free in (("a", 64, 0.5, None), ("b", 12800, 1 / 4096, 0.0625))
     ]  # fmt: skip
-    benching.show(rows, None, False)
+    benchmark.show(rows, None, False)
     assert uneven(tables[0]) == []
     assert all(unit in headers(tables[0]) for unit in ("length tokens", "cache bytes/token"))
 
 
 def test_transfer_and_check(tables):
     optima = {64: Optimum(-8.0, -9, -7, 3.5, True), 128: Optimum(-2.5, -3, -1, 2.25, False)}
-    scaling.show_transfer(Transfer(optima, 0.1, 0.0, 0.2, 0.01), Console())
-    scaling.show_slopes([Slope("mlp", 0.5, 0.25, 0.75, 0.2, {})], Console())
+    tuning.show_transfer(Transfer(optima, 0.1, 0.0, 0.2, 0.01), Console())
+    tuning.show_slopes([Slope("mlp", 0.5, 0.25, 0.75, 0.2, {})], Console())
     assert [uneven(each) for each in tables] == [[], []]
     assert "nats/token" in headers(tables[0])
     assert "octaves per octave" in headers(tables[1])
@@ -146,7 +146,7 @@ def test_sweep(tables):
         for rate, kind, loss in ((0.03, "a", 1.5), (0.00965, 1, None), (1e-3, True, 2.25))
     ]
     results = {"rows": rows, "complete": 2, "trials": 3, "study": "s", "edges": []}
-    scaling.show_sweep(results, ["rate", "kind"], Console())
+    tuning.show_sweep(results, ["rate", "kind"], Console())
     assert uneven(tables[0]) == []
     assert list(tables[0].columns[0].cells) == ["0.03000", "0.00965", "0.00100"]
     assert list(tables[0].columns[1].cells) == ["a", "1", "True"]

@@ -21,7 +21,7 @@ MOST_PANELS = 6
 FEW_LAYERS = 10
 """Largest number of layers that each have a colour and a marker; more layers get colours of a
 gradient, with a colour bar."""
-ColourMap = "viridis"
+COLOUR_MAP = "viridis"
 
 
 def some(layers: Sequence[Sparsity]) -> list[Sparsity]:
@@ -218,13 +218,13 @@ def clusters(layers: Sequence[Prediction], path: Path) -> str:
 
 
 def layer_styles(count: int) -> list[dict[str, Any]]:
-    """Return a line style per layer: a colour and a marker, or a colour of `ColourMap` if there are
-    more than FEW_LAYERS layers."""
+    """Return a line style per layer: a colour and a marker, or a colour of `COLOUR_MAP` if there
+    are more than FEW_LAYERS layers."""
     if count <= FEW_LAYERS:
         return [style | {"ms": 4, "lw": 1.2} for style in series_styles(count)]
     import matplotlib as mpl
 
-    colours = mpl.colormaps[ColourMap](np.arange(count) / (count - 1))
+    colours = mpl.colormaps[COLOUR_MAP](np.arange(count) / (count - 1))
     return [{"color": colour, "lw": 1.2} for colour in colours]
 
 
@@ -240,7 +240,7 @@ def layer_key(figure: Any, panels: Sequence[Any], layers: Sequence[Sparsity | Pr
             if line.get_label().startswith("layer "):
                 line.set_label("_layer")
         ends = Normalize(layers[0].layer, layers[-1].layer)
-        bar = figure.colorbar(ScalarMappable(ends, ColourMap), ax=list(panels), pad=0.01)
+        bar = figure.colorbar(ScalarMappable(ends, COLOUR_MAP), ax=list(panels), pad=0.01)
         bar.set_label("layer")
         bar.locator = MaxNLocator(8, integer=True)
         bar.update_ticks()
@@ -273,7 +273,7 @@ def heat(
         scale = {"norm": SymLogNorm(1, vmin=0, vmax=most)}
         ticks = [0, *(4**power for power in range(12) if 4**power <= most)]
         bar |= {"ticks": ticks, "format": "%d"}
-    image = axes.imshow(values, aspect="auto", cmap=ColourMap, **scale)
+    image = axes.imshow(values, aspect="auto", cmap=COLOUR_MAP, **scale)
     axes.set_facecolor("0.8")
     figure.colorbar(image, ax=axes, **bar)
     axes.set_title(title, fontsize=9)

@@ -8,12 +8,14 @@ from mukv.attention.entries import Bag, Entries, Recall, Retrieved
 from mukv.attention.gated_delta import GatedDelta
 from mukv.attention.grouped import Grouped
 from mukv.attention.grouped_tied import GroupedTied
+from mukv.attention.indexer import Indexer
 from mukv.attention.kimi_delta import KimiDelta
 from mukv.attention.latent import Latent
 from mukv.attention.mask import Mask
 from mukv.attention.mixer import DIRECT, Carried, EntryStore, Mixer, StateStore, Written
 from mukv.attention.recalled import Query, Recalled
 from mukv.attention.shared_kv import SharedKV
+from mukv.attention.sparse_compressed import CSA
 from mukv.attention.tensor_product import TensorProduct
 from mukv.core.table import PartTable
 
@@ -27,6 +29,7 @@ ATTENTIONS = PartTable(
         "grouped_tied": GroupedTied,
         "tensor_product": TensorProduct,
         "hca": HCA,
+        "csa": CSA,
         "gated_delta": GatedDelta,
         "kimi_delta": KimiDelta,
     },
@@ -35,6 +38,7 @@ AnyAttention = Annotated[Mixer, ATTENTIONS]
 
 __all__ = [
     "ATTENTIONS",
+    "CSA",
     "DIRECT",
     "HCA",
     "AnyAttention",
@@ -46,6 +50,7 @@ __all__ = [
     "GatedDelta",
     "Grouped",
     "GroupedTied",
+    "Indexer",
     "KimiDelta",
     "Latent",
     "Mask",

@@ -117,15 +117,22 @@ class EntryStore:
         own = None if segment is None else segment[:, None]
         return Entries(tensors, position[:, None], valid, own, window=self.window, every=self.every)
 
-    def mean_visible(self, tokens: int) -> float:
-        """Return the number of entries a query sees, averaged over a document of this length."""
+    def mean_visible(self, tokens: int, most: int | None = None) -> float:
+        """Return the number of entries a query sees, averaged over a document of this length.
+
+        most: maximum number of entries that a query reads; None for no maximum
+        """
 
         def closed(last: int) -> int:
             """Return the sum of t // every for t from 1 to `last`."""
             whole = last // self.every
             return self.every * whole * (whole - 1) // 2 + whole * (last - whole * self.every + 1)
 
-        return (closed(tokens) - closed(tokens - min(self.window or tokens, tokens))) / tokens
+        if self.window is not None:
+            mean = (closed(tokens) - closed(tokens - min(self.window, tokens))) / tokens
+            return mean if most is None else min(mean, most)
+        full = tokens if most is None else min(most * self.every, tokens)
+        return (closed(full) + (tokens - full) * (most or 0)) / tokens
 
 
 @dataclass(frozen=True)
@@ -248,6 +255,14 @@ class Mixer(Component):
     def read_flops(self) -> int:
         """Return the floating-point operations of the forward pass per query and visible entry."""
         return 0
+
+    def pair_flops(self, bags: Mapping[str, EntryStore], tokens: int) -> float:
+        """Return the operations per query that depend on the number of entries: the mean of the
+        forward pass over a document in training.
+
+        bags: stores of the layer, with its window applied. tokens: length of the document
+        """
+        return self.read_flops() * sum(bag.mean_visible(tokens) for bag in bags.values())
 
     def token_flops(self) -> int:
         """Return the floating-point operations per token of a training forward pass that involve

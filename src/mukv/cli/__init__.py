@@ -14,17 +14,17 @@ from contextlib import nullcontext, suppress
 from typing import NoReturn
 
 from mukv.cli import (
-    benching,
-    chatting,
-    converting,
+    analysis,
+    benchmark,
+    chat,
+    compression,
     ending,
-    judging,
+    exchange,
+    inference,
     launch,
     listing,
-    looking,
-    making,
-    scaling,
-    using,
+    training,
+    tuning,
 )
 from mukv.cli.app import app
 from mukv.core.errors import BadInput, Failed
@@ -33,17 +33,17 @@ from mukv.show.heartbeat import Heartbeat
 from mukv.storage.json_text import is_text
 
 __all__ = [
+    "analysis",
     "app",
-    "benching",
-    "chatting",
-    "converting",
-    "judging",
+    "benchmark",
+    "chat",
+    "compression",
+    "exchange",
+    "inference",
     "listing",
-    "looking",
     "main",
-    "making",
-    "scaling",
-    "using",
+    "training",
+    "tuning",
 ]
 
 

@@ -110,12 +110,10 @@ def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> 
     if adapters is not None:
         products = 2 / 3 * products + product_flops(model, adapters)
     attention = sum(
-        layer.attention.read_flops()
-        * bag.mean_visible(max(length // stack.every, 1))
+        layer.attention.pair_flops(layer.bags, max(length // stack.every, 1))
         / (stack.query_every or stack.every)
         for stack in model.stacks
         for layer in stack.layers
-        for bag in layer.bags.values()
     ) + sum(
         layer.attention.token_flops() / stack.every
         for stack in model.stacks

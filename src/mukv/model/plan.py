@@ -156,6 +156,7 @@ def _check(layer: ResolvedLayer, before: Sequence[ResolvedLayer]) -> None:
         kind = layer.attention.kind
         allowed = f"null, since {kind} in layer {layer.index} has a state and no entries"
         raise BadInput("plan", f"window {layer.window}", allowed)
+    _check_rates(layer)
     if layer.writes:
         return
     source = before[layer.source]
@@ -180,6 +181,21 @@ def _check(layer: ResolvedLayer, before: Sequence[ResolvedLayer]) -> None:
             f"layer {layer.index} reads layer {source.index}, which writes other entries: "
             f"{source.attention.describe()}",
         )
+
+
+def _check_rates(layer: ResolvedLayer) -> None:
+    """Raise BadInput if some token is in no entry that a later query sees: if the window of the
+    tokens' own entries is shorter than the part of a compressed entry that is not complete.
+    """
+    every = max((bag.every for bag in layer.bags.values()), default=1)
+    for bag in layer.bags.values():
+        if bag.every == 1 and bag.window is not None and bag.window < every - 1:
+            allowed = (
+                f"at least {every - 1} in layer {layer.index}: {layer.attention.kind} has a "
+                f"compressed entry per {every} tokens, and until it is complete its tokens are "
+                "seen in the window only"
+            )
+            raise BadInput("window", bag.window, allowed)
 
 
 def scannable(stage: int, layers: Sequence[ResolvedLayer]) -> bool:

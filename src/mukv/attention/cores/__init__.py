@@ -10,7 +10,7 @@ from typing import NamedTuple
 from mukv.attention.cores.base import Core, Demand, Part, Scores
 from mukv.attention.cores.chunked import Chunked
 from mukv.attention.cores.flash import Flash
-from mukv.attention.cores.plain import Plain, weighed
+from mukv.attention.cores.plain import Plain, mixed, weighed
 from mukv.attention.cores.splash import Splash
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
@@ -86,5 +86,6 @@ __all__ = [
     "Scores",
     "Splash",
     "choose",
+    "mixed",
     "weighed",
 ]

@@ -30,17 +30,24 @@ class Plain(Core):
         return None
 
     def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
-        # The sum divides the output instead of the weights, because the output is smaller.
-        weights, total = weighed(query, parts, scores)
-        if capturing():
-            tap("weights", weights / total)
-            _tap_inputs(query, parts)
-        out, start = jnp.zeros((), jnp.float32), 0
-        for part in parts:
-            stop = start + part.entries.position.shape[-1]
-            share = jax.lax.slice_in_dim(weights, start, stop, axis=4)
-            out, start = out + part.recalled.mixture(share), stop
-        return (out / total).astype(query[0].dtype)
+        return mixed(query, parts, scores)[0]
+
+
+def mixed(query: Query, parts: Sequence[Part], scores: Scores) -> tuple[Out, Logits]:
+    """Attend to all parts in one softmax; return the result, which has the type of the query, and
+    the attention weights, float32.
+    """
+    # The sum divides the output instead of the weights, because the output is smaller.
+    weights, total = weighed(query, parts, scores)
+    if capturing():
+        tap("weights", weights / total)
+        _tap_inputs(query, parts)
+    out, start = jnp.zeros((), jnp.float32), 0
+    for part in parts:
+        stop = start + part.entries.position.shape[-1]
+        share = jax.lax.slice_in_dim(weights, start, stop, axis=4)
+        out, start = out + part.recalled.mixture(share), stop
+    return (out / total).astype(query[0].dtype), weights / total
 
 
 def weighed(

@@ -1,33 +1,41 @@
-"""Law 11 for compressed attention: layers of transformers' DeepSeek V4 and ours agree, whole and
-token by token."""
+"""Law 11 for compressed attention: layers of transformers' DeepSeek V4 and ours agree."""
 
 from __future__ import annotations
+
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mukv.attention import HCA, Mask
+from mukv.attention import CSA, HCA, Indexer, Mask
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.position import RoPE, YaRN
 from tests.parity.models import torch, transformers
 
-LENGTH, WINDOW, EVERY, HEADS, WIDTH, GROUPS = 37, 6, 5, 4, 16, 2
+LENGTH, WINDOW, HEADS, WIDTH, GROUPS = 37, 6, 4, 16, 2
+EVERY = {1: 5, 2: 2}
+"""Tokens per entry of the layer with HCA and of that with CSA."""
+INDEXER = Indexer(heads=16, width=16, top_k=3)
 
 
 @pytest.fixture(scope="module")
 def theirs():
-    """Two layers, a window alone and HCA; what entered and left each; their rotations."""
+    """A window alone, HCA and CSA; what entered and left each layer; their rotations."""
     torch.manual_seed(0)
-    kinds = ["sliding_attention", "heavily_compressed_attention"]
+    kinds = [
+        "sliding_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+    ]
     config = transformers.DeepseekV4Config(
         vocab_size=97,
         hidden_size=32,
         moe_intermediate_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=HEADS,
         num_key_value_heads=1,
         head_dim=WIDTH,
@@ -41,9 +49,12 @@ def theirs():
         hc_mult=2,
         hc_sinkhorn_iters=3,
         max_position_embeddings=256,
-        mlp_layer_types=["moe"] * 2,
+        mlp_layer_types=["moe"] * 3,
         layer_types=kinds,
-        compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": EVERY},
+        compress_rates={kinds[1]: EVERY[1], kinds[2]: EVERY[2]},
+        index_n_heads=INDEXER.heads,
+        index_head_dim=INDEXER.width,
+        index_topk=INDEXER.top_k,
         rope_parameters={
             "rope_type": "yarn",
             "factor": 4.0,
@@ -73,7 +84,7 @@ def theirs():
         model(torch.randint(0, 97, (2, LENGTH)))
     rotary = model.model.rotary_emb
     turns = [getattr(rotary, f"{layer.rope_layer_type}_inv_freq").numpy() for layer in layers]
-    return config, layers, [seen[0], seen[1]], turns
+    return config, layers, [seen[0], seen[1], seen[2]], turns
 
 
 def ours(config, layer, index):
@@ -88,25 +99,32 @@ def ours(config, layer, index):
         rope_dim=WIDTH // 2,
         query_rank=12,
         window=WINDOW,
-        every=EVERY if index else None,
+        every=EVERY.get(index),
         groups=GROUPS,
         output_rank=8,
         sinks="learned",
         norm=RMSNorm(epsilon=config.rms_norm_eps),
     )
+    if index == 2:
+        shared = {f.name: getattr(attention, f.name) for f in fields(HCA) if f.name != "kind"}
+        attention = CSA(**shared, indexer=INDEXER)
     flat = {name: weight.detach().numpy() for name, weight in layer.named_parameters()}
 
     def across(name):
         return flat[f"{name}.weight"].T
 
     write = {"key": across("kv_proj"), "norm": {"gain": flat["kv_norm.weight"]}}
-    if index:
-        write["compressed"] = {
-            "value": across("compressor.kv_proj"),
-            "gate": across("compressor.gate_proj"),
-            "bias": flat["compressor.position_bias"],
-            "norm": {"gain": flat["compressor.kv_norm.weight"]},
+
+    def compressor(prefix):
+        return {
+            "value": across(f"{prefix}.kv_proj"),
+            "gate": across(f"{prefix}.gate_proj"),
+            "bias": flat[f"{prefix}.position_bias"],
+            "norm": {"gain": flat[f"{prefix}.kv_norm.weight"]},
         }
+
+    if index:
+        write["compressed"] = compressor("compressor")
     down = flat["o_a_proj.weight"].reshape(GROUPS, 8, HEADS // GROUPS, WIDTH)
     read = {
         "query_latent": across("q_a_proj"),
@@ -116,6 +134,12 @@ def ours(config, layer, index):
         "output_down": np.moveaxis(down, 1, 3),
         "output_up": across("o_b_proj").reshape(GROUPS, 8, 32),
     }
+    if index == 2:
+        write["index"] = compressor("compressor.indexer")
+        read["index"] = {
+            "query": across("compressor.indexer.q_b_proj"),
+            "weight": across("compressor.indexer.scorer.weights_proj"),
+        }
     declared = attention.write_params(32), attention.read_params(32)
     return attention, map_params(
         lambda param, weight: jnp.asarray(weight.reshape(param.shape)), declared, (write, read)
@@ -123,11 +147,12 @@ def ours(config, layer, index):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_layer_agrees(theirs, index, fused):
     """Outputs within 1e-5 of the largest; the rotation to the bit of float32."""
     config, layers, seen, turns = theirs
     attention, (write, read) = ours(config, layers[index], index)
+    assert isinstance(attention.position, RoPE)
     np.testing.assert_allclose(attention.position.frequencies(WIDTH // 2), turns[index], rtol=1e-6)
     x, expected = seen[index]
     compute = Compute(fused=fused, attention_chunk=8)
