@@ -124,7 +124,7 @@ def test_only_equal_texts_share_axes(figures, trained, texts, tmp_path):
     facts = report([tmp_path / "runs"], tmp_path / "x.html")
     page = (tmp_path / "x.html").read_text()
     assert "3 different texts" in page
-    assert page.count("<figcaption>Quality against memory, on the same text") == 1
+    assert page.count("<figcaption>Quality against cache bytes, on one text") == 1
     assert all(f"t-{name} (" in page for name in texts)
     assert [run["tokens"] for run in facts["runs"]] == 4 * [2 * 2 * 32]
 
