@@ -18,6 +18,7 @@ from mukv.core.params import map_params, named
 from mukv.model import Decoder
 from mukv.position import RoPE
 from tests.laws.matrix import PLAIN
+from tests.pairs import params
 
 TOKENS, D_MODEL, EVERY = 13, 16, 3
 SMALL = CSA(
@@ -118,6 +119,7 @@ def test_the_indexer_learns_from_its_loss_alone(weights, x):
             assert (np.abs(gradient).max() > 0) == ((".index." in name) == learns), name
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_an_indexer_without_weights_is_uniform(weights, x, top_k):
     read = weights["read"]
@@ -140,7 +142,10 @@ def test_of_equal_scores_the_earliest_are_chosen():
     assert largest(score, visible, 6).tolist() == visible.tolist()
 
 
-@pytest.mark.parametrize("pieces", [(1,) * 13, (3, 1, 5, 4), (2, 9, 2)])
+PIECES = [(1,) * 13, (3, 1, 5, 4), (2, 9, 2)]
+
+
+@pytest.mark.parametrize("pieces", params(PIECES, PIECES[1:2]))
 def test_entries_in_pieces_of_any_size(weights, x, pieces):
     """Both running softmaxes go from piece to piece, row by row: the second row has only the first
     tokens of each piece, all but one."""

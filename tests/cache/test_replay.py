@@ -137,6 +137,7 @@ def test_the_best_entries_of_all_layers_are_kept(kept, scores, share):
         assert len(found ^ best(score, number)) <= 2  # equal to the last digit
 
 
+@pytest.mark.product
 def test_weights_times_norms(kept, model):
     """KVzip+, by the values and inputs of a dense pass."""
     cache = kept(f"kvzip(chunk={CHUNK},plus=true):0.5", PROMPTS[1:])

@@ -21,7 +21,6 @@ from mukv.cache.policy import (
     Policy,
 )
 from mukv.cache.words import PEERS, parameters, split
-from mukv.compress.judge import grid
 from mukv.core.errors import BadInput
 
 
@@ -106,12 +105,6 @@ def test_defaults_of_kvpress():
 def test_lists_are_split_outside_of_brackets():
     assert split("a(b=1,c=2):3,d+e(f=1e+4),", ",") == ["a(b=1,c=2):3", "d+e(f=1e+4)", ""]
     assert split("a(b=1e+4)+c", "+") == ["a(b=1e+4)", "c"]
-    found = grid("snapkv(window=8,kernel=3),kvpress:knorm:0.5", [0.25])
-    assert [(policy.name, budget) for policy, budget in found] == [
-        ("full", 1.0),
-        ("snapkv(window=8,kernel=3)", 0.25),
-        ("knorm(recent=0)", 0.5),
-    ]
 
 
 @pytest.mark.parametrize(

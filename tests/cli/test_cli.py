@@ -191,6 +191,7 @@ def test_compress(mukv, trained, tmp_path):
     assert (tmp_path / "c" / "compress.png").stat().st_size > 10_000
 
 
+@pytest.mark.product
 def test_compress_continues(mukv, trained, tmp_path, monkeypatch):
     """What an earlier command measured is not measured again, with other policies beside it."""
     (tmp_path / "a.txt").write_text("Once upon a time, and once more. " * 9)
@@ -217,6 +218,7 @@ def test_compress_continues(mukv, trained, tmp_path, monkeypatch):
     assert sorted(done[2:]) == ["full", "full", "knorm", "knorm"]
 
 
+@pytest.mark.product
 def test_compress_at_equal_bytes_without_recall(facts, trained, tmp_path):
     (tmp_path / "a.txt").write_text("Once upon a time, and once more. " * 9)
     given = ("compress", trained, "--text", tmp_path / "a.txt", "--out", tmp_path / "c")

@@ -38,6 +38,10 @@ def test_each_policy_with_each_budget_once(reader):
         *(("full", 1.0), ("snapkv", 0.5), ("snapkv", 0.25), ("int8", 1.0), ("topk", 0.1))
     ]
     assert names(candidates(Plain(), reader, "tova")) == [("full", 1.0), ("tova", 0.25)]
+    given = "snapkv(window=8,kernel=3),kvpress:knorm:0.5"
+    assert names(candidates(Plain(), reader, given)) == [
+        *(("full", 1.0), ("snapkv(window=8,kernel=3)", 0.25), ("knorm(recent=0)", 0.5))
+    ]
 
 
 @pytest.mark.parametrize("name", ["streaming", "snapkv", "expected", "h2o+int8", "tova+adaptive"])

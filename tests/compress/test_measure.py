@@ -19,7 +19,7 @@ from tests.laws import matrix
 from tests.laws.matrix import EXACT, VOCAB
 from tests.pairs import params
 
-QUICK = ("full", "snapkv", "topp")
+QUICK = ("snapkv", "topp")
 KEEPERS = ("streaming", "snapkv", "h2o", "tova", "knorm", "keydiff", "expected", "random")
 OTHERS = ("int8", "int4", "topk", "topp", "sparq", "pages", "clusters", "snapkv+int8")
 TEXT = [matrix.tokens(1, 400, seed=5)[0]]
@@ -92,6 +92,7 @@ def test_measured_as_decoded(reader, rows, name):
     assert 0 < text["bytes_read"] <= own.cache_bytes
 
 
+@pytest.mark.product
 def test_known_questions_end_the_prefilled_text(reader, rows):
     own = candidate(reader, "snapkv")
     every = jobs(reader, rows, [own], "model", aware=True)
@@ -115,7 +116,7 @@ def test_what_is_stored_is_not_measured_again(reader, rows):
     assert not other & {job.key for job in every}
 
 
-@pytest.mark.parametrize("name", ["full", "knorm"])
+@pytest.mark.parametrize("name", params(["full", "knorm"], ["knorm"]))
 def test_a_concept_model(name):
     rows = rows_of(TEXT, 32, 1, 0)
     model = matrix.concept(*matrix.CONCEPTS[0])

@@ -124,6 +124,7 @@ def load(files: list[TokenFile], *overrides: str, weights: tuple[float, ...] = W
     return config.load("tiny", [*MINUSCULE, *SHORT, f"data.mixture=[{parts}]", *overrides])
 
 
+@pytest.mark.product
 def test_a_resumed_run_has_the_same_bits_and_each_part_is_validated(files, tmp_path):
     folders = [RunDirectory(tmp_path / name) for name in ("whole", "halves")]
     train_run(load(files, "train.steps=4"), folders[0])

@@ -79,6 +79,7 @@ def test_names_of_the_tokenizer_come_along(folder):
     assert json.loads((folder / "config.json").read_text())["bos_token_id"] == 256
 
 
+@pytest.mark.product
 def test_without_a_tokenizer_there_are_ids(mukv, folder, tmp_path):
     (folder / "tokenizer.json").unlink()
     told(mukv("import", folder, "--out", tmp_path / "run", "--json"))

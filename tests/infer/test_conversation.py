@@ -61,6 +61,7 @@ def test_turns_are_one_prefill(begun, whole, monkeypatch, policy):
     assert talk.answer(again, 5).tokens == whole(again, 5)
 
 
+@pytest.mark.product
 def test_other_earlier_tokens_rebuild_the_cache(begun, whole):
     talk = begun()
     talk.answer(FIRST, 4)

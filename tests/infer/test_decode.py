@@ -81,6 +81,7 @@ def test_a_prompt_may_be_read_in_two_parts(model, weights, continued):
         generate(model, weights, prompts, BLOCK, compute=EXACT, then=[[1], []])
 
 
+@pytest.mark.product
 def test_a_row_does_not_depend_on_its_batch(continued):
     together = continued(max_tokens=LONG).tokens
     assert [continued([prompt], LONG).tokens[0] for prompt in PROMPTS] == together

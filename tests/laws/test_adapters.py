@@ -139,6 +139,7 @@ def test_gradients_are_those_of_the_product():
             assert error < 1e-4 * jnp.linalg.norm(expected), name
 
 
+@pytest.mark.product
 def test_only_thin_weights_train():
     train = trainer(PLAIN, adapter=ADAPTER, learning_rate=0.02)
     state = train.initial_state()

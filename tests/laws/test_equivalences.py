@@ -114,6 +114,7 @@ def test_reuse_by_distance_by_number_and_through_others(reads):
     assert_equal(*((replace(model, plan=plan), weights) for plan in plans))
 
 
+@pytest.mark.product
 def test_layers_written_out_are_repeats():
     model = matrix.build("gqa", "rope", "plain")
     weights = matrix.weights(model)
