@@ -166,7 +166,7 @@ HYBRID = Stage((Layer(window=5), Layer(position=NoPE())))
 ROUTED = Experts(experts=5, top_k=2, hidden=12, balance=0.1, z_loss=0.01)
 SHARED = Experts(experts=4, top_k=3, hidden=12, shared=1, router="sigmoid", activation="gelu")
 DENSE_AND_SHARED = Stage((Layer(window=4), Layer(mlp=SHARED, reads=0)))
-PLAIN_MLP = Stage((Layer(mlp=Ungated(hidden=20, biases=True)),))
+PLAIN_MLP = Stage((Layer(mlp=Ungated(hidden=24, biases=True)),))
 SIMPLE: dict[str, tuple[Stage, ...]] = {
     "plain": (Stage(repeats=2),),
     "window": (Stage((Layer(window=3),), repeats=2),),
