@@ -76,7 +76,7 @@ def test_compress(tables):
         result("snapkv", 0.25, 12345.678, recall_aware=1.0),
         result("topp", 64, 10.25, capped=0.5),
     ]
-    compression.show_results(found, Console())
+    compression.show_results(found, Console(width=200))
     assert uneven(tables[0]) == []
     for part in ("cache bytes", "bytes/step", "tokens/s", "recall", "aware", "capped"):
         assert part in headers(tables[0])
@@ -101,14 +101,14 @@ def test_compress_on_a_narrow_terminal():
 def test_compress_says_what_it_cannot_tell(tables, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(compression.output, "warn", said.append)
-    compression.show_results([result("full", 1.0, 9.5)], Console())
+    compression.show_results([result("full", 1.0, 9.5)], Console(width=200))
     assert said == []
     found = [result("full", 1.0, 9.5, strings=4, recall_low=0.15, recall_high=0.85)]
-    compression.show_results(found, Console())
+    compression.show_results(found, Console(width=200))
     assert "4 planted strings are too few" in said[0]
     assert "35 points higher or lower" in said[0]
     nothing = {"recall": None, "recall_low": None, "recall_high": None}
-    compression.show_results([result("full", 1.0, 9.5, **nothing)], Console())
+    compression.show_results([result("full", 1.0, 9.5, **nothing)], Console(width=200))
     assert "recall" not in headers(tables[2])
     assert len(said) == 1
 

@@ -52,10 +52,13 @@ def test_bad_input(mukv, tmp_path, given, said):
     assert not (tmp_path / "run").exists()
 
 
-def test_text_is_needed_elsewhere(mukv, tmp_path):
-    done = mukv("transfer", "tiny", TASK, "--check", "--out", tmp_path / "plot.png")
-    assert done.returncode == 2
-    assert "text is needed" in " ".join(done.stderr.split())
+@pytest.mark.product
+def test_the_coordinate_check_takes_a_task(mukv, tmp_path):
+    sizes = ("--widths", "32,64", "--seeds", 1, "--steps", 1)
+    given = (*MINUSCULE, TASK, "--check", *sizes, "--out", tmp_path / "plot.png", "--json")
+    done = mukv("transfer", "tiny", *given)
+    assert json.loads(done.stdout.splitlines()[-1])["slopes"], done.stderr
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_batches():

@@ -262,7 +262,7 @@ class Mixer(Component):
 
         bags: stores of the layer, with its window applied. tokens: length of the document
         """
-        return self.read_flops() * sum(bag.mean_visible(tokens) for bag in bags.values())
+        return self.read_flops() * sum((bag.mean_visible(tokens) for bag in bags.values()), 0.0)
 
     def token_flops(self) -> int:
         """Return the floating-point operations per token of a training forward pass that involve

@@ -63,7 +63,7 @@ def convert_model(
         target = RunDirectory(folder)
         save_weights(target.weights, weights, {"step": "0"})
         write_atomic(target.config, schema.to_yaml(run))
-        special = found.checkpoint.special if found.checkpoint else {}
+        special = found.checkpoint.special if found.checkpoint else None
         copy_companions(found.folder, special, folder)
         facts = {
             "mukv": VERSION,

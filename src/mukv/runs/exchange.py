@@ -99,15 +99,16 @@ def _finite(where: str, spec: Spec) -> Spec:
     return replace(spec, pieces=pieces)
 
 
-def copy_companions(source: Path, special: Mapping[str, Any], folder: Path) -> None:
+def copy_companions(source: Path, special: Mapping[str, Any] | None, folder: Path) -> None:
     """Copy tokenizer, chat template and generation file into a new run directory.
 
-    special: ids of special tokens, from which a missing generation file is written; empty for none
+    special: ids of special tokens of a pretrained model, from which a missing generation file is
+        written; None for a model that was trained here, which has no such file
     """
     for path in companions(source):
         shutil.copy(path, folder / path.name)
-    kept = {key: value for key, value in special.items() if value is not None}
-    if special and not (folder / GENERATION).exists():
+    if special is not None and not (folder / GENERATION).exists():
+        kept = {key: value for key, value in special.items() if value is not None}
         write_atomic(folder / GENERATION, json.dumps(kept, indent=2))
 
 
