@@ -195,7 +195,9 @@ def _check_rates(layer: ResolvedLayer) -> None:
                 f"compressed entry per {every} tokens, and until it is complete its tokens are "
                 "seen in the window only"
             )
-            raise BadInput("window", bag.window, allowed)
+            if layer.window is None:
+                raise BadInput("attention.window", bag.window, allowed)
+            raise BadInput("plan", f"a window of {bag.window}", allowed)
 
 
 def scannable(stage: int, layers: Sequence[ResolvedLayer]) -> bool:

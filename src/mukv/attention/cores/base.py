@@ -167,6 +167,26 @@ def not_of_own_tokens(demand: Demand, compute: Compute) -> str | None:
     return all_at_once(demand, compute)
 
 
+@dataclass(frozen=True)
+class KernelCore(Core):
+    """Base class of cores that are hand-written kernels over entries of the queries' own tokens.
+
+    operands: type that queries, keys and values are rounded to; None to keep their types
+    interpret: whether the kernels are interpreted, on any platform, for tests
+    """
+
+    operands: str | None = None
+    interpret: bool = False
+
+    @classmethod
+    def made(cls, compute: Compute) -> Core:
+        return cls(compute.operands)
+
+    @classmethod
+    def supports(cls, demand: Demand, compute: Compute) -> str | None:
+        return not_of_own_tokens(demand, compute)
+
+
 def operands(query: Query, part: Part, kind: str | None) -> tuple[Array, Array, Array]:
     """Return queries, keys and values as one array each, with as many heads of values as of keys.
 

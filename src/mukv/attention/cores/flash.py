@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from mukv.attention.cores.base import Core, Demand, Out, Part, Scores, not_of_own_tokens, operands
+from mukv.attention.cores.base import KernelCore, Out, Part, Scores, operands
 from mukv.attention.cores.pairs import Division, Places, documents, reachable
 from mukv.attention.recalled import Query
-from mukv.core.compute import Compute, Platform
+from mukv.core.compute import Platform
 from mukv.core.mesh import by_shard
 from mukv.core.typing import Array
 
@@ -35,24 +35,10 @@ NARROWEST = 16
 
 
 @dataclass(frozen=True)
-class Flash(Core):
-    """Core for GPUs whose logits never leave the chip.
-
-    operands: type that queries, keys and values are rounded to; None to keep their types
-    interpret: whether the kernels are interpreted, on any platform, for tests
-    """
+class Flash(KernelCore):
+    """Core for GPUs whose logits never leave the chip."""
 
     platforms: ClassVar[tuple[Platform, ...] | None] = ("gpu",)
-    operands: str | None = None
-    interpret: bool = False
-
-    @classmethod
-    def made(cls, compute: Compute) -> Flash:
-        return cls(compute.operands)
-
-    @classmethod
-    def supports(cls, demand: Demand, compute: Compute) -> str | None:
-        return not_of_own_tokens(demand, compute)
 
     def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
         (part,) = parts
