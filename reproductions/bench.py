@@ -1,12 +1,14 @@
 """Train variants of a model on synthetic tasks at one length, and test them at longer ones.
 
-    python reproductions/bench.py reproductions/positions/cpu.yaml [--minutes 14] [--draw]
+    python reproductions/bench.py reproductions/positions/cpu.yaml [--minutes 14] [--size 1m]
+        [--draw]
 
 Every variant has the same learning rates and seeds, the same steps unless its overrides change
 them, and is tested at its own best learning rate (`mukv.bench.trial`). Runs are run directories in
 runs/, so that an interrupted comparison resumes; one of another configuration is refused. Writes
 the rows as JSON and a figure with a column for each task beside the configuration
-(`compare.Place`); --draw makes the figure from the existing file.
+(`compare.Place`); --draw makes the figure from the existing file. --size trains the variants at a
+size of the ladder: with four rates at its first one, with the best rate from there at larger ones.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import ladder
 import yaml
 from compare import Place
 from rich.console import Console
@@ -27,6 +30,7 @@ from rich.table import Table
 from mukv.bench.examine import ExamineSettings
 from mukv.bench.trial import Trial
 from mukv.cli import launch
+from mukv.core.errors import BadInput
 from mukv.runs import config
 from mukv.schema import schema
 from mukv.show.figures import saved_figure, series_styles
@@ -47,6 +51,8 @@ class Comparison:
     """Contents of a YAML file.
 
     variants: overrides of `base` by name
+    sizes: heads, head_dim and layers, which `$`-words in overrides stand for (`ladder.filled`)
+    carried: best rate by "task, variant" at the ladder's first size, for its larger sizes
     lengths: lengths of the test; the first is that of training
     """
 
@@ -58,16 +64,62 @@ class Comparison:
     learning_rates: tuple[float, ...]
     seeds: int
     samples: int = 200
+    sizes: dict[str, int] = field(default_factory=dict)
+    carried: dict[str, float] = field(default_factory=dict)
     settings: ExamineSettings = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", ExamineSettings(self.samples, free=0))
+        if self.sizes:
+            filled = {name: ladder.filled(own, self.sizes) for name, own in self.variants.items()}
+            object.__setattr__(self, "variants", filled)
+            object.__setattr__(self, "overrides", ladder.filled(self.overrides, self.sizes))
+
+    @classmethod
+    def read(cls, place: Place) -> Comparison:
+        """Read a file; at a size of the ladder, with its preset and rates."""
+        stated = yaml.safe_load(place.config.read_text())
+        size = place.size
+        if size is None:
+            return schema.build(cls, stated)
+        if "sizes" not in stated:
+            raise BadInput(
+                "--size", size, f"nothing: {place.config} states the sizes of its models"
+            )
+        run = config.load(ladder.preset(size))
+        best: dict[str, float] = {}
+        if size != ladder.FIRST:
+            tuned = json.loads(ladder.first(Place(place.config, ladder.FIRST).results).read_text())
+            best = {f"{row['task']}, {row['variant']}": row["learning_rate"] for row in tuned}
+        tasks = {name: {**each, "steps": run.train.steps} for name, each in stated["tasks"].items()}
+        whole = schema.build(
+            cls,
+            stated
+            | {
+                "base": ladder.preset(size),
+                "overrides": ladder.kept(stated["overrides"]),
+                "sizes": ladder.words(size),
+                "tasks": tasks,
+                "learning_rates": ladder.around(stated["learning_rates"]),
+                "carried": best,
+            },
+        )
+        based = {
+            name: ladder.carried([*whole.overrides, *own]) for name, own in whole.variants.items()
+        }
+        return replace(whole, overrides=(), variants=based, sizes={})
+
+    def rates(self, variant: str, task: str) -> tuple[float, ...]:
+        """Return the learning rates with which a variant is trained on a task."""
+        found = self.carried.get(f"{task}, {variant}")
+        return self.learning_rates if found is None else (found,)
 
     def trial(self, variant: str, task: str, folder: Path) -> Trial:
         steps = f"train.steps={self.tasks[task].steps}"
         run = config.load(self.base, [*self.overrides, steps, *self.variants[variant]])
         root = folder / variant.replace(" ", "-").replace(",", "")
-        return Trial(run, self.lengths, self.learning_rates, self.seeds, root, self.settings)
+        rates = self.rates(variant, task)
+        return Trial(run, self.lengths, rates, self.seeds, root, self.settings)
 
 
 def main() -> None:
@@ -79,14 +131,19 @@ def main() -> None:
     parser.add_argument(
         "--draw", action="store_true", help="only draw the figure, from the existing file"
     )
+    ladder.add_options(parser)
     given = parser.parse_args()
+    place, began = Place(given.config, given.size), time.monotonic()
     if given.draw:
-        place = Place(given.config)
         draw(json.loads(place.results.read_text()), place.figure)
         return
     launch.prepare()
-    asked = schema.build(Comparison, yaml.safe_load(given.config.read_text()))
-    place, began = Place(given.config), time.monotonic()
+    asked = Comparison.read(place)
+    if place.size is not None:
+        run = config.load(asked.base, asked.overrides)
+        points = ((task, variant) for task in asked.tasks for variant in asked.variants)
+        runs = asked.seeds * sum(len(asked.rates(variant, task)) for task, variant in points)
+        ladder.require_fits(place.size, run, runs, 1, given.hours)
     rows: list[dict[str, Any]] = []
     for name, tested in asked.tasks.items():
         for variant in asked.variants:
@@ -96,7 +153,7 @@ def main() -> None:
             found, seen = trial.examine(name, tested.task)
             rates = {
                 f"{rate:g}": [r["exact_match"] for r in seen["rates"] if r["learning_rate"] == rate]
-                for rate in asked.learning_rates
+                for rate in asked.rates(variant, name)
             }
             rows += [{"variant": variant, **row, "validation_by_rate": rates} for row in found]
     if rows:
@@ -169,4 +226,4 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ladder.told(main)

@@ -1,12 +1,13 @@
 """Train variants of a model with every learning rate and seed, and compare them.
 
-    python reproductions/compare.py reproductions/shared-kv/cpu.yaml [--draw]
+    python reproductions/compare.py reproductions/shared-kv/cpu.yaml [--size 1m] [--draw]
 
 Every point is a run directory, so that an interrupted comparison resumes. Each variant is evaluated
 at its own best learning rate, by bits per byte of held-out text (mean over seeds) and by the steps
 that it needs to reach the reference's loss, with two standard errors over seeds. Writes
 results.json and figure.png beside the configuration; --draw makes the figure and the intervals from
-the existing file.
+the existing file. --size trains the variants at a size of the ladder: all rates with the first seed
+at its first size; larger sizes carry each variant's best rate from there.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from queue import Queue
 from typing import Any, Literal
 
+import ladder
 import numpy as np
 import yaml
 from intervals import extra_steps, steps_interval
@@ -32,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mukv.cli.demo import equal_size
+from mukv.core.errors import BadInput
 from mukv.core.params import count
 from mukv.runs import config
 from mukv.runs.describe import describe
@@ -49,6 +52,7 @@ class Place:
     """
 
     config: Path
+    size: str | None = None
 
     @property
     def named(self) -> bool:
@@ -57,15 +61,18 @@ class Place:
     @property
     def runs(self) -> Path:
         folder = Path("runs") / self.config.parent.name
-        return folder / self.config.stem if self.named else folder
+        folder = folder / self.config.stem if self.named else folder
+        return folder if self.size is None else folder / ladder.preset(self.size)
 
     @property
     def results(self) -> Path:
-        return self.config.with_name(f"{self.config.stem}.json" if self.named else "results.json")
+        name = f"{self.config.stem}.json" if self.named else "results.json"
+        return ladder.named(self.config.with_name(name), self.size)
 
     @property
     def figure(self) -> Path:
-        return self.config.with_name(f"{self.config.stem}.png" if self.named else "figure.png")
+        name = f"{self.config.stem}.png" if self.named else "figure.png"
+        return ladder.named(self.config.with_name(name), self.size)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,9 @@ class Comparison:
     bases: presets of variants with another base
     swept: number of seeds with which all learning rates are tried, None for all; the others train
         only at a variant's best rate
+    sizes: heads, head_dim and layers, which `$`-words in variants stand for (`ladder.filled`); a
+        file that has them can be trained at a size of the ladder
+    carried: best rate by variant at the ladder's first size, for its larger sizes
     equal: "parameters" adjusts the width of MLPs so that all variants have as many parameters as
         `reference`; None uses the sizes in the file
     """
@@ -102,13 +112,57 @@ class Comparison:
     bases: dict[str, str] = field(default_factory=dict)
     equal: Literal["parameters"] | None = "parameters"
     swept: int | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    carried: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.sizes:
+            filled = {name: ladder.filled(own, self.sizes) for name, own in self.variants.items()}
+            object.__setattr__(self, "variants", filled)
+
+    @classmethod
+    def read(cls, place: Place, data: Path | None) -> Comparison:
+        """Read a file; at a size of the ladder, with its preset, text and rates.
+
+        data: token file for a size
+        """
+        stated = yaml.safe_load(place.config.read_text())
+        size = place.size
+        if size is None:
+            return cls(**stated)
+        if "sizes" not in stated:
+            raise BadInput(
+                "--size", size, f"nothing: {place.config} states the sizes of its models"
+            )
+        rates: dict[str, float] = {}
+        if size != ladder.FIRST:
+            tuned = json.loads(ladder.first(Place(place.config, ladder.FIRST).results).read_text())
+            rates = {name: row["learning_rate"] for name, row in tuned.items()}
+        text = ladder.corpus(data)
+        whole = cls(
+            **stated
+            | {
+                "base": ladder.preset(size),
+                "overrides": [*ladder.kept(stated["overrides"]), f"data.path={text.path}"],
+                "sizes": ladder.words(size),
+                "swept": 1,
+                "carried": rates,
+            }
+        )
+        ladder.require_text(config.load(whole.base), text)
+        based = {name: ladder.carried(own) for name, own in whole.variants.items()}
+        return replace(whole, variants=based, sizes={})
+
+    def rates(self, variant: str) -> list[float]:
+        """Return the learning rates with which a variant is trained."""
+        return [self.carried[variant]] if variant in self.carried else self.learning_rates
 
     def sweep(self) -> list[Point]:
         """Return the points seed by seed, so that an interrupted comparison can be evaluated by the
         first seeds.
         """
-        found = product(self.seeds[: self.swept], self.learning_rates, self.variants)
-        return [Point(variant, rate, seed) for seed, rate, variant in found]
+        found = product(self.seeds[: self.swept], self.variants)
+        return [Point(v, rate, seed) for seed, v in found for rate in self.rates(v)]
 
     def final(self, best: dict[str, dict[str, Any]]) -> list[Point]:
         """Return the points of the other seeds at each variant's best learning rate."""
@@ -205,7 +259,7 @@ def judge(comparison: Comparison, root: Path) -> dict[str, Any]:
     best: dict[str, dict[str, Any]] = {}
     for variant in comparison.variants:
         swept = {rate: curves(comparison, variant, rate, root, comparison.swept)
-                 for rate in comparison.learning_rates}  # fmt: skip
+                 for rate in comparison.rates(variant)}  # fmt: skip
         tried = {rate: statistics.mean(map(last, found)) for rate, found in swept.items() if found}
         if not tried:
             continue
@@ -223,8 +277,8 @@ def judge(comparison: Comparison, root: Path) -> dict[str, Any]:
         }
     compared(best)
     sizes(comparison, best)
-    for row in best.values():
-        rates = comparison.learning_rates
+    for variant, row in best.items():
+        rates = comparison.rates(variant)
         edge = len(rates) > 1 and row["learning_rate"] in (rates[0], rates[-1])
         row["rate_at_edge_of_sweep"] = edge
     return best
@@ -313,9 +367,10 @@ def main() -> None:
     parser.add_argument(
         "--draw", action="store_true", help="only draw the figure, from the existing file"
     )
+    ladder.add_options(parser)
     given = parser.parse_args()
-    comparison = Comparison(**yaml.safe_load(given.comparison.read_text()))
-    place = Place(given.comparison)
+    place = Place(given.comparison, given.size)
+    comparison = Comparison.read(place, given.data)
     title = f"{place.config.parent.name}: {place.config.stem}" if place.named else None
     if given.draw:
         best = json.loads(place.results.read_text())
@@ -325,6 +380,11 @@ def main() -> None:
         draw(best, place.figure, title or place.config.parent.name)
         return
     root = given.runs or place.runs
+    if place.size is not None:
+        run = config.load(comparison.base, comparison.overrides)
+        rest = len(comparison.seeds) - 1
+        runs = len(comparison.sweep()) + rest * len(comparison.variants)
+        ladder.require_fits(place.size, run, runs, given.processes, given.hours)
     train(comparison, comparison.sweep(), root, given.processes)
     best = judge(comparison, root)
     if final := comparison.final(best):
@@ -336,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ladder.told(main)

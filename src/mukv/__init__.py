@@ -136,6 +136,7 @@ if TYPE_CHECKING:
     from mukv.runs.loaded import load as load
     from mukv.runs.parts import register as register
     from mukv.scaling.budget import Budget as Budget
+    from mukv.scaling.budget import HyperP as HyperP
     from mukv.scaling.budget import PowerLaw as PowerLaw
     from mukv.scaling.budget import SquareRoot as SquareRoot
     from mukv.scaling.optimizers import SGD as SGD
@@ -213,7 +214,7 @@ _MODULES = {
     "mukv.hub.family": "Family",
     "mukv.runs.parts": "register",
     "mukv.runs.loaded": "Model Text load",
-    "mukv.scaling.budget": "Budget PowerLaw SquareRoot",
+    "mukv.scaling.budget": "Budget HyperP PowerLaw SquareRoot",
     "mukv.scaling.optimizers": "Adafactor AdamAtan2 AdamW Lion Muon Optimizer SGD",
     "mukv.scaling.parameterization": "Constants Measured Scaling",
     "mukv.scaling.rows": "Parameterization",

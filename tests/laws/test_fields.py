@@ -273,6 +273,7 @@ CHANGES = {
     "Budget.batch": (BUDGET, "train.budget.batch=128"),
     "Budget.tokens": (BUDGET, "train.budget.tokens=512"),
     "PowerLaw.exponent": (BUDGET.replace("sde", "power"), "train.budget.exponent=-1"),
+    "HyperP.exponent": (BUDGET.replace("sde", "hyperp"), "train.budget.exponent=-1"),
     "Schedule.warmup": f"{SCHEDULE}.warmup=1",
     "Falling.final": f"{SCHEDULE}.final=0.5",
     "Prolongable.decay": (WSD, f"{SCHEDULE}.decay=0.5"),

@@ -1,18 +1,18 @@
-"""The two rules of `train.budget` scale hyperparameters with batch size and number of tokens."""
+"""The three rules of `train.budget` scale hyperparameters with batch size and number of tokens."""
 
 from __future__ import annotations
 
 import pytest
 
 from mukv.core.errors import BadInput
-from mukv.scaling.budget import PowerLaw, SquareRoot
+from mukv.scaling.budget import HyperP, PowerLaw, SquareRoot
 from mukv.scaling.optimizers import AdamW
 from mukv.train.training import Training
 
 AT_BASE = Training(steps=10, batch=4, length=32, learning_rate=0.01)
 
 
-@pytest.mark.parametrize("rule", [SquareRoot, PowerLaw])
+@pytest.mark.parametrize("rule", [SquareRoot, PowerLaw, HyperP])
 def test_nothing_changes_at_the_base(rule):
     found = Training(**{**vars(AT_BASE), "budget": rule(128, 1280)}).effective
     assert found.learning_rate == AT_BASE.learning_rate
@@ -35,6 +35,14 @@ def test_power_law():
     budget = PowerLaw(batch=128, tokens=1280)
     found = Training(steps=20, batch=8, length=32, learning_rate=0.01, budget=budget).effective
     assert found.learning_rate == pytest.approx(0.01 * 2 * 4**-0.51)
+    assert found.optimizer == AdamW()
+
+
+def test_hyperp():
+    """Ren et al. 2026: the rate scales by sqrt(B) and by D ** -0.32."""
+    budget = HyperP(batch=128, tokens=1280)
+    found = Training(steps=20, batch=8, length=32, learning_rate=0.01, budget=budget).effective
+    assert found.learning_rate == pytest.approx(0.01 * 2**0.5 * 4**-0.32)
     assert found.optimizer == AdamW()
 
 

@@ -11,15 +11,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from mukv.core import params
-from mukv.core.compute import Compute
-from mukv.core.device import GIBIBYTE, Device
+from mukv.core.compute import Compute, Platform
+from mukv.core.device import DEVICES, GIBIBYTE, Device, peak_flops
 from mukv.core.mesh import MeshShape, specification, weight_shardings
 from mukv.core.params import LAYER, Param
 from mukv.model.base import LanguageModel
@@ -27,7 +27,7 @@ from mukv.model.counting import cache_bytes, flops_per_token, product_flops, sav
 from mukv.model.shard import shard
 from mukv.runs.config import Run
 from mukv.runs.start import resolved_params, trained_params
-from mukv.train.footprint import LEFT
+from mukv.train.footprint import LEFT, free_memory
 from mukv.train.state import state_shardings
 
 POLICIES = (False, "products", True, "offload")
@@ -365,6 +365,20 @@ def estimate(run: Run, device: Device, name: str) -> dict[str, Any]:
         "mfu_bound": found.utilisation(overlap=True),
         "mfu_bound_without_overlap": found.utilisation(overlap=False),
     }
+
+
+def this_machine() -> Device:
+    """Return one device of this machine: its free memory and peak speed. On a CPU the speed of a
+    product of matrices is measured, and the traffic to memory takes no time."""
+    found = jax.local_devices()[0]
+    known = next((each for each in DEVICES.values() if each.kind in found.device_kind), None)
+    if known is not None:
+        return replace(known, memory=free_memory())
+    speed = peak_flops(1)
+    platform = cast(Platform, found.platform)
+    return Device(
+        found.device_kind, free_memory(), speed, math.inf, 1, math.inf, math.inf, platform
+    )
 
 
 def _yaml(policy: Any) -> str:

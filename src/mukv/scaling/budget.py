@@ -1,8 +1,8 @@
 """Rules that adapt learning rate, decay and betas to another batch size and number of tokens.
 
-There are two published rules, which disagree about the batch: the square-root rule from the
-stochastic differential equation that training approximates (Complete(d)P, 2025), and a power law
-fitted to optimal learning rates (Shen et al. 2024).
+There are three published rules: the square-root rule from the stochastic differential equation that
+training approximates (Complete(d)P, Mlodozeniec et al. 2025), and two power laws fitted to optimal
+learning rates, which disagree about the batch (Shen et al. 2024; Ren et al. 2026).
 """
 
 from __future__ import annotations
@@ -77,5 +77,24 @@ class PowerLaw(Budget):
         return Change(rate=batch / self.batch * (tokens / self.tokens) ** self.exponent)
 
 
-BUDGETS = PartTable("budget rule", Budget, {"sde": SquareRoot, "power": PowerLaw})
+@dataclass(frozen=True)
+class HyperP(Budget):
+    """Scale the learning rate by sqrt(batch) * tokens ** exponent; change nothing else.
+
+    HyperP (Ren et al. 2026, "Rethinking Language Model Scaling under Transferable Hypersphere
+    Optimization", arXiv 2603.28743). The exponent was fitted for Muon on a sphere, and before that
+    for AdamW (Bjorck et al. 2024).
+
+    exponent: power of the number of tokens
+    """
+
+    kind: Literal["hyperp"] = "hyperp"
+    exponent: float = -0.32
+
+    def change(self, batch: int, tokens: int) -> Change:
+        ratio = (tokens / self.tokens) ** self.exponent
+        return Change(rate=(batch / self.batch) ** 0.5 * ratio)
+
+
+BUDGETS = PartTable("budget rule", Budget, {"sde": SquareRoot, "power": PowerLaw, "hyperp": HyperP})
 AnyBudget = Annotated[Budget, BUDGETS]
