@@ -232,6 +232,8 @@ def test_the_chooser_says_why():
     assert "in one bag" in choose(Demand(8), gpu).refused["flash"]
     biased = choose(Demand(8, POSITIONS["alibi"](), aligned=True), gpu)
     assert biased.refused == {"flash": "alibi adds a bias to the logits"}
+    dropped = choose(Demand(8, aligned=True, dropped=True), gpu)
+    assert (dropped.name, "train.policy" in dropped.refused["flash"]) == ("fused", True)
     for demand, compute, words in (
         (Demand(8), Compute(fused=False), "compute.fused is false"),
         (Demand(1), Compute(), "one query"),

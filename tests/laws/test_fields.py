@@ -82,6 +82,7 @@ WSD, ROOT = (f"{SCHEDULE}={{kind: {kind}, warmup: 1}}" for kind in ("wsd", "inve
 POWER = f"{SCHEDULE}={{kind: power, warmup: 1, amplitude: 1}}"
 BUDGET = "train.budget={kind: sde, batch: 64, tokens: 1024}"
 ADAPTER = "train.adapter={rank: 2}"
+THROUGH = "train={policy: 'knorm:0.5', policy_tail: 4}"
 STAGED = "train.stages=[{begin: 1, length: 32}]"
 MIXED = "data={path: null, mixture: [{path: {own}}, {path: {other}}]}"
 NOPE, COPE, FIRE = (f"{PLACE}={{kind: {kind}}}" for kind in ("nope", "cope", "fire"))
@@ -243,6 +244,8 @@ CHANGES = {
     "Training.length": "train.length=8",
     "Training.learning_rate": "train.learning_rate=0.02",
     "Training.clip_norm": "train.clip_norm=0.01",
+    "Training.policy": THROUGH,
+    "Training.policy_tail": (THROUGH, "train.policy_tail=8"),
     "Scaling.base": BASED,
     "Scaling.alignment": (BASED, "model.scaling.alignment=none"),
     "Scaling.exponents": (

@@ -207,7 +207,8 @@ class Attention(Mixer):
         selective = any(choice is not None for choice in chosen)
         shows = tapped() or ("each query chooses its entries" if selective else None)
         aligned = len(masked) == 1 and masked[0].mask.aligned
-        core = self.core(x.shape[1], compute, ordered, shows, aligned).core
+        dropped = any(part.entries.until is not None for part in masked)
+        core = self.core(x.shape[1], compute, ordered, shows, aligned, dropped).core
         out = core.apply(address, masked, scores)
         return self.output(weights, out, x, position), None
 
@@ -218,9 +219,10 @@ class Attention(Mixer):
         ordered: bool = True,
         shows: str | None = None,
         aligned: bool = False,
+        dropped: bool = False,
     ) -> cores.CoreChoice:
         """Choose the fastest attention core that supports these arguments; see `Mixer.core`."""
-        demand = cores.Demand(queries, self.position, ordered, shows, aligned)
+        demand = cores.Demand(queries, self.position, ordered, shows, aligned, dropped)
         return cores.choose(demand, compute)
 
     def scaled_queries(

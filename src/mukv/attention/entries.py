@@ -29,6 +29,8 @@ class Entries:
     ordered: whether entries lie in the order of their positions (false for a ring that has wrapped)
     window: tokens within which a query sees these entries, itself included; None for all
     every: tokens per entry
+    until: position of the last query that may see the entry, as in training with a policy that
+        drops entries; None for no last query
     """
 
     tensors: dict[str, Float[Array, "batch _ key _"]]
@@ -38,6 +40,7 @@ class Entries:
     ordered: bool = field(default=True, metadata={"static": True})
     window: int | None = field(default=None, metadata={"static": True})
     every: int = field(default=1, metadata={"static": True})
+    until: Int[Array, "batch #kv_heads key"] | None = None
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
         """Return the keys and values of all entries; every query reads the same ones."""

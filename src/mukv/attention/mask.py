@@ -1,7 +1,8 @@
 """Attention masks computed from positions: causality, windows, documents, validity.
 
 A query at position p sees a valid entry at position j of the same document if and only if p -
-window < j <= p. Rings, padding, packed documents and eviction need no other rule.
+window < j <= p, and p <= until if the entry was dropped after position `until`. Rings, padding,
+packed documents and eviction need no other rule.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Mask:
             seen &= distance < self.window
         if entries.valid is not None:
             seen &= entries.valid[:, :, None, :]
+        if entries.until is not None:
+            seen &= position[:, None, :, None] <= entries.until[:, :, None, :]
         if self.segment is not None and entries.segment is not None:
             seen &= self.segment[:, None, :, None] == entries.segment[:, :, None, :]
         return seen if self.chosen is None else seen & self.chosen

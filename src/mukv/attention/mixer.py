@@ -237,6 +237,7 @@ class Mixer(Component):
         ordered: bool = True,
         shows: str | None = None,
         aligned: bool = False,
+        dropped: bool = False,
     ) -> CoreChoice | None:
         """Choose the attention core for this many queries per row; None for a mixer without
         softmax.
@@ -244,6 +245,7 @@ class Mixer(Component):
         ordered: whether the entries of every bag lie in the order of their positions
         shows: why the logits of all pairs are needed at once; None if they are not
         aligned: whether the only bag has one entry per query, written by the query's own token
+        dropped: whether entries are dropped between queries
         """
         return None
 

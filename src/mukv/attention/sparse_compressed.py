@@ -170,8 +170,9 @@ class CSA(CompressedAttention):
         ordered: bool = True,
         shows: str | None = None,
         aligned: bool = False,
+        dropped: bool = False,
     ) -> cores.CoreChoice:
-        return super().core(queries, compute, ordered, shows or REASON, aligned)
+        return super().core(queries, compute, ordered, shows or REASON, aligned, dropped)
 
     def memory(self) -> Hashable:
         return super().memory(), self.indexer.width

@@ -22,8 +22,9 @@ DType = Literal["float32", "bfloat16"]
 CoreName = Literal["flash", "splash", "fused", "plain"]
 RESIDUAL = "residual"
 PRODUCT = "product"
-"""Names of the residual stream between layers, and of products with weights, for policies of
-rematerialisation."""
+CHOICE = "choice"
+"""Names of the residual stream between layers, of products with weights, and of what a cache policy
+chose, for policies of rematerialisation. Choices are stored and never made again."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,19 @@ class Compute:
             case False:
                 return function
             case "products":
-                return jax.checkpoint(function, policy=policies.save_only_these_names(PRODUCT))
+                return jax.checkpoint(
+                    function, policy=policies.save_only_these_names(PRODUCT, CHOICE)
+                )
             case "offload":
                 offloaded = policies.save_and_offload_only_these_names(
-                    names_which_can_be_saved=[],
+                    names_which_can_be_saved=[CHOICE],
                     names_which_can_be_offloaded=[RESIDUAL],
                     offload_src="device",
                     offload_dst="pinned_host",
                 )
                 return jax.checkpoint(function, policy=offloaded)
             case _:
-                return jax.checkpoint(function)
+                return jax.checkpoint(function, policy=policies.save_only_these_names(CHOICE))
 
     @property
     def type(self) -> jnp.dtype:

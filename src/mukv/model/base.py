@@ -34,6 +34,7 @@ from mukv.model.continued import Continued
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
+from mukv.model.through import Through
 from mukv.scaling.parameterization import Scaling
 from mukv.scaling.stability import UpdateFamily
 
@@ -140,6 +141,7 @@ class LanguageModel(Continued, Component):
         position: Int[Array, "batch token"] | None = None,
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
+        through: Through | None = None,
     ) -> ForwardResult:
         """Run whole rows of tokens through the model, without a cache.
 
@@ -148,6 +150,7 @@ class LanguageModel(Continued, Component):
         segment: number of each token's document, from 1, and 0 for padding; tokens attend within
             their document only; one document per row if None
         compute: settings of the forward pass; the defaults if None
+        through: a cache policy that drops entries between blocks of tokens; None for none
         """
         raise NotImplementedError
 
@@ -259,8 +262,7 @@ class LanguageModel(Continued, Component):
 
     def params(self) -> dict[str, Any]:
         """Declare all weights."""
-        width = {"embed": self.d_model}
-        vocab = {"vocab": self.vocab_size}
+        width, vocab = {"embed": self.d_model}, {"vocab": self.vocab_size}
         tied = self.readout == "tied"
         # A tied embedding is also contracted over its width, which decides its size.
         embedding = Param(vocab | width, role="embedding", fan_in=("embed",) if tied else ())

@@ -1,6 +1,7 @@
 """Continue a text that several policies share: their caches from one prefill, tokens in blocks.
 
 `mukv compress` compares policies with these methods; a model without its own gets the default.
+Training through a policy asks `check_through` first.
 """
 
 from __future__ import annotations
@@ -10,11 +11,20 @@ from typing import Any
 import jax
 
 from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Tokens, Weights
+from mukv.model.through import Through
 
 
 class Continued:
-    """Methods of a language model that continue one text under several policies."""
+    """Methods of a language model that concern cache policies."""
+
+    def check_through(self, through: Through, tokens: int) -> None:
+        """Raise BadInput, with the reason, for a policy that can't be in place in training. tokens:
+        of a row
+        """
+        allowed = "null: only decoders are trained through a policy"
+        raise BadInput("policy", str(through.policy), allowed)
 
     def compressed(self, weights: Weights, recorded: Any, empty: Any) -> Any:
         """Return the cache that `prefill` makes under a policy, without reading the text again.

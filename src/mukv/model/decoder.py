@@ -18,6 +18,7 @@ from mukv.model.base import ForwardResult, LanguageModel
 from mukv.model.cache_update import compressed
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.stack import Stack
+from mukv.model.through import Through
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,17 @@ class Decoder(LanguageModel):
         position: Int[Array, "batch token"] | None = None,
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
+        through: Through | None = None,
     ) -> ForwardResult:
         compute = settled(compute)
         if position is None:
             position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.placed(weights, tokens, position, compute)
-        x, auxiliary = self.stack.forward(weights, x, position, segment, compute)
+        x, auxiliary = self.stack.forward(weights, x, position, segment, compute, through)
         return self.result(weights, x, auxiliary, tokens.shape[1])
+
+    def check_through(self, through: Through, tokens: int) -> None:
+        through.check(self.stack, tokens)
 
     def empty_cache(
         self,

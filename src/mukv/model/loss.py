@@ -16,6 +16,7 @@ from mukv.core.compute import Compute, settled
 from mukv.core.mesh import by_data_shard
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import LanguageModel
+from mukv.model.through import Through
 
 
 def token_losses(
@@ -99,6 +100,7 @@ def summed_loss(
     segment: Int[Array, "batch token"] | None = None,
     compute: Compute | None = None,
     teacher: Teacher | None = None,
+    through: Through | None = None,
 ) -> Losses:
     """Sum the weighted token losses over the batch, in nats.
 
@@ -108,12 +110,13 @@ def summed_loss(
     teacher: a model with the same vocabulary, which reads the same tokens; the objective becomes
         (1 - share) CE + share T^2 KL (Hinton et al. 2015, section 2), where T^2 keeps the size of
         the gradient
+    through: a cache policy that is in place while the model reads, but not its teacher
 
     The logits are computed for one chunk of tokens at a time, and recomputed in the backward pass,
     so that no array has batch x token x vocab elements.
     """
     compute = settled(compute)
-    result = model.forward(weights, tokens, position, segment, compute)
+    result = model.forward(weights, tokens, position, segment, compute, through)
     readout = model.gathered_readout(weights, compute)
     rows = result.hidden, targets, weight
     # Each shard sums the gradient of the readout over its chunks before the shards exchange it.

@@ -32,6 +32,7 @@ from mukv.model.feedforward import AnyFeedforward
 from mukv.model.passes import Asked, Memory, Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.model.remember import One, Several
+from mukv.model.through import Through
 from mukv.scaling.parameterization import Scaling
 
 
@@ -84,6 +85,11 @@ class Stack:
         """The stores of entries of all layers, in the order of the cache's slots."""
         return tuple((layer, *bag) for layer in self.writers for bag in layer.bags.items())
 
+    @cached_property
+    def whole(self) -> tuple[tuple[ResolvedLayer, str], ...]:
+        """The stores that cache policies apply to, those without a window: layer and name."""
+        return tuple((layer, name) for layer in self.writers for name in layer.whole)
+
     # Weights
 
     def params(self) -> dict[str, Any]:
@@ -121,6 +127,7 @@ class Stack:
         position: Int[Array, "batch token"],
         segment: Int[Array, "batch token"] | None,
         compute: Compute,
+        through: Through | None = None,
     ) -> tuple[Residual, Auxiliary]:
         """Run whole rows through all layers.
 
@@ -129,6 +136,7 @@ class Stack:
         position: place of each token in its document, from 0
         segment: number of each token's document, from 1, and 0 or less for padding; tokens attend
             within their document only; one document per row if None
+        through: a cache policy that drops entries between blocks of tokens; None for none
 
         Returns the residual stream after the last layer, and the auxiliary numbers over all layers
         (see `over_layers`).
@@ -136,14 +144,19 @@ class Stack:
 
         def remember(
             layer: ResolvedLayer,
-            _: Any,
+            reading: Any,
             memory: Memory,
             written: Written,
-            __: Asked,
+            asked: Asked,
         ) -> tuple[tuple[Bag, ...], Memory]:
-            bags = layer.bags.items()
-            entries = (bag.entries(written[name], position, segment) for name, bag in bags)
-            return tuple(entries), memory
+            def read(name: str, bag: EntryStore) -> Bag:
+                entries = bag.entries(written[name], position, segment)
+                if through is None or bag.window is not None:
+                    return entries
+                where = self._place(layer, name), name
+                return through.limited(layer, entries, *where, reading, asked, segment)
+
+            return tuple(read(*bag) for bag in layer.bags.items()), memory
 
         run = self._pass(compute, position, remember, aligned=True, segment=segment)
         run = replace(
@@ -155,6 +168,7 @@ class Stack:
             stacked = weights[f"stage{s}"]
             here = [layer for layer in self.layers if layer.stage == s]
             apart = compute.unroll or capturing() or any_compact(stacked)
+            apart = apart or (through is not None and not through.alike(self, s, x.shape[1]))
             if apart or stage.repeats == 1 or not scannable(s, self.layers):
                 for layer in here:
                     own = _repeat(stacked[f"slot{layer.slot}"], layer.repeat)
@@ -175,6 +189,11 @@ class Stack:
                 x, more = jax.lax.scan(repeat, x, stacked)
                 reported += more
         return x, over_layers(reported)
+
+    def _place(self, layer: ResolvedLayer, name: str) -> tuple[int, int]:
+        """Return the index of a store among those with a policy, and their number."""
+        index = [(each.index, own) for each, own in self.whole].index((layer.index, name))
+        return index, len(self.whole)
 
     def _pass(
         self,
@@ -215,7 +234,6 @@ class Stack:
         after: most tokens of a row that follow its prompt; None if that is not known
         kept: entries that each store without a window keeps of a prompt, if layers share a budget
         """
-        whole = [(layer.index, name) for layer in self.writers for name in layer.whole]
 
         def slot(layer: ResolvedLayer, name: str, bag: EntryStore) -> Slot:
             def zeros(entries: int) -> dict[str, Array]:
@@ -227,7 +245,7 @@ class Stack:
             if policy.everything or bag.window is not None:
                 ring = Ring(zeros(bag.room(length)), bag.window is not None)
                 return Slot(ring, places, bag)
-            place = whole.index((layer.index, name)), len(whole)
+            place = self._place(layer, name)
             own = (centres or {}).get(layer.index, {})
             room = batch, bag.room(length), dtype
             rest = None if after is None else -(-after // bag.every)

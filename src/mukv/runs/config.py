@@ -18,6 +18,7 @@ from mukv.core.mesh import MeshShape
 from mukv.data.mixture import MixturePart, require_shares
 from mukv.data.tokens import open_tokens
 from mukv.model import AnyModel, Decoder
+from mukv.model.through import Through
 from mukv.schema import schema
 from mukv.schema.presets import apply_overrides, resolve_preset
 from mukv.tasks import AnyTask
@@ -85,6 +86,17 @@ class Run:
             raise BadInput("train.length", self.train.length, allowed)
         if self.train.adapter is not None:
             self.train.adapter.chosen(self.model.params())
+        if self.train.through is not None:
+            self._check_policy(self.train.through)
+
+    def _check_policy(self, through: Through) -> None:
+        """Raise BadInput for a policy that can't be in place while this model is trained."""
+        for _, length in self.train.sizes:
+            try:
+                self.model.check_through(through, length)
+            except BadInput as error:
+                given = f"{through.policy} with rows of {length} tokens"
+                raise BadInput("train.policy", given, error.allowed) from None
 
 
 def presets_folder() -> Path:

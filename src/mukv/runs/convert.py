@@ -56,7 +56,7 @@ def convert_model(
         examples = _examples(model, decoder, given, tokens)
     length = model.run.train.length
     made, weights = convert(decoder, model.weights, conversion, examples, length)
-    training = replace(model.run.train, start=None, adapter=None, teacher=None)
+    training = replace(model.run.train, start=None, adapter=None, teacher=None, policy=None)
     run = replace(model.run, model=made, train=training)
     read = 0 if examples is None else len(examples[0])
     with new_folder(out) as folder:

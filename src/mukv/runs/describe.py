@@ -51,7 +51,8 @@ def describe(run: Run) -> dict[str, Any]:
             # In training a layer reads the entries of its own tokens.
             bags = layer.attention.bags.values()
             aligned = len(bags) == 1 and all(bag.every == 1 for bag in bags)
-            choice = layer.attention.core(queries, compute, aligned=aligned)
+            dropped = run.train.policy is not None and bool(layer.whole)
+            choice = layer.attention.core(queries, compute, aligned=aligned, dropped=dropped)
             layers.append(
                 {
                     "layer": stack.first + layer.index,

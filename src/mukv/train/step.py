@@ -55,8 +55,8 @@ class Trainer:
 
         teacher: the model that `training.teacher` names; None if it names none
 
-        Raises BadInput if the batch can't be split over the mesh, and for a teacher that is named
-        and not given.
+        Raises BadInput if the batch can't be split over the mesh, for a teacher that is named and
+        not given, and for a cache policy that does not fit the model.
         """
         if training.teacher is not None and teacher is None:
             allowed = "null here: only `mukv train` learns from a teacher"
@@ -70,6 +70,9 @@ class Trainer:
                     f"batch / accumulate ({rows}) must be a multiple of mesh.data "
                     f"({mesh.shape['data']})" + (f" at length {length}" if training.stages else ""),
                 )
+        if training.through is not None:
+            for _, length in training.sizes:
+                model.check_through(training.through, length)
         training = training.effective
         self.model, self.training, self.mesh = model, training, mesh
         self.share = share_of_batch(mesh)
@@ -267,6 +270,7 @@ class Trainer:
             *(batch[name] for name in BATCH_FIELDS),
             compute=self.compute,
             teacher=teacher,
+            through=self.training.through,
         )
 
     def validation_sums(

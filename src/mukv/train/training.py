@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from mukv.cache import Policy
 from mukv.core.compute import Compute
 from mukv.core.counts import INT32, require_counts
 from mukv.core.errors import BadInput
+from mukv.model.through import Through
 from mukv.scaling.budget import AnyBudget
 from mukv.scaling.optimizers import AdamW, AnyOptimizer
 from mukv.scaling.schedules import AnySchedule, Cosine
@@ -39,6 +41,9 @@ class Training:
     teacher: a model with the same vocabulary whose predictions are learnt: a run directory, a
         Hugging Face folder, a GGUF file or a hub id; None to learn from the text alone
     distillation: how the teacher counts beside the text
+    policy: a cache policy that drops entries while rows are read, such as snapkv:0.25, so that the
+        model learns to do without them; its choices get no gradient; None to keep all entries
+    policy_tail: tokens between two choices of the policy, as in the tail of a cache in decoding
     steps: number of updates
     seed: 32-bit seed of the initial weights and the order of the data
     batch: rows per step over all devices
@@ -66,6 +71,8 @@ class Training:
     adapter: Adapter | None = None
     teacher: str | None = None
     distillation: Distillation = field(default_factory=Distillation)
+    policy: str | None = None
+    policy_tail: int = 64
     steps: int = 100
     seed: int = 0
     batch: int = 8
@@ -103,8 +110,9 @@ class Training:
             raise BadInput("clip_norm", self.clip_norm, "greater than 0, or null")
         if self.batch % self.accumulate:
             raise BadInput("accumulate", self.accumulate, f"must divide batch ({self.batch})")
+        require_counts(self, "policy_tail")
         self._check_stages()
-        _ = self.effective
+        _ = self.effective, self.through
 
     def _check_stages(self) -> None:
         before = LengthStage(1, self.length)
@@ -122,6 +130,13 @@ class Training:
                 allowed = f"{by}, which must divide {rows}"
                 raise BadInput(f"{where}.length", stage.length, allowed)
             before = stage
+
+    @property
+    def through(self) -> Through | None:
+        """The policy that is in place while rows are read."""
+        if self.policy is None:
+            return None
+        return Through(Policy.parse(self.policy), self.policy_tail)
 
     def stage_at(self, step: int) -> int:
         """Return the number of the stage in which update number `step` (from 0) is: 0 before the

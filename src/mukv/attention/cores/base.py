@@ -113,6 +113,7 @@ class Demand:
     ordered: whether the entries of every bag lie in the order of their positions
     shows: why the logits of all pairs are needed at once; None if they are not
     aligned: whether the only bag has one entry per query, written by the query's own token
+    dropped: whether entries are dropped between queries
     """
 
     queries: int
@@ -120,6 +121,7 @@ class Demand:
     ordered: bool = True
     shows: str | None = None
     aligned: bool = False
+    dropped: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ def not_of_own_tokens(demand: Demand, compute: Compute) -> str | None:
         return f"{demand.position.kind} adds a bias to the logits"
     if not demand.aligned:
         return "its keys must be those of the queries' own tokens, in one bag"
+    if demand.dropped:
+        return "a policy drops entries between queries (train.policy)"
     return all_at_once(demand, compute)
 
 

@@ -304,8 +304,9 @@ class _Loops:
         """
         rows, keys, (window, _, ordered) = self.rows, self.keys[bag], self.masks[bag]
         places, position = constants.places[bag], rows.take(constants.position, i, 1)
-        here = (places.position, places.valid, places.segment)
-        entries = Entries({}, *(keys.take(x, j, 2) for x in here), ordered=ordered)
+        here = (places.position, places.valid, places.segment, places.until)
+        *where, until = (keys.take(x, j, 2) for x in here)
+        entries = Entries({}, *where, ordered=ordered, until=until)
         asking = rows.take(places.asking, i, 1)
         visible = Mask(asking, window).visible(position, entries)
         shown = Shown(entries.position, visible, ordered)

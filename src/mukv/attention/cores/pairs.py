@@ -75,7 +75,7 @@ class Division:
 class Places(NamedTuple):
     """Padded positions, validity and documents of a bag's entries, and documents of the queries.
 
-    position, valid, segment: of the entries, [batch #kv_heads key]
+    position, valid, segment, until: of the entries, [batch #kv_heads key]
     asking: number of the document of each query, [batch query]
 
     A field is None if it restricts nothing.
@@ -85,6 +85,7 @@ class Places(NamedTuple):
     valid: Any
     segment: Any
     asking: Any
+    until: Any = None
 
     @classmethod
     def of(cls, part: Part, rows: Division, keys: Division) -> Places:
@@ -99,6 +100,7 @@ class Places(NamedTuple):
             keys.padded(valid, 2),
             keys.padded(segment, 2),
             rows.padded(asking, 1),
+            keys.padded(entries.until, 2),
         )
 
 

@@ -38,6 +38,7 @@ from mukv.model.concept.injection import (
     InjectionInputs,
     Lasting,
 )
+from mukv.model.through import Through
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Concept(Architecture):
         position: Int[Array, "batch token"] | None = None,
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
+        through: Through | None = None,
     ) -> ForwardResult:
         compute = settled(compute)
         outer = self.outer(weights, compute)
