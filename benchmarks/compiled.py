@@ -235,6 +235,19 @@ def memory(program: Any) -> dict[str, int]:
     }
 
 
+def facts(program: Any, seconds: float) -> dict[str, Any]:
+    """Return the counts of a compiled program as plain data. seconds: time of its compilation"""
+    found = counts(program.as_text() or "")
+    return {
+        "compile_seconds": round(seconds, 1),
+        "kernels": found.kernels,
+        "moved_bytes": found.moved,
+        "calls": found.calls,
+        "memory_bytes": memory(program),
+        "collectives": {key: one._asdict() for key, one in found.collectives.items()},
+    }
+
+
 def sizes(text: str) -> tuple[int, int]:
     """Read the sizes of the mesh, such as 8x1."""
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
@@ -265,18 +278,16 @@ def main() -> None:
         program, seconds = compiled(given) if given.decode is None else decoding(given)
     except BadInput as error:
         parser.error(str(error))
-    found, held = counts(program.as_text() or ""), memory(program)
-    facts: dict[str, Any] = {"compile_seconds": round(seconds, 1), "kernels": found.kernels}
-    facts |= {"moved_bytes": found.moved, "calls": found.calls, "memory_bytes": held}
-    facts["collectives"] = {key: one._asdict() for key, one in found.collectives.items()}
+    told = facts(program, seconds)
     if given.json:
-        print(json.dumps(facts))
+        print(json.dumps(told))
         return
-    print(f"compiled in {seconds:.1f} s; kernels {found.kernels:,}; calls {found.calls}")
-    print(f"{found.moved / 2**30:.2f} GiB read and written by kernels")
+    print(f"compiled in {seconds:.1f} s; kernels {told['kernels']:,}; calls {told['calls']}")
+    print(f"{told['moved_bytes'] / 2**30:.2f} GiB read and written by kernels")
+    held = told["memory_bytes"]
     print(", ".join(f"{size / 2**30:.2f} GiB {name}" for name, size in held.items()))
-    for key, one in found.collectives.items():
-        print(f"{key:36} {one.bytes / 2**30:8.3f} GiB in {one.number:,}")
+    for key, one in told["collectives"].items():
+        print(f"{key:36} {one['bytes'] / 2**30:8.3f} GiB in {one['number']:,}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from mukv.attention import Grouped
 from mukv.cache import Cache, Policy, Reader
 from mukv.cache.reads import bytes_read
 from mukv.core.compute import Compute, settled
+from mukv.core.params import initialise
 from mukv.infer.decode import decoding_weights
 from mukv.model import Decoder, Stage
 from mukv.model.block import Gated
@@ -48,20 +49,28 @@ def model_of(layers: int, heads: int, head_dim: int) -> Decoder:
     )
 
 
-def filled(model: Decoder, weights: Any, context: int, policy: Policy, compute: Compute) -> Cache:
-    """Make a cache of `context` random entries, with clustered keys as real texts have."""
-    cache = model.empty_cache(1, context, TAIL, compute.type, policy)
-    attention = model.attention
-    random = np.random.default_rng(0)
-    shape = (1, attention.kv_heads, context, attention.head_dim)
-    centres = random.standard_normal((128, attention.head_dim))
-    key = centres[random.integers(0, 128, shape[:3])] + random.standard_normal(shape) / 2
-    new = {
-        "key": jnp.asarray(key, compute.type),
-        "value": jnp.asarray(random.standard_normal(shape), compute.type),
-    }
-    queries = random.standard_normal((1, attention.kv_heads, 2, QUERIES, attention.head_dim))
-    zero, count = jnp.zeros(1, jnp.int32), jnp.full(1, context)
+def filled(
+    model: Decoder, weights: Any, context: int, policy: Policy, compute: Compute, rows: int = 1
+) -> Cache:
+    """Make a cache of `context` random entries per row, with clustered keys as real texts have."""
+    cache = model.empty_cache(rows, context, TAIL, compute.type, policy)
+    attention = model.layers[0].attention
+    heads, width = attention.kv_heads, attention.head_dim
+
+    @jax.jit
+    def drawn(key: Any) -> Any:
+        keys = jax.random.split(key, 5)
+        shape = rows, heads, context, width
+        centres = jax.random.normal(keys[0], (128, width), compute.type)
+        noise = jax.random.normal(keys[1], shape, compute.type) / 2
+        new = {
+            "key": centres[jax.random.randint(keys[2], shape[:3], 0, 128)] + noise,
+            "value": jax.random.normal(keys[3], shape, compute.type),
+        }
+        asked = rows, heads, attention.heads // heads, QUERIES, width
+        return new, jax.random.normal(keys[4], asked, compute.type)
+
+    zero, count = jnp.zeros(rows, jnp.int32), jnp.full(rows, context)
 
     @jax.jit
     def body(empty: Any, own: Any, new: Any, queries: Any) -> Any:
@@ -70,9 +79,9 @@ def filled(model: Decoder, weights: Any, context: int, policy: Policy, compute: 
         reader = Reader(attention, own["read"], padded if empty.needs_queries else None)
         return empty.extended(new, zero, count, reader, fresh=True)
 
-    slots, asked = [], jnp.asarray(queries, compute.type)
+    slots, (new, queries) = [], drawn(jax.random.key(0))
     for slot, own in zip(cache.slots, weights["layers"], strict=True):
-        slots.append(replace(slot, body=body(slot.body, own, new, asked)))
+        slots.append(replace(slot, body=body(slot.body, own, new, queries)))
     return replace(cache, slots=tuple(slots), length=cache.length + context)
 
 
@@ -115,7 +124,7 @@ class Case:
 def compare(
     model: Decoder, context: int, names: Sequence[str], budget: float, rounds: int
 ) -> list[dict[str, Any]]:
-    weights = decoding_weights(model, _random(model))
+    weights = decoding_weights(model, random_weights(model))
     cases = [Case(model, weights, context, name, budget) for name in ("full", *names)]
     for _ in range(rounds):
         for case in cases:
@@ -140,15 +149,10 @@ def compare(
     return rows
 
 
-def _random(model: Decoder) -> Any:
-    from mukv.core.params import initialise
-
-    deviations = jax.tree.map(lambda each: each.deviation, model.resolved(), is_leaf=_is_resolved)
+def random_weights(model: Decoder) -> Any:
+    """Draw the weights of a model as before its training."""
+    deviations = jax.tree.map(lambda each: each.deviation, model.resolved())
     return initialise(model.params(), deviations, jax.random.key(0))
-
-
-def _is_resolved(leaf: Any) -> bool:
-    return hasattr(leaf, "deviation")
 
 
 def main() -> int:

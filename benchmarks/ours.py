@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from compiled import facts
 
 from mukv.attention import Grouped
 from mukv.cli import launch
@@ -82,7 +83,8 @@ class Job:
         model, compute = self.model(), self.compute()
         multiply = (param.size for param in params.named(model.params()).values() if param.fan_in)
         (stack,) = model.stacks
-        cached = sum(entry_bytes(stack, layer, compute.type) for layer in model.layers)
+        entries = (entry_bytes(stack, layer, compute.type) for layer in model.layers)
+        cached = sum(sum(entry.values()) for entry in entries)
         weights = sum(multiply) * jax.numpy.dtype(compute.operands).itemsize
         return weights + self.batch * self.length * cached
 
@@ -102,8 +104,10 @@ class Job:
 Round = Callable[[], dict[str, float]]
 
 
-def training(job: Job) -> Round:
-    """Set up training. A round is one step, including the transfer of its loss to the host."""
+def training(job: Job) -> tuple[Round, dict[str, Any]]:
+    """Set up training. A round is one step, including the transfer of its loss to the host. Also
+    returns the counts of the compiled step (`compiled.facts`).
+    """
     mesh = MeshShape(data=job.devices).build()
     trainer = Trainer(
         job.model(), Training(batch=job.batch, length=job.length, compute=job.compute()), mesh
@@ -114,6 +118,9 @@ def training(job: Job) -> Round:
     batch = trainer.put(
         Batch(ids[:, :-1], ids[:, 1:], position, ones.astype("i4"), ones.astype("f4"))
     )
+    start = time.perf_counter()
+    program = trainer.compile(batch)
+    counted = facts(program, time.perf_counter() - start)
     state, number = trainer.initial_state(), 0
 
     def step() -> dict[str, float]:
@@ -128,12 +135,12 @@ def training(job: Job) -> Round:
             raise ArithmeticError(f"the loss is {loss} in step {number}")
         return {"seconds": seconds}
 
-    return step
+    return step, counted
 
 
-def decoding(job: Job) -> Round:
+def decoding(job: Job) -> tuple[Round, dict[str, Any]]:
     """Set up decoding. A round prefills `length` tokens per row and decodes `new_tokens` more,
-    greedily.
+    greedily. Nothing is counted.
     """
     model = job.model()
     declared = model.params()
@@ -152,7 +159,7 @@ def decoding(job: Job) -> Round:
             "prefill_seconds": made.prefill_seconds,
         }
 
-    return decode
+    return decode, {}
 
 
 def bandwidth(size: int = 1 << 28, rounds: int = 7) -> float:
@@ -185,7 +192,8 @@ class Worker:
         """Answer one request.
 
             {"op": "setup", **Job fields} -> {"parameters", "tokens", "jax", "device",
-                "flops_per_token", "peak_flops", "warmup_seconds"}: builds, compiles, warms up.
+                "flops_per_token", "peak_flops", "warmup_seconds", "program"}: builds, compiles,
+                warms up.
             {"op": "round"} -> {"seconds"}, and "prefill_seconds" in decoding.
             {"op": "device"} -> {"platform", "bandwidth"}: cpu, gpu or tpu; measured peak of bytes
                 read per second.
@@ -209,7 +217,7 @@ class Worker:
         gc.collect()
         launch.prepare(job.devices)
         start = time.perf_counter()
-        step = training(job) if job.task == "train" else decoding(job)
+        step, counted = training(job) if job.task == "train" else decoding(job)
         for _ in range(job.warmup):
             step()
         self.step = step
@@ -223,6 +231,7 @@ class Worker:
             "peak_flops": peak_flops(job.devices),
             "read_bytes": job.read_bytes(),
             "warmup_seconds": time.perf_counter() - start,
+            "program": counted,
         }
 
 

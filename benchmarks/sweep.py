@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,6 +63,28 @@ def losses(groups: Sequence[Together]) -> tuple[float, float, list[float]]:
     return whole, training, found
 
 
+def compare(width: int, count: int, steps: int) -> dict[str, Any]:
+    """Train the points of one width in all three ways.
+
+    Returns seconds by way ("alone", "map", "vmap"), compilation included, and the largest
+    difference of a final loss from that of the point alone, in nats.
+    """
+    feed, chosen = points(width, count, steps)
+    seconds: dict[str, float] = {}
+    seconds["alone"], _, expected = losses([Together([point], feed) for point in chosen])
+    gap = 0.0
+    for across in ("map", "vmap"):
+        seconds[across], _, found = losses([Together(chosen, feed, across=across)])
+        gap = max(gap, float(np.abs(np.array(found) - expected).max()))
+    return {"seconds": seconds, "largest_difference": gap}
+
+
+def compile_each_time() -> None:
+    """Turn the compilation cache off, which would hide the savings."""
+    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", default="64,128,256")
@@ -69,24 +92,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     given = parser.parse_args()
     launch.prepare()
-    # Compile each time: a compilation cache would hide the savings.
-    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
-    jax.config.update("jax_enable_compilation_cache", False)
+    compile_each_time()
     device = jax.devices()[0]
     title = f"{given.points} points of {given.steps} steps, {device.device_kind}, seconds"
     columns = ("alone", "one after the other inside", "vmap", "best ratio", "largest difference")
     table = Table("width", *columns, title=title)
     for width in map(int, given.widths.split(",")):
-        feed, chosen = points(width, given.points, given.steps)
-        alone, _, expected = losses([Together([point], feed) for point in chosen])
-        mapped, _, first = losses([Together(chosen, feed, across="map")])
-        vmapped, _, second = losses([Together(chosen, feed, across="vmap")])
-        gap = max(np.abs(np.array(each) - expected).max() for each in (first, second))
+        row = compare(width, given.points, given.steps)
+        seconds = row["seconds"]
         table.add_row(
             str(width),
-            *(f"{seconds:.1f}" for seconds in (alone, mapped, vmapped)),
-            f"{alone / min(mapped, vmapped):.2f} x",
-            f"{gap:.1e} nats",
+            *(f"{taken:.1f}" for taken in seconds.values()),
+            f"{seconds['alone'] / min(seconds['map'], seconds['vmap']):.2f} x",
+            f"{row['largest_difference']:.1e} nats",
         )
     Console(width=120).print(table)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import cores
 from mukv.attention import Entries, Mask
 from mukv.attention.cores import (
     CORES,
@@ -114,64 +115,16 @@ def test_cores_agree(name, seed):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), one, two)
 
 
-KERNELS = {
-    "plain": {},
-    "padding": {"cuts": (0, 20), "padding": 30},
-    "packed": {"cuts": (0, 20, 21, 90)},
-    "window": {"window": 17, "group": 3},
-    "capped": {"softcap": 1.5, "window": 70, "cuts": (0, 33, 64)},
-    "sinks": {"sinks": True, "widths": (24, 40), "kv_heads": 1, "cuts": (0, 65)},
-}
-
-
 ALIGNED = Mask(aligned=True)
 
 
 @pytest.mark.parametrize("core", [Flash, Splash])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", cores.CASES)
 def test_kernels_are_plain(name, core):
     """The interpreted kernels equal the plain core over several chunks and blocks, forward and
     backward."""
-    given = {"cuts": (0,), "group": 2, "kv_heads": 2, "widths": (16, 16), "window": None}
-    given |= {"softcap": None, "sinks": False, "padding": 0} | KERNELS[name]
-    random, length = np.random.default_rng(0), 150
-    heads, (width, value_width) = (given["kv_heads"], given["group"]), given["widths"]
-
-    def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), jnp.float32)
-
-    place = np.arange(length)
-    document = np.searchsorted(given["cuts"], place, side="right")
-    at = jnp.asarray(np.tile(place - np.take(given["cuts"], document - 1), (BATCH, 1)))
-    segment = None if len(given["cuts"]) == 1 else jnp.asarray(np.tile(document, (BATCH, 1)))
-    valid = None
-    if given["padding"]:
-        # Padding is document -1, and its keys are not valid.
-        last = jnp.asarray(place >= length - given["padding"])
-        segment = jnp.where(last, -1, jnp.asarray(segment))
-        valid = jnp.tile(~last, (BATCH, 1, 1))
-    own = None if segment is None else segment[:, None]
-    entries, mask = Entries({}, at[:, None], valid, own), Mask(segment, given["window"], True)
-    moving = {
-        "query": draw(BATCH, *heads, length, width),
-        "key": draw(BATCH, heads[0], length, width),
-        "value": draw(BATCH, 1, length, value_width),
-        "sinks": draw(*heads) if given["sinks"] else None,
-    }
-    direction = draw(BATCH, *heads, length, value_width)
-
-    def read(moving: Any, core: Any) -> Any:
-        scores = Scores(None, at, {}, moving["sinks"], NoPE(), 1.0, given["softcap"])
-        part = Part(Dense((moving["key"],), moving["value"]), entries, mask)
-        out = core.apply((moving["query"],), [part], scores)
-        return jnp.sum(out * direction), out
-
-    one, two = (
-        jax.jit(jax.value_and_grad(lambda moving, core=core: read(moving, core), has_aux=True))(
-            moving
-        )
-        for core in (Plain(), core(interpret=True))
-    )
+    attended = cores.Attended(cores.CASES[name].narrow(16), 150)
+    one, two = attended.expected(), attended.both(core(interpret=True))(attended.moving)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4), one, two)
 
 

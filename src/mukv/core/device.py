@@ -76,6 +76,12 @@ def device(name: str) -> Device:
     return DEVICES[name]
 
 
+def data_sheet() -> Device | None:
+    """Return the device of the table that JAX runs on; None if it is not in the table."""
+    kind = jax.devices()[0].device_kind
+    return next((device for device in DEVICES.values() if device.kind in kind), None)
+
+
 def peak_flops(devices: int) -> float:
     """Return the peak speed of `devices` devices in floating-point operations per second.
 
@@ -83,10 +89,9 @@ def peak_flops(devices: int) -> float:
     measured with a product of float32 matrices (about 50 ms), so that model FLOPs utilisation means
     the same everywhere. NaN if the device is unknown.
     """
-    kind = jax.devices()[0].device_kind
-    for device in DEVICES.values():
-        if device.kind in kind:
-            return device.flops * devices
+    sheet = data_sheet()
+    if sheet is not None:
+        return sheet.flops * devices
     return _measured() if jax.devices()[0].platform == "cpu" else float("nan")
 
 
