@@ -56,6 +56,7 @@ def test_every_part_that_yaml_names_is_public():
         assert getattr(mukv, cls.__name__) is cls
 
 
+@pytest.mark.product
 def test_a_network_is_the_forward_pass_of_its_stored_weights():
     net = network(scaling=mukv.Scaling(kind="mup", base={**BASE, "embed": 16}))
     weights, tokens = net.init(seed=1), np.array([[1, 2, 3], [4, 5, 6]])
@@ -78,6 +79,7 @@ def test_init_draws_what_training_begins_with():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), drawn, begun)
 
 
+@pytest.mark.product
 def test_a_network_works_under_jit_grad_and_vmap():
     net, tokens = network(), jnp.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
     weights = net.init()
@@ -127,6 +129,7 @@ def test_attention_weights_of_a_model(trained):
         model.attention([[1, 2], [3, 4]])
 
 
+@pytest.mark.product
 def test_attention_weights_are_softmax_of_the_products(trained):
     """The weights of the first layer equal the softmax of projected, rotated queries and keys."""
     model = mukv.load(trained)

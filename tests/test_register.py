@@ -85,6 +85,7 @@ def test_the_reference_shows_its_fields(module):
     assert (key.kinds, key.meaning, key.default) == (("unit_queries",), "of every query", 4.0)
 
 
+@pytest.mark.product
 def test_a_dotted_path_is_imported_recorded_and_loaded(mukv, token_file, module, tmp_path):
     run = tmp_path / "run"
     given = "model.attention={kind: my_parts.UnitQueries, length: 2.0}"

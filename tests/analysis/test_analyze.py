@@ -33,6 +33,7 @@ def test_texts_side_by_side(mukv, trained, tmp_path):
     assert "http" not in page
 
 
+@pytest.mark.product
 def test_bad_input_is_refused_before_anything_runs(mukv, trained, tmp_path):
     np.save(tmp_path / "long.npy", np.full(40, 999))
     for given, message in (

@@ -46,6 +46,7 @@ def test_calibration_has_centres_for_what_is_written(kind, rotated):
         np.testing.assert_allclose(layer.sizes.sum(axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.product
 def test_what_is_read_by_definition():
     """Entries are read by cluster in the order of scores, the latest of each cluster first."""
     wide, given = matrix.build("gqa", "rope", "plain"), rows()

@@ -89,6 +89,7 @@ def test_every_number_by_its_definition(case):
                 np.testing.assert_allclose(got[end][1, last], right, rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_the_most_read_entry_by_its_definition(case):
     """In each row, it is the entry with the most attention mass in the document that has the most

@@ -103,6 +103,7 @@ def test_at_rate_1_without_its_window_it_is_attention_to_normed_values():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.product
 def test_equal_gates_make_the_mean_then_its_norm():
     write, _ = weights(SMALL)
     own = write["compressed"]
@@ -169,6 +170,7 @@ def test_only_distances_matter():
 PIECES = [(13,), (1,) * 13, (3, 1, 5, 4), (2, 9, 2), (4, 4, 4, 1)]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("pieces", params(PIECES, PIECES[4:]))
 def test_entries_in_pieces_of_any_size(pieces):
     """The running softmax of an unfinished entry goes from piece to piece, row by row: the second

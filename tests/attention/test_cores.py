@@ -128,6 +128,7 @@ def test_kernels_are_plain(name, core):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4), one, two)
 
 
+@pytest.mark.product
 def test_flash_is_split_over_a_mesh():
     """Rows are split over `data` and KV heads over `tensor`; gradients of sinks are summed over
     both axes."""
@@ -198,6 +199,7 @@ def test_the_chooser_says_why():
         assert words in chosen.refused["fused"]
 
 
+@pytest.mark.product
 def test_every_attention_reads_by_the_chosen_core(monkeypatch):
     """Training, prefill in pieces and single steps take the core that `Attention.core` names."""
     taken: list[str] = []

@@ -87,6 +87,7 @@ def test_parts_of_any_size_are_the_recurrence():
         np.testing.assert_allclose(kept, after, atol=1e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("decay_dim", [1, KEY])
 def test_its_gradient_is_that_of_the_recurrence(decay_dim):
     rows, state = jax.tree.map(jnp.float32, drawn(decay_dim))
@@ -115,6 +116,7 @@ def test_its_gradient_is_that_of_the_recurrence(decay_dim):
         np.testing.assert_allclose(one, two, atol=1e-4 * float(np.abs(two).max()))
 
 
+@pytest.mark.product
 def test_strong_decays_overflow_nowhere():
     """Sums of log decays are far below -88, where exp(-G) overflows in float32."""
     rows, state = drawn(KEY)
@@ -167,6 +169,7 @@ def test_with_orthonormal_keys_it_is_linear_attention():
     np.testing.assert_allclose(computed(plain, nothing, 0 * state, 4)[0], expected, atol=1e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("size", [1, 2, 16])
 def test_the_inverse_and_its_gradient(size):
     lower = np.tril(np.random.default_rng(0).standard_normal((3, size, size)), -1)
@@ -235,6 +238,7 @@ def test_a_floor_that_is_no_decay_is_refused():
         KimiDelta(decay_floor=0.0)
 
 
+@pytest.mark.product
 def test_a_floor_bounds_the_decays():
     """With a floor, every log decay is between the floor and 0; without one some are lower."""
     x = 30 * jnp.asarray(np.random.default_rng(0).standard_normal((1, 20, 16)), jnp.float32)

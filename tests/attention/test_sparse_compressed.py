@@ -69,6 +69,7 @@ def run(attention, weights, x, compute=PLAIN):
     return y, reported or {}
 
 
+@pytest.mark.product
 def test_without_the_chunk_before_and_with_all_entries_it_is_hca(weights, x):
     own = weights["write"]["compressed"]
     off = {**own, "bias": own["bias"].at[:, 0].set(-1e9)}
@@ -87,6 +88,7 @@ def test_without_the_chunk_before_and_with_all_entries_it_is_hca(weights, x):
     assert np.abs(run(indexed(None), weights, x)[0] - found).max() > 1e-3
 
 
+@pytest.mark.product
 def test_chunks_of_queries_give_the_same(weights, x):
     """Chunks of 3 queries, each with the window entries near it, equal one pass: outputs, reported
     numbers and gradients."""
@@ -145,6 +147,7 @@ def test_of_equal_scores_the_earliest_are_chosen():
 PIECES = [(1,) * 13, (3, 1, 5, 4), (2, 9, 2)]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("pieces", params(PIECES, PIECES[1:2]))
 def test_entries_in_pieces_of_any_size(weights, x, pieces):
     """Both running softmaxes go from piece to piece, row by row: the second row has only the first

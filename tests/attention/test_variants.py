@@ -46,6 +46,7 @@ def run(attention: Attention, write: dict, read: dict, aligned=True, chunk=None)
     return attention.read(read, x, POSITION, (entries,), Mask(aligned=aligned), compute)[0]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("position", [NoPE(), RoPE(), ALiBi(), CoPE(positions=4)])
 @pytest.mark.parametrize("query_rank", params([None, 7], [7]))
 def test_latent_absorbed_is_expanded(position, query_rank):
@@ -55,6 +56,7 @@ def test_latent_absorbed_is_expanded(position, query_rank):
     np.testing.assert_allclose(run(latent, write, read, aligned=False), expanded, atol=1e-5)
 
 
+@pytest.mark.product
 def test_latent_is_the_published_formula():
     """Latent attention equals section 2.1 of DeepSeek-V2, computed for each head in numpy."""
     latent = Latent(heads=2, rank=5, head_dim=6, rope_dim=4, head_value_dim=3, query_rank=7)
@@ -82,6 +84,7 @@ def test_latent_is_the_published_formula():
     np.testing.assert_allclose(run(latent, write, read), sum(out), atol=1e-5)
 
 
+@pytest.mark.product
 def test_shared_kv_is_grouped_with_equal_projections():
     numbers = {"heads": 4, "kv_heads": 2, "head_dim": 8, "position": RoPE()}
     shared, grouped = SharedKV(**numbers), Grouped(**numbers)
@@ -111,6 +114,7 @@ def test_normed_shared_kv_is_gemma_4s():
     np.testing.assert_allclose(run(shared, write, read), expected, atol=1e-5)
 
 
+@pytest.mark.product
 def test_tensor_product_is_attention_over_its_products():
     """The layer equals multi-head attention with the keys and values that the products give."""
     product = TensorProduct(RoPE(), heads=4, head_dim=8, query_rank=3, rank=2)
@@ -212,6 +216,7 @@ def test_softcap_bounds_and_vanishes():
     np.testing.assert_allclose(run(tight, write, read), expected, atol=1e-4)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("chunk", params([1, 3, 4, 16], [3]))
 @pytest.mark.parametrize("sinks", [None, "learned"])
 @pytest.mark.parametrize("position", [RoPE(), CoPE(positions=4)])

@@ -23,6 +23,7 @@ def rows_of(done):
     return json.loads(done.stdout.splitlines()[-1])["rows"]
 
 
+@pytest.mark.product
 def test_a_configuration_then_its_model(mukv, tmp_path):
     given = ("bench", "tiny", *MINUSCULE, "--tasks", "needle", "--lengths", "32,64", "--seeds", "1")
     out = tmp_path / "out"

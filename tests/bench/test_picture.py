@@ -51,6 +51,7 @@ def error_bars(axes) -> list:
     return [each for each in axes.collections if hasattr(each, "get_segments")]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("lengths", [(128,), (128, 256, 512)])
 def test_chance_and_intervals(drawn, lengths):
     figure = drawn(rows(12, lengths))

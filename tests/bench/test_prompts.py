@@ -202,6 +202,7 @@ def test_what_the_model_answered_is_told_and_kept(mukv, chatty, tmp_path):
         assert 0 <= each["partial"][0] < 1
 
 
+@pytest.mark.product
 def test_a_policy_and_a_haystack(mukv, chatty, tmp_path):
     (tmp_path / "prose.txt").write_text("It was late. Nobody came, and he left! " * 20)
     given = ("--tasks", "needle", "--lengths", 900, "--samples", 1, "--json")
@@ -216,6 +217,7 @@ def test_a_policy_and_a_haystack(mukv, chatty, tmp_path):
     assert rows[1]["cache_bytes_per_token"] < rows[0]["cache_bytes_per_token"]
 
 
+@pytest.mark.product
 def test_answers_to_the_text_of_a_task_are_kept(speaker, tmp_path):
     settings = ExamineSettings(samples=3, free=2, form="text")
     told: list[str] = []
@@ -252,6 +254,7 @@ def test_a_long_prompt_is_shown_by_its_ends():
     assert text.endswith("[expected: 1, 2]")
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("given", "said"),
     [

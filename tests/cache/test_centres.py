@@ -34,6 +34,7 @@ LAYER = LayerCentres(
 WEIGHTS = {"embedding": np.ones((3, 2), np.float32)}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["keys", "means", "queries", "aligned"])
 def test_labels_and_scores_by_their_definition(kind):
     keys, queries = drawn(1, HEADS, 7, WIDTH), drawn(1, HEADS, 6, WIDTH)

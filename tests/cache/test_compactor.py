@@ -51,6 +51,7 @@ def smooth(x):
     return np.stack([np.convolve(row, np.ones(3) / 3, "same") for row in x])
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("options", "blend"), [("", 0.6), (",blend=0.1", 0.1)])
 def test_a_prompt(one, options, blend):
     body, _ = one.body(NAME[:-1] + options + ")", 0.4)
@@ -63,6 +64,7 @@ def test_a_prompt(one, options, blend):
             assert positions(body, row, head) == best_of(score[head], int(count * 0.4))
 
 
+@pytest.mark.product
 def test_a_fold(one):
     """Heads keep different entries; those of the prompt have the attention of their blocks, the
     newest of the prompt the mean."""

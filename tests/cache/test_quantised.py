@@ -52,6 +52,7 @@ KINDS = (
 )
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", STORES)
 def test_keys_by_channel(bits, kind):
@@ -70,6 +71,7 @@ def test_keys_by_channel(bits, kind):
         assert (error <= limit)[~np.isnan(error)].all()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", STORES)
 def test_values_by_token(bits, kind):
@@ -101,6 +103,7 @@ def test_a_bias_of_one_channel_changes_no_other():
         np.testing.assert_array_equal(plain[..., others], biased[..., others])
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
@@ -121,6 +124,7 @@ def test_each_variant_says_which_of_its_tensors_are_keys(name, keys):
     assert by_channel == keys
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["normal", "outlier", "outliers", "tiny", "huge", "zeros"])
 @pytest.mark.parametrize("bits", STORES)
 @pytest.mark.parametrize("key", [True, False])
@@ -144,6 +148,7 @@ def test_entries_may_be_encoded_at_every_fold(bits, kind, key):
     assert (np.abs(often - x) / np.where(size > 0, size, 1)).max() < most
 
 
+@pytest.mark.product
 def test_all_blocks_at_once_are_one_by_one():
     """Accelerators decode a body at once, a CPU block by block."""
     random, slots = np.random.default_rng(0), BLOCK + 64

@@ -123,6 +123,7 @@ def best(score, number):
     return {tuple(map(int, at)) for at in zip(*np.unravel_index(flat, score.shape), strict=True)}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("share", [0.5, 0.3])
 def test_the_best_entries_of_all_layers_are_kept(kept, scores, share):
     """Scores come from a dense pass over prompt and repetition. The entries of all layers and heads
@@ -160,6 +161,7 @@ def test_a_budget_for_each_head_or_layer(kept, scores):
             assert positions(by_layer, row)[layer] == best(each, 2 * number)
 
 
+@pytest.mark.product
 def test_bytes_are_those_of_what_is_kept(kept, model):
     """The pool of a layer has room for its entries, rounded up to a multiple of 16."""
     prompts = PROMPTS[:1]
@@ -181,6 +183,7 @@ def test_ties_are_won_by_the_newer_entry_and_the_lower_layer():
     assert held[:, :, 4].tolist() == [[True, True], [True, False]]
 
 
+@pytest.mark.product
 def test_full_budget_is_full_attention():
     """Law 7, with a question after the prompt, over a fold."""
     model = model_of("gqa", "rope")

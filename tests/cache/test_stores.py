@@ -32,6 +32,7 @@ def stored(store, x, folds=1):
     return np.float64(run(jnp.asarray(x)))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", KINDS)
 def test_floats_of_8_bits(kind):
     """The nearest number of 4 bits of exponent and 3 of mantissa, after division by the power of
@@ -94,6 +95,7 @@ def test_bytes(name, number, factors):
     assert cache.nbytes() == body + tail + 40 * 4 + 2 * 4
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ["fp8", "rotated(bits=3)"])
 def test_entries_that_are_kept(name):
     """Other policies compose; positions are those of exact entries, and numbers close to them."""

@@ -144,6 +144,7 @@ def continued():
 IDS = np.random.default_rng(4).integers(3, matrix.VOCAB, (2, 150)).tolist()
 
 
+@pytest.mark.product
 def test_rows_of_a_prompt_in_chunks_do_not_matter(continued):
     """A row that ends chunks earlier than another; all behind its prompt is held in a fold."""
     prompts, then = [IDS[0], IDS[1][:30]], [IDS[1][:5], IDS[0][:20]]

@@ -62,6 +62,7 @@ def policies(draw):
     return Policy(keep, draw(parts(STORES)), draw(parts(SELECTORS)))
 
 
+@pytest.mark.product
 @given(policies())
 def test_parsing_is_the_inverse_of_printing(policy):
     assert Policy.parse(str(policy)) == policy

@@ -253,6 +253,7 @@ def test_without_a_command_the_help_is_shown(mukv):
     assert "error" not in done.stdout + done.stderr
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ["provenance.json", "tokenizer.json"])
 def test_a_folder_in_the_way(mukv, place, name):
     (place / "run" / name).unlink()
@@ -268,6 +269,7 @@ def test_memory_that_is_not_there(mukv, place, monkeypatch):
     refused(mukv, place, GENERATE, ["not enough memory", "allocating 9 bytes"], status=1)
 
 
+@pytest.mark.product
 def test_ids_that_are_no_tokens(mukv, place):
     done = mukv(*TRAIN, "data.path=no-ids")
     assert done.returncode == 2

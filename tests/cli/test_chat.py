@@ -85,6 +85,7 @@ def test_a_template_that_changes_earlier_messages_rebuilds_the_cache(folder, typ
     assert "prefilled again" in done.stderr
 
 
+@pytest.mark.product
 def test_a_pipe(typed):
     made = turns(typed("Hello\n\nWhy?", "--json"))
     assert [turn["role"] for turn in made] == ["assistant"] * 2
@@ -96,6 +97,7 @@ def test_a_pipe(typed):
     assert plain == made[0]["text"] + "\n"
 
 
+@pytest.mark.product
 def test_commands(typed):
     hello = turns(typed("Hello\n", "--json"))[0]["text"]
     done = typed("/help\nHello\n/reset\nHello\n/rest\n/stats\n/quit\nHello\n", "--json")
@@ -107,6 +109,7 @@ def test_commands(typed):
     assert "turns: 1\n" in typed("Hello\n/stats\n").stdout
 
 
+@pytest.mark.product
 def test_a_system_prompt(folder, typed):
     given = turns(typed("Hello\n", "--json", "--system", "Be brief."))[0]
     changed = turns(typed("Hi\n/system Be brief.\nHello\n", "--json"))[1]
@@ -149,6 +152,7 @@ def test_ctrl_c_ends_the_answer(folder):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.product
 def test_a_policy_compresses_what_is_kept(typed):
     full = turns(typed("Hello\nWhy?\n", "--json"))
     kept = turns(typed("Hello\nWhy?\n", "--json", "--policy", "knorm:0.25"))

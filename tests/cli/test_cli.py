@@ -39,6 +39,7 @@ def facts(mukv):
     return run
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example(mukv, name):
     done = mukv(name, "--help")
@@ -72,6 +73,7 @@ def test_data(facts, mukv, tmp_path):
     assert f"fingerprint: {made['fingerprint']}" in again.stdout
 
 
+@pytest.mark.product
 def test_eval_of_text_is_eval_of_its_ids(facts, mukv, trained, tmp_path):
     text = "Déjà vu number 3. " * 5
     (tmp_path / "a.txt").write_text(text)
@@ -103,6 +105,7 @@ def test_generate(facts, trained):
     assert loaded.generate(PROMPT, 6).token_ids == made["token_ids"]
 
 
+@pytest.mark.product
 def test_seeds_stops_and_copies(facts, trained):
     base = ("--prompt", PROMPT, "--temperature", 2)
     drawn = {seed: generate(facts, trained, *base, "--seed", seed) for seed in (0, 1)}
@@ -117,6 +120,7 @@ def test_seeds_stops_and_copies(facts, trained):
     assert len({tuple(ids) for ids in copies}) == 3
 
 
+@pytest.mark.product
 def test_several_prompts_are_one_batch(facts, mukv, trained, tmp_path):
     (tmp_path / "a.txt").write_text("number 3")
     base = ("generate", trained, "--max-tokens", 6)
@@ -148,6 +152,7 @@ def test_special_tokens_of_a_prompt(facts, trained):
     assert plain == generate(facts, trained, "--token-ids", letters)
 
 
+@pytest.mark.product
 def test_generate_under_a_policy(facts, trained):
     base = ("generate", trained, "--prompt", PROMPT * 40, "--max-tokens", 6)
     full = facts(*base)
@@ -230,6 +235,7 @@ def test_compress_at_equal_bytes_without_recall(facts, trained, tmp_path):
         assert row["budget"] < 0.6
 
 
+@pytest.mark.product
 def test_another_compute_type(facts, trained, tmp_path):
     (tmp_path / "a.txt").write_text("Once upon a time, and once more. " * 9)
     given = ("eval", trained, "--text", tmp_path / "a.txt")
@@ -244,6 +250,7 @@ def test_another_compute_type(facts, trained, tmp_path):
     assert made[1]["cache_bytes"] < 0.6 * made[0]["cache_bytes"]
 
 
+@pytest.mark.product
 def test_text_streams(mukv, facts, trained):
     text = facts("generate", trained, "--prompt", "[1]", "--max-tokens", 40)["text"]
     done = mukv("generate", trained, "--prompt", "[1]", "--max-tokens", 40)

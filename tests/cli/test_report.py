@@ -103,6 +103,7 @@ def figures(monkeypatch) -> list:
     return kept
 
 
+@pytest.mark.product
 def test_only_equal_texts_share_axes(figures, trained, texts, tmp_path):
     for name in texts:
         make_run(trained, tmp_path / "runs" / name, texts[name])
@@ -138,6 +139,7 @@ def test_a_text_that_is_gone_is_known_by_its_fingerprint(trained, texts, tmp_pat
     assert [len(group) for group in same_text(gather([tmp_path / "runs"])[0])] == [2, 1]
 
 
+@pytest.mark.product
 def test_curves_begin_where_they_can_be_told_apart(figures, trained, texts, tmp_path):
     good = [2 + 8 * math.exp(-step / 3) for step in range(60)]
     bad = [*good[:50], *(4.0 + step for step in range(10))]

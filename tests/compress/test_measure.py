@@ -72,6 +72,7 @@ def losses_of(logits, targets):
     return -np.take_along_axis(likely, targets[..., None], axis=-1)[..., 0]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", params(["full", *KEEPERS, *OTHERS], QUICK))
 def test_measured_as_decoded(reader, rows, name):
     own = candidate(reader, name)
@@ -105,6 +106,7 @@ def test_known_questions_end_the_prefilled_text(reader, rows):
     assert np.shape(found["known"]) == (len(rows.planted), 1, ANSWER)
 
 
+@pytest.mark.product
 def test_what_is_stored_is_not_measured_again(reader, rows):
     pair = [candidate(reader, name) for name in ("full", "knorm")]
     every = jobs(reader, rows, pair, "model", aware=False)
@@ -116,6 +118,7 @@ def test_what_is_stored_is_not_measured_again(reader, rows):
     assert not other & {job.key for job in every}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", params(["full", "knorm"], ["knorm"]))
 def test_a_concept_model(name):
     rows = rows_of(TEXT, 32, 1, 0)
@@ -131,6 +134,7 @@ def test_a_concept_model(name):
     assert len(one_row(cache).length) == 1
 
 
+@pytest.mark.product
 def test_tokens_of_strings_are_known():
     strings = rows_of(TEXT, 64, 1, 200).strings
     assert 0 <= strings.min() < strings.max() < VOCAB

@@ -69,6 +69,7 @@ def converted(model, weights, to, calibrated=True):
     return convert(model, weights, parse(to), examples)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("position", "calibrated"),
     params(
@@ -88,6 +89,7 @@ def test_with_all_heads_and_ranks_nothing_changes(position, calibrated):
         assert difference < 1e-4, to
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "to", params(["shared_kv:16", "mla(rope=4):32"], ["mla(rope=4):32"], unpack=False)
 )
@@ -99,6 +101,7 @@ def test_it_is_the_same_token_by_token(to):
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "to", ["mqa", "gqa(by=similarity):2", "shared_kv:10", "mla(rope=2):7", "reuse:2"]
 )
@@ -241,6 +244,7 @@ def test_bytes(to, numbers):
     assert shapes == {name: param.shape for name, param in named(made.params()).items()}
 
 
+@pytest.mark.product
 def test_layers_of_one_window_share_with_each_other():
     plan = (Stage((Layer(window=3), Layer(window=3), Layer())), Stage((Layer(window=3), Layer())))
     model = source(plan=plan)

@@ -38,6 +38,7 @@ def by_output(param: Param, weight: jax.Array) -> np.ndarray:
     return inner.swapaxes(-1, -2)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", GROUPS)
 @pytest.mark.parametrize("name", DECLARED)
 def test_each_weight_is_within_half_a_step(name, kind):

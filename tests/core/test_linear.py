@@ -27,6 +27,7 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_values_and_gradients(name):
     ours, formula, *shapes = PRODUCTS[name]
@@ -52,6 +53,7 @@ for batch, rows, columns, width in itertools.product((1, 2), (1, 16, 64), (1, 5,
 """
 
 
+@pytest.mark.product
 def test_every_shape_in_bfloat16():
     """Runs in its own process, because XLA has no bfloat16 products while its optimisations are
     off, as in these tests."""

@@ -36,6 +36,7 @@ BYTES = ByteTokenizer()
 BPE = train_bpe(["the cat and the dog and the hat"] * 20, 300)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("tokenizer", [BYTES, BPE])
 @given(text=st.text() | st.just("a<|begin|>b"))
 def test_decoding_undoes_encoding(tokenizer: JsonTokenizer, text: str):
@@ -45,6 +46,7 @@ def test_decoding_undoes_encoding(tokenizer: JsonTokenizer, text: str):
     assert tokenizer.start[0] not in ids
 
 
+@pytest.mark.product
 @given(st.text())
 def test_bytes_are_what_their_file_says(text: str):
     found = BYTES.inner.encode(text, add_special_tokens=False).ids
@@ -222,6 +224,7 @@ def test_parts_that_may_panic_are_silent_even_where_the_probe_is_well(part, capf
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("expression", ["(x+x+)+y", "(x|xx)+y", "(x+x+x+)+y"])
 @pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
 def test_a_panic_is_one_clear_line(part: str, expression: str, capfd):

@@ -65,6 +65,7 @@ NEEDED = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("every", params([4, 1], [4]))
 def test_numbers(tmp_path, monkeypatch, record_property, every):
     """Each value is refused before any file is read, and the error names the option as it was
@@ -133,6 +134,7 @@ SWAPPED = [
 ]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("line", "parts"), SWAPPED, ids=[line for line, _ in SWAPPED])
 def test_swapped_arguments(mukv, place, line, parts):
     done = mukv(*line.split())
@@ -140,6 +142,7 @@ def test_swapped_arguments(mukv, place, line, parts):
     assert [part for part in parts if part not in done.stderr] == [], done.stderr
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("line", "start"),
     [

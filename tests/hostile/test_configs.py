@@ -96,6 +96,7 @@ def test_files(folder, record_property):
     assert resolve("bom.yaml", [], None)[0] == config.load("tiny")
 
 
+@pytest.mark.product
 def test_texts(folder, record_property):
     """The same text is given as a file and as an override."""
 
@@ -153,6 +154,7 @@ VALUES = [
 ]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("preset", params(["tiny", "tiny-concept-learned"], ["tiny"]))
 def test_every_key(preset, record_property):
     """Each value of a whole configuration is replaced by a non-number or an absurd number."""
@@ -171,6 +173,7 @@ def test_every_key(preset, record_property):
     assert counts["refused"] > 2 * len(paths)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -182,6 +182,7 @@ def texts() -> Iterator[tuple[str, Change]]:
         yield f"bytes {number}", write("config.json", bytes(bad))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("every", params([4, 1], [4]))
 @pytest.mark.parametrize("architecture", params(CONFIGS, [*CONFIGS][:1]))
 def test_configs(valid, tmp_path, record_property, architecture, every):
@@ -263,6 +264,7 @@ def damaged() -> Iterator[tuple[str, Change]]:
         yield f"byte {number}", at(draw.randrange(1500), draw.randrange(256))
 
 
+@pytest.mark.product
 def test_tensors(valid, tmp_path, record_property):
     changes = (change for made in (headers(), damaged()) for change in made)
     folder = valid["LlamaForCausalLM"]

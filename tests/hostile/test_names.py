@@ -104,6 +104,7 @@ def test_token_files(mukv, place, record_property):
     writes(mukv, place, record_property, "names of token files", "data", "source.txt")
 
 
+@pytest.mark.product
 def test_sources(mukv, place, record_property):
     """A text file of each name."""
     (place / "x").mkdir()
@@ -170,6 +171,7 @@ def test_runs_of_a_folder_in_a_report(mukv, place, run):
     assert [Path(each["run"]).name for each in facts["runs"]] == sorted(names)
 
 
+@pytest.mark.product
 def test_runs_by_name(mukv, place, run, record_property):
     """A run of each name in a report and a description."""
 
@@ -194,6 +196,7 @@ def test_runs_by_name(mukv, place, run, record_property):
     check_all("names of runs", each(work, NAMES[::8]), record_property)
 
 
+@pytest.mark.product
 def test_reports(mukv, place, run, record_property):
     names = [name for name in NAMES[2::4] if len(name) < 245]
     writes(mukv, place, record_property, "names of pages", "report", run, names=names, end=".html")

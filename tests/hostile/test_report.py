@@ -284,6 +284,7 @@ def test_curves_of_foreign_metrics(run, tmp_path, record_property):
     check_all("report", inputs, record_property)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("every", params([4, 1], [4]))
 def test_names(run, tmp_path, record_property, every):
     """Every name as one of a run, of files, and in all that is drawn and printed."""

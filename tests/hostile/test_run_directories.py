@@ -53,6 +53,7 @@ def test_metrics(tmp_path, record_property):
     assert check_all("metrics", calls, record_property) == {"accepted": len(calls)}
 
 
+@pytest.mark.product
 def test_a_run_goes_on_with_metrics_of_others(mukv, run):
     (run / "metrics.jsonl").write_text("\n".join(line for line in LINES if len(line) < 10**4))
     done = mukv("train", run, "--json")

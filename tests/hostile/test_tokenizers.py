@@ -7,6 +7,7 @@ import json
 import random
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mukv.data.tokenizer import ByteTokenizer, parse_tokenizer, train_bpe
@@ -156,6 +157,7 @@ def assembled(original: dict[str, Any], rng: random.Random) -> str:
     return json.dumps(tree)
 
 
+@pytest.mark.product
 def test_parts_that_do_harm_together(record_property, capfd):
     rng = random.Random(1)
     files = originals()

@@ -130,6 +130,7 @@ LISTED = {"added_tokens_decoder": {"1": MARK | {"content": "<s>", "special": Tru
 OWN = {"image_token": "<i>", "boi": "<x>"}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("settings", "mapped", "right"),
     [

@@ -45,6 +45,7 @@ def test_every_command_takes_it(mukv, trained, folder, tmp_path):
     assert described[2]["layers"] == described[0]["layers"]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("source", ["a folder", "a run"])
 def test_training_begins_with_its_weights(mukv, folder, tmp_path, token_file, source):
     if source == "a run":
@@ -94,6 +95,7 @@ def test_without_a_tokenizer_there_are_ids(mukv, folder, tmp_path):
     assert "no tokenizer.json" in done.stderr
 
 
+@pytest.mark.product
 def test_a_text_ends_where_the_model_says(mukv, folder, tmp_path):
     asked = ("--token-ids", "256,68", "--max-tokens", 12, "--json")
     free = told(mukv("generate", folder, *asked))["token_ids"]
@@ -140,6 +142,7 @@ def test_a_type_that_does_not_hold_the_numbers_is_refused(trained, tmp_path):
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
 def test_a_message_is_put_as_the_template_says(mukv, folder, tmp_path, place):
     pytest.importorskip("jinja2")
@@ -326,6 +329,7 @@ WRONG = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_named(mukv, folder, tmp_path, case):
     damage, words = WRONG[case]

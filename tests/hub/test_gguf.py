@@ -43,6 +43,7 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("MUKV_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("case", params(CASES, [*CASES][2::4]))
 def test_logits_are_those_of_the_model(case, tmp_path):
     architecture, family, fields = CASES[case]
@@ -258,6 +259,7 @@ def test_an_unknown_way_to_split_is_refused():
         gguf_tokenizer.tokenizer_files(BYTE_LEVEL | {"tokenizer.ggml.pre": "smolm"}, "llama", "x")
 
 
+@pytest.mark.product
 def test_split_files_are_joined(tmp_path):
     model = build("Llama", TINY)
     whole = write_gguf(tmp_path / "whole.gguf", "llama", model)

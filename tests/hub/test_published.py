@@ -77,6 +77,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_configuration_is_the_preset(name):
     published, parameters = PUBLISHED[name]

@@ -43,6 +43,7 @@ def whole(model, weights):
     return lambda ids, number: generate(model, weights, [ids], number, compute=EXACT).tokens[0]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("policy", params(["full", "knorm", "snapkv"], ["knorm"]))
 def test_turns_are_one_prefill(begun, whole, monkeypatch, policy):
     """Policies with room for everything keep everything; a tail is folded within the first answer,
@@ -71,6 +72,7 @@ def test_other_earlier_tokens_rebuild_the_cache(begun, whole):
     assert found.tokens == whole(other, 4)
 
 
+@pytest.mark.product
 def test_an_error_in_a_turn_leaves_a_cache_that_can_be_used(begun, whole):
     talk = begun()
 
@@ -84,6 +86,7 @@ def test_an_error_in_a_turn_leaves_a_cache_that_can_be_used(begun, whole):
     assert talk.answer(SECOND, 4).tokens == whole(SECOND, 4)
 
 
+@pytest.mark.product
 def test_answers_end(begun, whole):
     expected = whole(FIRST, 9)
     stop = expected[3]
@@ -103,6 +106,7 @@ def test_turns_of_like_length_compile_nothing(begun):
     assert [len(each.programs) for each in talk.functions] == counts
 
 
+@pytest.mark.product
 def test_turns_draw_for_themselves(begun):
     drawn = []
     for seed in (0, 0, 1):

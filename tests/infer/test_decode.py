@@ -58,12 +58,14 @@ def test_greedy_is_the_argmax_of_the_full_pass(model, continued):
     assert len(set(made[0])) > 3
 
 
+@pytest.mark.product
 def test_a_model_trained_with_rematerialisation_decodes(model, weights):
     sparing = replace(EXACT, rematerialise=True)
     made = [generate(model, weights, PROMPTS, 4, compute=each).tokens for each in (EXACT, sparing)]
     assert made[0] == made[1]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "sampling", [Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1e-6)]
 )
@@ -71,6 +73,7 @@ def test_what_leaves_one_token_is_greedy(continued, sampling):
     assert continued(sampling=sampling).tokens == continued().tokens
 
 
+@pytest.mark.product
 def test_a_prompt_may_be_read_in_two_parts(model, weights, continued):
     prompts = [[7, 8, 9, 2, 6] * 15, [1, 5, 9, 2]]
     then = [[4, 4, 1], [2, 7, 1, 8, 2, 8]]
@@ -89,6 +92,7 @@ def test_a_row_does_not_depend_on_its_batch(continued):
     assert continued(PROMPTS[:1], sampling=hot).tokens == continued(sampling=hot).tokens[:1]
 
 
+@pytest.mark.product
 def test_rows_and_seeds_draw_for_themselves(continued):
     made = [continued([[1, 2]] * 3, sampling=Sampling(1.0, seed=seed)).tokens for seed in (0, 1)]
     assert len({tuple(row) for rows in made for row in rows}) == 6
@@ -103,6 +107,7 @@ def test_stop_ends_a_row_with_itself(continued):
     assert [len(row) for row in everything.tokens] == [1, 1, 1]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("number", [1, 2, BLOCK, BLOCK + 1, BLOCK + 2])
 def test_as_many_tokens_as_asked_for(continued, number):
     made = continued(max_tokens=number).tokens
@@ -117,6 +122,7 @@ def test_what_is_shown_adds_up(continued):
     assert len(shown) > LONG // BLOCK
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("number", [1, BLOCK + 2, LONG])
 def test_the_cache_weighs_what_is_reported(model, continued, number):
     sizes = Sizes.plan(3, 7, number)
@@ -140,6 +146,7 @@ LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0])
 DRAWS = 20_000
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("sampling", "kept"),
     [

@@ -47,6 +47,7 @@ def by_hand(model, weights, length):
     return nats, tokens
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("length", params([1, 3, 4, 11, 100], [3, 11]))
 @pytest.mark.parametrize("batch_tokens", params([1, 24, 8192], [24]))
 def test_loss(model, weights, monkeypatch, length, batch_tokens):

@@ -70,6 +70,7 @@ def forward(model, compute):
     )
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", params(MODELS, [n for n in MODELS if n in QUICK]))
 def test_at_first_nothing_changes(name):
     """Logits are bit-equal, because the second thin weight is initialised with zeros."""
@@ -154,6 +155,7 @@ def test_only_thin_weights_train():
     assert seen[-1].loss < seen[0].loss
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", params(sorted(OPTIMIZERS), ["adamw"]))
 def test_the_optimizer_remembers_thin_weights_alone(kind):
     """The optimizer state grows with the rank, not with the model."""
@@ -172,6 +174,7 @@ def test_the_optimizer_remembers_thin_weights_alone(kind):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.product
 def test_gradients_of_frozen_weights_are_never_formed():
     """The gradient of the adapters takes less memory than the weights that they change, besides
     these, and two thirds of the operations of the gradient of all weights."""

@@ -76,6 +76,7 @@ def following(first):
     return matrix.tokens(2, LENGTH)[np.arange(2)[:, None], COUNT[:, None] + first + np.arange(TAIL)]
 
 
+@pytest.mark.product
 def test_a_block_is_its_steps(case):
     """Law 2: logits, entries and the state of the policy, over two folds."""
     model, weights, policy = case
@@ -95,6 +96,7 @@ def test_a_block_is_its_steps(case):
     assert same is cache
 
 
+@pytest.mark.product
 def test_many_continuations_of_one_cache(case):
     """`vmap` over blocks, with one cache for all."""
     model, weights, policy = case
@@ -109,6 +111,7 @@ def test_many_continuations_of_one_cache(case):
         np.testing.assert_allclose(one, logits(ids), atol=3e-5)
 
 
+@pytest.mark.product
 def test_a_recorded_text_is_compressed_as_by_prefill(case):
     """At once, and with a text that is recorded in two parts."""
     model, weights, policy = case
@@ -126,6 +129,7 @@ def test_a_recorded_text_is_compressed_as_by_prefill(case):
     close(model.compressed(weights, recorded, empty), cache, atol=1e-4)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("window", [1, 3])
 def test_a_tail_keeps_the_queries_of_the_window_alone(window):
     """The same entries are kept as with all queries of the tail."""

@@ -61,6 +61,7 @@ def restored(small, weights):
     return jax.tree.map(whole, small, weights, is_leaf=is_compact)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("name", "kind"), params(ROWS, QUICK, "-".join, unpack=True))
 def test_a_model_runs_on_few_bits(name, kind):
     """Its logits are those of the dequantised weights, and near those of the original ones; greedy
@@ -91,6 +92,7 @@ def test_a_model_runs_on_few_bits(name, kind):
     assert made[0] == made[1]
 
 
+@pytest.mark.product
 def test_representable_weights_give_the_same_logits():
     """Weights on the levels of int8 are stored without loss, so that the logits are the same."""
     model, random = MODELS["tied"], np.random.default_rng(0)
@@ -166,6 +168,7 @@ def test_what_is_refused(trained, tmp_path, mukv):
     assert done.returncode == 2
 
 
+@pytest.mark.product
 def test_commands_take_it(trained, mukv):
     done = mukv(
         "generate", trained, "--prompt", "a", "--max-tokens", "3", "--weights", "int8", "--json"

@@ -84,6 +84,7 @@ def test_decode_is_prefill(case):
     assert np.sum(concepts)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("case", params(CONCEPTS, SAMPLE_CONCEPTS[::6], "-".join), indirect=True)
 def test_prefill_continues(case):
     """Law 2: a text read in two prefills, cut within a chunk or not, equals the text at once."""
@@ -125,6 +126,7 @@ def test_packing_isolates(case):
         np.testing.assert_allclose(case.packed[start:stop], alone[: stop - start], atol=2e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("case", params(CONCEPTS, SAMPLE_CONCEPTS[::6], "-".join), indirect=True)
 def test_ways_of_computing_agree(case):
     """Scan = unrolled, fused core = plain core, chunked loss = whole loss; gradients too."""
@@ -179,6 +181,7 @@ def test_concepts_of_one_token_without_local_layers_are_a_decoder(chunker, pool)
 READ = {"cross": (Cross(), "rope"), "prefix": (Prefix(slots=1), "nope")}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("read", READ)
 def test_concepts_of_one_token_that_are_read_are_an_attention(read):
     """Law 10: with global layers that are silent, what reads concepts is a decoder's layer. By
@@ -220,6 +223,7 @@ def test_concepts_of_one_token_that_are_read_are_an_attention(read):
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 
+@pytest.mark.product
 def test_delimiters_at_equal_distances_are_fixed_chunks():
     """Law 10 for the chunker that can't make chunks of one token: delimiters at equal distances
     give logits bit-equal to fixed chunks."""
@@ -281,6 +285,7 @@ def test_resume_is_bit_equal(tmp_path):
     assert_same_bits(*whole_and_resumed(model, 2, tmp_path))
 
 
+@pytest.mark.product
 def test_borders_that_come_too_early_are_refused_and_counted():
     """Never more than (p + 1) // room concepts at place p, and what is refused is told."""
     model = matrix.concept("delimiter", "select", "residual")

@@ -124,6 +124,7 @@ def test_layers_written_out_are_repeats():
     assert_equal((model, weights), (replace(model, plan=plan), {**weights, "stage0": slots}))
 
 
+@pytest.mark.product
 def test_a_layer_with_its_own_position_is_a_model_with_it():
     model = matrix.build("gqa", "rope", "plain")
     weights = matrix.weights(model)
@@ -131,6 +132,7 @@ def test_a_layer_with_its_own_position_is_a_model_with_it():
     assert_equal((other, weights), (matrix.build("gqa", "nope", "plain"), weights))
 
 
+@pytest.mark.product
 def test_what_is_recomputed_changes_no_gradient():
     """And it is recomputed: each policy that stores less has a smaller program's memory, but for
     `offload`, whose host memory is the same on a CPU."""

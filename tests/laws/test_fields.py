@@ -515,6 +515,7 @@ def test_it_changes_a_program_or_a_number(compiled, outcome, name):
     assert any((leaf != base_weights[name]).any() for name, leaf in weights.items())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", params(SAME, [*SAME][::3]))
 def test_it_says_how_and_not_what(load, outcome, name):
     run = load(SAME[name])
@@ -557,6 +558,7 @@ def written(load, tmp_path_factory):
     return run
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", params(LOOP, [*LOOP][::3]))
 def test_it_changes_what_is_written(written, name):
     assert written(LOOP[name]) != written()

@@ -86,6 +86,7 @@ def test_powers_of_each_weight_are_the_table_s(model, kind):
 ALIKE = [("sp", "ntk"), ("mup", "mean_field")]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("pair", params(ALIKE, ALIKE[1:]))
 @pytest.mark.parametrize("ratio", params([4, 16], [4]))
 def test_symmetric_ones_train_the_same_without_epsilon(pair, ratio):

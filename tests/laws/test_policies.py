@@ -111,6 +111,7 @@ def test_full_budget_is_full_attention(case, whole):
     assert cache.nbytes() == cache_bytes(model, 2, LENGTH, TAIL, EXACT.type, policy)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "attention", ["shared-kv", "shared-kv-normed", "latent", "tied", "tensor-product"]
 )
@@ -289,6 +290,7 @@ def test_what_is_kept(one, name):
             assert positions(body, row, head) == expected
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ["knorm", "tova", "snapkv"])
 def test_what_is_kept_while_decoding(one, name):
     """Law 2 with budgets: of what was kept and the newest, what the formula says."""
@@ -322,6 +324,7 @@ def test_what_is_kept_while_decoding(one, name):
             assert positions(later, row, head) == expected
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("options", "epsilon", "covariance", "vnorm"),
     [
@@ -430,6 +433,7 @@ def refined_by_output(one, row, head, score, places, number, epsilon=1e-4, first
     return new
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("first", params([0.5, 0.0, 1.0], [0.5]))
 @pytest.mark.parametrize("name", ["snapkv", "cur"])
 def test_critical(one, name, first):
@@ -530,6 +534,7 @@ def test_pages(one):
             assert [p for p in held[row, head].tolist() if p >= 0] == expected
 
 
+@pytest.mark.product
 def test_clusters(one):
     """Entries of the clusters with the highest scores are read, until the budget is used up."""
     body, _ = one.body("clusters", 16.0)
@@ -568,6 +573,7 @@ def test_calibrated_centres(one):
             assert label[held[head, :rows]].tolist() == sorted(label)
 
 
+@pytest.mark.product
 def test_sparse_values(one):
     """Of all weights the largest, summed over a group, and no others; top-p until the mass. They
     share the weight of the others, in each query head by itself."""
@@ -604,6 +610,7 @@ def test_sparse_values(one):
     assert {True, False} == set(capped)
 
 
+@pytest.mark.product
 def test_sparq(one):
     """Entries are chosen by the query's largest components; the mass of the others goes to the mean
     of all values."""
@@ -627,6 +634,7 @@ def test_sparq(one):
         np.testing.assert_allclose(mass, exact * (1 - read) / read, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
 def test_stores(one, name, bits):
     """No number has an error above half a step of its group; bytes follow from the bits."""

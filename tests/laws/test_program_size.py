@@ -58,7 +58,7 @@ def prefill(model: Any, length: int, fresh: bool) -> int:
 ATTENTIONS = cover(matrix.SAMPLE, lambda row: [("attention", row[0])], size=1)
 
 
-@pytest.mark.parametrize("combination", params(matrix.SAMPLE, ATTENTIONS[::5], "-".join))
+@pytest.mark.parametrize("combination", params(matrix.SAMPLE, ATTENTIONS[:1], "-".join))
 def test_programs_do_not_grow_with_length(combination):
     model = matrix.build(*combination)
     assert training(model, SHORT) == training(model, LONG)

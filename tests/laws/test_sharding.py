@@ -63,6 +63,7 @@ def test_sharding_is_invisible(mesh, combination):
         assert np.sqrt(np.mean((np.asarray(eight) - np.asarray(one)) ** 2)) < 0.02 * RATE
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("combination", params(matrix.SAMPLE, matrix.SAMPLE[:1], "-".join))
 def test_decoding_is_sharded_invisibly(combination):
     """With sharded weights, logits after a prompt and one more token are those of one device."""
@@ -86,6 +87,7 @@ def test_decoding_is_sharded_invisibly(combination):
             np.testing.assert_allclose(four, one, atol=2e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("data", "tensor"), [(8, 1), (1, 4), (4, 2)])
 def test_weights_and_moments_are_split(data, tensor):
     """Every large array is sharded over `data` (FSDP), and over `tensor` except for KV heads."""

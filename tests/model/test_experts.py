@@ -77,6 +77,7 @@ def dense(part: Experts, own: dict, x: Array) -> Array:
     return total + (mlp(**own["shared"]) if part.shared else 0)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("lean", [0.0, 9.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_grouped_products_are_the_dense_sum(kind, lean):
@@ -201,6 +202,7 @@ def test_counts_of_weights_and_operations():
     assert more == 6 * 2 * (16 * 5 + 4 * expert - 3 * 16)
 
 
+@pytest.mark.product
 def test_layers_may_differ_and_penalties_add_up_scanned_or_not():
     """A dense first layer, then repeats of experts."""
     plan = (Stage((Layer(mlp=Gated(hidden=20)),)), Stage(repeats=3))
@@ -218,6 +220,7 @@ def test_layers_may_differ_and_penalties_add_up_scanned_or_not():
     np.testing.assert_allclose(results[0].hidden, results[1].hidden, atol=1e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_router_s_rate_goes_with_the_width_it_sums_over(kind):
     """The router has the deviation of its fan-in, and the learning rate of hidden weights under
@@ -287,6 +290,7 @@ def test_parity_with_qwen3_moe():
             assert mine == pytest.approx(float(their) / 2, rel=1e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("capacity", [None, 1.0])
 def test_experts_in_pieces_are_the_same(capacity):
     """Law 6 of one part, on 8 devices: experts stored over data, each split over tensor."""

@@ -48,6 +48,7 @@ CALLS = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", CALLS)
 def test_a_shape_is_compiled_once(model, name):
     jax.clear_caches()
@@ -94,6 +95,7 @@ def test_places_have_the_shape_of_the_tokens(model):
         model.logits([[1, 2]], segment=[[1]])
 
 
+@pytest.mark.product
 def test_one_prompt_or_several(model):
     one = model.generate("ab", max_tokens=12)
     both = model.generate(["ab", "cdef"], max_tokens=12)
@@ -105,11 +107,13 @@ def test_one_prompt_or_several(model):
     assert model.generate("ab", 12, temperature=1.0, top_k=1, seed=2) == one
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("policy", ["int8", "snapkv:0.5+int8", "full"])
 def test_a_policy_as_text(model, policy):
     assert len(model.generate("ab" * 20, 4, policy=policy).token_ids) == 4
 
 
+@pytest.mark.product
 def test_a_text_ends_before_a_stop_text(model):
     whole = model.generate("ab", max_tokens=60, temperature=1.0)
     # What stands in the middle, over a border of tokens: a token is a byte here.

@@ -108,6 +108,7 @@ def compare_all(architecture, points, tmp_path, record_property):
     return counts
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("architecture", params(grid.FAMILIES, [*grid.FAMILIES][:1]))
 def test_every_key_with_one_family(architecture, tmp_path, record_property):
     """Every point with one of the families; `test_each_key` tries all of them."""
@@ -131,6 +132,7 @@ def test_sizes_that_are_left_out(architecture, tmp_path, record_property):
     assert counts[SAME] >= 3
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("architecture", params(grid.FAMILIES, [*grid.FAMILIES][::3]))
 @pytest.mark.parametrize(("count", "least"), params([(8, 2), (100, 40)], [(8, 2)], unpack=True))
 def test_several_keys_at_once(architecture, count, least, tmp_path, record_property):

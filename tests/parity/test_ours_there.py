@@ -62,6 +62,7 @@ MODELS = {
 """Plan, changes of attention, changes of the model: all that an export has to fold away."""
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_scaled_is_folded_into_the_weights(name, tmp_path):
     plan, attention, changes = MODELS[name]
@@ -79,6 +80,7 @@ def test_what_is_scaled_is_folded_into_the_weights(name, tmp_path):
     np.testing.assert_allclose(logits(theirs, ids), expected, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.product
 def test_a_trained_model_is_the_same_there(trained, token_file, tmp_path):
     """Logits, tokens and perplexity; with the tokenizer that transformers makes of ours."""
     assert command("export", trained, "--out", tmp_path / "out").returncode == 0
@@ -97,6 +99,7 @@ def test_a_trained_model_is_the_same_there(trained, token_file, tmp_path):
     assert found["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
+@pytest.mark.product
 def test_perplexity_with_a_stride(trained, tmp_path):
     """Windows as transformers' guide has them: what a window shares with the one before it is
     context alone."""

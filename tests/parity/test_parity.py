@@ -111,6 +111,7 @@ def test_256_greedy_tokens(pair):
     assert found.tokens[0] == expected[0, prompt.shape[1] :].tolist()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("pair", ["llama-3", "gemma-2"], indirect=True)
 def test_a_sharded_load_is_the_whole(pair):
     _, folder, ours = pair
@@ -122,6 +123,7 @@ def test_a_sharded_load_is_the_whole(pair):
     np.testing.assert_allclose(split.logits(IDS), ours.logits(IDS), atol=1e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("pair", ["llama-3", "gemma-2"], indirect=True)
 def test_bfloat16_is_as_near_as_theirs(pair, tmp_path):
     """Against float32 of the same rounded weights, our root mean square error is at most 1.25

@@ -121,6 +121,7 @@ def test_every_command_reads_it(mukv, adapted, tmp_path, line):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.product
 def test_transformers_reads_what_is_exported(mukv, made, tmp_path):
     done = mukv("export", made, "--out", tmp_path / "there")
     assert done.returncode == 0, done.stderr
@@ -134,6 +135,7 @@ def test_transformers_reads_what_is_exported(mukv, made, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.weights, ours.weights)
 
 
+@pytest.mark.product
 def test_a_whole_run_starts_from_it(mukv, made, base, tmp_path):
     """A run without adapters starts from the merged weights and trains all of them."""
     given = (f"train.start={made}", "train.adapter=null", *FEW, "train.steps=1")
@@ -148,6 +150,7 @@ def test_a_whole_run_starts_from_it(mukv, made, base, tmp_path):
     assert not (tmp_path / "whole/base.json").exists()
 
 
+@pytest.mark.product
 def test_killed_and_continued_it_ends_in_the_same_bits(mukv, adapted, made):
     """The run is left as after a kill in step 4; the base is read again."""
     shutil.rmtree(adapted / "checkpoints/6")
@@ -158,6 +161,7 @@ def test_killed_and_continued_it_ends_in_the_same_bits(mukv, adapted, made):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.product
 def test_killed_before_the_first_step(mukv, adapted, made):
     """The folder has a configuration but no base.json."""
     for name in ("checkpoints", "weights"):

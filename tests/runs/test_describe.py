@@ -115,6 +115,7 @@ def test_weights_lie_where_it_says(mesh):
     assert len(rows) == len(params.named(run.model.params()))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("preset", config.presets())
 def test_every_preset_shows_in_a_narrow_terminal(preset):
     run, out = config.load(preset), io.StringIO()

@@ -39,6 +39,7 @@ def test_state_is_what_each_device_is_given(mesh, changes):
     assert Estimate(run, HOST).state == held
 
 
+@pytest.mark.product
 def test_a_compiled_program_holds_what_is_estimated():
     """Compares the bytes of the loss and its gradient on 2 x 2 devices; tests/laws/test_compiled.py
     compares whole steps on GPUs."""
@@ -90,6 +91,7 @@ def test_links_between_islands_are_shared():
     assert h100.link(64, 8) == h100.network
 
 
+@pytest.mark.product
 def test_what_does_not_fit_and_the_nearest_mesh_that_does():
     found = of("llama-3.2-1b", "train.compute.platform=gpu", "train.compute.rematerialise=true")
     small = replace(found, device=replace(found.device, memory=8e9))
@@ -112,6 +114,7 @@ def test_unknown_devices_are_refused():
         device("h10")
 
 
+@pytest.mark.product
 def test_the_command(mukv):
     line = ("describe", "tiny", "mesh.data=4", "--device", "v5p", "--length", "64", "--json")
     facts = json.loads(mukv(*line).stdout.splitlines()[-1])

@@ -52,6 +52,7 @@ def test_the_greedy_continuation_is_known_as_such(model):
     assert found[1] or "\ufffd" in text
 
 
+@pytest.mark.product
 def test_likelihood_of_texts(model):
     (found,) = Answers(model).loglikelihood_rolling([ask("Déjà vu number 3. " * 4)])
     (pair,) = Answers(model).loglikelihood([ask("", "Déjà vu number 3. ")])

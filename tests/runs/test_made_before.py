@@ -28,6 +28,7 @@ def made_before(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.product
 def test_it_loads_with_the_loss_that_it_had(mukv, made_before):
     lines = list(read_metrics(made_before / "metrics.jsonl"))
     expected = next(line["validation_loss"] for line in lines[::-1] if "validation_loss" in line)
@@ -39,6 +40,7 @@ def test_it_loads_with_the_loss_that_it_had(mukv, made_before):
     assert package.load(made_before).generate("The", max_tokens=4)
 
 
+@pytest.mark.product
 def test_its_checkpoint_resumes_to_the_weights_that_it_had(mukv, made_before):
     expected = load_weights(made_before / "weights")[0]
     shutil.rmtree(made_before / "weights")

@@ -14,6 +14,7 @@ from mukv.train.training import Training
 from tests.conftest import MINUSCULE
 
 
+@pytest.mark.product
 def test_an_ordinary_run_has_no_notes():
     for preset in config.presets():
         run = config.load(preset)

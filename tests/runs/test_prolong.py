@@ -28,6 +28,7 @@ def test_prolonged_is_long(mukv, token_file, tmp_path, schedule):
     assert contents(tmp_path / "prolonged" / "weights") == contents(tmp_path / "long" / "weights")
 
 
+@pytest.mark.product
 def test_without_a_checkpoint_from_before_the_decay_it_is_refused(mukv, token_file, tmp_path):
     assert train(mukv, token_file, tmp_path / "r", WSD, "train.steps=5").returncode == 0
     shutil.rmtree(tmp_path / "r" / "checkpoints" / "3")

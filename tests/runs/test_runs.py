@@ -47,6 +47,7 @@ def test_a_run_is_a_configuration(run, token_file):
     assert resolve(str(run), [], run / "new")[1].path == run / "new"
 
 
+@pytest.mark.product
 def test_the_corpus_is_kept_by_its_whole_path(run, token_file, monkeypatch):
     monkeypatch.chdir(token_file.parent)
     continued = resolve(str(run), [f"data.path={token_file.name}"], None)
@@ -60,6 +61,7 @@ def test_provenance(run, token_file):
     assert {"commit", "jax", "python", "devices", "processes", "started"} <= record.keys()
 
 
+@pytest.mark.product
 def test_a_longer_run_goes_on_where_the_shorter_ended(mukv, run):
     before = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     done = mukv("train", run, "train.steps=5", "train.log_every=1")
@@ -72,6 +74,7 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(mukv, run):
     assert load_weights(run / "weights")[1]["step"] == "5"
 
 
+@pytest.mark.product
 def test_lines_that_are_no_metrics_are_passed_over(mukv, run):
     lines = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(f'{lines}[1]\n{{"step": "x"}}\n{{"st')
@@ -79,6 +82,7 @@ def test_lines_that_are_no_metrics_are_passed_over(mukv, run):
     assert (run / "metrics.jsonl").read_text().startswith(lines)
 
 
+@pytest.mark.product
 def test_the_newest_weights_are_loaded(mukv, run, trained):
     assert mukv("train", run, "train.steps=5").returncode == 0
     newest = load_weights(run / "weights")[0]

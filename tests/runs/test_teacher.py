@@ -16,6 +16,7 @@ pytestmark = pytest.mark.xdist_group("trained")
 SHORT = ("train.steps=3", "train.log_every=1", "train.checkpoint_every=2")
 
 
+@pytest.mark.product
 def test_a_run_names_its_teacher_and_continues_with_the_same_one(mukv, trained, tmp_path):
     teacher, out = tmp_path / "teacher", tmp_path / "out"
     shutil.copytree(trained, teacher)
@@ -58,6 +59,7 @@ def test_a_run_names_its_teacher_and_continues_with_the_same_one(mukv, trained, 
     assert "train.teacher: got None; the run in" in done.stderr
 
 
+@pytest.mark.product
 def test_a_teacher_that_does_not_fit_is_refused(mukv, trained, token_file, tmp_path):
     (tmp_path / "a.txt").write_text("A text of letters, which is long enough. " * 60)
     tokens = build_tokens([str(tmp_path / "a.txt")], tmp_path / "tokens", "bpe:260").path

@@ -81,6 +81,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.product
 def test_a_text_is_trained_on_with_the_tokenizer_of_the_start(mukv, imported, text, tmp_path):
     before, out = contents(imported), tmp_path / "tuned"
     done = mukv("train", imported, *STEP, f"data.path={text}", "--out", out, "--json")
@@ -108,6 +109,7 @@ class RunOf:
         self.corpus = open_tokens(Path(self.model.run.data.path))
 
 
+@pytest.mark.product
 def test_an_imported_model_is_begun_from_and_left_as_it_is(imported):
     run, folder = resolve(str(imported), ["train.steps=1"], None)
     assert run.train.start == str(imported.resolve())
@@ -162,6 +164,7 @@ def test_a_task_is_not_trained_on_by_a_model_of_text(imported):
         open_feed(run)
 
 
+@pytest.mark.product
 def test_one_task_may_follow_another(mukv, tmp_path):
     """Their words are arbitrary, so that other words are no error."""
     given = ("tiny", *MINUSCULE, *STEP, "train.length=64", "data.task={kind: mqar}")

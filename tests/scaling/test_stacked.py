@@ -61,6 +61,7 @@ compiled = partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": Tru
 question about the compiler too."""
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", params(OPTIMIZERS, ["adamw", "muon", "adafactor"]))
 @pytest.mark.parametrize("decay", params(["independent", "coupled"], ["coupled"]))
 def test_a_stack_is_its_layers(kind, decay):
@@ -82,6 +83,7 @@ def test_a_stack_is_its_layers(kind, decay):
         weights = jax.tree.map(lambda weight, change: weight + 0.1 * change, weights, moved)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("fan_in", ["embed", "hidden"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_an_expert_is_a_matrix_of_its_own(kind, fan_in):

@@ -26,6 +26,7 @@ def test_the_page_is_up_to_date():
     assert PAGE.read_text() == reference.markdown(Run), "run: python docs/configuration.py"
 
 
+@pytest.mark.product
 def test_every_key_is_found_by_its_path():
     for cls, key in KEYS:
         found = reference.find(Run, key.path)

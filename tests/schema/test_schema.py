@@ -167,6 +167,7 @@ runs = st.builds(
 )
 
 
+@pytest.mark.product
 @settings(deadline=None)
 @given(runs)
 def test_survives_the_way_through_yaml(run):

@@ -137,6 +137,7 @@ def has_bars(figure) -> bool:
     return any(each.has_yerr for axes in figure.axes for each in axes.containers)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_bars_stand_only_where_there_are_seeds(drawn, tmp_path, seeds):
     deviations = {64: 0.1, 128: 0.2} if seeds > 1 else {}

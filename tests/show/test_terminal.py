@@ -88,6 +88,7 @@ def test_consoles_are_made_in_one_place():
             assert not names & {"Console", "TextColumn", "print", "track"}, path
 
 
+@pytest.mark.product
 def test_a_run_of_any_name_is_trained_and_named(mukv, token_file, tmp_path):
     from tests.conftest import MINUSCULE
 
@@ -98,6 +99,7 @@ def test_a_run_of_any_name_is_trained_and_named(mukv, token_file, tmp_path):
     assert f"run: {out}" in done.stdout
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ["[red]x", "[x", "a\\b"])
 def test_a_run_whose_checkpoints_could_not_be_read_again_is_refused(
     mukv, token_file, tmp_path, name

@@ -353,6 +353,7 @@ print(told)
 """
 
 
+@pytest.mark.product
 def test_damage_and_a_full_disk_are_told_once_and_nothing_else_is_printed(tmp_path):
     """Also after the error and when the process ends: a process of its own."""
     with Checkpoints(tmp_path / "saved") as checkpoints:

@@ -49,6 +49,7 @@ def commands(run: Path, tmp_path: Path) -> dict[str, tuple[object, ...]]:
     }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ["eval", "generate", "export", "start"])
 def test_a_flipped_bit_of_an_exponent_is_told(mukv, run, token_file, tmp_path, name):
     path = run / "weights" / FILE
@@ -90,6 +91,7 @@ def test_weights_that_are_not_finite_are_taken_when_asked(mukv, run, tmp_path):
     assert mukv(*made, "--allow-nonfinite").returncode == 0
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", ["int32", "int8"])
 @pytest.mark.parametrize("name", ["eval", "start"])
 def test_weights_of_integers_are_told(mukv, run, token_file, tmp_path, name, dtype):
@@ -136,6 +138,7 @@ def resumed(mukv, begun, tmp_path):
     return lambda *changes: mukv("train", tmp_path / "made", "train.steps=3", *changes)
 
 
+@pytest.mark.product
 def test_other_data_at_the_same_path_is_told(mukv, resumed, tmp_path):
     made = ("data", tmp_path / "two", "--out", tmp_path / "data", "--overwrite")
     assert mukv(*made).returncode == 0
@@ -157,6 +160,7 @@ def test_the_same_data_may_move(mukv, resumed, tmp_path):
     assert f"path: {tmp_path / 'moved'}" in (tmp_path / "made" / "config.yaml").read_text()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ["train.bin", "train.starts", "validation.bin", "tokenizer.json"])
 def test_a_token_file_that_was_edited_in_place_is_told(resumed, tmp_path, name):
     """The edited file is valid and has the same size, so that only the fingerprint differs."""
@@ -198,6 +202,7 @@ def test_a_run_that_does_not_say_its_data_is_told_how_to_go_on(resumed, tmp_path
     assert resumed().returncode == 0
 
 
+@pytest.mark.product
 def test_a_run_without_a_saved_step_needs_no_provenance(resumed, tmp_path):
     """It was killed before its first checkpoint, or between its first two files."""
     made = tmp_path / "made"
@@ -207,6 +212,7 @@ def test_a_run_without_a_saved_step_needs_no_provenance(resumed, tmp_path):
     assert "data_fingerprint" in (made / "provenance.json").read_text()
 
 
+@pytest.mark.product
 def test_a_task_is_told_by_its_fingerprint(mukv, tmp_path):
     out = tmp_path / "task"
     task = ("data.task={kind: mqar}", "train.length=128", "model.vocab_size=512")

@@ -155,6 +155,7 @@ def texts(root: Path) -> None:
         (root / "texts" / f"{number}.txt").write_text(f"Text number {number}. " * 20)
 
 
+@pytest.mark.product
 def test_data(server, tmp_path, count, every):
     given = ["data", "texts", "--tokenizer", "bpe:300", "--out", "tokens"]
     count("data", check(server, tmp_path, texts, given, every, chain=1))
@@ -188,6 +189,7 @@ def run_of(trained: Path) -> Prepare:
     return lambda root: shutil.copytree(trained, root / "run") and None
 
 
+@pytest.mark.product
 def test_compress(server, trained, tmp_path, count, every):
     given = ["compress", "run", "--tokens", trained.parent / "ids.npy", "--policy", "streaming"]
     np.save(trained.parent / "ids.npy", np.arange(400).reshape(4, 100) % 250)

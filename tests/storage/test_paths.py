@@ -35,6 +35,7 @@ def refused(done, *parts: str) -> None:
     assert [part for part in parts if part not in done.stderr] == []
 
 
+@pytest.mark.product
 def test_an_odd_name_works_whole(mukv, tmp_path, monkeypatch):
     """With dots and dashes in front, relative and absolute."""
     place = tmp_path / ODD
@@ -62,6 +63,7 @@ def test_an_odd_name_works_whole(mukv, tmp_path, monkeypatch):
     assert (place / "page.html").stat().st_size > 1000
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", params(REFUSED, REFUSED[:1]))
 def test_a_path_that_can_not_hold_checkpoints_is_refused_at_once(mukv, token_file, tmp_path, name):
     out = tmp_path / name / "run"

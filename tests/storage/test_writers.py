@@ -153,6 +153,7 @@ def held(trained, exported, tmp_path, monkeypatch) -> Iterator[Path]:
         yield tmp_path / "run"
 
 
+@pytest.mark.product
 def test_every_command_that_writes_into_a_run_is_refused(mukv, held):
     before = contents(held.parent)
     for name, command in WRITING.items():
@@ -163,6 +164,7 @@ def test_every_command_that_writes_into_a_run_is_refused(mukv, held):
         assert contents(held.parent) == before, name
 
 
+@pytest.mark.product
 def test_commands_that_read_a_run_are_not(mukv, held):
     before = contents(held)
     for name, command in READING.items():
@@ -207,6 +209,7 @@ def test_without_locks_a_note_says_so(tmp_path, monkeypatch, capsys):
     assert "no locks on this file system" in capsys.readouterr().err
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("number", params([errno.EROFS, errno.EACCES], [errno.EROFS]))
 def test_a_run_that_can_not_be_written_is_refused(tmp_path, monkeypatch, number):
     def refuse(*_: object) -> int:

@@ -83,6 +83,7 @@ def test_the_loss_is_the_formula(share, temperature, chunk):
     assert float(found.objective) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.product
 def test_a_model_that_is_its_teacher_has_nothing_to_learn_from_it():
     weights, ids = matrix.weights(STUDENT), jnp.asarray(matrix.tokens())
     ones = jnp.ones(ids.shape, jnp.float32)
@@ -107,6 +108,7 @@ def test_a_divergence_is_zero_only_for_equal_predictions():
     assert float(divergences(logits, 1.1 * logits, 1.0).min()) > 0
 
 
+@pytest.mark.product
 def test_a_student_comes_closer_and_the_teacher_stays(taught):
     before = jax.tree.map(np.asarray, taught.taught)
     _, metrics = steps(taught, taught.initial_state(), 0, 8)
@@ -114,6 +116,7 @@ def test_a_student_comes_closer_and_the_teacher_stays(taught):
     assert_same_bits(before, taught.taught)
 
 
+@pytest.mark.product
 def test_weight_zero_is_training_without_a_teacher_to_the_bit(taught):
     """A weight above zero is not."""
     without = trainer(teacher=None, learning_rate=0.01)
@@ -130,6 +133,7 @@ def test_weight_zero_is_training_without_a_teacher_to_the_bit(taught):
     assert jax.tree.structure(start) == jax.tree.structure(other)  # nothing more is saved
 
 
+@pytest.mark.product
 def test_resume_is_bit_equal(tmp_path, taught):
     whole, _ = steps(taught, taught.initial_state(), 0, 4)
     with Checkpoints(tmp_path) as checkpoints:
@@ -148,6 +152,7 @@ def test_devices_and_pieces_change_nothing(taught):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
 
 
+@pytest.mark.product
 def test_adapters_learn_from_a_teacher():
     """Only the adapters change, and they bring the student closer."""
     train = trainer(distillation=Distillation(1.0), adapter=Adapter(rank=2), learning_rate=0.03)

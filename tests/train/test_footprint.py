@@ -29,6 +29,7 @@ def test_the_least_is_less_than_what_is_taken_and_holds_the_state():
     assert held < least < taken < 100 * least
 
 
+@pytest.mark.product
 def test_the_compiled_step_is_the_one_that_runs():
     trainer = trainer_of()
     footprint.step_bytes(trainer)
@@ -50,6 +51,7 @@ def test_absurd_sizes_are_refused_before_anything_is_compiled(monkeypatch):
             footprint.require_room(trainer_of(change, "model.vocab_size=10000"))
 
 
+@pytest.mark.product
 def test_what_would_fit_is_named_and_fits(monkeypatch):
     trainer = trainer_of("train.batch=16", "train.length=256")
     taken = footprint.step_bytes(trainer)
@@ -68,6 +70,7 @@ def test_a_model_that_is_too_large(monkeypatch):
         footprint.require_room(trainer)
 
 
+@pytest.mark.product
 def test_what_is_free_decides_and_can_be_overruled(mukv, token_file, tmp_path, monkeypatch):
     monkeypatch.setattr(footprint, "free_memory", lambda: 1000)
     line = ("train", "tiny", *MINUSCULE, f"data.path={token_file}", "--out", tmp_path / "run")

@@ -48,6 +48,7 @@ def test_a_signal_saves_and_leaves(token_file, tmp_path, name):
     assert f"{name}: saved step {facts['step']}, leaving" in " ".join(error.split())
 
 
+@pytest.mark.product
 def test_a_stopped_run_ends_in_the_same_bits(mukv, token_file, tmp_path, monkeypatch):
     """The signal comes during step 3; the next logged step is far away."""
     changes = ("train.steps=6", "train.log_every=100")
@@ -95,6 +96,7 @@ def failure(done) -> str:
     return line
 
 
+@pytest.mark.product
 def test_a_number_that_is_not_finite_stops_the_run(mukv, token_file, tmp_path):
     """The weights of step 1 are saved, but they are what step 2 fails with."""
     run = tmp_path / "run"
@@ -107,6 +109,7 @@ def test_a_number_that_is_not_finite_stops_the_run(mukv, token_file, tmp_path):
     assert not (run / "weights").exists()
 
 
+@pytest.mark.product
 def test_the_layer_and_the_last_good_checkpoint_are_named(mukv, token_file, tmp_path, monkeypatch):
     """Step 5 comes upon a bad weight; what the steps after it do is not logged or saved."""
     run, step = tmp_path / "run", Trainer.step
@@ -128,6 +131,7 @@ def test_the_layer_and_the_last_good_checkpoint_are_named(mukv, token_file, tmp_
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"]
 
 
+@pytest.mark.product
 def test_what_is_kept(mukv, token_file, tmp_path):
     run = tmp_path / "run"
     changes = ("train.steps=6", "train.checkpoint_every=1", "train.evaluate_every=1")
@@ -139,6 +143,7 @@ def test_what_is_kept(mukv, token_file, tmp_path):
     assert kept == {5, 6, min(scores)[1]}
 
 
+@pytest.mark.product
 def test_it_is_evaluated_when_due_and_at_the_end(mukv, token_file, tmp_path):
     changes = ("train.steps=5", "train.evaluate_every=2", "train.log_every=1")
     assert mukv(*arguments(token_file, tmp_path / "run", *changes)).returncode == 0
@@ -147,6 +152,7 @@ def test_it_is_evaluated_when_due_and_at_the_end(mukv, token_file, tmp_path):
     assert [record["step"] for record in seen if "loss" in record] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.product
 def test_an_ended_run_says_so_again_and_another_is_refused(mukv, token_file, tmp_path):
     first = mukv(*arguments(token_file, tmp_path / "run"), "--json")
     before = contents(tmp_path / "run")
@@ -163,6 +169,7 @@ def test_an_ended_run_says_so_again_and_another_is_refused(mukv, token_file, tmp
         assert one[name] == two[name]
 
 
+@pytest.mark.product
 def test_a_profile_is_written(mukv, token_file, tmp_path):
     changes = ("train.steps=18", "train.profile=true")
     done = mukv(*arguments(token_file, tmp_path / "run", *changes))

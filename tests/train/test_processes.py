@@ -68,6 +68,7 @@ def assert_same_weights(one: Path, two: Path) -> None:
         np.testing.assert_allclose(named(second)[name], leaf, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("mesh", params(MESHES, MESHES[2:], "-".join))
 def test_two_processes_are_one(token_file, tmp_path, single, mesh):
     """They share the rows, or the weights and then read the same rows, or have two devices each.

@@ -25,6 +25,7 @@ def load(token_file, *overrides):
     return config.load("tiny", [*MINUSCULE, f"data.path={token_file}", *SHORT, STAGES, *overrides])
 
 
+@pytest.mark.product
 def test_a_run_through_its_stages_and_its_resumption(token_file, tmp_path, monkeypatch):
     """Rows get longer at the named steps, in training and validation; a run that is continued in a
     later stage has the same bits as one that was never interrupted."""

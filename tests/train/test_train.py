@@ -26,6 +26,7 @@ def weights_of(state):
     return jax.tree.map(np.asarray, state.weights)
 
 
+@pytest.mark.product
 def test_pieces_of_a_batch_make_the_batch():
     """Accumulating gradients over pieces of a batch equals the whole batch up to rounding, also if
     pieces have different numbers of weighted tokens."""
@@ -66,6 +67,7 @@ def test_bfloat16_operands_stay_close(token_file, tmp_path):
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=2**-8)
 
 
+@pytest.mark.product
 def test_a_bad_step_freezes_the_state():
     train = trainer(MODEL)
     state, _ = run(train, 1)
@@ -78,6 +80,7 @@ def test_a_bad_step_freezes_the_state():
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), before)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("poison", "blamed"),
     [("stage0.slot0.mlp.up", "layer1.mlp"), ("readout", "logits")],
@@ -129,6 +132,7 @@ def test_a_process_holds_whole_shares():
         share_of_batch(placed([0, 0, 1], [1, 2, 2]))
 
 
+@pytest.mark.product
 def test_it_learns():
     """The loss on a fixed batch falls to less than a third."""
     train = trainer(MODEL, steps=60, learning_rate=1e-2)
