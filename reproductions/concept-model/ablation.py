@@ -33,8 +33,8 @@ from mukv.runs import config
 from mukv.runs.resolve import open_corpus
 from mukv.show.figures import saved_figure
 from mukv.storage.files import write_atomic
-from mukv.train.loop import validation_metrics
 from mukv.train.step import Trainer
+from mukv.train.validation import validation_metrics
 
 HERE = Path(__file__).parent
 SEEDS, WINDOWS = (0, 1), 32
@@ -152,7 +152,7 @@ def bits_per_byte(trained: Any, judged: Any, run: Any, seed: int) -> tuple[float
         for batch in Batches(tokens, split="validation", **common).once(WINDOWS):
             sums = each.validate(state.weights, each.put(batch), table)
             total += np.asarray([float(number) for number in sums])
-        found.append(validation_metrics(*total)["validation_bits_per_byte"])
+        found.append(float(validation_metrics(total)["validation_bits_per_byte"]))
     return found[0], found[1]
 
 

@@ -18,6 +18,8 @@ from mukv.runs.folder import RunDirectory
 from mukv.runs.resolve import open_corpus, open_feed
 from mukv.runs.train import train_run
 from mukv.train.metrics import read_metrics
+from mukv.train.validation import validated
+from mukv.tuning.together import Point, Together
 from tests.conftest import MINUSCULE
 from tests.processes import contents
 
@@ -134,8 +136,39 @@ def test_a_resumed_run_has_the_same_bits_and_each_part_is_validated(files, tmp_p
     last = list(read_metrics(folders[0].path / "metrics.jsonl"))[-1]
     losses = [last[f"validation_loss/{letter}-tokens"] for letter in "abc"]
     np.testing.assert_allclose(last["validation_loss"], 0.75 * losses[0] + 0.25 * losses[1], 1e-6)
+    (together,) = _swept(load(files, "train.steps=4"))
+    for name in (name for name in last if name.startswith("validation_")):
+        assert together[name] == pytest.approx(last[name], rel=1e-4), name
     with pytest.raises(BadInput, match=r"data\.mixture\.0\.weight: got 4"):
         train_run(load(files, "train.steps=4", weights=(4, 1, 0)), folders[1])
+
+
+def _swept(run: Run) -> list[dict[str, float]]:
+    """The last metrics of the run as a point of a sweep."""
+    *_, last = Together([Point(run.model, run.train)], open_feed(run)[1]).run()
+    return last.numbers
+
+
+def test_points_of_a_sweep_are_validated_as_a_run_is(feed):
+    """The loss of two points at once is that of each alone: the mean of the parts by weight."""
+    source = feed.source("validation", 0, 2, 16)
+    parts = list(source.parts.values())
+    sums = np.array([[[6.0, 8.0], [2.0, 2.0], [9.0, 9.0]], [[5.0, 1.0], [1.0, 1.0], [3.0, 3.0]]])
+    sums = np.concatenate([sums, np.ones((1, 3, 2))])
+
+    def summed(sources, limit):
+        assert limit == 1
+        (part,) = sources
+        return sums[parts.index(part)]
+
+    both = validated([source], 3, summed)
+    np.testing.assert_allclose(both["validation_loss"], [0.75 * 3 + 0.25 * 5, 0.75 * 4 + 0.25])
+    assert list(both["validation_loss/b-tokens"]) == [5.0, 1.0]
+    for point in (0, 1):
+        alone = validated([source], 3, lambda *given, n=point: summed(*given)[:, n])
+        assert {name: float(value) for name, value in alone.items()} == pytest.approx(
+            {name: value[point] for name, value in both.items()}
+        )
 
 
 def test_bad_mixtures(files, tmp_path):

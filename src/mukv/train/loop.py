@@ -22,7 +22,6 @@ from mukv.core.device import peak_flops
 from mukv.core.errors import Failed
 from mukv.data.batches import Batch, Prefetch
 from mukv.data.feed import Source
-from mukv.data.mixture import Mixture
 from mukv.model.counting import flops_per_token
 from mukv.show.progress import Bar
 from mukv.storage.checkpoint import Checkpoints
@@ -30,6 +29,7 @@ from mukv.train.metrics import Trackers, read_metrics
 from mukv.train.state import Metrics, State
 from mukv.train.step import Trainer
 from mukv.train.stopping import StopSignal
+from mukv.train.validation import validated
 
 PROFILED_STEPS = range(10, 16)
 
@@ -242,19 +242,14 @@ class Loop:
         step: updates done. Windows have the length of the last one's stage
         """
         training = self.trainer.training
-        limit, mixed = training.validation_batches, self.validation[training.stage_at(step - 1)]
-        if not isinstance(mixed, Mixture):
-            return validation_metrics(*self.summed(state, mixed, limit))
-        share = mixed.share(limit)
-        sums = {name: self.summed(state, part, share) for name, part in mixed.parts.items()}
-        found: dict[str, float] = {}
-        for name, total in sums.items():
-            metrics = validation_metrics(*total)
-            found |= {f"{key}/{name}": value for key, value in metrics.items()}
-        counted = sum(total[1] for total in sums.values())
-        shares = counted * np.array(mixed.weights) / sum(mixed.weights)
-        per_token = np.array([total / max(total[1], 1) for total in sums.values()])
-        return validation_metrics(*(shares @ per_token)) | found
+        source = self.validation[training.stage_at(step - 1)]
+
+        def summed(sources: Sequence[Source], limit: int | None) -> np.ndarray:
+            (only,) = sources
+            return self.summed(state, only, limit)
+
+        found = validated([source], training.validation_batches, summed)
+        return {name: float(value) for name, value in found.items()}
 
     def summed(self, state: State, source: Source, limit: int | None) -> np.ndarray:
         """Sum nats, tokens and bytes over at most `limit` validation batches [3]."""
@@ -276,16 +271,6 @@ def known_so_far(path: Path, step: int) -> tuple[dict[str, float], dict[str, int
             known |= record
             seen |= dict.fromkeys(record, at)
     return known, seen
-
-
-def validation_metrics(nats: float, tokens: float, read: float) -> dict[str, float]:
-    """Compute the validation metrics from summed loss (nats), number of tokens and number
-    of bytes.
-    """
-    return {
-        "validation_loss": nats / max(tokens, 1),
-        "validation_bits_per_byte": nats / math.log(2) / max(read, 1),
-    }
 
 
 def due(step: int, every: int | None) -> bool:

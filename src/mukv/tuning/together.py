@@ -27,10 +27,11 @@ from mukv.schema import schema
 from mukv.schema.numbers import leaves, substituted
 from mukv.show.progress import Bar
 from mukv.train import footprint
-from mukv.train.loop import due, validation_metrics
+from mukv.train.loop import due
 from mukv.train.state import Metrics, State
 from mukv.train.step import BATCH_FIELDS, Trainer
 from mukv.train.training import Training
+from mukv.train.validation import validated
 
 TRACED: dict[str, tuple[str, ...]] = {
     "train": ("seed", "learning_rate", "clip_norm"),
@@ -278,13 +279,19 @@ class Together:
 
     def _evaluate(self, validate: Callable[..., Any]) -> list[dict[str, float]]:
         table = jnp.asarray(self.feed.tokenizer.token_bytes(self.model.vocab_size))
-        sums = np.zeros((3, len(self.points)))
-        limit = self.training.validation_batches
-        windows = (source.once(limit) for source in self._sources("validation"))
-        for batches in zip(*windows, strict=True):
-            given = (self.numbers, self.which, self.states, _stacked(batches), table, self.frozen)
-            sums += np.array(validate(*given))
-        return [validation_metrics(*map(float, point)) for point in sums.T]
+
+        def summed(sources: Sequence[Source], limit: int | None) -> np.ndarray:
+            sums = np.zeros((3, len(self.points)))
+            for batches in zip(*(source.once(limit) for source in sources), strict=True):
+                given = (self.numbers, self.which, self.states, _stacked(batches), table)
+                sums += np.array(validate(*given, self.frozen))
+            return sums
+
+        found = validated(self._sources("validation"), self.training.validation_batches, summed)
+        return [
+            {name: float(values[point]) for name, values in found.items()}
+            for point in range(len(self.points))
+        ]
 
 
 def _stacked(batches: Sequence[Batch]) -> dict[str, np.ndarray]:
