@@ -24,7 +24,7 @@ ROOMS = (
 PLACE = {room: place for place, room in enumerate(ROOMS)}
 OPTIONAL = {
     *("torch", "transformers", "huggingface_hub", "jinja2", "lm_eval", "sklearn"),
-    *("wandb", "tensorboardX", "pyarrow", "datasets"),
+    *("wandb", "tensorboardX", "pyarrow", "datasets", "s3fs", "gcsfs"),
 }
 
 

@@ -179,9 +179,9 @@ def train(
     console = Console()
     for line in ending(outcome):
         console.say(line)
-    console.say(f"run: {folder.path}")
+    console.say(f"run: {facts['run']}")
     if not outcome.finished:
-        console.say(f"to continue: mukv train {folder.path}")
+        console.say(f"to continue: mukv train {facts['run']}")
 
 
 def ending(outcome: Outcome) -> list[str]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
+from mukv.cli.addresses import with_copies
 from mukv.core.errors import BadInput
 
 ALIASES: Mapping[str, Mapping[str, str]] = {
@@ -79,7 +81,10 @@ class Command(TyperCommand):
         for param in self.params:
             require_number(param, ctx.params.get(param.name))
         try:
-            return super().invoke(ctx)
+            with ExitStack() as copies:
+                arguments = (p.name for p in self.params if p.param_type_name == "argument")
+                ctx.params = with_copies(ctx.params, next(arguments, None), copies)
+                return super().invoke(ctx)
         except BadInput as error:
             raise reworded(error, self, ctx.meta["words"]) from error
 

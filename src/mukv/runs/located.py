@@ -11,6 +11,8 @@ from mukv.hub.checkpoint import Checkpoint
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.resolve import imported_run
+from mukv.storage.copies import fetched
+from mukv.storage.objects import address
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,15 @@ class Located:
 
 
 def locate(source: str | Path) -> Located:
-    """Find a run directory, a Hugging Face folder, a GGUF file or a model of the hub.
+    """Find a run directory, a Hugging Face folder, a GGUF file or a model of the hub. Folders may
+    have an address, s3:// or gs://.
 
     Raises BadInput if there is none; the error suggests the run directory of the nearest name.
     """
-    folder = RunDirectory(Path(source))
+    folder = RunDirectory(fetched(source))
     if folder.exists:
         return Located(source, folder.load_config(), folder.path, None)
-    found = checkpoint.find(source)
+    found = checkpoint.find(source if address(source) is None else folder.path)
     if found is not None:
         return Located(source, imported_run(found), found.folder, found)
     parent = folder.path.parent

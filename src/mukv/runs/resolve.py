@@ -23,6 +23,7 @@ from mukv.runs.start import find_start
 from mukv.schema import schema
 from mukv.schema.presets import apply_overrides
 from mukv.schema.yaml_text import read_yaml
+from mukv.storage.copies import fetched, shown
 from mukv.storage.files import cache_folder
 from mukv.tasks.feed import TaskFeed
 from mukv.train.training import Training
@@ -65,7 +66,7 @@ def resolve(source: str, overrides: Sequence[str], out: Path | None) -> tuple[Ru
 
 def _starting_from(run: Run, place: Path, overrides: Sequence[str]) -> Run:
     """Return the configuration of a run that starts from the model at a path."""
-    run = replace(run, train=replace(run.train, start=str(place.resolve())))
+    run = replace(run, train=replace(run.train, start=shown(place.resolve())))
     return schema.build(Run, apply_overrides(Run, schema.to_mapping(run), overrides))
 
 
@@ -136,7 +137,7 @@ def _open_text(run: Run, own: AnyTokenizer | None, checks: bool) -> tuple[Run, F
     data = run.data
     if not data.mixture:
         tokens = _own_tokens(run, own, "data.path", data.path, checks)
-        data = replace(data, path=str(tokens.path.resolve()))
+        data = replace(data, path=shown(tokens.path.resolve()))
         return replace(run, data=data), TextFeed(tokens, data.packing)
     files = [
         _own_tokens(run, own, f"data.mixture.{number}.path", part.path, checks)
@@ -144,7 +145,7 @@ def _open_text(run: Run, own: AnyTokenizer | None, checks: bool) -> tuple[Run, F
     ]
     feed = MixtureFeed((*files,), tuple(part.weight for part in data.mixture), data.packing)
     parts = [
-        replace(part, path=str(file.path.resolve()))
+        replace(part, path=shown(file.path.resolve()))
         for part, file in zip(data.mixture, files, strict=True)
     ]
     return replace(run, data=replace(data, mixture=(*parts,))), feed
@@ -171,7 +172,7 @@ def _tokens(run: Run, own: AnyTokenizer | None, path: str | None) -> TokenFile:
 
 def _opened(path: str | None, own: AnyTokenizer | None) -> TokenFile:
     if path is not None and not names_text(path):
-        return open_tokens(Path(path))
+        return open_tokens(fetched(path))
     if isinstance(own, NoTokenizer):
         raise BadInput("data.path", path, "a token file: this model has no tokenizer to read text")
     if path is None:

@@ -23,9 +23,11 @@ from mukv.hub import checkpoint
 from mukv.hub.checkpoint import Checkpoint
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
+from mukv.storage.copies import fetched
 from mukv.storage.files import write_atomic
 from mukv.storage.json_text import to_json
 from mukv.storage.manifest import checksum
+from mukv.storage.objects import address
 from mukv.storage.weights import load_weights, require_finite, require_weights, weight_types
 
 FIELD = "train.start"
@@ -105,12 +107,12 @@ def find_start(start: str, where: str = FIELD) -> Start:
 
     Raises BadInput if there are none.
     """
-    folder = RunDirectory(Path(start))
+    folder = RunDirectory(fetched(start))
     if folder.exists:
         if not folder.weights.exists():
             raise BadInput(where, start, "a run with weights: this one has none yet")
         return Start(folder, folder.load_config(), None)
-    found = checkpoint.find(start)
+    found = checkpoint.find(start if address(start) is None else folder.path)
     if found is None and not folder.weights.exists():
         raise BadInput(where, start, "a run with weights, or a folder of theirs")
     return Start(folder, None, found)

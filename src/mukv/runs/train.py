@@ -29,6 +29,7 @@ from mukv.runs.teacher import RunTeacher, find_teacher, same_weights, with_teach
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
 from mukv.storage.checkpoint import Checkpoints
+from mukv.storage.copies import fetched
 from mukv.storage.files import is_leftover, write_atomic
 from mukv.storage.json_text import is_text, to_json
 from mukv.storage.processes import one_job_writes
@@ -192,7 +193,7 @@ def describe_run(
     facts = provenance.record(origin) | dict(notes or {})
     write_atomic(folder.path / provenance.FILE, to_json(facts, indent=2))
     # The tokenizer and generation files of the model that training starts from are copied too.
-    start = run.train.start and checkpoint.companion_folder(run.train.start)
+    start = run.train.start and checkpoint.companion_folder(fetched(run.train.start))
     for given in checkpoint.companions(start) if start else ():
         if not (folder.path / given.name).exists():
             write_atomic(folder.path / given.name, given.read_bytes())
@@ -256,6 +257,6 @@ def _untouched(folder: RunDirectory) -> bool:
 
 def summary(outcome: Outcome, folder: RunDirectory) -> dict[str, Any]:
     """Return the object that `train --json` prints; the field names are public."""
-    shown = ("step", "loss", "validation_loss", "validation_bits_per_byte", "tokens_per_second")
-    facts = {name: getattr(outcome, name) for name in shown}
-    return {"run": str(folder.path), **facts, "finished": outcome.finished}
+    names = ("step", "loss", "validation_loss", "validation_bits_per_byte", "tokens_per_second")
+    facts = {name: getattr(outcome, name) for name in names}
+    return {"run": shown(folder.path), **facts, "finished": outcome.finished}
