@@ -29,7 +29,7 @@ from mukv.runs.teacher import RunTeacher, find_teacher, same_weights, with_teach
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
 from mukv.storage.checkpoint import Checkpoints
-from mukv.storage.copies import fetched
+from mukv.storage.copies import fetched, shown
 from mukv.storage.files import is_leftover, write_atomic
 from mukv.storage.json_text import is_text, to_json
 from mukv.storage.processes import one_job_writes
