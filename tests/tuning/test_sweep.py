@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 import mukv as package
 from mukv.core.errors import BadInput
 from mukv.tuning.space import Choice, Interval
-from mukv.tuning.study import Settings, Study, storage_of
+from mukv.tuning.study import Settings, Study, storage_of, without_password
 from tests.conftest import MINUSCULE
 from tests.pairs import params
 from tests.processes import finish, start
@@ -229,3 +229,10 @@ def test_three_workers_of_which_one_is_killed(token_file, tmp_path):
     assert complete == dict.fromkeys(range(4), 1)
     assert {t.state for t in found} <= {TrialState.COMPLETE, TrialState.FAIL}
     assert json.loads((out / "results.json").read_text())["complete"] == 4
+
+
+def test_passwords_of_databases_are_not_shown():
+    given = "postgresql+psycopg://user:hidden@host/studies"
+    assert without_password(given) == "postgresql+psycopg://user:***@host/studies"
+    assert "hidden" not in without_password("postgresql//user:hidden@host")
+    assert without_password("sqlite:////tmp/study.db") == "sqlite:////tmp/study.db"

@@ -9,6 +9,7 @@ counts, so that no lock is needed.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import URL, Engine, event, make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from mukv.core.errors import BadInput, unknown_name
 from mukv.tuning.space import Space, grid, random
@@ -115,10 +116,14 @@ class Study:
         try:
             self.study = self._joined()
         except ImportError as error:
-            raise BadInput("--storage", self.storage, f"needs a package: {error}") from error
+            raise BadInput(
+                "--storage", without_password(self.storage), f"needs a package: {error}"
+            ) from error
         except Exception as error:  # SQLAlchemy raises many types
             reason = str(error).splitlines()[0]
-            raise BadInput("--storage", self.storage, f"a database ({reason})") from error
+            raise BadInput(
+                "--storage", without_password(self.storage), f"a database ({reason})"
+            ) from error
         self._require_same()
 
     def _joined(self) -> optuna.Study:
@@ -155,7 +160,8 @@ class Study:
                 raise BadInput(
                     name,
                     now.get(name, "nothing"),
-                    f"the study {self.name} in {self.storage} has {before.get(name, 'nothing')}; "
+                    f"the study {self.name} in {without_password(self.storage)} has "
+                    f"{before.get(name, 'nothing')}; "
                     "give another folder with --out",
                 )
 
@@ -306,6 +312,14 @@ def _lock_from_first_read(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     engine.dispose()  # close connections made before
+
+
+def without_password(storage: str) -> str:
+    """Return the URL of a database with its password replaced by "***"."""
+    try:
+        return make_url(storage).render_as_string(hide_password=True)
+    except ArgumentError:  # no URL; what stands between ":" and "@" may still be a password
+        return re.sub(r":[^:@/]*@", ":***@", storage)
 
 
 def storage_of(folder: Path) -> str:

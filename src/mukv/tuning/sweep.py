@@ -40,7 +40,7 @@ from mukv.storage.locks import Held, one_writer
 from mukv.storage.weights import save_weights
 from mukv.train.metrics import Trackers
 from mukv.tuning.space import SEED, Interval, Space, at_edge, corners, without_seeds
-from mukv.tuning.study import Settings, Study, storage_of
+from mukv.tuning.study import Settings, Study, storage_of, without_password
 from mukv.tuning.together import Point, Together, free_memory, grouped
 
 POLL_SECONDS = 1.0
@@ -292,7 +292,7 @@ class Sweep:
         edges = [name for name, part in self.space.items() if best and at_edge(part, best[name])]
         return {
             "study": str(self.folder),
-            "storage": self.study.storage,
+            "storage": without_password(self.study.storage),
             "trials": len(rows) * len(self.seeds),
             "complete": complete * len(self.seeds),
             "best": best,
