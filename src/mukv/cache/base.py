@@ -213,6 +213,11 @@ class Cache:
     filled: Int[Array, "*row"]
     tail_size: int = field(metadata={"static": True})
 
+    def by_row(self) -> Cache:
+        """Return the cache with the number of tokens in the tail counted for each row, as steps
+        that keep the tokens of some rows only need it."""
+        return replace(self, filled=jnp.broadcast_to(self.filled, self.length.shape))
+
     def position(self) -> Int[Array, " batch"]:
         """Return the position of the next token of each row."""
         return self.length + self.filled

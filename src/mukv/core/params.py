@@ -129,8 +129,9 @@ class Param:
         return replace(self, dims={LAYER: repeats, **self.dims})
 
     def prefixed(self, prefix: str) -> Param:
-        """Return the declaration with a prefix before each dimension's name, for a second width."""
-        dims = {prefix + name: size for name, size in self.dims.items()}
+        """Return the declaration with a prefix before the name of each dimension but layers, for a
+        second width."""
+        dims = {name if name == LAYER else prefix + name: n for name, n in self.dims.items()}
         fan_in, batch = (tuple(prefix + n for n in axes) for axes in (self.fan_in, self.batch))
         return replace(self, dims=dims, fan_in=fan_in, batch=batch)
 

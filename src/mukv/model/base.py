@@ -33,26 +33,11 @@ from mukv.model.block import AnyResidual, Gated, PreNorm
 from mukv.model.continued import Continued
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import ResolvedLayer, Stage
+from mukv.model.rates import Capacity, Rate
 from mukv.model.stack import Stack
 from mukv.model.through import Through
 from mukv.scaling.parameterization import Scaling
 from mukv.scaling.stability import UpdateFamily
-
-
-class Memory(NamedTuple):
-    """Cache sizes of one stack, per row.
-
-    stack: the stack
-    length: capacity of the bodies, in tokens (in concepts, for the global layers of a concept
-        model)
-    tail: capacity of the tails, in tokens or concepts like `length`
-    by_row: whether rows fill their tails at different steps
-    """
-
-    stack: Stack
-    length: int
-    tail: int
-    by_row: bool = False
 
 
 class ForwardResult(NamedTuple):
@@ -227,18 +212,23 @@ class LanguageModel(Continued, Component):
     def check_tokenizer(self, vocab_size: int) -> None:
         """Raise BadInput if a field names a token id that a tokenizer of this size lacks."""
 
-    def memories(self, length: int, tail: int) -> tuple[Memory, ...]:
+    @property
+    def rates(self) -> tuple[Rate, ...]:
+        """The rate of each stack."""
+        return (Rate(),) * len(self.stacks)
+
+    def capacities(self, length: int, tail: int) -> tuple[Capacity, ...]:
         """Return the sizes of the cache of each stack that `empty_cache` allocates.
 
         length, tail: arguments of `empty_cache`
         """
-        return tuple(Memory(stack, length, tail) for stack in self.stacks)
+        return tuple(Capacity(stack, length, tail) for stack in self.stacks)
 
     def state_bytes(self, dtype: jnp.dtype) -> int:
         """Return the bytes per row that decoding keeps in addition to the caches of the stacks."""
         return 0
 
-    def every(self, part: str) -> int:
+    def tokens_per_use(self, part: str) -> int:
         """Return the minimum number of tokens per application of a group of weights, for FLOPs.
 
         part: name of the group in `params`

@@ -73,14 +73,14 @@ def cache_bytes(
         room = batch, length, tail
         return jax.eval_shape(lambda: model.empty_cache(*room, dtype, policy, after=after)).nbytes()
     total = batch * model.state_bytes(dtype)
-    for memory in model.memories(length, tail):
-        for layer in memory.stack.writers:
-            sizes = entry_bytes(memory.stack, layer, dtype)
+    for capacity in model.capacities(length, tail):
+        for layer in capacity.stack.writers:
+            sizes = entry_bytes(capacity.stack, layer, dtype)
             for name, bag in layer.bags.items():
-                kept = bag.room(memory.length) + bag.places(memory.tail)
+                kept = bag.room(capacity.length) + bag.places(capacity.tail)
                 total += batch * kept * sizes[name]
             total += batch * state_bytes(layer)
-        total += 4 * (batch + (batch if memory.by_row else 1))
+        total += 4 * (batch + (batch if capacity.by_row else 1))
     return total
 
 
@@ -90,7 +90,7 @@ def product_flops(model: LanguageModel, declared: Any) -> float:
     declared: tree of `Param`, of the model or of its adapters
     """
     return sum(
-        2 * param.size * param.active / model.every(name.split(".")[0])
+        2 * param.size * param.active / model.tokens_per_use(name.split(".")[0])
         for name, param in named(declared).items()
         if param.fan_in
     )
@@ -110,13 +110,9 @@ def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> 
     if adapters is not None:
         products = 2 / 3 * products + product_flops(model, adapters)
     attention = sum(
-        layer.attention.pair_flops(layer.bags, max(length // stack.every, 1))
-        / (stack.query_every or stack.every)
-        for stack in model.stacks
-        for layer in stack.layers
-    ) + sum(
-        layer.attention.token_flops() / stack.every
-        for stack in model.stacks
+        layer.attention.pair_flops(layer.bags, max(length // rate.entry, 1)) / rate.query
+        + layer.attention.token_flops() / rate.entry
+        for stack, rate in zip(model.stacks, model.rates, strict=True)
         for layer in stack.layers
     )
     return round(3 * (products + attention))

@@ -1,4 +1,4 @@
-"""A stack of layers with one width: a decoder has one, a concept model has four.
+"""A stack of layers with one width.
 
 Training (repeats scanned or unrolled), prefill and decoding steps run the same layers. They differ
 only in the function `remember`, which returns the bags of entries that the queries of a layer read.
@@ -38,13 +38,10 @@ from mukv.scaling.parameterization import Scaling
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of one width. A stack over concepts counts concepts where its methods say tokens.
+    """Layers of one width. Its methods call the vectors of a row tokens.
 
     plan: stages of layers; `attention` and `mlp` are used by layers that name none
     first: number of the first layer in the whole model
-    every: minimum mean number of tokens per entry (1 in a decoder)
-    query_every: minimum mean number of tokens per query; None for the value of `every`
-    prefix: prefix of the names of dimensions, in a model with stacks of several widths
     """
 
     d_model: int
@@ -55,9 +52,6 @@ class Stack:
     residual: AnyResidual
     scaling: Scaling
     first: int = 0
-    every: int = 1
-    query_every: int | None = None
-    prefix: str = ""
 
     @cached_property
     def layers(self) -> tuple[ResolvedLayer, ...]:
@@ -69,8 +63,7 @@ class Stack:
         """Multiply the scale of the logits by the parameterisation's factor for this width."""
         if not isinstance(attention, Attention):
             return attention
-        query = attention.logit_weight(self.d_model)
-        factor = self.scaling.logit_factor(query.prefixed(self.prefix))
+        factor = self.scaling.logit_factor(attention.logit_weight(self.d_model))
         if factor == 1:
             return attention
         return replace(attention, scale=factor * (attention.scale or attention.query_dim**-0.5))
@@ -100,7 +93,7 @@ class Stack:
 
         def declared(layer: ResolvedLayer, repeats: int) -> dict[str, Any]:
             own = layer_params(layer, self.norm, self.residual, self.d_model)
-            return map_params(lambda param: param.prefixed(self.prefix).stacked(repeats), own)
+            return map_params(lambda param: param.stacked(repeats), own)
 
         return {
             f"stage{s}": {
@@ -218,7 +211,6 @@ class Stack:
         length: int,
         tail: int,
         dtype: jnp.dtype,
-        by_row: bool = False,
         policy: Policy = FULL,
         centres: Calibrated | None = None,
         after: int | None = None,
@@ -228,7 +220,6 @@ class Stack:
 
         length: capacity of the bodies, in tokens per row
         tail: capacity of the tails, in tokens per row
-        by_row: whether the number of tokens in the tail differs between rows
         policy: cache policy of stores without a window
         centres: calibrated cluster centres by layer, for policies that use them
         after: most tokens of a row that follow its prompt; None if that is not known
@@ -264,7 +255,7 @@ class Stack:
                 for layer in self.writers
             ),
             length=jnp.zeros(batch, jnp.int32),
-            filled=jnp.zeros(batch if by_row else (), jnp.int32),
+            filled=jnp.zeros((), jnp.int32),
             tail_size=tail,
         )
 
@@ -355,7 +346,7 @@ class Stack:
         """Read one token per row.
 
         weights: one entry per layer
-        which: rows whose token is kept, in a cache made with `by_row`; None for all rows
+        which: rows whose token is kept, in a cache from `Cache.by_row`; None for all rows
 
         Returns the residual stream after the last layer, and the updated cache. The bodies are
         returned unchanged: leave them out of a loop's carry.

@@ -36,17 +36,17 @@ def describe(run: Run) -> dict[str, Any]:
     compute = settled(run.train.compute)
     layers = []
     grows = Fraction(0)
-    for stack in model.stacks:
+    for stack, rate in zip(model.stacks, model.rates, strict=True):
         for layer in stack.layers:
             entry = entry_bytes(stack, layer, compute.type)
             each, constant = Fraction(0), state_bytes(layer)
             for name, bag in layer.bags.items() if layer.writes else ():
                 if bag.window is None:
-                    each += Fraction(entry[name], stack.every * bag.every)
+                    each += Fraction(entry[name], rate.entry * bag.every)
                 else:
                     constant += entry[name] * bag.places(bag.window)
             grows += each
-            queries = max(1, run.train.length // (stack.query_every or stack.every))
+            queries = max(1, run.train.length // rate.query)
             position = getattr(layer.attention, "position", None)
             # In training a layer reads the entries of its own tokens.
             bags = layer.attention.bags.values()
@@ -60,7 +60,7 @@ def describe(run: Run) -> dict[str, Any]:
                     "position": position.kind if position else "none",
                     "window": layer.window,
                     "reads": None if layer.reads is None else stack.first + layer.reads,
-                    "tokens_per_entry": stack.every,
+                    "tokens_per_entry": rate.entry,
                     "core": choice and choice.name,
                     "cores_refused": choice.refused if choice else {},
                     "cached": cached(stack, layer),

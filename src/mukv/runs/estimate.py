@@ -232,7 +232,7 @@ class Estimate:
                 again = self.compute.rematerialise in (True, "offload") and ".read." in name
                 times = param.dims.get(LAYER, 1) * (2 + again)
                 size = self.compute.type.itemsize
-                yield size * times * width // model.every(name.split(".")[0])
+                yield size * times * width // model.tokens_per_use(name.split(".")[0])
 
     @property
     def _operand(self) -> jnp.dtype:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -151,6 +151,14 @@ class Scaling:
                 raise BadInput(
                     f"scaling.base.{name}", self.base[name], f"needs {', '.join(needed)}"
                 )
+
+    def at_width(self, prefix: str) -> Scaling:
+        """Return the parameterisation of a part of a model whose declarations lack the prefix that
+        the names of its dimensions have in the model (`Param.prefixed`)."""
+        if self.base is None:
+            return self
+        base = {n.removeprefix(prefix): s for n, s in self.base.items() if n.startswith(prefix)}
+        return replace(self, base=base)
 
     # Hyperparameters of a weight
 

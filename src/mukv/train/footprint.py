@@ -115,7 +115,10 @@ def _local(leaf: Any) -> int:
 def _stream(trainer: Trainer) -> int:
     training, model = trainer.training, trainer.model
     tokens = training.batch * training.length // training.accumulate // trainer.mesh.shape["data"]
-    layers = sum(len(stack.layers) * stack.d_model / stack.every for stack in model.stacks)
+    layers = sum(
+        len(stack.layers) * stack.d_model / rate.entry
+        for stack, rate in zip(model.stacks, model.rates, strict=True)
+    )
     return int(tokens * (layers + model.d_model) * trainer.compute.type.itemsize)
 
 

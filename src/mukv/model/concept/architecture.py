@@ -15,7 +15,7 @@ from mukv.core.errors import BadInput
 from mukv.core.mesh import gather
 from mukv.core.params import WIDEST, Param
 from mukv.core.typing import Weights
-from mukv.model.base import LanguageModel, Memory
+from mukv.model.base import LanguageModel
 from mukv.model.concept.chunkers import AnyChunker, Delimiter
 from mukv.model.concept.chunks import ChunkState
 from mukv.model.concept.injection import (
@@ -23,10 +23,12 @@ from mukv.model.concept.injection import (
     AnyInjection,
     Joint,
     ResidualInjection,
+    at_width,
 )
 from mukv.model.concept.pooling import AnyPool, SelectPool
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import Layer, Stage
+from mukv.model.rates import Capacity, Rate
 from mukv.model.stack import Stack
 
 LOCAL = (Stage((Layer(window=64),)),)
@@ -124,10 +126,8 @@ class Architecture(LanguageModel):
             self.concepts.attention or self.attention,
             self.concepts.mlp or self.mlp,
             self.concepts.plan,
-            *(self.norm, self.residual, self.scaling),
+            *(self.norm, self.residual, self.scaling.at_width(CONCEPT)),
             first=len(self.encoder_stack.layers),
-            every=self.chunker.pace,
-            prefix=CONCEPT,
         )
 
     @cached_property
@@ -138,8 +138,6 @@ class Architecture(LanguageModel):
             *(self.attention, self.mlp, (Stage(),) if self.injection.remembers else ()),
             *(self.norm, self.residual, self.scaling),
             first=self.global_stack.first + len(self.global_stack.layers),
-            every=self.chunker.pace,
-            query_every=1,
         )
 
     @cached_property
@@ -150,6 +148,11 @@ class Architecture(LanguageModel):
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
         return self.encoder_stack, self.global_stack, self.cross, self.decoder_stack
+
+    @property
+    def rates(self) -> tuple[Rate, ...]:
+        pace = self.chunker.pace
+        return Rate(), Rate(pace, pace), Rate(entry=pace), Rate()
 
     @property
     def reader(self) -> AnyAttention:
@@ -166,7 +169,7 @@ class Architecture(LanguageModel):
             "encoder": self.encoder_stack.params(),
             "chunker": self.chunker.params(self.d_model),
             "pool": {**pool, "enter": Param(enter, fan_in=("embed",))},
-            "concepts": self.global_stack.params(),
+            "concepts": at_width(self.global_stack.params()),
             "give": self.injection.give_params(self.d_model, self.width, *shared),
             "injection": self.injection.own_params(self.d_model, *shared),
             "decoder": self.decoder_stack.params(),
@@ -182,7 +185,7 @@ class Architecture(LanguageModel):
         layers = {name: stack.unstack(weights.get(name, {})) for name, stack in stacks.items()}
         return {**weights, **layers}
 
-    def every(self, part: str) -> int:
+    def tokens_per_use(self, part: str) -> int:
         return self.chunker.pace if part in ("pool", "concepts", "give") else 1
 
     def outer(self, weights: Weights, compute: Compute) -> dict[str, Any]:
@@ -204,15 +207,15 @@ class Architecture(LanguageModel):
 
     # Cache sizes
 
-    def memories(self, length: int, tail: int) -> tuple[Memory, ...]:
+    def capacities(self, length: int, tail: int) -> tuple[Capacity, ...]:
         concepts, more = max(1, length // self.chunker.pace), self.chunker.burst(tail)
         slots = self.injection.slots_per_concept
         local = (length + slots * concepts, tail + slots * more, slots > 0)
         return (
-            Memory(self.encoder_stack, length, tail),
-            Memory(self.global_stack, concepts, more, by_row=True),
-            Memory(self.cross, concepts, more, by_row=True),
-            Memory(self.decoder_stack, *local),
+            Capacity(self.encoder_stack, length, tail),
+            Capacity(self.global_stack, concepts, more, by_row=True),
+            Capacity(self.cross, concepts, more, by_row=True),
+            Capacity(self.decoder_stack, *local),
         )
 
     def state_bytes(self, dtype: jnp.dtype) -> int:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from mukv.cache import FULL, Calibrated, Policy
+from mukv.cache import FULL, Cache, Calibrated, Policy
 from mukv.core.compute import Compute, settled
 from mukv.core.linear import project
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
@@ -38,6 +38,7 @@ from mukv.model.concept.injection import (
     InjectionInputs,
     Lasting,
 )
+from mukv.model.rates import Capacity
 from mukv.model.through import Through
 
 
@@ -136,14 +137,14 @@ class Concept(Architecture):
         first = self.global_stack.first
         own = {layer - first: each for layer, each in (centres or {}).items()}
         applied = {"policy": policy, "centres": own, "after": after}
-        encoder, concepts, cross, decoder = (
-            each.stack.empty_cache(
-                *(batch, each.length, each.tail, dtype, each.by_row),
-                **(applied if each.stack is self.global_stack else {}),
-            )
-            for each in self.memories(length, tail)
-        )
-        return ConceptCache(encoder, concepts, cross, decoder, self.start(batch, dtype))
+
+        def empty(each: Capacity) -> Cache:
+            own = applied if each.stack is self.global_stack else {}
+            cache = each.stack.empty_cache(batch, each.length, each.tail, dtype, **own)
+            return cache.by_row() if each.by_row else cache
+
+        caches = map(empty, self.capacities(length, tail))
+        return ConceptCache(*caches, self.start(batch, dtype))
 
     def prefill(
         self,

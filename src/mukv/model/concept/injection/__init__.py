@@ -6,7 +6,14 @@ To add one, write a file with a class and add a line to INJECTIONS.
 from typing import Annotated
 
 from mukv.core.table import PartTable
-from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInputs, Joint, Lasting
+from mukv.model.concept.injection.base import (
+    CONCEPT,
+    Injection,
+    InjectionInputs,
+    Joint,
+    Lasting,
+    at_width,
+)
 from mukv.model.concept.injection.cross import Cross
 from mukv.model.concept.injection.prefix import Prefix
 from mukv.model.concept.injection.residual import ResidualInjection
@@ -33,4 +40,5 @@ __all__ = [
     "Lasting",
     "Prefix",
     "ResidualInjection",
+    "at_width",
 ]

@@ -16,6 +16,7 @@ from mukv.attention import AnyAttention
 from mukv.cache import Cache
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
+from mukv.core.params import map_params
 from mukv.core.table import Component
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.model.auxiliary import Auxiliary
@@ -24,6 +25,11 @@ from mukv.model.stack import Stack
 
 CONCEPT = "concept_"
 """Prefix of the names of dimensions at the width of concepts."""
+
+
+def at_width(declared: Any) -> Any:
+    """Return a tree of `Param` with the names that dimensions have at the width of concepts."""
+    return map_params(lambda param: param.prefixed(CONCEPT), declared)
 
 
 class Joint(NamedTuple):

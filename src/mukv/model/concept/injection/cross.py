@@ -10,10 +10,15 @@ import jax.numpy as jnp
 from mukv.attention import AnyAttention, Attention, Bag, Entries, Mask
 from mukv.cache import Reader
 from mukv.core.norm import RMSNorm
-from mukv.core.params import Param, map_params
 from mukv.core.tap import scope
 from mukv.core.typing import Array, Bool, Float, Int, Residual
-from mukv.model.concept.injection.base import CONCEPT, Injection, InjectionInputs, Joint, Lasting
+from mukv.model.concept.injection.base import (
+    Injection,
+    InjectionInputs,
+    Joint,
+    Lasting,
+    at_width,
+)
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,8 @@ class Cross(Injection):
     def give_params(
         self, d_model: int, concept: int, attention: AnyAttention, norm: RMSNorm
     ) -> dict[str, Any]:
-        def at_width(param: Param) -> Param:
-            return param.prefixed(CONCEPT)
-
-        write = map_params(at_width, attention.write_params(concept))
-        return {"norm": map_params(at_width, norm.params(concept)), "write": write}
+        own = {"norm": norm.params(concept), "write": attention.write_params(concept)}
+        return at_width(own)
 
     def own_params(self, d_model: int, attention: AnyAttention, norm: RMSNorm) -> dict[str, Any]:
         return {"norm": norm.params(d_model), "read": attention.read_params(d_model)}
