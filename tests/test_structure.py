@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -64,13 +66,21 @@ def test_every_module_is_in_a_room():
     assert {room(name) for name in NAMES if name != "mukv"} == set(ROOMS)
 
 
-def test_a_class_name_means_one_thing():
-    found = Counter(
-        node.name
-        for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef)
-    )
+def type_names(path: Path) -> Iterator[str]:
+    """Yield the names of the classes of a file, and those of its type aliases: assigned names in
+    CamelCase."""
+    tree = ast.parse(path.read_text())
+    yield from (node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = (each.id for each in targets if isinstance(each, ast.Name))
+            yield from (name for name in names if re.fullmatch("_?[A-Z][A-Za-z0-9]*[a-z]+.*", name))
+
+
+def test_a_type_name_means_one_thing():
+    found = Counter(name for path in FILES for name in type_names(path))
+    assert {"Decoder", "Residual"} <= found.keys()
     assert [name for name, count in found.items() if count > 1] == []
 
 

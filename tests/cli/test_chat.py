@@ -167,6 +167,8 @@ def test_a_policy_compresses_what_is_kept(typed):
         ("{{ 1 / 0 }}", (), ["chat_template.jinja", "ZeroDivision"]),
         (NO_SYSTEM + TEMPLATE, ("--system", "x"), ["chat_template.jinja", "no system"]),
         (TEMPLATE, ("--policy", "knorm:0.001"), ["budget", "at least"]),
+        (TEMPLATE, ("--policy", "knorm:0.5+hold"), ["knorm+hold", "without +hold"]),
+        (TEMPLATE, ("--policy", "kvzip:0.5"), ["kvzip", "which read a prompt twice"]),
         (TEMPLATE, ("--length", 1 << 30), ["--length", "at most"]),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -266,3 +268,10 @@ def test_describe(facts, mukv, trained):
     assert all(layer.keys() >= LAYER for layer in of_preset["layers"])
     assert facts("describe", trained)["parameters"] < of_preset["parameters"]
     assert f"{of_preset['parameters']:,}" in mukv("describe", "tiny").stdout
+
+
+def test_a_result_for_a_closed_standard_output_is_an_error():
+    line = f"exec '{sys.executable}' -m mukv --version >&-"
+    done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "standard output is closed" in done.stderr

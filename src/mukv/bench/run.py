@@ -22,13 +22,13 @@ from mukv.core.errors import BadInput
 from mukv.core.names import shortened
 from mukv.runs.loaded import Model
 from mukv.schema import schema
+from mukv.show.output import Tell
 from mukv.show.progress import Bar
 from mukv.storage.files import write_atomic
 from mukv.storage.json_text import to_json
 from mukv.tasks import AnyTask
 from mukv.tasks.prompts import Prompt, PromptForm
 
-Tell = Callable[[str], None]
 ANSWERS_SHOWN, ANSWER_LETTERS = 2, 160
 """Number of answers of each task that are shown if none is right, and their maximum length."""
 

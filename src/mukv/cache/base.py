@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, no_type_check, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from mukv.attention import Attention, Bag, Entries, Queries, Query, Recall, Retr
 from mukv.attention.mixer import EntryStore, Written
 from mukv.core.typing import Array, Bool, Float, Int, Residual
 
-Tensors = dict[str, Float[Array, "batch _ slot _"]]
+SlotArrays = dict[str, Float[Array, "batch _ slot _"]]
 Token = dict[str, Float[Array, "batch _ 1 _"]]
 Tail = dict[str, Float[Array, "batch _ place _"]]
 QUERY = "query"
@@ -82,7 +82,7 @@ class Body(Protocol):
 
     def extended(
         self,
-        new: Tensors,
+        new: SlotArrays,
         length: Int[Array, " batch"],
         added: Int[Array, " batch"],
         reader: Reader,
@@ -94,6 +94,25 @@ class Body(Protocol):
         known to be empty.
         """
         ...
+
+
+class AllRead:
+    """Base class of bodies all of whose entries every query reads."""
+
+    last_queries: ClassVar[int | None] = None
+    by_query: ClassVar[bool] = False
+
+    def bag(self, length: Int[Array, " batch"]) -> Bag:
+        """See `Body`."""
+        return self.entries(length)
+
+    def entries(self, length: Int[Array, " batch"]) -> Entries:
+        """See `Body`."""
+        raise NotImplementedError
+
+    def for_steps(self) -> Self:
+        """See `Body`."""
+        return self
 
 
 # JAX also builds pytrees whose leaves are not arrays, so that shapes can't be checked here.
@@ -159,7 +178,7 @@ class Slot:
 
     def extended(
         self,
-        new: Tensors,
+        new: SlotArrays,
         length: Int[Array, " batch"],
         added: Int[Array, " batch"],
         reader: Reader,
@@ -247,7 +266,7 @@ class Cache:
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Ring:
+class Ring(AllRead):
     """A ring buffer: the entry of position p is in slot p modulo capacity.
 
     A ring of a full cache never wraps, one of a window does. Positions are computed from the number
@@ -256,33 +275,19 @@ class Ring:
     tensors: [batch heads slot width] by name. wraps: whether there may be more entries than slots.
     """
 
-    tensors: Tensors
+    tensors: SlotArrays
     wraps: bool = field(metadata={"static": True})
 
     @property
     def needs_queries(self) -> bool:
         return False
 
-    @property
-    def last_queries(self) -> int | None:
-        return None
-
-    @property
-    def by_query(self) -> bool:
-        return False
-
-    def bag(self, length: Int[Array, " batch"]) -> Bag:
-        return self.entries(length)
-
     def entries(self, length: Int[Array, " batch"]) -> Entries:
         return body_entries(self.tensors, length, self.wraps)
 
-    def for_steps(self) -> Ring:
-        return self
-
     def extended(
         self,
-        new: Tensors,
+        new: SlotArrays,
         length: Int[Array, " batch"],
         added: Int[Array, " batch"],
         reader: Reader,
@@ -301,7 +306,7 @@ def ring_position(length: Int[Array, " batch"], capacity: int) -> Int[Array, "ba
     return newest - (newest - jnp.arange(capacity)[None]) % capacity
 
 
-def body_entries(tensors: Tensors, length: Int[Array, " batch"], wraps: bool) -> Entries:
+def body_entries(tensors: SlotArrays, length: Int[Array, " batch"], wraps: bool) -> Entries:
     """Return the entries of a ring. wraps: `length` may be larger than the number of slots."""
     capacity = next(iter(tensors.values())).shape[2]
     position = ring_position(length, capacity)[:, None]
@@ -352,11 +357,11 @@ def append_some(
 
 
 def fold(
-    body: Tensors,
+    body: SlotArrays,
     new: Tail,
     length: Int[Array, " batch"],
     added: Int[Array, " batch"],
-) -> Tensors:
+) -> SlotArrays:
     """Return the ring after the first `added` entries of `new` were written to each row.
 
     length: number of entries written to the ring before

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mukv.cache.base import Reader, Tensors
+from mukv.cache.base import Reader, SlotArrays
 from mukv.cache.kept import Kept
 from mukv.core.typing import Array, Int
 
@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     segment: number of each token's document; None for one document per row
     """
 
-    tensors: Tensors
+    tensors: SlotArrays
     queries: Any
     position: Int[Array, "batch token"]
     segment: Int[Array, "batch token"] | None

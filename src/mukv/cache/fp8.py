@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from mukv.cache.store import Parts, Store, Tensor
+from mukv.cache.store import Parts, SlotArray, Store
 from mukv.core.typing import Array, Bool
 
 LARGEST = 448.0
@@ -24,7 +24,9 @@ class FP8(Store):
     are encoded again.
     """
 
-    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+    def encode(
+        self, key: bool, tensor: SlotArray, there: Bool[Array, "batch #heads slot"]
+    ) -> Parts:
         wide = tensor.astype(jnp.float32)
         share, exponent = jnp.frexp(jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / LARGEST)
         exponent = jnp.clip(jnp.where(share == 0.5, exponent - 1, exponent), -126, 127)
@@ -32,7 +34,7 @@ class FP8(Store):
         number = jax.lax.bitcast_convert_type(small, jnp.uint8)
         return {"number": number, "exponent": exponent.astype(jnp.int8)}
 
-    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> SlotArray:
         small = jax.lax.bitcast_convert_type(parts["number"], jnp.float8_e4m3fn)
         return small.astype(jnp.float32) * _power(parts["exponent"])
 

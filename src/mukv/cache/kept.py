@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mukv.attention import Attention, Bag, Entries, Query, Recall, Retrieved
 from mukv.attention.mixer import ENTRIES
-from mukv.cache.base import Reader, Tensors
+from mukv.cache.base import Reader, SlotArrays
 from mukv.cache.keep import Everything, Keep
 from mukv.cache.seen import Seen
 from mukv.cache.select import All, Select, View
@@ -74,7 +74,7 @@ class Kept:
 
     def extended(
         self,
-        new: Tensors,
+        new: SlotArrays,
         length: Int[Array, " batch"],
         added: Int[Array, " batch"],
         reader: Reader,
@@ -109,7 +109,7 @@ class Kept:
         return self.keep.when.number(budget, count, self.shelf.slots // heads)
 
     def _shelved(
-        self, new: Tensors, length: Int[Array, " batch"], added: Int[Array, " batch"]
+        self, new: SlotArrays, length: Int[Array, " batch"], added: Int[Array, " batch"]
     ) -> Kept:
         """Return a body of the new entries only, not encoded."""
         stores = self.shelf.position.shape[1]

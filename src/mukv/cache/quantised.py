@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from mukv.cache.store import Parts, Store, Tensor
+from mukv.cache.store import Parts, SlotArray, Store
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, UInt4, UInt8
 
@@ -49,7 +49,9 @@ class Quantised(Store):
 class Int8(Quantised):
     """Store 8 bits per number (KIVI, Liu et al. 2024)."""
 
-    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+    def encode(
+        self, key: bool, tensor: SlotArray, there: Bool[Array, "batch #heads slot"]
+    ) -> Parts:
         if key:
             number, factors = between(key, tensor, there, 255, self.group)
             return {"number": number, **factors}
@@ -59,7 +61,7 @@ class Int8(Quantised):
         number = jnp.clip(jnp.round(grouped / _divisor(step)), -127, 127).astype(jnp.int8)
         return {"number": _flat(number, tensor.shape), "step": jnp.squeeze(step, 4)}
 
-    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> SlotArray:
         number = parts["number"].astype(jnp.float32)
         found = number * _spread(key, parts["step"], number.shape[2], width, self.group)
         if key:
@@ -71,11 +73,13 @@ class Int8(Quantised):
 class Int4(Quantised):
     """Store 4 bits per number (KIVI, Liu et al. 2024)."""
 
-    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+    def encode(
+        self, key: bool, tensor: SlotArray, there: Bool[Array, "batch #heads slot"]
+    ) -> Parts:
         number, factors = between(key, tensor, there, 15, self.group)
         return {"number": packed(number), **factors}
 
-    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> SlotArray:
         number = unpacked(parts["number"])[..., :width].astype(jnp.float32)
         step, low = (
             _spread(key, parts[part], number.shape[2], width, self.group)
@@ -85,7 +89,7 @@ class Int4(Quantised):
 
 
 def between(
-    key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"], levels: int, group: int
+    key: bool, tensor: SlotArray, there: Bool[Array, "batch #heads slot"], levels: int, group: int
 ) -> tuple[UInt8[Array, "batch heads slot width"], Parts]:
     """Quantise each group to integers 0 to `levels` between its minimum and maximum.
 

@@ -14,9 +14,9 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Bag, Entries, Queries
+from mukv.attention import AnyAttention, Entries, Queries
 from mukv.attention.mixer import ENTRIES
-from mukv.cache.base import Reader, Tensors, body_entries, fold
+from mukv.cache.base import AllRead, Reader, SlotArrays, body_entries, fold
 from mukv.cache.policy import Policy
 from mukv.core.typing import Array, Int
 
@@ -24,7 +24,7 @@ from mukv.core.typing import Array, Int
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Recorded:
+class Recorded(AllRead):
     """Body that grows with every new entry, and also keeps the queries of the tokens.
 
     tensors: of the entries, in the order of their positions
@@ -32,30 +32,16 @@ class Recorded:
         which no policy judges by queries
     """
 
-    tensors: Tensors
+    tensors: SlotArrays
     queries: Queries | None
     needs_queries: bool = field(metadata={"static": True})
-
-    @property
-    def last_queries(self) -> int | None:
-        return None
-
-    @property
-    def by_query(self) -> bool:
-        return False
-
-    def bag(self, length: Int[Array, " batch"]) -> Bag:
-        return self.entries(length)
 
     def entries(self, length: Int[Array, " batch"]) -> Entries:
         return body_entries(self.tensors, length, wraps=False)
 
-    def for_steps(self) -> Recorded:
-        return self
-
     def extended(
         self,
-        new: Tensors,
+        new: SlotArrays,
         length: Int[Array, " batch"],
         added: Int[Array, " batch"],
         reader: Reader,

@@ -14,8 +14,8 @@ from typing import ClassVar, no_type_check
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import Bag, Entries
-from mukv.cache.base import Reader, Ring, Tensors
+from mukv.attention import Entries
+from mukv.cache.base import AllRead, Reader, Ring, SlotArrays
 from mukv.cache.critical import projected_by_head
 from mukv.cache.keep import Sinking
 from mukv.cache.layers import Layers
@@ -75,7 +75,7 @@ class KVzip(Sinking):
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Replaying:
+class Replaying(AllRead):
     """A body that scores its entries by the new queries, and adds no entry.
 
     body: the entries of the prompt
@@ -97,26 +97,12 @@ class Replaying:
     def needs_queries(self) -> bool:
         return True
 
-    @property
-    def last_queries(self) -> int | None:
-        return None
-
-    @property
-    def by_query(self) -> bool:
-        return False
-
-    def for_steps(self) -> Replaying:
-        return self
-
-    def bag(self, length: Int[Array, " batch"]) -> Bag:
-        return self.body.bag(length)
-
     def entries(self, length: Int[Array, " batch"]) -> Entries:
         return self.body.entries(length)
 
     def extended(
         self,
-        new: Tensors,
+        new: SlotArrays,
         length: Int[Array, " batch"],
         added: Int[Array, " batch"],
         reader: Reader,

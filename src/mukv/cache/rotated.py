@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.cache.quantised import between, channels_spread, packed, unpacked
-from mukv.cache.store import Parts, Store, Tensor
+from mukv.cache.store import Parts, SlotArray, Store
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, UInt8
@@ -41,12 +41,14 @@ class Rotated(Store):
         if not 0 <= self.seed < 1 << 31:
             raise BadInput("seed", self.seed, "from 0 to 2**31 - 1")
 
-    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+    def encode(
+        self, key: bool, tensor: SlotArray, there: Bool[Array, "batch #heads slot"]
+    ) -> Parts:
         turned = tensor.astype(jnp.float32) @ rotation(tensor.shape[-1], self.seed)
         number, factors = between(False, turned, there, 2**self.bits - 1, self.group)
         return {"number": (packed if self.bits == 4 else planes)(number), **factors}
 
-    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> SlotArray:
         number = (unpacked if self.bits == 4 else joined)(parts["number"])[..., :width]
         step, low = (channels_spread(parts[part], width, self.group) for part in ("step", "low"))
         return (number.astype(jnp.float32) * step + low) @ rotation(width, self.seed).T

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mukv.core.typing import Array, Bool, Float, Int
 
-Tensor = Float[Array, "batch heads slot width"]
+SlotArray = Float[Array, "batch heads slot width"]
 Parts = dict[str, Array]
 Stored = dict[str, Parts]
 
@@ -32,7 +32,9 @@ class Store:
         """Number of slots that share a row."""
         return 1
 
-    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+    def encode(
+        self, key: bool, tensor: SlotArray, there: Bool[Array, "batch #heads slot"]
+    ) -> Parts:
         """Encode a tensor.
 
         key: whether the tensor is in `keys` of its attention variant
@@ -40,7 +42,7 @@ class Store:
         """
         raise NotImplementedError
 
-    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> SlotArray:
         """Decode a tensor to float32 or its original dtype; empty slots have arbitrary finite
         numbers.
         """
@@ -53,10 +55,12 @@ class Exact(Store):
 
     blockwise: ClassVar[bool] = False
 
-    def encode(self, key: bool, tensor: Tensor, there: Bool[Array, "batch #heads slot"]) -> Parts:
+    def encode(
+        self, key: bool, tensor: SlotArray, there: Bool[Array, "batch #heads slot"]
+    ) -> Parts:
         return {"exact": tensor}
 
-    def decode(self, key: bool, parts: Parts, width: int) -> Tensor:
+    def decode(self, key: bool, parts: Parts, width: int) -> SlotArray:
         return parts["exact"]
 
 

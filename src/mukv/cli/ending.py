@@ -8,6 +8,7 @@ MUKV_TRACEBACK=1 shows the traceback of any error.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -33,6 +34,24 @@ MISTYPED = {
 """Errors of the file system that are caused by the path that the user gave: they are bad input."""
 PACKAGE = Path(__file__).parents[1]
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class Discarding(io.TextIOWrapper):
+    """The null device in place of a standard output that was closed before we began.
+
+    discarded: whether anything was written
+    """
+
+    discarded = False
+
+    def __init__(self) -> None:
+        null = open(os.devnull, "wb")  # noqa: SIM115
+        super().__init__(null, encoding="utf-8", errors="backslashreplace")
+
+    def write(self, text: str, /) -> int:
+        """Note that text is lost."""
+        self.discarded = self.discarded or bool(text)
+        return super().write(text)
 
 
 class Signalled(SystemExit):
@@ -145,18 +164,20 @@ def show_traceback(error: BaseException) -> None:
 
 def settle_streams() -> None:
     """Make printing safe: characters that a stream can't encode are escaped, and a closed stream is
-    replaced by the null device."""
+    replaced by the null device. `flush` reports what was written to a closed standard output."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed before we began
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, Discarding())
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def flush() -> None:
-    """Flush standard output. Raises BrokenPipeError if its reader is gone, and Failed for any other
-    error."""
+    """Flush standard output. Raises BrokenPipeError if its reader is gone, and Failed if it was
+    closed before something was written, or for any other error."""
+    if isinstance(sys.stdout, Discarding) and sys.stdout.discarded:
+        raise Failed("standard output is closed: the result could not be printed")
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mukv.tuning.transfer import Transfer
 
 GIGABYTE = 10**9
-Memory = Annotated[
+MemoryLimit = Annotated[
     float | None, typer.Option(help="Gigabytes that one program may take; default: what is free.")
 ]
 
@@ -46,7 +46,7 @@ def transfer(
     octaves: Annotated[
         int, typer.Option(help="Octaves swept first, on each side of the configured rate.")
     ] = 2,
-    memory: Memory = None,
+    memory: MemoryLimit = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="The check's plot, or the folder of the search.")
     ] = None,
@@ -166,7 +166,7 @@ def sweep(
             "eighth of the trials for samplers that learn (tpe, gp)."
         ),
     ] = None,
-    memory: Memory = None,
+    memory: MemoryLimit = None,
     patience: Annotated[
         float,
         typer.Option(help="Seconds without a heartbeat after which a trial counts as killed."),

@@ -19,15 +19,15 @@ from mukv.model.plan import ResolvedLayer, resolve
 from mukv.scaling.parameterization import changes
 
 LENGTH = 2048
-"""Tokens of a row, at most, that a conversion has in mind where nobody says."""
-Rows = Sequence[Float[np.ndarray, "example embed"]]
+"""Maximum number of tokens of a row for which a model is converted, unless another is given."""
+Examples = Sequence[Float[np.ndarray, "example embed"]]
 
 
 def convert(
     model: LanguageModel,
     weights: Mapping[str, Any],
     conversion: Conversion | str,
-    examples: Rows | None = None,
+    examples: Examples | None = None,
     length: int | None = None,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Return the converted model and its weights; those of attention become float32.

@@ -19,7 +19,7 @@ from mukv.position import AnyPosition, RoPE
 
 ROUNDS = 10
 """Times that heads are turned to their mean, which settles within five."""
-Fit = Callable[[Matrix, Matrix], Matrix]
+FitMap = Callable[[Matrix, Matrix], Matrix]
 """(rows x, rows y) to the matrix that makes y of x."""
 
 
@@ -112,8 +112,8 @@ class Maps:
     fit: the map from rows to rows with the least squared error
     """
 
-    turn: Fit
-    fit: Fit
+    turn: FitMap
+    fit: FitMap
 
     def turns(self, members: Sequence[Matrix]) -> list[Matrix]:
         """The rotations that turn heads to their mean, which is made of turned heads (generalised

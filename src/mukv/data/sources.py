@@ -38,11 +38,11 @@ from mukv.storage.files import require_regular_file
 TESTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 """Folders that are left out of the standard library."""
 SAVED_DATA_SET = ("dataset_dict.json", "dataset_info.json")
-Source = Iterator[tuple[str, BinaryIO]]
+NamedFiles = Iterator[tuple[str, BinaryIO]]
 """Names (for messages) and open files of documents."""
 
 
-def open_source(source: str, field: str, spools: Path | None = None) -> Source:
+def open_source(source: str, field: str, spools: Path | None = None) -> NamedFiles:
     """Open the documents of a source. Of records, the text in `field` is read.
 
     spools: folder in which what a remote source sent is kept; None keeps nothing
@@ -76,7 +76,7 @@ def nearest_path(path: Path) -> str | None:
         return None
 
 
-def _path(source: str, field: str) -> Source:
+def _path(source: str, field: str) -> NamedFiles:
     """Open a file by its suffix, or all files of a folder except hidden and binary ones."""
     path = Path(source)
     if not path.exists():
@@ -90,7 +90,7 @@ def _path(source: str, field: str) -> Source:
     return _folder(path, field)
 
 
-def _folder(path: Path, field: str) -> Source:
+def _folder(path: Path, field: str) -> NamedFiles:
     for file in _walk(path):
         if file.suffix in FORMATS or not _binary(file):
             yield from _file(file, field)
@@ -108,7 +108,7 @@ def binary_files(source: str) -> int:
     return sum(file.suffix not in FORMATS and _binary(file) for file in _walk(path))
 
 
-def _file(path: Path, field: str) -> Source:
+def _file(path: Path, field: str) -> NamedFiles:
     require_regular_file(path)
     with telling_read_errors(str(path)):
         yield from FORMATS.get(path.suffix, _text)(path, field)
@@ -138,12 +138,12 @@ def _binary(path: Path) -> bool:
         return b"\0" in file.read(8192)
 
 
-def _text(path: Path, field: str) -> Source:
+def _text(path: Path, field: str) -> NamedFiles:
     with path.open("rb") as file:
         yield str(path), file
 
 
-def _jsonl(path: Path, field: str) -> Source:
+def _jsonl(path: Path, field: str) -> NamedFiles:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -165,7 +165,7 @@ def record(where: str, field: str, value: object) -> tuple[str, BinaryIO]:
     return where, io.BytesIO(data)
 
 
-def _parquet(path: Path, field: str) -> Source:
+def _parquet(path: Path, field: str) -> NamedFiles:
     pyarrow = require_pyarrow(str(path))
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -179,7 +179,7 @@ def _parquet(path: Path, field: str) -> Source:
         raise BadInput(str(path), "a file that Parquet can't read", str(error)) from None
 
 
-def _stdlib(name: str, field: str) -> Source:
+def _stdlib(name: str, field: str) -> NamedFiles:
     """Open the Python library's own source, without its tests."""
     if name:
         raise BadInput("SOURCE", f"stdlib:{name}", "`stdlib` takes no name")
@@ -187,7 +187,7 @@ def _stdlib(name: str, field: str) -> Source:
     return _python(_walk(folder, TESTS), field)
 
 
-def _package(name: str, field: str) -> Source:
+def _package(name: str, field: str) -> NamedFiles:
     """Open the source of an importable package or module, found without importing it."""
     top, _, inner = name.partition(".")
     try:
@@ -208,13 +208,13 @@ def _package(name: str, field: str) -> Source:
     raise BadInput("package", name, "a package with Python source")
 
 
-def _python(paths: Iterable[Path], field: str) -> Source:
+def _python(paths: Iterable[Path], field: str) -> NamedFiles:
     for path in paths:
         if path.suffix == ".py":
             yield from _file(path, field)
 
 
-def _hugging_face(name: str, field: str) -> Source:
+def _hugging_face(name: str, field: str) -> NamedFiles:
     """Open a data set in a folder that `datasets` has saved: FOLDER or FOLDER:SPLIT."""
     datasets = require_datasets(name)
     path, *rest = name.split(":")
@@ -237,7 +237,7 @@ def _hugging_face(name: str, field: str) -> Source:
         ) from error
 
 
-def _hub(name: str, field: str) -> Source | RemoteRows:
+def _hub(name: str, field: str) -> NamedFiles | RemoteRows:
     """Open a data set in a folder, or stream one of the hub."""
     folder = Path(name.partition(":")[0])
     if any((folder / saved).is_file() for saved in SAVED_DATA_SET):
@@ -259,20 +259,20 @@ def _web(kind: str) -> Callable[[str, str], RemoteRows]:
     return read
 
 
-def _streamed(rows: RemoteRows, field: str, spools: Path | None) -> Source:
+def _streamed(rows: RemoteRows, field: str, spools: Path | None) -> NamedFiles:
     """Yield the documents of a remote source; with `spools`, those kept there are not fetched."""
     for row in Reliable(rows) if spools is None else spooled(rows, field, spools):
         yield record(row.name, field, row.value)
 
 
-SOURCES: dict[str, Callable[[str, str], Source | RemoteRows]] = {
+SOURCES: dict[str, Callable[[str, str], NamedFiles | RemoteRows]] = {
     "stdlib": _stdlib,
     "package": _package,
     "hf": _hub,
     "http": _web("http"),
     "https": _web("https"),
 }
-FORMATS: dict[str, Callable[[Path, str], Source]] = {".jsonl": _jsonl, ".parquet": _parquet}
+FORMATS: dict[str, Callable[[Path, str], NamedFiles]] = {".jsonl": _jsonl, ".parquet": _parquet}
 """Readers by suffix; all other files are read as text."""
 WEB: dict[str, Callable[[str, str], RemoteRows]] = {".jsonl": Lines, ".parquet": Table}
 """Readers of files on the web by suffix."""

@@ -21,7 +21,7 @@ from mukv.model import Decoder, Layer
 from mukv.model.block import AnyResidual, Gated, PreNorm
 from mukv.position import RoPE
 
-Windows = Sequence[int | None]
+LayerWindows = Sequence[int | None]
 QKV = ("query", "key", "value")
 MOST_HEADS, MOST_LAYERS = 1 << 16, 1 << 10
 """Upper bounds that no real model reaches. Larger numbers are mistakes, which would take long to be
@@ -33,12 +33,12 @@ refused later.
 class WindowKeys:
     """Keys of a config.json for the windows of layers. In this base class no layer has a window."""
 
-    def read(self, given: Given, layers: int) -> Windows:
+    def read(self, given: Given, layers: int) -> LayerWindows:
         """Return each layer's window in tokens; None for a layer without one."""
         given.require("use_sliding_window", False)
         return [None] * layers
 
-    def write(self, windows: Windows) -> dict[str, Any]:
+    def write(self, windows: LayerWindows) -> dict[str, Any]:
         """Return the keys that express these windows. Raises BadInput for windows that the family
         can't express.
         """

@@ -12,7 +12,7 @@ from typing import Any
 
 from mukv.core.errors import BadInput
 from mukv.hub.base import Rule
-from mukv.hub.family import Family, WindowKeys, Windows
+from mukv.hub.family import Family, LayerWindows, WindowKeys
 from mukv.hub.llama import BRANCHES, ENDS, LAYER
 from mukv.hub.rotation import GLOBAL, LOCAL, read_global_rope, read_local_rope, write_ropes
 from mukv.hub.settings import Given
@@ -41,7 +41,7 @@ class ByType(WindowKeys):
         """Return which layers have a window where `layer_types` is left out."""
         raise NotImplementedError
 
-    def read(self, given: Given, layers: int) -> Windows:
+    def read(self, given: Given, layers: int) -> LayerWindows:
         types = given.items("layer_types")
         if types is None:
             local = self.default(given, layers)
@@ -57,7 +57,7 @@ class ByType(WindowKeys):
         """Return the size of the windows in tokens."""
         return given.whole("sliding_window")
 
-    def write(self, windows: Windows) -> dict[str, Any]:
+    def write(self, windows: LayerWindows) -> dict[str, Any]:
         sizes = {window for window in windows if window}
         if len(sizes) > 1:
             raise BadInput("plan: window", sorted(sizes), "one size")
@@ -82,7 +82,7 @@ class EveryNthGlobal(ByType):
         period = given.whole(self.key, self.period) if self.key else self.period
         return [(layer + 1) % period != 0 for layer in range(layers)]
 
-    def write(self, windows: Windows) -> dict[str, Any]:
+    def write(self, windows: LayerWindows) -> dict[str, Any]:
         keys = super().write(windows)
         # transformers requires a size even where no layer has a window.
         return keys if any(windows) else keys | {"sliding_window": UNUSED}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mukv.core.errors import BadInput
-from mukv.hub.family import Family, WindowKeys, Windows
+from mukv.hub.family import Family, LayerWindows, WindowKeys
 from mukv.hub.llama import DEFAULTS, RULES
 from mukv.hub.rotation import GLOBAL, LOCAL
 from mukv.hub.settings import Given
@@ -16,7 +16,7 @@ from mukv.hub.settings import Given
 class EveryLayer(WindowKeys):
     """All layers have the same window, or none has one."""
 
-    def read(self, given: Given, layers: int) -> Windows:
+    def read(self, given: Given, layers: int) -> LayerWindows:
         window = given.whole("sliding_window", null=True)
         types, wanted = given.items("layer_types"), [LOCAL if window else GLOBAL] * layers
         if types not in (None, wanted):
@@ -24,7 +24,7 @@ class EveryLayer(WindowKeys):
             raise BadInput(f"{given.where}: layer_types", types, allowed)
         return [window] * layers
 
-    def write(self, windows: Windows) -> dict[str, Any]:
+    def write(self, windows: LayerWindows) -> dict[str, Any]:
         if len(set(windows)) > 1:
             raise BadInput("plan: window", sorted(set(map(str, windows))), "one for all layers")
         return {"sliding_window": windows[0]}

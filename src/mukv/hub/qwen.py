@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mukv.core.errors import BadInput
-from mukv.hub.family import QKV, Family, Windows
+from mukv.hub.family import QKV, Family, LayerWindows
 from mukv.hub.gemma import ByType
 from mukv.hub.llama import DEFAULTS, RULES
 from mukv.hub.rotation import LOCAL
@@ -33,7 +33,7 @@ class LastLayers(ByType):
             raise BadInput(f"{given.where}: use_sliding_window", False, allowed)
         return super().window(given)
 
-    def write(self, windows: Windows) -> dict[str, Any]:
+    def write(self, windows: LayerWindows) -> dict[str, Any]:
         seen = [place for place, window in enumerate(windows) if window]
         return super().write(windows) | {
             "use_sliding_window": bool(seen),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.cache import FULL, Calibrated, Policy
+from mukv.cache.replay import TWICE
 from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.programs import outputs
@@ -28,6 +29,16 @@ SHORTEST = 16
 LONGEST = 512
 """Maximum number of new tokens in one prefill after tokens in the cache, which bounds the array of
 logits [new tokens, tokens in the cache and new tokens]."""
+
+
+def check_policy(policy: Policy) -> None:
+    """Raise BadInput for a policy that needs the end of the prompt; the messages and answers of a
+    conversation alternate."""
+    if policy.keep.replays:
+        raise BadInput("policy", policy.name, TWICE)
+    if policy.keep.when.holds:
+        allowed = "a policy without +hold in a conversation, whose prompt does not end"
+        raise BadInput("policy", policy.name, allowed)
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,9 @@ class Conversation:
         length: maximum number of tokens of the conversation
         policy, centres: cache policy, and its calibrated centres if it needs them
 
-        Raises BadInput for a policy that does not fit the model.
+        Raises BadInput for a policy that does not fit the model or a conversation.
         """
+        check_policy(policy)
         self.model, self.weights, self.length = model, weights, length
         self.sampling = sampling or Sampling()
         self.compute = settled(compute)

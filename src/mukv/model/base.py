@@ -33,7 +33,7 @@ from mukv.model.block import AnyResidual, Gated, PreNorm
 from mukv.model.continued import Continued
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import ResolvedLayer, Stage
-from mukv.model.rates import Capacity, Rate
+from mukv.model.rates import Capacity, StackRate
 from mukv.model.stack import Stack
 from mukv.model.through import Through
 from mukv.scaling.parameterization import Scaling
@@ -213,9 +213,9 @@ class LanguageModel(Continued, Component):
         """Raise BadInput if a field names a token id that a tokenizer of this size lacks."""
 
     @property
-    def rates(self) -> tuple[Rate, ...]:
+    def rates(self) -> tuple[StackRate, ...]:
         """The rate of each stack."""
-        return (Rate(),) * len(self.stacks)
+        return (StackRate(),) * len(self.stacks)
 
     def capacities(self, length: int, tail: int) -> tuple[Capacity, ...]:
         """Return the sizes of the cache of each stack that `empty_cache` allocates.

@@ -27,7 +27,7 @@ from mukv.model.block import AnyResidual
 from mukv.model.cache_update import LayerMemory
 from mukv.model.plan import ResolvedLayer
 
-Memory = LayerMemory | None
+MemoryOrNone = LayerMemory | None
 """Slots and states of one layer; None in training."""
 
 
@@ -49,7 +49,9 @@ class Asked:
         return self.attention.query(self.weights, self.x, self.position)
 
 
-Remember = Callable[[ResolvedLayer, Any, Memory, Written, Asked], tuple[tuple[Bag, ...], Memory]]
+Remember = Callable[
+    [ResolvedLayer, Any, MemoryOrNone, Written, Asked], tuple[tuple[Bag, ...], MemoryOrNone]
+]
 """Function of a layer, its weights for reading, its slots and states, the result of its `write`,
 and a function that computes its queries. Returns the bags that the layer reads, and its slots and
 states with the new entries."""
@@ -142,8 +144,8 @@ class Pass:
         return {layer.source for layer in self.layers if not layer.writes}
 
     def applied(
-        self, layer: ResolvedLayer, weights: Any, x: Residual, inherited: Any, memory: Memory
-    ) -> tuple[Residual, Any, Memory, Auxiliary]:
+        self, layer: ResolvedLayer, weights: Any, x: Residual, inherited: Any, memory: MemoryOrNone
+    ) -> tuple[Residual, Any, MemoryOrNone, Auxiliary]:
         """Apply one layer.
 
         weights: of the layer. inherited: bags of the layer that it reads. memory: its own.

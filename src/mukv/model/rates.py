@@ -7,7 +7,7 @@ from typing import NamedTuple
 from mukv.model.stack import Stack
 
 
-class Rate(NamedTuple):
+class StackRate(NamedTuple):
     """Minimum mean number of a model's tokens per vector that one of its stacks processes.
 
     entry: tokens per vector that is written

@@ -29,7 +29,7 @@ from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
 from mukv.model.cache_update import LayerBag, LayerMemory, extended, joined, memories
 from mukv.model.feedforward import AnyFeedforward
-from mukv.model.passes import Asked, Memory, Pass, Remember, layer_params
+from mukv.model.passes import Asked, MemoryOrNone, Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.model.remember import One, Several
 from mukv.model.through import Through
@@ -138,10 +138,10 @@ class Stack:
         def remember(
             layer: ResolvedLayer,
             reading: Any,
-            memory: Memory,
+            memory: MemoryOrNone,
             written: Written,
             asked: Asked,
-        ) -> tuple[tuple[Bag, ...], Memory]:
+        ) -> tuple[tuple[Bag, ...], MemoryOrNone]:
             def read(name: str, bag: EntryStore) -> Bag:
                 entries = bag.entries(written[name], position, segment)
                 if through is None or bag.window is not None:

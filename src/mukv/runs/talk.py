@@ -13,7 +13,7 @@ from mukv.cache import FULL, Policy
 from mukv.core.compute import settled
 from mukv.core.errors import BadInput
 from mukv.hub.chat import chat_text
-from mukv.infer.conversation import Conversation
+from mukv.infer.conversation import Conversation, check_policy
 from mukv.infer.decode import TAIL, Sampling
 from mukv.infer.stream import TokenStream
 from mukv.model.counting import cache_bytes
@@ -66,9 +66,10 @@ def room(found: Located, length: int | None) -> int:
 
 def check(found: Located, system: str | None, policy: Policy, length: int) -> None:
     """Check a conversation before weights are read. Raises BadInput for a model without a chat
-    template, a template that refuses the system prompt, a policy that does not fit the model, and a
-    KV cache that needs more device memory than is free."""
+    template, a template that refuses the system prompt, a policy that does not fit the model or a
+    conversation, and a KV cache that needs more device memory than is free."""
     chat_text(found.folder, _messages(system, [{"role": "user", "content": "Hello"}]))
+    check_policy(policy)
     model = found.run.model
     compute = settled(found.run.train.compute)
     sizes = 1, length, min(TAIL, length)

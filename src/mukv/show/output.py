@@ -6,11 +6,14 @@ Imports nothing heavy, so that a wrong command line is answered at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from mukv.show.terminal import Console, styled
 from mukv.storage.json_text import to_json
+
+Tell = Callable[[str], None]
+"""Function that prints one line, such as `warn`."""
 
 
 def complain(message: str, status: int) -> NoReturn:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mukv.core.errors import BadInput, Failed
+from mukv.show.output import Tell
 
 WAIT_SECONDS = 300.0
 """Time that a process waits for the others to connect."""
@@ -36,7 +37,6 @@ SETTLE_SECONDS = 5.0
 be the cause."""
 MOST_PROCESSES = 1 << 16
 EXAMPLE = "auto, or HOST:PORT,PROCESSES,NUMBER such as 10.0.0.1:9000,2,0"
-Tell = Callable[[str], None]
 
 
 class Place(NamedTuple):

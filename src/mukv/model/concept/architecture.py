@@ -28,7 +28,7 @@ from mukv.model.concept.injection import (
 from mukv.model.concept.pooling import AnyPool, SelectPool
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import Layer, Stage
-from mukv.model.rates import Capacity, Rate
+from mukv.model.rates import Capacity, StackRate
 from mukv.model.stack import Stack
 
 LOCAL = (Stage((Layer(window=64),)),)
@@ -150,9 +150,9 @@ class Architecture(LanguageModel):
         return self.encoder_stack, self.global_stack, self.cross, self.decoder_stack
 
     @property
-    def rates(self) -> tuple[Rate, ...]:
+    def rates(self) -> tuple[StackRate, ...]:
         pace = self.chunker.pace
-        return Rate(), Rate(pace, pace), Rate(entry=pace), Rate()
+        return StackRate(), StackRate(pace, pace), StackRate(entry=pace), StackRate()
 
     @property
     def reader(self) -> AnyAttention:
