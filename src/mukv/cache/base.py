@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, Self, no_type_check, runtime_checkable
+from typing import Any, ClassVar, Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ class AllRead:
         """See `Body`."""
         raise NotImplementedError
 
-    def for_steps(self) -> Self:
+    def for_steps(self) -> Any:
         """See `Body`."""
         return self
 
