@@ -60,36 +60,31 @@ class RunTeacher:
         return {NAME: str(run.train.teacher), CHECKSUM: checksum}
 
 
-def with_teacher(run: Run, folder: RunDirectory) -> Run:
-    """Return the run with an absolute path of its teacher.
-
-    folder: of the run
-
-    Raises BadInput for the run itself, and for a path without a model.
-    """
+def with_teacher(run: Run) -> Run:
+    """Return the run with an absolute path of its teacher."""
     teacher = run.train.teacher
-    if teacher is None:
-        return run
-    if Path(teacher).resolve() == folder.path.resolve():
-        raise BadInput(FIELD, teacher, "another model than the run itself")
-    _located(teacher)
-    if not Path(teacher).exists():
+    if teacher is None or not Path(teacher).exists():
         return run
     return replace(run, train=replace(run.train, teacher=str(Path(teacher).resolve())))
 
 
-def find_teacher(run: Run, tokenizer: AnyTokenizer) -> RunTeacher | None:
+def find_teacher(run: Run, folder: RunDirectory, tokenizer: AnyTokenizer) -> RunTeacher | None:
     """Find the model that `train.teacher` names; None if it names none.
 
-    tokenizer: of the data
+    folder: of the run. tokenizer: of the data
 
-    Raises BadInput for a path without a model, for a model that gives other meanings to ids, and
-    for one whose context is shorter than the rows.
+    Raises BadInput for the run itself, for a path without a model, for a model that gives other
+    meanings to ids, and for one whose context is shorter than the rows.
     """
     source = run.train.teacher
     if source is None:
         return None
-    found = _located(source)
+    if Path(source).resolve() == folder.path.resolve():
+        raise BadInput(FIELD, source, "another model than the run itself")
+    try:
+        found = locate(source)
+    except BadInput as error:
+        raise _named(error) from None
     mine, network = run.model, found.run.model
     if network.vocab_size != mine.vocab_size:
         allowed = f"a model with the {mine.vocab_size:,} ids of model.vocab_size"
@@ -104,14 +99,6 @@ def find_teacher(run: Run, tokenizer: AnyTokenizer) -> RunTeacher | None:
         allowed = f"a model with the tokenizer of the data ({stamps[1]}); it has {stamps[0]}"
         raise BadInput(FIELD, source, allowed)
     return RunTeacher(found)
-
-
-def _located(source: str) -> Located:
-    """Find the model at a path. Raises BadInput about the teacher."""
-    try:
-        return locate(source)
-    except BadInput as error:
-        raise _named(error) from None
 
 
 def _tokenizer(found: Located) -> AnyTokenizer:
