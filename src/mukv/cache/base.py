@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, no_type_check, runtime_checkable
+from typing import Any, Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -99,8 +99,15 @@ class Body(Protocol):
 class AllRead:
     """Base class of bodies all of whose entries every query reads."""
 
-    last_queries: ClassVar[int | None] = None
-    by_query: ClassVar[bool] = False
+    @property
+    def last_queries(self) -> int | None:
+        """See `Body`."""
+        return None
+
+    @property
+    def by_query(self) -> bool:
+        """See `Body`."""
+        return False
 
     def bag(self, length: Int[Array, " batch"]) -> Bag:
         """See `Body`."""

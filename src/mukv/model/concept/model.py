@@ -143,8 +143,8 @@ class Concept(Architecture):
             cache = each.stack.empty_cache(batch, each.length, each.tail, dtype, **own)
             return cache.by_row() if each.by_row else cache
 
-        caches = map(empty, self.capacities(length, tail))
-        return ConceptCache(*caches, self.start(batch, dtype))
+        encoder, concepts, cross, decoder = map(empty, self.capacities(length, tail))
+        return ConceptCache(encoder, concepts, cross, decoder, self.start(batch, dtype))
 
     def prefill(
         self,
