@@ -164,7 +164,17 @@ REUSE = Stage((Layer(), Layer(reads=-1)), repeats=2)
 REUSE_WINDOW = Stage((Layer(window=4), Layer(window=4, reads=-1)), repeats=2)
 HYBRID = Stage((Layer(window=5), Layer(position=NoPE())))
 ROUTED = Experts(experts=5, top_k=2, hidden=12, balance=0.1, z_loss=0.01)
-SHARED = Experts(experts=4, top_k=3, hidden=12, shared=1, router="sigmoid", activation="gelu")
+SHARED = Experts(
+    experts=4,
+    top_k=3,
+    hidden=12,
+    shared=1,
+    router="sigmoid",
+    activation="quick_gelu",
+    limit=0.5,
+    up_offset=1.0,
+    biases=True,
+)
 DENSE_AND_SHARED = Stage((Layer(window=4), Layer(mlp=SHARED, reads=0)))
 PLAIN_MLP = Stage((Layer(mlp=Ungated(hidden=24, biases=True)),))
 SIMPLE: dict[str, tuple[Stage, ...]] = {

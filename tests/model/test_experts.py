@@ -35,6 +35,7 @@ KINDS = {
     "sigmoid": replace(PART, router="sigmoid", activation="gelu"),
     "raw": replace(PART, normalise=False),
     "shared": replace(PART, shared=2),
+    "clamped": replace(PART, activation="quick_gelu", limit=0.5, up_offset=1.0, biases=True),
 }
 
 
@@ -42,7 +43,7 @@ def weights(part: Experts, seed: int = 0, lean: float = 0.0) -> dict:
     """Random ones. lean: what the router has for the first expert besides."""
     rng = np.random.default_rng(seed)
     drawn = {
-        name: rng.normal(size=param.shape).astype(np.float32) * param.fan_in_size**-0.5
+        name: rng.normal(size=param.shape).astype(np.float32) * max(param.fan_in_size, 1) ** -0.5
         for name, param in named(part.params(WIDTH)).items()
     }
     drawn["router"][:, 0] += lean
@@ -60,21 +61,33 @@ def applied(part: Experts, own: dict, x: np.ndarray, counted: np.ndarray | None 
     return jax.jit(part.apply)(own, x, counted)
 
 
+def biased(x: Array, own: dict, name: str) -> Array:
+    return x + own[f"{name}_bias"][None, None] if f"{name}_bias" in own else x
+
+
 def dense(part: Experts, own: dict, x: Array) -> Array:
     """Compute every expert for every token, then a sum with one-hot weights."""
-    logits = x @ own["router"]
+    logits = biased(x @ own["router"], own, "router")
     scores = jax.nn.softmax(logits) if part.router == "softmax" else jax.nn.sigmoid(logits)
     kept = jnp.where(scores >= jnp.sort(scores)[..., -part.top_k, None], scores, 0)
     if part.normalise:
         kept = kept / kept.sum(-1, keepdims=True)
-    act = {"silu": jax.nn.silu, "gelu": lambda g: jax.nn.gelu(g, approximate=True)}[part.activation]
+    act = {
+        "silu": jax.nn.silu,
+        "gelu": lambda g: jax.nn.gelu(g, approximate=True),
+        "quick_gelu": lambda g: g / (1 + jnp.exp(-1.702 * g)),
+    }[part.activation]
 
-    def mlp(gate: Array, up: Array, down: Array) -> Array:
-        return (act(x @ gate) * (x @ up)) @ down
+    def mlp(expert: dict) -> Array:
+        gate, up = (biased(x @ expert[name], expert, name) for name in ("gate", "up"))
+        if part.limit:
+            gate, up = jnp.minimum(gate, part.limit), jnp.clip(up, -part.limit, part.limit)
+        return biased((act(gate) * (up + part.up_offset)) @ expert["down"], expert, "down")
 
-    out = jax.vmap(mlp)(own["gate"], own["up"], own["down"])
+    others = ("router", "router_bias", "shared")
+    out = jax.vmap(mlp)({name: leaf for name, leaf in own.items() if name not in others})
     total = jnp.einsum("ebtd,bte->btd", out, kept)
-    return total + (mlp(**own["shared"]) if part.shared else 0)
+    return total + (mlp(own["shared"]) if part.shared else 0)
 
 
 @pytest.mark.product

@@ -22,6 +22,8 @@ BASE = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 128,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
 }
 """Everything else is left out; heads have a width that no family has by default."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0, "rope_type": "llama3"}
@@ -101,6 +103,10 @@ KEYS: dict[str, list[Any]] = {
     "scale_attn_by_inverse_layer_idx": [ABSENT, False, True],
     "reorder_and_upcast_attn": [ABSENT, True],
     "add_cross_attention": [ABSENT, True],
+    "num_local_experts": [None, 1, 3],
+    "num_experts_per_tok": [ABSENT, None, 1, 5],
+    "swiglu_limit": [ABSENT, 0.5, None],
+    "swiglu_alpha": [ABSENT, 1.0],
     "model_type": [ABSENT, "bert"],
 }
 FAMILIES = {
@@ -113,6 +119,7 @@ FAMILIES = {
     "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3",
     "GPT2LMHeadModel": "gpt2",
+    "GptOssForCausalLM": "gpt_oss",
 }
 TOGETHER: list[dict[str, Any]] = [
     *({"rope_scaling": {**each}, **BEFORE} for each in (LLAMA3, YARN)),

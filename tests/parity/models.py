@@ -67,6 +67,17 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "olmo-2": ("Olmo2", {"rope_parameters": {**YARN, "truncate": False}}),
     "gpt-2": ("GPT2", {"n_inner": 48}),
     "olmo-3": ("Olmo3", {"sliding_window": 7, "rope_parameters": BY_TYPE}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 8,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
 }
 """Windows are shorter than the text, and texts longer than what rotations were slowed from."""
 

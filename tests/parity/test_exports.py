@@ -25,6 +25,7 @@ from mukv.core.params import map_params
 from mukv.data.tokenizer import NoTokenizer
 from mukv.model import Decoder, Layer, Stage
 from mukv.model.block import Gated, PostNorm, PreNorm, SandwichNorm
+from mukv.model.experts import Experts
 from mukv.position import NTK, ALiBi, LinearScaling, Llama3, NoPE, RoPE, YaRN
 from mukv.runs.config import Run
 from mukv.runs.exchange import export_model
@@ -80,6 +81,9 @@ PLANS = {
 OFFSET = RMSNorm(stored="offset")
 GEMMA = {"norm": OFFSET, "residual": SandwichNorm(), "embedding_scale": "root_width",
          "readout": "tied", "mlp": Gated(hidden=24, activation="gelu")}  # fmt: skip
+CLAMPED = Experts(
+    experts=4, hidden=10, activation="quick_gelu", limit=0.9, up_offset=1.0, biases=True
+)
 OVER_ALL = {"norm": RMSNorm(), "norm_over": "projection"}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "Llama": ({}, {}, ("plain",)),
@@ -90,6 +94,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "Gemma3": ({"norm": OFFSET}, GEMMA, ("fast local", "slowed local", "yarned local", "plain")),
     "Olmo2": (OVER_ALL, {"residual": PostNorm()}, ("plain",)),
     "Olmo3": (OVER_ALL, {"residual": PostNorm()}, ("local-global", "fast local", "slowed local")),
+    "GptOss": ({"sinks": "learned", "biases": ALL}, {"mlp": CLAMPED}, ("local-global", "plain")),
 }
 """Of each architecture: attention, model, plans."""
 ATTENTION: Mapping[str, list[Any]] = {
@@ -105,7 +110,12 @@ ATTENTION: Mapping[str, list[Any]] = {
 }
 MODEL: Mapping[str, list[Any]] = {
     "d_model": [12, 20],
-    "mlp": [Gated(hidden=7), Gated(hidden=24, activation="gelu")],
+    "mlp": [
+        Gated(hidden=7),
+        Gated(hidden=24, activation="gelu"),
+        replace(CLAMPED, top_k=1, normalise=False),
+        replace(CLAMPED, capacity=1.0),
+    ],
     "norm": [RMSNorm(epsilon=1e-2), OFFSET, RMSNorm()],
     "residual": [PreNorm(), PostNorm(), SandwichNorm()],
     "embedding_scale": [None, "root_width"],

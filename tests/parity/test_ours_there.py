@@ -15,6 +15,7 @@ from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.data.tokenizer import NoTokenizer
 from mukv.model.block import SandwichNorm, Ungated
+from mukv.model.experts import Experts
 from mukv.position import NoPE, RoPE
 from mukv.runs.config import Run
 from mukv.runs.exchange import export_model, import_model
@@ -27,7 +28,8 @@ from tests.parity.models import logits, torch, transformers
 
 pytestmark = pytest.mark.xdist_group("trained")
 
-BASE = {"embed": 4, "heads": 2, "head_dim": 2, "value_dim": 2, "hidden": 6, "layer": 1}
+BASE = {"embed": 4, "heads": 2, "head_dim": 2, "value_dim": 2, "layer": 1}
+BASE |= {"hidden": 6, "expert_hidden": 6}
 SCALED = {"scaling": Scaling(kind="mup", base=BASE, depth=0.7), "readout": "tied"}
 ALL = ("query", "key", "value", "output")
 FAST = RoPE(base=100.0, pairing="interleaved")
@@ -38,6 +40,9 @@ GEMMA = {
     "logit_softcap": 3.0,
     "scaling": Scaling(kind="mup", base=BASE),
 }
+CLAMPED = Experts(
+    experts=4, hidden=12, activation="quick_gelu", limit=0.9, up_offset=1.0, biases=True
+)
 MODELS = {
     "llama": ("plain", {"scale": 0.3, "position": FAST}, SCALED),
     "llama-untied": ("plain", {"position": FAST}, {**SCALED, "readout": "linear"}),
@@ -47,6 +52,11 @@ MODELS = {
     "gemma-2": ("local-global", {"scale": 0.3, "softcap": 2.0}, {**GEMMA, "readout": "tied"}),
     "gemma-2-untied": ("plain", {"scale": 0.3}, GEMMA),
     "gemma-3": ("local-global", {"norm": RMSNorm(stored="offset")}, {**GEMMA, "readout": "tied"}),
+    "gpt-oss": (
+        "local-global",
+        {"sinks": "learned", "biases": ALL, "scale": 0.3, "position": FAST},
+        {**SCALED, "mlp": CLAMPED},
+    ),
     "gpt-2": (
         "plain",
         {"kv_heads": 4, "head_dim": 4, "scale": 0.3, "position": NoPE(), "biases": ALL},

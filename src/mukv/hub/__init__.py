@@ -5,6 +5,7 @@ add a line to FAMILIES.
 from mukv.hub.family import Family
 from mukv.hub.gemma import GEMMA2, GEMMA3
 from mukv.hub.gpt2 import GPT2
+from mukv.hub.gpt_oss import GPT_OSS
 from mukv.hub.llama import LLAMA
 from mukv.hub.mistral import MISTRAL
 from mukv.hub.olmo import OLMO2, OLMO3
@@ -20,6 +21,7 @@ FAMILIES: dict[str, Family] = {
     "Olmo2ForCausalLM": OLMO2,
     "Olmo3ForCausalLM": OLMO3,
     "GPT2LMHeadModel": GPT2,
+    "GptOssForCausalLM": GPT_OSS,
 }
 """Families by `architectures[0]` of a config.json. A model that several families can express is
 exported as the first of them.

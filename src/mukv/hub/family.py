@@ -14,11 +14,12 @@ from mukv.attention import Attention, Grouped
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.hub.base import Rule
+from mukv.hub.feedforward import FeedforwardKeys
 from mukv.hub.layout import planned
 from mukv.hub.rotation import read_rope, write_rope, write_scaling
-from mukv.hub.settings import ACTIVATIONS, Given
+from mukv.hub.settings import Given
 from mukv.model import Decoder, Layer
-from mukv.model.block import AnyResidual, Gated, PreNorm
+from mukv.model.block import AnyResidual, PreNorm
 from mukv.position import RoPE
 
 LayerWindows = Sequence[int | None]
@@ -56,7 +57,8 @@ class Family:
     defaults: values of the keys that a config.json may leave out
     norm: form in which gains of norms are stored
     residual, embedding_scale: as in `Decoder`
-    activation: key of the activation
+    feedforward: keys of the feed-forward parts
+    sinks: as in `Attention`
     biases: biases that all models of the family have; None if the key `attention_bias` decides
     query_norm: axis over which queries and keys are normalised; None if they are not
     query_scale, attention_softcap, logit_softcap: keys of these numbers; None if there is no key
@@ -75,7 +77,8 @@ class Family:
     norm: Literal["gain", "offset"] = "gain"
     residual: AnyResidual = field(default_factory=PreNorm)
     embedding_scale: Literal["root_width"] | None = None
-    activation: str = "hidden_act"
+    feedforward: FeedforwardKeys = field(default_factory=FeedforwardKeys)
+    sinks: Literal["learned"] | None = None
     biases: tuple[Literal["query", "key", "value", "output"], ...] | None = None
     query_norm: Literal["head", "projection"] | None = None
     query_scale: str | None = None
@@ -103,7 +106,6 @@ class Family:
         that can't be represented."""
         given = replace(given, defaults=self.defaults)
         given.require("model_type", self.model_type)
-        given.require("mlp_bias", False)
         given.require("use_bidirectional_attention", False)
         for key in ("quantization_config", "per_layer_config"):
             given.require(key)
@@ -128,22 +130,25 @@ class Family:
             norm_over=self.query_norm or "head",
             scale=self._read_scale(given, head_dim),
             softcap=self._cap(given, self.attention_softcap),
+            sinks=self.sinks,
             biases=self._read_biases(given),
         )
         count = given.whole("num_hidden_layers", high=MOST_LAYERS)
         local = self.local(given) if self.local else None
+        parts = self.feedforward.read(given, count)
         layers = [
-            Layer(window=window, position=local if window else None)
-            for window in self.windows.read(given, count)
+            Layer(
+                window=window,
+                position=local if window else None,
+                mlp=None if part == parts[-1] else part,
+            )
+            for window, part in zip(self.windows.read(given, count), parts, strict=True)
         ]
         return Decoder(
             vocab_size=given.whole("vocab_size"),
             d_model=width,
             attention=attention,
-            mlp=Gated(
-                hidden=given.whole("intermediate_size"),
-                activation=given.one_of(self.activation, ACTIVATIONS),
-            ),
+            mlp=parts[-1],
             plan=planned(layers),
             norm=norm,
             residual=self.residual,
@@ -177,10 +182,12 @@ class Family:
             if not isinstance(layer.attention, Attention):
                 yield BadInput("plan: attention", layer.attention.kind, "grouped")
                 return
-        others = [layer.mlp for layer in layers if not isinstance(layer.mlp, Gated)]
-        if others:
-            yield BadInput("mlp.kind", getattr(others[0], "kind", "?"), "gated")
-            return
+        try:
+            self.feedforward.write([layer.mlp for layer in layers])
+        except BadInput as error:
+            yield error
+            if error.where == "mlp.kind":
+                return
         for place in {layer.softmax.position for layer in layers}:
             if not isinstance(place, RoPE):
                 yield BadInput("attention.position.kind", place.kind, "rope")
@@ -202,7 +209,6 @@ class Family:
                 {replace(layer.attention, position=first.position) for layer in layers},
                 ({first},),
             ),
-            "plan: mlp": ({layer.mlp for layer in layers}, ({layers[0].mlp},)),
             "plan: position": (self._positions(model), (True,)),
             "norm.centred": (model.norm.centred, (False,)),
             "positions": (model.positions, (None,)),
@@ -211,7 +217,7 @@ class Family:
             "embedding_scale": (model.embedding_scale, (self.embedding_scale,)),
             "attention.norm": (first.norm, (norm if self.query_norm else None,)),
             "attention.norm_over": (first.norm_over, (self.query_norm or "head",)),
-            "attention.sinks": (first.sinks, (None,)),
+            "attention.sinks": (first.sinks, (self.sinks,)),
             "attention.gate": (first.gate, (None,)),
             "attention.biases": (set(first.biases), tuple(map(set, some))),
         }
@@ -250,27 +256,24 @@ class Family:
         context: longest sequence in tokens, used if the model has no limit
         """
         layers = model.layers
-        attention, mlp = layers[0].attention, layers[0].mlp
+        attention = layers[0].attention
         assert isinstance(attention, Grouped)
-        assert isinstance(mlp, Gated)
         whole = [layer for layer in layers if not layer.window] or layers
         place = whole[0].softmax.position
         assert isinstance(place, RoPE)
-        words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
         config: dict[str, Any] = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             "vocab_size": model.vocab_size,
             "hidden_size": model.d_model,
-            "intermediate_size": mlp.hidden,
             "num_hidden_layers": len(layers),
             "num_attention_heads": attention.heads,
             "num_key_value_heads": attention.kv_heads,
             "head_dim": attention.head_dim,
-            self.activation: words[mlp.activation],
             "rms_norm_eps": model.norm.epsilon,
             "max_position_embeddings": model.context or context,
             "tie_word_embeddings": model.readout == "tied",
+            **self.feedforward.write([layer.mlp for layer in layers]),
             **self.windows.write([layer.window for layer in layers]),
         }
         if self.biases is None:

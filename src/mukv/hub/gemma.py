@@ -13,6 +13,7 @@ from typing import Any
 from mukv.core.errors import BadInput
 from mukv.hub.base import Rule
 from mukv.hub.family import Family, LayerWindows, WindowKeys
+from mukv.hub.feedforward import FeedforwardKeys
 from mukv.hub.llama import BRANCHES, ENDS, LAYER
 from mukv.hub.rotation import GLOBAL, LOCAL, read_global_rope, read_local_rope, write_ropes
 from mukv.hub.settings import Given
@@ -127,7 +128,7 @@ GEMMA2 = Family(
     norm="offset",
     residual=SandwichNorm(),
     embedding_scale="root_width",
-    activation="hidden_activation",
+    feedforward=FeedforwardKeys("hidden_activation"),
     query_scale="query_pre_attn_scalar",
     attention_softcap="attn_logit_softcapping",
     logit_softcap="final_logit_softcapping",
@@ -142,7 +143,7 @@ GEMMA3 = Family(
     norm="offset",
     residual=SandwichNorm(),
     embedding_scale="root_width",
-    activation="hidden_activation",
+    feedforward=FeedforwardKeys("hidden_activation"),
     query_norm="head",
     query_scale="query_pre_attn_scalar",
     logit_softcap="final_logit_softcapping",

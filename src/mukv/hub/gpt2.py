@@ -151,7 +151,7 @@ class LearnedPositions(Family):
         attention, mlp = model.layers[0].attention, model.layers[0].mlp
         assert isinstance(attention, Grouped)
         assert isinstance(mlp, Ungated)
-        words = {"silu": "silu", "gelu": "gelu_new"}
+        words = {"silu": "silu", "gelu": "gelu_new", "quick_gelu": "quick_gelu"}
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,

@@ -10,7 +10,7 @@ ENDS = (
     Rule("lm_head.weight", "readout", "vocab embed"),
 )
 LAYER = "model.layers.{layer}"
-BRANCHES = (
+PROJECTIONS = (
     Rule(f"{LAYER}.self_attn.q_proj.weight", "read.query", "(heads head_dim) embed"),
     Rule(f"{LAYER}.self_attn.k_proj.weight", "write.key", "(kv_heads head_dim) embed"),
     Rule(f"{LAYER}.self_attn.v_proj.weight", "write.value", "(kv_heads head_dim) embed"),
@@ -19,6 +19,9 @@ BRANCHES = (
     Rule(f"{LAYER}.self_attn.k_proj.bias", "write.key_bias", "(kv_heads head_dim)"),
     Rule(f"{LAYER}.self_attn.v_proj.bias", "write.value_bias", "(kv_heads head_dim)"),
     Rule(f"{LAYER}.self_attn.o_proj.bias", "read.output_bias", "embed"),
+)
+BRANCHES = (
+    *PROJECTIONS,
     Rule(f"{LAYER}.mlp.gate_proj.weight", "mlp.gate", "hidden embed"),
     Rule(f"{LAYER}.mlp.up_proj.weight", "mlp.up", "hidden embed"),
     Rule(f"{LAYER}.mlp.down_proj.weight", "mlp.down", "embed hidden"),

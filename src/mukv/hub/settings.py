@@ -21,6 +21,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu",
     "gelu_fast": "gelu",
     "gelu_python_tanh": "gelu",
+    "quick_gelu": "quick_gelu",
 }
 """Our name of an activation by its name in Hugging Face's format. Of several names with the same
 meaning, the first is written."""

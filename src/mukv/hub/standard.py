@@ -100,6 +100,9 @@ def _meaning(model: Decoder) -> dict[str, Any]:
         attention["scale"] = layer.softmax.scale or layer.softmax.query_dim**-0.5
         attention["biases"] = sorted(attention["biases"])
         attention["position"].pop("pairing", None)
-        fields = {"attention": attention, "mlp": to_mapping(layer.mlp), "window": layer.window}
+        mlp = to_mapping(layer.mlp)
+        for name in ("balance", "z_loss"):  # of the training objective
+            mlp.pop(name, None)
+        fields = {"attention": attention, "mlp": mlp, "window": layer.window}
         meaning[f"layer {layer.index}"] = fields
     return leaves(meaning)

@@ -17,7 +17,12 @@ from mukv.core.typing import Array, Bool, Residual, Weights
 from mukv.model.auxiliary import Auxiliary
 from mukv.scaling.parameterization import Scaling
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=True)}
+Activation = Literal["silu", "gelu", "quick_gelu"]
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Gated(Feedforward):
 
     kind: Literal["gated"] = "gated"
     hidden: int = 128
-    activation: Literal["silu", "gelu"] = "silu"
+    activation: Activation = "silu"
 
     grows: ClassVar[tuple[str, ...]] = ("hidden",)
     kind_may_be_left_out: ClassVar[bool] = True
@@ -89,7 +94,7 @@ class Ungated(Feedforward):
 
     kind: Literal["ungated"] = "ungated"
     hidden: int = 128
-    activation: Literal["silu", "gelu"] = "gelu"
+    activation: Activation = "gelu"
     biases: bool = False
 
     grows: ClassVar[tuple[str, ...]] = ("hidden",)

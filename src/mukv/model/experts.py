@@ -17,14 +17,16 @@ import jax.numpy as jnp
 
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.linear import project, project_each
+from mukv.core.linear import project, project_each, with_bias
 from mukv.core.mesh import by_data_shard
 from mukv.core.params import WIDEST, Param
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.model.auxiliary import PENALTY, Auxiliary
-from mukv.model.block import ACTIVATIONS, Feedforward, Gated
+from mukv.model.block import ACTIVATIONS, Activation, Feedforward, Gated
 
 MOST_EXPERTS = 1 << 16
+EACH = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+"""Names of the weights that each expert has."""
 
 
 class Routing(NamedTuple):
@@ -51,6 +53,10 @@ class Experts(Feedforward):
     hidden: inner width of an expert
     shared: number of further experts, which process every token
     activation: function of the gate
+    limit: upper bound of the input of the gate's function, and bound of the size of what it
+        multiplies, in the experts that the router chooses (gpt-oss); None for none
+    up_offset: number that is added to what the gate multiplies, in the same experts (gpt-oss: 1)
+    biases: whether the router and the products of the experts that it chooses have biases
     router: function that turns the router's logits into scores
     normalise: whether the weights of a token's experts are divided by their sum
     balance: weight of the load-balancing loss, per row, 1 for uniform routing (Switch Transformer,
@@ -67,7 +73,10 @@ class Experts(Feedforward):
     top_k: int = 2
     hidden: int = 64
     shared: int = 0
-    activation: Literal["silu", "gelu"] = "silu"
+    activation: Activation = "silu"
+    limit: float | None = None
+    up_offset: float = 0.0
+    biases: bool = False
     router: Literal["softmax", "sigmoid"] = "softmax"
     normalise: bool = True
     balance: float = 0.01
@@ -89,8 +98,9 @@ class Experts(Feedforward):
         for name in ("balance", "z_loss"):
             if getattr(self, name) < 0:
                 raise BadInput(name, getattr(self, name), "at least 0")
-        if self.capacity is not None and self.capacity <= 0:
-            raise BadInput("capacity", self.capacity, "greater than 0, or null")
+        for name in ("capacity", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise BadInput(name, getattr(self, name), "greater than 0, or null")
 
     @property
     def always(self) -> Gated:
@@ -117,6 +127,13 @@ class Experts(Feedforward):
             "up": up,
             "down": down,
         }
+        if self.biases:
+            bias = replace(up, role="vector", init="zeros", fan_in=())
+            inner = {"experts": self.experts, "expert_hidden": self.hidden}
+            outer = {"experts": self.experts, "embed": d_model}
+            declared["router_bias"] = Param({"experts": self.experts}, role="vector", init="zeros")
+            declared["gate_bias"] = declared["up_bias"] = replace(bias, dims=inner)
+            declared["down_bias"] = replace(bias, dims=outer, ends_branch=True)
         if self.shared:
             declared["shared"] = self.always.params(d_model, "shared_hidden")
         return declared
@@ -125,7 +142,7 @@ class Experts(Feedforward):
         self, weights: Weights, x: Residual, counted: Bool[Array, "batch token"] | None = None
     ) -> tuple[Residual, Auxiliary | None]:
         routing = self.route(weights, x)
-        experts = {name: weights[name] for name in ("gate", "up", "down")}
+        experts = {name: weights[name] for name in EACH if name in weights}
         own = (x, routing.chosen, routing.weight)
         dropped = None
         if counted is None or self.capacity is None:
@@ -139,6 +156,7 @@ class Experts(Feedforward):
     def route(self, weights: Weights, x: Residual) -> Routing:
         """Select the experts of each token, in float32 (Switch Transformer, section 2.4)."""
         logits = project(x.astype(jnp.float32), weights["router"])
+        logits = with_bias(logits, weights, "router_bias")
         if self.router == "softmax":
             score = share = jax.nn.softmax(logits)
         else:
@@ -211,8 +229,19 @@ class Experts(Feedforward):
         self, weights: Weights, x: Float[Array, "block row embed"]
     ) -> Float[Array, "block row embed"]:
         """Apply the gated MLP to each block of tokens, with one set of weights per block."""
-        gate = ACTIVATIONS[self.activation](project_each(x, weights["gate"]))
-        return project_each(gate * project_each(x, weights["up"]), weights["down"])
+
+        def product(x: Float[Array, "block row _"], name: str) -> Float[Array, "block row _"]:
+            made = project_each(x, weights[name])
+            if not self.biases:
+                return made
+            return made + weights[f"{name}_bias"].astype(made.dtype)[:, None]
+
+        gate, up = product(x, "gate"), product(x, "up")
+        if self.limit is not None:
+            gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        if self.up_offset:
+            up = up + self.up_offset
+        return product(ACTIVATIONS[self.activation](gate) * up, "down")
 
     def _auxiliary(
         self,
