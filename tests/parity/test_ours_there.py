@@ -28,8 +28,9 @@ from tests.parity.models import logits, torch, transformers
 
 pytestmark = pytest.mark.xdist_group("trained")
 
-BASE = {"embed": 4, "heads": 2, "head_dim": 2, "value_dim": 2, "layer": 1}
-BASE |= {"hidden": 6, "expert_hidden": 6}
+HEADS = {"embed": 4, "heads": 2, "head_dim": 2, "value_dim": 2, "layer": 1}
+BASE = HEADS | {"hidden": 6}
+ROUTED = Scaling(kind="mup", base=HEADS | {"expert_hidden": 6}, depth=0.7)
 SCALED = {"scaling": Scaling(kind="mup", base=BASE, depth=0.7), "readout": "tied"}
 ALL = ("query", "key", "value", "output")
 FAST = RoPE(base=100.0, pairing="interleaved")
@@ -55,7 +56,7 @@ MODELS = {
     "gpt-oss": (
         "local-global",
         {"sinks": "learned", "biases": ALL, "scale": 0.3, "position": FAST},
-        {**SCALED, "mlp": CLAMPED},
+        {"scaling": ROUTED, "readout": "tied", "mlp": CLAMPED},
     ),
     "gpt-2": (
         "plain",

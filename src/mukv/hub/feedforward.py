@@ -81,7 +81,7 @@ class ClampedExperts(FeedforwardKeys):
         }
 
 
-def chosen(given: Given, key: str) -> dict[str, int]:
+def chosen(given: Given, key: str) -> dict[str, Any]:
     """Read the number of experts, from this key, and how many of them process a token."""
     experts = given.whole(key, high=MOST_EXPERTS)
     return {"experts": experts, "top_k": given.whole("num_experts_per_tok", high=experts)}
