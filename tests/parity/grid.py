@@ -104,7 +104,7 @@ KEYS: dict[str, list[Any]] = {
     "reorder_and_upcast_attn": [ABSENT, True],
     "add_cross_attention": [ABSENT, True],
     "num_local_experts": [None, 1, 3],
-    "num_experts_per_tok": [ABSENT, None, 1, 5],
+    "num_experts_per_tok": [ABSENT, None, 1, 3],
     "swiglu_limit": [ABSENT, 0.5, None],
     "swiglu_alpha": [ABSENT, 1.0],
     "model_type": [ABSENT, "bert"],

@@ -56,7 +56,6 @@ class ClampedExperts(FeedforwardKeys):
 
     def read(self, given: Given, layers: int) -> Sequence[Feedforward]:
         given.require("swiglu_alpha", 1.702)
-        given.require("hidden_act", "silu")
         part = Experts(
             **chosen(given, "num_local_experts"),
             hidden=given.whole("intermediate_size"),
