@@ -14,7 +14,7 @@ from mukv.model.experts import MOST_EXPERTS, Experts
 WRITTEN = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 """Name of an activation that is written, by our name."""
 NAMES: dict[type, str] = {Gated: "gated", Experts: "experts"}
-Part = TypeVar("Part", bound=Feedforward)
+MLP = TypeVar("MLP", bound=Feedforward)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def chosen(given: Given, key: str) -> dict[str, Any]:
     return {"experts": experts, "top_k": given.whole("num_experts_per_tok", high=experts)}
 
 
-def alike(parts: Sequence[Feedforward], kind: type[Part]) -> Part:
+def alike(parts: Sequence[Feedforward], kind: type[MLP]) -> MLP:
     """Return the only part of these layers. Raises BadInput if a part is of another kind, or if the
     parts differ."""
     found = {part for part in parts if isinstance(part, kind)}
