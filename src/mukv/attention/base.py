@@ -150,12 +150,6 @@ class Attention(Mixer):
         """Compute the keys and values of entries."""
         raise NotImplementedError
 
-    def without_indexer(self) -> Attention | None:
-        """Return this attention for a layer that reads what another layer's indexer chooses; None
-        if such a layer is not possible.
-        """
-        return None
-
     def output(
         self,
         weights: Weights,
