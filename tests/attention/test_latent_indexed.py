@@ -24,7 +24,7 @@ def of(top_k, attention="latent-indexed"):
     """Return a model of one layer whose queries read `top_k` entries."""
     model = dataclasses.replace(matrix.build(attention, "rope", "plain"), plan=(Stage(),))
     chosen = model.attention
-    indexer = top_k and dataclasses.replace(chosen.indexer, top_k=top_k)
+    indexer = dataclasses.replace(chosen.indexer, top_k=top_k) if top_k else None
     return dataclasses.replace(model, attention=dataclasses.replace(chosen, indexer=indexer))
 
 
@@ -49,12 +49,12 @@ def test_with_all_entries_it_is_latent_attention():
 
 
 def test_the_indexer_learns_from_its_loss_alone():
-    model, ids = of(3), matrix.tokens(2)
+    model, ids = of(3), jnp.asarray(matrix.tokens(2))
     weights = matrix.weights(model)
 
     def language(weights):
         ones = jnp.ones(ids.shape)
-        return summed_loss(model, weights, ids, np.roll(ids, -1, 1), ones, compute=PLAIN).total
+        return summed_loss(model, weights, ids, jnp.roll(ids, -1, 1), ones, compute=PLAIN).cross_entropy
 
     def penalty(weights):
         place = jnp.tile(jnp.arange(LENGTH), (2, 1))
@@ -93,7 +93,7 @@ def test_a_step_reads_the_chosen_entries_and_the_keys_of_the_indexer(attention):
     [
         (lambda: Latent(indexer=Indexer()), "query_rank: got None"),
         (lambda: Latent(query_rank=4, indexer=Indexer(width=8)), "indexer.width: got 8"),
-        (lambda: Latent(query_rank=4, indexer=Indexer(), position=CoPE()), "position: got cope"),
+        (lambda: Latent(query_rank=4, indexer=Indexer(), position=CoPE()), "position: got 'cope'"),
         (lambda: Indexer(top_k=0), "top_k: got 0"),
         (lambda: CSA(indexer=Indexer(width=8)), "indexer.width: got 8"),
     ],
