@@ -54,7 +54,9 @@ def test_the_indexer_learns_from_its_loss_alone():
 
     def language(weights):
         ones = jnp.ones(ids.shape)
-        return summed_loss(model, weights, ids, jnp.roll(ids, -1, 1), ones, compute=PLAIN).cross_entropy
+        return summed_loss(
+            model, weights, ids, jnp.roll(ids, -1, 1), ones, compute=PLAIN
+        ).cross_entropy
 
     def penalty(weights):
         place = jnp.tile(jnp.arange(LENGTH), (2, 1))
