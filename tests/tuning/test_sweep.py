@@ -235,4 +235,4 @@ def test_passwords_of_databases_are_not_shown():
     given = "postgresql+psycopg://user:hidden@host/studies"
     assert without_password(given) == "postgresql+psycopg://user:***@host/studies"
     assert "hidden" not in without_password("postgresql//user:hidden@host")
-    assert without_password("sqlite:////tmp/study.db") == "sqlite:////tmp/study.db"
+    assert without_password("sqlite:////data/study.db") == "sqlite:////data/study.db"
