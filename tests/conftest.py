@@ -1,6 +1,5 @@
-"""Fixtures of all tests. Compiled programs are cached between runs of the tests. In the quick round
-XLA does not optimise programs that run once; in the full round (`-m ""`, `make test-all`) it
-optimises as for users."""
+"""Fixtures of all tests. Compiled programs are cached between runs of the tests. Most optimisations
+of XLA are off in the quick round, and on in the full round (`-m ""`, `make test-all`)."""
 
 from __future__ import annotations
 
@@ -99,13 +98,13 @@ def command(*args: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def mukv() -> Command:
-    """mukv("train", "tiny") -> CompletedProcess."""
+    """Return a function that runs a command: mukv("train", "tiny") -> CompletedProcess."""
     return command
 
 
 @pytest.fixture(scope="session")
 def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty short texts as bytes."""
+    """Return a token file of forty short texts as bytes."""
     from mukv.data.build import build_tokens
 
     folder = tmp_path_factory.mktemp("texts")
@@ -117,7 +116,7 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a minuscule model. Tests must not write to it."""
+    """Return the run directory of a minuscule model. Tests must not write to it."""
     out = tmp_path_factory.mktemp("runs") / "minuscule"
     done = command("train", "tiny", *MINUSCULE, f"data.path={token_file}", "--out", out)
     assert done.returncode == 0, done.stderr
@@ -126,7 +125,7 @@ def trained(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The minuscule model as a Hugging Face folder. Tests must not write to it."""
+    """Return the minuscule model as a Hugging Face folder. Tests must not write to it."""
     out = tmp_path_factory.mktemp("exported") / "folder"
     done = command("export", trained, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -135,7 +134,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def full_disk() -> Callable[[int], AbstractContextManager[None]]:
-    """`with full_disk(limit):` no file may grow beyond `limit` bytes in this block."""
+    """Return a context manager: within `full_disk(limit)` no file may exceed `limit` bytes."""
 
     @contextmanager
     def limited(limit: int) -> Iterator[None]:

@@ -1,10 +1,10 @@
-"""A process that runs `mukv` commands in forked children, and kills them before a file operation.
+"""Run `mukv` commands in forked children, and kill them before a given file operation.
 
-Importing takes longer than what is tested, so one process imports and forks. It never starts JAX,
-which does not survive a fork; its children do. Reads requests as lines of JSON, answers in kind.
+Importing takes longer than the commands, so one process imports and forks. It never starts JAX,
+which does not survive a fork; its children do. It reads requests and writes answers as JSON lines.
 
-Operations are those that Python's audit events show: what C++ and Rust write (TensorStore, SQLite,
-safetensors) is not seen, and belongs to the operation before it.
+Operations are those of Python's audit events. Writes by C++ and Rust (TensorStore, SQLite,
+safetensors) have no such events, and count as part of the operation before them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ folders that these are relative to."""
 
 
 def operation(event: str, given: tuple[Any, ...], root: Path) -> str | None:
-    """What changes below `root`, such as "os.mkdir runs/checkpoints"; None for anything else."""
+    """Return an operation below `root`, such as "os.mkdir runs/checkpoints", or None."""
     if event == "ctypes.dlsym" and given[1] == "renameat2":
         return "exchange"
     if event == "open" and isinstance(given[0], str | bytes) and given[2] & WRITES:
@@ -59,7 +59,7 @@ def operation(event: str, given: tuple[Any, ...], root: Path) -> str | None:
 
 
 def _absolute(path: Any, folder: Any) -> str:
-    """folder: the descriptor that a path is relative to, or -1."""
+    """Return the absolute path. folder: descriptor of the folder it is relative to, or -1."""
     if isinstance(path, int):
         return os.readlink(f"/proc/self/fd/{path}")
     base = os.readlink(f"/proc/self/fd/{folder}") if isinstance(folder, int) and folder >= 0 else ""
@@ -67,10 +67,10 @@ def _absolute(path: Any, folder: Any) -> str:
 
 
 def pattern(operation: str) -> str:
-    """The operation without its numbers, and without the names that TensorStore draws.
+    """Return the operation without numbers and without the random names of TensorStore.
 
-    What is done with a temporary folder is alike whatever it is for, but for making it and for
-    renaming what is in it.
+    Operations within temporary folders have one pattern, except for making the folder and renaming
+    what is in it.
     """
     plain = re.sub(r"\d+", "#", re.sub(r"/d/[0-9a-f]{20,}", "/d/*", operation))
     if plain.startswith(("os.mkdir", "os.rename")):
@@ -79,7 +79,7 @@ def pattern(operation: str) -> str:
 
 
 def count_up(folder: Path, until: int) -> int:
-    """Save the numbers 1 to `until` as checkpoints, from the latest on; returns an exit status."""
+    """Save the numbers 1 to `until` as checkpoints, after the latest; return an exit status."""
     import jax
 
     from mukv.storage.checkpoint import Checkpoints
@@ -117,8 +117,8 @@ def listen(root: Path, log: Path, kill: tuple[str, int] | None) -> None:
     sys.addaudithook(hook)
 
 
-def remembered(folder: Path, reader: Any, rows: Any, left: Any, *given: Any) -> Iterator[Any]:
-    """Cache the measurements of `compress` for all children, since they are not what is tested."""
+def measured_once(folder: Path, reader: Any, rows: Any, left: Any, *given: Any) -> Iterator[Any]:
+    """Return cached measurements of `compress`, which are not what is tested."""
     path = folder / "measured"
     if not path.exists():
         found = {job.key: each for job, each in measured(reader, rows, left, *given)}
@@ -129,7 +129,7 @@ def remembered(folder: Path, reader: Any, rows: Any, left: Any, *given: Any) -> 
 
 
 def child(request: dict[str, Any]) -> int:
-    """Run a command; returns its exit status."""
+    """Run a command; return its exit status."""
     from unittest import mock
 
     from mukv import cli
@@ -149,7 +149,7 @@ def child(request: dict[str, Any]) -> int:
         mock.patch.object(launch, "restart_with_allocator"),
         mock.patch(
             "mukv.compress.judge.measured",
-            partial(remembered, Path(request["root"]).parent.parent),
+            partial(measured_once, Path(request["root"]).parent.parent),
         ),
     ):
         listen(Path(request["root"]), Path(request["log"]), kill)
@@ -185,7 +185,7 @@ def serve() -> None:
 
 
 class Server:
-    """Runs commands in forked children of one process. A context manager."""
+    """Run commands in forked children of one process. A context manager."""
 
     def __enter__(self) -> Server:
         self.process = subprocess.Popen(
@@ -210,7 +210,7 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def start(self, root: Path, *arguments: object, kill: tuple[str, int] | None = None) -> int:
-        """Start a command in the folder `root`; returns the number of its process."""
+        """Start a command in the folder `root`; return the number of its process."""
         number = len(list(root.parent.glob("*.log")))
         log = root.parent / f"{number}.log"
         self.last = log

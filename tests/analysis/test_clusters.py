@@ -47,8 +47,8 @@ def test_calibration_has_centres_for_what_is_written(kind, rotated):
 
 
 @pytest.mark.product
-def test_what_is_read_by_definition():
-    """Entries are read by cluster in the order of scores, the latest of each cluster first."""
+def test_read_entries_by_definition():
+    """The read entries equal a loop over clusters in the order of scores, latest entry first."""
     wide, given = matrix.build("gqa", "rope", "plain"), rows()
     weights = matrix.weights(wide)
     random = np.random.default_rng(0)

@@ -92,8 +92,8 @@ def test_every_number_by_its_definition(case):
 @pytest.mark.product
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_the_most_read_entry_by_its_definition(case):
-    """In each row, it is the entry with the most attention mass in the document that has the most
-    queries which see enough entries."""
+    """The most read entry of a row equals the entry with the largest summed weight, in the document
+    with the most queries that see enough entries."""
     model, given = matrix.build(*case), rows()
     weights = matrix.weights(model)
     found = measure(model, weights, batched(given, 2), LENGTH, matrix.EXACT)

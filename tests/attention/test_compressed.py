@@ -36,7 +36,8 @@ SMALL = HCA(
 
 
 def weights(attention: HCA) -> tuple[dict, dict]:
-    """Random ones, those that writing alone needs drawn last, so that rates share the others."""
+    """Draw random weights for writing and reading. Those of compressed entries are drawn last, so
+    that all rates share the others."""
     random = np.random.default_rng(0)
 
     def one(param):
@@ -73,8 +74,8 @@ def run(attention: HCA, write: dict, read: dict, x: np.ndarray, only: str | None
 
 
 def test_at_rate_1_without_its_window_it_is_attention_to_normed_values():
-    """The layer equals attention in numpy with shared key and value R(rms(x W) gain), a sink, and
-    the rotation undone on the output."""
+    """At rate 1 without a window the layer equals attention in numpy with shared key and value
+    R(rms(x W) gain), a sink, and the rotation undone on the output."""
     attention = dataclasses.replace(SMALL, every=1)
     write, read = weights(attention)
     x, own = stream(), write["compressed"]
@@ -85,7 +86,7 @@ def test_at_rate_1_without_its_window_it_is_attention_to_normed_values():
         return array / np.sqrt((array**2).mean(-1, keepdims=True) + 1e-6)
 
     def turned(array, sign=1):
-        """[batch head token dim]"""
+        """Return an array [batch head token dim] with its last dimensions rotated."""
         rotated = attention.position.rotate(jnp.asarray(array[..., 4:]), sign * place[:, None])
         return np.concatenate([array[..., :4], rotated], axis=-1)
 
@@ -134,8 +135,8 @@ def test_a_rate_beyond_the_length_leaves_the_window_alone():
 
 @pytest.mark.parametrize("entry", [0, 1, 2])
 def test_an_entry_is_seen_from_its_last_token_on(entry):
-    """A query at i m + m - 2 sees nothing of what its own window will become, that at i m + m - 1
-    all of it, though each token itself sees only the newest one in the window."""
+    """A change of the first token of entry i reaches the query at that token, through the window of
+    one, and then only queries from i m + m - 1 on."""
     attention = dataclasses.replace(SMALL, window=1)
     write, read = weights(attention)
     x = stream()
@@ -153,8 +154,8 @@ def test_an_entry_is_seen_from_its_last_token_on(entry):
 
 @pytest.mark.product
 def test_only_distances_matter():
-    """Shifting all positions by a multiple of the rate changes nothing, since the rotation of the
-    values is undone."""
+    """Shifting all positions by a multiple of the rate does not change the output, since the
+    rotation of the values is undone."""
     write, read = weights(SMALL)
     x = jnp.asarray(stream())
 
@@ -173,8 +174,8 @@ PIECES = [(13,), (1,) * 13, (3, 1, 5, 4), (2, 9, 2), (4, 4, 4, 1)]
 @pytest.mark.product
 @pytest.mark.parametrize("pieces", params(PIECES, PIECES[4:]))
 def test_entries_in_pieces_of_any_size(pieces):
-    """The running softmax of an unfinished entry goes from piece to piece, row by row: the second
-    row has only the first tokens of each piece, all but one."""
+    """Entries written in pieces of any size equal those written at once. The second row has one
+    valid token less in each piece."""
     write, _ = weights(SMALL)
     x = jnp.asarray(stream())
     whole = SMALL.write(write, x, jnp.tile(jnp.arange(TOKENS), (2, 1)))["compressed"]["key"]
@@ -203,7 +204,7 @@ POLICIES = ["int8", "streaming:1.0", "knorm:1.0+int8", "clusters:1.0"]
 @pytest.mark.product
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_act_on_the_compressed_entries(name):
-    """With full budget, a policy changes the result only by the rounding of int8."""
+    """With full budget, a policy changes the logits only by the rounding of int8."""
     model = matrix.build("hca", "rope", "plain")
     model = dataclasses.replace(model, attention=dataclasses.replace(model.attention, every=2))
     tree = matrix.weights(model)

@@ -38,8 +38,8 @@ OLD = 6
 
 
 def bags(random: np.random.Generator, position: Any) -> tuple[list[Entries], list[Mask], Any]:
-    """Old tokens in a ring or none, those that the queries wrote, and compressed ones; each with
-    its own mask. Positions of the queries come last."""
+    """Draw bags of entries with their masks: old tokens or none, the tokens of the queries, and
+    compressed entries. Also return the positions of the queries."""
     at = np.tile(OLD + np.arange(QUERIES), (BATCH, 1))
     documents = np.zeros((BATCH, QUERIES), int)
     if packed := bool(random.integers(2)):
@@ -151,7 +151,8 @@ def test_flash_is_split_over_a_mesh():
 
 
 def test_a_step_is_lowered_to_the_kernels_of_a_tpu():
-    """Each of the two layers of the pattern has one forward kernel and two backward kernels."""
+    """A TPU program has one forward and two backward kernels for each of the two layers in a
+    pattern."""
     wide = ["model.d_model=32", "model.plan=[{repeats: 2, pattern: [{window: 16}, {}]}]"]
     run = config.load("tiny", [*wide, "train.compute.platform=tpu"])
     tokens = jax.ShapeDtypeStruct((2, 200), jnp.int32)

@@ -26,7 +26,7 @@ CHUNKS = (1, 4, 64, 128)
 
 
 def drawn(decay_dim: int, seed: int = 0) -> tuple[DeltaRows, np.ndarray]:
-    """Draw random rows in float64, with keys of unit length, and a state."""
+    """Draw random rows in float64, with keys of unit length, and an initial state."""
     random = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -55,7 +55,8 @@ def recurrence(
 
 
 def borders() -> np.ndarray:
-    """Make documents of several lengths, one of one token; row 1 begins within a document."""
+    """Return where documents begin, bool [batch token]; one document has one token, and row 1
+    begins within a document."""
     first = np.zeros((BATCH, TOKENS), bool)
     first[0, [0, 10, 11, 40]] = first[1, 37] = True
     return first
@@ -69,7 +70,8 @@ def computed(rows, first, state, chunk, part=128):
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("decay_dim", [1, KEY])
 def test_chunks_of_any_size_are_the_recurrence(decay_dim, chunk):
-    """Decays are per head or per channel; rows have several documents and an initial state."""
+    """Chunks of any size equal the recurrence, with decays per head or per channel, several
+    documents in a row and an initial state."""
     rows, state = drawn(decay_dim)
     read, after = recurrence(rows, borders(), state)
     found, kept = computed(rows, borders(), state, chunk)
@@ -78,7 +80,7 @@ def test_chunks_of_any_size_are_the_recurrence(decay_dim, chunk):
 
 
 def test_parts_of_any_size_are_the_recurrence():
-    """Parts have several chunks; the last chunk is padded."""
+    """Parts of several chunks, of which the last is padded, equal the recurrence."""
     rows, state = drawn(1)
     read, after = recurrence(rows, borders(), state)
     for part in (8, 32):
@@ -183,8 +185,9 @@ def test_the_inverse_and_its_gradient(size):
     np.testing.assert_allclose(np.tril(found, -1), np.tril(exact, -1), atol=2e-5 * scale**2)
 
 
-def test_initial_memories_last_from_one_to_a_thousand_tokens():
-    """At a step of softplus^-1, before a token changes it."""
+def test_initial_states_decay_within_one_to_a_thousand_tokens():
+    """Initial decay rates are in [1, 16], initial steps in [0.001, 0.1], so that states decay
+    within about 1 to 1000 tokens."""
     model = Decoder(d_model=16, attention=GatedDelta(heads=512, head_dim=1), plan=(Stage(),))
     own = model.init()["stage0"]["slot0"]["write"]
     rate, step = np.exp(own["rate"]), np.log1p(np.exp(own["step"]))
@@ -259,7 +262,8 @@ def test_a_policy_refuses_states_by_name():
 
 @pytest.mark.product
 def test_in_a_hybrid_a_policy_acts_on_the_attention_alone():
-    """With full budget the logits are those without a policy; with less the cache is smaller."""
+    """In a model of delta and attention layers, a policy with full budget gives the logits of no
+    policy; with less budget the cache is smaller."""
     model = matrix.build("gated-delta", "rope", "plain")
     gqa = dataclasses.replace(matrix.ATTENTIONS["gqa"], position=RoPE())
     model = dataclasses.replace(model, plan=(Stage((Layer(), Layer(attention=gqa))),))

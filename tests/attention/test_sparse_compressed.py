@@ -43,7 +43,7 @@ def indexed(top_k: int | None) -> CSA:
 
 @pytest.fixture(scope="module")
 def weights() -> dict:
-    """Random weights for writing and for reading."""
+    """Return random weights for writing and for reading."""
     random = np.random.default_rng(0)
 
     def one(param):
@@ -61,7 +61,7 @@ def x() -> jax.Array:
 
 
 def run(attention, weights, x, compute=PLAIN):
-    """The layer over whole rows: the output, and what it reports."""
+    """Run the layer over whole rows; return the output and the reported numbers."""
     written = attention.by_store(attention.write(weights["write"], x, POSITION))
     bags = [bag.entries(written[name], POSITION) for name, bag in attention.bags.items()]
     mask = Mask(aligned=True)
@@ -90,8 +90,7 @@ def test_without_the_chunk_before_and_with_all_entries_it_is_hca(weights, x):
 
 @pytest.mark.product
 def test_chunks_of_queries_give_the_same(weights, x):
-    """Chunks of 3 queries, each with the window entries near it, equal one pass: outputs, reported
-    numbers and gradients."""
+    """Chunks of 3 queries equal one pass in outputs, reported numbers and gradients."""
 
     def value(weights, x, compute):
         y, reported = run(SMALL, weights, x, compute)
@@ -150,8 +149,8 @@ PIECES = [(1,) * 13, (3, 1, 5, 4), (2, 9, 2)]
 @pytest.mark.product
 @pytest.mark.parametrize("pieces", params(PIECES, PIECES[1:2]))
 def test_entries_in_pieces_of_any_size(weights, x, pieces):
-    """Both running softmaxes go from piece to piece, row by row: the second row has only the first
-    tokens of each piece, all but one."""
+    """Entries written in pieces of any size equal those written at once. The second row has one
+    valid token less in each piece."""
     whole = SMALL.write(weights["write"], x, POSITION)["compressed"]
     count, found = np.zeros(2, int), {name: [[], []] for name in whole}
     states = {name: state.zeros(2) for name, state in SMALL.states.items()}

@@ -18,9 +18,8 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_queries_keys_and_weights_fit_together(name):
-    """Without biases, caps and sinks, the weights are softmax(query . key), causal, and sum to
-    1."""
+def test_weights_are_softmax_of_queries_and_keys(name):
+    """The weights equal the causal softmax(query . key) if there are no biases, caps or sinks."""
     model = matrix.build(name, "rope", "plain")
 
     @jax.jit

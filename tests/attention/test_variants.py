@@ -94,7 +94,7 @@ def test_shared_kv_is_grouped_with_equal_projections():
 
 
 def test_normed_shared_kv_is_gemma_4s():
-    """k = rope(norm(u) gain), v = norm(u) without gain; queries normed."""
+    """SharedKV with a norm equals k = rope(norm(u) gain), v = norm(u), with normed queries."""
     shared = SharedKV(RoPE(p=0.25), heads=4, kv_heads=2, head_dim=8, norm=RMSNorm())
     write, read = weights(shared)
     x = draw(2, LENGTH, D_MODEL, seed=9)
@@ -221,8 +221,8 @@ def test_softcap_bounds_and_vanishes():
 @pytest.mark.parametrize("sinks", [None, "learned"])
 @pytest.mark.parametrize("position", [RoPE(), CoPE(positions=4)])
 def test_fused_core_is_plain_core(position, sinks, chunk):
-    """Chunk sizes divide the length or not; CoPE goes through blocks from right to left; gradients
-    are compared too."""
+    """The fused core equals the plain one in outputs and gradients, whether or not the chunk size
+    divides the length."""
     grouped = Grouped(position, heads=4, kv_heads=2, head_dim=8, sinks=sinks)
     write, read = weights(grouped)
 

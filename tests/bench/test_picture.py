@@ -28,7 +28,7 @@ def rows(tasks: int, lengths: tuple[int, ...]) -> list[dict[str, object]]:
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Draw, and return the figure."""
+    """Return a function that draws results and returns the figure."""
     kept: list = []
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Tasks asked with prompts: what a model is given, how its answers are graded, and what is kept."""
+"""Tasks that are asked by prompts: the prompts, the grades of answers, and what is stored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def speaker(trained) -> Model:
 
 @pytest.fixture
 def chatty(trained, tmp_path) -> Path:
-    """The minuscule model with a chat template."""
+    """Return the minuscule model with a chat template."""
     pytest.importorskip("jinja2")
     folder = Path(shutil.copytree(trained, tmp_path / "chatty"))
     (folder / "chat_template.jinja").write_text(CHAT)
@@ -72,8 +72,8 @@ def test_a_perfect_model_scores_one(monkeypatch, speaker, name):
         assert not any(answer in each["prompt"][-60:] for answer in each["expected"])
 
 
-def test_near_misses_show(monkeypatch, speaker):
-    """If one digit of seven is wrong, `exact_match` is 0 and `partial` 6/7."""
+def test_one_wrong_digit_lowers_partial(monkeypatch, speaker):
+    """If one digit of seven is wrong, `exact_match` is 0 and `partial` is 6/7."""
 
     def off_by_one(text: str) -> str:
         (number,) = SOLVERS_IN_WORDS["needle"](text)
@@ -90,7 +90,7 @@ def test_near_misses_show(monkeypatch, speaker):
 
 
 def edits(one: str, two: str) -> int:
-    """Compute Levenshtein's distance by its recursion."""
+    """Compute the Levenshtein distance by its recursion."""
     row = list(range(len(two) + 1))
     for count, letter in enumerate(one, start=1):
         before, row = row, [count]

@@ -1,4 +1,4 @@
-"""Scores of answers: correct ones, ties, and text of another tokenizer, checked by hand."""
+"""Scores of answers equal values computed by hand: correct answers, ties, another tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXACT = Compute("float32", "float32")
 
 @dataclass(frozen=True)
 class Known:
-    """A model that predicts the next token by a table of logits, which is its weights."""
+    """Predict the next token from a table of logits, which is the weights."""
 
     vocab_size: int
 

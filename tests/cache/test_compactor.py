@@ -23,8 +23,7 @@ def standard(score):
 
 
 def leverage(one, row, places):
-    """Compute leverage scores [head entry] of keys, whose rotation is undone by the complex form of
-    RoPE."""
+    """Compute leverage scores [head entry] of keys after undoing RoPE in complex numbers."""
     key = np.float64(one.key[row][:, places])
     turn = one.place[row][places][:, None] * 100.0 ** -(np.arange(4) / 4)
     still = (key[..., :4] + 1j * key[..., 4:]) * np.exp(-1j * turn)
@@ -36,7 +35,7 @@ def leverage(one, row, places):
 
 
 def attention(one, row, places):
-    """Compute the attention [head entry] of tokens in blocks, neither scaled nor causal, x |v|."""
+    """Compute attention [head entry] within blocks, unscaled and not causal, times |v|."""
     found = []
     for start in range(0, len(places), BLOCK):
         block = places[start : start + BLOCK]
@@ -66,8 +65,8 @@ def test_a_prompt(one, options, blend):
 
 @pytest.mark.product
 def test_a_fold(one):
-    """Heads keep different entries; those of the prompt have the attention of their blocks, the
-    newest of the prompt the mean."""
+    """After a fold, heads keep the entries with the best scores: those of the prompt keep their
+    attention, its newest ones get the mean."""
     body, later = one.body(NAME, 14.0)
     for row, count in enumerate(one.count):
         early = list(range(SINKS, count - RECENT))

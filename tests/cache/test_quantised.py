@@ -56,7 +56,7 @@ KINDS = (
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", STORES)
 def test_keys_by_channel(bits, kind):
-    """No number has an error above half a step of its channel and group of tokens."""
+    """No key has an error above half a step of its channel and group of tokens."""
     store, levels = STORES[bits]
     x, there = drawn(kind), np.ones(SHAPE[:3], bool)
     there[1, :, GROUP + 5 :] = False
@@ -114,9 +114,8 @@ def test_a_bias_of_one_channel_changes_no_other():
         ("tensor-product", {"key", "key_heads"}),
     ],
 )
-def test_each_variant_says_which_of_its_tensors_are_keys(name, keys):
-    """Keys are quantised by channel, with one step per group of tokens, so that they have fewer
-    rows of steps than slots."""
+def test_keys_of_each_variant_are_quantised_by_channel(name, keys):
+    """Only the keys of each variant are quantised by channel, with one step per group of tokens."""
     attention = matrix.ATTENTIONS[name]
     policy = Policy.parse("int4", 1.0)
     body = policy.body(attention, matrix.D_MODEL, 1, 2 * GROUP, jnp.dtype("float32"), (0, 1))
@@ -129,8 +128,8 @@ def test_each_variant_says_which_of_its_tensors_are_keys(name, keys):
 @pytest.mark.parametrize("bits", STORES)
 @pytest.mark.parametrize("key", [True, False])
 def test_entries_may_be_encoded_at_every_fold(bits, kind, key):
-    """After 40 folds the error is that of one encoding with 4 bits, and of two with 8 bits, whose
-    largest level is not always used because steps are rounded."""
+    """After 40 folds the error is that of one encoding with 4 bits, and at most that of two with 8
+    bits, where the rounding of steps leaves the largest level unused."""
     store, x = STORES[bits][0], drawn(kind)
     there = jnp.ones(SHAPE[:3], bool)
 
@@ -149,8 +148,9 @@ def test_entries_may_be_encoded_at_every_fold(bits, kind, key):
 
 
 @pytest.mark.product
-def test_all_blocks_at_once_are_one_by_one():
-    """Accelerators decode a body at once, a CPU block by block."""
+def test_decoding_at_once_is_decoding_block_by_block():
+    """Decoding a body at once, as on accelerators, equals decoding it block by block, as on a
+    CPU."""
     random, slots = np.random.default_rng(0), BLOCK + 64
     keys, values = random.standard_normal((2, 2, 2, slots, 8)).astype(np.float32)
 

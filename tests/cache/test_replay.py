@@ -44,7 +44,7 @@ def policy_of(name):
 
 @pytest.fixture(scope="module")
 def kept(model, weights):
-    """Return the cache after the prompts, and the number of tokens of each prompt."""
+    """Return a function that returns the cache after the prompts."""
 
     def of(name, prompts=PROMPTS):
         functions = decode_functions(model, Sampling(), EXACT)
@@ -126,8 +126,8 @@ def best(score, number):
 @pytest.mark.product
 @pytest.mark.parametrize("share", [0.5, 0.3])
 def test_the_best_entries_of_all_layers_are_kept(kept, scores, share):
-    """Scores come from a dense pass over prompt and repetition. The entries of all layers and heads
-    sum to the budget."""
+    """Kept entries are those with the best scores of a dense pass, over all layers and heads
+    together."""
     cache = kept(f"kvzip(chunk={CHUNK}):{share}")
     for row, score in enumerate(scores):
         score = score.copy()
@@ -140,7 +140,7 @@ def test_the_best_entries_of_all_layers_are_kept(kept, scores, share):
 
 @pytest.mark.product
 def test_weights_times_norms(kept, model):
-    """KVzip+, by the values and inputs of a dense pass."""
+    """The entries that KVzip+ keeps are the best by weights times norms in a dense pass."""
     cache = kept(f"kvzip(chunk={CHUNK},plus=true):0.5", PROMPTS[1:])
     for row, score in enumerate(dense_scores(model, PROMPTS[1:], plus=True)):
         score[..., :4] = score[..., -1:] = np.inf
@@ -185,7 +185,7 @@ def test_ties_are_won_by_the_newer_entry_and_the_lower_layer():
 
 @pytest.mark.product
 def test_full_budget_is_full_attention():
-    """Law 7, with a question after the prompt, over a fold."""
+    """Law 7: with full budget, tokens after a question and a fold equal those of the full cache."""
     model = model_of("gqa", "rope")
     weights = decoding_weights(model, matrix.weights(model), EXACT)
     given = {"compute": EXACT, "then": [PROMPTS[1][:5], PROMPTS[0][:9]]}

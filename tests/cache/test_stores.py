@@ -1,4 +1,4 @@
-"""Floats of 8 bits, and rotated entries in 4 and 3 bits, against formulas in numpy."""
+"""Stores of 8-bit floats, and of rotated entries in 4 and 3 bits, equal formulas in numpy."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def stored(store, x, folds=1):
 @pytest.mark.product
 @pytest.mark.parametrize("kind", KINDS)
 def test_floats_of_8_bits(kind):
-    """The nearest number of 4 bits of exponent and 3 of mantissa, after division by the power of
-    two that brings a token's largest number to at most 448."""
+    """A stored number is the nearest float8 (e4m3) after division by a power of two that brings the
+    largest number of the token to at most 448; folds change nothing."""
     x = drawn(kind)
     largest = np.abs(np.float64(x)).max(-1, keepdims=True)
     power = 2.0 ** np.ceil(np.log2(np.where(largest > 0, largest, 1) / 448))
@@ -47,7 +47,8 @@ def test_floats_of_8_bits(kind):
 
 @pytest.mark.parametrize("width", [64, 48])
 def test_a_rotation_keeps_products(width):
-    """Law 8: of keys with queries, and it spreads one large channel over all."""
+    """The rotation is orthogonal, which keeps products of keys and queries; no element of it is
+    large, which spreads one large channel over all."""
     turn = np.float64(rotation(width, 0))
     np.testing.assert_allclose(turn @ turn.T, np.eye(width), atol=1e-6)
     assert np.abs(turn).max() < 4 / width**0.5
@@ -57,7 +58,7 @@ def test_a_rotation_keeps_products(width):
 @pytest.mark.parametrize("name", ["4", "3", "3 by 16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rotated_entries(name, kind):
-    """No rotated number has an error above half a step, and the error of 9 folds is that of one."""
+    """No rotated number has an error above half a step, and 9 folds have the error of one."""
     store, x = STORES[name], drawn(kind)
     turn, levels = np.float64(rotation(x.shape[-1], 0)), 2**store.bits - 1
     group = min(store.group, x.shape[-1])
@@ -73,7 +74,7 @@ def test_rotated_entries(name, kind):
 
 
 def test_errors_fall_with_bits():
-    """Mean squares relative to those of the keys; a large channel costs rotated keys little."""
+    """Mean squared errors fall with the number of bits and with smaller groups."""
     x = drawn("normal")
     found = {name: np.mean((stored(each, x) - x) ** 2) for name, each in STORES.items()}
     assert found["fp8"] < 1e-3
@@ -87,7 +88,7 @@ def test_errors_fall_with_bits():
     [("fp8", 8, 1), ("rotated", 4, 6), ("rotated(bits=3)", 3, 6)],
 )
 def test_bytes(name, number, factors):
-    """Law 4, of one layer: bits per number, and bytes for each token, head and tensor."""
+    """Law 4: the bytes of one layer equal a formula of bits per number and bytes of factors."""
     policy = Policy.parse(name)
     cache = model_of("gqa", "rope").empty_cache(1, 40, 4, EXACT.type, policy)
     body = 2 * 2 * 40 * (8 * number // 8 + factors)
@@ -98,7 +99,7 @@ def test_bytes(name, number, factors):
 @pytest.mark.product
 @pytest.mark.parametrize("name", ["fp8", "rotated(bits=3)"])
 def test_entries_that_are_kept(name):
-    """Other policies compose; positions are those of exact entries, and numbers close to them."""
+    """Under another policy the same number of entries is kept, with values close to exact ones."""
     one = One()
     for body, exact in zip(one.body(f"knorm+{name}", 12.0), one.body("knorm", 12.0), strict=True):
         same = body.shelf.entries().tensors["value"] - exact.shelf.entries().tensors["value"]

@@ -32,9 +32,9 @@ def by_norm(one, row, head, places, number):
 
 
 @pytest.mark.parametrize("name", ["hold", "every(tokens=4)", "folds"])
-def test_what_is_kept_behind_a_prompt(one, name):
-    """All of it with `hold`. With `every`, entries are chosen in the shorter row only: 8 + 6 are 4
-    more than a budget of 10, and 12 + 6 less than 4 more than one of 15."""
+def test_entries_after_a_prompt(one, name):
+    """`hold` keeps all that follows a prompt. `every` chooses in the shorter row only: 8 + 6 tokens
+    are 4 more than a budget of 10, but 12 + 6 less than 4 more than one of 15."""
     body, later = one.body(f"knorm+{name}", 0.4, slots=20)
     for row, count in enumerate(one.count):
         newest = list(range(one.length, one.x.shape[1]))
@@ -63,7 +63,7 @@ def test_heads_that_share_a_pool_hold_all_that_follows(one):
 
 @pytest.mark.parametrize("amount", [0.3, 1.0, 7.0, 90.0])
 def test_room_is_enough_and_no_more(amount):
-    """The room is the most that a row holds, whatever the lengths of prompts and questions."""
+    """The room equals the most that a row holds over all lengths of prompts and questions."""
     budget = CacheBudget(amount)
     for length, most in ((40, 12), (40, 40), (64, 0)):
         whole, more = Hold().room(length, most)
@@ -78,8 +78,8 @@ def test_room_is_enough_and_no_more(amount):
     assert Every(3).room(40, 5) == (40, 3)
 
 
-def test_bytes_of_what_is_held():
-    """Law 4: slots for the budget of the prompt and for all that follows."""
+def test_bytes_under_hold():
+    """Law 4: there are slots for the budget of the prompt and for all tokens after it."""
     model = matrix.build("gqa", "rope", "plain")
     policy = Policy.parse("knorm:0.25+hold")
     room = 1, 64, 4, EXACT.type
@@ -96,7 +96,7 @@ def test_bytes_of_what_is_held():
     "name", ["h2o:0.5+adaptive", pytest.param("snapkv:12", marks=pytest.mark.product)]
 )
 def test_chunks_are_steps_with_a_fold_after_each(name):
-    """Law 2 for a prompt that is read in chunks."""
+    """Law 2: a prompt read in chunks equals decoding steps with a fold after each chunk."""
     plan = "local-global" if name == "snapkv:12" else "plain"
     model, policy = matrix.build("gqa", "rope", plan), Policy.parse(name)
     ids, count = matrix.tokens(1, TOKENS), jnp.full(1, CHUNK)
@@ -145,8 +145,8 @@ IDS = np.random.default_rng(4).integers(3, matrix.VOCAB, (2, 150)).tolist()
 
 
 @pytest.mark.product
-def test_rows_of_a_prompt_in_chunks_do_not_matter(continued):
-    """A row that ends chunks earlier than another; all behind its prompt is held in a fold."""
+def test_rows_with_fewer_chunks(continued):
+    """The tokens of a row do not depend on another row that has more chunks."""
     prompts, then = [IDS[0], IDS[1][:30]], [IDS[1][:5], IDS[0][:20]]
     policy, options = "snapkv:24+hold", {"prefill_chunk": 64}
     both = continued(prompts, policy, then=then, **options)

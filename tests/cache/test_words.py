@@ -1,4 +1,4 @@
-"""Names of policies: parameters, budgets, kvpress. Parsing is the inverse of printing."""
+"""Names of policies, with parameters and budgets, as in kvpress: parsing inverts printing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mukv.core.errors import BadInput
 
 
 def values(cls, name):
-    """Values of a parameter, most of which are allowed."""
+    """Return a strategy for values of a parameter, most of which are allowed."""
     hint = get_type_hints(cls)[name]
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
@@ -70,7 +70,7 @@ def test_parsing_is_the_inverse_of_printing(policy):
 
 
 def test_every_parameter_can_be_set():
-    """Each parameter of a part is set by its word; the default is left out of the policy's name."""
+    """Each parameter is set by its name; its default is left out of the policy's name."""
     for table in TABLES:
         for name, cls in table.items():
             head = "" if table in (KEEPERS, STORES, SELECTORS) else "knorm+"

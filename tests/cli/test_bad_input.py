@@ -1,5 +1,4 @@
-"""Bad input, typed or on the disk, ends in one clear line and the right exit status, and leaves no
-files behind."""
+"""Bad arguments and bad files give one error line and the right exit status, and leave no files."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ def listing(folder: Path) -> dict[str, int]:
 
 @pytest.fixture
 def place(tmp_path, token_file, trained, monkeypatch):
-    """A folder with good and bad files, in which the command is run."""
+    """Return a folder with valid and invalid files, in which the command is run."""
     shutil.copytree(token_file, tmp_path / "tokens")
     shutil.copytree(trained, tmp_path / "run")
     for name in ("truncated", "foreign", "no-ids"):

@@ -1,4 +1,4 @@
-"""`mukv chat`: turns that share one cache, its commands and options, and what it refuses."""
+"""`mukv chat`: turns that share one cache, its commands and options, and refused input."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(trained, tmp_path):
 
 
 def in_ascii(model):
-    """A model whose tokens are ASCII: the text of an answer then has the ids of the answer."""
+    """Return the model restricted to ASCII tokens, so that encoding an answer gives its ids."""
     readout = model.weights["readout"]
     kept = jnp.where(jnp.arange(readout.shape[1]) < 128, readout, 0)
     return replace(model, weights={**model.weights, "readout": kept})
@@ -42,7 +42,7 @@ def in_ascii(model):
 
 @pytest.fixture
 def typed(mukv, folder, monkeypatch):
-    """Run mukv chat with these lines as standard input."""
+    """Return a function that runs mukv chat with a text as standard input."""
 
     def run(text, *args):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
@@ -57,8 +57,8 @@ def turns(done):
 
 
 def test_turns_answer_as_one_prefill(folder):
-    """A law: the same greedy answers as one prefill of the whole conversation; each turn reads
-    only what is new."""
+    """Greedy answers equal those after one prefill of the conversation; each turn reads only new
+    tokens."""
     model = in_ascii(package.load(folder))
     chat = Chat(model, 256, "Be brief.", max_tokens=9)
     text = "<system>Be brief."

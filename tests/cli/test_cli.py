@@ -31,7 +31,7 @@ PROMPT = "Déjà"
 
 @pytest.fixture(scope="module")
 def facts(mukv):
-    """Return the object that a command prints with --json."""
+    """Return a function that returns the object that a command prints with --json."""
 
     def run(*args):
         done = mukv(*args, "--json")
@@ -200,7 +200,7 @@ def test_compress(mukv, trained, tmp_path):
 
 @pytest.mark.product
 def test_compress_continues(mukv, trained, tmp_path, monkeypatch):
-    """What an earlier command measured is not measured again, with other policies beside it."""
+    """A repeated command with further policies measures only the new ones."""
     (tmp_path / "a.txt").write_text("Once upon a time, and once more. " * 9)
     given = ("compress", trained, "--text", tmp_path / "a.txt", "--out", tmp_path / "c", "--json")
     sizes = ("--samples", 1, "--strings", 2, "--policy")

@@ -1,4 +1,4 @@
-"""`mukv report` writes one self-contained page, refuses wrong folders, and puts only comparable
+"""`mukv report` writes one self-contained page, refuses wrong folders, and plots only comparable
 runs on one axis."""
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def test_no_run(mukv, trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> dict[str, Path]:
-    """Token files: one text as bytes and in pairs of bytes, and another text of equal length."""
+    """Return token files: one text as bytes and as pairs of bytes, and another text of equal
+    length."""
     root = tmp_path_factory.mktemp("texts")
     for name, word in (("a", "word "), ("b", "drow ")):
         (root / name).mkdir()
@@ -70,7 +71,7 @@ def texts(tmp_path_factory) -> dict[str, Path]:
 
 
 def make_run(trained: Path, folder: Path, tokens: Path | None, losses=(3.0, 2.0)) -> Path:
-    """Make a run directory as training leaves it, with another token file."""
+    """Make a run directory like one that training leaves, with another token file."""
     folder.mkdir(parents=True)
     config = (trained / "config.yaml").read_text()
     if tokens is not None:
@@ -90,7 +91,7 @@ def make_run(trained: Path, folder: Path, tokens: Path | None, losses=(3.0, 2.0)
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """Return the figures that a report draws."""
+    """Return the list to which each figure that a report draws is added."""
     kept: list = []
 
     @contextmanager

@@ -16,7 +16,7 @@ from tests.laws.matrix import EXACT
 
 
 class Plain:
-    """A model without calibrated centres."""
+    """Stand in for a model without calibrated centres."""
 
     def calibrated(self, policy):
         return policy, {}

@@ -1,4 +1,4 @@
-"""Measurements are stored one by one, and read again after any stop."""
+"""Measurements are stored one at a time, and read again after any interruption."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def candidate(reader, name):
 
 
 def decoded(reader, policy, tokens):
-    """Logits after each token from the last one of the prefill on, in float64; one compilation."""
+    """Return float64 logits after each token from the last one of the prefill on."""
     model, weights, read, tail = reader.model, reader.weights, reader.read, reader.tail
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Windows of a text, planted strings, and the numbers of both."""
+"""Windows of a text and planted strings are those of their definitions."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Conversions to a smaller memory: equal where nothing is left out, and where what is left out was
-not there; causal, and the same token by token, as all models are."""
+"""Conversions to a smaller memory are exact where the dropped part carries no information;
+converted models are causal, and decode as they are prefilled."""
 
 from __future__ import annotations
 
@@ -132,9 +132,9 @@ def test_heads_that_neighbours_share_are_their_mean():
     assert made.attention.kv_heads == 2
 
 
-def turned(model: Decoder, few: int, seed: int = 0):
-    """Weights of the model with its KV heads in groups of copies, each turned by a map that its
-    queries and outputs undo, and in another order."""
+def with_copied_heads(model: Decoder, few: int, seed: int = 0):
+    """Return weights whose KV heads are copies of `few` heads in another order, each multiplied by
+    a matrix that its queries and outputs invert."""
     random = np.random.default_rng(seed)
     pairs = pairs_of(model.attention.position, D)
     weights = matrix.weights(model)
@@ -163,7 +163,7 @@ TURNED = list(itertools.product([*POSITIONS.values(), NoPE()], [1, 2], [True, Fa
 )
 def test_heads_that_are_turned_copies_become_one_without_loss(position, few, calibrated):
     model = source(position)
-    weights = turned(model, few)
+    weights = with_copied_heads(model, few)
     made = converted(model, weights, f"gqa(by=similarity):{few}", calibrated)
     assert np.abs(logits(*made) - logits(model, weights)).max() < 1e-4
     assert made[0].attention.kv_heads == few
@@ -179,8 +179,9 @@ def test_values_that_follow_from_keys_need_no_room():
 
 
 @pytest.mark.parametrize("position", params(["rope", "partial, interleaved"], ["rope"]))
-def test_keys_and_values_of_low_rank_need_no_more(position):
-    """Keys differ from head to head by complex factors; values have rank 5."""
+def test_mla_is_exact_for_keys_and_values_of_low_rank(position):
+    """MLA of rank 5 is exact for values of rank 5 and keys that differ by complex factors; rank 4
+    is not."""
     model = source(POSITIONS[position])
     weights, random = matrix.weights(model), np.random.default_rng(0)
     write, pairs = weights["stage0"]["slot0"]["write"], pairs_of(POSITIONS[position], D)
@@ -200,8 +201,9 @@ def test_keys_and_values_of_low_rank_need_no_more(position):
 
 
 @pytest.mark.parametrize("entries", ["mean", "first"])
-def test_a_layer_whose_entries_follow_from_anothers_reads_them_without_loss(entries):
-    """The first layer adds nothing to the residual stream: both layers have the same input."""
+def test_reuse_is_exact_for_layers_with_the_same_input(entries):
+    """Reuse is exact if both layers have the same input, since the first adds nothing to the
+    stream."""
     model = source()
     weights, random = matrix.weights(model), np.random.default_rng(0)
     slot, pairs = weights["stage0"]["slot0"], pairs_of(model.attention.position, D)
@@ -233,7 +235,7 @@ def test_a_layer_whose_entries_follow_from_anothers_reads_them_without_loss(entr
     ],
 )
 def test_bytes(to, numbers):
-    """Numbers per token of the allocated bodies, in four layers."""
+    """The bytes of the allocated bodies of four layers equal the numbers per token of a formula."""
     model = source(plan=(Stage(repeats=4),))
     made, weights = converted(model, matrix.weights(model), to, calibrated=False)
     cache = made.empty_cache(1, 64, tail=1, dtype=jnp.dtype("bfloat16"))
@@ -266,8 +268,8 @@ DRESSED = {
 
 
 @pytest.mark.parametrize("dress", params(DRESSED, ["norm"]))
-def test_what_an_attention_has_besides_is_kept(dress):
-    """Where nothing is left out nothing changes, and what does not fit is refused."""
+def test_other_weights_of_an_attention(dress):
+    """Norms, biases, sinks and gates are kept by exact conversions, or refused by name."""
     model = source(**DRESSED[dress])
     weights = matrix.weights(model)
     linear = dress not in ("norm", "biases")

@@ -1,4 +1,4 @@
-"""Weights in few bits are near the originals, and products with them are products."""
+"""Weights in few bits are close to the originals, and products with them are products."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def drawn(param: Param, seed: int = 0) -> jax.Array:
 
 
 def by_output(param: Param, weight: jax.Array) -> np.ndarray:
-    """[leading output input]"""
+    """Return a weight as [leading output input]."""
     leading = len(param.leading)
     if param.role == "embedding":
         return np.asarray(weight)

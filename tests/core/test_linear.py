@@ -55,8 +55,8 @@ for batch, rows, columns, width in itertools.product((1, 2), (1, 16, 64), (1, 5,
 
 @pytest.mark.product
 def test_every_shape_in_bfloat16():
-    """Runs in its own process, because XLA has no bfloat16 products while its optimisations are
-    off, as in these tests."""
+    """Products in bfloat16 agree, in a process with XLA's optimisations, without which XLA has no
+    such products."""
     done = subprocess.run(
         [sys.executable, "-c", BFLOAT16], env=environment(), capture_output=True, text=True
     )

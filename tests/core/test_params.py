@@ -1,4 +1,4 @@
-"""A weight that is declared wrongly is refused when it is made; its matrices are those it names."""
+"""A wrongly declared weight is refused when it is made; matrix shapes follow from its fields."""
 
 from __future__ import annotations
 

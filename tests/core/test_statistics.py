@@ -1,4 +1,4 @@
-"""Intervals against published figures."""
+"""Confidence intervals equal published figures."""
 
 from __future__ import annotations
 

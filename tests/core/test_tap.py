@@ -1,4 +1,4 @@
-"""Taps record intermediate arrays inside of `capture`, and do nothing outside of it."""
+"""Taps record intermediate arrays inside of `capture`, and nothing outside of it."""
 
 from __future__ import annotations
 

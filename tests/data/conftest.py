@@ -12,7 +12,7 @@ from mukv.data.tokens import TokenFile
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty documents of different lengths, some not ASCII."""
+    """Return a folder of sixty documents of different lengths, some not ASCII."""
     path = tmp_path_factory.mktemp("texts")
     for number in range(60):
         (path / f"{number:02}.txt").write_text(f"dócument {number}\n" * (1 + number * 7 % 13))

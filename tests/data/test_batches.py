@@ -1,4 +1,4 @@
-"""Batches: a pure function of (seed, step, row) that shows every token once an epoch."""
+"""Batches are a pure function of (seed, step, row), and contain every token once an epoch."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_contiguous_rows_are_one_segment(corpus: TokenFile):
 
 
 def _has_target(batch: Batch) -> np.ndarray:
-    """Whether a token has a target: all but the last of the stream."""
+    """Return which tokens have a target: all but the last one of the stream."""
     return np.pad(batch.segment > 0, ((0, 0), (0, 1)), constant_values=True)[:, 1:]
 
 

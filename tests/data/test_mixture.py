@@ -1,4 +1,4 @@
-"""Mixtures: rows of each part in fixed shares, a pure function of the step."""
+"""Mixtures take rows of each part in fixed shares, as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHORT = ("train.batch=4", "train.length=16", "train.schedule={kind: inverse_sqrt
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[TokenFile]:
-    """Three token files, each of one letter in different documents."""
+    """Return three token files, each of one letter in different documents."""
     folder = tmp_path_factory.mktemp("parts")
     made = []
     for letter, count in zip("abc", (40, 25, 30), strict=True):
@@ -47,7 +47,7 @@ def feed(files) -> MixtureFeed:
 
 
 def kinds(tokens: np.ndarray) -> list[str]:
-    """The letter of each row."""
+    """Return the letter of each row."""
     (letters,) = [np.frombuffer(b"abc", np.uint8)]
     return ["abc"[int(np.argmax((row[:, None] == letters).sum(0)))] for row in tokens]
 
@@ -144,13 +144,14 @@ def test_a_resumed_run_has_the_same_bits_and_each_part_is_validated(files, tmp_p
 
 
 def _swept(run: Run) -> list[dict[str, float]]:
-    """The last metrics of the run as a point of a sweep."""
+    """Return the last metrics of the run as a point of a sweep."""
     *_, last = Together([Point(run.model, run.train)], open_feed(run)[1]).run()
     return last.numbers
 
 
 def test_points_of_a_sweep_are_validated_as_a_run_is(feed):
-    """The loss of two points at once is that of each alone: the mean of the parts by weight."""
+    """The validation loss of two points at once equals that of each alone, the weighted mean of the
+    parts."""
     source = feed.source("validation", 0, 2, 16)
     parts = list(source.parts.values())
     sums = np.array([[[6.0, 8.0], [2.0, 2.0], [9.0, 9.0]], [[5.0, 1.0], [1.0, 1.0], [3.0, 3.0]]])
@@ -172,7 +173,7 @@ def test_points_of_a_sweep_are_validated_as_a_run_is(feed):
 
 
 def test_bad_mixtures(files, tmp_path):
-    """All are refused by name, before anything is compiled."""
+    """Errors name the key of a bad mixture before anything is compiled."""
     for weights, says in {
         (0, 0, 0): r"mixture: weights: got \[0.*sum above 0",
         (1, -1, 0): r"data\.mixture\.1\.weight: got -1",
@@ -196,6 +197,6 @@ def test_bad_mixtures(files, tmp_path):
 
 
 def _emptied(file: TokenFile, path: Path) -> TokenFile:
-    """The same with no validation text."""
+    """Return the token file without its validation text."""
     nothing = type(file.validation)(file.validation.tokens[:0], file.validation.starts[:0], 0)
     return type(file)(path, file.train, nothing, file.tokenizer, file.fingerprint, ())

@@ -1,4 +1,4 @@
-"""Remote sources: every way in which a network fails gives the same token file, or one error."""
+"""Any network failure on a remote source gives the same token file, or one error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def server():
 
 @pytest.fixture
 def web(server: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Web:
-    """A server with the texts as JSONL and as Parquet, and a client that does not wait."""
+    """Return a server with the texts as JSONL and as Parquet; its client does not wait between
+    tries."""
     rows = [json.dumps({"text": text}) for text in TEXTS]
     server.files["a.jsonl"] = ("\n".join([*rows[:9], "", *rows[9:]]) + "\n").encode()
     pq.write_table(pa.table({"text": TEXTS, "n": range(400)}), tmp_path / "p", row_group_size=60)
@@ -49,7 +50,7 @@ def web(server: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Web:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
-    """The same texts from a local file."""
+    """Return the token file of the same texts from a local file."""
     folder = tmp_path_factory.mktemp("plain")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return build_tokens([str(folder / "a.jsonl")], folder / "t")
@@ -75,7 +76,7 @@ def test_a_server_that_ignores_ranges(web, plain, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_a_further_call_fetches_only_the_rest(web, plain, tmp_path, name):
-    """The network fails for good in the middle; what was fetched is not fetched again."""
+    """After a failure for good, a repeated call fetches only what was not fetched before."""
     alive = 1 if name == "a.jsonl" else 9
     web.fault = lambda number: ("cut" if number + 1 == alive else None) if number < alive else 503
     with pytest.raises(Failed, match=r"503.* after 3 tries; the same command goes on"):
@@ -93,7 +94,7 @@ def test_a_further_call_fetches_only_the_rest(web, plain, tmp_path, name):
 
 
 def test_a_kill_in_the_middle(web, plain, tmp_path):
-    """SIGKILL after some parts; the same command then makes the same token file."""
+    """After SIGKILL, the same command makes the same token file."""
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom mukv.data import remote, spool\n"
         "from mukv.data.build import build_tokens\nremote.CHUNK_BYTES = spool.PART_BYTES = 3000\n"
@@ -158,7 +159,7 @@ def test_a_damaged_spool_is_told(web, tmp_path):
 
 
 class FakeRows:
-    """A stream of `datasets` that breaks once in each 150 rows and knows its state."""
+    """Stand in for a stream of `datasets`: raise once in each 150 rows, and return its state."""
 
     calls = itertools.count(1)
 

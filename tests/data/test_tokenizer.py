@@ -110,8 +110,8 @@ def test_words_without_a_decoder_are_joined_by_spaces():
 
 
 def of_kinds() -> dict[str, tuple[Tokenizer, int]]:
-    """A tokenizer of each kind of decoder, and the bytes that its decoder drops at the ends of a
-    text."""
+    """Return a tokenizer of each kind of decoder, and the number of bytes that its decoder drops at
+    the ends of a text."""
     raw = [f"<0x{byte:02X}>" for byte in range(256)]
 
     def bpe(words, merges=(), **more):
@@ -188,7 +188,7 @@ def test_lone_surrogates_are_no_text(tokenizer: JsonTokenizer):
 
 
 def panicking(part: str, expression: str) -> str:
-    """A tokenizer whose expression takes too many steps on "x" * 40."""
+    """Return a tokenizer whose expression takes too many steps on "x" * 40."""
     words = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 500)}, "a": 500, "x" * 40: 501}
     inner = Tokenizer(models.WordLevel(words, "[UNK]"))
     pattern = Regex(expression)
@@ -288,7 +288,7 @@ def test_missing_files_are_refused(tmp_path: Path):
 
 
 def word_level(**changes):
-    """The tree of a small tokenizer.json with a template around a text."""
+    """Return the tree of a small tokenizer.json with a template around a text."""
     words = {word: i for i, word in enumerate(["[UNK]", "a", "b", "<s>", "</s>"])}
     inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -344,8 +344,9 @@ def test_a_text_begins_with_what_stands_before_it(processor, start):
     assert [*start, *tokenizer.encode("a b").tolist()] == theirs[: len(start) + 2]
 
 
-def test_a_start_that_no_text_shows():
-    """The vocabulary knows none of the usual letters, and unknown ones vanish."""
+def test_start_of_a_vocabulary_without_usual_letters():
+    """The start token is found although the vocabulary has none of the usual letters and drops
+    unknown ones."""
     inner = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "\u65e5": 2}, []))
     inner.add_special_tokens(["<s>", "</s>"])
     inner.post_processor = processors.TemplateProcessing(
@@ -419,7 +420,7 @@ def test_truncation_and_padding_of_the_last_use_are_ignored():
 
 
 def test_added_tokens_are_spelled_by_the_decoder():
-    """Gemma lists runs of spaces among its added tokens; their text is that of the vocabulary."""
+    """The text of an added token of spaces, as Gemma has them, is the decoder's."""
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581" * 4: 256, "\u2581": 257}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     inner.normalizer = normalizers.Replace(" ", "\u2581")
@@ -463,7 +464,7 @@ def test_word_piece_without_its_unknown_token(capfd):
 
 
 def spelling_special_tokens() -> dict[str, Tokenizer]:
-    """Tokenizers whose models make "<s>" of its letters."""
+    """Return tokenizers whose models merge the letters of "<s>" into it."""
     words = ["[UNK]", "<", "s", ">", "<s>", "a", "s>"]
     vocab = {word: i for i, word in enumerate(words)}
     made = {

@@ -1,4 +1,4 @@
-"""A server of files that answers requests for ranges of bytes, and fails as a test demands."""
+"""Serve files over HTTP with range requests, and fail as a test specifies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Fault = str | int | None
 
 
 class Web:
-    """The state of a server.
+    """Hold the state of a server.
 
     files: contents by path
     fault: what happens to request number n, from 0

@@ -1,4 +1,4 @@
-"""Hold a call to its limits on hostile input: one clear error, no hang, no memory taken.
+"""Check that a call on hostile input ends in one clear error, within limits of time and memory.
 
 A test generates inputs and calls `check_all`; the number of inputs by area is printed at the end
 of a run of the tests.
@@ -28,7 +28,7 @@ def check_all(
     """Call every input and count the answers: "accepted" or "refused".
 
     inputs: pairs of a label and a call. record_property: pytest's fixture. Raises AssertionError
-    that lists every input (at most 20 are shown) with another answer than these two.
+    that lists every input (at most 20 are shown) with any other answer.
     """
     counts: Counter[str] = Counter()
     wrong: list[str] = []
@@ -43,9 +43,12 @@ def check_all(
 
 
 def answer(call: Callable[[], Any]) -> str:
-    """ "accepted" or "refused". Raises AssertionError for a call that does neither cleanly: it
-    raises something other than BadInput or Failed, takes over 10 s of work or 2 GB, or its message
-    has no text or over 1,000 characters."""
+    """Return "accepted" or "refused".
+
+    Raises AssertionError if the call raises anything but BadInput or Failed, takes over 10 s of
+    work
+    or 2 GB, or if its message is empty or longer than 1,000 characters.
+    """
     try:
         with limits():
             call()
@@ -95,7 +98,7 @@ def limits(seconds: float = SECONDS, megabytes: float = MEGABYTES) -> Iterator[N
 
 
 def _status(key: str) -> float:
-    """A memory figure of this process in megabytes, from /proc/self/status."""
+    """Return a memory figure of this process in megabytes, from /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) / 1024

@@ -1,5 +1,5 @@
-"""Every number of a command is tried with invalid values; arguments are swapped; a command ends in
-one line for any exception."""
+"""Numeric options are tried with invalid values, and arguments are swapped; a command ends in one
+line for any exception."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def number_of(param: Any) -> type | None:
 
 
 def numbers() -> list[tuple[str, str, str]]:
-    """Yield command, option and value for each numeric option."""
+    """Return command, option and value for each numeric option."""
     found = []
     for name, each in commands().items():
         spelt = spellings(each.params)
@@ -180,7 +180,7 @@ def test_overwrite_is_an_option(mukv, place):
 
 
 class Panic(BaseException):
-    """An exception like that of a panic in a Rust library."""
+    """Stand in for the exception of a panic in a Rust library."""
 
 
 class Mute(Exception):
@@ -229,7 +229,8 @@ def test_every_exception_ends_in_a_line(mukv, monkeypatch, error, status, start)
 
 @pytest.fixture
 def handlers():
-    """Restore the signal handlers, which a signal that ends a command resets."""
+    """Restore the signal handlers after the test, since a signal that ends a command resets
+    them."""
     before = {number: signal.getsignal(number) for number in ending.SIGNALS}
     # A process in the background may have been started to ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -242,7 +243,7 @@ def handlers():
     ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
 )
 def test_a_signal_ends_in_a_line(mukv, monkeypatch, tmp_path, handlers, number, word):
-    """Context managers are left, as after any exception."""
+    """A signal ends a command in one line, and context managers exit as after any exception."""
 
     def wait(*_: object) -> None:
         with temporary(tmp_path / "x") as made:

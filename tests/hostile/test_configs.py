@@ -1,4 +1,4 @@
-"""Hostile configurations: YAML texts and files, and every key with values that it can't have."""
+"""Hostile configurations: YAML texts and files, and every key with invalid values."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_files(folder, record_property):
 
 @pytest.mark.product
 def test_texts(folder, record_property):
-    """The same text is given as a file and as an override."""
+    """A hostile text is accepted or refused, given as a file and as an override."""
 
     def as_file(text: str) -> None:
         Path("x.yaml").write_bytes(text.encode(errors="surrogatepass"))
@@ -117,7 +117,7 @@ def test_texts(folder, record_property):
 
 
 def test_noise(record_property):
-    """Texts are random strings of characters that have a meaning in YAML."""
+    """Random strings of YAML's special characters are accepted or refused."""
     random.seed(0)
     signs = [
         *"[]{}:,&*!|>%@`#-?\"' \n\t0aé\0",
@@ -157,7 +157,8 @@ VALUES = [
 @pytest.mark.product
 @pytest.mark.parametrize("preset", params(["tiny", "tiny-concept-learned"], ["tiny"]))
 def test_every_key(preset, record_property):
-    """Each value of a whole configuration is replaced by a non-number or an absurd number."""
+    """Each value of a whole configuration is accepted or refused when replaced by a non-number or
+    an absurd number."""
     random.seed(0)
     paths = list(leaves(schema.to_mapping(config.load(preset))))
 

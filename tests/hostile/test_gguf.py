@@ -1,4 +1,4 @@
-"""GGUF files that are cut, changed or made up: read, or refused in one line."""
+"""Truncated, changed and invented GGUF files are read, or refused in one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.parity.models import TINY, build
 
 
 def changed(content: bytes) -> Iterator[tuple[str, bytes]]:
-    """Files cut at many places, with changed bytes, and with lengths that can't be."""
+    """Yield truncated files, files with changed bytes, and files with impossible lengths."""
     draw = random.Random(0)
     for cut in [*range(0, 64, 3), *(draw.randrange(len(content)) for _ in range(60))]:
         yield f"cut at {cut}", content[:cut]

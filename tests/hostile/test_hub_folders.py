@@ -1,7 +1,7 @@
-"""Folders of Hugging Face's and Meta's that somebody made to do harm, or that went wrong.
+"""Malicious and damaged folders in the formats of Hugging Face and Meta.
 
 Each input is a valid minuscule folder with one thing changed. It is imported, or refused in one
-line, and nothing of it is executed, followed out of the folder, or left half-written.
+line. Nothing of it is executed, no link out of it is followed, and no partial files are left.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ Change = Callable[[Path], None]
 
 
 def make(folder: Path, architecture: str) -> Path:
-    """A valid folder."""
+    """Make a valid folder."""
     config = {"architectures": [architecture], **SIZES, **CONFIGS[architecture]}
     family = FAMILIES[architecture]
     model = family.read(Given(config, "config"))
@@ -99,7 +99,7 @@ def valid(tmp_path_factory) -> dict[str, Path]:
 def check_changes(
     area: str, source: Path, changes: Iterator[tuple[str, Change]], tmp_path: Path, record: Any
 ) -> dict[str, int]:
-    """Import a copy of the folder with each change; and what was refused leaves nothing."""
+    """Import a copy of the folder with each change; a refused import leaves no files."""
     there = {path: path.read_bytes() for path in source.iterdir()}
 
     def attempt(change: Change) -> None:
@@ -161,7 +161,7 @@ def configs(architecture: str) -> Iterator[tuple[str, Change]]:
 
 
 def texts() -> Iterator[tuple[str, Change]]:
-    """Try a config.json with any text."""
+    """Yield changes that write any text as config.json."""
     plain = json.dumps({"architectures": ["LlamaForCausalLM"], **SIZES})
     whole = [
         *("", "\x00", "null", "1", '"x"', "[]", "{}", "{", plain[:-1], plain + "x", plain * 2),
@@ -200,7 +200,7 @@ def test_texts_of_configs(valid, tmp_path, record_property):
 
 
 def rewritten(change: Callable[[dict[str, Any]], Any]) -> Change:
-    """The file with another header over the same data."""
+    """Return a change that writes the tensor file with another header over the same data."""
 
     def apply(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -242,7 +242,7 @@ def headers() -> Iterator[tuple[str, Change]]:
 
 
 def damaged() -> Iterator[tuple[str, Change]]:
-    """Change the tensor file byte by byte."""
+    """Yield changes that truncate the tensor file, or change its header or one byte."""
 
     def at(place: int, byte: int) -> Change:
         def apply(folder: Path) -> None:
@@ -276,7 +276,7 @@ def test_tensors(valid, tmp_path, record_property):
 
 
 def placed(name: str, kind: str, outside: Path) -> Change:
-    """Put something else in the place of a file."""
+    """Return a change that replaces a file by a pipe, a folder, a link or the like."""
 
     def apply(folder: Path) -> None:
         path, at = folder / name, os.getcwd()
@@ -456,7 +456,7 @@ def test_a_tied_readout_may_be_left_out(meta, tmp_path):
 
 
 class Touch:
-    """A pickle that executes a command when it is loaded."""
+    """Pickle as an object that executes a command when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -535,7 +535,7 @@ def meta_changes(torch: Any, marker: Path) -> Iterator[tuple[str, Change]]:
 
 
 def compressed(folder: Path) -> None:
-    """Make a megabyte that decompresses to gigabytes."""
+    """Write a small file that decompresses to gigabytes."""
     path = folder / "consolidated.00.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
         with made.open("archive/data.pkl", "w", force_zip64=True) as file:

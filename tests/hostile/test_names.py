@@ -1,4 +1,4 @@
-"""Names that the file system allows: each works and is shown unchanged, or is refused at once."""
+"""Any name that the file system allows works and is shown unchanged, or is refused at once."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def as_given(name: str) -> str:
-    """A path that no option can be taken for."""
+    """Return a path that can't be taken for an option."""
     return f"./{name}"
 
 
 def ends_well(done, name: str) -> bool:
-    """Whether the command worked. Otherwise it was refused in one line, or this raises."""
+    """Return whether the command worked; assert that it was refused in one line otherwise."""
     assert "Traceback" not in done.stderr, done.stderr
     assert "fault of mukv" not in done.stderr, done.stderr
     if done.returncode == 0:
@@ -66,7 +66,7 @@ def ends_well(done, name: str) -> bool:
 
 
 def shows(text: str, name: str) -> bool:
-    """Whether a name is there unchanged, but for the escapes of what has no shape."""
+    """Return whether a text contains the name, with its control characters escaped."""
     return printable(name) in text
 
 
@@ -79,7 +79,7 @@ def each(
 def writes(
     mukv, place: Path, record_property, area: str, *command: object, names=NAMES, end: str = ""
 ) -> None:
-    """A command whose --out has each name: what it makes lies there alone, and is named."""
+    """Check a command with --out of each name: it makes only that file and prints its name."""
 
     def work(name: str) -> None:
         before = sorted(os.listdir(place))
@@ -106,7 +106,7 @@ def test_token_files(mukv, place, record_property):
 
 @pytest.mark.product
 def test_sources(mukv, place, record_property):
-    """A text file of each name."""
+    """A text file of any name becomes a token file, or is refused."""
     (place / "x").mkdir()
 
     def work(name: str) -> None:
@@ -126,7 +126,7 @@ def test_sources(mukv, place, record_property):
 
 
 class Cells(HTMLParser):
-    """The texts of the first cells of a page's rows, and its title, as a reader sees them."""
+    """Parse the text of each row's first cell, and the title, from a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class Cells(HTMLParser):
 
 @pytest.fixture
 def run(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that takes little to copy and to report."""
+    """Return a small run, which is quick to copy and to report."""
     copy = tmp_path_factory.mktemp("run") / "copy"
     shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
     return copy
@@ -173,7 +173,7 @@ def test_runs_of_a_folder_in_a_report(mukv, place, run):
 
 @pytest.mark.product
 def test_runs_by_name(mukv, place, run, record_property):
-    """A run of each name in a report and a description."""
+    """`report` and `describe` show a run of any name under that name, or refuse it."""
 
     def work(name: str) -> None:
         if "/" in name:

@@ -1,4 +1,4 @@
-"""Foreign files and names in `report`, and in what it shares with a run that is continued."""
+"""`report` and the reading of metrics, with foreign files and names."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ Input = tuple[str, Callable[[], Any]]
 
 
 def csvs() -> Iterator[tuple[str, bytes]]:
-    """CSV files as others may have written them."""
+    """Yield CSV files like those that other programs may write."""
     for word in WORDS:
         yield f"cell {word[:20]!r}", f"step,loss\n1,{word}\n2,3.5\n".encode("utf-8", "replace")
         yield f"name {word[:20]!r}", f"{word},loss\n1,2\n".encode("utf-8", "replace")
@@ -131,7 +131,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def pngs() -> Iterator[tuple[str, bytes]]:
-    """PNG files that are none, or are damaged, or larger than they look."""
+    """Yield PNG files that are invalid, damaged, or larger than their size suggests."""
     header = b"\x89PNG\r\n\x1a\n"
 
     def whole(width: int, height: int, *extra: bytes) -> bytes:
@@ -169,7 +169,7 @@ def pngs() -> Iterator[tuple[str, bytes]]:
 
 
 def metrics() -> Iterator[tuple[str, bytes]]:
-    """Lines of metrics.jsonl, with good ones around them."""
+    """Yield files with a hostile line among valid lines of metrics.jsonl."""
 
     def among(line: bytes) -> bytes:
         return (
@@ -208,7 +208,7 @@ def metrics() -> Iterator[tuple[str, bytes]]:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A run directory that may be written to."""
+    """Return a run directory that may be written to."""
     made = tmp_path / "run"
     made.mkdir()
     for name in ("config.yaml", "metrics.jsonl", "provenance.json", "tokenizer.json"):
@@ -216,8 +216,8 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return made
 
 
-def shown(folder: Path) -> None:
-    """The findings of a folder become a page of text that is HTML."""
+def check_findings(folder: Path) -> None:
+    """Check that the findings of a folder become HTML without scripts."""
     page = Page("x")
     left_out = findings(page, "run", folder)
     html = page.html()
@@ -234,7 +234,7 @@ def test_tables_and_pictures(tmp_path, record_property):
                 folder = tmp_path / f"{suffix}{number}"
                 (folder / "bench").mkdir(parents=True)
                 (folder / "bench" / f"x.{suffix}").write_bytes(content)
-                yield f"{suffix}: {label}", partial(shown, folder)
+                yield f"{suffix}: {label}", partial(check_findings, folder)
         for suffix in ("csv", "png"):
             for make in (
                 os.mkfifo,
@@ -245,7 +245,7 @@ def test_tables_and_pictures(tmp_path, record_property):
                 folder = tmp_path / f"{suffix} {make}".replace("/", "-")[:90]
                 (folder / "bench").mkdir(parents=True)
                 make(folder / "bench" / f"x.{suffix}")
-                yield f"{suffix}: {make}", partial(shown, folder)
+                yield f"{suffix}: {make}", partial(check_findings, folder)
 
     counts = check_all("report", inputs(), record_property)
     assert counts.total() >= 150
@@ -287,7 +287,7 @@ def test_curves_of_foreign_metrics(run, tmp_path, record_property):
 @pytest.mark.product
 @pytest.mark.parametrize("every", params([4, 1], [4]))
 def test_names(run, tmp_path, record_property, every):
-    """Every name as one of a run, of files, and in all that is drawn and printed."""
+    """Runs, files and labels of figures may have every name."""
     out, tried = tmp_path / "page", NAMES[::every]
 
     def whole(names: tuple[str, ...]) -> None:

@@ -62,7 +62,8 @@ def test_a_run_goes_on_with_metrics_of_others(mukv, run):
 
 
 def test_configurations(run, record_property):
-    """One byte or a stretch of them is exchanged, left out or doubled."""
+    """A configuration is read or refused after a few bytes of it were exchanged, left out or
+    doubled."""
     config = run / "config.yaml"
     text = config.read_bytes()
     random.seed(0)
@@ -95,8 +96,8 @@ FILES = (
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_other_kinds(mukv, run, name, record_property):
-    """A folder, a pipe, a device, nothing and noise in the place of each file: status 1 or 2 and
-    one line, or the file was not needed."""
+    """With a folder, pipe, device, broken link or noise in place of a file, a command exits with 1
+    or 2 and one line, or does not need the file."""
     path = run / name
 
     def pipe() -> None:

@@ -1,4 +1,4 @@
-"""Chat templates made at random end in text or one clear error."""
+"""Random chat templates give a text or one clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged and foreign tokenizer.json files are refused in one line, or work whole."""
+"""Damaged and foreign tokenizer.json files are refused in one line, or work in full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXTS = ("", "a text", "d\u00e9j\u00e0 vu\n\t 1+1", "\U0001f600<s></s>", "\0\uff
 
 
 def originals() -> dict[str, dict[str, Any]]:
-    """A valid file of each kind of model."""
+    """Return a valid file of each kind of model."""
     words = {word: i for i, word in enumerate(["[UNK]", "a", "text", "##s", "<s>", "</s>", "1"])}
     made = {
         "word piece": Tokenizer(models.WordPiece(words, unk_token="[UNK]")),
@@ -50,7 +50,7 @@ JUNK = (
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths to all values, of long lists and mappings the first few."""
+    """Return paths to all values, of long lists and mappings the first 14."""
     found = [path] if path else []
     if isinstance(node, dict):
         items = list(node.items())
@@ -82,7 +82,7 @@ def mutated(original: dict[str, Any], rng: random.Random) -> str:
 
 
 def use(text: str) -> None:
-    """Read a file and do everything that is done with one."""
+    """Parse a file and call all methods of its tokenizer."""
     tokenizer = parse_tokenizer(text, "tokenizer.json")
     assert all(token >= 0 for token in tokenizer.start)
     lengths = tokenizer.token_bytes()
@@ -141,7 +141,7 @@ DECODERS = (
 
 
 def assembled(original: dict[str, Any], rng: random.Random) -> str:
-    """A file whose parts are valid each by itself."""
+    """Return a file of parts each of which is valid by itself."""
     tree = copy.deepcopy(original)
     places = (
         ("normalizer", "normalizers", NORMALIZERS),

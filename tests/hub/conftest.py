@@ -1,4 +1,4 @@
-"""A folder of Hugging Face's, made of the minuscule model that was trained here."""
+"""A fixture with a Hugging Face folder of the minuscule model."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ import pytest
 
 @pytest.fixture
 def folder(exported: Path, tmp_path: Path) -> Path:
-    """A copy that tests may write to."""
+    """Return a copy of the exported folder that tests may write to."""
     return Path(shutil.copytree(exported, tmp_path / "folder"))

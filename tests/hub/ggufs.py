@@ -1,4 +1,4 @@
-"""Write models of transformers as GGUF files, as llama.cpp's converter lays them out."""
+"""Write models of transformers as GGUF files, with the names of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def write_gguf(
     extra: Mapping[str, Any] | None = None,
     replaced: bool = False,
 ) -> Path:
-    """model: of transformers. extra: further metadata. replaced: whether it may replace what the
-    model says."""
+    """Write a model of transformers as a GGUF file.
+
+    extra: further metadata. replaced: whether it may replace what the model says.
+    """
     config, kind = model.config, ARCHITECTURES[architecture]
     writer = GGUFWriter(path, architecture)
     for key, name in KEYS.items():
@@ -67,7 +69,7 @@ def write_gguf(
 
 
 def add_value(writer: GGUFWriter, key: str, value: Any) -> None:
-    """Metadata of a Python value: text, whole number, float, flag or list."""
+    """Add metadata of a Python value: text, whole number, float, flag or list."""
     kinds = {
         str: writer.add_string,
         bool: writer.add_bool,
@@ -90,7 +92,7 @@ QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16")
 
 
 def random_blocks(kind: str, rows: int, blocks: int, seed: int) -> np.ndarray:
-    """Bytes [row, byte] of a type, whatever they stand for."""
+    """Return random bytes [row, byte] of a quantised type."""
     from gguf.constants import GGML_QUANT_SIZES
 
     _, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]

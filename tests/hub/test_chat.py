@@ -1,4 +1,4 @@
-"""Chat templates give the text that transformers gives, and can't harm."""
+"""Chat templates give the text that transformers gives, and can't do harm."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def theirs():
     )
 
 
-def test_as_transformers(theirs):
-    """Text or refusal, for every template and conversation."""
+def test_templates_are_those_of_transformers(theirs):
+    """Each template gives the text of transformers, or an error where it gives one."""
     values = {"tools": None, "documents": None, "add_generation_prompt": True}
     values |= {"bos_token": "<s>", "eos_token": "</s>"}
     compared = 0

@@ -1,4 +1,4 @@
-"""Import and export as commands: what comes back is the same model, and everything takes it."""
+"""`mukv import` and `mukv export` return the same model, and every command takes it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def told(done):
 
 
 @pytest.mark.product
-def test_every_command_takes_it(mukv, trained, folder, tmp_path):
+def test_every_command_takes_an_imported_model(mukv, trained, folder, tmp_path):
     """A run, its export and the import of the export have the same loss, continuation and
     description."""
     (tmp_path / "text.txt").write_text("Déjà vu number 3. " * 9)
@@ -109,8 +109,9 @@ def test_a_text_ends_where_the_model_says(mukv, folder, tmp_path):
     assert told(mukv("generate", folder, *asked, "--stop", 5))["token_ids"] == free
 
 
-def test_a_model_that_names_no_end_has_its_familys(folder):
-    """transformers ends the texts of a Llama at 2 where no file says otherwise."""
+def test_default_end_token(folder):
+    """A model without an end token gets that of its family, 2 for Llama as in transformers; null is
+    kept."""
     (folder / "generation_config.json").unlink()
     assert package.load(folder).ends == ()  # null is an answer
     path = folder / "config.json"

@@ -1,4 +1,4 @@
-"""GGUF files have the logits of the models that they were made of; bad files are refused."""
+"""GGUF files give the logits of the models they were made from; bad files are refused."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_logits_are_those_of_the_model(case, tmp_path):
 
 
 def with_factors(path: Path, model: Any, extra: dict[str, Any]) -> Path:
-    """Llama 3.1 as llama.cpp writes it: factors of the frequencies in a tensor."""
+    """Write Llama 3.1 as llama.cpp does, with factors of the frequencies in a tensor."""
     inverse = model.model.rotary_emb.inv_freq.numpy()
     plain = 10_000.0 ** -(np.arange(0, 16, 2) / 16)
     add = GGUFWriter.write_header_to_file
@@ -104,7 +104,7 @@ def test_rows_of_each_type_are_those_of_the_library(kind, tmp_path):
 
 
 def test_import_eval_generate_export(mukv, tmp_path):
-    """Sixteen-bit weights keep their type; the file is a MODEL everywhere."""
+    """Commands take a GGUF file as a model; sixteen-bit weights keep their type."""
     model = build("Llama", TINY | {"vocab_size": 300, "tie_word_embeddings": True})
     path = write_gguf(tmp_path / "tiny.gguf", "llama", model, sentence_piece())
     done = mukv("import", path, "--out", tmp_path / "run", "--json")
@@ -120,7 +120,7 @@ def test_import_eval_generate_export(mukv, tmp_path):
 
 
 def sentence_piece() -> dict[str, Any]:
-    """Metadata of a small SentencePiece vocabulary with a chat template."""
+    """Return metadata of a small SentencePiece vocabulary with a chat template."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += ["▁", "h", "i", "hi", "▁hi", "<turn>"]
     tokens += [f"w{n}" for n in range(300 - len(tokens))]
@@ -285,7 +285,7 @@ TRICKY = (
 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
 def test_real_files_are_what_transformers_reads(name):
-    """MUKV_MODELS names a folder with each NAME.gguf and, in NAME, what transformers made of it."""
+    """GGUF files in the folder MUKV_MODELS equal the folders that transformers made of them."""
     models = Path(os.environ.get("MUKV_MODELS", "/nowhere"))
     if not (models / f"{name}.gguf").exists():
         pytest.skip("needs MUKV_MODELS")

@@ -1,4 +1,4 @@
-"""A conversation over one kept cache answers as one prefill of the whole conversation does."""
+"""A conversation over one cache answers as one prefill of the whole conversation does."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def begun(model, weights):
 
 @pytest.fixture
 def whole(model, weights):
-    """Return greedy tokens after one prefill."""
+    """Return a function that returns greedy tokens after one prefill."""
     return lambda ids, number: generate(model, weights, [ids], number, compute=EXACT).tokens[0]
 
 
 @pytest.mark.product
 @pytest.mark.parametrize("policy", params(["full", "knorm", "snapkv"], ["knorm"]))
 def test_turns_are_one_prefill(begun, whole, monkeypatch, policy):
-    """Policies with room for everything keep everything; a tail is folded within the first answer,
-    one that is not full before the second, and the second message is read in pieces."""
+    """Answers equal those after one prefill, over folds within the first answer and before the
+    second, if the policy has room for every entry."""
     monkeypatch.setattr(module, "LONGEST", 8)
     talk, number = begun(policy), TAIL + 7
     one = talk.answer(FIRST, number)

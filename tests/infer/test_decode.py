@@ -32,7 +32,7 @@ def weights(model):
 
 @pytest.fixture(scope="module")
 def continued(model, weights):
-    """Generate with default values for all arguments that a test does not set."""
+    """Return a function that generates, with a default for each argument."""
 
     def run(prompts=PROMPTS, max_tokens=BLOCK, sampling=None, stop=(), show=None):
         return generate(model, weights, prompts, max_tokens, sampling, stop, EXACT, show)

@@ -1,4 +1,4 @@
-"""Evaluation is the mean over every token but the first, whatever the batches."""
+"""Evaluation is the mean over every token but the first, for any batch size."""
 
 from __future__ import annotations
 

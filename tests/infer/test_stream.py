@@ -1,4 +1,4 @@
-"""Streamed text ends before stop texts, and prints only characters that are final."""
+"""Streamed text ends before stop texts; only final characters are printed."""
 
 from __future__ import annotations
 

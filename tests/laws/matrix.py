@@ -1,7 +1,7 @@
 """Every combination of attention, position and layer plan, at tiny size.
 
-The laws walk every pair of parts in `make test`, the product in `make test-all`. A new part joins
-by a line in its own table here; a table that lacks a part fails in test_matrix.py.
+The laws are tested on every pair of parts in `make test`, on the product in `make test-all`. A new
+part joins by a line in its own table here; test_matrix.py fails if a table has no line for a part.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ REFUSED = {("hca", "cope"), ("csa", "cope")}
 
 
 def hybrid(plan: Sequence[Stage], attention: str) -> tuple[Stage, ...]:
-    """The plan with the attention "gqa" in layers that can't have the given state."""
+    """Return the plan with the attention "gqa" in layers that can't have the given state."""
     if attention not in STATES:
         return tuple(plan)
     layers = [layer for stage in plan for _ in range(stage.repeats) for layer in stage.pattern]
@@ -228,8 +228,7 @@ def hybrid(plan: Sequence[Stage], attention: str) -> tuple[Stage, ...]:
 
 
 def fits(row: Combination) -> bool:
-    """Whether there is such a model; a state leaves positions to the attention beside it, which is
-    one and the same for all."""
+    """Return whether the model exists. With a state, the attention layers beside it have RoPE."""
     attention, position, plan = row
     if attention not in STATES:
         return (attention, position) not in REFUSED
@@ -243,8 +242,11 @@ COMBINATIONS: list[Combination] = [
 
 
 def in_turn(plan: Sequence[Stage], first: str, attention: str) -> tuple[Stage, ...]:
-    """The plan, with a position for every layer that has none: the layers that write entries take
-    those of the table in turn, from `first` on, and the others that of the layer they read."""
+    """Return the plan with a position for every layer.
+
+    Layers without one that write entries take those of the table in turn, beginning with `first`;
+    the others take that of the layer they read.
+    """
     names = [name for name in POSITIONS if (attention, name) not in REFUSED]
     turn = itertools.cycle(names[names.index(first) :] + names[: names.index(first)])
     layers: list[Layer] = []
@@ -283,8 +285,8 @@ PROGRAMS = ("forward", "decode", "gradient")
 
 
 def by_program(rows: Sequence[Any], parts: Callable[[Any], Iterable[Part]]) -> dict[str, list[Any]]:
-    """Choose the rows for the quick tests of each program: every two parts meet under one of the
-    programs, and every part meets every program."""
+    """Choose the rows for the quick tests of each program: every two parts occur together under one
+    of the programs, and every part under every program."""
 
     def with_program(pair: tuple[Any, str]) -> Iterable[Part]:
         row, program = pair
@@ -301,7 +303,7 @@ anyway."""
 
 
 def build(attention: str, position: str, plan: str, **changes: object) -> Decoder:
-    """The model of one combination; its layers have the positions from `position` on."""
+    """Make the model of one combination; its layers have the positions from `position` on."""
     chosen = ATTENTIONS[attention]
     if isinstance(chosen, Attention):
         chosen = dataclasses.replace(chosen, position=POSITIONS[position])
@@ -352,8 +354,8 @@ SAMPLE_CONCEPTS = cover(QUICK_CONCEPTS_BY_PROGRAM["gradient"], concept_parts, si
 
 
 def concept(chunker: str, pool: str, injection: str, **changes: object) -> Concept:
-    """The concept model of one combination: global layers of a width and memory of their own, one
-    of which reads another's."""
+    """Make the concept model of one combination: global layers have their own width and memory, and
+    one of them reads another's entries."""
     local = (Stage((Layer(window=4),)),)
     model = Concept(
         vocab_size=VOCAB,
@@ -376,7 +378,7 @@ def concept(chunker: str, pool: str, injection: str, **changes: object) -> Conce
 
 
 def weights(model: LanguageModel, seed: int = 0) -> dict:
-    """Random weights, gains included, so that nothing is hidden by a one or a zero."""
+    """Draw random weights, gains too, since a one or a zero could hide an error."""
     random = np.random.default_rng(seed)
 
     def draw(param: params.Param) -> np.ndarray:
@@ -417,10 +419,11 @@ def loss_and_gradient(
 
 
 class Case:
-    """A model, weights, and logits of the rows that the laws compare.
+    """A model, weights, and logits of the rows that the laws compare, each computed at first use.
 
-    whole: two rows. changed: the first with token t another, for each t. alone: its pieces between
-    CUTS. packed: these in one row. loss, gradient: of the two rows. Each is computed at first use.
+    whole: two rows. changed: the first row, with token t changed in row t. alone: its pieces
+    between
+    CUTS. packed: the pieces in one row. loss, gradient: those of the two rows.
     """
 
     def __init__(self, model: LanguageModel):

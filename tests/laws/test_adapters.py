@@ -1,4 +1,4 @@
-"""Laws for low-rank adapters: what they change, what they leave, and that both forms are one."""
+"""Laws of low-rank adapters: merged and unmerged models agree, and only adapters are trained."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ SCANNED = Compute("float32", "float32", unroll=False)
 QUICK = list(MODELS)[:1]
 
 
-def everything(model):
-    """An adapter for every matrix of the model, of the largest rank that all of them have."""
+def adapter_of(model):
+    """Return an adapter for every matrix of the model, of the largest rank that all of them
+    have."""
     ranks = [2, 1]
     for rank in ranks:
         adapter = Adapter(rank, 3.0, ("*",))
@@ -51,7 +52,7 @@ def everything(model):
 
 
 def thin(adapter, model, seed=0):
-    """Random thin weights, neither of them zero."""
+    """Draw random thin weights, neither of them zero."""
     random = np.random.default_rng(seed)
 
     def draw(param: Param) -> np.ndarray:
@@ -64,7 +65,7 @@ def thin(adapter, model, seed=0):
 
 
 def forward(model, compute):
-    """(weights as the forward pass takes them, tokens) -> logits, compiled."""
+    """Compile (weights as the forward pass takes them, tokens) -> logits."""
     return jax.jit(
         lambda tree, ids: model.logits(tree, model.hidden(tree, ids, compute=compute), compute)
     )
@@ -72,10 +73,11 @@ def forward(model, compute):
 
 @pytest.mark.product
 @pytest.mark.parametrize("name", params(MODELS, [n for n in MODELS if n in QUICK]))
-def test_at_first_nothing_changes(name):
-    """Logits are bit-equal, because the second thin weight is initialised with zeros."""
+def test_initial_adapters_change_nothing(name):
+    """Initial logits are bit-equal to the base's, since the second thin weight is initialised with
+    zeros."""
     model = MODELS[name]()
-    adapter, base = everything(model), matrix.weights(model)
+    adapter, base = adapter_of(model), matrix.weights(model)
     train = trainer(model, adapter=adapter)
     own = train.initial_state().weights
     assert named(own).keys() == named(adapter.params(model.params())).keys()
@@ -89,9 +91,10 @@ def test_at_first_nothing_changes(name):
 
 @pytest.mark.parametrize("name", params(MODELS, [n for n in MODELS if n in QUICK]))
 def test_merged_is_unmerged(name):
-    """Forward and backward, for every kind of layer, unrolled and scanned."""
+    """Merged and unmerged weights give equal logits, for every kind of layer, unrolled and
+    scanned."""
     model = MODELS[name]()
-    adapter, base = everything(model), matrix.weights(model)
+    adapter, base = adapter_of(model), matrix.weights(model)
     own, ids = thin(adapter, model), matrix.tokens()
     merged = model.scaled(adapter.merged(model, base, own))
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (merged, base)), strict=True))
@@ -104,11 +107,12 @@ def test_merged_is_unmerged(name):
 
 @pytest.mark.parametrize("kind", ["sp", "ntk", "mup", "mean_field"])
 def test_multipliers_are_those_of_the_weight(kind):
-    """Away from the base width, and with depth: what is stored merged is multiplied alike."""
+    """Merged and unmerged logits agree away from the base width and depth, so that adapters have
+    the multipliers of their weights."""
     base = {**widened(PLAIN, PLAIN.d_model).scaling.base, "layer": 1}
     base |= {"embed": 8, "hidden": 6}
     model = dataclasses.replace(PLAIN, scaling=Scaling(kind=kind, base=base, depth=1.0))
-    adapter, weights = everything(model), matrix.weights(model)
+    adapter, weights = adapter_of(model), matrix.weights(model)
     own, ids = thin(adapter, model), matrix.tokens()
     run = forward(model, matrix.EXACT)
     together = run(model.scaled(adapter.merged(model, weights, own)), ids)
@@ -119,7 +123,7 @@ def test_multipliers_are_those_of_the_weight(kind):
 
 @pytest.mark.product
 def test_gradients_are_those_of_the_product():
-    """They follow by the chain rule from the gradient of the merged weights."""
+    """Gradients follow by the chain rule from the gradient of the merged weights."""
     model, adapter = PLAIN, Adapter(rank=2, alpha=3.0)
     base, own = matrix.weights(model), thin(adapter, model)
     ids = jnp.asarray(matrix.tokens())
@@ -157,8 +161,8 @@ def test_only_thin_weights_train():
 
 @pytest.mark.product
 @pytest.mark.parametrize("kind", params(sorted(OPTIMIZERS), ["adamw"]))
-def test_the_optimizer_remembers_thin_weights_alone(kind):
-    """The optimizer state grows with the rank, not with the model."""
+def test_optimizer_state_is_that_of_the_adapters(kind):
+    """The optimizer state grows with the rank, not with the width of the model."""
     wide = matrix.build("gqa", "rope", "plain", d_model=256)
 
     def held(adapter):
@@ -175,9 +179,9 @@ def test_the_optimizer_remembers_thin_weights_alone(kind):
 
 
 @pytest.mark.product
-def test_gradients_of_frozen_weights_are_never_formed():
-    """The gradient of the adapters takes less memory than the weights that they change, besides
-    these, and two thirds of the operations of the gradient of all weights."""
+def test_gradients_of_frozen_weights_are_not_computed():
+    """The gradient of the adapters takes less memory than the adapted weights, and less than three
+    quarters of the operations of the full gradient."""
     sizes = {"d_model": 128, "mlp": Gated(hidden=1024), "plan": (Stage(repeats=4),)}
     model = dataclasses.replace(PLAIN, **sizes)
     found = []
@@ -197,7 +201,8 @@ def test_gradients_of_frozen_weights_are_never_formed():
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
 def test_full_rank_expresses_any_update(shape):
-    """The singular vectors of an update give it exactly; gradient descent finds it."""
+    """Full-rank adapters of an update's singular vectors equal it, and gradient descent finds
+    it."""
     random = np.random.default_rng(0)
     param = Param({"rows": shape[0], "columns": shape[1]}, fan_in=("rows",))
     base, update = (random.standard_normal(shape).astype(np.float32) for _ in range(2))
@@ -250,7 +255,8 @@ SPLIT = [("gqa", "rope", "plain"), ("latent", "rope", "experts-both"), ("hca", "
 @pytest.mark.parametrize("mesh", params(MESHES, ["both"]))
 @pytest.mark.parametrize("combination", params(SPLIT, SPLIT[:1], "-".join))
 def test_sharding_is_invisible(mesh, combination):
-    """To the bounds of test_sharding.py; what is frozen lies in pieces as well."""
+    """Sharded training equals that on one device, within the bounds of test_sharding.py; frozen
+    weights are sharded as well."""
     model = matrix.build(*combination, vocab_size=32)
     data, tensor, accumulate = MESHES[mesh]
     common = {"adapter": ADAPTER, "learning_rate": RATE}
@@ -271,7 +277,7 @@ def test_sharding_is_invisible(mesh, combination):
 @pytest.mark.parametrize("kind", ["sp", "ntk", "mup", "mean_field"])
 def test_rates_are_those_of_lora_plus(kind):
     """Under Adam the first thin weight's rate falls as 1 / width as the forward pass sees it, and
-    the second one's is the same at every width (Hayou et al. 2024)."""
+    the second one's is equal at all widths (Hayou et al. 2024)."""
     narrow = dataclasses.replace(PLAIN, scaling=Scaling(kind=kind))
     for ratio in (4, 16):
         wide = widened(narrow, ratio * PLAIN.d_model)

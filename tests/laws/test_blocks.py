@@ -38,12 +38,12 @@ REST = [
 
 
 def folded(cache):
-    """A cache without tails: after a fold, their entries are still there, but are not read."""
+    """Return the cache without tails, whose entries remain after a fold but are not read."""
     return replace(cache, slots=tuple(replace(slot, tail={}) for slot in cache.slots))
 
 
-def close(found, expected, atol=3e-5):
-    """Equal caches after a fold, apart from rounding."""
+def assert_close(found, expected, atol=3e-5):
+    """Assert that caches after a fold are equal up to rounding."""
     found, expected = folded(found), folded(expected)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -65,20 +65,21 @@ def case(request):
 
 
 def prefilled(model, weights, policy):
-    """Logits and cache of two rows of unequal length."""
+    """Return logits and cache of two rows of unequal length."""
     cache = model.empty_cache(2, LENGTH, TAIL, EXACT.type, policy)
     ids = jnp.asarray(matrix.tokens(2, LENGTH)[:, :PROMPT])
     return model.prefill(weights, cache, ids, jnp.asarray(COUNT), compute=EXACT)
 
 
 def following(first):
-    """The next tokens of each row."""
+    """Return the next tokens of each row."""
     return matrix.tokens(2, LENGTH)[np.arange(2)[:, None], COUNT[:, None] + first + np.arange(TAIL)]
 
 
 @pytest.mark.product
 def test_a_block_is_its_steps(case):
-    """Law 2: logits, entries and the state of the policy, over two folds."""
+    """Law 2: a block equals its steps in logits, entries and state of the policy, over two
+    folds."""
     model, weights, policy = case
     by_steps = jax.jit(partial(LanguageModel.read_block, model), static_argnums=3)
     _, cache = jax.jit(lambda w: prefilled(model, w, policy))(weights)
@@ -88,7 +89,7 @@ def test_a_block_is_its_steps(case):
         logits, cache = model.read_block(weights, cache, ids, EXACT)
         expected, other = by_steps(weights, other, ids, EXACT)
         np.testing.assert_allclose(logits, expected, atol=3e-5)
-        close(cache, other)
+        assert_close(cache, other)
     ids = jnp.asarray(following(0))
     logits, same = model.read_block(weights, cache, ids, EXACT, joins=False)
     expected, _ = by_steps(weights, other, ids, EXACT)
@@ -98,7 +99,7 @@ def test_a_block_is_its_steps(case):
 
 @pytest.mark.product
 def test_many_continuations_of_one_cache(case):
-    """`vmap` over blocks, with one cache for all."""
+    """`vmap` over blocks with one cache gives the logits of each block."""
     model, weights, policy = case
     _, cache = prefilled(model, weights, policy)
     several = jnp.stack([jnp.asarray(following(first)) for first in (0, 1, 4)])
@@ -113,26 +114,27 @@ def test_many_continuations_of_one_cache(case):
 
 @pytest.mark.product
 def test_a_recorded_text_is_compressed_as_by_prefill(case):
-    """At once, and with a text that is recorded in two parts."""
+    """A text recorded at once or in two parts is compressed as prefill compresses it."""
     model, weights, policy = case
     expected, cache = prefilled(model, weights, policy)
     found, recorded = prefilled(model, weights, RECORD)
     np.testing.assert_allclose(found, expected, atol=3e-5)
     empty = model.empty_cache(2, LENGTH, TAIL, EXACT.type, policy)
-    close(model.compressed(weights, recorded, empty), cache)
+    assert_close(model.compressed(weights, recorded, empty), cache)
     start, more = np.array([30, 33]), np.array([8, 0])
     ids = jnp.asarray(matrix.tokens(2, LENGTH))
     blank = model.empty_cache(2, LENGTH, TAIL, EXACT.type, RECORD)
     _, recorded = model.prefill(weights, blank, ids[:, :33], jnp.asarray(start), compute=EXACT)
     rest = ids[:, 30:38]
     recorded = model.prefill(weights, recorded, rest, jnp.asarray(more), False, EXACT)[1]
-    close(model.compressed(weights, recorded, empty), cache, atol=1e-4)
+    assert_close(model.compressed(weights, recorded, empty), cache, atol=1e-4)
 
 
 @pytest.mark.product
 @pytest.mark.parametrize("window", [1, 3])
 def test_a_tail_keeps_the_queries_of_the_window_alone(window):
-    """The same entries are kept as with all queries of the tail."""
+    """The tail stores only the queries of the window; the kept entries are those with all
+    queries."""
     model = model_of("gqa", "rope", "plain")
     weights, policy = model.unstack(matrix.weights(model)), Policy.parse("snapkv", 0.5)
     policy = replace(policy, keep=replace(policy.keep, window=window))
@@ -142,7 +144,7 @@ def test_a_tail_keeps_the_queries_of_the_window_alone(window):
     _, expected = model.read_block(weights, cache, ids, EXACT)
     for token in ids.T:
         _, cache = model.step(weights, cache, token, EXACT)
-    close(model.fold(weights, cache), expected)
+    assert_close(model.fold(weights, cache), expected)
 
 
 def test_policies_that_differ_in_the_choice_alone_share_their_steps():

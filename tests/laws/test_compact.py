@@ -1,4 +1,4 @@
-"""Laws for models whose weights were converted to few bits when they were loaded."""
+"""Laws of models whose weights are stored in few bits."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def restored(small, weights):
 @pytest.mark.product
 @pytest.mark.parametrize(("name", "kind"), params(ROWS, QUICK, "-".join, unpack=True))
 def test_a_model_runs_on_few_bits(name, kind):
-    """Its logits are those of the dequantised weights, and near those of the original ones; greedy
-    decoding, in which layers share the arrays, takes the tokens of the dequantised weights."""
+    """Logits equal those of the dequantised weights, and are close to those of the original ones;
+    greedy decoding takes the tokens of the dequantised weights."""
     model, compute = MODELS[name], Compute("float32", "float32")
     weights = model.init(1)
     small = converted(model, weights, kind)

@@ -1,8 +1,8 @@
 """Law 14: a training step compiled for H100 GPUs calls the attention kernel that `describe` names,
 and sums gradients by reduce-scatter.
 
-The compiler is in packages that are not among the development ones; `MUKV_COMPILERS` names their
-folder, and benchmarks/compiled.py says how to fill it.
+The compiler is in packages that are not among the development ones; `MUKV_COMPILERS` is the path of
+their folder, and benchmarks/compiled.py documents how to fill it.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def test_gradients_are_scattered_and_the_readout_is_gathered_once():
 @needs_compiler
 @pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
 def test_the_estimate_is_what_the_program_takes(mesh):
-    """Bytes of device memory agree within 15 %; collectives agree except for those that the
-    partitioner gathers in float32."""
+    """Estimated bytes of device memory are within 15 % of the program's; collectives agree except
+    for those that the partitioner gathers in float32."""
     changes = ["train.compute.rematerialise=true", "train.batch=8", "train.length=4096"]
     given = ("--mesh", f"{mesh[0]}x{mesh[1]}", "--length", "4096", changes[0])
     facts = counted(*given, preset=("llama-3.2-1b",))
@@ -87,8 +87,8 @@ def test_the_estimate_is_what_the_program_takes(mesh):
 
 @needs_compiler
 def test_a_quantised_cache_is_read_by_few_kernels():
-    """One step of decoding: at most 10 more kernels per layer than for the exact cache, however
-    long it is."""
+    """A decoding step with a quantised cache has at most 10 kernels more per layer than with the
+    exact cache, at any length."""
     given = ("--length", "8192", "--batch", "1")
     exact, int8, int4 = (counted("--decode", name, *given) for name in ("full", "int8", "int4"))
     for found in (int8, int4):

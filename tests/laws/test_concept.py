@@ -1,6 +1,7 @@
 """Laws 1 to 5 and the identity of law 10 for concept models.
 
-Every two of chunker, reduction and injection meet; the rows that the laws compare are one batch.
+Every two of chunker, reduction and injection occur together; the rows that the laws compare are one
+batch.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def test_causality_is_exact(case):
 
 @over("decode", every=2)
 def test_decode_is_prefill(case):
-    """Law 2: token by token and in two prefills, over borders that differ between the rows."""
+    """Law 2: decoding token by token and in two prefills equals one prefill; borders of chunks
+    differ between the rows."""
     model, count = case.model, np.array([4, 6])
     weights = model.unstack(case.weights)
     cache = model.empty_cache(2, LENGTH, TAIL, EXACT.type)
@@ -129,7 +131,8 @@ def test_packing_isolates(case):
 @pytest.mark.product
 @pytest.mark.parametrize("case", params(CONCEPTS, SAMPLE_CONCEPTS[::6], "-".join), indirect=True)
 def test_ways_of_computing_agree(case):
-    """Scan = unrolled, fused core = plain core, chunked loss = whole loss; gradients too."""
+    """Scan = unrolled, fused core = plain core, chunked loss = whole loss, in loss and
+    gradients."""
     loss, gradient = matrix.loss_and_gradient(case.model, OTHER)(case.weights, case.ids)
     np.testing.assert_allclose(loss, case.loss, rtol=1e-5)
     for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(case.gradient), strict=True):
@@ -184,9 +187,9 @@ READ = {"cross": (Cross(), "rope"), "prefix": (Prefix(slots=1), "nope")}
 @pytest.mark.product
 @pytest.mark.parametrize("read", READ)
 def test_concepts_of_one_token_that_are_read_are_an_attention(read):
-    """Law 10: with global layers that are silent, what reads concepts is a decoder's layer. By
-    cross attention it is the attention before a local MLP; as prefixes every token stands in the
-    row twice, which without positions changes no mean."""
+    """Law 10: if global layers add nothing, concepts of one token are read like a decoder's
+    attention. Cross attention is that attention before a local MLP; prefixes repeat every token in
+    the row, which without positions changes no mean."""
     injection, position = READ[read]
     plain = replace(matrix.build("gqa", position, "plain"), plan=(Stage(),))
     model = replace(
@@ -225,8 +228,7 @@ def test_concepts_of_one_token_that_are_read_are_an_attention(read):
 
 @pytest.mark.product
 def test_delimiters_at_equal_distances_are_fixed_chunks():
-    """Law 10 for the chunker that can't make chunks of one token: delimiters at equal distances
-    give logits bit-equal to fixed chunks."""
+    """Law 10: delimiters at equal distances give logits bit-equal to those of fixed chunks."""
     fixed = matrix.concept("fixed", "weighted", "cross")
     size = fixed.chunker.pace
     delimited = replace(fixed, chunker=Delimiter(delimiters=(0,), room=size, span=size))
@@ -240,8 +242,8 @@ def test_delimiters_at_equal_distances_are_fixed_chunks():
     np.testing.assert_array_equal(one, two)
 
 
-def test_what_reads_concepts_is_seen_as_a_layer():
-    """Taps inside attentions have the number of their layer, as `describe` counts them."""
+def test_taps_have_the_numbers_of_layers():
+    """Taps of every attention, that over concepts too, have the layer number of `describe`."""
     model = matrix.concept("fixed", "select", "cross")
 
     def look(weights, ids):
@@ -260,7 +262,7 @@ def test_what_reads_concepts_is_seen_as_a_layer():
     params(SAMPLE_CONCEPTS, [row for row in SAMPLE_CONCEPTS if row[0] == "learned"][:1], "-".join),
 )
 def test_sharding_is_invisible(combination):
-    """Law 6: four devices, two rows of each piece of the batch and half of the heads on each."""
+    """Law 6: four devices, with two rows and half of the heads on each, equal one device."""
     model = matrix.concept(*combination, vocab_size=32)
     (state, metrics), (sharded, seen) = (
         run(trainer(model, *mesh, learning_rate=1e-3, accumulate=pieces), 2)
@@ -287,7 +289,7 @@ def test_resume_is_bit_equal(tmp_path):
 
 @pytest.mark.product
 def test_borders_that_come_too_early_are_refused_and_counted():
-    """Never more than (p + 1) // room concepts at place p, and what is refused is told."""
+    """There are at most (p + 1) // room concepts at place p, and refused borders are counted."""
     model = matrix.concept("delimiter", "select", "residual")
     model = replace(model, chunker=replace(model.chunker, delimiters=tuple(range(0, VOCAB, 2))))
     early = np.tile([1, 0], (1, LENGTH))[:, :LENGTH].astype(np.int32)

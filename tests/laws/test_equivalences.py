@@ -21,14 +21,14 @@ POLICIES = (False, True, "products", "offload")
 
 
 def trained(model, weights, shift=0):
-    """Logits of the forward pass of training."""
+    """Return the logits of the training forward pass."""
     position = np.tile(np.arange(LENGTH) + shift, (len(IDS), 1))
     out = matrix.logits(model)(weights, IDS, position, np.zeros_like(IDS))
     return np.asarray(out)
 
 
 def decoded(model, weights):
-    """Return logits of decoding: half of the tokens prefilled, the rest one by one, small tails."""
+    """Return logits of decoding: half of the tokens prefilled, the rest one by one."""
 
     @jax.jit
     def read(weights, ids):
@@ -133,9 +133,9 @@ def test_a_layer_with_its_own_position_is_a_model_with_it():
 
 
 @pytest.mark.product
-def test_what_is_recomputed_changes_no_gradient():
-    """And it is recomputed: each policy that stores less has a smaller program's memory, but for
-    `offload`, whose host memory is the same on a CPU."""
+def test_rematerialisation_changes_no_gradient():
+    """Rematerialisation changes no gradient, and policies that store less have programs that take
+    less memory. `offload` is exempt: its host memory is the same on a CPU."""
     model = matrix.build("gqa", "rope", "plain")
     weights, ids, found, taken = matrix.weights(model), jnp.asarray(IDS), [], []
     for policy in POLICIES:

@@ -1,6 +1,6 @@
 """Law 3, second half: every field of the configuration changes something, or is refused.
 
-The fields are found by walking the root configuration; one that is in no table here fails.
+The fields are collected from the root configuration; one that is in no table here fails.
 """
 
 from __future__ import annotations
@@ -362,8 +362,11 @@ ELSEWHERE = {
 
 @cache
 def walked() -> set[str]:
-    """Every field as "Class.field", by the class that declares it. `kind` only names the class; a
-    field of one class and nothing else is what its own fields are."""
+    """Return every field as "Class.field", by the class that declares it.
+
+    Left out are `kind`, which only names the class, and fields of one class, whose own fields are
+    collected.
+    """
     found = set()
     for cls in classes():
         hints = get_type_hints(cls, include_extras=True)
@@ -377,12 +380,12 @@ def walked() -> set[str]:
 
 
 def declaring(cls: type, field: str) -> str:
-    """The class that a field is inherited from."""
+    """Return the name of the class that a field is inherited from."""
     return next(base.__name__ for base in cls.__mro__ if field in base.__annotations__)
 
 
 def inside(hint: Any) -> list[type]:
-    """The dataclasses in an annotation."""
+    """Return the dataclasses in an annotation."""
     if isinstance(hint, type) and is_dataclass(hint):
         return [hint]
     if isinstance(hint, PartTable):
@@ -393,7 +396,7 @@ def inside(hint: Any) -> list[type]:
 
 
 def classes() -> set[type]:
-    """All that a configuration is made of."""
+    """Return all classes of a configuration."""
     found, waiting = set(), [Run]
     while waiting:
         cls = waiting.pop()
@@ -428,15 +431,15 @@ def load(token_file, tmp_path_factory):
 
 
 def batches_of(run: Run) -> Any:
-    """The batches of training, of all stages."""
+    """Return the training batches of all stages."""
     feed, training = open_feed(run)[1], run.train
     sources = [feed.source("train", training.seed, *size) for size in training.sizes]
     return SimpleNamespace(at=lambda step: sources[training.stage_at(step)].at(step))
 
 
 def programs(run: Run) -> Iterator[str]:
-    """What XLA is given to validate, to draw the weights, to apply a gradient and to make a step,
-    on the mesh of the run; the cheapest come first."""
+    """Lower the programs to validate, to draw weights, to apply a gradient and to make a step, on
+    the mesh of the run; the cheapest come first."""
     trainer = Trainer(run.model, run.train, run.mesh.build())
     batch = jax.eval_shape(lambda: trainer.put(batches_of(run).at(0)))
     token_bytes = jax.ShapeDtypeStruct((run.model.vocab_size,), np.int32)
@@ -457,7 +460,7 @@ def programs(run: Run) -> Iterator[str]:
 
 
 class Programs:
-    """The programs of a run, each made at its first use."""
+    """The lowered programs of a run, each made at its first use."""
 
     def __init__(self, run: Run):
         self._made, self._rest = [], programs(run)
@@ -473,7 +476,7 @@ class Programs:
 
 
 def trained(run: Run) -> tuple[list[float], dict[str, np.ndarray]]:
-    """Losses, norms and rates of four steps, and the weights after them."""
+    """Return losses, norms and rates of four steps, and the weights after them."""
     trainer = Trainer(run.model, run.train, config.MeshShape().build())
     batches, (state, seen) = batches_of(run), (trainer.initial_state(), [])
     for step in range(4):
@@ -484,31 +487,31 @@ def trained(run: Run) -> tuple[list[float], dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def outcome(load):
-    """What four steps do, by overrides."""
+    """Return a function that returns what four steps give, by overrides."""
     return cache(lambda *overrides: trained(load(*overrides)))
 
 
 @pytest.fixture(scope="module")
 def compiled(load):
-    """The programs, by overrides."""
+    """Return a function that returns the programs, by overrides."""
     return cache(lambda *overrides: Programs(load(*overrides)))
 
 
 def differ(one: Iterable[str], two: Iterable[str]) -> bool:
-    """Whether some program differs; those after it are not made."""
+    """Return whether a program differs; those after it are not made."""
     return any(first != second for first, second in zip(one, two, strict=True))
 
 
 @pytest.mark.product
 def test_equal_runs_have_equal_programs(load):
-    """Otherwise every field would seem to change them."""
+    """Equal runs lower to equal programs; otherwise every field would seem to change them."""
     for overrides in ((CONCEPT, MUON), (ADAPTER,)):
         assert not differ(programs(load(*overrides)), programs(load(*overrides)))
 
 
 @pytest.mark.parametrize("name", params(CHANGES, [*CHANGES][::5]))
-def test_it_changes_a_program_or_a_number(compiled, outcome, name):
-    """That `describe` shows another value is not enough."""
+def test_field_changes_a_program_or_a_number(compiled, outcome, name):
+    """Each field changes a program or a number of training, and not only what `describe` shows."""
     change = CHANGES[name]
     *before, last = [change] if isinstance(change, str) else change
     if name not in NUMBERS and differ(compiled(*before, last), compiled(*before)):
@@ -547,7 +550,8 @@ OFTEN = (
 
 @pytest.fixture(scope="module")
 def written(load, tmp_path_factory):
-    """Which numbers are logged at which steps, what validation says, and which steps are kept."""
+    """Return a function that returns which numbers are logged at which steps, the validation
+    losses, and which steps are kept."""
 
     @cache
     def run(*overrides: str) -> Any:

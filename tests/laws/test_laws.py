@@ -40,8 +40,8 @@ def test_causality_is_exact(case):
 
 @over("decode")
 def test_decode_is_prefill(case):
-    """Law 2: token by token, over tails that fold and rings that wrap, rows of unequal length; and
-    a text read in two pieces equals the text read in one."""
+    """Law 2: decoding token by token equals one prefill, over folds of tails and rings that wrap,
+    for rows of unequal length; a text read in two pieces equals the text at once."""
     model, count = case.model, np.array([3, 6])
     weights = model.unstack(case.weights)
     start = model.empty_cache(2, LENGTH, tail=2, dtype=EXACT.type)
@@ -66,7 +66,8 @@ def test_decode_is_prefill(case):
 @pytest.mark.product
 @over("decode")
 def test_a_fresh_prefill_is_one_into_an_empty_cache(case):
-    """Law 2: a prefill that is told that the cache is empty gives the same logits and entries."""
+    """Law 2: prefill into an empty cache gives the same logits and entries with `fresh` and
+    without."""
     model, count = case.model, jnp.asarray([3, 6])
     weights = model.unstack(case.weights)
     start = model.empty_cache(2, LENGTH, tail=2, dtype=EXACT.type)
@@ -105,7 +106,8 @@ def test_packing_isolates(case):
 
 @pytest.mark.parametrize("case", params(COMBINATIONS, SAMPLE[:1], "-".join), indirect=True)
 def test_ways_of_computing_agree(case):
-    """Scan = unrolled, fused core = plain core, chunked loss = whole loss; gradients too."""
+    """Scan = unrolled, fused core = plain core, chunked loss = whole loss, in loss and
+    gradients."""
     loss, gradient = matrix.loss_and_gradient(case.model, OTHER)(case.weights, case.ids)
     np.testing.assert_allclose(loss, case.loss, rtol=1e-5)
     for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(case.gradient), strict=True):
