@@ -46,7 +46,7 @@ def prose(text: str) -> str:
 
 
 def blocks(text: str) -> list[str]:
-    """The lines of all blocks of code; those that a backslash joins are one."""
+    """Return the lines of all blocks of code; lines joined by a backslash are one."""
     found = [match.group().partition("\n")[2] for match in FENCE.finditer(text)]
     found += [match.group() for match in INDENTED.finditer(FENCE.sub("\n", text))]
     return [line.strip() for block in found for line in block.replace("\\\n", " ").splitlines()]
@@ -67,7 +67,7 @@ def typed(line: str) -> list[list[str]]:
 
 
 def parse(words: list[str]) -> list[str]:
-    """Parse what follows `mukv`; returns its arguments. Raises UsageError."""
+    """Parse what follows `mukv`; return its arguments. Raises UsageError."""
     name, *rest = words or [""]
     if name.startswith("-"):
         COMMANDS.make_parser(typer.Context(COMMANDS)).parse_args(words)
@@ -91,7 +91,7 @@ def parse(words: list[str]) -> list[str]:
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """Names that GitHub gives to the headings of a page."""
+    """Return the names that GitHub gives to the headings of a page."""
     found: set[str] = set()
     for heading in re.findall(
         r"^#+\s+(.*?)\s*#*$", FENCE.sub("\n", page.read_text()), re.MULTILINE

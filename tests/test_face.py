@@ -131,7 +131,8 @@ def test_attention_weights_of_a_model(trained):
 
 @pytest.mark.product
 def test_attention_weights_are_softmax_of_the_products(trained):
-    """The weights of the first layer equal the softmax of projected, rotated queries and keys."""
+    """Attention weights of the first layer equal the softmax of projected, rotated queries and
+    keys."""
     model = mukv.load(trained)
     net, ids = model.network, jnp.asarray([model.encode("some words")])
     layer, weights = net.layers[0], jax.tree.map(lambda leaf: leaf[0], model.scaled["stage0"])

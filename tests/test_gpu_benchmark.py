@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: limits, rows that are written at once, going on, and a dry run on a CPU."""
+"""benchmarks/gpu.py: limits, rows that are written at once, continuing, and a dry run on a CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ for case in sys.argv[2:]:
 
 @pytest.fixture
 def on_device(monkeypatch):
-    """The module of the measurements, imported as the scripts import each other."""
+    """Return the module of the measurements, imported as the scripts import it."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import on_device
 
@@ -34,7 +34,7 @@ def on_device(monkeypatch):
 
 
 def measured(folder, cases, limit=30.0, seconds=30.0):
-    """Run the fake process on what is left of one part; return the results as they are on disk."""
+    """Run the fake process on the remaining cases; return the results on disk."""
     part = type("Part", (), {"cases": cases, "limit": limit})
     results = gpu.Results(folder)
     for work in gpu.plan({"k-means": part}, results):
@@ -79,7 +79,7 @@ TINY = [
 
 @pytest.mark.parametrize(("part", "case"), params(TINY, [TINY[1]], unpack=True))
 def test_a_measurement_with_tiny_shapes(part, case, on_device, tmp_path):
-    """Each gives a row that the table can show."""
+    """Each measurement gives a row of the table."""
     row = on_device.PARTS[part].measure(case, tiny=True)
     assert row.get("passed", True)
     results = gpu.Results(tmp_path)

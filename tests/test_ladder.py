@@ -28,7 +28,7 @@ WEIGHTS = {
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The modules ladder, compare and bench, with their folder on the path as scripts have it."""
+    """Yield the modules ladder, compare and bench, imported with their folder on the path."""
     sys.path.insert(0, str(HERE))
     yield SimpleNamespace(
         **{name: importlib.import_module(name) for name in ("ladder", "compare", "bench")}

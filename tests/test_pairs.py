@@ -1,4 +1,4 @@
-"""The quick round meets every pair of parts; `make test-all` has the product."""
+"""The quick round contains every pair of parts, and `make test-all` the product."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_every_pair_is_covered_by_few_rows(sizes, most):
 
 
 def test_a_row_may_have_several_values_of_an_axis():
-    """Two of four positions in every row halve their number; size 1 needs each value once."""
+    """With two of four positions in each row, half the rows cover all pairs, and two rows all
+    values."""
     rows = [(kind, first) for kind in "ab" for first in range(4)]
 
     def parts(row):
@@ -43,8 +44,8 @@ def test_a_row_may_have_several_values_of_an_axis():
     assert len(cover(rows, parts, size=1)) == 2
 
 
-def test_the_laws_meet_every_pair_of_attention_position_and_plan():
-    """Positions are those that layers of the model really have."""
+def test_quick_rows_cover_pairs_of_attention_position_and_plan():
+    """The quick rows contain every pair, with the positions that the model's layers have."""
 
     def found(rows):
         seen = set()

@@ -39,7 +39,7 @@ def _tables_as_before():
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """The example of the page of docs as a module that is not imported yet."""
+    """Yield the name of a module with the example of the docs, which is not imported yet."""
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     assert code is not None
     (tmp_path / "my_parts.py").write_text(code[1])

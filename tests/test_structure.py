@@ -39,7 +39,8 @@ NAMES = {name_of(path): path for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
-    """Names of our modules that a file imports, anywhere in it. `mukv` is the package itself."""
+    """Return the names of our modules that a file imports, anywhere in it. `mukv` is the
+    package."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

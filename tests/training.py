@@ -41,7 +41,7 @@ def batch(step: int, rows: int = 8) -> Batch:
 
 
 def steps(train: Trainer, state: State, first: int, last: int) -> tuple[State, list[Metrics]]:
-    """Apply the updates number `first` to `last`."""
+    """Apply the updates number `first` to `last`; return the state and metrics."""
     seen = []
     with jax.set_mesh(train.mesh):
         for step in range(first, last):

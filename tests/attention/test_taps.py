@@ -1,4 +1,4 @@
-"""The arrays that taps capture of a head are those that the attention core uses."""
+"""Taps capture the queries, keys and weights that the attention core uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark's picture has chance and intervals, and its series do not cover each other."""
+"""The benchmark's picture has chance and intervals, and no series hides another."""
 
 from __future__ import annotations
 

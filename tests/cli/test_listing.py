@@ -1,4 +1,4 @@
-"""The commands that list the version, presets, policies, runs and configuration keys."""
+"""Commands that list the version, presets, policies, runs and configuration keys."""
 
 from __future__ import annotations
 

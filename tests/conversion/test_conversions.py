@@ -1,5 +1,5 @@
-"""Conversions to a smaller memory are exact where the dropped part carries no information;
-converted models are causal, and decode as they are prefilled."""
+"""Conversions to a smaller memory are exact where the dropped part carries no information.
+Converted models are causal, and decode as they prefill."""
 
 from __future__ import annotations
 

@@ -124,7 +124,8 @@ def test_everything_else_changes_training():
 
 
 def test_depth_follows_completep():
-    """Branches shrink as 1 / depth under alpha = 1, learning rates inside stay (table 1)."""
+    """With alpha = 1 branches are multiplied by 1 / depth and their learning rates stay (CompleteP,
+    table 1)."""
     base = {**_base(MODEL), "layer": 1}
     one = scaled(MODEL, base=base, depth=1.0)
     half = scaled(MODEL, base=base, depth=0.5)
@@ -146,8 +147,9 @@ def test_zeros_and_constants():
     assert named(model.resolved())["embedding"].learning_rate == 5
 
 
-def test_wider_heads_sharpen_less_under_full_alignment():
-    """1 / head_dim from the base on, rather than its root."""
+def test_scale_of_wider_heads_under_full_alignment():
+    """Logits are scaled by 1 / head_dim beyond the base width, and by 1 / sqrt(head_dim) without
+    alignment."""
     attention = dataclasses.replace(MODEL.attention, head_dim=16)
     wide = dataclasses.replace(
         MODEL, attention=attention, scaling=Scaling(kind="mup", base=_base(MODEL))

@@ -55,7 +55,7 @@ def model_of(attention, position):
 
 
 def decode(model, policy, centres=None):
-    """Logits from the last token of the prompt on, over three tails, in one program; the cache."""
+    """Return logits from the last token of the prompt on, over three tails, and the cache."""
 
     @jax.jit
     def run(weights, ids):
@@ -83,7 +83,7 @@ def decode(model, policy, centres=None):
 
 @pytest.fixture(scope="module")
 def whole():
-    """Return the logits of one forward pass."""
+    """Return a function that returns the logits of one forward pass."""
     known = {}
 
     def of(model):
@@ -133,7 +133,7 @@ def test_calibrated_centres_fit_or_are_refused(attention, whole):
 
 
 class One:
-    """A layer by itself: random entries and queries, in numpy as well."""
+    """One layer with random entries and queries, as JAX and numpy arrays."""
 
     def __init__(self, prompt=32, more=6, count=(32, 21)):
         self.attention = Grouped(heads=4, kv_heads=2, head_dim=8, position=RoPE(base=100.0))
@@ -156,7 +156,7 @@ class One:
         self.key, self.value = (np.asarray(self.new[name]) for name in ("key", "value"))
 
     def body(self, name, budget, slots=None, centres=None):
-        """After the prompt, and after the newest tokens."""
+        """Return the body after the prompt, and after the newest tokens."""
         policy = Policy.parse(name, budget)
         length = self.x.shape[1]
         slots = slots or (policy.keep.budget.of(length) if policy.keep.evicts else length)
@@ -182,11 +182,11 @@ class One:
         return grown(body)
 
     def rows(self, row):
-        """Places of the row's tokens in the arrays, in order."""
+        """Return the places of the row's tokens in the arrays, in order."""
         return [*range(self.count[row]), *range(self.length, self.x.shape[1])]
 
     def weights(self, row, queries, keys):
-        """Compute softmax(q k / sqrt(d)) of places, causal: [kv head, group, query, key]."""
+        """Compute causal softmax(q k / sqrt(d)) of places: [kv head, group, query, key]."""
         q = np.asarray(self.queries)[row][:, :, queries]
         logits = np.einsum("hgqd,hkd->hgqk", q, self.key[row][:, keys]) / 8**0.5
         seen = self.place[row][keys] <= self.place[row][queries][:, None]
@@ -209,7 +209,7 @@ def newest_stays(score):
 
 
 def best_of(score, number):
-    """Return the entries with the highest scores; of two equal entries the newer is better."""
+    """Return the entries with the highest scores; of two equal ones the newer."""
     return sorted(np.lexsort((-np.arange(len(score)), -score))[:number].tolist())
 
 
@@ -277,7 +277,8 @@ def by_score(one, row, head, name, places, number):
     ],
 )
 def test_what_is_kept(one, name):
-    """Rows of a prompt have unequal lengths; a budget is a fraction of the tokens of the row."""
+    """After a prompt, the kept entries equal a formula; a budget is a fraction of each row's
+    tokens."""
     body, _ = one.body(name, 0.4)
     for row, count in enumerate(one.count):
         number = int(count * 0.4)
@@ -293,7 +294,8 @@ def test_what_is_kept(one, name):
 @pytest.mark.product
 @pytest.mark.parametrize("name", ["knorm", "tova", "snapkv"])
 def test_what_is_kept_while_decoding(one, name):
-    """Law 2 with budgets: of what was kept and the newest, what the formula says."""
+    """After a fold, a formula over the entries kept before and the newest ones gives the kept
+    entries."""
     body, later = one.body(name, 12.0)
     for row in range(2):
         for head in range(2):
@@ -371,7 +373,7 @@ def hashed(x):
 
 
 def test_random(one):
-    """Each head and layer drops other entries, as if drawn independently."""
+    """Each head and layer drops other entries, drawn as independent hashes."""
     body, _ = one.body("random(seed=3)", 0.5)
     kept = {}
     for (row, count), head in product(enumerate(one.count), range(2)):
@@ -393,8 +395,8 @@ def by_head(body, row):
 @pytest.mark.parametrize("floor", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("name", ["knorm", "keydiff", "snapkv(window=4)"])
 def test_adaptive(one, name, floor):
-    """The best of each head for certain, entries that must be kept among them; then the best of the
-    pool. A floor of 1 gives each head what the uniform budget gives it."""
+    """Each head keeps the floor of its best entries and those that must be kept; the best of all
+    heads fill the pool. With a floor of 1 every head keeps what the uniform budget keeps."""
     body, later = one.body(f"{name}+adaptive(floor={floor})", 12.0)
     uniform, _ = one.body(name, 12.0)
     for row, count in enumerate(one.count):
@@ -423,8 +425,8 @@ def test_adaptive(one, name, floor):
 
 
 def refined_by_output(one, row, head, score, places, number, epsilon=1e-4, first=0.5):
-    """CriticalKV: the best by the score alone, the others times the norm of what they add to the
-    output."""
+    """Compute the scores of CriticalKV: infinite for the best entries of the first stage; for the
+    others the score times the norm of what they add to the output."""
     output = np.asarray(one.read["output"])[2 * head : 2 * head + 2]
     added = np.einsum("kv,gve->gke", one.value[row, head][places], output)
     finite = np.where(np.isinf(score), 0.0, score)
@@ -437,8 +439,8 @@ def refined_by_output(one, row, head, score, places, number, epsilon=1e-4, first
 @pytest.mark.parametrize("first", params([0.5, 0.0, 1.0], [0.5]))
 @pytest.mark.parametrize("name", ["snapkv", "cur"])
 def test_critical(one, name, first):
-    """Of each head by itself; with `adaptive` within the number that the scores alone give it. With
-    all of the budget in the first stage nothing changes."""
+    """`critical` chooses within each head, and with `adaptive` within the number that scores give
+    the head. If the first stage takes the whole budget, it changes nothing."""
     step = f"{name}+critical(first={first})"
     alone, shared, plain = (one.body(n, 12.0)[0] for n in (step, step + "+adaptive", name))
     for row, count in enumerate(one.count):
@@ -460,8 +462,8 @@ def test_critical(one, name, first):
 
 
 def test_chunks(one):
-    """Whole chunks, the same in both heads, by the mean score of both; of the last one that fits,
-    the newest entries."""
+    """`chunk` keeps whole chunks, equal in both heads, by the mean score of both, and the newest
+    entries of the last chunk that fits."""
     body, _ = one.body("cur+chunk(size=5)", 14.0)
     for row, count in enumerate(one.count):
         places = np.arange(count)
@@ -487,8 +489,8 @@ def test_chunks(one):
     ],
 )
 def test_pyramid(name, budget, length, beta):
-    """As in kvpress: linear from layer to layer, the mean is the budget, no layer is narrower than
-    the window; otherwise the budget is uniform."""
+    """Budgets are linear in the layer, as in kvpress, with the given mean. They are uniform if a
+    layer had less than the window."""
     keep = Policy.parse(f"{name}+pyramid(beta={beta})", budget).keep
     layers = 6
     window = 64 if "snapkv" in name else keep.minimum
@@ -506,7 +508,7 @@ def test_pyramid(name, budget, length, beta):
 
 
 def retrieve(one, body, row_query=-1):
-    """Positions that the newest query reads: {(row, head): set}, and what it gets."""
+    """Return the address of the newest query, the retrieved entries, and their positions."""
     query = one.queries[:, :, :, row_query:]
     address = one.attention.address(one.read, query / 8**0.5)
     recalled, entries = body.retrieve(address, lambda e: one.attention.recall(one.read, e))
@@ -536,7 +538,8 @@ def test_pages(one):
 
 @pytest.mark.product
 def test_clusters(one):
-    """Entries of the clusters with the highest scores are read, until the budget is used up."""
+    """The entries that are read are those of the clusters with the highest scores, up to the
+    budget."""
     body, _ = one.body("clusters", 16.0)
     query, _, held = retrieve(one, body)
     start, centres = np.asarray(body.index["start"]), np.asarray(body.index["key"])
@@ -559,7 +562,8 @@ def test_clusters(one):
 
 
 def test_calibrated_centres(one):
-    """They label entries as they are, also new ones, and are not given away with the cache."""
+    """Calibrated centres label entries, new ones too; the cache has a copy, since its arrays are
+    donated."""
     centres = jnp.asarray(np.random.default_rng(2).standard_normal((2, 5, 8)), jnp.float32)
     for body, rows in zip(one.body("clusters", 16.0, centres=centres), (32, 38), strict=True):
         assert body.index["key"] is not centres
@@ -575,8 +579,8 @@ def test_calibrated_centres(one):
 
 @pytest.mark.product
 def test_sparse_values(one):
-    """Of all weights the largest, summed over a group, and no others; top-p until the mass. They
-    share the weight of the others, in each query head by itself."""
+    """Values are read for the largest weights, summed over a group; top-p stops at the mass. The
+    weight of the others is shared among them in each query head."""
     capped = []
     for name, limit, whole in (
         ("topk", None, True),
@@ -612,8 +616,8 @@ def test_sparse_values(one):
 
 @pytest.mark.product
 def test_sparq(one):
-    """Entries are chosen by the query's largest components; the mass of the others goes to the mean
-    of all values."""
+    """Entries are chosen by the query's largest components; the mean of all values gets the weight
+    of the others."""
     body, _ = one.body("sparq", 16.0)
     query, recalled, held = retrieve(one, body)
     products = np.asarray(recalled.products((query,)))
@@ -720,8 +724,8 @@ def test_bytes_are_those_of_the_parts(name, budget):
 
 
 def test_reads_are_fewer():
-    """Law 7: the program of a decoding step slices a part of the cache; with a mask it would read
-    all of it."""
+    """Law 7: a decoding step's program slices a part of the cache, where a mask would read all of
+    it."""
     model = model_of("gqa", "rope")
     weights = jax.eval_shape(lambda: model.unstack(matrix.weights(model)))
 

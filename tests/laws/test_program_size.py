@@ -1,4 +1,5 @@
-"""Law 15: the number of equations of a training step and of a prefill does not grow with length."""
+"""Law 15: the numbers of equations of a training step and of a prefill are independent of
+length."""
 
 from __future__ import annotations
 

@@ -15,8 +15,7 @@ LAST = 4
 
 
 def whole_and_resumed(model, stop, folder, **settings):
-    """The states at the end of a run, and of one that another process could have taken over at
-    `stop`."""
+    """Return the states at the end of a run, and of one that is restored at `stop`."""
     first, fresh = trainer(model, **settings), trainer(model, **settings)
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(stop, run(first, stop)[0])

@@ -1,10 +1,12 @@
 """Law 6: sharding is invisible.
 
-Eight simulated devices must train as one does. They add the same float32 numbers in another
-order: each sum of n terms may move by about sqrt(n) * 6e-8 of its size, a few 1e-7 here. Adam
-divides by the root of the mean square, so that the update of a single weight whose gradient is
-all noise can turn around. So losses and norms are held to 2e-5, and each tensor of weights to 2 %
-of the learning rate after three updates, root mean square.
+Eight simulated devices must train as one does. They add the same float32 numbers in another order,
+so that a sum of n terms may differ by about sqrt(n) * 6e-8 of its size, a few 1e-7 here. Adam
+divides
+by the root of the mean square, so that the update of a weight whose gradient is all noise can
+change
+its sign. Losses and norms are therefore compared to 2e-5, and each weight tensor to 2 % of the
+learning rate after three updates, root mean square.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ QUICK = [("both", matrix.SAMPLE[0])]
 
 @functools.lru_cache(1)
 def alone(combination):
-    """A model, and what one device makes of it."""
+    """Return a model, and its state and metrics after training on one device."""
     model = build(combination)
     return model, run(trainer(model, learning_rate=RATE), STEPS)
 

@@ -1,5 +1,5 @@
-"""Law 12: an oracle that reads the text scores 1 on every task, a guesser chance, position alone
-chance; splits can't meet; a sample is a function of its number alone."""
+"""Law 12: on every task an oracle scores 1, and a guesser and position alone score chance; splits
+are disjoint; a sample is a function of its number alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def words(texts):
 
 
 def within(rate, chance, count):
-    """Whether a score is within four standard errors of chance, plus a few answers."""
+    """Return whether a score is within four standard errors of chance, plus a few answers."""
     return abs(rate - chance) <= 4 * (chance * (1 - chance) / count) ** 0.5 + 4 / count
 
 
@@ -51,7 +51,7 @@ def test_an_oracle_scores_one(name):
 
 @pytest.mark.parametrize("name", PROMPTED)
 def test_an_oracle_answers_every_prompt(name):
-    """The solver reads only the message. Question and opening don't contain the answer."""
+    """The solver answers from the message alone; question and opening don't contain the answer."""
     form = PromptForm(PROMPTED[name])
     for prompt in form.batch(form.task.smallest + 25, 3, "test", np.arange(300)):
         solved = SOLVERS_IN_WORDS[form.task.kind](prompt.message)
@@ -61,8 +61,8 @@ def test_an_oracle_answers_every_prompt(name):
 
 
 @pytest.mark.parametrize("name", PROMPTED)
-def test_a_guess_of_the_right_form_names_chance(name):
-    """The guess is the answer of another sample, which has the same form."""
+def test_a_guess_of_the_right_form_scores_chance(name):
+    """The answer of another sample, which has the same form, scores chance."""
     form = PromptForm(PROMPTED[name])
     prompts = form.batch(form.task.smallest, 3, "test", np.arange(COUNT))
     pairs = zip(prompts, [*prompts[1:], prompts[0]], strict=True)

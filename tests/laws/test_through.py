@@ -1,5 +1,5 @@
-"""Training through a policy is decoding under it: logits and gradients are those of the real
-cache, choices are made once, documents in a row are apart, and a resumed run is bit-equal."""
+"""Training through a policy equals decoding under it in logits and gradients; choices are made
+once, documents of a row are independent, and resuming is bit-equal."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read(model, weights, ids, through, compute=EXACT, **where):
 
 
 def decoded(model, weights, ids, through):
-    """Logits of the same rows from an empty cache, a block at a time, with a fold after each."""
+    """Return logits of the rows from an empty cache, a block at a time, with a fold after each."""
     cache = model.empty_cache(ROWS, LENGTH, TAIL, EXACT.type, through.policy)
     apart, found = model.unstack(weights), []
     for start in range(0, LENGTH, TAIL):
@@ -96,13 +96,13 @@ def test_logits_and_gradients_are_those_of_the_cache(case):
 
 @pytest.fixture(scope="module")
 def single():
-    """One layer and its weights."""
+    """Return a model of one layer and its weights."""
     model = model_of("gqa", "rope", "one")
     return model, jax.tree.map(jnp.asarray, matrix.weights(model))
 
 
-def test_documents_of_a_row_are_apart(single):
-    """A document's choices do not depend on the others, and are those of the document alone whose
+def test_documents_of_a_row_are_independent(single):
+    """A document's choices do not depend on the others. They are those of the document alone if its
     first block ends where a block of the row does."""
     model, weights = single
     cuts = [0, 9, 20, LENGTH]
@@ -129,7 +129,7 @@ def test_documents_of_a_row_are_apart(single):
 
 @pytest.mark.parametrize("rematerialise", [True, "products"])
 def test_choices_are_stored_and_not_made_again(single, rematerialise):
-    """The backward pass has no sort of its own, even where it recomputes the layer."""
+    """The backward pass has no sort of its own, even if it recomputes the layer."""
     model, weights = single
     through, ids = Through(Policy.parse("snapkv", 0.5), TAIL), rows()
 
@@ -151,7 +151,7 @@ def test_a_tail_of_the_whole_row_drops_nothing(single):
 
 
 def test_resume_is_bit_equal(single, tmp_path):
-    """Law 8."""
+    """Law 8: a stopped and resumed run ends with bit-equal weights."""
     model, _ = single
     settings = {"policy": "snapkv:0.5", "policy_tail": 4}
     assert_same_bits(*whole_and_resumed(model, 2, tmp_path, **settings))

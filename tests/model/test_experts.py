@@ -1,5 +1,5 @@
-"""Experts equal a loop over all experts, drop tokens beyond their capacity, and report how evenly
-they are used."""
+"""Experts equal a loop over all experts, drop tokens beyond their capacity, and report the balance
+of their load."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KINDS = {
 
 
 def weights(part: Experts, seed: int = 0, lean: float = 0.0) -> dict:
-    """Random ones. lean: what the router has for the first expert besides."""
+    """Draw random weights. lean: what is added to the router's weights of the first expert."""
     rng = np.random.default_rng(seed)
     drawn = {
         name: rng.normal(size=param.shape).astype(np.float32) * max(param.fan_in_size, 1) ** -0.5
@@ -94,7 +94,8 @@ def dense(part: Experts, own: dict, x: Array) -> Array:
 @pytest.mark.parametrize("lean", [0.0, 9.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_grouped_products_are_the_dense_sum(kind, lean):
-    """Forward and backward, with experts evenly used or nearly all tokens with one expert."""
+    """Outputs and gradients equal the dense sum, with experts evenly used or nearly all tokens in
+    one."""
     part, x = KINDS[kind], np.abs(inputs())
     own = weights(part, lean=lean)
     look = jnp.asarray(inputs(seed=2))
@@ -129,7 +130,8 @@ def test_products_are_those_of_ragged_dot():
 
 
 def limited(part: Experts, own: dict, x: np.ndarray, counted: np.ndarray) -> tuple:
-    """Token by token: what each expert still takes, and how many choices of a row it refuses."""
+    """Compute experts with a capacity token by token: outputs, and the dropped share of each
+    row."""
     _, _, chosen, weight = map(np.asarray, part.route(own, jnp.asarray(x)))
     assert part.capacity is not None
     room = math.ceil(part.capacity * part.top_k * LENGTH / part.experts)
@@ -186,7 +188,8 @@ def test_even_routing_has_balance_one_and_padding_does_not_count(router):
 
 
 def test_balance_is_that_of_the_paper():
-    """Equations 4 to 6 of Switch Transformer in numpy, the load over top_k choices."""
+    """The penalty equals equations 4 to 6 of Switch Transformer, with the load over top_k
+    choices."""
     own, x = weights(PART, lean=1.0), inputs()
     told = applied(PART, own, x, np.ones(x.shape[:2], bool))[1]
     logits = x @ own["router"]
@@ -204,7 +207,8 @@ def model(**changes) -> Decoder:
 
 
 def test_counts_of_weights_and_operations():
-    """By hand: 2 layers, 5 experts of width 12 and a shared one of 24, 2 of 5 used."""
+    """Counts equal those by hand: 2 layers, 5 experts of width 12 and a shared one of 24, 2 of 5
+    used."""
     one, other = model(), matrix.build("gqa", "rope", "plain", mlp=Gated(hidden=1))
     rest = count(other.params()) - 2 * 3 * 16
     expert = 3 * 16 * 12
@@ -217,7 +221,7 @@ def test_counts_of_weights_and_operations():
 
 @pytest.mark.product
 def test_layers_may_differ_and_penalties_add_up_scanned_or_not():
-    """A dense first layer, then repeats of experts."""
+    """Penalties of layers add up, scanned or not, after a dense first layer."""
     plan = (Stage((Layer(mlp=Gated(hidden=20)),)), Stage(repeats=3))
     told = replace(model(balance=0.5, capacity=1.0), plan=plan)
     tree, ids = matrix.weights(told), matrix.tokens(2)
@@ -235,9 +239,9 @@ def test_layers_may_differ_and_penalties_add_up_scanned_or_not():
 
 @pytest.mark.product
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_the_router_s_rate_goes_with_the_width_it_sums_over(kind):
-    """The router has the deviation of its fan-in, and the learning rate of hidden weights under
-    Adam in every parameterisation, since the number of experts does not grow with the width."""
+def test_the_router_is_scaled_by_its_fan_in(kind):
+    """The router's deviation and learning rate follow its fan-in under every parameterisation,
+    since the number of experts does not grow with the width."""
     family = OPTIMIZERS[kind].family
     power = {"adam": -1.0, "sgd": -1.0, "adafactor": -0.5}[family]
     for scaling in ("sp", "mup", "ntk", "mean_field"):
@@ -270,7 +274,7 @@ def test_bad_experts_are_refused(fields, message):
 
 
 def test_parity_with_qwen3_moe():
-    """The block of transformers on random weights, to 1e-5 of the largest output."""
+    """The layer equals that of transformers on random weights, to 1e-5 of the largest output."""
     torch = pytest.importorskip("torch")
     qwen = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe")
     from transformers import Qwen3MoeConfig
@@ -305,8 +309,8 @@ def test_parity_with_qwen3_moe():
 
 @pytest.mark.product
 @pytest.mark.parametrize("capacity", [None, 1.0])
-def test_experts_in_pieces_are_the_same(capacity):
-    """Law 6 of one part, on 8 devices: experts stored over data, each split over tensor."""
+def test_sharded_experts_are_the_same(capacity):
+    """Law 6 of one layer, on 8 devices: experts sharded over data, and each over tensor."""
     part = replace(PART, experts=4, shared=1, capacity=capacity)
     declared, own = part.params(WIDTH), weights(part)
     x, counted = inputs(rows=8), np.ones((8, LENGTH), bool)
@@ -325,7 +329,7 @@ def test_experts_in_pieces_are_the_same(capacity):
 
 
 def test_a_mapping_without_a_kind_is_a_gated_mlp():
-    """Configurations from before there were experts are valid, also if a layer has its own MLP."""
+    """Configurations without `kind` have a gated MLP, as before there were experts."""
     run = config.load("tiny", ["model.plan=[{pattern: [{mlp: {hidden: 8}}, {}]}]"])
     assert [layer.mlp for layer in run.model.layers] == [Gated(hidden=8), Gated(hidden=384)]
     with pytest.raises(BadInput, match=r"mlp.*kind: got 'expert'.*experts"):

@@ -1,4 +1,4 @@
-"""What `mukv.load` returns: compiled once per shape, strict about types."""
+"""What `mukv.load` returns compiles once per shape and checks types."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model(trained):
 
 @contextmanager
 def compilations():
-    """Count the programs that XLA compiles in a block."""
+    """Yield a list to which each program that XLA compiles in the block is added."""
     seen = []
 
     def listen(event, _, **__):

@@ -1,6 +1,6 @@
 """Configurations of every family: each key left out, at its default, unusual, null, impossible.
 
-A point is a config.json. Keys of other families are in it too, since files have them.
+A point is a config.json. It may have keys of other families too, since published files do.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ TOGETHER: list[dict[str, Any]] = [
 
 
 def single() -> Iterator[dict[str, Any]]:
-    """One key changed at a time, and those that belong together."""
+    """Yield changes of one key at a time, and of keys that belong together."""
     yield {}
     for key, values in KEYS.items():
         yield from ({key: value} for value in values if key not in SIZES or value is not ABSENT)
@@ -159,13 +159,13 @@ def single() -> Iterator[dict[str, Any]]:
 
 
 def sizes() -> Iterator[dict[str, Any]]:
-    """The sizes that published models have."""
+    """Yield changes of the sizes that published models have."""
     yield from ({key: ABSENT} for key in SIZES)
     yield from (changes for changes in TOGETHER if "num_hidden_layers" in changes)
 
 
 def several(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Some keys changed at once."""
+    """Yield changes of several keys at once."""
     draw = random.Random(seed)
     for _ in range(count):
         keys = [key for key in KEYS if key not in SIZES and draw.random() < 0.2]
@@ -175,7 +175,7 @@ def several(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def config(architecture: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of a point."""
+    """Return the config.json of a point."""
     names = {"architectures": [architecture], "model_type": FAMILIES[architecture]}
     made = {**BASE, **names, "pad_token_id": None, **changes}
     made = {key: value for key, value in made.items() if value is not ABSENT}

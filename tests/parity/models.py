@@ -1,5 +1,5 @@
-"""Models of transformers, one of each family, with random weights of the size that trained ones
-have: every norm's gain away from one, activations and logits of about one."""
+"""Models of transformers, one of each family, with random weights of the size of trained ones:
+norms have gains other than one, activations and logits are of about one."""
 
 from __future__ import annotations
 

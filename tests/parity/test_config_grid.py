@@ -1,6 +1,6 @@
-"""A config.json means what transformers takes it to mean: logits of a grid of them, loaded by both.
+"""A config.json means what it means to transformers: both load a grid of them.
 
-Where transformers has an answer, we have the same one to 1e-4, or refuse the key by name.
+Where transformers loads a file, our logits equal its own to 1e-4, or the error names the key.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def theirs(folder: Path):
 
 
 def ours(folder: Path, config: dict, known: dict):
-    """Our logits, or None where we refuse a key by its name.
+    """Return our logits, or None where an error names one of the keys.
 
-    known: those of models that came before: the weights follow from the shapes.
+    known: logits of earlier networks; equal networks have equal weights.
     """
     try:
         model = mukv.load(folder)
@@ -111,7 +111,7 @@ def compare_all(architecture, points, tmp_path, record_property):
 @pytest.mark.product
 @pytest.mark.parametrize("architecture", params(grid.FAMILIES, [*grid.FAMILIES][:1]))
 def test_every_key_with_one_family(architecture, tmp_path, record_property):
-    """Every point with one of the families; `test_each_key` tries all of them."""
+    """Every point agrees in one of the families; `test_each_key` compares all."""
     turn = list(grid.FAMILIES).index(architecture)
     points = [each for i, each in enumerate(grid.single()) if (i + turn) % 6 == 0]
     counts = compare_all(architecture, points, tmp_path, record_property)

@@ -1,4 +1,4 @@
-"""Law 11 for compressed attention: layers of transformers' DeepSeek V4 and ours agree."""
+"""Law 11 for compressed attention: layers agree with those of transformers' DeepSeek V4."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ INDEXER = Indexer(heads=16, width=16, top_k=3)
 
 @pytest.fixture(scope="module")
 def theirs():
-    """A window alone, HCA and CSA; what entered and left each layer; their rotations."""
+    """Return layers with a window alone, with HCA and with CSA: their inputs, outputs and
+    rotations."""
     torch.manual_seed(0)
     kinds = [
         "sliding_attention",
@@ -149,7 +150,7 @@ def ours(config, layer, index):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_layer_agrees(theirs, index, fused):
-    """Outputs within 1e-5 of the largest; the rotation to the bit of float32."""
+    """Outputs agree to 1e-5 of the largest, and rotations to the rounding of float32."""
     config, layers, seen, turns = theirs
     attention, (write, read) = ours(config, layers[index], index)
     assert isinstance(attention.position, RoPE)

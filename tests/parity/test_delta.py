@@ -1,7 +1,7 @@
-"""Layers with a delta rule against transformers' modules.
+"""Layers with a delta rule agree with transformers' modules.
 
-The output norm divides by the root mean square of what a head reads, which can be tiny: outputs are
-compared to 1e-3 of the largest, states to 1e-6.
+The output norm divides by the root mean square of what a head reads, which can be tiny. Outputs
+are therefore compared to 1e-3 of the largest, and states to 1e-6.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def seen(model, layer, ids):
 
 
 def drawn(model):
-    """The model with weights that hide nothing."""
+    """Draw weights for the model, none of which is a one or a zero."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim >= 2 and "A_log" not in name:

@@ -1,7 +1,7 @@
-"""What is exported is the same model: to transformers and to us, or the export is refused.
+"""An exported model is the same model in transformers and in mukv, or the export is refused.
 
-Models are drawn from our own configuration space: one that an architecture of theirs has, with up
-to three of its fields exchanged for what some model of ours may have.
+Models are drawn from the configuration space of mukv: one that an architecture of transformers has,
+with up to three fields exchanged for values of other models.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def drawn(draw: random.Random) -> Decoder | None:
 
 
 def weights(model: Decoder) -> Any:
-    """Random ones, none at what it begins as."""
+    """Draw random weights, none at its initial value."""
     noise = np.random.default_rng(1)
 
     def draw(param: Any) -> Any:
@@ -159,7 +159,7 @@ def weights(model: Decoder) -> Any:
 
 
 def exported(model: Decoder, out: Path) -> str:
-    """What becomes of a model: the architecture, or the field for which it is refused."""
+    """Export a model and compare it; return the architecture, or "refused"."""
     training = Training(compute=EXACT, length=min(32, model.context or 32))
     ours = Model(Run(model=model, train=training), weights(model), NoTokenizer())
     try:

@@ -93,7 +93,8 @@ def test_what_is_scaled_is_folded_into_the_weights(name, tmp_path):
 
 @pytest.mark.product
 def test_a_trained_model_is_the_same_there(trained, token_file, tmp_path):
-    """Logits, tokens and perplexity; with the tokenizer that transformers makes of ours."""
+    """Tokens, logits and perplexity are those in transformers, with its tokenizer made from
+    ours."""
     assert command("export", trained, "--out", tmp_path / "out").returncode == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -112,8 +113,8 @@ def test_a_trained_model_is_the_same_there(trained, token_file, tmp_path):
 
 @pytest.mark.product
 def test_perplexity_with_a_stride(trained, tmp_path):
-    """Windows as transformers' guide has them: what a window shares with the one before it is
-    context alone."""
+    """Perplexity equals that with the windows of transformers' guide, where the overlap with the
+    window before is only context."""
     assert command("export", trained, "--out", tmp_path / "out").returncode == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ours, length, stride, done, nats = mukv.load(trained), 20, 7, 1, 0.0
@@ -161,8 +162,8 @@ META = {"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_metas_own_files(tmp_path, monkeypatch, tied):
-    """Two model-parallel parts in Meta's names and interleaved rotation: the model is that of
-    the folder in Hugging Face's."""
+    """Two model-parallel files with Meta's names and interleaved rotation give the model of the
+    Hugging Face folder."""
     from tests.parity.models import LLAMA3, TINY, build, saved
 
     scaling = {**LLAMA3, "factor": 32.0 if tied else 8.0, "original_max_position_embeddings": 8192}

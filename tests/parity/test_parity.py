@@ -1,5 +1,5 @@
-"""Law 11: a model of transformers and what we make of it agree, in logits and greedy tokens, and
-come back bit by bit."""
+"""Law 11: a model of transformers and the one made from it agree in logits and greedy tokens, and
+exports are bit-equal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def with_compute(model, compute):
 
 
 def rows():
-    """Whole, padded before, padded behind, packed: ids, positions, segments, and what counts."""
+    """Return whole, left-padded, right-padded and packed rows: ids, positions, segments, counted
+    places."""
     place, one = np.arange(LENGTH), np.ones(LENGTH, int)
     before = np.concatenate([np.zeros(CUT, int), np.arange(LENGTH - CUT)])
     second = place >= CUT
@@ -51,7 +52,7 @@ def pair(request, tmp_path_factory):
 
 
 def test_logits(pair):
-    """Whole, padded and packed rows are one batch of mukv."""
+    """Logits agree for whole, padded and packed rows, which are one batch of mukv."""
     theirs, _, ours = pair
     ids, position, segment, counts = map(np.stack, zip(*rows(), strict=True))
     found = np.asarray(ours.logits(ids, position, segment))
@@ -64,7 +65,7 @@ def test_logits(pair):
 
 
 def test_there_and_back(pair, tmp_path):
-    """Import, export, import: bit by bit; and transformers finds in it what it had."""
+    """Import, export and import are bit-equal, and transformers reads the weights that it saved."""
     theirs, folder, ours = pair
     import_model(str(folder), tmp_path / "one")
     run = mukv.load(tmp_path / "one")
@@ -89,7 +90,7 @@ def test_there_and_back(pair, tmp_path):
 
 @pytest.mark.parametrize("pair", ["gpt-2"], indirect=True)
 def test_names_without_their_prefix(pair, tmp_path):
-    """The files that OpenAI's models were published in also have the causal mask as a buffer."""
+    """Files in OpenAI's names, which have the causal mask as a buffer, are read."""
     _, folder, ours = pair
     tensors = load_file(folder / "model.safetensors")
     bare = {name.removeprefix("transformer."): weight for name, weight in tensors.items()}
@@ -179,9 +180,9 @@ BIG = {"Llama": LLAMA_100M, "Gemma2": GEMMA_100M}
 
 @pytest.mark.product
 @pytest.mark.parametrize("family", BIG)
-def test_of_100_million_parameters(family, tmp_path):
-    """True heads, vocabulary and rotation, at positions beyond what the rotation was slowed from
-    (Llama), of a text longer than a window (Gemma, whose windows there count places in the row)."""
+def test_logits_with_100_million_parameters(family, tmp_path):
+    """Logits agree with full heads, vocabulary and rotation, at positions beyond the original
+    length of RoPE scaling (Llama), and for a text longer than a window (Gemma)."""
     theirs = models.build(family, BIG[family])
     ours = mukv.load(saved(theirs, tmp_path / "theirs"))
     assert 90e6 < sum(leaf.size for leaf in named(ours.weights).values()) < 110e6

@@ -95,7 +95,8 @@ def test_p_rope_ends():
 
 
 def test_partial_rotary_and_p_rope_differ():
-    """The first d/2 dimensions as a small head, against the fastest half of the pairs."""
+    """Partial RoPE rotates the first d/2 dimensions like a small head; p-RoPE the fastest half of
+    the pairs."""
     partial, p = RoPE(partial=0.5).frequencies(16), RoPE(p=0.5).frequencies(16)
     np.testing.assert_allclose(partial, 10_000.0 ** -(np.arange(0, 8, 2) / 8))
     np.testing.assert_allclose(p[:4], 10_000.0 ** -(np.arange(0, 8, 2) / 16))
@@ -160,7 +161,8 @@ class TestCoPE:
         return made - logits, query
 
     def test_open_gates_are_relative_positions(self):
-        """Every gate 1: position = tokens from the key to the query, both counted."""
+        """If every gate is 1, a position is the number of tokens from the key to the query, both
+        counted."""
         table = draw(HEAD_DIM, 6, seed=3)
         bias, query = self.bias(50.0, table)
         distance = np.arange(5, 9)[:, None] - np.arange(9) + 1
@@ -185,7 +187,7 @@ class TestCoPE:
         assert (jnp.abs(gradient).max(axis=0) > 0).all()
 
     def test_direct_sum(self):
-        """The formula, pair by pair."""
+        """The bias equals the formula, computed for each pair in a loop."""
         table = draw(HEAD_DIM, 6, seed=3)
         logits, query = np.asarray(draw(1, 1, 2, 4, 9, seed=2)), None
         bias, query = self.bias(None, table)

@@ -30,13 +30,13 @@ FEW = (
 
 @pytest.fixture(scope="module")
 def base(trained, tmp_path_factory) -> Path:
-    """The model whose weights adapters change. Tests must not write to it."""
+    """Return the model whose weights the adapters change. Tests must not write to it."""
     return Path(shutil.copytree(trained, tmp_path_factory.mktemp("base") / "base"))
 
 
 @pytest.fixture(scope="module")
 def made(mukv: Command, base, tmp_path_factory) -> Path:
-    """A run that trained adapters. Tests must not write to it."""
+    """Return a run that trained adapters. Tests must not write to it."""
     out = tmp_path_factory.mktemp("adapted") / "adapted"
     done = mukv("train", base, f"train.start={base}", *ADAPTER, *FEW, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -46,7 +46,7 @@ def made(mukv: Command, base, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def adapted(made, tmp_path) -> Path:
-    """A copy of the run `made`, which tests may write to."""
+    """Return a copy of the run `made`, which tests may write to."""
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
@@ -152,7 +152,8 @@ def test_a_whole_run_starts_from_it(mukv, made, base, tmp_path):
 
 @pytest.mark.product
 def test_killed_and_continued_it_ends_in_the_same_bits(mukv, adapted, made):
-    """The run is left as after a kill in step 4; the base is read again."""
+    """A run that is left as after a kill in step 4 reads the base again and ends with the same
+    bits."""
     shutil.rmtree(adapted / "checkpoints/6")
     shutil.rmtree(adapted / "weights")
     done = mukv("train", adapted)
@@ -163,7 +164,7 @@ def test_killed_and_continued_it_ends_in_the_same_bits(mukv, adapted, made):
 
 @pytest.mark.product
 def test_killed_before_the_first_step(mukv, adapted, made):
-    """The folder has a configuration but no base.json."""
+    """A folder with a configuration but without base.json is continued."""
     for name in ("checkpoints", "weights"):
         shutil.rmtree(adapted / name)
     (adapted / "base.json").unlink()
@@ -173,7 +174,7 @@ def test_killed_before_the_first_step(mukv, adapted, made):
 
 @pytest.fixture
 def moved(adapted, base, tmp_path) -> tuple[Path, Path]:
-    """A run with adapters whose base lies elsewhere, and that base, to be written to."""
+    """Return a run with adapters, and its base in another folder; tests may write to both."""
     there = Path(shutil.copytree(base, tmp_path / "elsewhere"))
     text = (adapted / "config.yaml").read_text()
     (adapted / "config.yaml").write_text(text.replace(str(base), str(there)))

@@ -1,4 +1,4 @@
-"""`mukv convert`, and what other commands do with the run that it makes."""
+"""`mukv convert`, and other commands on the run that it makes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDS = np.arange(40).reshape(2, 20)
 
 @pytest.fixture
 def latent(mukv, trained, tmp_path) -> Path:
-    """The minuscule model with latents of full rank."""
+    """Return the minuscule model with latents of full rank."""
     out = tmp_path / "latent"
     done = mukv("convert", trained, "--to", "mla:16", "--out", out)
     assert done.returncode == 0, done.stderr

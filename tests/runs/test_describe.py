@@ -33,7 +33,7 @@ def test_llama_allocates_nothing(preset, parameters, layers):
 
 
 def test_flops_of_llama():
-    """6 FLOPs per weight that multiplies (not embedding and gains), and those of attention."""
+    """FLOPs are 6 per weight in a product (not embedding and gains), plus those of attention."""
     run = config.load("llama-3.1-8b")
     declared = params.named(run.model.params()).values()
     products = 6 * sum(param.size for param in declared if param.fan_in)
@@ -55,8 +55,9 @@ def test_windows_and_reuse():
     assert any(layer["reads"] is not None for layer in reuse["layers"])
 
 
-def test_compressed_entries_cost_a_fraction_of_a_byte_per_token():
-    """HCA of DeepSeek V4's size: 8 bytes a token, 128 tokens in the window, 3 float32 vectors."""
+def test_bytes_of_compressed_entries():
+    """HCA of DeepSeek V4's size takes 8 bytes a token, and constant bytes for 128 tokens in the
+    window and 3 float32 vectors."""
     keys = "kind: hca, head_dim: 512, rope_dim: 64"
     facts = describe(
         config.load(
@@ -78,7 +79,8 @@ def test_compressed_entries_cost_a_fraction_of_a_byte_per_token():
 
 
 def test_flops_of_compressed_attention():
-    """4 H d for each entry that is seen: the window's, and of (t + 1) // m compressed ones."""
+    """FLOPs are 4 H d for each entry that is seen: those of the window, and (t + 1) // m compressed
+    ones."""
     run = config.load("tiny-hca")
     attention = run.model.layers[0].attention
     seen = [min(t, attention.window) + t // attention.every for t in range(1, 129)]
@@ -125,7 +127,8 @@ def test_every_preset_shows_in_a_narrow_terminal(preset):
 
 
 def test_states_cost_constant_bytes_and_flops():
-    """Three layers of Gated DeltaNet before one of attention."""
+    """Three layers of Gated DeltaNet take constant bytes, and FLOPs per token independent of
+    length."""
     run = config.load("tiny-hybrid-gdn")
     facts = describe(run)
     *states, last = facts["layers"]

@@ -1,4 +1,5 @@
-"""`describe --device`: the arithmetic agrees with what programs hold, and says what would fit."""
+"""`describe --device`: estimated bytes agree with those of compiled programs, and suggestions
+fit."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ def test_state_is_what_each_device_is_given(mesh, changes):
 
 @pytest.mark.product
 def test_a_compiled_program_holds_what_is_estimated():
-    """Compares the bytes of the loss and its gradient on 2 x 2 devices; tests/laws/test_compiled.py
-    compares whole steps on GPUs."""
+    """Estimated bytes of the loss and its gradient agree with the program's on 2 x 2 devices;
+    tests/laws/test_compiled.py compares whole steps on GPUs."""
     run = config.load("tiny", [*MINUSCULE, "model.d_model=128", "mesh.data=2", "mesh.tensor=2"])
     trainer = Trainer(run.model, run.train, run.mesh.build())
     rows = jax.ShapeDtypeStruct((2, 8), jnp.int32, sharding=batch_sharding(trainer.mesh))

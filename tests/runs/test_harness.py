@@ -34,7 +34,8 @@ PAIRS = [("Déjà", " vu number"), ("", "Déjà"), ("Déjà vu ", "number 3."), 
 
 @pytest.mark.product
 def test_likelihood_of_continuations(model):
-    """Rows of different lengths, with a space before a word counted to it."""
+    """Likelihoods of rows of different lengths equal sums from logits; a space before a word counts
+    as part of it."""
     found = Answers(model).loglikelihood([ask(*pair) for pair in PAIRS])
     for (context, continuation), (total, greedy) in zip(PAIRS, found, strict=True):
         ids = np.array(model.encode(context + continuation))

@@ -1,8 +1,8 @@
-"""A run directory that version 0.1.0 made, before its modules moved, still loads and resumes.
+"""A run directory of version 0.1.0, made before its modules moved, still loads and resumes.
 
-`run_of_0.1.0.tar.xz` holds the directory as that version left it (Decoder of three layers, d_model
-16, two of them with a plan of full attention and a window) with the checkpoint of step 2 and the
-weights of step 4, and its token file.
+`run_of_0.1.0.tar.xz` contains the directory as that version left it (Decoder of three layers,
+d_model 16, two of them with a plan of full attention and a window) with the checkpoint of step 2
+and the weights of step 4, and its token file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands print a note for settings without effect, or with an unexpected one."""
+"""Commands print a note for settings without effect, or with an unexpected effect."""
 
 from __future__ import annotations
 

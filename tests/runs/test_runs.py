@@ -1,4 +1,4 @@
-"""Run directories: what training writes is loaded by `mukv.load` and by other commands."""
+"""Run directories that training writes are read by `mukv.load` and by other commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("trained")
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of the minuscule run, which tests may write to."""
+    """Return a copy of the minuscule run, which tests may write to."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 

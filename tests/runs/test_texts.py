@@ -26,7 +26,7 @@ STEP = ("train.steps=1", "train.batch=2", "train.length=16")
 
 
 def bpe(folder: Path, words: str) -> Path:
-    """A token file of a BPE of 268 ids, trained on these words."""
+    """Make a token file of a BPE of 268 ids, trained on these words."""
     (folder / "words.txt").write_text(words * 40)
     return build_tokens([str(folder / "words.txt")], folder / "tokens", "bpe:268").path
 
@@ -38,13 +38,13 @@ def tokens(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def another(tmp_path_factory) -> Path:
-    """A token file with as many ids, which stand for other tokens."""
+    """Return a token file with as many ids, which stand for other tokens."""
     return bpe(tmp_path_factory.mktemp("another"), "Nobody knows whose dog barks below. ")
 
 
 @pytest.fixture(scope="module")
 def imported(mukv, tokens, tmp_path_factory) -> Path:
-    """The run directory of an imported model."""
+    """Return the run directory of an imported model."""
     folder = tmp_path_factory.mktemp("model")
     given = ("train", "tiny", *MINUSCULE, *STEP, f"data.path={tokens}", "--out", folder / "run")
     for args in (
@@ -102,7 +102,7 @@ def test_a_text_is_trained_on_with_the_tokenizer_of_the_start(mukv, imported, te
 
 
 class RunOf:
-    """A run, and the data that it was trained on."""
+    """Stand in for a trained model with its run and data."""
 
     def __init__(self, folder: Path):
         self.model = package.load(folder)
@@ -135,7 +135,7 @@ def test_without_a_text_the_default_one_is_read_with_its_own_tokenizer(mukv, imp
 
 @pytest.mark.parametrize("command", ["train", "analyze", "sweep"])
 def test_ids_of_another_tokenizer_are_refused(mukv, imported, another, tmp_path, command):
-    """The two vocabularies have the same size, so that only the meaning of the ids differs."""
+    """Token files of another vocabulary are refused, although its size is the same."""
     assert open_tokens(another).vocab_size == load_tokenizer(imported).vocab_size
     started = (*MINUSCULE, *STEP, f"train.start={imported}", f"data.path={another}")
     if command == "analyze":
@@ -166,7 +166,7 @@ def test_a_task_is_not_trained_on_by_a_model_of_text(imported):
 
 @pytest.mark.product
 def test_one_task_may_follow_another(mukv, tmp_path):
-    """Their words are arbitrary, so that other words are no error."""
+    """A model of one task may train on another, whose words are arbitrary ids."""
     given = ("tiny", *MINUSCULE, *STEP, "train.length=64", "data.task={kind: mqar}")
     done = mukv("train", *given, "model.vocab_size=152", "--out", tmp_path / "first")
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,8 @@ def test_nothing_changes_at_the_base(rule):
 
 
 def test_square_root():
-    """Complete(d)P: rate, decay scale by sqrt(B / D), epsilon by its inverse, 1 - beta by B / D."""
+    """Complete(d)P: rate and decay scale by sqrt(B / D), epsilon by its inverse, 1 - beta by B /
+    D."""
     budget = SquareRoot(batch=128, tokens=1280)
     found = Training(steps=20, batch=8, length=32, learning_rate=0.01, budget=budget).effective
     ratio = 2 / 4

@@ -46,7 +46,8 @@ def test_table_solver_and_reference_agree(family, alignment, kind, expected):
 
 @pytest.mark.parametrize(("family", "power"), [("adam", 1), ("sgd", 2), ("adafactor", 0)])
 def test_the_symmetry_of_each_family(family, power):
-    """(a + t, b - t) is the same training with c - t, c - 2t or c."""
+    """Exponents (a + t, b - t) train as (a, b) if the learning rate's exponent c becomes c - t
+    (Adam), c - 2t (SGD) or stays (Adafactor)."""
     exponents = dict(zip(SCALED, EXPONENTS["mup"], strict=True))
     shifted = {role: (a + 0.3, b - 0.3) for role, (a, b) in exponents.items()}
     before, after = (learning_rate_powers(e, family, FULL, FULL) for e in (exponents, shifted))

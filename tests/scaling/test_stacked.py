@@ -1,5 +1,5 @@
-"""Layers given as `repeats: 4` or as a pattern of four have bit-equal updates; an expert is updated
-like a weight of its own."""
+"""Layers given as `repeats: 4` or as a pattern of four have bit-equal updates; each expert is
+updated like a weight of its own."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_stack_is_its_layers(kind, decay):
 @pytest.mark.parametrize("fan_in", ["embed", "hidden"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_an_expert_is_a_matrix_of_its_own(kind, fan_in):
-    """Against a loop over experts, one of which has gradients ten times as large."""
+    """Updates equal a loop over experts, one of which has gradients ten times as large."""
     optimizer = OPTIMIZERS[kind](weight_decay=0.1)
     together = {"e": Param(ONE["experts"].dims, fan_in=(fan_in,), batch=("experts",))}
     apart = {f"e{i}": Param({"embed": 160, "hidden": 136}, fan_in=(fan_in,)) for i in range(3)}
@@ -133,7 +133,7 @@ def test_what_adafactor_sees_as_a_matrix():
 
 
 def test_adafactor_is_optax_where_a_matrix_is_an_array():
-    """The first step on plain matrices, against the published algorithm as optax has it."""
+    """The first step on plain matrices equals that of optax."""
     import optax
 
     declared = {"up": ONE["up"], "gain": ONE["gain"]}

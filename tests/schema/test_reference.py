@@ -1,4 +1,4 @@
-"""The reference is complete: every key has a meaning, and the page of docs is up to date."""
+"""The reference has a meaning for every key, and its page in docs is up to date."""
 
 from __future__ import annotations
 

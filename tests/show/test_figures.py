@@ -99,7 +99,7 @@ def test_powers_of_two(tmp_path, values):
 
 @pytest.mark.parametrize("values", [[0.6, 0.75, 0.99], [0.3, 0.45], [520, 600, 610], [0.26, 1]])
 def test_a_logarithmic_axis_has_two_ticks_in_view(tmp_path, values):
-    """Also if the values lie between two powers of two."""
+    """A logarithmic axis has two ticks, even if all values lie between two powers of two."""
     with saved_figure(tmp_path / "x.png", (4, 2)) as figure:
         axes = figure.subplots()
         axes.plot(values, values, "o")
@@ -119,7 +119,7 @@ def test_the_caption_lies_in_the_file(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch) -> list:
-    """The figures of modules that measure with seeds."""
+    """Return the list to which figures of the modules that measure with seeds are added."""
     kept: list = []
 
     @contextmanager

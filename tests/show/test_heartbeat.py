@@ -1,4 +1,4 @@
-"""A command that prints nothing for some time prints a heartbeat."""
+"""A command that prints nothing for a while prints a heartbeat."""
 
 from __future__ import annotations
 

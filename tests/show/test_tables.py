@@ -1,4 +1,5 @@
-"""Tables of commands: units in the headers, the same decimals in a column, no number cut short."""
+"""Tables of commands have units in the headers, equal decimals in a column, and complete
+numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from mukv.tuning.transfer import Optimum, Transfer
 
 @pytest.fixture
 def tables(monkeypatch) -> list[Table]:
-    """The tables that are printed."""
+    """Return the list to which each printed table is added."""
     found: list[Table] = []
 
     def keep(self, *printed, **options):
@@ -31,7 +32,7 @@ def tables(monkeypatch) -> list[Table]:
 
 
 def uneven(printed: Table) -> list[str]:
-    """Columns whose plain numbers have different numbers of decimals."""
+    """Return the columns whose numbers differ in their number of decimals."""
     wrong = []
     for column in printed.columns:
         numbers = [cell for cell in column.cells if re.fullmatch(r"[+-]?[0-9,.]+%?", str(cell))]

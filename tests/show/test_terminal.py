@@ -76,7 +76,7 @@ def test_a_column_shows_its_field():
 
 
 def test_consoles_are_made_in_one_place():
-    """One of the library's own would read names as markup."""
+    """Only show/terminal.py makes consoles, since others would read names as markup."""
     for path in FILES:
         if path != SOURCE / "show" / "terminal.py":
             names = {

@@ -13,7 +13,7 @@ SECRET = "secret-of-the-tests"
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """The address of a moto server."""
+    """Yield the address of a moto server."""
     server = pytest.importorskip("moto.server", reason="moto is not installed")
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -25,8 +25,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a new bucket, s3://NAME; the environment has credentials, and the cache is
-    empty."""
+    """Return the address of a new bucket, s3://NAME, with credentials set and an empty cache."""
     import s3fs
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)

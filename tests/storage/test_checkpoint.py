@@ -177,8 +177,8 @@ def test_damage_is_told_with_the_last_good_step(saved, tmp_path, how, which):
         assert_equal(checkpoints.restore(4, like(state())), state(4))
 
 
-def test_no_damage_passes_unseen(saved, tmp_path):
-    """After damage to any file the restored state is right, or an error is raised."""
+def test_any_damage_is_detected(saved, tmp_path):
+    """After damage to any file, restoring gives the right state or an error."""
     folder = tmp_path / "run"
     for path in (path.relative_to(saved) for path in (saved / "5").rglob("*") if path.is_file()):
         for how in ("truncate", "flip"):
@@ -355,7 +355,8 @@ print(told)
 
 @pytest.mark.product
 def test_damage_and_a_full_disk_are_told_once_and_nothing_else_is_printed(tmp_path):
-    """Also after the error and when the process ends: a process of its own."""
+    """A process with damaged checkpoints and a full disk reports each once and prints nothing else,
+    also at its end."""
     with Checkpoints(tmp_path / "saved") as checkpoints:
         for step in (1, 2):
             keys = jax.random.split(jax.random.key(step), 8)
@@ -370,8 +371,8 @@ def test_damage_and_a_full_disk_are_told_once_and_nothing_else_is_printed(tmp_pa
     assert (damaged >= 8, all_told - damaged) == (True, 3)
 
 
-def test_what_is_no_file_is_told(saved, tmp_path):
-    """A pipe in the place of a file is refused, since reading it would never end."""
+def test_a_pipe_in_place_of_a_file_is_refused(saved, tmp_path):
+    """A pipe in place of a file is refused, since reading it would never end."""
     for name in ("manifest/metadata", "state/manifest.ocdbt"):
         folder = tmp_path / name.replace("/", "-")
         shutil.copytree(saved, folder)
@@ -404,8 +405,8 @@ def test_a_path_works_whole_or_is_refused_before_anything_is_written(tmp_path, r
     assert not [name for name in REFUSED if (tmp_path / name).exists()]
 
 
-def test_a_checkpoint_is_not_read_through_a_pattern(tmp_path):
-    """One that was moved to a path that Orbax can't take is refused as well."""
+def test_a_path_that_orbax_reads_as_a_pattern_is_refused(tmp_path):
+    """A checkpoint under a path that Orbax would read as a pattern is refused."""
     with Checkpoints(tmp_path / "a") as checkpoints:
         checkpoints.save(1, state(1))
     (tmp_path / "a").rename(tmp_path / "a\\b")

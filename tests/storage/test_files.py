@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all; what killed processes leave is removed."""
+"""Files and folders are written whole or not at all; leftovers of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def filled(path, text="new"):
 
 
 def dead(path, name="file"):
-    """Make what a process leaves that is killed while it writes `path`."""
+    """Make the leftovers of a process that is killed while it writes `path`."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
     folder.mkdir()
     (folder / ".lock").write_text(f"{os.getpid()} here\n")
@@ -61,7 +61,7 @@ def test_a_folder_is_replaced(tmp_path, monkeypatch, exchanged):
 
 
 def test_a_kill_between_two_renames_is_mended(tmp_path):
-    """On file systems where folders can't be exchanged."""
+    """A kill between two renames is undone on file systems that can't exchange folders."""
     folder = dead(tmp_path / "a", name="a")
     filled(folder / ".old", "old")
     clear_leftovers(tmp_path)

@@ -20,12 +20,12 @@ pytestmark = pytest.mark.xdist_group("trained")
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of the minuscule run, which tests may write to."""
+    """Return a copy of the minuscule run, which tests may write to."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def told(done, *parts: str, status: int = 2) -> None:
-    """Check that there is one error line with these parts."""
+    """Assert that there is one error line with these parts."""
     lines = done.stderr.splitlines()
     assert done.returncode == status, done.stderr
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:], done.stderr
@@ -33,7 +33,7 @@ def told(done, *parts: str, status: int = 2) -> None:
 
 
 def rewritten(run: Path, change) -> None:
-    """The weights of a run with one of them changed; the newest checkpoint is older."""
+    """Save the weights of a run again with one of them changed."""
     tree, metadata = load_weights(run / "weights")
     tree["readout"] = change(tree["readout"])
     save_weights(run / "weights", tree, metadata)
@@ -119,7 +119,8 @@ def texts(folder: Path, what: str) -> Path:
 
 @pytest.fixture(scope="module")
 def begun(mukv, tmp_path_factory):
-    """A folder with a run "made" of two steps on the token file "data" of the texts in "one"."""
+    """Return a folder with a run "made" of two steps on the token file "data" of the texts in
+    "one"."""
     folder = tmp_path_factory.mktemp("begun")
     texts(folder / "one", "Déjà vu"), texts(folder / "two", "Jamais vu")
     assert mukv("data", folder / "one", "--out", folder / "data").returncode == 0
@@ -131,7 +132,7 @@ def begun(mukv, tmp_path_factory):
 
 @pytest.fixture
 def resumed(mukv, begun, tmp_path):
-    """resumed(*changes): continue a copy of the run, on a copy of its data, in tmp_path."""
+    """Return resumed(*changes), which continues a copy of the run on a copy of its data."""
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     config = tmp_path / "made" / "config.yaml"
     config.write_text(config.read_text().replace(str(begun), str(tmp_path)))
@@ -163,7 +164,7 @@ def test_the_same_data_may_move(mukv, resumed, tmp_path):
 @pytest.mark.product
 @pytest.mark.parametrize("name", ["train.bin", "train.starts", "validation.bin", "tokenizer.json"])
 def test_a_token_file_that_was_edited_in_place_is_told(resumed, tmp_path, name):
-    """The edited file is valid and has the same size, so that only the fingerprint differs."""
+    """A valid edit that keeps the size is detected by the fingerprint."""
     path = tmp_path / "data" / name
     data = path.read_bytes()
     if name == "train.starts":
@@ -204,7 +205,7 @@ def test_a_run_that_does_not_say_its_data_is_told_how_to_go_on(resumed, tmp_path
 
 @pytest.mark.product
 def test_a_run_without_a_saved_step_needs_no_provenance(resumed, tmp_path):
-    """It was killed before its first checkpoint, or between its first two files."""
+    """A run that was killed before its first checkpoint is continued without provenance.json."""
     made = tmp_path / "made"
     shutil.rmtree(made / "checkpoints")
     (made / "provenance.json").unlink()

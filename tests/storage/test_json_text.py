@@ -1,4 +1,4 @@
-"""JSON that is written has no NaN: every reader takes it."""
+"""Written JSON has no NaN, so that every parser reads it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A kill before any file operation: the same command again works, and nothing is left over.
+"""After a kill before any file operation, the same command succeeds and leaves no leftovers.
 
-For each command every kind of operation (its name, and the path without numbers) is hit at its
-first and its last occurrence. Numbers of kills are printed at the end of the run.
+Each command is killed before every kind of operation (its name, and the path without numbers), at
+its first and its last occurrence. Numbers of kills are printed at the end of the run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def server() -> Iterator[Server]:
 
 
 def result(root: Path) -> dict[str, str]:
-    """Every file and folder, with a digest of what has to be equal."""
+    """Return every file and folder, with a digest of contents that have to be equal."""
     found = {str(path.relative_to(root)): "" for path in root.rglob("*")}
     return found | {
         name: hashlib.sha256(data).hexdigest()
@@ -52,7 +52,7 @@ def result(root: Path) -> dict[str, str]:
 
 
 def shape(found: dict[str, str]) -> dict[str, str]:
-    """Replace the files inside of checkpoints, which have random names, by one entry per
+    """Replace the files inside of checkpoints, whose names are random, by one entry per
     checkpoint."""
     return {name: digest for name, digest in found.items() if "checkpoints/" not in name} | {
         "/".join(name.split("/")[: name.split("/").index("checkpoints") + 2]): ""
@@ -71,13 +71,15 @@ def check(
     chain: int = 4,
     survives: Prepare | None = None,
 ) -> Counter[str]:
-    """Kill a command before each kind of operation and repeat it; returns counts.
+    """Kill a command before each kind of operation, repeat it, and return counts.
 
-    every: of the kinds one in so many, the last among them, where a result takes its place.
-    skip: kinds with this in their name are left out. chain: kills, one after another on the same
-    folder, before a repetition ends. That must end as the undisturbed command, in the same files
-    with the same content; a kill that was never reached is tried again on a new folder.
-    survives: what must hold after every kill.
+    every: only each `every`-th kind is tried, the last among them, at which the result is moved
+    into
+    place. skip: kinds with this in their name are left out. chain: number of kills in the same
+    folder
+    before the command may end. It must end with the files of an undisturbed command. A kill that
+    was
+    never reached is tried again in a new folder. survives: a check after every kill.
     """
     undisturbed = folder / "undisturbed" / "root"
     undisturbed.mkdir(parents=True)
@@ -121,7 +123,7 @@ def check(
 
 
 def nothing(_: Path) -> None:
-    """Make a new folder."""
+    """Leave the new folder empty."""
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def count(record_property) -> Callable[[str, Counter[str]], None]:
 
 @pytest.fixture(params=params([16, 1], [16]), ids=["some", "all"])
 def every(request: pytest.FixtureRequest) -> int:
-    """The quick round kills before one in sixteen kinds of operation."""
+    """Return how many kinds of operation there are per kill; 16 in the quick round."""
     return request.param
 
 
@@ -144,7 +146,7 @@ def test_checkpoints(server, tmp_path, count, every):
 
 
 def test_train(server, token_file, tmp_path, count, every):
-    """What lies inside a checkpoint is left to the test above."""
+    """Training survives kills; operations inside a checkpoint are left to the test above."""
     given = ["train", "tiny", *SMALL, f"data.path={token_file}", "--out", "runs/new"]
     count("train", check(server, tmp_path, nothing, given, every, skip="checkpoint-tmp/"))
 
@@ -162,7 +164,7 @@ def test_data(server, tmp_path, count, every):
 
 
 def test_data_in_place_of_others(server, tmp_path, count, every):
-    """After every kill the old or the new ones are there."""
+    """After every kill of `data --overwrite` the token file is the old or the new one."""
 
     def whole(root: Path) -> None:
         open_tokens(root / "tokens").verify()

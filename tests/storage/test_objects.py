@@ -1,4 +1,4 @@
-"""Object stores: what they guarantee, refusals, leases, and copies that survive a kill."""
+"""Object stores: their guarantees, refusals, leases, and copies that survive a kill."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["bucket", "s3_server"]
 
 
 def quiet(_: str) -> None:
-    """Say nothing."""
+    """Ignore a message."""
 
 
 def machine(monkeypatch, path: Path) -> None:
-    """Go on as another machine, with a cache of its own."""
+    """Use another cache folder, as another machine would."""
     monkeypatch.setenv("MUKV_CACHE", str(path))
 
 
@@ -128,7 +128,7 @@ def test_one_writer_at_a_time(bucket, monkeypatch):
 
 
 def checkpoint(folder: Path, step: int, content: bytes) -> None:
-    """Write a checkpoint as Orbax does, in place at once."""
+    """Write a checkpoint and rename it into place, as Orbax does."""
     made = folder / f"checkpoints/{step}.orbax-checkpoint-tmp"
     for name in ("state/d/0", "manifest/metadata"):
         (made / name).parent.mkdir(parents=True)
@@ -175,7 +175,8 @@ def test_what_a_killed_writer_leaves(bucket, tmp_path, monkeypatch):
 
 
 def test_a_killed_command_keeps_what_was_not_sent(bucket, tmp_path, monkeypatch):
-    """On the same machine; on another one the store's content counts."""
+    """On the same machine, files that were not sent before a kill are kept, unless another machine
+    wrote to the store since."""
     monkeypatch.setattr(lease, "SECONDS", 0.5)
     url = f"{bucket}/run"
     with Copy(url).written() as folder:
@@ -194,8 +195,9 @@ def test_a_killed_command_keeps_what_was_not_sent(bucket, tmp_path, monkeypatch)
     assert steps(fetched(url)) == ["1", "3"]
 
 
-def test_training_goes_on_on_another_machine(bucket, token_file, mukv, tmp_path, monkeypatch):
-    """Tokens and run are in the store; the weights are those of a run on one disk."""
+def test_training_continues_on_another_machine(bucket, token_file, mukv, tmp_path, monkeypatch):
+    """With tokens and run in the store, another machine continues to the weights of a run on one
+    disk."""
     with Copy(f"{bucket}/tokens").written() as folder:
         shutil.copytree(token_file, folder, dirs_exist_ok=True)
     run, every = f"{bucket}/runs/small", "train.checkpoint_every=2"

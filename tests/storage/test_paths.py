@@ -36,8 +36,8 @@ def refused(done, *parts: str) -> None:
 
 
 @pytest.mark.product
-def test_an_odd_name_works_whole(mukv, tmp_path, monkeypatch):
-    """With dots and dashes in front, relative and absolute."""
+def test_commands_take_odd_names(mukv, tmp_path, monkeypatch):
+    """Commands take paths with leading dots and dashes, relative and absolute."""
     place = tmp_path / ODD
     place.mkdir()
     monkeypatch.chdir(place)
@@ -75,8 +75,8 @@ def test_a_path_that_can_not_hold_checkpoints_is_refused_at_once(mukv, token_fil
 @pytest.mark.parametrize(
     "value", ["a#b", "'#x'", "'a #b'", '"#"', "#", " # x", "[1, 2] # x", "a # b"]
 )
-def test_a_comment_is_no_part_of_a_value(value):
-    """It would cut a path short, or leave nothing: then the default is trained on in silence."""
+def test_comments_in_values_are_detected(value):
+    """Values with a YAML comment are detected, since it would silently cut a path short."""
     assert has_comment(value) == value.endswith(("#", "# x", "# b"))
 
 
@@ -97,8 +97,8 @@ def test_what_is_no_text_is_refused(mukv, token_file, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_study_lies_in_its_folder(tmp_path):
-    """A path is part of a URL there: "?" and "%" had another meaning."""
+def test_the_url_of_a_study_has_its_path(tmp_path):
+    """The path of a study is escaped in its URL, where "?" and "%" have a meaning."""
     from sqlalchemy import make_url
 
     for name in ("a?b", "a%20b", "a#b", "a?mode=memory", "é", "a:b@c"):

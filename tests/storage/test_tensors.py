@@ -38,7 +38,8 @@ def test_files_hold_what_was_given_in_pieces(tmp_path):
 
 
 def test_a_file_is_mapped_anew(tmp_path, monkeypatch):
-    """So that what was read of it does not stay in memory."""
+    """A file is mapped again after some bytes, so that pages that were read don't stay in
+    memory."""
     opened = []
     monkeypatch.setattr("mukv.storage.tensors.MAPPED", 100)
     monkeypatch.setattr(

@@ -57,8 +57,8 @@ def test_a_broken_file_is_told_in_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-def test_any_flipped_bit_is_told(tmp_path, record_property):
-    """Bits are flipped in the header, its metadata and checksum, the padding and the numbers."""
+def test_any_flipped_bit_is_detected(tmp_path, record_property):
+    """A flipped bit in the header, metadata, checksum, padding or numbers gives an error."""
     path = save_weights(tmp_path, {"a": jnp.arange(6.0), "b": {"c": jnp.ones(3)}}, {"step": "3"})
     data = path.read_bytes()
     for bit in range(8 * len(data)):
@@ -90,7 +90,7 @@ def test_a_folder_of_tensors_is_held_to_its_checksum(tmp_path):
 
 
 def test_a_file_without_a_checksum_is_read(tmp_path):
-    """Older versions of mukv and other programs write files without one."""
+    """Files without a checksum, by older versions and other programs, are read."""
     save_file({"a.b": np.ones(2, np.float32)}, tmp_path / FILE, {"step": "3"})
     tree, metadata = load_weights(tmp_path)
     assert (tree["a"]["b"].tolist(), metadata) == ([1, 1], {"step": "3"})

@@ -1,5 +1,5 @@
-"""Of several processes that write into one folder, one succeeds; the others are refused with its
-process id."""
+"""Of several processes that write into one folder, one succeeds; errors of the others name its
+id."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def test_a_run_that_is_written(server, token_file, root):
-    """The writer is stopped in the middle; three more are refused; it goes on and ends."""
+def test_further_writers_are_refused(server, token_file, root):
+    """While a writer is stopped, three more are refused; then it continues and ends."""
     given = ["train", "tiny", *SMALL, f"data.path={token_file}", "--out", "run"]
     first = server.start(root, *given)
     while not (root / "run" / "config.yaml").exists():
@@ -69,7 +69,7 @@ def test_a_run_that_is_written(server, token_file, root):
 
 
 def test_a_run_is_read_while_it_is_written(server, token_file, root):
-    """Checkpoints are written and deleted at every step."""
+    """A run can be read while checkpoints are written and deleted at every step."""
     often = ("train.steps=100000", "train.checkpoint_every=1", "train.keep_last=1")
     given = ["train", "tiny", *SMALL, *often, f"data.path={token_file}", "--out", "run"]
     writer = server.start(root, *given)
@@ -102,7 +102,8 @@ def test_trainings_that_begin_together(server, token_file, root, trained, count)
 @pytest.mark.parametrize("count", params([2, 4], [2]))
 @pytest.mark.parametrize("overwrite", params([False, True], [True]))
 def test_token_files_that_are_built_together(server, root, count, overwrite):
-    """Of the same texts all is well; of other texts one wins or is replaced as a whole."""
+    """Several builds of one token file all succeed if the texts are equal; otherwise the file is
+    the whole of one of them."""
     for number in range(2):
         (root / f"{number}.txt").write_text(f"Text {number}. " * 3000)
     option = ["--overwrite"] if overwrite else []
@@ -143,7 +144,7 @@ READING = {
 
 @pytest.fixture
 def held(trained, exported, tmp_path, monkeypatch) -> Iterator[Path]:
-    """A run whose lock this process holds."""
+    """Yield a folder with a run whose lock this process holds."""
     shutil.copytree(trained, tmp_path / "run")
     shutil.copytree(exported, tmp_path / "exported")
     np.save(tmp_path / "ids.npy", np.arange(96) % 250)
@@ -221,8 +222,8 @@ def test_a_run_that_can_not_be_written_is_refused(tmp_path, monkeypatch, number)
 
 
 @pytest.mark.product
-def test_a_trial_that_lives_on_is_waited_for(mukv, token_file, tmp_path, monkeypatch):
-    """A worker that was taken for dead still writes the folder of a point."""
+def test_a_sweep_waits_for_the_lock_of_a_point(mukv, token_file, tmp_path, monkeypatch):
+    """A sweep waits for a worker that seemed dead but still holds the lock of a point."""
     held, waits = ExitStack(), []
     held.enter_context(one_writer(tmp_path / "sweep" / "trials" / "0001"))
 

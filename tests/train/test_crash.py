@@ -1,4 +1,4 @@
-"""A run that is killed at any moment resumes, and ends in the same bits as one that was not."""
+"""A run that is killed at any moment and resumed ends with the bits of one that was not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def arguments(token_file: Path, out: Path) -> list[object]:
 
 
 def wait_for(folder: Path, pattern: str, beyond: set[Path], process) -> bool:
-    """Until something new of this name appears; False if the process ended before."""
+    """Wait until a new file matches the pattern; return False if the process ended before."""
     while process.poll() is None:
         if set(folder.glob(pattern)) - beyond:
             return True
@@ -36,7 +36,7 @@ UNFINISHED = "*orbax-checkpoint-tmp*"
 
 @pytest.mark.product
 def test_killed_ten_times(token_file, tmp_path):
-    """Half of the kills aim at the writing of a checkpoint, half at any moment after one."""
+    """Ten kills, half of them during the writing of a checkpoint, do not change the final bits."""
     undisturbed = start(*arguments(token_file, tmp_path / "undisturbed"))
     out, moments = tmp_path / "killed", random.Random(0)
     checkpoints = out / "checkpoints"

@@ -1,5 +1,5 @@
-"""Distillation: the loss is the formula, the teacher stays as it is, and resuming, sharding and
-adapters give what they give without a teacher."""
+"""Distillation: the loss equals its formula, the teacher stays constant; resuming, sharding and
+adapters work as without a teacher."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def trainer(data: int = 1, **changes: Any) -> Trainer:
 
 @pytest.fixture(scope="module")
 def taught() -> Trainer:
-    """A trainer that is compiled once, with the usual settings."""
+    """Return a trainer with a teacher and the usual settings, compiled once."""
     return trainer(learning_rate=0.01)
 
 
@@ -118,7 +118,7 @@ def test_a_student_comes_closer_and_the_teacher_stays(taught):
 
 @pytest.mark.product
 def test_weight_zero_is_training_without_a_teacher_to_the_bit(taught):
-    """A weight above zero is not."""
+    """Weight zero gives the bits of training without a teacher; a weight above zero does not."""
     without = trainer(teacher=None, learning_rate=0.01)
     zero = trainer(distillation=Distillation(0.0), learning_rate=0.01)
     start = without.initial_state()
@@ -154,7 +154,7 @@ def test_devices_and_pieces_change_nothing(taught):
 
 @pytest.mark.product
 def test_adapters_learn_from_a_teacher():
-    """Only the adapters change, and they bring the student closer."""
+    """Only the adapters change, and the divergence from the teacher falls."""
     train = trainer(distillation=Distillation(1.0), adapter=Adapter(rank=2), learning_rate=0.03)
     train.freeze(matrix.weights(STUDENT))
     before = jax.tree.map(np.asarray, (train.frozen, train.taught))

@@ -1,4 +1,4 @@
-"""Device memory of a training step is computed before the step runs; a step that does not fit is
+"""Device memory of a training step is computed before it runs; a step that does not fit is
 refused."""
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def test_a_signal_saves_and_leaves(token_file, tmp_path, name):
 
 @pytest.mark.product
 def test_a_stopped_run_ends_in_the_same_bits(mukv, token_file, tmp_path, monkeypatch):
-    """The signal comes during step 3; the next logged step is far away."""
+    """A run stopped by a signal in step 3 is saved before the next logged step, and continues to
+    the same bits."""
     changes = ("train.steps=6", "train.log_every=100")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert mukv(*arguments(token_file, whole, *changes)).returncode == 0
@@ -74,7 +75,7 @@ def test_a_stopped_run_ends_in_the_same_bits(mukv, token_file, tmp_path, monkeyp
 
 @pytest.mark.product
 def test_a_run_in_two_parts_is_one_run(mukv, token_file, tmp_path):
-    """The second part goes on from the checkpoint of the first, which was to be longer."""
+    """A run continued after a kill has the metrics and weights of an undisturbed one."""
     changes = ("train.steps=6", "train.log_every=1", "train.checkpoint_every=3")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert mukv(*arguments(token_file, whole, *changes)).returncode == 0
@@ -89,7 +90,7 @@ def test_a_run_in_two_parts_is_one_run(mukv, token_file, tmp_path):
 
 
 def failure(done) -> str:
-    """Return the one error line."""
+    """Assert that there is one error line, and return it."""
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.stderr.endswith(f"{line}\n")
@@ -98,7 +99,7 @@ def failure(done) -> str:
 
 @pytest.mark.product
 def test_a_number_that_is_not_finite_stops_the_run(mukv, token_file, tmp_path):
-    """The weights of step 1 are saved, but they are what step 2 fails with."""
+    """A NaN stops the run; the saved weights of step 1, which cause it, are not called good."""
     run = tmp_path / "run"
     changes = ("train.steps=8", "train.checkpoint_every=1", "train.log_every=1")
     wild = ("train.learning_rate=1e38", "train.clip_norm=null")
@@ -111,7 +112,7 @@ def test_a_number_that_is_not_finite_stops_the_run(mukv, token_file, tmp_path):
 
 @pytest.mark.product
 def test_the_layer_and_the_last_good_checkpoint_are_named(mukv, token_file, tmp_path, monkeypatch):
-    """Step 5 comes upon a bad weight; what the steps after it do is not logged or saved."""
+    """The error names the layer with the bad weight; nothing of later steps is logged or saved."""
     run, step = tmp_path / "run", Trainer.step
     changes = ("train.steps=9", "train.checkpoint_every=3", "train.log_every=2")
 

@@ -1,4 +1,5 @@
-"""Two processes joined by jax.distributed train as one does, and their checkpoints move on."""
+"""Two processes joined by jax.distributed train as one does, and their checkpoints fit other
+meshes."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def launched(token_file: Path, out: Path, *changes: str) -> list[subprocess.Pope
 
 
 def together(token_file: Path, out: Path, *changes: str) -> list[str]:
-    """Return the last output of two processes that share a run."""
+    """Wait for two processes that share a run; return their output."""
     ended = [finish(process) for process in launched(token_file, out, *changes)]
     for status, _, error in ended:
         assert status == 0, error
@@ -71,8 +72,8 @@ def assert_same_weights(one: Path, two: Path) -> None:
 @pytest.mark.product
 @pytest.mark.parametrize("mesh", params(MESHES, MESHES[2:], "-".join))
 def test_two_processes_are_one(token_file, tmp_path, single, mesh):
-    """They share the rows, or the weights and then read the same rows, or have two devices each.
-    Process 0 alone writes and speaks."""
+    """Two processes with different rows, split weights or two devices each train as one; only
+    process 0 writes and prints."""
     run, facts = single
     first, second = together(token_file, tmp_path / "run", *mesh)
     assert "{" not in second
@@ -99,7 +100,7 @@ def test_a_checkpoint_moves_to_other_meshes(token_file, tmp_path, single):
 
 @pytest.mark.product
 def test_a_signal_to_one_stops_all(token_file, tmp_path):
-    """They agree on the step to save, long before the next one that is logged."""
+    """After a signal to one process, all save the same step before the next logged one."""
     out = tmp_path / "run"
     steps = ("train.steps=100000", "train.log_every=50000", "train.evaluate_every=2")
     processes = launched(token_file, out, "mesh.data=2", *steps)
@@ -118,8 +119,8 @@ def test_a_signal_to_one_stops_all(token_file, tmp_path):
 
 @pytest.mark.product
 @pytest.mark.parametrize("killed", params([0, 1], [1]))
-def test_who_is_left_says_so_and_ends(token_file, tmp_path, killed):
-    """A process that is killed takes the others with it, in one line with the last checkpoint."""
+def test_a_killed_process_ends_the_others(token_file, tmp_path, killed):
+    """If a process is killed, the others end with one line that names the last checkpoint."""
     out = tmp_path / "run"
     processes = launched(token_file, out, "mesh.data=2", "train.steps=100000")
     while not (out / "checkpoints" / "2").is_dir():
@@ -137,7 +138,7 @@ def test_who_is_left_says_so_and_ends(token_file, tmp_path, killed):
 
 @pytest.mark.product
 def test_a_run_that_is_written_is_refused_by_all(token_file, tmp_path):
-    """Process 0 finds the lock taken, and the other hears of it."""
+    """If process 0 finds the lock taken, all processes end with that error."""
     with one_writer(tmp_path / "run"):
         for status, _, error in map(finish, launched(token_file, tmp_path / "run", "mesh.data=2")):
             assert status == 2
@@ -147,7 +148,7 @@ def test_a_run_that_is_written_is_refused_by_all(token_file, tmp_path):
 
 @pytest.mark.product
 def test_bad_input_ends_all(token_file, tmp_path, single):
-    """All processes end before anything is compiled or written; none waits for another."""
+    """On bad input all processes end before anything is compiled or written."""
     run, _ = single
     before = contents(run)
     for status, _, error in map(finish, launched(token_file, run, "mesh.data=2", "train.seed=1")):

@@ -1,4 +1,4 @@
-"""Processes connect to each other, print which ones they wait for, and refuse bad addresses."""
+"""Processes connect, print which ones they wait for, and refuse bad addresses."""
 
 from __future__ import annotations
 

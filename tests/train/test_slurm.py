@@ -1,4 +1,5 @@
-"""`deploy/slurm.sh` on a Slurm of one node: stopped by the time limit, queued again, finished."""
+"""`deploy/slurm.sh` on a Slurm of one node: a job is stopped by its time limit, requeued,
+finished."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ pytestmark = [
 
 @pytest.fixture
 def slurm(tmp_path_factory):
-    """Start the daemons in a folder of their own; returns the environment of Slurm's commands."""
+    """Start the daemons in a new folder; return the environment of Slurm's commands."""
     root = tmp_path_factory.mktemp("slurm")
     for path in (root, *list(root.parents)[:-1]):
         path.chmod(path.stat().st_mode | 0o055)  # munge refuses a socket that others can't reach
@@ -81,8 +82,8 @@ def free_port() -> int:
 
 
 def test_a_job_continues_after_its_time_limit(slurm, token_file, tmp_path):
-    """The batch shell is signalled 100 seconds before the end of three minutes; Slurm looks at
-    limits every half minute."""
+    """A job that is signalled 100 seconds before its limit of three minutes is requeued and
+    continues. Slurm checks limits every half minute."""
     out, log = tmp_path / "run", tmp_path / "log"
     changes = ("train.steps=100000", "train.log_every=20", "mesh.data=2", f"data.path={token_file}")
     options = ("--nodes=1", "--ntasks-per-node=2", "--time=3", "--signal=B:USR1@100")

@@ -1,4 +1,4 @@
-"""Length stages: longer rows and as many tokens per step, in one run."""
+"""Length stages: rows get longer at equal tokens per step, in one run."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def load(token_file, *overrides):
 
 @pytest.mark.product
 def test_a_run_through_its_stages_and_its_resumption(token_file, tmp_path, monkeypatch):
-    """Rows get longer at the named steps, in training and validation; a run that is continued in a
-    later stage has the same bits as one that was never interrupted."""
+    """Rows get longer at the given steps, in training and validation; a run resumed in a later
+    stage ends with the bits of an uninterrupted one."""
     seen: list[tuple[int, int]] = []
     put = loop.Trainer.put
     monkeypatch.setattr(

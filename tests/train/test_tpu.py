@@ -1,4 +1,4 @@
-"""deploy/tpu.sh makes its VM again after a preemption, with a gcloud that only notes its calls."""
+"""deploy/tpu.sh creates its VM again after a preemption; a fake gcloud records its calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ esac
 
 @pytest.mark.parametrize(("first", "last"), [(255, 0), (0, 0), (0, 2)])
 def test_a_preempted_vm_is_made_again(first, last, tmp_path):
-    """first, last: status of the training when the VM is taken away, and of the next one"""
+    """A preempted VM is created again.
+
+    first, last: exit status of the training when the VM is taken away, and of the next training
+    """
     fake = tmp_path / "gcloud"
     fake.write_text(GCLOUD.replace("FIRST", str(first)).replace("LAST", str(last)))
     fake.chmod(0o755)

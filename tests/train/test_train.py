@@ -28,7 +28,7 @@ def weights_of(state):
 
 @pytest.mark.product
 def test_pieces_of_a_batch_make_the_batch():
-    """Accumulating gradients over pieces of a batch equals the whole batch up to rounding, also if
+    """Accumulating gradients over pieces of a batch equals the whole batch up to rounding, even if
     pieces have different numbers of weighted tokens."""
     (one, seen), (four, others) = (run(trainer(MODEL, accumulate=n), 2) for n in (1, 4))
     np.testing.assert_allclose([m.loss for m in others], [m.loss for m in seen], rtol=1e-5)
@@ -39,7 +39,7 @@ def test_pieces_of_a_batch_make_the_batch():
 
 @pytest.mark.product
 def test_the_gradient_is_clipped():
-    """With plain norms below the limit nothing happens; a tiny limit bounds what Adam sees."""
+    """A limit above the norm changes nothing; a tiny limit bounds the gradient that Adam gets."""
     free, loose, tight = (run(trainer(MODEL, clip_norm=limit), 1) for limit in (None, 1e6, 1e-3))
     jax.tree.map(np.testing.assert_array_equal, weights_of(free[0]), weights_of(loose[0]))
     assert free[1][0].gradient_norm == tight[1][0].gradient_norm > 1e-3
@@ -54,8 +54,8 @@ def _first_moments(state):
 
 @pytest.mark.product
 def test_bfloat16_operands_stay_close(token_file, tmp_path):
-    """Eight bits of mantissa: products move by up to 2^-8, the loss by far less. In processes of
-    their own, since XLA has no such products while its optimisations are off, as they are here."""
+    """With bfloat16 operands, which round by up to 2^-8, the loss changes by far less. They run in
+    processes with XLA's optimisations, without which XLA has no such products."""
     losses = {}
     for operands in ("float32", "bfloat16"):
         changes = (*MINUSCULE, f"data.path={token_file}", f"train.compute.operands={operands}")
@@ -107,7 +107,7 @@ def test_a_batch_must_fit_the_mesh():
 
 
 def placed(*owners: list[int]) -> Any:
-    """A mesh whose devices belong to these processes."""
+    """Return a mesh whose devices belong to these processes."""
     table = np.array([[SimpleNamespace(process_index=owner) for owner in row] for row in owners])
     return SimpleNamespace(devices=table, shape={"data": len(owners), "tensor": len(owners[0])})
 

@@ -58,7 +58,7 @@ LoRA+, 0.13 with one rate for all widths."""
 
 
 def adapter_slopes(**scaling):
-    """Slopes of attention and MLP where a drawn model is frozen and its adapters are trained."""
+    """Return slopes of attention and MLP where only the adapters of a random model are trained."""
     training = dataclasses.replace(TRAINING, adapter=Adapter(rank=2))
     model = dataclasses.replace(MODEL, scaling=dataclasses.replace(MODEL.scaling, **scaling))
     found = coordinates.check(
@@ -76,8 +76,8 @@ def test_adapters_are_flat(kind):
 
 @pytest.mark.product
 def test_one_rate_for_both_thin_weights_is_caught():
-    """With one rate, the first thin weight changes its output more in wider models (Hayou et al.
-    2024)."""
+    """With one rate for both, the first thin weight changes its output more in wider models, and
+    the check fails (Hayou et al. 2024)."""
     assert adapter_slopes(alignment="ignored")[-1] > ADAPTER_LIMIT
 
 

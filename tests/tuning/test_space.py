@@ -1,4 +1,4 @@
-"""Parsing of the ranges of a sweep, and the points that they give."""
+"""Ranges of a sweep are parsed into the points that they mean."""
 
 from __future__ import annotations
 

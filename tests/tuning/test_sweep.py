@@ -1,4 +1,4 @@
-"""A study of hyperparameters: no trial is lost or repeated if a worker is killed."""
+"""A sweep's study loses or repeats no trial if a worker is killed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_sweep(mukv, token_file, tmp_path):
 
 @pytest.mark.product
 def test_each_point_trains_on_its_own_task(mukv, tmp_path):
-    """A key of the data may be searched; points with different data are not trained together."""
+    """Keys of the data can be searched; points with different data are not trained together."""
     task = ("data.task={kind: needle}", "data.task.filler=4,8")
     done = mukv("sweep", "tiny", *MINUSCULE, *task, "--out", tmp_path / "s", "--json")
     assert done.returncode == 0, done.stderr
