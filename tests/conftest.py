@@ -43,7 +43,7 @@ MINUSCULE = (
     "train.length=32",
     "train.validation_batches=2",
 )
-"""Makes of the preset tiny what trains in a second."""
+"""Overrides of the preset tiny, for a model that trains in a second."""
 
 
 QUICK_TO_COMPILE = ("xla_cpu_use_fusion_emitters=false", "xla_cpu_parallel_codegen_split_count=4")
@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Choose XLA's optimisations before JAX is first used; child processes inherit the choice."""
     quick = config.option.markexpr == QUICK
     chosen = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
-    if "jax" in sys.modules:  # a plugin has imported it, which reads the environment
+    if "jax" in sys.modules:  # imported by a plugin: JAX has read the environment
         sys.modules["jax"].config.update("jax_disable_most_optimizations", chosen == "1")
     if quick:
         given = os.environ.get("XLA_FLAGS", "").split()

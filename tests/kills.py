@@ -36,8 +36,8 @@ PATHS: dict[str, tuple[tuple[int, int | None], ...]] = {
     "os.mkdir": ((0, 2),),
     "os.truncate": ((0, None),),
 }
-"""Events that change a file system: where in their arguments paths are, and the descriptors of the
-folders that these are relative to."""
+"""Events that change a file system: the places of paths in their arguments, each with the place of
+the descriptor of the folder that the path is relative to."""
 
 
 def operation(event: str, given: tuple[Any, ...], root: Path) -> str | None:

@@ -25,7 +25,7 @@ PAGES = sorted(
 )
 COMMANDS: Any = typer.main.get_command(app)
 UsageError: Any = typer.BadParameter.__base__
-"""Of the click that typer brings along, under a private name in new versions."""
+"""The exception of typer's click, which new versions of typer have under a private name."""
 FENCE = re.compile(r"^(```+|~~~+).*?^\1[^\S\n]*$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?:(?: {4}|\t).*\n?)+")
 LINK = re.compile(
@@ -130,12 +130,12 @@ def wrong_commands(page: Path) -> list[str]:
         try:
             commands = typed(" ".join(line.split()))
         except ValueError:
-            continue  # no shell
+            continue  # not a shell command
         for words in commands:
             try:
                 arguments = parse(words)
             except UsageError as error:
-                # In a sentence an option may stand without its value.
+                # In a sentence an option may be named without its value.
                 if whole or type(error).__name__ != "BadOptionUsage":
                     wrong.append(f"{line}: {error.format_message()}")
                 continue

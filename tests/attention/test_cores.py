@@ -34,7 +34,7 @@ from tests.pairs import params
 
 BATCH, KV_HEADS, GROUP, WIDTH, QUERIES = 2, 2, 2, 4, 11
 OLD = 6
-"""Tokens before the queries' own."""
+"""Number of tokens before those of the queries."""
 
 
 def bags(random: np.random.Generator, position: Any) -> tuple[list[Entries], list[Mask], Any]:

@@ -155,7 +155,7 @@ def test_sinks_take_their_share():
     without = run(plain, write, read)
     low = read | {"sinks": jnp.full(4, -1e9)}
     np.testing.assert_allclose(run(sunk, write, low), without, atol=1e-6)
-    # The first token sees itself alone: its share is sigmoid(logit - sink).
+    # The first token sees only itself: its weight is sigmoid(logit - sink).
     high = read | {"sinks": jnp.full(4, 1e9)}
     assert not run(sunk, write, high).any()
 
@@ -184,7 +184,7 @@ def test_a_gate_multiplies_what_each_head_read(gate):
     write, read = weights(gated)
     x = draw(2, LENGTH, D_MODEL, seed=9)
     plain = dataclasses.replace(gated, gate=None)
-    # The heads one by one, as rows of an output weight that leaves the others out.
+    # Compute one head at a time, with zeros in the output weight of the others.
     heads = []
     for head in range(4):
         alone = np.zeros((4, 8, D_MODEL), np.float32)

@@ -29,7 +29,7 @@ def test_all_tasks_are_shown(mukv):
 def test_the_table_in_the_terminal(mukv):
     done = mukv("bench", "--oracle", "--tasks", "needle,mqar", "--lengths", "64,32")
     assert done.returncode == 0
-    # Exact, the upper end of its interval and the oracle, of two tasks at two lengths.
+    # Exact match, the upper end of its interval, and the oracle: two tasks, two lengths.
     assert done.stdout.count("1.000") == 12
 
 

@@ -55,12 +55,12 @@ def test_right_as_a_whole():
 
 def test_calibration_error():
     right = np.array([True, False, True, True])
-    # Three in the last bucket, of which two are right; one at 0.5.
+    # Three answers are in the last bucket, two of them correct; one is at 0.5.
     found = calibration_error(right, np.array([0.92, 0.98, 0.5, 1.0]))
     assert found == pytest.approx((0.92 + 0.98 + 1.0 - 2 + 0.5) / 4)
     table = jnp.zeros((5, 5)).at[1, 2].set(9.0)
     scored = score(Known(5), table, samples([0, 1, 2, 3, 4, 0]), EXACT)
-    # Sure of the first token and right, at 1/5 for the other two, where all are tied.
+    # Probability 1 for the first token, 1/5 for the other two, where all logits are equal.
     unsure = 1 - 1 / (1 + 4 * np.exp(-9))
     assert scored.calibration_error == pytest.approx((unsure + 2 / 5) / 3, rel=1e-3)
 
@@ -79,7 +79,7 @@ def test_text_of_another_tokenizer(name, shots):
     length = 2500 if shots else 1200
     found = form.batch(length, 0, np.arange(6))
     assert found.tokens.shape == (6, length)
-    # Nearly full: the longest row leaves less room than a few words take.
+    # The longest row has less room left than a few words take.
     assert (found.tokens != 0).sum(axis=1).max() > length - 40
     size = task.smallest
     puzzles = task.batch(size, 0, "test", np.arange(6))

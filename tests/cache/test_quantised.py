@@ -66,7 +66,7 @@ def test_keys_by_channel(bits, kind):
         with np.errstate(all="ignore"):
             span = np.nanmax(seen, 2, keepdims=True) - np.nanmin(seen, 2, keepdims=True)
             error = np.abs(found[:, :, run] - seen)
-        # A half step, what rounding the step up adds, and float32's own rounding of the sum.
+        # Half a step, the rounding of the step, and the float32 rounding of the sum.
         limit = span / levels * 0.52 + 2e-6 * np.nanmax(np.abs(seen), 2, keepdims=True) + 1e-37
         assert (error <= limit)[~np.isnan(error)].all()
 

@@ -71,7 +71,7 @@ def test_turns_answer_as_one_prefill(folder):
         assert reply.tokens == 9
         assert not reply.restarted
         assert reply.cache_tokens == len(ids) + 8
-        # The end of the last answer, which was drawn but not read, the message and two marks.
+        # The last token of the answer, which was not read yet, the message and two marks.
         assert not number or reply.read == len(f".<user>{message}<assistant>")
         text += reply.text
 

@@ -185,7 +185,7 @@ def test_compress(mukv, trained, tmp_path):
         assert row["tokens_per_second"] > 0
         assert row["strings"] == 3
         assert row["recall_aware"] is None
-    # One entry in twenty does not hold 95 % of what weights of a model that learnt little spread.
+    # The weights of a barely trained model are spread: one entry in twenty has less than 95 %.
     assert [row["capped"] for row in (*rows[:-1], *values)] == [None] * 4 + [1.0]
     assert same["perplexity"] == pytest.approx(full["perplexity"], rel=1e-4)
     assert less["perplexity"] != full["perplexity"]

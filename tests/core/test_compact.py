@@ -67,7 +67,7 @@ def test_each_weight_is_within_half_a_step(name, kind):
 @pytest.mark.parametrize("kind", GROUPS)
 @pytest.mark.parametrize("rows", [1, 40])
 def test_products_are_those_of_the_dequantised_weight(kind, rows, monkeypatch):
-    # Blocks so small that there are several, the last of which overlaps.
+    # Blocks are so small that there are several; the last one overlaps.
     monkeypatch.setattr(compact, "BLOCKS", {True: 400, False: 800})
     random = np.random.default_rng(1)
     for name, contracted in (("hidden", 1), ("output", 2), ("table", 1)):

@@ -19,7 +19,7 @@ from mukv.core.params import Param
         ({"embed": 8, "hidden": 12}, 2, 4, ("data", "tensor")),
         ({"embed": 8, "hidden": 12}, 1, 4, (None, "tensor")),
         ({"embed": 8, "hidden": 12}, 2, 1, ("data", None)),
-        ({"embed": 8, "hidden": 12}, 3, 8, (None, None)),  # neither divides
+        ({"embed": 8, "hidden": 12}, 3, 8, (None, None)),  # neither size is divisible
         ({"embed": 8, "kv_heads": 1, "head_dim": 4}, 2, 2, ("data", None, None)),
         ({"layer": 4, "vocab": 8, "embed": 8}, 2, 2, (None, "tensor", "data")),
         ({"heads": 4, "hidden": 4}, 2, 2, ("tensor", None)),  # an axis is used once

@@ -40,7 +40,7 @@ def test_permutations_are_shuffled_and_differ_by_seed_and_epoch():
         for epoch in range(4)
     }
     for order in found.values():
-        # Of independent uniform draws: correlation 1/64, one fixed point and one neighbour kept.
+        # Expected for independent draws: correlation 1/64, one fixed point, one kept neighbour.
         assert abs(np.corrcoef(place, order)[0, 1]) < 6 / 64
         assert (order == place).sum() < 10
         assert (np.abs(np.diff(order)) == 1).sum() < 15
@@ -150,7 +150,7 @@ def test_prefetch_keeps_the_order_and_works_ahead():
     with Prefetch(make, range(5), depth=3) as prefetch:
         coming = iter(prefetch)
         assert next(coming) == 0
-        # Three are begun although one was asked for.
+        # Three more were made although one was asked for.
         assert all(made.acquire(timeout=10) for _ in range(3))
         assert list(coming) == [1, 4, 9, 16]
 

@@ -237,7 +237,7 @@ def test_a_panic_is_one_clear_line(part: str, expression: str, capfd):
             call()
         assert "\n" not in str(told.value)
     assert capfd.readouterr().err == ""
-    assert tokenizer.encode("a").tolist() == [500]  # it goes on working
+    assert tokenizer.encode("a").tolist() == [500]  # the tokenizer still works
 
 
 def test_what_others_write_while_a_trace_is_held_back_is_kept(capfd):
@@ -441,7 +441,7 @@ def test_added_tokens_are_spelled_by_the_decoder():
     assert tokenizer.token_data(256) == b"    "
 
 
-def test_a_special_token_that_no_text_has_asks_for_no_embedding():
+def test_a_special_token_that_no_text_has_needs_no_embedding():
     tree = word_level()
     # The library numbers an added token after the vocabulary's last.
     tree["added_tokens"].append({**tree["added_tokens"][0], "id": 5, "content": "<image>"})
@@ -450,7 +450,7 @@ def test_a_special_token_that_no_text_has_asks_for_no_embedding():
     assert tokenizer.token_bytes(5).tolist() == [6, 2, 2, 0, 0]
     tree["post_processor"] = template("<s> $A </s>")
     assert JsonTokenizer(json.dumps(tree)).text_vocab_size == 4
-    # One that a text can have does.
+    # A token that is not special needs one.
     tree["added_tokens"][-1]["special"] = False
     with pytest.raises(BadInput, match="vocab_size: got 5; at least the tokenizer's 6"):
         JsonTokenizer(json.dumps(tree)).token_bytes(5)

@@ -59,7 +59,7 @@ def answer(call: Callable[[], Any]) -> str:
         return "refused"
     except AssertionError:
         raise
-    except BaseException as error:  # a panic of a Rust library is no Exception
+    except BaseException as error:  # a panic of a Rust library is not an Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         raise AssertionError(f"{type(error).__name__}: {error}") from error
@@ -73,7 +73,7 @@ def limits(seconds: float = SECONDS, megabytes: float = MEGABYTES) -> Iterator[N
     def expire(*_: object) -> None:
         raise AssertionError(f"over {seconds} s")
 
-    # On a busy machine a second of work takes longer; only what waits may take this long.
+    # Work takes longer on a busy machine, so that the limit on elapsed time is six times larger.
     timers = {signal.ITIMER_PROF: seconds, signal.ITIMER_REAL: 6 * seconds}
     before = _status("VmRSS")
     handlers = {n: signal.signal(n, expire) for n in (signal.SIGALRM, signal.SIGPROF)}

@@ -167,7 +167,7 @@ def test_errors_name_what_was_typed(mukv, place, line, start):
     (place / "run" / "weights").mkdir(exist_ok=True)
     done = mukv(*line.split())
     assert done.returncode == 2, done.stderr
-    if not line.startswith(("eval", "describe ./pipe")):  # a run without weights is told first
+    if not line.startswith(("eval", "describe ./pipe")):  # a run without weights is reported first
         last = done.stderr.splitlines()[-1]  # notes may stand before it
         assert last.startswith(f"error: {start}"), done.stderr
 

@@ -142,7 +142,7 @@ def test_the_folders_are_valid(valid, tmp_path):
 
 def configs(architecture: str) -> Iterator[tuple[str, Change]]:
     config = {"architectures": [architecture], **SIZES, **CONFIGS[architecture]}
-    # What all families read in the same place is tried with one.
+    # Keys that all families read by the same code are tried with one family.
     step = 1 if architecture == "LlamaForCausalLM" else 3
     for number, key in enumerate(KEYS):
         for value in VALUES[number % step :: step]:
@@ -196,7 +196,7 @@ def test_texts_of_configs(valid, tmp_path, record_property):
     check_changes("config texts", folder, texts(), tmp_path, record_property)
 
 
-# Files of tensors
+# Damaged files of tensors
 
 
 def rewritten(change: Callable[[dict[str, Any]], Any]) -> Change:
@@ -272,7 +272,7 @@ def test_tensors(valid, tmp_path, record_property):
     assert counts["refused"] > 100
 
 
-# What files are, and where they lie
+# Kinds of files, and links
 
 
 def placed(name: str, kind: str, outside: Path) -> Change:

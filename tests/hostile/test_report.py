@@ -257,7 +257,7 @@ def test_metrics(run, tmp_path, record_property):
         shutil.copy(path, run / "metrics.jsonl")
         found = told(run, "x")
         assert all(len(why) < 600 for why in found.left_out)
-        # As a run that is continued does it.
+        # As a continued run reads it.
         assert all(type(value) is not str for value in known_so_far(path, 10)[0].values())
         MetricsFile(path, keep_until=5).close()
         assert all(record["step"] <= 5 for record in read_metrics(path))

@@ -88,7 +88,7 @@ def finish(writer: GGUFWriter) -> None:
 
 
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16")
-"""Types that the library can also write."""
+"""Quantised types that the gguf library can write."""
 
 
 def random_blocks(kind: str, rows: int, blocks: int, seed: int) -> np.ndarray:

@@ -113,7 +113,7 @@ def test_default_end_token(folder):
     """A model without an end token gets that of its family, 2 for Llama as in transformers; null is
     kept."""
     (folder / "generation_config.json").unlink()
-    assert package.load(folder).ends == ()  # null is an answer
+    assert package.load(folder).ends == ()  # null means: no end token
     path = folder / "config.json"
     said = json.loads(path.read_text())
     del said["eos_token_id"]
@@ -221,7 +221,7 @@ def test_layers_become_the_shortest_plan(windows, expected):
     assert all(isinstance(stage, Stage) for stage in stages)
 
 
-# What can be wrong
+# Bad input
 
 
 def change_config(folder, **changes):

@@ -17,7 +17,7 @@ from tests.laws.matrix import EXACT, VOCAB
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
 LONG = TAIL + 2 * BLOCK + 3
-"""New tokens, so that a tail is folded and a block is cut."""
+"""Number of new tokens, which folds a tail and ends within a block."""
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ ATTENTIONS: dict[str, AnyAttention] = {
         sinks="learned",
         indexer=Indexer(heads=3, width=6, top_k=2),
     ),
-    # The norm of what a head reads would magnify the rounding of reads that happen to be tiny.
+    # The norm of a head's output would magnify the rounding of outputs that are tiny.
     "gated-delta": GatedDelta(
         heads=4, key_heads=2, head_dim=8, head_value_dim=6, taps=3, beta=2, norm=RMSNorm(1e-3)
     ),
@@ -151,7 +151,7 @@ DRESSES: dict[str, dict[str, Any]] = {
     "mqa": {"residual": PostNorm()},
     "tensor-product": {"norm": RMSNorm(centred=True), "positions": "learned", "context": 512},
 }
-"""What a model with such an attention has besides."""
+"""Further fields of a model with this attention."""
 MIXED = Stage(
     (
         Layer(),
@@ -281,7 +281,7 @@ def parts(combination: Combination) -> set[tuple[str, str]]:
 QUICK = cover([row for row in COMBINATIONS if row[2] in COMPOSED], parts)
 """Every pair of attention, position and composed plan at least once."""
 PROGRAMS = ("forward", "decode", "gradient")
-"""What is compiled for the laws on one model. Each law needs one of them."""
+"""The programs that the laws compile for one model. Each law needs one of them."""
 
 
 def by_program(rows: Sequence[Any], parts: Callable[[Any], Iterable[Part]]) -> dict[str, list[Any]]:
@@ -298,8 +298,8 @@ def by_program(rows: Sequence[Any], parts: Callable[[Any], Iterable[Part]]) -> d
 
 QUICK_BY_PROGRAM = by_program(QUICK, parts)
 SAMPLE = cover(QUICK_BY_PROGRAM["gradient"], parts, size=1)
-"""Every part at least once, for what is too slow for every pair; their gradients are compiled
-anyway."""
+"""Every part at least once, for tests that are too slow for every pair. The gradients of these rows
+are compiled anyway."""
 
 
 def build(attention: str, position: str, plan: str, **changes: object) -> Decoder:
@@ -347,7 +347,7 @@ def concept_parts(row: tuple[str, str, str]) -> list[tuple[str, str]]:
 
 
 QUICK_CONCEPTS = cover(CONCEPTS, concept_parts)
-"""Every two parts of a concept model meet."""
+"""Every two parts of a concept model occur together."""
 QUICK_CONCEPTS_BY_PROGRAM = by_program(QUICK_CONCEPTS, concept_parts)
 SAMPLE_CONCEPTS = cover(QUICK_CONCEPTS_BY_PROGRAM["gradient"], concept_parts, size=1)
 """Every part at least once."""

@@ -172,7 +172,7 @@ def test_optimizer_state_is_that_of_the_adapters(kind):
 
     one, two, whole = held(Adapter(1)), held(Adapter(2)), held(None)
     assert two < 0.1 * whole or kind == "adafactor"
-    if kind != "adafactor":  # which keeps sums over rows and columns of what is large
+    if kind != "adafactor":  # adafactor keeps sums over rows and columns of large weights
         assert two - 4 == pytest.approx(2 * (one - 4), rel=0.01)
     state, _ = run(trainer(PLAIN, adapter=ADAPTER, optimizer=OPTIMIZERS[kind]()), 3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -240,7 +240,7 @@ def test_resume_is_bit_equal(stop, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(stop, run(trainer(PLAIN, adapter=ADAPTER), stop)[0])
     fresh = trainer(PLAIN, adapter=ADAPTER)
-    fresh.initial_state()  # reads or draws what is frozen
+    fresh.initial_state()  # reads or draws the frozen weights
     with Checkpoints(tmp_path) as checkpoints:
         state = checkpoints.restore(None, fresh.abstract_state())
     assert_same_bits(steps(fresh, state, stop, LAST)[0], whole)

@@ -171,7 +171,7 @@ def test_concepts_of_one_token_without_local_layers_are_a_decoder(chunker, pool)
     if "places" in weights["pool"]:
         weights["pool"]["places"] = np.ones(1, np.float32)
     if chunker == "learned":
-        # All queries point one way and all keys the other: every border is certain.
+        # Queries and keys have opposite directions, so that every token is a border.
         weights["chunker"] = {"now": 1 - same, "before": -1 - same}
         weights["embedding"] = known["embedding"] = np.abs(known["embedding"])
     ids, place = matrix.tokens(2), np.tile(np.arange(LENGTH), (2, 1))

@@ -95,7 +95,7 @@ def test_positions_matter():
     rope, nope = (matrix.build("gqa", name, "plain") for name in ("rope", "nope"))
     weights = matrix.weights(rope)
     difference = np.abs(trained(rope, weights) - trained(nope, weights)).max(axis=(0, 2))
-    assert difference[0] < 1e-5  # one entry: nothing to tell apart
+    assert difference[0] < 1e-5  # with one entry all weights are 1
     assert difference[1:].min() > 1e-3
 
 

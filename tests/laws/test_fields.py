@@ -320,7 +320,7 @@ CHANGES = {
     "MeshShape.data": "mesh.data=2",
     "MeshShape.tensor": "mesh.tensor=2",
 }
-"""What each changes is seen in the programs of training, or in what four steps of it do."""
+"""Fields that change the programs of training, or the numbers of its first four steps."""
 NUMBERS = {"Data.path", "Data.packing", "Data.mixture", "MixturePart.path", "MixturePart.weight"}
 NUMBERS |= {"Training.seed", "Training.stages", "LengthStage.begin", "LengthStage.length"}
 """The program is the same; a change in it would not be that of the field."""
@@ -333,7 +333,7 @@ LOOP = {
     "Training.keep_last": "train.keep_last=2",
     "Training.keep_best": "train.keep_best=4",
 }
-"""These are seen in what a run writes."""
+"""Fields that change the files of a run."""
 
 SAME = {
     "Compute.unroll": "train.compute.unroll=false",
@@ -344,7 +344,7 @@ SAME = {
     "Compute.loss_chunk": "train.compute.loss_chunk=5",
     "Training.accumulate": "train.accumulate=2",
 }
-"""These say how, not what: memory and time differ, the numbers must not."""
+"""Fields that change memory and time, but no numbers."""
 
 REFUSED = {
     "LanguageModel.context": ("model.context=8", r"train\.length: got 16; at most model.context")
@@ -406,7 +406,7 @@ def classes() -> set[type]:
             for hint in get_type_hints(cls, include_extras=True).values()
             for each in inside(hint)
         }
-        # The knobs of a task are held to this in test_tasks.py.
+        # The fields of tasks are tested in test_tasks.py.
         waiting += {cls for cls in inner - found if not issubclass(cls, Task)}
     return found
 
@@ -523,14 +523,14 @@ def test_field_changes_a_program_or_a_number(compiled, outcome, name):
 
 @pytest.mark.product
 @pytest.mark.parametrize("name", params(SAME, [*SAME][::3]))
-def test_it_says_how_and_not_what(load, outcome, name):
+def test_field_changes_no_number(load, outcome, name):
     run = load(SAME[name])
     assert run != load()
     np.testing.assert_allclose(outcome(SAME[name])[0], outcome()[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused(load, name):
+def test_field_is_refused(load, name):
     override, message = REFUSED[name]
     with pytest.raises(BadInput, match=message):
         load(override)

@@ -310,7 +310,7 @@ def test_what_is_kept_while_decoding(one, name):
                 score = np.stack([np.convolve(w, np.ones(5) / 5, "same") for w in weights]).mean(0)
                 score[-window:] = np.inf
             elif name == "tova":
-                # Heads hold different entries: each weighs its own, averages are over all.
+                # Softmax is over a head's own entries, means are over the entries of all heads.
                 per_head = [
                     one.weights(row, [places[-1]], places)[h, :, 0].mean(0) for h in range(2)
                 ]
@@ -503,7 +503,7 @@ def test_pyramid(name, budget, length, beta):
     for place in range(layers):
         found = keep.of_layer(place, layers, length).budget.of(length)
         wanted = mean if flat else high - place * (high - low) / (layers - 1)
-        # A share is a fraction with a denominator of at most 1,000.
+        # Budgets are stored as fractions with denominators of at most 1,000.
         assert abs(found - wanted) <= 1 + (length > 1000) * (budget <= 1) * length / 2000
 
 
@@ -651,10 +651,10 @@ def test_stores(one, name, bits):
         assert np.abs(found - exact).max() < 1.2 * step
     parts = body.shelf.stored["value"]
     assert parts["number"].nbytes == 2 * 2 * 64 * 8 * bits // 8
-    # A step in bfloat16 for each token and head, in 4 bits a float32 beside it.
+    # A bfloat16 step for each token and head, and with 4 bits a float32 minimum.
     factors = sum(array.nbytes for part, array in parts.items() if part != "number")
     assert factors == 2 * 2 * 64 * (2 if bits == 8 else 6)
-    # Of keys both for each channel of 32 tokens.
+    # Keys have both for each channel of 32 tokens.
     parts = body.shelf.stored["key"]
     factors = sum(array.nbytes for part, array in parts.items() if part != "number")
     assert factors == 2 * 2 * (64 // 32) * 8 * 6
@@ -700,17 +700,17 @@ def test_bytes_are_those_of_the_parts(name, budget):
         "snapkv+chunk+critical": asked,
         "tova": query,  # the last one of the tail
         "expected(covariance=false)": asked + mean,
-        "expected": asked + mean + 4 * (8 * 9 // 2) * 4,  # a triangle of squares
+        "expected": asked + mean + 4 * (8 * 9 // 2) * 4,  # a triangular matrix
         "snapkv+adaptive": asked + 2 * slots * 4,  # the head that an entry belongs to
-        "pages": 2 * (slots // 4) * (2 * 8 * 4 + 2),  # bounds, and whether read always or at all
+        "pages": 2 * (slots // 4) * (2 * 8 * 4 + 2),  # bounds, and flags: always read, if at all
         "sparq": 2 * (slots * (8 * 4 + 1) + 8 * 4),  # keys by component, and a mean of the values
-        # Centres, and where each cluster begins and the last ends; those always read are one more.
+        # Centres, and the borders of clusters; entries that are always read are one more cluster.
         "clusters": 2 * (6 * 8 * 4 + (6 + 2) * 4),
         "clusters(clusters=3)": 2 * (3 * 8 * 4 + (3 + 2) * 4),
     }
     if name.startswith("int"):
-        # Of keys a minimum (float32) and a step (bfloat16) per channel of a group of tokens, of
-        # values per token of each 8 channels. In 8 bits a value's step alone.
+        # Keys have a minimum (float32) and a step (bfloat16) per channel and group of tokens,
+        # values per token and 8 channels. Values in 8 bits have a step only.
         bits, group = int(name[3]), 8 if "group" in name else 32
         body = 2 * (slots * 2 * 8 * bits // 8 + slots // group * 8 * 6)
         body += 2 * slots * (2 if bits == 8 else 6)

@@ -37,7 +37,7 @@ def build(combination):
 
 SPLIT = [*itertools.product(MESHES, matrix.SAMPLE)]
 QUICK = [("both", matrix.SAMPLE[0])]
-"""Both ways of splitting at once."""
+"""Meshes with both axes."""
 
 
 @functools.lru_cache(1)

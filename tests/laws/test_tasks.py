@@ -23,7 +23,7 @@ from mukv.tasks.solvers.prompts import SOLVERS_IN_WORDS
 COUNT = 1000
 EVERY = pytest.mark.parametrize("name", TASKS)
 KNOBS = ("facts", "distractors", "updates", "hops", "resets", "statements", "writes", "values")
-"""Of those that a task has, each is changed by one; all may be, independently."""
+"""Fields of tasks; those that a task has are increased by one, one at a time or several."""
 
 
 def samples(name, split="test", count=COUNT, extra=40):
@@ -89,7 +89,7 @@ def test_position_alone_scores_chance(name):
     assert hits.mean() <= task.chance(found) + 4 / np.sqrt(hits.size) * 0.5
     if task.ends:
         return
-    # Knowing as well which answer of the row it is.
+    # The baseline that also knows which answer of the row is asked for.
     predicted = found.tokens.copy()
     for number in range(found.start.shape[1]):
         width = int((found.stop - found.start)[0, number])
@@ -110,7 +110,7 @@ def test_splits_can_not_meet(name):
             for row in found.tokens:
                 assert (row[0] + task.content(row).sum()) % len(SPLITS) == number
     salts = [np.bincount(samples(name, split)[1].tokens[:, 0], minlength=3) for split in SPLITS]
-    # A salt tells nothing of the split: all are as frequent in each.
+    # Salts are equally frequent in every split.
     assert np.min(salts) > COUNT / 3 - 4 * np.sqrt(COUNT * 2 / 9)
 
 

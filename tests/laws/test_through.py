@@ -119,7 +119,7 @@ def test_documents_of_a_row_are_independent(single):
     np.testing.assert_allclose(found[:, 20:], changed[:, 20:], atol=1e-6)
     assert np.abs(found - changed)[:, 9:20].max() > 1e-2
 
-    # Of the document at 9 to 20 the blocks end at 12 and 18.
+    # The blocks of the document at 9 to 20 end at 12 and 18.
     cache = model.empty_cache(1, 12, TAIL, EXACT.type, through.policy)
     apart = model.unstack(weights)
     for start, stop in ((9, 12), (12, 18), (18, 20)):

@@ -160,7 +160,7 @@ def test_a_capacity_drops_the_later_tokens_of_a_row(capacity):
     np.testing.assert_allclose(y, expected, atol=1e-5)
     np.testing.assert_allclose(told["expert_dropped"], dropped, atol=1e-6)
     assert (dropped.max() > 0) == (capacity < 9)
-    # Nothing is dropped where no whole rows are read.
+    # Without `counted`, where rows are not whole, no tokens are dropped.
     np.testing.assert_array_equal(applied(part, own, x)[0], applied(PART, own, x)[0])
 
 
@@ -299,7 +299,7 @@ def test_parity_with_qwen3_moe():
         part = replace(PART, normalise=normalise)
         y, told = applied(part, own, x, np.ones(x.shape[:2], bool))
         np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
-        # Theirs is over the whole batch and top_k at even routing: compare row by row.
+        # That of transformers is over the whole batch, and top_k at even routing: compare each row.
         for row, mine in enumerate(told["expert_balance"]):
             their = qwen.load_balancing_loss_func(
                 (logits[row * LENGTH : (row + 1) * LENGTH],), 5, 2

@@ -116,7 +116,7 @@ def test_a_policy_as_text(model, policy):
 @pytest.mark.product
 def test_a_text_ends_before_a_stop_text(model):
     whole = model.generate("ab", max_tokens=60, temperature=1.0)
-    # What stands in the middle, over a border of tokens: a token is a byte here.
+    # A stop text in the middle of an answer, across tokens, which are bytes here.
     stop = whole.text[20:23]
     cut = model.generate("ab", max_tokens=60, temperature=1.0, stop=["never said", stop])
     assert cut.text == whole.text[: whole.text.index(stop)]

@@ -11,7 +11,7 @@ from typing import Any
 
 ABSENT = object()
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-"""Whose defaults make a model large."""
+"""Keys whose defaults make a model large."""
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 BASE = {
     "vocab_size": 40,
@@ -25,7 +25,7 @@ BASE = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
-"""Everything else is left out; heads have a width that no family has by default."""
+"""Keys of every point. Heads have a width that no family has by default."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0, "rope_type": "llama3"}
 YARN = {"rope_type": "yarn", "factor": 4.0}
 BEFORE = {"original_max_position_embeddings": 16}
@@ -147,7 +147,7 @@ TOGETHER: list[dict[str, Any]] = [
     {"head_dim": ABSENT, "num_attention_heads": 4},
     {"hidden_size": 50, "num_attention_heads": 4, "head_dim": 6},
 ]  # fmt: skip
-"""What only keys beside each other show."""
+"""Changes whose effect needs several keys at once."""
 
 
 def single() -> Iterator[dict[str, Any]]:
@@ -170,7 +170,7 @@ def several(count: int, seed: int) -> Iterator[dict[str, Any]]:
     for _ in range(count):
         keys = [key for key in KEYS if key not in SIZES and draw.random() < 0.2]
         changed = {key: draw.choice(KEYS[key]) for key in keys if key != "model_type"}
-        # Most of what is impossible or refused has been tried alone.
+        # Impossible and refused values have been tried alone: take fewer of them.
         yield {key: value for key, value in changed.items() if value or draw.random() < 0.3}
 
 

@@ -79,7 +79,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Windows are shorter than the text, and texts longer than what rotations were slowed from."""
+"""Windows are shorter than the texts, and texts longer than the original length of RoPE scaling."""
 
 
 def build(family: str, fields: Mapping[str, Any], seed: int = 0) -> Any:

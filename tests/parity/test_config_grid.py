@@ -78,14 +78,14 @@ def compare(architecture: str, changes: dict, folder: Path, known: dict) -> str:
     (folder / "config.json").write_text(json.dumps(config))
     model, expected = theirs(folder)
     if model is None or not np.isfinite(expected).all():
-        # Without tensors to compare with, what we say of the file itself is all there is.
+        # There are no tensors to compare with, only what we report about the file.
         family = FAMILIES[architecture]
         try:
             family.read(mukv.hub.settings.Given(config, "config.json"))
         except BadInput:
             return NEITHER
         return OURS
-    tensors = dict(model.named_parameters())  # tied ones once
+    tensors = dict(model.named_parameters())  # tied weights occur once
     save_file({name: weight.detach() for name, weight in tensors.items()}, folder / "a.safetensors")
     found = ours(folder, config, known)
     if found is None:
@@ -151,5 +151,5 @@ def test_defaults_are_theirs(architecture):
             assert rope.get(kind, rope)["rope_theta"] == value, key
         else:
             there = type(config).__dataclass_fields__.get(key)
-            # A key that a family has not is read by others alone.
+            # A key that this family does not have is ignored by it.
             assert there is None or there.default == value, key

@@ -68,7 +68,7 @@ def theirs():
     model = transformers.DeepseekV4ForCausalLM(config).eval()
     layers, seen = [layer.self_attn for layer in model.model.layers], {}
     with torch.no_grad():
-        # What begins as zeros or ones must not hide what it does.
+        # Weights of zeros or ones would have no effect.
         for name, weight in model.named_parameters():
             if weight.ndim >= 2:
                 weight.normal_(0, 1.5 / weight.shape[-1] ** 0.5)

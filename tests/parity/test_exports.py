@@ -77,7 +77,7 @@ PLANS = {
         Stage((Layer(), Layer(attention=Grouped(heads=2, kv_heads=1, head_dim=8)))),
     ),
 }
-"""Some have no words in any config.json."""
+"""Plans, some of which no config.json can express."""
 OFFSET = RMSNorm(stored="offset")
 GEMMA = {"norm": OFFSET, "residual": SandwichNorm(), "embedding_scale": "root_width",
          "readout": "tied", "mlp": Gated(hidden=24, activation="gelu")}  # fmt: skip
@@ -96,7 +96,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "Olmo3": (OVER_ALL, {"residual": PostNorm()}, ("local-global", "fast local", "slowed local")),
     "GptOss": ({"sinks": "learned", "biases": ALL}, {"mlp": CLAMPED}, ("local-global", "plain")),
 }
-"""Of each architecture: attention, model, plans."""
+"""For each architecture: changes of the attention and of the model, and names of plans."""
 ATTENTION: Mapping[str, list[Any]] = {
     "heads": [2, 3, 6],
     "kv_heads": [1, 2],

@@ -70,14 +70,14 @@ MODELS = {
         },
     ),
 }
-"""Plan, changes of attention, changes of the model: all that an export has to fold away."""
+"""Plan, changes of the attention, changes of the model: all that an export folds into weights."""
 
 
 @pytest.mark.product
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_scaled_is_folded_into_the_weights(name, tmp_path):
     plan, attention, changes = MODELS[name]
-    # One rotation in all layers, which is all that a config.json can say.
+    # A config.json has one rotation for all layers.
     model = matrix.build("gqa", "rope", plan, **changes)
     shared = replace(model.attention, **attention)
     model = replace(model, attention=shared, plan=matrix.PLANS[plan])
@@ -120,7 +120,7 @@ def test_perplexity_with_a_stride(trained, tmp_path):
     ours, length, stride, done, nats = mukv.load(trained), 20, 7, 1, 0.0
     row = np.array(ours.encode("Déjà vu number 7. " * 3))
     for begin in range(0, len(row), stride):
-        # A window of theirs has its last target inside.
+        # A window of transformers contains its last target.
         end = min(begin + length + 1, len(row))
         labels = row[begin:end].copy()
         labels[: done - begin] = -100

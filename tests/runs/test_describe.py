@@ -102,7 +102,7 @@ def test_every_token_asks_the_concepts_that_cross_attention_reads():
         model = config.load("tiny-concept-fixed", [f"model.injection={{kind: {kind}}}"]).model
         return flops_per_token(model, 256) - flops_per_token(model, 128)
 
-    # Of 64 concepts rather than 32 a token sees half; scores and values of 4 heads of 32 numbers.
+    # A token sees half of the concepts, 64 rather than 32; scores and values, 4 heads of 32.
     assert longer("cross") - longer("residual") == 3 * 4 * 4 * 32 * (64 - 32) / 2
 
 

@@ -36,7 +36,7 @@ def test_state_is_what_each_device_is_given(mesh, changes):
     run = config.load("tiny-experts", [*changes, *sizes])
     trainer = Trainer(run.model, run.train, run.mesh.build())
     held = footprint.state_bytes(trainer)
-    assert held.pop("teacher") == 0  # no run here has one
+    assert held.pop("teacher") == 0  # no preset in this test has this setting
     assert Estimate(run, HOST).state == held
 
 
@@ -63,7 +63,7 @@ def test_each_policy_stores_less_than_the_one_before():
     rows = [found.kept(policy) for policy in POLICIES]
     assert rows == sorted(rows, reverse=True)
     assert len(set(rows)) == len(POLICIES)
-    # The residual stream before each of 16 layers in bfloat16, which offloading takes away.
+    # Offloading removes the bfloat16 residual stream before each of 16 layers.
     stream = rows[POLICIES.index(True)] - rows[POLICIES.index("offload")]
     assert stream == 16 * 8192 * 2048 * 2
 

@@ -24,7 +24,7 @@ def test_a_run_names_its_teacher_and_continues_with_the_same_one(mukv, trained, 
     done = mukv(*line, "--out", out, "train.distillation.weight=1")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
-    # The student begins as its teacher.
+    # The student starts from its teacher's weights.
     assert abs(lines[0]["divergence"]) < 1e-4
     assert lines[0]["gradient_norm"] < 1e-2
     assert lines[0]["loss"] > 1
@@ -35,7 +35,7 @@ def test_a_run_names_its_teacher_and_continues_with_the_same_one(mukv, trained, 
         named(load_weights(out / "weights")[0]).keys()
         == named(load_weights(trained / "weights")[0]).keys()
     )
-    # The run is used, without its teacher; a run that goes on needs the same, at any path.
+    # The run is used without its teacher; to continue it, the same teacher is needed, at any path.
     moved = tmp_path / "moved"
     teacher.rename(moved)
     text = tmp_path / "a.txt"

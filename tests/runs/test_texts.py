@@ -129,7 +129,7 @@ def test_without_a_text_the_default_one_is_read_with_its_own_tokenizer(mukv, imp
     done = mukv("analyze", imported, "--length", 16, "--samples", 2, "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     assert "held-out text of stdlib" in done.stderr
-    # And beside the bytes that models without a tokenizer of their own are trained on.
+    # It also differs from the file of bytes, for models without a tokenizer.
     assert open_corpus(config.load("tiny", [])).path != corpus.path
 
 

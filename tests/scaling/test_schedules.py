@@ -32,7 +32,7 @@ def test_the_last_update_has_the_final_rate(kind, steps, warmup):
         for shape, decay in DECAYS.items():
             schedule = cls(warmup=warmup, decay=1.0, shape=shape)
             plan = Plan(0.5, steps, 4096)
-            # The update after the last one would have a rate of zero, and no update has.
+            # The rate reaches zero only at the update after the last one.
             assert float(schedule.rate(jnp.asarray(steps), plan)) == pytest.approx(0, abs=1e-7)
             assert (rates(schedule, steps) > 0).all()
             assert float(decay(jnp.asarray(0.0))) == pytest.approx(1)

@@ -23,7 +23,7 @@ adam      none  sp 0 -½ -½  | ntk 0 0 0   | mup -½ -½ 0  | mean_field 0 0 +�
 adafactor full  sp 0 -½ -½  | ntk 0 -½ -½ | mup 0 -½ 0   | mean_field 0 -½ 0
 adafactor none  sp 0 0 0    | ntk 0 0 0   | mup 0 0 0    | mean_field 0 0 0
 """
-"""Everett et al. 2024, table 1, written out once more."""
+"""Everett et al. 2024, table 1, typed independently of the package."""
 
 
 def cells():

@@ -57,7 +57,7 @@ def same(one: Any, other: Any) -> None:
 
 
 compiled = partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
-"""Compile as users do, which tests/conftest.py otherwise leaves out: to the bit or not is a
+"""Compile with XLA's optimisations, which tests/conftest.py turns off, since bit-equality is a
 question about the compiler too."""
 
 

@@ -87,7 +87,7 @@ def test_saving_a_step_again_does_nothing(tmp_path):
         checkpoints.save(2, state(9))
         assert_equal(checkpoints.restore(2, like(state())), state(2))
         checkpoints.save(2, state(9))
-        checkpoints.save(1, state(1))  # older than the latest, which Orbax would skip in silence
+        checkpoints.save(1, state(1))  # older than the latest, which Orbax would silently skip
         assert_equal(checkpoints.restore(1, like(state())), state(1))
         assert_equal(checkpoints.restore(None, like(state())), state(2))
 
@@ -133,7 +133,7 @@ def test_any_flipped_bit_changes_the_checksum():
     assert int(checksum(jnp.array([1.0, 2.0]))) != int(checksum(jnp.array([2.0, 1.0])))
 
 
-# Damage
+# Damaged checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def test_a_killed_process_leaves_whole_checkpoints_only(tmp_path):
         )
         assert process.stdout is not None
         process.stdout.readline()
-        process.stdout.readline()  # so one is complete, and the next on its way
+        process.stdout.readline()  # so that one is complete, and the next is being written
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
         process.wait()

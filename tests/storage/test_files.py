@@ -85,7 +85,7 @@ def test_a_folder_in_the_way_stays(tmp_path):
 
 def test_leftovers_go_unless_a_process_holds_them(tmp_path):
     dead(tmp_path / "a")
-    (tmp_path / ".b.12.partial").mkdir()  # killed before it held anything
+    (tmp_path / ".b.12.partial").mkdir()  # killed before it wrote anything
     with temporary(tmp_path / "c") as living:
         dead(tmp_path / "d")
         write_atomic(tmp_path / "e", "")

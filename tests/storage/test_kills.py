@@ -28,7 +28,7 @@ CHANGING = {
     *("provenance.json", "metrics.jsonl", "compress.csv", "finished.jsonl", "study.db"),
     "results.json",
 }
-"""Files that tell of times and speeds."""
+"""Files with times and speeds."""
 
 Prepare = Callable[[Path], None]
 

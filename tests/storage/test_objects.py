@@ -102,7 +102,7 @@ def test_one_writer_at_a_time(bucket, monkeypatch):
     first, before = Lease.taken(store, quiet)
     assert before == ""
     first.renew("copy one")
-    # On another host, whose processes can't be looked for.
+    # The lease is of another host, whose processes can't be looked up.
     other = replace(first.holder, host="elsewhere", process=1)
     store.write("lease", b"")
     store.write(".mukv/lease-00000001", lease._content(other))
@@ -116,7 +116,7 @@ def test_one_writer_at_a_time(bucket, monkeypatch):
     with pytest.raises(Held, match="process 1 on elsewhere is writing"):
         Lease.taken(store, said.append)
     assert "waiting up to 60 s" in said[0]
-    # It runs out: the next one takes over, and the first one finds out.
+    # The lease expires: the next writer takes it, and the first one's renewal fails.
     store.write(".mukv/lease-00000001", lease._content(replace(other, time=other.time - 100)))
     second, before = Lease.taken(store, quiet)
     assert (second.number, before) == (2, "copy one")
@@ -151,7 +151,7 @@ def test_a_copy_is_sent_and_fetched(bucket, tmp_path, monkeypatch):
         checkpoint(folder, 2, b"two")
     names = [name for name in Objects(url).list() if not name.startswith(".")]
     assert len(names) == 5
-    with Copy(url).written() as folder:  # at once: the lease was given up
+    with Copy(url).written() as folder:  # without waiting: the lease was released
         shutil.rmtree(folder / "checkpoints/1")
         (folder / "config.yaml").write_text("a: 2\n")
     machine(monkeypatch, tmp_path / "other")

@@ -18,7 +18,7 @@ from tests.pairs import params
 pytestmark = pytest.mark.xdist_group("trained")
 
 ODD = "é 日{x}%20{#&'\"$~;:|=+@,!`^()<>\n\x01.orbax-checkpoint-tmp "
-"""One name with all that must work at once."""
+"""One name with all special characters that must work."""
 REFUSED = ("a[b]", "[", "]", "a\\b", "a*b", "?")
 NO_TEXT = os.fsdecode(b"\xff\xfe")
 

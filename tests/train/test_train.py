@@ -93,7 +93,7 @@ def test_the_layer_that_went_wrong_is_named(poison, blamed):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if name != poison:
             return leaf
-        # Of a stack of layers, the last.
+        # The last one of a stack of layers.
         return leaf.at[-1].set(jnp.nan)
 
     spoilt = jax.tree_util.tree_map_with_path(spoil, state.weights)

@@ -50,13 +50,13 @@ def test_a_sweep(mukv, token_file, tmp_path):
         assert row["deviation"] == pytest.approx((high - low) / 2**0.5)
         runs = sorted((tmp_path / "s" / "trials").glob(f"{row['run'][-11:-7]}-seed-*"))
         assert [str(run)[-1] for run in runs] == ["0", "1"]
-    # Of two values, the best is at an end.
+    # The best of two values is at an end.
     assert facts["edges"] == ["train.learning_rate"]
     assert "train.learning_rate: the best value" in mukv(*given).stderr
     assert (tmp_path / "s" / "sweep.png").stat().st_size > 5_000
     trial = package.load(facts["best"]["run"])
     assert trial.network.d_model == 32
-    # Nothing is left to do: at once, and the same.
+    # Nothing is left to do: the command ends at once with the same result.
     again = json.loads(mukv(*given, "--json").stdout.splitlines()[-1])
     assert again == facts
     other = mukv(*given, "train.steps=4")

@@ -51,7 +51,7 @@ def test_the_command(mukv, token_file, tmp_path):
     assert done.returncode == (0 if facts["passed"] else 1), done.stderr
     assert facts["optima"].keys() == {"32", "64"}
     assert (tmp_path / "t" / "transfer.png").stat().st_size > 10_000
-    # What is known is not measured again.
+    # Known losses are not measured again.
     losses = (tmp_path / "t" / "losses.json").read_text()
     assert json.loads(mukv(*given).stdout.splitlines()[-1]) == facts
     assert (tmp_path / "t" / "losses.json").read_text() == losses
