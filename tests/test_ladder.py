@@ -104,7 +104,7 @@ def test_a_comparison_that_states_its_sizes_has_no_other(scripts):
         scripts.compare.Comparison.read(place, None)
 
 
-def test_what_does_not_fit_is_refused_and_estimated_first(scripts, monkeypatch, capsys):
+def test_comparisons_that_do_not_fit_are_refused(scripts, monkeypatch, capsys):
     ladder, run = scripts.ladder, config.load("ladder-1m")
     machine = ladder.this_machine()
     slow = type(machine)(**{**vars(machine), "flops": 1e9, "memory": 1e9})

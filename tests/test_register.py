@@ -138,7 +138,7 @@ class Mine(package.Grouped):
     kind: Literal["mine"] = "mine"
 
 
-def test_what_register_refuses():
+def test_refused_registrations():
     @dataclass(frozen=True)
     class Taken(package.Attention):
         kind: Literal["latent"] = "latent"

@@ -49,6 +49,6 @@ def test_bad_input_is_refused_before_anything_runs(mukv, trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_texts_of_one_file_name_are_told_apart():
+def test_texts_of_one_file_name_have_different_names():
     paths = [Path("a/x.txt"), Path("b/x.txt"), Path("c/y.txt")]
     assert names_of(paths) == ["a/x.txt", "b/x.txt", "y"]

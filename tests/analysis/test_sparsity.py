@@ -117,7 +117,7 @@ def test_the_most_read_entry_by_its_definition(case):
             np.testing.assert_allclose(entry.first, (places[:, head] < SINKS).mean(), rtol=1e-4)
 
 
-def test_heads_agree_with_themselves():
+def test_agreement_of_a_head_with_itself_is_one():
     model, given = matrix.build("gqa", "rope", "plain"), rows()
     (first, _) = measure(model, matrix.weights(model), [given], LENGTH, matrix.EXACT)
     assert LENGTH > LEAST

@@ -178,7 +178,7 @@ def test_a_core_asked_for_by_name():
         choose(biased, Compute(platform="tpu", core="splash"))
 
 
-def test_the_chooser_says_why():
+def test_chosen_cores_and_reasons_of_refusals():
     fast = choose(Demand(8), Compute())
     assert (fast.name, fast.refused) == ("fused", {})
     gpu = Compute(platform="gpu")

@@ -119,7 +119,7 @@ def test_its_gradient_is_that_of_the_recurrence(decay_dim):
 
 
 @pytest.mark.product
-def test_strong_decays_overflow_nowhere():
+def test_strong_decays_do_not_overflow():
     """Sums of log decays are far below -88, where exp(-G) overflows in float32."""
     rows, state = drawn(KEY)
     rows = rows._replace(decay=5 * rows.decay)
@@ -152,7 +152,7 @@ def test_without_decay_and_beta_the_state_stays():
     np.testing.assert_allclose(read, expected, atol=1e-5)
 
 
-def test_without_memory_a_token_reads_itself():
+def test_without_a_carried_state_a_token_reads_itself():
     rows, state = drawn(1)
     alone = rows._replace(decay=0 * rows.decay - 1e4, beta=0 * rows.beta + 1)
     expected = np.sum(rows.query * rows.key, axis=-1, keepdims=True) * rows.value

@@ -147,7 +147,7 @@ def test_grouped_tied_is_grouped_with_joined_keys():
     np.testing.assert_allclose(run(tied, write, read), expected, atol=1e-5)
 
 
-def test_sinks_take_their_share():
+def test_a_sink_is_a_key_with_a_value_of_zero():
     """A sink equals a key with that logit and a value of zero; a very low logit has no effect."""
     plain = Grouped(heads=4, kv_heads=2, head_dim=8)
     sunk = dataclasses.replace(plain, sinks="learned")

@@ -67,7 +67,7 @@ def test_chance_and_intervals(drawn, lengths):
     assert names == ["chance", *(f"task {number}" for number in range(12))]
 
 
-def test_equal_scores_stand_side_by_side(drawn):
+def test_equal_scores_are_drawn_side_by_side(drawn):
     left, right = drawn(rows(2, (128, 256))).axes
     for axes in (left, right):
         first, second = (np.array(each.get_segments())[:, 0, 0] for each in error_bars(axes))

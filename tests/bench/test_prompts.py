@@ -99,7 +99,7 @@ def edits(one: str, two: str) -> int:
     return row[-1]
 
 
-def test_closeness_is_that_to_the_nearest_part():
+def test_closeness_is_to_the_nearest_part_of_an_answer():
     random = np.random.default_rng(0)
     for _ in range(150):
         wanted = "".join(random.choice(list("abc"), random.integers(1, 6)))
@@ -128,7 +128,7 @@ def test_the_largest_that_fits():
         assert len(calls) < 16
 
 
-def test_a_prompt_fills_its_length_and_no_more(speaker):
+def test_a_prompt_fills_its_length(speaker):
     form, asker = PromptForm(PROMPTED["needle_multi_query"]), Asker(speaker)
     for length in (1200, 1900):
         for prompt in asker.fitting(form, length, 0, np.arange(4)):
@@ -181,7 +181,7 @@ def test_the_template_is_put_around_each_prompt(chatty, template):
 
 
 @pytest.mark.product
-def test_what_the_model_answered_is_told_and_kept(mukv, chatty, tmp_path):
+def test_answers_are_shown_and_stored(mukv, chatty, tmp_path):
     given = ("--tasks", "needle,variable_tracking", "--lengths", LENGTH, "--samples", 2)
     done = mukv("bench", chatty, *given, "--out", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
@@ -267,7 +267,7 @@ def test_a_long_prompt_is_shown_by_its_ends():
         (("--samples", "0"), "--samples"),
     ],
 )
-def test_bad_input_is_told_before_anything_runs(mukv, trained, tmp_path, given, said):
+def test_bad_input_is_reported_before_anything_runs(mukv, trained, tmp_path, given, said):
     done = mukv("bench", trained, *given, "--out", tmp_path / "out")
     assert done.returncode == 2, done.stderr
     assert said in " ".join(done.stderr.split())

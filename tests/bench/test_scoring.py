@@ -41,7 +41,7 @@ def samples(*rows):
     return Samples(np.array(rows, np.int32), start, stop, np.zeros_like(start))
 
 
-def test_right_as_a_whole():
+def test_answers_are_right_as_a_whole():
     follow = np.zeros((5, 5), np.float32)
     follow[[0, 1, 2, 3, 4], [1, 2, 3, 4, 0]] = 9.0
     found = score(
@@ -66,7 +66,7 @@ def test_calibration_error():
 
 
 @pytest.mark.parametrize("logit", [0.0, np.nan])
-def test_ties_and_what_is_not_a_number_are_wrong(logit):
+def test_ties_and_nan_are_wrong(logit):
     table = jnp.full((5, 5), logit)
     found = score(Known(5), table, samples([0, 1, 2, 3, 4, 0]), EXACT)
     assert not found.right.any()

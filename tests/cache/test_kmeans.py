@@ -37,7 +37,7 @@ def test_clusters_that_are_there_are_found():
     np.testing.assert_allclose(found.inertia, squares(blobs(300), found.centres), rtol=3e-3)
 
 
-def test_an_iteration_is_the_mean_of_what_is_nearest():
+def test_an_iteration_is_the_mean_of_the_nearest_points():
     points = jnp.asarray(RANDOM.standard_normal((2, 50, 4)), jnp.float32)
     centres = points[:, :5]
     one = kmeans.lloyd(points, centres, 1, 0.0)
@@ -51,7 +51,7 @@ def test_an_iteration_is_the_mean_of_what_is_nearest():
     assert (squares(points, more.centres) < squares(points, one.centres)).all()
 
 
-def test_the_start_is_spread_and_made_of_points():
+def test_starting_centres_are_spread_points():
     points = blobs(120)
     start = kmeans.plus_plus(points, 6, jax.random.key(1))
     for own, all_points, true in zip(start, points, CENTRES, strict=True):
@@ -71,7 +71,7 @@ def test_mini_batches_are_one_running_mean():
     np.testing.assert_allclose(grown.centres, exact.centres, atol=1e-3)
 
 
-def test_a_set_does_not_depend_on_its_neighbours():
+def test_sets_are_independent():
     points = blobs(100)
     start = points[:, :6]
     alone = kmeans.lloyd(points[:1], start[:1], 5, 0.0)

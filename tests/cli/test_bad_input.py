@@ -260,7 +260,7 @@ def test_a_folder_in_the_way(mukv, place, name):
     refused(mukv, place, ("train", "run"), [f"run/{name}", "in the way"])
 
 
-def test_memory_that_is_not_there(mukv, place, monkeypatch):
+def test_out_of_memory(mukv, place, monkeypatch):
     def generate(*_: object) -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n at ...")
 

@@ -153,7 +153,7 @@ def test_ctrl_c_ends_the_answer(folder):
 
 
 @pytest.mark.product
-def test_a_policy_compresses_what_is_kept(typed):
+def test_a_policy_compresses_the_cache(typed):
     full = turns(typed("Hello\nWhy?\n", "--json"))
     kept = turns(typed("Hello\nWhy?\n", "--json", "--policy", "knorm:0.25"))
     assert kept[1]["cache_bytes"] < full[1]["cache_bytes"]
@@ -172,7 +172,7 @@ def test_a_policy_compresses_what_is_kept(typed):
         (TEMPLATE, ("--length", 1 << 30), ["--length", "at most"]),
     ],
 )
-def test_what_is_refused_before_weights_are_read(folder, typed, monkeypatch, change, args, words):
+def test_refused_before_weights_are_read(folder, typed, monkeypatch, change, args, words):
     def fail(*_, **__):
         raise AssertionError("weights were read")
 
@@ -185,7 +185,7 @@ def test_what_is_refused_before_weights_are_read(folder, typed, monkeypatch, cha
     assert done.stdout == ""
 
 
-def test_bytes_that_are_no_text(typed, mukv, folder, monkeypatch):
+def test_bytes_that_are_not_utf8(typed, mukv, folder, monkeypatch):
     assert typed("\udcff\n").returncode == 2
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8"))
     done = mukv("chat", folder)

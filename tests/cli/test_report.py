@@ -24,7 +24,7 @@ from mukv.show.page import Page
 from mukv.train.metrics import read_metrics
 
 
-def test_a_page_needs_nothing_else(mukv, trained, tmp_path):
+def test_a_page_is_self_contained(mukv, trained, tmp_path):
     out = tmp_path / "report.html"
     done = mukv("report", trained, trained.parent, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
@@ -131,7 +131,7 @@ def test_only_equal_texts_share_axes(figures, trained, texts, tmp_path):
     assert [run["tokens"] for run in facts["runs"]] == 4 * [2 * 2 * 32]
 
 
-def test_a_text_that_is_gone_is_known_by_its_fingerprint(trained, texts, tmp_path):
+def test_a_missing_text_is_identified_by_its_fingerprint(trained, texts, tmp_path):
     gone = shutil.copytree(texts["pairs"], tmp_path / "gone")
     for name in "ab":
         make_run(trained, tmp_path / "runs" / name, gone)
@@ -141,7 +141,7 @@ def test_a_text_that_is_gone_is_known_by_its_fingerprint(trained, texts, tmp_pat
 
 
 @pytest.mark.product
-def test_curves_begin_where_they_can_be_told_apart(figures, trained, texts, tmp_path):
+def test_the_range_of_a_curve_leaves_out_its_start(figures, trained, texts, tmp_path):
     good = [2 + 8 * math.exp(-step / 3) for step in range(60)]
     bad = [*good[:50], *(4.0 + step for step in range(10))]
     for name, losses in (("good", good), ("bad", bad)):
@@ -155,7 +155,7 @@ def test_curves_begin_where_they_can_be_told_apart(figures, trained, texts, tmp_
     assert "leave out" not in str(pictures.curves(gather([flat])[0], tmp_path / "x.png"))
 
 
-def test_figures_that_are_not_of_the_last_step_say_so(trained, texts, tmp_path):
+def test_figures_of_an_earlier_step_are_marked(trained, texts, tmp_path):
     run = make_run(trained, tmp_path / "r", texts["bytes"])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1500, "loss": 1.5}\n')
@@ -166,7 +166,7 @@ def test_figures_that_are_not_of_the_last_step_say_so(trained, texts, tmp_path):
     assert "were measured at that step" in page
 
 
-def test_captions_come_along(tmp_path):
+def test_captions_are_shown(tmp_path):
     (tmp_path / "bench").mkdir()
     for name, caption in (("with", "What a <reader> should know."), ("with-out", None)):
         with saved_figure(tmp_path / "bench" / f"{name}.png", (2, 2), caption=caption) as figure:
@@ -188,7 +188,7 @@ def test_numbers_of_a_table_are_even_and_names_stay(tmp_path):
     ]
 
 
-def test_what_is_no_run_of_a_folder_is_left_out_with_the_reason(trained, texts, tmp_path):
+def test_folders_that_are_no_runs_are_left_out_with_the_reason(trained, texts, tmp_path):
     make_run(trained, tmp_path / "runs" / "good", texts["bytes"])
     broken = tmp_path / "runs" / "broken"
     broken.mkdir()
@@ -215,7 +215,7 @@ def test_pipes_and_directories_are_not_waited_for(tmp_path):
     assert told == [(0, "not a regular file")]
 
 
-def test_metrics_keep_what_is_a_number(tmp_path):
+def test_metrics_keep_numbers_only(tmp_path):
     lines = (
         '{"step": 1, "loss": 2.5}',
         '{"step": 2, "loss": "low", "tokens": 7}',

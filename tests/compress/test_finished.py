@@ -9,7 +9,7 @@ from mukv.cache import Policy
 from mukv.compress.finished import NAME, Finished, key_of
 
 
-def test_what_was_stored_is_known_again(tmp_path):
+def test_stored_measurements_are_read_again(tmp_path):
     finished = Finished(tmp_path)
     assert finished.get("a") is None
     finished.add("a", {"losses": [[0.5, 1.25]]})
@@ -38,7 +38,7 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path, cut):
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe\n", b"[1]\n", b'{"key": 1, "measured": {}}\n', b"{"]
 )
-def test_what_is_no_measurement_is_left_out(tmp_path, content):
+def test_lines_that_are_no_measurements_are_left_out(tmp_path, content):
     (tmp_path / NAME).write_bytes(content)
     assert Finished(tmp_path).known == {}
 

@@ -107,7 +107,7 @@ def test_known_questions_end_the_prefilled_text(reader, rows):
 
 
 @pytest.mark.product
-def test_what_is_stored_is_not_measured_again(reader, rows):
+def test_stored_measurements_are_not_repeated(reader, rows):
     pair = [candidate(reader, name) for name in ("full", "knorm")]
     every = jobs(reader, rows, pair, "model", aware=False)
     assert len({job.key for job in every}) == len(every) == 4

@@ -11,7 +11,7 @@ from mukv.core.errors import BadInput
 TEXT = [np.arange(3000) % 251]
 
 
-def test_windows_are_of_the_text_and_strings_are_where_they_are_said_to_be():
+def test_windows_are_of_the_text_and_strings_are_at_their_places():
     rows = rows_of(TEXT, 1024, 2, 30)
     assert rows.text.shape == (2, 1024)
     assert rows.read == 768

@@ -78,7 +78,7 @@ def converted(model, weights, to, calibrated=True):
         unpack=True,
     ),
 )
-def test_with_all_heads_and_ranks_nothing_changes(position, calibrated):
+def test_conversions_with_all_heads_and_ranks_are_exact(position, calibrated):
     model = source(POSITIONS[position])
     weights = matrix.weights(model)
     turning = int(model.attention.position.partial * D)
@@ -93,7 +93,7 @@ def test_with_all_heads_and_ranks_nothing_changes(position, calibrated):
 @pytest.mark.parametrize(
     "to", params(["shared_kv:16", "mla(rope=4):32"], ["mla(rope=4):32"], unpack=False)
 )
-def test_it_is_the_same_token_by_token(to):
+def test_decode_is_prefill(to):
     model = source()
     weights = matrix.weights(model)
     found = decoded(*converted(model, weights, to))
@@ -105,7 +105,7 @@ def test_it_is_the_same_token_by_token(to):
 @pytest.mark.parametrize(
     "to", ["mqa", "gqa(by=similarity):2", "shared_kv:10", "mla(rope=2):7", "reuse:2"]
 )
-def test_what_leaves_something_out_differs_and_reads_no_later_token(to):
+def test_smaller_models_differ_and_are_causal(to):
     model = source()
     weights = matrix.weights(model)
     made, smaller = converted(model, weights, to)
@@ -161,7 +161,7 @@ TURNED = list(itertools.product([*POSITIONS.values(), NoPE()], [1, 2], [True, Fa
     ("position", "few", "calibrated"),
     params(TURNED, [TURNED[3], TURNED[6], TURNED[17]], unpack=True),
 )
-def test_heads_that_are_turned_copies_become_one_without_loss(position, few, calibrated):
+def test_heads_that_are_rotated_copies_become_one_without_loss(position, few, calibrated):
     model = source(position)
     weights = with_copied_heads(model, few)
     made = converted(model, weights, f"gqa(by=similarity):{few}", calibrated)
@@ -169,7 +169,7 @@ def test_heads_that_are_turned_copies_become_one_without_loss(position, few, cal
     assert made[0].attention.kv_heads == few
 
 
-def test_values_that_follow_from_keys_need_no_room():
+def test_values_that_follow_from_keys_are_not_stored():
     model = source()
     weights = matrix.weights(model)
     write = weights["stage0"]["slot0"]["write"]
@@ -317,7 +317,7 @@ def test_heads_that_have_positions_of_their_own_keep_their_order():
         (matrix.concept("fixed", "sum", "prefix"), "mqa", "model.kind: got 'concept'; decoder"),
     ],
 )  # fmt: skip
-def test_what_has_no_meaning_is_refused_with_what_is_possible(model, to, message):
+def test_impossible_conversions_are_refused_with_the_possible_ones(model, to, message):
     with pytest.raises(BadInput, match=message):
         check(model, parse(to))
 
@@ -337,7 +337,7 @@ def test_what_has_no_meaning_is_refused_with_what_is_possible(model, to, message
         ("", "NAME:NUMBER or"),
     ],
 )
-def test_a_wrong_name_is_told(to, message):
+def test_a_wrong_name_is_reported(to, message):
     with pytest.raises(BadInput, match=message):
         parse(to)
 
@@ -354,7 +354,7 @@ def test_a_parameterisation_with_factors_is_refused():
         check(model, parse("mqa"))
 
 
-def test_examples_are_what_attention_reads():
+def test_examples_are_the_inputs_of_attention():
     model = source(plan=(Stage((Layer(), Layer(window=3))),))
     weights = matrix.weights(model)
     segment = np.ones_like(IDS)
@@ -400,7 +400,7 @@ def test_fits():
     assert error == pytest.approx(np.sum(values[3:] ** 2))
 
 
-def test_groups_are_those_of_the_most_alike():
+def test_groups_are_of_the_most_similar_heads():
     likeness = np.eye(6)
     for group in ([0, 3], [1, 4], [2, 5]):
         likeness[np.ix_(group, group)] = 1

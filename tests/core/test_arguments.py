@@ -17,7 +17,7 @@ from mukv.core.errors import BadInput
         ({"\ud800": 1}, "prompts"),
     ],
 )
-def test_lone_surrogates_are_told_where_they_are(given, where):
+def test_lone_surrogates_are_reported_where_they_are(given, where):
     with pytest.raises(BadInput, match=rf"^{where}: got .*; text without lone surrogates$") as told:
         require_text("prompts", given)
     str(told.value).encode()

@@ -112,14 +112,14 @@ def test_a_factor_multiplies_the_steps(kind):
     assert (small * 0.3).codes is small.codes
 
 
-def test_it_is_an_array_to_others():
+def test_compact_weights_behave_as_arrays():
     small = compacted(OUTPUT, drawn(OUTPUT), "int8")
     assert isinstance(small, Compact)
     found = jnp.einsum("hde->ed", small.astype("bfloat16"))
     assert found.dtype == jnp.bfloat16
 
 
-def test_what_is_stored():
+def test_which_weights_are_compacted():
     gain = Param({"embed": 4}, role="vector")
     router = Param({"embed": 4, "experts": 2}, role="router", fan_in=("embed",))
     bias = Param({"every": 4, "head_dim": 4}, role="vector")

@@ -76,7 +76,7 @@ def test_hosts_share_the_same_batch(corpus: TokenFile, hosts: int):
 
 
 @pytest.mark.parametrize("length", [5, 32, 100, 10**5])
-def test_an_epoch_shows_every_window_once(corpus: TokenFile, length: int):
+def test_an_epoch_has_every_window_once(corpus: TokenFile, length: int):
     batches = Batches(corpus, seed=3, batch=1, length=length)
     for epoch in range(2):
         first = epoch * batches.windows

@@ -81,7 +81,7 @@ def test_rows_are_those_of_the_parts_in_their_order(feed, files):
                 np.testing.assert_array_equal(mine, getattr(batch, name)[n % 4])
 
 
-def test_after_a_cycle_parts_go_on(feed, files):
+def test_parts_continue_after_a_cycle(feed, files):
     batches, per = feed.source("train", 0, 8, 16), CYCLE * 3 // 4
     batch = batches.at(CYCLE // 8)
     first = kinds(batch.tokens).index("a")

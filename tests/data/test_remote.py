@@ -148,7 +148,7 @@ def test_a_file_that_changes_is_not_continued(web, tmp_path):
         build_tokens([f"{web.url}/a.jsonl"], tmp_path / "t")
 
 
-def test_a_damaged_spool_is_told(web, tmp_path):
+def test_a_damaged_spool_is_reported(web, tmp_path):
     web.fault = lambda number: "cut" if number == 0 else 503
     with pytest.raises(Failed):
         build_tokens([f"{web.url}/a.jsonl"], tmp_path / "t")

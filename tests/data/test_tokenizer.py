@@ -211,7 +211,7 @@ def panicking(part: str, expression: str) -> str:
         pre_tokenizers.Split(Regex("(a+b?)+$"), "isolated"),
     ],
 )
-def test_parts_that_may_panic_are_silent_even_where_the_probe_is_well(part, capfd):
+def test_parts_that_may_panic_are_silent(part, capfd):
     inner = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
     if isinstance(part, normalizers.Normalizer):
         inner.normalizer = part
@@ -240,7 +240,7 @@ def test_a_panic_is_one_clear_line(part: str, expression: str, capfd):
     assert tokenizer.encode("a").tolist() == [500]  # the tokenizer still works
 
 
-def test_what_others_write_while_a_trace_is_held_back_is_kept(capfd):
+def test_other_output_is_kept_while_a_trace_is_suppressed(capfd):
     tokenizer = JsonTokenizer(panicking("normalizer", "(x+x+)+y"))
     with telling_tokenizer_errors("here", "a text", quiet=True):
         os.write(2, b"one\n")
@@ -263,7 +263,7 @@ def test_what_others_write_while_a_trace_is_held_back_is_kept(capfd):
         ("(?:a+|b)c+d", False),
     ],
 )
-def test_expressions_that_surely_end_soon(expression: str, quick: bool):
+def test_expressions_of_bounded_time_are_recognised(expression: str, quick: bool):
     assert is_quick(expression) == quick
 
 
@@ -337,7 +337,7 @@ ROBERTA = {**BERT, "type": "RobertaProcessing", "trim_offsets": True, "add_prefi
         (template("<s> $A </s> $A"), (3,)),
     ],
 )
-def test_a_text_begins_with_what_stands_before_it(processor, start):
+def test_encoded_texts_begin_with_the_start_tokens(processor, start):
     tokenizer = JsonTokenizer(json.dumps(word_level(post_processor=processor)))
     assert tokenizer.start == start
     theirs = Tokenizer.from_str(tokenizer.content).encode("a b").ids
@@ -372,7 +372,7 @@ def test_start_of_a_vocabulary_without_usual_letters():
         ),
     ],
 )
-def test_templates_that_can_not_be(processor, words, capfd):
+def test_impossible_templates_are_refused(processor, words, capfd):
     content = json.dumps(word_level(post_processor=processor))
     with pytest.raises(BadInput, match=r"^tokenizer\.json: ") as told:
         parse_tokenizer(content, "tokenizer.json")
@@ -492,7 +492,7 @@ def spelling_special_tokens() -> dict[str, Tokenizer]:
         ("unigram", [1, 6]),
     ],
 )
-def test_no_text_spells_a_special_token(kind, plain):
+def test_texts_contain_no_special_tokens(kind, plain):
     inner = spelling_special_tokens()[kind]
     tokenizer = parse_tokenizer(inner.to_str(), "tokenizer.json")
     assert inner.encode("a <s> a").ids == tokenizer.encode_marked("a <s> a") == [5, 4, 5]
@@ -527,7 +527,7 @@ LONG = "a" * 2000
         normalizing(decoder=True),
     ],
 )
-def test_what_makes_texts_much_longer_is_refused_before_use(content):
+def test_parts_that_make_texts_much_longer_are_refused(content):
     with pytest.raises(BadInput, match=r"^here: got 'a (normalizer|decoder) that makes a text"):
         parse_tokenizer(content, "here")
 
@@ -583,7 +583,7 @@ def test_a_file_has_at_most_200_mb(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_an_id_beyond_reason():
+def test_too_large_ids_are_refused():
     tree = word_level()
     tree["model"]["vocab"]["z"] = 4_000_000_000
     with pytest.raises(BadInput, match=r"an id of 4,000,000,000"):

@@ -85,7 +85,7 @@ def test_neither_split_is_empty(tmp_path: Path, share: float, content: str):
     assert file.validation.bytes == pytest.approx(len(content) * share, abs=2)
 
 
-def test_the_end_that_is_held_out_may_cut_a_document(tmp_path: Path):
+def test_the_validation_split_may_begin_within_a_document(tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()
     for name in "abcd":
@@ -95,7 +95,7 @@ def test_the_end_that_is_held_out_may_cut_a_document(tmp_path: Path):
     assert texts(file, file.validation) == [b"d"]
 
 
-def test_what_is_there_is_kept_refused_or_replaced(folder: Path, tmp_path: Path):
+def test_existing_files_are_kept_refused_or_replaced(folder: Path, tmp_path: Path):
     out = tmp_path / "t"
     first = build_tokens([str(folder)], out)
     made = (out / "meta.json").stat().st_ino

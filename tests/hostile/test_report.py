@@ -313,7 +313,7 @@ def test_names(run, tmp_path, record_property, every):
     record_property("hostile", ("report", {"names": len(NAMES)}))
 
 
-def test_page_over_something_in_the_way(run, tmp_path, record_property):
+def test_the_path_of_the_page_is_in_use(run, tmp_path, record_property):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder" / "x").mkdir(parents=True)
     targets = (

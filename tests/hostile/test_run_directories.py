@@ -54,7 +54,7 @@ def test_metrics(tmp_path, record_property):
 
 
 @pytest.mark.product
-def test_a_run_goes_on_with_metrics_of_others(mukv, run):
+def test_a_run_continues_with_foreign_metrics(mukv, run):
     (run / "metrics.jsonl").write_text("\n".join(line for line in LINES if len(line) < 10**4))
     done = mukv("train", run, "--json")
     assert done.returncode == 0, done.stderr

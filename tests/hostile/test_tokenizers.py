@@ -158,7 +158,7 @@ def assembled(original: dict[str, Any], rng: random.Random) -> str:
 
 
 @pytest.mark.product
-def test_parts_that_do_harm_together(record_property, capfd):
+def test_parts_that_are_harmful_together(record_property, capfd):
     rng = random.Random(1)
     files = originals()
 

@@ -100,7 +100,7 @@ def test_templates_are_those_of_transformers(theirs):
 
 
 @pytest.mark.parametrize("place", ["file", "text", "list", "mapping"])
-def test_where_a_template_is(tmp_path, place):
+def test_files_in_which_a_template_is_found(tmp_path, place):
     template, settings = "{{ bos_token }}{{ messages[0].content }}", dict(SETTINGS)
     if place == "file":
         (tmp_path / "chat_template.jinja").write_text(template)
@@ -184,7 +184,7 @@ def test_a_special_token_can_not_stand_for_the_messages(tmp_path):
         ([{"role": "user", "content": [{"text": "\udfff"}]}], "lone surrogates"),
     ],
 )
-def test_messages_that_are_none(tmp_path, messages, words):
+def test_invalid_messages_are_refused(tmp_path, messages, words):
     (tmp_path / "chat_template.jinja").write_text("x")
     with pytest.raises(BadInput, match=f"^messages.*{words}"):
         chat_text(tmp_path, messages)
@@ -208,7 +208,7 @@ def test_images_are_seen_by_the_name_of_their_type(theirs, tmp_path):
         ("SIGSEGV", "ended by SIGSEGV.*jinja2 can render"),
     ],
 )
-def test_how_rendering_ended_is_told(name, words, monkeypatch, tmp_path):
+def test_the_end_of_rendering_is_reported(name, words, monkeypatch, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\n")
     monkeypatch.setattr(render, "__file__", str(script))

@@ -178,7 +178,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("preset", UNFIT)
-def test_what_has_no_name_there_is_told(trained, tmp_path, preset):
+def test_models_that_transformers_lacks_are_refused(trained, tmp_path, preset):
     model = package.load(trained)
     other = replace(model, run=config.load(preset))
     with pytest.raises(BadInput) as error:
@@ -197,7 +197,7 @@ def test_what_has_no_name_there_is_told(trained, tmp_path, preset):
         ("gemma-2-9b", "Gemma2ForCausalLM"),
     ],
 )
-def test_what_has_one(preset, architecture):
+def test_the_first_fitting_architecture(preset, architecture):
     model = config.load(preset).model
     fitting = [name for name, family in FAMILIES.items() if not list(family.misfits(model))]
     assert fitting[0] == architecture
@@ -213,7 +213,7 @@ def test_what_has_one(preset, architecture):
         ([4], [(1, 1)]),
     ],
 )
-def test_layers_become_the_shortest_plan(windows, expected):
+def test_layers_are_written_as_the_shortest_plan(windows, expected):
     layers = [Layer(window=window) for window in windows]
     stages = planned(layers)
     assert [(len(stage.pattern), stage.repeats) for stage in stages] == expected
@@ -332,7 +332,7 @@ WRONG = {
 
 @pytest.mark.product
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_named(mukv, folder, tmp_path, case):
+def test_errors_of_damaged_folders(mukv, folder, tmp_path, case):
     damage, words = WRONG[case]
     damage(folder)
     done = mukv("import", folder, "--out", tmp_path / "run")
@@ -367,7 +367,7 @@ def test_a_vocabulary_that_is_too_small_for_the_tokenizer(mukv, folder, tmp_path
         (("train", "folder", "train.start=nowhere"), ["train.start", "nowhere"]),
     ],
 )
-def test_what_is_typed_wrong(mukv, folder, tmp_path, monkeypatch, token_file, args, words):
+def test_bad_arguments(mukv, folder, tmp_path, monkeypatch, token_file, args, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("some text of a few words")
     if args[0] == "train":

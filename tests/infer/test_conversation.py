@@ -87,7 +87,7 @@ def test_an_error_in_a_turn_leaves_a_cache_that_can_be_used(begun, whole):
 
 
 @pytest.mark.product
-def test_answers_end(begun, whole):
+def test_answers_end_at_end_tokens_and_limits(begun, whole):
     expected = whole(FIRST, 9)
     stop = expected[3]
     assert begun().answer(FIRST, 9, {stop}).tokens == expected[: expected.index(stop) + 1]
@@ -107,7 +107,7 @@ def test_turns_of_like_length_compile_nothing(begun):
 
 
 @pytest.mark.product
-def test_turns_draw_for_themselves(begun):
+def test_turns_draw_independently(begun):
     drawn = []
     for seed in (0, 0, 1):
         talk = begun(sampling=Sampling(1.5, seed=seed))

@@ -69,7 +69,7 @@ def test_a_model_trained_with_rematerialisation_decodes(model, weights):
 @pytest.mark.parametrize(
     "sampling", [Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1e-6)]
 )
-def test_what_leaves_one_token_is_greedy(continued, sampling):
+def test_sampling_from_one_token_is_greedy(continued, sampling):
     assert continued(sampling=sampling).tokens == continued().tokens
 
 
@@ -93,7 +93,7 @@ def test_a_row_does_not_depend_on_its_batch(continued):
 
 
 @pytest.mark.product
-def test_rows_and_seeds_draw_for_themselves(continued):
+def test_rows_and_seeds_draw_independently(continued):
     made = [continued([[1, 2]] * 3, sampling=Sampling(1.0, seed=seed)).tokens for seed in (0, 1)]
     assert len({tuple(row) for rows in made for row in rows}) == 6
 
@@ -114,7 +114,7 @@ def test_as_many_tokens_as_asked_for(continued, number):
     assert made == [row[:number] for row in continued(max_tokens=LONG).tokens]
 
 
-def test_what_is_shown_adds_up(continued):
+def test_shown_texts_join_to_the_answer(continued):
     shown = []
     made = continued(max_tokens=LONG, show=shown.append)
     joined = [[token for fresh in shown for token in fresh[row]] for row in range(len(PROMPTS))]
@@ -134,7 +134,7 @@ def test_the_cache_weighs_what_is_reported(model, continued, number):
 
 @pytest.mark.parametrize("prompt", [1, 64, 65, 1000])
 @pytest.mark.parametrize("number", [1, 2, 17, 64, 65, 66, 129, 500])
-def test_sizes_hold_all_that_is_read_back(prompt, number):
+def test_cache_sizes_have_room_for_all_tokens(prompt, number):
     sizes = Sizes.plan(2, prompt, number)
     assert sizes.tail <= TAIL
     assert sizes.tail % BLOCK == 0

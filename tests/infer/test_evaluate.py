@@ -65,7 +65,7 @@ def test_without_the_bytes_of_tokens(model, weights):
     assert evaluate(model, weights, ROWS, 12, None, EXACT).bits_per_byte is None
 
 
-def test_a_hopeless_model_has_a_finite_perplexity():
+def test_a_model_with_an_overflowing_loss_has_a_finite_perplexity():
     assert math.isfinite(Evaluation(1, 1e6, None).perplexity)
 
 

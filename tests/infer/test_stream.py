@@ -38,7 +38,7 @@ def test_a_character_is_printed_whole():
         (b"ENDEND", ["END"], ""),
     ],
 )
-def test_what_may_be_a_stop_text_is_held_back(data, stop, text):
+def test_a_possible_stop_text_is_not_printed_yet(data, stop, text):
     shown, found, printed = streamed(data, stop)
     assert (found, printed) == (text, text + "\n")
     assert all(text.startswith(each) for each in shown)

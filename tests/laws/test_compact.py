@@ -169,7 +169,7 @@ def test_what_is_refused(trained, tmp_path, mukv):
 
 
 @pytest.mark.product
-def test_commands_take_it(trained, mukv):
+def test_commands_take_compact_weights(trained, mukv):
     done = mukv(
         "generate", trained, "--prompt", "a", "--max-tokens", "3", "--weights", "int8", "--json"
     )

@@ -119,7 +119,7 @@ ENTRY %main (a: bf16[4]) -> f32[8] {
 """
 
 
-def test_loops_count_as_often_as_they_turn():
+def test_operations_in_loops_are_counted_per_iteration():
     found = compiled.counts(MODULE)
     assert found.kernels == 5
     assert found.collectives == {

@@ -567,5 +567,5 @@ def written(load, tmp_path_factory):
 
 @pytest.mark.product
 @pytest.mark.parametrize("name", params(LOOP, [*LOOP][::3]))
-def test_it_changes_what_is_written(written, name):
+def test_field_changes_the_files_of_a_run(written, name):
     assert written(LOOP[name]) != written()

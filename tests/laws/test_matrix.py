@@ -48,7 +48,7 @@ def test_a_name_in_a_table_is_the_kind_of_its_class(table):
         (INJECTIONS, matrix.INJECTIONS),
     ],
 )
-def test_the_laws_walk_every_part(table, parts):
+def test_every_part_is_in_the_matrix(table, parts):
     assert set(table.values()) == {type(part) for part in parts.values()}
 
 
@@ -64,7 +64,7 @@ def test_every_parameterization_can_be_chosen():
         Scaling(kind="mupp")
 
 
-def test_the_laws_walk_every_feedforward_part():
+def test_every_feedforward_part_is_in_the_matrix():
     layers = itertools.chain(*(matrix.build("gqa", "rope", plan).layers for plan in matrix.PLANS))
     assert {type(layer.mlp) for layer in layers} == set(FEEDFORWARDS.values())
 

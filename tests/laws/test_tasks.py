@@ -141,7 +141,7 @@ def test_the_same_puzzle_at_another_length(name):
 
 
 @EVERY
-def test_samples_are_what_they_say(name):
+def test_samples_are_distinct_and_in_range(name):
     task, found = samples(name, extra=9)
     assert found.tokens.dtype == np.int32
     assert found.tokens.shape == (COUNT, task.smallest + 9)
@@ -156,7 +156,7 @@ def test_samples_are_what_they_say(name):
 
 
 @EVERY
-def test_knobs_are_independent(name):
+def test_fields_are_independent(name):
     task = TASKS[name]
     for knob in KNOBS:
         if hasattr(task, knob):
@@ -169,7 +169,7 @@ def test_knobs_are_independent(name):
 
 
 @EVERY
-def test_every_knob_changes_something_or_is_refused(name):
+def test_every_field_changes_something_or_is_refused(name):
     task = TASKS[name]
     _, before = samples(name, count=5)
     for field in fields(task):
@@ -224,7 +224,7 @@ def test_too_short_a_length_names_the_smallest(name):
         (lambda: tasks.Program(shortest=4), "shortest"),
     ],
 )
-def test_knobs_that_contradict(make, field):
+def test_contradictory_fields_are_refused(make, field):
     with pytest.raises(BadInput) as caught:
         make()
     assert caught.value.where == field

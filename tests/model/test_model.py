@@ -85,7 +85,7 @@ def test_ids_in_any_form(model):
         [[1], [1, 2]], [[[1]]], {"a": 1}, 3, np.array(["x"]), [float("nan")], [None],
     ],
 )  # fmt: skip
-def test_wrong_ids_are_told(model, given):
+def test_wrong_ids_are_reported(model, given):
     with pytest.raises(BadInput, match=r"^tokens: got"):
         model.logits(given)
 
@@ -138,6 +138,6 @@ def test_a_text_ends_before_a_stop_text(model):
         ({"policy": "snopkv"}, "policy"), ({"stop": [1]}, "stop"), ({"sampling": 0.7}, "sampling"),
     ],
 )  # fmt: skip
-def test_wrong_types_are_told(model, given, name):
+def test_wrong_types_are_reported(model, given, name):
     with pytest.raises(BadInput, match=rf"^{name}: got"):
         model.generate(**{"prompts": "ab", "max_tokens": 4, **given})

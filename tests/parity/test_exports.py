@@ -212,7 +212,7 @@ def test_more_exports(tmp_path, record_property, seed):
     check(200, seed, tmp_path, record_property)
 
 
-def test_what_a_config_cannot_say_is_named(tmp_path):
+def test_fields_that_a_config_cannot_express_are_named(tmp_path):
     """The error names the field of mukv's configuration."""
     plain = Decoder(vocab_size=VOCAB, attention=Grouped(position=RoPE()))
     shared = replace(plain, attention=SharedKV(position=RoPE()))

@@ -146,7 +146,7 @@ CHAT = """{%- if not bos_token is defined %}{{ raise_exception('no begin') }}{%-
 """
 
 
-def test_a_conversation_is_put_as_there(trained, tmp_path):
+def test_conversations_are_encoded_as_in_transformers(trained, tmp_path):
     assert command("export", trained, "--out", tmp_path / "out").returncode == 0
     (tmp_path / "out" / "chat_template.jinja").write_text(CHAT)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -70,7 +70,7 @@ def test_adapters_are_saved_apart(made, base, trained):
     assert sum(int(np.prod(shape)) for shape in shapes) == 3 * numbers + 2
 
 
-def test_whoever_reads_it_reads_them_merged(made, base):
+def test_loaded_weights_are_merged(made, base):
     own, below = named(load_weights(made / "weights")[0]), named(package.load(base).weights)
     found = named(package.load(made).weights)
     assert found.keys() == below.keys()
@@ -228,7 +228,7 @@ def test_a_missing_base_is_refused(mukv, moved):
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"format": "other"}'])
-def test_without_what_tells_the_base_nothing_is_merged(mukv, adapted, content):
+def test_without_base_json_nothing_is_merged(mukv, adapted, content):
     (adapted / "base.json").unlink()
     if content is not None:
         (adapted / "base.json").write_text(content)
@@ -283,7 +283,7 @@ def test_other_adapters_are_another_run(mukv, adapted):
     assert "train.adapter.rank: got 2; the run in" in done.stderr
 
 
-def test_describe_tells_what_trains(mukv, made):
+def test_describe_shows_what_is_trained(mukv, made):
     facts = json.loads(mukv("describe", made, "--json").stdout)
     own = load_weights(made / "weights")[0]
     trained = sum(leaf.size for leaf in jax.tree.leaves(own))

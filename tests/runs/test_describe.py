@@ -97,7 +97,7 @@ def test_a_window_costs_less_to_train():
     assert flops_per_token(window.model, 64) == flops_per_token(full.model, 64)
 
 
-def test_every_token_asks_the_concepts_that_cross_attention_reads():
+def test_flops_of_cross_attention_to_concepts():
     def longer(kind):
         model = config.load("tiny-concept-fixed", [f"model.injection={{kind: {kind}}}"]).model
         return flops_per_token(model, 256) - flops_per_token(model, 128)
@@ -107,7 +107,7 @@ def test_every_token_asks_the_concepts_that_cross_attention_reads():
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (8, 1)])
-def test_weights_lie_where_it_says(mesh):
+def test_described_shardings_are_those_of_the_weights(mesh):
     run = config.load("tiny", [f"mesh.data={mesh[0]}", f"mesh.tensor={mesh[1]}"])
     rows = {row["weight"]: row for row in describe(run)["weights"]}
     trainer = Trainer(run.model, run.train, run.mesh.build())

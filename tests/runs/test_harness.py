@@ -62,7 +62,7 @@ def test_likelihood_of_texts(model):
     assert found < pair[0] < 0
 
 
-def test_continuations_end_where_they_shall(model):
+def test_continuations_end_at_stop_texts(model):
     whole = model.generate("Déjà", max_tokens=12).text
     settings = {"until": [whole[3:5], "never"], "max_gen_toks": 12, "do_sample": False}
     found = Answers(model).generate_until([ask("Déjà", settings), ask("Déjà", {})])

@@ -175,7 +175,7 @@ def test_one_task_may_follow_another(mukv, tmp_path):
     assert feed.tokenizer.fingerprint != load_tokenizer(tmp_path / "first").fingerprint
 
 
-def test_who_has_no_tokenizer_reads_no_text(imported, tokens, text, tmp_path):
+def test_models_without_a_tokenizer_refuse_text(imported, tokens, text, tmp_path):
     bare = Path(shutil.copytree(imported, tmp_path / "bare"))
     (bare / "tokenizer.json").unlink()
     run, _ = resolve(str(bare), [], None)
@@ -197,7 +197,7 @@ def test_mukv_data_takes_the_tokenizer_of_a_model(mukv, imported, text, tmp_path
 
 
 @pytest.mark.product
-def test_a_run_goes_on_where_its_start_is_gone(mukv, imported, text, tmp_path):
+def test_a_run_continues_without_the_model_it_started_from(mukv, imported, text, tmp_path):
     start = Path(shutil.copytree(imported, tmp_path / "start"))
     given = (f"data.path={text}", "--out", tmp_path / "tuned")
     assert mukv("train", start, *STEP, *given).returncode == 0

@@ -113,7 +113,7 @@ def test_an_explicit_override_outlives_a_new_kind(first):
         ("model.attention.kind=laten", "did you mean 'latent'"),
     ],
 )
-def test_a_bad_override_is_told(override, message):
+def test_a_bad_override_is_refused(override, message):
     with pytest.raises(BadInput, match=message):
         changed(override)
 
@@ -179,6 +179,6 @@ def test_a_path_may_extend_a_preset_or_a_neighbour(folder, tmp_path):
         ("a\0/b.yaml", "needed"),
     ],
 )
-def test_a_bad_preset_is_told(folder, name, message):
+def test_a_bad_preset_is_refused(folder, name, message):
     with pytest.raises(BadInput, match=message):
         resolve_preset(Run, name, folder)

@@ -131,7 +131,7 @@ def test_counts_the_other_mistakes():
         build(Run, {"train": {"rat": 1}, "model": {"dtype": 1, "plan": 2}})
 
 
-def test_says_what_a_leaf_needs():
+def test_errors_name_what_a_leaf_needs():
     with pytest.raises(BadInput, match=r"heads: got '3'; needs a whole number$"):
         build(Run, {"model": {"attention": {"heads": "3"}}})
     with pytest.raises(BadInput, match=r"scale: got 'x'; needs a number or null$"):
@@ -170,7 +170,7 @@ runs = st.builds(
 @pytest.mark.product
 @settings(deadline=None)
 @given(runs)
-def test_survives_the_way_through_yaml(run):
+def test_yaml_round_trip_is_exact(run):
     assert build(Run, parse_yaml(to_yaml(run), "test")) == run
 
 
@@ -234,7 +234,7 @@ def test_reads_words_as_yaml_1_2_does(text, value):
         (b"a: " + b"9" * 5000, "plain"),
     ],
 )
-def test_a_bad_file_is_told_in_one_line(tmp_path, content, message):
+def test_a_bad_file_is_reported_in_one_line(tmp_path, content, message):
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
     with pytest.raises(BadInput, match=message) as caught:

@@ -99,7 +99,7 @@ def test_compress_on_a_narrow_terminal():
         assert any(number in line for line in lines)
 
 
-def test_compress_says_what_it_cannot_tell(tables, monkeypatch):
+def test_compress_warns_of_too_few_strings(tables, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(compression.output, "warn", said.append)
     compression.show_results([result("full", 1.0, 9.5)], Console(width=200))

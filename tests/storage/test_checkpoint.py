@@ -161,7 +161,7 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["delete", "truncate", "garbage", "flip"])
 @pytest.mark.parametrize("which", ["largest", "manifest"])
-def test_damage_is_told_with_the_last_good_step(saved, tmp_path, how, which):
+def test_damage_is_reported_with_the_last_good_step(saved, tmp_path, how, which):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     files = [path for path in (folder / "5").rglob("*") if path.is_file()]
@@ -189,7 +189,7 @@ def test_any_damage_is_detected(saved, tmp_path):
             shutil.rmtree(folder)
 
 
-def test_a_damaged_only_checkpoint_is_told(saved, tmp_path):
+def test_a_damaged_only_checkpoint_is_reported(saved, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     shutil.rmtree(folder / "4")
@@ -207,12 +207,12 @@ def test_a_damaged_only_checkpoint_is_told(saved, tmp_path):
         (jax.tree.map(lambda a: a.astype(jnp.float32), state()), r"half: got 'bfloat16\[24\]'"),
     ],
 )
-def test_another_model_is_told_by_its_first_leaf(saved, wanted, message):
+def test_another_model_is_reported_by_its_first_leaf(saved, wanted, message):
     with Checkpoints(saved, read_only=True) as checkpoints, pytest.raises(BadInput, match=message):
         checkpoints.restore(None, like(wanted))
 
 
-def test_what_is_no_checkpoint_is_told(saved, tmp_path):
+def test_folders_that_are_no_checkpoints_are_refused(saved, tmp_path):
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(BadInput, match="nothing is saved"):
         checkpoints.restore(None, like(state()))
     with Checkpoints(saved, read_only=True) as checkpoints, pytest.raises(BadInput, match="4, 5"):
@@ -238,7 +238,7 @@ def test_what_is_no_checkpoint_is_told(saved, tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_full_disk_is_told_and_the_old_step_stays(tmp_path, asynchronous, full_disk):
+def test_a_full_disk_is_reported_and_the_old_step_stays(tmp_path, asynchronous, full_disk):
     big = {"w": jax.random.normal(jax.random.key(0), (100_000,))}
     with Checkpoints(tmp_path, keep_last=1, asynchronous=asynchronous) as checkpoints:
         checkpoints.save(1, big)
@@ -260,7 +260,7 @@ def test_a_full_disk_is_told_and_the_old_step_stays(tmp_path, asynchronous, full
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir())[-1] == "3"
 
 
-def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(Failed, match="the disk is full"):
         checkpoints.save(1, state(1))
@@ -354,7 +354,7 @@ print(told)
 
 
 @pytest.mark.product
-def test_damage_and_a_full_disk_are_told_once_and_nothing_else_is_printed(tmp_path):
+def test_damage_and_a_full_disk_are_reported_once_and_nothing_else_is_printed(tmp_path):
     """A process with damaged checkpoints and a full disk reports each once and prints nothing else,
     also at its end."""
     with Checkpoints(tmp_path / "saved") as checkpoints:

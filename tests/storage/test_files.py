@@ -95,7 +95,7 @@ def test_leftovers_go_unless_a_process_holds_them(tmp_path):
     assert writer_of(tmp_path / "c") is None
 
 
-def test_what_is_not_ours_stays(tmp_path):
+def test_foreign_files_are_not_removed(tmp_path):
     (tmp_path / ".a.12.partial").mkdir()
     (tmp_path / ".a.12.partial" / "theirs").write_text("")
     (tmp_path / ".b.12.partial").write_text("a file")

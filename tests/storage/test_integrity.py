@@ -51,7 +51,7 @@ def commands(run: Path, tmp_path: Path) -> dict[str, tuple[object, ...]]:
 
 @pytest.mark.product
 @pytest.mark.parametrize("name", ["eval", "generate", "export", "start"])
-def test_a_flipped_bit_of_an_exponent_is_told(mukv, run, token_file, tmp_path, name):
+def test_a_flipped_bit_of_an_exponent_is_reported(mukv, run, token_file, tmp_path, name):
     path = run / "weights" / FILE
     data = bytearray(path.read_bytes())
     data[-1] ^= 64
@@ -64,7 +64,7 @@ def test_a_flipped_bit_of_an_exponent_is_told(mukv, run, token_file, tmp_path, n
 
 @pytest.mark.parametrize("name", ["eval", "generate", "export", "start"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_weights_that_are_not_finite_are_told(mukv, run, token_file, tmp_path, name, value):
+def test_weights_that_are_not_finite_are_reported(mukv, run, token_file, tmp_path, name, value):
     rewritten(run, lambda weight: np.where(weight == weight.max(), value, weight))
     extra = [f"data.path={token_file}"] if name == "start" else []
     done = mukv(*commands(run, tmp_path)[name], *extra)
@@ -94,14 +94,14 @@ def test_weights_that_are_not_finite_are_taken_when_asked(mukv, run, tmp_path):
 @pytest.mark.product
 @pytest.mark.parametrize("dtype", ["int32", "int8"])
 @pytest.mark.parametrize("name", ["eval", "start"])
-def test_weights_of_integers_are_told(mukv, run, token_file, tmp_path, name, dtype):
+def test_weights_of_integers_are_reported(mukv, run, token_file, tmp_path, name, dtype):
     rewritten(run, lambda weight: weight.astype(dtype))
     extra = [f"data.path={token_file}"] if name == "start" else []
     done = mukv(*commands(run, tmp_path)[name], *extra)
     told(done, "readout", dtype, "floating point")
 
 
-def test_a_step_that_is_no_number_is_told(mukv, run, tmp_path):
+def test_a_step_that_is_no_number_is_reported(mukv, run, tmp_path):
     for step in ("three", "-1", "9" * 400, "³"):
         save_weights(run / "weights", load_weights(run / "weights")[0], {"step": step})
         told(mukv(*commands(run, tmp_path)["eval"]), "weights: step", step[:9])
@@ -140,13 +140,13 @@ def resumed(mukv, begun, tmp_path):
 
 
 @pytest.mark.product
-def test_other_data_at_the_same_path_is_told(mukv, resumed, tmp_path):
+def test_other_data_at_the_same_path_is_reported(mukv, resumed, tmp_path):
     made = ("data", tmp_path / "two", "--out", tmp_path / "data", "--overwrite")
     assert mukv(*made).returncode == 0
     told(resumed(), "data.path", "made began with data of fingerprint", "--out")
 
 
-def test_another_tokenizer_at_the_same_path_is_told(mukv, resumed, tmp_path):
+def test_another_tokenizer_at_the_same_path_is_reported(mukv, resumed, tmp_path):
     made = ("data", tmp_path / "one", "--out", tmp_path / "data", "--tokenizer", "bpe:260")
     assert mukv(*made, "--overwrite").returncode == 0
     told(resumed(), "data.path", "made began with data of fingerprint", "--out")
@@ -163,7 +163,7 @@ def test_the_same_data_may_move(mukv, resumed, tmp_path):
 
 @pytest.mark.product
 @pytest.mark.parametrize("name", ["train.bin", "train.starts", "validation.bin", "tokenizer.json"])
-def test_a_token_file_that_was_edited_in_place_is_told(resumed, tmp_path, name):
+def test_a_token_file_that_was_edited_in_place_is_reported(resumed, tmp_path, name):
     """A valid edit that keeps the size is detected by the fingerprint."""
     path = tmp_path / "data" / name
     data = path.read_bytes()
@@ -180,7 +180,7 @@ def test_a_token_file_that_was_edited_in_place_is_told(resumed, tmp_path, name):
     told(resumed(), str(tmp_path / "data"), "a changed token file", "its fingerprint is")
 
 
-def test_streams_that_were_swapped_are_told(resumed, tmp_path):
+def test_streams_that_were_swapped_are_reported(resumed, tmp_path):
     data = tmp_path / "data"
     for kind in ("bin", "starts"):
         (data / f"train.{kind}").rename(data / "kept")
@@ -190,7 +190,7 @@ def test_streams_that_were_swapped_are_told(resumed, tmp_path):
 
 
 @pytest.mark.product
-def test_a_run_that_does_not_say_its_data_is_told_how_to_go_on(resumed, tmp_path):
+def test_a_run_without_provenance_gets_an_error_with_the_remedy(resumed, tmp_path):
     path = tmp_path / "made" / "provenance.json"
     path.unlink()
     for content in (None, b"", b"[1]", b"{}", b'{"data_fingerprint": 3}', b"\xff"):
@@ -214,7 +214,7 @@ def test_a_run_without_a_saved_step_needs_no_provenance(resumed, tmp_path):
 
 
 @pytest.mark.product
-def test_a_task_is_told_by_its_fingerprint(mukv, tmp_path):
+def test_a_task_is_reported_by_its_fingerprint(mukv, tmp_path):
     out = tmp_path / "task"
     task = ("data.task={kind: mqar}", "train.length=128", "model.vocab_size=512")
     begun = ("train", "tiny", *MINUSCULE, *task, "--out", out)

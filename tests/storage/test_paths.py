@@ -80,7 +80,7 @@ def test_comments_in_values_are_detected(value):
     assert has_comment(value) == value.endswith(("#", "# x", "# b"))
 
 
-def test_what_is_no_text_is_refused(mukv, token_file, tmp_path, monkeypatch):
+def test_paths_that_are_not_utf8_are_refused(mukv, token_file, tmp_path, monkeypatch):
     for args in (("train", NO_TEXT), ("data", "stdlib", "--out", NO_TEXT), ("report", NO_TEXT)):
         refused(mukv(*args), "UTF-8", "\\udcff")
     Path(tmp_path / NO_TEXT).mkdir()

@@ -49,7 +49,7 @@ def test_a_file_is_replaced_whole(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 9, None])
-def test_a_broken_file_is_told_in_one_line(tmp_path, content):
+def test_a_broken_file_is_reported_in_one_line(tmp_path, content):
     path = save_weights(tmp_path, TREE, {})
     path.write_bytes(path.read_bytes()[:-1] if content is None else content)
     with pytest.raises(BadInput, match="cut short") as caught:
@@ -71,7 +71,7 @@ def test_any_flipped_bit_is_detected(tmp_path, record_property):
     record_property("hostile", ("flipped bits of weights", {"refused": 8 * len(data)}))
 
 
-def test_any_cut_or_longer_file_is_told(tmp_path):
+def test_any_cut_or_longer_file_is_reported(tmp_path):
     path = save_weights(tmp_path, {"a": jnp.arange(6.0)}, {})
     data = path.read_bytes()
     for changed in (*(data[:end] for end in range(len(data))), data + b"\0", data + data):
@@ -105,7 +105,7 @@ def test_others_can_read_the_file(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_not_finite_are_told(dtype, value):
+def test_numbers_that_are_not_finite_are_reported(dtype, value):
     array = np.full((3, 300_000), 3e4).astype(jnp.dtype(dtype))
     assert is_finite(array)
     array[2, 299_999] = value
@@ -125,7 +125,7 @@ def test_weights_are_real_numbers(dtype):
         require_weights({"a": jnp.ones(3)}, found, Path("run"))
 
 
-def test_what_can_not_be_read_or_written_is_told(tmp_path):
+def test_unreadable_and_unwritable_files_are_reported(tmp_path):
     with pytest.raises(BadInput, match="no such file"):
         load_weights(tmp_path)
     (tmp_path / FILE).mkdir()
@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
 
 
 @pytest.mark.parametrize("names", [("a", "a.b"), ("a", "a.b.c"), ("a.b", "a.b.c.d")])
-def test_names_that_nest_are_told(tmp_path, names):
+def test_names_that_nest_are_reported(tmp_path, names):
     save_file({name: np.ones(2, np.float32) for name in names}, tmp_path / FILE)
     with pytest.raises(BadInput, match="begins with the name of another"):
         load_weights(tmp_path)

@@ -174,7 +174,7 @@ def test_commands_that_read_a_run_are_not(mukv, held):
     assert contents(held) == before
 
 
-def test_what_is_no_run_has_one_writer_as_well(mukv, tmp_path):
+def test_other_folders_have_one_writer_as_well(mukv, tmp_path):
     with one_writer(tmp_path / "found"):
         for command in ("demo", "--fast"), ("bench", "tiny"), ("transfer", "tiny"):
             done = mukv(*command, "--out", tmp_path / "found")

@@ -84,7 +84,7 @@ def test_the_loss_is_the_formula(share, temperature, chunk):
 
 
 @pytest.mark.product
-def test_a_model_that_is_its_teacher_has_nothing_to_learn_from_it():
+def test_a_student_equal_to_its_teacher_has_no_divergence():
     weights, ids = matrix.weights(STUDENT), jnp.asarray(matrix.tokens())
     ones = jnp.ones(ids.shape, jnp.float32)
 
@@ -188,6 +188,6 @@ def test_a_trainer_that_is_given_none_refuses():
 @pytest.mark.parametrize(
     ("field", "value"), [("weight", -0.1), ("weight", 1.1), ("temperature", 0.0)]
 )
-def test_a_wrong_weight_is_told(field, value):
+def test_a_wrong_weight_is_reported(field, value):
     with pytest.raises(BadInput, match=f"{field}: got {value}"):
         Distillation(**{field: value})

@@ -81,7 +81,7 @@ def test_what_is_free_decides_and_can_be_overruled(mukv, token_file, tmp_path, m
     assert mukv(*line, "--ignore-memory").returncode == 0
 
 
-def test_a_cache_that_has_no_room(mukv, trained, monkeypatch):
+def test_a_cache_that_does_not_fit_is_refused(mukv, trained, monkeypatch):
     monkeypatch.setattr(footprint, "free_memory", lambda: 1 << 20)
     done = mukv("generate", trained, "--prompt", "a", "--max-tokens", "100000")
     assert done.returncode == 2

@@ -133,7 +133,7 @@ def test_the_layer_and_the_last_good_checkpoint_are_named(mukv, token_file, tmp_
 
 
 @pytest.mark.product
-def test_what_is_kept(mukv, token_file, tmp_path):
+def test_kept_checkpoints(mukv, token_file, tmp_path):
     run = tmp_path / "run"
     changes = ("train.steps=6", "train.checkpoint_every=1", "train.evaluate_every=1")
     done = mukv(*arguments(token_file, run, *changes, "train.keep_last=2", "train.keep_best=1"))

@@ -54,7 +54,7 @@ def test_what_can_not_be_an_address(text):
 
 
 @pytest.mark.parametrize(("number", "whom"), [(0, "process 1, 2 of 3"), (1, "process 0 of 3")])
-def test_who_waits_says_for_whom_and_gives_up(monkeypatch, port, number, whom):
+def test_a_process_names_those_it_waits_for_and_gives_up(monkeypatch, port, number, whom):
     monkeypatch.setattr(rendezvous, "TELL_SECONDS", 0.1)
     monkeypatch.setattr(rendezvous, "WAIT_SECONDS", 0.8)
     told: list[str] = []
@@ -100,7 +100,7 @@ def wait_for(port: int) -> tuple[str, int]:
     raise AssertionError("nobody listens")
 
 
-def test_a_wait_for_the_cluster_is_told(monkeypatch):
+def test_a_wait_for_the_cluster_is_reported(monkeypatch):
     monkeypatch.setattr(rendezvous, "TELL_SECONDS", 0.01)
     said: list[str] = []
     with rendezvous.telling_wait("the other processes", said.append):

@@ -82,7 +82,7 @@ def test_rows_of_each_stage_must_fit_the_mesh(token_file, tmp_path):
         train_run(run, RunDirectory(tmp_path / "run"))
 
 
-def test_a_stage_that_never_begins_is_told(token_file):
+def test_a_stage_that_never_begins_is_reported(token_file):
     assert any("never begins" in line for line in notes.of_run(load(token_file, "train.steps=3")))
     assert not notes.of_run(load(token_file, "train.steps=4"))
 

@@ -133,7 +133,7 @@ def test_a_process_holds_whole_shares():
 
 
 @pytest.mark.product
-def test_it_learns():
+def test_the_loss_falls():
     """The loss on a fixed batch falls to less than a third."""
     train = trainer(MODEL, steps=60, learning_rate=1e-2)
     state = train.initial_state()

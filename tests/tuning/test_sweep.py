@@ -125,7 +125,7 @@ def test_samplers_and_pruning(mukv, token_file, tmp_path, sampler):
 
 
 @pytest.mark.parametrize("sampler", ["grid", "tpe"])
-def test_who_is_killed_gives_back_the_same_point(tmp_path, sampler):
+def test_the_point_of_a_killed_worker_is_done_again(tmp_path, sampler):
     one, two = study(tmp_path, sampler=sampler), study(tmp_path, patience=0.01, sampler=sampler)
     one.heal()
     two.heal()
@@ -156,7 +156,7 @@ def test_a_sampler_that_learns_is_asked_in_rounds(tmp_path):
     assert [Settings(name, trials=24).at_once for name in ("grid", "gp")] == [16, 3]
 
 
-def test_of_two_trials_of_one_point_one_is_done(tmp_path):
+def test_a_point_is_done_once_for_two_trials(tmp_path):
     one = study(tmp_path)
     one.heal()
     one.study.enqueue_trial({"x": 1}, user_attrs={"point": 0})

@@ -86,14 +86,14 @@ def test_a_point_alone_is_the_run(token_file, trained):
     assert numbers[0]["loss"] == pytest.approx(last["loss"], rel=1e-5)
 
 
-def test_what_differs_in_more_than_numbers_is_apart(token_file):
+def test_points_that_differ_in_more_than_numbers_are_separate(token_file):
     _, chosen = points(
         token_file, [[], ["model.mlp.hidden=64"], ["train.seed=3"], ["train.clip_norm=null"]]
     )
     assert grouped(chosen) == [[0, 2], [1], [3]]
 
 
-def test_one_that_diverges_leaves_the_others_alone(token_file):
+def test_a_diverging_point_does_not_change_the_others(token_file):
     feed, chosen = points(token_file, [["train.learning_rate=0.01"], ["train.learning_rate=1e30"]])
     numbers, _ = ends(Together(chosen, feed))
     assert numbers[0]["validation_loss"] < 6
