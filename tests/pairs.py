@@ -16,17 +16,24 @@ ORDERS = 20
 """Number of random orders of the rows that the greedy search tries."""
 
 
-def cover(rows: Iterable[Row], parts: Callable[[Row], Iterable[Part]], size: int = 2) -> list[Row]:
+def cover(
+    rows: Iterable[Row],
+    parts: Callable[[Row], Iterable[Part]],
+    size: int = 2,
+    cost: Callable[[Row], float] = lambda _: 1.0,
+) -> list[Row]:
     """Choose few of the rows, so that every group of `size` parts of different axes that occurs in
     `rows` also occurs in a chosen row.
 
     parts: function that returns the parts of a row, which may have several values of an axis
+    cost: function that returns the time that a row takes, in any unit
 
-    The search is greedy: it takes the row with the most groups that are not covered yet, and of
-    equal rows the first. Since the order of the rows matters, the result is the smallest of ORDERS
-    searches over random orders with fixed seeds.
+    The search is greedy: it takes the row with the most groups that are not covered yet, of equal
+    rows one of least cost, and of these the first. Since the order of the rows matters, the result
+    is the cheapest of ORDERS searches over random orders with fixed seeds.
     """
     rows = list(rows)
+    costs = list(map(cost, rows))
     bit: dict[frozenset[Part], int] = {}
 
     def mask(row: Row) -> int:
@@ -39,13 +46,14 @@ def cover(rows: Iterable[Row], parts: Callable[[Row], Iterable[Part]], size: int
     def greedy(order: list[int]) -> list[int]:
         missing, chosen = (1 << len(bit)) - 1, []
         while missing:
-            best = max(order, key=lambda number: (masks[number] & missing).bit_count())
+            best = max(order, key=lambda row: ((masks[row] & missing).bit_count(), -costs[row]))
             missing &= ~masks[best]
             chosen.append(best)
         return chosen
 
     orders = (random.Random(seed).sample(range(len(rows)), len(rows)) for seed in range(ORDERS))
-    return [rows[number] for number in sorted(min(map(greedy, orders), key=len))]
+    cheapest = min(map(greedy, orders), key=lambda chosen: sum(costs[row] for row in chosen))
+    return [rows[number] for number in sorted(cheapest)]
 
 
 def pairs(axes: Mapping[str, Iterable[Any]]) -> list[tuple[Any, ...]]:

@@ -70,6 +70,7 @@ def test_a_network_is_the_forward_pass_of_its_stored_weights():
 BASE = {"embed": 32, "head_dim": 8, "heads": 4, "value_dim": 8, "hidden": 48}
 
 
+@pytest.mark.product
 def test_init_draws_what_training_begins_with():
     from mukv.train.step import Trainer
 

@@ -93,6 +93,7 @@ def test_shared_kv_is_grouped_with_equal_projections():
     np.testing.assert_allclose(run(shared, write, read), run(grouped, twice, read), atol=1e-6)
 
 
+@pytest.mark.product
 def test_normed_shared_kv_is_gemma_4s():
     """SharedKV with a norm equals k = rope(norm(u) gain), v = norm(u), with normed queries."""
     shared = SharedKV(RoPE(p=0.25), heads=4, kv_heads=2, head_dim=8, norm=RMSNorm())

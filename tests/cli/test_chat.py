@@ -131,6 +131,7 @@ def test_stop_texts(folder, typed):
     assert cut.tokens < whole.tokens
 
 
+@pytest.mark.product
 def test_a_message_that_does_not_fit_changes_nothing(typed):
     done = typed("Hello\n" + "a" * 300 + "\nWhy?\n", "--json")
     assert "conversation" in done.stderr

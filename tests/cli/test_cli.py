@@ -167,7 +167,7 @@ def test_generate_under_a_policy(facts, trained):
 def test_compress(mukv, trained, tmp_path):
     (tmp_path / "a.txt").write_text("Déjà vu number 3, once more. " * 9)
     given = ("compress", trained, "--text", tmp_path / "a.txt", "--out", tmp_path / "c")
-    policies = "streaming,int8,topp:0.05"
+    policies = "streaming,topp:0.05"
     sizes = ("--samples", 2, "--strings", 3)
     made = mukv(*given, "--policy", policies, "--budget", "1,0.25", *sizes, "--json")
     assert "--budget means nothing to int8, topp:0.05\n" in made.stderr

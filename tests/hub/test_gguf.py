@@ -103,6 +103,7 @@ def test_rows_of_each_type_are_those_of_the_library(kind, tmp_path):
     np.testing.assert_array_equal(file.read("w", slice(2, 5)), whole[2:5])
 
 
+@pytest.mark.product
 def test_import_eval_generate_export(mukv, tmp_path):
     """Commands take a GGUF file as a model; sixteen-bit weights keep their type."""
     model = build("Llama", TINY | {"vocab_size": 300, "tie_word_embeddings": True})

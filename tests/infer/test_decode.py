@@ -185,6 +185,7 @@ def test_prompts_that_can_not_be_read(continued, prompts, number, message):
         continued(prompts, number)
 
 
+@pytest.mark.product
 def test_the_context_is_a_limit(weights):
     model = matrix.build("gqa", "rope", "local-global", context=8)
     with pytest.raises(BadInput, match=r"context is 8 tokens.*has 3: at most 5"):

@@ -101,6 +101,7 @@ def single():
     return model, jax.tree.map(jnp.asarray, matrix.weights(model))
 
 
+@pytest.mark.product
 def test_documents_of_a_row_are_independent(single):
     """A document's choices do not depend on the others. They are those of the document alone if its
     first block ends where a block of the row does."""
@@ -150,6 +151,7 @@ def test_a_tail_of_the_whole_row_drops_nothing(single):
     np.testing.assert_array_equal(found, read(model, weights, rows(), None))
 
 
+@pytest.mark.product
 def test_resume_is_bit_equal(single, tmp_path):
     """Law 8: a stopped and resumed run ends with bit-equal weights."""
     model, _ = single

@@ -15,12 +15,15 @@ from mukv.attention import DIRECT, Carried, GatedDelta, KimiDelta, Mask
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
+from tests.pairs import params
 from tests.parity.models import torch, transformers
 
 modeling_kimi_linear = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
 
 LENGTH, WIDTH = 75, 32
 KEY_HEADS, HEADS, KEY, VALUE, TAPS = 2, 4, 8, 12, 4
+PIECES = [(LENGTH,), (20, 1, 1, 53)]
+"""Tokens of each piece of a row."""
 
 
 def seen(model, layer, ids):
@@ -158,7 +161,7 @@ def kimi():
     return ours, write, read, seen(model, layer, torch.randint(0, 97, (2, LENGTH)))
 
 
-@pytest.mark.parametrize("pieces", [(LENGTH,), (20, 1, 1, 53)], ids=["whole", "pieces"])
+@pytest.mark.parametrize("pieces", params(PIECES, PIECES[1:], str))
 @pytest.mark.parametrize("model", ["qwen", "kimi"])
 def test_a_layer_agrees(model, pieces, request):
     """Outputs and final state agree for a whole row, and for a row continued from states."""

@@ -75,7 +75,7 @@ VALUES = NUMBERS | WORDS | st.text(max_size=9)
 
 
 @given(st.lists(st.builds("{}={}".format, PATHS, VALUES), min_size=1, max_size=3))
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_random_overrides_are_at_worst_bad_input(overrides):
     with suppress(BadInput):
         run = config.load("llama-3.1-8b", overrides)

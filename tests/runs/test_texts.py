@@ -19,6 +19,7 @@ from mukv.runs import config
 from mukv.runs.resolve import named_tokenizer, open_corpus, open_feed, resolve
 from mukv.runs.train import train_run
 from tests.conftest import MINUSCULE
+from tests.pairs import params
 
 pytestmark = pytest.mark.xdist_group("texts")
 TEXT = "The hat of the cat is on the mat. "
@@ -133,7 +134,7 @@ def test_without_a_text_the_default_one_is_read_with_its_own_tokenizer(mukv, imp
     assert open_corpus(config.load("tiny", [])).path != corpus.path
 
 
-@pytest.mark.parametrize("command", ["train", "analyze", "sweep"])
+@pytest.mark.parametrize("command", params(["train", "analyze", "sweep"], ["train"]))
 def test_ids_of_another_tokenizer_are_refused(mukv, imported, another, tmp_path, command):
     """Token files of another vocabulary are refused, although its size is the same."""
     assert open_tokens(another).vocab_size == load_tokenizer(imported).vocab_size

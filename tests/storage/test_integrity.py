@@ -71,6 +71,7 @@ def test_weights_that_are_not_finite_are_reported(mukv, run, token_file, tmp_pat
     told(done, str(run), "readout", "infinite or not a number", "--allow-nonfinite")
 
 
+@pytest.mark.product
 def test_weights_that_are_not_finite_are_taken_when_asked(mukv, run, tmp_path):
     rewritten(run, lambda weight: weight * np.float32(np.nan))
     for name in ("eval", "generate", "export"):
@@ -146,6 +147,7 @@ def test_other_data_at_the_same_path_is_reported(mukv, resumed, tmp_path):
     told(resumed(), "data.path", "made began with data of fingerprint", "--out")
 
 
+@pytest.mark.product
 def test_another_tokenizer_at_the_same_path_is_reported(mukv, resumed, tmp_path):
     made = ("data", tmp_path / "one", "--out", tmp_path / "data", "--tokenizer", "bpe:260")
     assert mukv(*made, "--overwrite").returncode == 0

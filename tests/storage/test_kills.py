@@ -183,6 +183,7 @@ def test_import(server, exported, tmp_path, count, every):
     count("import", check(server, tmp_path, nothing, given, every))
 
 
+@pytest.mark.product
 def test_export(server, trained, tmp_path, count, every):
     count("export", check(server, tmp_path, nothing, ["export", trained, "--out", "new"], every))
 

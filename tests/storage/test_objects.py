@@ -161,6 +161,7 @@ def test_a_copy_is_sent_and_fetched(bucket, tmp_path, monkeypatch):
     assert fetched("runs/local") == Path("runs/local")
 
 
+@pytest.mark.product
 def test_what_a_killed_writer_leaves(bucket, tmp_path, monkeypatch):
     url = f"{bucket}/run"
     with Copy(url).written() as folder:

@@ -48,13 +48,13 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_further_writers_are_refused(server, token_file, root):
-    """While a writer is stopped, three more are refused; then it continues and ends."""
+    """While a writer is stopped, two more are refused; then it continues and ends."""
     given = ["train", "tiny", *SMALL, f"data.path={token_file}", "--out", "run"]
     first = server.start(root, *given)
     while not (root / "run" / "config.yaml").exists():
         time.sleep(0.001)
     os.kill(first, signal.SIGSTOP)
-    others = [server.start(root, *given) for _ in range(3)]
+    others = [server.start(root, *given) for _ in range(2)]
     for number, other in enumerate(others, start=1):
         assert server.ask(do="wait", process=other) == 2
         assert f"error: run: got 'a folder that process {first} is writing'" in said(root, number)
@@ -76,7 +76,7 @@ def test_a_run_is_read_while_it_is_written(server, token_file, root):
     saved = root / "run" / "checkpoints"
     while not any(path.name.isdecimal() for path in saved.glob("*")):
         time.sleep(0.001)
-    for _ in range(6):
+    for _ in range(2):
         command = ("generate", "run", "--token-ids", "1", "--max-tokens", 1)
         status, _, words = server.run(root, *command)
         assert status == 0, words

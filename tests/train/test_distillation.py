@@ -70,9 +70,15 @@ def test_the_loss_is_the_formula(share, temperature, chunk):
     weight = jnp.asarray(np.random.default_rng(0).random(ids.shape), jnp.float32)
     targets = jnp.roll(ids, -1, axis=1)
     compute = replace(EXACT, loss_chunk=chunk)
-    teacher = Teacher(TEACHER, theirs, share, temperature)
-    found = summed_loss(STUDENT, weights, ids, targets, weight, compute=compute, teacher=teacher)
-    ours, taught = STUDENT(weights, ids), TEACHER(theirs, ids)
+
+    @jax.jit
+    def run(weights, theirs):
+        teacher = Teacher(TEACHER, theirs, share, temperature)
+        given = STUDENT, weights, ids, targets, weight
+        found = summed_loss(*given, compute=compute, teacher=teacher)
+        return found, STUDENT(weights, ids), TEACHER(theirs, ids)
+
+    found, ours, taught = run(weights, theirs)
     chosen = np.take_along_axis(log_softmax(ours), targets[..., None], axis=-1)[..., 0]
     entropy = -np.sum(chosen * np.asarray(weight))
     p, q = (log_softmax(np.asarray(each) / temperature) for each in (taught, ours))

@@ -91,6 +91,7 @@ def test_a_wide_interval_is_no_verdict(middle, passed, sure):
         assert (found.passed, found.sure) == (passed, sure)
 
 
+@pytest.mark.product
 def test_one_rate_for_all_widths_is_caught():
     assert slopes(alignment="ignored")[-1] > coordinates.LIMIT
 
