@@ -3,8 +3,8 @@
     python benchmarks/attention.py                      # RoPE, ALiBi and CoPE at 1,024 to 8,192
 
 Memory is what the compiler plans for temporaries and, where it fits the machine, the peak of a
-process that does nothing else; what does not fit is not run. Both cores compute the same result
-(tests/laws). Rounds alternate between them.
+process that does nothing else; cases that do not fit are not run. Both cores compute the same
+result (tests/laws). Rounds alternate between them.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Compile a step for H100 GPUs on a machine that has none, and count what it will do.
+"""Compile a step for H100 GPUs on a machine without them; count kernels, bytes and collectives.
 
 Run: pip install --no-deps --target DIR jax-cuda12-pjrt==JAX jax-cuda12-plugin==JAX
      python benchmarks/compiled.py llama-3.2-1b --packages DIR --mesh 8x1 --batch 8 --length 4096
      python benchmarks/compiled.py llama-3.2-1b --packages DIR --decode int4 --length 131072
 
 JAX is the installed version of jax. The second compiles one step of training, the third one step of
-decoding on one GPU behind a cache of `--length` tokens. Counted are, per device and step: kernels,
-calls of attention kernels, the bytes that kernels read and write, each array once, and the bytes of
-each kind of collective, of which the larger side counts. They are counts to compare two programs
-with, not times. A loop counts as often as it turns; in one, a kernel that reads a part of an array
-counts the whole.
+decoding on one GPU with a cache of `--length` tokens. The counts are, per device and step: kernels,
+calls of attention kernels, the bytes that kernels read and write (each array once), and the bytes
+of each kind of collective (the larger of what it reads and writes). Counts serve to compare two
+programs; they are not times. The body of a loop counts once per iteration, and a kernel in a loop
+that reads a part of an array counts as reading all of it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WIDTHS = {"pred": 1, "bf16": 2}
 
 
 class Exchange(NamedTuple):
-    """One kind of collective: bytes, number, and bytes of the largest one."""
+    """Totals of one kind of collective: bytes, number, and bytes of the largest one."""
 
     bytes: int
     number: int
@@ -59,7 +59,7 @@ class Exchange(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Counts of a compiled program, for one device.
+    """Counts of a compiled program on one device.
 
     kernels: number of kernels
     moved: bytes that they read and write
@@ -74,7 +74,7 @@ class Counts(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One instruction: the text of its shape, its operation, names of operands, and its line."""
+    """An HLO instruction: the text of its shape, its operation, names of operands, and its line."""
 
     shape: str
     operation: str
@@ -93,7 +93,7 @@ def size(shape: str) -> int:
 
 
 def exchanged(instruction: Instruction, body: dict[str, Instruction]) -> tuple[str, int]:
-    """Return the type and the bytes, of the larger side, of a collective."""
+    """Return the type of a collective, and the larger of the bytes that it reads and writes."""
     given = [body[name].shape for name in instruction.operands if name in body]
     read, written = sum(map(size, given)), size(instruction.shape)
     if instruction.operation in ("all-gather-start", "reduce-scatter-start"):
@@ -103,7 +103,10 @@ def exchanged(instruction: Instruction, body: dict[str, Instruction]) -> tuple[s
 
 
 def counts(text: str) -> Counts:
-    """Count what an optimised program does. text: the program as XLA prints it"""
+    """Count the kernels, bytes and collectives of an optimised program.
+
+    text: the program as XLA prints it
+    """
     bodies: dict[str, dict[str, Instruction]] = {}
     entry, body = "", {}
     for line in text.splitlines():
@@ -164,7 +167,7 @@ def compiled(given: argparse.Namespace) -> tuple[Any, float]:
     from mukv.train.step import BATCH_FIELDS, Trainer
 
     devices = math.prod(given.mesh)
-    # Slices, hosts and devices of each host.
+    # Numbers of slices, of hosts, and of devices per host.
     shape = f"1x{max(1, devices // 8)}x{min(devices, 8)}"
     found = get_topology_desc("", "cuda", topology=shape, target_config=TARGET).devices
     axes = (AxisType.Auto,) * len(given.mesh)
@@ -182,7 +185,7 @@ def compiled(given: argparse.Namespace) -> tuple[Any, float]:
             trainer.update, donate_argnums=0, out_shardings=(trainer.shardings(), None)
         ).trace(state, 0, batch)
     start = time.perf_counter()
-    # Tuning needs the device.
+    # Autotuning would need the device.
     program = traced.lower(lowering_platforms=("cuda",)).compile({"xla_gpu_autotune_level": 0})
     return program, time.perf_counter() - start
 
@@ -227,7 +230,7 @@ def decoding(given: argparse.Namespace) -> tuple[Any, float]:
 
 
 def memory(program: Any) -> dict[str, int]:
-    """Return the bytes of a program on one device: state and batch, and what lives only in it."""
+    """Return the bytes of a program on one device: its arguments, and its temporaries."""
     found = program.memory_analysis()
     return {
         "arguments": found.argument_size_in_bytes,
@@ -265,7 +268,9 @@ def main() -> None:
     parser.add_argument("--mesh", type=sizes, default=(1, 1), metavar="DATAxTENSOR")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--decode", metavar="POLICY", help="a step of decoding, such as full")
+    parser.add_argument(
+        "--decode", metavar="POLICY", help="compile a decoding step under this policy, such as full"
+    )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_intermixed_args()
     if not os.path.isdir(os.path.join(given.packages, "jax_plugins")):

@@ -3,8 +3,9 @@
 Run: python benchmarks/compress.py [--contexts 8192,32768] [--policies pages,int8] [--budget 0.1]
 
 Bodies are filled with random entries by the same code as after a prefill. Then single steps are
-timed, all policies in turn, so that other load affects all of them. The weights of one layer are
-small beside the cache at these lengths, as in a large model with a long text.
+timed, with the policies in turn, so that other load affects all of them. The model has one layer,
+whose weights are small compared with the cache at these lengths, as in a large model with a long
+text.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def filled(
 
     @jax.jit
     def body(empty: Any, own: Any, new: Any, queries: Any) -> Any:
-        # The last queries suffice: no policy here uses more.
+        # Only the last queries are given, since no policy here uses more.
         padded = jnp.pad(queries, [(0, 0)] * 3 + [(context - QUERIES, 0), (0, 0)])
         reader = Reader(attention, own["read"], padded if empty.needs_queries else None)
         return empty.extended(new, zero, count, reader, fresh=True)
@@ -86,7 +87,7 @@ def filled(
 
 
 class Case:
-    """One policy at one length: a compiled step, and its times."""
+    """A policy at one length: a compiled step, and its times."""
 
     def __init__(self, model: Decoder, weights: Any, context: int, name: str, budget: float):
         compute = settled(None)
@@ -100,7 +101,7 @@ class Case:
             return logits, cache.split()[1]
 
         self.read = bytes_read(step, cache, weights)
-        # A few steps that fill the tail, as in decoding: the loop carries only the tail.
+        # A few steps fill the tail, as in decoding; the loop carries only the tail.
         frozen, live = cache.split()
 
         def steps(frozen: Any, live: Any, weights: Any) -> Any:

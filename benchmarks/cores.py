@@ -68,7 +68,7 @@ ROWS = 2
 
 
 class Attended:
-    """A case with random numbers: `both(core)` computes the output and the gradient."""
+    """A case with random arrays; `both(core)` computes the output and the gradient."""
 
     def __init__(self, case: Case, length: int, kind: str = "float32"):
         """length: tokens of a row. kind: type of queries, keys and values"""

@@ -1,12 +1,13 @@
-"""Measure how fast text becomes tokens and tokens become batches, beside plain code for the same.
+"""Measure the speed of building token files and of making batches, compared with plain code.
 
 Run: python benchmarks/data.py [--json]
 
 Building reads, tokenises on all cores, hashes and writes the Python library's source; it is
 compared with `tokenizers` alone on one thread, with the text already in memory. Batches are
 shuffled epochs with segments, positions and weights; they are compared with a loop over random
-windows of a memory map, which has none of these. Best of several alternating runs. Last, a training
-run of the preset tiny measures the fraction of its time in which steps waited for their batch.
+windows of a memory map, which has none of these. Each figure is the best of several alternating
+runs. A training run of the preset tiny then measures the fraction of its time in which steps waited
+for their batch.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Measure the speed of greedy decoding beside transformers, at equal dimensions and context.
+"""Measure the speed of greedy decoding, compared with transformers at equal dimensions and context.
 
 Run: python benchmarks/decode.py --peers PYTHON [--size 37m] [--contexts 128,2048] [--batches 1]
     [--quick]
 
-mukv runs the code of `mukv generate`: one prefill, then the compiled loop over a frozen body and a
-small tail. It is compared with transformers' LlamaForCausalLM with its dynamic and its static
-cache. All prefill the same number of random tokens, then decode; both are timed, compilation is
-not. Float32 on a CPU, bfloat16 on a GPU.
+mukv runs the code of `mukv generate`: one prefill, then the compiled loop that reads a body and
+writes a small tail. It is compared with transformers' LlamaForCausalLM with its dynamic and its
+static cache. All prefill the same number of random tokens, then decode; both are timed, without
+compilation. The dtype is float32 on a CPU, and bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ LARGE = {
         "tied": True,
     }
 }
-"""Shapes of which a small machine's memory holds only one contender at a time."""
+"""Sizes at which a small machine has memory for one contender at a time."""
 
 
 def ours(precision: str) -> Contender:

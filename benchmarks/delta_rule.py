@@ -102,7 +102,8 @@ def alternating(runs: dict[str, Run], rounds: int) -> dict[str, list[tuple[float
 
 
 def measured(what: str, length: int, made: dict[str, tuple[Run, int]], rounds: int) -> list[Any]:
-    """Return a row for each contender. made: runs and bytes by name, attention among them."""
+    """Measure each contender and return its row. made: runs and bytes by name, also of
+    attention."""
     seconds = alternating({name: run for name, (run, _) in made.items()}, rounds)
     rows = []
     for name, times in seconds.items():

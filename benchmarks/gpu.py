@@ -1,12 +1,12 @@
-"""Measure everything that needs a GPU, the most valuable first, within a number of minutes.
+"""Measure everything that needs a GPU within a number of minutes, the most important part first.
 
 Run: python benchmarks/gpu.py --minutes 9
      python benchmarks/gpu.py --dry-run      # tiny shapes on whatever device there is
 
 The parts of `on_device.PARTS` are run in their order, each in a process of its own that is killed
 at the part's limit. Every row is written as soon as it is measured, to rows.jsonl in
-benchmarks/results/DEVICE-DATE/; table.md shows all of them. The command goes on where it stopped: a
-case with a result is not measured again, and cases that failed in an earlier start come last. A
+benchmarks/results/DEVICE-DATE/; table.md shows all of them. A repeated command continues: a case
+with a result is not measured again, and cases that failed in an earlier start come last. A
 training step is measured beside a decoder in bare torch at equal shapes (peers.py), whose attention
 is scaled_dot_product_attention, which is FlashAttention on a GPU.
 """
@@ -46,7 +46,7 @@ class Work:
 
 
 class Results:
-    """The rows of one folder. A row has `part`, `case`, and either what was measured or `error`."""
+    """The rows of one folder. A row has `part`, `case`, and either measured values or `error`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -63,7 +63,7 @@ class Results:
             os.fsync(file.fileno())
 
     def latest(self) -> dict[tuple[str, str], Row]:
-        """Return the row that counts of each case: the one with a result, or the last error."""
+        """Return one row for each case: the one with a result, or the last error."""
         found: dict[tuple[str, str], Row] = {}
         for row in self.rows:
             key = row["part"], row["case"]
@@ -73,7 +73,7 @@ class Results:
 
 
 def plan(parts: Mapping[str, Any], results: Results) -> list[Work]:
-    """Return what is left: cases that were not tried, by part, and then those that failed."""
+    """Return the remaining cases: those that were not tried, by part, then those that failed."""
     latest = results.latest()
     untried, failed = [], []
     for name, part in parts.items():
@@ -122,7 +122,7 @@ def run(work: Work, results: Results, command: Sequence[str], until: float) -> N
 
 
 def lines(process: subprocess.Popen[str], until: float) -> Iterator[str]:
-    """Yield the lines that a process prints, until it ends or the time comes."""
+    """Yield the lines that a process prints, until it ends or the time `until` is reached."""
     assert process.stdout is not None
     descriptor, held = process.stdout.fileno(), b""
     while select.select([descriptor], [], [], max(0.0, until - time.monotonic()))[0]:

@@ -3,8 +3,8 @@
     python benchmarks/kmeans.py [--rounds 5]
 
 Keys are drawn from mixtures, as those of real heads are: 200 centres of unequal weight, and noise.
-scikit-learn runs with its defaults. Prints seconds (median, without compilation), the ratio, the
-sums of squares, and mukv's time for more heads and layers.
+scikit-learn runs with its defaults. The script prints seconds (median, without compilation), their
+ratio, the sums of squares, and mukv's time for more heads and layers.
 """
 
 from __future__ import annotations

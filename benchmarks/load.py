@@ -1,12 +1,12 @@
-"""Measure time and memory of loading a pretrained model, beside transformers.
+"""Measure time and memory of loading a pretrained model, compared with transformers.
 
 Run: python benchmarks/load.py --peers PYTHON [--preset llama-3.2-1b] [--folder DIR]
 
 First a checkpoint of the preset's shape is written in Hugging Face's format, with random bfloat16
 weights in files of 1 GiB. Then each contender loads it in a process of its own, in turn:
-`mukv.load`, `mukv import` (which writes a run directory), and transformers. Seconds are of the load
-alone, until every weight was read, with the files in the page cache. Memory is the peak resident
-memory of the process, anonymous and mapped.
+`mukv.load`, `mukv import` (which writes a run directory), and transformers. Seconds are those of
+the load alone, until every weight was read, with the files in the page cache. Memory is the peak
+resident memory of the process, anonymous and mapped.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def write(preset: str, folder: Path) -> int:
     return sum(spec.nbytes for spec in specs.values())
 
 
-# Contenders; each runs in a process of its own
+# Contenders, each of which runs in its own process
 
 
 def load_ours(folder: Path) -> Any:
@@ -119,7 +119,7 @@ CONTENDERS: dict[str, tuple[Callable[[], None], Callable[[Path], Any]]] = {
 
 
 class Watch:
-    """Samples this process's resident memory every 5 ms and keeps the peak."""
+    """Sample this process's resident memory every 5 ms and keep the peak."""
 
     def __init__(self) -> None:
         self.peaks = {"RssAnon": 0, "RssFile": 0, "VmRSS": 0}

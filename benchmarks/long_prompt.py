@@ -6,8 +6,8 @@ Run: python benchmarks/long_prompt.py --model DIR [--text FILE] [--lengths 8192,
 Each length is read in chunks under the policy, and, up to `--whole` tokens, also at once with the
 full cache and at once under the policy, every time in a process of its own. The text is repeated
 until it is long enough; the model's own limit on the context is lifted. Peak memory is the
-resident memory of the process at its highest, weights and compilation included; beside it stands
-the peak before the prompt was read.
+largest resident memory of the process, including weights and compilation; the table also has the
+peak before the prompt was read.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print one row per length and way of reading."""
+    """Print one row for each length and way of reading."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", default=str(TEXT))

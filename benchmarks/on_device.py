@@ -52,14 +52,14 @@ MINUSCULE = (
     "model.vocab_size=128",
     "model.plan=[{repeats: 2}]",
 )
-"""Makes of llama-3.2-1b what decodes in a second."""
+"""Overrides of llama-3.2-1b, for a model that decodes in a second."""
 
 
 @dataclass(frozen=True)
 class Part:
     """Cases that one process measures, one after another.
 
-    cases: their names, the most valuable first
+    cases: their names, the most important first
     limit: seconds after which the process is killed
     measure: function of a case's name and of whether it is tiny
     """
@@ -171,7 +171,7 @@ def llama(tiny: bool) -> Any:
 
 
 def decoding(policy: str, case: str, tiny: bool) -> Row:
-    """Measure greedy decoding behind a body of random entries. case: CONTEXT/ROWS"""
+    """Measure greedy decoding after a body of random entries. case: CONTEXT/ROWS"""
     context, rows = (512, 2) if tiny else map(int, case.split("/"))
     model, compute = llama(tiny), settled(None)
     weights = decoding_weights(model, compress.random_weights(model), compute)
@@ -196,7 +196,7 @@ def decoding(policy: str, case: str, tiny: bool) -> Row:
         carry = jax.tree.map(jnp.copy, (live, token, number))
         jax.block_until_ready(carry)
         start = time.perf_counter()
-        # As many blocks as fill the tail; each is fetched, as `generate` does.
+        # Decode as many blocks as fill the tail, and fetch each, as `generate` does.
         for _ in range(compress.TAIL // BLOCK):
             made, *carry = program(weights, frozen, *carry, key, one)
             np.asarray(made)
@@ -260,13 +260,13 @@ PARTS: dict[str, Part] = {
     "decode int8": Part(CONTEXTS, 200, partial(decoding, "int8")),
     "decode snapkv:0.25": Part(CONTEXTS, 200, partial(decoding, "snapkv:0.25")),
 }
-"""Parts by name, the most valuable first."""
+"""Parts by name, the most important first."""
 
 
 def measure(part: str, case: str, tiny: bool) -> Row:
     """Measure one case; memory of earlier ones is freed before.
 
-    Raises whatever the case raises, such as an error of JAX where it does not fit.
+    Raises any error of the case, such as an error of JAX if it does not fit in memory.
     """
     jax.clear_caches()
     gc.collect()

@@ -1,4 +1,4 @@
-"""mukv's side of the speed comparisons, as a worker process with the same protocol as peers.py.
+"""Run mukv's side of the speed comparisons, as a worker with the same protocol as peers.py.
 
 `python ours.py` reads one JSON request per line of stdin and writes one JSON answer per line of
 stdout. It runs the code of `mukv train` and `mukv generate`. The number of simulated devices and
@@ -40,7 +40,7 @@ from mukv.train.training import Training
 class Job:
     """One measurement; the keys of a `setup` request mean the same as in peers.py.
 
-    precision: of matrix products with weights, and of activations except on a CPU
+    precision: dtype of matrix products with weights, and of activations except on a CPU
     devices: number of devices that a training batch is split over
     """
 
@@ -140,7 +140,7 @@ def training(job: Job) -> tuple[Round, dict[str, Any]]:
 
 def decoding(job: Job) -> tuple[Round, dict[str, Any]]:
     """Set up decoding. A round prefills `length` tokens per row and decodes `new_tokens` more,
-    greedily. Nothing is counted.
+    greedily. There are no counts of its program.
     """
     model = job.model()
     declared = model.params()
@@ -183,7 +183,7 @@ def bandwidth(size: int = 1 << 28, rounds: int = 7) -> float:
 
 
 class Worker:
-    """Holds one job at a time."""
+    """Hold one job at a time, and answer requests about it."""
 
     def __init__(self) -> None:
         self.step: Round | None = None

@@ -1,6 +1,6 @@
-"""The peers' side of the speed comparisons: plain torch and transformers, as a worker process.
+"""Run the peers' side of the speed comparisons, plain torch and transformers, as a worker process.
 
-Needs only torch and transformers (nothing of mukv, no JAX). Two ways to run it:
+It needs only torch and transformers (nothing of mukv, no JAX). There are two ways to run it:
 - `python peers.py '{"op": "setup", ...}'`: one job, `rounds` rounds, one JSON line out.
 - `python peers.py`: one JSON request per line of stdin, one JSON answer per line of stdout, so that
   a benchmark can alternate rounds with a warm peer. `answer` describes the protocol. Weights and
@@ -217,7 +217,7 @@ def decoding(job: Job) -> tuple[nn.Module, Round]:
 
 
 class Worker:
-    """Holds one job at a time."""
+    """Hold one job at a time, and answer requests about it."""
 
     def __init__(self) -> None:
         self.step: Round | None = None

@@ -1,4 +1,4 @@
-"""Fair speed comparisons: contenders stay warm in processes of their own and alternate.
+"""Compare speeds fairly: contenders stay warm in their own processes and alternate.
 
 A machine's speed drifts, and another program on one core can slow a thread pool several times over.
 So contenders alternate within every round, ratios are computed within rounds, and before each turn
@@ -36,11 +36,11 @@ LONGEST_ANSWER = 300.0
 
 
 class Refused(Exception):
-    """A worker could not do what was requested; the message is one line."""
+    """Raised if a worker could not do what was requested; the message is one line."""
 
 
 class Worker:
-    """A process that answers one JSON line with another and sleeps in between."""
+    """A process that answers each JSON line with another, and sleeps in between."""
 
     def __init__(self, script: str, python: str = sys.executable, allocator: bool = False):
         """allocator: whether it gets the memory settings that `mukv` uses"""

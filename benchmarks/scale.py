@@ -1,11 +1,11 @@
-"""Find the best mesh of llama-3.1-8b and llama-3.1-70b on clusters that are not at hand.
+"""Find the best mesh of llama-3.1-8b and llama-3.1-70b on clusters by estimates, without devices.
 
 Run: python benchmarks/scale.py > table.md
 
 For each cluster, every size of the axis `tensor` up to 8, every policy of rematerialisation and
-every number of pieces of the batch is estimated as `mukv describe --device` does. Printed, as
-Markdown, is the one that fits and has the largest MFU without overlap. A step has at least 512 rows
-of 8,192 tokens, 4.2 million, and one row per device of the axis `data`.
+every number of pieces of the batch is estimated as `mukv describe --device` does. The script
+prints, as Markdown, the one that fits and has the largest MFU without overlap. A step has at least
+512 rows of 8,192 tokens, 4.2 million, and one row per device of the axis `data`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 class Setting(NamedTuple):
-    """What is searched: sizes of the mesh axes, pieces of the batch, and the policy."""
+    """A point of the search: sizes of the mesh axes, pieces of the batch, and the policy."""
 
     data: int
     tensor: int

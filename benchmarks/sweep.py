@@ -1,10 +1,10 @@
-"""Train sixteen learning rates in one program, and as sixteen runs one after the other.
+"""Compare training sixteen learning rates in one program with sixteen runs one after the other.
 
     python benchmarks/sweep.py [--widths 64,128,256] [--points 16] [--steps 40]
 
-"alone" is one `Together` per point, in one process that has started JAX and finds nothing in the
-compilation cache; a loop over `mukv train` would also take the start of a process each. Losses are
-compared and must agree.
+"alone" is one `Together` per point, in one process that has started JAX, with an empty compilation
+cache; a loop over `mukv train` would also start a process for each point. Losses are compared and
+must agree.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def compare(width: int, count: int, steps: int) -> dict[str, Any]:
 
 
 def compile_each_time() -> None:
-    """Turn the compilation cache off, which would hide the savings."""
+    """Turn the compilation cache off, since it would hide the savings."""
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
     jax.config.update("jax_enable_compilation_cache", False)
 

@@ -2,9 +2,9 @@
 
 Run: python benchmarks/tasks.py [--json]
 
-Prints tokens per second of CPU time, for whole batches; best of several. The targets are 20 million
-for tasks of arrays and 2 million for the pseudo-program. For comparison, the simplest task is also
-made one sample after the other, each with a generator of its own.
+The script prints tokens per second of CPU time for whole batches, as the best of several runs. The
+targets are 20 million for tasks of arrays and 2 million for the pseudo-program. For comparison, the
+simplest task is also made one sample after the other, each with its own generator.
 """
 
 from __future__ import annotations

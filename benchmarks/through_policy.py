@@ -1,4 +1,4 @@
-"""Measure what training through a cache policy is worth under that policy.
+"""Measure how much training through a cache policy lowers the loss under that policy.
 
 Run: python benchmarks/through_policy.py --out FOLDER [--policy snapkv:0.25] [--tail 16]
     [--preset tiny] [--steps 1500] [--more 300] [--rows 128]
@@ -44,7 +44,7 @@ def run_of(options: argparse.Namespace, *changes: str) -> Run:
 
 
 def trained(options: argparse.Namespace) -> dict[str, tuple[Run, Any]]:
-    """Train the three models, or read those that are there; return run and weights by name."""
+    """Train the three models, or load existing ones; return run and weights by name."""
     base = options.out / "untouched"
     start = (f"train.start={base}", f"train.steps={options.more}", "train.learning_rate=0.002")
     through = (f"train.policy={options.policy}", f"train.policy_tail={options.tail}")
@@ -77,7 +77,7 @@ def losses(run: Run, weights: Any, rows: int, through: Through | None) -> np.nda
 
 
 def shown(values: np.ndarray) -> str:
-    """Return mean and 95 % interval over rows."""
+    """Format the mean over rows with its 95 % interval."""
     error = 1.96 * values.std(ddof=1) / len(values) ** 0.5
     return f"{values.mean():+.4f} ± {error:.4f}"
 

@@ -1,4 +1,4 @@
-"""Measure the speed of a training step beside plain torch and transformers, at equal dimensions.
+"""Measure the speed of a training step, compared with torch and transformers at equal dimensions.
 
 Run: python benchmarks/train_step.py --peers PYTHON [--sizes 10m] [--lengths 1024] [--quick]
 
@@ -54,7 +54,7 @@ SIZES = {
     "1b": Size(2048, 16, 16, 5632, 32768, 16384),
 }
 COMPILED = ("10m", "300m")
-"""Sizes at which torch.compile takes part: it needs minutes, and gains the same at others."""
+"""Sizes at which torch.compile is measured: it needs minutes, and gains as much at other sizes."""
 LEAST, LIMIT = 0.6, 70.0
 
 

@@ -3,7 +3,7 @@
 Run: python benchmarks/weights.py --model DIR [--formats float32,bfloat16,int8,int4] [--text FILE]
     [--context 128] [--new-tokens 64] [--length 512] [--tokens 4096] [--rounds 5] [--out FILE.json]
 
-Each format is loaded in a process of its own, with the settings of `mukv`, which tells the bytes of
+Each format is loaded in its own process, with the settings of `mukv`, which reports the bytes of
 its weights, the peak of its memory while loading, and loss and perplexity of the text. Then all
 formats prefill the same prompt and decode greedily in alternating rounds, as `mukv generate` does;
 compilation is not timed. "float32" loads the weights as they are.
@@ -43,13 +43,14 @@ COLUMNS = ("weights", "MB", "peak MB", "perplexity", "loss", "tokens/s", "ratio"
 
 
 class Side:
-    """One format in a worker process: answers requests as the other workers of `rounds.py` do."""
+    """Hold one format in a worker process, with the protocol of the other workers of
+    `rounds.py`."""
 
     def __init__(self) -> None:
         self.model: Any = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """`setup` loads, evaluates and warms up; `round` decodes."""
+        """Answer one request: `setup` loads, evaluates and warms up; `round` decodes."""
         op = request.pop("op")
         return self.setup(**request) if op == "setup" else self.round()
 
@@ -166,7 +167,7 @@ def main() -> int:
     shown = table(f"{Path(chosen.model).name}, after {chosen.context} tokens", COLUMNS)
     for row in made:
         if row["why_not"]:
-            continue  # `compare` has printed the reason
+            continue  # `compare` has already printed the reason
         shown.add_row(
             row["weights"],
             f"{row['weights_bytes'] / 1e6:,.0f}",

@@ -50,8 +50,8 @@ class Tested:
 class Comparison:
     """Contents of a YAML file.
 
-    variants: overrides of `base` by name
-    sizes: heads, head_dim and layers, which `$`-words in overrides stand for (`ladder.filled`)
+    variants: overrides of `base`, by name
+    sizes: heads, head_dim and layers, the values of `$`-words in overrides (`ladder.filled`)
     carried: best rate by "task, variant" at the ladder's first size, for its larger sizes
     lengths: lengths of the test; the first is that of training
     """

@@ -4,8 +4,8 @@
     python reproductions/claims.py shared-kv  # all sentences that a folder's page must contain
 
 A folder's claims.py has `said()`, sentences and tables with figures computed from the results, and
-`GIVEN`, sentences whose figures are settings or others' results. Each must be on the page, and the
-rest of the page must have no decimal number, percentage, factor or table.
+`GIVEN`, sentences whose figures are settings or results of others. Each must be on the page, and
+the rest of the page must have no decimal number, percentage, factor or table.
 tests/test_reproductions.py checks that.
 """
 
@@ -23,9 +23,7 @@ HERE = Path(__file__).parent
 FIGURE = re.compile(
     r"[-+±]?\d[\d,]*\.\d+|[-+±]?\d[\d,]*(?= (?:%|times|x|points)(?![\w]))|\|[^|\n]*\d[^|\n]*\|"
 )
-"""Pattern of what needs a claim: decimal numbers, percentages, factors and losses, cells
-of tables.
-"""
+"""Pattern of figures that need a claim: decimal numbers, percentages, factors, cells of tables."""
 
 
 def read(claims: str, name: str = "results.json") -> Any:

@@ -47,7 +47,7 @@ COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
 
 @dataclass(frozen=True)
 class Place:
-    """Paths of a comparison's results: those of cpu.yaml are the folder's, other files have results
+    """Paths of a comparison's results: results.json for cpu.yaml; other files have results
     with their own name.
     """
 
@@ -96,7 +96,7 @@ class Comparison:
     bases: presets of variants with another base
     swept: number of seeds with which all learning rates are tried, None for all; the others train
         only at a variant's best rate
-    sizes: heads, head_dim and layers, which `$`-words in variants stand for (`ladder.filled`); a
+    sizes: heads, head_dim and layers, the values of `$`-words in variants (`ladder.filled`); a
         file that has them can be trained at a size of the ladder
     carried: best rate by variant at the ladder's first size, for its larger sizes
     equal: "parameters" adjusts the width of MLPs so that all variants have as many parameters as

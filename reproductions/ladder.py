@@ -36,7 +36,7 @@ SIZES = sorted(
 FIRST = SIZES[0]
 CORPUS = Path("runs/ladder/corpus")
 SOURCES = ("stdlib", "package:numpy", "package:scipy", "package:jax")
-"""Python code of packages that mukv needs itself, as bytes."""
+"""Sources of the text: Python code of packages that mukv depends on, as bytes."""
 EPOCHS = 4
 """Largest number of times that a text is read; repeating it so often costs little (Muennighoff et
 al. 2023)."""
@@ -64,7 +64,7 @@ def named(path: Path, size: str | None) -> Path:
 
 
 def words(size: str) -> dict[str, int]:
-    """Return the sizes that `$`-words in the variants of a file stand for."""
+    """Return the sizes that replace `$`-words in the variants of a file."""
     model = config.load(preset(size)).model
     assert isinstance(model, Decoder)
     attention = model.attention

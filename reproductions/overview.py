@@ -9,7 +9,7 @@ from claims import percent, read
 
 HERE = Path(__file__).parent
 GIVEN = [
-    "barely, in one model at 256 bytes: keys or mean keys after rotation",
+    "barely, in one model at 256 bytes: clusters of keys after rotation",
     "at most 1.3 million weights where they are trained",
     "one projection for keys and values costs little",
     "25 % of the cache's bytes keep 95 % of what is recalled",
@@ -76,16 +76,16 @@ def said() -> list[str]:
         f"{percent(sparse.over_layers(sparse.TRAINED['code'], 'top', '0.1'))} of the mass; two heads share "
         f"{percent(min(heads))} to {percent(max(heads))} of what either needs",
         f"in two pretrained models a quarter of the values costs {min(quarter):.2f} to {max(quarter):.2f} nats",
-        f"at an eighth of the entries {gain:.1f} points of mass above the latest ones",
+        f"capture {gain:.1f} points more mass than the latest entries at an eighth of the entries",
         f"in one or two seeds and at one rate, at widths 32, 64 and 128: {100 * least_right(mqar):.1f} % and more",
         f"{flops['bytes']['bits_per_byte'] - flops['words']['bits_per_byte']:.3f} bits per byte ahead after 1.6 MB, "
         f"{later['bytes']['bits_per_byte'] - later['words']['bits_per_byte']:.3f} after 4.9 MB",
         f"at 32k words decode {concept.faster('bytes'):.0f} times as fast as GQA, {concept.faster('bytes, MQA'):.0f} times "
         f"as MQA, {concept.faster('windows, last 128'):.1f} times as windows",
-        f"without it the composition that other texts chose keeps {kept[0]:.1f} % in one seed and {kept[1]:.1f} % in the "
-        f"other; at 1/8 nothing was shown, the smallest has {percent(least)} of the bytes",
+        f"without it the composition chosen on other texts keeps {kept[0]:.1f} % in one seed and {kept[1]:.1f} % in the "
+        f"other; 1/8 could not be tested, since the smallest composition has {percent(least)} of the bytes",
         f"flip-flop at 16 times the length, means of three seeds: ALiBi {flip.flip('ALiBi', 4096)} %, CoPE "
-        f"{flip.flip('CoPE', 4096)} % mostly by one seed, RoPE {flip.flip('RoPE', 4096)} % (guess 50 %)",
+        f"{flip.flip('CoPE', 4096)} % (mostly one seed), RoPE {flip.flip('RoPE', 4096)} % (guess 50 %)",
         f"reuse recalls {memory.least('MQA, reuse'):.1f} % and more in three seeds; MQA and shared KV fall to "
         f"{memory.least('MQA'):.0f} and {memory.least('shared KV'):.0f} % in one",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Models for the studies of attention: one that we trained, one in the shape of Llama.
+"""Load the models of the studies of attention: a trained one, and one in the shape of Llama.
 
 The trained one is that of `retrieval/`: text with facts to be recalled. The other has the heads of
 Llama 3.2 1B (32 query heads of 64 on 8 KV heads, its rotation) in four layers and random weights;
@@ -78,7 +78,7 @@ def sessions(parts: Iterable[str]) -> str:
     """Return the sessions with the Python interpreter in the docstrings of some code."""
     turns: list[doctest.Example] = []
     for part in parts:
-        with suppress(ValueError):  # raised for a session that is indented unevenly
+        with suppress(ValueError):  # raised for a session with uneven indentation
             turns += doctest.DocTestParser().get_examples(part)
     return "".join(f">>> {turn.source}{turn.want}" for turn in turns)
 

@@ -71,7 +71,7 @@ class NoSkip(ResidualInjection):
 
 @dataclass(frozen=True)
 class Unskipped(Concept):
-    """Model whose decoder starts from embedded tokens instead of the encoder's output."""
+    """A model whose decoder starts from embedded tokens instead of the encoder's output."""
 
     def read(
         self,
@@ -99,12 +99,12 @@ class Leak(ResidualInjection):
 
 @dataclass(frozen=True)
 class Fair(Lag, NoSkip):
-    """All defects except the leak."""
+    """A concept model with all defects except the leak."""
 
 
 @dataclass(frozen=True)
 class Worst(Leak, Fair):
-    """All defects except cross attention and documents that mix."""
+    """A concept model with all defects except cross attention and attention between documents."""
 
 
 def variants(plain: LanguageModel, model: Concept) -> dict[str, tuple[Any, Any]]:

@@ -14,8 +14,8 @@ GIVEN = [
     "again, with 1,200 steps at 0.028",
     "steps of 2,048 bytes, rate 0.02, two seeds",
     "did not learn the task in 800 steps either (16 %, seen once by hand)",
-    "all four are as good within 0.02",
-    "differences of 0.02 are within what seeds differ by",
+    "all four are within 0.02 of words",
+    "differences of 0.02 are no larger than those between seeds",
 ]
 WINDOWS = ("windows, last global", "windows, last 400", "windows, last 128", "windows")
 NAMES = {
@@ -149,8 +149,8 @@ def said() -> list[str]:
         f"{FLOPS_LATER['bytes']['bits_per_byte'] - later['bits_per_byte']:.3f} after 4.9 MB (two epochs), where "
         f"three seeds of one model deviate by {min(x['deviation'] for r in (FLOPS, FLOPS_LATER) for x in r.values()):.3f} "
         f"to {max(x['deviation'] for r in (FLOPS, FLOPS_LATER) for x in r.values()):.3f}",
-        f"What grows of their cache is a {round(plain['cache_bytes_per_token'] / grown)}th, and a "
-        f"{round(CACHE['MQA']['cache_bytes_per_token'] / grown)}th of what bytes with MQA have",
+        f"The growing part of their cache is a {round(plain['cache_bytes_per_token'] / grown)}th of that of bytes, and a "
+        f"{round(CACHE['MQA']['cache_bytes_per_token'] / grown)}th of that of bytes with MQA",
         f"with {small:,} to {large:,} weights instead of {words['parameters']:,} they have "
         f"{min(CACHE[n]['bits_per_byte'] for n in WINDOWS):.3f} to {max(CACHE[n]['bits_per_byte'] for n in WINDOWS):.3f} "
         f"bits per byte after 400 steps, words {CACHE['words']['bits_per_byte']:.3f} in the same two seeds; after 1,200 "

@@ -1,5 +1,4 @@
-"""Measure decoding speed and cache bytes of concept models beside byte-level decoders of equal
-FLOPs.
+"""Compare decoding speed and cache bytes of concept models and byte-level decoders of equal FLOPs.
 
     python reproductions/concept-model/decode.py [--draw]
 
@@ -49,7 +48,7 @@ MODELS = {
     "words, reuse": ("equal-cache", "words, reuse"),
     "words, cross": ("equal-flops", "words, cross"),
 }
-"""By name: the comparison that has the model, and its name there."""
+"""Models by name: the comparison that has the model, and its name there."""
 
 
 def full(model: LanguageModel, context: int) -> Any:

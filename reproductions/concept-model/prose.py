@@ -2,8 +2,8 @@
 
     python reproductions/concept-model/prose.py
 
-One document for each module's docstrings and one for each help topic, 2.4 MB, in the token file
-that the comparisons of this folder use. Code repeats itself literally; prose does less.
+There is one document for each module's docstrings and for each help topic, 2.4 MB, in the token
+file that the comparisons of this folder use. Code has more literal repetition than prose.
 """
 
 from __future__ import annotations

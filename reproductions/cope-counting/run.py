@@ -1,4 +1,4 @@
-"""Counting: CoPE learns it, RoPE does not (Golovneva et al. 2024, section 5.2, at small size).
+"""Compare CoPE and RoPE on counting (Golovneva et al. 2024, section 5.2, at small size).
 
     python reproductions/cope-counting/run.py [--draw]
 
@@ -31,7 +31,7 @@ LONGER = (1, 2, 4)
 POSITIONS = ("rope", "alibi", "nope", "cope")
 NAMES = {"rope": "RoPE", "alibi": "ALiBi", "nope": "NoPE", "cope": "CoPE"}
 GUESS = 100 * LARGEST / (LARGEST + 1)
-"""Wrong answers in % of a random guess among the numbers."""
+"""Percentage of wrong answers of a random guess among the numbers."""
 RATES = (1e-3, 3e-3)
 SEEDS = (0, 1)
 

@@ -1,4 +1,4 @@
-"""Multi-query associative recall at its published segments (Arora et al. 2024, "Zoology").
+"""Measure multi-query associative recall at its published segments (Arora et al. 2024, "Zoology").
 
     python reproductions/mqar/run.py [--large] [--draw]
 
@@ -28,7 +28,7 @@ TOKENS = 4096
 """Tokens of a batch, whatever the length of its rows."""
 SAMPLES = 100
 SALT = 1
-"""Tokens that our sequences have more than the published ones."""
+"""Number of tokens that our sequences have more than the published ones."""
 LOCAL = {"window": 2}
 GLOBAL = {"position": {"kind": "nope"}}
 HYBRID = [{"pattern": [LOCAL, GLOBAL]}]
@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "MLA, rank width / 4": {"plan": HYBRID, "rank": 4},
     "reuse": {"plan": [{"pattern": [LOCAL, GLOBAL, {**GLOBAL, "reads": -1}]}]},
 }  # fmt: skip
-"""By name: differences from a model of two layers of two heads, the first of which is local."""
+"""Variants by name: changes of a model of two layers of two heads, of which the first is local."""
 
 
 def configuration(variant: str, width: int, vocab: int) -> dict[str, Any]:
@@ -127,7 +127,7 @@ SMALL = (
     ("local + NoPE", 128, 0, 500),
     ("local + NoPE", 32, 0, 2000),
 )
-"""Variant, width, seed, steps. Smaller models learn later."""
+"""Points (variant, width, seed, steps). Smaller models need more steps to learn."""
 
 KEYS = ("variant", "width", "learning_rate", "seed", "steps", "words")
 

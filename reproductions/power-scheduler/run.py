@@ -65,7 +65,7 @@ MODEL = (
 
 @dataclass
 class Bench:
-    """Losses by the overrides that gave them."""
+    """Losses of trained runs, by their overrides."""
 
     path: Path
     losses: dict[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Measure what pretrained models lose when queries read the entries that clusters choose.
+"""Measure the loss that pretrained models gain when queries read only entries chosen by clusters.
 
     python reproductions/query-clusters/real.py MODEL... [--length 1024] [--samples 4]
     python reproductions/query-clusters/real.py --draw
@@ -65,17 +65,17 @@ NATS = (0, 0.05, 0.1, 0.3, 1, 3)
 TAKEN = 128
 """Tokens at the end of each window whose loss is measured."""
 CALIBRATED = 6144
-"""Tokens on which centres are calibrated, about; at least one window of each text."""
+"""Approximate number of tokens on which centres are calibrated, at least one window of each
+text."""
 FIXED = {"latest": "streaming", "pages": "pages", "clusters of the prompt": "clusters"}
 """Policies without calibration."""
 
 
 @dataclass(frozen=True)
 class Unrotated(Clusters):
-    """Clusters of keys without their rotation, with which queries without rotation are compared.
+    """Clusters of keys before rotation, which are compared with queries before rotation.
 
-    The position of a query is the one with which the layer was last seen to make queries, under
-    `noting`.
+    The position of a query is the one with which the layer last made queries under `noting`.
 
     attention: that of the layers without a window, which all rotate alike
     """
@@ -132,7 +132,7 @@ def clusters_of(length: int) -> int:
 
 
 class Subject:
-    """One model at one length: its windows, its centres, its reader."""
+    """A model at one length, with its windows, centres and reader."""
 
     def __init__(self, place: Path, length: int, samples: int, folder: Path):
         self.model: Model = mukv.load(place)
@@ -198,7 +198,7 @@ def main() -> None:
 def measure(
     place: Path, length: int, samples: int, folder: Path, results: dict[str, Any], path: Path
 ) -> None:
-    """Measure what is missing of one model at one length, and write it at once."""
+    """Measure the missing numbers of one model at one length, and write each at once."""
     found = results.setdefault(place.name, {}).setdefault(str(length), {"samples": samples})
     if found["samples"] != samples:
         raise SystemExit(f"{path} has {found['samples']} windows of {length} tokens")

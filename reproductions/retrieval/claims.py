@@ -15,7 +15,7 @@ GIVEN = [
     "recalled 99.7 % with KeyDiff at 0.625 in 4 bits, 90.1 % at 0.25",
     "A policy passes when it keeps 95 % of what the full cache recalls",
     "Among those with at most 25 % of the bytes",
-    "Another seed recalls 25 % after 600 steps, so it has 800",
+    "Another seed recalls 25 % after 600 steps, so it has 800 steps here",
 ]
 
 
@@ -111,7 +111,7 @@ def said() -> list[str]:
         f"int8 is {percent(single['int8', 1.0]['share_of_bytes'], 1)} ({recalled(single['int8', 1.0], False):.3f}) "
         f"and int4 {percent(single['int4', 1.0]['share_of_bytes'], 1)} "
         f"({recalled(single['int4', 1.0], False):.3f})",
-        f"Heads that share a budget gain nothing here ({adaptive:.3f} against {uniform:.3f} at a quarter of "
+        f"A budget shared by the heads gains nothing here ({adaptive:.3f} against {uniform:.3f} at a quarter of "
         "the entries)",
         f"clusters of the prompt, which keep {percent(recalled(ROWS['clusters', 0.125], False))} at an eighth",
     ]  # fmt: skip

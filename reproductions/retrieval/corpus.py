@@ -1,8 +1,8 @@
 """Make documents with facts to be recalled: lines of a text, and between them lines such as
 `@K:qzv`.
 
-A fact occurs once, when it can't be predicted, and later again, when it can. After its cue `@K:q` a
-model must answer `zv`. Everything is ordinary text, so that training, evaluation and compression
+A fact occurs once, where it can't be predicted, and again later, where it can. After the cue `@K:q`
+a model must answer `zv`. Documents are ordinary text, so that training, evaluation and compression
 need no special code.
 """
 
@@ -23,7 +23,7 @@ CUE, ANSWER = 4, 2
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A text and its lines that are facts."""
+    """A text, and those of its lines that are facts."""
 
     text: str
     facts: tuple[str, ...]

@@ -78,7 +78,7 @@ COMPOSED = (
 )
 STYLES, MARKS = {"int8": ":", "int4": "--"}, {"adaptive": "D", "pyramid": "v", "full": "*"}
 NUMBER = ", by number"
-"""Suffix of policies with a number of entries instead of a fraction."""
+"""Suffix of policies whose budget is a number of entries instead of a fraction."""
 BUDGETS = (0.5, 0.25, 0.125)
 
 
@@ -167,7 +167,7 @@ class Trial:
         return jax.jit(run)
 
     def right(self, given: Asked, aware: bool) -> str:
-        """Return how many facts of each text are recalled, a digit per text.
+        """Return the number of recalled facts of each text, as one digit per text.
 
         aware: whether the cue is part of the compressed text; the prefill then predicts the first
             letter of the answer, as in papers that compress with the question included

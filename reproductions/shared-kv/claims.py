@@ -7,7 +7,7 @@ GIVEN = [
     "needs 1.2 % more steps than grouped-query attention with as many cache bytes, and 11 % more than "
     "multi-head attention",
     "MQA 4.1 % more than grouped queries",
-    "0.86M parameters (wider MLPs use the parameters that a smaller cache saves), 400 steps of 2,048 bytes",
+    "0.86M parameters (wider MLPs use the parameters that a smaller cache saves) and train for 400 steps of 2,048 bytes",
     "After 0.8M tokens",
     "a model 43 times larger",
 ]
@@ -46,5 +46,5 @@ def said() -> list[str]:
         f"({to_mha[0]:.0f} to {to_mha[1]:.0f} %)",
         f"Gemma's form, which rotates little, needs {100 * normed['more_steps_than']['GQA']:.0f} % "
         f"({normed_ends[0]:.0f} to {normed_ends[1]:.0f} %)",
-        f"MHA and GQA are not told apart ({mha_ends[0]:+.0f} to {mha_ends[1]:+.0f} %)",
+        f"MHA and GQA do not differ clearly ({mha_ends[0]:+.0f} to {mha_ends[1]:+.0f} %)",
     ]  # fmt: skip

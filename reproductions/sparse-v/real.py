@@ -1,11 +1,11 @@
-"""Measure what pretrained models lose when every query reads few values.
+"""Measure the loss that pretrained models gain when every query reads few values.
 
     python reproductions/sparse-v/real.py MODEL... [--length 1024] [--samples 2]
     python reproductions/sparse-v/real.py --draw
 
 MODEL: a folder as of `mukv import` or of Hugging Face. Reads code, prose and dialogue. Every query
-reads only a share of the entries that it sees; the weights of these are divided by their sum. Who
-chooses the entries:
+reads only a share of the entries that it sees; the weights of these are divided by their sum. The
+entries are chosen by:
 
 - each head: the query head's own largest weights
 - KV head: the largest summed weights of the query heads that share a KV head
@@ -57,12 +57,12 @@ SHARES = (1 / 4, 1 / 8, 1 / 16)
 NATS = (0.01, 0.03, 0.1, 0.3, 1, 3)
 """Ticks of the figure."""
 SINKS = 4
-"""Entries at the beginning that `latest` reads besides the most recent ones."""
+"""Number of first entries that `latest` reads in addition to the most recent ones."""
 SCANNED = Compute("float32", "float32", unroll=False)
-"""Compiles in seconds; every choice and share is a program of its own."""
+"""Layers are scanned, which compiles in seconds; every choice and share has its own program."""
 Importance = Callable[[jax.Array], jax.Array]
-"""From weights [batch kv_heads group query key] to what ranks the entries, of a shape that
-broadcasts to it."""
+"""A function of weights [batch kv_heads group query key] that returns scores of the entries, of a
+shape that broadcasts to that of the weights."""
 CHOICES: dict[str, Importance | None] = {
     "each head": lambda weights: weights,
     "KV head": lambda weights: weights.sum(axis=2, keepdims=True),
@@ -70,7 +70,7 @@ CHOICES: dict[str, Importance | None] = {
     "first head": lambda weights: weights[:, :1, :1],
     "latest": None,
 }
-"""None ranks entries by position."""
+"""Scores of entries by choice; None chooses by position."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def largest(numbers: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def core_of(choice: str, share: float) -> type[Core]:
-    """Return a core class for the table of cores, which only this study uses."""
+    """Return a core class for the table of cores; only this study uses it."""
 
     class Chosen(FewReads):
         @classmethod
@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def measure(place: Path, length: int, samples: int, results: dict[str, Any], path: Path) -> None:
-    """Measure what is missing of one model, and write it at once."""
+    """Measure the missing numbers of one model, and write each at once."""
     loaded = mukv.load(place)
     model, weights = loaded.network, loaded.scaled
     assert isinstance(model, Decoder)

@@ -1,5 +1,4 @@
-"""Measure the attention mass of few values, the output's error without the others, and head
-agreement.
+"""Measure attention mass on few values, errors without the others, and agreement of heads.
 
     python reproductions/sparse-v/run.py [--model runs/retrieval/model]
     python reproductions/sparse-v/run.py --draw
