@@ -1,4 +1,4 @@
-"""CompressedAttention attention with a window (DeepSeek V4; transformers' `deepseek_v4`), and HCA.
+"""Compressed attention with a window (DeepSeek V4; transformers' `deepseek_v4`), and HCA.
 
 Each token writes one normed, rotated vector, which is key and value of all heads; the newest
 `window` of them are kept. In addition, every `every` tokens are compressed into one permanent

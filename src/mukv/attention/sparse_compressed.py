@@ -1,4 +1,4 @@
-"""CompressedAttention sparse attention (CSA, DeepSeek V4; transformers' `deepseek_v4`).
+"""Compressed sparse attention (CSA, DeepSeek V4; transformers' `deepseek_v4`).
 
 As HCA it attends to a window and to compressed entries. These are closer together and overlap: an
 entry covers the tokens of its own chunk and of the chunk before. Each query reads only the `top_k`

@@ -218,8 +218,8 @@ class Kept:
 
 
 def choosing(memory: T, choose: bool) -> T:
-    """Return bodies, or a cache with bodies, of which those whose policy holds all that follows the
-    prompt choose again from the next tokens (the prompt is read in chunks), or do not."""
+    """Return bodies, or a cache with bodies, in which policies that keep all entries after the
+    prompt (`hold`) may choose at the next read (between chunks of the prompt), or may not."""
 
     def told(body: Any) -> Any:
         holds = isinstance(body, Kept) and body.keep.when.holds

@@ -51,7 +51,7 @@ class Recorded(AllRead):
             return replace(self, tensors=dict(new), queries=reader.queries)
 
         def longer(old: Array, more: Array) -> Array:
-            """Append the new rows behind the `length` rows in use, along axis 2."""
+            """Append the new rows after the `length` rows in use, along axis 2."""
             room = jnp.pad(old, [(0, 0), (0, 0), (0, more.shape[2]), (0, 0)])
             return fold({"": room}, {"": more}, length, added)[""]
 

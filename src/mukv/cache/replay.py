@@ -1,7 +1,7 @@
-"""Eviction by replaying the prompt (KVzip): what the model reads while it repeats the text is kept.
+"""Eviction by replaying the prompt (KVzip): keep what the model reads while it repeats the text.
 
-The prompt is first read whole. Then its chunks are read again behind it, after an instruction to
-repeat them, and each entry is scored by the largest attention weight that it gets (Kim et al.
+The prompt is first read whole. Then its chunks are read again after it, each behind an instruction
+to repeat it, and each entry is scored by the largest attention weight that it gets (Kim et al.
 2025). `mukv.infer.replay` runs these passes.
 """
 

@@ -14,7 +14,7 @@ from mukv.show import output
 
 TYPES = ("float32", "bfloat16", "float16")
 TOKENS = 4096
-"""Of calibration, by default: several times the width of a head, of which maps are fitted."""
+"""Default number of calibration tokens: several times the width of a head, to fit its maps."""
 
 
 @app.command("import")

@@ -30,7 +30,7 @@ class Work:
 
     def __init__(self, reader: PolicyReader, rows: Rows, left: Sequence[Job], aware: bool):
         model, speed = reader.model, _flops_per_second()
-        # How much slower this machine is than an idle one.
+        # Ratio of this machine's time to that of an idle one.
         busy = max(1.0, FLOPS_PER_SECOND / speed)
         read, whole = (flops_per_token(model, n) / 3 / speed for n in (rows.read, rows.length))
         step = 4 * params.count(model.params()) / BYTES_PER_SECOND
@@ -47,7 +47,7 @@ class Work:
             "strings": batch * strings / (chunks + groups),
             "policy": busy * (COMPILE_SECONDS + 2 * (ROUNDS + 1) * STEPS * step),
         }
-        """Seconds of each part, by its name in `measured`."""
+        """Estimated seconds of each part, by its name in `measured`."""
         batches = {(job.kind, job.rows.start) for job in left}
         self.seconds = len(batches) * self.parts["prefill"]
         for job in left:
@@ -61,9 +61,8 @@ class Work:
         return int(100 * self.spent / self.seconds)
 
     def left(self, elapsed: float) -> float:
-        """Return the seconds of what is left, if it runs as fast as what is done, which took
-        `elapsed` seconds.
-        """
+        """Return the seconds of the remaining jobs, if they run as fast as the finished ones, which
+        took `elapsed` seconds."""
         if not self.spent:
             return self.seconds
         return elapsed * (self.seconds - self.spent) / self.spent

@@ -75,7 +75,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The settings of a comparison.
 
     policies: names, separated by commas
     budgets: shares of the entries up to 1, or numbers of entries

@@ -113,7 +113,8 @@ class PolicyReader:
 
     @cached_property
     def _compiled(self) -> Callable[[Callable[..., Any]], Any]:
-        """How a method of the model is run: a Decoder compiles each of its layers by itself."""
+        """Return a jitted method of the model; a Decoder compiles each of its layers separately
+        instead."""
         return (lambda method: method) if isinstance(self.model, Decoder) else jax.jit
 
     @cached_property
@@ -138,7 +139,7 @@ class PolicyReader:
 
     @cached_property
     def _answer(self) -> Any:
-        """Blocks that continue one cache, [question row token] to logits."""
+        """Compiled function of blocks that continue one cache, [question row token], to logits."""
 
         def block(weights: Any, cache: Any, tokens: Array) -> Array:
             return self.model.read_block(weights, cache, tokens, self.compute, joins=False)[0]
@@ -147,8 +148,8 @@ class PolicyReader:
 
     @cached_property
     def _steps(self) -> Any:
-        """A loop of decoding steps over known tokens; returns what it writes, and the fraction of
-        capped choices (NaN without any)."""
+        """Compiled loop of decoding steps over known tokens; returns the arrays that it writes, and
+        the fraction of capped choices (NaN without any)."""
         model = self.model
 
         def run(taps: bool, weights: Any, frozen: Any, live: Any, tokens: Array) -> Any:

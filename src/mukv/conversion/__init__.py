@@ -1,5 +1,5 @@
-"""Conversions of trained models to a smaller memory. To add one: a file with a class, a line
-here."""
+"""Conversions of trained models to a smaller memory. To add one, write a file with a class and add
+a line here."""
 
 from mukv.conversion.base import Conversion, ConvertedLayer, SourceLayer
 from mukv.conversion.convert import check, convert

@@ -1,7 +1,7 @@
-"""The contract of conversions: a grouped-query decoder becomes one with a smaller memory.
+"""The interface of conversions: a grouped-query decoder becomes one with a smaller memory.
 
-A conversion is a pure function of configuration and weights (NumPy, float64). It is given examples
-of what each layer's attention reads, so that it keeps what the examples use.
+A conversion is a pure function of configuration and weights (NumPy, float64). It receives examples
+of the inputs of each layer's attention, and is fitted to these.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mukv.core.typing import Float
 from mukv.model.plan import ResolvedLayer
 
 Misfit = tuple[str, object, str]
-"""A field, its value, and what would be possible."""
+"""A field that prevents a conversion, its value, and what would be possible."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SourceLayer:
     attention: its configuration, with the position that the plan gives it
     window: tokens that a query sees, itself included; None for all
     read, write: its weights
-    examples: rows of what it reads, after the norm, float32
+    examples: inputs of the attention, after the norm, float32
     length: tokens of the rows that the model is meant for
     """
 
@@ -45,12 +45,12 @@ class SourceLayer:
     length: int
 
     def weight(self, name: str) -> np.ndarray:
-        """A weight by its name, float64."""
+        """Return a weight by its name, as float64."""
         return wide((self.write if name in self.write else self.read)[name])
 
     def of_examples(self, name: str) -> Float[np.ndarray, "heads example head_dim"]:
-        """Queries, keys or values of the examples, before they are normed and rotated: float64."""
-        # Float32 halves the time, and what follows are sums over many examples.
+        """Compute queries, keys or values of the examples, before norms and rotation: float64."""
+        # Float32 halves the time, and the results are only used in sums over many examples.
         made = np.tensordot(self.examples, self.weight(name).astype(np.float32), 1)
         if name in self.attention.biases:
             made = made + self.weight(f"{name}_bias")
@@ -63,28 +63,27 @@ class SourceLayer:
 
     @property
     def key_maps(self) -> Maps:
-        """The maps of a head's keys that its queries can undo."""
+        """The maps of a head's keys that its queries can invert."""
         return NONE if self.attention.norm else commuting(self.pairs)
 
     @property
     def value_maps(self) -> Maps:
-        """The maps of a head's values that the output projection can undo."""
+        """The maps of a head's values that the output projection can invert."""
         return NONE if self.attention.gate == "channel" else ANY
 
     @property
     def group(self) -> int:
-        """Query heads of a KV head."""
+        """Number of query heads per KV head."""
         return self.attention.heads // self.attention.kv_heads
 
     @property
     def reach(self) -> int:
-        """Tokens that a query sees at most."""
+        """Maximum number of tokens that a query sees."""
         return min(self.window or self.length, self.length)
 
     def reading(self, keys: Sequence[Matrix], values: Sequence[Matrix]) -> dict[str, Any]:
-        """The weights that read entries from which other maps give the keys and values of each KV
-        head: key = entry K, value = entry V.
-        """
+        """Return the weights that read entries from which these matrices give the keys and values
+        of each KV head: key = entry K, value = entry V."""
         read = dict(self.read)
         owners = [head // self.group for head in range(self.attention.heads)]
         back = np.stack([keys[owner].T for owner in owners])
@@ -96,7 +95,8 @@ class SourceLayer:
         return read
 
     def reordered(self, read: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
-        """The weights that read, with the query heads of each KV head in another order."""
+        """Return the weights for reading with the KV heads, and their query heads, in another
+        order."""
         heads = np.arange(self.attention.heads).reshape(-1, self.group)[list(order)].reshape(-1)
 
         def moved(param: Param, weight: Any) -> np.ndarray:
@@ -108,7 +108,7 @@ class SourceLayer:
 
 
 class ConvertedLayer(NamedTuple):
-    """The attention that a layer becomes, with its weights.
+    """The new attention of a layer, with its weights.
 
     write: None in a layer that reads the entries of another
     reads: distance to that layer, negative; None for its own entries
@@ -122,9 +122,8 @@ class ConvertedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversion:
-    """A way to a smaller memory. The first field is the number behind the colon of `--to`, the
-    others are its options in parentheses.
-    """
+    """Base class of conversions. The first field is the number after the colon of `--to`, the
+    others are its options in parentheses."""
 
     @property
     def uses_examples(self) -> bool:
@@ -132,12 +131,12 @@ class Conversion:
         return True
 
     def misfits(self, attention: Grouped) -> Iterator[Misfit]:
-        """Say what keeps a layer from being converted: a field of its attention, its value, and
-        what would be possible."""
+        """Yield each property that prevents the conversion of a layer: a field of its attention,
+        its value, and what would be possible."""
         yield from ()
 
     def excess(self, attention: Grouped) -> Iterator[tuple[str, str]]:
-        """Say which field of this conversion is too large for a layer, and what would be
+        """Yield each field of this conversion that is too large for a layer, and what would be
         possible."""
         yield from ()
 
@@ -160,7 +159,7 @@ class Conversion:
 
 
 def alike(one: SourceLayer, other: SourceLayer) -> Float[np.ndarray, "kv_heads kv_heads"]:
-    """How similar two layers' KV heads are in their keys and values: 0 to 2."""
+    """Return the similarity of two layers' KV heads in keys and values, 0 to 2."""
     keys, values = ([each.of_examples(n) for each in (one, other)] for n in ("key", "value"))
     return np.array(
         [
@@ -174,7 +173,7 @@ def alike(one: SourceLayer, other: SourceLayer) -> Float[np.ndarray, "kv_heads k
 
 
 def plain_misfits(attention: Grouped, width: int | None = None) -> Iterator[Misfit]:
-    """Say what keeps keys and values from being linear in what a layer reads.
+    """Yield each property by which keys and values are not linear in the layer's input.
 
     width: of a query after the conversion; None if it stays
     """
@@ -190,5 +189,5 @@ def plain_misfits(attention: Grouped, width: int | None = None) -> Iterator[Misf
 
 
 def wide(array: Any) -> np.ndarray:
-    """The array as float64."""
+    """Convert an array to float64."""
     return np.asarray(array).astype(np.float64)

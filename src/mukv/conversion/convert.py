@@ -97,12 +97,12 @@ def check(model: LanguageModel, conversion: Conversion) -> Decoder:
 
 
 def _resolved(model: Decoder) -> tuple[ResolvedLayer, ...]:
-    """The layers as the plan has them, without factors of the parameterisation."""
+    """Return the layers of the plan, without factors of the parameterisation."""
     return resolve(model.plan, model.attention, model.mlp)
 
 
 def _plan(model: Decoder, made: Sequence[ConvertedLayer]) -> tuple[Stage, ...]:
-    """The shortest pattern that, repeated, gives the layers; and what it leaves."""
+    """Return the shortest pattern whose repeats give the layers, and the remaining layers."""
     layers = [
         Layer(
             attention=None if each.attention == made[0].attention else each.attention,
@@ -123,7 +123,7 @@ def _plan(model: Decoder, made: Sequence[ConvertedLayer]) -> tuple[Stage, ...]:
 def _stacked(
     model: Decoder, parts: Sequence[Mapping[str, Any]], made: Sequence[ConvertedLayer]
 ) -> dict[str, Any]:
-    """The weights of all layers, stacked by stage and slot. parts: of the layers before."""
+    """Stack the weights of all layers by stage and slot. parts: weights before the conversion."""
     tree: dict[str, Any] = {}
     for layer, own, new in zip(model.layers, parts, made, strict=True):
         own = {name: leaf for name, leaf in own.items() if name not in ("read", "write")}

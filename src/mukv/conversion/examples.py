@@ -1,4 +1,4 @@
-"""What the attention of each layer reads on a text: examples for a conversion."""
+"""Compute the inputs of each layer's attention on a text: examples for a conversion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def examples_of(
     segment: Int[np.ndarray, "row token"] | None = None,
     compute: Compute | None = None,
 ) -> list[Float[np.ndarray, "example embed"]]:
-    """Compute what the attention of each layer reads of each token, after the norm: float32.
+    """Compute the input of each layer's attention for each token, after the norm: float32.
 
     weights: scaled. position, segment: as in the forward pass; tokens of segment 0 are left out.
     """

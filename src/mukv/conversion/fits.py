@@ -7,14 +7,14 @@ import numpy as np
 from mukv.core.typing import Float
 
 RIDGE = 1e-9
-"""Added to the diagonal of a Gram matrix, as a share of its mean: directions without examples."""
+"""Share of its mean that is added to the diagonal of a Gram matrix, for unused directions."""
 FLOOR = 1e-6
 """Least eigenvalue of a metric, as a share of their mean."""
 Matrix = Float[np.ndarray, "rows columns"]
 
 
 def fit(x: Matrix, y: Matrix) -> Matrix:
-    """The matrix R with the least squared error of x R = y over the rows."""
+    """Return the matrix R with the least squared error of x R = y over the rows."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     gram = x.T @ x
     ridge = RIDGE * max(np.trace(gram) / len(gram), np.finfo(float).tiny) if len(gram) else 0.0
@@ -22,13 +22,13 @@ def fit(x: Matrix, y: Matrix) -> Matrix:
 
 
 def rotation(x: Matrix, y: Matrix) -> Matrix:
-    """The orthogonal matrix R with the least squared error of x R = y (orthogonal Procrustes)."""
+    """Return the orthogonal R with the least squared error of x R = y (orthogonal Procrustes)."""
     left, _, right = np.linalg.svd(x.T.astype(np.float64) @ y)
     return left @ right
 
 
 def components(x: Matrix, metric: Matrix, count: int) -> tuple[Matrix, Matrix]:
-    """The matrices (down, up) of inner width `count` with the least squared error of x down up = x.
+    """Return matrices (down, up) of inner width `count` with least squared error of x down up = x.
 
     metric: symmetric and positive; its quadratic form measures the error of a row
     """
@@ -39,8 +39,8 @@ def components(x: Matrix, metric: Matrix, count: int) -> tuple[Matrix, Matrix]:
 
 
 def root(metric: Matrix) -> Matrix:
-    """The symmetric root of a positive matrix; directions that it hardly counts are raised to
-    FLOOR of its mean, so that it has an inverse."""
+    """Return the symmetric root of a positive matrix; eigenvalues are raised to at least FLOOR of
+    their mean, so that the root has an inverse."""
     values, vectors = np.linalg.eigh(metric)
     floor = max(FLOOR * values.mean(), np.finfo(float).tiny)
     return (vectors * np.sqrt(np.maximum(values, floor))) @ vectors.T

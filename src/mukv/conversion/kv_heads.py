@@ -1,8 +1,8 @@
-"""Fewer KV heads: several become one, the mean of their projections.
+"""Fewer KV heads: each is the mean of the projections of several.
 
 Ainslie et al. 2023 (GQA, section 2.1) take the mean of neighbours. Jin et al. 2024 (Align Attention
-Heads Before Merging Them) choose by similarity which heads become one, and first turn their keys
-and values so that they agree; queries and output are turned along.
+Heads Before Merging Them) merge similar heads, and first rotate their keys and values so that they
+agree; queries and output are rotated accordingly.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class FewerHeads(Conversion):
     """Grouped-query attention with fewer KV heads.
 
     kv_heads: their number, which divides that of the model; equal to it, nothing changes
-    by: which heads become one: neighbours, by the plain mean; or those whose keys and values are
-        similar, which are turned to agree before
+    by: which heads are merged: neighbours, by the plain mean; or those with similar keys and
+        values, which are first rotated to agree
     """
 
     kv_heads: int
@@ -63,7 +63,7 @@ class FewerHeads(Conversion):
         return ConvertedLayer(made, source.reordered(source.reading(*read), order), write)
 
     def groups(self, source: SourceLayer) -> list[list[int]]:
-        """The KV heads that become one, by group."""
+        """Return the KV heads that are merged, by group."""
         number = source.attention.kv_heads
         groups = np.arange(number).reshape(self.kv_heads, -1)
         if self.by == "similarity" and 1 < self.kv_heads < number:
@@ -74,7 +74,8 @@ class FewerHeads(Conversion):
 def aligned(
     heads: Float[np.ndarray, "heads example width"], groups: list[list[int]], maps: Maps
 ) -> tuple[list[Matrix], list[Matrix]]:
-    """How each head is turned to the mean of its group, and how its rows are made of that mean."""
+    """Return the map of each head to the mean of its group, and the map of that mean to each
+    head."""
     turns, back = [np.eye(heads.shape[-1])] * len(heads), [np.eye(heads.shape[-1])] * len(heads)
     for group in groups:
         if len(group) > 1:
@@ -88,7 +89,7 @@ def aligned(
 def best_groups(
     likeness: Float[np.ndarray, "heads heads"], groups: np.ndarray
 ) -> Float[np.ndarray, "group member"]:
-    """Exchange heads between groups of equal size while that makes those of a group more alike."""
+    """Exchange heads between groups of equal size while this increases the similarity in groups."""
     groups = groups.copy()
 
     def total(grouping: np.ndarray) -> float:

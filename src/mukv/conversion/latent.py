@@ -1,11 +1,11 @@
 """Latent attention: a truncated decomposition of keys and values (TransMLA, Meng et al. 2025).
 
-What stays rotated: for each frequency, the pairs of all KV heads are complex numbers that turn by
-the same phase, so that their principal components over heads turn by it too. The first `rope` of
-them make the rotated key that all heads share. What else the keys have loses its rotation: it is
-replaced by its mean over the distances within reach, which keeps slow pairs and drops fast ones.
-That and the values become a latent of `rank` principal components, each measured by what it does
-to logits and outputs.
+For each frequency, the pairs of all KV heads are complex numbers that rotate by the same phase, and
+so do their principal components over heads. The first `rope` of these form the rotated key that all
+heads share. The rest of the keys loses its rotation, which is replaced by its mean over the
+distances within reach: this keeps slow pairs and drops fast ones. The rest of the keys and the
+values become a latent of `rank` principal components, in the metric of their effect on logits and
+outputs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class TruncatedLatent(Conversion):
     """Multi-head latent attention without a norm of the latent.
 
     rank: width of the latent
-    rope: rotated keys that are kept, in units of a head's; with those of all KV heads and the
-        largest rank nothing changes
+    rope: number of rotated keys that are kept, each as wide as a head's; with those of all KV heads
+        and the largest rank nothing changes
     """
 
     rank: int
@@ -49,7 +49,7 @@ class TruncatedLatent(Conversion):
             yield "rank", f"possible with rope={self.rope}: mla:1 to mla:{most}, which is all"
 
     def largest(self, attention: Grouped) -> int:
-        """The rank at which the latent holds all that is not in the rotated keys."""
+        """Return the rank at which the latent has all numbers that are not in the rotated keys."""
         turning = int(getattr(attention.position, "partial", 0) * attention.head_dim)
         both = 2 * attention.kv_heads * attention.head_dim
         return both - self.rope * turning
@@ -92,7 +92,7 @@ class TruncatedLatent(Conversion):
         Float[np.ndarray, "embed heads rope_dim"],
         Float[np.ndarray, "embed kv_heads head_dim"],
     ]:
-        """The rotated keys, the queries that read them, and what is left of the keys."""
+        """Return the rotated keys, the queries that read them, and the rest of the keys."""
         pairs, key = source.pairs, source.weight("key")
         basis, sizes = self.basis(source, queries)
         # Components c = U* s k of the keys k of all heads; from them k = U c / s.
@@ -110,8 +110,8 @@ class TruncatedLatent(Conversion):
     def basis(
         self, source: SourceLayer, queries: Float[np.ndarray, "heads example head_dim"]
     ) -> tuple[Float[np.ndarray, "kv_heads rope pair"], Float[np.ndarray, "kv_heads pair"]]:
-        """Principal components over heads of each pair, and the sizes that the heads' pairs are
-        multiplied with before: those of the queries that read them."""
+        """Return the principal components over heads of each pair, and the factors of the heads'
+        pairs in them, which are the sizes of the queries that read these pairs."""
         pairs, number = source.pairs, source.attention.kv_heads
         squares = np.mean(np.abs(pairs.complex(queries)) ** 2, axis=1)
         sizes = squares.reshape(number, source.group, -1).sum(axis=1)
@@ -122,9 +122,9 @@ class TruncatedLatent(Conversion):
 
 
 def mean_rotation(source: SourceLayer) -> Float[np.ndarray, " pair"]:
-    """What becomes of each pair's product with a query on average over distances: complex.
+    """Return the mean factor of each pair's product with a query over distances: complex.
 
-    Distances d within reach count by 1 / (d + 1), as attention prefers what is near.
+    Distances d within reach have the weight 1 / (d + 1), since attention prefers near tokens.
     """
     position = source.attention.position
     assert isinstance(position, RoPE)
@@ -136,10 +136,11 @@ def mean_rotation(source: SourceLayer) -> Float[np.ndarray, " pair"]:
 
 
 def errors(source: SourceLayer, queries: Float[np.ndarray, "heads example head_dim"]) -> Matrix:
-    """The quadratic form that measures errors of keys and values [keys of all heads, values].
+    """Return the quadratic form of errors of keys and values [keys of all heads, values].
 
-    Keys: the mean over heads of the variance of the logits. Values: their share of the square of
-    what the layer adds to the residual stream.
+    Errors of keys are measured by the variance of the logits, as a mean over heads; errors of
+    values
+    by their share of the square of the layer's output.
     """
     attention, width, number = source.attention, source.attention.head_dim, source.group
     scale = attention.scale or width**-0.5

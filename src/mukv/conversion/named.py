@@ -22,7 +22,7 @@ CONVERSIONS = PartTable(
     kinds=False,
 )
 SHORT = {"mqa": ("gqa", "1")}
-"""Names of a conversion with its number."""
+"""Short names of conversions, with the name and number that they stand for."""
 PATTERN = re.compile(r"(?P<name>[\w.]+)(?:\((?P<options>[^()]*)\))?(?::(?P<number>.*))?")
 
 
@@ -63,7 +63,7 @@ def parse(text: str, where: str = "--to") -> Conversion:
 
 
 def usages() -> str:
-    """All conversions as they are typed."""
+    """Return all conversions as they are typed."""
     return ", ".join([*map(usage, CONVERSIONS), *SHORT])
 
 

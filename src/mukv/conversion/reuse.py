@@ -1,8 +1,8 @@
 """Cross-layer reuse: a layer writes the entries that the following ones read (CLA, Brandon et al.
 2024).
 
-The layers that read lose their projections of keys and values. Their queries and outputs are fitted
-to the entries that they find, by maps that commute with the rotation of the positions.
+The layers that read have no projections of keys and values. Their queries and outputs are fitted to
+the entries, by maps that commute with the rotation of the positions.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Layered = TypeVar("Layered", SourceLayer, ResolvedLayer)
 class CrossLayer(Conversion):
     """Groups of layers that read the entries of their first one.
 
-    layers: of a group, counted among those with the same window and the same kind of entries; at 1
-        nothing changes
-    entries: what the first layer writes: the mean over the group, as far as that follows from what
-        the first layer reads, or what the first layer wrote before
+    layers: number per group, counted among those with the same window and the same kind of entries;
+        at 1 nothing changes
+    entries: entries of the first layer: the mean over the group, as far as it is linear in the
+        layer's input, or its own as before
     """
 
     layers: int
@@ -49,7 +49,7 @@ class CrossLayer(Conversion):
         return [made[each.index] for each in source]
 
     def group(self, layers: Sequence[SourceLayer]) -> dict[int, ConvertedLayer]:
-        """The layers of one group, by number."""
+        """Convert the layers of one group; return them by number."""
         first, *others = layers
         orders = [assigned(first, other) for other in others]
         now = first
@@ -65,7 +65,7 @@ class CrossLayer(Conversion):
 
 
 def by_kind(layers: Sequence[Layered]) -> list[list[Layered]]:
-    """Layers that may read each other's entries: those with the same window and kind of entries."""
+    """Group layers that may read each other's entries: same window and same kind of entries."""
     kinds: dict[Hashable, list[Layered]] = {}
     for layer in layers:
         kinds.setdefault((layer.attention.memory(), layer.window), []).append(layer)
@@ -73,9 +73,8 @@ def by_kind(layers: Sequence[Layered]) -> list[list[Layered]]:
 
 
 def assigned(first: SourceLayer, other: SourceLayer) -> list[int]:
-    """The KV head of another layer that reads each of the first one's: the most similar pairs
-    first. In order where heads have positions of their own.
-    """
+    """Return the KV head of another layer for each of the first one's: the most similar pairs
+    first, or in order if each head has its own positions."""
     count = first.attention.kv_heads
     if count == 1 or other.attention.position.biases:
         return list(range(count))
@@ -91,7 +90,7 @@ def assigned(first: SourceLayer, other: SourceLayer) -> list[int]:
 def fitted(
     reader: SourceLayer, writer: SourceLayer, order: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """The weights with which a layer reads the entries that another writes.
+    """Fit the weights with which a layer reads the entries of another.
 
     order: the reader's KV head for each of the writer's; None for the same
     """
@@ -111,7 +110,7 @@ def fitted(
 def mean_entries(
     layers: Sequence[SourceLayer], orders: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:
-    """The weights with which the first layer writes the mean entries of all.
+    """Fit the weights with which the first layer writes the mean entries of all.
 
     orders: the KV head of each other layer for each of the first one's
     """

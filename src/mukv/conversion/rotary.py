@@ -18,14 +18,14 @@ from mukv.core.typing import Float
 from mukv.position import AnyPosition, RoPE
 
 ROUNDS = 10
-"""Times that heads are turned to their mean, which settles within five."""
+"""Iterations in which heads are rotated to their mean, which converges within five."""
 FitMap = Callable[[Matrix, Matrix], Matrix]
-"""(rows x, rows y) to the matrix that makes y of x."""
+"""A function from (rows x, rows y) to the matrix R of x R = y."""
 
 
 @dataclass(frozen=True)
 class RotatedPairs:
-    """Which dimensions of a key form the pairs that are rotated, and which are not rotated.
+    """Dimensions of a key that form rotated pairs, and dimensions that are not rotated.
 
     first, second: of each pair. rest: all others.
     """
@@ -40,17 +40,17 @@ class RotatedPairs:
         return np.concatenate([self.first, self.second, self.rest])
 
     def complex(self, x: Float[np.ndarray, "*batch width"]) -> np.ndarray:
-        """The pairs as complex numbers: complex128 [*batch pair]."""
+        """Return the pairs as complex numbers: complex128 [*batch pair]."""
         return x[..., self.first].astype(np.float64) + 1j * x[..., self.second]
 
     def real(self, pairs: np.ndarray, rest: np.ndarray) -> Float[np.ndarray, "*batch width"]:
-        """The inverse of `complex`; rest: the dimensions that are not rotated."""
+        """Invert `complex`. rest: the dimensions that are not rotated."""
         made = np.concatenate([np.real(pairs), np.imag(pairs), rest], axis=-1)
         return made[..., np.argsort(self.order)]
 
     def matrix(self, factor: np.ndarray, rest: Matrix) -> Matrix:
-        """The map that multiplies pairs by complex factors, and the rest by a matrix from the
-        right, as one matrix to multiply rows with."""
+        """Return the matrix, multiplied from the right, that multiplies pairs by complex factors
+        and the rest by a matrix."""
         made = np.zeros((len(self.order), len(self.order)))
         made[self.first, self.first] = made[self.second, self.second] = np.real(factor)
         made[self.first, self.second] = np.imag(factor)
@@ -60,7 +60,7 @@ class RotatedPairs:
 
 
 def pairs_of(position: AnyPosition, width: int) -> RotatedPairs:
-    """The pairs of a head of this width; none where the position encoding does not rotate."""
+    """Return the pairs of a head of this width; none if the position encoding does not rotate."""
     every = np.arange(width)
     if not isinstance(position, RoPE):
         return RotatedPairs(every[:0], every[:0], every)
@@ -73,7 +73,7 @@ def pairs_of(position: AnyPosition, width: int) -> RotatedPairs:
 
 
 def commuting_fit(pairs: RotatedPairs, x: Matrix, y: Matrix) -> Matrix:
-    """The same as `fit`, of the maps that commute with the rotation."""
+    """Fit as `fit`, among the maps that commute with the rotation of the positions."""
     one, other = pairs.complex(x), pairs.complex(y)
     size = np.sum(np.abs(one) ** 2, axis=0)
     factor = np.sum(one.conj() * other, axis=0) / np.maximum(size, np.finfo(float).tiny)
@@ -81,7 +81,7 @@ def commuting_fit(pairs: RotatedPairs, x: Matrix, y: Matrix) -> Matrix:
 
 
 def commuting_rotation(pairs: RotatedPairs, x: Matrix, y: Matrix) -> Matrix:
-    """The same as `rotation`, of the maps that commute with the rotation of the positions."""
+    """Fit as `rotation`, among the maps that commute with the rotation of the positions."""
     product = np.sum(pairs.complex(x).conj() * pairs.complex(y), axis=0)
     size = np.abs(product)
     factor = np.where(size > 0, product / np.where(size > 0, size, 1), 1)
@@ -89,9 +89,9 @@ def commuting_rotation(pairs: RotatedPairs, x: Matrix, y: Matrix) -> Matrix:
 
 
 def cosine(pairs: RotatedPairs | None, x: Matrix, y: Matrix) -> float:
-    """The cosine of two heads, as rows of examples, after the rotation that makes it largest.
+    """Return the cosine of two heads, as rows of examples, maximised over rotations of one of them.
 
-    pairs: where only rotations count that commute with that of the positions; None for all
+    pairs: allow only rotations that commute with that of the positions; None for all
     """
     size = np.linalg.norm(x) * np.linalg.norm(y)
     if not size:
@@ -106,18 +106,18 @@ def cosine(pairs: RotatedPairs | None, x: Matrix, y: Matrix) -> float:
 
 @dataclass(frozen=True)
 class Maps:
-    """The maps of keys or of values that queries or outputs can undo.
+    """Fits of maps of keys or values that queries or outputs can invert.
 
-    turn: the rotation from rows to rows, which changes nothing by itself
-    fit: the map from rows to rows with the least squared error
+    turn: function that fits a rotation from rows to rows, which by itself changes no result
+    fit: function that fits the map from rows to rows with the least squared error
     """
 
     turn: FitMap
     fit: FitMap
 
     def turns(self, members: Sequence[Matrix]) -> list[Matrix]:
-        """The rotations that turn heads to their mean, which is made of turned heads (generalised
-        Procrustes analysis)."""
+        """Return the rotations of heads to their mean, which is the mean of the rotated heads
+        (generalised Procrustes analysis)."""
         mean = members[0]
         turns = [np.eye(mean.shape[1])] * len(members)
         for _ in range(ROUNDS if len(members) > 1 else 0):
@@ -131,10 +131,10 @@ def _identity(x: Matrix, y: Matrix) -> Matrix:
 
 
 NONE = Maps(_identity, _identity)
-"""Where any map would change what a layer computes."""
+"""For layers in which any map would change the result."""
 ANY = Maps(rotation, fit)
 
 
 def commuting(pairs: RotatedPairs) -> Maps:
-    """Those that commute with the rotation of the positions."""
+    """Return the maps that commute with the rotation of the positions."""
     return Maps(partial(commuting_rotation, pairs), partial(commuting_fit, pairs))

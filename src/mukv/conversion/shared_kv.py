@@ -1,9 +1,9 @@
 """Shared KV: the key and the value of a head become one vector, which is cached once.
 
-Its first dimensions are the key. The value is predicted from them before they are rotated, by least
-squares, and from further dimensions: the principal components of what that leaves. The map from the
+Its first dimensions are the key. The value is predicted by least squares from the key before its
+rotation, and from further dimensions: the principal components of the residual. The map from the
 vector to the value moves into the output projection. With as many further dimensions as a value has
-nothing is lost.
+the conversion is exact.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class SharedVectors(Conversion):
 
 
 def widened(position: AnyPosition, narrow: int, width: int) -> AnyPosition:
-    """The encoding that rotates, of a head of `width`, what it rotates of the narrow one."""
+    """Return an encoding that rotates the same dimensions of a wider head."""
     if not isinstance(position, RoPE) or width == narrow:
         return position
     turning = int(position.partial * narrow)
     share = turning / width
-    if int(share * width) < turning:  # as the encoding rounds it
+    if int(share * width) < turning:  # the encoding rounds down
         share = float(np.nextafter(share, 1))
     return replace(position, partial=share)

@@ -184,7 +184,7 @@ def speed_meter(title: str, console: Console | None = None) -> Iterator[ReportBy
 
 
 class _AlreadyThere(Exception):
-    """Raised where a token file of the same content is at the target, which is then kept."""
+    """Raised if a token file of the same content exists; it is then kept."""
 
 
 def _check_free(out: Path) -> None:

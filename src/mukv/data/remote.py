@@ -1,5 +1,4 @@
-"""Rows of remote sources, which can be read on from any row: files on the web, Hugging Face data
-sets.
+"""Read rows of remote sources from any row on: files on the web, Hugging Face data sets.
 
 Each class has `after(cursor)`, which yields rows from the first one after a cursor, and `cursor()`,
 the place after the latest row, as JSON. `Reliable` opens the source again there if the network
@@ -41,7 +40,7 @@ class Row(NamedTuple):
 
 @runtime_checkable
 class RemoteRows(Protocol):
-    """Rows of a source, from any place."""
+    """Rows of a source, which can be read from any row on."""
 
     @property
     def name(self) -> str: ...
@@ -102,10 +101,10 @@ def passes(error: BaseException) -> bool:
 
 @dataclass
 class Address:
-    """A file on the web, read from any byte on.
+    """A file on the web, which can be read from any byte on.
 
     stamp: what identifies the content: the ETag or time of change when it was first opened
-    size: bytes, known when it is opened; None if the server does not say
+    size: bytes, known when it is opened; None if the server does not send it
     """
 
     url: str

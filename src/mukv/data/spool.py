@@ -1,4 +1,4 @@
-"""Rows of a remote source kept on disk, so that a killed command goes on where it was.
+"""Keep rows of a remote source on disk, so that a repeated command continues after a kill.
 
 A spool is a folder of parts, 000000.part and so on. A part is one line of JSON (`cursor`: the place
 after its last row; `ended`: whether the source ended there; `names` and `sizes` of its rows), then

@@ -14,7 +14,7 @@ from mukv.hub.settings import Given
 
 @dataclass(frozen=True)
 class EveryLayer(WindowKeys):
-    """All layers have the same window, or none has one."""
+    """The same window in all layers, or no windows."""
 
     def read(self, given: Given, layers: int) -> LayerWindows:
         window = given.whole("sliding_window", null=True)

@@ -1,8 +1,8 @@
-"""Read prompts twice, and keep what the model reads of them while it repeats them (KVzip).
+"""Read prompts twice, and keep the entries that the model reads while it repeats them (KVzip).
 
-First the whole prompts are read with a full cache. Then their chunks are read again behind it,
-each after an instruction to repeat it, and every pass scores the entries of one chunk. What the
-policy keeps by these scores is copied to a smaller cache, and the full one is given back.
+First the whole prompts are read with a full cache. Then their chunks are read again after it, each
+behind an instruction to repeat it, and every pass scores the entries of one chunk. The entries that
+the policy keeps by these scores are copied to a smaller cache, and the full one is freed.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _kept(
     after: int,
     compute: Compute,
 ) -> Any:
-    """Return the cache that has what the policy keeps by these scores."""
+    """Return a cache of the entries that the policy keeps by these scores."""
     keep, size = policy.keep, room[1]
     assert isinstance(keep, KVzip)
     layers = [jnp.pad(each, [(0, 0), (0, 0), (0, size)])[:, :, :size] for each in layers]

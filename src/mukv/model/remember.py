@@ -1,4 +1,4 @@
-"""What a layer's memory becomes in a pass with a cache, and what the queries of the pass read.
+"""Update the memory of a layer in a pass with a cache, and return what its queries read.
 
 Each class is a pytree, because a layer of a pass with a cache is a compiled function of its inputs.
 """

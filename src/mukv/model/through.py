@@ -77,9 +77,8 @@ class Through:
             jax.eval_shape(partial(policy.body, layer.softmax, *sizes, bag=name))
 
     def alike(self, stack: Any, stage: int, tokens: int) -> bool:
-        """Whether the repeats of a stage of a stack have the same policy, so that one program
-        serves all of them. tokens: of a row
-        """
+        """Return whether the repeats of a stage have the same policy, so that they share one
+        program. tokens: of a row"""
         keep, found = self.policy.keep, {}
         for place, (layer, name) in enumerate(stack.whole):
             if layer.stage == stage:

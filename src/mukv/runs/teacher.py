@@ -30,7 +30,7 @@ NAME, CHECKSUM = "teacher", "teacher_checksum"
 
 @dataclass(frozen=True)
 class RunTeacher:
-    """A teacher whose weights are not read yet."""
+    """A teacher, before its weights are read."""
 
     found: Located
 

@@ -129,7 +129,7 @@ class Copy:
         if mine:
             return bool(there) or self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._record({})  # a copy that is half changed knows nothing
+        self._record({})  # the content of a partly changed copy is unknown
         here = self._files(everything=True)
         same = {
             name
@@ -188,7 +188,7 @@ class Copy:
                 yield self.folder
             except BaseException:
                 self._stop_sending(over, thread)
-                with suppress(BadInput, Failed):  # what ended the block matters more
+                with suppress(BadInput, Failed):  # the exception that ended the block has priority
                     self._finish()
                 raise
             self._stop_sending(over, thread)
@@ -209,7 +209,9 @@ class Copy:
                 self.send()
                 self.troubled = False
             except lease.Lost:
-                os.kill(os.getpid(), signal.SIGTERM)  # a training saves here, and leaves
+                os.kill(
+                    os.getpid(), signal.SIGTERM
+                )  # a training run saves a checkpoint here, and ends
                 return
             except (BadInput, Failed) as error:
                 if not self.troubled:
@@ -244,11 +246,11 @@ class Copy:
         self._record(self.known)
         return len(sent) + len(gone)
 
-    # What is known of the copy
+    # Records of the copy's state
 
     @cached_property
     def identity(self) -> str:
-        """A name of this copy that no other machine's copy has."""
+        """A name of this copy, which is unique among machines."""
         path = self.base / "identity"
         if not path.exists():
             write_atomic(path, uuid.uuid4().hex)

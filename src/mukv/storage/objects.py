@@ -1,11 +1,11 @@
-"""Read and write the objects of a folder in an object store: s3:// (S3 and what speaks it), gs://.
+"""Read and write objects of a folder in an object store: s3:// (S3 and compatible), gs://.
 
 An object is written whole or not at all, and a listing shows every object whose writing has ended:
 S3 (since December 2020) and Google Cloud Storage both guarantee this. Neither renames, and neither
 writes several objects in one step; but both write an object only if none of its name exists
 (`If-None-Match: *`, `ifGenerationMatch=0`), which `create` uses. Credentials are those that s3fs
-and gcsfs find in the environment or in their files. Errors name the address and the reason in
-words of our own, because messages of the libraries may repeat what they were given.
+and gcsfs find in the environment or in their files. Errors have the address and a reason in words
+of our own, because messages of the libraries may repeat credentials.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _code(error: BaseException) -> str | None:
 
 
 def _told(error: Exception, url: str) -> BadInput | Failed:
-    """Return the error for a user. The text of the library's error is left out: it may have keys,
+    """Return the error for a user, without the text of the library's error, which may have keys,
     signatures or tokens in it."""
     code = _code(error)
     told = f" ({code})" if code else ""

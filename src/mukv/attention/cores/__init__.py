@@ -63,12 +63,12 @@ def choose(demand: Demand, compute: Compute) -> CoreChoice:
 
 
 def _platform(core: type[Core], compute: Compute) -> bool:
-    """Whether a core is for the platform."""
+    """Return whether a core is for the platform."""
     return core.platforms is None or compute.platform in core.platforms
 
 
 def _reason(core: type[Core], demand: Demand, compute: Compute) -> str | None:
-    """Return why a core can't serve; None if it can."""
+    """Return why a core can't be used; None if it can."""
     if not _platform(core, compute):
         return f"it is a kernel for {', '.join(core.platforms or ())}, not for {compute.platform}"
     return core.supports(demand, compute)

@@ -23,7 +23,7 @@ def chunk_size(length: int) -> int:
 
 @dataclass(frozen=True)
 class Division:
-    """Divides an axis of `length` into `number` pieces of `size`, with padding at the end."""
+    """An axis of `length`, divided into `number` pieces of `size`, with padding at the end."""
 
     length: int
     size: int
