@@ -76,6 +76,9 @@ def test_a_teacher_that_does_not_fit_is_refused(mukv, trained, token_file, tmp_p
         assert done.returncode == 2, told
         assert told in done.stderr
         assert not out.exists()
+    # Before data are read, which can take minutes.
+    done = mukv("train", "tiny", "train.teacher=nowhere", "--out", out)
+    assert done.stderr.startswith("error: train.teacher: got 'nowhere'")
     rates = "train.learning_rate=0.001,0.01"
     path = f"data.path={token_file}"
     done = mukv("sweep", "tiny", path, mine, rates, "train.steps=2", "--out", sweep)

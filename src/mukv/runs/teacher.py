@@ -30,13 +30,27 @@ NAME, CHECKSUM = "teacher", "teacher_checksum"
 
 @dataclass(frozen=True)
 class RunTeacher:
-    """A teacher, before its weights are read."""
+    """A teacher, before its weights are read.
 
+    source: the value of `train.teacher`
+    found: the model that it names
+    """
+
+    source: str
     found: Located
 
     @property
     def network(self) -> LanguageModel:
         return self.found.run.model
+
+    def check_tokenizer(self, tokenizer: AnyTokenizer) -> None:
+        """Raise BadInput if the teacher gives other meanings to ids than the data's tokenizer."""
+        theirs = _tokenizer(self.found)
+        if isinstance(theirs, NoTokenizer) or theirs.fingerprint == tokenizer.fingerprint:
+            return
+        stamps = theirs.fingerprint[:12], tokenizer.fingerprint[:12]
+        allowed = f"a model with the tokenizer of the data ({stamps[1]}); it has {stamps[0]}"
+        raise BadInput(FIELD, self.source, allowed)
 
     def teach(self, trainer: Trainer, run: Run, folder: RunDirectory) -> dict[str, str]:
         """Read the weights into a trainer, and return what provenance.json says of them. Raises
@@ -68,13 +82,13 @@ def with_teacher(run: Run) -> Run:
     return replace(run, train=replace(run.train, teacher=str(Path(teacher).resolve())))
 
 
-def find_teacher(run: Run, folder: RunDirectory, tokenizer: AnyTokenizer) -> RunTeacher | None:
+def find_teacher(run: Run, folder: RunDirectory) -> RunTeacher | None:
     """Find the model that `train.teacher` names; None if it names none.
 
-    folder: of the run. tokenizer: of the data
+    folder: of the run
 
-    Raises BadInput for the run itself, for a path without a model, for a model that gives other
-    meanings to ids, and for one whose context is shorter than the rows.
+    Raises BadInput for the run itself, for a path without a model, for a model with another number
+    of ids, and for one whose context is shorter than the rows.
     """
     source = run.train.teacher
     if source is None:
@@ -93,12 +107,7 @@ def find_teacher(run: Run, folder: RunDirectory, tokenizer: AnyTokenizer) -> Run
     if network.context is not None and longest > network.context:
         allowed = f"at most the {network.context:,} tokens of the teacher's context"
         raise BadInput("train.length", longest, allowed)
-    theirs = _tokenizer(found)
-    if not isinstance(theirs, NoTokenizer) and theirs.fingerprint != tokenizer.fingerprint:
-        stamps = theirs.fingerprint[:12], tokenizer.fingerprint[:12]
-        allowed = f"a model with the tokenizer of the data ({stamps[1]}); it has {stamps[0]}"
-        raise BadInput(FIELD, source, allowed)
-    return RunTeacher(found)
+    return RunTeacher(source, found)
 
 
 def _tokenizer(found: Located) -> AnyTokenizer:

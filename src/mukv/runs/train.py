@@ -62,12 +62,14 @@ def train_run(
     step that needs more device memory than is free. All checks but the last come before any
     compilation.
     """
+    teacher = find_teacher(run, folder)
     run, feed = open_feed(with_teacher(with_base(run)), folder)
     for name, value in leaves(schema.to_mapping(run)).items():
         if isinstance(value, str) and not is_text(value):
             raise BadInput(name, value, "text in UTF-8, which config.yaml can hold")
     _check_same(run, folder, feed)  # before the lock, so that a refused folder stays unchanged
-    teacher = find_teacher(run, folder, feed.tokenizer)
+    if teacher is not None:
+        teacher.check_tokenizer(feed.tokenizer)
     with one_job_writes(folder.path):
         return _train(run, feed, teacher, folder, title, ignore_memory)
 
