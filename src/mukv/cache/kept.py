@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any, TypeVar, no_type_check
 
 import jax
@@ -255,7 +256,6 @@ def empty(
     stores = attention.entry_sets if keep.evicts or not isinstance(select, All) else 1
     total = (heads * slots if pool is None else pool) if shared else slots
     position = jnp.full((batch, 1 if shared else stores, total), NOWHERE)
-    used = position != NOWHERE
     stored = {}
     for name, shape in written.items():
         sizes = (batch, 1, total, shape.shape[3]) if shared else shape.shape
@@ -287,12 +287,28 @@ def empty(
         abstract(attention.read_params(d_model)),
     )
     zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in index.items()}
-    encoded = {
-        name: store.encode(name in attention.keys, parts["exact"], used)
-        for name, parts in stored.items()
-    }
-    shelf = replace(exact.shelf, stored=encoded, store=store)
+
+    def encoded(name: str, parts: dict[str, Array]) -> dict[str, Array]:
+        shapes = parts["exact"].shape, dtype, position.shape
+        made = _encoding(store, name in attention.keys, *shapes)
+        return {part: jnp.zeros(about.shape, about.dtype) for part, about in made.items()}
+
+    if store != EXACT:
+        stored = {name: encoded(name, parts) for name, parts in stored.items()}
+    shelf = replace(exact.shelf, stored=stored, store=store)
     # Copied, because prefill takes the cache as a donated argument, and the next cache needs the
     # centres again.
     own = {name: jnp.array(array, copy=True) for name, array in given.items()}
     return replace(exact, shelf=shelf, index={**zeros, **own})
+
+
+@lru_cache(maxsize=64)
+def _encoding(
+    store: Store, key: bool, shape: tuple[int, ...], dtype: Any, slots: tuple[int, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the arrays that a store makes of a tensor, by part; see `Store.encode`.
+
+    Without entries all of them are zeros, which decode to finite numbers.
+    """
+    tensor, used = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(slots, bool)
+    return jax.eval_shape(partial(store.encode, key), tensor, used)

@@ -36,8 +36,11 @@ TAIL, SHARE, LEAST = 64, 16, 8
 """Size of the tail in tokens, which is the interval at which the policy compresses while decoding:
 upper bound, fraction of a row (1 / SHARE), lower bound.
 """
-STEPS, ROUNDS = 16, 3
-"""Decoding steps per measurement of speed (at most a tail), and number of measurements."""
+STEPS, ROUNDS, ROUND_SECONDS = 8, 3, 0.2
+"""Decoding steps per round of a measurement of speed (at most a tail); least number of rounds, and
+least time that they take together.
+"""
+MOST_ROUNDS = 20
 ASKED = 128
 """Most tokens of cues and answers that are read at once."""
 SHORT_SECONDS = 2.0
@@ -134,10 +137,6 @@ class PolicyReader:
         return self._compiled(partial(self.model.read_block, compute=self.compute))
 
     @cached_property
-    def _last_block(self) -> Any:
-        return self._compiled(partial(self.model.read_block, compute=self.compute, joins=False))
-
-    @cached_property
     def _answer(self) -> Any:
         """Compiled function of blocks that continue one cache, [question row token], to logits."""
 
@@ -207,9 +206,8 @@ class PolicyReader:
         found = [np.asarray(_graded(logits[:, None], padded[:, self.read, None])[0])]
         for number in range(self.blocks):
             at = self.read + number * self.tail
-            block = self._last_block if number + 1 == self.blocks else self._block
             now = jnp.asarray(padded[:, at : at + self.tail])
-            logits, cache = block(self.weights, cache, now)
+            logits, cache = self._block(self.weights, cache, now)
             then = padded[:, at + 1 : at + self.tail + 1]
             found.append(np.asarray(_graded(logits, then)[0]))
             tick()
@@ -240,11 +238,19 @@ class PolicyReader:
         """
         taps = isinstance(policy.select, TopP) and isinstance(self.model, Decoder)
         tokens = tokens[:, : min(STEPS, self.tail)]
-        rounds = [
-            [self._timed(each, tokens, taps and each is cache) for each in (full, cache)]
-            for _ in range(ROUNDS + 1)
-        ][1:]  # the first one compiles
-        whole, own = (np.array([one[place][0] for one in rounds]) for place in (0, 1))
+
+        def timed(cached: Any) -> tuple[float, float]:
+            return self._timed(cached, tokens, taps and cached is cache)
+
+        for each in (full, cache):
+            timed(each)  # the first time compiles
+        rounds: list[tuple[tuple[float, float], tuple[float, float]]] = []
+        start = time.perf_counter()
+        while len(rounds) < ROUNDS or (
+            len(rounds) < MOST_ROUNDS and time.perf_counter() - start < ROUND_SECONDS
+        ):
+            rounds.append((timed(full), timed(cache)))
+        whole, own = (np.array([pair[place][0] for pair in rounds]) for place in (0, 1))
         capped = rounds[0][1][1]
         return Speed(
             float(np.median(own)),

@@ -7,7 +7,7 @@ Training, evaluation, decoding and analysis use a model through this interface o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, initialise
 from mukv.core.table import Component
-from mukv.core.tap import tap
+from mukv.core.tap import capturing, tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.auxiliary import PENALTY, Auxiliary
 from mukv.model.block import AnyResidual, Gated, PreNorm
@@ -265,9 +265,8 @@ class LanguageModel(Continued, Component):
         return declared
 
     def resolved(self, family: UpdateFamily = "adam") -> Any:
-        """Return deviation, multiplier and learning rate factors of each weight, from its scaling.
-
-        family: family of optimizers that the learning rates are for
+        """Return deviation, multiplier and learning rate factors of each weight, from its scaling,
+        for a family of optimizers.
         """
         return self.scaling.resolve(self.params(), len(self.layers), family)
 
@@ -379,12 +378,23 @@ class LanguageModel(Continued, Component):
         """Apply the norm after the last layer."""
         return self.norm.apply(weights["final_norm"], x)
 
-    def last_logits(
-        self, weights: Weights, x: Residual, last: Int[Array, " batch"], compute: Compute
-    ) -> Float[Array, "batch vocab"]:
-        """Compute the float32 logits of the token after index `last` of each row.
-
-        x: residual stream after the last layer, before the norm
+    def read_out(
+        self,
+        weights: Weights,
+        x: Residual,
+        compute: Compute,
+        last: Int[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch token vocab"]:
+        """Compute float32 logits from `x`, the residual stream after the last layer: of all tokens,
+        or of index `last` of each row. One program, so that a tied embedding is not transposed.
         """
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-        return self.logits(weights, self.normed(weights, x), compute)[:, 0]
+        x = x if last is None else jnp.take_along_axis(x, last[:, None, None], axis=1)
+        if capturing():
+            return self.logits(weights, self.normed(weights, x), compute)
+        own = {name: weights[name] for name in ("final_norm", self.readout_name)}
+        return _read_out(self, compute, own, x)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _read_out(model: LanguageModel, compute: Compute, weights: Weights, x: Residual) -> Array:
+    return model.logits(weights, model.normed(weights, x), compute)

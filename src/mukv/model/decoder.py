@@ -131,7 +131,7 @@ class Decoder(LanguageModel):
         position = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
         x = self.placed(weights, tokens, position, compute)
         x, cache = self.stack.prefill(weights["layers"], cache, x, count, fresh, compute)
-        return self.last_logits(weights, x, count - 1, compute), cache
+        return self.read_out(weights, x, compute, count - 1)[:, 0], cache
 
     def step(
         self,
@@ -143,7 +143,7 @@ class Decoder(LanguageModel):
         compute = settled(compute)
         x = self.placed(weights, token[:, None], cache.position()[:, None], compute)
         x, cache = self.stack.step(weights["layers"], cache, x, compute)
-        return self.logits(weights, self.normed(weights, x), compute)[:, 0], cache
+        return self.read_out(weights, x, compute)[:, 0], cache
 
     def fold(self, weights: Weights, cache: Cache) -> Cache:
         return self.stack.fold(weights["layers"], cache)
@@ -164,4 +164,4 @@ class Decoder(LanguageModel):
         position = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
         x = self.placed(weights, tokens, position, compute)
         x, cache = self.stack.read_block(weights["layers"], cache, x, compute, joins)
-        return self.logits(weights, self.normed(weights, x), compute), cache
+        return self.read_out(weights, x, compute), cache

@@ -181,7 +181,7 @@ class Concept(Architecture):
         after = ConceptCache(
             encoder, concepts, *lasting, state_after(chunks, x, outputs, state, count)
         )
-        return self.last_logits(weights, y, count - 1, compute), after
+        return self.read_out(weights, y, compute, count - 1)[:, 0], after
 
     def step(
         self,
@@ -227,7 +227,7 @@ class Concept(Architecture):
         y, lasting = self.injection.step(joint, Lasting(*noted), x, output, earlier + ends)
         state = state_after(chunks, x, output[:, None], state, jnp.ones_like(earlier))
         after = ConceptCache(encoder, concepts, *lasting, state)
-        return self.logits(weights, self.normed(weights, y), compute)[:, 0], after
+        return self.read_out(weights, y, compute)[:, 0], after
 
     def fold(self, weights: Weights, cache: ConceptCache) -> ConceptCache:
         read = [{"read": weights.get("injection", {}).get("read", {})}]
