@@ -32,7 +32,7 @@ CHECKED = 50
 
 @dataclass(frozen=True)
 class ExamineSettings:
-    """How a model is tested.
+    """Settings of the test of a model.
 
     samples: number of samples per task and length
     free: number of samples whose last answer is also decoded, without the right answer's tokens as

@@ -17,7 +17,7 @@ from mukv.core.typing import Array, Int
 
 
 class Blocks(NamedTuple):
-    """What a policy reads of whole rows.
+    """Entries and queries of whole rows, which a policy reads.
 
     tensors: entries of all tokens, [batch heads token width] by name
     queries: queries of all tokens, [batch kv_heads group token query_dim]; None if the policy needs

@@ -27,7 +27,7 @@ from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int
 
 TWICE = "`mukv generate` and `mukv bench`, which read a prompt twice, for a model of one stack"
-"""Where scores from a second reading are made."""
+"""Commands that make scores from a second reading."""
 LEAST = 1e-6
 """Least norm of an input that weights are divided by."""
 QUERIES = 128

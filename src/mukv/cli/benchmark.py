@@ -215,7 +215,7 @@ def of_model(
 
 
 class TrainingPlan(NamedTuple):
-    """How a configuration is trained.
+    """Settings of the training of a configuration.
 
     rates: learning rates as the user typed them
     seeds: number of runs per learning rate

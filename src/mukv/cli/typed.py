@@ -29,10 +29,10 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "data": {"package": "SOURCE", "hf": "SOURCE", "vocab_size": "--tokenizer"},
     "sweep": {"ranges": "key=RANGE"},
 }
-"""By command ("" for all commands): options or arguments that set fields of the library for which
+"""Aliases by command ("" for all): options or arguments that set fields of the library for which
 no parameter of the command is named."""
 OPTIONS_OF_KEYS: Mapping[str, Mapping[str, str]] = {"bench": {"train.steps": "steps"}}
-"""By command: configuration keys that an option sets. Errors name the option if it was given."""
+"""Configuration keys that an option sets, by command. Errors name the option if it was given."""
 USE: Mapping[str, str] = {
     "eval": "mukv eval MODEL --text FILE",
     "generate": "mukv generate MODEL --prompt TEXT",

@@ -15,7 +15,7 @@ from mukv.core.errors import unknown_name
 
 @dataclass(frozen=True)
 class Device:
-    """What a data sheet says of one device.
+    """Data sheet of one device.
 
     kind: part of the name by which JAX calls it
     memory: bytes

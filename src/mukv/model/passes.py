@@ -33,7 +33,7 @@ MemoryOrNone = LayerMemory | None
 
 @dataclass(frozen=True)
 class Asked:
-    """What a cache policy may ask of a layer about the new tokens.
+    """Values of the new tokens in a layer that a cache policy may request.
 
     x: the layer's input after the norm
     """

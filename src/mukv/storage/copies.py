@@ -42,7 +42,7 @@ LAST = ("meta.json", "config.json", "config.yaml")
 OPEN = ("study.db", "study.db-journal", "study.db-wal")
 """Databases, which are sent at the end only."""
 Known = dict[str, tuple[str, int, int]]
-"""By name: what identifies an object's content, and size and time of change of the local file."""
+"""Stamp of each object's content, with size and time of change of the local file, by name."""
 
 
 def fetched(path: str | Path) -> Path:

@@ -239,7 +239,7 @@ WORDINGS: dict[str, Wording] = {
     "common_words": MentionWords("common"),
     "frequent_words": MentionWords("frequent"),
 }
-"""By the kind of the task."""
+"""Wordings by the kind of the task."""
 
 DIGITS = 7
 """Digits of RULER's numbers."""

@@ -47,7 +47,7 @@ DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 @dataclass(frozen=True)
 class Settings:
-    """How a space is searched.
+    """Settings of the search in a space.
 
     sampler: name of the sampler
     pruner: name of Optuna's pruner

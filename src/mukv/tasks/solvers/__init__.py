@@ -23,6 +23,6 @@ SOLVERS: dict[str, Callable[[str], list[str]]] = {
     "counting": states.counts,
     "program": program.comments,
 }
-"""By the kind of the task."""
+"""Solvers by the kind of the task."""
 
 __all__ = ["SOLVERS"]

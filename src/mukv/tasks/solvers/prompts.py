@@ -70,4 +70,4 @@ SOLVERS_IN_WORDS = {
     "common_words": most,
     "frequent_words": most,
 }
-"""By the kind of the task; each takes a prompt's message and returns the answers."""
+"""Solvers by the kind of the task; each takes a prompt's message and returns the answers."""
