@@ -194,7 +194,7 @@ def test_a_class_without_a_path_is_found_while_it_is_registered():
     @package.register
     @dataclass(frozen=True)
     class Local(package.Feedforward):
-        """Nothing. factor: of nothing."""
+        """Feed-forward part for this test. factor: an unused number."""
 
         kind: Literal["local"] = "local"
         factor: float = 1.0

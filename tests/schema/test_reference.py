@@ -35,7 +35,7 @@ def test_every_key_is_found_by_its_path():
 
 @dataclass(frozen=True)
 class Inner:
-    """Something inside. size: of it, in tokens; None for
+    """Inner part. size: size in tokens; None for
     all. first, last: one of two."""
 
     kind: Literal["inner"] = "inner"
@@ -46,9 +46,9 @@ class Inner:
 
 @dataclass(frozen=True)
 class Other:
-    """Another.
+    """Other part.
 
-    size: of the other
+    size: size in bytes
     weights: a number each
         for two roles
     """
@@ -60,7 +60,7 @@ class Other:
 
 @dataclass(frozen=True)
 class Outer:
-    """part: one of the two. parts: any number of them. needed: has no default."""
+    """part: one part. parts: several parts. needed: has no default."""
 
     needed: str
     part: Inner | Other = Inner()
@@ -81,8 +81,8 @@ def test_facts_of_a_key():
 
 def test_a_key_of_several_kinds_is_shown_for_each():
     first, second = reference.find(Outer, "part.size")
-    assert (first.meaning, first.kinds) == ("of it, in tokens; null for all", ("inner",))
-    assert (second.meaning, second.kinds) == ("of the other", ("other",))
+    assert (first.meaning, first.kinds) == ("size in tokens; null for all", ("inner",))
+    assert (second.meaning, second.kinds) == ("size in bytes", ("other",))
 
 
 @pytest.mark.parametrize("path", ["parts.0.size", "parts.N.size", "parts.size"])
@@ -109,5 +109,5 @@ def test_an_unknown_key_has_a_nearest(root, path, near):
 
 
 def test_summaries():
-    assert reference.summary(Inner) == "Something inside"
-    assert reference.summary(Other) == "Another"
+    assert reference.summary(Inner) == "Inner part"
+    assert reference.summary(Other) == "Other part"
