@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# Tests start many processes, each of which would compile the sources again without bytecode files.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test test-all lint format clean
 
 demo: $(VENV)/.installed

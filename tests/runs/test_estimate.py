@@ -36,8 +36,16 @@ def test_state_is_what_each_device_is_given(mesh, changes):
     run = config.load("tiny-experts", [*changes, *sizes])
     trainer = Trainer(run.model, run.train, run.mesh.build())
     held = footprint.state_bytes(trainer)
-    assert held.pop("teacher") == 0  # no preset in this test has this setting
     assert Estimate(run, HOST).state == held
+
+
+def test_a_teacher_is_counted():
+    run = config.load("tiny", [*MINUSCULE, "train.teacher=there", "mesh.data=2"])
+    teacher = config.load("tiny", ["mesh.data=2"]).model
+    trainer = Trainer(run.model, run.train, run.mesh.build(), teacher)
+    held = footprint.state_bytes(trainer)
+    assert held["teacher"] > held["weights"]
+    assert Estimate(run, HOST, teacher).state == held
 
 
 @pytest.mark.product

@@ -27,6 +27,8 @@ from mukv.model.counting import cache_bytes, flops_per_token, product_flops, sav
 from mukv.model.shard import shard
 from mukv.runs.config import Run
 from mukv.runs.start import resolved_params, trained_params
+from mukv.runs.teacher import find_teacher
+from mukv.train import distillation
 from mukv.train.footprint import LEFT, free_memory
 from mukv.train.state import state_shardings
 
@@ -42,11 +44,13 @@ class Estimate:
 
     run: the configuration
     device: the kind of device
+    teacher: the model that `train.teacher` names
     traced: cached results of `kept`, by size of the axis `tensor` and policy
     """
 
     run: Run
     device: Device
+    teacher: LanguageModel | None = None
     traced: dict[tuple[int, Any], int] = field(default_factory=dict)
 
     @cached_property
@@ -81,8 +85,8 @@ class Estimate:
 
     @cached_property
     def state(self) -> dict[str, int]:
-        """Bytes per device of the trained weights, the optimizer state, the gradient, and the
-        frozen weights if adapters are trained."""
+        """Bytes per device of the trained weights, the optimizer state, the gradient, the frozen
+        weights if adapters are trained, and the teacher's weights."""
         training, declared = self.run.train.effective, trained_params(self.run)
         optimizer = training.optimizer.transform(declared, resolved_params(self.run))
         placed = state_shardings(declared, optimizer, self.mesh)
@@ -97,7 +101,16 @@ class Estimate:
             "optimizer": _held(jax.eval_shape(optimizer.init, shapes), placed.optimizer),
             "gradient": weights,
             "frozen": frozen,
+            "teacher": self.taught,
         }
+
+    @cached_property
+    def taught(self) -> int:
+        """Bytes per device of the teacher's weights; 0 without a teacher."""
+        if self.teacher is None:
+            return 0
+        weights = distillation.abstract_weights(self.teacher, self.compute, self.mesh)
+        return _held(weights, jax.tree.map(lambda leaf: leaf.sharding, weights))
 
     def kept(self, policy: Any) -> int:
         """Return the bytes per row of tokens that the forward pass saves for the backward pass
@@ -335,9 +348,10 @@ def estimate(run: Run, device: Device, name: str) -> dict[str, Any]:
 
     name: name of the device
     """
-    found = Estimate(run, device)
-    policies = {_yaml(policy): found.bytes(policy) for policy in POLICIES}
-    parts = policies[_yaml(found.compute.rematerialise)]
+    teacher = find_teacher(run)
+    found = Estimate(run, device, teacher and teacher.network)
+    policies = {str(policy).lower(): found.bytes(policy) for policy in POLICIES}
+    parts = policies[str(found.compute.rematerialise).lower()]
     nearest = None if found.fits(parts) else found.nearest()
     return {
         "device": name,
@@ -379,11 +393,6 @@ def this_machine() -> Device:
     return Device(
         found.device_kind, free_memory(), speed, math.inf, 1, math.inf, math.inf, platform
     )
-
-
-def _yaml(policy: Any) -> str:
-    """Return a policy as it is written in YAML."""
-    return str(policy).lower()
 
 
 def gibibytes(size: float) -> str:

@@ -82,7 +82,7 @@ def with_teacher(run: Run) -> Run:
     return replace(run, train=replace(run.train, teacher=str(Path(teacher).resolve())))
 
 
-def find_teacher(run: Run, folder: RunDirectory) -> RunTeacher | None:
+def find_teacher(run: Run, folder: RunDirectory | None = None) -> RunTeacher | None:
     """Find the model that `train.teacher` names; None if it names none.
 
     folder: of the run
@@ -93,7 +93,7 @@ def find_teacher(run: Run, folder: RunDirectory) -> RunTeacher | None:
     source = run.train.teacher
     if source is None:
         return None
-    if Path(source).resolve() == folder.path.resolve():
+    if folder is not None and Path(source).resolve() == folder.path.resolve():
         raise BadInput(FIELD, source, "another model than the run itself")
     try:
         found = locate(source)

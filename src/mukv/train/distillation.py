@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from mukv.core import params
 from mukv.core.compute import Compute
@@ -36,7 +36,7 @@ class Distillation:
             raise BadInput("temperature", self.temperature, "greater than 0")
 
 
-def abstract_weights(model: LanguageModel, compute: Compute, mesh: Mesh) -> Any:
+def abstract_weights(model: LanguageModel, compute: Compute, mesh: Mesh | AbstractMesh) -> Any:
     """Return shapes and shardings of a teacher's weights: scaled, and rounded to the types in which
     the forward pass multiplies, so that they take no more memory than it needs.
     """
