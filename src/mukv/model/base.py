@@ -384,7 +384,7 @@ class LanguageModel(Continued, Component):
         x: Residual,
         compute: Compute,
         last: Int[Array, " batch"] | None = None,
-    ) -> Float[Array, "batch token vocab"]:
+    ) -> Float[Array, "batch read vocab"]:
         """Compute float32 logits from `x`, the residual stream after the last layer: of all tokens,
         or of index `last` of each row. One program, so that a tied embedding is not transposed.
         """
