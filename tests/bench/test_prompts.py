@@ -24,6 +24,7 @@ from mukv.runs.loaded import Model
 from mukv.tasks import Needle
 from mukv.tasks.prompts import NOISE, PROMPTED, PromptForm, sentences_of
 from mukv.tasks.solvers.prompts import SOLVERS_IN_WORDS
+from tests.pairs import params
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<model>"
 TRIMMED = CHAT.replace("m.content", "m.content[:40]")
@@ -59,7 +60,7 @@ def answering(monkeypatch, answer) -> list[str]:
     return given
 
 
-@pytest.mark.parametrize("name", PROMPTED)
+@pytest.mark.parametrize("name", params(PROMPTED, [*PROMPTED][::3]))
 def test_a_perfect_model_scores_one(monkeypatch, speaker, name):
     solve = SOLVERS_IN_WORDS[PROMPTED[name].kind]
     given = answering(monkeypatch, lambda text: f" {', '.join(reversed(solve(text)))}.")

@@ -176,6 +176,7 @@ def test_one_task_may_follow_another(mukv, tmp_path):
     assert feed.tokenizer.fingerprint != load_tokenizer(tmp_path / "first").fingerprint
 
 
+@pytest.mark.product
 def test_models_without_a_tokenizer_refuse_text(imported, tokens, text, tmp_path):
     bare = Path(shutil.copytree(imported, tmp_path / "bare"))
     (bare / "tokenizer.json").unlink()

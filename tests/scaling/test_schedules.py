@@ -9,6 +9,7 @@ import pytest
 from mukv.scaling.budget import BUDGETS
 from mukv.scaling.schedules import DECAYS, SCHEDULES, Falling, Plan, Prolongable
 from mukv.train.training import Training
+from tests.pairs import params
 
 
 def rates(schedule, steps, peak=0.5):
@@ -18,7 +19,12 @@ def rates(schedule, steps, peak=0.5):
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize(
-    ("steps", "warmup"), [(s, w) for s in (2, 3, 17, 100) for w in (0, 1, 5) if w < s - 1]
+    ("steps", "warmup"),
+    params(
+        [(s, w) for s in (2, 3, 17, 100) for w in (0, 1, 5) if w < s - 1],
+        [(2, 0), (3, 1), (17, 5)],
+        unpack=True,
+    ),
 )
 def test_the_last_update_has_the_final_rate(kind, steps, warmup):
     cls = SCHEDULES[kind]

@@ -31,7 +31,8 @@ def slopes(model=MODEL, **scaling):
     return sorted(each.slope for each in found if each.name.endswith(("attention", "mlp")))
 
 
-@pytest.mark.parametrize("kind", params(["sp", "mup"], ["mup"]))
+@pytest.mark.product
+@pytest.mark.parametrize("kind", ["sp", "mup"])
 def test_full_alignment_is_flat(kind):
     found = slopes(kind=kind)
     assert max(map(abs, found)) < coordinates.LIMIT
