@@ -142,9 +142,11 @@ if TYPE_CHECKING:
     from mukv.scaling.optimizers import SGD as SGD
     from mukv.scaling.optimizers import Adafactor as Adafactor
     from mukv.scaling.optimizers import AdamAtan2 as AdamAtan2
+    from mukv.scaling.optimizers import AdamH as AdamH
     from mukv.scaling.optimizers import AdamW as AdamW
     from mukv.scaling.optimizers import Lion as Lion
     from mukv.scaling.optimizers import Muon as Muon
+    from mukv.scaling.optimizers import MuonH as MuonH
     from mukv.scaling.optimizers import Optimizer as Optimizer
     from mukv.scaling.parameterization import Constants as Constants
     from mukv.scaling.parameterization import Measured as Measured
@@ -215,7 +217,7 @@ _MODULES = {
     "mukv.runs.parts": "register",
     "mukv.runs.loaded": "Model Text load",
     "mukv.scaling.budget": "Budget HyperP PowerLaw SquareRoot",
-    "mukv.scaling.optimizers": "Adafactor AdamAtan2 AdamW Lion Muon Optimizer SGD",
+    "mukv.scaling.optimizers": "Adafactor AdamAtan2 AdamH AdamW Lion Muon MuonH Optimizer SGD",
     "mukv.scaling.parameterization": "Constants Measured Scaling",
     "mukv.scaling.rows": "Parameterization",
     "mukv.scaling.schedules": "Cosine InverseSqrt Linear Power Schedule WSD",

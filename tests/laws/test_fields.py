@@ -74,8 +74,9 @@ FIXED, DELIMITER, LEARNED = (
 LOCAL = "[{pattern: [{window: 4}]}]"
 PREFIX = (CONCEPT, f"model.decoder={LOCAL}", "model.injection={kind: prefix}")
 OPTIMIZER = "train.optimizer"
-MUON, ATAN2, SGD, ADAFACTOR, LION = (
-    f"{OPTIMIZER}={{kind: {kind}}}" for kind in ("muon", "adam_atan2", "sgd", "adafactor", "lion")
+MUON, ATAN2, SGD, ADAFACTOR, LION, ADAMH = (
+    f"{OPTIMIZER}={{kind: {kind}}}"
+    for kind in ("muon", "adam_atan2", "sgd", "adafactor", "lion", "adamh")
 )
 SCHEDULE = "train.schedule"
 WSD, ROOT = (f"{SCHEDULE}={{kind: {kind}, warmup: 1}}" for kind in ("wsd", "inverse_sqrt"))
@@ -314,6 +315,8 @@ CHANGES = {
     "Muon.beta1": (MUON, f"{OPTIMIZER}.beta1=0.5"),
     "Muon.beta2": (MUON, f"{OPTIMIZER}.beta2=0.5"),
     "Muon.epsilon": (MUON, f"{OPTIMIZER}.epsilon=0.1"),
+    "Hyperball.rate": (ADAMH, f"{OPTIMIZER}.rate=0.5"),
+    "Hyperball.weight_decay": (ADAMH, f"{OPTIMIZER}.weight_decay=0.5"),
     "Compute.dtype": "train.compute.dtype=bfloat16",
     "Compute.operands": "train.compute.operands=bfloat16",
     "Compute.platform": "train.compute.platform=tpu",

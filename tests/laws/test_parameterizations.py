@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mukv.core.errors import BadInput
-from mukv.core.params import named
+from mukv.core.params import Param, map_params, named
 from mukv.model.width import widened
 from mukv.scaling.optimizers import OPTIMIZERS, AdamAtan2, AdamW, Muon
 from mukv.scaling.parameterization import Constants, Scaling, widths
@@ -137,6 +137,30 @@ def test_depth_follows_completep():
             assert found[name].multiplier == pytest.approx(2**-alpha if ends else 1)
             assert found[name].learning_rate == pytest.approx(2 ** (alpha - 1) if inside else 1)
             assert found[name].epsilon == pytest.approx(2**-alpha if inside else 1)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_muon_s_updates_shrink_with_depth(alpha):
+    """Muon replaces Adam's width factors; the change of all branches together must still not grow
+    with the number of layers, so that a deeper model's update is (depth ratio) ** -1 as large where
+    a branch ends, and (depth ratio) ** (alpha - 1) elsewhere."""
+    param = Param({"embed": 8, "hidden": 12}, fan_in=("embed",))
+    declared = {
+        name: dataclasses.replace(param, ends_branch=ends).stacked(2)
+        for name, ends in (("in", False), ("out", True))
+    }
+    scaling = Scaling(base={"embed": 8, "hidden": 12, "layer": 1}, depth=alpha, kind="ntk")
+    slopes = map_params(lambda p: jax.random.normal(jax.random.key(0), p.shape), declared)
+
+    def update(layers):
+        resolved = scaling.resolve(declared, layers)
+        transform = Muon(weight_decay=0.0).transform(declared, resolved)
+        moved, _ = transform.update(slopes, transform.init(slopes), slopes)
+        return {name: moved[name] * resolved[name].multiplier for name in declared}
+
+    shallow, deep = update(1), update(4)
+    np.testing.assert_allclose(deep["in"], shallow["in"] * 4 ** (alpha - 1), rtol=1e-5)
+    np.testing.assert_allclose(deep["out"], shallow["out"] / 4, rtol=1e-5)
 
 
 def test_zeros_and_constants():

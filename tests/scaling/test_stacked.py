@@ -67,20 +67,26 @@ question about the compiler too."""
 def test_a_stack_is_its_layers(kind, decay):
     optimizer = OPTIMIZERS[kind](weight_decay=0.1, decay=decay)
 
-    def transform(declared: Any) -> Any:
+    def functions(declared: Any) -> Any:
         resolved = map_params(lambda _: Resolved(1.0, 1.0, 0.5, 0.25, True), declared)
-        return optimizer.transform(declared, resolved)
+        transform = optimizer.transform(declared, resolved)
+        return transform, compiled(transform.update), compiled(partial(apply, declared, resolved))
 
-    stacked, separate = transform(STACKED), transform(APART)
+    def apply(*given: Any) -> Any:
+        return optimizer.apply(*given, rate=0.1)
+
+    stacked, update, applied = functions(STACKED)
+    separate, update_each, applied_each = functions(APART)
     weights = drawn(0, 1.0)
     states = stacked.init(weights), separate.init(apart(weights))
     for step in range(3):
         slopes = drawn(step + 1, 0.01)
-        moved, one = compiled(stacked.update)(slopes, states[0], weights)
-        expected, four = compiled(separate.update)(apart(slopes), states[1], apart(weights))
+        moved, one = update(slopes, states[0], weights)
+        expected, four = update_each(apart(slopes), states[1], apart(weights))
         same(apart(moved), expected)
-        states = one, four
-        weights = jax.tree.map(lambda weight, change: weight + 0.1 * change, weights, moved)
+        states, before = (one, four), weights
+        weights = applied(before, moved)
+        same(apart(weights), applied_each(apart(before), expected))
 
 
 @pytest.mark.product

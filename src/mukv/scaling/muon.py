@@ -69,12 +69,10 @@ class Muon(Optimizer):
                     even = orthogonal(param, slope + self.momentum * mean, self.iterations)
                     # The update of the matrix as the forward pass uses it must not depend on the
                     # width, so the multiplier and the learning rate of Adam's scaling are divided
-                    # out.
-                    return (
-                        self.rate * even / (weight.multiplier * weight.learning_rate),
-                        mean,
-                        square,
-                    )
+                    # out. CompleteP's factors, which depend on the depth, are kept.
+                    depth = weight.depth_multiplier * weight.depth_rate
+                    share = depth / (weight.multiplier * weight.learning_rate)
+                    return self.rate * share * even, mean, square
                 mean = self.beta1 * mean + (1 - self.beta1) * slope
                 square = self.beta2 * square + (1 - self.beta2) * slope**2
                 root = jnp.sqrt(square / (1 - self.beta2**steps))

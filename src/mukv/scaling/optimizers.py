@@ -17,6 +17,7 @@ import optax
 
 from mukv.core.table import PartTable
 from mukv.scaling.adafactor import Adafactor
+from mukv.scaling.hyperball import Hyperball
 from mukv.scaling.muon import Muon
 from mukv.scaling.stability import UpdateFamily
 from mukv.scaling.updates import Optimizer, adam
@@ -114,6 +115,23 @@ class SGD(Optimizer):
         return optax.trace(self.momentum)
 
 
+@dataclass(frozen=True)
+class AdamH(Hyperball, AdamW):
+    """Adam with hidden matrices on a sphere (Wen et al. 2026)."""
+
+    kind: Literal["adamh"] = "adamh"
+
+
+@dataclass(frozen=True)
+class MuonH(Hyperball, Muon):
+    """Muon with hidden matrices on a sphere (Wen et al. 2026), all other weights by Adam.
+
+    Its budget rule is `hyperp` (Ren et al. 2026).
+    """
+
+    kind: Literal["muonh"] = "muonh"
+
+
 OPTIMIZERS = PartTable(
     "optimizer",
     Optimizer,
@@ -124,6 +142,8 @@ OPTIMIZERS = PartTable(
         "sgd": SGD,
         "adafactor": Adafactor,
         "muon": Muon,
+        "adamh": AdamH,
+        "muonh": MuonH,
     },
 )
 AnyOptimizer = Annotated[Optimizer, OPTIMIZERS]

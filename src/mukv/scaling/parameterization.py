@@ -76,6 +76,8 @@ class Resolved:
     learning_rate: factor of the learning rate
     epsilon: factor of Adam's epsilon
     decays: whether weight decay applies
+    depth_multiplier, depth_rate: the factors of `multiplier` and `learning_rate` that depend on the
+        number of layers, which optimizers with a width rule of their own keep
     """
 
     deviation: Number
@@ -83,6 +85,8 @@ class Resolved:
     learning_rate: Number
     epsilon: Number
     decays: bool
+    depth_multiplier: float = 1.0
+    depth_rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,8 @@ class Scaling:
             * rate_factor,
             epsilon=ratio ** self._gradient(role) * epsilon_factor,
             decays=role != "vector",
+            depth_multiplier=branch,
+            depth_rate=rate_factor,
         )
 
     @cached_property

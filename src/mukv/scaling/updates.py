@@ -84,6 +84,15 @@ class Optimizer(Component):
             optax.scale(-1.0),
         )
 
+    def apply(self, declared: Any, resolved: Any, weights: Any, updates: Any, rate: Number) -> Any:
+        """Return the weights after an update.
+
+        declared, resolved: as in `transform`
+        updates: what the transformation returned
+        rate: the schedule's learning rate
+        """
+        return jax.tree.map(lambda weight, update: weight + rate * update, weights, updates)
+
 
 def by_layer(param: Param, function: Callable[..., Any], *arrays: Array) -> Any:
     """Apply `function` to each layer's slice of a stacked weight, or to the whole weight otherwise.

@@ -375,7 +375,9 @@ class Trainer:
             gradient = jax.tree.map(lambda leaf: leaf * factor, gradient)
         rate = self.learning_rate(state.step)
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.weights)
-        weights = jax.tree.map(lambda leaf, update: leaf + rate * update, state.weights, updates)
+        weights = training.optimizer.apply(
+            self.declared, self.resolved, state.weights, updates, rate
+        )
         sound = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.step == step)
         updated = State(weights, optimizer, state.step + 1)
         kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, state)
