@@ -315,6 +315,10 @@ CHANGES = {
     "Muon.beta1": (MUON, f"{OPTIMIZER}.beta1=0.5"),
     "Muon.beta2": (MUON, f"{OPTIMIZER}.beta2=0.5"),
     "Muon.epsilon": (MUON, f"{OPTIMIZER}.epsilon=0.1"),
+    "Muon.epsilon_by": (
+        *(BASED, MUON, f"{OPTIMIZER}.epsilon=0.1"),
+        f"{OPTIMIZER}.epsilon_by=layer",
+    ),
     "Hyperball.rate": (ADAMH, f"{OPTIMIZER}.rate=0.5"),
     "Hyperball.weight_decay": (ADAMH, f"{OPTIMIZER}.weight_decay=0.5"),
     "Compute.dtype": "train.compute.dtype=bfloat16",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mukv.core.errors import BadInput
+from mukv.core.norm import RMSNorm
 from mukv.core.params import Param, map_params, named
 from mukv.model.width import widened
 from mukv.scaling.optimizers import OPTIMIZERS, AdamAtan2, AdamW, Muon
@@ -20,7 +21,7 @@ from mukv.scaling.rows import EXPONENTS, LEARNING_RATES
 from tests.laws import matrix
 from tests.laws.matrix import D_MODEL, SAMPLE, SAMPLE_CONCEPTS
 from tests.pairs import pairs, params
-from tests.training import run, trainer
+from tests.training import batch, run, trainer
 
 KINDS = list(EXPONENTS)
 MODEL = matrix.build("gqa", "rope", "plain")
@@ -137,6 +138,41 @@ def test_depth_follows_completep():
             assert found[name].multiplier == pytest.approx(2**-alpha if ends else 1)
             assert found[name].learning_rate == pytest.approx(2 ** (alpha - 1) if inside else 1)
             assert found[name].epsilon == pytest.approx(2**-alpha if inside else 1)
+
+
+def normed(kind):
+    attention = dataclasses.replace(MODEL.attention, norm=RMSNorm())
+    return scaled(dataclasses.replace(MODEL, attention=attention), kind=kind)
+
+
+@pytest.mark.parametrize(("kind", "power"), [("sp", -0.5), ("mup", -1.0), ("mean_field", -1.0)])
+def test_epsilon_of_gains_follows_their_gradients(kind, power):
+    """That of a gain shrinks as the gradient of its activation; the gain of a QK norm is shared by
+    all heads, whose number grows (Complete(d)P, table of AdamW's epsilon)."""
+    found = named(widened(normed(kind), 4 * D_MODEL).resolved())
+    for name, param in named(widened(normed(kind), 4 * D_MODEL).params()).items():
+        if param.role == "vector":
+            expected = 1.0 if name.endswith(("query_norm.gain", "key_norm.gain")) else 4**power
+            assert found[name].epsilon == pytest.approx(expected), name
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("kind", KINDS)
+def test_epsilon_follows_measured_gradients(kind):
+    """The gradient of each weight but those of QK norms, whose heads disagree at the start."""
+
+    def sizes(ratio):
+        train = trainer(widened(normed(kind), D_MODEL * ratio))
+        with jax.set_mesh(train.mesh):
+            state, put = train.initial_state(), train.put(batch(0))
+            gradient = train._gradient(state.weights, put, None)[1]
+        found, rms = named(train.resolved), lambda leaf: float(np.sqrt(np.mean(leaf**2)))
+        return {name: rms(leaf) / found[name].epsilon for name, leaf in named(gradient).items()}
+
+    narrow, wide = sizes(2), sizes(16)
+    for name in narrow:
+        if "query" not in name and "key" not in name:
+            assert abs(np.log2(wide[name] / narrow[name])) / 3 < 0.3, name
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])

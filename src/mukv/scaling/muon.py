@@ -27,7 +27,7 @@ class Muon(Optimizer):
     momentum: decay of the momentum of hidden matrices
     iterations: Newton-Schulz steps of the orthogonalisation, 1 to 100
     rate: learning rate of hidden matrices, as a multiple of that of the other weights
-    beta1, beta2, epsilon: settings of Adam for all other weights
+    beta1, beta2, epsilon, epsilon_by: settings of Adam for all other weights, as in `AdamW`
     """
 
     kind: Literal["muon"] = "muon"
@@ -37,6 +37,7 @@ class Muon(Optimizer):
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+    epsilon_by: Literal["all", "layer"] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +77,8 @@ class Muon(Optimizer):
                 mean = self.beta1 * mean + (1 - self.beta1) * slope
                 square = self.beta2 * square + (1 - self.beta2) * slope**2
                 root = jnp.sqrt(square / (1 - self.beta2**steps))
-                return mean / (1 - self.beta1**steps) / (root + self.epsilon), mean, square
+                epsilon = self.epsilon * (weight.epsilon if self.epsilon_by == "layer" else 1.0)
+                return mean / (1 - self.beta1**steps) / (root + epsilon), mean, square
 
             rows = map_params(one, declared, resolved, updates, state.mean, state.square)
             updates, mean, square = (

@@ -237,7 +237,7 @@ class Scaling:
             learning_rate=self._constant("rate", role)
             * ratio ** powers.get(role, 0.0)
             * rate_factor,
-            epsilon=ratio ** self._gradient(role) * epsilon_factor,
+            epsilon=self._gradient(param) * epsilon_factor,
             decays=role != "vector",
             depth_multiplier=branch,
             depth_rate=rate_factor,
@@ -263,12 +263,24 @@ class Scaling:
                 return router | dict(zip(SCALED, cells, strict=True))
         return router | learning_rate_powers(self._exponents, family, hidden, readout)
 
-    def _gradient(self, role: Role) -> float:
-        """Return the exponent of n in the size of the gradients of weights with this role."""
-        if role not in self._exponents:
-            return 0.0
-        (a, _), (a_out, b_out) = self._exponents[role], self._exponents["readout"]
-        return -a_out if role == "readout" else -(a_out + b_out) - a
+    def _gradient(self, param: Param) -> float:
+        """Return the size of a weight's gradient, divided by that in the base.
+
+        The gradient of a gain or bias is that of the activation, n ** -(a + b) of the readout,
+        times the number of places that share it. So it is constant for the gain of a QK norm, which
+        a growing number of heads share (Complete(d)P, Mlodozeniec et al. 2025).
+        """
+        a_out, b_out = self._exponents["readout"]
+        if param.role == "vector":
+            sizes = [(name, size) for name, size in param.dims.items() if name != LAYER]
+            mine = math.prod(size for _, size in sizes)
+            base = math.prod((self.base or {}).get(name, size) for name, size in sizes)
+            return (mine / base) ** -(a_out + b_out)
+        if param.role not in self._exponents:
+            return 1.0
+        a, _ = self._exponents[param.role]
+        power = -a_out if param.role == "readout" else -(a_out + b_out) - a
+        return self._ratio(param) ** power
 
     def _constant(self, field: str, role: Role) -> Number:
         return getattr(getattr(self, field), role)
