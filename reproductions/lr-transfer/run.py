@@ -62,22 +62,23 @@ def search(name: str, widths: list[int], seeds: int, root: Path) -> transfer.Sea
     folder = root / name.replace(" ", "-").replace(",", "").replace("'", "")
     _, feed = open_feed(run)
     found = transfer.Search(run.model, run.train, feed, widths, seeds, folder)
-    for width, model in found.models.items() if name == RAISED else ():
+    for width, point in found.points.items() if name == RAISED else ():
         rate = Constants(embedding=width / min(widths))
-        found.models[width] = replace(model, scaling=replace(model.scaling, rate=rate))
+        model = replace(point.model, scaling=replace(point.model.scaling, rate=rate))
+        found.points[width] = point._replace(model=model)
     return found
 
 
 def verdict(found: transfer.Search, widths: list[int]) -> transfer.Transfer:
     """Compute the verdict over some of the measured widths."""
     part = copy.copy(found)
-    part.models = {width: found.models[width] for width in widths}
+    part.points = {width: found.points[width] for width in widths}
     return part.verdict()
 
 
 def facts(found: transfer.Search) -> dict[str, Any]:
     """Return the verdicts over all widths, and over those that every parameterisation has."""
-    common = verdict(found, [width for width in found.models if width <= COMMON])
+    common = verdict(found, [width for width in found.points if width <= COMMON])
     numbers = {name: getattr(common, name) for name in ("drift", "low", "high", "gap")}
     whole = transfer.facts(found, found.verdict())
     return {"seeds": found.seeds, f"to_{COMMON}": numbers} | whole

@@ -149,7 +149,7 @@ def test_bars_stand_only_where_there_are_seeds(drawn, tmp_path, seeds):
 
     class Search(transfer.Search):
         def __init__(self) -> None:
-            self.models, self.seeds = {64: None, 128: None}, seeds
+            self.points, self.seeds, self.axis = {64: None, 128: None}, seeds, "width"
             self.losses = {
                 (width, rate, seed): abs(rate + 8) + seed / 10 + 1
                 for width in (64, 128)

@@ -22,7 +22,7 @@ def search(token_file, folder, widths=(32, 64), seeds=2, **changes):
 
 def planted(found, drift):
     """Return losses on parabolas whose vertex moves by `drift` octaves per octave of width."""
-    for step, width in enumerate(found.models):
+    for step, width in enumerate(found.points):
         for rate in range(-12, 0):
             for seed in range(found.seeds):
                 distance = rate - (-5.3 + drift * step + 0.1 * (seed - 0.5))

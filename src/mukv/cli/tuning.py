@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from mukv.show.terminal import Console, styled, table
 
 if TYPE_CHECKING:
     from mukv.runs.config import Run
+    from mukv.tuning.axes import Axis
     from mukv.tuning.coordinates import Slope
     from mukv.tuning.transfer import Transfer
 
@@ -36,9 +37,20 @@ def transfer(
         bool, typer.Option("--check", help="Only do the coordinate check: changes of activations.")
     ] = False,
     widths: Annotated[
-        str, typer.Option(help="Values of model.d_model, separated by commas.")
-    ] = "64,128,256,512",
-    seeds: Annotated[int, typer.Option(help="Runs at each width.")] = 3,
+        str | None,
+        typer.Option(help="Values of model.d_model, with commas; default: 64,128,256,512."),
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Instead of widths: numbers of layers, such as 2,4,8.")
+    ] = None,
+    batches: Annotated[
+        str | None,
+        typer.Option(help="Instead of widths: values of train.batch, for as many rows in all."),
+    ] = None,
+    horizons: Annotated[
+        str | None, typer.Option(help="Instead of widths: values of train.steps.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs at each value.")] = 3,
     steps: Annotated[int, typer.Option(help="Steps of the check.")] = 10,
     learning_rate: Annotated[
         float, typer.Option(help="Constant learning rate of the check, larger than in training.")
@@ -56,31 +68,37 @@ def transfer(
 
     Sweeps the learning rate at every width and measures how far the optimum drifts; an interrupted
     search continues when the command is repeated. Heads, KV heads, ranks and MLPs scale with the
-    width. The base width is `model.scaling.base`, or else the narrowest width.
+    width. The base width is `model.scaling.base`, or else the narrowest width. With --depths,
+    --batches or --horizons the depth, the batch or the number of steps varies and not the width;
+    `train.budget` then says how rates follow batch and tokens.
 
     Example: `mukv transfer tiny model.scaling.kind=mup --check --widths 64,128,256`
     """
     from mukv.runs.resolve import resolve
 
-    numbers = parse_widths(widths)
+    given = {"width": widths, "depth": depths, "batch": batches, "horizon": horizons}
+    axis, values = parse_axis(given)
+    if check and axis not in ("width", "depth"):
+        raise BadInput("--check", axis, "width or depth, whose activations can be compared")
     run, _ = resolve(source, overrides or [], None)
     launch.prepare()
-    name = f"{Path(source).stem}-{run.model.scaling.kind}"
+    name = f"{Path(source).stem}-{run.model.scaling.kind}" + f"-{axis}" * (axis != "width")
     if check:
         plot = out or Path("runs") / f"coordinates-{name}.png"
         hold_run(context, plot)
-        passed = _check(run, numbers, seeds, steps, learning_rate, plot, name, as_json)
+        passed = _check(run, axis, values, seeds, steps, learning_rate, plot, name, as_json)
     else:
         folder = out or Path("runs") / f"transfer-{name}"
         hold(context, folder)
-        passed = _search(run, numbers, seeds, octaves, memory, folder, name, as_json)
+        passed = _search(run, axis, values, seeds, octaves, memory, folder, name, as_json)
     if not passed:
         raise typer.Exit(1)
 
 
 def _check(
     run: Run,
-    widths: list[int],
+    axis: Axis,
+    values: list[int],
     seeds: int,
     steps: int,
     learning_rate: float,
@@ -94,10 +112,10 @@ def _check(
     training, (_, feed) = run.train, open_feed(run)
     batches = feed.source("train", training.seed, training.batch, training.length)
     slopes = coordinates.check(
-        run.model, training, batches.at(0), widths, seeds, steps, learning_rate
+        run.model, training, batches.at(0), values, seeds, steps, learning_rate, axis
     )
     passed = all(each.passed for each in slopes)
-    coordinates.draw(slopes, plot, f"{name}: change after {steps} steps")
+    coordinates.draw(slopes, plot, f"{name}: change after {steps} steps", axis)
     if as_json:
         rows = {each.name: {**asdict(each), "passed": each.passed} for each in slopes}
         output.print_json({"slopes": rows, "passed": passed, "plot": str(plot)})
@@ -109,7 +127,8 @@ def _check(
 
 def _search(
     run: Run,
-    widths: list[int],
+    axis: Axis,
+    values: list[int],
     seeds: int,
     octaves: int,
     memory: float | None,
@@ -124,18 +143,19 @@ def _search(
         run.model,
         run.train,
         open_feed(run)[1],
-        widths,
+        values,
         seeds,
         folder,
         octaves,
         None if memory is None else int(memory * GIGABYTE),
+        axis,
     )
     found = search.run()
     transfer.draw(search, found, folder / "transfer.png", name)
     if as_json:
         output.print_json({**transfer.facts(search, found), "folder": str(folder)})
     else:
-        show_transfer(found, Console())
+        show_transfer(found, Console(), axis)
         Console().say(f"losses and plot: {folder}")
     return found.passed
 
@@ -214,12 +234,23 @@ def sweep(
         show_sweep(results, list(swept.space), Console())
 
 
-def parse_widths(text: str) -> list[int]:
-    """Parse widths from "64,128". Raises BadInput for anything but whole numbers."""
+def parse_axis(given: Mapping[Axis, str | None]) -> tuple[Axis, list[int]]:
+    """Parse the values of the only axis that is given, such as "64,128"; by default widths.
+
+    Raises BadInput for several axes, and for anything but whole numbers.
+    """
+    from mukv.tuning.axes import AXES
+
+    named = {axis: text for axis, text in given.items() if text is not None}
+    if len(named) > 1:
+        first, second, *_ = (f"--{AXES[axis].plural}" for axis in named)
+        raise BadInput(second, named[[*named][1]], f"not with {first}: one axis at a time")
+    axis, text = next(iter(named.items()), ("width", "64,128,256,512"))
     try:
-        return [int(part) for part in text.split(",")]
+        return axis, [int(part) for part in text.split(",")]
     except ValueError:
-        raise BadInput("--widths", text, "whole numbers separated by commas") from None
+        where = f"--{AXES[axis].plural}"
+        raise BadInput(where, text, "whole numbers separated by commas") from None
 
 
 def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
@@ -239,27 +270,28 @@ def show_slopes(slopes: Sequence[Slope], console: Console) -> None:
     console.print(shown)
     if not all(each.sure for each in slopes):
         console.say(
-            "?: the interval reaches the limit; more --seeds, more --widths or a smaller "
+            "?: the interval reaches the limit; more --seeds, more values or a smaller "
             "--learning-rate make it narrower",
             "dim",
         )
 
 
-def show_transfer(found: Transfer, console: Console) -> None:
-    """Print the best learning rate of each width, and the verdict."""
+def show_transfer(found: Transfer, console: Console, axis: Axis = "width") -> None:
+    """Print the best learning rate of each value, and the verdict."""
     numbers = ("best learning rate", "interval", "validation loss,\nnats/token")
-    shown = table(("width",), (*numbers, ""))
+    shown = table((axis,), (*numbers, ""))
     ends = [end for each in found.optima.values() for end in (each.rate, each.low, each.high)]
     rates = iter(even([2**end for end in ends]))
-    for width, each in found.optima.items():
+    for value, each in found.optima.items():
         rate, low, high = next(rates), next(rates), next(rates)
         edge = "" if each.inside else "at the edge"
-        shown.add_row(f"{width:,}", rate, f"{low} to {high}", f"{each.loss:.4f}", edge)
+        shown.add_row(f"{value:,}", rate, f"{low} to {high}", f"{each.loss:.4f}", edge)
     console.print(shown)
     verdict = ("transfers", "bold green") if found.passed else ("does not transfer", "bold red")
     words = (
         f"drift {found.drift:+.2f} ({found.low:+.2f} to {found.high:+.2f}) octaves per octave of "
-        f"width; the narrowest one's rate costs the widest {found.gap:.3f} nats: "
+        f"{axis}; the rate of {axis} {min(found.optima):,} costs {max(found.optima):,} "
+        f"{found.gap:.3f} nats: "
     )
     console.print(styled(words, verdict), soft_wrap=True)
 

@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, TypeVar
 
 from mukv.core.errors import BadInput
+from mukv.core.params import LAYER
 from mukv.model.base import LanguageModel
 from mukv.scaling.parameterization import sizes
 
@@ -53,5 +54,6 @@ def widened(model: AnyLanguageModel, d_model: int) -> AnyLanguageModel:
                 changes[field.name] = scaled_size(field.name, value)
         return replace(part, **changes)
 
-    base = model.scaling.base or sizes(model.params())
+    layers = {LAYER: len(model.layers)} if model.scaling.depth is not None else {}
+    base = model.scaling.base or {**sizes(model.params()), **layers}
     return widen_part(replace(model, scaling=replace(model.scaling, base=base)))

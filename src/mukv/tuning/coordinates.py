@@ -1,4 +1,5 @@
-"""The coordinate check: measure how the change of activations in the first steps depends on width.
+"""The coordinate check: measure how the change of activations in the first steps depends on width
+or depth.
 
 If hyperparameters transfer, the change of every activation since the start is equally large in a
 wide and a narrow model: the slope of its logarithm against the logarithm of the width is near zero
@@ -8,6 +9,7 @@ batch, at a large constant learning rate.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,12 +25,12 @@ from mukv.core.mesh import MeshShape
 from mukv.core.tap import capture
 from mukv.core.typing import Array
 from mukv.model import LanguageModel
-from mukv.model.width import widened
 from mukv.scaling.schedules import Cosine
 from mukv.show.figures import ROW_INCHES, labels, powers, saved_figure, series_styles
 from mukv.show.progress import Bar
 from mukv.train.step import Trainer
 from mukv.train.training import Training
+from mukv.tuning.axes import Axis, along
 
 LIMIT = 0.2
 LOGITS_LIMIT = 0.35
@@ -44,12 +46,12 @@ LEARNING_RATE = 2.0**-7
 
 @dataclass(frozen=True)
 class Slope:
-    """Slope of one activation's change: d log2 change / d log2 width after the last step.
+    """Slope of one activation's change: d log2 change / d log2 value after the last step.
 
     slope, low, high: the slope and the ends of its interval
     limit: largest absolute slope that passes
-    changes: root mean square of the change by width, mean over seeds
-    deviations: standard deviation over seeds by width; empty for one seed
+    changes: root mean square of the change by width or depth, mean over seeds
+    deviations: standard deviation over seeds by width or depth; empty for one seed
     """
 
     name: str
@@ -76,41 +78,44 @@ def check(
     model: LanguageModel,
     training: Training,
     batch: Any,
-    widths: Sequence[int],
+    values: Sequence[int],
     seeds: int = 3,
     steps: int = 10,
     learning_rate: float = LEARNING_RATE,
+    axis: Axis = "width",
 ) -> list[Slope]:
-    """Train at each width with each seed, and fit the slopes.
+    """Train at each width or depth with each seed, and fit the slopes.
 
     batch: `training.batch` rows
+    axis: "width" or "depth". In a deeper model each layer of the shallowest one is compared with
+        the layer after which the same share of the layers is done
 
-    The base of the parameterisation is the model's, or, if it has none, the narrowest width. At the
+    The base of the parameterisation is the model's, or, if it has none, the smallest value. At the
     base the learning rate is `learning_rate`, and no other width has a larger one.
 
-    Raises BadInput for widths that can't be compared or do not fit a size of the model.
+    Raises BadInput for values that can't be compared or do not fit a size of the model.
     """
-    if len(set(widths)) < 2:
-        raise BadInput("widths", list(widths), "at least two different ones")
-    if min(widths) < 1:
-        raise BadInput("widths", min(widths), "at least 1")
     for name, number in (("seeds", seeds), ("steps", steps)):
         if number < 1:
             raise BadInput(name, number, "at least 1")
     training = replace(
         training, steps=steps, learning_rate=learning_rate, schedule=Cosine(final=1.0)
     )
-    narrow = replace(widened(model, min(widths)), scaling=model.scaling)
-    models = {width: widened(narrow, width) for width in sorted(set(widths))}
+    _, points = along(axis, values, model, training)
+    if axis == "depth":
+        for depth in points:
+            if depth % min(points):
+                raise BadInput("depths", depth, f"a multiple of the shallowest ({min(points)})")
     seen: dict[int, list[dict[str, float]]] = {}
-    with Bar("coordinate check", len(models) * seeds) as bar:
-        for width, wide in models.items():
-            seen[width] = []
-            trainer = Trainer(wide, training, MeshShape().build())
+    with Bar("coordinate check", len(points) * seeds) as bar:
+        for value, point in points.items():
+            seen[value] = []
+            trainer = Trainer(point.model, training, MeshShape().build())
             put = trainer.put(batch)
+            every = value // min(points) if axis == "depth" else 1
             for seed in range(seeds):
-                seen[width].append(changes(trainer, put, seed))
-                bar.show(sum(map(len, seen.values())), {"width": str(width)})
+                seen[value].append(_aligned(changes(trainer, put, seed), every))
+                bar.show(sum(map(len, seen.values())), {axis: str(value)})
     # With adapters some activations, such as the embedding, do not change.
     rows = [row for found in seen.values() for row in found]
     return [fit(name, seen) for name in rows[0] if any(row[name] for row in rows)]
@@ -134,8 +139,8 @@ def changes(trainer: Trainer, batch: Any, seed: int) -> dict[str, float]:
 
 
 def fit(name: str, seen: Mapping[int, Sequence[Mapping[str, float]]]) -> Slope:
-    """Fit a slope by least squares over all widths and seeds."""
-    points = [(np.log2(width), np.log2(row[name])) for width, rows in seen.items() for row in rows]
+    """Fit a slope by least squares over all values and seeds."""
+    points = [(np.log2(value), np.log2(row[name])) for value, rows in seen.items() for row in rows]
     slope, error = statistics.line(points)
     return Slope(
         name,
@@ -143,13 +148,25 @@ def fit(name: str, seen: Mapping[int, Sequence[Mapping[str, float]]]) -> Slope:
         slope - SIGMAS * error,
         slope + SIGMAS * error,
         LOGITS_LIMIT if name == "logits" else LIMIT,
-        {width: float(np.mean([row[name] for row in rows])) for width, rows in seen.items()},
+        {value: float(np.mean([row[name] for row in rows])) for value, rows in seen.items()},
         {
-            width: float(np.std([row[name] for row in rows], ddof=1))
-            for width, rows in seen.items()
+            value: float(np.std([row[name] for row in rows], ddof=1))
+            for value, rows in seen.items()
             if len(rows) > 1
         },
     )
+
+
+def _aligned(change: Mapping[str, float], every: int) -> dict[str, float]:
+    """Keep the last of each `every` layers, and number them without gaps."""
+    found = {}
+    for name, value in change.items():
+        layer = re.match(r"layer(\d+)\.", name)
+        if layer is None:
+            found[name] = value
+        elif (int(layer[1]) + 1) % every == 0:
+            found[f"layer{(int(layer[1]) + 1) // every - 1}.{name[layer.end() :]}"] = value
+    return found
 
 
 def _activations(trainer: Trainer, weights: Any, batch: Any, frozen: Any) -> dict[str, Array]:
@@ -169,15 +186,15 @@ def _distance(after: Array, before: Array) -> Array:
     return jnp.sqrt(jnp.sum(change**2) / jnp.sum(seen))
 
 
-def draw(slopes: Sequence[Slope], path: Path, title: str) -> None:
-    """Draw the change against the width, with a panel for each kind of activation."""
+def draw(slopes: Sequence[Slope], path: Path, title: str, axis: Axis = "width") -> None:
+    """Draw the change against width or depth, with a panel for each kind of activation."""
     kinds: dict[str, list[Slope]] = {}
     for each in slopes:
         kind = each.name.split(".")[-1]
         inside = "attention logits" if kind == "logits" and "." in each.name else kind
         kinds.setdefault(inside, []).append(each)
     about = (
-        "Change of activations since the start against the width: flat where hyperparameters "
+        f"Change of activations since the start against the {axis}: flat where hyperparameters "
         "transfer. Numbers: slopes; dashed: beyond the limit."
         + " Bars: deviation of seeds."
         * any(each.deviations for each in slopes)
@@ -201,7 +218,7 @@ def draw(slopes: Sequence[Slope], path: Path, title: str) -> None:
             middle = np.sqrt(np.prod(axes.get_ylim()))
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, middle / 4), max(high, middle * 4))
-            axes.set(title=kind, xlabel="width")
+            axes.set(title=kind, xlabel=axis)
             axes.grid(alpha=0.3)
             # Each panel has its own legend, because the numbers differ.
             axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
