@@ -3,11 +3,13 @@
 Run: python benchmarks/data.py [--json]
 
 Building reads, tokenises on all cores, hashes and writes the Python library's source; it is
-compared with `tokenizers` alone on one thread, with the text already in memory. Batches are
-shuffled epochs with segments, positions and weights; they are compared with a loop over random
-windows of a memory map, which has none of these. Each figure is the best of several alternating
-runs. A training run of the preset tiny then measures the fraction of its time in which steps waited
-for their batch.
+compared with `tokenizers` alone on one thread, with the text already in memory. Streaming builds
+the same text from a JSONL file of a local web server, with the spool from which a killed build goes
+on; it is compared with reading and tokenising the lines as they come. Batches are shuffled epochs
+with segments, positions and weights; they are compared with a loop over random windows of a memory
+map, which has none of these. A mixture takes its rows from three token files; its peer chooses one
+at random for each row. Each figure is the best of several alternating runs. A training run of the
+preset tiny then measures the fraction of its time in which steps waited for their batch.
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +33,8 @@ from rich.table import Table
 
 from mukv.data.batches import Batches
 from mukv.data.build import build_tokens
+from mukv.data.feed import Source
+from mukv.data.mixture import MixtureFeed
 from mukv.data.text import pieces
 from mukv.data.tokens import TokenFile
 from mukv.runs import config
@@ -71,22 +79,63 @@ def building(spec: str, folder: Path) -> tuple[TokenFile, float, float]:
     return file, file.bytes / 1e6 / ours_seconds, file.bytes / 1e6 / peer_seconds
 
 
-def batching(file: TokenFile, batch: int, length: int) -> tuple[float, float]:
-    """Return million tokens per second of mukv's batches, and of random windows."""
+def streaming(folder: Path) -> tuple[float, float]:
+    """Return MB/s of a build from a local web server, and of a loop over the lines."""
+    web, out = folder / "web", folder / "streamed"
+    web.mkdir()
+    texts = [piece.data.decode() for piece in pieces(["stdlib"])]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (web / "text.jsonl").write_text(lines)
+    handler = partial(Quiet, directory=str(web))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/text.jsonl"
+
+        def ours() -> None:
+            shutil.rmtree(out, ignore_errors=True)
+            build_tokens([url], out)
+
+        def peer() -> None:
+            with urllib.request.urlopen(url) as answer:
+                for line in answer:
+                    np.frombuffer(json.loads(line)["text"].encode(), np.uint8).astype(np.uint16)
+
+        seconds = fastest(ours, peer)
+        server.shutdown()
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    return size / seconds[0], size / seconds[1]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serve files without a log."""
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def batching(
+    source: Source, files: list[TokenFile], batch: int, length: int
+) -> tuple[float, float]:
+    """Return million tokens per second of mukv's batches, and of random windows of the files."""
     steps = TOKENS // (batch * length)
-    batches = Batches(file, seed=0, batch=batch, length=length)
     generator = np.random.default_rng(0)
 
     def ours() -> None:
         for step in range(steps):
-            batches.at(step)
+            source.at(step)
 
     def peer() -> None:
         for _ in range(steps):
-            data = np.memmap(file.path / "train.bin", "<u2", "r")
-            starts = generator.integers(len(data) - length, size=batch)
-            np.stack([data[start : start + length].astype(np.int64) for start in starts])
-            np.stack([data[start + 1 : start + 1 + length].astype(np.int64) for start in starts])
+            maps = [np.memmap(file.path / "train.bin", "<u2", "r") for file in files]
+            rows = [maps[k] for k in generator.integers(len(files), size=batch)]
+            starts = [int(generator.integers(len(data) - length)) for data in rows]
+            for shift in (0, 1):
+                np.stack(
+                    [
+                        data[start + shift : start + shift + length].astype(np.int64)
+                        for data, start in zip(rows, starts, strict=True)
+                    ]
+                )
 
     ours_seconds, peer_seconds = fastest(ours, peer)
     return TOKENS / 1e6 / ours_seconds, TOKENS / 1e6 / peer_seconds
@@ -109,10 +158,20 @@ def main() -> None:
         for spec in ("bytes", "bpe:8192"):
             file, ours, peer = building(spec, Path(folder))
             rows.append((f"build stdlib, {spec}", "MB/s", ours, peer))
+        rows.append(("stream stdlib, bytes", "MB/s", *streaming(Path(folder))))
         for batch, length in SHAPES:
-            ours, peer = batching(file, batch, length)
+            source = Batches(file, seed=0, batch=batch, length=length)
+            ours, peer = batching(source, [file], batch, length)
             rows.append((f"batches of {batch} x {length}", "M tokens/s", ours, peer))
         plain = build_tokens(["stdlib"], Path(folder) / "plain")
+        parts = [
+            build_tokens([f"package:{name}"], Path(folder) / name) for name in ("numpy", "mukv")
+        ]
+        parts = [plain, *parts]
+        mixture = MixtureFeed((*parts,), (3.0, 2.0, 1.0), "packed")
+        for batch, length in SHAPES:
+            ours, peer = batching(mixture.source("train", 0, batch, length), parts, batch, length)
+            rows.append((f"mixture, {batch} x {length}", "M tokens/s", ours, peer))
         wait = waiting(plain, Path(folder))
     if as_json:
         keys = ("what", "unit", "mukv", "peer")

@@ -10,6 +10,7 @@ import typer
 
 from mukv.cli import launch
 from mukv.cli.app import Json, Overrides, app, hold, hold_run, tell
+from mukv.core.errors import BadInput
 from mukv.show import output
 from mukv.show.terminal import Console
 
@@ -57,7 +58,20 @@ def data(
             help="`bytes`, `bpe:SIZE` (trained on the text), a tokenizer.json, or a MODEL with one."
         ),
     ] = "bytes",
-    field: Annotated[str, typer.Option(help="Field of the text in JSONL and Parquet.")] = "text",
+    field: Annotated[
+        str | None,
+        typer.Option(
+            help="Field of the text in JSONL and Parquet; default: text, or messages with --chat."
+        ),
+    ] = None,
+    chat: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Read conversations, in the form of MODEL's chat template and with its tokenizer; "
+            "only the assistant's tokens are learned.",
+        ),
+    ] = None,
     limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes of text at most, such as 2GB.")
     ] = None,
@@ -83,27 +97,33 @@ def data(
     """
     from mukv.data.build import build_tokens, speed_meter
     from mukv.data.selection import Selection, parse_size
-    from mukv.data.sources import binary_files
+    from mukv.data.sources import Messages, binary_files
     from mukv.data.tokens import SPLITS
+    from mukv.runs.chats import conversations
+    from mukv.runs.located import locate
     from mukv.runs.resolve import named_tokenizer
 
+    if chat is not None and tokenizer != "bytes":
+        raise BadInput("--tokenizer", tokenizer, "not with --chat, which has the model's own")
+    encode = None if chat is None else conversations(locate(chat))
     most = None if limit is None else parse_size(limit)
     selection = Selection(most, min_length, max_length)
     hold_run(context, out)
     began = time.monotonic()
     with speed_meter("reading") as report:
-        chosen = named_tokenizer(tokenizer)
+        chosen = named_tokenizer(tokenizer) if encode is None else encode.tokenizer
         tokens = build_tokens(
             sources,
             out,
             chosen,
-            field,
+            (field or "text") if encode is None else Messages(field or "messages"),
             validation,
             invalid,
             workers,
             overwrite,
             report,
             selection,
+            encode,
         )
     seconds = time.monotonic() - began
     facts = {

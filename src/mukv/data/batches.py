@@ -35,8 +35,8 @@ class Batch(NamedTuple):
     targets: the id after each token, int32 [batch, token]
     position: position in the document, from 0 at the document's first token in this window
     segment: number of the document in the row, from 1; 0 is padding
-    weight: weight of the target in the loss: 0 where the target is padding or the first token of a
-        document, else 1
+    weight: weight of the target in the loss: 0 where the target is padding, the first token of a
+        document, or a token of a conversation that is not learned; else 1
     """
 
     tokens: Int[np.ndarray, "batch token"]
@@ -117,16 +117,19 @@ class Batches:
         first = windows * length
         rows = np.zeros((len(windows), length + 1), stream.tokens.dtype)
         begins = np.zeros(rows.shape, bool)
+        wanted = None if stream.learned is None else np.zeros(rows.shape, bool)
         edges = np.searchsorted(stream.starts, np.stack([first, first + length + 1]))
         for row, start in enumerate(first.tolist()):
             piece = stream.tokens[start : start + length + 1]
             rows[row, : len(piece)] = piece
+            if wanted is not None and stream.learned is not None:
+                wanted[row, : len(piece)] = stream.learned[start : start + length + 1]
             begins[row, stream.starts[edges[0, row] : edges[1, row]] - start] = True
         check_ids(self.tokens, rows)
         # int32 throughout, because these passes over the whole batch dominate its cost.
         place = np.arange(length + 1, dtype=np.int32)
         real = place < (count - first)[:, None]
-        learned = (real & ~begins)[:, 1:]
+        learned = (real & ~begins if wanted is None else real & ~begins & wanted)[:, 1:]
         if self.packing == "contiguous":
             begins[:] = False
         begins[:, 0] = True

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +53,7 @@ def build_tokens(
     overwrite: bool = False,
     report: ReportBytes | None = None,
     selection: Selection | None = None,
+    encode: Encode | None = None,
 ) -> TokenFile:
     """Write the token file `out` and open it. Its content does not depend on `workers`.
 
@@ -65,6 +68,8 @@ def build_tokens(
         A token file of the same content is kept.
     report: called with the bytes written so far
     selection: which documents are kept; None means all
+    encode: function that returns the `Ids` of some documents, begin tokens included, with the
+        learned ones; None means the tokenizer's ids, which are all learned
 
     What remote sources send is kept in the folder `OUT.spool` until the token file is complete, so
     that a further call after a failure or a kill goes on there. Nothing else is left behind by
@@ -85,8 +90,9 @@ def build_tokens(
     try:
         with new_folder(out, overwrite) as folder:
             chosen = make_tokenizer(tokenizer, read) if isinstance(tokenizer, str) else tokenizer
-            encoded = _encoded(read(), chosen, validation, workers or os.cpu_count() or 1)
-            counts = _write(folder, chosen, encoded, validation, report)
+            threads = workers or os.cpu_count() or 1
+            encoded = _encoded(read(), encode or partial(_whole, chosen), validation, threads)
+            counts = _write(folder, chosen, encode is not None, encoded, validation, report)
             write_atomic(folder / "tokenizer.json", chosen.content)
             stamp = layout.fingerprint(folder)
             meta = {
@@ -206,42 +212,56 @@ def _check_same(out: Path, stamp: str, overwrite: bool) -> None:
         )
 
 
-class _Encoded(NamedTuple):
+class Ids(NamedTuple):
     """The ids of a piece of text.
 
-    bytes: UTF-8 bytes of the piece
-    first: whether the piece begins a document
-    held_out: whether the piece belongs to validation
+    ids: [token]
+    bytes: UTF-8 bytes of the text
+    learned: which ids count in the loss, bool [token]; None for all
     """
 
     ids: np.ndarray
     bytes: int
+    learned: np.ndarray | None = None
+
+
+Encode = Callable[[Sequence[Piece]], list[Ids]]
+"""Function that encodes some pieces; threads call it."""
+
+
+class _Encoded(NamedTuple):
+    """A piece of text in ids.
+
+    first: whether the piece begins a document
+    held_out: whether the piece belongs to validation
+    """
+
+    found: Ids
     first: bool
     held_out: bool
 
 
+def _whole(tokenizer: AnyTokenizer, task: Sequence[Piece]) -> list[Ids]:
+    """Encode texts, which are learned whole."""
+    return [Ids(tokenizer.encode(piece.data.decode()), len(piece.data)) for piece in task]
+
+
 def _encoded(
-    texts: Iterable[Piece], tokenizer: AnyTokenizer, share: float, workers: int
+    texts: Iterable[Piece], encode: Encode, share: float, workers: int
 ) -> Iterator[_Encoded]:
     """Yield the ids of each text, in order, with a few tasks per thread in flight."""
-    dtype = layout.DTYPES[layout.dtype_name(tokenizer.vocab_size)]
 
-    def encode(task: list[Piece]) -> list[_Encoded]:
+    def run(task: list[Piece]) -> list[_Encoded]:
         return [
-            _Encoded(
-                tokenizer.encode(piece.data.decode()).astype(dtype),
-                len(piece.data),
-                piece.first,
-                held_out(piece.data, share),
-            )
-            for piece in task
+            _Encoded(found, piece.first, held_out(piece.data, share))
+            for piece, found in zip(task, encode(task), strict=True)
         ]
 
     pool = ThreadPoolExecutor(workers)
     pending: deque[Future[list[_Encoded]]] = deque()
     try:
         for task in _tasks(texts):
-            pending.append(pool.submit(encode, task))
+            pending.append(pool.submit(run, task))
             if len(pending) > 3 * workers:
                 yield from pending.popleft().result()
         while pending:
@@ -281,20 +301,28 @@ class _Count:
 def _write(
     folder: Path,
     tokenizer: AnyTokenizer,
+    masked: bool,
     encoded: Iterable[_Encoded],
     share: float,
     report: ReportBytes | None,
 ) -> dict[str, _Count]:
-    """Write both streams and return their counts."""
+    """Write both streams and return their counts.
+
+    masked: whether the pieces have their begin tokens, and learned ones
+    """
     dtype = layout.DTYPES[layout.dtype_name(tokenizer.vocab_size)]
-    begin = np.array(tokenizer.start, dtype)
+    begin = np.array(() if masked else tokenizer.start, dtype)
     counts = {name: _Count() for name in layout.SPLITS}
-    ids = {name: (folder / f"{name}.bin").open("wb") for name in layout.SPLITS}
-    starts = {name: (folder / f"{name}.starts").open("wb") for name in layout.SPLITS}
+    kinds = ("bin", "starts", "learned") if masked else ("bin", "starts")
+    files = {
+        kind: {name: (folder / f"{name}.{kind}").open("wb") for name in layout.SPLITS}
+        for kind in kinds
+    }
+    ids, starts = files["bin"], files["starts"]
     previous = None
     try:
         for piece in encoded:
-            if not len(piece.ids):
+            if not len(piece.found.ids):
                 previous = None
                 continue
             name = layout.SPLITS[piece.held_out]
@@ -304,17 +332,20 @@ def _write(
                 ids[name].write(begin.tobytes())
                 count.tokens += len(begin)
                 count.documents += 1
-            ids[name].write(piece.ids.tobytes())
-            count.tokens += len(piece.ids)
-            count.bytes += piece.bytes
+            ids[name].write(piece.found.ids.astype(dtype).tobytes())
+            if piece.found.learned is not None:
+                learned = piece.found.learned.astype(layout.LEARNED_DTYPE)
+                files["learned"][name].write(learned.tobytes())
+            count.tokens += len(piece.found.ids)
+            count.bytes += piece.found.bytes
             previous = name
             if report:
                 report(sum(each.bytes for each in counts.values()))
     finally:
-        for file in (*ids.values(), *starts.values()):
+        for file in chain(*(each.values() for each in files.values())):
             file.close()
     if not all(count.tokens for count in counts.values()):
-        counts = _hold_out_end(folder, tokenizer, counts, share)
+        counts = _hold_out_end(folder, tokenizer, kinds, counts, share)
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -322,15 +353,20 @@ def _write(
 
 
 def _hold_out_end(
-    folder: Path, tokenizer: AnyTokenizer, counts: dict[str, _Count], share: float
+    folder: Path,
+    tokenizer: AnyTokenizer,
+    kinds: Sequence[str],
+    counts: dict[str, _Count],
+    share: float,
 ) -> dict[str, _Count]:
-    """Move the end of the only non-empty stream into validation."""
+    """Move the end of the only non-empty stream into validation. kinds: suffixes of its files"""
     train, validation = layout.SPLITS
     if counts[validation].tokens:
-        for kind in ("bin", "starts"):
+        for kind in kinds:
             os.replace(folder / f"{validation}.{kind}", folder / f"{train}.{kind}")
     full = counts[train] if counts[train].tokens else counts[validation]
-    begin = list(tokenizer.start)
+    masked = "learned" in kinds
+    begin = [] if masked else list(tokenizer.start)
     if full.tokens < len(begin) + 2:
         raise BadInput("SOURCE", f"{full.bytes} bytes of text", "at least two tokens of text")
     dtype = layout.DTYPES[layout.dtype_name(tokenizer.vocab_size)]
@@ -345,6 +381,10 @@ def _hold_out_end(
         end_starts = np.concatenate([np.zeros(1, layout.START_DTYPE), end_starts + len(begin)])
     (folder / f"{validation}.bin").write_bytes(end.tobytes())
     (folder / f"{validation}.starts").write_bytes(end_starts.astype(layout.START_DTYPE).tobytes())
+    if masked:
+        learned = (folder / f"{train}.learned").read_bytes()[cut:]
+        (folder / f"{validation}.learned").write_bytes(learned)
+        os.truncate(folder / f"{train}.learned", cut)
     os.truncate(folder / f"{train}.bin", cut * dtype.itemsize)
     os.truncate(folder / f"{train}.starts", kept * layout.START_DTYPE.itemsize)
     return {

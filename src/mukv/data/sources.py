@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import pkgutil
 import sys
 import sysconfig
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mukv.core.errors import BadInput, nearest_name, unknown_name
 from mukv.core.table import imported
@@ -27,6 +28,7 @@ from mukv.data.remote import (
     Lines,
     Reliable,
     RemoteRows,
+    Row,
     Table,
     json_field,
     require_datasets,
@@ -40,6 +42,10 @@ TESTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages
 SAVED_DATA_SET = ("dataset_dict.json", "dataset_info.json")
 NamedFiles = Iterator[tuple[str, BinaryIO]]
 """Names (for messages) and open files of documents."""
+
+
+class Messages(str):
+    """Name of a field with the messages of a conversation, which is read as JSON."""
 
 
 def open_source(source: str, field: str, spools: Path | None = None) -> NamedFiles:
@@ -156,6 +162,8 @@ def record(where: str, field: str, value: object) -> tuple[str, BinaryIO]:
     """Return the name and the content of a record's text. Raises BadInput unless it is text."""
     if value is None:
         return where, io.BytesIO()
+    if isinstance(field, Messages):
+        value = spelled_messages(where, field, value)
     if not isinstance(value, str):
         raise BadInput(f"{where}: {field}", value, "text")
     try:
@@ -163,6 +171,17 @@ def record(where: str, field: str, value: object) -> tuple[str, BinaryIO]:
     except UnicodeEncodeError:  # a lone surrogate that JSON spelt out: \ud800
         data = value.encode(errors="surrogatepass")
     return where, io.BytesIO(data)
+
+
+def spelled_messages(where: str, field: str, value: object) -> str:
+    """Return messages as JSON. Raises BadInput for anything but a list of mappings."""
+    if isinstance(value, str):  # of a spool, or a field that has JSON
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        allowed = "a list of mappings with `role` and `content`"
+        raise BadInput(f"{where}: {field}", value, allowed)
+    return json.dumps(value)
 
 
 def _parquet(path: Path, field: str) -> NamedFiles:
@@ -261,8 +280,27 @@ def _web(kind: str) -> Callable[[str, str], RemoteRows]:
 
 def _streamed(rows: RemoteRows, field: str, spools: Path | None) -> NamedFiles:
     """Yield the documents of a remote source; with `spools`, those kept there are not fetched."""
+    if isinstance(field, Messages):
+        rows = _SpelledRows(rows, field)
     for row in Reliable(rows) if spools is None else spooled(rows, field, spools):
         yield record(row.name, field, row.value)
+
+
+class _SpelledRows:
+    """Remote rows whose values are messages, as JSON."""
+
+    def __init__(self, rows: RemoteRows, field: Messages):
+        self.rows, self.field, self.name = rows, field, rows.name
+
+    def after(self, cursor: Any) -> Iterator[Row]:
+        for row in self.rows.after(cursor):
+            value = row.value
+            if value is not None:
+                value = spelled_messages(row.name, self.field, value)
+            yield Row(row.name, value)
+
+    def cursor(self) -> Any:
+        return self.rows.cursor()
 
 
 SOURCES: dict[str, Callable[[str, str], NamedFiles | RemoteRows]] = {

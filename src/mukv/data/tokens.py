@@ -1,7 +1,8 @@
 """A token file: a folder with two memory-mapped streams of tokens, training and validation.
 
 `train.bin` and `validation.bin` hold ids, `*.starts` the index of each document's first token,
-tokenizer.json the vocabulary, meta.json counts and fingerprint (see docs/formats.md). Opening
+`*.learned` which tokens of conversations are learned, tokenizer.json the vocabulary, meta.json
+counts and fingerprint (see docs/formats.md). Opening
 checks all sizes and document starts, but not the ids: `verify` checks all ids, and `Batches` the
 ids that it returns.
 """
@@ -27,7 +28,9 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 COUNTS = ("tokens", "documents", "bytes")
 START_DTYPE = np.dtype("<i8")
 CONTENT = (*(f"{s}.{kind}" for s in SPLITS for kind in ("bin", "starts")), "tokenizer.json")
-"""Files that the fingerprint covers, in this order."""
+LEARNED = tuple(f"{split}.learned" for split in SPLITS)
+"""Files that the fingerprint covers, in this order; LEARNED only where they exist."""
+LEARNED_DTYPE = np.dtype("u1")
 _unchanged: set[tuple[Any, ...]] = set()
 """Fingerprints that were verified, with the files' inodes, sizes and times at that moment."""
 
@@ -44,11 +47,14 @@ class Stream:
     tokens: ids [token], memory-mapped
     starts: index of each document's first token, int64 [document], ascending from 0
     bytes: UTF-8 bytes of the text
+    learned: 1 for tokens that count in the loss and 0 for others, uint8 [token], memory-mapped;
+        None if all count
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     bytes: int
+    learned: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +97,7 @@ class TokenFile:
         All files are read, which takes 0.6 s per GB. Files that have not changed since are not read
         again in this process.
         """
-        files = [(self.path / name).stat() for name in CONTENT]
+        files = [(self.path / name).stat() for name in content(self.path)]
         state = (self.fingerprint, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in files))
         if state in _unchanged:
             return
@@ -151,10 +157,15 @@ def is_token_file(path: Path) -> bool:
     return True
 
 
+def content(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that the fingerprint covers, in order."""
+    return (*CONTENT, *(name for name in LEARNED if (folder / name).exists()))
+
+
 def fingerprint(folder: Path) -> str:
-    """Compute the SHA-256 of the content: ids, starts and tokenizer."""
+    """Compute the SHA-256 of the content: ids, starts, tokenizer and learned tokens."""
     total = hashlib.sha256()
-    for name in CONTENT:
+    for name in content(folder):
         with (folder / name).open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
@@ -196,7 +207,9 @@ def _open_stream(path: Path, name: str, dtype: np.dtype, counts: dict[str, int])
         raise BadInput(
             f"{path}/{name}.starts", "a damaged file", "document starts must ascend from 0"
         )
-    return Stream(tokens, starts, counts["bytes"])
+    path = path / f"{name}.learned"
+    learned = _map(path, LEARNED_DTYPE, counts["tokens"]) if path.exists() else None
+    return Stream(tokens, starts, counts["bytes"], learned)
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:

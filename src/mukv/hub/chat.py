@@ -42,35 +42,53 @@ def chat_text(folder: Path, messages: Sequence[Mapping[str, Any]]) -> str:
     no message, if rendering exceeds its limits of time and RAM, and if the template refuses the
     messages.
     """
-    if not messages or not all(isinstance(message, Mapping) for message in messages):
-        raise BadInput("messages", messages, "at least one mapping with `role` and `content`")
-    require_text("messages", messages)
+    return chat_texts(folder, [(messages, True)])[0]
+
+
+def chat_texts(
+    folder: Path, asked: Sequence[tuple[Sequence[Mapping[str, Any]], bool]]
+) -> list[str]:
+    """Format several lists of messages at once.
+
+    asked: messages, and whether the model's answer follows, so that the text ends where it begins
+
+    Raises BadInput as `chat_text` does.
+    """
+    for messages, _ in asked:
+        if not messages or not all(isinstance(message, Mapping) for message in messages):
+            raise BadInput("messages", messages, "at least one mapping with `role` and `content`")
+        require_text("messages", messages)
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
     where, template = find_template(folder, settings)
-    values = {
-        **special_tokens(folder, settings),
-        "messages": list(map(_given, messages)),
-        "tools": None,
-        "documents": None,
-        "add_generation_prompt": True,
-    }
-    (answer,) = rendered([template], values, where)
-    if "error" in answer:
-        given = f"a template that can't be used ({answer['error']})"
-        raise BadInput(where, given, "a template that takes these messages")
-    return answer["text"]
+    values = {**special_tokens(folder, settings), "tools": None, "documents": None}
+    own = [
+        {"messages": list(map(_given, messages)), "add_generation_prompt": follows}
+        for messages, follows in asked
+    ]
+    texts = []
+    for answer in rendered([template] * len(own), values, where, own):
+        if "error" in answer:
+            given = f"a template that can't be used ({answer['error']})"
+            raise BadInput(where, given, "a template that takes these messages")
+        texts.append(answer["text"])
+    return texts
 
 
 def rendered(
-    templates: Sequence[str], values: Mapping[str, Any], where: str
+    templates: Sequence[str],
+    values: Mapping[str, Any],
+    where: str,
+    own: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, str]]:
     """Render templates in a separate process; return the `text` or the `error` of each.
 
     where: name of the templates in errors
+    own: values of each template beside those of all; None for none
 
     Raises BadInput if jinja2 is missing, and if the process exceeded its limits of time or RAM.
     """
-    request = {"templates": list(templates), "values": values}
+    each = [{}] * len(templates) if own is None else own
+    request = {"templates": list(zip(templates, each, strict=True)), "values": values}
     # As in transformers, templates receive the name of the type of an image or an array.
     text = json.dumps(request, default=lambda value: f"<{type(value).__name__}>")
     # The allocator's settings need more address space than the process may have.

@@ -3,7 +3,8 @@
 A template is an untrusted program. It may loop for ever or allocate any amount of RAM, which can't
 be stopped inside the process that holds a model. This file therefore runs as a separate process
 with limits of time and RAM. It reads one JSON object from standard input and writes a list with the
-`text` or the one-line `error` of each template. It imports no other module of mukv.
+`text` or the one-line `error` of each template and its own values. It imports no other module of
+mukv.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import json
 import resource
 import sys
 from datetime import datetime
+from functools import cache
 from typing import Any, NoReturn
 
 CPU_SECONDS, MEMORY_BYTES, MOST_CHARACTERS = 5, 1 << 30, 1 << 20
 
 
-def render(template: str, values: dict[str, Any]) -> str:
-    """Render a template with the names and filters that transformers provides to templates."""
-    from jinja2 import TemplateError, nodes
+@cache
+def program(template: str) -> Any:
+    """Compile a template with the names and filters that transformers provides to templates."""
+    from jinja2 import nodes
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -65,9 +68,6 @@ def render(template: str, values: dict[str, Any]) -> str:
         if isinstance(name, str) and name.startswith("_"):
             raise SecurityError(f"a namespace can't have the name {name!r}")
 
-    def refuse(message: str) -> NoReturn:
-        raise TemplateError(message)
-
     def to_json(
         value: Any,
         ensure_ascii: bool = False,
@@ -86,9 +86,21 @@ def render(template: str, values: dict[str, Any]) -> str:
     world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     world.globals["dict"] = Dict()
     world.globals["namespace"] = PublicNamespace
+    return world.from_string(template)
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise the error of a template that refuses its values."""
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    """Render a template."""
     pieces: list[str] = []
     length = 0
-    for piece in world.from_string(template).generate(**values):
+    for piece in program(template).generate(**values):
         length += len(piece)
         if length > MOST_CHARACTERS:
             refuse(f"more than {MOST_CHARACTERS:,} characters")
@@ -110,9 +122,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = []
-    for template in request["templates"]:
+    for template, own in request["templates"]:
         try:
-            answers.append({"text": render(template, request["values"])})
+            answers.append({"text": render(template, {**request["values"], **own})})
         except MemoryError:
             answers.append({"error": f"more than {MEMORY_BYTES >> 30} GB of memory"})
         except Exception as error:
