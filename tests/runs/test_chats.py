@@ -120,7 +120,7 @@ def test_the_fingerprint_covers_the_mask(chats, encode, tmp_path):
     with pytest.raises(BadInput, match="a changed token file"):
         open_tokens(first.path).require_unchanged()
     path.write_bytes(b"\1")
-    with pytest.raises(BadInput, match=r"train\.learned: got 1 bytes"):
+    with pytest.raises(BadInput, match=r"train\.learned: got .1 bytes"):
         open_tokens(first.path)
 
 
@@ -142,7 +142,7 @@ def test_conversations_without_answers_are_refused(encode, messages, message):
 
 
 def test_other_bad_input(encode, tmp_path):
-    with pytest.raises(BadInput, match="a:1: got a longer one; a conversation of at most 1 MiB"):
+    with pytest.raises(BadInput, match="a:1: got 'a longer one'; a conversation of at most 1 MiB"):
         encode(pieces(conversation(1), long=True))
     changing = "{% for m in messages %}{{ messages | length }}{{ m.content }}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(changing)

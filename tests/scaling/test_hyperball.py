@@ -120,10 +120,10 @@ def test_the_share_of_an_update_depends_on_depth_alone(kind, scaling):
 
 
 def test_bad_rates_are_refused():
-    with pytest.raises(BadInput, match="rate: got 0"):
-        MuonH(rate=0)
-    with pytest.raises(BadInput, match="rate: got -1"):
-        AdamH(rate=-1)
+    with pytest.raises(BadInput, match=r"rate: got 0\.0"):
+        MuonH(rate=0.0)
+    with pytest.raises(BadInput, match=r"rate: got -1\.0"):
+        AdamH(rate=-1.0)
 
 
 @pytest.mark.parametrize("kind", params(KINDS, ["muonh"]))
