@@ -15,7 +15,6 @@ from mukv.tuning import coordinates
 from mukv.tuning.axes import along
 from tests.laws import matrix
 from tests.laws.test_parameterizations import scaled
-from tests.pairs import params
 from tests.training import EXACT, batch
 from tests.tuning.test_coordinates import TRAINING
 from tests.tuning.test_transfer import planted, search
@@ -75,9 +74,8 @@ def test_a_planted_drift_is_found_along_each_axis(token_file, tmp_path, axis, va
 STEEP = 0.5
 
 
-@pytest.mark.parametrize(
-    ("depth", "flat"), params([(1.0, True), (None, False)], [(1.0, True)], unpack=True)
-)
+@pytest.mark.product
+@pytest.mark.parametrize(("depth", "flat"), [(1.0, True), (None, False)])
 def test_completep_is_flat_over_depth(depth, flat):
     """Without it, the residual stream changes more in deeper models."""
     model = scaled(MODEL, kind="mup", depth=depth)
