@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mukv.tuning.transfer import Transfer
 
 GIGABYTE = 10**9
+WIDTHS = "64,128,256,512"
 MemoryLimit = Annotated[
     float | None, typer.Option(help="Gigabytes that one program may take; default: what is free.")
 ]
@@ -38,7 +39,7 @@ def transfer(
     ] = False,
     widths: Annotated[
         str | None,
-        typer.Option(help="Values of model.d_model, with commas; default: 64,128,256,512."),
+        typer.Option(help="Values of model.d_model, with commas; default: " + WIDTHS + "."),
     ] = None,
     depths: Annotated[
         str | None, typer.Option(help="Instead of widths: numbers of layers, such as 2,4,8.")
@@ -76,8 +77,9 @@ def transfer(
     """
     from mukv.runs.resolve import resolve
 
-    given = {"width": widths, "depth": depths, "batch": batches, "horizon": horizons}
-    axis, values = parse_axis(given)
+    axis, values = parse_axis(
+        {"width": widths, "depth": depths, "batch": batches, "horizon": horizons}
+    )
     if check and axis not in ("width", "depth"):
         raise BadInput("--check", axis, "width or depth, whose activations can be compared")
     run, _ = resolve(source, overrides or [], None)
@@ -241,11 +243,12 @@ def parse_axis(given: Mapping[Axis, str | None]) -> tuple[Axis, list[int]]:
     """
     from mukv.tuning.axes import AXES
 
-    named = {axis: text for axis, text in given.items() if text is not None}
+    named: dict[Axis, str] = {axis: text for axis, text in given.items() if text is not None}
     if len(named) > 1:
-        first, second, *_ = (f"--{AXES[axis].plural}" for axis in named)
-        raise BadInput(second, named[[*named][1]], f"not with {first}: one axis at a time")
-    axis, text = next(iter(named.items()), ("width", "64,128,256,512"))
+        first, second, *_ = named
+        allowed = f"not with --{AXES[first].plural}: one axis at a time"
+        raise BadInput(f"--{AXES[second].plural}", named[second], allowed)
+    axis, text = next(iter(named.items())) if named else ("width", WIDTHS)
     try:
         return axis, [int(part) for part in text.split(",")]
     except ValueError:

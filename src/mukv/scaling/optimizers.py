@@ -119,7 +119,7 @@ class SGD(Optimizer):
 class AdamH(Hyperball, AdamW):
     """Adam with hidden matrices on a sphere (Wen et al. 2026)."""
 
-    kind: Literal["adamh"] = "adamh"
+    kind: Literal["adamh"] = "adamh"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class MuonH(Hyperball, Muon):
     Its budget rule is `hyperp` (Ren et al. 2026).
     """
 
-    kind: Literal["muonh"] = "muonh"
+    kind: Literal["muonh"] = "muonh"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 OPTIMIZERS = PartTable(
