@@ -10,7 +10,6 @@ from mukv.core.errors import BadInput
 from mukv.hub.chat import chat_texts
 
 ASSISTANT = "assistant"
-Conversation = Sequence[Mapping[str, Any]]
 
 
 class Turn(NamedTuple):
@@ -20,7 +19,7 @@ class Turn(NamedTuple):
     learned: bool
 
 
-def turns(folder: Path, conversations: Sequence[Conversation]) -> list[list[Turn]]:
+def turns(folder: Path, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Turn]]:
     """Split each conversation at the answers of the assistant.
 
     folder: folder with the chat template
@@ -54,7 +53,7 @@ def turns(folder: Path, conversations: Sequence[Conversation]) -> list[list[Turn
     return found
 
 
-def _answers(messages: Conversation) -> Iterator[int]:
+def _answers(messages: Sequence[Mapping[str, Any]]) -> Iterator[int]:
     """Yield the places of the answers."""
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
     if ASSISTANT not in roles or roles[0] == ASSISTANT:
