@@ -30,6 +30,18 @@ def weights(model):
     return decoding_weights(model, matrix.weights(model), EXACT)
 
 
+def test_weights_of_layers_share_the_memory_of_the_stack(model):
+    stacked = jax.device_put(matrix.weights(model))
+    layers = decoding_weights(model, stacked, EXACT)["layers"]
+    for layer, own in zip(model.layers, layers, strict=True):
+        whole = stacked[f"stage{layer.stage}"][f"slot{layer.slot}"]["mlp"]["up"]
+        one = np.asarray(own["mlp"]["up"])
+        assert np.array_equal(one, whole[layer.repeat])
+        # JAX copies an array that does not begin at a multiple of 64 bytes.
+        shared = np.shares_memory(one, np.asarray(whole))
+        assert shared or one.nbytes % 64
+
+
 @pytest.fixture(scope="module")
 def continued(model, weights):
     """Return a function that generates, with a default for each argument."""

@@ -266,8 +266,11 @@ def _require_one_name(found: JsonTokenizer, where: str) -> None:
     names: dict[int, str] = {}
     words = found.inner.get_vocab(with_added_tokens=False).items()
     added = [(token["content"], token["id"]) for token in found.settings.get("added_tokens") or ()]
-    for word, token in (*words, *added):
-        if word and names.setdefault(token, word) != word:  # see `_without_words`
+    pairs = {(word, token) for word, token in (*words, *added) if word}  # see `_without_words`
+    if len({token for _, token in pairs}) == len(pairs):
+        return
+    for word, token in sorted(pairs):
+        if names.setdefault(token, word) != word:
             given = f"{names[token]!r} and {word!r}, both with id {token}"
             raise BadInput(where, given, "an id of its own for each token")
 

@@ -7,9 +7,10 @@ a run directory. Besides these, RAM holds only the largest tensor and the mappin
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mukv.core.errors import BadInput, nearest_name, unknown_name
 from mukv.core.mesh import specification
-from mukv.core.params import LAYER, named
+from mukv.core.params import LAYER, Param, named
 from mukv.core.typing import Array
 from mukv.core.version import VERSION
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer
@@ -50,6 +51,8 @@ COMPANIONS = (
 IGNORED = r"rotary_emb\.inv_freq$|^(transformer\.)?h\.\d+\.attn\.(masked_)?bias$"
 """Old files contain these buffers: frequencies, and the causal mask of GPT-2."""
 HEAD = "lm_head.weight"
+ALIGNMENT = 64
+"""Bytes; JAX copies arrays that begin elsewhere."""
 ROWS = 4096
 """Rows of an embedding that are compared at once."""
 
@@ -76,8 +79,11 @@ class Checkpoint:
         """Read the weights onto a mesh, in the dtypes of the files."""
         declared = named(self.model.params())
         made: dict[str, Any] = {}
-        # Read in the order of the files, so that each file is mapped once.
-        for piece in sorted(self.pieces, key=lambda p: str(self.source.tensors[p.theirs].file)):
+        if mesh.size == 1 and mesh.devices.item().platform == "cpu":
+            sharding = NamedSharding(mesh, PartitionSpec())
+            made = jax.device_put(self._in_host_memory(declared), sharding)
+            return nested({name: made[name] for name in declared})
+        for piece in self._by_file():
             dims = piece.param.dims
             layer = jax.make_array_from_callback(
                 piece.param.shape,
@@ -95,6 +101,20 @@ class Checkpoint:
             # One program at a time: simulated devices share their threads.
             jax.block_until_ready(made[piece.ours])
         return nested({name: made[name] for name in declared})
+
+    def _by_file(self) -> list[WeightPiece]:
+        """Return the pieces in the order of the files, so that each file is mapped once."""
+        return sorted(self.pieces, key=lambda piece: str(self.source.tensors[piece.theirs].file))
+
+    def _in_host_memory(self, declared: Mapping[str, Param]) -> dict[str, np.ndarray]:
+        """Read each weight into one array, which JAX takes on a CPU without a copy."""
+        types = {piece.ours: self.source.tensors[piece.theirs].dtype for piece in self.pieces}
+        made = {name: aligned(declared[name].shape, types[name]) for name in types}
+        for piece in self._by_file():
+            whole = made[piece.ours]
+            place = whole if piece.repeat is None else whole[piece.repeat]
+            place[...] = piece.read(self.source)
+        return made
 
     def compact(self, kind: str) -> dict[str, Any]:
         """Read the weights tensor by tensor and convert them to a format of `core.compact`.
@@ -136,6 +156,14 @@ def _put(whole: Array, part: Array, place: int) -> Array:
     stack, layer = (jax.lax.bitcast_convert_type(array, bits) for array in (whole, part))
     stack = jax.lax.dynamic_update_index_in_dim(stack, layer, place, 0)
     return jax.lax.bitcast_convert_type(stack, whole.dtype)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array that begins at a multiple of ALIGNMENT, not initialised."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def is_checkpoint(folder: Path) -> bool:

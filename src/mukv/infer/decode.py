@@ -140,16 +140,30 @@ class Sizes:
 
 
 def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | None = None) -> Any:
-    """Prepare weights for decoding: scaled, in the compute dtype, one entry per layer."""
+    """Prepare weights for decoding: scaled, in the compute dtype, one entry per layer.
+
+    On one CPU the layers share the memory of the stacked weights.
+    """
     compute = settled(compute)
     declared = model.params()
 
-    def prepared(weights: Weights) -> Any:
-        return model.unstack(compute.working_copy(declared, model.scaled(weights)))
+    def scaled(weights: Weights) -> Any:
+        return compute.working_copy(declared, model.scaled(weights))
 
     if any_compact(weights):
-        return prepared(weights)  # a program would return copies
-    return jax.jit(prepared)(weights)  # one program instead of one for each layer and weight
+        return model.unstack(scaled(weights))  # a program would return copies
+    if all(map(_on_one_cpu, jax.tree.leaves(weights))):
+        return jax.device_put(model.unstack(jax.tree.map(np.asarray, scaled(weights))))
+    # One program instead of one for each layer and weight.
+    return jax.jit(lambda weights: model.unstack(scaled(weights)))(weights)
+
+
+def _on_one_cpu(weight: Any) -> bool:
+    """Whether an array is in the memory of one CPU device."""
+    if not isinstance(weight, jax.Array):
+        return jax.default_backend() == "cpu"
+    devices = weight.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 class DecodeFunctions(NamedTuple):

@@ -16,11 +16,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
@@ -30,6 +29,9 @@ from mukv.storage import manifest
 from mukv.storage.failed_saves import LateWrites, remove_unfinished, unfinished
 from mukv.storage.manifest import Damaged, reason
 from mukv.storage.stored import read_arrays, require_path
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp  # imported where it writes, as it takes a quarter of a second
 
 STATE, MANIFEST, DELETED = "state", "manifest", ".deleted"
 
@@ -102,6 +104,8 @@ class Checkpoints:
         if read_only:
             return
         require_path(self.folder)
+        import orbax.checkpoint as ocp
+
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self.keep,
             enable_async_checkpointing=asynchronous,
@@ -157,6 +161,8 @@ class Checkpoints:
         if step == self.saving or step in self.steps():
             return
         assert self.manager is not None, "read only"
+        import orbax.checkpoint as ocp
+
         self.wait()
         self._require_space(state)
         if metric is not None and math.isfinite(metric):
