@@ -62,6 +62,16 @@ def test_likelihood_of_texts(model):
     assert found < pair[0] < 0
 
 
+def test_an_end_token_is_put_only_before_what_has_no_context(model):
+    """For a tokenizer without start tokens, as the harness's own classes do."""
+    encode = model.tokenizer.encode
+    tokenizer = SimpleNamespace(start=(), encode=encode)
+    network = SimpleNamespace(context=None)
+    answers = Answers(SimpleNamespace(tokenizer=tokenizer, ends=(7, 8), network=network))
+    assert answers._pair("Déjà", " vu") == ([*encode("Déjà vu")], len(encode("Déjà")))
+    assert answers._pair("", "vu") == ([7, *encode("vu")], 1)
+
+
 def test_continuations_end_at_stop_texts(model):
     whole = model.generate("Déjà", max_tokens=12).text
     settings = {"until": [whole[3:5], "never"], "max_gen_toks": 12, "do_sample": False}

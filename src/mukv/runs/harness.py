@@ -114,9 +114,11 @@ class Answers:
         and how many of these ids belong to the context (at least one)."""
         # Tokenizers join a space to the word after it, so trailing spaces of the context are
         # counted as continuation.
-        kept = context.rstrip()
-        whole = [*self._prefix, *self.model.tokenizer.encode(context + continuation)]
-        known = max(1, len(self._prefix) + len(self.model.tokenizer.encode(kept)))
+        kept, tokenizer = context.rstrip(), self.model.tokenizer
+        # As in the harness's own classes, an end token is put only before what has no context.
+        prefix = tokenizer.start if kept else self._prefix
+        whole = [*prefix, *tokenizer.encode(context + continuation)]
+        known = max(1, len(prefix) + len(tokenizer.encode(kept)))
         fitting = self._fitting(whole, 0)
         return fitting, max(1, known - (len(whole) - len(fitting)))
 
@@ -128,8 +130,8 @@ class Answers:
 
     @property
     def _prefix(self) -> tuple[int, ...]:
-        """Ids put before a text, so that its first token has a context: the start tokens of the
-        tokenizer, or else the first end token."""
+        """Ids put before a text without a context, so that its first token has one: the start
+        tokens of the tokenizer, or else the first end token."""
         return self.model.tokenizer.start or self.model.ends[:1]
 
     @cached_property
