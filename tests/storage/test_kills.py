@@ -158,6 +158,16 @@ def texts(root: Path) -> None:
 
 
 @pytest.mark.product
+def test_train_on_a_mixture(server, token_file, tmp_path, count, every):
+    """A run that is killed between batches of a mixture ends with the bits of one that was not."""
+    texts(tmp_path)
+    other = build_tokens([str(tmp_path / "texts")], tmp_path / "other").path
+    mixture = f"data.mixture=[{{path: {token_file}, weight: 3}}, {{path: {other}}}]"
+    given = ["train", "tiny", *SMALL, "train.checkpoint_every=1", mixture, "--out", "runs/new"]
+    count("mixture", check(server, tmp_path, nothing, given, every, skip="checkpoint-tmp/"))
+
+
+@pytest.mark.product
 def test_data(server, tmp_path, count, every):
     given = ["data", "texts", "--tokenizer", "bpe:300", "--out", "tokens"]
     count("data", check(server, tmp_path, texts, given, every, chain=1))
