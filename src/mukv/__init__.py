@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Spread as Spread
     from mukv.cache.policy import Store as Store
     from mukv.cache.policy import Streaming as Streaming
+    from mukv.cache.policy import Threshold as Threshold
     from mukv.cache.policy import TopK as TopK
     from mukv.cache.policy import TopP as TopP
     from mukv.cache.policy import Uniform as Uniform
@@ -187,8 +188,8 @@ _MODULES = {
     "mukv.cache.policy": (
         "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds "
         "FP8 H2O Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Pages Policy "
-        "Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store Streaming TopK TopP "
-        "TOVA Uniform When WholeChunks"
+        "Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store Streaming Threshold TopK "
+        "TopP TOVA Uniform When WholeChunks"
     ),
     "mukv.conversion": (
         "Conversion ConvertedLayer CrossLayer FewerHeads SharedVectors SourceLayer TruncatedLatent "

@@ -161,6 +161,22 @@ def test_a_budget_for_each_head_or_layer(kept, scores):
             assert positions(by_layer, row)[layer] == best(each, 2 * number)
 
 
+def test_entries_below_a_threshold_take_no_memory(kept, scores):
+    """Of the best entries of all layers those that reach the threshold, and those of the window;
+    pools have room for them alone."""
+    prompts, score, number = PROMPTS[:1], scores[0].copy(), 300
+    least = float(np.quantile(score, 0.6))
+    name = f"kvzip(chunk={CHUNK})+threshold(least={least:.9f},window=7):{number / score.size:.3f}"
+    cache = kept(name, prompts)
+    score[..., :4] = score[..., -7:] = np.inf
+    expected = best(score, int((score >= least).sum()))
+    found = {(n, *pair) for n, pairs in enumerate(positions(cache, 0)) for pair in pairs}
+    assert len(found ^ expected) <= 2  # equal to the last digit
+    assert len(found) < number
+    sizes = [len(each) for each in positions(cache, 0)]
+    assert [slot.body.shelf.slots for slot in cache.slots] == [-(-n // 16) * 16 for n in sizes]
+
+
 @pytest.mark.product
 def test_bytes_are_those_of_what_is_kept(kept, model):
     """The pool of a layer has room for its entries, rounded up to a multiple of 16."""

@@ -46,6 +46,7 @@ PAIRS = [
     ("gqa", "cope", "topk"),
     ("gqa", "rope", "h2o+adaptive+hold"),
     ("gqa", "rope", "compactor+adaptive"),
+    ("gqa", "rope", "snapkv+threshold(window=4)+adaptive"),
 ]
 
 
@@ -479,6 +480,59 @@ def test_chunks(one):
 
 
 @pytest.mark.parametrize(
+    ("name", "quantile"),
+    [("knorm", 0.6), ("knorm+adaptive(floor=0.3)", 0.6), ("snapkv(window=4)", 0.5), ("knorm", 2)],
+)
+def test_threshold(one, name, quantile):
+    """Of the entries whose score reaches the threshold the best ones, at most the budget, and those
+    of the window. Above all scores the window is left; a higher threshold keeps no other entries."""
+    number, window, found = 12, 3, []
+    scores = [
+        [by_score(one, row, head, name.split("+")[0], list(range(count)), number)]
+        for row, count in enumerate(one.count)
+        for head in range(2)
+    ]
+    if name.startswith("snapkv"):
+        for (row, head), each in zip(np.ndindex(2, 2), scores, strict=True):
+            count = one.count[row]
+            weights = one.weights(row, range(count - 4, count), range(count))[head].mean(1)
+            weights[:, -4:] = 0
+            score = np.mean([np.convolve(w, np.ones(5) / 5, "same") for w in weights], axis=0)
+            each[0] = np.append(score[:-4], [np.inf] * 4)
+    finite = np.concatenate([each[0][np.isfinite(each[0])] for each in scores])
+    for more in (0.0, 0.2):
+        high = 1e3 if quantile > 1 else float(np.quantile(finite, min(quantile + more, 1)))
+        body, _ = one.body(f"{name}+threshold(least={high:.9f},window={window})", float(number))
+        kept = {}
+        for row, count in enumerate(one.count):
+            pair = [each[0].copy() for each in scores[2 * row : 2 * row + 2]]
+            for score in pair:
+                score[count - window :] = np.inf
+                score[score < round(high, 9)] = -np.inf
+            if "adaptive" in name:
+                pool = np.array(pair)
+                for score, rank in zip(pair, pool, strict=True):
+                    safe = np.array(best_of(score, 3))
+                    rank[safe[score[safe] > -np.inf]] = np.inf
+                order = best_of(pool.ravel(), 2 * number)
+                best = [[i % count for i in order if i // count == head] for head in range(2)]
+                own = by_head(body, row)
+            else:
+                best = [best_of(score, number) for score in pair]
+                own = [positions(body, row, head) for head in range(2)]
+            for head in range(2):
+                expected = [i for i in best[head] if pair[head][i] > -np.inf]
+                assert own[head] == expected
+                kept[row, head] = set(own[head])
+                newest = set(range(count - max(window, 4 * name.startswith("snapkv")), count))
+                assert newest <= kept[row, head]
+                assert quantile < 1 or kept[row, head] == newest
+        found.append(kept)
+    assert all(found[1][at] <= found[0][at] for at in found[0])
+    assert any(len(found[1][at]) < number for at in found[0])
+
+
+@pytest.mark.parametrize(
     ("name", "budget", "length", "beta"),
     [
         ("snapkv(window=64)", 0.5, 1536, 20),
@@ -758,6 +812,7 @@ def test_reads_are_fewer():
         ("mqa", "rope", "snapkv+adaptive", 0.5, "one set of entries for all heads"),
         ("gqa", "rope", "snapkv+adaptive+pages", 0.5, "adaptive is read whole"),
         ("gqa", "rope", "knorm+critical", 0.5, "scores are at least 0, like snapkv, not knorm"),
+        ("gqa", "rope", "snapkv+threshold+every", 0.5, "threshold without every"),
         ("gqa", "rope", "streaming", 4.0, "at least 5 entries; this is 4 of 40"),
         ("gqa", "rope", "sparq", 0.2, "at least 13 entries; this is 8 of 40"),
     ],

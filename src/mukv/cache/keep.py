@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mukv.cache.budget import CacheBudget
 from mukv.cache.rank import by_store
-from mukv.cache.refine import Refine
+from mukv.cache.refine import Refine, refined
 from mukv.cache.seen import Score, Seen
 from mukv.cache.spread import Spread, Uniform
 from mukv.cache.when import Folds, When
@@ -86,6 +86,11 @@ class Keep:
         return max(self.recent + 1, 2)
 
     @property
+    def by_threshold(self) -> bool:
+        """Whether entries are dropped for their score even if the budget has room for them."""
+        return any(step.before_sharing for step in self.refine)
+
+    @property
     def narrowest(self) -> int:
         """Smallest number of entries that `pyramid` gives to a layer."""
         return self.minimum
@@ -125,7 +130,10 @@ class Keep:
         score = by_store(score, seen.valid.shape[1])
         must = seen.valid & self.must(seen)
         own = jnp.where(must, jnp.inf, jnp.where(seen.valid, score, -jnp.inf))
-        rank, number = self.spread.ranked(own, seen, self.refine)
+        first = [step for step in self.refine if step.before_sharing]
+        own = refined(own, seen, seen.number[:, None, None], first)
+        then = tuple(step for step in self.refine if not step.before_sharing)
+        rank, number = self.spread.ranked(own, seen, then)
         places = min(capacity, keys)
         best, index = jax.lax.top_k(jnp.flip(rank, axis=-1), places)
         there = (jnp.arange(places)[None, None] < number[:, None, None]) & (best > -jnp.inf)

@@ -49,7 +49,7 @@ def best_of_layers(
 
     scores: of each layer, by the entry of each token. length: tokens of each row. keep: entries of
     each row. sinks, recent: first and newest tokens, which come first. Of equal scores the newer
-    entry comes first, then the one of the lower layer.
+    entry comes first, then the one of the lower layer. Others with a score of -inf are not kept.
     """
     place = jnp.arange(scores[0].shape[-1])[None]
     certain = (place < sinks) | (place >= length[:, None] - recent)
@@ -63,7 +63,8 @@ def best_of_layers(
     together = jnp.flip(jnp.concatenate([*map(ranked, scores)], axis=1), axis=2).swapaxes(1, 2)
     order = jnp.argsort(together.reshape(len(length), -1), axis=1, descending=True, stable=True)
     rank = jnp.argsort(order, axis=1).reshape(together.shape)
-    chosen = jnp.flip((rank < keep[:, None, None]).swapaxes(1, 2), axis=2) & valid[:, None]
+    chosen = jnp.flip((rank < keep[:, None, None]).swapaxes(1, 2), axis=2)
+    chosen &= jnp.concatenate([*map(ranked, scores)], axis=1) > -jnp.inf
     split = jnp.split(chosen, heads, axis=1)
     counts = jnp.stack([jnp.sum(each, axis=(1, 2)) for each in split])
     return [jnp.where(*pair, -jnp.inf) for pair in zip(split, scores, strict=True)], counts

@@ -40,6 +40,7 @@ from mukv.cache.select import All, Select
 from mukv.cache.sparq import SparQ
 from mukv.cache.spread import Adaptive, Pyramid, Spread, Uniform
 from mukv.cache.store import Exact, Store
+from mukv.cache.threshold import Threshold
 from mukv.cache.values import TopK, TopP
 from mukv.cache.when import Every, Folds, Hold, When
 from mukv.cache.words import Word, built, read_word, shown, split
@@ -93,7 +94,12 @@ SPREADS = PartTable(
     {"uniform": Uniform, "pyramid": Pyramid, "adaptive": Adaptive, "layers": Layers},
     kinds=False,
 )
-REFINERS = PartTable("refine", Refine, {"critical": Critical, "chunk": WholeChunks}, kinds=False)
+REFINERS = PartTable(
+    "refine",
+    Refine,
+    {"threshold": Threshold, "critical": Critical, "chunk": WholeChunks},
+    kinds=False,
+)
 WHENS = PartTable("when", When, {"folds": Folds, "hold": Hold, "every": Every}, kinds=False)
 TABLES: tuple[PartTable[Any], ...] = (KEEPERS, REFINERS, SPREADS, WHENS, STORES, SELECTORS)
 """Parts of a policy, in the order in which its name has them."""
@@ -252,13 +258,17 @@ class Policy:
             raise BadInput("policy", self.name, f"no {part}: {allowed}")
 
     def _check_layers(self) -> None:
-        """Raise BadInput for a budget over layers without scores that allow it, and for scores from
-        a second reading that can't be made again."""
+        """Raise BadInput for a budget over layers without scores that allow it, for a threshold at
+        times that depend on the budget, and for scores from a second reading that can't be made
+        again."""
         keep, allowed = self.keep, None
         if keep.spread.over_layers and not keep.replays:
             allowed = f"layers with scores that compare layers, those of kvzip, not {_name(keep)}"
-        elif keep.spread.over_layers and keep.refine:
-            allowed = f"layers without {_name(keep.refine[0])}"
+        elif keep.spread.over_layers and not all(step.before_sharing for step in keep.refine):
+            step = next(step for step in keep.refine if not step.before_sharing)
+            allowed = f"layers without {_name(step)}"
+        elif isinstance(keep.when, Every) and keep.by_threshold:
+            allowed = "threshold without every: it drops entries whatever their number"
         elif keep.replays and not keep.when.holds:
             allowed = f"{_name(keep)}+hold: what follows the prompt has no scores"
         if allowed:

@@ -18,6 +18,8 @@ class Refine:
     needs_weights: ClassVar[bool] = False
     """Whether the output projection is used. The layer must then have a single one, and scores must
     not be negative."""
+    before_sharing: ClassVar[bool] = False
+    """Whether heads and layers share the budget by the refined scores, and not by the others."""
 
     def apply(
         self,

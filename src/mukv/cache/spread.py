@@ -112,15 +112,16 @@ class Adaptive(Spread):
         number = seen.number * own.shape[1]
         least = portion(seen.number, self.floor, least=1)[:, None, None]
         # The floor of a head includes the entries that must be kept: their rank is highest.
-        safe = seen.valid & (places(own) < least)
+        there = own > -jnp.inf
+        safe = there & (places(own) < least)
         pool = pooled(jnp.where(safe, jnp.inf, own))
         if not steps:
             return pool, number
         # Unrefined scores decide how many entries each head keeps; refined scores decide which.
-        kept = seen.valid & (places(pool) < number[:, None, None])
+        kept = there & (places(pool) < number[:, None, None])
         count = jnp.sum(kept, axis=-1, keepdims=True)
         best = places(refined(own, seen, count, steps)) < count
-        return pooled(jnp.where(best & seen.valid, jnp.inf, -jnp.inf)), number
+        return pooled(jnp.where(best & there, jnp.inf, -jnp.inf)), number
 
 
 def pooled(own: Float[Array, "batch heads key"]) -> Rank:

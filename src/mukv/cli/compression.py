@@ -168,6 +168,7 @@ def show_results(results: Sequence[Result], console: Console) -> None:
         ("decoding\nx full", [f"{row.decoding_of_full:.2f}" for row in results]),
         ("prefill\nx full", prefill),
         ("capped", [_percent(row.capped) for row in results]),
+        ("kept", [_percent(row.kept) for row in results]),
     ]
     caption = "bytes: of one row; equal budgets are not equal bytes (--bytes)"
     if full.recall is not None:

@@ -49,6 +49,8 @@ class Result:
     recall_low, recall_high: 95 % interval of recall, one trial per string (Wilson)
     capped: fraction of the choices of `topp` at which the budget was exhausted before the
         probability mass was reached; None for other policies
+    kept: fraction of the prefilled entries that are kept, mean over rows, layers and heads; None
+        for policies without a threshold
     """
 
     policy: str
@@ -71,6 +73,7 @@ class Result:
     recall_low: float | None
     recall_high: float | None
     capped: float | None
+    kept: float | None = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,9 @@ def _result(
         recall_low=low,
         recall_high=high,
         capped=first["capped"],
+        kept=float(np.concatenate([each["kept"] for each in found["text"]]).mean())
+        if "kept" in first
+        else None,
     )
 
 

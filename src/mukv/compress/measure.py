@@ -11,7 +11,7 @@ import numpy as np
 from mukv.cache import FULL
 from mukv.compress.candidates import Candidate
 from mukv.compress.finished import key_of
-from mukv.compress.reader import PolicyReader, Tick, for_steps, one_row
+from mukv.compress.reader import PolicyReader, Tick, for_steps, kept_shares, one_row
 from mukv.compress.rows import CUE, TOKENS, Rows
 
 VERSION = 1
@@ -103,8 +103,9 @@ def _text(
         cache, choice = reader.compressed(record, policy, centres)
         if job.first:  # the first time compiles, the second one is measured
             cache, choice = reader.compressed(record, policy, centres)
+        kept = {"kept": kept_shares(cache).tolist()} if policy.keep.by_threshold else {}
         losses = reader.losses(logits, cache, tokens, _ticker(tick, "text"))
-        measured: dict[str, Any] = {"losses": np.round(losses.astype(float), 6).tolist()}
+        measured: dict[str, Any] = {"losses": np.round(losses.astype(float), 6).tolist(), **kept}
         if job.first:
             if full is None:
                 full, _ = reader.compressed(one_row(record), FULL, {})

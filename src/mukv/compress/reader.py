@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.cache import RECORD, Calibrated, Policy, Slot
+from mukv.cache import RECORD, Cache, Calibrated, Policy, Slot
+from mukv.cache.kept import Kept
 from mukv.cache.reads import bytes_read
 from mukv.cache.values import CAPPED, TopP
 from mukv.compress.rows import ANSWER, CUE
@@ -280,6 +281,19 @@ def for_steps(cache: Any) -> Any:
         return slot.for_steps() if isinstance(slot, Slot) else slot
 
     return jax.tree.map(one, cache, is_leaf=lambda part: isinstance(part, Slot))
+
+
+def kept_shares(cache: Any) -> np.ndarray:
+    """Return the fraction of the entries of each row that bodies under a policy hold, mean over
+    layers and heads; float64 [row]."""
+    shares = []
+    for part in jax.tree.leaves(cache, is_leaf=lambda part: isinstance(part, Cache)):
+        for slot in part.slots if isinstance(part, Cache) else ():
+            if isinstance(slot.body, Kept):
+                there = np.asarray(slot.body.shelf.there())
+                written = np.asarray(slot.store.count(part.length))
+                shares.append(there.sum(axis=-1).mean(axis=-1) / np.maximum(written, 1))
+    return np.mean(shares, axis=0, dtype=float)
 
 
 def one_row(cache: Any) -> Any:

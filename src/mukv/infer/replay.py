@@ -21,6 +21,7 @@ from mukv.cache import Policy
 from mukv.cache.layers import best_of_layers
 from mukv.cache.replay import TWICE, KVzip
 from mukv.cache.seen import Score
+from mukv.cache.threshold import Threshold
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.programs import Programs
@@ -145,6 +146,10 @@ def _kept(
     if keep.spread.over_layers:
         stores = sum(each.shape[1] for each in layers)
         number = np.array([keep.budget.total(int(n), stores) for n in whole.length], np.int32)
+        place = jnp.arange(size)[None, None]
+        for step in keep.refine:
+            assert isinstance(step, Threshold)
+            layers = [step.cut(each, place, whole.length) for each in layers]
         choose = jax.jit(best_of_layers, static_argnums=(3, 4))
         layers, kept = choose(layers, whole.length, number, keep.sinks, keep.recent)
         counts = np.asarray(kept).max(axis=1).tolist()
