@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Clusters as Clusters
     from mukv.cache.policy import Compactor as Compactor
     from mukv.cache.policy import Critical as Critical
+    from mukv.cache.policy import Drop as Drop
     from mukv.cache.policy import Every as Every
     from mukv.cache.policy import Everything as Everything
     from mukv.cache.policy import Exact as Exact
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from mukv.cache.policy import LagKV as LagKV
     from mukv.cache.policy import Layers as Layers
     from mukv.cache.policy import Leverage as Leverage
+    from mukv.cache.policy import Merge as Merge
+    from mukv.cache.policy import Nearest as Nearest
     from mukv.cache.policy import Pages as Pages
     from mukv.cache.policy import Policy as Policy
     from mukv.cache.policy import Pyramid as Pyramid
@@ -186,10 +189,10 @@ _MODULES = {
         "TensorProduct"
     ),
     "mukv.cache.policy": (
-        "Adaptive All Clusters Compactor Critical CUR Every Everything Exact Expected Folds "
-        "FP8 H2O Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Pages Policy "
-        "Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store Streaming Threshold TopK "
-        "TopP TOVA Uniform When WholeChunks"
+        "Adaptive All Clusters Compactor Critical CUR Drop Every Everything Exact Expected Folds "
+        "FP8 H2O Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Merge Nearest "
+        "Pages Policy Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store Streaming "
+        "Threshold TopK TopP TOVA Uniform When WholeChunks"
     ),
     "mukv.conversion": (
         "Conversion ConvertedLayer CrossLayer FewerHeads SharedVectors SourceLayer TruncatedLatent "

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mukv.cache.budget import CacheBudget
 from mukv.cache.policy import (
     KEEPERS,
+    MERGES,
     REFINERS,
     SELECTORS,
     SPREADS,
@@ -57,7 +58,8 @@ def policies(draw):
     keep = draw(parts(KEEPERS))
     if keep.evicts:
         steps = draw(st.lists(parts(REFINERS), max_size=2, unique_by=type)) if REFINERS else ()
-        shared = {"spread": draw(parts(SPREADS)), "when": draw(parts(WHENS))}
+        shared = {"spread": SPREADS, "when": WHENS, "merge": MERGES}
+        shared = {name: draw(parts(table)) for name, table in shared.items()}
         keep = dataclasses.replace(keep, refine=tuple(steps), **shared)
     return Policy(keep, draw(parts(STORES)), draw(parts(SELECTORS)))
 
@@ -134,6 +136,9 @@ def test_lists_are_split_outside_of_brackets():
         ("streaming(sinks=-1)", "streaming.sinks: got -1; at least 0"),
         ("knorm(recent=-1)", "knorm.recent: got -1; at least 0"),
         ("int8(group=24)", "int8.group: got 24; a power of 2 from 2 to 512"),
+        ("snapkv+merge(similarity=2)", "merge.similarity: got 2.0; a cosine from 0 to 1"),
+        ("snapkv+merge+drop", "at most one part that says what to merge"),
+        ("knorm+threshold(window=-1)", "threshold.window: got -1; at least 0"),
         ("topp(mass=0)", "topp.mass: got 0.0; a share above 0"),
         ("tova(window=3)", "no such parameter; allowed: recent"),
         ("exact(bits=3)", "no such parameter; it has none"),

@@ -14,6 +14,7 @@ from mukv.attention import Grouped
 from mukv.cache import Policy, Reader
 from mukv.cache.clusters import Clusters
 from mukv.cache.kept import Kept, empty
+from mukv.cache.merge import Nearest
 from mukv.cache.reads import bytes_read
 from mukv.cache.values import CAPPED
 from mukv.core.errors import BadInput
@@ -47,6 +48,7 @@ PAIRS = [
     ("gqa", "rope", "h2o+adaptive+hold"),
     ("gqa", "rope", "compactor+adaptive"),
     ("gqa", "rope", "snapkv+threshold(window=4)+adaptive"),
+    ("gqa", "rope", "tova+merge+pages"),
 ]
 
 
@@ -485,7 +487,7 @@ def test_chunks(one):
 )
 def test_threshold(one, name, quantile):
     """Of the entries whose score reaches the threshold the best ones, at most the budget, and those
-    of the window. Above all scores the window is left; a higher threshold keeps no other entries."""
+    of the window. Above all scores the window is left; a higher threshold keeps none besides."""
     number, window, found = 12, 3, []
     scores = [
         [by_score(one, row, head, name.split("+")[0], list(range(count)), number)]
@@ -530,6 +532,55 @@ def test_threshold(one, name, quantile):
         found.append(kept)
     assert all(found[1][at] <= found[0][at] for at in found[0])
     assert any(len(found[1][at]) < number for at in found[0])
+
+
+def merged(key, value, kept, lost, similarity):
+    """Merge values into those of the kept entries with the most similar keys: [kept, width]."""
+    unit = key / np.linalg.norm(key, axis=-1, keepdims=True)
+    size = np.linalg.norm(value, axis=-1)
+    total, weights = value[kept].copy(), np.ones(len(kept))
+    for i in lost:
+        cosine = unit[kept] @ unit[i]
+        into = int(np.argmax(cosine))
+        if cosine[into] >= similarity:
+            j = kept[into]
+            weight = max(cosine[into], 0) * size[i] / (size[i] + size[j] + 1e-6)
+            total[into] += weight * value[i]
+            weights[into] += weight
+    return total / weights[:, None]
+
+
+@pytest.mark.parametrize("name", ["knorm", "knorm+adaptive", "streaming"])
+@pytest.mark.parametrize("similarity", [0.0, 0.3, 1.0])
+def test_merge(one, name, similarity, monkeypatch):
+    """The same entries and keys as without; values are weighted means, within a head. No two keys
+    have a cosine of 1, at which nothing changes."""
+    monkeypatch.setattr("mukv.cache.merge.CHUNK", 8)  # several chunks
+    plain = one.body(name, 12.0)[0].shelf
+    body = one.body(f"{name}+merge(similarity={similarity})", 12.0)[0].shelf
+    np.testing.assert_array_equal(body.position, plain.position)
+    np.testing.assert_array_equal(body.stored["key"]["exact"], plain.stored["key"]["exact"])
+    found = np.asarray(body.stored["value"]["exact"])
+    changed = np.abs(found - np.asarray(plain.stored["value"]["exact"])).max() > 1e-3
+    assert changed == (similarity < 1)
+    for (row, count), head in product(enumerate(one.count), range(2)):
+        there, place = np.asarray(body.there())[row, head], np.asarray(body.position)[row]
+        place = place[min(head, len(place) - 1)][there]
+        lost = sorted(set(range(count)) - set(place.tolist()))
+        key, value = (np.float64(x[row, head]) for x in (one.key, one.value))
+        expected = merged(key, value, place, lost, similarity)
+        own = found[row, min(head, found.shape[1] - 1)][there]
+        np.testing.assert_allclose(own, expected, atol=1e-5)
+
+
+def test_merging_equal_values_changes_none():
+    """Law 7 of merging: a weighted mean of equal values is that value."""
+    random = np.random.default_rng(1)
+    key = jnp.asarray(random.standard_normal((1, 1, 9, 4)), jnp.float32)
+    value = jnp.full((1, 1, 9, 3), 0.7)
+    index, kept = jnp.array([[[1, 4, 8]]]), jnp.array([[[True, True, False]]])
+    found = Nearest().values(key, value, jnp.ones((1, 1, 9), bool), None, index, kept)
+    np.testing.assert_allclose(found[0, 0, :2], 0.7, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -813,6 +864,7 @@ def test_reads_are_fewer():
         ("gqa", "rope", "snapkv+adaptive+pages", 0.5, "adaptive is read whole"),
         ("gqa", "rope", "knorm+critical", 0.5, "scores are at least 0, like snapkv, not knorm"),
         ("gqa", "rope", "snapkv+threshold+every", 0.5, "threshold without every"),
+        ("tensor-product", "rope", "snapkv+merge", 0.5, "does not store one key and one value"),
         ("gqa", "rope", "streaming", 4.0, "at least 5 entries; this is 4 of 40"),
         ("gqa", "rope", "sparq", 0.2, "at least 13 entries; this is 8 of 40"),
     ],
@@ -832,6 +884,7 @@ def test_refused(attention, position, name, budget, words):
         ("snapvk", 0.5, "did you mean 'snapkv'?"),
         ("snapkv+h2o", 0.5, "at most one part that says what to keep"),
         ("int8+pyramid", 0.5, "pyramid needs a policy that drops entries"),
+        ("int8+merge", 0.5, "merge needs a policy that drops entries"),
         ("int8+hold", 0.5, "hold needs a policy that drops entries"),
         ("snapkv+hold+every", 0.5, "at most one part that says when to choose entries"),
         ("pages+critical", 0.5, "critical needs a policy that drops entries"),

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.cache.budget import CacheBudget
+from mukv.cache.merge import Drop, Merge
 from mukv.cache.rank import by_store
 from mukv.cache.refine import Refine, refined
 from mukv.cache.seen import Score, Seen
@@ -52,6 +53,7 @@ class Keep:
     spread: how layers and heads share the budget
     refine: functions applied to the scores, one after the other, before entries are chosen
     when: times at which entries are chosen
+    merge: what becomes of entries that are not kept
     recent: number of newest tokens that are always kept
     """
 
@@ -59,6 +61,7 @@ class Keep:
     spread: Spread = field(default_factory=Uniform)
     refine: tuple[Refine, ...] = ()
     when: When = field(default_factory=Folds)
+    merge: Merge = field(default_factory=Drop)
     recent: int = 1
 
     has_budget: ClassVar[bool] = True

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mukv.attention import Attention, Bag, Entries, Query, Recall, Retrieved
 from mukv.attention.mixer import ENTRIES
 from mukv.cache.base import Reader, SlotArrays
-from mukv.cache.keep import Everything, Keep
+from mukv.cache.keep import Chosen, Everything, Keep
 from mukv.cache.seen import Seen
 from mukv.cache.select import All, Select, View
 from mukv.cache.shelf import NOWHERE, Shelf
@@ -96,11 +96,24 @@ class Kept:
         seen = Seen(reader, entries, length, added, number, candidates.carried, self.notes)
         chosen = self.keep.chosen(seen, self.shelf.slots)
         kept = candidates._taken(chosen.index, chosen.there)
+        if self.keep.merge.changes:
+            kept = kept._with_values(self._merged(candidates, chosen))
         if self.keep.carries:
             carried = jnp.take_along_axis(chosen.score, chosen.index, axis=2)
             kept = replace(kept, carried=jnp.where(chosen.there, carried, 0.0))
         kept = replace(kept, notes=dict(chosen.notes), held=self.keep.when.holds)
         return kept._indexed(read, reader, fresh)._encoded(self)
+
+    def _merged(self, candidates: Kept, chosen: Chosen) -> Array:
+        """Return the values of the chosen entries after the others were merged into them."""
+        key, value = (candidates.shelf.stored[name]["exact"] for name in ("key", "value"))
+        position, owner = candidates.shelf.position, candidates.shelf.owner
+        used = position != NOWHERE
+        return self.keep.merge.values(key, value, used, owner, chosen.index, chosen.there)
+
+    def _with_values(self, value: Array) -> Kept:
+        stored = {**self.shelf.stored, "value": {"exact": value}}
+        return replace(self, shelf=replace(self.shelf, stored=stored))
 
     def _number(self, read: Int[Array, " batch"], among: Kept) -> Int[Array, " batch"]:
         """Return how many of these entries a store keeps, or a head where heads share one."""

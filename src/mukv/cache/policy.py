@@ -30,6 +30,7 @@ from mukv.cache.fp8 import FP8
 from mukv.cache.keep import Everything, Keep
 from mukv.cache.kept import Kept, empty
 from mukv.cache.layers import PAGE, Layers
+from mukv.cache.merge import Drop, Merge, Nearest
 from mukv.cache.pages import Pages
 from mukv.cache.positional import Random, Streaming
 from mukv.cache.quantised import Int4, Int8
@@ -101,8 +102,11 @@ REFINERS = PartTable(
     kinds=False,
 )
 WHENS = PartTable("when", When, {"folds": Folds, "hold": Hold, "every": Every}, kinds=False)
-TABLES: tuple[PartTable[Any], ...] = (KEEPERS, REFINERS, SPREADS, WHENS, STORES, SELECTORS)
+MERGES = PartTable("merge", Merge, {"drop": Drop, "merge": Nearest}, kinds=False)
+TABLES: tuple[PartTable[Any], ...] = (KEEPERS, REFINERS, SPREADS, WHENS, MERGES, STORES, SELECTORS)
 """Parts of a policy, in the order in which its name has them."""
+ONCE = ("spread", "when", "merge")
+"""Parts that are fields of the policy that keeps entries, at most one of each."""
 NAMES = tuple(name for table in TABLES for name in table)
 Calibrated = Mapping[int, Mapping[str, Array]]
 """A model's calibrated centres: arrays of each writing layer, by its index."""
@@ -139,18 +143,17 @@ class Policy:
             if type(part) in map(type, found[table.part]):
                 raise BadInput(where, text, f"{word.name} once")
             found[table.part].append(part)
-        refine, spread, when = (found.pop(part) for part in ("refine", "spread", "when"))
+        refine, once = found.pop("refine"), {part: found.pop(part) for part in ONCE}
         policy = cls(**{question: part for question, parts in found.items() for part in parts})
+        given = {part: parts[0] for part, parts in once.items() if parts}
         if not policy.keep.evicts:
-            shared = (*refine, *spread, *when)
-            idle = next((each for each in shared if each not in (Uniform(), Folds())), None)
-            if idle is not None:
-                needs = f"{_name(idle)} needs a policy that drops entries, like snapkv"
+            usual = Uniform(), Folds(), Drop()
+            idle = [part for part in (*refine, *given.values()) if part not in usual]
+            if idle:
+                needs = f"{_name(idle[0])} needs a policy that drops entries, like snapkv"
                 raise BadInput(where, text, needs)
             return policy
-        once = {"spread": spread, "when": when}
-        parts = {question: found[0] for question, found in once.items() if found}
-        return replace(policy, keep=replace(policy.keep, refine=tuple(refine), **parts))
+        return replace(policy, keep=replace(policy.keep, refine=tuple(refine), **given))
 
     def __str__(self) -> str:
         """Return the name, with the parameters that are not at their defaults and the budgets."""
@@ -167,11 +170,7 @@ class Policy:
             return shown(_name(part), part, None if limit == 1 else limit)
 
         keep, usual = self.keep, type(self.keep)()
-        once = [
-            getattr(keep, step)
-            for step in ("spread", "when")
-            if getattr(keep, step) != getattr(usual, step)
-        ]
+        once = [getattr(keep, step) for step in ONCE if getattr(keep, step) != getattr(usual, step)]
         parts = (keep, *keep.refine, *once, self.store, self.select)
         left_out = (Everything, Exact, All)
         return "+".join(word(part) for part in parts if type(part) not in left_out) or "full"
@@ -250,6 +249,11 @@ class Policy:
                 f"{layer} has one set of entries for all heads ({attention.kind}): calibrated "
                 "centres, one set per head, don't fit; clusters of the prompt do",
             )
+
+        plain = attention.values_apart and attention.keys == ("key",)
+        if self.keep.merge.changes and not plain:
+            allowed = f"{layer} does not store one key and one value per head ({attention.kind})"
+            raise BadInput("policy", self.name, f"no merge: {allowed}")
 
     def _check_projection(self, layer: str, attention: Attention, part: str) -> None:
         """Raise BadInput for a layer without one output projection of all heads."""

@@ -1,4 +1,4 @@
-"""Keep only the entries whose score reaches a threshold, instead of as many as the budget allows."""
+"""Keep only the entries whose score reaches a threshold, fewer than the budget allows."""
 
 from __future__ import annotations
 

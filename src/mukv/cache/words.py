@@ -15,7 +15,7 @@ from mukv.schema.schema import build, join
 from mukv.schema.yaml_text import parse_yaml
 
 T = TypeVar("T")
-SET_ELSEWHERE = frozenset({"budget", "spread", "refine", "when", "calibrated", "asks"})
+SET_ELSEWHERE = frozenset({"budget", "spread", "refine", "when", "merge", "calibrated", "asks"})
 """Fields that a word can't set: other words of the name set them, or a calibration."""
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
     "kvpress": {

@@ -84,8 +84,9 @@ def policies(as_json: Json = False) -> None:
         shown.add_row(each["name"], each["answers"], each["meaning"], words, each["source"] or "")
     Console().print(shown)
     Console().say(
-        "parts are joined by +, at most one for each of keep, spread, when, store and select; "
-        "parameters are in brackets, a budget after a colon: --cache 'snapkv(window=64):0.25+int8'",
+        "parts are joined by +, at most one for each of keep, spread, when, merge, store and "
+        "select; parameters are in brackets, a budget after a colon: "
+        "--cache 'snapkv(window=64):0.25+int8'",
         "dim",
     )
     Console().say("the prefix kvpress: gives the defaults of kvpress: kvpress:snapkv:0.25", "dim")

@@ -56,6 +56,8 @@ class Through:
             allowed = "a policy that reads the text once"
         elif not policy.keep.evicts:
             allowed = "a policy that drops entries, or null"
+        elif policy.keep.merge.changes:
+            allowed = "a policy without merge: what is kept is a mask over the entries of a row"
         elif policy.keep.when.holds:
             allowed = "a policy without hold: a row has no prompt after which all is kept"
         if allowed:

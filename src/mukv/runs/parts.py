@@ -52,7 +52,7 @@ def register(part: Any = None, *, name: str | None = None) -> Any:
           `mukv.Feedforward`, `mukv.Schedule`, `mukv.Optimizer` or `mukv.Task`, with its name in a
           field `kind`
         - a part of a cache policy: `mukv.Keep`, `mukv.Refine`, `mukv.Spread`, `mukv.When`,
-          `mukv.Store` or `mukv.Select`
+          `mukv.Merge`, `mukv.Store` or `mukv.Select`
         - a `mukv.Conversion`, `mukv.Parameterization` or `mukv.Family`
         - a tracker: a class with the methods `log` and `close`
         - a function that reads a text source or, if `name` begins with a dot, a file format
