@@ -166,7 +166,8 @@ def test_entries_below_a_threshold_take_no_memory(kept, scores):
     pools have room for them alone."""
     prompts, score, number = PROMPTS[:1], scores[0].copy(), 300
     least = float(np.quantile(score, 0.6))
-    name = f"kvzip(chunk={CHUNK})+threshold(least={least:.9f},window=7):{number / score.size:.3f}"
+    share = f"{number / score.size:.3f}"
+    name = f"kvzip(chunk={CHUNK}):{share}+threshold(least={least:.9f},window=7)"
     cache = kept(name, prompts)
     score[..., :4] = score[..., -7:] = np.inf
     expected = best(score, int((score >= least).sum()))

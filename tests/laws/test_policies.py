@@ -483,31 +483,26 @@ def test_chunks(one):
 
 @pytest.mark.parametrize(
     ("name", "quantile"),
-    [("knorm", 0.6), ("knorm+adaptive(floor=0.3)", 0.6), ("snapkv(window=4)", 0.5), ("knorm", 2)],
+    [("knorm", 0.6), ("knorm+adaptive(floor=0.3)", 0.6), ("tova", 0.5), ("knorm", 2)],
 )
 def test_threshold(one, name, quantile):
     """Of the entries whose score reaches the threshold the best ones, at most the budget, and those
     of the window. Above all scores the window is left; a higher threshold keeps none besides."""
     number, window, found = 12, 3, []
+    scorer = name.split("+")[0]
     scores = [
-        [by_score(one, row, head, name.split("+")[0], list(range(count)), number)]
+        by_score(one, row, head, scorer, list(range(count)), number)
         for row, count in enumerate(one.count)
         for head in range(2)
     ]
-    if name.startswith("snapkv"):
-        for (row, head), each in zip(np.ndindex(2, 2), scores, strict=True):
-            count = one.count[row]
-            weights = one.weights(row, range(count - 4, count), range(count))[head].mean(1)
-            weights[:, -4:] = 0
-            score = np.mean([np.convolve(w, np.ones(5) / 5, "same") for w in weights], axis=0)
-            each[0] = np.append(score[:-4], [np.inf] * 4)
-    finite = np.concatenate([each[0][np.isfinite(each[0])] for each in scores])
+    finite = np.sort(np.concatenate([score[np.isfinite(score)] for score in scores]))
     for more in (0.0, 0.2):
-        high = 1e3 if quantile > 1 else float(np.quantile(finite, min(quantile + more, 1)))
+        at = int(len(finite) * (quantile + more))
+        high = 1e3 if quantile > 1 else finite[at : at + 2].mean()
         body, _ = one.body(f"{name}+threshold(least={high:.9f},window={window})", float(number))
         kept = {}
         for row, count in enumerate(one.count):
-            pair = [each[0].copy() for each in scores[2 * row : 2 * row + 2]]
+            pair = [score.copy() for score in scores[2 * row : 2 * row + 2]]
             for score in pair:
                 score[count - window :] = np.inf
                 score[score < round(high, 9)] = -np.inf
@@ -526,7 +521,7 @@ def test_threshold(one, name, quantile):
                 expected = [i for i in best[head] if pair[head][i] > -np.inf]
                 assert own[head] == expected
                 kept[row, head] = set(own[head])
-                newest = set(range(count - max(window, 4 * name.startswith("snapkv")), count))
+                newest = set(range(count - window, count))
                 assert newest <= kept[row, head]
                 assert quantile < 1 or kept[row, head] == newest
         found.append(kept)

@@ -101,7 +101,8 @@ class Nearest(Merge):
             own = jax.lax.dynamic_slice_in_dim(padded, start, chunk)
             goes = jax.lax.dynamic_slice_in_dim(lost, start, chunk)
             cosine = jnp.matmul(unit[own], unit[index].T, precision="highest")
-            cosine = jnp.where(kept & (owner[own][:, None] == owner[index]), cosine, -jnp.inf)
+            same = owner[own][:, None] == owner[index][None]
+            cosine = jnp.where(kept[None] & same, cosine, -jnp.inf)
             nearest, most = jnp.argmax(cosine, axis=-1), jnp.max(cosine, axis=-1)
             share = norm[own] / (norm[own] + norm[index[nearest]] + LEAST)
             weight = jnp.where(goes & (most >= self.similarity), most * share, 0.0)
