@@ -40,6 +40,12 @@ ROWS = {
     "MLA, 128 + 32": (
         Latent(heads=H, rank=128, head_dim=D, rope_dim=32), PLAIN, 160 * BYTES * L, 0,
     ),
+    "DSA, 128 + 32 + 64": (
+        Latent(
+            heads=H, rank=128, head_dim=D, rope_dim=32, query_rank=64, indexer=Indexer(width=64)
+        ),
+        PLAIN, 224 * BYTES * L, 0,
+    ),
     "shared KV, 4 heads": (
         SharedKV(heads=H, kv_heads=G, head_dim=D), PLAIN, G * D * BYTES * L, 0,
     ),

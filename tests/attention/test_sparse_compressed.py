@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mukv.attention import CSA, HCA, EntryStore, Indexer, Mask
-from mukv.attention.indexer import largest
+from mukv.attention.indexer import among, largest
 from mukv.attention.mixer import Carried
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
@@ -134,13 +134,12 @@ def test_an_indexer_without_weights_is_uniform(weights, x, top_k):
 def test_of_equal_scores_the_earliest_are_chosen():
     score = jnp.asarray([[[0.0, 3.0, -0.0, 0.0, 5.0, 0.0]]])
     visible = jnp.asarray([[[True, True, True, True, False, True]]])
-    chosen = largest(score, visible, 3)
-    assert chosen.tolist() == [[[True, True, True, False, False, False]]]
+    assert largest(score, visible, 3).tolist() == [[[1, 0, 2]]]
     order = jnp.asarray([3, 5, 0, 4, 1, 2])
-    place = jnp.arange(6)[None, order]
-    moved = largest(score[..., order], visible[..., order], 3, place)
-    assert moved.tolist() == chosen[..., order].tolist()
-    assert largest(score, visible, 6).tolist() == visible.tolist()
+    moved = largest(score[..., order], visible[..., order], 3, order[None])
+    assert order[moved].tolist() == [[[1, 0, 2]]]
+    assert largest(score, visible, 6).tolist() == [[[1, 0, 2, 3, 5, -1]]]
+    assert among(largest(score, visible, 6), 6).tolist() == visible.tolist()
 
 
 PIECES = [(1,) * 13, (3, 1, 5, 4), (2, 9, 2)]

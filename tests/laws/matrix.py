@@ -93,6 +93,14 @@ ATTENTIONS: dict[str, AnyAttention] = {
     "shared-kv": SharedKV(heads=4, kv_heads=2, head_dim=8),
     "shared-kv-normed": SharedKV(heads=4, kv_heads=1, head_dim=8, norm=RMSNorm()),
     "latent": Latent(heads=4, rank=12, head_dim=6, rope_dim=4, head_value_dim=5, query_rank=10),
+    "latent-indexed": Latent(
+        heads=4,
+        rank=12,
+        head_dim=6,
+        rope_dim=4,
+        query_rank=10,
+        indexer=Indexer(heads=3, width=6, top_k=3),
+    ),
     "tied": GroupedTied(heads=4, kv_heads=2, head_dim=8, gate="head"),
     "tensor-product": TensorProduct(heads=4, head_dim=8, query_rank=3, rank=2),
     "hca": HCA(
@@ -198,7 +206,7 @@ COMPOSED: dict[str, tuple[Stage, ...]] = {
 PLANS = COMPOSED | SIMPLE
 Combination = tuple[str, str, str]
 """Names of attention, first position, and plan."""
-REFUSED = {("hca", "cope"), ("csa", "cope")}
+REFUSED = {("hca", "cope"), ("csa", "cope"), ("latent-indexed", "cope")}
 """Attentions and positions that can't work together."""
 
 

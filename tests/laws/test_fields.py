@@ -163,6 +163,11 @@ CHANGES = {
     "Latent.norm": (LATENT, "model.attention.norm=null"),
     "Latent.head_value_dim": (LATENT, "model.attention.head_value_dim=3"),
     "Latent.query_rank": (LATENT, "model.attention.query_rank=3"),
+    "Latent.indexer": (
+        LATENT,
+        "model.attention.query_rank=3",
+        "model.attention.indexer={heads: 2, width: 4, top_k: 2}",
+    ),
     "GroupedTied.kv_heads": (TIED, "model.attention.kv_heads=2"),
     "GroupedTied.head_dim": (TIED, "model.attention.head_dim=8"),
     "TensorProduct.head_dim": (PRODUCT, "model.attention.head_dim=8"),

@@ -29,7 +29,7 @@ from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.params import Param, tagged
 from mukv.core.tap import tapped
-from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
+from mukv.core.typing import Array, Float, Int, Residual, Weights
 from mukv.position import AnyPosition, NoPE
 
 Queries = Float[Array, "batch kv_heads group query query_dim"]
@@ -150,16 +150,6 @@ class Attention(Mixer):
         """Compute the keys and values of entries."""
         raise NotImplementedError
 
-    def choose(
-        self, weights: Weights, x: Residual, position: Int[Array, "batch query"], entries: Entries
-    ) -> Bool[Array, "batch #kv_heads query key"] | None:
-        """Return which of the visible entries of a bag each query may read; None for all of them.
-
-        If it is not None, the plain core is used, which computes the logits of all pairs of a query
-        and an entry at once.
-        """
-        return None
-
     def output(
         self,
         weights: Weights,
@@ -198,17 +188,11 @@ class Attention(Mixer):
         """
         address, scores = self.scaled_queries(weights, self.query(weights, x, position), position)
         retrieved = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
-        chosen = [self.choose(weights, x, position, entries) for _, entries in retrieved]
-        masked = [
-            cores.Part(keys, entries, mask.of(entries, choice))
-            for (keys, entries), choice in zip(retrieved, chosen, strict=True)
-        ]
+        masked = [cores.Part(keys, entries, mask.of(entries)) for keys, entries in retrieved]
         ordered = all(part.entries.ordered for part in masked)
-        selective = any(choice is not None for choice in chosen)
-        shows = tapped() or ("each query chooses its entries" if selective else None)
         aligned = len(masked) == 1 and masked[0].mask.aligned
         dropped = any(part.entries.until is not None for part in masked)
-        core = self.core(x.shape[1], compute, ordered, shows, aligned, dropped).core
+        core = self.core(x.shape[1], compute, ordered, tapped(), aligned, dropped).core
         out = core.apply(address, masked, scores)
         return self.output(weights, out, x, position), None
 

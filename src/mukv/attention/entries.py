@@ -7,10 +7,11 @@ valid, and its document.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from mukv.attention.recalled import Query, Recalled
 from mukv.core.typing import Array, Bool, Float, Int
@@ -46,6 +47,20 @@ class Entries:
         """Return the keys and values of all entries; every query reads the same ones."""
         return recall(self), self
 
+    def taken(self, place: Int[Array, "batch 1 number"]) -> Entries:
+        """Gather the entries at these places."""
+
+        def pick(array: Array | None) -> Array | None:
+            return None if array is None else jnp.take_along_axis(array, place, 2, mode="clip")
+
+        tensors = {
+            name: jnp.take_along_axis(tensor, place[..., None], 2, mode="clip")
+            for name, tensor in self.tensors.items()
+        }
+        of_entries = ("position", "valid", "segment", "until")
+        picked = {name: pick(getattr(self, name)) for name in of_entries}
+        return replace(self, tensors=tensors, ordered=False, **picked)
+
 
 Recall = Callable[[Entries], Recalled]
 """Function that computes keys and values of entries."""
@@ -62,5 +77,11 @@ class Bag(Protocol):
 
         query: scaled queries, in the pieces that recalled keys have. recall: computes keys and
             values.
+        """
+        ...
+
+    def taken(self, place: Int[Array, "batch 1 number"]) -> Entries | None:
+        """Gather the entries at these places, among those that `retrieve` returns; None if these
+        differ between queries.
         """
         ...

@@ -20,6 +20,11 @@ from mukv.core.params import Param
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.position.base import Logits
 
+Choice = Int[Array, "batch query chosen"]
+"""Places of the entries that each query reads, among those of the bags that it chooses from, one
+bag after the other; negative for none."""
+NONE = -1
+
 
 @dataclass(frozen=True)
 class Indexer:
@@ -81,24 +86,31 @@ def largest(
     visible: Bool[Array, "batch query key"],
     number: int,
     position: Int[Array, "batch key"] | None = None,
-) -> Bool[Array, "batch query key"]:
-    """Return which of the visible entries have the `number` largest scores; all if there are fewer.
+) -> Choice:
+    """Return the places of the `number` visible entries with the largest scores, negative where
+    fewer are visible.
 
     Of equal scores, those of earlier entries are taken, so that a choice does not depend on where
     entries lie. position: of the entries, if they may lie in another order; None otherwise.
     """
-    if score.shape[-1] <= number:
-        return visible
+    order = None
     if position is not None:
         order = jnp.argsort(position, axis=-1)[:, None]
-        back = jnp.argsort(order, axis=-1)
-        sorted_score, sorted_visible = (
-            jnp.take_along_axis(array, order, axis=-1) for array in (score, visible)
-        )
-        chosen = largest(sorted_score, sorted_visible, number)
-        return jnp.take_along_axis(chosen, back, axis=-1)
-    masked = jnp.where(visible, score, -jnp.inf)
-    limit = jax.lax.top_k(masked, number)[0][..., -1:]
-    above, equal = masked > limit, masked == limit
-    left = number - jnp.sum(above, axis=-1, keepdims=True)
-    return visible & (above | (equal & (jnp.cumsum(equal, axis=-1) <= left)))
+        score, visible = (jnp.take_along_axis(each, order, axis=-1) for each in (score, visible))
+    # top_k takes the first of equal numbers, but tells 0.0 from -0.0.
+    masked = jnp.where(visible, jnp.where(score == 0, 0.0, score), -jnp.inf)
+    found, place = jax.lax.top_k(masked, number)
+    if order is not None:
+        place = jnp.take_along_axis(jnp.broadcast_to(order, score.shape), place, axis=-1)
+    return jnp.where(found > -jnp.inf, place, NONE)
+
+
+def among(choice: Choice, keys: int) -> Bool[Array, "batch query key"]:
+    """Return whether each query chose each of `keys` entries."""
+
+    def one(place: Int[Array, " chosen"]) -> Bool[Array, " key"]:
+        # A place beyond the last entry is dropped; a negative one would count from the end.
+        inside = jnp.where(place < 0, keys, place)
+        return jnp.zeros(keys, bool).at[inside].set(True, mode="drop")
+
+    return jax.vmap(jax.vmap(one))(choice)

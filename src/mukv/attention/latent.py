@@ -8,16 +8,20 @@ and the output (absorbed), so that it reads the latent itself.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 
+from mukv.attention import cores
 from mukv.attention.base import Attention, Queries
 from mukv.attention.entries import Bag, Entries
+from mukv.attention.indexed import INDEX, REASON, IndexedRead
+from mukv.attention.indexer import Choice, Indexer
 from mukv.attention.mask import Mask
-from mukv.attention.mixer import Carried, Reported, Tensors
+from mukv.attention.mixer import Carried, EntryStore, Reported, Tensors
 from mukv.attention.recalled import Dense, Query
 from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
@@ -26,6 +30,9 @@ from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
+
+INDEX_NORM = RMSNorm(centred=True)
+"""LayerNorm of the indexer's keys."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,9 @@ class Latent(Attention):
     query_rank: width of the normed latent from which queries are projected; None to project the
         residual stream itself
     norm: RMSNorm of the latents; None for none, as converted models have it
+    indexer: what chooses the entries that a query reads (DSA, DeepSeek-V3.2, 2512.02556, section
+        2.1); it makes its queries from the query latent, so that `query_rank` is needed. None to
+        read all entries
     """
 
     kind: Literal["latent"] = "latent"
@@ -50,6 +60,7 @@ class Latent(Attention):
     head_value_dim: int | None = None
     query_rank: int | None = None
     norm: RMSNorm | None = field(default_factory=RMSNorm)
+    indexer: Indexer | None = None
 
     sizes: ClassVar[tuple[str, ...]] = ("heads", "rank", "head_dim", "rope_dim")
     grows: ClassVar[tuple[str, ...]] = ("heads", "rank", "query_rank")
@@ -61,6 +72,20 @@ class Latent(Attention):
             allowed = f"must divide rope_dim ({self.rope_dim})"
             raise BadInput("rope_parts", self.rope_parts, allowed)
         super().__post_init__()
+        if self.indexer is None:
+            return
+        if self.query_rank is None:
+            allowed = "at least 1, since the indexer makes its queries from the query latent"
+            raise BadInput("query_rank", None, allowed)
+        if self.indexer.width < self.rope_dim:
+            allowed = f"at least rope_dim ({self.rope_dim}), which is rotated"
+            raise BadInput("indexer.width", self.indexer.width, allowed)
+        if self.position.sequential:
+            allowed = (
+                "an encoding whose bias does not depend on the keys between query and key: an "
+                "indexer leaves some of them out"
+            )
+            raise BadInput("position", self.position.kind, allowed)
 
     @property
     def query_dim(self) -> int:
@@ -87,6 +112,12 @@ class Latent(Attention):
         }
         if self.norm:
             declared["norm"] = self.norm.params(self.rank, "latent")
+        if self.indexer:
+            width = self.indexer.width
+            declared[INDEX] = {
+                "key": Param({"embed": d_model, "index_dim": width}, fan_in=("embed",)),
+                "norm": INDEX_NORM.params(width, "index_dim"),
+            }
         return declared
 
     def read_params(self, d_model: int) -> dict[str, Any]:
@@ -97,6 +128,8 @@ class Latent(Attention):
             declared["query_latent"] = Param({"embed": d_model, **source}, fan_in=("embed",))
             if self.norm:
                 declared["query_norm"] = self.norm.params(self.query_rank, "query_latent")
+        if self.indexer and self.query_rank is not None:
+            declared[INDEX] = self.indexer.params(d_model, self.query_rank)
         heads, latent = {"heads": self.heads}, {"latent": self.rank}
         return {
             **declared,
@@ -120,7 +153,20 @@ class Latent(Attention):
     ) -> dict[str, Float[Array, "batch 1 token _"]]:
         latent = self._normed(weights, "norm", project(x, weights["latent"]))
         key = project(x, weights["key"])[:, None]
-        return {"latent": latent[:, None], "key": self.rotate(key, position[:, None])}
+        written = {"latent": latent[:, None], "key": self.rotate(key, position[:, None])}
+        if self.indexer:
+            # The indexer learns from its own loss alone.
+            own, x = weights[INDEX], jax.lax.stop_gradient(x)
+            index = INDEX_NORM.apply(own["norm"], project(x, own["key"]))
+            written[INDEX] = self._rotated_first(index[:, None], position)
+        return written
+
+    def _rotated_first(
+        self, x: Float[Array, "batch heads token width"], position: Int[Array, "batch token"]
+    ) -> Float[Array, "batch heads token width"]:
+        """Rotate the first `rope_dim` dimensions of the indexer's queries or keys."""
+        turning, still = jnp.split(x, [self.rope_dim], axis=-1)
+        return jnp.concatenate([self.rotate(turning, position[:, None]), still], axis=-1)
 
     def _normed(self, weights: Weights, name: str, latent: Array) -> Array:
         return self.norm.apply(weights[name], latent) if self.norm else latent
@@ -130,11 +176,17 @@ class Latent(Attention):
         rotated.
         """
         if self.query_rank is not None:
-            x = self._normed(weights, "query_norm", project(x, weights["query_latent"]))
+            x = self._query_latent(weights, x)
         query = project(x, weights["query"]).swapaxes(1, 2)
         still, turning = jnp.split(query, [self.head_dim], axis=-1)
         rotated = self.rotate(turning, position[:, None])
         return jnp.concatenate([still, rotated], axis=-1)[:, :, None]
+
+    def _query_latent(
+        self, weights: Weights, x: Residual
+    ) -> Float[Array, "batch token query_latent"]:
+        """Return the latent from which queries are projected."""
+        return self._normed(weights, "query_norm", project(x, weights["query_latent"]))
 
     def address(self, weights: Weights, query: Queries) -> Query:
         unrotated, rotating = jnp.split(query, [self.head_dim], axis=-1)
@@ -145,6 +197,34 @@ class Latent(Attention):
         key = project(latent, weights["key_up"]).swapaxes(1, 2)
         value = project(latent, weights["value_up"]).swapaxes(1, 2)
         return Dense((key, entries.tensors["key"]), value)
+
+    def choose(
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        parts: Sequence[Bag],
+        mask: Mask,
+        compute: Compute,
+    ) -> Choice | None:
+        if self.indexer is None:
+            return None
+        form = self if mask.aligned else self.decoding()
+        weights, x = jax.lax.stop_gradient((weights, x))
+        return form.indexed(weights, parts, mask).choose(x, position, parts, compute)
+
+    def indexed(self, weights: Weights, parts: Sequence[Bag], mask: Mask) -> IndexedRead:
+        """Return the read of which the indexer chooses the entries."""
+        indexer = self.indexer
+
+        def ask(x: Residual, position: Int[Array, "batch query"]) -> tuple[Array, Array]:
+            assert indexer is not None
+            own, x = weights[INDEX], jax.lax.stop_gradient(x)
+            latent = jax.lax.stop_gradient(self._query_latent(weights, x))
+            query = self._rotated_first(indexer.queries(own, latent), position)
+            return query, indexer.weight(own, x)
+
+        return IndexedRead(self, weights, (True,) * len(parts), mask, indexer, ask)
 
     def read(
         self,
@@ -159,18 +239,43 @@ class Latent(Attention):
         """Read in the expanded form if all entries belong to these tokens, else in the absorbed
         form.
 
-        See `Attention.read`.
+        See `Attention.read`; with an indexer, `IndexedRead.read` has the numbers that it reports.
         """
         form = self if mask.aligned else self.decoding()
+        if self.indexer is not None:
+            if mask.choice is None:
+                mask = replace(mask, choice=self.choose(weights, x, position, parts, mask, compute))
+            return form.indexed(weights, parts, mask).read(x, position, parts, compute)
         return Attention.read(form, weights, x, position, parts, mask, compute)
 
     def decoding(self) -> Absorbed:
         """Return the absorbed form."""
         return Absorbed(**{f.name: getattr(self, f.name) for f in fields(self)})
 
+    def core(
+        self,
+        queries: int,
+        compute: Compute,
+        ordered: bool = True,
+        shows: str | None = None,
+        aligned: bool = False,
+        dropped: bool = False,
+    ) -> cores.CoreChoice:
+        needed = REASON if self.indexer else None
+        return super().core(queries, compute, ordered, shows or needed, aligned, dropped)
+
     def memory(self) -> Hashable:
-        parts = self.rope_dim, self.rope_parts
+        parts = self.rope_dim, self.rope_parts, self.indexer and self.indexer.width
         return self.kind, self.rank, *parts, self.position.rotation()
+
+    def pair_flops(
+        self, bags: Mapping[str, EntryStore], tokens: int, most: int | None = None
+    ) -> float:
+        """Count the entries that are read, and with an indexer the scores of all entries."""
+        if self.indexer is None:
+            return super().pair_flops(bags, tokens, most)
+        scored = self.indexer.flops() * sum(bag.mean_visible(tokens) for bag in bags.values())
+        return scored + super().pair_flops(bags, tokens, most or self.indexer.top_k)
 
 
 @dataclass(frozen=True)

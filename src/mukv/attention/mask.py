@@ -22,25 +22,24 @@ class Mask:
     aligned: whether entry i was written by query i, so that only entries up to the diagonal are
         visible; attention cores may rely on it
     chosen: further restriction to the entries that each query may read; None for none
+    choice: places of the entries that each query reads, in layers with an indexer or that read with
+        the choice of another layer; see `mukv.attention.indexer.Choice`. None if that is not known
     """
 
     segment: Int[Array, "batch query"] | None = None
     window: int | None = None
     aligned: bool = False
     chosen: Bool[Array, "batch #kv_heads query key"] | None = None
+    choice: Int[Array, "batch query chosen"] | None = None
 
-    def of(
-        self, entries: Entries, chosen: Bool[Array, "batch #kv_heads query key"] | None = None
-    ) -> Mask:
+    def of(self, entries: Entries) -> Mask:
         """Return the mask of one bag, whose own window also limits the mask.
-
-        chosen: field `chosen` of the result
 
         The result is aligned only if the bag has one entry per token.
         """
         windows = [window for window in (self.window, entries.window) if window is not None]
         aligned = self.aligned and entries.every == 1
-        return replace(self, window=min(windows, default=None), aligned=aligned, chosen=chosen)
+        return replace(self, window=min(windows, default=None), aligned=aligned)
 
     def visible(
         self, position: Int[Array, "batch query"], entries: Entries

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from mukv.attention.cores import CoreChoice
 from mukv.attention.entries import Bag, Entries
+from mukv.attention.indexer import Choice
 from mukv.attention.mask import Mask
 from mukv.core.compute import Compute
 from mukv.core.params import abstract
@@ -230,6 +231,22 @@ class Mixer(Component):
         """
         raise NotImplementedError
 
+    def choose(
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        parts: Sequence[Bag],
+        mask: Mask,
+        compute: Compute,
+    ) -> Choice | None:
+        """Choose the entries that each token reads; None for all that it may see.
+
+        The arguments are those of `read`, which chooses by this method unless `mask.choice` already
+        says what is read. The choice gets no gradient.
+        """
+        return None
+
     def core(
         self,
         queries: int,
@@ -258,13 +275,19 @@ class Mixer(Component):
         """Return the floating-point operations of the forward pass per query and visible entry."""
         return 0
 
-    def pair_flops(self, bags: Mapping[str, EntryStore], tokens: int) -> float:
+    def pair_flops(
+        self, bags: Mapping[str, EntryStore], tokens: int, most: int | None = None
+    ) -> float:
         """Return the operations per query that depend on the number of entries: the mean of the
         forward pass over a document in training.
 
-        bags: stores of the layer, with its window applied. tokens: length of the document
+        bags: stores of the layer, with its window applied
+        tokens: length of the document
+        most: maximum number of entries that a query reads, where another layer chooses them
         """
-        return self.read_flops() * sum((bag.mean_visible(tokens) for bag in bags.values()), 0.0)
+        return self.read_flops() * sum(
+            (bag.mean_visible(tokens, most) for bag in bags.values()), 0.0
+        )
 
     def token_flops(self) -> int:
         """Return the floating-point operations per token of a training forward pass that involve

@@ -18,7 +18,7 @@ from mukv.attention.compressed import COMPRESSED, UNFINISHED, WINDOW, Compressed
 from mukv.attention.compressor import ChunkPlaces, Running, gated_values, overlapping
 from mukv.attention.entries import Bag
 from mukv.attention.indexed import INDEX, REASON, IndexedRead
-from mukv.attention.indexer import Indexer
+from mukv.attention.indexer import Choice, Indexer
 from mukv.attention.mask import Mask
 from mukv.attention.mixer import Carried, EntryStore, Reported, StateStore, Tensors
 from mukv.core.compute import Compute
@@ -137,6 +137,19 @@ class CSA(CompressedAttention):
 
     # Reading
 
+    def choose(
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        parts: Sequence[Bag],
+        mask: Mask,
+        compute: Compute,
+    ) -> Choice | None:
+        """Choose among the compressed entries, whose bags are the second half."""
+        weights, x = jax.lax.stop_gradient((weights, x))
+        return self._indexed(weights, parts, mask).choose(x, position, parts, compute)
+
     def read(
         self,
         weights: Weights,
@@ -152,7 +165,11 @@ class CSA(CompressedAttention):
         The bags of the window come first, then as many of the compressed entries. See
         `Attention.read`; `IndexedRead.read` has the numbers that it reports.
         """
+        if mask.choice is None:
+            mask = replace(mask, choice=self.choose(weights, x, position, parts, mask, compute))
+        return self._indexed(weights, parts, mask).read(x, position, parts, compute)
 
+    def _indexed(self, weights: Weights, parts: Sequence[Bag], mask: Mask) -> IndexedRead:
         def ask(x: Residual, position: Int[Array, "batch query"]) -> tuple[Array, Array]:
             own, x = weights["index"], jax.lax.stop_gradient(x)
             latent = jax.lax.stop_gradient(self.query_latent(weights, x))
@@ -160,8 +177,7 @@ class CSA(CompressedAttention):
             return query, self.indexer.weight(own, x)
 
         indexed = tuple(2 * place >= len(parts) for place in range(len(parts)))
-        how = IndexedRead(self, self.indexer, weights, ask, indexed, mask)
-        return how.read(x, position, parts, compute)
+        return IndexedRead(self, weights, indexed, mask, self.indexer, ask)
 
     def core(
         self,
@@ -177,7 +193,9 @@ class CSA(CompressedAttention):
     def memory(self) -> Hashable:
         return super().memory(), self.indexer.width
 
-    def pair_flops(self, bags: Mapping[str, EntryStore], tokens: int) -> float:
+    def pair_flops(
+        self, bags: Mapping[str, EntryStore], tokens: int, most: int | None = None
+    ) -> float:
         """Count the entries that are read, and the scores of all compressed ones."""
         window, entries = bags[WINDOW], bags[COMPRESSED]
         read = window.mean_visible(tokens) + entries.mean_visible(tokens, self.indexer.top_k)

@@ -197,7 +197,10 @@ class Slot:
         return replace(self, body=self.body.extended(new, count, more, reader, fresh))
 
     def _of_tokens(self, bag: Bag) -> Bag:
-        return bag if self.store == EntryStore() else Paced(bag, self.store)
+        if self.store == EntryStore():
+            return bag
+        paced = Paced(bag, self.store)
+        return paced.placed(bag) if isinstance(bag, Entries) else paced
 
 
 @no_type_check
@@ -211,10 +214,15 @@ class Paced:
     store: EntryStore = field(metadata={"static": True})
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
-        recalled, entries = self.bag.retrieve(query, lambda found: recall(self._placed(found)))
-        return recalled, self._placed(entries)
+        recalled, entries = self.bag.retrieve(query, lambda found: recall(self.placed(found)))
+        return recalled, self.placed(entries)
 
-    def _placed(self, entries: Entries) -> Entries:
+    def taken(self, place: Int[Array, "batch 1 number"]) -> Entries | None:
+        entries = self.bag.taken(place)
+        return None if entries is None else self.placed(entries)
+
+    def placed(self, entries: Entries) -> Entries:
+        """Return the entries with the positions of their last tokens."""
         position = self.store.last_token(entries.position)
         every, window = self.store.every, self.store.window
         return replace(entries, position=position, window=window, every=every)

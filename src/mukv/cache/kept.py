@@ -73,6 +73,9 @@ class Kept:
         """Return the keys and values that one query token reads."""
         return self.select.retrieve(self.shelf, self.index, query, recall)
 
+    def taken(self, place: Int[Array, "batch 1 number"]) -> Entries | None:
+        return None if self.by_query else replace(self.shelf.runs(place), ordered=False)
+
     def extended(
         self,
         new: SlotArrays,

@@ -1,0 +1,105 @@
+"""DSA: latent attention of which an indexer chooses the entries."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mukv.attention import CSA, Indexer, Latent
+from mukv.cache.reads import bytes_read
+from mukv.core.errors import BadInput
+from mukv.core.params import named
+from mukv.model import Stage
+from mukv.model.loss import summed_loss
+from mukv.position import CoPE
+from tests.laws import matrix
+from tests.laws.matrix import EXACT, LENGTH, PLAIN
+
+
+def of(top_k, attention="latent-indexed"):
+    """Return a model of one layer whose queries read `top_k` entries."""
+    model = dataclasses.replace(matrix.build(attention, "rope", "plain"), plan=(Stage(),))
+    chosen = model.attention
+    indexer = dataclasses.replace(chosen.indexer, top_k=top_k) if top_k else None
+    return dataclasses.replace(model, attention=dataclasses.replace(chosen, indexer=indexer))
+
+
+def without_index(tree):
+    """Return weights without those of the indexer."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name: without_index(each) for name, each in tree.items() if name != "index"}
+
+
+def logits(model, weights, ids):
+    place = np.tile(np.arange(LENGTH), (len(ids), 1))
+    return matrix.logits(model)(weights, ids, place, np.zeros_like(ids))
+
+
+def test_with_all_entries_it_is_latent_attention():
+    """Law 7: a choice of as many entries as there are is none, and one of fewer changes logits."""
+    ids, weights = matrix.tokens(2), matrix.weights(of(3))
+    whole = logits(of(0), without_index(weights), ids)
+    np.testing.assert_array_equal(logits(of(LENGTH), weights, ids), whole)
+    assert np.abs(logits(of(3), weights, ids) - whole).max() > 1e-3
+
+
+def test_the_indexer_learns_from_its_loss_alone():
+    model, ids = of(3), jnp.asarray(matrix.tokens(2))
+    weights = matrix.weights(model)
+
+    def language(weights):
+        ones = jnp.ones(ids.shape)
+        return summed_loss(
+            model, weights, ids, jnp.roll(ids, -1, 1), ones, compute=PLAIN
+        ).cross_entropy
+
+    def penalty(weights):
+        place = jnp.tile(jnp.arange(LENGTH), (2, 1))
+        result = model.forward(weights, ids, place, jnp.ones_like(place), PLAIN)
+        return jnp.sum(result.penalty)
+
+    for loss, learns in ((language, False), (penalty, True)):
+        for name, gradient in named(jax.jit(jax.grad(loss))(weights)).items():
+            assert (np.abs(gradient).max() > 0) == ((".index." in name) == learns), name
+
+
+@pytest.mark.parametrize("attention", ["latent-indexed", "csa"])
+def test_a_step_reads_the_chosen_entries_and_the_keys_of_the_indexer(attention):
+    """Law 7: of a long body a step reads the chosen entries, and the indexer's keys of all."""
+    model, length, top_k = of(3, attention), 400, 3
+    cache = jax.eval_shape(lambda: model.empty_cache(1, length, 8, EXACT.type))
+    weights = jax.eval_shape(model.unstack, matrix.weights(model))
+
+    body = cache.slots[-1].body.tensors
+    others = {name: each for name, each in body.items() if name != "index"}
+    width = sum(each.shape[-1] for each in others.values())
+
+    def of_body(tensors, cache, weights):
+        slot = cache.slots[-1]
+        slot = dataclasses.replace(slot, body=dataclasses.replace(slot.body, tensors=tensors))
+        cache = dataclasses.replace(cache, slots=(*cache.slots[:-1], slot))
+        token = jnp.zeros(1, jnp.int32)
+        return model.step(weights, cache, token, compute=EXACT)[0]
+
+    read = bytes_read(of_body, body, cache, weights)
+    assert read == 4 * (top_k * width + body["index"].size)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Latent(indexer=Indexer()), "query_rank: got None"),
+        (lambda: Latent(query_rank=4, indexer=Indexer(width=8)), "indexer.width: got 8"),
+        (lambda: Latent(query_rank=4, indexer=Indexer(), position=CoPE()), "position: got 'cope'"),
+        (lambda: Indexer(top_k=0), "top_k: got 0"),
+        (lambda: CSA(indexer=Indexer(width=8)), "indexer.width: got 8"),
+    ],
+)
+def test_refused(make, words):
+    with pytest.raises(BadInput, match=words):
+        make()
