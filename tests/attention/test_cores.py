@@ -211,8 +211,8 @@ def test_every_attention_reads_by_the_chosen_core(monkeypatch):
             return inner(self, *given)
 
         monkeypatch.setattr(core, "apply", apply)
-    # CSA reads the entries that its indexer chooses, without a core.
-    for name in set(matrix.ATTENTIONS) - set(matrix.STATES) - {"csa"}:
+    # CSA and DSA read the entries that their indexers choose, without a core.
+    for name in set(matrix.ATTENTIONS) - set(matrix.STATES) - {"csa", "latent-indexed"}:
         model = matrix.build(name, "rope", "plain")
         weights, ids = matrix.weights(model), matrix.tokens(1)
         cache = model.empty_cache(1, 2 * matrix.LENGTH, 4, matrix.EXACT.type)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from mukv.attention import Grouped
+from mukv.attention import Grouped, Indexer, Latent
 from mukv.core.errors import BadInput
 from mukv.model.block import Gated
 from mukv.model.plan import Layer, Stage, resolve, scannable
-from mukv.position import NoPE, RoPE
+from mukv.position import CoPE, NoPE, RoPE
 
 ATTENTION, MLP = Grouped(heads=2, kv_heads=1, head_dim=4), Gated(hidden=8)
 OTHER = Grouped(heads=2, kv_heads=2, head_dim=4)
+INDEXED = Latent(heads=2, rank=4, head_dim=4, rope_dim=2, query_rank=4, indexer=Indexer(width=2))
 
 
 def layers(*stages):
@@ -67,6 +68,10 @@ def pattern(*pattern: Layer, repeats: int = 1) -> Stage:
         ([pattern(Layer(), Layer(window=4, reads=0))], "window 4.*whose window is None"),
         ([pattern(Layer(), Layer(attention=OTHER, reads=0))], "kv_heads 2.*other entries.*1"),
         ([pattern(Layer(), Layer(position=RoPE(), reads=0))], "layer 1.*other entries"),
+        (
+            [pattern(Layer(), Layer(attention=INDEXED, position=CoPE()))],
+            "position cope.*layer 1 needs an encoding whose bias",
+        ),
     ],
 )
 def test_a_plan_that_can_not_work(stages, message):

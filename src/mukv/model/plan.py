@@ -116,7 +116,7 @@ def resolve(
                             f"null, since {chosen.kind} in layer {index} takes no position encoding"
                         )
                         raise BadInput("plan", f"position {layer.position.kind}", allowed)
-                    chosen = replace(chosen, position=layer.position)
+                    chosen = _placed(chosen, layer.position, index)
                 reads = _target(index, layer.reads)
                 resolved = ResolvedLayer(
                     index=index,
@@ -132,6 +132,17 @@ def resolve(
                 _check(resolved, layers)
                 layers.append(resolved)
     return tuple(layers)
+
+
+def _placed(attention: Attention, position: AnyPosition, index: int) -> Attention:
+    """Return the attention with another position encoding. Raises BadInput, with the number of the
+    layer, if they don't fit each other.
+    """
+    try:
+        return replace(attention, position=position)
+    except BadInput as error:
+        allowed = f"layer {index} needs {error.allowed}"
+        raise BadInput("plan", f"position {position.kind}", allowed) from error
 
 
 def _target(index: int, reads: int | None) -> int | None:
