@@ -19,7 +19,7 @@ from mukv.attention.base import Attention
 from mukv.attention.cores import Part, Scores, mixed
 from mukv.attention.cores.pairs import Division
 from mukv.attention.entries import Bag, Entries
-from mukv.attention.indexer import NONE, Choice, Indexer, among, largest, scores
+from mukv.attention.indexer import NONE, EntryChoice, Indexer, among, largest, scores
 from mukv.attention.mask import Mask
 from mukv.attention.mixer import Reported
 from mukv.attention.recalled import Dense, Query, Recalled
@@ -59,7 +59,7 @@ class Queried(NamedTuple):
     position: Int[Array, "batch query"]
     segment: Int[Array, "batch query"] | None
     counted: Bool[Array, "batch query"]
-    choice: Choice | None
+    choice: EntryChoice | None
 
 
 Ask = Callable[
@@ -95,7 +95,7 @@ class IndexedRead:
         position: Int[Array, "batch token"],
         parts: Sequence[Bag],
         compute: Compute,
-    ) -> Choice | None:
+    ) -> EntryChoice | None:
         """Choose the entries that each token reads; None if it reads all that it sees."""
         assert self.indexer is not None
         number = self.indexer.top_k
@@ -113,7 +113,7 @@ class IndexedRead:
         if not all(bag.entries.ordered for bag in bags):
             place = jnp.concatenate([bag.entries.position[:, 0] for bag in bags], axis=-1)
 
-        def chosen(queried: Queried) -> Choice:
+        def chosen(queried: Queried) -> EntryChoice:
             mask = replace(self.mask, segment=queried.segment, choice=None)
             seen = [mask.of(bag.entries).visible(queried.position, bag.entries) for bag in bags]
             visible = jnp.concatenate([each[:, 0] for each in seen], axis=-1)

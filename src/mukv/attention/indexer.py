@@ -20,7 +20,7 @@ from mukv.core.params import Param
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.position.base import Logits
 
-Choice = Int[Array, "batch query chosen"]
+EntryChoice = Int[Array, "batch query chosen"]
 """Places of the entries that each query reads, among those of the bags that it chooses from, one
 bag after the other; negative for none."""
 NONE = -1
@@ -86,7 +86,7 @@ def largest(
     visible: Bool[Array, "batch query key"],
     number: int,
     position: Int[Array, "batch key"] | None = None,
-) -> Choice:
+) -> EntryChoice:
     """Return the places of the `number` visible entries with the largest scores, negative where
     fewer are visible.
 
@@ -105,7 +105,7 @@ def largest(
     return jnp.where(found > -jnp.inf, place, NONE)
 
 
-def among(choice: Choice, keys: int) -> Bool[Array, "batch query key"]:
+def among(choice: EntryChoice, keys: int) -> Bool[Array, "batch query key"]:
     """Return whether each query chose each of `keys` entries."""
 
     def one(place: Int[Array, " chosen"]) -> Bool[Array, " key"]:

@@ -19,7 +19,7 @@ from mukv.attention import cores
 from mukv.attention.base import Attention, Queries
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.indexed import INDEX, REASON, IndexedRead
-from mukv.attention.indexer import Choice, Indexer
+from mukv.attention.indexer import EntryChoice, Indexer
 from mukv.attention.mask import Mask
 from mukv.attention.mixer import Carried, EntryStore, Reported, Tensors
 from mukv.attention.recalled import Dense, Query
@@ -206,7 +206,7 @@ class Latent(Attention):
         parts: Sequence[Bag],
         mask: Mask,
         compute: Compute,
-    ) -> Choice | None:
+    ) -> EntryChoice | None:
         if self.indexer is None:
             return None
         form = self if mask.aligned else self.decoding()

@@ -23,7 +23,8 @@ class Mask:
         visible; attention cores may rely on it
     chosen: further restriction to the entries that each query may read; None for none
     choice: places of the entries that each query reads, in layers with an indexer or that read with
-        the choice of another layer; see `mukv.attention.indexer.Choice`. None if that is not known
+        the choice of another layer (`EntryChoice` in `attention/indexer.py`). None if that is not
+        known
     """
 
     segment: Int[Array, "batch query"] | None = None

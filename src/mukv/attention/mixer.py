@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from mukv.attention.cores import CoreChoice
 from mukv.attention.entries import Bag, Entries
-from mukv.attention.indexer import Choice
+from mukv.attention.indexer import EntryChoice
 from mukv.attention.mask import Mask
 from mukv.core.compute import Compute
 from mukv.core.params import abstract
@@ -239,7 +239,7 @@ class Mixer(Component):
         parts: Sequence[Bag],
         mask: Mask,
         compute: Compute,
-    ) -> Choice | None:
+    ) -> EntryChoice | None:
         """Choose the entries that each token reads; None for all that it may see.
 
         The arguments are those of `read`, which chooses by this method unless `mask.choice` already

@@ -18,7 +18,7 @@ from mukv.attention.compressed import COMPRESSED, UNFINISHED, WINDOW, Compressed
 from mukv.attention.compressor import ChunkPlaces, Running, gated_values, overlapping
 from mukv.attention.entries import Bag
 from mukv.attention.indexed import INDEX, REASON, IndexedRead
-from mukv.attention.indexer import Choice, Indexer
+from mukv.attention.indexer import EntryChoice, Indexer
 from mukv.attention.mask import Mask
 from mukv.attention.mixer import Carried, EntryStore, Reported, StateStore, Tensors
 from mukv.core.compute import Compute
@@ -145,7 +145,7 @@ class CSA(CompressedAttention):
         parts: Sequence[Bag],
         mask: Mask,
         compute: Compute,
-    ) -> Choice | None:
+    ) -> EntryChoice | None:
         """Choose among the compressed entries, whose bags are the second half."""
         weights, x = jax.lax.stop_gradient((weights, x))
         return self._indexed(weights, parts, mask).choose(x, position, parts, compute)
