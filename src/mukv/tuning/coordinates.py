@@ -9,7 +9,6 @@ batch, at a large constant learning rate.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +40,8 @@ SIGMAS = 2.0
 INSIDE_A_HEAD = (".weights", ".query", ".key", ".value")
 """Suffixes of the activations that are not checked. Queries and keys are covered by the logits,
 weights and values by the output of attention."""
+LEAVES = "mlp"
+"""Suffix of the residual stream after a layer."""
 LEARNING_RATE = 2.0**-7
 
 
@@ -87,8 +88,9 @@ def check(
     """Train at each width or depth with each seed, and fit the slopes.
 
     batch: `training.batch` rows
-    axis: "width" or "depth". In a deeper model each layer of the shallowest one is compared with
-        the layer after which the same share of the layers is done
+    axis: "width" or "depth". Over depth, what leaves a layer of the shallowest model is compared
+        with what leaves the layer of a deeper one after which the same share of the layers is done;
+        activations inside of layers have no such counterpart and are left out
 
     The base of the parameterisation is the model's, or, if it has none, the smallest value. At the
     base the learning rate is `learning_rate`, and no other width has a larger one.
@@ -114,7 +116,8 @@ def check(
             put = trainer.put(batch)
             every = value // min(points) if axis == "depth" else 1
             for seed in range(seeds):
-                seen[value].append(_aligned(changes(trainer, put, seed), every))
+                change = changes(trainer, put, seed)
+                seen[value].append(_leaving(change, every) if axis == "depth" else change)
                 bar.show(sum(map(len, seen.values())), {axis: str(value)})
     # With adapters some activations, such as the embedding, do not change.
     rows = [row for found in seen.values() for row in found]
@@ -157,16 +160,14 @@ def fit(name: str, seen: Mapping[int, Sequence[Mapping[str, float]]]) -> Slope:
     )
 
 
-def _aligned(change: Mapping[str, float], every: int) -> dict[str, float]:
-    """Keep the last of each `every` layers, and number them without gaps."""
-    found = {}
-    for name, value in change.items():
-        layer = re.match(r"layer(\d+)\.", name)
-        if layer is None:
-            found[name] = value
-        elif (int(layer[1]) + 1) % every == 0:
-            found[f"layer{(int(layer[1]) + 1) // every - 1}.{name[layer.end() :]}"] = value
-    return found
+def _leaving(change: Mapping[str, float], every: int) -> dict[str, float]:
+    """Keep what leaves the last of each `every` layers, and number these layers without gaps; keep
+    embedding and logits."""
+    found = {name: value for name, value in change.items() if "." not in name}
+    numbers = range(every - 1, len(change), every)
+    names = [f"layer{number}.{LEAVES}" for number in numbers]
+    leaving = [change[name] for name in names if name in change]
+    return found | {f"layer{number}.{LEAVES}": value for number, value in enumerate(leaving)}
 
 
 def _activations(trainer: Trainer, weights: Any, batch: Any, frozen: Any) -> dict[str, Array]:
