@@ -177,6 +177,10 @@ def test_the_template_is_put_around_each_prompt(chatty, template):
     if template == TRIMMED:
         with pytest.raises(BadInput, match="--aware"):
             asker.parts(prompt)
+    else:
+        context, behind = asker.parts(prompt, after=True)
+        assert context + behind == asker.ids(prompt)
+        assert model.tokenizer.decode(context).endswith(prompt.question)
     plain = asker_of(model, form, replace(FEW, shots=1, form="plain")).whole(prompt)
     assert plain.startswith(f"{shot.message}{shot.opening} {shot.answers[0]}.\n\n{prompt.message}")
 

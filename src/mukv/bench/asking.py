@@ -61,23 +61,26 @@ class Asker:
         return f"{before}{prompt.message}{after}{prompt.opening}"
 
     def ids(self, prompt: Prompt) -> list[int]:
-        return self._encoded(self.whole(prompt))
+        return self.encoded(self.whole(prompt))
 
-    def parts(self, prompt: Prompt) -> tuple[list[int], list[int]]:
-        """Return the tokens of a prompt before its question, and the tokens from the question on.
-        Raises BadInput for a chat template that changes the question."""
+    def parts(self, prompt: Prompt, after: bool = False) -> tuple[list[int], list[int]]:
+        """Return the tokens of a prompt before its question, and the tokens from the question on;
+        or, with `after`, those up to the end of its question, and the others. Raises BadInput for a
+        chat template that changes the question."""
         whole = self.whole(prompt)
         place = whole.rfind(prompt.question)
         if place < 1:
             allowed = "a template that leaves the question as it is, or --aware"
             raise BadInput("chat_template", "another question", allowed)
-        ids, before = self._encoded(whole), self._encoded(whole[:place])
+        place += len(prompt.question) if after else 0
+        ids, before = self.encoded(whole), self.encoded(whole[:place])
         # The last token of the context may have merged with the first letters of the question.
         pairs = enumerate(zip(ids, before, strict=False))
         cut = next((at for at, (one, two) in pairs if one != two), min(len(ids), len(before)))
         return ids[:cut], ids[cut:]
 
-    def _encoded(self, text: str) -> list[int]:
+    def encoded(self, text: str) -> list[int]:
+        """Encode a text in which special tokens are written out."""
         return self.model.tokenizer.encode_marked(text) if self.chat else self.model.encode(text)
 
     def room(self, prompt: Prompt) -> int:
