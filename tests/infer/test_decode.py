@@ -40,6 +40,8 @@ def test_weights_of_layers_share_the_memory_of_the_stack(model):
         # JAX copies an array that does not begin at a multiple of 64 bytes.
         shared = np.shares_memory(one, np.asarray(whole))
         assert shared or one.nbytes % 64
+    shapes = jax.eval_shape(lambda weights: decoding_weights(model, weights, EXACT), stacked)
+    assert jax.tree.map(np.shape, shapes["layers"]) == jax.tree.map(np.shape, layers)
 
 
 @pytest.fixture(scope="module")

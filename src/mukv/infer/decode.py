@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mukv.cache import FULL, Calibrated, Policy
 from mukv.core.arguments import require_types
@@ -159,7 +160,9 @@ def decoding_weights(model: LanguageModel, weights: Weights, compute: Compute | 
 
 
 def _on_one_cpu(weight: Any) -> bool:
-    """Whether an array is in the memory of one CPU device."""
+    """Whether an array is in the memory of one CPU device; one that is traced is nowhere."""
+    if isinstance(weight, Tracer):
+        return False
     if not isinstance(weight, jax.Array):
         return jax.default_backend() == "cpu"
     devices = weight.devices()
