@@ -165,8 +165,9 @@ def test_a_variant_may_choose_what_each_query_reads():
     """Choosing the entries less than three tokens back equals a window of three."""
 
     class Near(Grouped):
-        def choose(self, weights, x, position, entries):
-            return position[:, None, :, None] - entries.position[:, :, None, :] < 3
+        def choose(self, weights, x, position, parts, mask, compute):
+            places = position[..., None] - jnp.arange(3)  # negative ones are none
+            return jnp.broadcast_to(places, (len(x), *places.shape[1:]))
 
     plain = Grouped(RoPE(), heads=4, kv_heads=2, head_dim=8)
     write, read = weights(plain)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from mukv.attention import cores
 from mukv.attention.entries import Bag, Entries
+from mukv.attention.indexer import among_bags
 from mukv.attention.mask import Mask
 from mukv.attention.mixer import Mixer, Reported, Tensors
 from mukv.attention.recalled import Query, Recalled
@@ -188,11 +189,19 @@ class Attention(Mixer):
         """
         address, scores = self.scaled_queries(weights, self.query(weights, x, position), position)
         retrieved = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
-        masked = [cores.Part(keys, entries, mask.of(entries)) for keys, entries in retrieved]
+        choice = mask.choice
+        if choice is None:
+            choice = self.choose(weights, x, position, parts, mask, compute)
+        chosen = among_bags(choice, [entries for _, entries in retrieved])
+        masked = [
+            cores.Part(keys, entries, replace(mask.of(entries), chosen=own, choice=None))
+            for (keys, entries), own in zip(retrieved, chosen, strict=True)
+        ]
         ordered = all(part.entries.ordered for part in masked)
         aligned = len(masked) == 1 and masked[0].mask.aligned
         dropped = any(part.entries.until is not None for part in masked)
-        core = self.core(x.shape[1], compute, ordered, tapped(), aligned, dropped).core
+        shows = tapped() or (None if choice is None else "each query chooses its entries")
+        core = self.core(x.shape[1], compute, ordered, shows, aligned, dropped).core
         out = core.apply(address, masked, scores)
         return self.output(weights, out, x, position), None
 

@@ -8,11 +8,14 @@ trained by the divergence of its softmax from what the attention reads.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
+from mukv.attention.entries import Entries
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
@@ -114,3 +117,14 @@ def among(choice: EntryChoice, keys: int) -> Bool[Array, "batch query key"]:
         return jnp.zeros(keys, bool).at[inside].set(True, mode="drop")
 
     return jax.vmap(jax.vmap(one))(choice)
+
+
+def among_bags(
+    choice: EntryChoice | None, bags: Sequence[Entries]
+) -> Sequence[Bool[Array, "batch 1 query key"] | None]:
+    """Return whether each query chose each entry, by bag; None for all that it may see."""
+    if choice is None:
+        return [None for _ in bags]
+    sizes = [entries.position.shape[-1] for entries in bags]
+    cuts = list(itertools.accumulate(sizes))[:-1]
+    return jnp.split(among(choice, sum(sizes))[:, None], cuts, axis=-1)
