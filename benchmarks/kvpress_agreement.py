@@ -6,7 +6,11 @@ Run: python benchmarks/kvpress_agreement.py --peers PYTHON [--model DIR --text F
 PYTHON belongs to an environment with `torch`, `transformers<5.3` and `kvpress`. It makes a small
 Llama of random weights, saves it, and compresses a prompt of random tokens; with --model it reads a
 Hugging Face folder, and the beginning of a text. mukv imports the same folder and prefills the same
-prompt under the policies of the same names, with kvpress' defaults. SnapKV has 16 queries in both.
+prompt under the policies of the same names, with kvpress' defaults. SnapKV has 16 queries in both,
+leverage scores have one random projection. KVzip needs a tokenizer, hence --model; its instruction
+has no chat template in either. Compactor in kvpress fills the last partial block of 256 tokens with
+keys that get attention, so that only lengths of 12 more than a multiple of 256 can agree; ChunkKV
+keeps whole chunks, so that lengths with a whole number of kept chunks of 20 can.
 Prints the number of positions that both keep, and of the heads that keep the same ones.
 """
 
@@ -25,9 +29,18 @@ import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, DynamicCache
 import kvpress
-folder, length, ratios, text, names = sys.argv[1], *map(json.loads, sys.argv[2:])
+folder, length, ratios, text, names, sketch = sys.argv[1], *map(json.loads, sys.argv[2:])
 window = 16
 torch.manual_seed(0)
+drawn, sketch = torch.randn, torch.tensor(sketch)
+torch.randn = lambda *size, **of: (
+    sketch.expand(size) if size[-2:] == sketch.shape else drawn(*size, **of))
+class Untemplated:
+    def from_pretrained(self, name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer.chat_template = None
+        return tokenizer
+kvpress.presses.kvzip_press.AutoTokenizer = Untemplated()
 if text is None:
     config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
         num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096,
@@ -39,6 +52,7 @@ else:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :length]
 critical, snap = kvpress.CriticalKVPress, lambda r: kvpress.SnapKVPress(r, window_size=window)
+zip = kvpress.KVzipPress
 presses = {
     "streaming": kvpress.StreamingLLMPress, "knorm": kvpress.KnormPress,
     "snapkv(window=16)": snap, "tova": kvpress.TOVAPress, "keydiff": kvpress.KeyDiffPress,
@@ -53,14 +67,23 @@ presses = {
     "expected(epsilon=0.01)+adaptive":
         lambda r: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(r, epsilon=0.01)),
     "snapkv(window=16)+critical+adaptive": lambda r: kvpress.CriticalAdaKVPress(snap(r)),
+    "leverage": kvpress.LeverageScorePress, "compactor": kvpress.CompactorPress,
+    "keydiff+chunk": lambda r: kvpress.ChunkKVPress(kvpress.KeyDiffPress(r)),
+    "cur+chunk": lambda r: kvpress.ChunkKVPress(kvpress.CURPress(r)),
+    "keydiff+threshold(least=-0.5,window=64)":
+        lambda r: kvpress.DMSPress(kvpress.KeyDiffPress(), -0.5, 64),
+    "keydiff+merge": lambda r: kvpress.MergingPress(kvpress.KeyDiffPress(r)),
+    "kvzip": zip, "kvzip(plus=true)": lambda r: zip(r, kvzip_plus_normalization=True),
+    "kvzip+adaptive(floor=0)": lambda r: zip(r, layerwise=True),
 }
 found = {}
 for name, make in presses.items():
-    if names and name.replace("(window=16)", "") not in names:
+    if names and name.replace("(window=16)", "") not in names or text is None and "kvzip" in name:
         continue
     for ratio in ratios:
         press = make(ratio)
-        kept, whole = [], press.compress
+        masks = isinstance(press, (zip, kvpress.DMSPress))
+        kept, whole = [], None if masks else press.compress
         def compress(module, hidden, keys, values, attentions, kwargs):
             # An entry is found again by its key.
             left = torch.ones(keys.shape[:3], dtype=torch.bool)
@@ -72,9 +95,15 @@ for name, make in presses.items():
                 left = same.any(-1)
             kept.append([row.nonzero()[:, 0].tolist() for row in left[0]])
             return result
-        press.compress = compress
+        if whole is not None:
+            press.compress = compress
         with torch.no_grad(), press(model):
             model(ids, past_key_values=DynamicCache())
+        for layer in model.model.layers if masks else ():
+            left = torch.ones(1, model.config.num_key_value_heads, length, dtype=torch.bool)
+            if layer.self_attn.masked_key_indices is not None:
+                left[tuple(layer.self_attn.masked_key_indices)] = False
+            kept.append([row.nonzero()[:, 0].tolist() for row in left[0]])
         found[f"{name} {ratio}"] = kept
         for layer in model.model.layers:
             layer.self_attn.masked_key_indices = None
@@ -93,15 +122,50 @@ def ours(folder: Path, ids: list[int], name: str, ratio: float) -> list[list[lis
 
     model = mukv.load(folder)
     given = "+".join(f"kvpress:{word}" for word in name.split("+"))
-    decoder, policy = model.network, Policy.parse(given, round(1 - ratio, 6))
-    cache = decoder.empty_cache(1, len(ids), 8, jnp.dtype("float32"), policy)
-    prompt, count = jnp.asarray([ids]), jnp.asarray([len(ids)])
-    _, cache = jax.jit(decoder.prefill)(model.decoding, cache, prompt, count)
+    # What a threshold keeps does not depend on a ratio.
+    share = 1.0 if "threshold" in name else round(1 - ratio, 6)
+    decoder, policy, type_ = model.network, Policy.parse(given, share), jnp.dtype("float32")
+    if policy.keep.replays:
+        cache = replayed(model, policy, ids)
+    else:
+        cache = decoder.empty_cache(1, len(ids), 8, type_, policy)
+        prompt, count = jnp.asarray([ids]), jnp.asarray([len(ids)])
+        _, cache = jax.jit(decoder.prefill)(model.decoding, cache, prompt, count)
     shelves = [slot.body.shelf for slot in cache.slots]
     return [
         [np.sort(position[there & (position >= 0)]).tolist() for position, there in heads]
         for heads in map(_by_head, shelves)
     ]
+
+
+def replayed(model: Any, policy: Any, ids: list[int]) -> Any:
+    """Return the cache of a prompt that is read twice."""
+    import jax
+
+    from mukv.core.compute import settled
+    from mukv.infer.decode import Sampling, decode_functions
+    from mukv.infer.prompts import PROMPT_MULTIPLE, readings, round_up
+    from mukv.infer.replay import read_twice
+
+    compute, (policy, _) = settled(model.run.train.compute), model.calibrated(policy)
+    functions = decode_functions(model.network, Sampling(), compute)
+    reads = readings(functions.prefill, functions.extend, [ids], None, None)
+    given = policy, (1, round_up(len(ids), PROMPT_MULTIPLE), 8), 0, compute, jax.random.key(0)
+    return read_twice(model.network, model.decoding, [ids], reads, *given)[1]
+
+
+def sketch(folder: Path | None) -> list[list[float]]:
+    """Return the random projection of keys that leverage scores use here, [head_dim, sketch]."""
+    import jax
+
+    from mukv.cache.policy import Leverage
+
+    width = 8
+    if folder is not None:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    own = Leverage()
+    return jax.random.normal(jax.random.key(own.seed), (width, own.sketch)).tolist()
 
 
 def _by_head(shelf: Any) -> list[tuple[Any, Any]]:
@@ -133,7 +197,8 @@ def main() -> int:
         text = chosen.text.read_text("utf-8")[: 20 * chosen.length] if chosen.model else None
         names = split(chosen.policies, ",") if chosen.policies else None
         folder = str(chosen.model or folder)
-        request = [folder, *map(json.dumps, (chosen.length, ratios, text, names))]
+        drawn = sketch(chosen.model)
+        request = [folder, *map(json.dumps, (chosen.length, ratios, text, names, drawn))]
         done = subprocess.run(
             [chosen.peers, "-c", PEER, *request], capture_output=True, text=True, check=False
         )

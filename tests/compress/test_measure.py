@@ -22,6 +22,7 @@ from tests.pairs import params
 QUICK = ("snapkv", "topp")
 KEEPERS = ("streaming", "snapkv", "h2o", "tova", "knorm", "keydiff", "expected", "random")
 OTHERS = ("int8", "int4", "topk", "topp", "sparq", "pages", "clusters", "snapkv+int8")
+OTHERS += ("tova+threshold(least=0.02,window=4)",)
 TEXT = [matrix.tokens(1, 400, seed=5)[0]]
 
 
@@ -90,6 +91,9 @@ def test_measured_as_decoded(reader, rows, name):
     assert text["prefill_seconds"] > 0
     assert text["step_seconds"] > 0
     assert (text["capped"] is None) == (name != "topp")
+    if "threshold" in name:
+        assert len(text["kept"]) == 2
+        assert all(0 < share < 0.6 for share in text["kept"])
     assert 0 < text["bytes_read"] <= own.cache_bytes
 
 

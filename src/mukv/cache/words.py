@@ -31,10 +31,12 @@ PEERS: dict[str, dict[str, dict[str, Any]]] = {
         "compactor": {},
         "kvzip": {"recent": 0},
         "random": {"recent": 0},
+        "threshold": {},
         "critical": {},
         "chunk": {},
         "pyramid": {},
         "adaptive": {},
+        "merge": {},
     }
 }
 """Fields whose defaults in another library (kvpress 0.5.5) differ from ours, with its defaults; by
