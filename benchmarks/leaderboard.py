@@ -388,7 +388,7 @@ def main(given: Sequence[str] | None = None) -> None:
             write_atomic(options.out / "leaderboard.md", table(rows))
             title = f"Cache policies of {options.model.name}, contexts of {board.length} tokens, "
             title += f"{rows[0]['texts']} texts, {rows[0]['questions']} questions"
-            if rows[0]["questions"]:
+            if rows[0]["seen"] is not None:
                 drawn(rows, options.out / "leaderboard.png", title)
     print((options.out / "leaderboard.md").read_text())
 
