@@ -257,7 +257,7 @@ def test_hostile_templates_are_one_line(tmp_path, template):
 def test_an_endless_template_is_ended(tmp_path):
     loops = "".join(f"{{% for i{n} in range(99999) %}}" for n in range(4))
     (tmp_path / "chat_template.jinja").write_text(loops + "{% endfor %}" * 4)
-    with pytest.raises(BadInput, match="more than 5 s"):
+    with pytest.raises(BadInput, match=r"more than \d+ s"):
         chat_text(tmp_path, [{"role": "user", "content": "hi"}])
 
 
