@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mukv.core.errors import BadInput
@@ -25,7 +25,6 @@ def together(parts: list[Batch]) -> list[bytes]:
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**70), st.integers(0, 2**40))
-@settings(deadline=None)
 def test_permuted_is_a_permutation(size: int, seed: int, epoch: int):
     found = permuted(np.arange(size), np.full(size, epoch), size, seed)
     assert sorted(found) == list(range(size))

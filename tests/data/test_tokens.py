@@ -239,7 +239,7 @@ def test_ids_beyond_the_vocabulary(corpus: TokenFile, tmp_path: Path):
         file.verify()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(FILES),
     noise=st.binary(max_size=64),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mukv.core.errors import BadInput
@@ -129,7 +129,6 @@ paths = st.lists(keys | st.text(max_size=3), max_size=5)
 values = st.text(max_size=8) | st.sampled_from(["latent", "{kind: latent}", "[{}]", "1e-3", "{}"])
 
 
-@settings(deadline=None)
 @given(st.lists(st.builds("{}={}".format, paths.map(".".join), values) | st.text(), max_size=4))
 def test_random_overrides_are_at_worst_bad_input(overrides):
     with suppress(BadInput):

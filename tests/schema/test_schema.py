@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mukv.core.errors import BadInput
@@ -168,7 +168,6 @@ runs = st.builds(
 
 
 @pytest.mark.product
-@settings(deadline=None)
 @given(runs)
 def test_yaml_round_trip_is_exact(run):
     assert build(Run, parse_yaml(to_yaml(run), "test")) == run
@@ -184,7 +183,6 @@ plain = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.dictionaries(keys, plain) | plain)
 def test_a_random_mapping_is_at_worst_bad_input(mapping):
     with suppress(BadInput):
@@ -249,7 +247,6 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
             read_yaml(path)
 
 
-@settings(deadline=None)
 @given(st.binary() | st.text("[]{}:,-&*!|>'\"%@ \n\tab01.<=~?#").map(str.encode))
 def test_random_bytes_are_at_worst_bad_input(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "random.yaml"
