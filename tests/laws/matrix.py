@@ -177,6 +177,7 @@ SHARED = Experts(
     top_k=3,
     hidden=12,
     shared=1,
+    shared_gate=True,
     router="sigmoid",
     activation="quick_gelu",
     limit=0.5,
