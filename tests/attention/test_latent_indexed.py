@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mukv.attention import CSA, Indexer, Latent
+from mukv.attention import CSA, EntryStore, Indexer, Latent, Mask
+from mukv.cache import Policy
 from mukv.cache.reads import bytes_read
 from mukv.core.errors import BadInput
 from mukv.core.params import named
-from mukv.model import Stage
+from mukv.model import Layer, Stage
 from mukv.model.loss import summed_loss
 from mukv.position import CoPE
 from tests.laws import matrix
@@ -46,6 +49,49 @@ def test_with_all_entries_it_is_latent_attention():
     whole = logits(of(0), without_index(weights), ids)
     np.testing.assert_array_equal(logits(of(LENGTH), weights, ids), whole)
     assert np.abs(logits(of(3), weights, ids) - whole).max() > 1e-3
+
+
+def test_the_choice_of_another_layer():
+    """Law 10: with equal indexers and inputs, a layer that reads with the choice of another reads
+    what it would choose itself. Law 2: in decoding, choices pass from layer to layer."""
+    model = dataclasses.replace(of(3), plan=(Stage((Layer(), Layer(indexed_by=-1))),))
+    own = model.layers[0].softmax
+    shared = model.layers[1].softmax
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, LENGTH, 16)), jnp.float32)
+    place, mask = jnp.tile(jnp.arange(LENGTH), (2, 1)), Mask(aligned=True)
+    write, read = matrix.drawn(own.write_params(16)), matrix.drawn(own.read_params(16), 1)
+
+    @jax.jit
+    def both(x):
+        bags = [EntryStore().entries(own.write(write, x, place), place)]
+        given = x, place, bags
+        choice = own.choose(read, *given, mask, EXACT)
+        chosen = dataclasses.replace(mask, choice=choice)
+        return own.read(read, *given, mask, EXACT)[0], shared.read(
+            without_index(read), *given, chosen, EXACT
+        )[0]
+
+    np.testing.assert_array_equal(*both(x))
+
+    ids, weights = matrix.tokens(2), matrix.weights(model)
+    whole, rows = logits(model, weights, ids), model.unstack(weights)
+    cache, count = model.empty_cache(2, LENGTH, 4, EXACT.type), np.array([5, 7])
+    found, cache = jax.jit(partial(model.prefill, compute=EXACT))(
+        rows, cache, ids[:, :7], jnp.asarray(count)
+    )
+    step = jax.jit(partial(model.step, compute=EXACT))
+    for _ in range(4):
+        np.testing.assert_allclose(found, whole[[0, 1], count - 1], atol=2e-5)
+        found, cache = step(rows, cache, ids[[0, 1], count])
+        count += 1
+
+
+def test_policies_that_would_part_the_entries_of_layers_are_refused():
+    model = dataclasses.replace(of(3), plan=(Stage((Layer(), Layer(indexed_by=-1))),))
+    for name, fits in (("int8", True), ("snapkv", False), ("pages", False)):
+        policy = Policy.parse(name, 0.5)
+        with nullcontext() if fits else pytest.raises(BadInput, match="layer 1 reads what layer 0"):
+            model.stacks[0].check_policy(policy)
 
 
 def test_the_indexer_learns_from_its_loss_alone():

@@ -13,6 +13,7 @@ from mukv.position import CoPE, NoPE, RoPE
 ATTENTION, MLP = Grouped(heads=2, kv_heads=1, head_dim=4), Gated(hidden=8)
 OTHER = Grouped(heads=2, kv_heads=2, head_dim=4)
 INDEXED = Latent(heads=2, rank=4, head_dim=4, rope_dim=2, query_rank=4, indexer=Indexer(width=2))
+CHOOSES, CHOSEN = Layer(attention=INDEXED), Layer(attention=INDEXED, indexed_by=-1)
 
 
 def layers(*stages):
@@ -52,6 +53,13 @@ def test_reads_and_their_sources(reads, targets, sources):
     assert [layer.writes for layer in found] == [number is None for number in reads]
 
 
+def test_a_choice_is_that_of_the_layer_with_an_indexer():
+    found = layers(Stage((CHOOSES, CHOSEN, CHOSEN), repeats=2))
+    assert [layer.indexed_by for layer in found] == [None, 0, 0, None, 3, 3]
+    assert [layer.most for layer in found] == [None, 64, 64, None, 64, 64]
+    assert [layer.attention.indexer is None for layer in found] == [False, True, True] * 2
+
+
 def pattern(*pattern: Layer, repeats: int = 1) -> Stage:
     return Stage(pattern, repeats)
 
@@ -71,6 +79,20 @@ def pattern(*pattern: Layer, repeats: int = 1) -> Stage:
         (
             [pattern(Layer(), Layer(attention=INDEXED, position=CoPE()))],
             "position cope.*layer 1 needs an encoding whose bias",
+        ),
+        ([pattern(Layer(attention=INDEXED, indexed_by=-1))], "indexed_by -1.*layer 0.*first"),
+        ([pattern(Layer(), Layer(attention=INDEXED, indexed_by=0))], "indexed_by 0.*not grouped"),
+        (
+            [pattern(Layer(attention=INDEXED), Layer(indexed_by=0))],
+            "indexed_by 0 in layer 1.*grouped can't read with the choice",
+        ),
+        (
+            [pattern(Layer(attention=INDEXED), Layer(attention=INDEXED, window=3, indexed_by=0))],
+            "layer 1.*same window: None and 3 differ",
+        ),
+        (
+            [pattern(Layer(attention=INDEXED), Layer(attention=INDEXED, reads=0, indexed_by=0))],
+            "layer 1.*reads the entries of layer 0",
         ),
     ],
 )
@@ -99,6 +121,8 @@ def test_empty_plans():
             [False, True],
         ),  # read from outside
         ([pattern(Layer(), repeats=2), pattern(Layer(reads=-2), repeats=2)], [False, False]),
+        ([pattern(CHOOSES, CHOSEN, CHOSEN, repeats=2)], [True]),
+        ([pattern(CHOOSES, repeats=2), pattern(CHOSEN, repeats=2)], [False, False]),
     ],
 )
 def test_scannable(stages, expected):

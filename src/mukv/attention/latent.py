@@ -216,9 +216,10 @@ class Latent(Attention):
     def indexed(self, weights: Weights, parts: Sequence[Bag], mask: Mask) -> IndexedRead:
         """Return the read of which the indexer chooses the entries."""
         indexer = self.indexer
+        if indexer is None:
+            return IndexedRead(self, weights, (True,) * len(parts), mask)
 
         def ask(x: Residual, position: Int[Array, "batch query"]) -> tuple[Array, Array]:
-            assert indexer is not None
             own, x = weights[INDEX], jax.lax.stop_gradient(x)
             latent = jax.lax.stop_gradient(self._query_latent(weights, x))
             query = self._rotated_first(indexer.queries(own, latent), position)
@@ -242,9 +243,9 @@ class Latent(Attention):
         See `Attention.read`; with an indexer, `IndexedRead.read` has the numbers that it reports.
         """
         form = self if mask.aligned else self.decoding()
-        if self.indexer is not None:
-            if mask.choice is None:
-                mask = replace(mask, choice=self.choose(weights, x, position, parts, mask, compute))
+        if mask.choice is None:
+            mask = replace(mask, choice=self.choose(weights, x, position, parts, mask, compute))
+        if self.indexer is not None or mask.choice is not None:
             return form.indexed(weights, parts, mask).read(x, position, parts, compute)
         return Attention.read(form, weights, x, position, parts, mask, compute)
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from mukv.attention import DIRECT, AnyAttention, Attention, Bag, Carried, Mask, Queries, Written
+from mukv.attention.indexer import Choice
 from mukv.core.compute import RESIDUAL, Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
@@ -47,6 +48,18 @@ class Asked:
         """Compute the queries; only attention has one."""
         assert isinstance(self.attention, Attention)
         return self.attention.query(self.weights, self.x, self.position)
+
+
+class Known(NamedTuple):
+    """What a layer of a pass reads and passes on to later layers.
+
+    bags: bags of entries; None if no other layer reads them
+    choice: places of the entries that each query reads; None for all that it sees, or if no other
+        layer reads by it
+    """
+
+    bags: tuple[Bag, ...] | None = None
+    choice: Choice | None = None
 
 
 Remember = Callable[
@@ -110,47 +123,59 @@ class Pass:
 
     def all(self, weights: Sequence[Any], x: Residual) -> Residual:
         """Apply every layer, each with its own weights."""
-        known: dict[int, tuple[Bag, ...]] = {}
+        known: dict[int, Known] = {}
         for layer, own in zip(self.layers, weights, strict=True):
             x, _ = self.layer(layer, own, x, known)
         return x
 
     def layer(
-        self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, tuple[Bag, ...]]
+        self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, Known]
     ) -> tuple[Residual, Auxiliary]:
         """Apply one layer; return the residual stream and the layer's auxiliary numbers.
 
-        known: bags that each earlier layer read, by layer; those of this layer are added
+        known: what each earlier layer read, by layer; that of this layer is added
         """
         index, memory = layer.index, self.memories.get(layer.index)
         apply: Callable[..., Any] = partial(self.applied, layer)
         if self.added is not None and not capturing():
             # What equal layers have in common; they differ in their numbers and in their arrays.
             source = 0 if layer.writes else -1
+            chooser = None if layer.indexed_by is None else -1
             alike = replace(layer, index=0, stage=0, slot=0, repeat=0, reads=None, source=source)
+            alike = replace(alike, indexed_by=chooser)
             shared = replace(self, layers=(), first=0, memories={})
-            apply = partial(_layer, alike, layer.index in self._read_by_others, shared)
+            apply = partial(_layer, alike, self._read_by_others(index), shared)
         if self.aligned:
             apply = self.compute.recomputing(apply)
-        x, bags, after, auxiliary = apply(weights, x, known.get(layer.source), memory)
-        if bags is not None:
-            known[index] = bags
+        source, chooser = (known.get(at, Known()) for at in (layer.source, layer.indexed_by))
+        inherited = Known(source.bags, chooser.choice)
+        x, known[index], after, auxiliary = apply(weights, x, inherited, memory)
         if after is not None:
             self.memories[index] = after
         return x, auxiliary
 
-    @property
-    def _read_by_others(self) -> set[int]:
-        return {layer.source for layer in self.layers if not layer.writes}
+    def _read_by_others(self, index: int) -> tuple[bool, bool]:
+        """Return whether another layer reads the bags of this layer, and whether one reads by its
+        choice."""
+        others = [layer for layer in self.layers if layer.index != index]
+        return (
+            any(layer.source == index for layer in others),
+            any(layer.indexed_by == index for layer in others),
+        )
 
     def applied(
-        self, layer: ResolvedLayer, weights: Any, x: Residual, inherited: Any, memory: MemoryOrNone
-    ) -> tuple[Residual, Any, MemoryOrNone, Auxiliary]:
+        self,
+        layer: ResolvedLayer,
+        weights: Any,
+        x: Residual,
+        inherited: Known,
+        memory: MemoryOrNone,
+    ) -> tuple[Residual, Known, MemoryOrNone, Auxiliary]:
         """Apply one layer.
 
-        weights: of the layer. inherited: bags of the layer that it reads. memory: its own.
+        weights: of the layer. inherited: what it reads of other layers. memory: its own.
 
-        Returns the residual stream, the bags that it read, its memory, and auxiliary numbers.
+        Returns the residual stream, what the layer read, its memory, and auxiliary numbers.
         """
         attention, stored = layer.attention, weights["read"]
         x = checkpoint_name(x, RESIDUAL)
@@ -159,7 +184,7 @@ class Pass:
         weights = gather(self.compute.working_copy(declared, weights), declared)
         with scope(f"layer{self.first + layer.index}"):
             normed = residual.enter(weights, "attention", norm, x)
-            parts, direct = inherited, None
+            parts, direct = inherited.bags, None
             if layer.writes:
                 carried = None
                 if memory is not None and self.added is not None:
@@ -169,7 +194,10 @@ class Pass:
                 direct = written.get(DIRECT)
                 asked = Asked(attention, weights["read"], normed, self.position)
                 parts, memory = self.remember(layer, stored, memory, written, asked)
-            mask = Mask(self.segment, layer.window, self.aligned)
+            mask = Mask(self.segment, layer.window, self.aligned, choice=inherited.choice)
+            if layer.indexed_by is None and not self.single:
+                given = normed, self.position, parts, mask, self.compute
+                mask = replace(mask, choice=attention.choose(weights["read"], *given))
             read, own = self._read(attention, weights["read"], normed, parts, mask, direct)
             read = residual.leave(weights, "attention", norm, read)
             x = tap("attention", constrain(x + read, "batch", None, None))
@@ -177,7 +205,7 @@ class Pass:
             mlp, reported = layer.mlp.apply(weights["mlp"], normed, self.counted)
             mlp = residual.leave(weights, "mlp", norm, mlp)
             x = tap("mlp", constrain(x + mlp, "batch", None, None))
-        return x, parts, memory, together(own, reported)
+        return x, Known(parts, mask.choice), memory, together(own, reported)
 
     def _read(
         self,
@@ -200,7 +228,9 @@ class Pass:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _layer(layer: ResolvedLayer, shows: bool, run: Pass, *inputs: Any) -> Any:
-    """Apply one layer, as `Pass.applied` does. shows: whether another layer reads its bags."""
-    x, bags, after, auxiliary = run.applied(layer, *inputs)
-    return x, bags if shows else None, after, auxiliary
+def _layer(layer: ResolvedLayer, shows: tuple[bool, bool], run: Pass, *inputs: Any) -> Any:
+    """Apply one layer, as `Pass.applied` does. shows: whether another layer reads its bags, and
+    whether one reads by its choice."""
+    x, read, after, auxiliary = run.applied(layer, *inputs)
+    pieces = (piece if shown else None for piece, shown in zip(read, shows, strict=True))
+    return x, Known(*pieces), after, auxiliary

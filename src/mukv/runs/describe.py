@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from mukv.attention.indexed import REASON
 from mukv.core import params
 from mukv.core.compute import settled
 from mukv.core.mesh import specification
@@ -52,7 +53,10 @@ def describe(run: Run) -> dict[str, Any]:
             bags = layer.attention.bags.values()
             aligned = len(bags) == 1 and all(bag.every == 1 for bag in bags)
             dropped = run.train.policy is not None and bool(layer.whole)
-            choice = layer.attention.core(queries, compute, aligned=aligned, dropped=dropped)
+            chosen = layer.indexed_by is not None
+            shows = REASON if chosen else None
+            demand = {"shows": shows, "aligned": aligned, "dropped": dropped}
+            choice = layer.attention.core(queries, compute, **demand)
             layers.append(
                 {
                     "layer": stack.first + layer.index,
@@ -60,6 +64,7 @@ def describe(run: Run) -> dict[str, Any]:
                     "position": position.kind if position else "none",
                     "window": layer.window,
                     "reads": None if layer.reads is None else stack.first + layer.reads,
+                    "indexed_by": stack.first + layer.indexed_by if chosen else None,
                     "tokens_per_entry": rate.entry,
                     "core": choice and choice.name,
                     "cores_refused": choice.refused if choice else {},
@@ -198,7 +203,7 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
             first["attention"].split(" ")[0],
             first["position"],
             str(first["window"] or "all"),
-            "own" if first["reads"] is None else ", ".join(str(g["reads"]) for g in group),
+            _reads(group),
             first["core"] or "none",
             ", ".join(f"{name} {h}x{width}" for name, (h, width) in first["cached"].items()),
             cost,
@@ -291,15 +296,27 @@ def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     return merged
 
 
+def _reads(layers: list[dict[str, Any]]) -> str:
+    """Say whose entries layers read, and which layer chooses among them."""
+
+    def numbers(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(layer[key]) for layer in layers))
+
+    if layers[0]["indexed_by"] is not None:
+        return f"own, chosen by {numbers('indexed_by')}"
+    return "own" if layers[0]["reads"] is None else numbers("reads")
+
+
 def _alike(layers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Group adjacent layers that differ only in their index."""
     groups: list[list[dict[str, Any]]] = []
     for layer in layers:
         same = ("attention", "position", "window", "core", "cores_refused", "cache_bytes_per_token")
+        others = ("reads", "indexed_by")
         if (
             groups
             and all(groups[-1][0][key] == layer[key] for key in same)
-            and (groups[-1][0]["reads"] is None) == (layer["reads"] is None)
+            and all((groups[-1][0][key] is None) == (layer[key] is None) for key in others)
         ):
             groups[-1].append(layer)
         else:
