@@ -294,9 +294,9 @@ def test_real_files_are_what_transformers_reads(name):
     assert ours is not None
     assert theirs is not None
     assert ours.model == theirs.model
-    by_name = {(piece.ours, piece.repeat): piece for piece in theirs.pieces}
+    by_name = {(piece.ours, piece.place): piece for piece in theirs.pieces}
     for piece in ours.pieces:
-        other = by_name[piece.ours, piece.repeat].read(theirs.source)
+        other = by_name[piece.ours, piece.place].read(theirs.source)
         np.testing.assert_array_equal(piece.read(ours.source), other)
     for text in TRICKY:
         np.testing.assert_array_equal(ours.tokenizer.encode(text), theirs.tokenizer.encode(text))

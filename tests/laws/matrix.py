@@ -177,6 +177,7 @@ SHARED = Experts(
     top_k=3,
     hidden=12,
     shared=1,
+    shared_gate=True,
     router="sigmoid",
     activation="quick_gelu",
     limit=0.5,
@@ -195,7 +196,10 @@ SIMPLE: dict[str, tuple[Stage, ...]] = {
     "mixed": (MIXED,),
     "experts": (Stage((Layer(mlp=ROUTED),), repeats=2),),
     "experts-dense": (Stage(), DENSE_AND_SHARED),
-    "indexed-by": (Stage((Layer(), Layer(indexed_by=-1)), repeats=2), Stage((Layer(indexed_by=2),))),
+    "indexed-by": (
+        Stage((Layer(), Layer(indexed_by=-1)), repeats=2),
+        Stage((Layer(indexed_by=2),)),
+    ),
 }
 COMPOSED: dict[str, tuple[Stage, ...]] = {
     "local-global": (Stage((Layer(window=3), Layer()), repeats=2),),

@@ -244,6 +244,7 @@ CHANGES = {
     "Experts.activation": (EXPERTS, "model.mlp.activation=gelu"),
     "Experts.limit": (EXPERTS, "model.mlp.limit=0.01"),
     "Experts.up_offset": (EXPERTS, "model.mlp.up_offset=1"),
+    "Experts.shared_gate": (EXPERTS, "model.mlp.shared=1", "model.mlp.shared_gate=true"),
     "Experts.biases": (EXPERTS, "model.mlp.biases=true"),
     "Experts.router": (EXPERTS, "model.mlp.router=sigmoid"),
     "Experts.normalise": (EXPERTS, "model.mlp.normalise=false"),

@@ -52,6 +52,34 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 7}),
     "qwen-2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
     "qwen-3": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN}),
+    "qwen-3-moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen-3-next": (
+        "Qwen3Next",
+        {
+            "head_dim": 16,
+            "rms_norm_eps": 1e-3,
+            "full_attention_interval": 3,
+            "linear_conv_kernel_dim": 3,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 6,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 48,
+        },
+    ),
     "gemma-2": ("Gemma2", {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24}),
     "gemma-3": (
         "Gemma3",
@@ -96,6 +124,23 @@ def build(family: str, fields: Mapping[str, Any], seed: int = 0) -> Any:
             else:
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
     return model
+
+
+def published(model: Any) -> dict[str, Any]:
+    """Return the tensors of a model by the names that they have in files: each expert of Qwen has
+    tensors of its own."""
+    found = {}
+    for name, weight in model.named_parameters():
+        stem, _, last = name.rpartition(".")
+        if not stem.endswith("experts") or not model.config.model_type.startswith("qwen"):
+            found[name] = weight.detach()
+            continue
+        for number, own in enumerate(weight.detach()):
+            parts = dict(zip(("gate_proj", "up_proj"), own.chunk(2), strict=True))
+            parts = {"down_proj": own} if last == "down_proj" else parts
+            for part, tensor in parts.items():
+                found[f"{stem}.{number}.{part}.weight"] = tensor.contiguous()
+    return found
 
 
 def logits(model: Any, ids: np.ndarray, **given: Any) -> np.ndarray:

@@ -20,7 +20,7 @@ from mukv.core.errors import BadInput
 from mukv.hub import FAMILIES
 from tests.pairs import params
 from tests.parity import grid
-from tests.parity.models import our_logits, torch, transformers
+from tests.parity.models import our_logits, published, torch, transformers
 
 IDS = np.random.default_rng(0).integers(0, 40, (1, 20))
 SAME, REFUSED, NEITHER, OURS = "same logits", "refused by name", "refused by both", "ours alone"
@@ -85,8 +85,7 @@ def compare(architecture: str, changes: dict, folder: Path, known: dict) -> str:
         except BadInput:
             return NEITHER
         return OURS
-    tensors = dict(model.named_parameters())  # tied weights occur once
-    save_file({name: weight.detach() for name, weight in tensors.items()}, folder / "a.safetensors")
+    save_file(published(model), folder / "a.safetensors")  # tied ones once
     found = ours(folder, config, known)
     if found is None:
         return REFUSED

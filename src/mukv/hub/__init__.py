@@ -9,13 +9,16 @@ from mukv.hub.gpt_oss import GPT_OSS
 from mukv.hub.llama import LLAMA
 from mukv.hub.mistral import MISTRAL
 from mukv.hub.olmo import OLMO2, OLMO3
-from mukv.hub.qwen import QWEN2, QWEN3
+from mukv.hub.qwen import QWEN2, QWEN3, QWEN3_MOE
+from mukv.hub.qwen_next import QWEN3_NEXT
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Qwen3NextForCausalLM": QWEN3_NEXT,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Olmo2ForCausalLM": OLMO2,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from mukv.storage.tensors import Cut, Tensor
 
 BLOCK_BYTES = 1 << 26
 """Maximum bytes of a weight that are read at once, if it can be read in blocks of rows."""
+EXPERTS, EXPERT = "experts", "{expert}"
+"""Name of the axis that counts experts, and what stands for the index of one in a rule."""
 PART = "part"
 """Name, in the axes of a rule, of the axis that counts the weights that a tensor holds."""
 OURS_FIRST = re.compile(r"^stage\d+\.slot\d+\.")
@@ -44,48 +46,73 @@ class WeightSource(Protocol):
     def read(self, name: str, cut: Cut) -> np.ndarray: ...
 
 
+class TensorRows(NamedTuple):
+    """Rows of a tensor, along its first axis.
+
+    places: index of each row
+    total: number of rows of the tensor
+    """
+
+    places: tuple[int, ...]
+    total: int
+
+
 @dataclass(frozen=True)
 class Rule:
     """Maps one tensor of a checkpoint to one of our weights.
 
-    theirs: name of the tensor; "{layer}" stands for the layer's index
+    theirs: name of the tensor; "{layer}" stands for the layer's index, "{expert}" for the index of
+        an expert that has a tensor of its own
     ours: dotted path of our weight, inside its layer if it belongs to one
     axes: for each axis of the tensor, the dimensions of our weight that it merges; "part" counts
-        the weights that a tensor holds, as in "(part heads head_dim)"
+        the weights that a tensor holds, as in "(part heads head_dim)"; "()" is an axis of size one
     part: index of this weight in a tensor that holds several, and their number
+    rows: function of the layer's mixer that returns the rows of the tensor that hold this weight,
+        in our order, and their number in the tensor; None for all rows
     """
 
     theirs: str
     ours: str
     axes: str
     part: tuple[int, int] = (0, 1)
+    rows: Callable[[Any], TensorRows] | None = None
+
+    @property
+    def dims(self) -> frozenset[str]:
+        """Names of the dimensions of our weight. Weights of the same name in layers of different
+        kinds differ in them."""
+        found = {name for group in self.merged() for name in group} - {PART}
+        return frozenset(found | {EXPERTS} if EXPERT in self.theirs else found)
 
     def merged(self) -> tuple[tuple[str, ...], ...]:
         """Return the dimensions of our weight that each axis of the tensor merges."""
-        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.axes)
+        groups = re.findall(r"\(([^)]*)\)|([^\s()]+)", self.axes)
         return tuple(tuple((group or single).split()) for group, single in groups)
 
 
 @dataclass(frozen=True)
 class WeightPiece:
-    """One tensor of a checkpoint, and our weight (or layer of a stacked weight) that it holds.
+    """One tensor of a checkpoint, and our weight (or the piece of a stacked weight) that it holds.
 
     theirs, ours: names of the tensor and of our weight
-    repeat: index in the stack; None for weights outside of layers
-    param: declaration of our weight, not stacked
+    place: index of the piece in our weight: () for a weight outside of layers, (repeat,) for that
+        of a layer, (repeat, expert) for that of an expert
+    param: declaration of the piece
     axes: for each axis of the tensor, the dimensions of our weight that it merges
     order: for each dimension of a head of our weight, its index in a head of the tensor; None for
         the same order
     part: index of our weight in the tensor, and the number of weights there
+    rows: rows of the tensor that hold our weight; None for all
     """
 
     theirs: str
     ours: str
-    repeat: int | None
+    place: tuple[int, ...]
     param: Param
     axes: tuple[tuple[str, ...], ...]
     order: tuple[int, ...] | None = None
     part: tuple[int, int] = (0, 1)
+    rows: TensorRows | None = None
 
     @cached_property
     def _dims(self) -> dict[str, int]:
@@ -95,7 +122,8 @@ class WeightPiece:
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor in the checkpoint."""
         dims = self._dims
-        return tuple(math.prod(dims[name] for name in group) for group in self.axes)
+        sizes = tuple(math.prod(dims[name] for name in group) for group in self.axes)
+        return sizes if self.rows is None else (self.rows.total, *sizes[1:])
 
     @property
     def _flat(self) -> list[str]:
@@ -103,8 +131,13 @@ class WeightPiece:
 
     def read(self, source: WeightSource, cut: Cut | None = None) -> np.ndarray:
         """Read our weight, or a slice of it. If the slice consists of whole rows or heads, nothing
-        else is read from the file.
+        else is read from the file; a tensor of which our weight is some of the rows is read whole.
         """
+        if self.rows is not None:
+            taken = source.read(self.theirs, ())[list(self.rows.places)]
+            weight = taken.reshape([self._dims[name] for name in self._flat])
+            weight = weight.transpose([self._flat.index(name) for name in self.param.dims])
+            return weight[cut] if cut else weight
         dims, index = self._dims, self.part[0]
         whole = dict(zip(self.param.dims, cut or (), strict=False)) | {
             PART: slice(index, index + 1)
@@ -135,7 +168,7 @@ class WeightPiece:
         rows = dims[first]
         row_bytes = self.param.size // rows * source.tensors[self.theirs].dtype.itemsize
         step = max(1, BLOCK_BYTES // max(row_bytes, 1))
-        reordered = self.order is not None or PART in self._flat
+        reordered = self.order is not None or PART in self._flat or self.rows is not None
         if self.axes[0][0] != first or reordered or step >= rows:
             yield self.read(source)
             return
@@ -147,6 +180,9 @@ class WeightPiece:
 
         into: the tensor, contiguous
         """
+        if self.rows is not None:
+            into[list(self.rows.places)] = self._turned(weight).reshape(-1, *into.shape[1:])
+            return
         view = into.reshape([self._dims[name] for name in self._flat])
         place = [self.part[0] if name == PART else slice(None) for name in self._flat]
         view[tuple(place)] = self._turned(weight)
@@ -169,27 +205,32 @@ def pieces(
 
     Raises BadInput for a weight without a rule.
     """
-    by_ours = {rule.ours: rule for rule in rules}
+    by_ours = {(rule.ours, rule.dims): rule for rule in rules}
     by_slot: dict[str, list[ResolvedLayer]] = {}
     for layer in model.layers:
         by_slot.setdefault(f"stage{layer.stage}.slot{layer.slot}.", []).append(layer)
     found = []
     for name, param in named(model.params()).items():
-        inside = OURS_FIRST.sub("", name)
-        rule = by_ours.get(inside)
+        inside, dims = OURS_FIRST.sub("", name), frozenset(param.dims) - {LAYER}
+        rule = by_ours.get((inside, dims))
         if rule is None:
             raise BadInput(
                 f"model: {name}", list(param.shape), "this weight has no name in their format"
             )
-        single = Param({k: v for k, v in param.dims.items() if k != LAYER})
+        apart = {LAYER, EXPERTS} if EXPERT in rule.theirs else {LAYER}
+        single = Param({k: v for k, v in param.dims.items() if k not in apart})
         indices = tuple(order(param.shape[-1])) if order and inside in ROTATED else None
         shared = (single, rule.merged(), indices, rule.part)
         if inside == name:
-            found.append(WeightPiece(rule.theirs, name, None, *shared))
+            found.append(WeightPiece(rule.theirs, name, (), *shared))
             continue
+        experts = range(param.dims[EXPERTS]) if EXPERT in rule.theirs else (None,)
         for layer in by_slot[name.removesuffix(inside)]:
-            theirs = rule.theirs.format(layer=layer.index)
-            found.append(WeightPiece(theirs, name, layer.repeat, *shared))
+            rows = rule.rows(layer.attention) if rule.rows else None
+            for expert in experts:
+                theirs = rule.theirs.format(layer=layer.index, expert=expert)
+                place = (layer.repeat,) if expert is None else (layer.repeat, expert)
+                found.append(WeightPiece(theirs, name, place, *shared, rows))
     return found
 
 
@@ -233,6 +274,17 @@ def grouped_by_weight(found: Iterable[WeightPiece]) -> dict[str, list[WeightPiec
     for piece in found:
         groups.setdefault(piece.ours, []).append(piece)
     return groups
+
+
+def together(
+    parts: Sequence[WeightPiece], source: WeightSource, cut: Cut | None = None
+) -> np.ndarray:
+    """Read the weight of one layer, or a slice of it, from its piece or from those of its
+    experts."""
+    if not parts[0].place[1:]:
+        return parts[0].read(source, cut)
+    first, *rest = cut or (slice(None),)
+    return np.stack([part.read(source, tuple(rest)) for part in parts[first]])
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ from mukv.core.typing import Array
 from mukv.core.version import VERSION
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer
 from mukv.hub import FAMILIES, Family, gguf, meta
-from mukv.hub.base import WeightPiece, WeightSource, check, grouped_by_weight, nested, pieces
+from mukv.hub.base import (
+    WeightPiece,
+    WeightSource,
+    check,
+    grouped_by_weight,
+    nested,
+    pieces,
+    together,
+)
 from mukv.hub.gguf_tokenizer import tokenizer_files
 from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder
@@ -90,14 +99,14 @@ class Checkpoint:
                 NamedSharding(mesh, specification(dims, mesh)),
                 partial(piece.read, self.source),
             )
-            if piece.repeat is None:
+            if not piece.place:
                 made[piece.ours] = layer
                 continue
             if piece.ours not in made:
                 whole = declared[piece.ours]
                 sharding = NamedSharding(mesh, specification(whole.dims, mesh))
                 made[piece.ours] = jnp.zeros(whole.shape, layer.dtype, device=sharding)
-            made[piece.ours] = _put(made[piece.ours], layer, piece.repeat)
+            made[piece.ours] = _put(made[piece.ours], layer, jnp.asarray(piece.place))
             # One program at a time: simulated devices share their threads.
             jax.block_until_ready(made[piece.ours])
         return nested({name: made[name] for name in declared})
@@ -127,8 +136,10 @@ class Checkpoint:
         for name, parts in grouped_by_weight(self.pieces).items():
             whole = declared[name]
             own = replace(whole, dims={n: s for n, s in whole.dims.items() if n != LAYER})
-            found = [converter(name, own, partial(part.read, self.source)) for part in parts]
-            made[name] = found[0] if parts[0].repeat is None else stacked(found)
+            layers = groupby(parts, key=lambda part: part.place[:1])
+            reads = [partial(together, list(each), self.source) for _, each in layers]
+            found = [converter(name, own, read) for read in reads]
+            made[name] = stacked(found) if parts[0].place else found[0]
         return nested({name: made[name] for name in declared})
 
     def specs(self) -> dict[str, Spec]:
@@ -146,15 +157,16 @@ class Checkpoint:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(whole: Array, part: Array, place: int) -> Array:
-    """Put a layer into its place in the stack.
+def _put(whole: Array, part: Array, place: Array) -> Array:
+    """Put a piece into its place in the stack. place: its indices along the first axes
 
     The arrays are copied as integers, because on a CPU an update of a bfloat16 stack converts all
     of it to float32 and back, which takes fifteen times as long.
     """
     bits = jnp.dtype(f"uint{8 * whole.dtype.itemsize}")
     stack, layer = (jax.lax.bitcast_convert_type(array, bits) for array in (whole, part))
-    stack = jax.lax.dynamic_update_index_in_dim(stack, layer, place, 0)
+    start = [*place, *[0] * part.ndim]
+    stack = jax.lax.dynamic_update_slice(stack, layer[(None,) * len(place)], start)
     return jax.lax.bitcast_convert_type(stack, whole.dtype)
 
 

@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from mukv.attention import Attention, Grouped
+from mukv.attention import AnyAttention, Attention, Grouped
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.hub.base import Rule
 from mukv.hub.feedforward import FeedforwardKeys
 from mukv.hub.layout import planned
-from mukv.hub.rotation import read_rope, write_rope, write_scaling
+from mukv.hub.rotation import PARTIAL, read_rope, write_rope, write_scaling
 from mukv.hub.settings import Given
 from mukv.model import Decoder, Layer
 from mukv.model.block import AnyResidual, PreNorm
+from mukv.model.plan import ResolvedLayer
 from mukv.position import RoPE
 
 LayerWindows = Sequence[int | None]
@@ -49,6 +50,23 @@ class WindowKeys:
 
 
 @dataclass(frozen=True)
+class MixerKeys:
+    """Keys of layers without softmax attention. In this base class there are none."""
+
+    def read(self, given: Given, layers: int) -> Sequence[AnyAttention | None]:
+        """Return the mixer of each layer; None for a layer with attention."""
+        return [None] * layers
+
+    def write(self, mixers: Sequence[AnyAttention | None]) -> dict[str, Any]:
+        """Return the keys that express these mixers. Raises BadInput for mixers that the family
+        can't express.
+        """
+        for mixer in filter(None, mixers):
+            raise BadInput("plan: attention", mixer.kind, "grouped")
+        return {}
+
+
+@dataclass(frozen=True)
 class Family:
     """Description of a family of models.
 
@@ -58,12 +76,13 @@ class Family:
     norm: form in which gains of norms are stored
     residual, embedding_scale: as in `Decoder`
     feedforward: keys of the feed-forward parts
-    sinks: as in `Attention`
+    sinks, gate: as in `Attention`
     biases: biases that all models of the family have; None if the key `attention_bias` decides
     query_norm: axis over which queries and keys are normalised; None if they are not
     query_scale, attention_softcap, logit_softcap: keys of these numbers; None if there is no key
     width_of_heads: whether the number of heads must divide the width
     windows: keys of the windows
+    mixers: keys of the layers without softmax attention
     position: function that reads the rotation
     local: function that reads the rotation of layers with a window; None if it is the same
     write_ropes: function that writes both rotations; None if there is only one
@@ -79,6 +98,7 @@ class Family:
     embedding_scale: Literal["root_width"] | None = None
     feedforward: FeedforwardKeys = field(default_factory=FeedforwardKeys)
     sinks: Literal["learned"] | None = None
+    gate: Literal["head", "channel"] | None = None
     biases: tuple[Literal["query", "key", "value", "output"], ...] | None = None
     query_norm: Literal["head", "projection"] | None = None
     query_scale: str | None = None
@@ -86,6 +106,7 @@ class Family:
     logit_softcap: str | None = None
     width_of_heads: bool = False
     windows: WindowKeys = field(default_factory=WindowKeys)
+    mixers: MixerKeys = field(default_factory=MixerKeys)
     position: Callable[[Given], RoPE] = read_rope
     local: Callable[[Given], RoPE] | None = None
     write_ropes: Callable[[RoPE, RoPE], dict[str, Any]] | None = None
@@ -131,18 +152,21 @@ class Family:
             scale=self._read_scale(given, head_dim),
             softcap=self._cap(given, self.attention_softcap),
             sinks=self.sinks,
+            gate=self.gate,
             biases=self._read_biases(given),
         )
         count = given.whole("num_hidden_layers", high=MOST_LAYERS)
         local = self.local(given) if self.local else None
         parts = self.feedforward.read(given, count)
+        windows, mixers = self.windows.read(given, count), self.mixers.read(given, count)
         layers = [
             Layer(
+                attention=mixer,
                 window=window,
                 position=local if window else None,
                 mlp=None if part == parts[-1] else part,
             )
-            for window, part in zip(self.windows.read(given, count), parts, strict=True)
+            for window, mixer, part in zip(windows, mixers, parts, strict=True)
         ]
         return Decoder(
             vocab_size=given.whole("vocab_size"),
@@ -174,16 +198,18 @@ class Family:
 
     def misfits(self, model: Decoder) -> Iterator[BadInput]:
         """Yield an error for each property of a model that this family can't express."""
-        first, layers = model.layers[0].attention, model.layers
+        layers = [layer for layer in model.layers if isinstance(layer.attention, Attention)]
+        first = layers[0].attention if layers else model.layers[0].attention
         if not isinstance(first, Grouped):
             yield BadInput("attention.kind", getattr(first, "kind", "?"), "grouped")
             return
-        for layer in layers:
-            if not isinstance(layer.attention, Attention):
-                yield BadInput("plan: attention", layer.attention.kind, "grouped")
-                return
         try:
-            self.feedforward.write([layer.mlp for layer in layers])
+            self.mixers.write(states(model))
+        except BadInput as error:
+            yield error
+            return
+        try:
+            self.feedforward.write([layer.mlp for layer in model.layers])
         except BadInput as error:
             yield error
             if error.where == "mlp.kind":
@@ -192,10 +218,12 @@ class Family:
             if not isinstance(place, RoPE):
                 yield BadInput("attention.position.kind", place.kind, "rope")
                 return
-            if (place.partial, place.p) != (1, 1):
-                yield BadInput(
-                    "attention.position", f"partial {place.partial}, p {place.p}", "1, 1"
-                )
+            if place.p != 1:
+                yield BadInput("attention.position.p", place.p, "1")
+            if place.partial != 1 and PARTIAL not in self.defaults:
+                yield BadInput("attention.position.partial", place.partial, "1")
+            if place.partial != 1 and place.pairing != "half":
+                yield BadInput("attention.position.pairing", place.pairing, "half")
             try:
                 write_scaling(place.scaling)
             except BadInput as error:
@@ -209,7 +237,7 @@ class Family:
                 {replace(layer.attention, position=first.position) for layer in layers},
                 ({first},),
             ),
-            "plan: position": (self._positions(model), (True,)),
+            "plan: position": (self._positions(layers), (True,)),
             "norm.centred": (model.norm.centred, (False,)),
             "positions": (model.positions, (None,)),
             "norm.stored": (model.norm.stored, (self.norm,)),
@@ -218,7 +246,7 @@ class Family:
             "attention.norm": (first.norm, (norm if self.query_norm else None,)),
             "attention.norm_over": (first.norm_over, (self.query_norm or "head",)),
             "attention.sinks": (first.sinks, (self.sinks,)),
-            "attention.gate": (first.gate, (None,)),
+            "attention.gate": (first.gate, (self.gate,)),
             "attention.biases": (set(first.biases), tuple(map(set, some))),
         }
         if len(pairings) > 1:
@@ -236,15 +264,15 @@ class Family:
             if given not in allowed:
                 yield BadInput(where, given, " or ".join(map(str, allowed)))
         try:
-            self.windows.write([layer.window for layer in layers])
+            self.windows.write([layer.window for layer in model.layers])
         except BadInput as error:
             yield error
 
-    def _positions(self, model: Decoder) -> bool:
-        """Whether the layers share rotations as the family can express: one rotation for all
-        layers, or, if `local` is given, one for layers with a window and one for the others."""
+    def _positions(self, layers: Sequence[ResolvedLayer]) -> bool:
+        """Whether layers share rotations as the family can express: one rotation for all of them,
+        or, if `local` is given, one for those with a window and one for the others."""
         by_window: dict[bool, set[Any]] = {}
-        for layer in model.layers:
+        for layer in layers:
             by_window.setdefault(bool(layer.window), set()).add(layer.softmax.position)
         if not self.local:
             return len(set().union(*by_window.values())) == 1
@@ -255,7 +283,7 @@ class Family:
 
         context: longest sequence in tokens, used if the model has no limit
         """
-        layers = model.layers
+        layers = [layer for layer in model.layers if isinstance(layer.attention, Attention)]
         attention = layers[0].attention
         assert isinstance(attention, Grouped)
         whole = [layer for layer in layers if not layer.window] or layers
@@ -266,15 +294,16 @@ class Family:
             "model_type": self.model_type,
             "vocab_size": model.vocab_size,
             "hidden_size": model.d_model,
-            "num_hidden_layers": len(layers),
+            "num_hidden_layers": len(model.layers),
             "num_attention_heads": attention.heads,
             "num_key_value_heads": attention.kv_heads,
             "head_dim": attention.head_dim,
             "rms_norm_eps": model.norm.epsilon,
             "max_position_embeddings": model.context or context,
             "tie_word_embeddings": model.readout == "tied",
-            **self.feedforward.write([layer.mlp for layer in layers]),
-            **self.windows.write([layer.window for layer in layers]),
+            **self.feedforward.write([layer.mlp for layer in model.layers]),
+            **self.windows.write([layer.window for layer in model.layers]),
+            **self.mixers.write(states(model)),
         }
         if self.biases is None:
             config["attention_bias"] = bool(attention.biases)
@@ -290,6 +319,12 @@ class Family:
             assert isinstance(local, RoPE)
             return config | self.write_ropes(place, local)
         return config | write_rope(place)
+
+
+def states(model: Decoder) -> list[AnyAttention | None]:
+    """Return the mixer of each layer without softmax attention; None for the others."""
+    mixers = (layer.attention for layer in model.layers)
+    return [None if isinstance(mixer, Attention) else mixer for mixer in mixers]
 
 
 def whole_scalar(scale: float | None) -> int | None:

@@ -80,6 +80,76 @@ class ClampedExperts(FeedforwardKeys):
         }
 
 
+@dataclass(frozen=True)
+class SparseExperts(FeedforwardKeys):
+    """Experts with the names of Qwen, in all layers but those of `mlp_only_layers`, and in one of
+    every `decoder_sparse_step` layers; the others have a gated MLP.
+
+    shared: whether the experts have a gated shared expert (Qwen3-Next)
+    """
+
+    shared: bool = False
+
+    def read(self, given: Given, layers: int) -> Sequence[Feedforward]:
+        step = given.whole("decoder_sparse_step")
+        dense = given.items("mlp_only_layers") or []
+        for number in dense:
+            if type(number) is not int or not 0 <= number < layers:
+                allowed = f"numbers of layers, 0 to {layers - 1}"
+                raise BadInput(f"{given.where}: mlp_only_layers", dense, allowed)
+        sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
+        experts = self.experts(given) if any(sparse) else None
+        gated = self.gated(given) if not all(sparse) else None
+        return [experts if here else gated for here in sparse]
+
+    def experts(self, given: Given) -> Experts:
+        """Read the experts."""
+        hidden, shared = given.whole("moe_intermediate_size"), 0
+        if self.shared:
+            width = given.whole("shared_expert_intermediate_size")
+            shared, rest = divmod(width, hidden)
+            if rest:
+                allowed = f"a multiple of moe_intermediate_size ({hidden})"
+                raise BadInput(f"{given.where}: shared_expert_intermediate_size", width, allowed)
+        number = chosen(given, "num_experts")
+        normalise = given.flag("norm_topk_prob")
+        if normalise and number["top_k"] == 1:
+            allowed = "false with num_experts_per_tok 1, whose only weight would always be one"
+            raise BadInput(f"{given.where}: norm_topk_prob", True, allowed)
+        return Experts(
+            **number,
+            hidden=hidden,
+            shared=shared,
+            shared_gate=self.shared,
+            activation=given.one_of(self.activation, ACTIVATIONS),
+            normalise=normalise,
+        )
+
+    def write(self, parts: Sequence[Feedforward]) -> dict[str, Any]:
+        dense = [number for number, part in enumerate(parts) if isinstance(part, Gated)]
+        keys: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+        if dense:
+            keys |= self.keys_of_gated(alike([parts[number] for number in dense], Gated))
+        if len(dense) == len(parts):
+            return keys
+        part = alike([part for part in parts if not isinstance(part, Gated)], Experts)
+        require(part, router="softmax", limit=None, up_offset=0.0, biases=False)
+        require(part, shared_gate=self.shared)
+        written = WRITTEN[part.activation]
+        if keys.setdefault(self.activation, written) != written:
+            raise BadInput("plan: mlp.activation", part.activation, "one in all layers")
+        if self.shared:
+            keys["shared_expert_intermediate_size"] = part.shared * part.hidden
+        else:
+            require(part, shared=0)
+        return keys | {
+            "num_experts": part.experts,
+            "num_experts_per_tok": part.top_k,
+            "moe_intermediate_size": part.hidden,
+            "norm_topk_prob": part.normalise,
+        }
+
+
 def chosen(given: Given, key: str) -> dict[str, Any]:
     """Read the number of experts, from this key, and how many of them process a token."""
     experts = given.whole(key, high=MOST_EXPERTS)

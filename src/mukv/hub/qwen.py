@@ -1,6 +1,7 @@
-"""Qwen 2, 2.5 and 3; dense models only (Yang et al. 2024, 2025).
+"""Qwen 2, 2.5 and 3 (Yang et al. 2024, 2025).
 
 Queries, keys and values of Qwen 2 and 2.5 have biases; Qwen 3 normalises queries and keys instead.
+Models of Qwen 3 with experts are a family of their own; those of Qwen 2 are not read.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mukv.core.errors import BadInput
+from mukv.hub.base import Rule
 from mukv.hub.family import QKV, Family, LayerWindows
+from mukv.hub.feedforward import SparseExperts
 from mukv.hub.gemma import ByType
-from mukv.hub.llama import DEFAULTS, RULES
+from mukv.hub.llama import DEFAULTS, ENDS, LAYER, NORMS, PROJECTIONS, RULES
 from mukv.hub.rotation import LOCAL
 from mukv.hub.settings import Given
 
@@ -41,6 +44,18 @@ class LastLayers(ByType):
         }
 
 
+MLP = f"{LAYER}.mlp"
+EXPERT = f"{MLP}.experts.{{expert}}"
+EXPERTS = (
+    Rule(f"{MLP}.gate.weight", "mlp.router", "experts embed"),
+    Rule(f"{EXPERT}.gate_proj.weight", "mlp.gate", "expert_hidden embed"),
+    Rule(f"{EXPERT}.up_proj.weight", "mlp.up", "expert_hidden embed"),
+    Rule(f"{EXPERT}.down_proj.weight", "mlp.down", "embed expert_hidden"),
+    Rule(f"{MLP}.gate_proj.weight", "mlp.gate", "hidden embed"),
+    Rule(f"{MLP}.up_proj.weight", "mlp.up", "hidden embed"),
+    Rule(f"{MLP}.down_proj.weight", "mlp.down", "embed hidden"),
+)
+"""Rules of the feed-forward parts: experts in some layers, a gated MLP in others."""
 DEFAULTS = {
     **DEFAULTS,
     "vocab_size": 151_936,
@@ -60,5 +75,26 @@ QWEN3 = Family(
     RULES,
     {**DEFAULTS, "head_dim": 128},
     query_norm="head",
+    windows=LastLayers(),
+)
+QWEN3_MOE = Family(
+    "Qwen3MoeForCausalLM",
+    "qwen3_moe",
+    (*ENDS, *PROJECTIONS, *EXPERTS, *NORMS),
+    {
+        **DEFAULTS,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_experts": 128,
+        "norm_topk_prob": False,
+    },
+    query_norm="head",
+    feedforward=SparseExperts(),
     windows=LastLayers(),
 )

@@ -8,7 +8,8 @@ form is written, because all versions can read it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mukv.core.errors import BadInput
@@ -20,6 +21,7 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 """Types of layers: with a window, and without one."""
 ORIGINAL = "original_max_position_embeddings"
 THETA, LOCAL_THETA = "rope_theta", "rope_local_base_freq"
+PARTIAL = "partial_rotary_factor"
 Scaled = Callable[[Given, Given], AnyScaling | None]
 
 
@@ -36,6 +38,31 @@ def read_rope(given: Given) -> RoPE:
         settings.require(kind)
     outside = {key: given.mapping[key] for key in (ORIGINAL,) if key in given.mapping}
     return read_rotation(Given({**settings.mapping, **outside}, settings.where), given, THETA)
+
+
+def read_partial_rope(given: Given) -> RoPE:
+    """Read the rotation of all layers, in a family that rotates a part of each head."""
+    settings = given.inside("rope_scaling")
+    if not settings.mapping:
+        settings = given.inside("rope_parameters")
+    holder = settings if PARTIAL in settings.mapping else given
+    share = holder.number(PARTIAL)
+    if share > 1:
+        raise BadInput(f"{holder.where}: {PARTIAL}", share, "at most 1")
+    return replace(read_rope(_without(given, PARTIAL)), partial=share)
+
+
+def _without(given: Given, name: str) -> Given:
+    """Return the mapping without the keys of this name, at any depth."""
+
+    def rest(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: rest(value) if isinstance(value, Mapping) else value
+            for key, value in mapping.items()
+            if key != name
+        }
+
+    return replace(given, mapping=rest(given.mapping))
 
 
 def read_local_rope(given: Given) -> RoPE:
@@ -63,7 +90,7 @@ def read_rotation(settings: Given, given: Given, theta: str) -> RoPE:
         used if `settings` has none
     """
     for each in (given, settings):
-        each.require("partial_rotary_factor", 1)
+        each.require(PARTIAL, 1)
     kind = "rope_type" if "rope_type" in settings.mapping else "type"
     read: Scaled = settings.one_of(kind, READERS, "default")
     holder, key = (settings, THETA) if THETA in settings.mapping else (given, theta)
@@ -195,6 +222,11 @@ def write_scaling(scaling: AnyScaling | None) -> dict[str, Any] | None:
 def write_rope(position: RoPE) -> dict[str, Any]:
     """Return the keys of one rotation for all layers."""
     return {THETA: position.base, "rope_scaling": write_scaling(position.scaling)}
+
+
+def write_partial_rope(position: RoPE, local: RoPE) -> dict[str, Any]:
+    """Return the keys of one rotation for all layers, of a part of each head."""
+    return write_rope(position) | {PARTIAL: position.partial}
 
 
 def write_ropes(position: RoPE, local: RoPE) -> dict[str, Any]:

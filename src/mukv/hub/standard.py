@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
+from mukv.attention import Attention, GatedDelta
 from mukv.core.errors import BadInput
 from mukv.core.params import named
 from mukv.hub.family import Family, whole_scalar
@@ -20,6 +21,8 @@ from mukv.model import Decoder
 from mukv.scaling.parameterization import Scaling
 from mukv.schema.numbers import leaves
 from mukv.schema.schema import to_mapping
+
+T = TypeVar("T")
 
 
 def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dict[str, Any]]:
@@ -35,7 +38,7 @@ def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dic
     if model.readout == "tied":
         final *= model.scaling.tied_factor(model.params()["embedding"])
     _multiply(flat, final, ["final_norm.gain", "final_norm.offset", "final_norm.bias"])
-    attention = model.layers[0].softmax
+    attention = next(each.softmax for each in model.layers if isinstance(each.attention, Attention))
     if family.query_scale and whole_scalar(attention.scale):
         layers = attention.scale
     else:
@@ -49,13 +52,18 @@ def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dic
         replace(
             stage,
             pattern=tuple(
-                replace(layer, attention=layer.attention and replace(layer.attention, scale=layers))
+                replace(layer, attention=_scaled(layer.attention, layers))
                 for layer in stage.pattern
             ),
         )
         for stage in model.plan
     )
-    return replace(plain, attention=replace(model.attention, scale=layers), plan=stages), flat
+    return replace(plain, attention=_scaled(model.attention, layers), plan=stages), flat
+
+
+def _scaled(attention: T, scale: float | None) -> T:
+    """Return attention with this scale; what has no softmax is unchanged."""
+    return replace(attention, scale=scale) if isinstance(attention, Attention) else attention
 
 
 def _multiply(flat: dict[str, Any], factor: float, names: Iterable[str]) -> None:
@@ -97,9 +105,13 @@ def _meaning(model: Decoder) -> dict[str, Any]:
     meaning |= {"logit_softcap": model.logit_softcap, "positions": model.positions}
     for layer in model.layers:
         attention = to_mapping(layer.attention)
-        attention["scale"] = layer.softmax.scale or layer.softmax.query_dim**-0.5
-        attention["biases"] = sorted(attention["biases"])
-        attention["position"].pop("pairing", None)
+        if isinstance(layer.attention, Attention):
+            attention["scale"] = layer.softmax.scale or layer.softmax.query_dim**-0.5
+            attention["biases"] = sorted(attention["biases"])
+            attention["position"].pop("pairing", None)
+        elif isinstance(layer.attention, GatedDelta):
+            attention["key_heads"] = layer.attention.query_heads
+            attention["head_value_dim"] = layer.attention.value_dim
         mlp = to_mapping(layer.mlp)
         for name in ("balance", "z_loss"):  # of the training objective
             mlp.pop(name, None)

@@ -52,6 +52,8 @@ class Experts(Feedforward):
     top_k: number of experts that process a token
     hidden: inner width of an expert
     shared: number of further experts, which process every token
+    shared_gate: whether the output of these is multiplied by sigmoid(x w), one number per token
+        (Qwen3-Next)
     activation: function of the gate
     limit: upper bound of the input of the gate's function, and bound of the size of what it
         multiplies, in the experts that the router chooses (gpt-oss); None for none
@@ -73,6 +75,7 @@ class Experts(Feedforward):
     top_k: int = 2
     hidden: int = 64
     shared: int = 0
+    shared_gate: bool = False
     activation: Activation = "silu"
     limit: float | None = None
     up_offset: float = 0.0
@@ -92,6 +95,8 @@ class Experts(Feedforward):
             raise BadInput("top_k", self.top_k, f"at most experts ({self.experts})")
         if not 0 <= self.shared <= MOST_EXPERTS:
             raise BadInput("shared", self.shared, f"0 to {MOST_EXPERTS:,}")
+        if self.shared_gate and not self.shared:
+            raise BadInput("shared_gate", True, "false where there are no shared experts")
         if self.normalise and self.top_k == 1:
             allowed = "false with top_k 1: a single weight would always be one and not learn"
             raise BadInput("normalise", self.normalise, allowed)
@@ -136,6 +141,9 @@ class Experts(Feedforward):
             declared["down_bias"] = replace(bias, dims=outer, ends_branch=True)
         if self.shared:
             declared["shared"] = self.always.params(d_model, "shared_hidden")
+        if self.shared_gate:
+            gate = {"embed": d_model, "shared_gate": 1}
+            declared["shared_gate"] = Param(gate, role="router", fan_in=("embed",))
         return declared
 
     def apply(
@@ -150,7 +158,11 @@ class Experts(Feedforward):
         else:
             y, dropped = by_data_shard(self._within_capacity, experts, *own, counted)
         if self.shared:
-            y = y + self.always.apply(weights["shared"], x)[0]
+            always = self.always.apply(weights["shared"], x)[0]
+            if self.shared_gate:
+                share = jax.nn.sigmoid(project(x.astype(jnp.float32), weights["shared_gate"]))
+                always = (always * share).astype(always.dtype)
+            y = y + always
         return y, None if counted is None else self._auxiliary(routing, counted, dropped)
 
     def route(self, weights: Weights, x: Residual) -> Routing:

@@ -201,8 +201,8 @@ def _specs(
 ) -> dict[str, Spec]:
     """Return the tensors to write, by their names in the architecture, in the order of the layers.
     A tensor is converted only when its file is written."""
-    position = model.layers[0].softmax.position
-    interleaved = isinstance(position, RoPE) and position.pairing == "interleaved"
+    positions = [getattr(layer.attention, "position", None) for layer in model.layers]
+    interleaved = any(isinstance(p, RoPE) and p.pairing == "interleaved" for p in positions)
     groups: dict[str, list[WeightPiece]] = {}
     for piece in pieces(family.rules, model, pairs_in_halves if interleaved else None):
         groups.setdefault(piece.theirs, []).append(piece)
@@ -221,8 +221,7 @@ def _joined(parts: list[WeightPiece], flat: Mapping[str, Any], kept: np.dtype) -
     """Return a tensor of the checkpoint, made of all weights that it holds."""
     whole = np.empty(parts[0].shape, kept)
     for piece in parts:
-        stored = flat[piece.ours]
-        ours = np.asarray(stored if piece.repeat is None else stored[piece.repeat])
+        ours = np.asarray(flat[piece.ours][piece.place])
         with np.errstate(over="ignore"):
             theirs = ours.astype(kept)
         if not np.isfinite(theirs).all() and np.isfinite(ours).all():
