@@ -96,5 +96,4 @@ QWEN3_MOE = Family(
     },
     query_norm="head",
     feedforward=SparseExperts(),
-    windows=LastLayers(),
 )
