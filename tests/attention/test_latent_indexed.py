@@ -20,7 +20,7 @@ from mukv.model import Layer, Stage
 from mukv.model.loss import summed_loss
 from mukv.position import CoPE
 from tests.laws import matrix
-from tests.laws.matrix import EXACT, LENGTH, PLAIN
+from tests.laws.matrix import EXACT, LENGTH, OTHER, PLAIN
 
 
 def of(top_k, attention="latent-indexed"):
@@ -38,9 +38,9 @@ def without_index(tree):
     return {name: without_index(each) for name, each in tree.items() if name != "index"}
 
 
-def logits(model, weights, ids):
+def logits(model, weights, ids, compute=EXACT):
     place = np.tile(np.arange(LENGTH), (len(ids), 1))
-    return matrix.logits(model)(weights, ids, place, np.zeros_like(ids))
+    return matrix.logits(model, compute)(weights, ids, place, np.zeros_like(ids))
 
 
 def test_with_all_entries_it_is_latent_attention():
@@ -71,10 +71,12 @@ def test_the_choice_of_another_layer():
             without_index(read), *given, chosen, EXACT
         )[0]
 
-    np.testing.assert_array_equal(*both(x))
+    np.testing.assert_allclose(*both(x), atol=1e-6)
 
+    model = dataclasses.replace(model, plan=(dataclasses.replace(model.plan[0], repeats=2),))
     ids, weights = matrix.tokens(2), matrix.weights(model)
     whole, rows = logits(model, weights, ids), model.unstack(weights)
+    np.testing.assert_allclose(logits(model, weights, ids, OTHER), whole, atol=2e-5)
     cache, count = model.empty_cache(2, LENGTH, 4, EXACT.type), np.array([5, 7])
     found, cache = jax.jit(partial(model.prefill, compute=EXACT))(
         rows, cache, ids[:, :7], jnp.asarray(count)
