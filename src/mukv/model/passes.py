@@ -50,7 +50,7 @@ class Asked:
         return self.attention.query(self.weights, self.x, self.position)
 
 
-class Known(NamedTuple):
+class ReadByLayer(NamedTuple):
     """What a layer of a pass reads and passes on to later layers.
 
     bags: bags of entries; None if no other layer reads them
@@ -123,13 +123,13 @@ class Pass:
 
     def all(self, weights: Sequence[Any], x: Residual) -> Residual:
         """Apply every layer, each with its own weights."""
-        known: dict[int, Known] = {}
+        known: dict[int, ReadByLayer] = {}
         for layer, own in zip(self.layers, weights, strict=True):
             x, _ = self.layer(layer, own, x, known)
         return x
 
     def layer(
-        self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, Known]
+        self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, ReadByLayer]
     ) -> tuple[Residual, Auxiliary]:
         """Apply one layer; return the residual stream and the layer's auxiliary numbers.
 
@@ -147,8 +147,8 @@ class Pass:
             apply = partial(_layer, alike, self._read_by_others(index), shared)
         if self.aligned:
             apply = self.compute.recomputing(apply)
-        source, chooser = (known.get(at, Known()) for at in (layer.source, layer.indexed_by))
-        inherited = Known(source.bags, chooser.choice)
+        source, chooser = (known.get(at, ReadByLayer()) for at in (layer.source, layer.indexed_by))
+        inherited = ReadByLayer(source.bags, chooser.choice)
         x, known[index], after, auxiliary = apply(weights, x, inherited, memory)
         if after is not None:
             self.memories[index] = after
@@ -168,9 +168,9 @@ class Pass:
         layer: ResolvedLayer,
         weights: Any,
         x: Residual,
-        inherited: Known,
+        inherited: ReadByLayer,
         memory: MemoryOrNone,
-    ) -> tuple[Residual, Known, MemoryOrNone, Auxiliary]:
+    ) -> tuple[Residual, ReadByLayer, MemoryOrNone, Auxiliary]:
         """Apply one layer.
 
         weights: of the layer. inherited: what it reads of other layers. memory: its own.
@@ -205,7 +205,7 @@ class Pass:
             mlp, reported = layer.mlp.apply(weights["mlp"], normed, self.counted)
             mlp = residual.leave(weights, "mlp", norm, mlp)
             x = tap("mlp", constrain(x + mlp, "batch", None, None))
-        return x, Known(parts, mask.choice), memory, together(own, reported)
+        return x, ReadByLayer(parts, mask.choice), memory, together(own, reported)
 
     def _read(
         self,
@@ -233,4 +233,4 @@ def _layer(layer: ResolvedLayer, shows: tuple[bool, bool], run: Pass, *inputs: A
     whether one reads by its choice."""
     x, read, after, auxiliary = run.applied(layer, *inputs)
     pieces = (piece if shown else None for piece, shown in zip(read, shows, strict=True))
-    return x, Known(*pieces), after, auxiliary
+    return x, ReadByLayer(*pieces), after, auxiliary

@@ -30,7 +30,7 @@ from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
 from mukv.model.cache_update import LayerBag, LayerMemory, extended, joined, memories
 from mukv.model.feedforward import AnyFeedforward
-from mukv.model.passes import Asked, Known, MemoryOrNone, Pass, Remember, layer_params
+from mukv.model.passes import Asked, ReadByLayer, MemoryOrNone, Pass, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.model.remember import One, Several
 from mukv.model.through import Through
@@ -157,7 +157,7 @@ class Stack:
             run, counted=jnp.ones_like(position, bool) if segment is None else segment > 0
         )
         reported: list[Auxiliary] = []
-        known: dict[int, Known] = {}
+        known: dict[int, ReadByLayer] = {}
         for s, stage in enumerate(self.plan):
             stacked = weights[f"stage{s}"]
             here = [layer for layer in self.layers if layer.stage == s]
