@@ -30,7 +30,7 @@ from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
 from mukv.model.cache_update import LayerBag, LayerMemory, extended, joined, memories
 from mukv.model.feedforward import AnyFeedforward
-from mukv.model.passes import Asked, ReadByLayer, MemoryOrNone, Pass, Remember, layer_params
+from mukv.model.passes import Asked, MemoryOrNone, Pass, ReadByLayer, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.model.remember import One, Several
 from mukv.model.through import Through
