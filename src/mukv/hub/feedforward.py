@@ -86,9 +86,11 @@ class SparseExperts(FeedforwardKeys):
     every `decoder_sparse_step` layers; the others have a gated MLP.
 
     shared: whether the experts have a gated shared expert (Qwen3-Next)
+    other_count: another key of the number of experts, which counts before `num_experts`
     """
 
     shared: bool = False
+    other_count: str | None = None
 
     def read(self, given: Given, layers: int) -> Sequence[Feedforward]:
         step = given.whole("decoder_sparse_step")
@@ -111,7 +113,8 @@ class SparseExperts(FeedforwardKeys):
             if rest:
                 allowed = f"a multiple of moe_intermediate_size ({hidden})"
                 raise BadInput(f"{given.where}: shared_expert_intermediate_size", width, allowed)
-        number = chosen(given, "num_experts")
+        other = self.other_count
+        number = chosen(given, other if other in given.mapping else "num_experts")
         normalise = given.flag("norm_topk_prob")
         if normalise and number["top_k"] == 1:
             allowed = "false with num_experts_per_tok 1, whose only weight would always be one"

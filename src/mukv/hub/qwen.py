@@ -95,5 +95,5 @@ QWEN3_MOE = Family(
         "norm_topk_prob": False,
     },
     query_norm="head",
-    feedforward=SparseExperts(),
+    feedforward=SparseExperts(other_count="num_local_experts"),
 )
