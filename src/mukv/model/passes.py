@@ -17,7 +17,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from mukv.attention import DIRECT, AnyAttention, Attention, Bag, Carried, Mask, Queries, Written
-from mukv.attention.indexer import Choice
+from mukv.attention.indexer import EntryChoice
 from mukv.core.compute import RESIDUAL, Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
@@ -59,7 +59,7 @@ class ReadByLayer(NamedTuple):
     """
 
     bags: tuple[Bag, ...] | None = None
-    choice: Choice | None = None
+    choice: EntryChoice | None = None
 
 
 Remember = Callable[
