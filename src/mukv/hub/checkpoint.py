@@ -120,9 +120,7 @@ class Checkpoint:
         types = {piece.ours: self.source.tensors[piece.theirs].dtype for piece in self.pieces}
         made = {name: aligned(declared[name].shape, types[name]) for name in types}
         for piece in self._by_file():
-            whole = made[piece.ours]
-            place = whole if piece.repeat is None else whole[piece.repeat]
-            place[...] = piece.read(self.source)
+            made[piece.ours][piece.place] = piece.read(self.source)
         return made
 
     def compact(self, kind: str) -> dict[str, Any]:
