@@ -198,7 +198,7 @@ SIMPLE: dict[str, tuple[Stage, ...]] = {
     "experts-dense": (Stage(), DENSE_AND_SHARED),
     "indexed-by": (
         Stage((Layer(), Layer(indexed_by=-1)), repeats=2),
-        Stage((Layer(indexed_by=2),)),
+        Stage((Layer(indexed_by=2),), repeats=2),
     ),
 }
 COMPOSED: dict[str, tuple[Stage, ...]] = {

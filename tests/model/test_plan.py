@@ -122,7 +122,7 @@ def test_empty_plans():
         ),  # read from outside
         ([pattern(Layer(), repeats=2), pattern(Layer(reads=-2), repeats=2)], [False, False]),
         ([pattern(CHOOSES, CHOSEN, CHOSEN, repeats=2)], [True]),
-        ([pattern(CHOOSES, repeats=2), pattern(CHOSEN, repeats=2)], [False, False]),
+        ([pattern(CHOOSES, repeats=2), pattern(CHOSEN, repeats=2)], [False, True]),
     ],
 )
 def test_scannable(stages, expected):
