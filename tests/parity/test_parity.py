@@ -21,6 +21,10 @@ from tests.parity.models import FAMILIES, TINY, VOCAB, logits, saved, torch, tra
 LENGTH, CUT = 96, 37
 """Tokens of a row; where a padded one begins or ends, and a packed one is cut."""
 IDS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH))
+ROUNDING = {"qwen3_next": 4e-4}
+"""Tolerance of logits, where 1e-4 is too little. In Qwen3-Next, weights changed by a factor of
+1 + 6e-8 n, n drawn from a normal distribution, change transformers' own logits by up to 1.3e-4.
+"""
 
 
 def with_compute(model, compute):
@@ -61,7 +65,8 @@ def test_logits(pair):
     apart = [logits(theirs, part[None])[0] for part in np.split(ids[3], [CUT])]
     expected = np.concatenate([padded, np.concatenate(apart)[None]])
     assert expected[counts].std() > 0.3
-    np.testing.assert_allclose(found[counts], expected[counts], atol=1e-4)
+    atol = ROUNDING.get(theirs.config.model_type, 1e-4)
+    np.testing.assert_allclose(found[counts], expected[counts], atol=atol)
 
 
 def test_there_and_back(pair, tmp_path):
