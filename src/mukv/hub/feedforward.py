@@ -100,9 +100,10 @@ class SparseExperts(FeedforwardKeys):
                 allowed = f"numbers of layers, 0 to {layers - 1}"
                 raise BadInput(f"{given.where}: mlp_only_layers", dense, allowed)
         sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
-        experts = self.experts(given) if any(sparse) else None
-        gated = self.gated(given) if not all(sparse) else None
-        return [experts if here else gated for here in sparse]
+        parts: dict[bool, Feedforward] = {
+            here: self.experts(given) if here else self.gated(given) for here in set(sparse)
+        }
+        return [parts[here] for here in sparse]
 
     def experts(self, given: Given) -> Experts:
         """Read the experts."""
@@ -114,7 +115,7 @@ class SparseExperts(FeedforwardKeys):
                 allowed = f"a multiple of moe_intermediate_size ({hidden})"
                 raise BadInput(f"{given.where}: shared_expert_intermediate_size", width, allowed)
         other = self.other_count
-        number = chosen(given, other if other in given.mapping else "num_experts")
+        number = chosen(given, other if other and other in given.mapping else "num_experts")
         normalise = given.flag("norm_topk_prob")
         if normalise and number["top_k"] == 1:
             allowed = "false with num_experts_per_tok 1, whose only weight would always be one"

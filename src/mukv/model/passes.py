@@ -147,8 +147,9 @@ class Pass:
             apply = partial(_layer, alike, self._read_by_others(index), shared)
         if self.aligned:
             apply = self.compute.recomputing(apply)
-        source, chooser = (known.get(at, ReadByLayer()) for at in (layer.source, layer.indexed_by))
-        inherited = ReadByLayer(source.bags, chooser.choice)
+        bags = known.get(layer.source, ReadByLayer()).bags
+        choice = None if layer.indexed_by is None else known[layer.indexed_by].choice
+        inherited = ReadByLayer(bags, choice)
         x, known[index], after, auxiliary = apply(weights, x, inherited, memory)
         if after is not None:
             self.memories[index] = after
@@ -184,7 +185,7 @@ class Pass:
         weights = gather(self.compute.working_copy(declared, weights), declared)
         with scope(f"layer{self.first + layer.index}"):
             normed = residual.enter(weights, "attention", norm, x)
-            parts, direct = inherited.bags, None
+            parts, direct = inherited.bags or (), None
             if layer.writes:
                 carried = None
                 if memory is not None and self.added is not None:
@@ -232,5 +233,6 @@ def _layer(layer: ResolvedLayer, shows: tuple[bool, bool], run: Pass, *inputs: A
     """Apply one layer, as `Pass.applied` does. shows: whether another layer reads its bags, and
     whether one reads by its choice."""
     x, read, after, auxiliary = run.applied(layer, *inputs)
-    pieces = (piece if shown else None for piece, shown in zip(read, shows, strict=True))
-    return x, ReadByLayer(*pieces), after, auxiliary
+    bags, choice = shows
+    shown = ReadByLayer(read.bags if bags else None, read.choice if choice else None)
+    return x, shown, after, auxiliary
