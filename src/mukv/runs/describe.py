@@ -53,8 +53,8 @@ def describe(run: Run) -> dict[str, Any]:
             bags = layer.attention.bags.values()
             aligned = len(bags) == 1 and all(bag.every == 1 for bag in bags)
             dropped = run.train.policy is not None and bool(layer.whole)
-            chosen = layer.indexed_by is not None
-            shows = REASON if chosen else None
+            chooser = layer.indexed_by
+            shows = None if chooser is None else REASON
             demand = {"shows": shows, "aligned": aligned, "dropped": dropped}
             choice = layer.attention.core(queries, compute, **demand)
             layers.append(
@@ -64,7 +64,7 @@ def describe(run: Run) -> dict[str, Any]:
                     "position": position.kind if position else "none",
                     "window": layer.window,
                     "reads": None if layer.reads is None else stack.first + layer.reads,
-                    "indexed_by": stack.first + layer.indexed_by if chosen else None,
+                    "indexed_by": None if chooser is None else stack.first + chooser,
                     "tokens_per_entry": rate.entry,
                     "core": choice and choice.name,
                     "cores_refused": choice.refused if choice else {},
