@@ -138,3 +138,17 @@ def test_a_concept_model(name):
 def test_tokens_of_strings_are_known():
     strings = rows_of(TEXT, 64, 1, 200).strings
     assert 0 <= strings.min() < strings.max() < VOCAB
+
+
+def test_rows_of_unequal_length_are_read_as_each_alone(reader, rows):
+    """Padding behind a row changes neither its record nor what is likeliest after it."""
+    tokens, follow, policy = rows.text[:, : rows.read], rows.text[:, rows.read :], FULL
+    count = np.array([rows.read, rows.read - 5])
+    together, _ = reader.compressed(reader.record(tokens, count)[1], policy, {})
+    found = reader.likeliest(together, follow)
+    for row, length in enumerate(count):
+        ids = np.concatenate([tokens[row, :length], follow[row]])[None]
+        logits = matrix.logits(reader.model)(
+            matrix.weights(reader.model), ids, np.arange(ids.shape[1])[None], np.zeros_like(ids)
+        )
+        assert np.array_equal(found[row], np.argmax(logits[0][length:], axis=-1))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.table import Table
 
-from mukv.cli import benchmark, compression, demo, tuning
+from mukv.cli import benchmark, compression, demo, pretrained, tuning
 from mukv.compress import Result
 from mukv.runs import config, describe
 from mukv.show.terminal import Console, table
@@ -170,6 +170,18 @@ def test_demo(tables, tmp_path):
     assert uneven(tables[0]) == []
     assert "one seed" in str(tables[0].caption)
     demo.draw(rows, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_demo_of_a_pretrained_model(tables, tmp_path):
+    rows = [
+        {"policy": name, "budget": 0.25, "perplexity": 25.734, "needles": 0.5, "cache_bytes": 10**6,
+         "bytes_of_full": share, "tokens_per_second": 31.2, "decoding_of_full": 1.06}
+        for name, share in (("full", 1.0), ("snapkv+int8", 0.125))
+    ]  # fmt: skip
+    pretrained.show(rows, Console())
+    assert uneven(tables[0]) == []
+    pretrained.draw(rows, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 

@@ -1,4 +1,4 @@
-"""Compare attention variants in small models of equal size (`mukv demo`).
+"""Compare attention variants in small models of equal size, the first half of `mukv demo`.
 
 Each model is trained on the source code of Python's standard library, which every machine has. A
 variant with fewer attention weights has a wider MLP, so that all models have about the same number
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mukv.cli import pretrained
 from mukv.core.params import count
 from mukv.infer.decode import Sampling
 from mukv.model.block import Gated
@@ -66,8 +67,10 @@ CONTESTANTS = (
 
 def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
     """Train the models, compare and plot them; return the table as data and the paths of files.
+    Then show a pretrained model under cache policies (`cli/pretrained.py`).
 
-    fast: whether only every second variant is trained, for fewer steps
+    fast: whether only every second variant is trained, for fewer steps, and no pretrained model is
+        shown
     """
     steps, contestants = (40, CONTESTANTS[::2]) if fast else (140, CONTESTANTS)
     target = count(config.load(CONTESTANTS[0].preset).model.params())
@@ -106,6 +109,7 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
         "plot": str(plot),
         "table": str(results),
         "runs": [row["run"] for row in rows],
+        "pretrained": None if fast else pretrained.demonstrate(out / "pretrained", console),
     }
 
 

@@ -23,11 +23,15 @@ def demo(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for runs, plot and table.")] = Path("runs/demo"),
     fast: Annotated[
-        bool, typer.Option("--fast", help="Train fewer models for fewer steps.")
+        bool,
+        typer.Option(
+            "--fast", help="Train fewer models for fewer steps, without the pretrained model."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train small models with different attention; show quality against cache bytes.
+    """Train small models with different attention, and compress the cache of a pretrained one; show
+    quality against cache bytes.
 
     Example: `mukv demo --fast`
     """

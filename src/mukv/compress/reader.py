@@ -167,20 +167,24 @@ class PolicyReader:
 
     # Reading
 
-    def record(self, tokens: np.ndarray) -> tuple[Array, Any, float]:
+    def record(
+        self, tokens: np.ndarray, count: np.ndarray | None = None
+    ) -> tuple[Array, Any, float]:
         """Prefill rows of tokens, [row token]; return the logits of the next token, the record, and
         the seconds of one row.
+
+        count: tokens of each row, which is padded behind them; None if no row is padded
         """
-        logits, cache, seconds = self._record(tokens)
+        count = np.full(len(tokens), tokens.shape[1]) if count is None else count
+        logits, cache, seconds = self._record(tokens, count)
         if seconds <= SHORT_SECONDS:
-            logits, cache, seconds = self._record(tokens)
+            logits, cache, seconds = self._record(tokens, count)
         return logits, cache, seconds / len(tokens)
 
-    def _record(self, tokens: np.ndarray) -> tuple[Array, Any, float]:
+    def _record(self, tokens: np.ndarray, count: np.ndarray) -> tuple[Array, Any, float]:
         empty = self.cache(len(tokens), RECORD, {})
-        count = jnp.full(len(tokens), tokens.shape[1])
         start = time.perf_counter()
-        made = self._prefill(self.weights, empty, jnp.asarray(tokens), count)
+        made = self._prefill(self.weights, empty, jnp.asarray(tokens), jnp.asarray(count))
         logits, cache = jax.block_until_ready(made)
         return logits, cache, time.perf_counter() - start
 
@@ -231,6 +235,11 @@ class PolicyReader:
             found[start : start + chunk] = np.asarray(hits)
             tick()
         return np.moveaxis(found, 0, 1)
+
+    def likeliest(self, cache: Any, tokens: np.ndarray) -> np.ndarray:
+        """Return the likeliest token after each of these, which follow a cache, [row token]."""
+        (logits,) = self._answer(self.weights, cache, jnp.asarray(tokens)[None])
+        return np.asarray(jnp.argmax(logits, axis=-1))
 
     def speeds(self, cache: Any, policy: Policy, full: Any, tokens: np.ndarray) -> Speed:
         """Measure decoding with a cache of one row, in turn with the full cache.
