@@ -111,7 +111,7 @@ class Board:
     def record(self, batch: Batch) -> tuple[Any, float]:
         """Read contexts with all entries and queries; also return the seconds of one row."""
         reader, rows = self.reader, len(batch.contexts)
-        given = reader.cache(rows, RECORD, {}), jnp.asarray(batch.contexts), batch.count
+        given = reader.cache(rows, RECORD, {}), *map(jnp.asarray, (batch.contexts, batch.count))
         start = time.perf_counter()
         found = reader.model.prefill(reader.weights, *given, fresh=True, compute=reader.compute)
         record = jax.block_until_ready(found[1])

@@ -55,17 +55,17 @@ def test_a_run_is_continued(trained, tmp_path, capsys):
     given += ("--length", 1408, "--follow", 16, "--rows", 3, "--tasks", "needle", "--samples", 1)
     leaderboard.main([*map(str, given), "--policies", "snapkv"])
     first = (out / "finished.jsonl").read_bytes()
-    leaderboard.main([*map(str, given), "--policies", "snapkv,kvzip,int8"])
+    leaderboard.main([*map(str, given), "--policies", "snapkv,tova,int8"])
     assert (out / "finished.jsonl").read_bytes().startswith(first)
     rows = {row["policy"]: row for row in json.loads((out / "leaderboard.json").read_text())}
-    assert list(rows) == ["full", "snapkv", "kvzip", "int8"]
+    assert list(rows) == ["full", "snapkv", "tova", "int8"]
     assert all(row["texts"] == 3 and row["questions"] == 1 for row in rows.values())
     assert rows["full"]["added_loss"] == 0
     assert 0.4 < rows["snapkv"]["cache_bytes_of_full"] < 0.7
-    assert 0.4 < rows["kvzip"]["kept"] < 0.6
+    assert 0.4 < rows["tova"]["kept"] < 0.6
     assert abs(rows["int8"]["added_loss"]) < 0.01
     assert (out / "leaderboard.png").stat().st_size > 10_000
     before = capsys.readouterr()
-    leaderboard.main([*map(str, given), "--policies", "snapkv,kvzip,int8"])
+    leaderboard.main([*map(str, given), "--policies", "snapkv,tova,int8"])
     assert "batch" not in capsys.readouterr().out
-    assert before.out.count("kvzip") > 0
+    assert before.out.count("tova") > 0
