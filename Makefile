@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
-# The whole product, with XLA's optimisations: hours.
+# Every triple of parts, with XLA's optimisations: hours.
 test-all: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m ""
 

@@ -13,7 +13,7 @@ Row = TypeVar("Row")
 Part = tuple[str, Any]
 """An axis (such as "attention") and a value of it (such as "gqa")."""
 ORDERS = 20
-"""Number of random orders of the rows that the greedy search tries."""
+"""Number of random orders of the rows that a search tries unless told otherwise."""
 
 
 def cover(
@@ -21,16 +21,18 @@ def cover(
     parts: Callable[[Row], Iterable[Part]],
     size: int = 2,
     cost: Callable[[Row], float] = lambda _: 1.0,
+    searches: int = ORDERS,
 ) -> list[Row]:
     """Choose few of the rows, so that every group of `size` parts of different axes that occurs in
     `rows` also occurs in a chosen row.
 
     parts: function that returns the parts of a row, which may have several values of an axis
     cost: function that returns the time that a row takes, in any unit
+    searches: number of random orders of the rows that are tried
 
     The search is greedy: it takes the row with the most groups that are not covered yet, of equal
     rows one of least cost, and of these the first. Since the order of the rows matters, the result
-    is the cheapest of ORDERS searches over random orders with fixed seeds.
+    is the cheapest of several searches over random orders with fixed seeds.
     """
     rows = list(rows)
     costs = list(map(cost, rows))
@@ -51,7 +53,7 @@ def cover(
             chosen.append(best)
         return chosen
 
-    orders = (random.Random(seed).sample(range(len(rows)), len(rows)) for seed in range(ORDERS))
+    orders = (random.Random(seed).sample(range(len(rows)), len(rows)) for seed in range(searches))
     cheapest = min(map(greedy, orders), key=lambda chosen: sum(costs[row] for row in chosen))
     return [rows[number] for number in sorted(cheapest)]
 

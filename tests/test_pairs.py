@@ -1,4 +1,4 @@
-"""The quick round contains every pair of parts, and `make test-all` the product."""
+"""The quick round contains every pair of parts, and `make test-all` every triple."""
 
 from __future__ import annotations
 
@@ -70,4 +70,29 @@ def test_quick_rows_cover_pairs_of_attention_position_and_plan():
             *(("plan", name) for name in matrix.COMPOSED),
         }
     assert {row[2] for row in matrix.COMBINATIONS} == {*matrix.COMPOSED, *matrix.SIMPLE}
-    assert 16 * len(matrix.QUICK) < len(matrix.COMBINATIONS)
+    assert 4 * len(matrix.QUICK) < len(matrix.COMBINATIONS)
+
+
+def test_all_rows_cover_triples_of_attention_position_and_composed_plan():
+    """The rows of the full round contain every triple that the product has, and every pair with a
+    simple plan."""
+
+    def found(rows, plans):
+        return {
+            (attention, first, plan)
+            for attention, _, plan, *positions in rows
+            for first in positions
+            if plan in plans
+        }
+
+    def with_positions(rows):
+        for row in rows:
+            yield *row, *(name for axis, name in matrix.parts(row) if axis == "position")
+
+    chosen, product = map(list, map(with_positions, (matrix.COMBINATIONS, matrix.PRODUCT)))
+    assert found(chosen, matrix.COMPOSED) == found(product, matrix.COMPOSED)
+    pairs = [
+        {pair for row in found(rows, matrix.SIMPLE) for pair in itertools.combinations(row, 2)}
+        for rows in (chosen, product)
+    ]
+    assert pairs[0] == pairs[1]
