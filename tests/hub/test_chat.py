@@ -11,6 +11,7 @@ import pytest
 from mukv.core.errors import BadInput
 from mukv.hub import render
 from mukv.hub.chat import _given, chat_text, rendered, special_tokens
+from tests.pairs import params
 
 BOS = {"content": "<s>", "lstrip": False}
 SETTINGS = {"bos_token": BOS, "eos_token": "</s>", "pad_token": None}
@@ -241,7 +242,13 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("template", HOSTILE)
+ENDED = ["{{ '%1000000000d' % 1 }}", "{{ ''.join(['ab' * 10000] * 10000) }}"]
+"""Templates that run until the limit of time."""
+
+
+@pytest.mark.parametrize(
+    "template", params(HOSTILE, [each for each in HOSTILE if each not in ENDED])
+)
 def test_hostile_templates_are_one_line(tmp_path, template):
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(BadInput) as refused:

@@ -199,8 +199,8 @@ SIMPLE: dict[str, tuple[Stage, ...]] = {
 }
 COMPOSED: dict[str, tuple[Stage, ...]] = {
     "local-global": (Stage((Layer(window=3), Layer()), repeats=2),),
-    "reuse-both": (REUSE, dataclasses.replace(REUSE_WINDOW, repeats=1)),
-    "hybrid-last": (HYBRID, PLAIN_MLP, Stage((Layer(reads=2),), repeats=2)),
+    "reuse-both": tuple(dataclasses.replace(each, repeats=1) for each in (REUSE, REUSE_WINDOW)),
+    "hybrid-last": (HYBRID, PLAIN_MLP, Stage((Layer(reads=2),))),
     "experts-both": (Stage((Layer(mlp=ROUTED),)), Stage((Layer(window=4), Layer(mlp=SHARED)))),
 }
 """The kinds of layers of all simple plans, in fewer models."""

@@ -43,7 +43,10 @@ def _escape(character: str) -> str:
 
 def shortened(text: object, longest: int = LONGEST) -> str:
     """Return a printable text of at most `longest` characters; its middle becomes an ellipsis."""
-    whole = printable(text)
+    whole = str(text)
+    if len(whole) > 2 * longest:  # a printable text is at least as long: only the ends are needed
+        whole = whole[:longest] + whole[-longest:]
+    whole = printable(whole)
     if len(whole) <= longest:
         return whole
     end = (longest - 1) // 2
