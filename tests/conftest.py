@@ -79,6 +79,15 @@ def known(options: Sequence[str]) -> list[str]:
         return [each for each in options if text.find(each.split("=")[0].encode()) >= 0]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the full round, forget compiled programs after each module: those of all tests fill the
+    memory of a small machine."""
+    yield
+    if request.config.option.markexpr != QUICK and "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 def command(*args: object) -> subprocess.CompletedProcess[str]:
     """Run `mukv ARGS` in this process, since starting another costs seconds."""
     from mukv import cli

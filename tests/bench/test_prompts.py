@@ -60,7 +60,7 @@ def answering(monkeypatch, answer) -> list[str]:
     return given
 
 
-@pytest.mark.parametrize("name", params(PROMPTED, [*PROMPTED][::3]))
+@pytest.mark.parametrize("name", params(PROMPTED, [*PROMPTED][:1]))
 def test_a_perfect_model_scores_one(monkeypatch, speaker, name):
     solve = SOLVERS_IN_WORDS[PROMPTED[name].kind]
     given = answering(monkeypatch, lambda text: f" {', '.join(reversed(solve(text)))}.")

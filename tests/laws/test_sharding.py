@@ -2,11 +2,9 @@
 
 Eight simulated devices must train as one does. They add the same float32 numbers in another order,
 so that a sum of n terms may differ by about sqrt(n) * 6e-8 of its size, a few 1e-7 here. Adam
-divides
-by the root of the mean square, so that the update of a weight whose gradient is all noise can
-change
-its sign. Losses and norms are therefore compared to 2e-5, and each weight tensor to 2 % of the
-learning rate after three updates, root mean square.
+divides by the root of the mean square, so that the update of a weight whose gradient is all noise
+can change its sign. Losses and norms are therefore compared to 2e-5, and each weight tensor to 2 %
+of the learning rate after three updates, root mean square.
 """
 
 from __future__ import annotations

@@ -196,6 +196,7 @@ def test_a_killed_command_keeps_what_was_not_sent(bucket, tmp_path, monkeypatch)
     assert steps(fetched(url)) == ["1", "3"]
 
 
+@pytest.mark.product
 def test_training_continues_on_another_machine(bucket, token_file, mukv, tmp_path, monkeypatch):
     """With tokens and run in the store, another machine continues to the weights of a run on one
     disk."""
