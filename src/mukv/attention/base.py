@@ -182,17 +182,30 @@ class Attention(Mixer):
         """Attend from each token to the entries that it may see, in one softmax over all bags.
 
         parts: bags of entries, in the order of their positions
-        mask: which entries each query sees; the window of each bag limits it further
+        mask: which entries each query sees; the window of each bag limits it further. Without a
+            choice, this layer chooses
         compute: settings from which the attention core is chosen
 
-        Returns what is added to the residual stream, and None for no auxiliary numbers.
+        Returns what is added to the residual stream, and auxiliary numbers or None.
         """
+        if mask.choice is None:
+            mask = replace(mask, choice=self.choose(weights, x, position, parts, mask, compute))
+        form = self if mask.aligned else self.decoding()
+        return form.attend(weights, x, position, parts, mask, compute)
+
+    def attend(
+        self,
+        weights: Weights,
+        x: Residual,
+        position: Int[Array, "batch token"],
+        parts: Sequence[Bag],
+        mask: Mask,
+        compute: Compute,
+    ) -> tuple[Residual, Reported]:
+        """Attend as `read` does, to the entries of `mask.choice` alone if there is one."""
         address, scores = self.scaled_queries(weights, self.query(weights, x, position), position)
         retrieved = [part.retrieve(address, partial(self.recall, weights)) for part in parts]
-        choice = mask.choice
-        if choice is None:
-            choice = self.choose(weights, x, position, parts, mask, compute)
-        chosen = among_bags(choice, [entries for _, entries in retrieved])
+        chosen = among_bags(mask.choice, [entries for _, entries in retrieved])
         masked = [
             cores.Part(keys, entries, replace(mask.of(entries), chosen=own, choice=None))
             for (keys, entries), own in zip(retrieved, chosen, strict=True)
@@ -200,7 +213,7 @@ class Attention(Mixer):
         ordered = all(part.entries.ordered for part in masked)
         aligned = len(masked) == 1 and masked[0].mask.aligned
         dropped = any(part.entries.until is not None for part in masked)
-        shows = tapped() or (None if choice is None else "each query chooses its entries")
+        shows = tapped() or (None if mask.choice is None else "each query chooses its entries")
         core = self.core(x.shape[1], compute, ordered, shows, aligned, dropped).core
         out = core.apply(address, masked, scores)
         return self.output(weights, out, x, position), None

@@ -9,21 +9,20 @@ and the output (absorbed), so that it reads the latent itself.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import cores
-from mukv.attention.base import Attention, Queries
+from mukv.attention.base import Queries
 from mukv.attention.entries import Bag, Entries
-from mukv.attention.indexed import INDEX, REASON, IndexedRead
-from mukv.attention.indexer import EntryChoice, Indexer
+from mukv.attention.indexed import INDEX, IndexedRead
+from mukv.attention.indexed_attention import IndexedAttention
+from mukv.attention.indexer import Indexer
 from mukv.attention.mask import Mask
-from mukv.attention.mixer import Carried, EntryStore, Reported, Tensors
+from mukv.attention.mixer import Carried, EntryStore
 from mukv.attention.recalled import Dense, Query
-from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
@@ -36,7 +35,7 @@ INDEX_NORM = RMSNorm(centred=True)
 
 
 @dataclass(frozen=True)
-class Latent(Attention):
+class Latent(IndexedAttention):
     """Multi-head latent attention (DeepSeek-V2, 2024, section 2.1).
 
     rank: width of the latent
@@ -198,71 +197,22 @@ class Latent(Attention):
         value = project(latent, weights["value_up"]).swapaxes(1, 2)
         return Dense((key, entries.tensors["key"]), value)
 
-    def choose(
-        self,
-        weights: Weights,
-        x: Residual,
-        position: Int[Array, "batch token"],
-        parts: Sequence[Bag],
-        mask: Mask,
-        compute: Compute,
-    ) -> EntryChoice | None:
-        if self.indexer is None:
-            return None
-        form = self if mask.aligned else self.decoding()
-        weights, x = jax.lax.stop_gradient((weights, x))
-        return form.indexed(weights, parts, mask).choose(x, position, parts, compute)
-
     def indexed(self, weights: Weights, parts: Sequence[Bag], mask: Mask) -> IndexedRead:
-        """Return the read of which the indexer chooses the entries."""
-        indexer = self.indexer
+        indexer, everywhere = self.indexer, (True,) * len(parts)
+        if indexer is None:
+            return IndexedRead(self, weights, everywhere, mask)
 
         def ask(x: Residual, position: Int[Array, "batch query"]) -> tuple[Array, Array]:
-            assert indexer is not None
             own, x = weights[INDEX], jax.lax.stop_gradient(x)
             latent = jax.lax.stop_gradient(self._query_latent(weights, x))
             query = self._rotated_first(indexer.queries(own, latent), position)
             return query, indexer.weight(own, x)
 
-        return IndexedRead(self, weights, (True,) * len(parts), mask, indexer, ask)
-
-    def read(
-        self,
-        weights: Weights,
-        x: Residual,
-        position: Int[Array, "batch token"],
-        parts: Sequence[Bag],
-        mask: Mask,
-        compute: Compute,
-        direct: Tensors | None = None,
-    ) -> tuple[Residual, Reported]:
-        """Read in the expanded form if all entries belong to these tokens, else in the absorbed
-        form.
-
-        See `Attention.read`; with an indexer, `IndexedRead.read` has the numbers that it reports.
-        """
-        form = self if mask.aligned else self.decoding()
-        if self.indexer is not None:
-            if mask.choice is None:
-                mask = replace(mask, choice=self.choose(weights, x, position, parts, mask, compute))
-            return form.indexed(weights, parts, mask).read(x, position, parts, compute)
-        return Attention.read(form, weights, x, position, parts, mask, compute)
+        return IndexedRead(self, weights, everywhere, mask, indexer, ask)
 
     def decoding(self) -> Absorbed:
         """Return the absorbed form."""
         return Absorbed(**{f.name: getattr(self, f.name) for f in fields(self)})
-
-    def core(
-        self,
-        queries: int,
-        compute: Compute,
-        ordered: bool = True,
-        shows: str | None = None,
-        aligned: bool = False,
-        dropped: bool = False,
-    ) -> cores.CoreChoice:
-        needed = REASON if self.indexer else None
-        return super().core(queries, compute, ordered, shows or needed, aligned, dropped)
 
     def memory(self) -> Hashable:
         parts = self.rope_dim, self.rope_parts, self.indexer and self.indexer.width

@@ -13,15 +13,14 @@ from typing import Any, Literal
 
 import jax
 
-from mukv.attention import cores
 from mukv.attention.compressed import COMPRESSED, UNFINISHED, WINDOW, CompressedAttention
 from mukv.attention.compressor import ChunkPlaces, Running, gated_values, overlapping
 from mukv.attention.entries import Bag
-from mukv.attention.indexed import INDEX, REASON, IndexedRead
-from mukv.attention.indexer import EntryChoice, Indexer
+from mukv.attention.indexed import INDEX, IndexedRead
+from mukv.attention.indexed_attention import IndexedAttention
+from mukv.attention.indexer import Indexer
 from mukv.attention.mask import Mask
-from mukv.attention.mixer import Carried, EntryStore, Reported, StateStore, Tensors
-from mukv.core.compute import Compute
+from mukv.attention.mixer import Carried, EntryStore, StateStore, Tensors
 from mukv.core.errors import BadInput
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
@@ -33,7 +32,7 @@ INDEX_UNFINISHED, INDEX_FOLLOWING = "index_unfinished", "index_following"
 
 
 @dataclass(frozen=True)
-class CSA(CompressedAttention):
+class CSA(CompressedAttention, IndexedAttention):
     """CSA of DeepSeek V4: a window, and the `top_k` best of overlapping compressed entries.
 
     every: tokens from one compressed entry to the next, each of which covers twice as many
@@ -42,7 +41,9 @@ class CSA(CompressedAttention):
 
     kind: Literal["csa"] = "csa"
     every: int = 4  # pyright: ignore[reportIncompatibleVariableOverride]
-    indexer: Indexer = field(default_factory=Indexer)
+    indexer: Indexer = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default_factory=Indexer
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,39 +138,12 @@ class CSA(CompressedAttention):
 
     # Reading
 
-    def choose(
-        self,
-        weights: Weights,
-        x: Residual,
-        position: Int[Array, "batch token"],
-        parts: Sequence[Bag],
-        mask: Mask,
-        compute: Compute,
-    ) -> EntryChoice | None:
-        """Choose among the compressed entries, whose bags are the second half."""
-        weights, x = jax.lax.stop_gradient((weights, x))
-        return self._indexed(weights, parts, mask).choose(x, position, parts, compute)
+    def indexed(self, weights: Weights, parts: Sequence[Bag], mask: Mask) -> IndexedRead:
+        """Return the read of a window and of compressed entries, among which the indexer chooses.
 
-    def read(
-        self,
-        weights: Weights,
-        x: Residual,
-        position: Int[Array, "batch token"],
-        parts: Sequence[Bag],
-        mask: Mask,
-        compute: Compute,
-        direct: Tensors | None = None,
-    ) -> tuple[Residual, Reported]:
-        """Attend to the window and to the compressed entries that the indexer chooses.
-
-        The bags of the window come first, then as many of the compressed entries. See
-        `Attention.read`; `IndexedRead.read` has the numbers that it reports.
+        The bags of the window come first, then as many of the compressed entries.
         """
-        if mask.choice is None:
-            mask = replace(mask, choice=self.choose(weights, x, position, parts, mask, compute))
-        return self._indexed(weights, parts, mask).read(x, position, parts, compute)
 
-    def _indexed(self, weights: Weights, parts: Sequence[Bag], mask: Mask) -> IndexedRead:
         def ask(x: Residual, position: Int[Array, "batch query"]) -> tuple[Array, Array]:
             own, x = weights["index"], jax.lax.stop_gradient(x)
             latent = jax.lax.stop_gradient(self.query_latent(weights, x))
@@ -178,17 +152,6 @@ class CSA(CompressedAttention):
 
         indexed = tuple(2 * place >= len(parts) for place in range(len(parts)))
         return IndexedRead(self, weights, indexed, mask, self.indexer, ask)
-
-    def core(
-        self,
-        queries: int,
-        compute: Compute,
-        ordered: bool = True,
-        shows: str | None = None,
-        aligned: bool = False,
-        dropped: bool = False,
-    ) -> cores.CoreChoice:
-        return super().core(queries, compute, ordered, shows or REASON, aligned, dropped)
 
     def memory(self) -> Hashable:
         return super().memory(), self.indexer.width
