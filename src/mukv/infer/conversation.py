@@ -20,7 +20,6 @@ from mukv.cache import FULL, Calibrated, Policy
 from mukv.cache.replay import TWICE
 from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
-from mukv.core.programs import outputs
 from mukv.infer.decode import TAIL, Sampling, decode_functions
 from mukv.model.base import LanguageModel
 
@@ -161,10 +160,12 @@ class Conversation:
         read = functions.extend if self.ids else functions.prefill
 
         start = time.perf_counter()
-        programs = [read.compiled(weights, self.cache, *each) for each in inputs]
-        token, after = outputs(programs[-1])
-        functions.block.compiled(weights, *after.split(), token, number, key, one)
-        functions.fold.compiled(weights, after)
+        pending = [read.begin(weights, self.cache, *each) for each in inputs]
+        token, after = pending[-1].outputs()
+        # Compiled in other threads while the message is read.
+        functions.block.begin(weights, *after.split(), token, number, key, one)
+        functions.fold.begin(weights, after)
+        programs = [each.result() for each in pending]
         compile_seconds = time.perf_counter() - start
 
         start = time.perf_counter()
@@ -177,7 +178,9 @@ class Conversation:
         prefill_seconds = time.perf_counter() - start
         self.ids += new
         frozen, live = cache.split()
+        start = time.perf_counter()
         block = functions.block.compiled(weights, frozen, live, token, number, key, one)
+        compile_seconds += time.perf_counter() - start
         filled, tail = 0, min(TAIL, self.length)
         start = time.perf_counter()
         while True:

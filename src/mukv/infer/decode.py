@@ -1,8 +1,8 @@
 """Decoding: prefill in one pass or in chunks, then a compiled loop over a cache of static shape.
 
 The loop carries only the small tails of the cache. The large bodies are read in place, and full
-tails are folded into them. Text can be shown while it is decoded. All programs are compiled before
-the first token is drawn; times exclude compilation.
+tails are folded into them. Text can be shown while it is decoded. The loop is compiled in another
+thread while the prompt is read, so that the first token does not wait for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mukv.core.arguments import require_types
 from mukv.core.compact import any_compact
 from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
-from mukv.core.programs import Programs, outputs
+from mukv.core.programs import Programs
 from mukv.core.typing import Array, Float, Int, Weights
 from mukv.infer.prompts import PROMPT_MULTIPLE, joined, readings, round_up
 from mukv.infer.replay import Spent, read_twice
@@ -100,9 +100,10 @@ class Generation:
 
     tokens: new tokens of each row, a stop token included
     cache_bytes: bytes of the allocated cache
-    prefill_seconds: time until the first token
+    prefill_seconds: time to read the prompts and draw the first token
     tokens_per_second: over all rows, after the first token
-    compile_seconds: time to compile all programs, or to read them from disk
+    compile_seconds: time waited for programs to be compiled or read from disk; the other times
+        exclude it
     """
 
     tokens: list[list[int]]
@@ -276,19 +277,20 @@ def generate(
     cache_bytes = cache.nbytes()
 
     start = time.perf_counter()
-    programs, after = [], cache
+    programs, after, drawn = [], cache, token
     for each in reads:
-        programs.append(each.program(weights, after, key))
-        after = outputs(programs[-1])[1]
+        programs.append(each.begin(weights, after, key))
+        drawn, after = programs[-1].outputs()
+    # Compiled in other threads while the prompt is read.
     if max_tokens > 1:
-        drawn = outputs(programs[-1])[0] if programs else token
-        functions.block.compiled(weights, *after.split(), drawn, number, key, one)
+        functions.block.begin(weights, *after.split(), drawn, number, key, one)
         if max_tokens - 1 > sizes.tail:
-            functions.fold.compiled(weights, after)
+            functions.fold.begin(weights, after)
+    compiled = [each.result() for each in programs]
     compile_seconds = first.compiling + time.perf_counter() - start
 
     start = time.perf_counter()
-    for program, each in zip(programs, reads, strict=True):
+    for program, each in zip(compiled, reads, strict=True):
         last, cache = program(weights, *each.inputs(cache, key))
         token = each.token(last, token)
     rows = _Rows(stop, max_tokens, show, ended)
@@ -297,8 +299,10 @@ def generate(
     if rows.done:
         return Generation(rows.tokens, cache_bytes, prefill_seconds, 0.0, compile_seconds)
 
+    start = time.perf_counter()
     frozen, live = cache.split()
     block = functions.block.compiled(weights, frozen, live, token, number, key, one)
+    compile_seconds += time.perf_counter() - start
     start = time.perf_counter()
     done, steps = 0, 1 if show else BLOCK
     while not rows.done:

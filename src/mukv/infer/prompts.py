@@ -11,11 +11,13 @@ import numpy as np
 
 from mukv.cache import choosing
 from mukv.core.errors import BadInput
-from mukv.core.programs import Programs
+from mukv.core.programs import Compilation, Programs
 from mukv.core.typing import Array
 
 PROMPT_MULTIPLE = 64
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
+SHORT = (16, 32)
+"""Lengths that shorter prompts are padded to."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Reading:
         row, which has no token in this chunk."""
         return new if self.count.all() else jnp.where(self.count > 0, new, before)
 
-    def program(self, weights: Any, cache: Any, key: Array) -> Any:
-        """Compile the function for a cache, whose arrays may be abstract."""
-        return self.function.compiled(weights, *self.inputs(cache, key))
+    def begin(self, weights: Any, cache: Any, key: Array) -> Compilation:
+        """Begin to compile the function for a cache, whose arrays may be abstract."""
+        return self.function.begin(weights, *self.inputs(cache, key))
 
 
 def readings(
@@ -89,9 +91,9 @@ def joined(
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return token ids padded to a multiple of PROMPT_MULTIPLE, int32 [batch token], and the number
-    of tokens of each row."""
-    longest = round_up(max(map(len, prompts)), PROMPT_MULTIPLE)
+    """Return token ids padded to few lengths, int32 [batch token], and the number of tokens of each
+    row."""
+    longest = padded_length(max(map(len, prompts)))
     padded = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -111,6 +113,13 @@ def _chunks(
     tokens = np.pad(tokens, [(0, 0), (0, -length % size)])
     starts = range(0, count.max(), size)
     return [(tokens[:, at : at + size], np.clip(count - at, 0, size)) for at in starts]
+
+
+def padded_length(tokens: int) -> int:
+    """Return the length that a prompt of this many tokens is padded to."""
+    if tokens > SHORT[-1]:
+        return round_up(tokens, PROMPT_MULTIPLE)
+    return next(length for length in SHORT if tokens <= length)
 
 
 def round_up(number: int, multiple: int) -> int:

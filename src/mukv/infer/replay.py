@@ -101,7 +101,7 @@ def read_twice(
     for each in reads:
         if each.chooses:
             start = time.perf_counter()
-            program = each.program(weights, whole, key)
+            program = each.begin(weights, whole, key).result()
             compiling += time.perf_counter() - start
             last, whole = program(weights, *each.inputs(whole, key))
             token = each.token(last, token)
