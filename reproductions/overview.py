@@ -80,9 +80,9 @@ def said() -> list[str]:
         f"{percent(sparse.over_layers(sparse.TRAINED['code'], 'top', '0.1'))} of the mass; two heads share "
         f"{percent(min(heads))} to {percent(max(heads))} of what either needs",
         f"in two pretrained models a quarter of the values costs {min(quarter):.2f} to {max(quarter):.2f} nats",
-        f"in part, in one seed of SmolLM2 135M: {seen:,} tokens remove {percent(min(gained))} to {percent(max(gained))} of what the conversion added to the loss; latent "
-        f"attention at half the bytes stays {100 * latent[0]:.0f} % above the original's perplexity "
-        f"({100 * latent[1]:.0f} to {100 * latent[2]:.0f} %)",
+        f"in part, in one seed of SmolLM2 135M: {seen:,} tokens remove {percent(min(gained))} to "
+        f"{percent(max(gained))} of what the conversion added to the loss; latent attention at half the bytes stays "
+        f"{100 * latent[0]:.0f} % above the original's perplexity ({100 * latent[1]:.0f} to {100 * latent[2]:.0f} %)",
         f"capture {gain:.1f} points more mass than the latest entries at an eighth of the entries",
         f"in one or two seeds and at one rate, at widths 32, 64 and 128: {100 * least_right(mqar):.1f} % and more",
         f"{flops['bytes']['bits_per_byte'] - flops['words']['bits_per_byte']:.3f} bits per byte ahead after 1.6 MB, "
