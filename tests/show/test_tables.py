@@ -8,10 +8,11 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.table import Table
 
-from mukv.cli import benchmark, compression, demo, tuning
+from mukv.cli import benchmark, compression, demo, pretrained, tuning
 from mukv.compress import Result
 from mukv.runs import config, describe
 from mukv.show.terminal import Console, table
@@ -170,6 +171,16 @@ def test_demo(tables, tmp_path):
     assert uneven(tables[0]) == []
     assert "one seed" in str(tables[0].caption)
     demo.draw(rows, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_demo_of_a_pretrained_model(tables, tmp_path):
+    rows = [result("full", 1.0, 9.5), result("snapkv+int8", 0.25, 10.25, perplexity_low=9.0)]
+    pretrained.show(rows, Console())
+    assert uneven(tables[0]) == []
+    assert "strings found" in headers(tables[0])
+    heads = np.array([[1.0, 300.0], [2.5, np.nan]])
+    pretrained.draw("a model", heads, 512, rows, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 

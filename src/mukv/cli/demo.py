@@ -1,4 +1,4 @@
-"""Compare attention variants in small models of equal size (`mukv demo`).
+"""Compare attention variants in small models of equal size: the first half of `mukv demo`.
 
 Each model is trained on the source code of Python's standard library, which every machine has. A
 variant with fewer attention weights has a wider MLP, so that all models have about the same number

