@@ -71,6 +71,8 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
     """
     steps, contestants = (40, CONTESTANTS[::2]) if fast else (140, CONTESTANTS)
     target = count(config.load(CONTESTANTS[0].preset).model.params())
+    time = "1 minute" if fast else "5 minutes"
+    console.say(f"{len(contestants)} models, {steps} steps each: about {time} of processor time")
     rows = []
     for contestant in contestants:
         run = equal_size(contestant.preset, target, [f"train.steps={steps}"])
