@@ -13,7 +13,9 @@ def test_wilson():
     low, high = wilson(81, 263)
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     assert wilson(0, 10)[0] == 0
-    assert wilson(10, 10)[1] == pytest.approx(1)
+    for count in range(1, 100):
+        assert wilson(0, count)[0] == 0
+        assert wilson(count, count)[1] == 1
 
 
 def test_of_a_mean():

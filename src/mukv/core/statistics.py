@@ -23,7 +23,8 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     share, z = right / count, SURE**2 / count
     middle = (share + z / 2) / (1 + z)
     reach = SURE * math.sqrt(share * (1 - share) / count + z / count / 4) / (1 + z)
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    # Rounding must not leave the proportion itself outside.
+    return min(max(0.0, middle - reach), share), max(min(1.0, middle + reach), share)
 
 
 def of_mean(values: Float[np.ndarray, " sample"]) -> tuple[float, float] | None:
