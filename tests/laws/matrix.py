@@ -196,6 +196,9 @@ SIMPLE: dict[str, tuple[Stage, ...]] = {
     "mixed": (MIXED,),
     "experts": (Stage((Layer(mlp=ROUTED),), repeats=2),),
     "experts-dense": (Stage(), DENSE_AND_SHARED),
+    "indexed-by": (
+        Stage((Layer(), Layer(indexed_by=-1), Layer(reads=-2, indexed_by=-1)), repeats=2),
+    ),
 }
 COMPOSED: dict[str, tuple[Stage, ...]] = {
     "local-global": (Stage((Layer(window=3), Layer()), repeats=2),),
@@ -203,7 +206,7 @@ COMPOSED: dict[str, tuple[Stage, ...]] = {
     "hybrid-last": (HYBRID, PLAIN_MLP, Stage((Layer(reads=2),))),
     "experts-both": (Stage((Layer(mlp=ROUTED),)), Stage((Layer(window=4), Layer(mlp=SHARED)))),
 }
-"""The kinds of layers of all simple plans, in fewer models."""
+"""The kinds of layers of all simple plans that every attention can have, in fewer models."""
 PLANS = COMPOSED | SIMPLE
 Combination = tuple[str, str, str]
 """Names of attention, first position, and plan."""
@@ -239,6 +242,8 @@ def hybrid(plan: Sequence[Stage], attention: str) -> tuple[Stage, ...]:
 def fits(row: Combination) -> bool:
     """Return whether the model exists. With a state, the attention layers beside it have RoPE."""
     attention, position, plan = row
+    if plan == "indexed-by" and attention != "latent-indexed":
+        return False
     if attention not in STATES:
         return (attention, position) not in REFUSED
     layers = [layer for stage in hybrid(PLANS[plan], attention) for layer in stage.pattern]
@@ -397,20 +402,25 @@ def concept(chunker: str, pool: str, injection: str, **changes: object) -> Conce
 
 
 def weights(model: LanguageModel, seed: int = 0) -> dict:
+    """Draw random weights of a model."""
+    return drawn(model.params(), seed)
+
+
+def drawn(declared: Any, seed: int = 0) -> dict:
     """Draw random weights, gains too, since a one or a zero could hide an error."""
     random = np.random.default_rng(seed)
 
     def draw(param: params.Param) -> np.ndarray:
         size = param.fan_in_size**-0.5
-        drawn = size * random.standard_normal(param.shape) + (param.init == "ones")
-        return drawn.astype(np.float32)
+        found = size * random.standard_normal(param.shape) + (param.init == "ones")
+        return found.astype(np.float32)
 
-    return params.map_params(draw, model.params())
+    return params.map_params(draw, declared)
 
 
 def tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> np.ndarray:
-    drawn = np.random.default_rng(100 + seed).integers(0, VOCAB, (rows, length))
-    return drawn.astype(np.int32)
+    ids = np.random.default_rng(100 + seed).integers(0, VOCAB, (rows, length))
+    return ids.astype(np.int32)
 
 
 def logits(model: LanguageModel, compute: Compute = EXACT) -> Callable[..., jax.Array]:

@@ -142,6 +142,13 @@ CHANGES = {
     "Layer.mlp": f"{LAYER}.mlp={{kind: gated, hidden: 8}}",
     "Layer.window": f"{LAYER}.window=3",
     "Layer.reads": "model.plan=[{}, {pattern: [{reads: 0}]}]",
+    "Layer.indexed_by": (
+        LATENT,
+        "model.attention.query_rank=3",
+        "model.attention.indexer={heads: 2, width: 4, top_k: 2}",
+        "model.plan=[{}, {}]",
+        "model.plan=[{}, {pattern: [{indexed_by: 0}]}]",
+    ),
     "Attention.heads": "model.attention.heads=4",
     "Attention.scale": "model.attention.scale=0.9",
     "Attention.softcap": "model.attention.softcap=0.1",

@@ -65,7 +65,8 @@ def test_every_parameterization_can_be_chosen():
 
 
 def test_every_feedforward_part_is_in_the_matrix():
-    layers = itertools.chain(*(matrix.build("gqa", "rope", plan).layers for plan in matrix.PLANS))
+    rows = [row for row in matrix.PRODUCT if row[:2] == ("gqa", "rope")]
+    layers = itertools.chain(*(matrix.build(*row).layers for row in rows))
     assert {type(layer.mlp) for layer in layers} == set(FEEDFORWARDS.values())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mukv.attention import Grouped, Indexer, Latent
@@ -13,6 +15,7 @@ from mukv.position import CoPE, NoPE, RoPE
 ATTENTION, MLP = Grouped(heads=2, kv_heads=1, head_dim=4), Gated(hidden=8)
 OTHER = Grouped(heads=2, kv_heads=2, head_dim=4)
 INDEXED = Latent(heads=2, rank=4, head_dim=4, rope_dim=2, query_rank=4, indexer=Indexer(width=2))
+CHOOSES, CHOSEN = Layer(attention=INDEXED), Layer(attention=INDEXED, indexed_by=-1)
 
 
 def layers(*stages):
@@ -52,6 +55,19 @@ def test_reads_and_their_sources(reads, targets, sources):
     assert [layer.writes for layer in found] == [number is None for number in reads]
 
 
+def test_a_choice_is_that_of_the_layer_with_an_indexer():
+    found = layers(Stage((CHOOSES, CHOSEN, CHOSEN), repeats=2), Stage((CHOOSES,)))
+    assert [layer.indexed_by for layer in found] == [None, 0, 0, None, 3, 3, None]
+    assert [layer.most for layer in found] == [None, 64, 64, None, 64, 64, None]
+    assert [layer.attention.indexer is None for layer in found] == [*[False, True, True] * 2, False]
+    assert [layer.chooses for layer in found] == [*[True, False, False] * 2, False]
+
+
+def test_what_a_layer_lends():
+    found = layers(Stage((Layer(), Layer(), Layer(reads=0), Layer(reads=2))))
+    assert [layer.lends for layer in found] == [True, False, False, False]
+
+
 def pattern(*pattern: Layer, repeats: int = 1) -> Stage:
     return Stage(pattern, repeats)
 
@@ -72,6 +88,23 @@ def pattern(*pattern: Layer, repeats: int = 1) -> Stage:
             [pattern(Layer(), Layer(attention=INDEXED, position=CoPE()))],
             "position cope.*layer 1 needs an encoding whose bias",
         ),
+        ([pattern(CHOSEN)], "indexed_by -1.*layer 0.*first"),
+        ([pattern(CHOOSES, replace(CHOSEN, indexed_by=2), CHOOSES)], "indexed_by 2.*layer 1.*0"),
+        ([pattern(Layer(), CHOSEN)], "indexed_by 0 in layer 1.*with an indexer, not grouped"),
+        (
+            [pattern(Layer(attention=replace(INDEXED, indexer=None)), CHOSEN)],
+            "indexed_by 0 in layer 1.*with an indexer, not latent",
+        ),
+        (
+            [pattern(CHOOSES, Layer(indexed_by=0))],
+            "indexed_by 0 in layer 1.*grouped can't read by the choice",
+        ),
+        (
+            [pattern(CHOOSES, replace(CHOSEN, window=3))],
+            "indexed_by 0 in layer 1.*same window: None and 3 differ",
+        ),
+        # A layer without an indexer writes no keys for one.
+        ([pattern(CHOOSES, CHOSEN, replace(CHOOSES, reads=1))], "layer 2 reads layer 1.*other"),
     ],
 )
 def test_a_plan_that_can_not_work(stages, message):
@@ -99,6 +132,10 @@ def test_empty_plans():
             [False, True],
         ),  # read from outside
         ([pattern(Layer(), repeats=2), pattern(Layer(reads=-2), repeats=2)], [False, False]),
+        ([pattern(CHOOSES, CHOSEN, CHOSEN, repeats=2)], [True]),
+        ([pattern(CHOOSES, repeats=2), pattern(CHOSEN, repeats=2)], [False, True]),
+        ([pattern(CHOOSES), pattern(replace(CHOSEN, indexed_by=0), repeats=2)], [False, True]),
+        ([pattern(CHOOSES, replace(CHOSEN, indexed_by=0), repeats=2)], [False]),
     ],
 )
 def test_scannable(stages, expected):

@@ -55,6 +55,29 @@ def test_windows_and_reuse():
     assert any(layer["reads"] is not None for layer in reuse["layers"])
 
 
+def test_layers_that_read_by_the_choice_of_another():
+    """They cache no key of an indexer and score nothing; the choice rules out a faster core in rows
+    that are longer than it."""
+    run = config.load("tiny-dsa-shared")
+    facts = describe(run)
+    assert [layer["indexed_by"] for layer in facts["layers"]] == [None, 0, None, 2]
+    assert ["index" in layer["cached"] for layer in facts["layers"]] == [True, False] * 2
+    assert [layer["cache_bytes_per_token"] for layer in facts["layers"]] == [320, 256] * 2
+    assert {layer["core"] for layer in facts["layers"]} == {"plain"}
+    short = describe(config.load("tiny-dsa-shared", ["train.length=32"]))
+    assert [layer["core"] for layer in short["layers"]] == ["plain", "fused"] * 2
+    # A choice of 32 entries; 4 heads of 48 and 32, and in two layers an indexer of 4 heads of 16.
+    seen, read = (sum(min(t, most) for t in range(1, 129)) / 128 for most in (128, 32))
+    products = 6 * sum(
+        param.size for param in params.named(run.model.params()).values() if param.fan_in
+    )
+    pairs = 4 * 2 * 4 * (48 + 32) * read + 2 * 2 * 4 * 16 * seen
+    assert facts["flops_per_token"] == round(products + 3 * pairs)
+    shown = io.StringIO()
+    show(facts, run, Console(file=shown, width=200))
+    assert "own, chosen by 2" in shown.getvalue()
+
+
 def test_bytes_of_compressed_entries():
     """HCA of DeepSeek V4's size takes 8 bytes a token, and constant bytes for 128 tokens in the
     window and 3 float32 vectors."""

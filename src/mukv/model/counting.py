@@ -110,7 +110,8 @@ def flops_per_token(model: LanguageModel, length: int, adapters: Any = None) -> 
     if adapters is not None:
         products = 2 / 3 * products + product_flops(model, adapters)
     attention = sum(
-        layer.attention.pair_flops(layer.bags, max(length // rate.entry, 1)) / rate.query
+        layer.attention.pair_flops(layer.bags, max(length // rate.entry, 1), layer.most)
+        / rate.query
         + layer.attention.token_flops() / rate.entry
         for stack, rate in zip(model.stacks, model.rates, strict=True)
         for layer in stack.layers

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from mukv.attention import DIRECT, AnyAttention, Attention, Bag, Carried, Mask, Queries, Written
+from mukv.attention.indexer import EntryChoice
 from mukv.core.compute import RESIDUAL, Compute
 from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
@@ -47,6 +48,18 @@ class Asked:
         """Compute the queries; only attention has one."""
         assert isinstance(self.attention, Attention)
         return self.attention.query(self.weights, self.x, self.position)
+
+
+class PassedOn(NamedTuple):
+    """What later layers read of one layer.
+
+    bags: bags of entries; None if no later layer reads them
+    choice: places of the entries that each query reads; None for all that it sees, or if no later
+        layer reads by it
+    """
+
+    bags: tuple[Bag, ...] | None = None
+    choice: EntryChoice | None = None
 
 
 Remember = Callable[
@@ -110,47 +123,51 @@ class Pass:
 
     def all(self, weights: Sequence[Any], x: Residual) -> Residual:
         """Apply every layer, each with its own weights."""
-        known: dict[int, tuple[Bag, ...]] = {}
+        known: dict[int, PassedOn] = {}
         for layer, own in zip(self.layers, weights, strict=True):
             x, _ = self.layer(layer, own, x, known)
         return x
 
     def layer(
-        self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, tuple[Bag, ...]]
+        self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, PassedOn]
     ) -> tuple[Residual, Auxiliary]:
         """Apply one layer; return the residual stream and the layer's auxiliary numbers.
 
-        known: bags that each earlier layer read, by layer; those of this layer are added
+        known: what later layers read of each earlier layer, by layer; that of this layer is added
         """
-        index, memory = layer.index, self.memories.get(layer.index)
+        memory = self.memories.get(layer.index)
         apply: Callable[..., Any] = partial(self.applied, layer)
         if self.added is not None and not capturing():
             # What equal layers have in common; they differ in their numbers and in their arrays.
             source = 0 if layer.writes else -1
             alike = replace(layer, index=0, stage=0, slot=0, repeat=0, reads=None, source=source)
+            alike = replace(alike, indexed_by=None, most=None)
             shared = replace(self, layers=(), first=0, memories={})
-            apply = partial(_layer, alike, layer.index in self._read_by_others, shared)
+            apply = partial(_layer, alike, shared)
         if self.aligned:
             apply = self.compute.recomputing(apply)
-        x, bags, after, auxiliary = apply(weights, x, known.get(layer.source), memory)
-        if bags is not None:
-            known[index] = bags
+        bags = None if layer.writes else known[layer.source].bags
+        choice = None if layer.indexed_by is None else known[layer.indexed_by].choice
+        inherited = PassedOn(bags, choice)
+        x, known[layer.index], after, auxiliary = apply(weights, x, inherited, memory)
         if after is not None:
-            self.memories[index] = after
+            self.memories[layer.index] = after
         return x, auxiliary
 
-    @property
-    def _read_by_others(self) -> set[int]:
-        return {layer.source for layer in self.layers if not layer.writes}
-
     def applied(
-        self, layer: ResolvedLayer, weights: Any, x: Residual, inherited: Any, memory: MemoryOrNone
-    ) -> tuple[Residual, Any, MemoryOrNone, Auxiliary]:
+        self,
+        layer: ResolvedLayer,
+        weights: Any,
+        x: Residual,
+        inherited: PassedOn,
+        memory: MemoryOrNone,
+    ) -> tuple[Residual, PassedOn, MemoryOrNone, Auxiliary]:
         """Apply one layer.
 
-        weights: of the layer. inherited: bags of the layer that it reads. memory: its own.
+        weights: of the layer. inherited: what it reads of other layers. memory: its own.
 
-        Returns the residual stream, the bags that it read, its memory, and auxiliary numbers.
+        Returns the residual stream, what later layers read of this one, its memory, and auxiliary
+        numbers.
         """
         attention, stored = layer.attention, weights["read"]
         x = checkpoint_name(x, RESIDUAL)
@@ -159,7 +176,7 @@ class Pass:
         weights = gather(self.compute.working_copy(declared, weights), declared)
         with scope(f"layer{self.first + layer.index}"):
             normed = residual.enter(weights, "attention", norm, x)
-            parts, direct = inherited, None
+            parts, direct = inherited.bags or (), None
             if layer.writes:
                 carried = None
                 if memory is not None and self.added is not None:
@@ -169,7 +186,10 @@ class Pass:
                 direct = written.get(DIRECT)
                 asked = Asked(attention, weights["read"], normed, self.position)
                 parts, memory = self.remember(layer, stored, memory, written, asked)
-            mask = Mask(self.segment, layer.window, self.aligned)
+            mask = Mask(self.segment, layer.window, self.aligned, choice=inherited.choice)
+            if layer.chooses:
+                given = normed, self.position, parts, mask, self.compute
+                mask = replace(mask, choice=attention.choose(weights["read"], *given))
             read, own = self._read(attention, weights["read"], normed, parts, mask, direct)
             read = residual.leave(weights, "attention", norm, read)
             x = tap("attention", constrain(x + read, "batch", None, None))
@@ -177,7 +197,8 @@ class Pass:
             mlp, reported = layer.mlp.apply(weights["mlp"], normed, self.counted)
             mlp = residual.leave(weights, "mlp", norm, mlp)
             x = tap("mlp", constrain(x + mlp, "batch", None, None))
-        return x, parts, memory, together(own, reported)
+        lent = PassedOn(parts if layer.lends else None, mask.choice if layer.chooses else None)
+        return x, lent, memory, together(own, reported)
 
     def _read(
         self,
@@ -192,15 +213,15 @@ class Pass:
         if not self.single or direct is not None:
             return attention.read(weights, x, self.position, parts, mask, self.compute, direct)
 
-        def one(x: Array, position: Array) -> Array:
+        def one(x: Array, position: Array, choice: Array | None) -> Array:
             query = x[:, None], position[:, None]
-            return attention.read(weights, *query, parts, mask, self.compute)[0][:, 0]
+            own = replace(mask, choice=None if choice is None else choice[:, None])
+            return attention.read(weights, *query, parts, own, self.compute)[0][:, 0]
 
-        return jax.vmap(one, in_axes=1, out_axes=1)(x, self.position), None
+        return jax.vmap(one, in_axes=1, out_axes=1)(x, self.position, mask.choice), None
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _layer(layer: ResolvedLayer, shows: bool, run: Pass, *inputs: Any) -> Any:
-    """Apply one layer, as `Pass.applied` does. shows: whether another layer reads its bags."""
-    x, bags, after, auxiliary = run.applied(layer, *inputs)
-    return x, bags if shows else None, after, auxiliary
+@partial(jax.jit, static_argnums=0)
+def _layer(layer: ResolvedLayer, run: Pass, *inputs: Any) -> Any:
+    """Apply one layer, as `Pass.applied` does."""
+    return run.applied(layer, *inputs)

@@ -2,8 +2,8 @@
 
 A plan is a sequence of stages; a stage is a pattern of layers and a number of repeats. `reads` is
 the index, from 0, of the layer whose entries a layer uses instead of writing its own; a negative
-number counts back from the layer itself (-1: the layer before). Errors name the number of the
-layer.
+number counts back from the layer itself (-1: the layer before). `indexed_by` names in the same way
+the layer whose indexer chooses what a layer reads. Errors name the number of the layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mukv.attention import AnyAttention, Attention, EntryStore
+from mukv.attention import AnyAttention, Attention, EntryStore, Latent
 from mukv.core.counts import INT32, require_counts
 from mukv.core.errors import BadInput
 from mukv.model.feedforward import AnyFeedforward
@@ -30,6 +30,9 @@ class Layer:
     mlp: feed-forward part of this layer; that of the model if None
     window: tokens that a query sees, itself included; None for all
     reads: layer whose entries this layer reads; None to write and read its own
+    indexed_by: layer whose indexer chooses the entries that this layer reads, which then has no
+        indexer (GLM-5; IndexCache, 2603.12201); both have latent attention and the same window.
+        None to choose by its own indexer, if it has one
     """
 
     attention: AnyAttention | None = None
@@ -37,11 +40,13 @@ class Layer:
     mlp: AnyFeedforward | None = None
     window: int | None = None
     reads: int | None = None
+    indexed_by: int | None = None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A pattern of layers that is repeated. Repeats are scanned if none reads entries of another.
+    """A pattern of layers that is repeated. Repeats are scanned if none reads entries of another,
+    or by its choice.
 
     pattern: layers in order
     repeats: number of times the pattern is repeated
@@ -64,6 +69,11 @@ class ResolvedLayer:
     stage, slot, repeat: number of the stage, place in its pattern, and number of the repeat
     reads: index of the layer whose entries this layer reads, as in the plan; None for its own
     source: index of the layer that writes the entries that this layer reads
+    indexed_by: index of the layer whose indexer chooses what this layer reads; None for its own, or
+        to read all entries
+    most: maximum number of entries that such a choice has; None for no maximum
+    lends: whether a later layer reads the entries that this layer reads
+    chooses: whether a later layer reads by the choice of this layer
     """
 
     index: int
@@ -75,11 +85,20 @@ class ResolvedLayer:
     window: int | None
     reads: int | None
     source: int
+    indexed_by: int | None = None
+    most: int | None = None
+    lends: bool = False
+    chooses: bool = False
 
     @property
     def writes(self) -> bool:
         """Whether the layer writes its own entries."""
         return self.source == self.index
+
+    @property
+    def needs(self) -> tuple[int, ...]:
+        """Indices of the layers whose entries, and whose choice of entries, this layer reads."""
+        return (self.source,) if self.indexed_by is None else (self.source, self.indexed_by)
 
     @property
     def softmax(self) -> Attention:
@@ -117,7 +136,7 @@ def resolve(
                         )
                         raise BadInput("plan", f"position {layer.position.kind}", allowed)
                     chosen = _placed(chosen, layer.position, index)
-                reads = _target(index, layer.reads)
+                reads = _target(index, "reads", layer.reads)
                 resolved = ResolvedLayer(
                     index=index,
                     stage=s,
@@ -130,8 +149,16 @@ def resolve(
                     source=index if reads is None else layers[reads].source,
                 )
                 _check(resolved, layers)
+                chooser = _target(index, "indexed_by", layer.indexed_by)
+                if chooser is not None:
+                    resolved = _chosen_by(layers[chooser], resolved, layers)
                 layers.append(resolved)
-    return tuple(layers)
+    lenders = {layer.source for layer in layers if not layer.writes}
+    choosers = {layer.indexed_by for layer in layers}
+    return tuple(
+        replace(layer, lends=layer.index in lenders, chooses=layer.index in choosers)
+        for layer in layers
+    )
 
 
 def _placed(attention: Attention, position: AnyPosition, index: int) -> Attention:
@@ -145,15 +172,17 @@ def _placed(attention: Attention, position: AnyPosition, index: int) -> Attentio
         raise BadInput("plan", f"position {position.kind}", allowed) from error
 
 
-def _target(index: int, reads: int | None) -> int | None:
-    """Convert `reads` to the index of an earlier layer. Raises BadInput if there is none."""
-    if reads is None:
+def _target(index: int, key: str, number: int | None) -> int | None:
+    """Convert the number at a key of a layer to the index of an earlier layer. Raises BadInput if
+    there is none.
+    """
+    if number is None:
         return None
-    target = index + reads if reads < 0 else reads
+    target = index + number if number < 0 else number
     if not 0 <= target < index:
         allowed = f"0 to {index - 1}, or -1 to -{index}" if index else "none, since it is the first"
         raise BadInput(
-            "plan", f"reads {reads}", f"layer {index} may read only earlier layers: {allowed}"
+            "plan", f"{key} {number}", f"layer {index} may read only earlier layers: {allowed}"
         )
     return target
 
@@ -194,6 +223,28 @@ def _check(layer: ResolvedLayer, before: Sequence[ResolvedLayer]) -> None:
         )
 
 
+def _chosen_by(
+    target: ResolvedLayer, layer: ResolvedLayer, before: Sequence[ResolvedLayer]
+) -> ResolvedLayer:
+    """Return a layer without an indexer that reads the entries that the target chooses, or that the
+    target reads by the choice of another layer. Raises BadInput if their entries don't lie in the
+    same places.
+    """
+    if target.indexed_by is not None:
+        target = before[target.indexed_by]
+    chooser, attention = target.attention, layer.attention
+    if not isinstance(chooser, Latent) or chooser.indexer is None:
+        allowed = f"a layer of latent attention with an indexer, not {chooser.describe()}"
+    elif not isinstance(attention, Latent):
+        allowed = f"null, since {attention.kind} can't read by the choice of another layer"
+    elif target.window != layer.window:
+        allowed = f"a layer of the same window: {target.window} and {layer.window} differ"
+    else:
+        own = replace(attention, indexer=None)
+        return replace(layer, attention=own, indexed_by=target.index, most=chooser.indexer.top_k)
+    raise BadInput("plan", f"indexed_by {target.index} in layer {layer.index}", allowed)
+
+
 def _check_rates(layer: ResolvedLayer) -> None:
     """Raise BadInput if some token is in no entry that a later query sees: if the window of the
     tokens' own entries is shorter than the part of a compressed entry that is not complete.
@@ -214,19 +265,18 @@ def _check_rates(layer: ResolvedLayer) -> None:
 def scannable(stage: int, layers: Sequence[ResolvedLayer]) -> bool:
     """Return whether the repeats of a stage can be scanned.
 
-    This requires that no repeat reads entries of another repeat, and that no later layer reads
-    entries of the stage.
+    This requires that no repeat reads entries of another repeat, or by its choice, and that no
+    later layer reads entries of the stage, or by its choice.
     """
     here = {layer.index: layer for layer in layers if layer.stage == stage}
     for layer in layers:
-        source = here.get(layer.source)
-        if source and (layer.stage, layer.repeat) != (stage, source.repeat):
-            return False
-    # A slot must read the same source in every repeat: a slot of its own repeat, or one
-    # layer of an earlier stage.
-    by_slot: dict[int, set[tuple[bool, int]]] = {}
+        for needed in map(here.get, layer.needs):
+            if needed and (layer.stage, layer.repeat) != (stage, needed.repeat):
+                return False
+    # A slot must need the same layers in every repeat: slots of its own repeat, or layers of an
+    # earlier stage.
+    by_slot: dict[int, set[tuple[tuple[bool, int], ...]]] = {}
     for layer in here.values():
-        inside = layer.source in here
-        target = here[layer.source].slot if inside else layer.source
-        by_slot.setdefault(layer.slot, set()).add((inside, target))
-    return all(len(targets) == 1 for targets in by_slot.values())
+        needed = tuple((at in here, here[at].slot if at in here else at) for at in layer.needs)
+        by_slot.setdefault(layer.slot, set()).add(needed)
+    return all(len(needed) == 1 for needed in by_slot.values())

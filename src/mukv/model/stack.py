@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Written
 from mukv.cache import FULL, Cache, Calibrated, Policy, Ring, Slot, choosing
 from mukv.cache.base import QUERY
+from mukv.cache.select import All
 from mukv.core.compact import any_compact, is_compact
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
@@ -29,7 +30,7 @@ from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
 from mukv.model.cache_update import LayerBag, LayerMemory, extended, joined, memories
 from mukv.model.feedforward import AnyFeedforward
-from mukv.model.passes import Asked, MemoryOrNone, Pass, Remember, layer_params
+from mukv.model.passes import Asked, MemoryOrNone, Pass, PassedOn, Remember, layer_params
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.model.remember import One, Several
 from mukv.model.through import Through
@@ -156,7 +157,7 @@ class Stack:
             run, counted=jnp.ones_like(position, bool) if segment is None else segment > 0
         )
         reported: list[Auxiliary] = []
-        known: dict[int, tuple[Bag, ...]] = {}
+        known: dict[int, PassedOn] = {}
         for s, stage in enumerate(self.plan):
             stacked = weights[f"stage{s}"]
             here = [layer for layer in self.layers if layer.stage == s]
@@ -272,7 +273,15 @@ class Stack:
             )
             raise BadInput("policy", policy.name, allowed)
         for layer in whole:
-            policy.check(self.first + layer.index, layer.softmax)
+            number, chooser = self.first + layer.index, layer.indexed_by
+            policy.check(number, layer.softmax)
+            if chooser is not None and (policy.keep.evicts or not isinstance(policy.select, All)):
+                allowed = (
+                    f"a policy under which all entries are kept and read, like int8: layer {number}"
+                    f" reads by the choice of layer {self.first + chooser}, so that both must hold "
+                    "the same entries"
+                )
+                raise BadInput("policy", policy.name, allowed)
 
     def prefill(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from mukv.attention.indexed import REASON
 from mukv.core import params
 from mukv.core.compute import settled
 from mukv.core.mesh import specification
@@ -52,7 +53,11 @@ def describe(run: Run) -> dict[str, Any]:
             bags = layer.attention.bags.values()
             aligned = len(bags) == 1 and all(bag.every == 1 for bag in bags)
             dropped = run.train.policy is not None and bool(layer.whole)
-            choice = layer.attention.core(queries, compute, aligned=aligned, dropped=dropped)
+            # A choice of as many entries as there are is none.
+            chosen = layer.most is not None and layer.most < queries
+            demand = {"shows": REASON if chosen else None, "aligned": aligned, "dropped": dropped}
+            core = layer.attention.core(queries, compute, **demand)
+            chooser = layer.indexed_by
             layers.append(
                 {
                     "layer": stack.first + layer.index,
@@ -60,9 +65,10 @@ def describe(run: Run) -> dict[str, Any]:
                     "position": position.kind if position else "none",
                     "window": layer.window,
                     "reads": None if layer.reads is None else stack.first + layer.reads,
+                    "indexed_by": None if chooser is None else stack.first + chooser,
                     "tokens_per_entry": rate.entry,
-                    "core": choice and choice.name,
-                    "cores_refused": choice.refused if choice else {},
+                    "core": core and core.name,
+                    "cores_refused": core.refused if core else {},
                     "cached": cached(stack, layer),
                     "cache_bytes_per_token": plain(each),
                     "cache_bytes_constant": constant,
@@ -198,7 +204,7 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
             first["attention"].split(" ")[0],
             first["position"],
             str(first["window"] or "all"),
-            "own" if first["reads"] is None else ", ".join(str(g["reads"]) for g in group),
+            _reads(group),
             first["core"] or "none",
             ", ".join(f"{name} {h}x{width}" for name, (h, width) in first["cached"].items()),
             cost,
@@ -291,15 +297,27 @@ def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     return merged
 
 
+def _reads(layers: list[dict[str, Any]]) -> str:
+    """Return whose entries layers read, and which layers choose among them."""
+
+    def numbers(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(layer[key]) for layer in layers))
+
+    source = "own" if layers[0]["reads"] is None else numbers("reads")
+    chosen = layers[0]["indexed_by"] is not None
+    return f"{source}, chosen by {numbers('indexed_by')}" if chosen else source
+
+
 def _alike(layers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Group adjacent layers that differ only in their index."""
     groups: list[list[dict[str, Any]]] = []
     for layer in layers:
         same = ("attention", "position", "window", "core", "cores_refused", "cache_bytes_per_token")
+        others = ("reads", "indexed_by")
         if (
             groups
             and all(groups[-1][0][key] == layer[key] for key in same)
-            and (groups[-1][0]["reads"] is None) == (layer["reads"] is None)
+            and all((groups[-1][0][key] is None) == (layer[key] is None) for key in others)
         ):
             groups[-1].append(layer)
         else:
