@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mukv.attention import CSA, HCA, Indexer, Mask
+from mukv.attention import CSA, HCA, Indexer
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
-from mukv.core.params import map_params
 from mukv.position import RoPE, YaRN
+from tests.parity.layers import assert_agree, drawn, output, seen, shaped
 from tests.parity.models import torch, transformers
 
 LENGTH, WINDOW, HEADS, WIDTH, GROUPS = 37, 6, 4, 16, 2
@@ -65,27 +63,12 @@ def theirs():
         },
         attn_implementation="eager",
     )
-    model = transformers.DeepseekV4ForCausalLM(config).eval()
-    layers, seen = [layer.self_attn for layer in model.model.layers], {}
-    with torch.no_grad():
-        # Weights of zeros or ones would have no effect.
-        for name, weight in model.named_parameters():
-            if weight.ndim >= 2:
-                weight.normal_(0, 1.5 / weight.shape[-1] ** 0.5)
-            if "position_bias" in name or "sinks" in name or name.endswith("base"):
-                weight.normal_(0, 1.0)
-            if "norm.weight" in name:
-                weight.normal_(1, 0.3)
-        for index, layer in enumerate(layers):
-
-            def keep(_, given, __, out, index=index):
-                seen[index] = given[0].numpy(), out[0].numpy()
-
-            layer.register_forward_hook(keep, with_kwargs=True)
-        model(torch.randint(0, 97, (2, LENGTH)))
+    model = drawn(transformers.DeepseekV4ForCausalLM(config))
+    layers = [layer.self_attn for layer in model.model.layers]
+    found = seen(layers, lambda: model(torch.randint(0, 97, (2, LENGTH))))
     rotary = model.model.rotary_emb
     turns = [getattr(rotary, f"{layer.rope_layer_type}_inv_freq").numpy() for layer in layers]
-    return config, layers, [seen[0], seen[1], seen[2]], turns
+    return config, layers, found, turns
 
 
 def ours(config, layer, index):
@@ -141,30 +124,16 @@ def ours(config, layer, index):
             "query": across("compressor.indexer.q_b_proj"),
             "weight": across("compressor.indexer.scorer.weights_proj"),
         }
-    declared = attention.write_params(32), attention.read_params(32)
-    return attention, map_params(
-        lambda param, weight: jnp.asarray(weight.reshape(param.shape)), declared, (write, read)
-    )
+    return attention, shaped(attention, 32, write, read)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_layer_agrees(theirs, index, fused):
     """Outputs agree to 1e-5 of the largest, and rotations to the rounding of float32."""
-    config, layers, seen, turns = theirs
-    attention, (write, read) = ours(config, layers[index], index)
+    config, layers, found, turns = theirs
+    attention, weights = ours(config, layers[index], index)
     assert isinstance(attention.position, RoPE)
     np.testing.assert_allclose(attention.position.frequencies(WIDTH // 2), turns[index], rtol=1e-6)
-    x, expected = seen[index]
-    compute = Compute(fused=fused, attention_chunk=8)
-    position = jnp.tile(jnp.arange(LENGTH), (2, 1))
-
-    @jax.jit
-    def forward(x):
-        written = attention.by_store(attention.write(write, x, position))
-        bags = [bag.entries(written[name], position) for name, bag in attention.bags.items()]
-        return attention.read(read, x, position, bags, Mask(aligned=True), compute)[0]
-
-    found = np.asarray(forward(jnp.asarray(x)))
-    assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    x, expected = found[index]
+    assert_agree(output(attention, weights, x, Compute(fused=fused, attention_chunk=8)), expected)

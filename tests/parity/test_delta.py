@@ -14,8 +14,8 @@ import pytest
 from mukv.attention import DIRECT, Carried, GatedDelta, KimiDelta, Mask
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
-from mukv.core.params import map_params
 from tests.pairs import params
+from tests.parity.layers import drawn, seen, shaped
 from tests.parity.models import torch, transformers
 
 modeling_kimi_linear = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
@@ -26,33 +26,11 @@ PIECES = [(LENGTH,), (20, 1, 1, 53)]
 """Tokens of each piece of a row."""
 
 
-def seen(model, layer, ids):
+def states_seen(model, layer, ids):
     """Return input and output of a layer in the module, and its final state."""
-    found = {}
-
-    def keep(_, given, named, out):
-        found["x"] = named["hidden_states"].numpy()
-        found["y"] = (out[0] if isinstance(out, tuple) else out).numpy()
-
-    handle = layer.register_forward_hook(keep, with_kwargs=True)
     cache = transformers.cache_utils.DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True)
-    handle.remove()
-    return found["x"], found["y"], cache.get_recurrent_state(0, state_idx=0).numpy()
-
-
-def drawn(model):
-    """Draw weights for the model, none of which is a one or a zero."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim >= 2 and "A_log" not in name:
-                weight.normal_(0, 1.5 / weight.shape[-1] ** 0.5)
-            if "norm.weight" in name:
-                weight.add_(torch.randn_like(weight) * 0.3)
-            if "A_log" in name or "dt_bias" in name:
-                weight.normal_(0, 1)
-    return model.eval()
+    ((x, y),) = seen([layer], lambda: model(ids, past_key_values=cache, use_cache=True))
+    return x, y, cache.get_recurrent_state(0, state_idx=0).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +86,7 @@ def qwen():
         taps=TAPS,
         norm=RMSNorm(config.rms_norm_eps),
     )
-    return ours, write, read, seen(model, layer, torch.randint(0, 97, (2, LENGTH)))
+    return ours, write, read, states_seen(model, layer, torch.randint(0, 97, (2, LENGTH)))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +136,7 @@ def kimi():
         "output": flat["o_proj.weight"].T,
     }
     ours = KimiDelta(heads=HEADS, head_dim=KEY, taps=TAPS, norm=RMSNorm(config.rms_norm_eps))
-    return ours, write, read, seen(model, layer, torch.randint(0, 97, (2, LENGTH)))
+    return ours, write, read, states_seen(model, layer, torch.randint(0, 97, (2, LENGTH)))
 
 
 @pytest.mark.parametrize("pieces", params(PIECES, PIECES[1:], str))
@@ -166,10 +144,7 @@ def kimi():
 def test_a_layer_agrees(model, pieces, request):
     """Outputs and final state agree for a whole row, and for a row continued from states."""
     layer, write, read, (x, expected, state) = request.getfixturevalue(model)
-    declared = layer.write_params(WIDTH), layer.read_params(WIDTH)
-    write, read = map_params(
-        lambda param, weight: jnp.asarray(weight.reshape(param.shape)), declared, (write, read)
-    )
+    write, read = shaped(layer, WIDTH, write, read)
 
     @jax.jit
     def forward(x, position, states):

@@ -1,6 +1,8 @@
-"""Law 11 for DSA: layers of transformers' DeepSeek V3.2 and ours agree."""
+"""Law 11 for DSA: layers of transformers' DeepSeek V3.2 and GLM-5 and ours agree."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +12,27 @@ import pytest
 from mukv.attention import Indexer, Latent, Mask
 from mukv.core.compute import Compute
 from mukv.core.norm import RMSNorm
-from mukv.core.params import map_params
 from mukv.position import RoPE
+from tests.parity.layers import assert_agree, bags_of, drawn, output, seen, shaped
 from tests.parity.models import torch, transformers
 
 LENGTH, HEADS, WIDTH, ROTATED, RANK, QUERY_RANK = 29, 4, 8, 8, 16, 12
 INDEXER = Indexer(heads=16, width=16, top_k=5)
+KINDS = {
+    "DeepseekV32": {"num_hidden_layers": 1, "mlp_layer_types": ["dense"]},
+    "GlmMoeDsa": {
+        "num_hidden_layers": 2,
+        "mlp_layer_types": ["dense"] * 2,
+        "indexer_types": ["full", "shared"],
+    },
+}
 
 
-@pytest.fixture(scope="module")
-def theirs():
-    """A layer, and what entered and left it."""
+@pytest.fixture(scope="module", params=KINDS)
+def theirs(request):
+    """The architecture, its layers, and what entered and left each of them."""
     torch.manual_seed(0)
-    config = transformers.DeepseekV32Config(
-        num_hidden_layers=1,
-        mlp_layer_types=["dense"],
+    config = getattr(transformers, f"{request.param}Config")(
         vocab_size=97,
         hidden_size=32,
         intermediate_size=48,
@@ -45,30 +53,20 @@ def theirs():
         n_group=1,
         topk_group=1,
         max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         attn_implementation="eager",
+        **KINDS[request.param],
     )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    layer, seen = model.model.layers[0].self_attn, {}
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim >= 2:
-                weight.normal_(0, 1.5 / weight.shape[-1] ** 0.5)
-            if "norm" in name and weight.ndim == 1:
-                weight.add_(torch.randn_like(weight) * 0.3)
-
-        def keep(_, __, given, out):
-            seen["x"], seen["y"] = given["hidden_states"].numpy(), out[0].numpy()
-
-        layer.register_forward_hook(keep, with_kwargs=True)
-        model(torch.randint(0, 97, (2, LENGTH)))
-    return layer, seen["x"], seen["y"]
+    model = drawn(transformers.AutoModelForCausalLM.from_config(config))
+    layers = [layer.self_attn for layer in model.model.layers]
+    return request.param, layers, seen(layers, lambda: model(torch.randint(0, 97, (2, LENGTH))))
 
 
-def ours(layer):
+def ours(architecture, layer):
     """Return the same layer of mukv and its weights.
 
-    Their indexer rotates halves, their attention adjacent pairs; ours has one pairing, so that the
-    rotated dimensions of the indexer are put in the other order, which no score depends on.
+    DeepSeek's indexer rotates halves, its attention adjacent pairs; ours has one pairing, so that
+    the rotated dimensions of the indexer are put in the other order, which no score depends on.
     """
     attention = Latent(
         position=RoPE(pairing="interleaved"),
@@ -78,58 +76,59 @@ def ours(layer):
         rope_dim=ROTATED,
         query_rank=QUERY_RANK,
         norm=RMSNorm(epsilon=layer.q_a_layernorm.variance_epsilon),
-        indexer=INDEXER,
     )
     flat = {name: weight.detach().numpy() for name, weight in layer.named_parameters()}
 
     def across(name):
         return flat[f"{name}.weight"].T
 
-    pairs = np.arange(ROTATED).reshape(2, -1).T.reshape(-1)
-    order = np.concatenate([pairs, np.arange(ROTATED, INDEXER.width)])
-    asks = across("indexer.wq_b").reshape(QUERY_RANK, INDEXER.heads, -1)
     down, up = across("kv_a_proj_with_mqa"), across("kv_b_proj").reshape(RANK, HEADS, -1)
     write = {
         "latent": down[:, :RANK],
         "key": down[:, RANK:],
         "norm": {"gain": flat["kv_a_layernorm.weight"]},
-        "index": {
-            "key": across("indexer.wk")[:, order],
-            "norm": {
-                "gain": flat["indexer.k_norm.weight"][order],
-                "bias": flat["indexer.k_norm.bias"][order],
-            },
-        },
     }
     read = {
         "query_latent": across("q_a_proj"),
         "query_norm": {"gain": flat["q_a_layernorm.weight"]},
         "query": across("q_b_proj"),
-        "index": {"query": asks[..., order], "weight": across("indexer.weights_proj")},
         "key_up": up[..., :WIDTH],
         "value_up": up[..., WIDTH:],
         "output": across("o_proj"),
     }
-    declared = attention.write_params(32), attention.read_params(32)
-    return attention, map_params(
-        lambda param, weight: jnp.asarray(weight.reshape(param.shape)), declared, (write, read)
-    )
+    if layer.indexer is not None:
+        attention, order = replace(attention, indexer=INDEXER), np.arange(INDEXER.width)
+        if architecture == "DeepseekV32":
+            order[:ROTATED] = np.arange(ROTATED).reshape(2, -1).T.reshape(-1)
+        asks = across("indexer.wq_b").reshape(QUERY_RANK, INDEXER.heads, -1)
+        norm = {
+            "gain": flat["indexer.k_norm.weight"][order],
+            "bias": flat["indexer.k_norm.bias"][order],
+        }
+        write["index"] = {"key": across("indexer.wk")[:, order], "norm": norm}
+        read["index"] = {"query": asks[..., order], "weight": across("indexer.weights_proj")}
+    return attention, shaped(attention, 32, write, read)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_layer_agrees(theirs, fused):
-    """Outputs within 1e-5 of the largest."""
-    layer, x, expected = theirs
-    attention, (write, read) = ours(layer)
-    compute = Compute(fused=fused, attention_chunk=8)
+def test_layers_agree(theirs, fused):
+    """Outputs agree, also of a layer that reads by the choice of the layer before it."""
+    architecture, layers, found = theirs
+    compute, choice = Compute(fused=fused, attention_chunk=8), None
+    for layer, (x, expected) in zip(layers, found, strict=True):
+        attention, weights = ours(architecture, layer)
+        assert_agree(output(attention, weights, x, compute, choice), expected)
+        choice = chosen(attention, weights, x, compute)
+
+
+def chosen(attention, weights, x, compute):
+    """Return the choice of a layer for whole rows."""
+    write, read = weights
     position = jnp.tile(jnp.arange(LENGTH), (2, 1))
 
     @jax.jit
-    def forward(x):
-        written = attention.by_store(attention.write(write, x, position))
-        bags = [bag.entries(written[name], position) for name, bag in attention.bags.items()]
-        return attention.read(read, x, position, bags, Mask(aligned=True), compute)[0]
+    def choose(x):
+        bags = bags_of(attention, write, x, position)
+        return attention.choose(read, x, position, bags, Mask(aligned=True), compute)
 
-    found = np.asarray(forward(jnp.asarray(x)))
-    assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    return choose(jnp.asarray(x))
