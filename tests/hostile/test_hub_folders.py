@@ -53,6 +53,24 @@ CONFIGS = {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"full_attention": ROPE, "sliding_attention": {"rope_theta": 1e4}},
     },
+    "DeepseekV3ForCausalLM": {
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 3,
+        "q_lora_rank": 5,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 2,
+        "v_head_dim": 3,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 5,
+        "routed_scaling_factor": 1.5,
+        "rope_interleave": True,
+        "rope_scaling": {**ROPE, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
 }
 VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 3, 10**12, 2**31, 2**63, -(2**70), 10**400, 0.0, -0.5, 1.5),
@@ -144,7 +162,8 @@ def configs(architecture: str) -> Iterator[tuple[str, Change]]:
     config = {"architectures": [architecture], **SIZES, **CONFIGS[architecture]}
     # Keys that all families read by the same code are tried with one family.
     step = 1 if architecture == "LlamaForCausalLM" else 3
-    for number, key in enumerate(KEYS):
+    own = () if architecture != "DeepseekV3ForCausalLM" else CONFIGS[architecture]
+    for number, key in enumerate(dict.fromkeys((*KEYS, *own))):
         for value in VALUES[number % step :: step]:
             text = json.dumps(config | {key: value})
             yield (

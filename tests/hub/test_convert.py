@@ -168,7 +168,7 @@ def test_a_message_is_put_as_the_template_says(mukv, folder, tmp_path, place):
 
 
 UNFIT = {
-    "tiny-mla": ("attention.kind", "latent"),
+    "tiny-dsa": ("attention.indexer", "DeepseekV3ForCausalLM has None"),
     "tiny-shared-kv": ("attention.kind", "shared_kv"),
     "tiny-alibi": ("position.kind", "alibi"),
     "tiny-hybrid": ("position.kind", "nope"),
@@ -195,6 +195,7 @@ def test_models_that_transformers_lacks_are_refused(trained, tmp_path, preset):
         ("tiny-mha", "LlamaForCausalLM"),
         ("llama-3.2-1b", "LlamaForCausalLM"),
         ("gemma-2-9b", "Gemma2ForCausalLM"),
+        ("tiny-mla", "DeepseekV3ForCausalLM"),
     ],
 )
 def test_the_first_fitting_architecture(preset, architecture):

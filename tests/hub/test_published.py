@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mukv.core.params import active, count
 from mukv.hub import FAMILIES
 from mukv.hub.settings import Given
 from mukv.runs import config
@@ -75,6 +76,83 @@ PUBLISHED = {
         27_227_128_320,
     ),
 }
+
+
+YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
+DEEPSEEK3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "attention_bias": False,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163_840,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": YARN,
+    "rope_theta": 10_000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 129_280,
+    **sizes(7168, 18_432, 61, 128),
+}
+KIMI = {
+    **DEEPSEEK3,
+    "model_type": "kimi_k2",
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131_072,
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": {**YARN, "beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
+    "rope_theta": 50_000.0,
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+    "vocab_size": 163_840,
+    **sizes(7168, 18_432, 61, 64),
+}
+
+
+@pytest.mark.parametrize(
+    ("published", "total", "used"), [(DEEPSEEK3, 671e9, 37e9), (KIMI, 1.03e12, 32e9)]
+)
+def test_published_experts_have_their_number_of_weights(published, total, used):
+    """DeepSeek-V3 and Kimi K2 have the numbers of weights that their reports name, and what is
+    written is read as the same model."""
+    family = FAMILIES["DeepseekV3ForCausalLM"]
+    model = family.read(Given(published, "config.json"))
+    assert not list(family.misfits(model))
+    assert family.read(Given(family.write(model, 0), "config.json")) == model
+    assert count(model.params()) == pytest.approx(total, rel=0.005)
+    assert active(model.params()) == pytest.approx(used, rel=0.03)
+    dense = published["first_k_dense_replace"]
+    assert [layer.mlp.kind for layer in model.layers] == ["gated"] * dense + ["experts"] * (
+        61 - dense
+    )
 
 
 @pytest.mark.product

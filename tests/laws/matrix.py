@@ -173,12 +173,16 @@ REUSE_WINDOW = Stage((Layer(window=4), Layer(window=4, reads=-1)), repeats=2)
 HYBRID = Stage((Layer(window=5), Layer(position=NoPE())))
 ROUTED = Experts(experts=5, top_k=2, hidden=12, balance=0.1, z_loss=0.01)
 SHARED = Experts(
-    experts=4,
+    experts=6,
     top_k=3,
     hidden=12,
     shared=1,
     shared_gate=True,
     router="sigmoid",
+    scale=1.5,
+    groups=3,
+    top_groups=2,
+    choice_bias=True,
     activation="quick_gelu",
     limit=0.5,
     up_offset=1.0,

@@ -24,6 +24,7 @@ from mukv.model.feedforward import Gated
 from mukv.model.width import widened
 from mukv.runs import config
 from mukv.scaling.optimizers import OPTIMIZERS
+from mukv.scaling.parameterization import Scaling
 from tests.laws import matrix
 
 WIDTH, ROWS, LENGTH = 16, 3, 10
@@ -35,6 +36,18 @@ KINDS = {
     "sigmoid": replace(PART, router="sigmoid", activation="gelu"),
     "raw": replace(PART, normalise=False),
     "shared": replace(PART, shared=2),
+    "grouped": replace(
+        PART,
+        experts=8,
+        top_k=3,
+        router="sigmoid",
+        groups=4,
+        top_groups=2,
+        choice_bias=True,
+        scale=2.5,
+        shared=1,
+    ),
+    "grouped softmax": replace(PART, experts=6, groups=2, normalise=False, scale=0.5),
     "clamped": replace(PART, activation="quick_gelu", limit=0.5, up_offset=1.0, biases=True),
 }
 
@@ -47,6 +60,8 @@ def weights(part: Experts, seed: int = 0, lean: float = 0.0) -> dict:
         for name, param in named(part.params(WIDTH)).items()
     }
     drawn["router"][:, 0] += lean
+    if part.choice_bias:
+        drawn["choice_bias"] *= 0.1  # the scores and the numbers both count
     nested = {name: leaf for name, leaf in drawn.items() if "." not in name}
     if part.shared:
         nested["shared"] = {name: drawn[f"shared.{name}"] for name in ("gate", "up", "down")}
@@ -69,9 +84,16 @@ def dense(part: Experts, own: dict, x: Array) -> Array:
     """Compute every expert for every token, then a sum with one-hot weights."""
     logits = biased(x @ own["router"], own, "router")
     scores = jax.nn.softmax(logits) if part.router == "softmax" else jax.nn.sigmoid(logits)
-    kept = jnp.where(scores >= jnp.sort(scores)[..., -part.top_k, None], scores, 0)
+    wanted = biased(scores, own, "choice")
+    if part.groups > 1:
+        groups = wanted.reshape(*wanted.shape[:-1], part.groups, -1)
+        best = jnp.sort(groups)[..., -2:].sum(-1)
+        eligible = best >= jnp.sort(best)[..., -part.top_groups, None]
+        wanted = jnp.where(eligible[..., None], groups, -jnp.inf).reshape(wanted.shape)
+    kept = jnp.where(wanted >= jnp.sort(wanted)[..., -part.top_k, None], scores, 0)
     if part.normalise:
         kept = kept / kept.sum(-1, keepdims=True)
+    kept = part.scale * kept
     act = {
         "silu": jax.nn.silu,
         "gelu": lambda g: jax.nn.gelu(g, approximate=True),
@@ -84,7 +106,7 @@ def dense(part: Experts, own: dict, x: Array) -> Array:
             gate, up = jnp.minimum(gate, part.limit), jnp.clip(up, -part.limit, part.limit)
         return biased((act(gate) * (up + part.up_offset)) @ expert["down"], expert, "down")
 
-    others = ("router", "router_bias", "shared")
+    others = ("router", "router_bias", "choice_bias", "shared")
     out = jax.vmap(mlp)({name: leaf for name, leaf in own.items() if name not in others})
     total = jnp.einsum("ebtd,bte->btd", out, kept)
     return total + (mlp(own["shared"]) if part.shared else 0)
@@ -112,6 +134,107 @@ def test_grouped_products_are_the_dense_sum(kind, lean):
     )
     for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, two, atol=3e-4, rtol=1e-4)
+
+
+def chosen_by_hand(part: Experts, own: dict, x: np.ndarray) -> tuple[set, dict]:
+    """Return the experts of one token and their weights, by the formulas of DeepSeek-V3."""
+    score = 1 / (1 + np.exp(-(x @ own["router"]).astype(np.float64)))
+    wanted = score + own["choice_bias"]
+    size = part.experts // part.groups
+    members = [range(g * size, (g + 1) * size) for g in range(part.groups)]
+    best = [sum(sorted(wanted[list(each)])[-2:]) for each in members]
+    eligible = [e for g in np.argsort(best)[-part.top_groups :] for e in members[g]]
+    found = sorted(eligible, key=lambda e: wanted[e])[-part.top_k :]
+    total = sum(score[e] for e in found)
+    return set(found), {e: part.scale * score[e] / total for e in found}
+
+
+def test_groups_and_the_choice_bias_choose_but_do_not_weigh():
+    """The choice is that of the formulas; the bias is not in the weights, and other groups than
+    those of the best experts are left out."""
+    part, x = KINDS["grouped"], inputs()
+    own = weights(part)
+    _, _, chosen, weight = map(np.asarray, part.route(own, jnp.asarray(x)))
+    free = replace(part, top_groups=part.groups).route(own, jnp.asarray(x)).chosen
+    unbiased = part.route({**own, "choice_bias": 0 * own["choice_bias"]}, jnp.asarray(x)).chosen
+    for row, t in np.ndindex(x.shape[:2]):
+        found, shares = chosen_by_hand(part, own, x[row, t])
+        assert set(chosen[row, t]) == found
+        for expert, share in zip(chosen[row, t], weight[row, t], strict=True):
+            assert share == pytest.approx(shares[expert], rel=1e-5)
+    for other in (free, unbiased):
+        rows = zip(chosen.reshape(-1, 3), np.asarray(other).reshape(-1, 3), strict=True)
+        assert any(set(one) != set(two) for one, two in rows)
+
+
+def test_scores_of_zero_are_weights_of_zero():
+    """A choice bias may choose experts whose scores are all zero; nothing is divided by zero."""
+    part, own, x = KINDS["grouped"], weights(KINDS["grouped"]), np.abs(inputs())
+    own["router"][:] = -100
+    y, told = applied(part, own, x, np.ones(x.shape[:2], bool))
+    assert np.isfinite(y).all()
+    assert np.isfinite(told["expert_balance"]).all()
+
+
+def test_the_choice_bias_learns_from_the_load_alone():
+    """Its gradient is the share of a row's choices minus the mean, whatever `balance` is; the
+    output has none, and the penalty stays what it is without a bias. AdamW then lowers the
+    numbers of the experts with more tokens than the mean."""
+    part, x = KINDS["grouped"], inputs()
+    own, counted = weights(part), np.ones((ROWS, LENGTH), bool)
+    counted[0, 6:] = False
+    chosen = np.asarray(part.route(own, jnp.asarray(x)).chosen)
+    load = [
+        np.bincount(chosen[row][counted[row]].reshape(-1), minlength=8) / (3 * counted[row].sum())
+        for row in range(ROWS)
+    ]
+    for balance in (0.0, 0.5):
+        same = replace(part, balance=balance)
+
+        def penalties(bias, same=same):
+            given = {**own, "choice_bias": bias}
+            return same.apply(given, jnp.asarray(x), jnp.asarray(counted))[1]["penalty"]
+
+        slopes = jax.jacrev(penalties)(jnp.asarray(own["choice_bias"]))
+        np.testing.assert_allclose(slopes, np.stack(load) - 1 / 8, atol=1e-6)
+        told = applied(same, own, x, counted)[1]
+        np.testing.assert_allclose(told["penalty"], balance * told["expert_balance"], atol=1e-6)
+    output = jax.grad(
+        lambda bias: jnp.sum(part.apply({**own, "choice_bias": bias}, jnp.asarray(x))[0])
+    )
+    assert not np.any(output(jnp.asarray(own["choice_bias"])))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_training_evens_the_load(kind):
+    """Steps of an optimizer on the choice bias alone even out the load of a router that leans to
+    one expert."""
+    part = replace(KINDS["grouped"], balance=0.0, shared=0, groups=1, top_groups=1)
+    own, x = weights(part, lean=0.3), jnp.asarray(np.abs(inputs(rows=8)))
+    own = {name: jnp.asarray(leaf) for name, leaf in own.items()}
+    own["choice_bias"] = jnp.zeros(8)
+    counted = jnp.ones(x.shape[:2], bool)
+    declared = {"choice_bias": part.params(WIDTH)["choice_bias"]}
+    resolved = Scaling().resolve(declared, 1)
+    optimizer = OPTIMIZERS[kind]()
+    update = optimizer.transform(declared, resolved)
+    bias = {"choice_bias": jnp.asarray(own["choice_bias"])}
+    state = update.init(bias)
+
+    @jax.jit
+    def step(bias, state):
+        slope = jax.grad(lambda b: jnp.mean(part.apply({**own, **b}, x, counted)[1]["penalty"]))
+        change, state = update.update(slope(bias), state, bias)
+        return optimizer.apply(declared, resolved, bias, change, 0.01), state
+
+    def spread(bias):
+        chosen = part.route({**own, **bias}, x).chosen
+        return np.bincount(np.asarray(chosen).reshape(-1), minlength=8).std()
+
+    before = spread(bias)
+    for _ in range(60):
+        bias, state = step(bias, state)
+    assert spread(bias) < 0.4 * before
 
 
 def test_products_are_those_of_ragged_dot():
@@ -266,6 +389,14 @@ def test_the_router_is_scaled_by_its_fan_in(kind):
         ({"balance": -1.0}, "balance"),
         ({"z_loss": -1.0}, "z_loss"),
         ({"capacity": 0.0}, "capacity"),
+        ({"scale": 0.0}, "scale: got 0.0; greater than 0"),
+        ({"groups": 2}, r"groups: got 2; a number that divides experts \(5\)"),
+        ({"groups": 5}, "groups: got 5; at most 2: a group has at least two"),
+        ({"experts": 6, "groups": 3, "top_groups": 4}, r"top_groups: got 4; at most groups \(3\)"),
+        (
+            {"experts": 6, "groups": 3, "top_k": 3},
+            r"top_groups: got 1; at least 2: top_k \(3\) experts in groups of 2",
+        ),
     ],
 )
 def test_bad_experts_are_refused(fields, message):
@@ -309,9 +440,10 @@ def test_parity_with_qwen3_moe():
 
 @pytest.mark.product
 @pytest.mark.parametrize("capacity", [None, 1.0])
-def test_sharded_experts_are_the_same(capacity):
+@pytest.mark.parametrize("fields", [{}, {"groups": 2, "choice_bias": True, "router": "sigmoid"}])
+def test_sharded_experts_are_the_same(capacity, fields):
     """Law 6 of one layer, on 8 devices: experts sharded over data, and each over tensor."""
-    part = replace(PART, experts=4, shared=1, capacity=capacity)
+    part = replace(PART, experts=4, shared=1, capacity=capacity, **fields)
     declared, own = part.params(WIDTH), weights(part)
     x, counted = inputs(rows=8), np.ones((8, LENGTH), bool)
     alone = applied(part, own, x, counted)

@@ -32,8 +32,18 @@ BASE = {
     "linear_value_head_dim": 12,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "kv_lora_rank": 10,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
 }
 """Keys of every point. Heads have a width that no family has by default."""
+OWN = {"DeepseekV3ForCausalLM": {"num_key_value_heads": 8}}
+"""Keys of every point of one family."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0, "rope_type": "llama3"}
 YARN = {"rope_type": "yarn", "factor": 4.0}
 BEFORE = {"original_max_position_embeddings": 16}
@@ -53,6 +63,9 @@ SCALINGS: list[Any] = [
     {**YARN, **BEFORE, "attention_factor": 1.7},
     {**YARN, **BEFORE, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": None},
     {**YARN, **BEFORE, "mscale": 0.7},
+    {**YARN, **BEFORE, "mscale": 0.7, "mscale_all_dim": 0.7, "beta_fast": 1.0, "beta_slow": 1.0},
+    {**YARN, **BEFORE, "mscale_all_dim": 1.0},
+    {"rope_type": "linear", "factor": 2.0, "mscale_all_dim": 1.5},
     {**YARN, **BEFORE, "factor": None},
     {**YARN, **BEFORE, "truncate": False},
     {**YARN, "original_max_position_embeddings": 4},
@@ -123,6 +136,17 @@ KEYS: dict[str, list[Any]] = {
     "linear_conv_kernel_dim": [ABSENT, 2],
     "linear_value_head_dim": [8, None],
     "linear_num_key_heads": [4, 3],
+    "kv_lora_rank": [9, None],
+    "q_lora_rank": [None, 7],
+    "qk_rope_head_dim": [6],
+    "v_head_dim": [8, None],
+    "n_routed_experts": [6],
+    "n_group": [1, 3, 4, None],
+    "topk_group": [2, 3],
+    "first_k_dense_replace": [0, 3, 9, None],
+    "n_shared_experts": [2, 0, None],
+    "routed_scaling_factor": [1.0, 0, None],
+    "rope_interleave": [True, False, None],
     "swiglu_limit": [ABSENT, 0.5, None],
     "swiglu_alpha": [ABSENT, 1.0],
     "model_type": [ABSENT, "bert"],
@@ -140,6 +164,7 @@ FAMILIES = {
     "Olmo3ForCausalLM": "olmo3",
     "GPT2LMHeadModel": "gpt2",
     "GptOssForCausalLM": "gpt_oss",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
 }
 TOGETHER: list[dict[str, Any]] = [
     *({"rope_scaling": {**each}, **BEFORE} for each in (LLAMA3, YARN)),
@@ -166,6 +191,7 @@ TOGETHER: list[dict[str, Any]] = [
     {"num_key_value_heads": ABSENT, "num_attention_heads": 32},
     {"head_dim": ABSENT, "num_attention_heads": 4},
     {"hidden_size": 50, "num_attention_heads": 4, "head_dim": 6},
+    {"num_local_experts": ABSENT, "n_routed_experts": 6, "n_group": 3, "topk_group": 2},
 ]  # fmt: skip
 """Changes whose effect needs several keys at once."""
 
@@ -197,7 +223,7 @@ def several(count: int, seed: int) -> Iterator[dict[str, Any]]:
 def config(architecture: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Return the config.json of a point."""
     names = {"architectures": [architecture], "model_type": FAMILIES[architecture]}
-    made = {**BASE, **names, "pad_token_id": None, **changes}
+    made = {**BASE, **OWN.get(architecture, {}), **names, "pad_token_id": None, **changes}
     made = {key: value for key, value in made.items() if value is not ABSENT}
     layers = made.get("num_hidden_layers", 26 if "Gemma" in architecture else 32)
     types = made.get("layer_types")

@@ -95,6 +95,45 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "olmo-2": ("Olmo2", {"rope_parameters": {**YARN, "truncate": False}}),
     "gpt-2": ("GPT2", {"n_inner": 48}),
     "olmo-3": ("Olmo3", {"sliding_window": 7, "rope_parameters": BY_TYPE}),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 12,
+            "qk_nope_head_dim": 10,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 6,
+            "rms_norm_eps": 1e-3,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 24,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "moonlight": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 2,
+            "n_routed_experts": 5,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 24,
+            "routed_scaling_factor": 1.5,
+            "rope_interleave": False,
+        },
+    ),
     "gpt-oss": (
         "GptOss",
         {
@@ -110,6 +149,13 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
 """Windows are shorter than the texts, and texts longer than the original length of RoPE scaling."""
 
 
+def named_weights(model: Any) -> list[tuple[str, Any]]:
+    """Return the parameters of a model, and the buffers that its files have."""
+    kept = model.state_dict()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+    return [*model.named_parameters(), *buffers]
+
+
 def build(family: str, fields: Mapping[str, Any], seed: int = 0) -> Any:
     """Build a model of transformers with random weights."""
     name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
@@ -117,7 +163,7 @@ def build(family: str, fields: Mapping[str, Any], seed: int = 0) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in named_weights(model):
             noise = torch.randn(weight.shape, generator=generator)
             if "norm" in name or ".ln_" in name:
                 weight.copy_(0.2 * noise + ("Gemma" not in family))
@@ -127,12 +173,13 @@ def build(family: str, fields: Mapping[str, Any], seed: int = 0) -> Any:
 
 
 def published(model: Any) -> dict[str, Any]:
-    """Return the tensors of a model by the names that they have in files: each expert of Qwen has
-    tensors of its own."""
+    """Return the tensors of a model by the names that they have in files: each expert of Qwen and
+    DeepSeek has tensors of its own."""
     found = {}
-    for name, weight in model.named_parameters():
+    for name, weight in named_weights(model):
         stem, _, last = name.rpartition(".")
-        if not stem.endswith("experts") or not model.config.model_type.startswith("qwen"):
+        apart = model.config.model_type.startswith(("qwen", "deepseek"))
+        if not stem.endswith("experts") or not apart:
             found[name] = weight.detach()
             continue
         for number, own in enumerate(weight.detach()):

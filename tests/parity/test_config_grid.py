@@ -20,7 +20,7 @@ from mukv.core.errors import BadInput
 from mukv.hub import FAMILIES
 from tests.pairs import params
 from tests.parity import grid
-from tests.parity.models import our_logits, published, torch, transformers
+from tests.parity.models import named_weights, our_logits, published, torch, transformers
 
 IDS = np.random.default_rng(0).integers(0, 40, (1, 20))
 SAME, REFUSED, NEITHER, OURS = "same logits", "refused by name", "refused by both", "ours alone"
@@ -43,7 +43,7 @@ def theirs(folder: Path):
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for name, weight in model.named_parameters():
+            for name, weight in named_weights(model):
                 noise = torch.randn(weight.shape, generator=generator)
                 scale = 0.2 if "norm" in name else weight.shape[-1] ** -0.5
                 weight.add_(noise * scale)

@@ -44,6 +44,17 @@ GEMMA = {
 CLAMPED = Experts(
     experts=4, hidden=12, activation="quick_gelu", limit=0.9, up_offset=1.0, biases=True
 )
+GROUPED = Experts(
+    experts=8,
+    top_k=3,
+    hidden=12,
+    shared=1,
+    router="sigmoid",
+    scale=1.5,
+    groups=4,
+    top_groups=2,
+    choice_bias=True,
+)
 MODELS = {
     "llama": ("plain", {"scale": 0.3, "position": FAST}, SCALED),
     "llama-untied": ("plain", {"position": FAST}, {**SCALED, "readout": "linear"}),
@@ -58,6 +69,8 @@ MODELS = {
         {"sinks": "learned", "biases": ALL, "scale": 0.3, "position": FAST},
         {"scaling": ROUTED, "readout": "tied", "mlp": CLAMPED},
     ),
+    "deepseek": ("plain", {}, {"scaling": ROUTED, "mlp": GROUPED}),
+    "deepseek-dense": ("plain", {"query_rank": None, "position": FAST}, SCALED),
     "gpt-2": (
         "plain",
         {"kv_heads": 4, "head_dim": 4, "scale": 0.3, "position": NoPE(), "biases": ALL},
@@ -78,7 +91,8 @@ MODELS = {
 def test_what_is_scaled_is_folded_into_the_weights(name, tmp_path):
     plan, attention, changes = MODELS[name]
     # A config.json has one rotation for all layers.
-    model = matrix.build("gqa", "rope", plan, **changes)
+    kind = "latent" if name.startswith("deepseek") else "gqa"
+    model = matrix.build(kind, "rope", plan, **changes)
     shared = replace(model.attention, **attention)
     model = replace(model, attention=shared, plan=matrix.PLANS[plan])
     weights = map_params(lambda _, leaf: jnp.asarray(leaf), model.params(), matrix.weights(model))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import mukv
 from mukv.core.compute import Compute
+from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
 from mukv.core.params import named
 from mukv.runs.exchange import export_model, import_model
@@ -104,6 +105,23 @@ def test_names_without_their_prefix(pair, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     for name, leaf in named(mukv.load(tmp_path).weights).items():
         np.testing.assert_array_equal(leaf, named(ours.weights)[name])
+
+
+@pytest.mark.parametrize("pair", ["deepseek-v3"], indirect=True)
+def test_layers_for_further_tokens_are_left_out(pair, tmp_path):
+    """Published files of DeepSeek-V3 have a layer after the last one, which predicts a further
+    token; transformers does not read it either. Other unknown tensors are refused."""
+    _, folder, ours = pair
+    tensors = load_file(folder / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    further = {"model.layers.4.eh_proj.weight": torch.ones(2, 3)}
+    save_file({**tensors, **further}, tmp_path / "model.safetensors")
+    for name, leaf in named(mukv.load(tmp_path).weights).items():
+        np.testing.assert_array_equal(leaf, named(ours.weights)[name])
+    other = {"model.layers.3.eh_proj.weight": torch.ones(2, 3)}
+    save_file({**tensors, **other}, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match=r"model\.layers\.3\.eh_proj"):
+        mukv.load(tmp_path)
 
 
 @pytest.mark.product

@@ -2,6 +2,7 @@
 add a line to FAMILIES.
 """
 
+from mukv.hub.deepseek import DEEPSEEK3
 from mukv.hub.family import Family
 from mukv.hub.gemma import GEMMA2, GEMMA3
 from mukv.hub.gpt2 import GPT2
@@ -25,6 +26,7 @@ FAMILIES: dict[str, Family] = {
     "Olmo3ForCausalLM": OLMO3,
     "GPT2LMHeadModel": GPT2,
     "GptOssForCausalLM": GPT_OSS,
+    "DeepseekV3ForCausalLM": DEEPSEEK3,
 }
 """Families by `architectures[0]` of a config.json. A model that several families can express is
 exported as the first of them.

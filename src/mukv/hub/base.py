@@ -57,6 +57,18 @@ class TensorRows(NamedTuple):
     total: int
 
 
+def blocks(sizes: Sequence[int], number: int, groups: int) -> TensorRows:
+    """Return the rows of one block of each group of a tensor.
+
+    sizes: rows of the blocks of a group. number: index of the block. groups: number of groups
+    """
+    total, start = sum(sizes), sum(sizes[:number])
+    inside = range(start, start + sizes[number])
+    return TensorRows(
+        tuple(group * total + row for group in range(groups) for row in inside), groups * total
+    )
+
+
 @dataclass(frozen=True)
 class Rule:
     """Maps one tensor of a checkpoint to one of our weights.

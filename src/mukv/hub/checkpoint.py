@@ -241,7 +241,8 @@ def _opened(
     found = tuple(found)
     copied = {path.name: path for path in companions(folder)}
     tied = f"|^{re.escape(HEAD)}$" if model.readout == "tied" else ""
-    check(found, source, str(folder), IGNORED + tied)
+    further = FAMILIES[architecture].ignored(len(model.layers))
+    check(found, source, str(folder), f"{IGNORED}{tied}|{further}")
     for name, parts in grouped_by_weight(found).items():
         types = {source.tensors[part.theirs].dtype for part in parts}
         if len(types) > 1:

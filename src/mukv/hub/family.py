@@ -71,6 +71,7 @@ class Family:
     """Description of a family of models.
 
     architecture, model_type: names of the family in a config.json
+    other_types: other values of `model_type` in files with this architecture
     rules: rules of its tensors
     defaults: values of the keys that a config.json may leave out
     norm: form in which gains of norms are stored
@@ -87,6 +88,7 @@ class Family:
     local: function that reads the rotation of layers with a window; None if it is the same
     write_ropes: function that writes both rotations; None if there is only one
     prefix: beginning of the names of tensors, which a file may leave out
+    pairing: key that says whether rotated pairs are interleaved; None if they are halves
     """
 
     architecture: str
@@ -111,6 +113,15 @@ class Family:
     local: Callable[[Given], RoPE] | None = None
     write_ropes: Callable[[RoPE, RoPE], dict[str, Any]] | None = None
     prefix: str = ""
+    other_types: tuple[str, ...] = ()
+    pairing: str | None = None
+
+    def ignored(self, layers: int) -> str:
+        """Return a pattern of the names of tensors that a file may have and that are not read.
+
+        layers: number of layers of the model
+        """
+        return "$^"
 
     def rules_for(self, tensors: Iterable[str]) -> tuple[Rule, ...]:
         """Return the rules for a file with tensors of these names."""
@@ -126,35 +137,12 @@ class Family:
         """Return the model that a config.json describes. Raises BadInput, with the key, for a value
         that can't be represented."""
         given = replace(given, defaults=self.defaults)
-        given.require("model_type", self.model_type)
+        given.require("model_type", self.model_type, *self.other_types)
         given.require("use_bidirectional_attention", False)
         for key in ("quantization_config", "per_layer_config"):
             given.require(key)
         width = given.whole("hidden_size")
-        heads = given.whole("num_attention_heads", high=MOST_HEADS)
-        kv_heads = given.whole("num_key_value_heads", null=True) or heads
-        if heads % kv_heads:
-            fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            allowed = f"must divide num_attention_heads ({heads}); kv_heads that do: {fitting}"
-            raise BadInput(f"{given.where}: num_key_value_heads", kv_heads, allowed)
-        head_dim = given.whole("head_dim", null=True) or width // heads
-        if head_dim < 2 or head_dim % 2:
-            allowed = "an even number, as pairs are rotated; hidden_size / heads if left out"
-            raise BadInput(f"{given.where}: head_dim", head_dim, allowed)
-        norm = RMSNorm(given.number("rms_norm_eps"), self.norm)
-        attention = Grouped(
-            position=self.position(given),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            norm=norm if self.query_norm else None,
-            norm_over=self.query_norm or "head",
-            scale=self._read_scale(given, head_dim),
-            softcap=self._cap(given, self.attention_softcap),
-            sinks=self.sinks,
-            gate=self.gate,
-            biases=self._read_biases(given),
-        )
+        attention = self.read_attention(given, width)
         count = given.whole("num_hidden_layers", high=MOST_LAYERS)
         local = self.local(given) if self.local else None
         parts = self.feedforward.read(given, count)
@@ -174,12 +162,39 @@ class Family:
             attention=attention,
             mlp=parts[-1],
             plan=planned(layers),
-            norm=norm,
+            norm=RMSNorm(given.number("rms_norm_eps"), self.norm),
             residual=self.residual,
             embedding_scale=self.embedding_scale,
             readout="tied" if given.flag("tie_word_embeddings") else "linear",
             logit_softcap=self._cap(given, self.logit_softcap),
             context=given.whole("max_position_embeddings"),
+        )
+
+    def read_attention(self, given: Given, width: int) -> Attention:
+        """Return the attention of all layers that have one. width: of the residual stream"""
+        heads = given.whole("num_attention_heads", high=MOST_HEADS)
+        kv_heads = given.whole("num_key_value_heads", null=True) or heads
+        if heads % kv_heads:
+            fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            allowed = f"must divide num_attention_heads ({heads}); kv_heads that do: {fitting}"
+            raise BadInput(f"{given.where}: num_key_value_heads", kv_heads, allowed)
+        head_dim = given.whole("head_dim", null=True) or width // heads
+        if head_dim < 2 or head_dim % 2:
+            allowed = "an even number, as pairs are rotated; hidden_size / heads if left out"
+            raise BadInput(f"{given.where}: head_dim", head_dim, allowed)
+        norm = RMSNorm(given.number("rms_norm_eps"), self.norm)
+        return Grouped(
+            position=self.position(given),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            norm=norm if self.query_norm else None,
+            norm_over=self.query_norm or "head",
+            scale=self._read_scale(given, head_dim),
+            softcap=self._cap(given, self.attention_softcap),
+            sinks=self.sinks,
+            gate=self.gate,
+            biases=self._read_biases(given),
         )
 
     def _cap(self, given: Given, key: str | None) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 from mukv.attention import AnyAttention, GatedDelta
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
-from mukv.hub.base import Rule, TensorRows
+from mukv.hub.base import Rule, TensorRows, blocks
 from mukv.hub.family import MOST_HEADS, Family, MixerKeys
 from mukv.hub.feedforward import SparseExperts
 from mukv.hub.llama import DEFAULTS, ENDS, LAYER
@@ -57,18 +57,6 @@ def channels(number: int) -> Callable[[GatedDelta], TensorRows]:
         return blocks((key, key, value), number, 1)
 
     return rows
-
-
-def blocks(sizes: Sequence[int], number: int, groups: int) -> TensorRows:
-    """Return the rows of one block of each group of a tensor.
-
-    sizes: rows of the blocks of a group. number: index of the block. groups: number of groups
-    """
-    total, start = sum(sizes), sum(sizes[:number])
-    inside = range(start, start + sizes[number])
-    return TensorRows(
-        tuple(group * total + row for group in range(groups) for row in inside), groups * total
-    )
 
 
 KEY, VALUE = "(delta_key_heads delta_dim)", "(delta_heads delta_value_dim)"

@@ -25,15 +25,19 @@ PARTIAL = "partial_rotary_factor"
 Scaled = Callable[[Given, Given], AnyScaling | None]
 
 
+def rope_settings(given: Given) -> Given:
+    """Return the mapping of the rotation of all layers: of both forms the older one."""
+    older = given.inside("rope_scaling")
+    return older if older.mapping else given.inside("rope_parameters")
+
+
 def read_rope(given: Given) -> RoPE:
     """Read the rotation of all layers.
 
     If both forms are present the older one is used. An original length beside the mapping takes
     precedence over one inside the mapping.
     """
-    settings = given.inside("rope_scaling")
-    if not settings.mapping:
-        settings = given.inside("rope_parameters")
+    settings = rope_settings(given)
     for kind in (LOCAL, GLOBAL):
         settings.require(kind)
     outside = {key: given.mapping[key] for key in (ORIGINAL,) if key in given.mapping}
@@ -42,9 +46,7 @@ def read_rope(given: Given) -> RoPE:
 
 def read_partial_rope(given: Given) -> RoPE:
     """Read the rotation of all layers, in a family that rotates a part of each head."""
-    settings = given.inside("rope_scaling")
-    if not settings.mapping:
-        settings = given.inside("rope_parameters")
+    settings = rope_settings(given)
     holder = settings if PARTIAL in settings.mapping else given
     share = holder.number(PARTIAL)
     if share > 1:
@@ -140,8 +142,8 @@ def _yarn(settings: Given, given: Given) -> AnyScaling:
         settings.number(key, default, null=True) or default
         for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
     )
-    if slow >= fast:
-        raise BadInput(f"{settings.where}: beta_slow", slow, f"less than beta_fast ({fast:g})")
+    if slow > fast:
+        raise BadInput(f"{settings.where}: beta_slow", slow, f"at most beta_fast ({fast:g})")
     return YaRN(
         factor=factor,
         original_length=original,

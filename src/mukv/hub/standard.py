@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
-from mukv.attention import Attention, GatedDelta
+from mukv.attention import Attention, GatedDelta, Latent
 from mukv.core.errors import BadInput
 from mukv.core.params import named
 from mukv.hub.family import Family, whole_scalar
@@ -45,7 +45,7 @@ def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dic
         usual = attention.query_dim**-0.5
         layers, ratio = None, (attention.scale or usual) / usual
         ends = ("read.query_norm.gain", "read.query_norm.offset")
-        if not getattr(attention, "norm", None):
+        if not any(name.endswith(ends) for name in flat):
             ends = ("read.query", "read.query_bias")
         _multiply(flat, ratio, [name for name in flat if name.endswith(ends)])
     stages = tuple(
@@ -107,8 +107,11 @@ def _meaning(model: Decoder) -> dict[str, Any]:
         attention = to_mapping(layer.attention)
         if isinstance(layer.attention, Attention):
             attention["scale"] = layer.softmax.scale or layer.softmax.query_dim**-0.5
-            attention["biases"] = sorted(attention["biases"])
             attention["position"].pop("pairing", None)
+            if "biases" in attention:
+                attention["biases"] = sorted(attention["biases"])
+            if isinstance(layer.attention, Latent):
+                attention["head_value_dim"] = layer.attention.value_dim
         elif isinstance(layer.attention, GatedDelta):
             attention["key_heads"] = layer.attention.query_heads
             attention["head_value_dim"] = layer.attention.value_dim

@@ -25,6 +25,8 @@ from mukv.model.auxiliary import PENALTY, Auxiliary
 from mukv.model.block import ACTIVATIONS, Activation, Feedforward, Gated
 
 MOST_EXPERTS = 1 << 16
+SMALLEST_SUM = 1e-20
+"""Number that is added to the sum of a token's scores, which may all be zero (DeepSeek-V3)."""
 EACH = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 """Names of the weights that each expert has."""
 
@@ -61,6 +63,16 @@ class Experts(Feedforward):
     biases: whether the router and the products of the experts that it chooses have biases
     router: function that turns the router's logits into scores
     normalise: whether the weights of a token's experts are divided by their sum
+    scale: factor of the weights of a token's experts, after that division (DeepSeek-V3)
+    groups: number of groups that the experts are in, of equal size and in order
+    top_groups: number of groups from which a token's experts are chosen: those with the largest
+        sums of their two best scores (DeepSeek-V3, 2412.19437, section 2.1.2 and its code)
+    choice_bias: whether each expert has a number that is added to its score in the choice of groups
+        and experts, and in nothing else (DeepSeek-V3, section 2.1.2). The language loss has no
+        gradient for it. In training its gradient is the expert's share of a row's choices minus
+        1 / experts, so that an optimizer lowers the numbers of experts that get more tokens than
+        the mean. The speed is the learning rate of a bias, where the paper has a constant of its
+        own; `balance` does not change it
     balance: weight of the load-balancing loss, per row, 1 for uniform routing (Switch Transformer,
         Fedus et al. 2022, equations 4 to 6)
     z_loss: weight of the squared logarithm of the router's normaliser (ST-MoE, Zoph et al. 2022,
@@ -82,6 +94,10 @@ class Experts(Feedforward):
     biases: bool = False
     router: Literal["softmax", "sigmoid"] = "softmax"
     normalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    choice_bias: bool = False
     balance: float = 0.01
     z_loss: float = 0.0
     capacity: float | None = None
@@ -89,10 +105,11 @@ class Experts(Feedforward):
     grows: ClassVar[tuple[str, ...]] = ("hidden",)
 
     def __post_init__(self) -> None:
-        require_counts(self, "experts", "top_k", most=MOST_EXPERTS)
+        require_counts(self, "experts", "top_k", "groups", "top_groups", most=MOST_EXPERTS)
         require_counts(self, "hidden", most=4 * WIDEST)
         if self.top_k > self.experts:
             raise BadInput("top_k", self.top_k, f"at most experts ({self.experts})")
+        self._require_groups()
         if not 0 <= self.shared <= MOST_EXPERTS:
             raise BadInput("shared", self.shared, f"0 to {MOST_EXPERTS:,}")
         if self.shared_gate and not self.shared:
@@ -106,6 +123,23 @@ class Experts(Feedforward):
         for name in ("capacity", "limit"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise BadInput(name, getattr(self, name), "greater than 0, or null")
+        if self.scale <= 0:
+            raise BadInput("scale", self.scale, "greater than 0")
+
+    def _require_groups(self) -> None:
+        """Raise BadInput for groups that the experts can't be in, or that have too few of them."""
+        if self.experts % self.groups:
+            raise BadInput("groups", self.groups, f"a number that divides experts ({self.experts})")
+        size = self.experts // self.groups
+        if self.groups > 1 and size < 2:
+            allowed = f"at most {self.experts // 2}: a group has at least two experts"
+            raise BadInput("groups", self.groups, allowed)
+        if self.top_groups > self.groups:
+            raise BadInput("top_groups", self.top_groups, f"at most groups ({self.groups})")
+        if self.top_k > self.top_groups * size:
+            least = -(-self.top_k // size)
+            allowed = f"at least {least}: top_k ({self.top_k}) experts in groups of {size}"
+            raise BadInput("top_groups", self.top_groups, allowed)
 
     @property
     def always(self) -> Gated:
@@ -139,6 +173,8 @@ class Experts(Feedforward):
             declared["router_bias"] = Param({"experts": self.experts}, role="vector", init="zeros")
             declared["gate_bias"] = declared["up_bias"] = replace(bias, dims=inner)
             declared["down_bias"] = replace(bias, dims=outer, ends_branch=True)
+        if self.choice_bias:
+            declared["choice_bias"] = Param({"experts": self.experts}, role="vector", init="zeros")
         if self.shared:
             declared["shared"] = self.always.params(d_model, "shared_hidden")
         if self.shared_gate:
@@ -163,7 +199,9 @@ class Experts(Feedforward):
                 share = jax.nn.sigmoid(project(x.astype(jnp.float32), weights["shared_gate"]))
                 always = (always * share).astype(always.dtype)
             y = y + always
-        return y, None if counted is None else self._auxiliary(routing, counted, dropped)
+        if counted is None:
+            return y, None
+        return y, self._auxiliary(routing, counted, dropped, weights)
 
     def route(self, weights: Weights, x: Residual) -> Routing:
         """Select the experts of each token, in float32 (Switch Transformer, section 2.4)."""
@@ -173,11 +211,28 @@ class Experts(Feedforward):
             score = share = jax.nn.softmax(logits)
         else:
             score = jax.nn.sigmoid(logits)
-            share = score / jnp.sum(score, axis=-1, keepdims=True)
-        weight, chosen = jax.lax.top_k(score, self.top_k)
+            share = score / (jnp.sum(score, axis=-1, keepdims=True) + SMALLEST_SUM)
+        weight, chosen = self._choose(score, weights)
         if self.normalise:
-            weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
-        return Routing(logits, share, chosen, weight)
+            weight = weight / (jnp.sum(weight, axis=-1, keepdims=True) + SMALLEST_SUM)
+        return Routing(logits, share, chosen, weight if self.scale == 1 else weight * self.scale)
+
+    def _choose(
+        self, score: Float[Array, "batch token experts"], weights: Weights
+    ) -> tuple[Float[Array, "batch token choice"], Int[Array, "batch token choice"]]:
+        """Return the scores of each token's experts, and their indices."""
+        if not self.choice_bias and self.top_groups == self.groups:
+            weight, chosen = jax.lax.top_k(score, self.top_k)
+            return weight, chosen
+        wanted = jax.lax.stop_gradient(with_bias(score, weights, "choice_bias"))
+        if self.top_groups < self.groups:
+            grouped = wanted.reshape(*wanted.shape[:-1], self.groups, -1)
+            best = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+            eligible = jax.nn.one_hot(jax.lax.top_k(best, self.top_groups)[1], self.groups)
+            eligible = jnp.any(eligible > 0, axis=-2)[..., None]
+            wanted = jnp.where(eligible, grouped, -jnp.inf).reshape(wanted.shape)
+        _, chosen = jax.lax.top_k(wanted, self.top_k)
+        return jnp.take_along_axis(score, chosen, axis=-1), chosen
 
     def _without_capacity(
         self,
@@ -260,8 +315,12 @@ class Experts(Feedforward):
         routing: Routing,
         counted: Bool[Array, "batch token"],
         dropped: Float[Array, " batch"] | None,
+        weights: Weights,
     ) -> Auxiliary:
-        """Compute penalty, balance and dropped fraction of each row, without padding."""
+        """Compute penalty, balance and dropped fraction of each row, without padding.
+
+        weights: weights of this layer; the choice bias adds nothing to the penalty but a gradient
+        """
         number = jnp.maximum(jnp.sum(counted, axis=1), 1)
 
         def mean(values: Float[Array, "batch token *rest"]) -> Float[Array, "batch *rest"]:
@@ -272,6 +331,10 @@ class Experts(Feedforward):
         penalty = self.balance * balance
         if self.z_loss:
             penalty += self.z_loss * mean(jax.nn.logsumexp(routing.logits, axis=-1) ** 2)
+        if self.choice_bias:
+            bias = jnp.asarray(weights["choice_bias"], jnp.float32)
+            pull = jnp.sum((load - 1 / self.experts) * bias[None], axis=-1)
+            penalty += pull - jax.lax.stop_gradient(pull)
         reported = {} if dropped is None else {"expert_dropped": dropped}
         return {PENALTY: penalty, "expert_balance": balance, **reported}
 

@@ -138,8 +138,8 @@ class YaRN(Slower):
         super().__post_init__()
         if self.original_length < 1:
             raise BadInput("original_length", self.original_length, "at least 1 token")
-        if not 0 < self.slow < self.fast:
-            raise BadInput("slow", self.slow, f"between 0 and fast ({self.fast})")
+        if not 0 < self.slow <= self.fast:
+            raise BadInput("slow", self.slow, f"greater than 0 and at most fast ({self.fast})")
 
     @property
     def rotation_factor(self) -> float:

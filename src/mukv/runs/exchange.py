@@ -178,7 +178,8 @@ def export_model(
 def _family(model: Decoder, source: Path) -> Family:
     """Return the architecture that the model was imported from if the model still fits it, or else
     the first that the model fits. Raises BadInput, with a part of the model that the architecture
-    with the fewest differences does not have, if the model fits none."""
+    with the fewest differences does not have, if the model fits none; one with another kind of
+    attention differs most."""
     told = source / PROVENANCE
     named = read_json(told).get("architecture") if told.exists() else None
     ordered = sorted(FAMILIES.values(), key=lambda family: family.architecture != named)
@@ -186,7 +187,12 @@ def _family(model: Decoder, source: Path) -> Family:
     for family in ordered:
         if not misfits[family.architecture]:
             return family
-    nearest = min(ordered, key=lambda family: len(misfits[family.architecture]))
+
+    def distance(family: Family) -> tuple[bool, int]:
+        errors = misfits[family.architecture]
+        return errors[0].where == "attention.kind", len(errors)
+
+    nearest = min(ordered, key=distance)
     worst = misfits[nearest.architecture][0]
     raise BadInput(
         f"model.{worst.where}",
@@ -203,8 +209,9 @@ def _specs(
     A tensor is converted only when its file is written."""
     positions = [getattr(layer.attention, "position", None) for layer in model.layers]
     interleaved = any(isinstance(p, RoPE) and p.pairing == "interleaved" for p in positions)
+    order = pairs_in_halves if interleaved and family.pairing is None else None
     groups: dict[str, list[WeightPiece]] = {}
-    for piece in pieces(family.rules, model, pairs_in_halves if interleaved else None):
+    for piece in pieces(family.rules, model, order):
         groups.setdefault(piece.theirs, []).append(piece)
     made: dict[str, Spec] = {}
     for name, parts in groups.items():
