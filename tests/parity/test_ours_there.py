@@ -31,6 +31,14 @@ pytestmark = pytest.mark.xdist_group("trained")
 HEADS = {"embed": 4, "heads": 2, "head_dim": 2, "value_dim": 2, "layer": 1}
 BASE = HEADS | {"hidden": 6}
 ROUTED = Scaling(kind="mup", base=HEADS | {"expert_hidden": 6}, depth=0.7)
+LATENTS = Scaling(
+    kind="mup",
+    base={
+        **{"embed": 4, "heads": 2, "value_dim": 2, "query_dim": 4, "latent": 3, "query_latent": 3},
+        **{"expert_hidden": 6, "shared_hidden": 6, "layer": 1},
+    },
+    depth=0.7,
+)
 SCALED = {"scaling": Scaling(kind="mup", base=BASE, depth=0.7), "readout": "tied"}
 ALL = ("query", "key", "value", "output")
 FAST = RoPE(base=100.0, pairing="interleaved")
@@ -69,8 +77,12 @@ MODELS = {
         {"sinks": "learned", "biases": ALL, "scale": 0.3, "position": FAST},
         {"scaling": ROUTED, "readout": "tied", "mlp": CLAMPED},
     ),
-    "deepseek": ("plain", {}, {"scaling": ROUTED, "mlp": GROUPED}),
-    "deepseek-dense": ("plain", {"query_rank": None, "position": FAST}, SCALED),
+    "deepseek": ("plain", {"scale": 0.3}, {"scaling": LATENTS, "mlp": GROUPED}),
+    "deepseek-dense": (
+        "plain",
+        {"query_rank": None, "scale": 0.3, "position": FAST},
+        {"readout": "tied"},
+    ),
     "gpt-2": (
         "plain",
         {"kv_heads": 4, "head_dim": 4, "scale": 0.3, "position": NoPE(), "biases": ALL},
