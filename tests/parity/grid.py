@@ -42,8 +42,18 @@ BASE = {
     "first_k_dense_replace": 1,
 }
 """Keys of every point. Heads have a width that no family has by default."""
-OWN = {"DeepseekV3ForCausalLM": {"num_key_value_heads": 8}}
-"""Keys of every point of one family."""
+OWN = {
+    "DeepseekV3ForCausalLM": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+    }
+}
+"""Keys of every point of one family, which must fit each other. They are changed alone only."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0, "rope_type": "llama3"}
 YARN = {"rope_type": "yarn", "factor": 4.0}
 BEFORE = {"original_max_position_embeddings": 16}
@@ -210,11 +220,13 @@ def sizes() -> Iterator[dict[str, Any]]:
     yield from (changes for changes in TOGETHER if "num_hidden_layers" in changes)
 
 
-def several(count: int, seed: int) -> Iterator[dict[str, Any]]:
+def several(count: int, seed: int, architecture: str) -> Iterator[dict[str, Any]]:
     """Yield changes of several keys at once."""
+    kept = OWN.get(architecture, {})
     draw = random.Random(seed)
     for _ in range(count):
         keys = [key for key in KEYS if key not in SIZES and draw.random() < 0.2]
+        keys = [key for key in keys if key not in kept]
         changed = {key: draw.choice(KEYS[key]) for key in keys if key != "model_type"}
         # Impossible and refused values have been tried alone: take fewer of them.
         yield {key: value for key, value in changed.items() if value or draw.random() < 0.3}
