@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 import mukv as package
-from mukv.cli.chat import interruptible
+from mukv.cli.chat import _lines, interruptible
+from mukv.cli.ending import signals
 from mukv.core.errors import BadInput
 from mukv.infer import conversation
 from mukv.runs import loaded
@@ -208,3 +209,24 @@ def test_long_messages_are_read_in_pieces(folder, monkeypatch):
     ids = model.encode_marked(f"<user>Hello<assistant>{first}<user>{'b' * 70}<assistant>")[1:]
     made = model.generate_ids([ids], 4).tokens[0]
     assert second == model.tokenizer.decode_further(made)
+
+
+def test_ctrl_c_at_the_prompt_discards_the_line(monkeypatch):
+    """The handler of the command line, which would end the command, is in place again after it."""
+    answers = [KeyboardInterrupt, "a line", EOFError]
+
+    def typed(prompt):
+        answer = answers.pop(0)
+        if answer is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+        if answer is EOFError:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr("builtins.input", typed)
+    with signals():
+        leave = signal.getsignal(signal.SIGINT)
+        lines = _lines(terminal=True)
+        assert next(lines) == "a line"
+        assert signal.getsignal(signal.SIGINT) is leave
+        assert list(lines) == []

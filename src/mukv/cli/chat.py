@@ -201,8 +201,9 @@ def _lines(terminal: bool) -> Iterator[str]:
     Raises BadInput for input that is not UTF-8."""
     while True:
         try:
-            line = input(PROMPT) if terminal else sys.stdin.readline()
+            line = _typed() if terminal else sys.stdin.readline()
         except EOFError:
+            sys.stdout.write("\n")  # Ctrl-D leaves the cursor behind the prompt
             return
         except KeyboardInterrupt:
             if not terminal:
@@ -214,6 +215,16 @@ def _lines(terminal: bool) -> Iterator[str]:
         if not terminal and not line:
             return
         yield line.rstrip("\r\n")
+
+
+def _typed() -> str:
+    """Read a line from the terminal. Ctrl-C raises KeyboardInterrupt, where the handler of the
+    command line would end the command."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return input(PROMPT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
