@@ -82,7 +82,7 @@ OFFSET = RMSNorm(stored="offset")
 GEMMA = {"norm": OFFSET, "residual": SandwichNorm(), "embedding_scale": "root_width",
          "readout": "tied", "mlp": Gated(hidden=24, activation="gelu")}  # fmt: skip
 CLAMPED = Experts(
-    experts=4, hidden=10, activation="quick_gelu", limit=0.9, up_offset=1.0, biases=True
+    experts=4, hidden=12, activation="quick_gelu", limit=0.9, up_offset=1.0, biases=True
 )
 OVER_ALL = {"norm": RMSNorm(), "norm_over": "projection"}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
