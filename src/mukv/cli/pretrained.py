@@ -107,8 +107,17 @@ def demonstrate(found: Located, out: Path, console: Console) -> dict[str, Any]:
     )
     length = min(LENGTH, model.network.context or LENGTH)
     rows = rows_of(inputs.rows_of_text(model, text), length, ROWS, STRINGS)
-    asked = Comparison(",".join(list(POLICIES)[1:]), shares=(SHARE,))
-    results = judge(model, rows, asked, out)
+    policies = ",".join(list(POLICIES)[1:])
+    try:
+        results = judge(model, rows, Comparison(policies, shares=(SHARE,)), out)
+    except BadInput as error:
+        if error.where != "--bytes":
+            raise
+        console.say(
+            f"windows and states take more than {SHARE:.0%} of the bytes: {SHARE:.0%} of "
+            "the entries of the other layers are kept instead"
+        )
+        results = judge(model, rows, Comparison(policies, budgets=(SHARE,)), out)
     plot, written = out / "pretrained.png", out / "results.json"
     draw(name, heads, window(model), results, plot)
     facts = {"model": name, "entries": heads.tolist(), "rows": [facts_of(row) for row in results]}
