@@ -6,17 +6,23 @@ BIN    := $(VENV)/bin
 # Tests start many processes, each of which would compile the sources again without bytecode files.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all quick full lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mukv demo
 
-# Every pair of parts: minutes.
-test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+# Every pair of parts: minutes. The linter and the type checker run beside the tests.
+test: $(VENV)/.installed-dev
+	$(MAKE) --jobs=2 quick lint
 
 # Every triple of parts, with XLA's optimisations: hours.
-test-all: $(VENV)/.installed-dev lint
+test-all: $(VENV)/.installed-dev
+	$(MAKE) --jobs=2 full lint
+
+quick: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+full: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m ""
 
 lint: $(VENV)/.installed-dev

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -118,8 +119,13 @@ def test_cores_agree(name, seed):
 ALIGNED = Mask(aligned=True)
 
 
-@pytest.mark.parametrize("core", [Flash, Splash])
-@pytest.mark.parametrize("name", cores.CASES)
+KERNELS = [*itertools.product(cores.CASES, (Flash, Splash))]
+
+
+@pytest.mark.parametrize(
+    ("name", "core"),
+    params(KERNELS, [row for row in KERNELS if row[1] is Flash] + KERNELS[:4], unpack=True),
+)
 def test_kernels_are_plain(name, core):
     """The interpreted kernels equal the plain core over several chunks and blocks, forward and
     backward."""

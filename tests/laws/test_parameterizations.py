@@ -47,7 +47,7 @@ AXES = {"name": MODELS, "kind": KINDS, "alignment": ["full", "none", "ignored"]}
 
 
 @pytest.mark.parametrize(
-    tuple(AXES), params(itertools.product(*AXES.values()), pairs(AXES)[::2], unpack=True)
+    tuple(AXES), params(itertools.product(*AXES.values()), pairs(AXES)[::4], unpack=True)
 )
 def test_all_agree_at_the_base_width(name, kind, alignment):
     """All resolve every weight to bit-equal deviations, multipliers and learning rates."""
