@@ -27,8 +27,8 @@ ALLOCATOR = ":".join(
 )
 """Settings of glibc: use huge pages, and return no memory to the system between steps. Training
 steps are 1.6 to 1.9 times faster on a CPU (benchmarks/train_step.py measures with it). The heap
-grows by 256 MiB at once: in small steps, 0.5 GB of weights took 0.3 to 1.5 s to allocate instead of
-0.1 s."""
+grows by 256 MiB at once, because huge pages are slow to get in small steps, for instance for each
+tensor of a checkpoint."""
 
 
 HEAVY = frozenset(

@@ -10,9 +10,7 @@ import hashlib
 import math
 import os
 import re
-from collections import deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -64,8 +62,6 @@ IGNORED = r"rotary_emb\.inv_freq$|^(transformer\.)?h\.\d+\.attn\.(masked_)?bias$
 HEAD = "lm_head.weight"
 ALIGNMENT = 64
 """Bytes; JAX copies arrays that begin elsewhere."""
-COPIERS = 4
-"""Tensors that are copied into place at once."""
 ROWS = 4096
 """Rows of an embedding that are compared at once."""
 
@@ -123,17 +119,8 @@ class Checkpoint:
         """Read each weight into one array, which JAX takes on a CPU without a copy."""
         types = {piece.ours: self.source.tensors[piece.theirs].dtype for piece in self.pieces}
         made = {name: aligned(declared[name].shape, types[name]) for name in types}
-        # Most tensors are transposed, which takes longer than reading them: several at once, but
-        # few, so that memory holds few tensors twice.
-        copies: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(COPIERS) as threads:
-            for piece in self._by_file():
-                into = made[piece.ours][(*piece.place, ...)]
-                copies.append(threads.submit(np.copyto, into, piece.read(self.source)))
-                if len(copies) > COPIERS:
-                    copies.popleft().result()
-            for each in copies:
-                each.result()
+        for piece in self._by_file():
+            made[piece.ours][piece.place] = piece.read(self.source)
         return made
 
     def compact(self, kind: str) -> dict[str, Any]:
