@@ -15,10 +15,13 @@ from optuna.trial import TrialState
 import mukv as package
 from mukv.core.errors import BadInput
 from mukv.tuning.space import Choice, Interval
-from mukv.tuning.study import Settings, Study, storage_of, without_password
+from mukv.tuning.study import Settings, Study, storage_of, with_driver, without_password
 from tests.conftest import MINUSCULE
 from tests.pairs import params
 from tests.processes import finish, start
+from tests.tuning.database import PASSWORD, postgresql
+
+__all__ = ["postgresql"]
 
 SPACE = {"x": Choice((1, 2, 3, 4))}
 
@@ -229,6 +232,52 @@ def test_three_workers_of_which_one_is_killed(token_file, tmp_path):
     assert complete == dict.fromkeys(range(4), 1)
     assert {t.state for t in found} <= {TrialState.COMPLETE, TrialState.FAIL}
     assert json.loads((out / "results.json").read_text())["complete"] == 4
+
+
+@pytest.mark.product
+def test_four_workers_on_postgresql_of_which_one_is_killed(token_file, tmp_path, postgresql):
+    """Workers with folders of their own, as on several machines, share the points of a study."""
+    folders = [tmp_path / str(index) / "s" for index in range(4)]
+    given = (
+        "train.steps=40", "train.learning_rate=1e-3..1e-2:log:8",
+        "--together", 1, "--patience", 30, "--storage", postgresql,
+    )  # fmt: skip
+    workers = [start(*arguments(token_file, out, *given)) for out in folders]
+    victim = workers[0]
+    while not list(folders[0].glob("trials/*/metrics.jsonl")) and victim.poll() is None:
+        time.sleep(0.02)
+    assert victim.poll() is None, victim.communicate()[1]
+    victim.kill()
+    victim.communicate()
+    shown = ""
+    for worker in workers[1:]:
+        status, out, error = finish(worker, 300)
+        assert status == 0, error
+        shown += out + error
+    found = optuna.load_study(study_name="s", storage=with_driver(postgresql)).get_trials()
+    complete = Counter(t.user_attrs["point"] for t in found if t.state == TrialState.COMPLETE)
+    assert complete == dict.fromkeys(range(8), 1)
+    assert {t.state for t in found} <= {TrialState.COMPLETE, TrialState.FAIL}
+    results = [json.loads((out / "results.json").read_text()) for out in folders[1:]]
+    assert [each["complete"] for each in results] == [8] * 3
+    losses = [[row["validation_loss"] for row in each["rows"]] for each in results]
+    assert losses[0] == losses[1] == losses[2]
+    files = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert not [path for path in files if PASSWORD.encode() in path.read_bytes()]
+    assert PASSWORD not in shown
+
+
+@pytest.mark.product
+def test_a_postgresql_database_that_refuses(mukv, token_file, tmp_path, postgresql):
+    wrong = postgresql.replace(PASSWORD, f"not-{PASSWORD}")
+    done = mukv(
+        *arguments(token_file, tmp_path / "s", "train.learning_rate=1e-3..1e-2:log:2"),
+        "--storage", wrong,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--storage: got 'postgresql://mukv:***@127.0.0.1" in done.stderr
+    assert "password authentication failed" in done.stderr
+    assert PASSWORD not in done.stderr + done.stdout
 
 
 def test_passwords_of_databases_are_not_shown():

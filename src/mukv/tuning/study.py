@@ -116,9 +116,10 @@ class Study:
         try:
             self.study = self._joined()
         except ImportError as error:
-            raise BadInput(
-                "--storage", without_password(self.storage), f"needs a package: {error}"
-            ) from error
+            what = f"needs a package: {error}"
+            if self.storage.startswith("postgresql"):
+                what += "; for PostgreSQL pip install 'mukv[postgresql]'"
+            raise BadInput("--storage", without_password(self.storage), what) from error
         except Exception as error:  # SQLAlchemy raises many types
             reason = str(error).splitlines()[0]
             raise BadInput(
@@ -132,7 +133,9 @@ class Study:
         waiting = {"connect_args": {"timeout": 120}} if lite else {}
         for attempt in range(ATTEMPTS):
             try:
-                storage = optuna.storages.RDBStorage(self.storage, engine_kwargs=waiting)
+                storage = optuna.storages.RDBStorage(
+                    with_driver(self.storage), engine_kwargs=waiting
+                )
                 if lite:
                     _lock_from_first_read(storage.engine)
                 return optuna.create_study(
@@ -312,6 +315,16 @@ def _lock_from_first_read(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     engine.dispose()  # close connections made before
+
+
+def with_driver(storage: str) -> str:
+    """Return the URL of a database, with the driver psycopg 3 for "postgresql://".
+
+    The driver that SQLAlchemy takes by default is psycopg2 before version 2.1; `mukv[postgresql]`
+    installs psycopg 3.
+    """
+    scheme, separator, rest = storage.partition("://")
+    return f"postgresql+psycopg://{rest}" if separator and scheme == "postgresql" else storage
 
 
 def without_password(storage: str) -> str:
