@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Spread as Spread
     from mukv.cache.policy import Store as Store
     from mukv.cache.policy import Streaming as Streaming
+    from mukv.cache.policy import ThinK as ThinK
     from mukv.cache.policy import Threshold as Threshold
     from mukv.cache.policy import TopK as TopK
     from mukv.cache.policy import TopP as TopP
@@ -192,7 +193,7 @@ _MODULES = {
         "Adaptive All Clusters Compactor Critical CUR Drop Every Everything Exact Expected Folds "
         "FP8 H2O Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Merge Nearest "
         "Pages Policy Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store Streaming "
-        "Threshold TopK TopP TOVA Uniform When WholeChunks"
+        "ThinK Threshold TopK TopP TOVA Uniform When WholeChunks"
     ),
     "mukv.conversion": (
         "Conversion ConvertedLayer CrossLayer FewerHeads SharedVectors SourceLayer TruncatedLatent "

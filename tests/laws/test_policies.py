@@ -49,6 +49,7 @@ PAIRS = [
     ("gqa", "rope", "compactor+adaptive"),
     ("gqa", "rope", "snapkv+threshold(window=4)+adaptive"),
     ("gqa", "rope", "tova+merge+pages"),
+    ("gqa-dressed", "rope-yarn", "think(ratio=0)"),
 ]
 
 
@@ -860,6 +861,7 @@ def test_reads_are_fewer():
         ("gqa", "rope", "knorm+critical", 0.5, "scores are at least 0, like snapkv, not knorm"),
         ("gqa", "rope", "snapkv+threshold+every", 0.5, "threshold without every"),
         ("tensor-product", "rope", "snapkv+merge", 0.5, "does not store one key and one value"),
+        ("tensor-product", "rope", "think", 0.5, "no think: layer 0 does not store one key"),
         ("gqa", "rope", "streaming", 4.0, "at least 5 entries; this is 4 of 40"),
         ("gqa", "rope", "sparq", 0.2, "at least 13 entries; this is 8 of 40"),
     ],

@@ -52,12 +52,13 @@ class Body(Protocol):
 
     @property
     def needs_queries(self) -> bool:
-        """Whether the choice of the entries to keep depends on queries."""
+        """Whether what is kept of new entries depends on queries."""
         ...
 
     @property
     def last_queries(self) -> int | None:
-        """Number of the newest queries on which the choice depends; None for all."""
+        """Number of the newest queries that a tail keeps, if the body needs queries; None for all,
+        0 if it needs those of a prompt only."""
         ...
 
     @property

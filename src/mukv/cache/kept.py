@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, TypeVar, no_type_check
 
 import jax
@@ -50,11 +50,12 @@ class Kept:
 
     @property
     def needs_queries(self) -> bool:
-        return self.keep.needs_queries and not self.held
+        return self.last_queries != 0 or self.shelf.store.needs_queries
 
     @property
     def last_queries(self) -> int | None:
-        return self.keep.last_queries
+        # A store uses the queries of a prompt, which no tail has.
+        return self.keep.last_queries if self.keep.needs_queries and not self.held else 0
 
     @property
     def by_query(self) -> bool:
@@ -93,7 +94,8 @@ class Kept:
         read = length + added
         if self.held:
             slots = jnp.broadcast_to(jnp.arange(self.shelf.slots), self.shelf.position.shape)
-            return candidates._taken(slots)._indexed(read, reader, fresh)._encoded(self)
+            kept = candidates._taken(slots)._indexed(read, reader, fresh)
+            return kept._encoded(self, reader, length, added)
         entries = candidates.shelf.entries()
         number = self._number(read, candidates)
         seen = Seen(reader, entries, length, added, number, candidates.carried, self.notes)
@@ -105,7 +107,7 @@ class Kept:
             carried = jnp.take_along_axis(chosen.score, chosen.index, axis=2)
             kept = replace(kept, carried=jnp.where(chosen.there, carried, 0.0))
         kept = replace(kept, notes=dict(chosen.notes), held=self.keep.when.holds)
-        return kept._indexed(read, reader, fresh)._encoded(self)
+        return kept._indexed(read, reader, fresh)._encoded(self, reader, length, added)
 
     def _merged(self, candidates: Kept, chosen: Chosen) -> Array:
         """Return the values of the chosen entries after the others were merged into them."""
@@ -217,14 +219,23 @@ class Kept:
             kept = self._taken(order)
         return replace(kept, index=self.select.index(view))
 
-    def _encoded(self, like: Kept) -> Kept:
-        """Encode the entries with the store and dtypes of `like`."""
+    def _encoded(
+        self, like: Kept, reader: Reader, length: Int[Array, " batch"], added: Int[Array, " batch"]
+    ) -> Kept:
+        """Encode the entries with the store and dtypes of `like`, and with the arrays that all of
+        its slots share, where its rows have entries.
+
+        length, added: entries of each row before and after them
+        """
         store, used = like.shelf.store, self.shelf.position != NOWHERE
+        first = (length == 0)[:, None, None, None]
 
         def encode(name: str, tensor: Array, old: dict[str, Array]) -> dict[str, Array]:
             # Empty slots must decode to finite numbers.
-            tensor = jnp.where(used[..., None], tensor, 0)
-            parts = store.encode(name in like.shelf.keys, tensor, used)
+            tensor, key = jnp.where(used[..., None], tensor, 0), name in like.shelf.keys
+            new = store.fitted(key, tensor, used, reader.queries, added)
+            shared = {part: jnp.where(first, array, old[part]) for part, array in new.items()}
+            parts = store.encode(key, store.reduced(key, tensor, shared), used) | shared
             return {part: array.astype(old[part].dtype) for part, array in parts.items()}
 
         stored = {
@@ -326,5 +337,10 @@ def _encoding(
 
     Without entries all of them are zeros, which decode to finite numbers.
     """
-    tensor, used = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(slots, bool)
-    return jax.eval_shape(partial(store.encode, key), tensor, used)
+
+    def made(tensor: Array, used: Array) -> dict[str, Array]:
+        shared = store.fitted(key, tensor, used, None, jnp.zeros(shape[0], jnp.int32))
+        return store.encode(key, store.reduced(key, tensor, shared), used) | shared
+
+    given = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(slots, bool)
+    return jax.eval_shape(made, *given)

@@ -41,6 +41,7 @@ from mukv.cache.select import All, Select
 from mukv.cache.sparq import SparQ
 from mukv.cache.spread import Adaptive, Pyramid, Spread, Uniform
 from mukv.cache.store import Exact, Store
+from mukv.cache.think import ThinK
 from mukv.cache.threshold import Threshold
 from mukv.cache.values import TopK, TopP
 from mukv.cache.when import Every, Folds, Hold, When
@@ -73,7 +74,7 @@ KEEPERS = PartTable(
 STORES = PartTable(
     "store",
     Store,
-    {"exact": Exact, "int8": Int8, "int4": Int4, "fp8": FP8, "rotated": Rotated},
+    {"exact": Exact, "int8": Int8, "int4": Int4, "fp8": FP8, "rotated": Rotated, "think": ThinK},
     kinds=False,
 )
 SELECTORS = PartTable(
@@ -201,7 +202,7 @@ class Policy:
                 self.name,
                 f"{layer} has the position encoding {attention.position.kind}, which depends on "
                 "all entries between a query and a key, so that no entry may be dropped or "
-                "skipped; int8, int4, fp8, rotated, topk and topp fit",
+                "skipped; int8, int4, fp8, rotated, think, topk and topp fit",
             )
         if isinstance(self.select, TopK) and not attention.values_apart:
             raise BadInput(
@@ -241,6 +242,9 @@ class Policy:
                 raise BadInput(
                     "policy", self.name, f"{shared} is read whole: no select policy goes with it"
                 )
+            if self.store.needs_queries:
+                allowed = f"the heads of a pool ({shared}) have no channels of their own"
+                raise BadInput("policy", self.name, f"no {_name(self.store)}: {allowed}")
         calibrated = isinstance(self.select, Clusters) and self.select.calibrated
         if calibrated and attention.entry_sets != attention.key_heads:
             raise BadInput(
@@ -251,9 +255,14 @@ class Policy:
             )
 
         plain = attention.values_apart and attention.keys == ("key",)
-        if self.keep.merge.changes and not plain:
-            allowed = f"{layer} does not store one key and one value per head ({attention.kind})"
-            raise BadInput("policy", self.name, f"no merge: {allowed}")
+        for part, asks in (
+            (self.keep.merge, self.keep.merge.changes),
+            (self.store, self.store.needs_queries),
+        ):
+            if asks and not plain:
+                allowed = f"{layer} does not store one key and one value per head"
+                allowed = f"no {_name(part)}: {allowed} ({attention.kind})"
+                raise BadInput("policy", self.name, allowed)
 
     def _check_projection(self, layer: str, attention: Attention, part: str) -> None:
         """Raise BadInput for a layer without one output projection of all heads."""

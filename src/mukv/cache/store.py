@@ -1,7 +1,8 @@
 """Encodings of entries. The default stores them unchanged.
 
-A stored tensor is a dict of arrays, all [batch heads row width], with one row per slot, or one row
-per `multiple` slots for numbers that a run of slots shares, such as a quantisation step.
+A stored tensor is a dict of arrays, all [batch heads row width], with one row per slot, one row per
+`multiple` slots for numbers that a run of slots shares, such as a quantisation step, or one row for
+numbers that all slots share, such as the channels that are stored.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from mukv.attention import Queries
 from mukv.core.typing import Array, Bool, Float, Int
 
 SlotArray = Float[Array, "batch heads slot width"]
@@ -26,11 +28,34 @@ class Store:
     has_budget: ClassVar[bool] = False
     blockwise: ClassVar[bool] = True
     """Whether decoding makes a copy; a body is then decoded block by block when it is read."""
+    needs_queries: ClassVar[bool] = False
+    """Whether `fitted` uses queries. Each KV head must then store a key of its own."""
 
     @property
     def multiple(self) -> int:
         """Number of slots that share a row."""
         return 1
+
+    def fitted(
+        self,
+        key: bool,
+        tensor: SlotArray,
+        there: Bool[Array, "batch #heads slot"],
+        queries: Queries | None,
+        added: Int[Array, " batch"],
+    ) -> Parts:
+        """Return the arrays [batch heads 1 width] that all slots of a tensor share. They are made
+        when the first entries of a row are written and never change; `decode` gets them as well.
+
+        key, tensor, there: as in `encode`
+        queries: of the new tokens, rotated and not scaled; None if they are not known
+        added: number of new tokens of each row
+        """
+        return {}
+
+    def reduced(self, key: bool, tensor: SlotArray, fitted: Parts) -> SlotArray:
+        """Return what `encode` gets of a tensor, with the arrays of `fitted`."""
+        return tensor
 
     def encode(
         self, key: bool, tensor: SlotArray, there: Bool[Array, "batch #heads slot"]
@@ -65,9 +90,12 @@ class Exact(Store):
 
 
 def rows(parts: Parts, slots: int, start: Int[Array, ""] | int, size: int) -> Parts:
-    """Slice the stored arrays to slots `start` to `start + size`, both multiples of `multiple`."""
+    """Slice the stored arrays to slots `start` to `start + size`, both multiples of `multiple`; a
+    single row is that of all slots."""
 
     def cut(array: Array) -> Array:
+        if array.shape[2] == 1:
+            return array
         per = slots // array.shape[2]
         return jax.lax.dynamic_slice_in_dim(array, start // per, size // per, axis=2)
 
@@ -76,9 +104,11 @@ def rows(parts: Parts, slots: int, start: Int[Array, ""] | int, size: int) -> Pa
 
 def runs(parts: Parts, slots: int, index: Int[Array, "batch stores run"], length: int) -> Parts:
     """Gather runs of `length` slots, each from slot index * length; the result has one row per
-    slot."""
+    slot, or the single row of all slots."""
 
     def pick(array: Array) -> Array:
+        if array.shape[2] == 1:
+            return array
         per = slots // array.shape[2]
         batch, heads, _, width = array.shape
         together = length // per

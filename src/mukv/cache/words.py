@@ -37,6 +37,7 @@ PEERS: dict[str, dict[str, dict[str, Any]]] = {
         "pyramid": {},
         "adaptive": {},
         "merge": {},
+        "think": {"ratio": 0.0},
     }
 }
 """Fields whose defaults in another library (kvpress 0.5.5) differ from ours, with its defaults; by

@@ -94,7 +94,7 @@ class One:
         parts: list[Bag] = []
         for name in layer.bags:
             slot, new = memory.slots[name], written[name]
-            if slot.body.needs_queries:
+            if QUERY in slot.tail:
                 new = {**new, QUERY: by_head(query())}
             slots[name] = slot = slot.appended(new, self.length, self.filled, self.which)
             parts += slot.bag(self.length), slot.newest(self.length, self.filled + more)

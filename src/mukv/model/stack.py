@@ -243,8 +243,9 @@ class Stack:
             rest = None if after is None else -(-after // bag.every)
             count = None if kept is None else kept[place[0]]
             body = policy.body(layer.softmax, self.d_model, *room, place, own, name, rest, count)
-            if choosing(body, False).needs_queries:
-                number = min(tail, body.last_queries or tail)
+            told = choosing(body, False)
+            number = tail if told.last_queries is None else min(tail, told.last_queries)
+            if told.needs_queries and number:
                 shape = (batch, layer.softmax.heads, number, layer.softmax.query_dim)
                 places[QUERY] = jnp.zeros(shape, dtype)
             return Slot(body, places, bag)
