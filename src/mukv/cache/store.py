@@ -53,7 +53,9 @@ class Store:
         """
         return {}
 
-    def reduced(self, key: bool, tensor: SlotArray, fitted: Parts) -> SlotArray:
+    def reduced(
+        self, key: bool, tensor: SlotArray, fitted: Parts
+    ) -> Float[Array, "batch heads slot kept"]:
         """Return what `encode` gets of a tensor, with the arrays of `fitted`."""
         return tensor
 

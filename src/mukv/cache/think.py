@@ -77,7 +77,9 @@ class ThinK(Exact):
         count = jnp.minimum(jnp.maximum(added, 1), number) * queries.shape[2]
         return total / count[:, None, None]
 
-    def reduced(self, key: bool, tensor: SlotArray, fitted: Parts) -> SlotArray:
+    def reduced(
+        self, key: bool, tensor: SlotArray, fitted: Parts
+    ) -> Float[Array, "batch heads slot kept"]:
         if not key:
             return tensor
         channel = fitted[CHANNEL]
@@ -88,7 +90,7 @@ class ThinK(Exact):
         stored = parts["exact"]
         if not key:
             return stored
-        same = parts[CHANNEL][..., None] == jnp.arange(width)
+        same = jax.nn.one_hot(parts[CHANNEL], width, dtype=bool)
         there = jnp.any(same, axis=3)
         index = jnp.broadcast_to(jnp.argmax(same, axis=3), (*stored.shape[:3], width))
         return jnp.where(there, jnp.take_along_axis(stored, index, axis=3), 0)
