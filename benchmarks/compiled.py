@@ -1,11 +1,13 @@
-"""Compile a step for H100 GPUs on a machine without them; count kernels, bytes and collectives.
+"""Compile a step for H100 GPUs or TPUs without having them; count kernels, bytes and collectives.
 
-Run: pip install --no-deps --target DIR jax-cuda12-pjrt==JAX jax-cuda12-plugin==JAX
+Run: pip install --no-deps --target DIR jax-cuda12-pjrt==JAX jax-cuda12-plugin==JAX libtpu
      python benchmarks/compiled.py llama-3.2-1b --packages DIR --mesh 8x1 --batch 8 --length 4096
      python benchmarks/compiled.py llama-3.2-1b --packages DIR --decode int4 --length 131072
+     python benchmarks/compiled.py tiny --packages DIR --device v5p --mesh 2x2
 
-JAX is the installed version of jax. The second compiles one step of training, the third one step of
-decoding on one GPU with a cache of `--length` tokens. The counts are, per device and step: kernels,
+JAX is the installed version of jax; libtpu is needed for a TPU only, and its compiler is slow. The
+second compiles one step of training, the third one step of decoding on one device with a cache of
+`--length` tokens. The counts are, per device and step: kernels,
 calls of attention kernels, the bytes that kernels read and write (each array once), and the bytes
 of each kind of collective (the larger of what it reads and writes). Counts serve to compare two
 programs; they are not times. The body of a loop counts once per iteration, and a kernel in a loop
@@ -22,6 +24,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 TARGET = """
@@ -40,6 +43,8 @@ gpu_device_info {
 }
 """
 """An H100 as XLA describes a target (GpuTargetConfigProto)."""
+TORI = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"}
+"""Shapes of slices of TPU v5p, by their number of chips."""
 ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
 BODY = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
@@ -48,6 +53,25 @@ TURNS = re.compile(r'known_trip_count"?:\s*\{"n":"?(\d+)')
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 LAUNCHED = ("fusion", "custom-call", "dot", "copy", "sort", "scatter", "gather", "reduce")
 WIDTHS = {"pred": 1, "bf16": 2}
+
+
+class Target(NamedTuple):
+    """How a device is compiled for.
+
+    platform: name in `train.compute.platform`
+    backend: JAX's name for it
+    options: options of XLA
+    """
+
+    platform: str
+    backend: str
+    options: dict[str, int]
+
+
+TARGETS = {
+    "h100": Target("gpu", "cuda", {"xla_gpu_autotune_level": 0}),  # autotuning needs the device
+    "v5p": Target("tpu", "tpu", {}),
+}
 
 
 class Exchange(NamedTuple):
@@ -102,6 +126,24 @@ def exchanged(instruction: Instruction, body: dict[str, Instruction]) -> tuple[s
     return ARRAY.findall(largest)[0][0], max(read, written)
 
 
+def turns(line: str, bodies: Mapping[str, Mapping[str, Instruction]]) -> int:
+    """Return the iterations of a loop, given its line and all computations of the program.
+
+    XLA for GPUs notes the number. The compiler for TPUs does not: the number is then the constant
+    that the loop's counter is compared with. It is 1 where neither is found.
+    """
+    if noted := TURNS.search(line):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    body = bodies.get(condition[1], {}) if condition else {}
+    limits = [
+        int(limit[1])
+        for one in body.values()
+        if (limit := re.search(r" s32\[\]\S* constant\((\d+)\)", one.line))
+    ]
+    return limits[0] if len(limits) == 1 and "direction=LT" in str(body) else 1
+
+
 def counts(text: str) -> Counts:
     """Count the kernels, bytes and collectives of an optimised program.
 
@@ -126,9 +168,8 @@ def counts(text: str) -> Counts:
             operation, line = instruction.operation, instruction.line
             kind = operation.removesuffix("-start")
             if operation == "while":
-                turns = TURNS.search(line)
                 inner = re.search(r"body=%?([\w.\-]+)", line)
-                visit(inner[1] if inner else "", times * int(turns[1] if turns else 1), True)
+                visit(inner[1] if inner else "", times * turns(line, bodies), True)
             elif operation in ("call", "conditional", "async-start"):
                 for inner in CALLED.findall(line):
                     visit(inner, times, looped)
@@ -146,6 +187,8 @@ def counts(text: str) -> Counts:
                 passed += times * (sum(given.values()) + size(instruction.shape))
                 if "triton" in line and "pallas_call" in line:
                     calls["flash"] += times
+                elif "tpu_custom_call" in line and "splash" in line:
+                    calls["splash"] += times
                 elif "fmha" in line:
                     calls["cudnn attention"] += times
 
@@ -154,26 +197,36 @@ def counts(text: str) -> Counts:
     return Counts(kernels, passed, dict(calls), kinds)
 
 
+def devices_of(name: str, count: int) -> list[Any]:
+    """Return `count` devices that can be compiled for but not run on. name: a key of TARGETS"""
+    from jax.experimental.topologies import get_topology_desc
+
+    if name == "v5p":
+        torus = next(shape for chips, shape in TORI.items() if chips >= count)
+        return get_topology_desc(f"v5p:{torus}", "tpu").devices[:count]
+    # Numbers of slices, of hosts, and of devices per host.
+    shape = f"1x{max(1, count // 8)}x{min(count, 8)}"
+    return get_topology_desc("", "cuda", topology=shape, target_config=TARGET).devices
+
+
 def compiled(given: argparse.Namespace) -> tuple[Any, float]:
     """Return the compiled program of a training step, and the seconds of its compilation."""
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.experimental.topologies import get_topology_desc
     from jax.sharding import AxisType, Mesh
 
     from mukv.core.mesh import batch_sharding
     from mukv.runs import config
     from mukv.train.step import BATCH_FIELDS, Trainer
 
-    devices = math.prod(given.mesh)
-    # Numbers of slices, of hosts, and of devices per host.
-    shape = f"1x{max(1, devices // 8)}x{min(devices, 8)}"
-    found = get_topology_desc("", "cuda", topology=shape, target_config=TARGET).devices
+    target = TARGETS[given.device]
+    found = devices_of(given.device, math.prod(given.mesh))
     axes = (AxisType.Auto,) * len(given.mesh)
     mesh = Mesh(np.array(found).reshape(given.mesh), ("data", "tensor"), axis_types=axes)
     own = [f"train.batch={given.batch}", f"train.length={given.length}"]
-    run = config.load(given.preset, [*own, "train.compute.platform=gpu", *given.overrides])
+    own += [f"train.compute.platform={target.platform}"]
+    run = config.load(given.preset, [*own, *given.overrides])
     trainer = Trainer(run.model, run.train, mesh)
     rows = jax.ShapeDtypeStruct(
         (given.batch, given.length), jnp.int32, sharding=batch_sharding(mesh)
@@ -185,8 +238,7 @@ def compiled(given: argparse.Namespace) -> tuple[Any, float]:
             trainer.update, donate_argnums=0, out_shardings=(trainer.shardings(), None)
         ).trace(state, 0, batch)
     start = time.perf_counter()
-    # Autotuning would need the device.
-    program = traced.lower(lowering_platforms=("cuda",)).compile({"xla_gpu_autotune_level": 0})
+    program = traced.lower(lowering_platforms=(target.backend,)).compile(target.options)
     return program, time.perf_counter() - start
 
 
@@ -194,7 +246,6 @@ def decoding(given: argparse.Namespace) -> tuple[Any, float]:
     """Return the compiled program of one greedy step of decoding, and the seconds it took."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental.topologies import get_topology_desc
     from jax.sharding import SingleDeviceSharding
 
     from mukv.cache import Policy
@@ -202,10 +253,11 @@ def decoding(given: argparse.Namespace) -> tuple[Any, float]:
     from mukv.infer.decode import TAIL, decoding_weights
     from mukv.runs import config
 
-    device = get_topology_desc("", "cuda", topology="1x1x1", target_config=TARGET).devices[0]
-    own = ["model.context=null", "train.compute.platform=gpu"]
+    target = TARGETS[given.device]
+    device = devices_of(given.device, 1)[0]
+    own = ["model.context=null", f"train.compute.platform={target.platform}"]
     run = config.load(given.preset, [*own, *given.overrides])
-    model, compute = run.model, run.train.compute.resolve("gpu")
+    model, compute = run.model, run.train.compute.resolve(target.platform)
 
     def arguments(weights: Any) -> tuple[Any, ...]:
         room = given.batch, given.length, TAIL, compute.type, Policy.parse(given.decode)
@@ -223,9 +275,10 @@ def decoding(given: argparse.Namespace) -> tuple[Any, float]:
         lambda leaf: leaf.update(sharding=placed),
         jax.eval_shape(arguments, params.abstract(model.params())),
     )
-    lowered = jax.jit(step, donate_argnums=2).trace(*shapes).lower(lowering_platforms=("cuda",))
+    traced = jax.jit(step, donate_argnums=2).trace(*shapes)
+    lowered = traced.lower(lowering_platforms=(target.backend,))
     start = time.perf_counter()
-    program = lowered.compile({"xla_gpu_autotune_level": 0})
+    program = lowered.compile(target.options)
     return program, time.perf_counter() - start
 
 
@@ -265,6 +318,7 @@ def main() -> None:
     parser.add_argument("preset")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--packages", required=True, help="folder of the compiler's packages")
+    parser.add_argument("--device", choices=sorted(TARGETS), default="h100")
     parser.add_argument("--mesh", type=sizes, default=(1, 1), metavar="DATAxTENSOR")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
@@ -273,9 +327,15 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_intermixed_args()
-    if not os.path.isdir(os.path.join(given.packages, "jax_plugins")):
-        parser.error(f"--packages: no jax_plugins in {given.packages}; the first lines say how")
+    needed = {"h100": "jax_plugins", "v5p": "libtpu"}[given.device]
+    if not os.path.isdir(os.path.join(given.packages, needed)):
+        parser.error(f"--packages: no {needed} in {given.packages}; the first lines say how")
     os.environ["JAX_PLATFORMS"] = "cpu"
+    if given.device == "v5p":
+        # libtpu asks the machine's metadata server otherwise.
+        os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+        os.environ["TPU_LIBRARY_PATH"] = os.path.join(given.packages, "libtpu", "libtpu.so")
+        os.environ["TPU_ACCELERATOR_TYPE"] = "v5p-8"
     sys.path.append(given.packages)
     from mukv.core.errors import BadInput
 

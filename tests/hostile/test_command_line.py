@@ -56,6 +56,7 @@ def numbers() -> list[tuple[str, str, str]]:
 
 
 NEEDED = {
+    "convert": ("MODEL", "--to", "mla:4", "--out", "x"),
     "data": ("SOURCE", "--out", "x"),
     "import": ("SOURCE", "--out", "x"),
     "export": ("RUN", "--out", "x"),

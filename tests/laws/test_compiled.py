@@ -1,5 +1,5 @@
-"""Law 14: a training step compiled for H100 GPUs calls the attention kernel that `describe` names,
-and sums gradients by reduce-scatter.
+"""Law 14: training steps compiled for H100 GPUs and TPUs call the attention kernels that `describe`
+names; those for GPUs sum gradients by reduce-scatter.
 
 The compiler is in packages that are not among the development ones; `MUKV_COMPILERS` is the path of
 their folder, and benchmarks/compiled.py documents how to fill it.
@@ -22,6 +22,10 @@ from mukv.runs.estimate import estimate
 PACKAGES = os.environ.get("MUKV_COMPILERS")
 needs_compiler = pytest.mark.skipif(
     PACKAGES is None, reason="MUKV_COMPILERS names no folder with jax-cuda12-pjrt"
+)
+needs_tpu_compiler = pytest.mark.skipif(
+    PACKAGES is None or not os.path.isdir(os.path.join(PACKAGES, "libtpu")),
+    reason="MUKV_COMPILERS names no folder with libtpu",
 )
 WIDE = ("model.d_model=512", "model.plan=[{repeats: 3}]", "model.vocab_size=16384")
 
@@ -57,6 +61,14 @@ def test_attention_is_a_kernel(changes):
     """Each layer calls one kernel in the forward pass and two in the backward pass."""
     layers = 2 if "plan" in "".join(changes) else 3
     assert counted(*changes)["calls"] == {"flash": 3 * layers}
+
+
+@needs_tpu_compiler
+@pytest.mark.timeout(1800)  # libtpu compiles slowly
+@pytest.mark.parametrize("mesh", ["1x1", "2x2"])
+def test_attention_is_a_kernel_on_a_tpu(mesh):
+    """Each layer calls one kernel in the forward pass and two in the backward pass."""
+    assert counted("--device", "v5p", "--mesh", mesh)["calls"] == {"splash": 3 * 3}
 
 
 @needs_compiler
@@ -119,8 +131,26 @@ ENTRY %main (a: bf16[4]) -> f32[8] {
 """
 
 
-def test_operations_in_loops_are_counted_per_iteration():
-    found = compiled.counts(MODULE)
+LIMITED = """
+%below (state: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %state = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY"""
+"""The condition of a loop of five iterations, as the compiler for TPUs prints it."""
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_operations_in_loops_are_counted_per_iteration(noted):
+    text = MODULE
+    if not noted:
+        known = 'body=%turn, config={"known_trip_count":{"n":"5"}}'
+        assert known in text
+        text = text.replace(known, "condition=%below, body=%turn").replace("ENTRY", LIMITED[1:])
+    found = compiled.counts(text)
     assert found.kernels == 5
     assert found.collectives == {
         "all-reduce f32 in loops": (5 * 32, 5, 32),
