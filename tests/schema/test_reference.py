@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,17 @@ def test_every_key_has_a_meaning():
     assert [f"{cls.__name__}: {key.path}" for cls, key in KEYS if len(key.meaning) < 8] == []
 
 
+def test_fields_of_a_class_have_meanings_of_their_own():
+    """Two fields share a meaning only if its words apply to each of them alone."""
+    shared = {
+        (cls.__name__, meaning)
+        for (_, cls), keys in reference.sections(Run)
+        for meaning, number in Counter(key.meaning for key in keys).items()
+        if number > 1
+    }
+    assert shared == set()
+
+
 def test_the_page_is_up_to_date():
     assert PAGE.read_text() == reference.markdown(Run), "run: python docs/configuration.py"
 
@@ -35,8 +47,12 @@ def test_every_key_is_found_by_its_path():
 
 @dataclass(frozen=True)
 class Inner:
-    """Inner part. size: size in tokens; None for
-    all. first, last: one of two."""
+    """Inner part. Its words may have a last: this is no field.
+
+    size: size in tokens; None for
+        all
+    first, last: one of two
+    """
 
     kind: Literal["inner"] = "inner"
     size: int | None = None
@@ -60,7 +76,12 @@ class Other:
 
 @dataclass(frozen=True)
 class Outer:
-    """part: one part. parts: several parts. needed: has no default."""
+    """Parts.
+
+    part: one part
+    parts: several parts
+    needed: has no default
+    """
 
     needed: str
     part: Inner | Other = Inner()
@@ -71,6 +92,8 @@ def test_facts_of_a_key():
     (key,) = reference.find(Outer, "part.first")
     assert (key.meaning, key.type) == ("one of two", "one of a, b")
     assert (key.default, key.allowed, key.kinds) == ("a", ("a", "b"), ("inner",))
+    (key,) = reference.find(Outer, "part.last")
+    assert key.meaning == "one of two", "a word with a colon inside a sentence is no field"
     (key,) = reference.find(Outer, "part.weights")
     assert (key.meaning, key.default_text) == ("a number each for two roles", "[1.0, 2.0]")
     (key,) = reference.find(Outer, "part")

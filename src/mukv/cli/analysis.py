@@ -31,19 +31,19 @@ def analyze(
     length: Annotated[
         int | None, typer.Option(help="Window in tokens; default: as in training.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows per text.")] = SAMPLES,
+    samples: Annotated[int, typer.Option(help="Number of windows per text.")] = SAMPLES,
     calibrate: Annotated[
         str | None,
         typer.Option(
             help="Cluster keys, queries, means or aligned; saves the centres with the model."
         ),
     ] = None,
-    clusters: Annotated[int, typer.Option(help="Clusters per head.")] = 64,
+    clusters: Annotated[int, typer.Option(help="Number of clusters per head.")] = 64,
     before_rotation: Annotated[
         bool, typer.Option("--before-rotation", help="Cluster keys and queries before rotation.")
     ] = False,
     calibration_tokens: Annotated[
-        int, typer.Option(help="Tokens of the training text that are clustered.")
+        int, typer.Option(help="Number of tokens of the training text that are clustered.")
     ] = 1 << 16,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder; default: `analysis` in the run directory.")
@@ -56,7 +56,7 @@ def analyze(
     page. With --calibrate, every second window of a given text is clustered, and the clusters are
     tested on the others.
 
-    Example: `mukv analyze runs/demo/tiny-140 --text README.md --text setup.py --length 256`
+    Example: `mukv analyze runs/demo/tiny-140 --text README.md --text CONTRIBUTING.md --length 256`
     """
     launch.prepare()
     from mukv.analysis import command

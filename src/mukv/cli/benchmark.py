@@ -33,7 +33,9 @@ def bench(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL or CONFIG]", help="A model to test, or a configuration to train."
+            metavar="[MODEL or CONFIG]",
+            help="A model to test (a run directory, a Hugging Face folder, a GGUF file or a hub "
+            "id), or a configuration to train (a preset or a YAML file).",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -53,17 +55,22 @@ def bench(
         ),
     ] = None,
     facts: Annotated[
-        int | None, typer.Option(help="Facts to remember per text; default: the task's.")
+        int | None, typer.Option(help="Number of facts to remember per text; default: the task's.")
     ] = None,
     growing: Annotated[
         bool, typer.Option("--growing", help="More facts in longer texts (CONFIG only).")
     ] = False,
-    seeds: Annotated[int, typer.Option(help="Runs per learning rate (CONFIG only).")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of runs per learning rate (CONFIG only).")] = 3,
     learning_rates: Annotated[
         str | None,
-        typer.Option(help="Separated by commas; default: the configured one, half and twice it."),
+        typer.Option(
+            help="Learning rates, separated by commas; default: the configured one, half and "
+            "twice it."
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps; default: configured.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of training steps; default: configured.")
+    ] = None,
     cache: Annotated[
         str,
         typer.Option(
@@ -90,13 +97,15 @@ def bench(
             "--aware", help="Let the cache policy choose after the question of a prompt was read."
         ),
     ] = False,
-    shots: Annotated[int, typer.Option(help="Solved examples before each text.")] = 0,
+    shots: Annotated[int, typer.Option(help="Number of solved examples before each text.")] = 0,
     samples: Annotated[
         int | None,
-        typer.Option(help="Samples per task and length; default: 200, and 20 for prompts."),
+        typer.Option(
+            help="Number of samples per task and length; default: 200, and 20 for prompts."
+        ),
     ] = None,
     free: Annotated[
-        int, typer.Option(help="Samples of a task's own text that are also decoded.")
+        int, typer.Option(help="Number of samples of a task's own text that are also decoded.")
     ] = 16,
     seed: Annotated[int, typer.Option(help="Random seed of the samples.")] = 0,
     out: Annotated[

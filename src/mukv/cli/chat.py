@@ -40,9 +40,12 @@ def chat(
     ] = "full",
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling: probability kept.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the likeliest tokens with this total probability."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the sampling.")] = 0,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of an answer.")] = 512,
     stop: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="End an answer before this text; may be repeated."),
@@ -50,8 +53,8 @@ def chat(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Most tokens of the whole conversation; default: the model's context, but at "
-            "most 4096."
+            help="Maximum number of tokens of the whole conversation; default: the model's "
+            "context, but at most 4096."
         ),
     ] = None,
     weights: StoredAs = None,

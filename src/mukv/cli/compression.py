@@ -59,7 +59,8 @@ def compress(
         str | None,
         typer.Option(
             metavar="B[,B]...",
-            help="Budgets: shares of the entries up to 1, or numbers of entries; default: 0.25.",
+            help="Budgets: fractions (at most 1) of the tokens read so far, or numbers of entries "
+            "(above 1) per KV head; default: 0.25.",
         ),
     ] = None,
     shares: Annotated[
@@ -67,20 +68,23 @@ def compress(
         typer.Option(
             "--bytes",
             metavar="B[,B]...",
-            help="Bytes as shares of the full cache's: the budget of each policy is made to fit.",
+            help="Fractions of the full cache's bytes: each policy gets the largest budget with "
+            "which its cache takes no more.",
         ),
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens per row; default: as in training, at least 64.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Rows of text; default: 8, or fewer of over 512 tokens.")
+        int | None,
+        typer.Option(help="Number of rows of text; default: 8, or 4096 / length if that is less."),
     ] = None,
     strings: Annotated[
-        int, typer.Option(help="Planted strings, for recall; 0 leaves recall out.")
+        int, typer.Option(help="Number of planted strings, for recall; 0 leaves recall out.")
     ] = DEFAULT_STRINGS,
     aware: Annotated[
-        bool, typer.Option("--aware", help="Also recall with the question before compression.")
+        bool,
+        typer.Option("--aware", help="Also measure recall when the policy has seen the question."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Random seed of rows and planted strings.")] = 0,
     compute: ComputeType = None,

@@ -90,7 +90,7 @@ def convert(
         ),
     ] = None,
     calibration_tokens: Annotated[
-        int, typer.Option(help="Tokens of the text that are read.")
+        int, typer.Option(help="Number of tokens of the text that are read.")
     ] = TOKENS,
     as_json: Json = False,
 ) -> None:

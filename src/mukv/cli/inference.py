@@ -93,30 +93,35 @@ def generate(
         bool,
         typer.Option("--special", help="Read special tokens written out in the prompt as such."),
     ] = False,
-    max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling: probability kept.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the likeliest tokens with this total probability."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the sampling.")] = 0,
     stop: Annotated[
         str | None, typer.Option(help="Token ids that end the text: 1,2; default: the model's own.")
     ] = None,
-    copies: Annotated[int, typer.Option(help="Continuations per prompt, in one batch.")] = 1,
+    copies: Annotated[
+        int, typer.Option(help="Number of continuations per prompt, in one batch.")
+    ] = 1,
     cache: Annotated[
         str, typer.Option(metavar="POLICY", help="Cache policy, such as snapkv+int8.")
     ] = "full",
     budget: Annotated[
         float | None,
         typer.Option(
-            help="Budget of the policy: a share of the entries up to 1, or a number of entries; "
-            "default: 0.25."
+            help="Budget of the policy: a fraction (at most 1) of the tokens read so far, or a "
+            "number of entries (above 1) per KV head; default: 0.25."
         ),
     ] = None,
     prefill_chunk: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of the prompt that are read at once; the policy chooses entries after "
-            "each of these chunks; default: all."
+            help="Maximum number of prompt tokens that are read at once; the policy chooses "
+            "entries after each such chunk; default: the whole prompt."
         ),
     ] = None,
     weights: StoredAs = None,

@@ -104,7 +104,8 @@ def data(
         ),
     ] = None,
     limit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Bytes of text at most, such as 2GB.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Maximum number of bytes of text, such as 2GB."),
     ] = None,
     min_length: Annotated[
         int | None, typer.Option(help="Leave out documents of fewer bytes.")
@@ -112,7 +113,7 @@ def data(
     max_length: Annotated[
         int | None, typer.Option(help="Leave out documents of more bytes.")
     ] = None,
-    validation: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.05,
+    validation: Annotated[float, typer.Option(help="Fraction of the documents held out.")] = 0.05,
     invalid: Annotated[
         str, typer.Option(help="For text that is not UTF-8: strict, replace, skip.")
     ] = ("strict"),

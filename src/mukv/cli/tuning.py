@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 GIGABYTE = 10**9
 WIDTHS = "64,128,256,512"
 MemoryLimit = Annotated[
-    float | None, typer.Option(help="Gigabytes that one program may take; default: what is free.")
+    float | None,
+    typer.Option(help="Maximum memory of one program, in gigabytes; default: what is free."),
 ]
 
 
@@ -51,8 +52,8 @@ def transfer(
     horizons: Annotated[
         str | None, typer.Option(help="Instead of widths: values of train.steps.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs at each value.")] = 3,
-    steps: Annotated[int, typer.Option(help="Steps of the check.")] = 10,
+    seeds: Annotated[int, typer.Option(help="Number of runs at each value.")] = 3,
+    steps: Annotated[int, typer.Option(help="Number of steps of the check.")] = 10,
     learning_rate: Annotated[
         float, typer.Option(help="Constant learning rate of the check, larger than in training.")
     ] = 2.0**-7,
@@ -178,7 +179,7 @@ def sweep(
             help="grid, random, tpe, gp; default: grid if every range has a COUNT, else tpe."
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Trials of random, tpe and gp.")] = 16,
+    trials: Annotated[int, typer.Option(help="Number of trials of random, tpe and gp.")] = 16,
     pruner: Annotated[str, typer.Option(help="none, median, halving.")] = "none",
     seed: Annotated[int, typer.Option(help="Random seed of the sampler.")] = 0,
     together: Annotated[

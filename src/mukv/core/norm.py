@@ -23,7 +23,8 @@ class RMSNorm:
     """Root mean square norm (Zhang and Sennrich 2019): x / sqrt(mean(x ** 2) + epsilon) * gain.
 
     epsilon: number that is added to the mean square
-    stored: form of the weight: the gain, or the gain minus one (Gemma)
+    stored: what the weight holds: the gain itself ("gain"), or the gain minus one ("offset", as in
+        Gemma)
     centred: subtract the mean before, and add a trained bias after: LayerNorm (Ba et al. 2016;
         GPT-2)
     """

@@ -77,8 +77,9 @@ class Experts(Feedforward):
         Fedus et al. 2022, equations 4 to 6)
     z_loss: weight of the squared logarithm of the router's normaliser (ST-MoE, Zoph et al. 2022,
         equation 5)
-    capacity: in training and evaluation an expert processes the first
-        capacity * top_k * tokens / experts tokens of a row that choose it and drops the others;
+    capacity: bound of the tokens that one expert processes in training and evaluation, as a
+        multiple of an equal share: of a row's tokens that choose it, the first
+        capacity * top_k * tokens / experts, rounded up, are processed and the others are dropped;
         None to drop none
     """
 

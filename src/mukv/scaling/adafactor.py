@@ -51,7 +51,8 @@ class Factors(NamedTuple):
 class Adafactor(Optimizer):
     """Adam with factored second moments and updates relative to the weight's own size.
 
-    weight_decay: as in `Optimizer`
+    weight_decay: fraction of a weight, times the schedule's learning rate, that each step
+        subtracts; gains and biases never decay
     decay_rate: at step t the running means forget a fraction t ** -decay_rate
     clip_threshold: upper bound of an update's root mean square
     """

@@ -35,7 +35,8 @@ class Hyperball(Optimizer):
 
     rate: learning rate of the matrices, as a multiple of that of the other weights; the product
         with the learning rate is the size of an update relative to the matrix
-    weight_decay: as in `Optimizer`, of weights that are not on a sphere
+    weight_decay: fraction of a weight, times the schedule's learning rate, that each step
+        subtracts from the weights that are not on a sphere; gains and biases never decay
     """
 
     weight_decay: float = 0.0

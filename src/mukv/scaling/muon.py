@@ -27,7 +27,12 @@ class Muon(Optimizer):
     momentum: decay of the momentum of hidden matrices
     iterations: Newton-Schulz steps of the orthogonalisation, 1 to 100
     rate: learning rate of hidden matrices, as a multiple of that of the other weights
-    beta1, beta2, epsilon, epsilon_by: settings of Adam for all other weights, as in `AdamW`
+    beta1: decay of Adam's running mean of gradients, for all other weights
+    beta2: decay of Adam's running mean of squared gradients, for all other weights
+    epsilon: number that Adam adds to the root of the mean square, for all other weights
+    epsilon_by: "all" uses `epsilon` for each of these weights; "layer" scales it with the size of
+        the weight's gradient as the model widens, so that its effect is the same at every width
+        (Everett et al. 2024, section 4.4)
     """
 
     kind: Literal["muon"] = "muon"

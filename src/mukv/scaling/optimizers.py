@@ -29,7 +29,7 @@ class AdamW(Optimizer):
 
     beta1: decay of the running mean of gradients
     beta2: decay of the running mean of squared gradients
-    epsilon: added to the root of the mean square
+    epsilon: number that is added to the root of the mean square
     epsilon_by: "all" uses `epsilon` for every weight; "layer" scales it with the size of each
         weight's gradient as the model widens, so that its effect is the same at every width
         (Everett et al. 2024, section 4.4)

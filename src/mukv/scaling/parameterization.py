@@ -39,7 +39,9 @@ from mukv.scaling.stability import (
 class Constants:
     """Factors per role of a weight, the same at every width.
 
-    embedding, hidden, readout: factor of the weights of this role
+    embedding: factor of the embedding
+    hidden: factor of the matrices inside layers
+    readout: factor of the matrix that makes logits
     router: factor of the weights that score experts
     vector: factor of gains and biases
     """
@@ -60,7 +62,8 @@ class Constants:
 class Measured:
     """Measured alignment exponents, in place of "full" or "none".
 
-    hidden, readout: exponents of the weights of this role
+    hidden: exponents of the matrices inside layers
+    readout: exponents of the matrix that makes logits
     """
 
     hidden: Alignment = field(default_factory=Alignment)
@@ -93,14 +96,18 @@ class Resolved:
 class Scaling:
     """How hyperparameters change with a model's sizes.
 
-    kind: row of the table, or "custom"
+    kind: parameterisation: standard (sp), neural tangent kernel (ntk), maximal update (mup) or mean
+        field (mean_field); "custom" takes the one of `exponents`, and a dotted path that of a
+        `mukv.Parameterization`
     base: size of each dimension in the model that the hyperparameters were tuned for; None means
         the model's own sizes
     alignment: assumed alignment of updates with activations, from which the learning rates follow;
         "ignored" gives all weights one learning rate at every width
     exponents: (a, b) of each role, for kind "custom"; None otherwise
     depth: CompleteP's alpha, 0.5 to 1; None means no change with depth
-    rate, multiplier, deviation: factors per role of learning rate, multiplier and initial deviation
+    rate: factor of the learning rate of each role
+    multiplier: factor of the values of each role in the forward pass
+    deviation: factor of the initial standard deviation of each role
     zeros: weights that are initialised to zero
     """
 

@@ -129,7 +129,8 @@ class Prolongable(Schedule):
     an effect.
 
     decay: length of the final decay, as a fraction of all steps
-    shape: curve of the final decay
+    shape: factor of the learning rate at the fraction s of the final decay: 1 - s (linear),
+        1 - sqrt(s) (root), or 0.01 ** s, shifted and scaled to end at 0 (exponential)
     """
 
     decay: float = 0.1
@@ -194,7 +195,7 @@ class Power(Prolongable):
     tokens seen so far. One setting serves any number of tokens and any batch size.
 
     amplitude: factor of the power law
-    exponent: of the number of tokens seen; at most 0
+    exponent: power of the number of tokens seen so far; at most 0
     """
 
     kind: Literal["power"] = "power"

@@ -28,7 +28,8 @@ from mukv.schema.schema import (
 )
 from mukv.schema.yaml_text import dump_yaml
 
-_FIELD = re.compile(r"(?<![\w`.])([a-z][a-z0-9_]*(?:, [a-z][a-z0-9_]*)*):\s")
+_FIELD = re.compile(r"^([a-z][a-z0-9_]*(?:, [a-z][a-z0-9_]*)*):\s", re.MULTILINE)
+"""Start of a field's meaning: at the start of a line only, as sentences may have a colon too."""
 ITEM = "N"
 """Placeholder in paths for the index of an item of a list."""
 
@@ -285,19 +286,34 @@ def markdown(root: type) -> str:
         "number of an entry of a list. Where a key takes a mapping of a `kind`, a section for each",
         "kind follows. This page is written by `python docs/configuration.py`.",
     ]
-    for (path, cls), keys in sections(root):
-        kinds = kinds_of(cls)
-        title = f"`{path}`" if path else "The whole"
-        title += f", kind `{kinds[0]}`" if len(kinds) == 1 else ""
+    found = sections(root)
+    titles = {cls: _title(path, cls) for (path, cls), _ in found}
+    for (_, cls), keys in found:
+        title = titles[cls]
         lines += ["", f"## {title}", "", f"`mukv.{cls.__name__}`: {_cell(summary(cls))}."]
         if not keys:
             continue
         lines += ["", "| key | meaning | type | default |", "|---|---|---|---|"]
         for key in keys:
             name = key.path.rpartition(".")[2]
-            cells = f"`{name}`", key.meaning, key.type, f"`{key.default_text}`"
+            cells = f"`{name}`", key.meaning, _linked(key, titles), f"`{key.default_text}`"
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def _title(path: str, cls: type) -> str:
+    kinds = kinds_of(cls)
+    title = f"`{path}`" if path else "The whole"
+    return title + (f", kind `{kinds[0]}`" if len(kinds) == 1 else "")
+
+
+def _linked(key: Key, titles: dict[type, str]) -> str:
+    """Return a key's type; a mapping without a kind is a link to the section with its keys."""
+    classes = [cls for cls, _ in _classes_inside(key.hint, key.path)]
+    if len(classes) != 1 or kinds_of(classes[0]):
+        return key.type
+    anchor = re.sub(r"[^\w\- ]", "", titles[classes[0]].lower()).replace(" ", "-")
+    return re.sub(r"\ba mapping|\bmappings", lambda m: f"[{m[0]}](#{anchor})", key.type, count=1)
 
 
 def _cell(text: str) -> str:

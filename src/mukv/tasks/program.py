@@ -42,10 +42,13 @@ class Program(Task):
 
     facts: number of graded comments, which show the value of a print, a call or a tuple's item
     statements: number of assignments between two graded comments
-    names, tuples, functions: number of string variables, of tuple variables, and of functions
+    names: number of string variables
+    tuples: number of tuple variables
+    functions: number of functions
     letters: number of different letters in strings
-    shortest, longest: number of letters of a string in the text; a function's result is at most
-        twice as long
+    shortest: smallest number of letters of a string in the text
+    longest: largest number of letters of a string in the text; a function's result is at most twice
+        as long
     """
 
     kind: Literal["program"] = "program"

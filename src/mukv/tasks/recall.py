@@ -29,7 +29,8 @@ class PairTask(Task):
     updates: number of asked keys that later get another value; the last value is the answer
     parts: number of tokens of a key. With 2, keys are all pairs of two sets of tokens, so that
         neither token alone identifies a key
-    keys, values: number of different keys and values
+    keys: number of different keys
+    values: number of different values
     """
 
     distractors: int = 0
@@ -98,8 +99,9 @@ class PairTask(Task):
 
 @dataclass(frozen=True)
 class Mqar(PairTask):
-    """Recall values of keys: pairs come first, then the asked keys, at distances with a density
-    proportional to 1 / distance."""
+    """Recall the values of keys. All pairs come first; the questions follow at distances d with a
+    density proportional to 1 / d.
+    """
 
     kind: Literal["mqar"] = "mqar"
 
@@ -126,7 +128,8 @@ class FuzzyRecall(Task):
     facts: number of pairs that are asked
     distractors: number of pairs that are not asked
     motif: largest number of symbols of a key or value
-    keys, values: number of different symbols of keys and of values
+    keys: number of different symbols that keys are made of, at most 26
+    values: number of different symbols that values are made of
     """
 
     kind: Literal["fuzzy_recall"] = "fuzzy_recall"

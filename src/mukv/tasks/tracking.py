@@ -26,7 +26,8 @@ class VariableTracking(Task):
     facts: number of chains whose last name is asked
     distractors: number of chains that are not asked
     hops: number of assignments of a chain after the first
-    names, values: number of different names and values
+    names: number of different names
+    values: number of different values
     """
 
     kind: Literal["variable_tracking"] = "variable_tracking"

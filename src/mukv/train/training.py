@@ -62,9 +62,11 @@ class Training:
     evaluate_every: steps between two validations; None means only at the end
     validation_batches: maximum number of validation batches; None means all
     checkpoint_every: steps between two checkpoints; None means only at the end
-    keep_last, keep_best: number of newest and of best checkpoints that are kept
+    keep_last: number of newest checkpoints that are kept
+    keep_best: number of checkpoints with the lowest validation loss that are kept as well
     profile: whether steps 10 to 15 are profiled
-    trackers: destinations of metrics besides metrics.jsonl
+    trackers: destinations of metrics besides metrics.jsonl: tensorboard, wandb, or the dotted path
+        of a class
     """
 
     start: str | None = None
