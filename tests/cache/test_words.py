@@ -127,6 +127,7 @@ def test_lists_are_split_outside_of_brackets():
         ("snapkv(window=(3))", "NAME(FIELD=VALUE,...):BUDGET"),
         ("snapkv(spread=adaptive)", "no such parameter"),
         ("snapkv(budget=0.5)", "no such parameter"),
+        ("int8+snapkv:0.0001", "policy: budget of snapkv: got 0.0001; a share of at least"),
         ("snapkv(pool=mex)", "needs one of mean, max; did you mean 'max'?"),
         ("snapkv+adaptive(floor=1.5)", "adaptive.floor: got 1.5; a share from 0 to 1"),
         ("snapkv+adaptive(floor=.nan)", "needs finite: a number"),

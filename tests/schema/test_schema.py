@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mukv.core.errors import BadInput
+from mukv.core.errors import BadInput, nearest_name
+from mukv.runs import config
 from mukv.schema.schema import build, to_mapping, to_yaml
 from mukv.schema.yaml_text import dump_yaml, parse_yaml, read_yaml
 
@@ -124,6 +125,24 @@ def test_refuses_with_the_path_and_the_nearest_name(mapping, where, nearest):
         build(Run, mapping)
     assert (caught.value.where, caught.value.nearest) == (where, nearest)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "kind"),
+    [("mla", "latent"), ("MHA", "grouped"), ("gdn", "gated_delta"), ("latnet", "latent")],
+)
+def test_an_attention_by_its_name_in_papers_suggests_the_kind(typed, kind):
+    with pytest.raises(BadInput) as caught:
+        config.load("tiny", [f"model.attention.kind={typed}"])
+    assert (caught.value.where, caught.value.nearest) == ("model.attention.kind", kind)
+
+
+@pytest.mark.parametrize(
+    ("typed", "nearest"),
+    [("tyni", "tiny"), ("TINY", "tiny"), ("smal", "small"), ("entirely different", None)],
+)
+def test_the_nearest_name(typed, nearest):
+    assert nearest_name(typed, ["small", "tiny"]) == nearest
 
 
 def test_counts_the_other_mistakes():

@@ -3,6 +3,7 @@ finished."""
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shutil
@@ -71,6 +72,12 @@ def slurm(tmp_path_factory):
     for daemon in ("slurmctld", "slurmd"):
         subprocess.run([daemon], check=True, env=variables)
     yield variables
+    # Jobs outlive the daemons.
+    run("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}", env=variables)
+    run("scancel", f"--user={getpass.getuser()}", env=variables)
+    end = time.monotonic() + 60
+    while run("squeue", "--noheader", env=variables).strip() and time.monotonic() < end:
+        time.sleep(0.5)
     for name in ("slurmd", "slurmctld", "munge"):
         number = int((root / f"{name}.pid").read_text())
         os.kill(number, 15)
@@ -99,7 +106,6 @@ def test_a_job_continues_after_its_time_limit(slurm, token_file, tmp_path):
     wait_for(lambda: state() == "PENDING", 60, state, log)
     saved = int(text(log).split("saved step ")[1].split(",")[0])
     wait_for(lambda: steps(out)[-1] > saved, 300, state, log)
-    run("scancel", job, env=slurm)
     assert steps(out) == sorted(set(steps(out)))
 
 

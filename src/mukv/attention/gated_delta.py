@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ class GatedDelta(DeltaLayer):
     key_heads: int | None = None
     head_value_dim: int | None = None
     beta: Literal[1, 2] = 1
+
+    also: ClassVar[tuple[str, ...]] = ("gdn",)
 
     grows = ("heads", "key_heads")
 

@@ -100,6 +100,7 @@ class Grouped(Groups):
     biases: tuple[Literal["query", "key", "value", "output"], ...] = ()
 
     values_apart: ClassVar[bool] = True
+    also: ClassVar[tuple[str, ...]] = ("mha", "gqa", "mqa", "attention")
     keys: ClassVar[tuple[str, ...]] = ("key",)
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ class GroupedTied(Attention):
     kv_heads: int = 4
     head_dim: int = 32
 
+    also: ClassVar[tuple[str, ...]] = ("gta",)
     sizes: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim")
     grows: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
     keys: ClassVar[tuple[str, ...]] = ("key",)

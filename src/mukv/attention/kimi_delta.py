@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ class KimiDelta(DeltaLayer):
 
     kind: Literal["kimi_delta"] = "kimi_delta"
     decay_floor: float | None = None
+
+    also: ClassVar[tuple[str, ...]] = ("kda",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

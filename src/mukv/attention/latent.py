@@ -61,6 +61,7 @@ class Latent(IndexedAttention):
     norm: RMSNorm | None = field(default_factory=RMSNorm)
     indexer: Indexer | None = None
 
+    also: ClassVar[tuple[str, ...]] = ("mla", "dsa")
     sizes: ClassVar[tuple[str, ...]] = ("heads", "rank", "head_dim", "rope_dim")
     grows: ClassVar[tuple[str, ...]] = ("heads", "rank", "query_rank")
     keys: ClassVar[tuple[str, ...]] = ("key",)

@@ -173,6 +173,8 @@ class Mixer(Component):
     """Fields that must be counts of at least 1."""
     grows: ClassVar[tuple[str, ...]] = ()
     """Fields that scale with the width of the model."""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Other names of this kind, in lower case: an error about an unknown kind suggests it."""
 
     def write_params(self, d_model: int) -> dict[str, Any]:
         """Declare the weights that compute the contents of the stores from tokens."""

@@ -39,6 +39,7 @@ class TensorProduct(Attention):
     query_rank: int = 6
     rank: int = 2
 
+    also: ClassVar[tuple[str, ...]] = ("tpa",)
     sizes: ClassVar[tuple[str, ...]] = ("heads", "head_dim", "query_rank", "rank")
     values_apart: ClassVar[bool] = True
     keys: ClassVar[tuple[str, ...]] = ("key_heads", "key")

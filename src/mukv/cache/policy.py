@@ -349,7 +349,10 @@ def _part(word: Word, budget: float, where: str) -> tuple[PartTable[Any], Any]:
     part = built(table[name], word, where)
     if part.has_budget:
         own = budget if word.budget is None else word.budget
-        part = replace(part, budget=CacheBudget(own))
+        try:
+            part = replace(part, budget=CacheBudget(own))
+        except BadInput as error:
+            raise BadInput(f"{where}: budget of {name}", own, error.allowed) from None
     elif word.budget is not None:
         raise BadInput(where, word.text, f"{name} has no budget")
     return table, part

@@ -28,6 +28,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "analyze": {"tokens": "--text or --tokens", "text": "--text or --tokens"},
     "data": {"package": "SOURCE", "hf": "SOURCE", "vocab_size": "--tokenizer"},
     "sweep": {"ranges": "key=RANGE"},
+    "bench": {"preset": "MODEL or CONFIG"},
 }
 """Aliases by command ("" for all): options or arguments that set fields of the library for which
 no parameter of the command is named."""

@@ -65,11 +65,15 @@ def shown(value: object) -> str:
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
-    """Return the one of `names` that is most similar to `name`; None if none is similar."""
+    """Return the one of `names` that is most similar to `name`, whatever the case of letters; None
+    if none is similar."""
     if len(name) > LONGEST_VALUE:
         return None
-    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    lower = {known.lower(): known for known in names}
+    matches = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    # difflib finds half of a short word different if two of its letters are swapped.
+    swapped = [known for known in lower if sorted(known) == sorted(name.lower())]
+    return lower[[*matches, *swapped][0]] if matches or swapped else None
 
 
 def unknown_name(where: str, given: str, names: Iterable[str]) -> BadInput:

@@ -239,6 +239,15 @@ def _holds_classes(hint: Any) -> bool:
     return any(is_dataclass(o) or any(map(_holds_classes, get_args(o))) for o in options(hint))
 
 
+def _known_as(hint: Any, name: str) -> str | None:
+    """Return the kind of the class that is also known by a name, such as latent for "MLA"; None for
+    none. Classes give such names as `also`."""
+    for option in classes_of(hint):
+        if name.lower() in getattr(option, "also", ()):
+            return next(iter(kinds_of(option)), None)
+    return None
+
+
 def _instance(hint: Any, given: Mapping[Any, Any], where: str, errors: list[BadInput]) -> Any:
     cls = _class_of(hint, given)
     if cls is None:
@@ -250,7 +259,9 @@ def _instance(hint: Any, given: Mapping[Any, Any], where: str, errors: list[BadI
             except BadInput as error:
                 errors.append(error)
                 return None
-        near = nearest_name(kind, kinds) if isinstance(kind, str) else None
+        near = (
+            (_known_as(hint, kind) or nearest_name(kind, kinds)) if isinstance(kind, str) else None
+        )
         errors.append(BadInput(join(where, "kind"), kind, f"one of {', '.join(kinds)}", near))
         return None
     before = len(errors)
