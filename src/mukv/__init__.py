@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mukv.cache.policy import Keep as Keep
     from mukv.cache.policy import KeyDiff as KeyDiff
     from mukv.cache.policy import KeyNorm as KeyNorm
+    from mukv.cache.policy import KVzap as KVzap
     from mukv.cache.policy import KVzip as KVzip
     from mukv.cache.policy import LagKV as LagKV
     from mukv.cache.policy import Layers as Layers
@@ -191,9 +192,9 @@ _MODULES = {
     ),
     "mukv.cache.policy": (
         "Adaptive All Clusters Compactor Critical CUR Drop Every Everything Exact Expected Folds "
-        "FP8 H2O Hold Int4 Int8 Keep KeyDiff KeyNorm KVzip LagKV Layers Leverage Merge Nearest "
-        "Pages Policy Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store Streaming "
-        "ThinK Threshold TopK TopP TOVA Uniform When WholeChunks"
+        "FP8 H2O Hold Int4 Int8 Keep KeyDiff KeyNorm KVzap KVzip LagKV Layers Leverage Merge "
+        "Nearest Pages Policy Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store "
+        "Streaming ThinK Threshold TopK TopP TOVA Uniform When WholeChunks"
     ),
     "mukv.conversion": (
         "Conversion ConvertedLayer CrossLayer FewerHeads SharedVectors SourceLayer TruncatedLatent "

@@ -9,7 +9,8 @@ import pytest
 from mukv.analysis.calibrate import calibrate
 from mukv.analysis.clusters import READS, judge
 from mukv.analysis.samples import even, from_training, windows
-from mukv.cache.centres import KINDS, Centres, LayerCentres, fingerprint
+from mukv.cache.calibration import fingerprint
+from mukv.cache.centres import KINDS, Centres, LayerCentres
 from mukv.core.errors import BadInput
 from mukv.data.tokens import open_tokens
 from mukv.storage.weights import load_weights

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from mukv.attention import Grouped
+from mukv.cache.calibration import fingerprint
 from mukv.cache.centres import (
     Centres,
     LayerCentres,
-    fingerprint,
     load_centres,
     unrotated,
 )

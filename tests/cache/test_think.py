@@ -10,10 +10,12 @@ import pytest
 
 from mukv.cache import Policy
 from mukv.cache.shelf import InBlocks
+from mukv.cache.think import ThinK
 from mukv.core.errors import BadInput
 from mukv.model.counting import cache_bytes
 from tests.laws.matrix import EXACT
 from tests.laws.test_policies import LENGTH, TAIL, One, model_of, positions
+from tests.pairs import params
 
 ROOM = 2, LENGTH, TAIL, EXACT.type
 
@@ -26,16 +28,20 @@ def one():
 def important(one, row, head, places, window, kept):
     """Return the channels with the largest product of mean squares of queries and keys."""
     count = one.count[row]
-    queries = np.float64(one.queries)[row, head, :, max(count - window, 0) : count]
-    keys = np.float64(one.key[row, head][places])
+    queries = np.asarray(one.queries, np.float64)[row, head, :, max(count - window, 0) : count]
+    keys = np.asarray(one.key[row, head][places], np.float64)
     score = (queries**2).mean((0, 1)) * (keys**2).mean(0)
     return np.sort(np.argsort(-score)[:kept])
 
 
-@pytest.mark.parametrize(
-    ("name", "window", "kept"),
-    [("think", 32, 4), ("think(ratio=0.3,window=5)", 5, 6), ("knorm:12+think(ratio=0.9)", 32, 1)],
-)
+CASES = [
+    ("think", 32, 4),
+    ("think(ratio=0.3,window=5)", 5, 6),
+    ("knorm:12+think(ratio=0.9)", 32, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "window", "kept"), params(CASES, CASES[2:], unpack=True))
 def test_channels(one, name, window, kept):
     """Stored channels are those of the formula over the kept keys, also after a fold; values and
     the stored channels are unchanged, the others are zero."""
@@ -66,6 +72,7 @@ def test_bytes(name):
     """Law 4: of a key of 8 float32 the stored channels, and one list of them per head."""
     policy = Policy.parse(name)
     cache = model_of("gqa", "rope").empty_cache(*ROOM, policy)
+    assert isinstance(policy.store, ThinK)
     kept, evicts = 8 - int(8 * policy.store.ratio), policy.keep.evicts
     slots = LENGTH // 2 if evicts else LENGTH
     body = 2 * slots * (kept + 8) * 4 + 2 * kept * 4 + (2 if evicts else 1) * slots * 4
@@ -75,6 +82,7 @@ def test_bytes(name):
     assert cache_bytes(model_of("gqa", "rope"), *ROOM, policy) == cache.nbytes()
 
 
+@pytest.mark.product
 def test_errors_grow_with_the_channels_left_out(one):
     """Products with keys are exact without a channel left out, and worse with each further one."""
     query = np.asarray(one.queries)[0, :, :, -1]
@@ -88,6 +96,7 @@ def test_errors_grow_with_the_channels_left_out(one):
     assert all(less < more for less, more in pairwise(errors))
 
 
+@pytest.mark.product
 def test_blocks_are_those_of_the_whole(one, monkeypatch):
     """A body that is read block by block has the products and mixtures of the decoded one."""
     body, _ = one.body("think", 1.0)

@@ -159,7 +159,7 @@ class One:
         self.queries = self.attention.query(self.read, jnp.asarray(x), place)
         self.key, self.value = (np.asarray(self.new[name]) for name in ("key", "value"))
 
-    def body(self, name, budget, slots=None, centres=None):
+    def body(self, name, budget, slots=None, centres=None, noted=None):
         """Return the body after the prompt, and after the newest tokens."""
         policy = Policy.parse(name, budget)
         length = self.x.shape[1]
@@ -170,7 +170,8 @@ class One:
         if centres is not None:
             select, given = dataclasses.replace(select, calibrated="keys"), {"key": centres}
         parts = (policy.keep, policy.store, select)
-        body = empty(self.attention, 16, 2, slots, jnp.dtype("float32"), *parts, given)
+        given = *parts, given
+        body = empty(self.attention, 16, 2, slots, jnp.dtype("float32"), *given, noted=noted)
 
         @jax.jit
         def grown(body):

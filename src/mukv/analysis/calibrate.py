@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from mukv.analysis.capture import Captured, CapturedRows, looked_at
 from mukv.cache import kmeans
+from mukv.cache.calibration import fingerprint
 from mukv.cache.centres import (
     Centres,
     Kind,
     LayerCentres,
-    fingerprint,
     unrotated,
 )
 from mukv.core.compute import Compute, settled

@@ -1,4 +1,4 @@
-"""Implement `mukv analyze`: choose texts, measure a model, calibrate clusters, write results."""
+"""Implement `mukv analyze`: choose texts, measure a model, calibrate policies, write results."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ import numpy as np
 from mukv.analysis import calibrate, samples, study
 from mukv.analysis.capture import CapturedRows, batch_rows
 from mukv.analysis.clusters import judge
+from mukv.analysis.scores import calibrate_scores, judge_scores
 from mukv.cache.centres import KINDS
 from mukv.core.errors import BadInput, unknown_name
 from mukv.model import Decoder
 from mukv.runs import inputs
 from mukv.runs.loaded import Model
 from mukv.show.page import Page
+
+SCORES = "scores"
+CALIBRATIONS = (*KINDS, SCORES)
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,11 @@ class AnalyzeSettings:
     text: text files
     tokens: a .npy file of ids, instead of text; the held-out text is used if neither is given
     samples: windows per text
-    calibrate: points to cluster (keys, queries, means, aligned); None for no calibration
+    calibrate: points to cluster (keys, queries, means, aligned), or scores to predict (scores);
+        None for no calibration
     clusters: cluster centres per head
     before_rotation: whether keys and queries are clustered before their position rotation
-    calibration_tokens: number of tokens of the training text that are clustered
+    calibration_tokens: number of tokens of the training text that are clustered, or read twice
     """
 
     text: tuple[Path, ...] = ()
@@ -46,8 +51,8 @@ class AnalyzeSettings:
             raise BadInput("--samples", self.samples, "at least 1")
         if self.text and self.tokens:
             raise BadInput("analyze", "--text and --tokens", "one of the two")
-        if self.calibrate is not None and self.calibrate not in KINDS:
-            raise unknown_name("--calibrate", self.calibrate, KINDS)
+        if self.calibrate is not None and self.calibrate not in CALIBRATIONS:
+            raise unknown_name("--calibrate", self.calibrate, CALIBRATIONS)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def analyze(
 
     name: the model as it was typed
     length: tokens per window
-    beside: run directory in which calibrated centres are saved; None to save them in `folder`
+    beside: run directory in which a calibration is saved; None to save it in `folder`
 
     Raises BadInput for texts shorter than a window, for token ids that the model does not have, and
     for a model that is not a Decoder.
@@ -83,7 +88,8 @@ def analyze(
     to_cluster = to_judge = samples.joined(texts.values())
     if settings.calibrate is not None:
         to_cluster, to_judge = _parted(model, length, settings, to_judge)
-        calibrate.check(settings.clusters, to_cluster.tokens.size)
+        if settings.calibrate != SCORES:
+            calibrate.check(settings.clusters, to_cluster.tokens.size)
     if not isinstance(model.network, Decoder):
         raise BadInput("MODEL", model.network.kind, "a model of kind decoder")
     found = study.look(model.network, model.scaled, texts, model.run.train.compute)
@@ -95,8 +101,11 @@ def analyze(
     page = study.write(found, folder, f"Attention weights: {Path(name).name}", about)
     facts = {"texts": study.facts(found), "out": str(folder)}
     if settings.calibrate is not None:
-        saved = beside or folder
-        facts["calibration"] = _clusters(model, settings, to_cluster, to_judge, folder, saved, page)
+        parts, saved = (to_cluster, to_judge), beside or folder
+        if settings.calibrate == SCORES:
+            facts["calibration"] = _scores(model, *parts, folder, saved, page)
+        else:
+            facts["calibration"] = _clusters(model, settings, *parts, folder, saved, page)
     page.save(folder / "analysis.html")
     return Analysis(found, facts)
 
@@ -167,3 +176,29 @@ def _clusters(
     predicted = judge(decoder, model.scaled, centres, batches, compute)
     path = centres.save(saved)
     return {**study.write_clusters(predicted, centres, folder, page), "path": str(path)}
+
+
+def _scores(
+    model: Model,
+    to_fit: CapturedRows,
+    to_judge: CapturedRows,
+    folder: Path,
+    saved: Path,
+    page: Page,
+) -> Mapping[str, Any]:
+    """Calibrate predictors of KVzip+ scores, save and test them. Adds a section to the page;
+    returns the fields that `--json` prints."""
+    decoder = model.network
+    assert isinstance(decoder, Decoder)
+    size = batch_rows(decoder, 2 * to_fit.tokens.shape[1])
+    predictors, reader = calibrate_scores(
+        decoder,
+        model.weights,
+        (batch.tokens for batch in samples.even(to_fit, size)),
+        model.tokenizer.encode,
+        compute=model.run.train.compute,
+    )
+    batches = (batch.tokens for batch in samples.even(to_judge, size))
+    predicted = judge_scores(predictors, reader, batches)
+    path = predictors.save(saved)
+    return {**study.write_scores(predicted, folder, page), "path": str(path)}

@@ -13,6 +13,7 @@ import numpy as np
 from mukv.analysis import plots, samples
 from mukv.analysis.capture import CapturedRows, batch_rows
 from mukv.analysis.clusters import MEASURES, READS, Prediction
+from mukv.analysis.scores import THRESHOLDS, Predicted
 from mukv.analysis.sparsity import MASSES, PARTS, SHARES, Sparsity, measure
 from mukv.cache.centres import Centres
 from mukv.core.compute import Compute
@@ -114,6 +115,32 @@ def write_clusters(
         "clusters": centres.clusters,
         "largest_cluster": float(np.mean([layer.sizes[:, 0].mean() for layer in found])),
         "read": [{"share": share, **row} for share, row in zip(READS, means, strict=True)],
+    }
+
+
+def write_scores(found: Sequence[Predicted], out: Path, page: Page) -> dict[str, Any]:
+    """Write the table of how well scores are predicted, and add it to the page; return the fields
+    that `--json` prints."""
+    names = [f"kept at {least:g}" for least in THRESHOLDS]
+    rows = [
+        {"layer": each.layer, "r2": each.r2, **dict(zip(names, each.kept, strict=True))}
+        for each in found
+    ]
+    write_atomic(out / "scores.csv", csv_text(rows))
+    page.heading("Predicted scores")
+    page.table(
+        ("layer", "variance predicted", *names),
+        ((row["layer"], *(f"{row[name]:.3f}" for name in ("r2", *names))) for row in rows),
+    )
+    means = np.mean([each.kept for each in found], axis=0).tolist()
+    return {
+        "kind": "scores",
+        "r2": float(np.mean([each.r2 for each in found])),
+        "kept": [
+            {"threshold": least, "share": share}
+            for least, share in zip(THRESHOLDS, means, strict=True)
+        ],
+        "layers": [{"layer": each.layer, "r2": each.r2} for each in found],
     }
 
 

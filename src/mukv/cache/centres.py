@@ -9,8 +9,6 @@ the largest product. `aligned` has centres of both, and a table of attention bet
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +16,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mukv.attention import Attention
+from mukv.cache.calibration import FACTS, Form
 from mukv.cache.kmeans import distances, nearest
 from mukv.core.errors import BadInput, nearest_name
-from mukv.core.params import named
 from mukv.core.typing import Array, Float, Int
-from mukv.storage.files import new_folder, write_atomic
-from mukv.storage.json_text import to_json
-from mukv.storage.weights import FILE, load_weights, save_weights
 
 Kind = Literal["keys", "queries", "means", "aligned"]
 KINDS: tuple[Kind, ...] = ("keys", "queries", "means", "aligned")
-FOLDER, FACTS = "calibration", "calibration.json"
-FORMAT, VERSION = "mukv-centres", 1
+FORM = Form("calibration", "mukv-centres", "centres", "keys")
 
 HeadPoints = Float[Array, "*batch kv_heads point width"]
 
@@ -112,21 +105,8 @@ class Centres:
 
     def save(self, folder: Path) -> Path:
         """Save the centres in a model's folder, as `calibration/`; return its path."""
-        path = folder / FOLDER
-        tree = {f"layer{index}": arrays for index, arrays in self.arrays().items()}
-        about = {
-            "format": FORMAT,
-            "version": VERSION,
-            "kind": self.kind,
-            "rotated": self.rotated,
-            "fingerprint": self.fingerprint,
-            "layers": list(self.layers),
-            "facts": dict(self.facts),
-        }
-        with new_folder(path, overwrite=True) as made:
-            save_weights(made, tree, {"fingerprint": self.fingerprint})
-            write_atomic(made / FACTS, to_json(about, indent=2) + "\n")
-        return path
+        about = {"kind": self.kind, "rotated": self.rotated, "facts": dict(self.facts)}
+        return FORM.save(folder, self.arrays(), self.fingerprint, about)
 
 
 def load_centres(folder: Path, weights: Mapping[str, Any]) -> Centres:
@@ -136,47 +116,13 @@ def load_centres(folder: Path, weights: Mapping[str, Any]) -> Centres:
 
     Raises BadInput if there are no centres, or they are damaged or were made for other weights.
     """
-    path = folder / FOLDER
-    try:
-        about = json.loads((path / FACTS).read_text("utf-8"))
-    except OSError:
-        allowed = "a calibration; `mukv analyze MODEL --calibrate keys` makes one"
-        raise BadInput(str(path), "no calibration", allowed) from None
-    except ValueError:
-        raise BadInput(str(path / FACTS), "not JSON", "a file that `mukv analyze` wrote") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise BadInput(str(path / FACTS), "another format", f"format must be {FORMAT!r}")
-    if about.get("version") != VERSION:
-        raise BadInput(str(path / FACTS), about.get("version"), f"version must be {VERSION}")
+    layers, about, own = FORM.load(folder, weights)
     if about.get("kind") not in KINDS:
-        kind = str(about.get("kind"))
+        kind, where = str(about.get("kind")), folder / FORM.folder / FACTS
         allowed = f"one of {', '.join(KINDS)}"
-        raise BadInput(f"{path / FACTS}: kind", kind, allowed, nearest_name(kind, KINDS))
-    tree, metadata = load_weights(path)
-    own = fingerprint(weights)
-    for found in (about.get("fingerprint"), metadata.get("fingerprint")):
-        if found != own:
-            raise BadInput(
-                str(path / FILE),
-                f"centres of the weights {str(found)[:12]}",
-                f"this model's are {own[:12]}: calibrate it with `mukv analyze MODEL --calibrate`",
-            )
-    layers = {
-        int(name.removeprefix("layer")): LayerCentres(**jax.tree.map(jnp.asarray, arrays))
-        for name, arrays in tree.items()
-    }
-    layers = dict(sorted(layers.items()))
-    return Centres(about["kind"], bool(about["rotated"]), own, layers, about.get("facts", {}))
-
-
-def fingerprint(weights: Mapping[str, Any]) -> str:
-    """Compute the SHA-256 of all weights, names and shapes included."""
-    total = hashlib.sha256()
-    for name, leaf in sorted(named(weights).items()):
-        array = np.ascontiguousarray(leaf)
-        total.update(f"{name} {array.dtype} {array.shape}".encode())
-        total.update(array.tobytes())
-    return total.hexdigest()
+        raise BadInput(f"{where}: kind", kind, allowed, nearest_name(kind, KINDS))
+    found = {index: LayerCentres(**arrays) for index, arrays in layers.items()}
+    return Centres(about["kind"], bool(about["rotated"]), own, found, about.get("facts", {}))
 
 
 def unrotated(

@@ -78,6 +78,8 @@ class Keep:
     """Whether scores are made by reading the prompt a second time."""
     evicts: ClassVar[bool] = True
     """Whether any entry is ever dropped."""
+    calibrated: ClassVar[tuple[str, ...]] = ()
+    """Names of the calibrated arrays of a layer that scores depend on; they are among the notes."""
 
     def __post_init__(self) -> None:
         if self.recent < 0:

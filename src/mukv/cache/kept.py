@@ -268,6 +268,7 @@ def empty(
     given: Mapping[str, Array],
     bag: str = ENTRIES,
     pool: int | None = None,
+    noted: Mapping[str, Array] | None = None,
 ) -> Kept:
     """Make a body without entries; its shapes are those of a full body.
 
@@ -275,6 +276,7 @@ def empty(
     given: arrays that the index of the read policy has from the start, such as calibrated centres
     bag: name of the mixer's store that holds these entries
     pool: slots of heads that share a store; None for those of all heads
+    noted: arrays that the notes of the eviction policy have from the start; None for none
     """
     tokens = slots * attention.bags[bag].every
     written = attention.written(d_model, batch, tokens, dtype)[bag]
@@ -323,10 +325,13 @@ def empty(
     if store != EXACT:
         stored = {name: encoded(name, parts) for name, parts in stored.items()}
     shelf = replace(exact.shelf, stored=stored, store=store)
-    # Copied, because prefill takes the cache as a donated argument, and the next cache needs the
-    # centres again.
-    own = {name: jnp.array(array, copy=True) for name, array in given.items()}
-    return replace(exact, shelf=shelf, index={**zeros, **own})
+
+    def copied(arrays: Mapping[str, Array] | None) -> dict[str, Array]:
+        # Prefill takes the cache as a donated argument, and the next cache needs them again.
+        return {name: jnp.array(array, copy=True) for name, array in (arrays or {}).items()}
+
+    index, notes = {**zeros, **copied(given)}, {**exact.notes, **copied(noted)}
+    return replace(exact, shelf=shelf, index=index, notes=notes)
 
 
 @lru_cache(maxsize=64)

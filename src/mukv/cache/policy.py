@@ -29,6 +29,7 @@ from mukv.cache.expected import Expected
 from mukv.cache.fp8 import FP8
 from mukv.cache.keep import Everything, Keep
 from mukv.cache.kept import Kept, empty
+from mukv.cache.kvzap import KVzap
 from mukv.cache.layers import PAGE, Layers
 from mukv.cache.merge import Drop, Merge, Nearest
 from mukv.cache.pages import Pages
@@ -67,6 +68,7 @@ KEEPERS = PartTable(
         "cur": CUR,
         "compactor": Compactor,
         "kvzip": KVzip,
+        "kvzap": KVzap,
         "random": Random,
     },
     kinds=False,
@@ -110,7 +112,7 @@ ONCE = ("spread", "when", "merge")
 """Parts that are fields of the policy that keeps entries, at most one of each."""
 NAMES = tuple(name for table in TABLES for name in table)
 Calibrated = Mapping[int, Mapping[str, Array]]
-"""A model's calibrated centres: arrays of each writing layer, by its index."""
+"""What is calibrated for a model, centres or predictors: arrays of each writing layer by index."""
 
 
 @dataclass(frozen=True)
@@ -303,7 +305,7 @@ class Policy:
         """Make an empty body for `length` entries.
 
         place: index of the layer among the layers with a policy, and their number
-        centres: calibrated centres of this layer; None for none
+        centres: calibrated arrays of this layer; None for none
         bag: name of the mixer's store that holds these entries
         after: most entries of a row that follow its prompt; None if that is not known
         kept: entries that all heads together keep of a prompt, if layers share a budget
@@ -326,14 +328,17 @@ class Policy:
         if isinstance(select, Clusters) and select.calibrated and not centres:
             allowed = "a model with calibrated centres: mukv analyze MODEL --calibrate keys"
             raise BadInput("policy", self.name, allowed)
-        given = dict(centres or {}) if isinstance(select, Clusters) and select.calibrated else {}
+        noted, given = keep.calibrated, dict(centres or {})
+        noted = {name: given.pop(name) for name in noted if name in given}
+        if not (isinstance(select, Clusters) and select.calibrated):
+            given = {}
         pool = None
         if keep.spread.over_layers:
             if kept is None:
                 raise BadInput("policy", self.name, TWICE)
             unit = math.lcm(PAGE, self.store.multiple)
             pool = -(-(kept + more * attention.key_heads) // unit) * unit
-        parts = keep, self.store, select, given, bag, pool
+        parts = keep, self.store, select, given, bag, pool, noted
         return empty(attention, d_model, batch, slots, dtype, *parts)
 
 

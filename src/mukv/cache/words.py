@@ -30,6 +30,7 @@ PEERS: dict[str, dict[str, dict[str, Any]]] = {
         "cur": {"recent": 0},
         "compactor": {},
         "kvzip": {"recent": 0},
+        "kvzap": {"sinks": 0, "recent": 0},
         "random": {"recent": 0},
         "threshold": {},
         "critical": {},

@@ -35,7 +35,8 @@ def analyze(
     calibrate: Annotated[
         str | None,
         typer.Option(
-            help="Cluster keys, queries, means or aligned; saves the centres with the model."
+            help="Cluster keys, queries, means or aligned (for the policy clusters), or predict "
+            "scores (for kvzap); saves the result with the model."
         ),
     ] = None,
     clusters: Annotated[int, typer.Option(help="Number of clusters per head.")] = 64,
@@ -43,7 +44,7 @@ def analyze(
         bool, typer.Option("--before-rotation", help="Cluster keys and queries before rotation.")
     ] = False,
     calibration_tokens: Annotated[
-        int, typer.Option(help="Number of tokens of the training text that are clustered.")
+        int, typer.Option(help="Number of tokens of the training text that calibrate.")
     ] = 1 << 16,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder; default: `analysis` in the run directory.")
@@ -53,8 +54,8 @@ def analyze(
     """Measure how few cache entries the queries of each layer and head need.
 
     Without a text, the held-out part of the training text is used. Writes tables, pictures and a
-    page. With --calibrate, every second window of a given text is clustered, and the clusters are
-    tested on the others.
+    page. With --calibrate, every second window of a given text calibrates, and the result is tested
+    on the others.
 
     Example: `mukv analyze runs/demo/tiny-140 --text README.md --text CONTRIBUTING.md --length 256`
     """
@@ -78,7 +79,7 @@ def analyze(
         output.print_json(made.facts)
         return
     _show_analysis(made, Console())
-    if calibrate is not None and not speaker.by_head:
+    if calibrate not in (None, command.SCORES) and not speaker.by_head:
         output.warn("cache policies don't use these centres: all heads share one set of entries")
     Console().say(f"page: {folder / 'analysis.html'}")
 
@@ -99,7 +100,15 @@ def _show_analysis(made: Analysis, console: Console) -> None:
             shown.add_row(*study.short(layer))
         console.print(shown)
     clusters = made.facts.get("calibration")
-    if clusters is not None:
+    if clusters is not None and clusters["kind"] == "scores":
+        caption = "fraction of entries kept at each threshold, mean over layers"
+        columns = tuple(f"{each['threshold']:g}" for each in clusters["kept"])
+        shown = table(("variance predicted",), columns, "predicted scores", caption)
+        shares = (f"{each['share']:.3f}" for each in clusters["kept"])
+        shown.add_row(f"{clusters['r2']:.3f}", *shares)
+        console.print(shown)
+        console.say(f"predictors: {clusters['path']}")
+    elif clusters is not None:
         shown = table(("share read",), MEASURES, f"clusters: {clusters['kind']}", "shares of 1")
         for row in clusters["read"]:
             shown.add_row(f"{row['share']:.4f}", *(f"{row[name]:.3f}" for name in MEASURES))

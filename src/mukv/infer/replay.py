@@ -106,14 +106,36 @@ def read_twice(
             last, whole = program(weights, *each.inputs(whole, key))
             token = each.token(last, token)
 
-    longest = max(map(len, prompts))
+    layers, seconds = replayed(model, weights, whole, prompts, keep, compute)
+    compiling += seconds
+    cache = _kept(model, weights, whole, layers, policy, room, after, compute)
+    jax.block_until_ready(cache)
+    return token, cache, Spent(compiling, time.perf_counter() - began - compiling)
+
+
+def replayed(
+    model: Decoder,
+    weights: Any,
+    whole: Any,
+    prompts: Sequence[Sequence[int]],
+    keep: KVzip,
+    compute: Compute,
+) -> tuple[list[Score], float]:
+    """Return the score of each entry of each body without a window, in order, from the repetition
+    of the prompts; also the seconds of compiling.
+
+    weights: from `decoding_weights`. whole: a full cache of the prompts
+
+    Raises BadInput for prompts that leave no room in the model's context for a repetition.
+    """
+    longest, compiling = max(map(len, prompts)), 0.0
     chunk = min(keep.chunk, round_up(longest, PROMPT_MULTIPLE))
     pieces = _pieces(prompts, chunk, keep.asks)
     width = max(tokens.shape[1] for tokens, _ in pieces)
     if model.context is not None and longest + width > model.context:
         allowed = f"the model's context is {model.context} tokens, of which the prompt takes "
         allowed += f"{longest} and its repetition {width}; kvzip(chunk=N) repeats fewer at once"
-        raise BadInput("policy", policy.name, allowed)
+        raise BadInput("policy", "kvzip", allowed)
     replay, found = _replay(model, compute, chunk, keep.sinks, keep.plus), []
     for number, (tokens, count) in enumerate(pieces):
         given = whole, tokens, count, np.int32(number * chunk)
@@ -121,11 +143,7 @@ def read_twice(
         program = replay.compiled(weights, *given)
         compiling += time.perf_counter() - start
         found.append(program(weights, *given))
-    layers = [jnp.concatenate(each, axis=2) for each in zip(*found, strict=True)]
-    start = time.perf_counter()
-    cache = _kept(model, weights, whole, layers, policy, room, after, compute)
-    jax.block_until_ready(cache)
-    return token, cache, Spent(compiling, time.perf_counter() - began - compiling)
+    return [jnp.concatenate(each, axis=2) for each in zip(*found, strict=True)], compiling
 
 
 def _kept(

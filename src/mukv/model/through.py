@@ -54,6 +54,8 @@ class Through:
             allowed = "a policy that chooses what is kept, not what each query reads"
         elif policy.keep.replays:
             allowed = "a policy that reads the text once"
+        elif policy.keep.calibrated:
+            allowed = "a policy that is not calibrated"
         elif not policy.keep.evicts:
             allowed = "a policy that drops entries, or null"
         elif policy.keep.merge.changes:

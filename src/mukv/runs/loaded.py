@@ -13,8 +13,6 @@ import numpy as np
 
 from mukv.attention import Attention
 from mukv.cache import FULL, Calibrated, Policy
-from mukv.cache.centres import FOLDER, load_centres
-from mukv.cache.clusters import Clusters
 from mukv.core.arguments import require_types, strings, token_ids, whole_numbers
 from mukv.core.compact import any_compact, require_format
 from mukv.core.compute import Compute, DType, settled
@@ -32,6 +30,7 @@ from mukv.infer.prompts import joined
 from mukv.infer.replay import asking
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes
+from mukv.runs.calibrated import with_calibration
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.latest import latest_weights
@@ -221,25 +220,16 @@ class Model:
         return all(attention.entry_sets == attention.key_heads for attention in kept)
 
     def calibrated(self, policy: Policy) -> tuple[Policy, Calibrated]:
-        """Return a policy that is completed with data of this model, and its cluster centres.
+        """Return a policy that is completed with data of this model, and its calibrated arrays.
 
-        The policy `kvzip` gets the token ids of its instructions. The policy `clusters` gets the
-        centres that `mukv analyze --calibrate` saved, if layers store keys for each key head and
-        the weights were not converted when they were loaded (centres belong to the saved weights);
-        in all other cases the mapping of centres is empty. Raises BadInput for centres that were
-        calibrated on other weights, or on keys without their rotation.
+        The policy `kvzip` gets the token ids of its instructions, `kvzap` the predictors that `mukv
+        analyze --calibrate scores` saved. The policy `clusters` gets the centres that `mukv analyze
+        --calibrate keys` (or another kind) saved, if there are any, layers store keys for each key
+        head, and the weights were not converted when they were loaded. Raises BadInput as
+        `with_calibration` does.
         """
-        policy = asking(policy, self.tokenizer.encode)
-        if not isinstance(policy.select, Clusters) or self.folder is None or not self.by_head:
-            return policy, {}
-        if self.converted or not (self.folder / FOLDER).exists():
-            return policy, {}
-        centres = load_centres(self.folder, self.weights)
-        if not centres.rotated:
-            allowed = "centres of rotated keys, which a step can compare its query with"
-            raise BadInput(str(self.folder / FOLDER), "centres of unrotated keys", allowed)
-        select = replace(policy.select, calibrated=centres.kind)
-        return replace(policy, select=select), centres.arrays()
+        policy, own = asking(policy, self.tokenizer.encode), (self.converted, self.by_head)
+        return with_calibration(policy, self.folder, self.weights, *own)
 
     @overload
     def generate(self, prompts: str, *args: Any, **kwargs: Any) -> Text: ...
