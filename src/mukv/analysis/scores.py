@@ -79,7 +79,7 @@ class _Sums:
         return {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
 
 
-Pairs = dict[int, tuple[Array, Array]]
+FittedPairs = dict[int, tuple[Array, Array]]
 """Features [batch token feature] and logarithms of scores [batch kv_heads token] by layer."""
 
 
@@ -132,7 +132,7 @@ class Rereader:
 
         return jax.jit(found)
 
-    def pairs(self, tokens: np.ndarray) -> Pairs:
+    def pairs(self, tokens: np.ndarray) -> FittedPairs:
         """Read rows of tokens [batch token] twice."""
         rows, length = tokens.shape
         cache = self.model.empty_cache(rows, length, 1, self.compute.type)

@@ -29,7 +29,7 @@ Arrays = Mapping[int, Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
-class Form:
+class CalibrationForm:
     """A kind of calibration.
 
     folder: name of its folder in that of a model

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import Attention
-from mukv.cache.calibration import FACTS, Form
+from mukv.cache.calibration import FACTS, CalibrationForm
 from mukv.cache.kmeans import distances, nearest
 from mukv.core.errors import BadInput, nearest_name
 from mukv.core.typing import Array, Float, Int
 
 Kind = Literal["keys", "queries", "means", "aligned"]
 KINDS: tuple[Kind, ...] = ("keys", "queries", "means", "aligned")
-FORM = Form("calibration", "mukv-centres", "centres", "keys")
+FORM = CalibrationForm("calibration", "mukv-centres", "centres", "keys")
 
 HeadPoints = Float[Array, "*batch kv_heads point width"]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mukv.cache.calibration import Form
+from mukv.cache.calibration import CalibrationForm
 from mukv.cache.kvzap import BIAS, WEIGHT
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array
 
-FORM = Form("predictors", "mukv-predictors", "predictors of scores", "scores")
+FORM = CalibrationForm("predictors", "mukv-predictors", "predictors of scores", "scores")
 
 
 @dataclass(frozen=True)
