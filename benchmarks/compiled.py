@@ -221,12 +221,13 @@ def compiled(given: argparse.Namespace) -> tuple[Any, float]:
     from mukv.train.step import BATCH_FIELDS, Trainer
 
     target = TARGETS[given.device]
-    found = devices_of(given.device, math.prod(given.mesh))
-    axes = (AxisType.Auto,) * len(given.mesh)
-    mesh = Mesh(np.array(found).reshape(given.mesh), ("data", "tensor"), axis_types=axes)
     own = [f"train.batch={given.batch}", f"train.length={given.length}"]
+    own += [f"mesh.{axis}={n}" for axis, n in zip(("data", "tensor"), given.mesh, strict=True)]
     own += [f"train.compute.platform={target.platform}"]
     run = config.load(given.preset, [*own, *given.overrides])
+    sizes = run.mesh.sizes
+    found = np.array(devices_of(given.device, run.mesh.size)).reshape(*sizes.values())
+    mesh = Mesh(found, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     trainer = Trainer(run.model, run.train, mesh)
     rows = jax.ShapeDtypeStruct(
         (given.batch, given.length), jnp.int32, sharding=batch_sharding(mesh)

@@ -19,10 +19,17 @@ from tests.laws import matrix
 EXACT = Compute("float32", "float32", unroll=True)
 
 
-def trainer(model: LanguageModel, data: int = 1, tensor: int = 1, **changes: Any) -> Trainer:
+def trainer(
+    model: LanguageModel,
+    data: int = 1,
+    tensor: int = 1,
+    replica: int = 1,
+    context: int = 1,
+    **changes: Any,
+) -> Trainer:
     """Make a trainer on a mesh of simulated devices."""
     settings = {"steps": 8, "batch": 8, "length": matrix.LENGTH, "compute": EXACT, **changes}
-    return Trainer(model, Training(**settings), MeshShape(data, tensor).build())
+    return Trainer(model, Training(**settings), MeshShape(data, tensor, replica, context).build())
 
 
 def batch(step: int, rows: int = 8) -> Batch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from mukv.attention.cores import (
     Scores,
     Splash,
     choose,
+    over_context,
 )
 from mukv.attention.recalled import Dense
 from mukv.core.compute import Compute
@@ -119,6 +122,7 @@ def test_cores_agree(name, seed):
 ALIGNED = Mask(aligned=True)
 
 
+MIXED = MeshShape(data=2, tensor=2, context=2)
 KERNELS = [*itertools.product(cores.CASES, (Flash, Splash))]
 
 
@@ -132,6 +136,36 @@ def test_kernels_are_plain(name, core):
     attended = cores.Attended(cores.CASES[name].narrow(16), 150)
     one, two = attended.expected(), attended.both(core(interpret=True))(attended.moving)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4), one, two)
+
+
+CONTEXT = [*itertools.product(cores.CASES, (Flash, Chunked), (MeshShape(context=4), MIXED))]
+
+
+@pytest.mark.parametrize(
+    ("name", "core", "mesh"),
+    params(CONTEXT, [row for row in CONTEXT if row[2] is MIXED][:2], unpack=True),
+)
+@pytest.mark.parametrize("length", params([160, 148], [160]))
+def test_queries_are_split_over_context(name, core, mesh, length):
+    """Devices that attend from their own queries to all keys compute what one does, forward and
+    backward, whether they exchange queries (160 tokens) or not (148)."""
+    attended = cores.Attended(cores.CASES[name].narrow(16), length)
+    applied = []
+
+    class Watched(core):
+        def apply(self, *given: Any) -> Any:
+            applied.append(given)
+            return super().apply(*given)
+
+    made = Watched(interpret=True) if core is Flash else Watched()
+    split = SimpleNamespace(apply=partial(over_context, made))
+    expected = attended.expected()
+    with jax.set_mesh(mesh.build()):
+        found = attended.both(split)(attended.moving)
+    compare = partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4)
+    jax.tree.map(compare, jax.device_get(found), expected)
+    ((query,), _, _), *_ = applied
+    assert query.shape[3] == length // mesh.context
 
 
 @pytest.mark.product

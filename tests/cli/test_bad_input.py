@@ -157,6 +157,7 @@ BAD = [
     ((*TRAIN, "data.path=foreign"), ["foreign/meta.json", "format"]),
     ((*TRAIN, "mesh.data=64"), ["mesh", "64", "8 cpu devices"]),
     ((*TRAIN, "mesh.data=4"), ["train.batch", "multiple of mesh.data (4)"]),
+    ((*TRAIN, "mesh.context=3"), ["train.length", "multiple of mesh.context (3)"]),
     ((*TRAIN, "train.trackers=[wandbb]"), ["train.trackers", "wandbb", "did you mean 'wandb'"]),
     ((*TRAIN, "train.trackers=[wandb]"), ["train.trackers", "wandb", "pip install"]),
     ((*TRAIN, "--out", "a.txt"), ["a.txt", "run directory or a new path"]),

@@ -256,17 +256,21 @@ def test_taps_have_the_numbers_of_layers():
     assert scopes == {f"layer{number}" for number in range(5)}
 
 
+MESHES = [{"data": 2, "tensor": 2, "accumulate": 2}, {"data": 2, "context": 2}]
+
+
 @pytest.mark.product
 @pytest.mark.parametrize(
     "combination",
     params(SAMPLE_CONCEPTS, [row for row in SAMPLE_CONCEPTS if row[0] == "learned"][:1], "-".join),
 )
-def test_sharding_is_invisible(combination):
-    """Law 6: four devices, with two rows and half of the heads on each, equal one device."""
+@pytest.mark.parametrize("mesh", params(MESHES, MESHES[:1]))
+def test_sharding_is_invisible(combination, mesh):
+    """Law 6: four devices, with half of the rows and half of the heads or tokens on each, equal one
+    device."""
     model = matrix.concept(*combination, vocab_size=32)
     (state, metrics), (sharded, seen) = (
-        run(trainer(model, *mesh, learning_rate=1e-3, accumulate=pieces), 2)
-        for mesh, pieces in (((1, 1), 1), ((2, 2), 2))
+        run(trainer(model, learning_rate=1e-3, **split), 2) for split in ({}, mesh)
     )
     for one, four in zip(metrics, seen, strict=True):
         np.testing.assert_allclose(four.loss, one.loss, rtol=2e-5)

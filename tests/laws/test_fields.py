@@ -343,6 +343,8 @@ CHANGES = {
     "Compute.platform": "train.compute.platform=tpu",
     "MeshShape.data": "mesh.data=2",
     "MeshShape.tensor": "mesh.tensor=2",
+    "MeshShape.replica": "mesh.replica=2",
+    "MeshShape.context": "mesh.context=2",
 }
 """Fields that change the programs of training, or the numbers of its first four steps."""
 NUMBERS = {"Data.path", "Data.packing", "Data.mixture", "MixturePart.path", "MixturePart.weight"}

@@ -55,7 +55,14 @@ def test_at_any_step(tmp_path):
             assert_same_bits(steps(fresh, state, stop, LAST)[0], whole)
 
 
+MESHES = [
+    {"data": 2, "tensor": 2, "accumulate": 2},
+    {"replica": 2, "tensor": 2, "context": 2},
+]
+
+
 @pytest.mark.product
-def test_on_a_mesh(tmp_path):
-    model, mesh = matrix.build(*matrix.SAMPLE[0]), {"data": 2, "tensor": 2, "accumulate": 2}
+@pytest.mark.parametrize("mesh", params(MESHES, MESHES[:1], "-".join))
+def test_on_a_mesh(tmp_path, mesh):
+    model = matrix.build(*matrix.SAMPLE[0])
     assert_same_bits(*whole_and_resumed(model, 2, tmp_path, **mesh))

@@ -23,9 +23,17 @@ from tests.pairs import params
 from tests.training import run, trainer
 
 RATE, STEPS = 1e-3, 3
-MESHES = {"data": (8, 1, 1), "tensor": (1, 2, 1), "both": (2, 4, 2)}
-"""data, tensor, accumulate. Two splits all heads and the vocabulary; four leaves the KV heads
-whole."""
+MESHES: dict[str, dict[str, int]] = {
+    "data": {"data": 8},
+    "tensor": {"tensor": 2},
+    "both": {"data": 2, "tensor": 4, "accumulate": 2},
+    "context": {"data": 2, "tensor": 2, "context": 2},
+    "long": {"context": 4},
+    "replica": {"replica": 2, "data": 4},
+    "all": {"replica": 2, "tensor": 2, "context": 2, "accumulate": 2},
+}
+"""A tensor axis of two splits all heads and the vocabulary; four leaves the KV heads whole. Rows
+have 12 tokens: two devices of `context` exchange queries, four do not."""
 
 
 def build(combination):
@@ -35,7 +43,7 @@ def build(combination):
 
 SPLIT = [*itertools.product(MESHES, matrix.SAMPLE)]
 QUICK = [("both", matrix.SAMPLE[0])]
-"""Meshes with both axes."""
+"""Meshes with both axes that split weights for use."""
 
 
 @functools.lru_cache(1)
@@ -51,8 +59,7 @@ def alone(combination):
 )
 def test_sharding_is_invisible(mesh, combination):
     model, (state, metrics) = alone(combination)
-    data, tensor, accumulate = MESHES[mesh]
-    split = trainer(model, data, tensor, accumulate=accumulate, learning_rate=RATE)
+    split = trainer(model, learning_rate=RATE, **MESHES[mesh])
     sharded, seen = run(split, STEPS)
     for one, eight in zip(metrics, seen, strict=True):
         np.testing.assert_allclose(eight.loss, one.loss, rtol=2e-5)

@@ -104,6 +104,14 @@ def test_the_layer_that_went_wrong_is_named(poison, blamed):
 def test_a_batch_must_fit_the_mesh():
     with pytest.raises(BadInput, match=r"train.batch: got 8.*multiple of mesh.data \(8\)"):
         trainer(MODEL, data=8, accumulate=2)
+    with pytest.raises(BadInput, match=r"got 8.*multiple of mesh.replica x mesh.data \(8\)"):
+        trainer(MODEL, data=4, replica=2, accumulate=2)
+
+
+def test_a_row_must_fit_the_mesh():
+    allowed = r"train.length: got 12.*multiple of mesh.context \(8\), such as 8 or 16"
+    with pytest.raises(BadInput, match=allowed):
+        trainer(MODEL, context=8)
 
 
 def placed(*owners: list[int]) -> Any:

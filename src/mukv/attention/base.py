@@ -214,8 +214,10 @@ class Attention(Mixer):
         aligned = len(masked) == 1 and masked[0].mask.aligned
         dropped = any(part.entries.until is not None for part in masked)
         shows = tapped() or (None if mask.choice is None else "each query chooses its entries")
-        core = self.core(x.shape[1], compute, ordered, shows, aligned, dropped).core
-        out = core.apply(address, masked, scores)
+        context = cores.context_of(x.shape[1]) if mask.aligned else 1
+        core = self.core(x.shape[1], compute, ordered, shows, aligned, dropped, context).core
+        apply = partial(cores.over_context, core) if mask.aligned else core.apply
+        out = apply(address, masked, scores)
         return self.output(weights, out, x, position), None
 
     def core(
@@ -226,9 +228,10 @@ class Attention(Mixer):
         shows: str | None = None,
         aligned: bool = False,
         dropped: bool = False,
+        context: int = 1,
     ) -> cores.CoreChoice:
         """Choose the fastest attention core that supports these arguments; see `Mixer.core`."""
-        demand = cores.Demand(queries, self.position, ordered, shows, aligned, dropped)
+        demand = cores.Demand(queries, self.position, ordered, shows, aligned, dropped, context)
         return cores.choose(demand, compute)
 
     def scaled_queries(

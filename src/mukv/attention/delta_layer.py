@@ -35,7 +35,8 @@ from mukv.core.errors import BadInput
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param
-from mukv.core.typing import Array, Float, Int, Residual, Weights
+from mukv.core.partition import by_shard, constrain
+from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 
 MEMORY, RECENT = "memory", "recent"
 """Names of the stores: state of the delta rule; newest inputs of the convolutions."""
@@ -157,14 +158,14 @@ class DeltaLayer(Mixer):
         )
         if memory is None:
             (zeros,) = self.states[MEMORY].zeros(len(x)).values()
-            read, _ = delta_rule(rows, position == 0, zeros)
+            read, _ = _by_head(rows, position == 0, zeros)
             return {DIRECT: {"read": read}}
         added = jnp.arange(x.shape[1])[None] < memory.added[:, None]
         rows = rows._replace(
             decay=jnp.where(added[..., None, None], rows.decay, 0),
             beta=jnp.where(added[..., None], rows.beta, 0),
         )
-        read, state = delta_rule(rows, position == 0, states[MEMORY]["state"])
+        read, state = _by_head(rows, position == 0, states[MEMORY]["state"])
         return {DIRECT: {"read": read}, MEMORY: {"state": state}, RECENT: recent}
 
     def _convolved(
@@ -221,6 +222,30 @@ def decayed(
     """Return the log decay -exp(rate) softplus(step). weights: with the `rate` of each head."""
     rate = jnp.exp(weights["rate"].astype(jnp.float32))[None, None, :, None]
     return -rate * jax.nn.softplus(step)
+
+
+def _by_head(
+    rows: DeltaRows,
+    first: Bool[Array, "batch token"],
+    state: Float[Array, "batch heads key_dim value_dim"],
+) -> tuple[
+    Float[Array, "batch token heads value_dim"], Float[Array, "batch heads key_dim value_dim"]
+]:
+    """Compute `delta_rule`, on a mesh for the rows and heads of each device.
+
+    The axis `context` splits heads here, as `tensor` does, so that a device needs no state of
+    another one: it exchanges its tokens of all heads for all tokens of its heads (Ulysses,
+    2309.14509).
+    """
+    by_token, by_row = ("batch", "row", "state_heads"), ("batch", "state_heads")
+    names = (*(by_token for _ in rows), ("batch",), by_row)
+
+    def own(*given: Array) -> tuple[Array, Array]:
+        *mine, first, state = given
+        return delta_rule(DeltaRows(*mine), first, state)
+
+    read, state = by_shard(own, names, (by_token, by_row))(*rows, first, state)
+    return constrain(read, "batch", "token", "delta_heads", None), state
 
 
 def _unit(x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:

@@ -73,6 +73,7 @@ class IndexedAttention(Attention):
         shows: str | None = None,
         aligned: bool = False,
         dropped: bool = False,
+        context: int = 1,
     ) -> cores.CoreChoice:
         needed = REASON if self.indexer else None
-        return super().core(queries, compute, ordered, shows or needed, aligned, dropped)
+        return super().core(queries, compute, ordered, shows or needed, aligned, dropped, context)

@@ -257,6 +257,7 @@ class Mixer(Component):
         shows: str | None = None,
         aligned: bool = False,
         dropped: bool = False,
+        context: int = 1,
     ) -> CoreChoice | None:
         """Choose the attention core for this many queries per row; None for a mixer without
         softmax.
@@ -265,6 +266,7 @@ class Mixer(Component):
         shows: why the logits of all pairs are needed at once; None if they are not
         aligned: whether the only bag has one entry per query, written by the query's own token
         dropped: whether entries are dropped between queries
+        context: number of devices that the queries of a row are split over
         """
         return None
 

@@ -19,6 +19,7 @@ from mukv.core.broadcast import with_rank
 from mukv.core.compact import Compact
 from mukv.core.compute import PRODUCT
 from mukv.core.low_rank import LowRank
+from mukv.core.partition import partitioned_mesh
 from mukv.core.typing import Array, Float, Int, Weights
 
 
@@ -41,10 +42,14 @@ def project(
     if isinstance(weight, Compact):
         found = weight.product(x.reshape(-1, inner)).astype(out or x.dtype)
         return found.reshape(*rows, *columns)
-    flat: Array = _product(
-        x.reshape(-1, inner), weight.reshape(inner, -1), jnp.dtype(out or x.dtype)
-    )
-    return checkpoint_name(flat, PRODUCT).reshape(*rows, *columns)
+    matrix, kind = weight.reshape(inner, -1), jnp.dtype(out or x.dtype)
+    made: Array
+    if partitioned_mesh() is None:
+        made = _product(x.reshape(-1, inner), matrix, kind)
+    else:
+        # A mesh may split several axes of rows, which could not be merged without a gather.
+        made = _apart(x.reshape(*rows, inner), matrix, kind)
+    return checkpoint_name(made, PRODUCT).reshape(*rows, *columns)
 
 
 def project_each(
@@ -100,6 +105,40 @@ def _backward(
 
 
 _product.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _apart(
+    x: Float[Array, "*rows inner"], weight: Float[Array, "inner columns"], out: jnp.dtype
+) -> Float[Array, "*rows columns"]:
+    """Compute `_product` of one matrix without merging the axes of rows."""
+    return _contracted(x.astype(weight.dtype), weight, [x.ndim - 1], [0], out)
+
+
+def _apart_forward(
+    x: Array, weight: Array, out: jnp.dtype
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    rounded = x.astype(weight.dtype)
+    return _apart(x, weight, out), (rounded, weight, jnp.empty(0, x.dtype))
+
+
+def _apart_backward(
+    out: jnp.dtype, saved: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, weight, like = saved
+    rounded, rows = gradient.astype(x.dtype), [*range(x.ndim - 1)]
+    to_x = _contracted(rounded, weight, [x.ndim - 1], [1], like.dtype)
+    to_weight = _contracted(x, rounded, rows, rows, jnp.dtype("float32"))
+    return to_x, to_weight.astype(weight.dtype)
+
+
+_apart.defvjp(_apart_forward, _apart_backward)
+
+
+def _contracted(x: Array, y: Array, over_x: list[int], over_y: list[int], out: jnp.dtype) -> Array:
+    """Contract these axes of x and of y, with a result of type `out`."""
+    axes = (over_x, over_y), ((), ())
+    return jax.lax.dot_general(x, y, axes, preferred_element_type=out)
 
 
 def _transposed(x: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch columns rows"]:

@@ -22,9 +22,9 @@ from mukv.core.compute import Compute, settled
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import look_up, project
-from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, initialise
+from mukv.core.partition import constrain, gather
 from mukv.core.table import Component
 from mukv.core.tap import capturing, tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
@@ -243,10 +243,8 @@ class LanguageModel(Continued, Component):
         return tuple(layer for stack in self.stacks for layer in stack.layers)
 
     def stack_of(self, plan: tuple[Stage, ...], first: int = 0) -> Stack:
-        """Return a stack at the model's own width.
-
-        plan: stages of its layers. first: number of its first layer.
-        """
+        """Return a stack of the layers of a plan at the model's own width. first: number of its
+        first layer."""
         shared = (self.norm, self.residual, self.scaling)
         return Stack(self.d_model, self.attention, self.mlp, plan, *shared, first)
 
@@ -336,7 +334,7 @@ class LanguageModel(Continued, Component):
         out = project(hidden, table.astype(operand), out=jnp.dtype("float32"))
         if self.logit_softcap is not None:
             out = self.logit_softcap * jnp.tanh(out / self.logit_softcap)
-        return tap("logits", constrain(out, "batch", None, "vocab"))
+        return tap("logits", constrain(out, "batch", "token", "vocab"))
 
     @property
     def readout_name(self) -> str:
@@ -356,13 +354,15 @@ class LanguageModel(Continued, Component):
 
     def embed(self, weights: Weights, tokens: Tokens, compute: Compute) -> Residual:
         """Look up the embeddings of tokens, in the compute type."""
-        x = look_up(weights["embedding"], tokens).astype(compute.type)
+        # The partitioner can exchange one mesh axis at a time; for two it would gather everything.
+        x = constrain(look_up(weights["embedding"], tokens), "batch", None, "embed")
+        x = x.astype(compute.type)
         if self.embedding_scale is not None:
             # The base width is used, since initialisation and multipliers account for the ratio of
             # the model's width to it. The root is rounded to the compute type as in Gemma.
             width = (self.scaling.base or {}).get("embed", self.d_model)
             x = x * jnp.asarray(width**0.5, x.dtype)
-        return tap("embedding", constrain(x, "batch", None, None))
+        return tap("embedding", constrain(x, "batch", "token", None))
 
     def result(
         self, weights: Weights, x: Residual, auxiliary: Auxiliary, length: int

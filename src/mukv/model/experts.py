@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project, project_each, with_bias
-from mukv.core.mesh import by_data_shard
 from mukv.core.params import WIDEST, Param
+from mukv.core.partition import by_data_shard
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.model.auxiliary import PENALTY, Auxiliary
 from mukv.model.block import ACTIVATIONS, Activation, Feedforward, Gated
@@ -191,7 +191,7 @@ class Experts(Feedforward):
         own = (x, routing.chosen, routing.weight)
         dropped = None
         if counted is None or self.capacity is None:
-            y = by_data_shard(self._without_capacity, experts, *own)
+            y = by_data_shard(self._without_capacity, experts, *own, tokens="apart")
         else:
             y, dropped = by_data_shard(self._within_capacity, experts, *own, counted)
         if self.shared:

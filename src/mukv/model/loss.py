@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.core.compute import Compute, settled
-from mukv.core.mesh import by_data_shard
+from mukv.core.partition import by_data_shard
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import LanguageModel
 from mukv.model.through import Through
@@ -122,13 +122,16 @@ def summed_loss(
     # Each shard sums the gradient of the readout over its chunks before the shards exchange it.
     divergence = None
     if teacher is None:
-        sums = by_data_shard(partial(_row_losses, model=model, compute=compute), readout, *rows)
+        function = partial(_row_losses, model=model, compute=compute)
+        sums = by_data_shard(function, readout, *rows, tokens="summed")
         objective = total = jnp.sum(sums)
     else:
         theirs = teacher.model.hidden(teacher.weights, tokens, position, segment, compute)
         readouts = readout, teacher.model.gathered_readout(teacher.weights, compute)
         function = partial(_taught_losses, model=model, compute=compute, teacher=teacher)
-        total, divergence = map(jnp.sum, by_data_shard(function, readouts, *rows, theirs))
+        total, divergence = map(
+            jnp.sum, by_data_shard(function, readouts, *rows, theirs, tokens="summed")
+        )
         share, square = teacher.share, teacher.temperature**2
         objective = (1 - share) * total + share * square * divergence
     if result.penalty is not None:

@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from mukv.attention import DIRECT, AnyAttention, Attention, Bag, Carried, Mask, Queries, Written
 from mukv.attention.indexer import EntryChoice
 from mukv.core.compute import RESIDUAL, Compute
-from mukv.core.mesh import constrain, gather
 from mukv.core.norm import RMSNorm
+from mukv.core.partition import constrain, gather
 from mukv.core.tap import capturing, scope, tap
 from mukv.core.typing import Array, Bool, Int, Residual
 from mukv.model.auxiliary import Auxiliary, together
@@ -192,11 +192,11 @@ class Pass:
                 mask = replace(mask, choice=attention.choose(weights["read"], *given))
             read, own = self._read(attention, weights["read"], normed, parts, mask, direct)
             read = residual.leave(weights, "attention", norm, read)
-            x = tap("attention", constrain(x + read, "batch", None, None))
+            x = tap("attention", constrain(x + read, "batch", "token", None))
             normed = residual.enter(weights, "mlp", norm, x)
             mlp, reported = layer.mlp.apply(weights["mlp"], normed, self.counted)
             mlp = residual.leave(weights, "mlp", norm, mlp)
-            x = tap("mlp", constrain(x + mlp, "batch", None, None))
+            x = tap("mlp", constrain(x + mlp, "batch", "token", None))
         lent = PassedOn(parts if layer.lends else None, mask.choice if layer.chooses else None)
         return x, lent, memory, together(own, reported)
 

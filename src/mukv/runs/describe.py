@@ -13,7 +13,7 @@ import jax
 from mukv.attention.indexed import REASON
 from mukv.core import params
 from mukv.core.compute import settled
-from mukv.core.mesh import specification
+from mukv.core.mesh import MeshShape, axes_of, specification
 from mukv.core.names import even
 from mukv.model.counting import cached, entry_bytes, flops_per_token, state_bytes
 from mukv.runs.config import Run
@@ -56,7 +56,8 @@ def describe(run: Run) -> dict[str, Any]:
             # A choice of as many entries as there are is none.
             chosen = layer.most is not None and layer.most < queries
             demand = {"shows": REASON if chosen else None, "aligned": aligned, "dropped": dropped}
-            core = layer.attention.core(queries, compute, **demand)
+            context = 1 if queries % run.mesh.context else run.mesh.context
+            core = layer.attention.core(queries, compute, **demand, context=context)
             chooser = layer.indexed_by
             layers.append(
                 {
@@ -131,7 +132,7 @@ def weights(run: Run) -> list[dict[str, Any]]:
     The sharding is the mesh axis of each dimension, on the mesh of the configuration. In a run with
     adapters, the frozen weights come first, with a learning rate of zero, then the adapters.
     """
-    mesh = jax.sharding.AbstractMesh((run.mesh.data, run.mesh.tensor), ("data", "tensor"))
+    mesh = run.mesh.abstract
     rows = []
     scaling = params.named(run.model.resolved(run.train.optimizer.family))
     declared = params.named(run.model.params())
@@ -152,7 +153,7 @@ def weights(run: Run) -> list[dict[str, Any]]:
                 "epsilon": resolved.epsilon,
                 "decays": resolved.decays,
                 "sharding": [
-                    None if axis is None else str(axis) for axis in specification(param.dims, mesh)
+                    " x ".join(axes_of(part)) or None for part in specification(param.dims, mesh)
                 ],
             }
         )
@@ -229,13 +230,12 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
 
 def show_step(facts: Mapping[str, Any], console: Console) -> None:
     """Print the facts of `estimate` on a training step on a kind of device."""
-    mesh, held = facts["mesh"], facts["bytes_per_device"]
-    devices = mesh["data"] * mesh["tensor"]
+    mesh, held = MeshShape(**facts["mesh"]), facts["bytes_per_device"]
     console.print(
         styled(
-            *("step        ", (f"{devices:,} x {facts['device']}", "bold")),
-            f", mesh data {mesh['data']} x tensor {mesh['tensor']}, batch {facts['batch']:,} x "
-            f"{facts['length']:,} tokens; each figure is of one device",
+            *("step        ", (f"{mesh.size:,} x {facts['device']}", "bold")),
+            f", mesh {mesh}, batch {facts['batch']:,} x {facts['length']:,} tokens; each figure is "
+            "of one device",
         )
     )
     parts = [f"{gibibytes(n)} of {name}" for name, n in held.items() if n and name != "total"]
@@ -252,9 +252,18 @@ def show_step(facts: Mapping[str, Any], console: Console) -> None:
     more = facts["recomputed_flops_per_device"]
     again = f" and {more:.3g} to recompute" if more else ""
     console.print(f"work        {facts['flops_per_device']:.3g} FLOPs{again}")
-    moved = (f"{gibibytes(size)} over {axis}" for axis, size in facts["collective_bytes"].items())
+    unused = {axis for axis in ("replica", "context") if mesh.sizes[axis] == 1}
+    moved = (
+        f"{gibibytes(size)} over {axis}"
+        for axis, size in facts["collective_bytes"].items()
+        if axis not in unused
+    )
     console.print(f"collectives {', '.join(moved)}")
-    times = (f"{name.replace('_', ' ')} {1000 * t:,.0f}" for name, t in facts["seconds"].items())
+    times = (
+        f"{name.replace('_', ' ')} {1000 * t:,.0f}"
+        for name, t in facts["seconds"].items()
+        if name.removesuffix("_links") not in unused
+    )
     console.print(f"least ms    {', '.join(times)}")
     bounds = facts["mfu_bound"], facts["mfu_bound_without_overlap"]
     console.print(
@@ -273,9 +282,12 @@ def _way_out(facts: Mapping[str, Any]) -> str:
     if fitting := [name for name, each in facts["rematerialise"].items() if each["fits"]]:
         ways.append(f"train.compute.rematerialise={fitting[0]}")
     if nearest := facts["nearest_mesh"]:
-        data, tensor = nearest["data"], nearest["tensor"]
-        more = f" train.batch={data}" if data > facts["batch"] else ""
-        ways.append(f"the nearest mesh, mesh.data={data} mesh.tensor={tensor}{more}")
+        rows = nearest["replica"] * nearest["data"]
+        keys = [f"mesh.{axis}={nearest[axis]}" for axis in ("data", "tensor")]
+        if nearest["context"] != facts["mesh"]["context"]:
+            keys.append(f"mesh.context={nearest['context']}")
+        keys += [f"train.batch={rows}"] if rows > facts["batch"] else []
+        ways.append(f"the nearest mesh, {' '.join(keys)}")
     return (
         f"            does not fit; {' or '.join(ways) or 'a smaller model or shorter rows'} would"
     )

@@ -8,23 +8,25 @@ of the data sheets.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from mukv.attention import Attention
 from mukv.core import params
 from mukv.core.compute import Compute, Platform
 from mukv.core.device import DEVICES, GIBIBYTE, Device, peak_flops
-from mukv.core.mesh import MeshShape, specification, weight_shardings
+from mukv.core.mesh import STORED, MeshShape, axes_of, size_of, specification, weight_shardings
 from mukv.core.params import LAYER, Param
 from mukv.model.base import LanguageModel
 from mukv.model.counting import cache_bytes, flops_per_token, product_flops, saved_bytes
 from mukv.model.shard import shard
+from mukv.runs.collectives import collective_bytes, link_seconds
 from mukv.runs.config import Run
 from mukv.runs.start import resolved_params, trained_params
 from mukv.runs.teacher import find_teacher
@@ -40,7 +42,8 @@ POLICIES = (False, "products", True, "offload")
 class Estimate:
     """A training step of one configuration on one kind of device.
 
-    A batch that can't be split over `mesh.data` is enlarged to the next one that can.
+    A batch that can't be split over `mesh.replica` and `mesh.data` is enlarged to the next one that
+    can.
 
     run: the configuration
     device: the kind of device
@@ -56,8 +59,7 @@ class Estimate:
     @cached_property
     def mesh(self) -> AbstractMesh:
         """The mesh of the configuration, without devices."""
-        mesh = self.run.mesh
-        return AbstractMesh((mesh.data, mesh.tensor), ("data", "tensor"))
+        return self.run.mesh.abstract
 
     @cached_property
     def compute(self) -> Compute:
@@ -69,12 +71,22 @@ class Estimate:
     def rows(self) -> int:
         """Rows that a device reads at once."""
         training = self.run.train
-        return -(-training.batch // training.accumulate // self.run.mesh.data)
+        return -(-training.batch // training.accumulate // self.split)
+
+    @property
+    def split(self) -> int:
+        """Number of parts that the rows of a batch are split into."""
+        return self.run.mesh.replica * self.run.mesh.data
 
     @property
     def batch(self) -> int:
         """Rows of a step over all devices."""
-        return self.rows * self.run.train.accumulate * self.run.mesh.data
+        return self.rows * self.run.train.accumulate * self.split
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row that a device computes."""
+        return -(-self.run.train.length // self.run.mesh.context)
 
     @cached_property
     def local(self) -> LanguageModel:
@@ -113,25 +125,40 @@ class Estimate:
         return _held(weights, jax.tree.map(lambda leaf: leaf.sharding, weights))
 
     def kept(self, policy: Any) -> int:
-        """Return the bytes per row of tokens that the forward pass saves for the backward pass
-        under a rematerialisation policy, without weights."""
+        """Return the bytes of a device's tokens of one row that the forward pass saves for the
+        backward pass under a rematerialisation policy, without weights."""
         key = self.run.mesh.tensor, policy
         if key not in self.traced:
             compute = replace(self.compute, rematerialise=policy)
             saved = saved_bytes(self.local, self.run.train.length, compute)
             self.traced[key] = saved - (self.gathered if policy is False else 0)
-        return self.traced[key]
+        context = self.run.mesh.context
+        # What is gathered over `context` is saved as a whole if nothing is recomputed.
+        others = sum(self.keys) * (context - 1) // context if policy is False else 0
+        return -(-self.traced[key] // context) + others
+
+    @cached_property
+    def keys(self) -> list[int]:
+        """Bytes of the keys and values of all tokens of a row, by layer, as attention reads them.
+        Those of layers without softmax count as 0."""
+        size, length = self.operand.itemsize, self.run.train.length
+        return [
+            size * length * each.key_heads * (each.query_dim + each.value_dim)
+            if isinstance(each := layer.attention, Attention)
+            else 0
+            for layer in self.local.layers
+        ]
 
     @cached_property
     def gathered(self) -> int:
         """Bytes of the gathered weights of all layers in the type of operands, which are stored if
         nothing is recomputed; 0 if operands are float32."""
-        if self._operand.itemsize == 4:
+        if self.operand.itemsize == 4:
             return 0
         declared = params.named(self.run.model.params()).values()
         rounded = (param for param in declared if LAYER in param.dims and param.fan_in)
-        return self._operand.itemsize * sum(
-            self._whole(param) for param in rounded if param.role != "router"
+        return self.operand.itemsize * sum(
+            self.whole(param) for param in rounded if param.role != "router"
         )
 
     @cached_property
@@ -142,6 +169,9 @@ class Estimate:
         # Values that are not results of products are computed within the kernels that read them.
         # The gathered weights, and their float32 gradient before it is scattered, are added.
         layer = self.rows * self.kept("products") // layers + 3 * self.gathered // layers
+        if self.run.mesh.context > 1:
+            # Keys and values of all tokens, and their gradients before these are scattered.
+            layer += 2 * self.rows * max(self.keys)
         return max(self.loss, layer)
 
     @cached_property
@@ -150,11 +180,11 @@ class Estimate:
         gradient."""
         model = self.run.model
         readout = params.named(model.params())[model.readout_name]
-        whole = self._whole(readout)
-        chunk = min(self.compute.loss_tokens(self.rows, model.vocab_size), self.run.train.length)
-        logits = 4 * self.rows * chunk * model.vocab_size // self._parts(readout, "tensor")
-        rounded = self._operand.itemsize < 4
-        copies = self._operand.itemsize * rounded + 4 * (rounded or self.run.mesh.data > 1)
+        whole = self.whole(readout)
+        chunk = min(self.compute.loss_tokens(self.rows, model.vocab_size), self.length)
+        logits = 4 * self.rows * chunk * model.vocab_size // self.parts(readout, "tensor")
+        rounded = self.operand.itemsize < 4
+        copies = self.operand.itemsize * rounded + 4 * (rounded or size_of(self.mesh, *STORED) > 1)
         return whole * (4 + copies) + 2 * logits
 
     def bytes(self, policy: Any) -> dict[str, int]:
@@ -176,8 +206,9 @@ class Estimate:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step in the rows of one index of the axis `data`."""
-        return self.rows * self.run.train.accumulate * self.run.train.length
+        """Tokens of a step that a device computes, with those that share its index of all axes
+        but `tensor`."""
+        return self.rows * self.run.train.accumulate * self.length
 
     @cached_property
     def flops(self) -> float:
@@ -201,81 +232,30 @@ class Estimate:
 
     @cached_property
     def collectives(self) -> dict[str, int]:
-        """Bytes per device of a step's collectives, by mesh axis.
-
-        A collective counts the bytes of its input or output, whichever is larger, and an all-reduce
-        once. Weights are gathered in the type of operands once for the forward pass, and again for
-        the backward pass if layers are recomputed; gradients are summed in float32.
-        """
-        training, model = self.run.train, self.run.model
-        trained = trained_params(self.run)
-        moved = {"data": 0, "tensor": 0}
-        passes = 2 if self.compute.rematerialise else 1
-        for name, param in params.named(model.params()).items():
-            if self._parts(param, "data") == 1:
-                continue
-            if name == model.readout_name:
-                moved["data"] += 4 * self._whole(param) * training.accumulate
-            elif LAYER in param.dims:
-                size = self._operand.itemsize if param.fan_in else 4
-                moved["data"] += size * self._whole(param) * passes * training.accumulate
-        if self.run.mesh.data > 1:
-            # Only the rows of a device's own tokens of the embedding's gradient are sent.
-            looked_up = () if model.readout_name == "embedding" else ("embedding",)
-            moved["data"] += sum(
-                4 * self._whole(param) * training.accumulate
-                for name, param in params.named(trained).items()
-                if name not in looked_up
-            )
-        moved["tensor"] = sum(self._sums())
-        return moved
-
-    def _sums(self) -> Iterator[int]:
-        """Yield the bytes of the all-reduces over `tensor`."""
-        model = self.run.model
-        if self.run.mesh.tensor == 1:
-            return
-        for name, param in params.named(model.params()).items():
-            width = self.tokens * param.dims.get("embed", model.d_model)
-            if name == model.readout_name:
-                yield 4 * width * self._split(param, "tensor")
-            elif param.ends_branch and param.fan_in and self._split(param, "tensor"):
-                # One sum in the forward pass, and one in the backward pass for the branch's input.
-                # Recomputing a layer repeats the sum after attention.
-                again = self.compute.rematerialise in (True, "offload") and ".read." in name
-                times = param.dims.get(LAYER, 1) * (2 + again)
-                size = self.compute.type.itemsize
-                yield size * times * width // model.tokens_per_use(name.split(".")[0])
+        """Bytes per device of a step's collectives, by mesh axis; see `collective_bytes`."""
+        return collective_bytes(self)
 
     @property
-    def _operand(self) -> jnp.dtype:
+    def operand(self) -> jnp.dtype:
+        """Type of the operands of products."""
         return jnp.dtype(self.compute.operands or "float32")
 
-    def _parts(self, param: Param, axis: str) -> int:
-        """Return the number of parts into which a mesh axis splits a weight."""
-        return self.mesh.shape[axis] if self._split(param, axis) else 1
+    def parts(self, param: Param, *axes: str) -> int:
+        """Return the number of parts into which mesh axes split a weight."""
+        used = [axis for part in specification(param.dims, self.mesh) for axis in axes_of(part)]
+        return size_of(self.mesh, *(axis for axis in axes if axis in used))
 
-    def _split(self, param: Param, axis: str) -> bool:
-        return axis in specification(param.dims, self.mesh)
-
-    def _whole(self, param: Param) -> int:
-        """Return the number of elements of a weight that is gathered over `data`."""
-        return param.size // self._parts(param, "tensor")
+    def whole(self, param: Param) -> int:
+        """Return the number of elements of a weight that is gathered for its use."""
+        return param.size // self.parts(param, "tensor")
 
     @cached_property
     def seconds(self) -> dict[str, float]:
         """Lower bounds of a step's seconds for each resource, at the rates of the data sheet."""
-        mesh, device, moved = self.run.mesh, self.device, self.collectives
-
-        def share(size: int) -> float:
-            return (size - 1) / size
-
-        data, tensor = (device.link(mesh.data, mesh.tensor), device.link(mesh.tensor, 1))
         return {
-            "compute": (self.flops + self.recomputed) / device.flops,
-            "memory": self.traffic / device.bandwidth,
-            "data_links": share(mesh.data) * moved["data"] / data,
-            "tensor_links": 2 * share(mesh.tensor) * moved["tensor"] / tensor,
+            "compute": (self.flops + self.recomputed) / self.device.flops,
+            "memory": self.traffic / self.device.bandwidth,
+            **link_seconds(self),
         }
 
     @cached_property
@@ -289,7 +269,7 @@ class Estimate:
         times = 2 * pieces * (2 if self.compute.rematerialise else 1)
         model = self.run.model
         readout = params.named(model.params())[model.readout_name]
-        logits = 4 * self.tokens * model.vocab_size // self._parts(readout, "tensor")
+        logits = 4 * self.tokens * model.vocab_size // self.parts(readout, "tensor")
         state = self.state
         return (
             times * stored
@@ -316,22 +296,23 @@ class Estimate:
 
     def nearest(self) -> MeshShape | None:
         """Return the mesh with the fewest devices on which a step fits; of several, the mesh whose
-        axis `data` changes least. None if no mesh of up to 65,536 devices fits."""
+        axes `context` and `data` change least. None if no mesh of up to 65,536 devices fits."""
         mesh, training = self.run.mesh, replace(self.run.train, batch=self.batch)
+        contexts = [mesh.context << more for more in range(4)]
         found = []
-        for tensor in sorted({1, 2, 4, 8, mesh.tensor}):
-            if tensor > self.device.island:
+        for tensor, context in product(sorted({1, 2, 4, 8, mesh.tensor}), contexts):
+            if tensor > self.device.island or training.length % context:
                 continue
             for doubling in range(17):
-                shape = MeshShape(1 << doubling, tensor)
+                shape = replace(mesh, data=1 << doubling, tensor=tensor, context=context)
                 moved = replace(self, run=replace(self.run, mesh=shape, train=training))
                 if shape.size < mesh.size or shape.size > 1 << 16:
                     continue
                 if moved.fits(moved.bytes(moved.compute.rematerialise)):
                     change = abs(math.log2(shape.data / mesh.data))
-                    found.append((shape.size, change, shape))
+                    found.append((shape.size, context, change, shape))
                     break
-        return min(found, key=lambda one: one[:2])[2] if found else None
+        return min(found, key=lambda one: one[:3])[3] if found else None
 
 
 def _held(shapes: Any, placed: Any) -> int:
@@ -356,7 +337,7 @@ def estimate(run: Run, device: Device, name: str) -> dict[str, Any]:
     return {
         "device": name,
         "memory": device.memory,
-        "mesh": {"data": run.mesh.data, "tensor": run.mesh.tensor},
+        "mesh": run.mesh.sizes,
         "batch": found.batch,
         "length": run.train.length,
         "bytes_per_device": {**parts, "total": sum(parts.values())},
@@ -369,7 +350,7 @@ def estimate(run: Run, device: Device, name: str) -> dict[str, Any]:
             }
             for key, each in policies.items()
         },
-        "nearest_mesh": nearest and {"data": nearest.data, "tensor": nearest.tensor},
+        "nearest_mesh": nearest and nearest.sizes,
         "cache_bytes_per_device": found.cache,
         "flops_per_device": found.flops,
         "recomputed_flops_per_device": found.recomputed,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.core.errors import BadInput
-from mukv.core.mesh import batch_sharding
+from mukv.core.mesh import ROWS, batch_sharding, size_of
 from mukv.train.step import BATCH_FIELDS, Trainer
 
 GIBIBYTE = 1 << 30
@@ -114,7 +114,8 @@ def _local(leaf: Any) -> int:
 
 def _stream(trainer: Trainer) -> int:
     training, model = trainer.training, trainer.model
-    tokens = training.batch * training.length // training.accumulate // trainer.mesh.shape["data"]
+    split = size_of(trainer.mesh, *ROWS, "context")
+    tokens = training.batch * training.length // training.accumulate // split
     layers = sum(
         len(stack.layers) * stack.d_model / rate.entry
         for stack, rate in zip(model.stacks, model.rates, strict=True)
@@ -191,7 +192,7 @@ def _too_large(trainer: Trainer, shown: str, taken: int, room: int) -> BadInput:
         return BadInput("memory", where, f"{message} (or `ignore_memory`)")
     share = (room - fixed) / (taken - fixed)
     rows = training.batch // training.accumulate
-    split = trainer.mesh.shape["data"]
+    split = size_of(trainer.mesh, *ROWS)
     fits = int(rows * share) // split * split
     ways: list[str] = []
     if fits:
@@ -201,7 +202,8 @@ def _too_large(trainer: Trainer, shown: str, taken: int, room: int) -> BadInput:
         ]
         ways += [f"train.accumulate={pieces[0]}"] if pieces else []
         ways += [f"train.batch={fits * training.accumulate}"]
-    length = int(training.length * share)
+    context = size_of(trainer.mesh, "context")
+    length = int(training.length * share) // context * context
     ways += [f"train.length={length}"] if length else []
     return BadInput(
         "memory", where, f"{message}; about what fits: {' or '.join(ways)} (or `ignore_memory`)"

@@ -17,7 +17,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mukv.core import params
 from mukv.core.errors import BadInput
-from mukv.core.mesh import batch_sharding, replicated, share_of_batch, weight_shardings
+from mukv.core.mesh import (
+    ROWS,
+    batch_sharding,
+    replicated,
+    share_of_batch,
+    size_of,
+    weight_shardings,
+)
 from mukv.core.tap import capture
 from mukv.core.typing import Array, Float, Int
 from mukv.model.base import LanguageModel
@@ -25,6 +32,7 @@ from mukv.model.loss import Losses, Teacher, summed_loss
 from mukv.scaling.schedules import Plan
 from mukv.scaling.updates import global_norm
 from mukv.train import distillation
+from mukv.train.division import require_split
 from mukv.train.state import Metrics, State, state_shardings
 from mukv.train.training import Training
 
@@ -61,15 +69,7 @@ class Trainer:
         if training.teacher is not None and teacher is None:
             allowed = "null here: only `mukv train` learns from a teacher"
             raise BadInput("train.teacher", training.teacher, allowed)
-        for batch, length in training.sizes:
-            rows = batch // training.accumulate
-            if rows % mesh.shape["data"]:
-                raise BadInput(
-                    "train.batch",
-                    batch,
-                    f"batch / accumulate ({rows}) must be a multiple of mesh.data "
-                    f"({mesh.shape['data']})" + (f" at length {length}" if training.stages else ""),
-                )
+        require_split(training, mesh)
         if training.through is not None:
             for _, length in training.sizes:
                 model.check_through(training.through, length)
@@ -196,10 +196,13 @@ class Trainer:
     def put(self, batch: Any) -> BatchArrays:
         """Convert this process's share of a batch (NumPy arrays) to global arrays on the mesh."""
         sharding = batch_sharding(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(sharding, getattr(batch, name))
-            for name in BATCH_FIELDS
-        }
+
+        def placed(own: Any) -> Array:
+            # Every process has whole rows, also where it needs only some of their tokens.
+            shape = self.share["hosts"] * len(own), *own.shape[1:]
+            return jax.make_array_from_process_local_data(sharding, own, shape)
+
+        return {name: placed(getattr(batch, name)) for name in BATCH_FIELDS}
 
     def learning_rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
         """Compute the schedule's learning rate of update number `step`."""
@@ -303,14 +306,14 @@ class Trainer:
         (core/linear.py). Elsewhere the partitioner splits the whole computation.
         """
         mesh = self.mesh
-        if self.platform != "cpu" or mesh.shape["tensor"] > 1 or mesh.size == 1:
+        if self.platform != "cpu" or size_of(mesh, *ROWS) < mesh.size or mesh.size == 1:
             return self._accumulated(weights, batch, frozen, taught)
 
         def local(weights: Any, batch: BatchArrays, frozen: Any, taught: Any) -> tuple[Losses, Any]:
-            return jax.lax.psum(self._accumulated(weights, batch, frozen, taught), "data")
+            return jax.lax.psum(self._accumulated(weights, batch, frozen, taught), ROWS)
 
         whole = PartitionSpec()
-        split = {name: PartitionSpec("data") for name in batch}
+        split = {name: PartitionSpec(ROWS) for name in batch}
         return jax.shard_map(
             local,
             mesh=mesh,

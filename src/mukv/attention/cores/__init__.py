@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mukv.attention.cores.base import Core, Demand, Part, Scores
 from mukv.attention.cores.chunked import Chunked
+from mukv.attention.cores.context import context_of, over_context
 from mukv.attention.cores.flash import Flash
 from mukv.attention.cores.plain import Plain, mixed, weighed
 from mukv.attention.cores.splash import Splash
@@ -86,6 +87,8 @@ __all__ = [
     "Scores",
     "Splash",
     "choose",
+    "context_of",
     "mixed",
+    "over_context",
     "weighed",
 ]

@@ -114,6 +114,7 @@ class Demand:
     shows: why the logits of all pairs are needed at once; None if they are not
     aligned: whether the only bag has one entry per query, written by the query's own token
     dropped: whether entries are dropped between queries
+    context: number of devices that the queries of a row are split over
     """
 
     queries: int
@@ -122,6 +123,7 @@ class Demand:
     shows: str | None = None
     aligned: bool = False
     dropped: bool = False
+    context: int = 1
 
 
 @dataclass(frozen=True)

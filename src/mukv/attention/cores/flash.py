@@ -1,12 +1,12 @@
 """FlashAttention-2 (Dao 2023) for GPUs, as Pallas kernels that Triton compiles.
 
 Each program of the forward pass holds a chunk of queries and visits the blocks of keys that one of
-them may see, from the first to the diagonal. The backward pass has a kernel per chunk of queries
-and one per block of keys; both recompute the weights from the log-sum-exp of each query. Packed
+them may see, from the first to the last. The backward pass has a kernel per chunk of queries and
+one per block of keys; both recompute the weights from the log-sum-exp of each query. Packed
 documents, windows, soft caps and sinks are part of the kernels; position biases are not.
 
 The kernels take float32 sums of products of bfloat16 or float32 operands. On a mesh they run on
-each shard of rows and KV heads, since XLA's partitioner can't split a kernel.
+each shard of rows, KV heads and queries, since XLA's partitioner can't split a kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mukv.attention.cores.base import KernelCore, Out, Part, Scores, operands
 from mukv.attention.cores.pairs import Division, Places, documents, reachable
 from mukv.attention.recalled import Query
 from mukv.core.compute import Platform
-from mukv.core.mesh import by_shard
+from mukv.core.partition import by_shard
 from mukv.core.typing import Array
 
 BLOCK = 64
@@ -44,31 +44,52 @@ class Flash(KernelCore):
         (part,) = parts
         kind, length = query[0].dtype, query[0].shape[3]
         given = operands(query, part, self.operands)
-        size = min(BLOCK, _power(length))
-        cut = Division(length, size, -(-length // size))
+        rows, keys = (_division(number) for number in (length, given[1].shape[2]))
         window = part.mask.window
-        places = Places.of(part, cut, cut)
-        position = cut.padded(scores.query_position, 1)
-        seen = reachable(cut, cut, window, position, places)[:, 0]
+        places = Places.of(part, rows, keys)
+        position = rows.padded(scores.query_position, 1)
+        seen = reachable(rows, keys, window, position, places)[:, 0]
         own, keys_own = documents(places, position)
+        (first, last), (start, stop) = _ends(seen), _ends(seen.swapaxes(1, 2))
+        if part.mask.aligned:
+            # Of packed documents a chunk may seem to see the blocks after its own.
+            chunks = jnp.arange(rows.number, dtype=jnp.int32)[None]
+            last, start = jnp.minimum(last, chunks + 1), jnp.maximum(start, chunks)
         where = _Where(
             position=position,
             document=own,
             key_position=places.position[:, 0],
             key_document=keys_own,
-            first=jnp.argmax(seen, axis=2).astype(jnp.int32),
-            stop=(cut.number - jnp.argmax(seen[:, ::-1], axis=1)).astype(jnp.int32),
+            first=first,
+            last=last,
+            start=start,
+            stop=stop,
         )
-        padded = tuple(cut.padded(_widened(x), x.ndim - 2) for x in given)
+        padded = tuple(
+            cut.padded(_widened(x), x.ndim - 2)
+            for cut, x in zip((rows, keys, keys), given, strict=True)
+        )
         sinks = scores.sinks
         if sinks is None:
             sinks = jnp.full(query[0].shape[1:3], -jnp.inf)
-        kernels = _Kernels(cut, window, scores.softcap, self.interpret)
+        kernels = _Kernels(rows, keys, window, scores.softcap, self.interpret)
         by_head = ("batch", "kv_heads")
         names = (*(by_head,) * 3, ("kv_heads",), *(("batch",),) * len(where))
-        attend = by_shard(partial(_attend, kernels), names, by_head)
-        out = attend(*padded, sinks.astype(jnp.float32), *where)
+        attend = by_shard(lambda *given: (_attend(kernels, *given),), names, (by_head,))
+        (out,) = attend(*padded, sinks.astype(jnp.float32), *where)
         return out[:, :, :, :length, : given[2].shape[-1]].astype(kind)
+
+
+def _division(length: int) -> Division:
+    """Divide queries into chunks, or keys into blocks."""
+    size = min(BLOCK, _power(length))
+    return Division(length, size, -(-length // size))
+
+
+def _ends(seen: Array) -> tuple[Array, Array]:
+    """Return the first true place along the last axis, and the one after the last."""
+    stop = seen.shape[-1] - jnp.argmax(seen[..., ::-1], axis=-1)
+    return jnp.argmax(seen, axis=-1).astype(jnp.int32), stop.astype(jnp.int32)
 
 
 def _power(length: int) -> int:
@@ -87,8 +108,11 @@ class _Where(NamedTuple):
 
     position, document: of each query [batch token]
     key_position, key_document: of each key [batch token]
-    first: first block that a query of each chunk sees [batch chunk]
-    stop: number of the chunk after the last one that sees each block [batch block]
+    first, last: first block that a query of each chunk sees, and the one after the last
+        [batch chunk]
+    start, stop: first chunk that sees each block, and the one after the last [batch block]
+
+    A chunk or block that sees or is seen by none may have any.
     """
 
     position: Any
@@ -96,6 +120,8 @@ class _Where(NamedTuple):
     key_position: Any
     key_document: Any
     first: Any
+    last: Any
+    start: Any
     stop: Any
 
 
@@ -103,11 +129,12 @@ class _Where(NamedTuple):
 class _Kernels:
     """The three kernels of one shape.
 
-    cut: division of queries and of keys
+    rows, blocks: division of queries into chunks and of keys into blocks
     window, softcap: as in `Mask` and `Scores`
     """
 
-    cut: Division
+    rows: Division
+    blocks: Division
     window: int | None
     softcap: float | None
     interpret: bool
@@ -120,7 +147,7 @@ class _Kernels:
 
     def logits(self, query: Array, key: Array, where: _Where, i: Array, j: Array) -> Array:
         """Compute the logits of chunk i and block j, -inf where a key is not seen; float32."""
-        rows, keys = self.span(i), self.span(j)
+        rows, keys = self.chunk(i), self.block(j)
         products = self.capped(_product(query, key.T))
         distance = where.position[rows][:, None] - where.key_position[keys][None]
         seen = (distance >= 0) & (where.document[rows][:, None] == where.key_document[keys][None])
@@ -128,9 +155,13 @@ class _Kernels:
             seen &= distance < self.window
         return jnp.where(seen, products, -jnp.inf)
 
-    def span(self, number: Array) -> Any:
-        """Return the places of a chunk or block."""
-        return pl.ds(number * self.cut.size, self.cut.size)
+    def chunk(self, number: Array) -> Any:
+        """Return the places of a chunk of queries."""
+        return pl.ds(number * self.rows.size, self.rows.size)
+
+    def block(self, number: Array) -> Any:
+        """Return the places of a block of keys."""
+        return pl.ds(number * self.blocks.size, self.blocks.size)
 
     def forward(self, q: Any, k: Any, v: Any, sink: Any, *rest: Any) -> None:
         """Write the output and the log-sum-exp of one chunk of queries of one head."""
@@ -139,19 +170,21 @@ class _Kernels:
 
         def visit(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, mixed = state
-            masked = self.logits(query, k[self.span(j)], where, i, j)
+            masked = self.logits(query, k[self.block(j)], where, i, j)
             higher = jnp.maximum(top, jnp.max(masked, axis=1))
             safe = jnp.where(higher == -jnp.inf, 0.0, higher)
             weights, shrink = jnp.exp(masked - safe[:, None]), jnp.exp(top - safe)
-            value = v[self.span(j)]
+            value = v[self.block(j)]
             mixed = mixed * shrink[:, None] + _product(weights.astype(value.dtype), value)
             return higher, total * shrink + jnp.sum(weights, axis=1), mixed
 
-        rows = self.cut.size
+        rows = self.rows.size
         top = jnp.zeros(rows, jnp.float32) + sink[0]
         total = jnp.where(top == -jnp.inf, 0.0, 1.0)
         mixed = jnp.zeros((rows, v.shape[-1]), jnp.float32)
-        top, total, mixed = jax.lax.fori_loop(where.first[i], i + 1, visit, (top, total, mixed))
+        top, total, mixed = jax.lax.fori_loop(
+            where.first[i], where.last[i], visit, (top, total, mixed)
+        )
         safe = jnp.where(total > 0, total, 1.0)
         out[...] = (mixed / safe[:, None]).astype(out.dtype)
         norm[...] = jnp.where(top == -jnp.inf, 0.0, top) + jnp.log(safe)
@@ -175,25 +208,28 @@ class _Kernels:
         where, i, query = _Where(*where), pl.program_id(0), q[...]
 
         def visit(j: Array, total: Array) -> Array:
-            key = k[self.span(j)]
+            key = k[self.block(j)]
             masked = self.logits(query, key, where, i, j)
             weights = jnp.exp(masked - norm[...][:, None])
-            slope = self.logit_gradient(masked, weights, v[self.span(j)], gradient[...], share[...])
+            slope = self.logit_gradient(
+                masked, weights, v[self.block(j)], gradient[...], share[...]
+            )
             return total + _product(slope.astype(key.dtype), key)
 
         total = jnp.zeros(query.shape, jnp.float32)
-        out[...] = jax.lax.fori_loop(where.first[i], i + 1, visit, total).astype(out.dtype)
+        out[...] = jax.lax.fori_loop(where.first[i], where.last[i], visit, total).astype(out.dtype)
 
     def key_gradients(self, q: Any, k: Any, v: Any, *rest: Any) -> None:
         """Write the gradients of one block of keys and values of one KV head, summed over the
         query heads of its group."""
         *where, norm, share, gradient, to_key, to_value = rest
         where, j, key, value = _Where(*where), pl.program_id(0), k[...], v[...]
-        chunks = jnp.maximum(where.stop[j] - j, 0)
+        start = where.start[j]
+        chunks = jnp.maximum(where.stop[j] - start, 0)
 
         def visit(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            head, i = number // chunks, j + number % chunks
-            rows = self.span(i)
+            head, i = number // chunks, start + number % chunks
+            rows = self.chunk(i)
             query, slope_out = q[head, rows], gradient[head, rows]
             masked = self.logits(query, key, where, i, j)
             weights = jnp.exp(masked - norm[head, rows][:, None])
@@ -207,9 +243,14 @@ class _Kernels:
         to_key[...], to_value[...] = keys.astype(to_key.dtype), values.astype(to_value.dtype)
 
     def call(
-        self, kernel: Callable[..., None], heads: int, given: Sequence[Any], made: Sequence[Any]
+        self,
+        kernel: Callable[..., None],
+        cut: Division,
+        heads: int,
+        given: Sequence[Any],
+        made: Sequence[Any],
     ) -> Any:
-        """Run a kernel once per chunk (or block), head and row.
+        """Run a kernel once per piece of `cut` (chunk or block), head and row.
 
         given: array and BlockSpec of each argument
         made: shape and BlockSpec of each result
@@ -217,7 +258,7 @@ class _Kernels:
         rows = given[0][0].shape[0]
         return pl.pallas_call(
             kernel,
-            grid=(self.cut.number, heads, rows),
+            grid=(cut.number, heads, rows),
             in_specs=[spec for _, spec in given],
             out_specs=[spec for _, spec in made],
             out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for like, _ in made],
@@ -226,11 +267,11 @@ class _Kernels:
             name=f"flash_{kernel.__name__}",
         )(*(array for array, _ in given))
 
-    def piece(self, array: Any) -> Any:
-        """Refer to one chunk of an array [batch heads token ...]."""
+    def piece(self, cut: Division, array: Any) -> Any:
+        """Refer to one chunk or block of an array [batch heads token ...]."""
         rest = array.shape[3:]
         return array, pl.BlockSpec(
-            (None, None, self.cut.size, *rest), lambda i, h, b: (b, h, i, *(0,) * len(rest))
+            (None, None, cut.size, *rest), lambda i, h, b: (b, h, i, *(0,) * len(rest))
         )
 
     def whole(self, array: Any, group: int = 1) -> Any:
@@ -267,8 +308,9 @@ def _attend_forward(
     batch, kv_heads, group, length, _ = query.shape
     heads = kv_heads * group
     flat = query.reshape(batch, heads, length, -1)
+    piece = partial(kernels.piece, kernels.rows)
     given = (
-        kernels.piece(flat),
+        piece(flat),
         kernels.whole(key, group),
         kernels.whole(value, group),
         (sinks.reshape(-1), pl.BlockSpec((1,), lambda i, h, b: (h,))),
@@ -276,7 +318,8 @@ def _attend_forward(
     )
     out = jax.ShapeDtypeStruct((batch, heads, length, value.shape[-1]), query.dtype)
     norm = jax.ShapeDtypeStruct(out.shape[:3], jnp.float32)
-    out, norm = kernels.call(kernels.forward, heads, given, tuple(map(kernels.piece, (out, norm))))
+    made = tuple(map(piece, (out, norm)))
+    out, norm = kernels.call(kernels.forward, kernels.rows, heads, given, made)
     out = out.reshape(*query.shape[:4], -1)
     return out, (query, key, value, sinks, where, out, norm)
 
@@ -291,23 +334,24 @@ def _attend_backward(kernels: _Kernels, saved: Any, gradient: Array) -> tuple[An
         return x.reshape(batch, heads, length, *x.shape[4:])
 
     rows = tuple(map(kernels.row, where))
+    chunk, block = partial(kernels.piece, kernels.rows), partial(kernels.piece, kernels.blocks)
     by_query = (
-        kernels.piece(flat(query)),
+        chunk(flat(query)),
         *(kernels.whole(x, group) for x in (key, value)),
         *rows,
-        *map(kernels.piece, (norm, flat(share), flat(gradient))),
+        *map(chunk, (norm, flat(share), flat(gradient))),
     )
     (to_query,) = kernels.call(
-        kernels.query_gradient, heads, by_query, (kernels.piece(flat(query)),)
+        kernels.query_gradient, kernels.rows, heads, by_query, (chunk(flat(query)),)
     )
     by_key = (
         kernels.whole(query),
-        *map(kernels.piece, (key, value)),
+        *map(block, (key, value)),
         *rows,
         *map(kernels.whole, (norm.reshape(share.shape), share, gradient)),
     )
     to_key, to_value = kernels.call(
-        kernels.key_gradients, kv_heads, by_key, tuple(map(kernels.piece, (key, value)))
+        kernels.key_gradients, kernels.blocks, kv_heads, by_key, tuple(map(block, (key, value)))
     )
     weight = jnp.exp(sinks[None, :, :, None] - norm.reshape(share.shape))
     to_sinks = -jnp.sum(weight * share, axis=(0, 3))

@@ -108,7 +108,7 @@ def documents(places: Places, position: Array) -> tuple[Array, Array]:
     """Return the document of each query and of each key [batch token]; NOBODY for keys that are
     not valid. position: padded positions of the queries"""
     if places.segment is None:
-        own = keys = jnp.zeros_like(position)
+        own, keys = jnp.zeros_like(position), jnp.zeros_like(places.position[:, 0])
     else:
         own, keys = places.asking, places.segment[:, 0]
     if places.valid is not None:

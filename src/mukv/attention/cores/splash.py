@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from mukv.attention.cores.base import KernelCore, Out, Part, Scores, operands
+from mukv.attention.cores.base import Demand, KernelCore, Out, Part, Scores, operands
 from mukv.attention.cores.pairs import Division, Places, documents
 from mukv.attention.recalled import Query
-from mukv.core.compute import Platform
-from mukv.core.mesh import by_shard
+from mukv.core.compute import Compute, Platform
+from mukv.core.partition import by_shard
 from mukv.core.typing import Array
 
 LANES = 128
@@ -36,6 +36,12 @@ class Splash(KernelCore):
 
     platforms: ClassVar[tuple[Platform, ...] | None] = ("tpu",)
 
+    @classmethod
+    def supports(cls, demand: Demand, compute: Compute) -> str | None:
+        if demand.context > 1:
+            return "its mask needs the queries of whole rows, which mesh.context splits"
+        return super().supports(demand, compute)
+
     def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
         (part,) = parts
         kind, length = query[0].dtype, query[0].shape[3]
@@ -46,7 +52,7 @@ class Splash(KernelCore):
         asked = documents(Places.of(part, cut, cut), cut.padded(scores.query_position, 1))
         window, softcap, sinks = part.mask.window, scores.softcap, scores.sinks
 
-        def attend(q: Array, k: Array, v: Array, *rest: Array) -> Array:
+        def attend(q: Array, k: Array, v: Array, *rest: Array) -> tuple[Array]:
             *sink, asking, standing = rest
             batch, kv_heads, group, tokens, width = q.shape
             kernel = self._kernel(kv_heads * group, tokens, size, window, softcap)
@@ -57,12 +63,12 @@ class Splash(KernelCore):
             sink = [one.reshape(-1) for one in sink]
             flat = q.reshape(batch, kv_heads * group, tokens, width)
             out = jax.vmap(row)(flat, k, v, asking, standing)
-            return out.reshape(*q.shape[:4], -1)
+            return (out.reshape(*q.shape[:4], -1),)
 
         by_head = ("batch", "kv_heads")
         own = () if sinks is None else (sinks.astype(jnp.float32),)
         names = (*(by_head,) * 3, *(("kv_heads",) for _ in own), ("batch",), ("batch",))
-        out = by_shard(attend, names, by_head)(*padded, *own, *asked)
+        (out,) = by_shard(attend, names, (by_head,))(*padded, *own, *asked)
         out = out[:, :, :, :length, : given[2].shape[-1]].astype(kind)
         # A query that sees no key, not even its own, would get the mean of all values.
         seen = (asked[0] == asked[1])[:, None, None, :length, None]

@@ -12,8 +12,8 @@ from mukv.attention import AnyAttention
 from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.mesh import gather
 from mukv.core.params import WIDEST, Param
+from mukv.core.partition import gather
 from mukv.core.typing import Weights
 from mukv.model.base import LanguageModel
 from mukv.model.concept.chunkers import AnyChunker, Delimiter
