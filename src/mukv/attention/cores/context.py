@@ -64,16 +64,18 @@ def over_context(core: Core, query: Query, parts: Sequence[Part], scores: Scores
     }
     asked = {name: tree for name, (tree, _) in queries.items()}
     axes = {name: names.index("token") for name, (_, names) in queries.items()}
-    recalled = tuple(part.recalled for part in parts)
-    entries = tuple(replace(part.entries, tensors={}) for part in parts)
-    keys_placed = placed(recalled, "batch", "kv_heads", "token")
+    recalled, form = jax.tree.flatten(tuple(part.recalled for part in parts))
+    bare = tuple(replace(part.entries, tensors={}) for part in parts)
+    places, places_form = jax.tree.flatten(bare)
+    recalled_placed = placed(recalled, "batch", "kv_heads", "token")
 
-    def own(asked: Any, recalled: Any, entries: Any, weights: Any, sinks: Any) -> Array:
+    def own(asked: Any, recalled: Any, places: Any, weights: Any, sinks: Any) -> Array:
         mine = {
             name: jax.tree.map(lambda x, axis=axes[name]: exchange.given(x, axis), tree)
             for name, tree in asked.items()
         }
-        keys = jax.tree.map(_gathered, recalled, keys_placed)
+        keys = form.unflatten(map(_gathered, recalled, recalled_placed))
+        entries = places_form.unflatten(places)
         at = {"query": mine["bias"], "query_position": mine["position"]}
         given = [
             Part(keys, held, replace(part.mask, segment=segment, chosen=chosen, aligned=False))
@@ -90,8 +92,8 @@ def over_context(core: Core, query: Query, parts: Sequence[Part], scores: Scores
         mesh=mesh,
         in_specs=(
             {name: placed(tree, *names) for name, (tree, names) in queries.items()},
-            keys_placed,
-            placed(entries, "batch", "kv_heads"),
+            recalled_placed,
+            placed(places, "batch", "kv_heads"),
             PartitionSpec(),
             placed(scores.sinks, "kv_heads"),
         ),
@@ -99,7 +101,7 @@ def over_context(core: Core, query: Query, parts: Sequence[Part], scores: Scores
         axis_names={*mesh.axis_names} - {*apart},
         check_vma=False,
     )
-    out: Array = split(asked, recalled, entries, scores.weights, scores.sinks)
+    out: Array = split(asked, recalled, places, scores.weights, scores.sinks)
     return out
 
 
