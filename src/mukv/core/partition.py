@@ -19,7 +19,7 @@ from mukv.core.mesh import ROWS, STORED, axes_of, size_of, specification
 from mukv.core.params import Param, map_params
 from mukv.core.typing import Array
 
-Names = tuple[str, ...]
+Axes = tuple[str, ...]
 """Logical names of the leading axes of an array."""
 
 
@@ -93,7 +93,7 @@ def by_data_shard(
 
 
 def by_shard(
-    function: Callable[..., Any], names: Sequence[Names], out: Sequence[Names]
+    function: Callable[..., Any], names: Sequence[Axes], out: Sequence[Axes]
 ) -> Callable[..., Any]:
     """Make a function that runs `function` on each shard, for computations that XLA can't split.
 
@@ -112,7 +112,7 @@ def by_shard(
             for name, n in zip(axes, x.shape, strict=False)
         }
 
-        def placed(axes: Names) -> PartitionSpec:
+        def placed(axes: Axes) -> PartitionSpec:
             dims = {name: sizes[name] for name in axes}
             return specification(dims, mesh, exclude=mesh.manual_axes)
 

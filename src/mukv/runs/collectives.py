@@ -7,7 +7,7 @@ Times are lower bounds at the rates of the data sheets.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mukv.attention import Attention
 from mukv.core import params
@@ -15,11 +15,11 @@ from mukv.core.mesh import STORED
 from mukv.core.params import LAYER
 from mukv.runs.start import trained_params
 
-if TYPE_CHECKING:
-    from mukv.runs.estimate import Estimate
+Step = Any
+"""An `Estimate`, whose module imports this one."""
 
 
-def collective_bytes(step: Estimate) -> dict[str, int]:
+def collective_bytes(step: Step) -> dict[str, int]:
     """Return the bytes per device of a step's collectives, by mesh axis.
 
     data: gathers of weights, and sums of their gradients, over `data` and `context` together
@@ -36,7 +36,7 @@ def collective_bytes(step: Estimate) -> dict[str, int]:
     }
 
 
-def link_seconds(step: Estimate) -> dict[str, float]:
+def link_seconds(step: Step) -> dict[str, float]:
     """Return lower bounds of the seconds that the collectives of each axis take."""
     mesh, moved, link = step.run.mesh, step.collectives, step.device.link
 
@@ -52,7 +52,7 @@ def link_seconds(step: Estimate) -> dict[str, float]:
     }
 
 
-def _weights(step: Estimate) -> Iterator[int]:
+def _weights(step: Step) -> Iterator[int]:
     """Yield the bytes of gathers and sums over the axes that store weights.
 
     Weights are gathered in the type of operands once for the forward pass, and again for the
@@ -76,14 +76,14 @@ def _weights(step: Estimate) -> Iterator[int]:
                 yield 4 * step.whole(param) * pieces
 
 
-def _copies(step: Estimate) -> int:
+def _copies(step: Step) -> int:
     """Return the bytes of the sums of gradients over `replica`."""
     if step.run.mesh.replica == 1:
         return 0
     return step.state["gradient"] * step.run.train.accumulate
 
 
-def _keys(step: Estimate) -> Iterator[int]:
+def _keys(step: Step) -> Iterator[int]:
     """Yield the bytes of the collectives over `context`, by layer.
 
     Keys and values are gathered for each pass, and their gradients scattered; queries are sent to
@@ -101,7 +101,7 @@ def _keys(step: Estimate) -> Iterator[int]:
             yield times * size * step.tokens * width
 
 
-def _sums(step: Estimate) -> Iterator[int]:
+def _sums(step: Step) -> Iterator[int]:
     """Yield the bytes of the all-reduces over `tensor`."""
     model = step.run.model
     if step.run.mesh.tensor == 1:
