@@ -121,6 +121,8 @@ if TYPE_CHECKING:
     from mukv.model.concept import Sum as Sum
     from mukv.model.concept import Weighted as Weighted
     from mukv.model.feedforward import Experts as Experts
+    from mukv.model.feedforward import MLPAndExperts as MLPAndExperts
+    from mukv.model.layer_inputs import LayerInputs as LayerInputs
     from mukv.position import FIRE as FIRE
     from mukv.position import KERPLE as KERPLE
     from mukv.position import NTK as NTK
@@ -209,7 +211,8 @@ _MODULES = {
     "mukv.infer.decode": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
     "mukv.model.block": "Branching Feedforward Gated PostNorm PreNorm SandwichNorm Ungated",
-    "mukv.model.feedforward": "Experts",
+    "mukv.model.feedforward": "Experts MLPAndExperts",
+    "mukv.model.layer_inputs": "LayerInputs",
     "mukv.model.concept": (
         "Attend Chunker Concatenate Concepts Cross Delimiter Fixed Injection Learned Max "
         "Pool Prefix ResidualInjection SelectPool Sum Weighted"

@@ -52,7 +52,9 @@ from mukv.model.concept import (
     Weighted,
 )
 from mukv.model.experts import Experts
+from mukv.model.layer_inputs import LayerInputs
 from mukv.model.loss import summed_loss
+from mukv.model.mlp_and_experts import MLPAndExperts
 from mukv.position import (
     FIRE,
     KERPLE,
@@ -84,6 +86,7 @@ ATTENTIONS: dict[str, AnyAttention] = {
         kv_heads=2,
         head_dim=8,
         norm=RMSNorm(stored="offset"),
+        norm_values=True,
         softcap=2.0,
         scale=0.5,
         sinks="learned",
@@ -156,7 +159,11 @@ DRESSES: dict[str, dict[str, Any]] = {
         "embedding_scale": "root_width",
         "logit_softcap": 3.0,
     },
-    "mqa": {"residual": PostNorm()},
+    "mqa": {
+        "residual": PostNorm(layer_scale=True),
+        "layer_inputs": LayerInputs(width=6, embedding_scale="root_width"),
+    },
+    "latent-indexed": {"layer_inputs": LayerInputs(width=3, activation="silu")},
     "tensor-product": {"norm": RMSNorm(centred=True), "positions": "learned", "context": 512},
 }
 """Further fields of a model with this attention."""
@@ -188,6 +195,12 @@ SHARED = Experts(
     up_offset=1.0,
     biases=True,
 )
+BESIDE = MLPAndExperts(
+    mlp=Gated(hidden=24),
+    experts=Experts(experts=5, top_k=2, hidden=12, expert_scale=True),
+    norm=RMSNorm(1e-3),
+    router_scale=0.5,
+)
 DENSE_AND_SHARED = Stage((Layer(window=4), Layer(mlp=SHARED, reads=0)))
 PLAIN_MLP = Stage((Layer(mlp=Ungated(hidden=24, biases=True)),))
 SIMPLE: dict[str, tuple[Stage, ...]] = {
@@ -208,7 +221,10 @@ COMPOSED: dict[str, tuple[Stage, ...]] = {
     "local-global": (Stage((Layer(window=3), Layer()), repeats=2),),
     "reuse-both": tuple(dataclasses.replace(each, repeats=1) for each in (REUSE, REUSE_WINDOW)),
     "hybrid-last": (HYBRID, PLAIN_MLP, Stage((Layer(reads=2),))),
-    "experts-both": (Stage((Layer(mlp=ROUTED),)), Stage((Layer(window=4), Layer(mlp=SHARED)))),
+    "experts-both": (
+        Stage((Layer(mlp=ROUTED),)),
+        Stage((Layer(window=4, mlp=BESIDE), Layer(mlp=SHARED))),
+    ),
 }
 """The kinds of layers of all simple plans that every attention can have, in fewer models."""
 PLANS = COMPOSED | SIMPLE

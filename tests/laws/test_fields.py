@@ -51,6 +51,7 @@ TIED = "model.attention={kind: grouped_tied, heads: 2, kv_heads: 1, head_dim: 4}
 EXPERTS = "model.mlp={kind: experts, experts: 4, hidden: 6}"
 PLAIN = "model.mlp={kind: ungated, hidden: 12}"
 HEADS = "{kind: grouped, heads: 1, kv_heads: 1, head_dim: 4}"
+INPUTS = "model.layer_inputs={width: 3}"
 PRODUCT = "model.attention={kind: tensor_product, heads: 2, head_dim: 4, query_rank: 2, rank: 1}"
 HCA = (
     "model.attention={kind: hca, heads: 2, head_dim: 4, rope_dim: 2, query_rank: 3, window: 3, "
@@ -106,6 +107,11 @@ CHANGES = {
     "LanguageModel.attention": SHARED,
     "Data.task": "data={path: null, task: {kind: flip_flop, facts: 1, writes: 1}}",
     "Decoder.positions": ("model.context=64", "model.positions=learned"),
+    "Decoder.layer_inputs": "model.layer_inputs={}",
+    "LayerInputs.width": (INPUTS, "model.layer_inputs.width=4"),
+    "LayerInputs.activation": (INPUTS, "model.layer_inputs.activation=silu"),
+    "LayerInputs.embedding_scale": (INPUTS, "model.layer_inputs.embedding_scale=root_width"),
+    "Branching.layer_scale": "model.residual.layer_scale=true",
     "Decoder.plan": "model.plan=[{repeats: 3}]",
     "LanguageModel.residual": "model.residual={kind: sandwich}",
     "LanguageModel.embedding_scale": "model.embedding_scale=root_width",
@@ -159,6 +165,7 @@ CHANGES = {
     "Groups.head_dim": "model.attention.head_dim=8",
     "Groups.norm": "model.attention.norm={}",
     "Grouped.norm_over": ("model.attention.norm={}", "model.attention.norm_over=projection"),
+    "Grouped.norm_values": ("model.attention.norm={}", "model.attention.norm_values=true"),
     "Grouped.biases": "model.attention.biases=[value]",
     "Latent.rank": (LATENT, "model.attention.rank=6"),
     "Latent.head_dim": (LATENT, "model.attention.head_dim=3"),
@@ -252,7 +259,13 @@ CHANGES = {
     "Experts.scale": (EXPERTS, "model.mlp.scale=2"),
     "Experts.groups": (EXPERTS, "model.mlp.groups=2"),
     "Experts.top_groups": (EXPERTS, "model.mlp.groups=2", "model.mlp.top_groups=2"),
+    "Experts.group_best": (EXPERTS, "model.mlp.groups=2", "model.mlp.group_best=1"),
     "Experts.choice_bias": (EXPERTS, "model.mlp.choice_bias=true"),
+    "Experts.expert_scale": (EXPERTS, "model.mlp.expert_scale=true"),
+    "MLPAndExperts.router_scale": (
+        "model.mlp={kind: mlp_and_experts, experts: {experts: 4, hidden: 6}}",
+        "model.mlp.router_scale=0.5",
+    ),
     "Experts.balance": (EXPERTS, "model.mlp.balance=1"),
     "Experts.z_loss": (EXPERTS, "model.mlp.z_loss=1"),
     "Experts.capacity": (EXPERTS, "model.mlp.capacity=0.5"),

@@ -47,7 +47,8 @@ KINDS = {
         scale=2.5,
         shared=1,
     ),
-    "grouped softmax": replace(PART, experts=6, groups=2, normalise=False, scale=0.5),
+    "grouped softmax": replace(PART, experts=6, groups=2, group_best=1, normalise=False, scale=0.5),
+    "scaled": replace(PART, expert_scale=True),
     "clamped": replace(PART, activation="quick_gelu", limit=0.5, up_offset=1.0, biases=True),
 }
 
@@ -87,13 +88,13 @@ def dense(part: Experts, own: dict, x: Array) -> Array:
     wanted = biased(scores, own, "choice")
     if part.groups > 1:
         groups = wanted.reshape(*wanted.shape[:-1], part.groups, -1)
-        best = jnp.sort(groups)[..., -2:].sum(-1)
+        best = jnp.sort(groups)[..., -part.group_best :].sum(-1)
         eligible = best >= jnp.sort(best)[..., -part.top_groups, None]
         wanted = jnp.where(eligible[..., None], groups, -jnp.inf).reshape(wanted.shape)
     kept = jnp.where(wanted >= jnp.sort(wanted)[..., -part.top_k, None], scores, 0)
     if part.normalise:
         kept = kept / kept.sum(-1, keepdims=True)
-    kept = part.scale * kept
+    kept = part.scale * kept * own.get("expert_scale", 1)
     act = {
         "silu": jax.nn.silu,
         "gelu": lambda g: jax.nn.gelu(g, approximate=True),
@@ -106,7 +107,7 @@ def dense(part: Experts, own: dict, x: Array) -> Array:
             gate, up = jnp.minimum(gate, part.limit), jnp.clip(up, -part.limit, part.limit)
         return biased((act(gate) * (up + part.up_offset)) @ expert["down"], expert, "down")
 
-    others = ("router", "router_bias", "choice_bias", "shared")
+    others = ("router", "router_bias", "choice_bias", "expert_scale", "shared")
     out = jax.vmap(mlp)({name: leaf for name, leaf in own.items() if name not in others})
     total = jnp.einsum("ebtd,bte->btd", out, kept)
     return total + (mlp(own["shared"]) if part.shared else 0)
@@ -391,7 +392,7 @@ def test_the_router_is_scaled_by_its_fan_in(kind):
         ({"capacity": 0.0}, "capacity"),
         ({"scale": 0.0}, "scale: got 0.0; greater than 0"),
         ({"groups": 2}, r"groups: got 2; a number that divides experts \(5\)"),
-        ({"groups": 5}, "groups: got 5; at most 2: a group has at least two"),
+        ({"groups": 5}, r"groups: got 5; at most 2: a group has at least group_best \(2\)"),
         ({"experts": 6, "groups": 3, "top_groups": 4}, r"top_groups: got 4; at most groups \(3\)"),
         (
             {"experts": 6, "groups": 3, "top_k": 3},

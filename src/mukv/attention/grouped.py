@@ -92,11 +92,13 @@ class Grouped(Groups):
     """Grouped-query attention (Ainslie et al. 2023): query heads share keys and values in groups.
 
     norm_over: what the QK norm averages over: each head, or all heads of a projection (OLMo 2)
+    norm_values: whether values are normalised too, each head by itself and without a gain (Gemma 4)
     biases: projections that have a bias (Qwen 2: query, key and value)
     """
 
     kind: Literal["grouped"] = "grouped"
     norm_over: Literal["head", "projection"] = "head"
+    norm_values: bool = False
     biases: tuple[Literal["query", "key", "value", "output"], ...] = ()
 
     values_apart: ClassVar[bool] = True
@@ -107,6 +109,8 @@ class Grouped(Groups):
         super().__post_init__()
         if self.norm is None and self.norm_over != "head":
             raise BadInput("norm_over", self.norm_over, "head where norm is null")
+        if self.norm is None and self.norm_values:
+            raise BadInput("norm_values", True, "false where norm is null")
 
     def norm_params(self, norm: RMSNorm, heads: str) -> dict[str, Param]:
         if self.norm_over == "head":
@@ -165,6 +169,7 @@ class Grouped(Groups):
         )
         if self.norm:
             key = self.apply_norm(self.norm, weights["key_norm"], key)
+            value = self.norm.unit(value) if self.norm_values else value
         rotated = self.position.rotate(key.swapaxes(1, 2), position[:, None])
         return {"key": rotated, "value": value.swapaxes(1, 2)}
 

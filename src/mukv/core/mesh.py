@@ -43,6 +43,7 @@ AXES: Mapping[str, str | tuple[str, ...]] = {
     "expert_hidden": "tensor",
     "shared_hidden": "tensor",
     "vocab": "tensor",
+    "inputs": STORED,
     "concept_embed": STORED,
     "concept_heads": "tensor",
     "concept_kv_heads": "tensor",

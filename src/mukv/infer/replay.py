@@ -30,6 +30,7 @@ from mukv.infer.prompts import PROMPT_MULTIPLE, Reading, round_up
 from mukv.model import Decoder
 from mukv.model.base import LanguageModel
 from mukv.model.cache_update import compressed
+from mukv.model.policy_check import check_policy
 from mukv.model.replayed import replaying, scores
 
 ASKS = (
@@ -94,7 +95,7 @@ def read_twice(
     assert isinstance(keep, KVzip)
     if not isinstance(model, Decoder):
         raise BadInput("policy", policy.name, TWICE)
-    model.stack.check_policy(policy)
+    check_policy(model.stack, policy)
     whole = model.empty_cache(*room, compute.type)
     began, compiling = time.perf_counter(), 0.0
     token = jnp.zeros(len(prompts), jnp.int32)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 
+from mukv.core.broadcast import with_rank
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project, with_bias
@@ -50,6 +51,18 @@ class Feedforward(Component):
             None in prefill and decoding, which report nothing
         """
         raise NotImplementedError
+
+    def branch(
+        self,
+        weights: Weights,
+        x: Residual,
+        stream: Residual,
+        counted: Bool[Array, "batch token"] | None = None,
+    ) -> tuple[Residual, Auxiliary | None]:
+        """Compute what `apply` does, in a part that also reads the residual stream before the norm
+        of the branch. stream: that stream; x: the input of the branch
+        """
+        return self.apply(weights, x, counted)
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,13 @@ class Ungated(Feedforward):
 
 @dataclass(frozen=True)
 class Branching(Component):
-    """Base class of the placements of norms: each branch computes x + branch(norm(x))."""
+    """Base class of the placements of norms: each branch computes x + branch(norm(x)).
+
+    layer_scale: whether the residual stream is multiplied by a trained number after each layer,
+        which is 1 at first (Gemma 4)
+    """
+
+    layer_scale: bool = False
 
     def check(self, norm: RMSNorm, scaling: Scaling) -> None:
         """Raise BadInput if the norm and the scaling don't fit this placement."""
@@ -131,6 +150,18 @@ class Branching(Component):
     def params(self, name: str, norm: RMSNorm, d_model: int) -> dict[str, Any]:
         """Declare the norms of the branch called `name`."""
         return {f"{name}_norm": norm.params(d_model)}
+
+    def layer_params(self) -> dict[str, Any]:
+        """Declare the weights of a layer that belong to none of its branches."""
+        if not self.layer_scale:
+            return {}
+        return {"layer_scale": Param({"layer_scale": 1}, role="vector", init="ones")}
+
+    def finish(self, weights: Weights, x: Residual) -> Residual:
+        """Return the residual stream after a layer, from its sum with all branches."""
+        if not self.layer_scale:
+            return x
+        return x * with_rank(weights["layer_scale"].astype(x.dtype), x.ndim)
 
     def enter(self, weights: Weights, name: str, norm: RMSNorm, x: Residual) -> Residual:
         """Return the input of the branch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,7 +16,9 @@ from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import ForwardResult, LanguageModel
 from mukv.model.cache_update import compressed
+from mukv.model.layer_inputs import Inputs, LayerInputs
 from mukv.model.plan import ResolvedLayer, Stage
+from mukv.model.policy_check import check_policy
 from mukv.model.stack import Stack
 from mukv.model.through import Through
 
@@ -28,11 +30,13 @@ class Decoder(LanguageModel):
     plan: stages of layers; `attention` and `mlp` are used by layers that name none
     positions: "learned" adds a trained vector per position, up to `context`, to the embeddings
         (GPT-2); None for none
+    layer_inputs: input of each layer that depends on the token itself (Gemma 4); None for none
     """
 
     kind: Literal["decoder"] = "decoder"
     plan: tuple[Stage, ...] = (Stage(),)
     positions: Literal["learned"] | None = None
+    layer_inputs: LayerInputs | None = None
 
     def __post_init__(self) -> None:
         if self.positions and self.context is None:
@@ -41,11 +45,13 @@ class Decoder(LanguageModel):
         if not self.plan:
             raise BadInput("plan", [], "at least one stage")
         super().__post_init__()
+        if self.layer_inputs is not None:
+            self.layer_inputs.check(self.norm, self.scaling)
 
     @cached_property
     def stack(self) -> Stack:
         """The only stack, which has all layers."""
-        return self.stack_of(self.plan)
+        return replace(self.stack_of(self.plan), inputs=self.layer_inputs)
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
@@ -57,10 +63,14 @@ class Decoder(LanguageModel):
         return self.stack.writers
 
     def body_params(self) -> dict[str, Any]:
-        if not self.positions:
-            return self.stack.params()
-        dims = {"position": self.context or 0, "embed": self.d_model}
-        return {"positions": Param(dims, role="embedding"), **self.stack.params()}
+        declared: dict[str, Any] = {}
+        if self.positions:
+            dims = {"position": self.context or 0, "embed": self.d_model}
+            declared["positions"] = Param(dims, role="embedding")
+        if self.layer_inputs is not None:
+            sizes = self.vocab_size, self.d_model, len(self.stack.layers)
+            declared["layer_inputs"] = self.layer_inputs.params(*sizes, self.norm)
+        return declared | self.stack.params()
 
     def placed(
         self,
@@ -68,8 +78,9 @@ class Decoder(LanguageModel):
         tokens: Tokens,
         position: Int[Array, "batch token"],
         compute: Compute,
-    ) -> Residual:
-        """Return the embeddings of tokens at these positions, in the compute type.
+    ) -> tuple[Residual, Inputs | None]:
+        """Return the embeddings of tokens at these positions, in the compute type, and the inputs
+        of all layers, if they have one.
 
         Positions of padding may lie beyond the context and have the vector of the last one.
         """
@@ -77,7 +88,9 @@ class Decoder(LanguageModel):
         if self.positions:
             last = (self.context or 1) - 1
             x = x + look_up(weights["positions"], jnp.clip(position, 0, last)).astype(x.dtype)
-        return x
+        if self.layer_inputs is None:
+            return x, None
+        return x, self.layer_inputs.make(weights["layer_inputs"], tokens, x, self.norm, compute)
 
     def unstack(self, weights: Weights) -> dict[str, Any]:
         outer = {name: value for name, value in weights.items() if not name.startswith("stage")}
@@ -95,8 +108,9 @@ class Decoder(LanguageModel):
         compute = settled(compute)
         if position is None:
             position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = self.placed(weights, tokens, position, compute)
-        x, auxiliary = self.stack.forward(weights, x, position, segment, compute, through)
+        x, given = self.placed(weights, tokens, position, compute)
+        rest = position, segment, compute, through, given
+        x, auxiliary = self.stack.forward(weights, x, *rest)
         return self.result(weights, x, auxiliary, tokens.shape[1])
 
     def check_through(self, through: Through, tokens: int) -> None:
@@ -113,7 +127,7 @@ class Decoder(LanguageModel):
         after: int | None = None,
     ) -> Cache:
         dtype = dtype or settled(None).type
-        self.stack.check_policy(policy)
+        check_policy(self.stack, policy)
         return self.stack.empty_cache(
             batch, length, tail, dtype, policy=policy, centres=centres or {}, after=after
         )
@@ -129,8 +143,9 @@ class Decoder(LanguageModel):
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
         compute = settled(compute)
         position = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
-        x = self.placed(weights, tokens, position, compute)
-        x, cache = self.stack.prefill(weights["layers"], cache, x, count, fresh, compute)
+        x, given = self.placed(weights, tokens, position, compute)
+        rest = count, fresh, compute, given
+        x, cache = self.stack.prefill(weights["layers"], cache, x, *rest)
         return self.read_out(weights, x, compute, count - 1)[:, 0], cache
 
     def step(
@@ -141,8 +156,8 @@ class Decoder(LanguageModel):
         compute: Compute | None = None,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
         compute = settled(compute)
-        x = self.placed(weights, token[:, None], cache.position()[:, None], compute)
-        x, cache = self.stack.step(weights["layers"], cache, x, compute)
+        x, given = self.placed(weights, token[:, None], cache.position()[:, None], compute)
+        x, cache = self.stack.step(weights["layers"], cache, x, compute, given=given)
         return self.read_out(weights, x, compute)[:, 0], cache
 
     def fold(self, weights: Weights, cache: Cache) -> Cache:
@@ -162,6 +177,6 @@ class Decoder(LanguageModel):
         """Read known tokens in one pass; see `LanguageModel.read_block`."""
         compute = settled(compute)
         position = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
-        x = self.placed(weights, tokens, position, compute)
-        x, cache = self.stack.read_block(weights["layers"], cache, x, compute, joins)
+        x, given = self.placed(weights, tokens, position, compute)
+        x, cache = self.stack.read_block(weights["layers"], cache, x, compute, joins, given)
         return self.read_out(weights, x, compute), cache

@@ -66,13 +66,17 @@ class Experts(Feedforward):
     scale: factor of the weights of a token's experts, after that division (DeepSeek-V3)
     groups: number of groups that the experts are in, of equal size and in order
     top_groups: number of groups from which a token's experts are chosen: those with the largest
-        sums of their two best scores (DeepSeek-V3, 2412.19437, section 2.1.2 and its code)
+        sums of their `group_best` best scores
+    group_best: number of a group's best scores whose sum is compared: 2 in DeepSeek-V3 (2412.19437,
+        section 2.1.2 and its code), 1 in DeepSeek-V2 (2405.04434, section 2.2.2)
     choice_bias: whether each expert has a number that is added to its score in the choice of groups
         and experts, and in nothing else (DeepSeek-V3, section 2.1.2). The language loss has no
         gradient for it. In training its gradient is the expert's share of a row's choices minus
         1 / experts, so that an optimizer lowers the numbers of experts that get more tokens than
         the mean. The speed is the learning rate of a bias, where the paper has a constant of its
         own; `balance` does not change it
+    expert_scale: whether the weight of each expert is multiplied by a trained number of its own,
+        which is 1 at first (Gemma 4)
     balance: weight of the load-balancing loss, per row, 1 for uniform routing (Switch Transformer,
         Fedus et al. 2022, equations 4 to 6)
     z_loss: weight of the squared logarithm of the router's normaliser (ST-MoE, Zoph et al. 2022,
@@ -98,7 +102,9 @@ class Experts(Feedforward):
     scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    group_best: int = 2
     choice_bias: bool = False
+    expert_scale: bool = False
     balance: float = 0.01
     z_loss: float = 0.0
     capacity: float | None = None
@@ -106,7 +112,8 @@ class Experts(Feedforward):
     grows: ClassVar[tuple[str, ...]] = ("hidden",)
 
     def __post_init__(self) -> None:
-        require_counts(self, "experts", "top_k", "groups", "top_groups", most=MOST_EXPERTS)
+        counts = ("experts", "top_k", "groups", "top_groups", "group_best")
+        require_counts(self, *counts, most=MOST_EXPERTS)
         require_counts(self, "hidden", most=4 * WIDEST)
         if self.top_k > self.experts:
             raise BadInput("top_k", self.top_k, f"at most experts ({self.experts})")
@@ -132,8 +139,9 @@ class Experts(Feedforward):
         if self.experts % self.groups:
             raise BadInput("groups", self.groups, f"a number that divides experts ({self.experts})")
         size = self.experts // self.groups
-        if self.groups > 1 and size < 2:
-            allowed = f"at most {self.experts // 2}: a group has at least two experts"
+        if self.groups > 1 and size < self.group_best:
+            most, least = self.experts // self.group_best, self.group_best
+            allowed = f"at most {most}: a group has at least group_best ({least}) experts"
             raise BadInput("groups", self.groups, allowed)
         if self.top_groups > self.groups:
             raise BadInput("top_groups", self.top_groups, f"at most groups ({self.groups})")
@@ -176,6 +184,8 @@ class Experts(Feedforward):
             declared["down_bias"] = replace(bias, dims=outer, ends_branch=True)
         if self.choice_bias:
             declared["choice_bias"] = Param({"experts": self.experts}, role="vector", init="zeros")
+        if self.expert_scale:
+            declared["expert_scale"] = Param({"experts": self.experts}, role="vector", init="ones")
         if self.shared:
             declared["shared"] = self.always.params(d_model, "shared_hidden")
         if self.shared_gate:
@@ -186,7 +196,17 @@ class Experts(Feedforward):
     def apply(
         self, weights: Weights, x: Residual, counted: Bool[Array, "batch token"] | None = None
     ) -> tuple[Residual, Auxiliary | None]:
-        routing = self.route(weights, x)
+        return self.mix(weights, x, x, counted)
+
+    def mix(
+        self,
+        weights: Weights,
+        x: Residual,
+        asked: Residual,
+        counted: Bool[Array, "batch token"] | None = None,
+    ) -> tuple[Residual, Auxiliary | None]:
+        """Compute what `apply` does. asked: what the router reads in place of x"""
+        routing = self.route(weights, asked)
         experts = {name: weights[name] for name in EACH if name in weights}
         own = (x, routing.chosen, routing.weight)
         dropped = None
@@ -216,7 +236,10 @@ class Experts(Feedforward):
         weight, chosen = self._choose(score, weights)
         if self.normalise:
             weight = weight / (jnp.sum(weight, axis=-1, keepdims=True) + SMALLEST_SUM)
-        return Routing(logits, share, chosen, weight if self.scale == 1 else weight * self.scale)
+        weight = weight if self.scale == 1 else weight * self.scale
+        if self.expert_scale:
+            weight = weight * jnp.take(weights["expert_scale"].astype(jnp.float32), chosen, axis=0)
+        return Routing(logits, share, chosen, weight)
 
     def _choose(
         self, score: Float[Array, "batch token experts"], weights: Weights
@@ -228,7 +251,7 @@ class Experts(Feedforward):
         wanted = jax.lax.stop_gradient(with_bias(score, weights, "choice_bias"))
         if self.top_groups < self.groups:
             grouped = wanted.reshape(*wanted.shape[:-1], self.groups, -1)
-            best = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+            best = jnp.sum(jax.lax.top_k(grouped, self.group_best)[0], axis=-1)
             eligible = jax.nn.one_hot(jax.lax.top_k(best, self.top_groups)[1], self.groups)
             eligible = jnp.any(eligible > 0, axis=-2)[..., None]
             wanted = jnp.where(eligible, grouped, -jnp.inf).reshape(wanted.shape)

@@ -26,6 +26,7 @@ from mukv.core.typing import Array, Bool, Int, Residual
 from mukv.model.auxiliary import Auxiliary, together
 from mukv.model.block import AnyResidual
 from mukv.model.cache_update import LayerMemory
+from mukv.model.layer_inputs import Input, Inputs, LayerInputs
 from mukv.model.plan import ResolvedLayer
 
 MemoryOrNone = LayerMemory | None
@@ -71,7 +72,11 @@ states with the new entries."""
 
 
 def layer_params(
-    layer: ResolvedLayer, norm: RMSNorm, residual: AnyResidual, d_model: int
+    layer: ResolvedLayer,
+    norm: RMSNorm,
+    residual: AnyResidual,
+    d_model: int,
+    inputs: LayerInputs | None = None,
 ) -> dict[str, Any]:
     """Declare the weights of one layer; a layer that reads another layer's entries has no weights
     for writing."""
@@ -80,10 +85,28 @@ def layer_params(
         "read": layer.attention.read_params(d_model),
         **residual.params("mlp", norm, d_model),
         "mlp": layer.mlp.params(d_model),
+        **residual.layer_params(),
     }
+    if inputs is not None:
+        declared["inputs"] = inputs.layer_params(d_model, norm)
     if layer.writes:
         declared["write"] = layer.attention.write_params(d_model)
     return declared
+
+
+def of_layer(given: Inputs | None, index: int) -> Input | None:
+    """Return the input of one of the layers; None if layers have none."""
+    return None if given is None else given[:, :, index]
+
+
+def by_repeat(given: Inputs | None, here: Sequence[ResolvedLayer]) -> Array | None:
+    """Return the inputs of the layers of a stage with the repeats along a new first axis: [repeat
+    batch token slot input_width]; None if layers have none."""
+    if given is None:
+        return None
+    repeats, first = here[-1].repeat + 1, here[0].index
+    own = given[:, :, first : first + len(here)]
+    return own.reshape(*own.shape[:2], repeats, -1, own.shape[-1]).transpose(2, 0, 1, 3, 4)
 
 
 # JAX also rebuilds a pytree with things that are no arrays: shapes can't be checked here.
@@ -91,7 +114,10 @@ def layer_params(
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["position", "segment", "remember", "memories", "added", "counted"],
-    meta_fields=["layers", "norm", "residual", "d_model", "first", "compute", "aligned", "single"],
+    meta_fields=[
+        *("layers", "norm", "residual", "d_model", "first"),
+        *("compute", "aligned", "single", "inputs"),
+    ],
 )
 @dataclass(frozen=True)
 class Pass:
@@ -100,6 +126,7 @@ class Pass:
     first: number of the first layer in the whole model
     aligned: whether queries read only entries of the tokens of this pass
     single: whether each query reads by itself, because a bag chooses what it reads
+    inputs: what layers do with their inputs; None if they have none
     remember: a pytree in passes with memories
     memories: slots and states by layer, which the pass replaces; empty in training
     added: number of new tokens of each row; None without memories
@@ -116,24 +143,31 @@ class Pass:
     remember: Remember
     aligned: bool
     single: bool = False
+    inputs: LayerInputs | None = None
     memories: dict[int, LayerMemory] = field(default_factory=dict)
     added: Int[Array, " batch"] | None = None
     counted: Bool[Array, "batch token"] | None = None
     """Which tokens are not padding; None in passes whose layers report no auxiliary numbers."""
 
-    def all(self, weights: Sequence[Any], x: Residual) -> Residual:
-        """Apply every layer, each with its own weights."""
+    def all(self, weights: Sequence[Any], x: Residual, given: Inputs | None = None) -> Residual:
+        """Apply every layer, each with its own weights. given: inputs of all layers"""
         known: dict[int, PassedOn] = {}
         for layer, own in zip(self.layers, weights, strict=True):
-            x, _ = self.layer(layer, own, x, known)
+            x, _ = self.layer(layer, own, x, known, of_layer(given, layer.index))
         return x
 
     def layer(
-        self, layer: ResolvedLayer, weights: Any, x: Residual, known: dict[int, PassedOn]
+        self,
+        layer: ResolvedLayer,
+        weights: Any,
+        x: Residual,
+        known: dict[int, PassedOn],
+        given: Input | None = None,
     ) -> tuple[Residual, Auxiliary]:
         """Apply one layer; return the residual stream and the layer's auxiliary numbers.
 
         known: what later layers read of each earlier layer, by layer; that of this layer is added
+        given: the layer's input, if layers have one
         """
         memory = self.memories.get(layer.index)
         apply: Callable[..., Any] = partial(self.applied, layer)
@@ -149,7 +183,7 @@ class Pass:
         bags = None if layer.writes else known[layer.source].bags
         choice = None if layer.indexed_by is None else known[layer.indexed_by].choice
         inherited = PassedOn(bags, choice)
-        x, known[layer.index], after, auxiliary = apply(weights, x, inherited, memory)
+        x, known[layer.index], after, auxiliary = apply(weights, x, inherited, memory, given)
         if after is not None:
             self.memories[layer.index] = after
         return x, auxiliary
@@ -161,10 +195,12 @@ class Pass:
         x: Residual,
         inherited: PassedOn,
         memory: MemoryOrNone,
+        given: Input | None,
     ) -> tuple[Residual, PassedOn, MemoryOrNone, Auxiliary]:
         """Apply one layer.
 
-        weights: of the layer. inherited: what it reads of other layers. memory: its own.
+        weights: of the layer. inherited: what it reads of other layers. memory: its own. given: its
+        input.
 
         Returns the residual stream, what later layers read of this one, its memory, and auxiliary
         numbers.
@@ -172,7 +208,7 @@ class Pass:
         attention, stored = layer.attention, weights["read"]
         x = checkpoint_name(x, RESIDUAL)
         residual, norm = self.residual, self.norm
-        declared = layer_params(layer, norm, residual, self.d_model)
+        declared = layer_params(layer, norm, residual, self.d_model, self.inputs)
         weights = gather(self.compute.working_copy(declared, weights), declared)
         with scope(f"layer{self.first + layer.index}"):
             normed = residual.enter(weights, "attention", norm, x)
@@ -188,15 +224,18 @@ class Pass:
                 parts, memory = self.remember(layer, stored, memory, written, asked)
             mask = Mask(self.segment, layer.window, self.aligned, choice=inherited.choice)
             if layer.chooses:
-                given = normed, self.position, parts, mask, self.compute
-                mask = replace(mask, choice=attention.choose(weights["read"], *given))
+                asked_for = normed, self.position, parts, mask, self.compute
+                mask = replace(mask, choice=attention.choose(weights["read"], *asked_for))
             read, own = self._read(attention, weights["read"], normed, parts, mask, direct)
             read = residual.leave(weights, "attention", norm, read)
             x = tap("attention", constrain(x + read, "batch", "token", None))
             normed = residual.enter(weights, "mlp", norm, x)
-            mlp, reported = layer.mlp.apply(weights["mlp"], normed, self.counted)
+            mlp, reported = layer.mlp.branch(weights["mlp"], normed, x, self.counted)
             mlp = residual.leave(weights, "mlp", norm, mlp)
-            x = tap("mlp", constrain(x + mlp, "batch", "token", None))
+            x = x + mlp
+            if self.inputs is not None and given is not None:
+                x = x + self.inputs.apply(weights["inputs"], x, given, norm)
+            x = tap("mlp", constrain(residual.finish(weights, x), "batch", "token", None))
         lent = PassedOn(parts if layer.lends else None, mask.choice if layer.chooses else None)
         return x, lent, memory, together(own, reported)
 

@@ -18,10 +18,8 @@ import jax.numpy as jnp
 from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Written
 from mukv.cache import FULL, Cache, Calibrated, Policy, Ring, Slot, choosing
 from mukv.cache.base import QUERY
-from mukv.cache.select import All
 from mukv.core.compact import any_compact, is_compact
 from mukv.core.compute import Compute
-from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
 from mukv.core.tap import capturing
@@ -30,7 +28,17 @@ from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
 from mukv.model.cache_update import LayerBag, LayerMemory, extended, joined, memories
 from mukv.model.feedforward import AnyFeedforward
-from mukv.model.passes import Asked, MemoryOrNone, Pass, PassedOn, Remember, layer_params
+from mukv.model.layer_inputs import Inputs, LayerInputs
+from mukv.model.passes import (
+    Asked,
+    MemoryOrNone,
+    Pass,
+    PassedOn,
+    Remember,
+    by_repeat,
+    layer_params,
+    of_layer,
+)
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.model.remember import One, Several
 from mukv.model.through import Through
@@ -43,6 +51,8 @@ class Stack:
 
     plan: stages of layers; `attention` and `mlp` are used by layers that name none
     first: number of the first layer in the whole model
+    inputs: what layers do with inputs of their own, which `given` in the methods below holds for
+        all of them; None if they have none
     """
 
     d_model: int
@@ -53,6 +63,7 @@ class Stack:
     residual: AnyResidual
     scaling: Scaling
     first: int = 0
+    inputs: LayerInputs | None = None
 
     @cached_property
     def layers(self) -> tuple[ResolvedLayer, ...]:
@@ -93,7 +104,7 @@ class Stack:
         """
 
         def declared(layer: ResolvedLayer, repeats: int) -> dict[str, Any]:
-            own = layer_params(layer, self.norm, self.residual, self.d_model)
+            own = layer_params(layer, self.norm, self.residual, self.d_model, self.inputs)
             return map_params(lambda param: param.stacked(repeats), own)
 
         return {
@@ -122,6 +133,7 @@ class Stack:
         segment: Int[Array, "batch token"] | None,
         compute: Compute,
         through: Through | None = None,
+        given: Inputs | None = None,
     ) -> tuple[Residual, Auxiliary]:
         """Run whole rows through all layers.
 
@@ -166,21 +178,22 @@ class Stack:
             if apart or stage.repeats == 1 or not scannable(s, self.layers):
                 for layer in here:
                     own = _repeat(stacked[f"slot{layer.slot}"], layer.repeat)
-                    x, more = run.layer(layer, own, x, known)
+                    x, more = run.layer(layer, own, x, known, of_layer(given, layer.index))
                     reported.append(more)
             else:
                 first = here[: len(stage.pattern)]
 
                 def repeat(
-                    x: Residual, own: Any, first: Any = first
+                    x: Residual, scanned: Any, first: Any = first
                 ) -> tuple[Residual, list[Auxiliary]]:
-                    inner, found = dict(known), []
+                    (weights, given), inner, found = scanned, dict(known), []
                     for layer in first:
-                        x, more = run.layer(layer, own[f"slot{layer.slot}"], x, inner)
+                        own = weights[f"slot{layer.slot}"], x, inner, of_layer(given, layer.slot)
+                        x, more = run.layer(layer, *own)
                         found.append(more)
                     return x, found
 
-                x, more = jax.lax.scan(repeat, x, stacked)
+                x, more = jax.lax.scan(repeat, x, (stacked, by_repeat(given, here)))
                 reported += more
         return x, over_layers(reported)
 
@@ -202,7 +215,7 @@ class Stack:
         """Make a pass with the settings of this stack."""
         shared = (self.layers, self.norm, self.residual, self.d_model, self.first)
         given = (compute, position, segment, remember, aligned)
-        return Pass(*shared, *given, memories=held or {}, added=added)
+        return Pass(*shared, *given, memories=held or {}, added=added, inputs=self.inputs)
 
     # Decoding
 
@@ -261,29 +274,6 @@ class Stack:
             tail_size=tail,
         )
 
-    def check_policy(self, policy: Policy) -> None:
-        """Raise BadInput, with the reason, for a policy that does not fit these layers."""
-        if policy.everything:
-            return
-        whole = [layer for layer in self.layers if layer.whole]
-        if not whole:
-            names = sorted({name for layer in self.layers for name in layer.attention.stores()})
-            allowed = (
-                f"full: each layer has a window or a state ({', '.join(names)}), which drops "
-                "entries in any case"
-            )
-            raise BadInput("policy", policy.name, allowed)
-        for layer in whole:
-            number, chooser = self.first + layer.index, layer.indexed_by
-            policy.check(number, layer.softmax)
-            if chooser is not None and (policy.keep.evicts or not isinstance(policy.select, All)):
-                allowed = (
-                    f"a policy under which all entries are kept and read, like int8: layer {number}"
-                    f" reads by the choice of layer {self.first + chooser}, so that both must hold "
-                    "the same entries"
-                )
-                raise BadInput("policy", policy.name, allowed)
-
     def prefill(
         self,
         weights: Sequence[Any],
@@ -292,6 +282,7 @@ class Stack:
         count: Int[Array, " batch"],
         fresh: bool,
         compute: Compute,
+        given: Inputs | None = None,
     ) -> tuple[Residual, Cache]:
         """Read the first `count` tokens of each row in one pass.
 
@@ -302,12 +293,18 @@ class Stack:
         Returns the residual stream after the last layer, and the updated cache.
         """
         run = self._several(cache, x, count, fresh, compute)
-        x = run.all(weights, x)
+        x = run.all(weights, x, given)
         after = joined(self.bags, self.writers, cache, run.memories)
         return x, replace(after, length=cache.length + count)
 
     def read_block(
-        self, weights: Sequence[Any], cache: Cache, x: Residual, compute: Compute, joins: bool
+        self,
+        weights: Sequence[Any],
+        cache: Cache,
+        x: Residual,
+        compute: Compute,
+        joins: bool,
+        given: Inputs | None = None,
     ) -> tuple[Residual, Cache]:
         """Read tokens in one pass, each of which reads what a decode step reads.
 
@@ -322,7 +319,7 @@ class Stack:
         run = self._several(before, x, count, False, compute, as_steps=True, joins=joins)
         if any(slot.body.by_query for slot in cache.slots):
             run = replace(run, single=True)
-        x = run.all(weights, x)
+        x = run.all(weights, x, given)
         if not joins:
             return x, cache
         after = joined(self.bags, self.writers, before, run.memories)
@@ -352,6 +349,7 @@ class Stack:
         x: Residual,
         compute: Compute,
         which: Bool[Array, " batch"] | None = None,
+        given: Inputs | None = None,
     ) -> tuple[Residual, Cache]:
         """Read one token per row.
 
@@ -369,7 +367,7 @@ class Stack:
         own = (self.bags, self.writers, cache)
         held = (memories(*own), added)
         run = self._pass(compute, position, remember, False, None, *held)
-        x = run.all(weights, x)
+        x = run.all(weights, x, given)
         return x, replace(joined(*own, run.memories), filled=cache.filled + more)
 
     def fold(self, weights: Sequence[Any], cache: Cache) -> Cache:

@@ -28,6 +28,7 @@ from mukv.core.tap import tap
 from mukv.core.typing import Array, Int
 from mukv.model.passes import Asked
 from mukv.model.plan import ResolvedLayer
+from mukv.model.policy_check import check_policy
 
 FITS = "snapkv:0.25"
 
@@ -70,7 +71,7 @@ class Through:
         whose budget is too small for rows of this many tokens. Nothing is allocated.
         """
         policy = self.policy
-        stack.check_policy(policy)
+        check_policy(stack, policy)
         for place, (layer, name) in enumerate(stack.whole):
             if layer.bags[name].every > 1:
                 allowed = (

@@ -70,7 +70,7 @@ def _weights(step: Step) -> Iterator[int]:
             yield size * step.whole(param) * passes * pieces
     if step.run.mesh.data * step.run.mesh.context > 1:
         # Only the rows of a device's own tokens of the embedding's gradient are sent.
-        looked_up = () if model.readout_name == "embedding" else ("embedding",)
+        looked_up = {"embedding", "layer_inputs.table"} - {model.readout_name}
         for name, param in params.named(trained_params(step.run)).items():
             if name not in looked_up:
                 yield 4 * step.whole(param) * pieces

@@ -38,6 +38,7 @@ from mukv.model.concept.injection import (
     InjectionInputs,
     Lasting,
 )
+from mukv.model.policy_check import check_policy
 from mukv.model.rates import Capacity
 from mukv.model.through import Through
 
@@ -133,7 +134,7 @@ class Concept(Architecture):
         See `LanguageModel.empty_cache`.
         """
         dtype = dtype or settled(None).type
-        self.global_stack.check_policy(policy)
+        check_policy(self.global_stack, policy)
         first = self.global_stack.first
         own = {layer - first: each for layer, each in (centres or {}).items()}
         applied = {"policy": policy, "centres": own, "after": after}
