@@ -40,6 +40,10 @@ BASE = {
     "n_group": 2,
     "topk_group": 1,
     "first_k_dense_replace": 1,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 40,
+    "top_k_experts": 2,
 }
 """Keys of every point. Heads have a width that no family has by default."""
 OWN = {
@@ -51,7 +55,15 @@ OWN = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "n_group": 2,
-    }
+    },
+    "DeepseekV2ForCausalLM": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "topk_method": "group_limited_greedy",
+        "n_group": 2,
+    },
 }
 """Keys of every point of one family, which must fit each other. They are changed alone only."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0, "rope_type": "llama3"}
@@ -95,6 +107,14 @@ BY_TYPE: list[Any] = [
     {LOCAL: {**YARN, **BEFORE, "rope_theta": 500.0}, GLOBAL: {**LLAMA3, **BEFORE}},
     {LOCAL: YARN, GLOBAL: None},
 ]
+SLOWEST = {"rope_type": "proportional", "rope_theta": 1e5}
+PROPORTIONAL: list[Any] = [
+    {GLOBAL: {**SLOWEST, "partial_rotary_factor": 0.3}, LOCAL: SLOWEST},
+    {GLOBAL: {**SLOWEST, "factor": 8.0}, LOCAL: {"rope_type": "default", "rope_theta": 300.0}},
+    {GLOBAL: {**SLOWEST, "partial_rotary_factor": 1.5}, LOCAL: SLOWEST},
+    {GLOBAL: {**YARN, **BEFORE, "rope_theta": 500.0}, LOCAL: {"rope_type": "default"}},
+    {GLOBAL: {"rope_theta": 500.0}, LOCAL: {"rope_theta": 50.0, "partial_rotary_factor": 0.5}},
+]
 KEYS: dict[str, list[Any]] = {
     "vocab_size": [ABSENT, None, 41],
     "hidden_size": [ABSENT, None, 48, 36],
@@ -112,7 +132,7 @@ KEYS: dict[str, list[Any]] = {
     "mlp_bias": [ABSENT, True, False],
     "rope_theta": [ABSENT, 100.0, 500, 3e7, None],
     "rope_scaling": [ABSENT, *SCALINGS],
-    "rope_parameters": [ABSENT, *SCALINGS, *BY_TYPE],
+    "rope_parameters": [ABSENT, *SCALINGS, *BY_TYPE, *PROPORTIONAL],
     "original_max_position_embeddings": [ABSENT, 32, None],
     "rope_local_base_freq": [ABSENT, 50.0, 1e5, None],
     "partial_rotary_factor": [ABSENT, 1.0, 0.5],
@@ -153,10 +173,29 @@ KEYS: dict[str, list[Any]] = {
     "n_routed_experts": [6],
     "n_group": [1, 3, 4, None],
     "topk_group": [2, 3],
+    "topk_method": [ABSENT, "greedy", "noaux_tc", None],
     "first_k_dense_replace": [0, 3, 9, None],
     "n_shared_experts": [2, 0, None],
     "routed_scaling_factor": [1.0, 0, None],
     "rope_interleave": [True, False, None],
+    "global_head_dim": [ABSENT, 8, 7, None],
+    "num_global_key_value_heads": [1, 3, None],
+    "attention_k_eq_v": [True, False, None],
+    "num_kv_shared_layers": [1, 2, 9, None],
+    "use_double_wide_mlp": [True, None],
+    "hidden_size_per_layer_input": [ABSENT, 0, None],
+    "vocab_size_per_layer_input": [ABSENT, 41],
+    "per_layer_config": [
+        None,
+        {},
+        {"2": {"head_dim": 6}},
+        {"0": {"head_dim": 6}},
+        {"x": {}},
+        {"1": {"intermediate_size": 9}},
+        {"2": {"num_key_value_heads": 4}},
+    ],
+    "enable_moe_block": [True, None],
+    "top_k_experts": [ABSENT, 1, 9],
     "swiglu_limit": [ABSENT, 0.5, None],
     "swiglu_alpha": [ABSENT, 1.0],
     "model_type": [ABSENT, "bert"],
@@ -170,11 +209,13 @@ FAMILIES = {
     "Qwen3NextForCausalLM": "qwen3_next",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
+    "Gemma4ForCausalLM": "gemma4_text",
     "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3",
     "GPT2LMHeadModel": "gpt2",
     "GptOssForCausalLM": "gpt_oss",
     "DeepseekV3ForCausalLM": "deepseek_v3",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
 }
 TOGETHER: list[dict[str, Any]] = [
     *({"rope_scaling": {**each}, **BEFORE} for each in (LLAMA3, YARN)),
@@ -201,6 +242,11 @@ TOGETHER: list[dict[str, Any]] = [
     {"num_key_value_heads": ABSENT, "num_attention_heads": 32},
     {"head_dim": ABSENT, "num_attention_heads": 4},
     {"hidden_size": 50, "num_attention_heads": 4, "head_dim": 6},
+    {"num_kv_shared_layers": 3, "use_double_wide_mlp": True, "num_hidden_layers": 7,
+     "layer_types": "mixed", "sliding_window": 5},
+    {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "sliding_window": 5},
+    {"attention_k_eq_v": True, "layer_types": "mixed", "num_kv_shared_layers": 1},
+    {"enable_moe_block": True, "hidden_size_per_layer_input": 0, "sliding_window": 5},
     {"num_local_experts": ABSENT, "n_routed_experts": 6, "n_group": 3, "topk_group": 2},
 ]  # fmt: skip
 """Changes whose effect needs several keys at once."""
@@ -237,7 +283,8 @@ def config(architecture: str, changes: dict[str, Any]) -> dict[str, Any]:
     names = {"architectures": [architecture], "model_type": FAMILIES[architecture]}
     made = {**BASE, **OWN.get(architecture, {}), **names, "pad_token_id": None, **changes}
     made = {key: value for key, value in made.items() if value is not ABSENT}
-    layers = made.get("num_hidden_layers", 26 if "Gemma" in architecture else 32)
+    usual = 30 if "Gemma4" in architecture else 26 if "Gemma" in architecture else 32
+    layers = made.get("num_hidden_layers", usual)
     types = made.get("layer_types")
     if isinstance(types, str):
         made["layer_types"] = {

@@ -46,6 +46,8 @@ BY_TYPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+PATTERN = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+PATTERN += ["sliding_attention", "full_attention", "full_attention"]
 FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama-3": ("Llama", {"head_dim": 16, "rope_parameters": LLAMA3}),
     "llama-2": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
@@ -92,6 +94,62 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": BY_TYPE,
         },
     ),
+    "gemma-4": (
+        "Gemma4",
+        {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 9,
+            "num_hidden_layers": 7,
+            "layer_types": PATTERN[:7],
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 6,
+            "final_logit_softcapping": 8.0,
+        },
+    ),
+    "gemma-4-31b": (
+        "Gemma4",
+        {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "sliding_window": 9,
+            "num_hidden_layers": 6,
+            "layer_types": PATTERN[:6],
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 0,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "partial_rotary_factor": 0.3,
+                    "rope_theta": 1e5,
+                    "factor": 4.0,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "gemma-4-26b": (
+        "Gemma4",
+        {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "sliding_window": 9,
+            "layer_types": PATTERN[:4],
+            "rms_norm_eps": 1e-3,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+        },
+    ),
     "olmo-2": ("Olmo2", {"rope_parameters": {**YARN, "truncate": False}}),
     "gpt-2": ("GPT2", {"n_inner": 48}),
     "olmo-3": ("Olmo3", {"sliding_window": 7, "rope_parameters": BY_TYPE}),
@@ -134,6 +192,43 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
             "rope_interleave": False,
         },
     ),
+    "deepseek-v2": (
+        "DeepseekV2",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 12,
+            "qk_nope_head_dim": 10,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 6,
+            "rms_norm_eps": 1e-3,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 24,
+            "routed_scaling_factor": 4.0,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek-v2-lite": (
+        "DeepseekV2",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 6,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "routed_scaling_factor": 2.0,
+        },
+    ),
     "gpt-oss": (
         "GptOss",
         {
@@ -158,15 +253,15 @@ def named_weights(model: Any) -> list[tuple[str, Any]]:
 
 def build(family: str, fields: Mapping[str, Any], seed: int = 0) -> Any:
     """Build a model of transformers with random weights."""
-    name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    name = f"{family}{'Text' if family in ('Gemma3', 'Gemma4') else ''}Config"
     config = getattr(transformers, name)(**fields)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in named_weights(model):
             noise = torch.randn(weight.shape, generator=generator)
-            if "norm" in name or ".ln_" in name:
-                weight.copy_(0.2 * noise + ("Gemma" not in family))
+            if "norm" in name or ".ln_" in name or name.endswith(("layer_scalar", "scale")):
+                weight.copy_(0.2 * noise + (family not in ("Gemma2", "Gemma3")))
             else:
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
     return model

@@ -45,7 +45,8 @@ def theirs(folder: Path):
         with torch.no_grad():
             for name, weight in named_weights(model):
                 noise = torch.randn(weight.shape, generator=generator)
-                scale = 0.2 if "norm" in name else weight.shape[-1] ** -0.5
+                near_one = "norm" in name or name.endswith(("layer_scalar", "scale"))
+                scale = 0.2 if near_one else weight.shape[-1] ** -0.5
                 weight.add_(noise * scale)
             logits = model.eval()(torch.tensor(IDS)).logits.float().numpy()
     except Exception:  # a dozen types, from validation to the forward pass

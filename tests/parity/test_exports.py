@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import mukv
-from mukv.attention import Grouped, SharedKV
+from mukv.attention import Grouped, Indexer, Latent, SharedKV
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.core.params import map_params
@@ -26,18 +26,24 @@ from mukv.data.tokenizer import NoTokenizer
 from mukv.model import Decoder, Layer, Stage
 from mukv.model.block import Gated, PostNorm, PreNorm, SandwichNorm
 from mukv.model.experts import Experts
+from mukv.model.layer_inputs import LayerInputs
+from mukv.model.mlp_and_experts import MLPAndExperts
 from mukv.position import NTK, ALiBi, LinearScaling, Llama3, NoPE, RoPE, YaRN
 from mukv.runs.config import Run
 from mukv.runs.exchange import export_model
 from mukv.runs.loaded import Model
-from mukv.scaling.parameterization import Scaling
+from mukv.scaling.parameterization import Scaling, sizes
 from mukv.train.training import Training
 from tests.laws.matrix import EXACT
 from tests.parity.models import logits, our_logits, torch, transformers
 
 VOCAB = 31
 IDS = np.random.default_rng(0).integers(0, VOCAB, (1, 20))
-BASE = {"embed": 8, "heads": 2, "head_dim": 4, "value_dim": 4, "hidden": 12, "layer": 1}
+WIDTHS = {"embed": 8, "heads": 2, "head_dim": 4, "value_dim": 4, "hidden": 12, "layer": 1}
+WIDTHS |= {"query_dim": 7, "latent": 5, "query_latent": 6}
+WIDTHS |= {"inputs": 8, "input_width": 3}
+WIDTHS |= {"expert_hidden": 6, "shared_hidden": 9}
+"""Sizes that the parameterisations scale from; a model has some of these dimensions."""
 SCALINGS = [
     None,
     LinearScaling(factor=4.0),
@@ -57,6 +63,10 @@ LOCAL, FAST = Layer(window=5), Layer(window=5, position=RoPE(base=30.0))
 SLOWED = Layer(window=5, position=RoPE(base=30.0, scaling=LinearScaling(factor=8.0)))
 YARNED = Layer(window=5, position=RoPE(base=30.0, scaling=SCALINGS[3]))
 TURNED_LOCAL = Layer(window=5, position=RoPE(base=30.0, pairing="interleaved"))
+WIDE = Gated(hidden=48, activation="gelu")
+NORMED = {"heads": 4, "kv_heads": 1, "head_dim": 16, "norm": RMSNorm()}
+NARROW = Grouped(**NORMED, norm_values=True, position=RoPE(base=1e5, p=0.5))
+EQUAL = SharedKV(**NORMED, position=RoPE(base=1e5, p=0.25, scaling=LinearScaling(factor=2.0)))
 PLANS = {
     "plain": (Stage(repeats=3),),
     "window": (Stage((LOCAL,), 2),),
@@ -70,9 +80,21 @@ PLANS = {
     "turned local": (Stage((TURNED_LOCAL, Layer())),),
     "two windows": (Stage((LOCAL, Layer(window=3), Layer())),),
     "two ropes": (Stage((FAST, LOCAL, Layer())),),
+    "first dense": (Stage((Layer(mlp=Gated(hidden=20)),)), Stage(repeats=2)),
     "reuse": (Stage((Layer(), Layer(reads=-1))),),
     "two MLPs": (Stage((Layer(), Layer(mlp=Gated(hidden=20)))),),
     "hybrid": (Stage((LOCAL, Layer(position=NoPE()))),),
+    "last readers": (
+        Stage((LOCAL, Layer())),
+        Stage((Layer(window=5, reads=0), Layer(reads=1)), 2),
+    ),
+    "wide readers": (
+        Stage((Layer(), LOCAL, Layer())),
+        Stage((Layer(window=5, reads=1, mlp=WIDE), Layer(reads=2, mlp=WIDE))),
+    ),
+    "own heads": (Stage((LOCAL, Layer(attention=NARROW)), 2),),
+    "equal": (Stage((LOCAL, Layer(attention=EQUAL)), 2),),
+    "equal readers": (Stage((Layer(attention=EQUAL), Layer(attention=EQUAL, reads=-1))),),
     "two attentions": (
         Stage((Layer(), Layer(attention=Grouped(heads=2, kv_heads=1, head_dim=8)))),
     ),
@@ -84,6 +106,35 @@ GEMMA = {"norm": OFFSET, "residual": SandwichNorm(), "embedding_scale": "root_wi
 CLAMPED = Experts(
     experts=4, hidden=12, activation="quick_gelu", limit=0.9, up_offset=1.0, biases=True
 )
+SIGMOID = Experts(
+    experts=8,
+    top_k=3,
+    hidden=12,
+    shared=1,
+    router="sigmoid",
+    scale=1.5,
+    groups=4,
+    top_groups=2,
+    choice_bias=True,
+)
+SOFTMAX = Experts(
+    experts=6,
+    top_k=2,
+    hidden=12,
+    shared=2,
+    normalise=False,
+    scale=2.0,
+    groups=3,
+    top_groups=2,
+    group_best=1,
+)
+GEMMA4 = {**GEMMA, "norm": RMSNorm(), "residual": SandwichNorm(layer_scale=True),
+          "layer_inputs": LayerInputs(6, embedding_scale="root_width")}  # fmt: skip
+BESIDE = MLPAndExperts(
+    mlp=Gated(hidden=24, activation="gelu"),
+    experts=Experts(experts=4, hidden=12, activation="gelu", expert_scale=True),
+    router_scale=24**-0.5,
+)
 OVER_ALL = {"norm": RMSNorm(), "norm_over": "projection"}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "Llama": ({}, {}, ("plain",)),
@@ -92,11 +143,22 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "Qwen3": ({"norm": RMSNorm()}, {}, ("local-global", "plain")),
     "Gemma2": ({"softcap": 2.0}, {**GEMMA, "logit_softcap": 3.0}, ("local-global",)),
     "Gemma3": ({"norm": OFFSET}, GEMMA, ("fast local", "slowed local", "yarned local", "plain")),
+    "Gemma4": (
+        {"norm": RMSNorm(), "norm_values": True},
+        GEMMA4,
+        ("local-global", "last readers", "wide readers", "own heads", "equal"),
+    ),
     "Olmo2": (OVER_ALL, {"residual": PostNorm()}, ("plain",)),
     "Olmo3": (OVER_ALL, {"residual": PostNorm()}, ("local-global", "fast local", "slowed local")),
     "GptOss": ({"sinks": "learned", "biases": ALL}, {"mlp": CLAMPED}, ("local-global", "plain")),
+    "DeepseekV3": ({}, {"mlp": SIGMOID}, ("plain", "first dense")),
+    "DeepseekV2": ({}, {"mlp": SOFTMAX}, ("plain", "first dense")),
 }
 """For each architecture: changes of the attention and of the model, and names of plans."""
+PLACES = [*ROPES, *TURNED, *ROPES, *TURNED, RoPE(p=0.5), RoPE(partial=0.5), ALiBi(), NoPE()]
+GROUPED = {"heads": 4, "kv_heads": 2, "head_dim": 8, "position": ROPES[1]}
+LATENT = {"heads": 4, "rank": 10, "head_dim": 6, "rope_dim": 8, "head_value_dim": 5}
+LATENT |= {"query_rank": 12, "position": ROPES[1]}
 ATTENTION: Mapping[str, list[Any]] = {
     "heads": [2, 3, 6],
     "kv_heads": [1, 2],
@@ -106,8 +168,26 @@ ATTENTION: Mapping[str, list[Any]] = {
     "sinks": ["learned"],
     "biases": [(), ALL, ALL[::-1], ALL[:3], ALL[2::-1], ("query",), ("output",)],
     "norm": [None, RMSNorm(), OFFSET, RMSNorm(epsilon=1e-3)],
-    "position": [*ROPES, *TURNED, *ROPES, *TURNED, RoPE(p=0.5), RoPE(partial=0.5), ALiBi(), NoPE()],
+    "norm_values": [True],
+    "position": PLACES,
 }
+LATENTS: Mapping[str, list[Any]] = {
+    "heads": [2, 3],
+    "rank": [7],
+    "head_dim": [4],
+    "rope_dim": [4],
+    "rope_parts": [2],
+    "head_value_dim": [None, 8],
+    "query_rank": [None, None, 7],
+    "scale": [0.3, 14**-0.5, 1.0],
+    "softcap": [1.5],
+    "sinks": ["learned"],
+    "gate": ["head"],
+    "indexer": [Indexer(heads=2, width=8, top_k=3)],
+    "norm": [None, RMSNorm(epsilon=1e-3)],
+    "position": PLACES,
+}
+"""Values that fields of the attention are exchanged for."""
 MODEL: Mapping[str, list[Any]] = {
     "d_model": [12, 20],
     "mlp": [
@@ -115,33 +195,48 @@ MODEL: Mapping[str, list[Any]] = {
         Gated(hidden=24, activation="gelu"),
         replace(CLAMPED, top_k=1, normalise=False),
         replace(CLAMPED, capacity=1.0),
+        *(BESIDE, replace(BESIDE, router_scale=1.0)),
+        *(SIGMOID, SOFTMAX, replace(SIGMOID, choice_bias=False), replace(SIGMOID, shared=0)),
+        replace(SIGMOID, normalise=False, groups=1, top_groups=1, activation="gelu"),
+        *(replace(SOFTMAX, group_best=2), replace(SOFTMAX, groups=1, top_groups=1, scale=1.0)),
     ],
     "norm": [RMSNorm(epsilon=1e-2), OFFSET, RMSNorm()],
-    "residual": [PreNorm(), PostNorm(), SandwichNorm()],
+    "residual": [PreNorm(), PostNorm(), SandwichNorm(), SandwichNorm(layer_scale=True)],
+    "layer_inputs": [None, LayerInputs(4), LayerInputs(4, "silu", "root_width")],
     "embedding_scale": [None, "root_width"],
     "readout": ["linear", "tied"],
     "logit_softcap": [None, 1.5],
     "context": [7, 4096],
-    "scaling": [Scaling(kind="mup", base=BASE), Scaling(kind="mup", base=BASE, depth=0.7)],
+    "scaling": [Scaling(kind="mup"), Scaling(kind="mup", depth=0.7)],
     "plan": [*PLANS.values()],
 }
 
 
-def drawn(draw: random.Random) -> Decoder | None:
-    """Draw a model; None if the combination is not a valid model."""
-    attention, model, plans = KINDS[draw.choice([*KINDS])]
-    attention = {"heads": 4, "kv_heads": 2, "head_dim": 8, "position": ROPES[1], **attention}
+def drawn(draw: random.Random, architecture: str | None = None, most: int = 3) -> Decoder | None:
+    """Draw a model of an architecture, or of any, and exchange at most this number of fields; None
+    if the combination is not a valid model."""
+    architecture = architecture or draw.choice([*KINDS])
+    attention, model, plans = KINDS[architecture]
+    latent = architecture.startswith("Deepseek")
+    usual, exchanged = (LATENT, LATENTS) if latent else (GROUPED, ATTENTION)
+    attention = {**usual, **attention}
     model = {"plan": PLANS[draw.choice(plans)], "mlp": Gated(hidden=24), **model}
     if draw.random() < 0.5:
         attention["position"] = draw.choice(ROPES[:12])
-    for _ in range(draw.randint(0, 3)):
-        fields, table = draw.choice([(attention, ATTENTION), (model, MODEL)])
+    for _ in range(draw.randint(0, most)):
+        fields, table = draw.choice([(attention, exchanged), (model, MODEL)])
         key = draw.choice([*table])
         fields[key] = draw.choice(table[key])
-    if attention["heads"] % attention["kv_heads"]:
+    if not latent and attention["heads"] % attention["kv_heads"]:
         attention["kv_heads"] = 1
+    scaling = model.pop("scaling", None)
     try:
-        return Decoder(vocab_size=VOCAB, **{"d_model": 24, **model}, attention=Grouped(**attention))
+        shared = Latent(**attention) if latent else Grouped(**attention)
+        made = Decoder(vocab_size=VOCAB, **{"d_model": 24, **model}, attention=shared)
+        if scaling:
+            base = {name: WIDTHS[name] for name in [*sizes(made.params()), "layer"]}
+            made = replace(made, scaling=replace(scaling, base=base))
+        return made
     except BadInput:
         return None
 
@@ -187,8 +282,10 @@ def check(count: int, seed: int, tmp_path: Path, record_property: Any) -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     draw, counts, wrong, seen = random.Random(seed), Counter(), [], set()
+    first = [*KINDS]
     while len(seen) < count:
-        model = drawn(draw)
+        # At first one model of each architecture as it is.
+        model = drawn(draw, first.pop(), 0) if first else drawn(draw)
         if model is None or model in seen:
             continue
         seen.add(model)

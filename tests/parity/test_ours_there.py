@@ -63,6 +63,7 @@ GROUPED = Experts(
     top_groups=2,
     choice_bias=True,
 )
+SOFTMAX = {"router": "softmax", "normalise": False, "choice_bias": False, "group_best": 1}
 MODELS = {
     "llama": ("plain", {"scale": 0.3, "position": FAST}, SCALED),
     "llama-untied": ("plain", {"position": FAST}, {**SCALED, "readout": "linear"}),
@@ -78,6 +79,11 @@ MODELS = {
         {"scaling": ROUTED, "readout": "tied", "mlp": CLAMPED},
     ),
     "deepseek": ("plain", {"scale": 0.3}, {"scaling": LATENTS, "mlp": GROUPED}),
+    "deepseek-softmax": (
+        "plain",
+        {"scale": 0.3},
+        {"scaling": LATENTS, "mlp": replace(GROUPED, **SOFTMAX)},
+    ),
     "deepseek-dense": (
         "plain",
         {"query_rank": None, "scale": 0.3, "position": FAST},

@@ -16,12 +16,15 @@ from mukv.core.errors import BadInput
 from mukv.core.mesh import MeshShape
 from mukv.core.params import named
 from mukv.runs.exchange import export_model, import_model
+from tests.pairs import params
 from tests.parity import models
 from tests.parity.models import FAMILIES, TINY, VOCAB, logits, saved, torch, transformers
 
 LENGTH, CUT = 96, 37
 """Tokens of a row; where a padded one begins or ends, and a packed one is cut."""
 IDS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH))
+FURTHER = ("deepseek-v2-lite", "gemma-4-31b", "gemma-4-26b")
+"""Models of a family that has another one in the quick tests."""
 ROUNDING = {"qwen3_next": 4e-4}
 """Tolerance of logits, where 1e-4 is too little. In Qwen3-Next, weights changed by a factor of
 1 + 6e-8 n, n drawn from a normal distribution, change transformers' own logits by up to 1.3e-4.
@@ -46,7 +49,7 @@ def rows():
     ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=params(FAMILIES, [n for n in FAMILIES if n not in FURTHER]))
 def pair(request, tmp_path_factory):
     """Return a transformers model, its saved folder, and the model that mukv loads from it."""
     name, fields = FAMILIES[request.param]

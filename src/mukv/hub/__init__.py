@@ -3,8 +3,10 @@ add a line to FAMILIES.
 """
 
 from mukv.hub.deepseek import DEEPSEEK3
+from mukv.hub.deepseek_v2 import DEEPSEEK2
 from mukv.hub.family import Family
 from mukv.hub.gemma import GEMMA2, GEMMA3
+from mukv.hub.gemma4 import GEMMA4
 from mukv.hub.gpt2 import GPT2
 from mukv.hub.gpt_oss import GPT_OSS
 from mukv.hub.llama import LLAMA
@@ -22,11 +24,13 @@ FAMILIES: dict[str, Family] = {
     "Qwen3NextForCausalLM": QWEN3_NEXT,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
+    "Gemma4ForCausalLM": GEMMA4,
     "Olmo2ForCausalLM": OLMO2,
     "Olmo3ForCausalLM": OLMO3,
     "GPT2LMHeadModel": GPT2,
     "GptOssForCausalLM": GPT_OSS,
     "DeepseekV3ForCausalLM": DEEPSEEK3,
+    "DeepseekV2ForCausalLM": DEEPSEEK2,
 }
 """Families by `architectures[0]` of a config.json. A model that several families can express is
 exported as the first of them.

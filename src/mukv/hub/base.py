@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from mukv.attention import Attention
 from mukv.core.errors import BadInput, nearest_name
 from mukv.core.params import LAYER, Param, named
 from mukv.model import Decoder
@@ -35,7 +36,9 @@ ROTATED = frozenset(
     for place in ("read.query", "write.key")
     for kind in ("", "_bias", "_norm.gain", "_norm.offset")
 )
-"""Weights whose last dimension is the rotated width of a head."""
+"""Weights of attention whose last dimensions are the rotated ones of a head, if their last axis is
+one of HEAD."""
+HEAD = ("head_dim", "query_dim", "rope_dim")
 
 
 class WeightSource(Protocol):
@@ -81,6 +84,7 @@ class Rule:
     part: index of this weight in a tensor that holds several, and their number
     rows: function of the layer's mixer that returns the rows of the tensor that hold this weight,
         in our order, and their number in the tensor; None for all rows
+    kind: class of the mixers whose weight it is, if others have one of this name; None for all
     """
 
     theirs: str
@@ -88,6 +92,7 @@ class Rule:
     axes: str
     part: tuple[int, int] = (0, 1)
     rows: Callable[[Any], TensorRows] | None = None
+    kind: type[Any] | None = None
 
     @property
     def dims(self) -> frozenset[str]:
@@ -212,32 +217,40 @@ def pieces(
 ) -> list[WeightPiece]:
     """Return a piece for every tensor of a model, in the order of our weights.
 
-    order: function from the width of a rotated head to the `order` of its pieces; None for the same
-        order
+    order: function from the number of rotated dimensions of a head to their `order`; None for the
+        same order
 
     Raises BadInput for a weight without a rule.
     """
-    by_ours = {(rule.ours, rule.dims): rule for rule in rules}
+    by_ours = {(rule.ours, rule.dims, rule.kind): rule for rule in rules}
     by_slot: dict[str, list[ResolvedLayer]] = {}
     for layer in model.layers:
         by_slot.setdefault(f"stage{layer.stage}.slot{layer.slot}.", []).append(layer)
     found = []
     for name, param in named(model.params()).items():
         inside, dims = OURS_FIRST.sub("", name), frozenset(param.dims) - {LAYER}
-        rule = by_ours.get((inside, dims))
+        layers = by_slot.get(name.removesuffix(inside), [])
+        kind = type(layers[0].attention) if layers else None
+        rule = by_ours.get((inside, dims, kind)) or by_ours.get((inside, dims, None))
         if rule is None:
             raise BadInput(
                 f"model: {name}", list(param.shape), "this weight has no name in their format"
             )
         apart = {LAYER, EXPERTS} if EXPERT in rule.theirs else {LAYER}
         single = Param({k: v for k, v in param.dims.items() if k not in apart})
-        indices = tuple(order(param.shape[-1])) if order and inside in ROTATED else None
+        indices = None
+        if order and inside in ROTATED and list(single.dims)[-1] in HEAD:
+            mixer = layers[0].attention
+            if isinstance(mixer, Attention):
+                still = param.shape[-1] - mixer.rotated_dim
+                turned = (still + place for place in order(mixer.rotated_dim))
+                indices = (*range(still), *turned)
         shared = (single, rule.merged(), indices, rule.part)
         if inside == name:
             found.append(WeightPiece(rule.theirs, name, (), *shared))
             continue
         experts = range(param.dims[EXPERTS]) if EXPERT in rule.theirs else (None,)
-        for layer in by_slot[name.removesuffix(inside)]:
+        for layer in layers:
             rows = rule.rows(layer.attention) if rule.rows else None
             for expert in experts:
                 theirs = rule.theirs.format(layer=layer.index, expert=expert)

@@ -228,7 +228,7 @@ def _opened(
     found = tuple(found)
     copied = {path.name: path for path in companions(folder)}
     tied = f"|^{re.escape(HEAD)}$" if model.readout == "tied" else ""
-    further = FAMILIES[architecture].ignored(len(model.layers))
+    further = FAMILIES[architecture].ignored(model)
     check(found, source, str(folder), f"{IGNORED}{tied}|{further}")
     for name, parts in grouped_by_weight(found).items():
         types = {source.tensors[part.theirs].dtype for part in parts}

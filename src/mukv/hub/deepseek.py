@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from mukv.attention import Attention, Latent
 from mukv.core.errors import BadInput
@@ -22,7 +22,7 @@ from mukv.hub.feedforward import WRITTEN, FeedforwardKeys, alike, chosen, requir
 from mukv.hub.llama import ENDS, LAYER
 from mukv.hub.qwen import EXPERTS
 from mukv.hub.rotation import read_rope, rope_settings, write_rope, write_scaling
-from mukv.hub.settings import ACTIVATIONS, Given
+from mukv.hub.settings import ACTIVATIONS, SMALLEST_NUMBER, Given
 from mukv.model import Decoder
 from mukv.model.block import Feedforward, Gated, PreNorm
 from mukv.model.experts import MOST_EXPERTS, Experts
@@ -103,45 +103,51 @@ DEFAULTS = {
 @dataclass(frozen=True)
 class GroupedExperts(FeedforwardKeys):
     """A gated MLP in the first `first_k_dense_replace` layers, and the same experts in the others,
-    chosen by sigmoid scores and a choice bias."""
+    chosen by sigmoid scores and a choice bias (DeepSeek-V3).
+
+    other_count: another key of the number of experts, which transformers reads first
+    """
+
+    other_count: str = "num_local_experts"
 
     def read(self, given: Given, layers: int) -> Sequence[Feedforward]:
         given.require("moe_layer_freq", 1)
-        given.require("scoring_func", "sigmoid")
-        given.require("topk_method", "noaux_tc")
         dense = min(given.whole("first_k_dense_replace", low=0), layers)
         first = [self.gated(given)] * dense if dense else []
         return first if dense == layers else [*first, *[self.experts(given)] * (layers - dense)]
 
     def experts(self, given: Given) -> Experts:
         """Read the experts."""
-        count = chosen(given, "num_local_experts" if _other(given) else "n_routed_experts")
-        number, top = count["experts"], count["top_k"]
-        groups = given.whole("n_group", high=MOST_EXPERTS)
-        if number % groups or number < 2 * groups:
-            allowed = f"a number that divides n_routed_experts ({number}) into groups of at least 2"
-            raise BadInput(f"{given.where}: n_group", groups, allowed)
-        size = number // groups
-        top_groups = given.whole("topk_group", high=groups)
-        if top > top_groups * size:
-            allowed = f"at least {-(-top // size)}: {top} experts per token in groups of {size}"
-            raise BadInput(f"{given.where}: topk_group", top_groups, allowed)
-        normalise = given.flag("norm_topk_prob")
-        if normalise and top == 1:
-            allowed = "false with num_experts_per_tok 1, whose only weight would always be one"
-            raise BadInput(f"{given.where}: norm_topk_prob", True, allowed)
+        other = self.other_count
+        count = chosen(given, other if other in given.mapping else "n_routed_experts")
         return Experts(
             **count,
+            **self.routing(given, **count),
             hidden=given.whole("moe_intermediate_size"),
             shared=given.whole("n_shared_experts", high=MOST_EXPERTS),
             activation=given.one_of(self.activation, ACTIVATIONS),
-            router="sigmoid",
-            normalise=normalise,
             scale=given.number("routed_scaling_factor"),
-            groups=groups,
-            top_groups=top_groups,
-            choice_bias=True,
         )
+
+    def routing(self, given: Given, experts: int, top_k: int) -> dict[str, Any]:
+        """Read how the router chooses `top_k` of the experts for a token."""
+        given.require("scoring_func", "sigmoid")
+        given.require("topk_method", "noaux_tc")
+        normalise = given.flag("norm_topk_prob")
+        if normalise and top_k == 1:
+            allowed = "false with num_experts_per_tok 1, whose only weight would always be one"
+            raise BadInput(f"{given.where}: norm_topk_prob", True, allowed)
+        groups = read_groups(given, experts, top_k, 2)
+        return {"router": "sigmoid", "normalise": normalise, "choice_bias": True, **groups}
+
+    def check(self, part: Experts) -> None:
+        """Raise BadInput for experts that a router of this family does not choose."""
+        require(part, router="sigmoid", choice_bias=True, **free(part))
+
+    def keys_of_routing(self, part: Experts) -> dict[str, Any]:
+        """Return the keys of the router."""
+        keys = {"n_group": part.groups, "topk_group": part.top_groups}
+        return {"norm_topk_prob": part.normalise, **keys}
 
     def write(self, parts: Sequence[Feedforward]) -> dict[str, Any]:
         dense = [part for part in parts if isinstance(part, Gated)]
@@ -151,9 +157,7 @@ class GroupedExperts(FeedforwardKeys):
         if len(dense) == len(parts):
             return keys
         part = alike(parts[len(dense) :], Experts)
-        free = {name: getattr(part, name) for name in ("scale", "groups", "top_groups")}
-        plain = {"limit": None, "up_offset": 0.0, "biases": False, "shared_gate": False}
-        require(part, router="sigmoid", choice_bias=True, **plain, **free)
+        self.check(part)
         if not part.shared:
             raise BadInput("mlp.shared", part.shared, "at least 1")
         written = WRITTEN[part.activation]
@@ -164,28 +168,45 @@ class GroupedExperts(FeedforwardKeys):
             "num_experts_per_tok": part.top_k,
             "moe_intermediate_size": part.hidden,
             "n_shared_experts": part.shared,
-            "norm_topk_prob": part.normalise,
             "routed_scaling_factor": part.scale,
-            "n_group": part.groups,
-            "topk_group": part.top_groups,
+            **self.keys_of_routing(part),
         }
 
 
-def _other(given: Given) -> bool:
-    """Whether the number of experts has its other name, which counts first in transformers."""
-    return "num_local_experts" in given.mapping
+def free(part: Experts) -> dict[str, Any]:
+    """Return the values that `require` is given for fields of the experts: those that a config.json
+    expresses are allowed as they are, the others are at their defaults."""
+    expressed = ("scale", "groups", "top_groups")
+    plain = {"limit": None, "up_offset": 0.0, "biases": False, "shared_gate": False}
+    return plain | {name: getattr(part, name) for name in expressed}
 
 
-def read_tempered(given: Given, query_dim: int) -> tuple[RoPE, float | None]:
+def read_groups(given: Given, experts: int, top_k: int, best: int) -> dict[str, int]:
+    """Read the groups of the experts, whose `best` best scores are summed to compare them."""
+    groups = given.whole("n_group", high=MOST_EXPERTS)
+    size, rest = divmod(experts, groups)
+    if rest or size < best:
+        allowed = f"a number that divides n_routed_experts ({experts}) into groups of at least"
+        raise BadInput(f"{given.where}: n_group", groups, f"{allowed} {best}")
+    top_groups = given.whole("topk_group", high=groups)
+    if top_k > top_groups * size:
+        allowed = f"at least {-(-top_k // size)}: {top_k} experts per token in groups of {size}"
+        raise BadInput(f"{given.where}: topk_group", top_groups, allowed)
+    return {"groups": groups, "top_groups": top_groups, "group_best": best}
+
+
+def read_tempered(
+    given: Given, query_dim: int, pairing: Literal["half", "interleaved"]
+) -> tuple[RoPE, float | None]:
     """Read the rotation, and the scale of the logits; None for 1 / sqrt(query_dim).
+
+    pairing: of the rotation
 
     A scaled rotation with `mscale_all_dim` multiplies all logits by (0.1 mscale_all_dim ln(factor)
     + 1)^2. With `mscale_all_dim` 1, and rotated parts that are not multiplied, as in DeepSeek-V3,
     this is YaRN's temperature "logits".
     """
-    position = read_rope(given)
-    pairing = "interleaved" if given.flag("rope_interleave") else "half"
-    position = replace(position, pairing=pairing)
+    position = replace(read_rope(given), pairing=pairing)
     settings = rope_settings(given)
     scaling = position.scaling
     if scaling is None or not settings.mapping.get("mscale_all_dim"):
@@ -198,27 +219,42 @@ def read_tempered(given: Given, query_dim: int) -> tuple[RoPE, float | None]:
     return position, query_dim**-0.5 * (0.1 * times * math.log(factor) + 1) ** 2
 
 
-def write_tempered(position: RoPE) -> dict[str, Any]:
-    """Return the keys of the rotation."""
+def times_of(attention: Latent) -> float | None:
+    """Return the `mscale_all_dim` of this attention, with which all its logits are multiplied by
+    (0.1 mscale_all_dim ln(factor) + 1)^2; None if their scale is not of this form."""
+    place = attention.position
+    scaling = place.scaling if isinstance(place, RoPE) else None
+    if not isinstance(scaling, YaRN) or scaling.factor == 1 or attention.scale is None:
+        return None
+    if scaling.temperature != "none":
+        return None
+    times = (attention.scale * attention.query_dim**0.5) ** 0.5 - 1
+    # Digits that are rounding errors of the inverse are dropped.
+    times = float(f"{times / (0.1 * math.log(scaling.factor)):.12g}")
+    return times if times > SMALLEST_NUMBER else None
+
+
+def write_tempered(attention: Latent) -> dict[str, Any]:
+    """Return the keys of the rotation and of the scale of the logits."""
+    position, times = attention.position, times_of(attention)
+    assert isinstance(position, RoPE)
     scaling = position.scaling
-    keys = {"rope_interleave": position.pairing == "interleaved"}
-    if not (isinstance(scaling, YaRN) and scaling.temperature == "logits"):
-        return keys | write_rope(position)
-    written = write_rope(replace(position, scaling=replace(scaling, temperature="none")))
-    written["rope_scaling"].pop("attention_factor")
-    return keys | written | {"rope_scaling": {**written["rope_scaling"], **MSCALE}}
-
-
-MSCALE = {"mscale": 1.0, "mscale_all_dim": 1.0}
-"""Keys of YaRN's temperature "logits"."""
+    if isinstance(scaling, YaRN) and scaling.temperature == "logits":
+        position, times = replace(position, scaling=replace(scaling, temperature="none")), 1.0
+    keys = write_rope(position)
+    if times is None:
+        return keys
+    keys["rope_scaling"].pop("attention_factor")
+    tempered = {"mscale": times, "mscale_all_dim": times}
+    return keys | {"rope_scaling": {**keys["rope_scaling"], **tempered}}
 
 
 @dataclass(frozen=True)
 class LatentFamily(Family):
     """A family whose layers have latent attention."""
 
-    def ignored(self, layers: int) -> str:
-        further = "|".join(str(layers + number) for number in range(MOST_FURTHER))
+    def ignored(self, model: Decoder) -> str:
+        further = "|".join(str(len(model.layers) + number) for number in range(MOST_FURTHER))
         return rf"^model\.layers\.({further})\."
 
     def read_attention(self, given: Given, width: int) -> Attention:
@@ -235,7 +271,10 @@ class LatentFamily(Family):
             allowed = f"qk_rope_head_dim ({rotated}), or left out"
             raise BadInput(f"{given.where}: head_dim", given.mapping["head_dim"], allowed)
         still = given.whole("qk_nope_head_dim", high=MOST_HEADS)
-        position, scale = read_tempered(given, still + rotated)
+        pairing = self.pairing
+        if self.pairing_key:
+            pairing = "interleaved" if given.flag(self.pairing_key) else "half"
+        position, scale = read_tempered(given, still + rotated, pairing)
         return Latent(
             position=position,
             heads=heads,
@@ -247,6 +286,10 @@ class LatentFamily(Family):
             query_rank=given.whole("q_lora_rank", high=MOST_HEADS, null=True),
             norm=LATENT_NORM,
         )
+
+    def written_scale(self, attention: Attention) -> float | None:
+        tempered = isinstance(attention, Latent) and times_of(attention)
+        return attention.scale if tempered else None
 
     def misfits(self, model: Decoder) -> Iterator[BadInput]:
         first = model.layers[0].attention
@@ -278,6 +321,8 @@ class LatentFamily(Family):
             "norm.centred": (model.norm.centred, False),
             "norm.stored": (model.norm.stored, self.norm),
             "positions": (model.positions, None),
+            "layer_inputs": (model.layer_inputs, None),
+            "residual.layer_scale": (model.residual.layer_scale, False),
             "residual.kind": (model.residual.kind, PreNorm().kind),
             "embedding_scale": (model.embedding_scale, None),
             "logit_softcap": (model.logit_softcap, None),
@@ -290,6 +335,9 @@ class LatentFamily(Family):
         attention = model.layers[0].attention
         assert isinstance(attention, Latent)
         assert isinstance(attention.position, RoPE)
+        pairing = {}
+        if self.pairing_key:
+            pairing[self.pairing_key] = attention.position.pairing == "interleaved"
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -309,7 +357,8 @@ class LatentFamily(Family):
             "tie_word_embeddings": model.readout == "tied",
             "num_nextn_predict_layers": 0,
             **self.feedforward.write([layer.mlp for layer in model.layers]),
-            **write_tempered(attention.position),
+            **pairing,
+            **write_tempered(attention),
         }
 
 
@@ -320,5 +369,5 @@ DEEPSEEK3 = LatentFamily(
     DEFAULTS,
     feedforward=GroupedExperts(),
     other_types=("kimi_k2",),
-    pairing="rope_interleave",
+    pairing_key="rope_interleave",
 )

@@ -88,7 +88,9 @@ class Family:
     local: function that reads the rotation of layers with a window; None if it is the same
     write_ropes: function that writes both rotations; None if there is only one
     prefix: beginning of the names of tensors, which a file may leave out
-    pairing: key that says whether rotated pairs are interleaved; None if they are halves
+    pairing: rotated pairs of all models of the family
+    pairing_key: key that says whether rotated pairs are interleaved; None if all models have the
+        same
     """
 
     architecture: str
@@ -114,13 +116,11 @@ class Family:
     write_ropes: Callable[[RoPE, RoPE], dict[str, Any]] | None = None
     prefix: str = ""
     other_types: tuple[str, ...] = ()
-    pairing: str | None = None
+    pairing: Literal["half", "interleaved"] = "half"
+    pairing_key: str | None = None
 
-    def ignored(self, layers: int) -> str:
-        """Return a pattern of the names of tensors that a file may have and that are not read.
-
-        layers: number of layers of the model
-        """
+    def ignored(self, model: Decoder) -> str:
+        """Return a pattern of the names of tensors that a file may have and that are not read."""
         return "$^"
 
     def rules_for(self, tensors: Iterable[str]) -> tuple[Rule, ...]:
@@ -211,6 +211,14 @@ class Family:
 
     # Writing their configuration
 
+    def written_scale(self, attention: Attention) -> float | None:
+        """Return the scale of the logits that an exported model has in a layer with this attention:
+        its own if a config.json can express it, or that of all models of the family, for which
+        the queries are multiplied by the ratio; None for 1 / sqrt(query_dim).
+        """
+        kept = self.query_scale and whole_scalar(attention.scale)
+        return attention.scale if kept else None
+
     def misfits(self, model: Decoder) -> Iterator[BadInput]:
         """Yield an error for each property of a model that this family can't express."""
         layers = [layer for layer in model.layers if isinstance(layer.attention, Attention)]
@@ -255,6 +263,9 @@ class Family:
             "plan: position": (self._positions(layers), (True,)),
             "norm.centred": (model.norm.centred, (False,)),
             "positions": (model.positions, (None,)),
+            "layer_inputs": (model.layer_inputs, (None,)),
+            "residual.layer_scale": (model.residual.layer_scale, (False,)),
+            "attention.norm_values": (first.norm_values, (False,)),
             "norm.stored": (model.norm.stored, (self.norm,)),
             "residual.kind": (model.residual.kind, (self.residual.kind,)),
             "embedding_scale": (model.embedding_scale, (self.embedding_scale,)),

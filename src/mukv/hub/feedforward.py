@@ -174,8 +174,11 @@ def alike(parts: Sequence[Feedforward], kind: type[MLP]) -> MLP:
 
 def require(part: Experts, **wanted: Any) -> None:
     """Raise BadInput unless the fields of the experts have these values, no choice is dropped for
-    want of capacity, and those that only DeepSeek-V3 has are at their defaults if not given."""
+    want of capacity, and those that only one family has are at their defaults if not given."""
     usual = {"capacity": None, "scale": 1.0, "groups": 1, "top_groups": 1, "choice_bias": False}
+    usual["expert_scale"] = False
+    if part.groups > 1:
+        usual["group_best"] = 2
     for name, value in (usual | wanted).items():
         if getattr(part, name) != value:
             raise BadInput(f"mlp.{name}", getattr(part, name), str(value))

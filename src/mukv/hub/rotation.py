@@ -22,6 +22,8 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 ORIGINAL = "original_max_position_embeddings"
 THETA, LOCAL_THETA = "rope_theta", "rope_local_base_freq"
 PARTIAL = "partial_rotary_factor"
+PROPORTIONAL = "proportional"
+"""Type of a rotation with `partial_rotary_factor` of the pairs of a head, the fastest ones."""
 Scaled = Callable[[Given, Given], AnyScaling | None]
 
 
@@ -83,6 +85,35 @@ def read_global_rope(given: Given) -> RoPE:
     settings = both.inside(GLOBAL)
     where = over.where if over.mapping else settings.where
     return read_rotation(Given({**settings.mapping, **over.mapping}, where), given, THETA)
+
+
+def read_proportional_rope(settings: Given, given: Given) -> RoPE:
+    """Read the rotation of one type of layers, in a family that may rotate a fraction of the pairs
+    of each head (p-RoPE), with the frequencies of the whole head.
+    """
+    if settings.mapping.get("rope_type") != PROPORTIONAL:
+        return read_rotation(settings, given, THETA)
+    share, factor = settings.number(PARTIAL, 1.0), settings.number("factor", 1.0)
+    if share > 1:
+        raise BadInput(f"{settings.where}: {PARTIAL}", share, "at most 1")
+    scaling = None if factor == 1 else LinearScaling(factor=_factor(settings))
+    return RoPE(base=settings.number(THETA, 1e4, low=1.0), scaling=scaling, p=share)
+
+
+def write_proportional_rope(position: RoPE) -> dict[str, Any]:
+    """Return the keys of such a rotation. Raises BadInput for one that they can't express."""
+    if position.partial != 1:
+        raise BadInput("attention.position.partial", position.partial, "1")
+    base = {THETA: position.base}
+    if position.p == 1:
+        return base | (write_scaling(position.scaling) or {"rope_type": "default"})
+    keys = base | {"rope_type": PROPORTIONAL, PARTIAL: position.p}
+    if position.scaling is None:
+        return keys
+    if not isinstance(position.scaling, LinearScaling):
+        kind = position.scaling.kind
+        raise BadInput("attention.position.scaling", kind, "linear or null where p is not 1")
+    return keys | {"factor": position.scaling.factor}
 
 
 def read_rotation(settings: Given, given: Given, theta: str) -> RoPE:

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import jax.numpy as jnp
 
 from mukv.attention import Attention, GatedDelta, Latent
 from mukv.core.errors import BadInput
 from mukv.core.params import named
-from mukv.hub.family import Family, whole_scalar
+from mukv.hub.family import Family
 from mukv.hub.settings import same_number
 from mukv.model import Decoder
 from mukv.scaling.parameterization import Scaling
 from mukv.schema.numbers import leaves
 from mukv.schema.schema import to_mapping
-
-T = TypeVar("T")
 
 
 def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dict[str, Any]]:
@@ -38,32 +36,35 @@ def standard(model: Decoder, weights: Any, family: Family) -> tuple[Decoder, dic
     if model.readout == "tied":
         final *= model.scaling.tied_factor(model.params()["embedding"])
     _multiply(flat, final, ["final_norm.gain", "final_norm.offset", "final_norm.bias"])
-    attention = next(each.softmax for each in model.layers if isinstance(each.attention, Attention))
-    if family.query_scale and whole_scalar(attention.scale):
-        layers = attention.scale
-    else:
-        usual = attention.query_dim**-0.5
-        layers, ratio = None, (attention.scale or usual) / usual
-        ends = ("read.query_norm.gain", "read.query_norm.offset")
-        if not any(name.endswith(ends) for name in flat):
-            ends = ("read.query", "read.query_bias")
-        _multiply(flat, ratio, [name for name in flat if name.endswith(ends)])
+    resolved = {(layer.stage, layer.slot): layer.attention for layer in model.layers}
+    for (stage, slot), attention in resolved.items():
+        if isinstance(attention, Attention):
+            _fold_scale(flat, f"stage{stage}.slot{slot}.", attention, family)
+            scale = family.written_scale(attention)
+            resolved[stage, slot] = replace(attention, scale=scale)
     stages = tuple(
         replace(
             stage,
             pattern=tuple(
-                replace(layer, attention=_scaled(layer.attention, layers))
-                for layer in stage.pattern
+                replace(layer, attention=resolved[number, slot])
+                for slot, layer in enumerate(stage.pattern)
             ),
         )
-        for stage in model.plan
+        for number, stage in enumerate(model.plan)
     )
-    return replace(plain, attention=_scaled(model.attention, layers), plan=stages), flat
+    return replace(plain, plan=stages), flat
 
 
-def _scaled(attention: T, scale: float | None) -> T:
-    """Return attention with this scale; what has no softmax is unchanged."""
-    return replace(attention, scale=scale) if isinstance(attention, Attention) else attention
+def _fold_scale(flat: dict[str, Any], place: str, attention: Attention, family: Family) -> None:
+    """Multiply the queries of the layers at a place of the plan by the ratio of the scale of their
+    logits to that of the exported model.
+    """
+    usual = attention.query_dim**-0.5
+    ratio = (attention.scale or usual) / (family.written_scale(attention) or usual)
+    ends = ("read.query_norm.gain", "read.query_norm.offset")
+    if not any(place + end in flat for end in ends):
+        ends = ("read.query", "read.query_bias")
+    _multiply(flat, ratio, [place + end for end in ends])
 
 
 def _multiply(flat: dict[str, Any], factor: float, names: Iterable[str]) -> None:
@@ -103,6 +104,7 @@ def _meaning(model: Decoder) -> dict[str, Any]:
         for name in ("vocab_size", "d_model", "norm", "residual", "embedding_scale", "readout")
     }
     meaning |= {"logit_softcap": model.logit_softcap, "positions": model.positions}
+    meaning["layer_inputs"] = model.layer_inputs and to_mapping(model.layer_inputs)
     for layer in model.layers:
         attention = to_mapping(layer.attention)
         if isinstance(layer.attention, Attention):
@@ -116,8 +118,12 @@ def _meaning(model: Decoder) -> dict[str, Any]:
             attention["key_heads"] = layer.attention.query_heads
             attention["head_value_dim"] = layer.attention.value_dim
         mlp = to_mapping(layer.mlp)
-        for name in ("balance", "z_loss"):  # of the training objective
-            mlp.pop(name, None)
-        fields = {"attention": attention, "mlp": mlp, "window": layer.window}
-        meaning[f"layer {layer.index}"] = fields
+        for part in (mlp, mlp.get("experts")):
+            if isinstance(part, dict):
+                for name in ("balance", "z_loss"):  # of the training objective
+                    part.pop(name, None)
+                if part.get("groups") == 1:
+                    part.pop("group_best")
+        own = {"attention": attention, "mlp": mlp, "window": layer.window, "reads": layer.source}
+        meaning[f"layer {layer.index}"] = own
     return leaves(meaning)

@@ -16,7 +16,7 @@ import numpy as np
 from mukv.core.errors import BadInput
 from mukv.core.version import VERSION
 from mukv.hub import FAMILIES, Family
-from mukv.hub.base import WeightPiece, pairs_in_halves, pieces
+from mukv.hub.base import WeightPiece, halves_in_pairs, pairs_in_halves, pieces
 from mukv.hub.checkpoint import (
     CONFIG,
     GENERATION,
@@ -208,8 +208,10 @@ def _specs(
     """Return the tensors to write, by their names in the architecture, in the order of the layers.
     A tensor is converted only when its file is written."""
     positions = [getattr(layer.attention, "position", None) for layer in model.layers]
-    interleaved = any(isinstance(p, RoPE) and p.pairing == "interleaved" for p in positions)
-    order = pairs_in_halves if interleaved and family.pairing is None else None
+    pairings = {place.pairing for place in positions if isinstance(place, RoPE)}
+    order = None
+    if family.pairing_key is None and pairings - {family.pairing}:
+        order = pairs_in_halves if family.pairing == "half" else halves_in_pairs
     groups: dict[str, list[WeightPiece]] = {}
     for piece in pieces(family.rules, model, order):
         groups.setdefault(piece.theirs, []).append(piece)
