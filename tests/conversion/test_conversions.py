@@ -313,6 +313,7 @@ def test_heads_that_have_positions_of_their_own_keep_their_order():
         (source(NoPE()), "mla:4", "layer 0: attention.position: got 'nope'; rope: gqa, mqa"),
         (source(CoPE(positions=4)), "shared_kv:9", "position: got 'cope'"),
         (matrix.build("latent", "rope", "plain"), "mla:4", "attention.kind: got 'latent'; grouped"),
+        (source(norm=matrix.RMSNorm(), norm_values=True), "mqa", "norm_values: got True; false"),
         (matrix.build("gqa", "rope", "reuse"), "mqa", "layer 1: reads: got 0; null"),
         (matrix.concept("fixed", "sum", "prefix"), "mqa", "model.kind: got 'concept'; decoder"),
     ],

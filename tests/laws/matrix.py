@@ -159,8 +159,9 @@ DRESSES: dict[str, dict[str, Any]] = {
         "embedding_scale": "root_width",
         "logit_softcap": 3.0,
     },
-    "mqa": {
-        "residual": PostNorm(layer_scale=True),
+    "mqa": {"residual": PostNorm()},
+    "shared-kv": {
+        "residual": SandwichNorm(layer_scale=True),
         "layer_inputs": LayerInputs(width=6, embedding_scale="root_width"),
     },
     "latent-indexed": {"layer_inputs": LayerInputs(width=3, activation="silu")},

@@ -30,7 +30,7 @@ MODELS = {
     "tensor_product": matrix.build("tensor-product", "rope", "plain"),
     "concept": matrix.concept("fixed", "attention", "prefix"),
     "experts": matrix.build("gqa", "rope", "experts"),
-    "inputs": matrix.build("mqa", "rope", "plain"),
+    "inputs": matrix.build("shared-kv", "rope", "plain"),
     "scaled": matrix.build("gqa", "rope", "plain", scaling=SCALING),
 }
 ROWS = [(name, kind) for name in MODELS for kind in GROUPS]

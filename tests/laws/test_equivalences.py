@@ -9,8 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mukv.attention import Grouped
+from mukv.core.errors import BadInput
+from mukv.core.norm import RMSNorm
 from mukv.model import Layer, Stage
+from mukv.model.block import SandwichNorm
+from mukv.model.layer_inputs import LayerInputs
 from mukv.position import NoPE
+from mukv.scaling.parameterization import Scaling
 from tests.laws import matrix
 from tests.laws.matrix import EXACT, LENGTH
 from tests.pairs import params
@@ -151,3 +157,46 @@ def test_rematerialisation_changes_no_gradient():
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found[0], other)
     everything, stream, products, _ = taken
     assert stream < products < everything
+
+
+@pytest.mark.product
+def test_normed_shared_kv_is_grouped_attention_with_equal_projections():
+    """Where keys and values have one projection, normalised values and keys are those of
+    `shared_kv`, which stores the values alone."""
+    shared = matrix.build("shared-kv-normed", "p-rope", "plain")
+    fields = {name: getattr(shared.attention, name) for name in ("heads", "kv_heads", "head_dim")}
+    fields |= {"norm": shared.attention.norm, "norm_values": True}
+    position = shared.layers[0].softmax.position
+    grouped = replace(shared, attention=Grouped(**fields, position=position))
+    weights = matrix.weights(shared)
+    slot = weights["stage0"]["slot0"]
+    read = {name: leaf for name, leaf in slot["read"].items() if name != "key_norm"}
+    value = slot["write"]["value"]
+    write = {"key": value, "value": value, "key_norm": slot["read"]["key_norm"]}
+    stage = {"slot0": {**slot, "read": read, "write": write}}
+    assert_equal((shared, weights), (grouped, {**weights, "stage0": stage}))
+
+
+@pytest.mark.product
+def test_an_input_with_gain_zero_and_a_factor_of_one_change_nothing():
+    dressed = matrix.build("shared-kv", "rope", "plain")
+    plain = replace(dressed, layer_inputs=None, residual=SandwichNorm())
+    weights = matrix.weights(dressed)
+    slot = dict(weights["stage0"]["slot0"])
+    inputs = slot.pop("inputs")
+    scale = np.ones_like(slot.pop("layer_scale"))
+    silent = {**inputs, "post_norm": {"gain": np.zeros_like(inputs["post_norm"]["gain"])}}
+    own = {"slot0": {**slot, "inputs": silent, "layer_scale": scale}}
+    without = {name: leaf for name, leaf in weights.items() if name != "layer_inputs"}
+    assert_equal(
+        (dressed, {**weights, "stage0": own}), (plain, {**without, "stage0": {"slot0": slot}})
+    )
+    assert not np.allclose(
+        trained(dressed, weights), trained(plain, {**without, "stage0": {"slot0": slot}})
+    )
+
+
+def test_inputs_and_offsets_do_not_fit_depth_scaling():
+    offset = {"norm": RMSNorm(stored="offset"), "layer_inputs": LayerInputs()}
+    with pytest.raises(BadInput, match=r"scaling\.depth: got 0\.5; null with norm\.stored offset"):
+        matrix.build("gqa", "rope", "plain", **offset, scaling=Scaling(depth=0.5))

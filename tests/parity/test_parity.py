@@ -23,7 +23,7 @@ from tests.parity.models import FAMILIES, TINY, VOCAB, logits, saved, torch, tra
 LENGTH, CUT = 96, 37
 """Tokens of a row; where a padded one begins or ends, and a packed one is cut."""
 IDS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH))
-FURTHER = ("deepseek-v2-lite", "gemma-4-31b", "gemma-4-26b")
+FURTHER = ("moonlight", "deepseek-v2-lite", "gemma-4-31b", "gemma-4-26b")
 """Models of a family that has another one in the quick tests."""
 ROUNDING = {"qwen3_next": 4e-4}
 """Tolerance of logits, where 1e-4 is too little. In Qwen3-Next, weights changed by a factor of
@@ -125,6 +125,27 @@ def test_layers_for_further_tokens_are_left_out(pair, tmp_path):
     save_file({**tensors, **other}, tmp_path / "model.safetensors")
     with pytest.raises(BadInput, match=r"model\.layers\.3\.eh_proj"):
         mukv.load(tmp_path)
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("family", ["Gemma3", "Gemma4"])
+def test_the_text_model_inside_a_model_of_images(family, tmp_path):
+    """Published files of Gemma 3 and 4 hold a model of text and images, whose text model is read
+    and exported alone."""
+    name = next(key for key, (each, _) in FAMILIES.items() if each == family)
+    fields = {**TINY, **FAMILIES[name][1], "pad_token_id": 0}
+    images = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    images |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    images |= {"image_size": 28, "patch_size": 14} if family == "Gemma3" else {}
+    config = getattr(transformers, f"{family}Config")(text_config=fields, vision_config=images)
+    theirs = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    ours = mukv.load(saved(theirs, tmp_path / "theirs"))
+    expected = logits(theirs, IDS)
+    np.testing.assert_allclose(ours.logits(IDS), expected, atol=1e-4 * np.abs(expected).max())
+    told = export_model(ours, tmp_path / "theirs", tmp_path / "out")
+    assert told["architecture"] == f"{family}ForCausalLM"
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(logits(alone, IDS), expected)
 
 
 @pytest.mark.product

@@ -78,7 +78,7 @@ def check(model: LanguageModel, conversion: Conversion) -> Decoder:
             allowed = "head: a norm over all heads depends on their number"
             raise BadInput(f"{where}: attention.norm_over", layer.attention.norm_over, allowed)
         if layer.attention.norm_values:
-            allowed = "false: values of merged heads have another norm"
+            allowed = "false: a conversion combines values, which have another norm then"
             raise BadInput(f"{where}: attention.norm_values", True, allowed)
         if not layer.writes:
             allowed = "null: a conversion begins with layers that write their own entries"

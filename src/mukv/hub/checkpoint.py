@@ -39,6 +39,7 @@ from mukv.hub.base import (
     together,
 )
 from mukv.hub.gguf_tokenizer import tokenizer_files
+from mukv.hub.multimodal import TextTensors, text_part
 from mukv.hub.settings import LARGEST, Given, read_json
 from mukv.model import Decoder
 from mukv.storage.compact import Converter, stacked
@@ -207,10 +208,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if meta.is_meta(folder):
         return _opened(folder, *meta.open_meta(folder), {})
     path = file_inside(folder, CONFIG)
-    config = read_json(path)
+    whole = read_json(path)
+    inside = text_part(whole, path)
+    config = inside or whole
     family = _family(config, path)
     model = family.read(Given(config, str(path)))
-    source = TensorFiles(folder)
+    source: WeightSource = TensorFiles(folder)
+    source = TextTensors(source) if inside else source
     special = {key: config.get(key, family.defaults[key]) for key in SPECIAL}
     _check_ids(special, path)
     found = pieces(family.rules_for(source.tensors), model)
