@@ -123,7 +123,7 @@ class Board:
         reader = self.reader
         chosen, centres = self.model.calibrated(policy)
         if not chosen.keep.replays:
-            return reader.compressed(record, chosen, centres)
+            return reader.compressed(record, chosen, centres, batch.contexts)
         pairs = zip(batch.contexts, batch.count, strict=True)
         prompts = [row[:count].tolist() for row, count in pairs]
         functions = decode_functions(reader.model, Sampling(), reader.compute)

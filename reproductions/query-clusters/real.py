@@ -212,7 +212,11 @@ def measure(
         return
     subject = Subject(place, length, samples, folder)
     reader, read = subject.reader, subject.reader.read
-    sizes = found.setdefault("bytes read", {"full": reader.bytes_read(FULL, {})})
+
+    def bytes_read(policy: Policy, centres: Any) -> int:
+        return reader.bytes_read(jax.eval_shape(lambda: reader.cache(1, policy, centres)))
+
+    sizes = found.setdefault("bytes read", {"full": bytes_read(FULL, {})})
     for text, missing in left.items():
         if not missing:
             continue
@@ -223,7 +227,7 @@ def measure(
         for name in missing:
             policy, centres = subject.policy(name, wanted[name])
             with noting():
-                sizes.setdefault(name, reader.bytes_read(policy, centres))
+                sizes.setdefault(name, bytes_read(policy, centres))
                 kept[name] = losses(reader, tokens, *prefilled, policy, centres)
             save()
             say(f"{place.name}, {length}, {text}: {name}: {mean(more(kept, name)):+.3f}")
@@ -236,7 +240,7 @@ def losses(
 
     logits, record: of the prefilled tokens
     """
-    cache, _ = reader.compressed(record, policy, centres)
+    cache, _ = reader.compressed(record, policy, centres, tokens[:, : reader.read])
     return reader.losses(logits, cache, tokens, lambda: None).mean(axis=1).tolist()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -14,6 +15,9 @@ from mukv.compress.candidates import Candidate
 from mukv.compress.measure import jobs, measured
 from mukv.compress.reader import PolicyReader, one_row
 from mukv.compress.rows import ANSWER, CUE, rows_of
+from mukv.infer.decode import Sampling, decode_functions
+from mukv.infer.prompts import readings
+from mukv.infer.replay import read_twice
 from mukv.model import Stage
 from tests.laws import matrix
 from tests.laws.matrix import EXACT, VOCAB
@@ -97,6 +101,36 @@ def test_measured_as_decoded(reader, rows, name):
     assert 0 < text["bytes_read"] <= own.cache_bytes
 
 
+def test_a_policy_that_reads_the_text_twice(reader, rows):
+    """The losses are those behind the cache that decoding makes; a full budget changes nothing."""
+    own, whole, full = (
+        Candidate(policy, policy.budget, {}, reader.cache_bytes(policy, {}))
+        for policy in (Policy.parse("kvzip(chunk=16)", 0.5), Policy.parse("kvzip", 1.0), FULL)
+    )
+    assert own.cache_bytes is None
+    every = jobs(reader, rows, [full, own, whole], "model", aware=True)
+    done: Counter[str] = Counter()
+    told = [
+        found for _, found in measured(reader, rows, every, True, lambda kind: done.update([kind]))
+    ]
+    of_full, of_own, of_whole = told[:3]
+    np.testing.assert_allclose(of_whole["losses"], of_full["losses"], atol=1e-4)
+    model, tokens = reader.model, rows.text[:, : rows.read]
+    functions = decode_functions(model, Sampling(), EXACT)
+    reads = readings(functions.prefill, functions.extend, tokens.tolist(), None, None)
+    after = (reader.blocks - 1) * reader.tail
+    room = len(tokens), rows.read + after, reader.tail
+    given = own.policy, room, after, EXACT, jax.random.key(0)
+    _, cache, _ = read_twice(model, reader.weights, tokens.tolist(), reads, *given)
+    logits, _, _ = reader.record(tokens)
+    expected = reader.losses(logits, cache, rows.text, lambda: None)
+    np.testing.assert_allclose(of_own["losses"], expected, atol=1e-4)
+    assert of_own["bytes_read"] <= of_own["cache_bytes"] < of_full["cache_bytes"]
+    assert len(told[3:]) == 3
+    assert all(np.shape(found["known"]) == np.shape(found["hits"]) for found in told[3:])
+    assert done["replay"] == 2 * (2 + 1 + 1)  # text twice, strings, strings with the cues
+
+
 @pytest.mark.product
 def test_known_questions_end_the_prefilled_text(reader, rows):
     own = candidate(reader, "snapkv")
@@ -130,7 +164,7 @@ def test_a_concept_model(name):
     reader = reader_of(model, rows)
     policy = FULL if name == "full" else Policy.parse(name, 0.9)
     logits, record, _ = reader.record(rows.text[:, : rows.read])
-    cache, _ = reader.compressed(record, policy, {})
+    cache, _ = reader.compressed(record, policy, {}, rows.text[:, : rows.read])
     found = reader.losses(logits, cache, rows.text, lambda: None)
     expected = decoded(reader, policy, rows.text)
     expected = losses_of(expected[:, :-1], rows.text[:, rows.read :])

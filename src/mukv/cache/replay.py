@@ -26,7 +26,10 @@ from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int
 
-TWICE = "`mukv generate` and `mukv bench`, which read a prompt twice, for a model of one stack"
+TWICE = (
+    "`mukv generate`, `mukv bench` and `mukv compress`, which read a prompt twice, for a model of "
+    "one stack"
+)
 """Commands that make scores from a second reading."""
 LEAST = 1e-6
 """Least norm of an input that weights are divided by."""

@@ -22,13 +22,13 @@ class Candidate:
 
     budget: share of the entries or number of entries, as given or as computed from bytes
     centres: its calibrated centres
-    cache_bytes: of one row
+    cache_bytes: of one row; None if they depend on the scores of a text
     """
 
     policy: Policy
     budget: float
     centres: Calibrated
-    cache_bytes: int
+    cache_bytes: int | None
 
     def __str__(self) -> str:
         return f"{self.policy.name} {self.budget:g}"
@@ -69,7 +69,7 @@ def candidates(
             policy = Policy.parse(name, budget, "--policy")
             made.append(_candidate(model, reader, policy, budget if takes else policy.budget))
         for share in shares if solvable else ():
-            made.append(_fitted(model, reader, name, share, made[0].cache_bytes))
+            made.append(_fitted(model, reader, name, share))
     unique: dict[tuple[Policy, float], Candidate] = {}
     for each in made:
         unique.setdefault((each.policy, each.budget), each)
@@ -81,10 +81,13 @@ def _candidate(model: Model, reader: PolicyReader, policy: Policy, budget: float
     return Candidate(chosen, budget, centres, reader.cache_bytes(chosen, centres))
 
 
-def _fitted(model: Model, reader: PolicyReader, name: str, share: float, full: int) -> Candidate:
-    """Return the policy with the largest budget whose cache takes at most a share of `full`."""
+def _fitted(model: Model, reader: PolicyReader, name: str, share: float) -> Candidate:
+    """Return the policy with the largest budget whose cache takes at most a share of the bytes of
+    the full cache."""
     best, low, high = None, 1, FINEST
-    least: Candidate | None = None
+    least: int | None = None
+    full = reader.cache_bytes(FULL, {})
+    assert full is not None
     while low <= high:
         middle = (low + high) // 2
         try:
@@ -95,11 +98,13 @@ def _fitted(model: Model, reader: PolicyReader, name: str, share: float, full: i
                 raise
             low = middle + 1  # too few entries for the policy
             continue
+        if found.cache_bytes is None:
+            raise BadInput("--bytes", share, f"not with {name}, whose bytes depend on the text")
         if found.cache_bytes <= share * full:
             best, low = found, middle + 1
         else:
-            least, high = found, middle - 1
+            least, high = found.cache_bytes, middle - 1
     if best is None:
-        taken = "" if least is None else f": at least {least.cache_bytes / full:.3f} of it"
+        taken = "" if least is None else f": at least {least / full:.3f} of it"
         raise BadInput("--bytes", share, f"more, for {name} at this length{taken}")
     return best

@@ -19,6 +19,8 @@ COMPILE_SECONDS = 3.0
 """Compilation for one policy on an idle core: the decoding loop of a model of 30 layers."""
 CHOICE = 1 / 16
 """Time of a policy's choice as a share of that of the prefill."""
+REPLAY = 2.5
+"""Time of reading a prompt again, behind its own cache, as a multiple of that of the prefill."""
 BYTES_PER_SECOND, FLOPS_PER_SECOND = 8e9, 1e11
 """Speed of an idle machine: at which a decoding step reads weights, and of products."""
 CALIBRATION = 512, 1024
@@ -45,6 +47,7 @@ class Work:
             "prefill": batch * prefill,
             "text": batch * text / reader.blocks,
             "strings": batch * strings / (chunks + groups),
+            "replay": batch * REPLAY * prefill,
             "policy": busy * (COMPILE_SECONDS + 2 * (ROUNDS + 1) * STEPS * step),
         }
         """Estimated seconds of each part, by its name in `measured`."""
@@ -53,6 +56,9 @@ class Work:
         for job in left:
             some = reader.blocks if job.kind == "text" else chunks + groups
             self.seconds += some * self.parts[job.kind] + job.first * self.parts["policy"]
+            if job.candidate.policy.keep.replays:
+                times = 1 + job.first if job.kind == "text" else 1 + groups
+                self.seconds += times * self.parts["replay"]
         self.spent = 0.0
 
     def done(self, kind: str) -> int:

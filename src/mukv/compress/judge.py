@@ -34,7 +34,8 @@ class Result:
         compression; None without strings
     recall_aware: the same with the cues of up to eight strings also at the end of the prefilled
         text, so that the policy sees the questions; None if not measured
-    cache_bytes: of one row
+    cache_bytes: of one row; where layers share a budget, of a row in a batch whose pools have room
+        for the row that keeps most
     bytes_per_token: cache_bytes divided by the length of a row
     bytes_of_full: cache_bytes divided by those of `full`
     bytes_read_per_step: bytes of the cache read in one decode step of one row
@@ -195,7 +196,7 @@ def _result(
     recall = None if hits is None else float(hits.mean())
     low, high = wilson(recall * rows.asked, rows.asked) if recall is not None else (None, None)
     full = before[0] if before else None
-    size, read = candidate.cache_bytes, int(first["bytes_read"])
+    size, read = int(first["cache_bytes"]), int(first["bytes_read"])
     return Result(
         policy=candidate.policy.name,
         budget=candidate.budget,

@@ -14,7 +14,7 @@ from mukv.compress.finished import key_of
 from mukv.compress.reader import PolicyReader, Tick, for_steps, kept_shares, one_row
 from mukv.compress.rows import CUE, TOKENS, Rows
 
-VERSION = 1
+VERSION = 2
 """Part of the key of every measurement: a change of what is measured changes it."""
 
 
@@ -75,7 +75,7 @@ def measured(
     """Do the jobs and yield their measurements, as objects that JSON can hold.
 
     left: jobs of one batch are neighbours. tick: called with the kind of each finished part:
-        "prefill", "text" or "strings" (several times per job), "policy".
+        "prefill", "text" or "strings" (several times per job), "policy", "replay".
     """
     place = 0
     while place < len(left):
@@ -99,25 +99,27 @@ def _text(
     tick("prefill")
     full: Any = None
     for job in jobs:
-        policy, centres = job.candidate.policy, job.candidate.centres
-        cache, choice = reader.compressed(record, policy, centres)
+        policy, centres, read = job.candidate.policy, job.candidate.centres, tokens[:, : rows.read]
+        cache, choice = _chosen(reader, record, job, read, tick)
         if job.first:  # the first time compiles, the second one is measured
-            cache, choice = reader.compressed(record, policy, centres)
+            cache, choice = _chosen(reader, record, job, read, tick)
         kept = {"kept": kept_shares(cache).tolist()} if policy.keep.by_threshold else {}
         losses = reader.losses(logits, cache, tokens, _ticker(tick, "text"))
         measured: dict[str, Any] = {"losses": np.round(losses.astype(float), 6).tolist(), **kept}
         if job.first:
             if full is None:
-                full, _ = reader.compressed(one_row(record), FULL, {})
+                full, _ = reader.compressed(one_row(record), FULL, {}, read[:1])
                 full = for_steps(full)
             own = for_steps(one_row(cache)) if policy != FULL else full
             speed = reader.speeds(own, policy, full, tokens[:1, rows.read :])
+            stored = reader.stored(cache, policy, centres)
             measured |= {
                 "prefill_seconds": prefill + choice,
                 "step_seconds": speed.seconds,
                 "decoding_x_full": speed.full,
                 "capped": speed.capped,
-                "bytes_read": reader.bytes_read(policy, centres),
+                "bytes_read": reader.bytes_read(stored),
+                "cache_bytes": stored.nbytes(),
             }
             tick("policy")
         yield job, measured
@@ -133,27 +135,38 @@ def _strings(
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     tokens, strings = rows.planted[batch], rows.strings[batch]
     before: Any = None
+    last = CUE * rows.together
     if aware:
         # What comes before the cues is read once, with or without cues after it.
-        last = CUE * rows.together
         _, before, _ = reader.record(tokens[:, :-last])
         record = reader.extended(before, tokens[:, -last:])
     else:
         _, record, _ = reader.record(tokens)
     tick("prefill")
     for job in jobs:
-        policy, centres = job.candidate.policy, job.candidate.centres
-        cache, _ = reader.compressed(record, policy, centres)
+        cache, _ = _chosen(reader, record, job, tokens, tick)
         hits = reader.recalled(cache, strings, _ticker(tick, "strings"))
         measured: dict[str, Any] = {"hits": hits.astype(int).tolist()}
         if aware:
             known = np.zeros(hits.shape, int)
             for start, cues in rows.reminders(batch):
-                cache, _ = reader.compressed(reader.extended(before, cues), policy, centres)
+                whole = np.concatenate([tokens[:, :-last], cues], axis=1)
+                cache, _ = _chosen(reader, reader.extended(before, cues), job, whole, tick)
                 some = slice(start, start + rows.together)
                 known[:, some] = reader.recalled(cache, strings[:, some], _ticker(tick, "strings"))
             measured["known"] = known.tolist()
         yield job, measured
+
+
+def _chosen(
+    reader: PolicyReader, record: Any, job: Job, tokens: np.ndarray, tick: Callable[[str], None]
+) -> tuple[Any, float]:
+    """Return the cache of a job's candidate, and the seconds of one row."""
+    policy, centres = job.candidate.policy, job.candidate.centres
+    found = reader.compressed(record, policy, centres, tokens)
+    if policy.keep.replays:
+        tick("replay")
+    return found
 
 
 def _ticker(tick: Callable[[str], None], kind: str) -> Tick:

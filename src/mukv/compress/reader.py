@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mukv.cache import RECORD, Cache, Calibrated, Policy, Slot
+from mukv.cache import FULL, RECORD, Cache, Calibrated, Policy, Slot
 from mukv.cache.kept import Kept
 from mukv.cache.reads import bytes_read
 from mukv.cache.values import CAPPED, TopP
@@ -30,6 +30,7 @@ from mukv.compress.rows import ANSWER, CUE
 from mukv.core.compute import Compute
 from mukv.core.tap import capture
 from mukv.core.typing import Array
+from mukv.infer.replay import kept_by_replay, require_replay
 from mukv.model import Decoder
 from mukv.model.base import LanguageModel
 
@@ -96,21 +97,34 @@ class PolicyReader:
         sizes = batch, self.read + after, self.tail
         return self.model.empty_cache(*sizes, self.compute.type, policy, centres, after)
 
-    def cache_bytes(self, policy: Policy, centres: Calibrated) -> int:
-        """Return the bytes of one row's cache, without allocating it. Raises BadInput if the policy
-        does not fit.
+    def cache_bytes(self, policy: Policy, centres: Calibrated) -> int | None:
+        """Return the bytes of one row's cache, without allocating it; None if they depend on the
+        scores of a text. Raises BadInput if the policy does not fit.
         """
+        if policy.keep.replays:
+            require_replay(self.model, policy, self.read)
+            if policy.keep.spread.over_layers:
+                return None
         return jax.eval_shape(lambda: self.cache(1, policy, centres)).nbytes()
 
-    def bytes_read(self, policy: Policy, centres: Calibrated) -> int:
-        """Return the bytes of the cache read in one decode step of one row."""
+    def stored(self, cache: Any, policy: Policy, centres: Calibrated) -> Any:
+        """Return the shapes and types of the cache of one row. cache: of several, under the
+        policy"""
+        if self.cache_bytes(policy, centres) is None:
+            return jax.eval_shape(lambda: one_row(cache))
+        return jax.eval_shape(lambda: self.cache(1, policy, centres))
+
+    def bytes_read(self, cache: Any) -> int:
+        """Return the bytes of a cache that are read in one decode step.
+
+        cache: of one row, or its shapes and types
+        """
 
         def step(cache: Any, weights: Any) -> Any:
             token = jnp.zeros(1, jnp.int32)
             logits, cache = self.model.step(weights, cache, token, compute=self.compute)
             return logits, cache.split()[1]
 
-        cache = jax.eval_shape(lambda: self.cache(1, policy, centres))
         return bytes_read(step, cache, self.weights)
 
     # Programs
@@ -189,9 +203,23 @@ class PolicyReader:
         count = jnp.full(len(tokens), tokens.shape[1])
         return self._extend(self.weights, record, jnp.asarray(tokens), count)[1]
 
-    def compressed(self, record: Any, policy: Policy, centres: Calibrated) -> tuple[Any, float]:
-        """Return the cache under a policy, and the seconds of one row."""
+    def compressed(
+        self, record: Any, policy: Policy, centres: Calibrated, tokens: np.ndarray
+    ) -> tuple[Any, float]:
+        """Return the cache under a policy, and the seconds of one row.
+
+        tokens: that the record is of, [row token]; some policies read them again
+        """
         batch = len(record.length)
+        if policy.keep.replays:
+            whole, seconds = self.compressed(record, FULL, {}, tokens)
+            after = (self.blocks - 1) * self.tail
+            room, prompts = (batch, self.read + after, self.tail), tokens.tolist()
+            start = time.perf_counter()
+            again = self.model, self.weights, whole, prompts, policy, room, after, self.compute
+            cache, compiling = kept_by_replay(*again)
+            spent = time.perf_counter() - start - compiling
+            return jax.block_until_ready(cache), seconds + spent / batch
         empty = jax.block_until_ready(self.cache(batch, policy, centres))
         start = time.perf_counter()
         cache = jax.block_until_ready(self._compress(self.weights, record, empty))

@@ -91,11 +91,7 @@ def read_twice(
     Raises BadInput for a model of several stacks, and for prompts that leave no room in the model's
     context for a repetition.
     """
-    keep = policy.keep
-    assert isinstance(keep, KVzip)
-    if not isinstance(model, Decoder):
-        raise BadInput("policy", policy.name, TWICE)
-    check_policy(model.stack, policy)
+    require_replay(model, policy, max(map(len, prompts)))
     whole = model.empty_cache(*room, compute.type)
     began, compiling = time.perf_counter(), 0.0
     token = jnp.zeros(len(prompts), jnp.int32)
@@ -106,12 +102,54 @@ def read_twice(
             compiling += time.perf_counter() - start
             last, whole = program(weights, *each.inputs(whole, key))
             token = each.token(last, token)
-
-    layers, seconds = replayed(model, weights, whole, prompts, keep, compute)
-    compiling += seconds
-    cache = _kept(model, weights, whole, layers, policy, room, after, compute)
+    cache, replaying = kept_by_replay(model, weights, whole, prompts, policy, room, after, compute)
     jax.block_until_ready(cache)
+    compiling += replaying
     return token, cache, Spent(compiling, time.perf_counter() - began - compiling)
+
+
+def require_replay(model: LanguageModel, policy: Policy, longest: int) -> None:
+    """Raise BadInput for a model that can't read a prompt twice, and for a prompt of `longest`
+    tokens that leaves no room in the model's context for a repetition."""
+    assert isinstance(policy.keep, KVzip)
+    if not isinstance(model, Decoder):
+        raise BadInput("policy", policy.name, TWICE)
+    check_policy(model.stack, policy)
+    _require_context(model, policy.keep, longest)
+
+
+def _require_context(model: Decoder, keep: KVzip, longest: int) -> int:
+    """Return the number of tokens that are repeated at once of a prompt of `longest` tokens. Raises
+    BadInput if the model's context has no room for them."""
+    chunk = min(keep.chunk, round_up(longest, PROMPT_MULTIPLE))
+    width = max(tokens.shape[1] for tokens, _ in _pieces([range(longest)], chunk, keep.asks))
+    if model.context is not None and longest + width > model.context:
+        allowed = f"the model's context is {model.context} tokens, of which the prompt takes "
+        allowed += f"{longest} and its repetition {width}; kvzip(chunk=N) repeats fewer at once"
+        raise BadInput("policy", "kvzip", allowed)
+    return chunk
+
+
+def kept_by_replay(
+    model: LanguageModel,
+    weights: Any,
+    whole: Any,
+    prompts: Sequence[Sequence[int]],
+    policy: Policy,
+    room: tuple[int, int, int],
+    after: int,
+    compute: Compute,
+) -> tuple[Any, float]:
+    """Read prompts again; return a cache of the entries that the policy keeps of them, and the
+    seconds of compiling.
+
+    whole: full cache of the prompts, of the size `room`; it is donated. Other arguments as in
+    `read_twice`. Call `require_replay` first.
+    """
+    assert isinstance(policy.keep, KVzip)
+    assert isinstance(model, Decoder)
+    layers, compiling = replayed(model, weights, whole, prompts, policy.keep, compute)
+    return _kept(model, weights, whole, layers, policy, room, after, compute), compiling
 
 
 def replayed(
@@ -129,14 +167,8 @@ def replayed(
 
     Raises BadInput for prompts that leave no room in the model's context for a repetition.
     """
-    longest, compiling = max(map(len, prompts)), 0.0
-    chunk = min(keep.chunk, round_up(longest, PROMPT_MULTIPLE))
+    chunk, compiling = _require_context(model, keep, max(map(len, prompts))), 0.0
     pieces = _pieces(prompts, chunk, keep.asks)
-    width = max(tokens.shape[1] for tokens, _ in pieces)
-    if model.context is not None and longest + width > model.context:
-        allowed = f"the model's context is {model.context} tokens, of which the prompt takes "
-        allowed += f"{longest} and its repetition {width}; kvzip(chunk=N) repeats fewer at once"
-        raise BadInput("policy", "kvzip", allowed)
     replay, found = _replay(model, compute, chunk, keep.sinks, keep.plus), []
     for number, (tokens, count) in enumerate(pieces):
         given = whole, tokens, count, np.int32(number * chunk)
