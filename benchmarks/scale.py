@@ -76,7 +76,7 @@ def best(preset: str, name: str, devices: int) -> list[str]:
         f"{sum(found.bytes(one.policy).values()) / GIBIBYTE:.1f}",
         f"{(found.flops + found.recomputed) / 1e12:,.0f}",
         *(f"{moved[axis] / GIBIBYTE:,.1f}" for axis in ("data", "tensor")),
-        *(f"{seconds:.2f}" for seconds in spent.values()),
+        *(f"{spent[key]:.2f}" for key in ("compute", "memory", "data_links", "tensor_links")),
         f"{found.utilisation(overlap=True):.0%}",
         f"{found.utilisation(overlap=False):.0%}",
         found.limit.replace("_", " "),

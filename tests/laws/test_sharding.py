@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mukv.core.compute import Compute
 from mukv.core.mesh import MeshShape, weight_shardings
 from tests.laws import matrix
 from tests.pairs import params
-from tests.training import run, trainer
+from tests.training import EXACT, batch, run, trainer
 
 RATE, STEPS = 1e-3, 3
 MESHES: dict[str, dict[str, int]] = {
@@ -70,6 +71,36 @@ def test_sharding_is_invisible(mesh, combination):
         assert np.sqrt(np.mean((np.asarray(eight) - np.asarray(one)) ** 2)) < 0.02 * RATE
 
 
+def gradient(train):
+    """Return losses and gradient of a batch with the initial weights."""
+    state = train.initial_state()
+    with jax.set_mesh(train.mesh):
+        return jax.device_get(jax.jit(train._gradient)(state.weights, train.put(batch(0)), None))
+
+
+ACCELERATED = Compute("float32", "float32", unroll=True, platform="gpu", core="fused")
+"""Off a CPU `tensor` also splits the tokens of the residual stream between blocks."""
+GRADIENTS = [
+    ({"data": 2, "tensor": 2, "context": 2}, EXACT),
+    ({"replica": 2, "tensor": 4}, ACCELERATED),
+    ({"data": 2, "tensor": 2, "context": 2}, ACCELERATED),
+]
+
+
+@pytest.mark.product
+@pytest.mark.parametrize(("mesh", "compute"), GRADIENTS)
+@pytest.mark.parametrize("combination", params(matrix.SAMPLE, [], "-".join))
+def test_gradients_are_those_of_one_device(mesh, compute, combination):
+    """Each gradient is within 1e-5 of its largest number, and the loss within 1e-6."""
+    model = build(combination)
+    (alone, expected), (losses, found) = (
+        gradient(trainer(model, compute=compute, **split)) for split in ({}, mesh)
+    )
+    np.testing.assert_allclose(losses.objective, alone.objective, rtol=1e-6)
+    for one, eight in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
+        np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5 * max(np.abs(one).max(), 1e-6))
+
+
 @pytest.mark.product
 @pytest.mark.parametrize("combination", params(matrix.SAMPLE, matrix.SAMPLE[:1], "-".join))
 def test_decoding_is_sharded_invisibly(combination):
@@ -87,11 +118,12 @@ def test_decoding_is_sharded_invisibly(combination):
         return first, second
 
     alone = decode(weights, ids)
-    mesh = MeshShape(2, 2).build()
-    with jax.set_mesh(mesh):
-        pieces = jax.device_put(weights, weight_shardings(model.params(), mesh))
-        for one, four in zip(alone, decode(pieces, ids), strict=True):
-            np.testing.assert_allclose(four, one, atol=2e-5)
+    for shape in (MeshShape(2, 2), MeshShape(context=3)):
+        mesh = shape.build()
+        with jax.set_mesh(mesh):
+            pieces = jax.device_put(weights, weight_shardings(model.params(), mesh))
+            for one, split in zip(alone, decode(pieces, ids), strict=True):
+                np.testing.assert_allclose(split, one, atol=2e-5)
 
 
 @pytest.mark.product

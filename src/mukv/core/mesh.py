@@ -31,6 +31,7 @@ ROWS = ("replica", "data")
 AXES: Mapping[str, str | tuple[str, ...]] = {
     "batch": ROWS,
     "token": "context",
+    "stream_token": ("context", "tensor"),
     "embed": STORED,
     "heads": "tensor",
     "kv_heads": "tensor",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from mukv.core.compute import Platform
 from mukv.core.low_rank import LowRank
 from mukv.core.mesh import ROWS, STORED, axes_of, size_of, specification
 from mukv.core.params import Param, map_params
@@ -49,6 +50,48 @@ def constrain(array: Array, *names: str | None) -> Array:
     # `by_data_shard` the batch is split already.
     apart = mesh.manual_axes if "batch" in dims else ("data", *mesh.manual_axes)
     return jax.lax.with_sharding_constraint(array, specification(dims, mesh, exclude=apart))
+
+
+def constrain_stream(stream: Array, platform: Platform | None) -> Array:
+    """Constrain the sharding of the residual stream between blocks, [batch token embed].
+
+    Off a CPU `tensor` splits its tokens too (sequence parallelism; Korthikanti et al. 2022,
+    2205.05198, section 4.2.2): a block gathers them, and the sum over `tensor` at its end is a
+    reduce-scatter, as many bytes as the all-reduce without. What lies between blocks takes a part
+    of the memory, and norms a part of the time.
+    """
+    return constrain(stream, "batch", _token(platform), None)
+
+
+def enter_block(normed: Array, platform: Platform | None) -> Array:
+    """Gather the tokens of the residual stream that a block reads; scatter its gradient."""
+    return _changed(normed, "token", _token(platform))
+
+
+def leave_block(branch: Array, platform: Platform | None) -> Array:
+    """Scatter the tokens of what a block adds to the residual stream; gather its gradient."""
+    return _changed(branch, _token(platform), "token")
+
+
+def _token(platform: Platform | None) -> str:
+    """Return the logical name of the tokens of the residual stream."""
+    return "token" if platform in ("cpu", None) else "stream_token"
+
+
+def _changed(x: Array, token: str, gradient_token: str) -> Array:
+    """Constrain an array [batch token embed] and its gradient, by names of their tokens."""
+    mesh = partitioned_mesh()
+    if mesh is None:
+        return x
+    batch, length, _ = x.shape
+    placed, gradient_placed = (
+        specification({"batch": batch, name: length}, mesh, exclude=mesh.manual_axes)
+        for name in (token, gradient_token)
+    )
+    if placed != gradient_placed:
+        # XLA would gather the float32 values that a norm rounds.
+        x = jax.lax.optimization_barrier(x)
+    return _gathered(x, placed, gradient_placed)
 
 
 def by_data_shard(
@@ -152,7 +195,7 @@ def gather(weights: Any, declared: Any) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(array: Array, whole: PartitionSpec, stored: PartitionSpec) -> Array:
-    """Constrain a weight to the split `whole`, and its gradient to the split `stored`."""
+    """Constrain an array to the split `whole`, and its gradient to the split `stored`."""
     return jax.lax.with_sharding_constraint(array, whole)
 
 

@@ -24,7 +24,7 @@ from mukv.core.errors import BadInput
 from mukv.core.linear import look_up, project
 from mukv.core.norm import RMSNorm
 from mukv.core.params import WIDEST, Param, initialise
-from mukv.core.partition import constrain, gather
+from mukv.core.partition import constrain, constrain_stream, gather
 from mukv.core.table import Component
 from mukv.core.tap import capturing, tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
@@ -362,17 +362,17 @@ class LanguageModel(Continued, Component):
             # the model's width to it. The root is rounded to the compute type as in Gemma.
             width = (self.scaling.base or {}).get("embed", self.d_model)
             x = x * jnp.asarray(width**0.5, x.dtype)
-        return tap("embedding", constrain(x, "batch", "token", None))
+        return tap("embedding", constrain_stream(x, compute.platform))
 
     def result(
         self, weights: Weights, x: Residual, auxiliary: Auxiliary, length: int
     ) -> ForwardResult:
-        """Make the result of a forward pass.
-
-        x: residual stream after the last layer, before the norm. length: tokens per row.
+        """Make the result of a forward pass from `x`, the residual stream before the last norm, of
+        rows of `length` tokens.
         """
         counts = {name: length * value for name, value in auxiliary.items() if name != PENALTY}
-        return ForwardResult(self.normed(weights, x), auxiliary.get(PENALTY), counts)
+        hidden = constrain(self.normed(weights, x), "batch", "token", None)
+        return ForwardResult(hidden, auxiliary.get(PENALTY), counts)
 
     def normed(self, weights: Weights, x: Residual) -> Residual:
         """Apply the norm after the last layer."""

@@ -20,7 +20,7 @@ from mukv.attention import DIRECT, AnyAttention, Attention, Bag, Carried, Mask, 
 from mukv.attention.indexer import EntryChoice
 from mukv.core.compute import RESIDUAL, Compute
 from mukv.core.norm import RMSNorm
-from mukv.core.partition import constrain, gather
+from mukv.core.partition import constrain_stream, enter_block, gather, leave_block
 from mukv.core.tap import capturing, scope, tap
 from mukv.core.typing import Array, Bool, Int, Residual
 from mukv.model.auxiliary import Auxiliary, together
@@ -211,7 +211,7 @@ class Pass:
         declared = layer_params(layer, norm, residual, self.d_model, self.inputs)
         weights = gather(self.compute.working_copy(declared, weights), declared)
         with scope(f"layer{self.first + layer.index}"):
-            normed = residual.enter(weights, "attention", norm, x)
+            normed = self.entered("attention", weights, x)
             parts, direct = inherited.bags or (), None
             if layer.writes:
                 carried = None
@@ -227,17 +227,31 @@ class Pass:
                 asked_for = normed, self.position, parts, mask, self.compute
                 mask = replace(mask, choice=attention.choose(weights["read"], *asked_for))
             read, own = self._read(attention, weights["read"], normed, parts, mask, direct)
-            read = residual.leave(weights, "attention", norm, read)
-            x = tap("attention", constrain(x + read, "batch", "token", None))
-            normed = residual.enter(weights, "mlp", norm, x)
+            read = residual.leave(weights, "attention", norm, self.left(read))
+            x = tap("attention", self.stream(x + read))
+            normed = self.entered("mlp", weights, x)
             mlp, reported = layer.mlp.branch(weights["mlp"], normed, x, self.counted)
-            mlp = residual.leave(weights, "mlp", norm, mlp)
+            mlp = residual.leave(weights, "mlp", norm, self.left(mlp))
             x = x + mlp
             if self.inputs is not None and given is not None:
                 x = x + self.inputs.apply(weights["inputs"], x, given, norm)
-            x = tap("mlp", constrain(residual.finish(weights, x), "batch", "token", None))
+            x = tap("mlp", self.stream(residual.finish(weights, x)))
         lent = PassedOn(parts if layer.lends else None, mask.choice if layer.chooses else None)
         return x, lent, memory, together(own, reported)
+
+    def entered(self, branch: str, weights: Any, x: Residual) -> Residual:
+        """Return the input of a branch, "attention" or "mlp": the residual stream after its norm,
+        with all tokens of the device. weights: of the layer."""
+        normed = self.residual.enter(weights, branch, self.norm, x)
+        return enter_block(normed, self.compute.platform)
+
+    def left(self, x: Residual) -> Residual:
+        """Split what a branch adds to the residual stream as that is split between blocks."""
+        return leave_block(x, self.compute.platform)
+
+    def stream(self, x: Residual) -> Residual:
+        """Constrain the residual stream to its split between blocks."""
+        return constrain_stream(x, self.compute.platform)
 
     def _read(
         self,

@@ -23,7 +23,7 @@ def collective_bytes(step: Step) -> dict[str, int]:
     """Return the bytes per device of a step's collectives, by mesh axis.
 
     data: gathers of weights, and sums of their gradients, over `data` and `context` together
-    tensor: sums of activations
+    tensor: sums of activations, and gathers of the residual stream
     replica: sums of the gradients that a device holds
     context: gathers of keys and values, sums of their gradients, and exchanges of queries and of
         what they read
@@ -46,7 +46,7 @@ def link_seconds(step: Step) -> dict[str, float]:
     stored, tensor = mesh.data * mesh.context, mesh.tensor
     return {
         "data_links": ring(stored, tensor, moved["data"]),
-        "tensor_links": ring(tensor, 1, moved["tensor"], times=2),
+        "tensor_links": ring(tensor, 1, moved["tensor"], times=1 if step.stream_is_split else 2),
         "replica_links": ring(mesh.replica, stored * tensor, moved["replica"], times=2),
         "context_links": ring(mesh.context, tensor, moved["context"]),
     }
@@ -102,20 +102,25 @@ def _keys(step: Step) -> Iterator[int]:
 
 
 def _sums(step: Step) -> Iterator[int]:
-    """Yield the bytes of the all-reduces over `tensor`."""
-    model = step.run.model
+    """Yield the bytes of the collectives over `tensor`.
+
+    If the residual stream is split, each branch gathers its input and scatters its output, forward
+    and backward; otherwise it has one all-reduce forward and one backward.
+    """
+    model, split_stream = step.run.model, step.stream_is_split
     if step.run.mesh.tensor == 1:
         return
     for name, param in params.named(model.params()).items():
         width = step.tokens * param.dims.get("embed", model.d_model)
         split = step.parts(param, "tensor") > 1
         if name == model.readout_name:
-            yield 4 * width * split
+            yield width * split * (2 * step.compute.type.itemsize if split_stream else 4)
         elif param.ends_branch and param.fan_in and split:
-            # One sum in the forward pass, and one in the backward pass for the branch's input.
-            # Recomputing a layer repeats the sum after attention.
-            again = step.compute.rematerialise in (True, "offload") and ".read." in name
-            times = param.dims.get(LAYER, 1) * (2 + again)
+            # Recomputing a layer repeats the sum after attention, and gathers of inputs.
+            again = step.compute.rematerialise in (True, "offload")
+            inner = again and ".read." in name
+            each = 4 + again + inner if split_stream else 2 + inner
+            times = param.dims.get(LAYER, 1) * each
             yield (
                 step.compute.type.itemsize
                 * times

@@ -132,10 +132,27 @@ class Estimate:
             compute = replace(self.compute, rematerialise=policy)
             saved = saved_bytes(self.local, self.run.train.length, compute)
             self.traced[key] = saved - (self.gathered if policy is False else 0)
-        context = self.run.mesh.context
+        mesh, context, kept = self.run.mesh, self.run.mesh.context, self.traced[key]
+        if self.stream_is_split and policy != "offload":
+            kept -= self.stream * (mesh.tensor - 1) // mesh.tensor
         # What is gathered over `context` is saved as a whole if nothing is recomputed.
         others = sum(self.keys) * (context - 1) // context if policy is False else 0
-        return -(-self.traced[key] // context) + others
+        return -(-kept // context) + others
+
+    @property
+    def stream(self) -> int:
+        """Bytes of the residual stream before each layer, of all tokens of a row."""
+        model = self.run.model
+        widths = sum(
+            len(stack.layers) * stack.d_model / rate.entry
+            for stack, rate in zip(model.stacks, model.rates, strict=True)
+        )
+        return int(self.run.train.length * widths) * self.compute.type.itemsize
+
+    @property
+    def stream_is_split(self) -> bool:
+        """Whether `tensor` splits the tokens of the residual stream between blocks."""
+        return self.device.platform != "cpu" and self.length % self.run.mesh.tensor == 0
 
     @cached_property
     def keys(self) -> list[int]:
