@@ -29,9 +29,9 @@ class MLPAndExperts(Feedforward):
     norm(experts(norm(x))). The router reads norm(x) too, with a gain of its own. There is no paper;
     the source is Gemma 4's code in transformers (`modeling_gemma4.py`, `Gemma4TextDecoderLayer`).
 
-    mlp: the MLP
-    experts: the experts
-    norm: the norms
+    mlp: gated MLP, whose input is that of the branch
+    experts: experts beside it, whose input is the normed residual stream
+    norm: norm of the experts' input and of both outputs
     router_scale: factor of what the router reads, beside the gain (Gemma 4: 1 / sqrt(d_model))
     """
 
