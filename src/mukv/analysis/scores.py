@@ -27,6 +27,7 @@ from mukv.core.typing import Array, Float
 from mukv.infer.decode import decoding_weights
 from mukv.infer.replay import asking, replayed
 from mukv.model.decoder import Decoder
+from mukv.model.policy_check import check_policy
 
 RIDGE = 1.0
 """Penalty of the squared weights of standardised features (KVzap)."""
@@ -100,7 +101,7 @@ class Rereader:
     def keep(self) -> KVzip:
         """The policy that scores. Raises BadInput for a model that it does not fit."""
         policy = asking(Policy.parse("kvzip(plus=true)+uniform"), self.encode)
-        self.model.stack.check_policy(policy)
+        check_policy(self.model.stack, policy)
         assert isinstance(policy.keep, KVzip)
         return policy.keep
 
