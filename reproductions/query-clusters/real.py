@@ -31,6 +31,7 @@ from statistics import mean
 from typing import Any
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 

@@ -57,7 +57,8 @@ class ClampedExperts(FeedforwardKeys):
     def read(self, given: Given, layers: int) -> Sequence[Feedforward]:
         given.require("swiglu_alpha", 1.702)
         part = Experts(
-            **chosen(given, "num_local_experts"),
+            # A single weight would always be one.
+            **chosen(given, "num_local_experts", least=2),
             hidden=given.whole("intermediate_size"),
             activation="quick_gelu",
             limit=given.number("swiglu_limit"),
@@ -154,10 +155,12 @@ class SparseExperts(FeedforwardKeys):
         }
 
 
-def chosen(given: Given, key: str) -> dict[str, Any]:
-    """Read the number of experts, from this key, and how many of them process a token."""
-    experts = given.whole(key, high=MOST_EXPERTS)
-    return {"experts": experts, "top_k": given.whole("num_experts_per_tok", high=experts)}
+def chosen(given: Given, key: str, least: int = 1) -> dict[str, Any]:
+    """Read the number of experts, from this key, and how many of them process a token, at least
+    `least`."""
+    experts = given.whole(key, low=least, high=MOST_EXPERTS)
+    top_k = given.whole("num_experts_per_tok", low=least, high=experts)
+    return {"experts": experts, "top_k": top_k}
 
 
 def alike(parts: Sequence[Feedforward], kind: type[MLP]) -> MLP:
