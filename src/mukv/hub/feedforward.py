@@ -56,9 +56,10 @@ class ClampedExperts(FeedforwardKeys):
 
     def read(self, given: Given, layers: int) -> Sequence[Feedforward]:
         given.require("swiglu_alpha", 1.702)
+        # transformers takes the other name as well, and before this one.
+        count = "num_experts" if "num_experts" in given.mapping else "num_local_experts"
         part = Experts(
-            # A single weight would always be one.
-            **chosen(given, "num_local_experts", least=2),
+            **chosen(given, count, least=2),  # a single weight would always be one
             hidden=given.whole("intermediate_size"),
             activation="quick_gelu",
             limit=given.number("swiglu_limit"),
