@@ -51,6 +51,7 @@ from mukv.infer.decode import Sampling, decode_functions
 from mukv.infer.prompts import PROMPT_MULTIPLE, readings, round_up
 from mukv.infer.replay import read_twice
 from mukv.model import Decoder
+from mukv.model.policy_check import check_policy
 from mukv.show.figures import labels, legend, powers, saved_figure, series_styles
 from mukv.storage.files import write_atomic
 from mukv.tasks.prompts import PROMPTED, PromptForm
@@ -236,7 +237,7 @@ def candidates(board: Board, options: argparse.Namespace) -> dict[Policy, float]
     for name in split(options.policies, ","):
         for budget in options.budgets if Policy.takes_budget(name) else (1.0,):
             policy = Policy.parse(name, budget, "--policies")
-            board.model.network.stack.check_policy(policy)
+            check_policy(board.model.network.stack, policy)
             found.setdefault(policy, budget)
     return found
 

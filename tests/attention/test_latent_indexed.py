@@ -18,6 +18,7 @@ from mukv.core.errors import BadInput
 from mukv.core.params import named
 from mukv.model import LanguageModel, Layer, Stage
 from mukv.model.loss import summed_loss
+from mukv.model.policy_check import check_policy
 from mukv.position import CoPE
 from tests.laws import matrix
 from tests.laws.matrix import EXACT, LENGTH, OTHER, PLAIN
@@ -101,7 +102,7 @@ def test_policies_under_which_layers_hold_other_entries_are_refused():
         with (
             nullcontext() if fits else pytest.raises(BadInput, match="layer 1 reads by the choice")
         ):
-            model.stack.check_policy(policy)
+            check_policy(model.stack, policy)
 
 
 def test_a_choice_within_a_window_beside_a_policy():
@@ -111,7 +112,7 @@ def test_a_choice_within_a_window_beside_a_policy():
     plain = Layer(attention=matrix.build("gqa", "rope", "plain").attention)
     model = dataclasses.replace(of(3), plan=(Stage((plain, *near)),))
     policy, ids = Policy.parse("topk", 0.5), jnp.asarray(matrix.tokens(2))
-    model.stack.check_policy(policy)
+    check_policy(model.stack, policy)
     weights = model.unstack(matrix.weights(model))
     cache = model.empty_cache(2, LENGTH, 4, EXACT.type, policy)
     _, cache = model.prefill(weights, cache, ids[:, :8], jnp.array([8, 7]), compute=EXACT)

@@ -23,6 +23,9 @@ from tests.parity import grid
 from tests.parity.models import named_weights, our_logits, published, torch, transformers
 
 IDS = np.random.default_rng(0).integers(0, 40, (1, 20))
+ROUNDING = {"Gemma4ForCausalLM": 5e-4}
+"""Tolerance of logits, relative to the largest, where 1e-4 is too little. With 30 layers of Gemma
+4, transformers' own logits in float32 differ from those in float64 by 3.1e-4."""
 SAME, REFUSED, NEITHER, OURS = "same logits", "refused by name", "refused by both", "ours alone"
 
 
@@ -91,7 +94,7 @@ def compare(architecture: str, changes: dict, folder: Path, known: dict) -> str:
     if found is None:
         return REFUSED
     error = np.abs(found - expected).max() / np.abs(expected).max()
-    assert error < 1e-4, f"{error:.1e}"
+    assert error < ROUNDING.get(architecture, 1e-4), f"{error:.1e}"
     return SAME
 
 

@@ -253,6 +253,12 @@ def weights(model: Decoder) -> Any:
     return map_params(draw, model.params())
 
 
+ROUNDING = {"Gemma4ForCausalLM": 1e-4}
+"""Tolerance of logits, relative to the largest, where 1e-5 is too little. Weights of a Gemma 4 that
+are changed by a factor of 1 + 6e-8 n, n drawn from a normal distribution, change transformers' own
+logits by 3.6e-5."""
+
+
 def exported(model: Decoder, out: Path) -> str:
     """Export a model and compare it; return the architecture, or "refused"."""
     training = Training(compute=EXACT, length=min(32, model.context or 32))
@@ -273,7 +279,7 @@ def exported(model: Decoder, out: Path) -> str:
     again = replace(again, run=replace(again.run, train=training))
     for words, found in (("theirs", logits(theirs.eval(), IDS)), ("ours", our_logits(again, IDS))):
         error = np.abs(found - expected).max() / np.abs(expected).max()
-        assert error < 1e-5, f"{words}: {error:.1e}"
+        assert error < ROUNDING.get(told["architecture"], 1e-5), f"{words}: {error:.1e}"
     return told["architecture"]
 
 
