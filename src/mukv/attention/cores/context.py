@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mukv.attention.cores.base import Core, Out, Part, Scores
-from mukv.attention.recalled import Query
+from mukv.attention.recalled import Dense, Query
 from mukv.core.mesh import size_of, specification
 from mukv.core.partition import context_size, partitioned_mesh
 from mukv.core.tap import capturing
@@ -45,8 +45,13 @@ def over_context(core: Core, query: Query, parts: Sequence[Part], scores: Scores
         return core.apply(query, parts, scores)
     exchange = _Exchange(size if length % (2 * size) == 0 else 1)
     # Rows and heads are split as well: the partitioner would gather them for `all_gather`. A bias
-    # depends on the number of a head, which only the partitioner knows.
-    whole_heads = scores.position.biases or query[0].shape[1] % size_of(mesh, "tensor")
+    # depends on the number of a head, which only the partitioner knows; other forms than `Dense` do
+    # not have their heads in the second axis.
+    whole_heads = (
+        scores.position.biases
+        or query[0].shape[1] % size_of(mesh, "tensor")
+        or not all(isinstance(part.recalled, Dense) for part in parts)
+    )
     apart = (*mesh.manual_axes, *(("tensor",) if whole_heads else ()))
 
     def placed(tree: Any, *names: str) -> Any:
