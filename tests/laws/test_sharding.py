@@ -62,11 +62,10 @@ def test_sharding_is_invisible(mesh, combination):
     model, (state, metrics) = alone(combination)
     split = trainer(model, learning_rate=RATE, **MESHES[mesh])
     sharded, seen = run(split, STEPS)
-    for step, (one, eight) in enumerate(zip(metrics, seen, strict=True)):
+    for one, eight in zip(metrics, seen, strict=True):
         np.testing.assert_allclose(eight.loss, one.loss, rtol=2e-5)
-        # Adam divides by the size of a gradient, so that the rounding of small ones grows.
-        near = 1e-4 if step else 2e-5
-        np.testing.assert_allclose(eight.gradient_norm, one.gradient_norm, rtol=near)
+        # Kerple with shared KV: up to 5e-5, on every mesh.
+        np.testing.assert_allclose(eight.gradient_norm, one.gradient_norm, rtol=1e-4)
     for one, eight in zip(
         jax.tree.leaves(state.weights), jax.tree.leaves(sharded.weights), strict=True
     ):
