@@ -90,12 +90,14 @@ class Rereader:
 
     stored: weights as they are saved, unscaled
     encode: function that encodes the instructions of `kvzip` as token ids
+    chunk: tokens that are repeated at once; None for those of `kvzip`
     """
 
     model: Decoder
     stored: Mapping[str, Any]
     encode: Callable[[str], np.ndarray]
     compute: Compute
+    chunk: int | None = None
 
     @cached_property
     def keep(self) -> KVzip:
@@ -103,7 +105,7 @@ class Rereader:
         policy = asking(Policy.parse("kvzip(plus=true)+uniform"), self.encode)
         check_policy(self.model.stack, policy)
         assert isinstance(policy.keep, KVzip)
-        return policy.keep
+        return replace(policy.keep, chunk=self.chunk or policy.keep.chunk)
 
     @cached_property
     def weights(self) -> Any:
@@ -169,9 +171,7 @@ def calibrate_scores(
     Returns the predictors, and what they were fitted with. Raises BadInput for a model that `kvzip`
     does not fit.
     """
-    reader = Rereader(model, stored, encode, settled(compute))
-    if chunk is not None:
-        reader.__dict__["keep"] = replace(reader.keep, chunk=chunk)
+    reader = Rereader(model, stored, encode, settled(compute), chunk)
     total: dict[int, _Sums] = {}
     rows = tokens = 0
     for batch in batches:

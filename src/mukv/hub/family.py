@@ -237,7 +237,7 @@ class Family:
             yield error
             if error.where == "mlp.kind":
                 return
-        for place in {layer.softmax.position for layer in layers}:
+        for place in dict.fromkeys(layer.softmax.position for layer in layers):
             if not isinstance(place, RoPE):
                 yield BadInput("attention.position.kind", place.kind, "rope")
                 return

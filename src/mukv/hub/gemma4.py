@@ -200,7 +200,7 @@ class Gemma4(Family):
         for where, (given, allowed) in wanted.items():
             if given != allowed:
                 yield BadInput(where, given, str(allowed))
-        for attention in {layer.softmax for layer in model.layers}:
+        for attention in dict.fromkeys(layer.softmax for layer in model.layers):
             yield from self._misfits_of(attention, norm)
         try:
             self._keys_of_layers(model)

@@ -16,10 +16,6 @@ NORMS = ("mlp_post", "experts", "experts_post", "router")
 """Norms of the output of the MLP, the input and the output of the experts, and the input of the
 router."""
 
-NORMS = ("mlp_post", "experts", "experts_post", "router")
-"""Norms of the output of the MLP, the input and the output of the experts, and the input of the
-router."""
-
 
 @dataclass(frozen=True)
 class MLPAndExperts(Feedforward):
