@@ -69,7 +69,9 @@ def test_sharding_is_invisible(mesh, combination):
     for one, eight in zip(
         jax.tree.leaves(state.weights), jax.tree.leaves(sharded.weights), strict=True
     ):
-        assert np.sqrt(np.mean((np.asarray(eight) - np.asarray(one)) ** 2)) < 0.02 * RATE
+        # A missing or doubled share of a gradient changes an update by about its size, RATE. Adam
+        # divides by a gradient's size, so that the rounding of small ones (kerple: 0.022) is seen.
+        assert np.sqrt(np.mean((np.asarray(eight) - np.asarray(one)) ** 2)) < 0.05 * RATE
 
 
 def gradient(train):
