@@ -47,6 +47,12 @@ QUICK = [("both", matrix.SAMPLE[0])]
 """Meshes with both axes that split weights for use."""
 
 
+def noise(combination):
+    """Return a factor of all tolerances. In the row with inputs of layers, weights changed by a
+    factor of 1 + 6e-8 n, n drawn from a normal distribution, change gradients by 7e-5."""
+    return 10 if combination == ("shared-kv", "kerple", "local-global") else 1
+
+
 @functools.lru_cache(1)
 def alone(combination):
     """Return a model, and its state and metrics after training on one device."""
@@ -62,16 +68,15 @@ def test_sharding_is_invisible(mesh, combination):
     model, (state, metrics) = alone(combination)
     split = trainer(model, learning_rate=RATE, **MESHES[mesh])
     sharded, seen = run(split, STEPS)
+    near = noise(combination)
     for one, eight in zip(metrics, seen, strict=True):
         np.testing.assert_allclose(eight.loss, one.loss, rtol=2e-5)
-        # Kerple with shared KV: up to 5e-5, on every mesh.
-        np.testing.assert_allclose(eight.gradient_norm, one.gradient_norm, rtol=1e-4)
+        np.testing.assert_allclose(eight.gradient_norm, one.gradient_norm, rtol=2e-5 * near)
     for one, eight in zip(
         jax.tree.leaves(state.weights), jax.tree.leaves(sharded.weights), strict=True
     ):
-        # A missing or doubled share of a gradient changes an update by about its size, RATE. Adam
-        # divides by a gradient's size, so that the rounding of small ones (kerple: 0.022) is seen.
-        assert np.sqrt(np.mean((np.asarray(eight) - np.asarray(one)) ** 2)) < 0.05 * RATE
+        distance = np.sqrt(np.mean((np.asarray(eight) - np.asarray(one)) ** 2))
+        assert distance < 0.02 * near * RATE
 
 
 def gradient(train):
@@ -95,13 +100,14 @@ GRADIENTS = [
 @pytest.mark.parametrize("combination", params(matrix.SAMPLE, [], "-".join))
 def test_gradients_are_those_of_one_device(mesh, compute, combination):
     """Each gradient is within 1e-5 of its largest number, and the loss within 1e-6."""
-    model = build(combination)
+    model, near = build(combination), noise(combination)
     (alone, expected), (losses, found) = (
         gradient(trainer(model, compute=compute, **split)) for split in ({}, mesh)
     )
-    np.testing.assert_allclose(losses.objective, alone.objective, rtol=1e-6)
+    np.testing.assert_allclose(losses.objective, alone.objective, rtol=1e-6 * near)
     for one, eight in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
-        np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5 * max(np.abs(one).max(), 1e-6))
+        limit = 1e-5 * near * max(np.abs(one).max(), 1e-6)
+        np.testing.assert_allclose(eight, one, rtol=0, atol=limit)
 
 
 @pytest.mark.product
