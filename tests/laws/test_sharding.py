@@ -99,14 +99,14 @@ GRADIENTS = [
 @pytest.mark.parametrize(("mesh", "compute"), GRADIENTS)
 @pytest.mark.parametrize("combination", params(matrix.SAMPLE, [], "-".join))
 def test_gradients_are_those_of_one_device(mesh, compute, combination):
-    """Each gradient is within 1e-5 of its largest number, and the loss within 1e-6."""
+    """Each gradient is within 2e-5 of its largest number, and the loss within 1e-6."""
     model, near = build(combination), noise(combination)
     (alone, expected), (losses, found) = (
         gradient(trainer(model, compute=compute, **split)) for split in ({}, mesh)
     )
     np.testing.assert_allclose(losses.objective, alone.objective, rtol=1e-6 * near)
     for one, eight in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
-        limit = 1e-5 * near * max(np.abs(one).max(), 1e-6)
+        limit = 2e-5 * near * max(np.abs(one).max(), 1e-6)
         np.testing.assert_allclose(eight, one, rtol=0, atol=limit)
 
 
