@@ -263,14 +263,16 @@ def _without_words(model: dict[str, Any], words: set[str]) -> models.Model:
 
 def _require_one_name(found: JsonTokenizer, where: str) -> None:
     """Raise BadInput if two tokens have the same id."""
-    names: dict[int, str] = {}
-    words = found.inner.get_vocab(with_added_tokens=False).items()
+    words = found.inner.get_vocab(with_added_tokens=False)
     added = [(token["content"], token["id"]) for token in found.settings.get("added_tokens") or ()]
-    pairs = {(word, token) for word, token in (*words, *added) if word}  # see `_without_words`
-    if len({token for _, token in pairs}) == len(pairs):
+    # An added token may also be in the vocabulary. See `_without_words` for the empty word.
+    more = {(word, token) for word, token in added if words.get(word) != token}
+    ids = [*words.values(), *(token for _, token in more)]
+    if len(set(ids)) == len(ids):
         return
-    for word, token in sorted(pairs):
-        if names.setdefault(token, word) != word:
+    names: dict[int, str] = {}
+    for word, token in sorted({*words.items(), *more}):
+        if word and names.setdefault(token, word) != word:
             given = f"{names[token]!r} and {word!r}, both with id {token}"
             raise BadInput(where, given, "an id of its own for each token")
 

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from mukv.attention.cores.base import Demand, KernelCore, Out, Part, Scores, operands
 from mukv.attention.cores.pairs import Division, Places, documents
@@ -43,6 +42,8 @@ class Splash(KernelCore):
         return super().supports(demand, compute)
 
     def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
+        from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
         (part,) = parts
         kind, length = query[0].dtype, query[0].shape[3]
         given = operands(query, part, self.operands)
@@ -58,7 +59,7 @@ class Splash(KernelCore):
             kernel = self._kernel(kv_heads * group, tokens, size, window, softcap)
 
             def row(q: Array, k: Array, v: Array, asking: Array, standing: Array) -> Array:
-                return kernel(q, k, v, splash.SegmentIds(asking, standing), *sink)
+                return kernel(q, k, v, SegmentIds(asking, standing), *sink)
 
             sink = [one.reshape(-1) for one in sink]
             flat = q.reshape(batch, kv_heads * group, tokens, width)
@@ -78,6 +79,9 @@ class Splash(KernelCore):
         self, heads: int, tokens: int, size: int, window: int | None, softcap: float | None
     ) -> Callable[..., Any]:
         """Build the kernels for this number of heads on a device and of tokens of a row."""
+        # Pallas takes a tenth of a second to import, which programs for a CPU need not wait for.
+        from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
         shape = (tokens, tokens)
         one = splash.CausalMask(shape)
         if window is not None:
