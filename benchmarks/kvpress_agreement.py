@@ -143,9 +143,10 @@ def replayed(model: Any, policy: Any, ids: list[int]) -> Any:
     import jax
 
     from mukv.core.compute import settled
-    from mukv.infer.decode import Sampling, decode_functions
+    from mukv.infer.functions import decode_functions
     from mukv.infer.prompts import PROMPT_MULTIPLE, readings, round_up
     from mukv.infer.replay import read_twice
+    from mukv.infer.sampling import Sampling
 
     compute, (policy, _) = settled(model.run.train.compute), model.calibrated(policy)
     functions = decode_functions(model.network, Sampling(), compute)

@@ -47,9 +47,10 @@ from mukv.compress.finished import Finished, key_of
 from mukv.compress.reader import PolicyReader, for_steps, kept_shares, one_row
 from mukv.core.compute import settled
 from mukv.core.statistics import of_mean, wilson
-from mukv.infer.decode import Sampling, decode_functions
+from mukv.infer.functions import decode_functions
 from mukv.infer.prompts import PROMPT_MULTIPLE, readings, round_up
 from mukv.infer.replay import read_twice
+from mukv.infer.sampling import Sampling
 from mukv.model import Decoder
 from mukv.model.policy_check import check_policy
 from mukv.show.figures import labels, legend, powers, saved_figure, series_styles

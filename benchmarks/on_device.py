@@ -35,7 +35,9 @@ from mukv.cache.reads import bytes_read
 from mukv.cli import launch
 from mukv.core.compute import Compute, settled
 from mukv.core.device import data_sheet
-from mukv.infer.decode import BLOCK, Sampling, decode_functions, decoding_weights
+from mukv.infer.decode import decoding_weights
+from mukv.infer.functions import BLOCK, decode_functions
+from mukv.infer.sampling import Sampling
 from mukv.runs import config
 
 Row = dict[str, Any]

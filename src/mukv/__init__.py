@@ -91,7 +91,7 @@ if TYPE_CHECKING:
     from mukv.core.params import Param as Param
     from mukv.data.mixture import MixturePart as MixturePart
     from mukv.hub.family import Family as Family
-    from mukv.infer.decode import Sampling as Sampling
+    from mukv.infer.sampling import Sampling as Sampling
     from mukv.model import Concept as Concept
     from mukv.model import Decoder as Decoder
     from mukv.model import LanguageModel as LanguageModel

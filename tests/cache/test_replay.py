@@ -15,8 +15,10 @@ from mukv.core.errors import BadInput
 from mukv.core.tap import capture
 from mukv.infer import replay
 from mukv.infer.attention import attention_weights
-from mukv.infer.decode import Sampling, decode_functions, decoding_weights, generate
+from mukv.infer.decode import decoding_weights, generate
+from mukv.infer.functions import decode_functions
 from mukv.infer.prompts import readings
+from mukv.infer.sampling import Sampling
 from tests.laws import matrix
 from tests.laws.matrix import EXACT
 from tests.laws.test_policies import model_of

@@ -11,7 +11,8 @@ from mukv.cache import Policy
 from mukv.cache.budget import CacheBudget
 from mukv.cache.when import Every, Hold
 from mukv.core.errors import BadInput
-from mukv.infer.decode import Sampling, decoding_weights, generate
+from mukv.infer.decode import decoding_weights, generate
+from mukv.infer.sampling import Sampling
 from mukv.model.counting import cache_bytes
 from tests.laws import matrix
 from tests.laws.matrix import EXACT

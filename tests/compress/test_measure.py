@@ -15,9 +15,10 @@ from mukv.compress.candidates import Candidate
 from mukv.compress.measure import jobs, measured
 from mukv.compress.reader import PolicyReader, one_row
 from mukv.compress.rows import ANSWER, CUE, rows_of
-from mukv.infer.decode import Sampling, decode_functions
+from mukv.infer.functions import decode_functions
 from mukv.infer.prompts import readings
 from mukv.infer.replay import read_twice
+from mukv.infer.sampling import Sampling
 from mukv.model import Stage
 from tests.laws import matrix
 from tests.laws.matrix import EXACT, VOCAB

@@ -9,7 +9,8 @@ from mukv.cache import Policy
 from mukv.core.errors import BadInput
 from mukv.infer import conversation as module
 from mukv.infer.conversation import Conversation
-from mukv.infer.decode import TAIL, Sampling, decoding_weights, generate
+from mukv.infer.decode import TAIL, decoding_weights, generate
+from mukv.infer.sampling import Sampling
 from tests.laws import matrix
 from tests.laws.matrix import EXACT, VOCAB
 from tests.pairs import params

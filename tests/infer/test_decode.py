@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from mukv.core.errors import BadInput
-from mukv.infer.decode import BLOCK, TAIL, Sampling, Sizes, decoding_weights, generate
+from mukv.infer.decode import TAIL, Sizes, decoding_weights, generate
+from mukv.infer.functions import BLOCK
+from mukv.infer.sampling import Sampling
 from mukv.model.counting import cache_bytes
 from tests.laws import matrix
 from tests.laws.matrix import EXACT, VOCAB

@@ -67,7 +67,7 @@ def chat(
     """
     launch.prepare()
     from mukv.cache import Policy
-    from mukv.infer.decode import Sampling
+    from mukv.infer.sampling import Sampling
     from mukv.runs import loaded, talk
     from mukv.runs.located import locate
 

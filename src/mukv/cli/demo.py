@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mukv.core.params import count
-from mukv.infer.decode import Sampling
+from mukv.infer.sampling import Sampling
 from mukv.model.block import Gated
 from mukv.runs import config, loaded
 from mukv.runs.config import Run

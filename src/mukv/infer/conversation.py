@@ -20,7 +20,9 @@ from mukv.cache import FULL, Calibrated, Policy
 from mukv.cache.replay import TWICE
 from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
-from mukv.infer.decode import TAIL, Sampling, decode_functions
+from mukv.infer.decode import TAIL
+from mukv.infer.functions import decode_functions
+from mukv.infer.sampling import Sampling
 from mukv.model.base import LanguageModel
 
 SHORTEST = 16

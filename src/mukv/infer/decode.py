@@ -11,8 +11,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,78 +19,22 @@ import numpy as np
 from jax.core import Tracer
 
 from mukv.cache import FULL, Calibrated, Policy
-from mukv.core.arguments import require_types
 from mukv.core.compact import any_compact
 from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
-from mukv.core.programs import Programs
-from mukv.core.typing import Array, Float, Int, Weights
+from mukv.core.typing import Weights
+from mukv.infer.functions import BLOCK, begin, decode_functions
 from mukv.infer.prompts import PROMPT_MULTIPLE, joined, readings, round_up
 from mukv.infer.replay import Spent, read_twice
+from mukv.infer.sampling import Sampling
 from mukv.model.base import LanguageModel
 
-BLOCK = 16
-"""Largest number of decode steps per call of the compiled loop; stop tokens are checked in
-between.
-"""
 SHOWN_EVERY = 0.1
 """Upper bound, in seconds, of a block of steps whose tokens are shown; blocks grow up to it."""
 TAIL = 64
 """Largest tail in tokens. A larger tail makes steps read more unused entries, a smaller one makes
 folds more frequent.
 """
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Parameters of drawing the next token.
-
-    temperature: divisor of the logits; 0 takes the likeliest token (greedy)
-    top_k: number of likeliest tokens to draw from; None means no limit
-    top_p: probability mass of the likeliest tokens to draw from; None means no limit
-    seed: 32-bit seed
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_types(
-            temperature=(self.temperature, float | int),
-            top_k=(self.top_k, int | None),
-            top_p=(self.top_p, float | int | None),
-            seed=(self.seed, int),
-        )
-        if not 0 <= self.temperature < math.inf:
-            raise BadInput("temperature", self.temperature, "at least 0 (0 is greedy)")
-        if self.top_k is not None and self.top_k < 1:
-            raise BadInput("top_k", self.top_k, "at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise BadInput("top_p", self.top_p, "above 0 and at most 1")
-        if not 0 <= self.seed < 1 << 32:
-            raise BadInput("seed", self.seed, "0 to 4294967295 (32 bits)")
-
-    def draw(self, logits: Float[Array, "batch vocab"], keys: Array) -> Int[Array, " batch"]:
-        """Draw one token per row.
-
-        keys: one random key per row, so that a row does not depend on its batch
-        """
-        if self.temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = logits / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        if self.top_p is not None and self.top_p < 1:
-            ordered = jnp.sort(logits, axis=-1, descending=True)
-            before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-            before -= jax.nn.softmax(ordered, axis=-1)
-            # The likeliest token is always kept: the mass before it is 0.
-            least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), -1, keepdims=True)
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -170,59 +113,6 @@ def _on_one_cpu(weight: Any) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-class DecodeFunctions(NamedTuple):
-    """Compiled functions of a model, one program per shape.
-
-    prefill, extend: (weights, cache, tokens, count, key) to (token, cache), for an empty cache and
-        for a cache with tokens in it
-    block: (weights, frozen, live, token, number, key, steps) to (tokens, live, token, number), for
-        at most BLOCK steps; `steps` is traced, so that one program serves every number
-    fold: (weights, cache) to cache
-    """
-
-    prefill: Programs
-    extend: Programs
-    block: Programs
-    fold: Programs
-
-
-@lru_cache(maxsize=32)
-def decode_functions(model: LanguageModel, sampling: Sampling, compute: Compute) -> DecodeFunctions:
-    """Return the functions that decode with a model. The seed of `sampling` is not used."""
-
-    def rows(key: Array, number: Array, batch: int) -> Array:
-        step = jax.random.fold_in(key, number)
-        return jax.vmap(partial(jax.random.fold_in, step))(jnp.arange(batch))
-
-    def prefill(
-        fresh: bool, weights: Any, cache: Any, tokens: Array, count: Array, key: Array
-    ) -> tuple[Array, Any]:
-        logits, cache = model.prefill(weights, cache, tokens, count, fresh, compute)
-        return sampling.draw(logits, rows(key, jnp.zeros((), jnp.int32), len(count))), cache
-
-    def block(
-        weights: Any, frozen: Any, live: Any, token: Array, number: Array, key: Array, steps: Array
-    ) -> tuple[Array, Any, Array, Array]:
-        def step(place: Array, carry: Any) -> Any:
-            live, token, number, tokens = carry
-            cache = model.cache_class.join(frozen, live)
-            logits, cache = model.step(weights, cache, token, compute=compute)
-            token = sampling.draw(logits, rows(key, number, len(token)))
-            return cache.split()[1], token, number + 1, tokens.at[place].set(token)
-
-        tokens = jnp.zeros((BLOCK, len(token)), jnp.int32)
-        carry = live, token, number, tokens
-        live, token, number, tokens = jax.lax.fori_loop(0, steps, step, carry)
-        return tokens.T, live, token, number
-
-    return DecodeFunctions(
-        Programs(partial(prefill, True), donate_argnums=1),
-        Programs(partial(prefill, False), donate_argnums=1),
-        Programs(block, donate_argnums=2),
-        Programs(model.fold, donate_argnums=1),
-    )
-
-
 def generate(
     model: LanguageModel,
     weights: Any,
@@ -254,7 +144,7 @@ def generate(
     policy that does not fit the model.
     """
     whole = joined(prompts, then)
-    _check(model, whole, max_tokens)
+    check(model, whole, max_tokens)
     sampling = sampling or Sampling()
     compute = settled(compute)
     behind = max(map(len, then)) if then else 0
@@ -277,15 +167,7 @@ def generate(
     cache_bytes = cache.nbytes()
 
     start = time.perf_counter()
-    programs, after, drawn = [], cache, token
-    for each in reads:
-        programs.append(each.begin(weights, after, key))
-        drawn, after = programs[-1].outputs()
-    # Compiled in other threads while the prompt is read.
-    if max_tokens > 1:
-        functions.block.begin(weights, *after.split(), drawn, number, key, one)
-        if max_tokens - 1 > sizes.tail:
-            functions.fold.begin(weights, after)
+    programs = begin(functions, weights, reads, cache, token, key, max_tokens - 1, sizes.tail)
     compiled = [each.result() for each in programs]
     compile_seconds = first.compiling + time.perf_counter() - start
 
@@ -358,7 +240,8 @@ class _Rows:
             self.show(fresh)
 
 
-def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+def check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """Raise BadInput for prompts that the model can't continue by this many tokens."""
     if not 1 <= max_tokens < 1 << 31:
         raise BadInput("max_tokens", max_tokens, "at least 1, and positions have 32 bits")
     if not prompts or not all(len(prompt) for prompt in prompts):

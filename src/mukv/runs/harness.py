@@ -19,7 +19,7 @@ import numpy as np
 
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array
-from mukv.infer.decode import Sampling
+from mukv.infer.sampling import Sampling
 from mukv.runs.loaded import Model, load
 
 MULTIPLE = 64

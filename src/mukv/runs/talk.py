@@ -14,7 +14,8 @@ from mukv.core.compute import settled
 from mukv.core.errors import BadInput
 from mukv.hub.chat import chat_text
 from mukv.infer.conversation import Conversation, check_policy
-from mukv.infer.decode import TAIL, Sampling
+from mukv.infer.decode import TAIL
+from mukv.infer.sampling import Sampling
 from mukv.infer.stream import TokenStream
 from mukv.model.counting import cache_bytes
 from mukv.runs.loaded import Model
