@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mukv.cache import Policy
+from mukv.core import programs
 from mukv.core.errors import BadInput
 from mukv.infer import conversation as module
 from mukv.infer.conversation import Conversation
@@ -98,13 +99,18 @@ def test_answers_end_at_end_tokens_and_limits(begun, whole):
     assert full.tokens == expected[:3]
 
 
-def test_turns_of_like_length_compile_nothing(begun):
+def test_turns_of_like_length_compile_nothing(begun, monkeypatch):
     talk, ids = begun(), list(FIRST)
     for _ in range(3):
         ids += [*talk.answer(ids, 4).tokens, *FIRST]
-        counts = [len(each.programs) for each in talk.functions]
+
+    def fail(*_):
+        raise AssertionError("a program is compiled")
+
+    monkeypatch.setattr(programs, "Compilation", fail)
     talk.answer(ids, 4)
-    assert [len(each.programs) for each in talk.functions] == counts
+    with pytest.raises(AssertionError, match="compiled"):
+        talk.answer([*ids, *talk.ids, *FIRST * 10], 4)
 
 
 @pytest.mark.product

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -136,11 +135,9 @@ def generate(
     """
     launch.prepare()
     from mukv.cache import Policy
-    from mukv.infer.ahead import compile_ahead
     from mukv.infer.sampling import Sampling
     from mukv.infer.stream import TokenStream
     from mukv.runs import inputs, loaded, notes
-    from mukv.runs.located import locate
 
     texts_given = bool(prompt or prompt_file) or None
     exactly_one("generate", prompt=texts_given, token_ids=token_ids)
@@ -155,8 +152,8 @@ def generate(
         if given and token_ids is not None:
             raise BadInput(option, token_ids, "a text, with --prompt or --prompt-file")
     prompts = [*(prompt or ()), *inputs.texts(prompt_file or (), "--prompt-file")]
-    found = locate(model)
-    speaker = loaded.outline(found).computing(compute, "--compute")
+    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite, weights=weights)
+    speaker = speaker.computing(compute, "--compute")
     if token_ids is not None:
         rows = [inputs.ids(token_ids, "--token-ids")]
     else:
@@ -172,16 +169,9 @@ def generate(
         opening = styled((f"{shown}\n---\n" if chat else shown, "dim"), keep=LINES)
         stream = TokenStream(speaker.tokenizer, sys.stdout, opening)
     show = stream.show if stream else None
-    ahead = 0.0
-    if found.checkpoint is not None and weights is None:
-        asked = rows, max_tokens, sampling, policy, speaker.run.train.compute, prefill_chunk
-        ahead = compile_ahead(speaker.network, speaker.weights, *asked)
-    speaker = loaded.load(found, allow_nonfinite=allow_nonfinite, weights=weights)
-    speaker = speaker.computing(compute, "--compute")
     made = speaker.generate_ids(
         rows, max_tokens, sampling, ends, show, policy, prefill_chunk=prefill_chunk
     )
-    made = replace(made, compile_seconds=ahead + made.compile_seconds)
     texts = [speaker.tokenizer.decode_further(row) for row in made.tokens]
     if as_json:
         facts = {

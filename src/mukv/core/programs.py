@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 
+KEPT = 256
+"""Number of programs of one function that are kept; the oldest is forgotten first."""
 COMPILERS = 2
 """Number of programs that are compiled at once."""
 
@@ -23,18 +29,23 @@ class Programs:
     compiled at once.
     """
 
-    def __init__(self, function: Callable[..., Any], **options: Any):
-        """function: function to compile. options: keyword arguments of `jax.jit`."""
-        self.function = jax.jit(function, **options)
+    def __init__(self, function: Callable[..., Any], static: int = 0, **options: Any):
+        """function: function to compile. static: number of first arguments that are no arrays.
+        options: keyword arguments of `jax.jit`."""
+        self.static = static
+        self.part = jax.jit(function, static_argnums=range(static))
+        self.function = jax.jit(function, static_argnums=range(static), **options)
         self.programs: dict[Hashable, Compilation] = {}
 
     def begin(self, *arguments: Any) -> Compilation:
         """Trace the function for arguments of these shapes, types and shardings, and compile it in
-        another thread, if the signature is new.
+        another thread, if the signature is new. The arrays may be abstract.
         """
-        leaves, structure = jax.tree.flatten(arguments)
-        key = structure, tuple(map(_signature, leaves))
+        leaves, structure = jax.tree.flatten(arguments[self.static :])
+        key = arguments[: self.static], structure, tuple(map(_signature, leaves))
         if key not in self.programs:
+            if len(self.programs) >= KEPT:
+                self.programs.pop(next(iter(self.programs)))
             lowered = self.function.lower(*arguments)
             compiled = _threads().submit(lowered.compile)
             self.programs[key] = Compilation(lowered.out_info, _single_device(leaves), compiled)
@@ -42,9 +53,105 @@ class Programs:
 
     def compiled(self, *arguments: Any) -> Any:
         """Return the program for arguments of these shapes, types and shardings; compile it if it
-        is new.
+        is new. It is called without the static arguments.
         """
         return self.begin(*arguments).result()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Apply the function: within another program as a part of it, else as a program of its
+        own."""
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments[self.static :])):
+            return self.compiled(*arguments)(*arguments[self.static :])
+        beginning = _BEGINNING.get()
+        if beginning is None:
+            return self.part(*arguments)
+        with _beginning(None):  # what this piece calls is a part of it
+            beginning.pieces.append(self.begin(*beginning.abstract(arguments)))
+            return self.part(*arguments)
+
+
+class Pieces:
+    """A function that applies `Programs` one after another and does nothing else with arrays.
+
+    It has the methods of `Programs`. It compiles faster than one program if a piece occurs often,
+    such as a layer. On several devices it is one program.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        """options: keyword arguments of `jax.jit`, for one program."""
+        self.function = function
+        self.whole = Programs(function, **options)
+
+    def begin(self, *arguments: Any) -> Compilation | PiecesCompilation:
+        """Begin to compile the pieces for arguments of these shapes, types and shardings. The
+        arrays may be abstract."""
+        place = _single_device(jax.tree.leaves(arguments))
+        if place is None:
+            return self.whole.begin(*arguments)
+        beginning = _Beginning(place, [])
+        with _beginning(beginning):
+            about = jax.eval_shape(self.function, *arguments)
+        return PiecesCompilation(self.function, beginning.abstract(about), beginning.pieces)
+
+    def compiled(self, *arguments: Any) -> Any:
+        """Return the function when all of its pieces are compiled."""
+        return self.begin(*arguments).result()
+
+
+@dataclass(frozen=True)
+class PiecesCompilation:
+    """Pieces of a function that are being compiled.
+
+    about: the outputs of the function, as abstract arrays with their shardings
+    """
+
+    function: Callable[..., Any]
+    about: Any
+    pieces: Sequence[Compilation]
+
+    def result(self) -> Callable[..., Any]:
+        """Wait for the pieces and return the function."""
+        for each in self.pieces:
+            each.result()
+        return lambda *arguments: self.function(*jax.tree.map(jnp.asarray, arguments))
+
+    def outputs(self) -> Any:
+        """Return the outputs as abstract arrays with their shardings."""
+        return self.about
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """A run of a function on traced arguments in which its pieces begin to be compiled.
+
+    place: the device of all arrays
+    """
+
+    place: SingleDeviceSharding
+    pieces: list[Compilation]
+
+    def abstract(self, tree: Any) -> Any:
+        """Return the tree with abstract arrays on the device."""
+
+        def abstract(leaf: Any) -> Any:
+            if not isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
+                return leaf
+            weak = getattr(leaf, "weak_type", False)  # random keys have none
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.place, weak_type=weak)
+
+        return jax.tree.map(abstract, tree)
+
+
+_BEGINNING: ContextVar[_Beginning | None] = ContextVar("_BEGINNING", default=None)
+
+
+@contextmanager
+def _beginning(now: _Beginning | None) -> Iterator[None]:
+    before = _BEGINNING.set(now)
+    try:
+        yield
+    finally:
+        _BEGINNING.reset(before)
 
 
 @dataclass(frozen=True)

@@ -120,13 +120,6 @@ class Checkpoint:
             jax.block_until_ready(made[piece.ours])
         return nested({name: made[name] for name in declared})
 
-    def abstract(self) -> dict[str, Any]:
-        """Return the shapes of the weights, in the dtypes of the files."""
-        declared = named(self.model.params())
-        types = {piece.ours: self.source.tensors[piece.theirs].dtype for piece in self.pieces}
-        shapes = {name: jax.ShapeDtypeStruct(declared[name].shape, types[name]) for name in types}
-        return nested(shapes)
-
     def _by_file(self) -> list[WeightPiece]:
         """Return the pieces in the order of the files, so that each file is mapped once."""
         return sorted(self.pieces, key=lambda piece: str(self.source.tensors[piece.theirs].file))

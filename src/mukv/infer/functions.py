@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.core.compute import Compute
-from mukv.core.programs import Compilation, Programs
+from mukv.core.programs import Compilation, Pieces, PiecesCompilation, Programs
 from mukv.core.typing import Array
 from mukv.infer.prompts import Reading
 from mukv.infer.sampling import Sampling
+from mukv.model import Decoder
 from mukv.model.base import LanguageModel
 
 BLOCK = 16
@@ -33,8 +34,8 @@ class DecodeFunctions(NamedTuple):
     fold: (weights, cache) to cache
     """
 
-    prefill: Programs
-    extend: Programs
+    prefill: Programs | Pieces
+    extend: Programs | Pieces
     block: Programs
     fold: Programs
 
@@ -50,8 +51,12 @@ def decode_functions(model: LanguageModel, sampling: Sampling, compute: Compute)
     def prefill(
         fresh: bool, weights: Any, cache: Any, tokens: Array, count: Array, key: Array
     ) -> tuple[Array, Any]:
-        logits, cache = model.prefill(weights, cache, tokens, count, fresh, compute)
-        return sampling.draw(logits, rows(key, jnp.zeros((), jnp.int32), len(count))), cache
+        logits, cache = read(weights, cache, tokens, count, fresh, compute)
+        return first(logits, key), cache
+
+    @Programs
+    def first(logits: Array, key: Array) -> Array:
+        return sampling.draw(logits, rows(key, jnp.zeros((), jnp.int32), len(logits)))
 
     def block(
         weights: Any, frozen: Any, live: Any, token: Array, number: Array, key: Array, steps: Array
@@ -68,9 +73,15 @@ def decode_functions(model: LanguageModel, sampling: Sampling, compute: Compute)
         live, token, number, tokens = jax.lax.fori_loop(0, steps, step, carry)
         return tokens.T, live, token, number
 
+    read: Callable[..., Any] = model.prefill
+    made: Callable[..., Programs | Pieces] = partial(Programs, donate_argnums=1)
+    if isinstance(model, Decoder) and model.layer_inputs is None and compute.platform == "cpu":
+        # A program of 30 layers takes half a second to read from the cache of compiled programs,
+        # and on a CPU it is no faster.
+        read, made = partial(model.prefill, owned=True), partial(Pieces, donate_argnums=1)
     return DecodeFunctions(
-        Programs(partial(prefill, True), donate_argnums=1),
-        Programs(partial(prefill, False), donate_argnums=1),
+        made(partial(prefill, True)),
+        made(partial(prefill, False)),
         Programs(block, donate_argnums=2),
         Programs(model.fold, donate_argnums=1),
     )
@@ -85,14 +96,14 @@ def begin(
     key: Array,
     steps: int,
     tail: int,
-) -> list[Compilation]:
+) -> list[Compilation | PiecesCompilation]:
     """Begin to compile the programs of a generation; return those of `reads`.
 
     weights: may be abstract
     reads: the prefill calls, in order
     steps: number of decode steps; tail: number of tokens between two folds
     """
-    programs: list[Compilation] = []
+    programs: list[Compilation | PiecesCompilation] = []
     after, drawn = cache, token
     for each in reads:
         programs.append(each.begin(weights, after, key))

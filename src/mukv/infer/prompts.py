@@ -11,7 +11,7 @@ import numpy as np
 
 from mukv.cache import choosing
 from mukv.core.errors import BadInput
-from mukv.core.programs import Compilation, Programs
+from mukv.core.programs import Compilation, Pieces, PiecesCompilation, Programs
 from mukv.core.typing import Array
 
 PROMPT_MULTIPLE = 64
@@ -24,14 +24,14 @@ SHORT = (16, 32)
 class Reading:
     """Tokens of one prefill call, and the function that prefills them.
 
-    function: the jitted function
+    function: the compiled function
     tokens: ids, padded, int32 [batch token]
     count: number of tokens of each row [batch]
     chooses: whether a policy with `hold`, which keeps all entries after the prompt, may choose
         among these tokens
     """
 
-    function: Programs
+    function: Programs | Pieces
     tokens: np.ndarray
     count: np.ndarray
     chooses: bool
@@ -46,14 +46,14 @@ class Reading:
         row, which has no token in this chunk."""
         return new if self.count.all() else jnp.where(self.count > 0, new, before)
 
-    def begin(self, weights: Any, cache: Any, key: Array) -> Compilation:
+    def begin(self, weights: Any, cache: Any, key: Array) -> Compilation | PiecesCompilation:
         """Begin to compile the function for a cache, whose arrays may be abstract."""
         return self.function.begin(weights, *self.inputs(cache, key))
 
 
 def readings(
-    first: Programs,
-    further: Programs,
+    first: Programs | Pieces,
+    further: Programs | Pieces,
     prompts: Sequence[Sequence[int]],
     then: Sequence[Sequence[int]] | None,
     chunk: int | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -13,12 +13,14 @@ from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.linear import look_up
 from mukv.core.params import Param
+from mukv.core.programs import Programs
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import ForwardResult, LanguageModel
 from mukv.model.cache_update import compressed
 from mukv.model.layer_inputs import Inputs, LayerInputs
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.policy_check import check_policy
+from mukv.model.remember import positions
 from mukv.model.stack import Stack
 from mukv.model.through import Through
 
@@ -140,13 +142,20 @@ class Decoder(LanguageModel):
         count: Int[Array, " batch"],
         fresh: bool = True,
         compute: Compute | None = None,
+        owned: bool = False,
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Read tokens in one pass; see `LanguageModel.prefill`.
+
+        owned: whether the arrays of the cache may be overwritten
+
+        Without layer inputs it can be compiled as `Pieces`.
+        """
         compute = settled(compute)
-        position = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
-        x, given = self.placed(weights, tokens, position, compute)
-        rest = count, fresh, compute, given
+        outer = {name: value for name, value in weights.items() if name != "layers"}
+        x, given = _enter(self, compute, outer, cache.length, tokens)
+        rest = count, fresh, compute, given, owned
         x, cache = self.stack.prefill(weights["layers"], cache, x, *rest)
-        return self.read_out(weights, x, compute, count - 1)[:, 0], cache
+        return _leave(self, compute, outer, x, count), cache
 
     def step(
         self,
@@ -180,3 +189,19 @@ class Decoder(LanguageModel):
         x, given = self.placed(weights, tokens, position, compute)
         x, cache = self.stack.read_block(weights["layers"], cache, x, compute, joins, given)
         return self.read_out(weights, x, compute), cache
+
+
+@partial(Programs, static=2)
+def _enter(
+    model: Decoder, compute: Compute, weights: Weights, length: Int[Array, " batch"], tokens: Tokens
+) -> tuple[Residual, Inputs | None]:
+    """Return what `Decoder.placed` does for tokens behind rows of these lengths."""
+    return model.placed(weights, tokens, positions(tokens.shape[1], length), compute)
+
+
+@partial(Programs, static=2)
+def _leave(
+    model: Decoder, compute: Compute, weights: Weights, x: Residual, count: Int[Array, " batch"]
+) -> Float[Array, "batch vocab"]:
+    """Return the logits of the last of `count` tokens."""
+    return model.read_out(weights, x, compute, count - 1)[:, 0]

@@ -21,6 +21,7 @@ from mukv.attention.indexer import EntryChoice
 from mukv.core.compute import RESIDUAL, Compute
 from mukv.core.norm import RMSNorm
 from mukv.core.partition import constrain_stream, enter_block, gather, leave_block
+from mukv.core.programs import Programs
 from mukv.core.tap import capturing, scope, tap
 from mukv.core.typing import Array, Bool, Int, Residual
 from mukv.model.auxiliary import Auxiliary, together
@@ -116,7 +117,7 @@ def by_repeat(given: Inputs | None, here: Sequence[ResolvedLayer]) -> Array | No
     data_fields=["position", "segment", "remember", "memories", "added", "counted"],
     meta_fields=[
         *("layers", "norm", "residual", "d_model", "first"),
-        *("compute", "aligned", "single", "inputs"),
+        *("compute", "aligned", "single", "inputs", "owned"),
     ],
 )
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ class Pass:
     inputs: LayerInputs | None = None
     memories: dict[int, LayerMemory] = field(default_factory=dict)
     added: Int[Array, " batch"] | None = None
+    owned: bool = False
+    """Whether layers that are programs of their own may overwrite the memories."""
     counted: Bool[Array, "batch token"] | None = None
     """Which tokens are not padding; None in passes whose layers report no auxiliary numbers."""
 
@@ -177,7 +180,7 @@ class Pass:
             alike = replace(layer, index=0, stage=0, slot=0, repeat=0, reads=None, source=source)
             alike = replace(alike, indexed_by=None, most=None)
             shared = replace(self, layers=(), first=0, memories={})
-            apply = partial(_layer, alike, shared)
+            apply = partial(_OWNING if self.owned else _KEEPING, alike, shared)
         if self.aligned:
             apply = self.compute.recomputing(apply)
         bags = None if layer.writes else known[layer.source].bags
@@ -274,7 +277,12 @@ class Pass:
         return jax.vmap(one, in_axes=1, out_axes=1)(x, self.position, mask.choice), None
 
 
-@partial(jax.jit, static_argnums=0)
 def _layer(layer: ResolvedLayer, run: Pass, *inputs: Any) -> Any:
     """Apply one layer, as `Pass.applied` does."""
     return run.applied(layer, *inputs)
+
+
+_KEEPING = Programs(_layer, static=1)
+"""`_layer` as a function that equal layers share."""
+_OWNING = Programs(_layer, static=1, donate_argnums=5)
+"""The same, which overwrites the memory that it is given."""

@@ -6,13 +6,16 @@ Each class is a pytree, because a layer of a pass with a cache is a compiled fun
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, no_type_check
 
 import jax
+import jax.numpy as jnp
 
 from mukv.attention import Bag, Queries, Written
 from mukv.cache import Reader, Slot
 from mukv.cache.base import QUERY
+from mukv.core.programs import Programs
 from mukv.core.typing import Array, Bool, Float, Int
 from mukv.model.cache_update import LayerMemory
 from mukv.model.passes import Asked
@@ -99,6 +102,18 @@ class One:
             slots[name] = slot = slot.appended(new, self.length, self.filled, self.which)
             parts += slot.bag(self.length), slot.newest(self.length, self.filled + more)
         return tuple(parts), LayerMemory(slots, states_of(layer, written))
+
+
+@partial(Programs, static=1)
+def positions(number: int, length: Int[Array, " batch"]) -> Int[Array, "batch token"]:
+    """Return the positions of this number of tokens behind rows of these lengths."""
+    return length[:, None] + jnp.arange(number)[None]
+
+
+@Programs
+def length_after(length: Int[Array, " batch"], count: Int[Array, " batch"]) -> Array:
+    """Return the lengths of rows after `count` more tokens."""
+    return length + count
 
 
 def states_of(layer: ResolvedLayer, written: Written) -> dict[str, Any]:

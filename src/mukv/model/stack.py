@@ -40,7 +40,7 @@ from mukv.model.passes import (
     of_layer,
 )
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
-from mukv.model.remember import One, Several
+from mukv.model.remember import One, Several, length_after, positions
 from mukv.model.through import Through
 from mukv.scaling.parameterization import Scaling
 
@@ -283,19 +283,21 @@ class Stack:
         fresh: bool,
         compute: Compute,
         given: Inputs | None = None,
+        owned: bool = False,
     ) -> tuple[Residual, Cache]:
         """Read the first `count` tokens of each row in one pass.
 
         weights: one entry per layer
         cache: cache with an empty tail
         fresh: whether the cache is empty, so that only the new tokens need to be read
+        owned: whether the arrays of the cache may be overwritten
 
         Returns the residual stream after the last layer, and the updated cache.
         """
-        run = self._several(cache, x, count, fresh, compute)
+        run = replace(self._several(cache, x, count, fresh, compute), owned=owned)
         x = run.all(weights, x, given)
         after = joined(self.bags, self.writers, cache, run.memories)
-        return x, replace(after, length=cache.length + count)
+        return x, replace(after, length=length_after(cache.length, count))
 
     def read_block(
         self,
@@ -335,7 +337,7 @@ class Stack:
         **reading: bool,
     ) -> Pass:
         """Make a pass of several tokens per row. reading: further fields of `Several`."""
-        position = cache.length[:, None] + jnp.arange(x.shape[1])[None]
+        position = positions(x.shape[1], cache.length)
         remember = Several(cache.length, count, position, fresh, **reading)
         # Nothing is differentiated, and entries computed inside jax.checkpoint could not leave it.
         compute = replace(compute, rematerialise=False)

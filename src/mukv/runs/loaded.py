@@ -372,27 +372,19 @@ def load(
     return model
 
 
-def outline(found: Located) -> Model:
-    """Return a model without its weights, to encode texts before they are read: the weights are
-    abstract, or None for a run directory."""
-    if found.checkpoint is not None:
-        given = found.checkpoint
-        ends = checkpoint.end_ids(given.special)
-        return Model(found.run, given.abstract(), given.tokenizer, ends, found.folder)
-    folder = RunDirectory(found.folder)
-    if not folder.generation.exists():
-        return Model(found.run, None, load_tokenizer(folder.tokenizer), folder=folder.path)
-    ends = checkpoint.end_ids(read_json(folder.generation))
-    return Model(found.run, None, find_tokenizer(folder.tokenizer), ends, folder.path)
-
-
 def _load(found: Located, mesh: MeshShape, kind: str | None) -> Model:
-    built, model = mesh.build(), outline(found)
     if found.checkpoint is not None:
+        run = replace(found.run, mesh=mesh)
+        ends = checkpoint.end_ids(found.checkpoint.special)
         given = found.checkpoint
-        weights = given.place(built) if kind is None else given.compact(kind)
-        return replace(model, run=replace(found.run, mesh=mesh), weights=weights)
-    weights = latest_weights(found.run, RunDirectory(found.folder), built, kind)
+        weights = given.place(mesh.build()) if kind is None else given.compact(kind)
+        return Model(run, weights, given.tokenizer, ends, found.folder)
+    folder, run = RunDirectory(found.folder), found.run
+    built = mesh.build()
+    weights = latest_weights(run, folder, built, kind)
     if mesh.size > 1:
-        weights = jax.device_put(weights, weight_shardings(found.run.model.params(), built))
-    return replace(model, weights=weights)
+        weights = jax.device_put(weights, weight_shardings(run.model.params(), built))
+    if not folder.generation.exists():
+        return Model(run, weights, load_tokenizer(folder.tokenizer), folder=folder.path)
+    ends = checkpoint.end_ids(read_json(folder.generation))
+    return Model(run, weights, find_tokenizer(folder.tokenizer), ends, folder.path)
