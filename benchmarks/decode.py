@@ -1,12 +1,13 @@
 """Measure the speed of greedy decoding, compared with transformers at equal dimensions and context.
 
-Run: python benchmarks/decode.py --peers PYTHON [--size 37m] [--contexts 128,2048] [--batches 1]
-    [--quick]
+Run: python benchmarks/decode.py --peers PYTHON [--size 37m | --model DIR] [--contexts 128,2048]
+    [--batches 1] [--quick]
 
 mukv runs the code of `mukv generate`: one prefill, then the compiled loop that reads a body and
-writes a small tail. It is compared with transformers' LlamaForCausalLM with its dynamic and its
-static cache. All prefill the same number of random tokens, then decode; both are timed, without
-compilation. The dtype is float32 on a CPU, and bfloat16 on a GPU.
+writes a small tail. It is compared with transformers' LlamaForCausalLM, or its own reading of the
+pretrained model in DIR, with its dynamic and its static cache. All prefill the same number of
+random tokens, then decode; both are timed, without compilation. The dtype is float32 on a CPU, and
+bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -128,6 +130,7 @@ def rows(
 def main() -> int:
     options = parser("Speed of decoding")
     options.add_argument("--size", choices=[*SIZES, *LARGE], default="37m")
+    options.add_argument("--model", type=Path, metavar="DIR", help="pretrained model, of any size")
     options.add_argument(
         "--precision", choices=("float32", "bfloat16"), help="dtype of the weights"
     )
@@ -147,7 +150,10 @@ def main() -> int:
     probe.close()
     precision = chosen.precision or ("float32" if device["platform"] == "cpu" else "bfloat16")
     everyone = starters(None if missing else python, precision)
-    if chosen.size in LARGE:
+    name = chosen.size if chosen.model is None else chosen.model.name
+    if chosen.model is not None:
+        size, run = {"folder": str(chosen.model.absolute())}, together
+    elif chosen.size in LARGE:
         size, run = LARGE[chosen.size], in_turn
     else:
         size, run = asdict(SIZES[chosen.size]), together
@@ -155,14 +161,14 @@ def main() -> int:
     found, busy, told = [], [], {}
     for context in map(int, contexts):
         for batch in map(int, batches):
-            new_tokens = FEW if context > 4096 or chosen.size in LARGE else MANY
+            new_tokens = FEW if context > 4096 or run is in_turn else MANY
             request = {"batch": batch, "length": context, "new_tokens": new_tokens}
             case = run(everyone, {"task": "decode", **size, **request}, rounds, console)
             fresh = rows(context, batch, new_tokens, case, device["bandwidth"])
             found += fresh
             busy += case.busy
             told |= versions(case.contenders)
-            show_case(console, f"{chosen.size}, context {context}, batch {batch}", fresh)
+            show_case(console, f"{name}, context {context}, batch {batch}", fresh)
     told["bandwidth, GB/s"] = round(device["bandwidth"] / 1e9, 1)
     report(found, told, median(busy) or 0.0, chosen.out)
     return 0

@@ -32,6 +32,8 @@ from mukv.model import Decoder, Stage
 from mukv.model.block import Gated
 from mukv.model.counting import entry_bytes, flops_per_token
 from mukv.position.rope import RoPE
+from mukv.runs import loaded
+from mukv.runs.located import locate
 from mukv.train.step import Trainer
 from mukv.train.training import Training
 
@@ -41,6 +43,7 @@ class Job:
     """One measurement; the keys of a `setup` request mean the same as in peers.py.
 
     precision: dtype of matrix products with weights, and of activations except on a CPU
+    folder: pretrained model that decodes; None for the sizes below
     devices: number of devices that a training batch is split over
     """
 
@@ -59,8 +62,17 @@ class Job:
     rematerialise: bool = False
     warmup: int = 2
     tied: bool = False
+    folder: str | None = None
+
+    @property
+    def vocab(self) -> int:
+        return self.model().vocab_size if self.folder else self.vocab_size
 
     def model(self) -> Decoder:
+        if self.folder:
+            found = locate(self.folder).run.model
+            assert isinstance(found, Decoder)
+            return found
         attention = Grouped(
             heads=self.heads,
             kv_heads=self.kv_heads or self.heads,
@@ -98,7 +110,7 @@ class Job:
         )
 
     def tokens(self, rows: int, length: int) -> np.ndarray:
-        return np.random.default_rng(0).integers(self.vocab_size, size=(rows, length), dtype="i4")
+        return np.random.default_rng(0).integers(self.vocab, size=(rows, length), dtype="i4")
 
 
 Round = Callable[[], dict[str, float]]
@@ -143,10 +155,7 @@ def decoding(job: Job) -> tuple[Round, dict[str, Any]]:
     greedily. There are no counts of its program.
     """
     model = job.model()
-    declared = model.params()
-    resolved = model.resolved()
-    deviations = jax.tree.map(lambda weight: weight.deviation, resolved)
-    weights = params.initialise(declared, deviations, jax.random.key(0))
+    weights = loaded.load(job.folder).weights if job.folder else model.init()
     ready = decoding_weights(model, weights, job.compute())
     del weights
     prompts = job.tokens(job.batch, job.length).tolist()

@@ -37,6 +37,7 @@ class Job:
     cache: `dynamic` or `static`; decoding only
     threads: torch's number of threads; None means its default
     tied: whether the embedding is also the readout
+    folder: pretrained model that decodes; None for the sizes above
     """
 
     task: str = "train"
@@ -57,6 +58,7 @@ class Job:
     warmup: int = 2
     seed: int = 0
     tied: bool = False
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         allowed = {
@@ -153,6 +155,11 @@ def llama(job: Job) -> transformers.LlamaForCausalLM:
     )
 
 
+def pretrained(folder: str) -> Any:
+    """Load a model in Hugging Face's format, as float32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 Round = Callable[[], dict[str, float]]
 
 
@@ -187,11 +194,12 @@ def decoding(job: Job) -> tuple[nn.Module, Round]:
     """Set up decoding. A round prefills `length` tokens per row into an empty cache and decodes
     `new_tokens`.
     """
-    model = llama(job).to(job.device).eval()
+    model: Any = pretrained(job.folder) if job.folder else llama(job)
+    model = model.to(job.device).eval()
     if job.precision == "bfloat16":
         model = model.bfloat16()
     run: Any = torch.compile(model) if job.compile else model
-    prompt = torch.randint(job.vocab_size, (job.batch, job.length), device=job.device)
+    prompt = torch.randint(model.config.vocab_size, (job.batch, job.length), device=job.device)
     static = transformers.StaticCache(
         config=model.config, max_cache_len=job.length + job.new_tokens
     )

@@ -208,7 +208,7 @@ _MODULES = {
     "mukv.core.norm": "RMSNorm",
     "mukv.core.params": "Param",
     "mukv.data.mixture": "MixturePart",
-    "mukv.infer.decode": "Sampling",
+    "mukv.infer.sampling": "Sampling",
     "mukv.model": "Concept Decoder LanguageModel Layer Stage",
     "mukv.model.block": "Branching Feedforward Gated PostNorm PreNorm SandwichNorm Ungated",
     "mukv.model.feedforward": "Experts MLPAndExperts",
