@@ -104,13 +104,16 @@ def _text(
         if job.first:  # the first time compiles, the second one is measured
             cache, choice = _chosen(reader, record, job, read, tick)
         kept = {"kept": kept_shares(cache).tolist()} if policy.keep.by_threshold else {}
-        losses = reader.losses(logits, cache, tokens, _ticker(tick, "text"))
-        measured: dict[str, Any] = {"losses": np.round(losses.astype(float), 6).tolist(), **kept}
+        own = cache
         if job.first:
             if full is None:
                 full, _ = reader.compressed(one_row(record), FULL, {}, read[:1])
                 full = for_steps(full)
             own = for_steps(one_row(cache)) if policy != FULL else full
+            reader.begin_speeds(own, policy, tokens[:1, rows.read :])
+        losses = reader.losses(logits, cache, tokens, _ticker(tick, "text"))
+        measured: dict[str, Any] = {"losses": np.round(losses.astype(float), 6).tolist(), **kept}
+        if job.first:
             speed = reader.speeds(own, policy, full, tokens[:1, rows.read :])
             stored = reader.stored(cache, policy, centres)
             measured |= {

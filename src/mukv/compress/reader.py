@@ -28,6 +28,7 @@ from mukv.cache.reads import bytes_read
 from mukv.cache.values import CAPPED, TopP
 from mukv.compress.rows import ANSWER, CUE
 from mukv.core.compute import Compute
+from mukv.core.programs import Programs
 from mukv.core.tap import capture
 from mukv.core.typing import Array
 from mukv.infer.replay import kept_by_replay, require_replay
@@ -161,7 +162,7 @@ class PolicyReader:
         return self._compiled(jax.vmap(block, (None, None, 0)))
 
     @cached_property
-    def _steps(self) -> Any:
+    def _steps(self) -> Programs:
         """Compiled loop of decoding steps over known tokens; returns the arrays that it writes, and
         the fraction of capped choices (NaN without any)."""
         model = self.model
@@ -177,7 +178,7 @@ class PolicyReader:
 
             return jax.lax.scan(step, live, tokens.T)
 
-        return jax.jit(run, static_argnums=0)
+        return Programs(run, static=1)
 
     # Reading
 
@@ -260,16 +261,28 @@ class PolicyReader:
             tick()
         return np.moveaxis(found, 0, 1)
 
+    def _taps(self, policy: Policy) -> bool:
+        """Whether choices of the policy are counted while it decodes."""
+        return isinstance(policy.select, TopP) and isinstance(self.model, Decoder)
+
+    def _stepping(self, cache: Any, taps: bool, tokens: np.ndarray) -> tuple[Any, ...]:
+        """Return the arguments of `_steps`."""
+        tokens = tokens[:, : min(STEPS, self.tail)]
+        return taps, self.weights, *cache.split(), jnp.asarray(tokens)
+
+    def begin_speeds(self, cache: Any, policy: Policy, tokens: np.ndarray) -> None:
+        """Begin to compile, in another thread, what `speeds` will run for this cache."""
+        self._steps.begin(*self._stepping(cache, self._taps(policy), tokens))
+
     def speeds(self, cache: Any, policy: Policy, full: Any, tokens: np.ndarray) -> Speed:
         """Measure decoding with a cache of one row, in turn with the full cache.
 
         full: a cache without compression, of the same text. tokens: that follow, [1 token].
         """
-        taps = isinstance(policy.select, TopP) and isinstance(self.model, Decoder)
-        tokens = tokens[:, : min(STEPS, self.tail)]
+        taps = self._taps(policy)
 
         def timed(cached: Any) -> tuple[float, float]:
-            return self._timed(cached, tokens, taps and cached is cache)
+            return self._timed(self._stepping(cached, taps and cached is cache, tokens))
 
         for each in (full, cache):
             timed(each)  # the first time compiles
@@ -287,13 +300,14 @@ class PolicyReader:
             None if math.isnan(capped) else capped,
         )
 
-    def _timed(self, cache: Any, tokens: np.ndarray, taps: bool) -> tuple[float, float]:
-        frozen, live = cache.split()
+    def _timed(self, arguments: tuple[Any, ...]) -> tuple[float, float]:
+        """Return the seconds of a step, and the fraction of capped choices.
+
+        arguments: of `_steps`
+        """
         start = time.perf_counter()
-        _, shares = jax.block_until_ready(
-            self._steps(taps, self.weights, frozen, live, jnp.asarray(tokens))
-        )
-        seconds = (time.perf_counter() - start) / tokens.shape[1]
+        _, shares = jax.block_until_ready(self._steps(*arguments))
+        seconds = (time.perf_counter() - start) / arguments[-1].shape[1]
         return seconds, float(jnp.mean(shares))
 
 
