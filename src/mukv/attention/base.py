@@ -212,7 +212,7 @@ class Attention(Mixer):
         ]
         ordered = all(part.entries.ordered for part in masked)
         aligned = len(masked) == 1 and masked[0].mask.aligned
-        dropped = any(part.entries.until is not None for part in masked)
+        dropped = any(part.entries.until is not None or part.recalled.fades for part in masked)
         shows = tapped() or (None if mask.choice is None else "each query chooses its entries")
         context = cores.context_of(x.shape[1]) if mask.aligned else 1
         core = self.core(x.shape[1], compute, ordered, shows, aligned, dropped, context).core

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from mukv.attention.base import Attention, Queries, by_group, check_groups
 from mukv.attention.entries import Entries
+from mukv.attention.eviction import Eviction
 from mukv.attention.mixer import Carried
 from mukv.attention.recalled import Dense
 from mukv.core.errors import BadInput
@@ -94,12 +95,15 @@ class Grouped(Groups):
     norm_over: what the QK norm averages over: each head, or all heads of a projection (OLMo 2)
     norm_values: whether values are normalised too, each head by itself and without a gain (Gemma 4)
     biases: projections that have a bias (Qwen 2: query, key and value)
+    eviction: learned gates that decide which entries later queries do without, under the cache
+        policy `dms` and while they are trained (DMS); None for none
     """
 
     kind: Literal["grouped"] = "grouped"
     norm_over: Literal["head", "projection"] = "head"
     norm_values: bool = False
     biases: tuple[Literal["query", "key", "value", "output"], ...] = ()
+    eviction: Eviction | None = None
 
     values_apart: ClassVar[bool] = True
     also: ClassVar[tuple[str, ...]] = ("mha", "gqa", "mqa", "attention")
@@ -111,6 +115,9 @@ class Grouped(Groups):
             raise BadInput("norm_over", self.norm_over, "head where norm is null")
         if self.norm is None and self.norm_values:
             raise BadInput("norm_values", True, "false where norm is null")
+        if self.eviction is not None and self.position.sequential:
+            allowed = f"null with {self.position.kind}, whose bias depends on all keys between"
+            raise BadInput("eviction", "gates", allowed)
 
     def norm_params(self, norm: RMSNorm, heads: str) -> dict[str, Param]:
         if self.norm_over == "head":
@@ -142,6 +149,8 @@ class Grouped(Groups):
             if name in self.biases:
                 bias = _bias({"kv_heads": self.kv_heads, "head_dim": self.head_dim})
                 declared[f"{name}_bias"] = bias
+        if self.eviction is not None:
+            declared |= self.eviction.params(d_model, self.kv_heads)
         return declared
 
     def project_query(self, weights: Weights, x: Residual) -> Array:
@@ -162,7 +171,7 @@ class Grouped(Groups):
         x: Residual,
         position: Int[Array, "batch token"],
         memory: Carried | None = None,
-    ) -> dict[str, Float[Array, "batch kv_heads token head_dim"]]:
+    ) -> dict[str, Float[Array, "batch kv_heads token _"]]:
         key, value = (
             with_bias(project(x, weights[name]), weights, f"{name}_bias")
             for name in ("key", "value")
@@ -171,13 +180,14 @@ class Grouped(Groups):
             key = self.apply_norm(self.norm, weights["key_norm"], key)
             value = self.norm.unit(value) if self.norm_values else value
         rotated = self.position.rotate(key.swapaxes(1, 2), position[:, None])
-        return {"key": rotated, "value": value.swapaxes(1, 2)}
+        gates = {} if self.eviction is None else self.eviction.write(weights, x)
+        return {"key": rotated, "value": value.swapaxes(1, 2), **gates}
 
     def recall(self, weights: Weights, entries: Entries) -> Dense:
         return Dense((entries.tensors["key"],), entries.tensors["value"])
 
     def memory(self) -> Hashable:
-        return self.kind, self.kv_heads, self.head_dim, self.position.rotation()
+        return self.kind, self.kv_heads, self.head_dim, self.position.rotation(), self.eviction
 
 
 def _bias(dims: dict[str, int]) -> Param:

@@ -9,12 +9,13 @@ width], so that a core can slice a range of keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from mukv.core.linear import mixture, similarity
-from mukv.core.typing import Array, Float
+from mukv.core.typing import Array, Float, Int
 from mukv.position.base import Logits
 
 Query = tuple[Float[Array, "batch kv_heads group query _"], ...]
@@ -25,6 +26,9 @@ Whole = Float[Array, "batch kv_heads key _"]
 
 class Recalled:
     """Base class; a subclass is a pytree of tensors whose axis 2 is the axis of keys."""
+
+    fades: ClassVar[bool] = False
+    """Whether `faded` changes logits."""
 
     def products(self, query: Query) -> Logits:
         """Return the dot products of queries and keys; float32."""
@@ -42,6 +46,16 @@ class Recalled:
     def width(self) -> int:
         """Width of a value."""
         raise NotImplementedError
+
+    def faded(
+        self,
+        logits: Logits,
+        query: Int[Array, "batch query"],
+        key: Int[Array, "batch #kv_heads key"],
+    ) -> Logits:
+        """Return the logits of pairs with what is added to them at last; float32. query, key:
+        positions"""
+        return logits
 
 
 @jax.tree_util.register_dataclass

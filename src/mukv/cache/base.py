@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from mukv.attention import Attention, Bag, Entries, Queries, Query, Recall, Retrieved
 from mukv.attention.mixer import EntryStore, Written
+from mukv.cache.paced import Paced
 from mukv.core.typing import Array, Bool, Float, Int, Residual
 
 SlotArrays = dict[str, Float[Array, "batch _ slot _"]]
@@ -77,6 +78,11 @@ class Body(Protocol):
         """Return all entries of the body. length: entries folded so far."""
         ...
 
+    def limited(self, newest: Entries) -> tuple[Body, Entries]:
+        """Return this body and newer entries as queries read them, where the policy decides which
+        queries may see an entry."""
+        ...
+
     def for_steps(self) -> Body:
         """Return the body without what only the next choice of entries needs."""
         ...
@@ -117,6 +123,10 @@ class AllRead:
     def entries(self, length: Int[Array, " batch"]) -> Entries:
         """See `Body`."""
         raise NotImplementedError
+
+    def limited(self, newest: Entries) -> tuple[Any, Entries]:
+        """See `Body`."""
+        return self, newest
 
     def for_steps(self) -> Any:
         """See `Body`."""
@@ -163,6 +173,13 @@ class Slot:
         added = self.store.added(length, filled)
         return self._of_tokens(tail_entries(self.tail, self.store.count(length), added))
 
+    def limited(self, newest: Bag) -> tuple[Slot, Bag]:
+        """Return this slot and newer entries as queries read them; see `Body.limited`."""
+        if not isinstance(newest, Entries):
+            return self, newest
+        body, newest = self.body.limited(newest)
+        return replace(self, body=body), newest
+
     def appended(
         self,
         new: Token,
@@ -202,31 +219,6 @@ class Slot:
             return bag
         paced = Paced(bag, self.store)
         return paced.placed(bag) if isinstance(bag, Entries) else paced
-
-
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Paced:
-    """A bag of a store with several tokens per entry, or with a window. Its positions are converted
-    from numbers of entries to the numbers of tokens that queries have."""
-
-    bag: Bag
-    store: EntryStore = field(metadata={"static": True})
-
-    def retrieve(self, query: Query, recall: Recall) -> Retrieved:
-        recalled, entries = self.bag.retrieve(query, lambda found: recall(self.placed(found)))
-        return recalled, self.placed(entries)
-
-    def taken(self, place: Int[Array, "batch 1 number"]) -> Entries | None:
-        entries = self.bag.taken(place)
-        return None if entries is None else self.placed(entries)
-
-    def placed(self, entries: Entries) -> Entries:
-        """Return the entries with the positions of their last tokens."""
-        position = self.store.last_token(entries.position)
-        every, window = self.store.every, self.store.window
-        return replace(entries, position=position, window=window, every=every)
 
 
 @no_type_check

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from mukv.attention import Entries
 from mukv.cache.budget import CacheBudget
 from mukv.cache.merge import Drop, Merge
 from mukv.cache.rank import by_store
@@ -78,6 +79,9 @@ class Keep:
     """Whether scores are made by reading the prompt a second time."""
     evicts: ClassVar[bool] = True
     """Whether any entry is ever dropped."""
+    limits: ClassVar[bool] = False
+    """Whether queries do not read entries that are to be dropped, even before they are: `decided`
+    and `until`."""
     calibrated: ClassVar[tuple[str, ...]] = ()
     """Names of the calibrated arrays of a layer that scores depend on; they are among the notes."""
 
@@ -99,6 +103,13 @@ class Keep:
     def narrowest(self) -> int:
         """Smallest number of entries that `pyramid` gives to a layer."""
         return self.minimum
+
+    def check(self, policy: Any, layer: str, attention: Any) -> None:
+        """Raise BadInput if a `Policy` with this part does not fit an attention. layer: its name"""
+
+    def of_attention(self, attention: Any) -> Keep:
+        """Return this policy with the settings that a layer's attention gives it."""
+        return self
 
     def of_layer(self, place: int, layers: int, length: int) -> Keep:
         """Return this policy for layer `place` of `layers`, of a cache for `length` tokens."""
@@ -125,6 +136,24 @@ class Keep:
     def must(self, seen: Seen) -> Bool[Array, "batch stores key"]:
         """Return which entries are kept regardless of their score."""
         return seen.recent(self.recent)
+
+    def until(
+        self, score: Float[Array, "batch stores key"], position: Int[Array, "batch stores key"]
+    ) -> Int[Array, "batch stores key"]:
+        """Return the position of the last query that may see each entry, from carried scores."""
+        raise NotImplementedError
+
+    def decided(
+        self,
+        score: Float[Array, "batch stores slot"],
+        position: Int[Array, "batch stores slot"],
+        there: Bool[Array, "batch heads slot"],
+        newest: Entries,
+    ) -> tuple[Float[Array, "batch stores slot"], Entries]:
+        """Return the carried scores of a body, which newer entries may decide, and these entries
+        with the last query that may see each. there: slots in use, as in `Shelf.there`
+        """
+        raise NotImplementedError
 
     def chosen(self, seen: Seen, capacity: int) -> Chosen:
         """Choose at most `seen.number` entries per store, into `capacity` places."""

@@ -65,14 +65,35 @@ class Kept:
         return self
 
     def entries(self, length: Int[Array, " batch"]) -> Entries:
-        return self.shelf.entries()
+        return self._seen(self.shelf.entries())
+
+    @property
+    def limits(self) -> bool:
+        """Whether queries may see fewer entries than are stored."""
+        return self.keep.limits and not self.held
+
+    def limited(self, newest: Entries) -> tuple[Kept, Entries]:
+        if not self.limits or self.carried is None:
+            return self, newest
+        given = self.carried, self.shelf.position, self.shelf.there(), newest
+        carried, newest = self.keep.decided(*given)
+        return replace(self, carried=carried), newest
+
+    def _seen(self, entries: Entries) -> Entries:
+        """Return all entries of the body with the last query that may see each."""
+        if not self.limits or self.carried is None:
+            return entries
+        return replace(entries, until=self.keep.until(self.carried, entries.position))
 
     def for_steps(self) -> Kept:
+        if self.limits:
+            return replace(self, notes={})
         return replace(self, carried=None, notes={}, keep=Everything(), held=False)
 
     def retrieve(self, query: Query, recall: Recall) -> Retrieved:
         """Return the keys and values that one query token reads."""
-        return self.select.retrieve(self.shelf, self.index, query, recall)
+        recalled, entries = self.select.retrieve(self.shelf, self.index, query, recall)
+        return recalled, self._seen(entries)
 
     def taken(self, place: Int[Array, "batch 1 number"]) -> Entries | None:
         return None if self.by_query else replace(self.shelf.runs(place), ordered=False)

@@ -25,6 +25,7 @@ from mukv.cache.chunks import WholeChunks
 from mukv.cache.clusters import Clusters
 from mukv.cache.compactor import Compactor
 from mukv.cache.critical import Critical
+from mukv.cache.dms import DMS
 from mukv.cache.expected import Expected
 from mukv.cache.fp8 import FP8
 from mukv.cache.keep import Everything, Keep
@@ -69,6 +70,7 @@ KEEPERS = PartTable(
         "compactor": Compactor,
         "kvzip": KVzip,
         "kvzap": KVzap,
+        "dms": DMS,
         "random": Random,
     },
     kinds=False,
@@ -232,6 +234,7 @@ class Policy:
         if isinstance(self.keep, KVzip) and self.keep.plus:
             self._check_projection(layer, attention, "plus")
         self._check_layers()
+        self.keep.check(self, layer, attention)
         if self.keep.spread.pools:
             shared = _name(self.keep.spread)
             if attention.entry_sets == 1:
@@ -313,7 +316,7 @@ class Policy:
         Raises BadInput for a budget below the minimum of the policy.
         """
         whole, more = self.keep.when.room(length, after)
-        keep = self.keep.of_layer(*place, whole)
+        keep = self.keep.of_attention(attention).of_layer(*place, whole)
         slots = keep.budget.of(whole) if keep.evicts else length
         if slots < keep.minimum:
             raise _too_small(self.name, keep.budget, slots, whole, keep.minimum)

@@ -11,7 +11,7 @@ import numpy as np
 from mukv.cache import FULL
 from mukv.compress.candidates import Candidate
 from mukv.compress.finished import key_of
-from mukv.compress.reader import PolicyReader, Tick, for_steps, kept_shares, one_row
+from mukv.compress.reader import PolicyReader, Tick, capped_share, for_steps, kept_shares, one_row
 from mukv.compress.rows import CUE, TOKENS, Rows
 
 VERSION = 2
@@ -120,7 +120,7 @@ def _text(
                 "prefill_seconds": prefill + choice,
                 "step_seconds": speed.seconds,
                 "decoding_x_full": speed.full,
-                "capped": speed.capped,
+                "capped": capped_share(cache) if policy.keep.limits else speed.capped,
                 "bytes_read": reader.bytes_read(stored),
                 "cache_bytes": stored.nbytes(),
             }

@@ -223,6 +223,10 @@ class PolicyReader:
             return jax.block_until_ready(cache), seconds + spent / batch
         empty = jax.block_until_ready(self.cache(batch, policy, centres))
         start = time.perf_counter()
+        if policy.keep.limits:  # what it drops is not read in the prefill either
+            prompt = jnp.asarray(tokens), jnp.full(batch, tokens.shape[1])
+            _, cache = jax.block_until_ready(self._prefill(self.weights, empty, *prompt))
+            return cache, (time.perf_counter() - start) / batch
         cache = jax.block_until_ready(self._compress(self.weights, record, empty))
         return cache, (time.perf_counter() - start) / batch
 
@@ -336,6 +340,18 @@ def kept_shares(cache: Any) -> np.ndarray:
                 written = np.asarray(slot.store.count(part.length))
                 shares.append(there.sum(axis=-1).mean(axis=-1) / np.maximum(written, 1))
     return np.mean(shares, axis=0, dtype=float)
+
+
+def capped_share(cache: Any) -> float | None:
+    """Return the fraction of the entries that a policy would keep which it drops for lack of room,
+    over all rows and layers; None for policies that do not count them."""
+    lost = kept = 0
+    parts = jax.tree.leaves(cache, is_leaf=lambda part: isinstance(part, Kept))
+    bodies = [part for part in parts if isinstance(part, Kept) and CAPPED in part.notes]
+    for body in bodies:
+        lost += int(np.asarray(body.notes[CAPPED]).sum())
+        kept += int(np.asarray(body.shelf.there()).sum())
+    return lost / max(lost + kept, 1) if bodies else None
 
 
 def one_row(cache: Any) -> Any:

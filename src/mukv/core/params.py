@@ -21,7 +21,7 @@ from mukv.core.errors import BadInput, unknown_name
 from mukv.core.typing import Array, Float
 
 Role = Literal["embedding", "hidden", "readout", "router", "vector"]
-Tag = Literal["query", "key", "value", "gate", "readout"]
+Tag = Literal["query", "key", "value", "gate", "readout", "eviction"]
 Init = Literal["normal", "zeros", "ones", "decay_rates", "decay_steps"]
 LAYER = "layer"
 WIDEST = 1 << 20
@@ -179,6 +179,18 @@ def named(tree: Any) -> dict[str, Any]:
     """Return the leaves of a nested tree by dotted name, in the tree's order."""
     leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, Param))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested tree of leaves by dotted name; the inverse of `named`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *path, last = name.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree
 
 
 def count(declared: Any) -> int:

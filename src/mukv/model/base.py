@@ -31,11 +31,11 @@ from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.auxiliary import PENALTY, Auxiliary
 from mukv.model.block import AnyResidual, Gated, PreNorm
 from mukv.model.continued import Continued
+from mukv.model.evicting import AnyThrough
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.rates import Capacity, StackRate
 from mukv.model.stack import Stack
-from mukv.model.through import Through
 from mukv.scaling.parameterization import Scaling
 from mukv.scaling.stability import UpdateFamily
 
@@ -126,7 +126,7 @@ class LanguageModel(Continued, Component):
         position: Int[Array, "batch token"] | None = None,
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
-        through: Through | None = None,
+        through: AnyThrough | None = None,
     ) -> ForwardResult:
         """Run whole rows of tokens through the model, without a cache.
 
@@ -135,7 +135,7 @@ class LanguageModel(Continued, Component):
         segment: number of each token's document, from 1, and 0 for padding; tokens attend within
             their document only; one document per row if None
         compute: settings of the forward pass; the defaults if None
-        through: a cache policy that drops entries between blocks of tokens; None for none
+        through: a cache policy or gates that drop entries between tokens; None for none
         """
         raise NotImplementedError
 

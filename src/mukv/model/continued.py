@@ -13,16 +13,18 @@ import jax
 from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Tokens, Weights
-from mukv.model.through import Through
+from mukv.model.evicting import AnyThrough, Evicting
 
 
 class Continued:
     """Methods of a language model that concern cache policies."""
 
-    def check_through(self, through: Through, tokens: int) -> None:
+    def check_through(self, through: AnyThrough, tokens: int) -> None:
         """Raise BadInput, with the reason, for a policy that can't be in place in training. tokens:
         of a row
         """
+        if isinstance(through, Evicting):
+            raise BadInput("attention.eviction", "gates", "null: only decoders are trained with it")
         allowed = "null: only decoders are trained through a policy"
         raise BadInput("policy", str(through.policy), allowed)
 

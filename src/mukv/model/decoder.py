@@ -17,12 +17,12 @@ from mukv.core.programs import Programs
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import ForwardResult, LanguageModel
 from mukv.model.cache_update import compressed
+from mukv.model.evicting import AnyThrough
 from mukv.model.layer_inputs import Inputs, LayerInputs
 from mukv.model.plan import ResolvedLayer, Stage
 from mukv.model.policy_check import check_policy
 from mukv.model.remember import positions
 from mukv.model.stack import Stack
-from mukv.model.through import Through
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Decoder(LanguageModel):
         position: Int[Array, "batch token"] | None = None,
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
-        through: Through | None = None,
+        through: AnyThrough | None = None,
     ) -> ForwardResult:
         compute = settled(compute)
         if position is None:
@@ -115,7 +115,7 @@ class Decoder(LanguageModel):
         x, auxiliary = self.stack.forward(weights, x, *rest)
         return self.result(weights, x, auxiliary, tokens.shape[1])
 
-    def check_through(self, through: Through, tokens: int) -> None:
+    def check_through(self, through: AnyThrough, tokens: int) -> None:
         through.check(self.stack, tokens)
 
     def empty_cache(

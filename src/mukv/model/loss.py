@@ -16,7 +16,7 @@ from mukv.core.compute import Compute, settled
 from mukv.core.partition import by_data_shard
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import LanguageModel
-from mukv.model.through import Through
+from mukv.model.evicting import AnyThrough
 
 
 def token_losses(
@@ -100,7 +100,7 @@ def summed_loss(
     segment: Int[Array, "batch token"] | None = None,
     compute: Compute | None = None,
     teacher: Teacher | None = None,
-    through: Through | None = None,
+    through: AnyThrough | None = None,
 ) -> Losses:
     """Sum the weighted token losses over the batch, in nats.
 
@@ -110,7 +110,7 @@ def summed_loss(
     teacher: a model with the same vocabulary, which reads the same tokens; the objective becomes
         (1 - share) CE + share T^2 KL (Hinton et al. 2015, section 2), where T^2 keeps the size of
         the gradient
-    through: a cache policy that is in place while the model reads, but not its teacher
+    through: a cache policy or gates in place while the model reads, but not its teacher
 
     The logits are computed for one chunk of tokens at a time, and recomputed in the backward pass,
     so that no array has batch x token x vocab elements.
@@ -134,9 +134,11 @@ def summed_loss(
         )
         share, square = teacher.share, teacher.temperature**2
         objective = (1 - share) * total + share * square * divergence
-    if result.penalty is not None:
-        # Weighted row by row, so that it does not depend on how a batch is split.
-        objective += jnp.sum(result.penalty * jnp.sum(weight, axis=1))
+    missing = None if through is None else through.penalty(result.counts, tokens.shape[1])
+    for penalty in (result.penalty, missing):
+        if penalty is not None:
+            # Weighted row by row, so that it does not depend on how a batch is split.
+            objective += jnp.sum(penalty * jnp.sum(weight, axis=1))
     counts = {name: jnp.sum(n) for name, n in result.counts.items()}
     return Losses(objective, total, counts, divergence)
 

@@ -17,6 +17,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from mukv.attention import DIRECT, AnyAttention, Attention, Bag, Carried, Mask, Queries, Written
+from mukv.attention.eviction import Fading
 from mukv.attention.indexer import EntryChoice
 from mukv.core.compute import RESIDUAL, Compute
 from mukv.core.norm import RMSNorm
@@ -239,8 +240,9 @@ class Pass:
             if self.inputs is not None and given is not None:
                 x = x + self.inputs.apply(weights["inputs"], x, given, norm)
             x = tap("mlp", self.stream(residual.finish(weights, x)))
+        faded = [part.reported for part in parts if layer.writes and isinstance(part, Fading)]
         lent = PassedOn(parts if layer.lends else None, mask.choice if layer.chooses else None)
-        return x, lent, memory, together(own, reported)
+        return x, lent, memory, together(own, reported, *faded)
 
     def entered(self, branch: str, weights: Any, x: Residual) -> Residual:
         """Return the input of a branch, "attention" or "mlp": the residual stream after its norm,

@@ -60,10 +60,11 @@ class Several:
                 asked = query() if slot.body.needs_queries else None
                 reader = Reader(layer.softmax, reading, asked, None, query.x)
                 slots[name] = slot.extended(new, self.length, self.count, reader, self.fresh)
+            held, newest = slot.limited(bag.entries(new, self.position))
             if not self.fresh:
-                by_query = self.as_steps and slot.body.by_query
-                parts.append(slot.bag(self.length) if by_query else slot.entries(self.length))
-            parts.append(bag.entries(new, self.position))
+                by_query = self.as_steps and held.body.by_query
+                parts.append(held.bag(self.length) if by_query else held.entries(self.length))
+            parts.append(newest)
         states = states_of(layer, written) if self.joins else {}
         return tuple(parts), LayerMemory(slots, states)
 
@@ -100,7 +101,8 @@ class One:
             if QUERY in slot.tail:
                 new = {**new, QUERY: by_head(query())}
             slots[name] = slot = slot.appended(new, self.length, self.filled, self.which)
-            parts += slot.bag(self.length), slot.newest(self.length, self.filled + more)
+            held, newest = slot.limited(slot.newest(self.length, self.filled + more))
+            parts += held.bag(self.length), newest
         return tuple(parts), LayerMemory(slots, states_of(layer, written))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from mukv.core.typing import Array, Bool, Int, Residual, Weights
 from mukv.model.auxiliary import Auxiliary, over_layers
 from mukv.model.block import AnyResidual
 from mukv.model.cache_update import LayerBag, LayerMemory, extended, joined, memories
+from mukv.model.evicting import AnyThrough
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.layer_inputs import Inputs, LayerInputs
 from mukv.model.passes import (
@@ -41,7 +42,6 @@ from mukv.model.passes import (
 )
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
 from mukv.model.remember import One, Several, length_after, positions
-from mukv.model.through import Through
 from mukv.scaling.parameterization import Scaling
 
 
@@ -132,7 +132,7 @@ class Stack:
         position: Int[Array, "batch token"],
         segment: Int[Array, "batch token"] | None,
         compute: Compute,
-        through: Through | None = None,
+        through: AnyThrough | None = None,
         given: Inputs | None = None,
     ) -> tuple[Residual, Auxiliary]:
         """Run whole rows through all layers.
@@ -142,7 +142,7 @@ class Stack:
         position: place of each token in its document, from 0
         segment: number of each token's document, from 1, and 0 or less for padding; tokens attend
             within their document only; one document per row if None
-        through: a cache policy that drops entries between blocks of tokens; None for none
+        through: a cache policy or gates that drop entries between tokens; None for none
 
         Returns the residual stream after the last layer, and the auxiliary numbers over all layers
         (see `over_layers`).
@@ -154,13 +154,15 @@ class Stack:
             memory: MemoryOrNone,
             written: Written,
             asked: Asked,
+            later: Any = 0,
         ) -> tuple[tuple[Bag, ...], MemoryOrNone]:
             def read(name: str, bag: EntryStore) -> Bag:
                 entries = bag.entries(written[name], position, segment)
                 if through is None or bag.window is not None:
                     return entries
                 where = self._place(layer, name), name
-                return through.limited(layer, entries, *where, reading, asked, segment)
+                given = reading, asked, segment, layer.index + later
+                return through.limited(layer, entries, *where, *given)
 
             return tuple(read(*bag) for bag in layer.bags.items()), memory
 
@@ -186,14 +188,16 @@ class Stack:
                 def repeat(
                     x: Residual, scanned: Any, first: Any = first
                 ) -> tuple[Residual, list[Auxiliary]]:
-                    (weights, given), inner, found = scanned, dict(known), []
+                    (weights, given, later), inner, found = scanned, dict(known), []
+                    own_run = replace(run, remember=partial(remember, later=later))
                     for layer in first:
                         own = weights[f"slot{layer.slot}"], x, inner, of_layer(given, layer.slot)
-                        x, more = run.layer(layer, *own)
+                        x, more = own_run.layer(layer, *own)
                         found.append(more)
                     return x, found
 
-                x, more = jax.lax.scan(repeat, x, (stacked, by_repeat(given, here)))
+                later = len(first) * jnp.arange(stage.repeats)
+                x, more = jax.lax.scan(repeat, x, (stacked, by_repeat(given, here), later))
                 reported += more
         return x, over_layers(reported)
 

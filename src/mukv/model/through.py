@@ -55,6 +55,8 @@ class Through:
             allowed = "a policy that chooses what is kept, not what each query reads"
         elif policy.keep.replays:
             allowed = "a policy that reads the text once"
+        elif policy.keep.limits:
+            allowed = "a policy without gates of the model, which train.adapter trains"
         elif policy.keep.calibrated:
             allowed = "a policy that is not calibrated"
         elif not policy.keep.evicts:
@@ -91,6 +93,10 @@ class Through:
                 found.setdefault((layer.slot, name), set()).add(own)
         return all(len(policies) == 1 for policies in found.values())
 
+    def penalty(self, counts: Any, tokens: int) -> None:
+        """Return that a policy adds no penalty to the objective."""
+        return
+
     def limited(
         self,
         layer: ResolvedLayer,
@@ -100,6 +106,7 @@ class Through:
         weights: Any,
         asked: Asked,
         segment: Int[Array, "batch token"] | None,
+        number: Int[Array, ""] | int,
     ) -> Entries:
         """Return the entries of whole rows with the last query that may see each of them.
 
@@ -107,6 +114,7 @@ class Through:
         name: name of the store that holds the entries
         weights: of the layer, for reading
         asked: computes the queries
+        number: of the layer; not used
         """
         batch, tokens = asked.position.shape
         sizes = asked.x.shape[-1], batch, tokens, asked.x.dtype

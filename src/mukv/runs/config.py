@@ -85,7 +85,7 @@ class Run:
             allowed = f"at least the {task.smallest} tokens of data.task"
             raise BadInput("train.length", self.train.length, allowed)
         if self.train.adapter is not None:
-            self.train.adapter.chosen(self.model.params())
+            self.train.adapter.check(self.model, self.train)
         if self.train.through is not None:
             self._check_policy(self.train.through)
 

@@ -7,6 +7,7 @@ its base.json has the checksums of the base's weights, so that another base is r
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mukv.attention.eviction import EVICTION
 from mukv.core import params
 from mukv.core.errors import BadInput
 from mukv.core.mesh import weight_shardings
@@ -76,6 +78,7 @@ class Start:
             types = params.named(params.abstract(self.run.model.params()))
         else:
             types = weight_types(self.folder.weights)
+        types = {**_closed_gates(declared, types), **types}
         require_weights(declared, types, self.folder.path)
         structure = jax.tree.structure(
             declared, is_leaf=lambda leaf: isinstance(leaf, params.Param)
@@ -95,9 +98,24 @@ class Start:
             if self.adapted:
                 assert self.run is not None
                 weights = merged_weights(self.run, self.folder, weights, mesh)
+        found = params.named(weights)
+        if missing := _closed_gates(declared, found):
+            weights = params.nested({**missing, **found})
         require_weights(declared, weights, self.folder.path)
         require_finite(weights, self.folder.path)
         return weights
+
+
+def _closed_gates(declared: Any, found: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return zeros for gates of learned eviction that weights lack; these gates evict nothing.
+
+    declared: tree of `Param`. found: weights by name
+    """
+    return {
+        name: np.zeros(param.shape, np.float32)
+        for name, param in params.named(declared).items()
+        if param.tag == EVICTION and name not in found
+    }
 
 
 def find_start(start: str, where: str = FIELD) -> Start:

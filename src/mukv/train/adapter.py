@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import combinations
 from math import prod
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,14 @@ from mukv.core.typing import Array
 from mukv.model.base import LanguageModel
 from mukv.scaling.parameterization import changes
 from mukv.scaling.stability import UpdateFamily
+from mukv.train.adapted import WHERE, Adapting, structure
 
 FIRST, SECOND = "a", "b"
 """Names of the two thin matrices in the tree, below the name of the weight that they change."""
-WHERE = "train.adapter"
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(Adapting):
     """Low-rank adapters (LoRA, Hu et al. 2021): a weight W becomes W + alpha / rank * A B.
 
     W is the weight of `train.start` and does not change. A is initialised randomly and B to zero.
@@ -46,10 +46,13 @@ class Adapter:
     ratio: learning rate of B as a multiple of A's at the base width (lambda of LoRA+)
     """
 
+    kind: Literal["low_rank"] = "low_rank"
     rank: int = 8
     alpha: float = 16.0
     weights: tuple[str, ...] | None = None
     ratio: float = 1.0
+
+    kind_may_be_left_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_counts(self, "rank", most=WIDEST)
@@ -84,8 +87,7 @@ class Adapter:
         return found
 
     def params(self, declared: Any) -> dict[str, Any]:
-        """Declare A and B of each adapter, in a tree like the model's. Raises BadInput as `chosen`
-        does."""
+        """Declare A and B of each adapter. Raises BadInput as `chosen` does."""
         tree: dict[str, Any] = {}
         for name, param in self.chosen(declared).items():
             node = tree
@@ -95,28 +97,18 @@ class Adapter:
         return tree
 
     def resolved(self, model: LanguageModel, family: UpdateFamily = "adam") -> Any:
-        """Compute the `Resolved` of each A and B, for a family of optimizers."""
         declared = self.params(model.params())
         found = named(model.scaling.resolve(declared, len(model.layers), family))
         for name, resolved in found.items():
             if name.endswith(f".{SECOND}"):
                 rate = resolved.learning_rate * self.ratio
                 found[name] = replace(resolved, deviation=0.0, learning_rate=rate)
-        return _structure(declared).unflatten(found.values())
+        return structure(declared).unflatten(found.values())
 
     def attached(self, model: LanguageModel, base: Any, own: Any) -> Any:
-        """Return the weights as the forward pass takes them, multiplied by their multipliers.
-
-        base: weights of the model, as they are stored
-        own: A and B of each adapter, as they are stored
-        """
         return self._joined(model, model.scaled(base), own, dict[str, Any](), _low_rank)
 
     def merged(self, model: LanguageModel, base: Any, own: Any) -> Any:
-        """Return the float32 weights of a model without adapters that computes the same function.
-
-        base, own: as in `attached`; the result has the form in which weights are stored
-        """
         base = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
         # The forward pass multiplies the merged weight by its multiplier, so A B is divided by it.
         shares = {name: weight.multiplier for name, weight in named(model.resolved()).items()}
@@ -137,7 +129,7 @@ class Adapter:
             b = b * (self.alpha / self.rank)
             share = shares.get(name, 1.0)
             whole[name] = join(param, whole[name], a, b / share if changes(share) else b)
-        return _structure(declared).unflatten(whole[name] for name in named(declared))
+        return structure(declared).unflatten(whole[name] for name in named(declared))
 
 
 def _low_rank(param: Param, base: Array, a: Array, b: Array) -> LowRank | Array:
@@ -146,10 +138,6 @@ def _low_rank(param: Param, base: Array, a: Array, b: Array) -> LowRank | Array:
     if param.role == "embedding" or not in_order(param):
         return added(param, base, a, b)
     return LowRank(base, a, b)
-
-
-def _structure(declared: Any) -> Any:
-    return jax.tree.structure(declared, is_leaf=lambda leaf: isinstance(leaf, Param))
 
 
 def _by_default(name: str, param: Param) -> bool:

@@ -221,6 +221,7 @@ class Trainer:
                 if not finite:
                     return f"the output of {name}"
             slope = jax.jit(jax.grad(self._objective, has_aux=True))
+            batch = self.drawn(batch, state.step)
             gradient = slope(state.weights, batch, self.frozen, self.taught)[0]
             # Gradients flow from the last layer to the first, so the last bad one is the cause.
             broken = [
@@ -255,6 +256,11 @@ class Trainer:
             return self.model.scaled(weights)
         return self.adapter.attached(self.model, frozen, weights)
 
+    def drawn(self, batch: BatchArrays, step: Any) -> BatchArrays:
+        """Return the batch of a step with what the objective draws for its rows."""
+        adapter, training = self.adapter, self.training
+        return batch if adapter is None else adapter.drawn(batch, training, step)
+
     def _objective(
         self, weights: Any, batch: BatchArrays, frozen: Any, taught: Any = None
     ) -> tuple[Float[Array, ""], Losses]:
@@ -263,18 +269,16 @@ class Trainer:
 
     def _losses(self, weights: Any, batch: BatchArrays, frozen: Any, taught: Any = None) -> Losses:
         """Compute the summed losses. taught: weights of the teacher; None to leave it out."""
-        teacher = None
+        teacher, through = None, self.training.through
         if self.teacher is not None and taught is not None:
             plan = self.training.distillation
             teacher = Teacher(self.teacher, taught, plan.weight, plan.temperature)
-        return summed_loss(
-            self.model,
-            self.whole(weights, frozen),
-            *(batch[name] for name in BATCH_FIELDS),
-            compute=self.compute,
-            teacher=teacher,
-            through=self.training.through,
-        )
+        whole, arrays = self.whole(weights, frozen), (batch[name] for name in BATCH_FIELDS)
+        if self.adapter is not None:
+            teacher = self.adapter.teacher(batch, self.model, whole, teacher)
+            through = self.adapter.reading(batch, through)
+        given = {"compute": self.compute, "teacher": teacher, "through": through}
+        return summed_loss(self.model, whole, *arrays, **given)
 
     def validation_sums(
         self,
@@ -364,7 +368,7 @@ class Trainer:
         frozen: weights of the model, which adapters change; None without adapters
         taught: weights of the teacher; None without one
         """
-        training = self.training
+        training, batch = self.training, self.drawn(batch, state.step)
         losses, gradient = self._gradient(state.weights, batch, frozen, taught)
         weight = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
         loss, gradient = jax.tree.map(lambda leaf: leaf / weight, (losses.cross_entropy, gradient))

@@ -12,7 +12,7 @@ from mukv.model.through import Through
 from mukv.scaling.budget import AnyBudget
 from mukv.scaling.optimizers import AdamW, AnyOptimizer
 from mukv.scaling.schedules import AnySchedule, Cosine
-from mukv.train.adapter import Adapter
+from mukv.train.adapters import AnyAdapter
 from mukv.train.distillation import Distillation
 
 
@@ -36,8 +36,8 @@ class Training:
     """How a model is trained.
 
     start: initial weights: a run directory or a Hugging Face folder; None draws them
-    adapter: low-rank adapters of the weights of `start`; if given, only the adapters are trained;
-        None trains all weights
+    adapter: low-rank adapters of the weights of `start`, or the gates of learned eviction; if
+        given, only these are trained; None trains all weights
     teacher: a model with the same vocabulary whose predictions are learnt: a run directory, a
         Hugging Face folder, a GGUF file or a hub id; None to learn from the text alone
     distillation: how the teacher counts beside the text
@@ -70,7 +70,7 @@ class Training:
     """
 
     start: str | None = None
-    adapter: Adapter | None = None
+    adapter: AnyAdapter | None = None
     teacher: str | None = None
     distillation: Distillation = field(default_factory=Distillation)
     policy: str | None = None

@@ -169,7 +169,7 @@ def not_of_own_tokens(demand: Demand, compute: Compute) -> str | None:
     if not demand.aligned:
         return "its keys must be those of the queries' own tokens, in one bag"
     if demand.dropped:
-        return "a policy drops entries between queries (train.policy)"
+        return "entries are dropped between queries (train.policy, or learned eviction)"
     return all_at_once(demand, compute)
 
 

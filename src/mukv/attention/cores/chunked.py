@@ -318,6 +318,7 @@ class _Loops:
             logits, carry = scores.block(products, shown, carry)
         else:
             logits = scores.logits(products, shown)
+        logits = recalled.faded(logits, position, entries.position)
         return jnp.where(visible[:, :, None], logits, -jnp.inf), carry
 
     def _pairs(self, bag: int, constants: _Constant) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def weighed(
         _concatenated([one.visible for one in shown]),
         all(one.ordered for one in shown),
     )
-    logits = tap("logits", scores.logits(products, whole))
+    logits = tap("logits", _faded(scores.logits(products, whole), parts, scores))
     masked = jnp.where(whole.visible[:, :, None], logits, -jnp.inf)
     top = finite(jax.lax.stop_gradient(jnp.max(masked, axis=-1, keepdims=True)))
     if scores.sinks is not None:
@@ -72,6 +73,17 @@ def weighed(
     if scores.sinks is not None:
         total = total + jnp.exp(with_rank(scores.sinks[..., None, None], 5) - top)
     return weights, jnp.where(total > 0, total, 1.0)
+
+
+def _faded(logits: Logits, parts: Sequence[Part], scores: Scores) -> Logits:
+    """Apply `Recalled.faded` to the logits of each part."""
+    if not any(part.recalled.fades for part in parts):
+        return logits
+    stops = list(accumulate(part.entries.position.shape[-1] for part in parts))
+    pieces = zip(jnp.split(logits, stops[:-1], axis=-1), parts, strict=True)
+    query = scores.query_position
+    found = [part.recalled.faded(own, query, part.entries.position) for own, part in pieces]
+    return jnp.concatenate(found, axis=-1)
 
 
 def _concatenated(arrays: Sequence[Array]) -> Array:

@@ -40,7 +40,7 @@ from mukv.model.concept.injection import (
 )
 from mukv.model.policy_check import check_policy
 from mukv.model.rates import Capacity
-from mukv.model.through import Through
+from mukv.model.evicting import AnyThrough
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Concept(Architecture):
         position: Int[Array, "batch token"] | None = None,
         segment: Int[Array, "batch token"] | None = None,
         compute: Compute | None = None,
-        through: Through | None = None,
+        through: AnyThrough | None = None,
     ) -> ForwardResult:
         compute = settled(compute)
         outer = self.outer(weights, compute)
