@@ -15,7 +15,7 @@ from typing import Any, Protocol, no_type_check, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import Attention, Bag, Entries, Queries, Query, Recall, Retrieved
+from mukv.attention import Attention, Bag, Entries, Queries
 from mukv.attention.mixer import EntryStore, Written
 from mukv.cache.paced import Paced
 from mukv.core.typing import Array, Bool, Float, Int, Residual

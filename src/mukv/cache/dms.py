@@ -1,4 +1,4 @@
-"""Eviction by gates that the model learned: delayed by a window, decided by the next token (DMS)."""
+"""Eviction by learned gates: decided by the next token, delayed by a window (DMS)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from mukv.cache.values import CAPPED
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, Int
-
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class DMS(Keep):
         return score < -self.threshold
 
     def until(
-        self, score: Float[Array, "batch stores key"], position: Int[Array, "batch stores key"]
+        self, score: Float[Array, "batch stores key"], position: Int[Array, "batch #stores key"]
     ) -> Int[Array, "batch stores key"]:
         return until(self.evicted(score), position, self.settled)
 

@@ -138,7 +138,7 @@ class Keep:
         return seen.recent(self.recent)
 
     def until(
-        self, score: Float[Array, "batch stores key"], position: Int[Array, "batch stores key"]
+        self, score: Float[Array, "batch stores key"], position: Int[Array, "batch #stores key"]
     ) -> Int[Array, "batch stores key"]:
         """Return the position of the last query that may see each entry, from carried scores."""
         raise NotImplementedError

@@ -43,7 +43,7 @@ class Evicting:
         tokens."""
         if not stack.whole:
             raise BadInput(FIELD, None, "a layer whose entries are all kept, without a window")
-        for layer, name in stack.whole:
+        for layer, _ in stack.whole:
             gates = getattr(layer.attention, EVICTION, None)
             if gates is None:
                 allowed = (

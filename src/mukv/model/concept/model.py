@@ -38,9 +38,9 @@ from mukv.model.concept.injection import (
     InjectionInputs,
     Lasting,
 )
+from mukv.model.evicting import AnyThrough
 from mukv.model.policy_check import check_policy
 from mukv.model.rates import Capacity
-from mukv.model.evicting import AnyThrough
 
 
 @dataclass(frozen=True)
