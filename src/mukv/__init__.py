@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mukv.attention import CSA as CSA
     from mukv.attention import HCA as HCA
     from mukv.attention import Attention as Attention
+    from mukv.attention import Eviction as Eviction
     from mukv.attention import GatedDelta as GatedDelta
     from mukv.attention import Grouped as Grouped
     from mukv.attention import GroupedTied as GroupedTied
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mukv.attention import SharedKV as SharedKV
     from mukv.attention import TensorProduct as TensorProduct
     from mukv.cache.policy import CUR as CUR
+    from mukv.cache.policy import DMS as DMS
     from mukv.cache.policy import FP8 as FP8
     from mukv.cache.policy import H2O as H2O
     from mukv.cache.policy import TOVA as TOVA
@@ -181,20 +183,22 @@ if TYPE_CHECKING:
     from mukv.tasks import SelectiveCopy as SelectiveCopy
     from mukv.tasks import Task as Task
     from mukv.tasks import VariableTracking as VariableTracking
+    from mukv.train.adapted import Adapting as Adapting
     from mukv.train.adapter import Adapter as Adapter
     from mukv.train.distillation import Distillation as Distillation
+    from mukv.train.eviction import EvictionGates as EvictionGates
     from mukv.train.training import LengthStage as LengthStage
     from mukv.train.training import Training as Training
 
 __version__ = VERSION
 _MODULES = {
     "mukv.attention": (
-        "Attention CSA GatedDelta Grouped GroupedTied HCA Indexer KimiDelta Latent Mixer SharedKV "
-        "TensorProduct"
+        "Attention CSA Eviction GatedDelta Grouped GroupedTied HCA Indexer KimiDelta Latent Mixer "
+        "SharedKV TensorProduct"
     ),
     "mukv.cache.policy": (
-        "Adaptive All Clusters Compactor Critical CUR Drop Every Everything Exact Expected Folds "
-        "FP8 H2O Hold Int4 Int8 Keep KeyDiff KeyNorm KVzap KVzip LagKV Layers Leverage Merge "
+        "Adaptive All Clusters Compactor Critical CUR DMS Drop Every Everything Exact Expected "
+        "Folds FP8 H2O Hold Int4 Int8 Keep KeyDiff KeyNorm KVzap KVzip LagKV Layers Leverage Merge "
         "Nearest Pages Policy Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store "
         "Streaming ThinK Threshold TopK TopP TOVA Uniform When WholeChunks"
     ),
@@ -235,8 +239,10 @@ _MODULES = {
         "CommonWords Counting FlipFlop FrequentWords FuzzyRecall IndirectIndexing Mqar "
         "Needle NoLiteral NoisyRecall Program SelectiveCopy Task VariableTracking"
     ),
+    "mukv.train.adapted": "Adapting",
     "mukv.train.adapter": "Adapter",
     "mukv.train.distillation": "Distillation",
+    "mukv.train.eviction": "EvictionGates",
     "mukv.train.training": "LengthStage Training",
 }
 """The public names, by the module that has them. Type checkers read the imports above; a test

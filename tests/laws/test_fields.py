@@ -84,6 +84,10 @@ WSD, ROOT = (f"{SCHEDULE}={{kind: {kind}, warmup: 1}}" for kind in ("wsd", "inve
 POWER = f"{SCHEDULE}={{kind: power, warmup: 1, amplitude: 1}}"
 BUDGET = "train.budget={kind: sde, batch: 64, tokens: 1024}"
 ADAPTER = "train.adapter={rank: 2}"
+GATES = (
+    "model.attention.eviction={window: 2}",
+    "train.adapter={kind: eviction, ratio: 9, temperature: 1}",
+)
 THROUGH = "train={policy: 'knorm:0.5', policy_tail: 4}"
 STAGED = "train.stages=[{begin: 1, length: 32}]"
 MIXED = "data={path: null, mixture: [{path: {own}}, {path: {other}}]}"
@@ -123,6 +127,11 @@ CHANGES = {
     "Adapter.alpha": (ADAPTER, "train.adapter.alpha=3"),
     "Adapter.weights": (ADAPTER, "train.adapter.weights=[query]"),
     "Adapter.ratio": (ADAPTER, "train.adapter.ratio=2"),
+    "Grouped.eviction": GATES[0],
+    "Eviction.window": (*GATES, "model.attention.eviction.window=5"),
+    "EvictionGates.ratio": (*GATES, "train.adapter.ratio=2"),
+    "EvictionGates.ramp": (*GATES, "train.adapter.ramp=2"),
+    "EvictionGates.temperature": (*GATES, "train.adapter.temperature=2"),
     "Architecture.encoder": (CONCEPT, "model.encoder=[]"),
     "Architecture.decoder": (CONCEPT, f"model.decoder={LOCAL}"),
     "Architecture.chunker": (CONCEPT, "model.chunker={kind: fixed}"),

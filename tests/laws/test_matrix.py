@@ -23,11 +23,12 @@ from mukv.scaling.parameterization import Scaling
 from mukv.scaling.rows import EXPONENTS
 from mukv.scaling.schedules import SCHEDULES
 from mukv.tasks import TASK_KINDS
+from mukv.train.adapters import ADAPTERS
 from tests.laws import matrix, test_fields
 
 TABLES = (
     *(ATTENTIONS, POSITIONS, SCALINGS, OPTIMIZERS, SCHEDULES, BUDGETS, FEEDFORWARDS),
-    *(CHUNKERS, POOLS, INJECTIONS, RESIDUALS, MODELS, TASK_KINDS),
+    *(CHUNKERS, POOLS, INJECTIONS, RESIDUALS, MODELS, TASK_KINDS, ADAPTERS),
 )
 
 

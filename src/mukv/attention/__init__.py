@@ -5,6 +5,7 @@ from typing import Annotated
 from mukv.attention.base import Attention, Queries
 from mukv.attention.compressed import HCA
 from mukv.attention.entries import Bag, Entries, Recall, Retrieved
+from mukv.attention.eviction import Eviction
 from mukv.attention.gated_delta import GatedDelta
 from mukv.attention.grouped import Grouped
 from mukv.attention.grouped_tied import GroupedTied
@@ -47,6 +48,7 @@ __all__ = [
     "Carried",
     "Entries",
     "EntryStore",
+    "Eviction",
     "GatedDelta",
     "Grouped",
     "GroupedTied",

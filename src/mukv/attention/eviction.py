@@ -23,8 +23,8 @@ from mukv.core.params import Param
 from mukv.core.typing import Array, Bool, Float, Int, Residual, Weights
 from mukv.position.base import Logits
 
-EVICTION = "eviction"
-"""Name of the weight, of the tensor of logits in an entry, and of the fraction that is logged."""
+EVICTION, EVICTED = "eviction", "evicted"
+"""Name of the weight and of the tensor of logits in an entry; name of the fraction in metrics."""
 GAIN, OFFSET = 100.0, -5.0
 UNIT = RMSNorm()
 LAST = jnp.iinfo(jnp.int32).max

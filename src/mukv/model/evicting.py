@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import Bag, Entries
-from mukv.attention.eviction import EVICTION, Fading, of_next, until
+from mukv.attention.eviction import EVICTED, EVICTION, Fading, of_next, until
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Int
 from mukv.model.passes import Asked
@@ -92,7 +92,7 @@ class Evicting:
         total = jnp.maximum(jnp.sum(counted, axis=1), 1) * logits.shape[1]
         share = jnp.sum(hard * counted[:, None], axis=(1, 2)) / total
         amount = of_next(jax.nn.log_sigmoid(-relaxed), 0.0)
-        return Fading(entries, amount, {EVICTION: share}, window)
+        return Fading(entries, amount, {EVICTED: share}, window)
 
     def penalty(
         self, counts: Mapping[str, Float[Array, " batch"]], tokens: int
@@ -102,7 +102,7 @@ class Evicting:
         if self.target is None:
             return None
         # Per row, so that it does not depend on how a batch is split over devices.
-        return jnp.maximum(self.target - counts[EVICTION] / tokens, 0.0)
+        return jnp.maximum(self.target - counts[EVICTED] / tokens, 0.0)
 
 
 AnyThrough = Through | Evicting

@@ -25,11 +25,13 @@ from mukv.scaling.optimizers import OPTIMIZERS
 from mukv.scaling.rows import Parameterization, add_row
 from mukv.scaling.schedules import SCHEDULES
 from mukv.tasks import TASK_KINDS, TASKS
+from mukv.train.adapters import ADAPTERS
 from mukv.train.metrics import TRACKERS
 
 TABLES: tuple[PartTable[Any], ...] = (
     *(ATTENTIONS, POSITIONS, SCALINGS, FEEDFORWARDS, RESIDUALS, MODELS),
     *(CHUNKERS, POOLS, INJECTIONS, SCHEDULES, OPTIMIZERS, BUDGETS, TASK_KINDS),
+    ADAPTERS,
     *POLICY,
     CONVERSIONS,
 )

@@ -243,6 +243,7 @@ def _unknown(root: type, path: str, word: str, places: list[tuple[str, Any]]) ->
     known = [key.path for _, keys in sections(root) for key in keys]
     same = [name for name in known if name.rpartition(".")[2] == path.rpartition(".")[2]]
     close = nearest_name(word, siblings)
+    same.sort(key=lambda name: name.count("."))
     near = same[0] if same else siblings[close] if close else nearest_name(path, known)
     parent = ", ".join(dict.fromkeys(place for place, _ in places if place)) or "a configuration"
     allowed = f"the keys of {parent} are {', '.join(sorted(siblings))}"

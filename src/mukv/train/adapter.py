@@ -46,11 +46,11 @@ class Adapter(Adapting):
     ratio: learning rate of B as a multiple of A's at the base width (lambda of LoRA+)
     """
 
-    kind: Literal["low_rank"] = "low_rank"
     rank: int = 8
     alpha: float = 16.0
     weights: tuple[str, ...] | None = None
     ratio: float = 1.0
+    kind: Literal["low_rank"] = "low_rank"
 
     kind_may_be_left_out: ClassVar[bool] = True
 

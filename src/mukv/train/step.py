@@ -277,7 +277,7 @@ class Trainer:
         if self.adapter is not None:
             teacher = self.adapter.teacher(batch, self.model, whole, teacher)
             through = self.adapter.reading(batch, through)
-        given = {"compute": self.compute, "teacher": teacher, "through": through}
+        given: Any = {"compute": self.compute, "teacher": teacher, "through": through}
         return summed_loss(self.model, whole, *arrays, **given)
 
     def validation_sums(
