@@ -273,12 +273,12 @@ class Trainer:
         if self.teacher is not None and taught is not None:
             plan = self.training.distillation
             teacher = Teacher(self.teacher, taught, plan.weight, plan.temperature)
-        whole, arrays = self.whole(weights, frozen), (batch[name] for name in BATCH_FIELDS)
+        whole = self.whole(weights, frozen)
+        arrays = (self.model, whole, *(batch[name] for name in BATCH_FIELDS))
         if self.adapter is not None:
             teacher = self.adapter.teacher(batch, self.model, whole, teacher)
             through = self.adapter.reading(batch, through)
-        given: Any = {"compute": self.compute, "teacher": teacher, "through": through}
-        return summed_loss(self.model, whole, *arrays, **given)
+        return summed_loss(*arrays, compute=self.compute, teacher=teacher, through=through)
 
     def validation_sums(
         self,
