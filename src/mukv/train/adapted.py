@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 
@@ -14,9 +14,6 @@ from mukv.model.evicting import AnyThrough
 from mukv.model.loss import Teacher
 from mukv.scaling.stability import UpdateFamily
 
-if TYPE_CHECKING:
-    from mukv.train.training import Training
-
 WHERE = "train.adapter"
 
 
@@ -26,8 +23,8 @@ class Adapting(Component):
     kind_may_be_left_out: ClassVar[bool] = False
     """Whether a mapping without `kind` is of this class."""
 
-    def check(self, model: LanguageModel, training: Training) -> None:
-        """Raise BadInput if the part does not fit the model or the training plan."""
+    def check(self, model: LanguageModel, training: Any) -> None:
+        """Raise BadInput if the part does not fit the model or the `Training`."""
         self.params(model.params())
 
     def params(self, declared: Any) -> dict[str, Any]:
@@ -53,7 +50,7 @@ class Adapting(Component):
         """
         raise NotImplementedError
 
-    def drawn(self, batch: Any, training: Training, step: Array) -> Any:
+    def drawn(self, batch: Any, training: Any, step: Array) -> Any:
         """Return the batch of a step with the numbers of each row that the objective needs."""
         return batch
 

@@ -7,7 +7,7 @@ entries has to reach a target that rises over the steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,6 @@ from mukv.model.base import LanguageModel
 from mukv.model.evicting import AnyThrough, Evicting
 from mukv.model.loss import Teacher
 from mukv.train.adapted import WHERE, Adapting, structure
-
-if TYPE_CHECKING:
-    from mukv.train.training import Training
 
 NOISE, TARGET = "noise", "target"
 """Arrays of a batch: data of a random key and target of each row."""
@@ -58,7 +55,7 @@ class EvictionGates(Adapting):
         if self.temperature <= 0:
             raise BadInput("temperature", self.temperature, "greater than 0")
 
-    def check(self, model: LanguageModel, training: Training) -> None:
+    def check(self, model: LanguageModel, training: Any) -> None:
         if training.policy is not None:
             allowed = f"null with {WHERE} of kind {self.kind}: the gates evict already"
             raise BadInput("train.policy", training.policy, allowed)
@@ -88,7 +85,7 @@ class EvictionGates(Adapting):
         share = jnp.minimum((step + 1) / (self.ramp or steps), 1.0)
         return 1 - 1 / (1 + (self.ratio - 1) * share)
 
-    def drawn(self, batch: Any, training: Training, step: Array) -> Any:
+    def drawn(self, batch: Any, training: Any, step: Array) -> Any:
         rows = jnp.arange(len(batch["tokens"]))
         key = jax.random.key(training.seed)
         key = jax.random.fold_in(jax.random.fold_in(key, STREAM), step)
