@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mukv.attention import Grouped
+from mukv.attention import Eviction, Grouped
 from mukv.conversion import CONVERSIONS, check, convert, examples_of, parse, windows
 from mukv.conversion.fits import components, fit, rotation
 from mukv.conversion.kv_heads import best_groups
@@ -288,6 +288,14 @@ def test_other_weights_of_an_attention(dress):
     for to in ("gqa(by=similarity):2", "mqa", "reuse:2", "reuse(entries=first):2"):
         made, smaller = converted(model, weights, to)
         assert np.isfinite(logits(made, smaller)).all(), to
+
+
+def test_gates_of_learned_eviction_belong_to_heads():
+    model = source(eviction=Eviction())
+    with pytest.raises(BadInput, match=r"attention\.eviction"):
+        check(model, parse("gqa:2"))
+    made, _ = converted(model, matrix.weights(model), "mla:8")
+    assert "stage0.slot0.write.eviction" not in named(made.params())
 
 
 def test_heads_that_have_positions_of_their_own_keep_their_order():

@@ -301,3 +301,28 @@ def test_describe_shows_what_is_trained(mukv, made):
     assert whole["training_bytes"]["optimizer"] == 8 * whole["parameters"] + 4
     assert whole["flops_per_token"] > facts["flops_per_token"]
     assert f"{trained:,} in adapters" in mukv("describe", made).stdout
+
+
+@pytest.mark.product
+def test_gates_of_learned_eviction(mukv, base, tmp_path):
+    """Gates are trained on a model without any, saved apart, and used by the policy `dms`."""
+    out = tmp_path / "gated"
+    given = f"train.start={base}", "model.attention.eviction.window=4", *FEW
+    done = mukv("train", base, *given, "train.adapter.kind=eviction", "--out", out)
+    assert done.returncode == 0, done.stderr
+    own, below = named(load_weights(out / "weights")[0]), named(package.load(base).weights)
+    assert {*own} == {"stage0.slot0.write.eviction"}
+    assert np.abs(own["stage0.slot0.write.eviction"]).max() > 0
+    model = package.load(out)
+    for name, leaf in named(model.weights).items():
+        np.testing.assert_array_equal(leaf, own[name] if name in own else below[name])
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-2])
+    assert 0 < last["evicted"] < 1
+    assert last["divergence"] >= 0
+    text = model.generate("import this", max_tokens=12, policy="dms:0.75", prefill_chunk=8)
+    assert len(text.token_ids) == 12
+    with pytest.raises(package.BadInput, match="has none"):
+        package.load(base).generate("import", policy="dms")
+    done = mukv("export", out, "--out", tmp_path / "exported")
+    assert done.returncode == 2
+    assert "eviction" in done.stderr
