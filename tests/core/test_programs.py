@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mukv.core import programs
-from mukv.core.programs import Pieces, Programs
+from mukv.core.programs import Piece, Pieces
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def made():
         traced.append(("add", x.shape))
         return x + scaled(2, y)
 
-    scaled, total = Programs(scale, static=1), Programs(add, donate_argnums=0)
+    scaled, total = Piece(scale, static=1), Piece(add, donated=0)
 
     def together(x, y, count):
         return total(scaled(3, x), scaled(3, y)), count + 1
@@ -77,3 +77,10 @@ def test_the_oldest_program_is_forgotten(made, monkeypatch):
     for length in (1, 2, 3):
         scaled(2, jnp.ones(length))
     assert [signature[0][0] for *_, signature in scaled.programs] == [(2,), (3,)]
+
+
+def test_a_program_may_overwrite_what_it_is_given(made):
+    x, y = jnp.arange(4.0), jnp.ones(4)
+    made[3](x, y)
+    assert x.is_deleted()
+    assert not y.is_deleted()

@@ -107,7 +107,7 @@ def test_turns_of_like_length_compile_nothing(begun, monkeypatch):
     def fail(*_):
         raise AssertionError("a program is compiled")
 
-    monkeypatch.setattr(programs, "Compilation", fail)
+    monkeypatch.setattr(programs, "_threads", fail)
     talk.answer(ids, 4)
     with pytest.raises(AssertionError, match="compiled"):
         talk.answer([*ids, *talk.ids, *FIRST * 10], 4)

@@ -47,8 +47,22 @@ def assert_close(found, expected, atol=3e-5):
     found, expected = folded(found), folded(expected)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        # Numbers of a group that are equal but for rounding have a tiny step, and any code.
+        if one.dtype == np.uint8:
+            assert one.shape == other.shape
+            continue
         one, other = (np.asarray(x, np.float64) for x in (one, other))
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=atol)
+    for ours, theirs in zip(decoded(found), decoded(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=atol)
+
+
+def decoded(cache):
+    """Yield the tensors of the entries of each slot, zero for entries that are not there."""
+    for slot in cache.slots:
+        entries = slot.body.entries(slot.store.count(cache.length))
+        there = True if entries.valid is None else entries.valid[..., None]
+        yield from (np.where(there, tensor, 0) for tensor in entries.tensors.values())
 
 
 def model_of(attention, position, plan):

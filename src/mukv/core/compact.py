@@ -100,6 +100,11 @@ class Compact:
         low = None if self.low is None else self.low.astype(jnp.float32) * factor
         return replace(self, step=step, low=low)
 
+    def __getitem__(self, index: Int[Array, "..."]) -> Compact:
+        """Return the matrices at these indices of the first leading axis, such as experts."""
+        assert self.leading, "a single matrix has no axis of matrices"
+        return self._mapped(lambda array: array[index])
+
     def whole(self) -> Array:
         """Dequantise the whole weight to an array of the declared shape."""
         matrices = self._decoded()

@@ -16,6 +16,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 
+from mukv.core.typing import Array
+
 KEPT = 256
 """Number of programs of one function that are kept; the oldest is forgotten first."""
 COMPILERS = 2
@@ -33,7 +35,6 @@ class Programs:
         """function: function to compile. static: number of first arguments that are no arrays.
         options: keyword arguments of `jax.jit`."""
         self.static = static
-        self.part = jax.jit(function, static_argnums=range(static))
         self.function = jax.jit(function, static_argnums=range(static), **options)
         self.programs: dict[Hashable, Compilation] = {}
 
@@ -44,8 +45,6 @@ class Programs:
         leaves, structure = jax.tree.flatten(arguments[self.static :])
         key = arguments[: self.static], structure, tuple(map(_signature, leaves))
         if key not in self.programs:
-            if len(self.programs) >= KEPT:
-                self.programs.pop(next(iter(self.programs)))
             lowered = self.function.lower(*arguments)
             compiled = _threads().submit(lowered.compile)
             self.programs[key] = Compilation(lowered.out_info, _single_device(leaves), compiled)
@@ -57,21 +56,57 @@ class Programs:
         """
         return self.begin(*arguments).result()
 
+
+class Piece:
+    """A function that is a part of the program that calls it; elsewhere it is a program of its own,
+    one per signature of its arguments."""
+
+    def __init__(self, function: Callable[..., Any], static: int = 0, donated: int | None = None):
+        """static: number of first arguments that are no arrays. donated: number of the argument
+        whose arrays a program of its own may overwrite."""
+        self.function, self.static, self.donated = function, static, donated
+        self.part = jax.jit(function, static_argnums=range(static))
+        self.programs: dict[Hashable, Future[Any]] = {}
+
     def __call__(self, *arguments: Any) -> Any:
-        """Apply the function: within another program as a part of it, else as a program of its
-        own."""
-        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments[self.static :])):
-            return self.compiled(*arguments)(*arguments[self.static :])
+        leaves = jax.tree.leaves(arguments[self.static :])
+        if not any(isinstance(leaf, Tracer) for leaf in leaves):
+            return self._begun(arguments).result()(*leaves)
         beginning = _BEGINNING.get()
         if beginning is None:
             return self.part(*arguments)
         with _beginning(None):  # what this piece calls is a part of it
-            beginning.pieces.append(self.begin(*beginning.abstract(arguments)))
+            beginning.pieces.append(self._begun(beginning.abstract(arguments)))
             return self.part(*arguments)
+
+    def _begun(self, arguments: tuple[Any, ...]) -> Future[Any]:
+        """Begin to compile the program, unless that was done; it takes the leaves of the arguments,
+        since JAX describes those of a program by objects that typed classes refuse."""
+        static, given = arguments[: self.static], arguments[self.static :]
+        leaves, structure = jax.tree.flatten(given)
+        key = static, structure, tuple(map(_signature, leaves))
+        if key not in self.programs:
+            if len(self.programs) >= KEPT:
+                self.programs.pop(next(iter(self.programs)))
+
+            def flat(*leaves: Array) -> Any:
+                return self.function(*static, *jax.tree.unflatten(structure, leaves))
+
+            lowered = jax.jit(flat, donate_argnums=self._owned(given)).lower(*leaves)
+            self.programs[key] = _threads().submit(lowered.compile)
+        return self.programs[key]
+
+    def _owned(self, given: tuple[Any, ...]) -> Sequence[int]:
+        """Return the numbers of the leaves that may be overwritten."""
+        if self.donated is None:
+            return ()
+        place = self.donated - self.static
+        before, own = (len(jax.tree.leaves(part)) for part in (given[:place], given[place]))
+        return range(before, before + own)
 
 
 class Pieces:
-    """A function that applies `Programs` one after another and does nothing else with arrays.
+    """A function that applies `Piece`s one after another and does nothing else with arrays.
 
     It has the methods of `Programs`. It compiles faster than one program if a piece occurs often,
     such as a layer. On several devices it is one program.
@@ -107,7 +142,7 @@ class PiecesCompilation:
 
     function: Callable[..., Any]
     about: Any
-    pieces: Sequence[Compilation]
+    pieces: Sequence[Future[Any]]
 
     def result(self) -> Callable[..., Any]:
         """Wait for the pieces and return the function."""
@@ -128,7 +163,7 @@ class _Beginning:
     """
 
     place: SingleDeviceSharding
-    pieces: list[Compilation]
+    pieces: list[Future[Any]]
 
     def abstract(self, tree: Any) -> Any:
         """Return the tree with abstract arrays on the device."""

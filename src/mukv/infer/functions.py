@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.core.compute import Compute
-from mukv.core.programs import Compilation, Pieces, PiecesCompilation, Programs
+from mukv.core.programs import Compilation, Piece, Pieces, PiecesCompilation, Programs
 from mukv.core.typing import Array
 from mukv.infer.prompts import Reading
 from mukv.infer.sampling import Sampling
@@ -54,7 +54,7 @@ def decode_functions(model: LanguageModel, sampling: Sampling, compute: Compute)
         logits, cache = read(weights, cache, tokens, count, fresh, compute)
         return first(logits, key), cache
 
-    @Programs
+    @Piece
     def first(logits: Array, key: Array) -> Array:
         return sampling.draw(logits, rows(key, jnp.zeros((), jnp.int32), len(logits)))
 
