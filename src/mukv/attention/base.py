@@ -28,7 +28,7 @@ from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
 from mukv.core.linear import project
-from mukv.core.params import Param, tagged
+from mukv.core.params import Param, abstract, tagged
 from mukv.core.tap import tapped
 from mukv.core.typing import Array, Float, Int, Residual, Weights
 from mukv.position import AnyPosition, NoPE
@@ -215,7 +215,9 @@ class Attention(Mixer):
         dropped = any(part.entries.until is not None or part.recalled.fades for part in masked)
         shows = tapped() or (None if mask.choice is None else "each query chooses its entries")
         context = cores.context_of(x.shape[1]) if mask.aligned else 1
-        core = self.core(x.shape[1], compute, ordered, shows, aligned, dropped, context).core
+        unread = cores.unread(address[0].shape, masked, compute)
+        demand = (ordered, shows, aligned, dropped, context, unread)
+        core = self.core(x.shape[1], compute, *demand).core
         apply = partial(cores.over_context, core) if mask.aligned else core.apply
         out = apply(address, masked, scores)
         return self.output(weights, out, x, position), None
@@ -229,10 +231,27 @@ class Attention(Mixer):
         aligned: bool = False,
         dropped: bool = False,
         context: int = 1,
+        unread: str | None = cores.UNKNOWN,
     ) -> cores.CoreChoice:
         """Choose the fastest attention core that supports these arguments; see `Mixer.core`."""
-        demand = cores.Demand(queries, self.position, ordered, shows, aligned, dropped, context)
+        about = (ordered, shows, aligned, dropped, context, unread)
+        demand = cores.Demand(queries, self.position, *about)
         return cores.choose(demand, compute)
+
+    def step_core(self, d_model: int, compute: Compute) -> cores.CoreChoice:
+        form, unread = self.decoding(), list[str | None]()
+        shape = (1, form.key_heads, form.heads // form.key_heads, 1, form.query_dim)
+
+        def read(weights: Weights, written: dict[str, Tensors]) -> None:
+            parts = []
+            for name in form.bags:
+                entries = Entries(written[name], jnp.zeros((1, 1, 1), jnp.int32))
+                parts.append(cores.Part(form.recall(weights, entries), entries, Mask()))
+            unread.append(cores.unread(shape, parts, compute))
+
+        weights = abstract(form.read_params(d_model), compute.type)
+        jax.eval_shape(read, weights, form.written(d_model, 1, 1, compute.type))
+        return form.core(1, compute, unread=unread[0])
 
     def scaled_queries(
         self, weights: Weights, query: Queries, position: Int[Array, "batch query"]

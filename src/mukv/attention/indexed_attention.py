@@ -74,6 +74,8 @@ class IndexedAttention(Attention):
         aligned: bool = False,
         dropped: bool = False,
         context: int = 1,
+        unread: str | None = cores.UNKNOWN,
     ) -> cores.CoreChoice:
         needed = REASON if self.indexer else None
-        return super().core(queries, compute, ordered, shows or needed, aligned, dropped, context)
+        demand = (ordered, shows or needed, aligned, dropped, context, unread)
+        return super().core(queries, compute, *demand)

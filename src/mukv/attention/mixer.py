@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mukv.attention.cores import CoreChoice
+from mukv.attention.cores import UNKNOWN, CoreChoice
 from mukv.attention.entries import Bag, Entries
 from mukv.attention.indexer import EntryChoice
 from mukv.attention.mask import Mask
@@ -258,6 +258,7 @@ class Mixer(Component):
         aligned: bool = False,
         dropped: bool = False,
         context: int = 1,
+        unread: str | None = UNKNOWN,
     ) -> CoreChoice | None:
         """Choose the attention core for this many queries per row; None for a mixer without
         softmax.
@@ -267,7 +268,13 @@ class Mixer(Component):
         aligned: whether the only bag has one entry per query, written by the query's own token
         dropped: whether entries are dropped between queries
         context: number of devices that the queries of a row are split over
+        unread: why a kernel can't read the bags in their stored form; None if it can
         """
+        return None
+
+    def step_core(self, d_model: int, compute: Compute) -> CoreChoice | None:
+        """Choose the core by which a step of decoding reads a full cache; None for a mixer without
+        softmax."""
         return None
 
     def memory(self) -> Hashable:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from mukv.attention.stored import StoredForm, exact
 from mukv.core.linear import mixture, similarity
 from mukv.core.typing import Array, Float, Int
 from mukv.position.base import Logits
@@ -41,6 +42,11 @@ class Recalled:
     def dense(self, heads: int) -> tuple[Whole, Whole]:
         """Return keys, with their pieces joined, and values for each of `heads` KV heads."""
         raise NotImplementedError
+
+    def stored(self) -> StoredForm | str:
+        """Return keys and values as they are stored, for kernels that decode them; or the reason
+        why they are not read in this form."""
+        return "keys and values are computed when they are read"
 
     @property
     def width(self) -> int:
@@ -84,6 +90,10 @@ class Dense(Recalled):
             return jnp.broadcast_to(piece, (len(piece), heads, *piece.shape[2:]))
 
         return jnp.concatenate([each(key) for key in self.keys], axis=-1), each(self.value)
+
+    def stored(self) -> StoredForm | str:
+        known = {id(tensor): exact(tensor) for tensor in (*self.keys, self.value)}
+        return StoredForm(tuple(known[id(key)] for key in self.keys), known[id(self.value)])
 
     @property
     def width(self) -> int:

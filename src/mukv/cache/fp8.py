@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from mukv.attention.stored import Rows
 from mukv.cache.store import Parts, SlotArray, Store
-from mukv.core.typing import Array, Bool
+from mukv.core.typing import Array, Bool, Float
 
 LARGEST = 448.0
 """Largest finite number of e4m3fn, which has no infinity: larger ones must be clipped."""
@@ -24,6 +26,8 @@ class FP8(Store):
     are encoded again.
     """
 
+    in_kernels: ClassVar[bool] = True
+
     def encode(
         self, key: bool, tensor: SlotArray, there: Bool[Array, "batch #heads slot"]
     ) -> Parts:
@@ -37,6 +41,12 @@ class FP8(Store):
     def decode(self, key: bool, parts: Parts, width: int) -> SlotArray:
         small = jax.lax.bitcast_convert_type(parts["number"], jnp.float8_e4m3fn)
         return small.astype(jnp.float32) * _power(parts["exponent"])
+
+    def decode_block(self, key: bool, rows: Rows, slots: int) -> Float[Array, "slot width"]:
+        small = jax.lax.bitcast_convert_type(rows["number"], jnp.float8_e4m3fn)
+        # A power of two as the bits of its exponent, which Triton has no function for.
+        bits = (rows["exponent"].astype(jnp.int32) + 127) << 23
+        return small.astype(jnp.float32) * jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _power(exponent: Array) -> Array:

@@ -68,5 +68,4 @@ class Pages(Select):
         bounds = similarity(signs, index["bounds"])
         number = -(-self.budget.of(shelf.slots) // self.run)
         pages = best(shares(bounds, index["used"]), index["always"], number)
-        entries = shelf.runs(pages, self.run)
-        return recall(entries), entries
+        return shelf.read_runs(pages, self.run, recall)

@@ -11,10 +11,12 @@ that the largest level covers the maximum.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from mukv.attention.stored import Rows
 from mukv.cache.store import Parts, SlotArray, Store
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, UInt4, UInt8
@@ -35,6 +37,8 @@ class Quantised(Store):
     """
 
     group: int = GROUP
+
+    in_kernels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.group < 2 or LARGEST % self.group:
@@ -68,6 +72,11 @@ class Int8(Quantised):
             found += _spread(key, parts["low"], number.shape[2], width, self.group)
         return found
 
+    def decode_block(self, key: bool, rows: Rows, slots: int) -> Float[Array, "slot width"]:
+        number = rows["number"].astype(jnp.float32)
+        found = number * _block_spread(rows["step"], number.shape)
+        return found + _block_spread(rows["low"], number.shape) if key else found
+
 
 @dataclass(frozen=True)
 class Int4(Quantised):
@@ -85,6 +94,13 @@ class Int4(Quantised):
             _spread(key, parts[part], number.shape[2], width, self.group)
             for part in ("step", "low")
         )
+        return number * step + low
+
+    def decode_block(self, key: bool, rows: Rows, slots: int) -> Float[Array, "slot width"]:
+        byte = rows["number"]
+        pairs = jnp.stack([byte & 15, byte >> 4], axis=-1)
+        number = pairs.reshape(slots, -1).astype(jnp.float32)
+        step, low = (_block_spread(rows[part], number.shape) for part in ("step", "low"))
         return number * step + low
 
 
@@ -140,6 +156,18 @@ def channels_spread(
 ) -> Float[Array, "batch heads slot width"]:
     """Broadcast the factor of each group of a token's channels to these, float32."""
     return jnp.repeat(factor.astype(jnp.float32), min(group, width), axis=3)[..., :width]
+
+
+def _block_spread(
+    factor: Float[Array, "row some"], shape: tuple[int, int]
+) -> Float[Array, "slot width"]:
+    """Broadcast the factors of groups of slots, or of groups of channels, to a block, float32."""
+    (rows, some), (slots, width) = factor.shape, shape
+    axis, each = (1, slots // rows) if rows < slots else (2, width // some)
+    wide = jnp.expand_dims(factor.astype(jnp.float32), axis)
+    sizes = [rows, some]
+    sizes.insert(axis, each)
+    return jnp.broadcast_to(wide, sizes).reshape(shape)
 
 
 def _runs(tensor: Array, group: int) -> Array:

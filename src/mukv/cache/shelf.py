@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import Entries, Query, Recall, Recalled
+from mukv.attention import Entries, Query, Recall, Recalled, Retrieved
 from mukv.attention.recalled import Dense, Whole
+from mukv.attention.stored import Coded, StoredForm
 from mukv.cache.store import Parts, Store, Stored, rows, runs
 from mukv.core.typing import Array, Bool, Float, Int
 from mukv.position.base import Logits
@@ -67,8 +69,56 @@ class Shelf:
         if not self.store.blockwise or self.slots <= BLOCK:
             entries = self.entries()
             return recall(entries), entries
-        recalled = InBlocks(self.slots, lambda start, size: recall(self._range(start, size)))
+        recalled = InBlocks(
+            self.slots,
+            lambda start, size: recall(self._range(start, size)),
+            partial(self.form, recall),
+        )
         return recalled, Entries({}, self.position, self.there())
+
+    def read_runs(
+        self, index: Int[Array, "batch stores run"], length: int, recall: Recall
+    ) -> Retrieved:
+        """Return the entries of some runs, as `runs` does, with their keys and values. A kernel
+        reads them where they are stored, without a copy.
+        """
+        entries = self.runs(index, length)
+        return Gathered(recall(entries), partial(self.form, recall, index, length)), entries
+
+    def form(
+        self,
+        recall: Recall,
+        index: Int[Array, "batch stores run"] | None = None,
+        length: int = 1,
+    ) -> StoredForm | str:
+        """Return keys and values as they are stored, or why a kernel can't decode them.
+
+        recall: must return stored tensors unchanged; which ones is found without computing any
+        index, length: runs that are read, as in `runs`; None for all slots
+        """
+        if not self.store.in_kernels:
+            return f"{type(self.store).__name__.lower()} is not decoded in a kernel"
+        found: list[list[str]] = []
+
+        def named(entries: Entries) -> None:
+            names = {id(tensor): name for name, tensor in entries.tensors.items()}
+            recalled = recall(entries)
+            if isinstance(recalled, Dense):
+                tensors = (*recalled.keys, recalled.value)
+                found.append([names.get(id(tensor), "") for tensor in tensors])
+
+        jax.eval_shape(named, jax.eval_shape(self.entries))
+        if not found or not all(found[0]):
+            return "keys or values are computed from what is stored"
+        widths = dict(self.widths)
+
+        def coded(name: str) -> Coded:
+            decode = partial(self.store.decode_block, name in self.keys)
+            return Coded(self.stored[name], self.slots, widths[name], decode)
+
+        known = {name: coded(name) for name in found[0]}
+        *keys, value = (known[name] for name in found[0])
+        return StoredForm(tuple(keys), value, index, length)
 
     def runs(self, index: Int[Array, "batch stores run"], length: int = 1) -> Entries:
         """Gather the entries of some runs of `length` slots.
@@ -109,6 +159,7 @@ class InBlocks(Recalled):
 
     slots: int
     block: Callable[[Int[Array, ""] | int, int], Recalled]
+    form: Callable[[], StoredForm | str]
 
     def products(self, query: Query) -> Logits:
         return jax.lax.platform_dependent(query, cpu=self._products, default=self._all_products)
@@ -162,6 +213,33 @@ class InBlocks(Recalled):
     def dense(self, heads: int) -> tuple[Whole, Whole]:
         return self.block(0, self.slots).dense(heads)
 
+    def stored(self) -> StoredForm | str:
+        return self.form()
+
     @property
     def width(self) -> int:
         return self.block(0, BLOCK).width
+
+
+@dataclass(frozen=True)
+class Gathered(Recalled):
+    """Keys and values of some runs of slots, gathered; `form` tells where they are stored."""
+
+    recalled: Recalled
+    form: Callable[[], StoredForm | str]
+
+    def products(self, query: Query) -> Logits:
+        return self.recalled.products(query)
+
+    def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
+        return self.recalled.mixture(weights)
+
+    def dense(self, heads: int) -> tuple[Whole, Whole]:
+        return self.recalled.dense(heads)
+
+    def stored(self) -> StoredForm | str:
+        return self.form()
+
+    @property
+    def width(self) -> int:
+        return self.recalled.width

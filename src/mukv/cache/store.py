@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import Queries
+from mukv.attention.stored import Rows
 from mukv.core.typing import Array, Bool, Float, Int
 
 SlotArray = Float[Array, "batch heads slot width"]
@@ -28,6 +29,8 @@ class Store:
     has_budget: ClassVar[bool] = False
     blockwise: ClassVar[bool] = True
     """Whether decoding makes a copy; a body is then decoded block by block when it is read."""
+    in_kernels: ClassVar[bool] = False
+    """Whether `decode_block` is implemented."""
     needs_queries: ClassVar[bool] = False
     """Whether `fitted` uses queries. Each KV head must then store a key of its own."""
 
@@ -75,12 +78,21 @@ class Store:
         """
         raise NotImplementedError
 
+    def decode_block(self, key: bool, rows: Rows, slots: int) -> Float[Array, "slot width"]:
+        """Decode some slots of one head in a kernel, by operations that Triton compiles.
+
+        rows: the rows of the stored arrays that belong to these slots
+        slots: their number
+        """
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Exact(Store):
     """Store entries unchanged."""
 
     blockwise: ClassVar[bool] = False
+    in_kernels: ClassVar[bool] = True
 
     def encode(
         self, key: bool, tensor: SlotArray, there: Bool[Array, "batch #heads slot"]
@@ -89,6 +101,9 @@ class Exact(Store):
 
     def decode(self, key: bool, parts: Parts, width: int) -> SlotArray:
         return parts["exact"]
+
+    def decode_block(self, key: bool, rows: Rows, slots: int) -> Float[Array, "slot width"]:
+        return rows["exact"]
 
 
 def rows(parts: Parts, slots: int, start: Int[Array, ""] | int, size: int) -> Parts:

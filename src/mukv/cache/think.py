@@ -36,6 +36,7 @@ class ThinK(Exact):
     window: int = 32
 
     blockwise: ClassVar[bool] = True
+    in_kernels: ClassVar[bool] = False
     needs_queries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

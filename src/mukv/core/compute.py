@@ -19,7 +19,7 @@ from mukv.core.params import Param, map_params
 
 Platform = Literal["cpu", "gpu", "tpu"]
 DType = Literal["float32", "bfloat16"]
-CoreName = Literal["flash", "splash", "fused", "plain"]
+CoreName = Literal["flash", "splash", "flash_decode", "fused", "plain"]
 RESIDUAL = "residual"
 PRODUCT = "product"
 CHOICE = "choice"

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from mukv.attention.cores import CORES
 from mukv.attention.indexed import REASON
 from mukv.core import params
 from mukv.core.compute import settled
@@ -30,7 +31,8 @@ def describe(run: Run) -> dict[str, Any]:
     window take a constant number of bytes; caches without a window take bytes per token; a layer
     that reads another layer's cache takes none. The model's `cache_bytes_constant` includes arrays
     that decoding keeps outside of the layers. `core` names the attention core of a training step;
-    `cores_refused` gives the reason for each faster core that is not used. `training_bytes` counts
+    `cores_refused` gives the reason for each faster core that is not used; `step_core` and
+    `step_cores_refused` are those of a step of decoding with a full cache. `training_bytes` counts
     the float32 arrays that training keeps, summed over all devices, with frozen weights.
     """
     model = run.model
@@ -58,6 +60,7 @@ def describe(run: Run) -> dict[str, Any]:
             demand = {"shows": REASON if chosen else None, "aligned": aligned, "dropped": dropped}
             context = 1 if queries % run.mesh.context else run.mesh.context
             core = layer.attention.core(queries, compute, **demand, context=context)
+            step = layer.attention.step_core(stack.d_model, compute)
             chooser = layer.indexed_by
             layers.append(
                 {
@@ -70,6 +73,8 @@ def describe(run: Run) -> dict[str, Any]:
                     "tokens_per_entry": rate.entry,
                     "core": core and core.name,
                     "cores_refused": core.refused if core else {},
+                    "step_core": step and step.name,
+                    "step_cores_refused": step.refused if step else {},
                     "cached": cached(stack, layer),
                     "cache_bytes_per_token": plain(each),
                     "cache_bytes_constant": constant,
@@ -191,6 +196,8 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
     reasons = [reason for layer in facts["layers"] for reason in layer["cores_refused"].items()]
     for name, reason in dict.fromkeys(reasons):
         console.print(f"core        not {name}: {reason}")
+    for words in dict.fromkeys(map(_step, facts["layers"])):
+        console.print(f"decoding    {words}")
     console.print()
     columns = ("layer", "attention", "position", "window", "reads", "core", "cached")
     layers = table(columns, ("cache\nbytes/token", "fixed\nbytes"))
@@ -318,6 +325,16 @@ def _reads(layers: list[dict[str, Any]]) -> str:
     source = "own" if layers[0]["reads"] is None else numbers("reads")
     chosen = layers[0]["indexed_by"] is not None
     return f"{source}, chosen by {numbers('indexed_by')}" if chosen else source
+
+
+def _step(layer: Mapping[str, Any]) -> str:
+    """Return the core of a step of decoding, and why faster ones are not used."""
+    reasons = [
+        f"not {name}: {reason}"
+        for name, reason in layer["step_cores_refused"].items()
+        if CORES[name].steps
+    ]
+    return "; ".join([f"core {layer['step_core'] or 'none'}", *reasons])
 
 
 def _alike(layers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

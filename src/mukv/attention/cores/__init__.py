@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mukv.attention.cores.base import Core, Demand, Part, Scores
+from mukv.attention.cores.base import UNKNOWN, Core, Demand, Part, Scores
 from mukv.attention.cores.chunked import Chunked
 from mukv.attention.cores.context import context_of, over_context
 from mukv.attention.cores.flash import Flash
+from mukv.attention.cores.flash_decode import FlashDecode, unread
 from mukv.attention.cores.plain import Plain, mixed, weighed
 from mukv.attention.cores.splash import Splash
 from mukv.core.compute import Compute
@@ -19,6 +20,7 @@ from mukv.core.errors import BadInput
 CORES: dict[str, type[Core]] = {
     "flash": Flash,
     "splash": Splash,
+    "flash_decode": FlashDecode,
     "fused": Chunked,
     "plain": Plain,
 }
@@ -58,7 +60,7 @@ def choose(demand: Demand, compute: Compute) -> CoreChoice:
         reason = reasons[name]
         if reason is None:
             return CoreChoice(name, core.made(compute), refused)
-        if _platform(core, compute):
+        if _platform(core, compute) and core.steps in (None, demand.step):
             refused[name] = reason
     raise AssertionError(f"the plain core must support every demand: {refused}")
 
@@ -77,11 +79,13 @@ def _reason(core: type[Core], demand: Demand, compute: Compute) -> str | None:
 
 __all__ = [
     "CORES",
+    "UNKNOWN",
     "Chunked",
     "Core",
     "CoreChoice",
     "Demand",
     "Flash",
+    "FlashDecode",
     "Part",
     "Plain",
     "Scores",
@@ -90,5 +94,6 @@ __all__ = [
     "context_of",
     "mixed",
     "over_context",
+    "unread",
     "weighed",
 ]

@@ -23,6 +23,10 @@ from mukv.position.base import Logits
 Out = Float[Array, "batch kv_heads group query width"]
 
 
+UNKNOWN = "it is not known how its entries are stored"
+"""Why a kernel does not read bags, unless their stored form is known."""
+
+
 class Shown(NamedTuple):
     """Positions and visibility of some keys, for some queries.
 
@@ -115,6 +119,7 @@ class Demand:
     aligned: whether the only bag has one entry per query, written by the query's own token
     dropped: whether entries are dropped between queries
     context: number of devices that the queries of a row are split over
+    unread: why a kernel can't read the bags in their stored form; None if it can
     """
 
     queries: int
@@ -124,6 +129,12 @@ class Demand:
     aligned: bool = False
     dropped: bool = False
     context: int = 1
+    unread: str | None = UNKNOWN
+
+    @property
+    def step(self) -> bool:
+        """Whether this is a step of decoding: one query per row, which reads a cache."""
+        return self.queries == 1 and not self.aligned
 
 
 @dataclass(frozen=True)
@@ -131,9 +142,12 @@ class Core:
     """Base class of attention cores.
 
     platforms: platforms on which the core may be chosen; None for all
+    steps: whether the core is for steps of decoding (true) or never for them (false); None for
+        neither
     """
 
     platforms: ClassVar[tuple[Platform, ...] | None] = None
+    steps: ClassVar[bool | None] = None
 
     @classmethod
     def made(cls, compute: Compute) -> Core:
@@ -183,6 +197,8 @@ class KernelCore(Core):
 
     operands: str | None = None
     interpret: bool = False
+
+    steps: ClassVar[bool | None] = False
 
     @classmethod
     def made(cls, compute: Compute) -> Core:
