@@ -186,7 +186,7 @@ def counts(text: str) -> Counts:
                 }
                 passed += times * (sum(given.values()) + size(instruction.shape))
                 if "triton" in line and "pallas_call" in line:
-                    calls["flash"] += times
+                    calls["flash_decode" if "/flash_decode/" in line else "flash"] += times
                 elif "tpu_custom_call" in line and "splash" in line:
                     calls["splash"] += times
                 elif "fmha" in line:

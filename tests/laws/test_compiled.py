@@ -28,6 +28,8 @@ needs_tpu_compiler = pytest.mark.skipif(
     reason="MUKV_COMPILERS names no folder with libtpu",
 )
 WIDE = ("model.d_model=512", "model.plan=[{repeats: 3}]", "model.vocab_size=16384")
+STEP = ("model.attention={kind: grouped, heads: 8, kv_heads: 4, head_dim: 64}",)
+"""Heads wide enough for the kernel of a step of decoding."""
 
 COMMON = ("--packages", str(PACKAGES), "--length", "512", "--json")
 
@@ -98,13 +100,27 @@ def test_the_estimate_is_what_the_program_takes(mesh):
 
 
 @needs_compiler
-def test_a_quantised_cache_is_read_by_few_kernels():
-    """A decoding step with a quantised cache has at most 10 kernels more per layer than with the
-    exact cache, at any length."""
-    given = ("--length", "8192", "--batch", "1")
+def test_a_step_reads_caches_by_one_kernel_per_layer():
+    """Every layer calls one kernel. With a quantised cache a step has at most one kernel per
+    layer more than with the exact cache, and moves fewer bytes."""
+    given = ("--length", "16384", "--batch", "1", *STEP)
     exact, int8, int4 = (counted("--decode", name, *given) for name in ("full", "int8", "int4"))
-    for found in (int8, int4):
-        assert found["kernels"] <= exact["kernels"] + 10 * 3
+    for found in (exact, int8, int4):
+        assert found["calls"] == {"flash_decode": 3}
+        assert found["kernels"] <= exact["kernels"] + 3
+    body = 3 * 16384 * 2 * 4 * 64
+    # Of 2 bytes per number int8 stores about 1.2, and int4 0.7.
+    assert exact["moved_bytes"] - int8["moved_bytes"] > 0.7 * body
+    assert exact["moved_bytes"] - int4["moved_bytes"] > 1.2 * body
+
+
+@needs_compiler
+def test_chosen_pages_are_not_copied():
+    """A step that reads pages calls the kernel, and stores nothing as large as its pages."""
+    found = counted("--decode", "pages:0.25", "--length", "16384", "--batch", "1", *STEP)
+    assert found["calls"] == {"flash_decode": 3}
+    pages = 16384 // 4 * 2 * 4 * 64 * 2
+    assert found["memory_bytes"]["temporary"] < pages
 
 
 MODULE = """HloModule step

@@ -159,7 +159,7 @@ def channels_spread(
 
 
 def _block_spread(
-    factor: Float[Array, "row some"], shape: tuple[int, int]
+    factor: Float[Array, "row some"], shape: tuple[int, ...]
 ) -> Float[Array, "slot width"]:
     """Broadcast the factors of groups of slots, or of groups of channels, to a block, float32."""
     (rows, some), (slots, width) = factor.shape, shape

@@ -107,7 +107,7 @@ class Shelf:
                 tensors = (*recalled.keys, recalled.value)
                 found.append([names.get(id(tensor), "") for tensor in tensors])
 
-        jax.eval_shape(named, jax.eval_shape(self.entries))
+        jax.eval_shape(lambda: named(self.entries()))
         if not found or not all(found[0]):
             return "keys or values are computed from what is stored"
         widths = dict(self.widths)

@@ -96,16 +96,14 @@ class FlashDecode(KernelCore):
         mixed, top, total = by_shard(attend, (by,) * len(arrays), (by,) * 3)(*arrays)
         # [batch heads split row] to [batch heads row split].
         top, total = (x[..., :rows] for x in (top, total))
-        high = jnp.max(top, axis=2)
+        high, sinks = jnp.max(top, axis=2), None
         if scores.sinks is not None:
-            sinks = jnp.broadcast_to(
-                scores.sinks.reshape(heads, rows).astype(jnp.float32), high.shape
-            )
+            sinks = scores.sinks.astype(jnp.float32).reshape(1, heads, rows)
             high = jnp.maximum(high, sinks)
         high = finite(high)
         share = jnp.exp(top - high[:, :, None])
         whole = jnp.sum(share * total, axis=2)
-        if scores.sinks is not None:
+        if sinks is not None:
             whole = whole + jnp.exp(sinks - high)
         out = jnp.sum(share[..., None] * mixed[..., :rows, :], axis=2)
         out = out / jnp.where(whole > 0, whole, 1.0)[..., None]
