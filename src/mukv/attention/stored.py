@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from mukv.core.typing import Array, Float, Int
 
-Rows = dict[str, Array]
-"""Rows [row width] of the arrays of a tensor, by part."""
-BlockDecoder = Callable[[Rows, int], Float[Array, "slot width"]]
+StoredRows = dict[str, Array]
+"""StoredRows [row width] of the arrays of a tensor, by part."""
+BlockDecoder = Callable[[StoredRows, int], Float[Array, "slot width"]]
 """Function from the rows of some slots, and the number of these slots, to their numbers."""
 
 
@@ -60,7 +60,7 @@ class StoredForm:
         return list({id(each): each for each in (*self.keys, self.value)}.values())
 
 
-def unchanged(rows: Rows, slots: int) -> Float[Array, "slot width"]:
+def unchanged(rows: StoredRows, slots: int) -> Float[Array, "slot width"]:
     """Return the rows of a tensor that is stored as it is."""
     return rows["exact"]
 

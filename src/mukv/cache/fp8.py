@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from mukv.attention.stored import Rows
+from mukv.attention.stored import StoredRows
 from mukv.cache.store import Parts, SlotArray, Store
 from mukv.core.typing import Array, Bool, Float
 
@@ -42,7 +42,7 @@ class FP8(Store):
         small = jax.lax.bitcast_convert_type(parts["number"], jnp.float8_e4m3fn)
         return small.astype(jnp.float32) * _power(parts["exponent"])
 
-    def decode_block(self, key: bool, rows: Rows, slots: int) -> Float[Array, "slot width"]:
+    def decode_block(self, key: bool, rows: StoredRows, slots: int) -> Float[Array, "slot width"]:
         small = jax.lax.bitcast_convert_type(rows["number"], jnp.float8_e4m3fn)
         # A power of two as the bits of its exponent, which Triton has no function for.
         bits = (rows["exponent"].astype(jnp.int32) + 127) << 23

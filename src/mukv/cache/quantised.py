@@ -16,7 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from mukv.attention.stored import Rows
+from mukv.attention.stored import StoredRows
 from mukv.cache.store import Parts, SlotArray, Store
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Bool, Float, UInt4, UInt8
@@ -72,7 +72,7 @@ class Int8(Quantised):
             found += _spread(key, parts["low"], number.shape[2], width, self.group)
         return found
 
-    def decode_block(self, key: bool, rows: Rows, slots: int) -> Float[Array, "slot width"]:
+    def decode_block(self, key: bool, rows: StoredRows, slots: int) -> Float[Array, "slot width"]:
         number = rows["number"].astype(jnp.float32)
         found = number * _block_spread(rows["step"], number.shape)
         return found + _block_spread(rows["low"], number.shape) if key else found
@@ -96,7 +96,7 @@ class Int4(Quantised):
         )
         return number * step + low
 
-    def decode_block(self, key: bool, rows: Rows, slots: int) -> Float[Array, "slot width"]:
+    def decode_block(self, key: bool, rows: StoredRows, slots: int) -> Float[Array, "slot width"]:
         byte = rows["number"]
         pairs = jnp.stack([byte & 15, byte >> 4], axis=-1)
         number = pairs.reshape(slots, -1).astype(jnp.float32)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import Queries
-from mukv.attention.stored import Rows
+from mukv.attention.stored import StoredRows
 from mukv.core.typing import Array, Bool, Float, Int
 
 SlotArray = Float[Array, "batch heads slot width"]
@@ -78,7 +78,7 @@ class Store:
         """
         raise NotImplementedError
 
-    def decode_block(self, key: bool, rows: Rows, slots: int) -> Float[Array, "slot width"]:
+    def decode_block(self, key: bool, rows: StoredRows, slots: int) -> Float[Array, "slot width"]:
         """Decode some slots of one head in a kernel, by operations that Triton compiles.
 
         rows: the rows of the stored arrays that belong to these slots
@@ -102,7 +102,7 @@ class Exact(Store):
     def decode(self, key: bool, parts: Parts, width: int) -> SlotArray:
         return parts["exact"]
 
-    def decode_block(self, key: bool, rows: Rows, slots: int) -> Float[Array, "slot width"]:
+    def decode_block(self, key: bool, rows: StoredRows, slots: int) -> Float[Array, "slot width"]:
         return rows["exact"]
 
 

@@ -54,7 +54,7 @@ class FlashDecode(KernelCore):
         return demand.unread
 
     def apply(self, query: Query, parts: Sequence[Part], scores: Scores) -> Out:
-        from mukv.attention.cores.flash_decode_kernel import Bag, Cut, Kernel
+        from mukv.attention.cores.flash_decode_kernel import BagArrays, BagBlocks, Kernel
 
         kind, (batch, kv_heads, group, _, _) = query[0].dtype, query[0].shape
         forms = [_form(part) for part in parts]
@@ -74,7 +74,7 @@ class FlashDecode(KernelCore):
             tensors = form.tensors
             widest = max(tensor.width for tensor in tensors)
             cuts.append(
-                Cut(
+                BagBlocks(
                     slots=form.value.slots,
                     places=form.places,
                     run=None if form.runs is None else form.length,
@@ -84,7 +84,7 @@ class FlashDecode(KernelCore):
                     value=tensors.index(form.value),
                 )
             )
-            bags.append(Bag(visible, form.runs, tuple(tensor.parts for tensor in tensors)))
+            bags.append(BagArrays(visible, form.runs, tuple(tensor.parts for tensor in tensors)))
         width = forms[0].value.width
         arrays, tree = jax.tree.flatten(([by_head(piece) for piece in query], bags))
 

@@ -16,7 +16,7 @@ from mukv.attention.stored import BlockDecoder
 from mukv.core.typing import Array
 
 
-class Bag(NamedTuple):
+class BagArrays(NamedTuple):
     """Arrays of one bag, or the kernel's references to those of one head.
 
     visible: whether the query sees each place that is read, int8 [batch heads place]
@@ -30,7 +30,7 @@ class Bag(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cut:
+class BagBlocks:
     """Division of a bag into blocks of places.
 
     slots, places: number of slots, and of those that are read
@@ -58,21 +58,21 @@ class Cut:
         """Whether the last block is shorter than the others."""
         return self.places % self.block > 0
 
-    def visible(self, bag: Bag, j: Array) -> Array:
+    def visible(self, bag: BagArrays, j: Array) -> Array:
         """Return whether the query sees each place of block j."""
         seen = self._rows(bag.visible, j * self.block, self.block) != 0
         if self.ragged:
             seen &= j * self.block + _count(self.block) < self.places
         return seen
 
-    def tensors(self, bag: Bag, j: Array) -> list[Array]:
+    def tensors(self, bag: BagArrays, j: Array) -> list[Array]:
         """Return the decoded tensors [place width] of block j."""
         return [
             decode({name: self._part(bag, ref, j) for name, ref in parts.items()}, self.block)
             for decode, parts in zip(self.decoders, bag.tensors, strict=True)
         ]
 
-    def _part(self, bag: Bag, ref: Any, j: Array) -> Array:
+    def _part(self, bag: BagArrays, ref: Any, j: Array) -> Array:
         """Return the rows of a part that belong to block j."""
         per = self.slots // ref.shape[0]
         if self.run is None:
@@ -101,7 +101,7 @@ class Kernel:
     softcap: as in `Scores`
     """
 
-    bags: tuple[Cut, ...]
+    bags: tuple[BagBlocks, ...]
     tree: Any
     rows: int
     width: int
@@ -126,7 +126,9 @@ class Kernel:
             state = jax.lax.fori_loop(start, stop, partial(self._visit, cut, bag, query), state)
         top[...], total[...], mixed[...] = state
 
-    def _visit(self, cut: Cut, bag: Bag, query: list[Array], j: Array, state: Any) -> Any:
+    def _visit(
+        self, cut: BagBlocks, bag: BagArrays, query: list[Array], j: Array, state: Any
+    ) -> Any:
         """Add block j of a bag to the online softmax."""
         top, total, mixed = state
         tensors, kind = cut.tensors(bag, j), query[0].dtype
