@@ -30,7 +30,7 @@ from mukv.core.errors import BadInput, nearest_name, telling_disk_errors
 from mukv.core.version import VERSION
 from mukv.data import tokens as layout
 from mukv.data.selection import Selection
-from mukv.data.text import Piece, pieces
+from mukv.data.text import TextPiece, pieces
 from mukv.data.tokenizer import AnyTokenizer, ByteTokenizer, load_tokenizer, train_bpe
 from mukv.data.tokens import TokenFile, is_token_file, open_tokens
 from mukv.show.terminal import Console, column
@@ -84,7 +84,7 @@ def build_tokens(
     with telling_disk_errors(out):
         _check_free(out)
 
-    def read() -> Iterator[Piece]:
+    def read() -> Iterator[TextPiece]:
         return selection.of(pieces(sources, field, on_invalid, spools))
 
     try:
@@ -157,7 +157,7 @@ def _kept(
     return open_tokens(path)
 
 
-def make_tokenizer(spec: str, read: Callable[[], Iterable[Piece]]) -> AnyTokenizer:
+def make_tokenizer(spec: str, read: Callable[[], Iterable[TextPiece]]) -> AnyTokenizer:
     """Make a tokenizer from `bytes`, `bpe:SIZE` (trained on the texts that `read` yields) or the
     path of a tokenizer.json.
     """
@@ -225,7 +225,7 @@ class Ids(NamedTuple):
     learned: np.ndarray | None = None
 
 
-Encode = Callable[[Sequence[Piece]], list[Ids]]
+Encode = Callable[[Sequence[TextPiece]], list[Ids]]
 """Function that encodes some pieces; threads call it."""
 
 
@@ -241,17 +241,17 @@ class _Encoded(NamedTuple):
     held_out: bool
 
 
-def _whole(tokenizer: AnyTokenizer, task: Sequence[Piece]) -> list[Ids]:
+def _whole(tokenizer: AnyTokenizer, task: Sequence[TextPiece]) -> list[Ids]:
     """Encode texts, which are learned whole."""
     return [Ids(tokenizer.encode(piece.data.decode()), len(piece.data)) for piece in task]
 
 
 def _encoded(
-    texts: Iterable[Piece], encode: Encode, share: float, workers: int
+    texts: Iterable[TextPiece], encode: Encode, share: float, workers: int
 ) -> Iterator[_Encoded]:
     """Yield the ids of each text, in order, with a few tasks per thread in flight."""
 
-    def run(task: list[Piece]) -> list[_Encoded]:
+    def run(task: list[TextPiece]) -> list[_Encoded]:
         return [
             _Encoded(found, piece.first, held_out(piece.data, share))
             for piece, found in zip(task, encode(task), strict=True)
@@ -270,8 +270,8 @@ def _encoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _tasks(texts: Iterable[Piece]) -> Iterator[list[Piece]]:
-    task: list[Piece] = []
+def _tasks(texts: Iterable[TextPiece]) -> Iterator[list[TextPiece]]:
+    task: list[TextPiece] = []
     size = 0
     for piece in texts:
         task.append(piece)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from mukv.core.errors import BadInput
-from mukv.data.text import WHOLE_BYTES, Piece
+from mukv.data.text import WHOLE_BYTES, TextPiece
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -50,7 +50,7 @@ class Selection:
         named = {name: getattr(self, name) for name in ("limit", "min_length", "max_length")}
         return {name: value for name, value in named.items() if value is not None}
 
-    def of(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    def of(self, pieces: Iterable[TextPiece]) -> Iterator[TextPiece]:
         """Yield the pieces that are kept. Raises BadInput for a limit below the first one."""
         self.bytes = self.documents = self.left_out = 0
         self.ended = False
@@ -71,7 +71,7 @@ class Selection:
             yield piece
         self.ended = True
 
-    def _fits(self, first: Piece) -> bool:
+    def _fits(self, first: TextPiece) -> bool:
         """Whether a document is kept, from its first piece: the whole of it unless it is long."""
         size = WHOLE_BYTES + 1 if first.long else len(first.data)
         return (self.min_length or 0) <= size <= (self.max_length or WHOLE_BYTES + 1)

@@ -19,7 +19,7 @@ BLOCK_BYTES = 1 << 16
 Invalid = Literal["strict", "replace", "skip"]
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """Valid UTF-8 that is tokenised at once: a document, or a block of a long one.
 
     name: document, for messages
@@ -39,7 +39,7 @@ def pieces(
     field: str = "text",
     on_invalid: str = "strict",
     spools: Path | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[TextPiece]:
     """Yield all documents of all sources, those beyond 1 MiB in blocks of 64 KiB cut at line ends.
 
     field: name of the text in JSONL, Parquet and data sets
@@ -63,7 +63,7 @@ def pieces(
                     valid = _valid(name, block, offset, on_invalid)
                     offset += len(block)
                     if valid:
-                        yield Piece(name, valid, first, long)
+                        yield TextPiece(name, valid, first, long)
                     first = not valid
 
 
