@@ -12,7 +12,7 @@ from mukv.core.errors import BadInput
 from mukv.data.batches import Batches
 from mukv.data.build import build_tokens
 from mukv.data.sources import Messages
-from mukv.data.text import Piece
+from mukv.data.text import TextPiece
 from mukv.data.tokenizer import ByteTokenizer
 from mukv.data.tokens import open_tokens
 from mukv.hub.turns import turns
@@ -125,7 +125,7 @@ def test_the_fingerprint_covers_the_mask(chats, encode, tmp_path):
 
 
 def pieces(*messages, **changes):
-    return [Piece("a:1", json.dumps(each).encode(), True, **changes) for each in messages]
+    return [TextPiece("a:1", json.dumps(each).encode(), True, **changes) for each in messages]
 
 
 @pytest.mark.parametrize(

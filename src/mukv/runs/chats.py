@@ -10,7 +10,7 @@ import numpy as np
 
 from mukv.core.errors import BadInput
 from mukv.data.build import Ids
-from mukv.data.text import WHOLE_BYTES, Piece
+from mukv.data.text import WHOLE_BYTES, TextPiece
 from mukv.data.tokenizer import AnyTokenizer, load_tokenizer
 from mukv.hub.turns import turns
 from mukv.runs.located import Located
@@ -33,7 +33,7 @@ class Conversations:
     found: Located
     tokenizer: AnyTokenizer
 
-    def __call__(self, task: Sequence[Piece]) -> list[Ids]:
+    def __call__(self, task: Sequence[TextPiece]) -> list[Ids]:
         """Return the ids of each conversation. Raises BadInput for one that the template refuses,
         that has no answer, or that is longer than 1 MiB."""
         messages = []
