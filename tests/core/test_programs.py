@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from mukv.core import programs
-from mukv.core.programs import Piece, Pieces
+from mukv.core.programs import Subprogram, Subprograms
 
 
 @pytest.fixture
 def made():
-    """Two pieces, the functions of which say when they are traced, and a function of them."""
+    """Two subprograms, the functions of which say when they are traced, and a function of them."""
     traced = []
 
     def scale(factor, x):
@@ -24,7 +24,7 @@ def made():
         traced.append(("add", x.shape))
         return x + scaled(2, y)
 
-    scaled, total = Piece(scale, static=1), Piece(add, donated=0)
+    scaled, total = Subprogram(scale, static=1), Subprogram(add, donated=0)
 
     def together(x, y, count):
         return total(scaled(3, x), scaled(3, y)), count + 1
@@ -32,11 +32,11 @@ def made():
     return together, traced, scaled, total
 
 
-def test_pieces_are_compiled_once_and_give_what_the_function_gives(made):
+def test_subprograms_are_compiled_once_and_give_what_the_function_gives(made):
     together, traced, scaled, total = made
     x, y, count = jnp.arange(4.0), jnp.ones(4), 5
-    pieces = Pieces(together)
-    begun = pieces.begin(x, y, count)
+    subprograms = Subprograms(together)
+    begun = subprograms.begin(x, y, count)
     out, more = begun.outputs()
     assert (out.shape, out.dtype, out.sharding) == (x.shape, x.dtype, x.sharding)
     program = begun.result()
@@ -51,21 +51,21 @@ def test_pieces_are_compiled_once_and_give_what_the_function_gives(made):
     assert (len(scaled.programs), len(total.programs)) == (1, 1)
 
 
-def test_pieces_take_abstract_arrays(made):
+def test_subprograms_take_abstract_arrays(made):
     together, _, scaled, total = made
     x = jnp.arange(4.0)
     like = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    program = Pieces(together).compiled(like, like, 0)
+    program = Subprograms(together).compiled(like, like, 0)
     before = len(scaled.programs), len(total.programs)
     np.testing.assert_array_equal(program(x, x, 0)[0], 9 * x)
     assert (len(scaled.programs), len(total.programs)) == before == (1, 1)
 
 
-def test_on_several_devices_pieces_are_one_program(made):
+def test_on_several_devices_subprograms_are_one_program(made):
     together, _, scaled, total = made
     mesh = jax.make_mesh((2,), ("data",))
     split = jax.device_put(jnp.arange(4.0), jax.NamedSharding(mesh, jax.P("data")))
-    out, _ = Pieces(together).compiled(split, split, 0)(split, split, 0)
+    out, _ = Subprograms(together).compiled(split, split, 0)(split, split, 0)
     np.testing.assert_array_equal(out, 9 * np.arange(4.0))
     assert not scaled.programs
     assert not total.programs

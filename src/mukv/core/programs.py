@@ -57,7 +57,7 @@ class Programs:
         return self.begin(*arguments).result()
 
 
-class Piece:
+class Subprogram:
     """A function that is a part of the program that calls it; elsewhere it is a program of its own,
     one per signature of its arguments."""
 
@@ -75,8 +75,8 @@ class Piece:
         beginning = _BEGINNING.get()
         if beginning is None:
             return self.part(*arguments)
-        with _beginning(None):  # what this piece calls is a part of it
-            beginning.pieces.append(self._begun(beginning.abstract(arguments)))
+        with _beginning(None):  # what this subprogram calls is a part of it
+            beginning.subprograms.append(self._begun(beginning.abstract(arguments)))
             return self.part(*arguments)
 
     def _begun(self, arguments: tuple[Any, ...]) -> Future[Any]:
@@ -105,11 +105,11 @@ class Piece:
         return range(before, before + own)
 
 
-class Pieces:
-    """A function that applies `Piece`s one after another and does nothing else with arrays.
+class Subprograms:
+    """A function that applies `Subprogram`s one after another and does nothing else with arrays.
 
-    It has the methods of `Programs`. It compiles faster than one program if a piece occurs often,
-    such as a layer. On several devices it is one program.
+    It has the methods of `Programs`. It compiles faster than one program if a subprogram occurs
+    often, such as a layer. On several devices it is one program.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any):
@@ -117,8 +117,8 @@ class Pieces:
         self.function = function
         self.whole = Programs(function, **options)
 
-    def begin(self, *arguments: Any) -> Compilation | PiecesCompilation:
-        """Begin to compile the pieces for arguments of these shapes, types and shardings. The
+    def begin(self, *arguments: Any) -> Compilation | SubprogramsCompilation:
+        """Begin to compile the subprograms for arguments of these shapes, types and shardings. The
         arrays may be abstract."""
         place = _single_device(jax.tree.leaves(arguments))
         if place is None:
@@ -126,27 +126,29 @@ class Pieces:
         beginning = _Beginning(place, [])
         with _beginning(beginning):
             about = jax.eval_shape(self.function, *arguments)
-        return PiecesCompilation(self.function, beginning.abstract(about), beginning.pieces)
+        return SubprogramsCompilation(
+            self.function, beginning.abstract(about), beginning.subprograms
+        )
 
     def compiled(self, *arguments: Any) -> Any:
-        """Return the function when all of its pieces are compiled."""
+        """Return the function when all of its subprograms are compiled."""
         return self.begin(*arguments).result()
 
 
 @dataclass(frozen=True)
-class PiecesCompilation:
-    """Pieces of a function that are being compiled.
+class SubprogramsCompilation:
+    """Subprograms of a function that are being compiled.
 
     about: the outputs of the function, as abstract arrays with their shardings
     """
 
     function: Callable[..., Any]
     about: Any
-    pieces: Sequence[Future[Any]]
+    subprograms: Sequence[Future[Any]]
 
     def result(self) -> Callable[..., Any]:
-        """Wait for the pieces and return the function."""
-        for each in self.pieces:
+        """Wait for the subprograms and return the function."""
+        for each in self.subprograms:
             each.result()
         return lambda *arguments: self.function(*jax.tree.map(jnp.asarray, arguments))
 
@@ -157,13 +159,13 @@ class PiecesCompilation:
 
 @dataclass(frozen=True)
 class _Beginning:
-    """A run of a function on traced arguments in which its pieces begin to be compiled.
+    """A run of a function on traced arguments in which its subprograms begin to be compiled.
 
     place: the device of all arrays
     """
 
     place: SingleDeviceSharding
-    pieces: list[Future[Any]]
+    subprograms: list[Future[Any]]
 
     def abstract(self, tree: Any) -> Any:
         """Return the tree with abstract arrays on the device."""

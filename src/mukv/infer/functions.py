@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mukv.core.compute import Compute
-from mukv.core.programs import Compilation, Piece, Pieces, PiecesCompilation, Programs
+from mukv.core.programs import (
+    Compilation,
+    Programs,
+    Subprogram,
+    Subprograms,
+    SubprogramsCompilation,
+)
 from mukv.core.typing import Array
 from mukv.infer.prompts import Reading
 from mukv.infer.sampling import Sampling
@@ -34,8 +40,8 @@ class DecodeFunctions(NamedTuple):
     fold: (weights, cache) to cache
     """
 
-    prefill: Programs | Pieces
-    extend: Programs | Pieces
+    prefill: Programs | Subprograms
+    extend: Programs | Subprograms
     block: Programs
     fold: Programs
 
@@ -54,7 +60,7 @@ def decode_functions(model: LanguageModel, sampling: Sampling, compute: Compute)
         logits, cache = read(weights, cache, tokens, count, fresh, compute)
         return first(logits, key), cache
 
-    @Piece
+    @Subprogram
     def first(logits: Array, key: Array) -> Array:
         return sampling.draw(logits, rows(key, jnp.zeros((), jnp.int32), len(logits)))
 
@@ -74,11 +80,11 @@ def decode_functions(model: LanguageModel, sampling: Sampling, compute: Compute)
         return tokens.T, live, token, number
 
     read: Callable[..., Any] = model.prefill
-    made: Callable[..., Programs | Pieces] = partial(Programs, donate_argnums=1)
+    made: Callable[..., Programs | Subprograms] = partial(Programs, donate_argnums=1)
     if isinstance(model, Decoder) and model.layer_inputs is None and compute.platform == "cpu":
         # A program of 30 layers takes half a second to read from the cache of compiled programs,
         # and on a CPU it is no faster.
-        read, made = partial(model.prefill, owned=True), partial(Pieces, donate_argnums=1)
+        read, made = partial(model.prefill, owned=True), partial(Subprograms, donate_argnums=1)
     return DecodeFunctions(
         made(partial(prefill, True)),
         made(partial(prefill, False)),
@@ -96,14 +102,14 @@ def begin(
     key: Array,
     steps: int,
     tail: int,
-) -> list[Compilation | PiecesCompilation]:
+) -> list[Compilation | SubprogramsCompilation]:
     """Begin to compile the programs of a generation; return those of `reads`.
 
     weights: may be abstract
     reads: the prefill calls, in order
     steps: number of decode steps; tail: number of tokens between two folds
     """
-    programs: list[Compilation | PiecesCompilation] = []
+    programs: list[Compilation | SubprogramsCompilation] = []
     after, drawn = cache, token
     for each in reads:
         programs.append(each.begin(weights, after, key))

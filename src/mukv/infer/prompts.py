@@ -11,7 +11,7 @@ import numpy as np
 
 from mukv.cache import choosing
 from mukv.core.errors import BadInput
-from mukv.core.programs import Compilation, Pieces, PiecesCompilation, Programs
+from mukv.core.programs import Compilation, Programs, Subprograms, SubprogramsCompilation
 from mukv.core.typing import Array
 
 PROMPT_MULTIPLE = 64
@@ -31,7 +31,7 @@ class Reading:
         among these tokens
     """
 
-    function: Programs | Pieces
+    function: Programs | Subprograms
     tokens: np.ndarray
     count: np.ndarray
     chooses: bool
@@ -46,14 +46,14 @@ class Reading:
         row, which has no token in this chunk."""
         return new if self.count.all() else jnp.where(self.count > 0, new, before)
 
-    def begin(self, weights: Any, cache: Any, key: Array) -> Compilation | PiecesCompilation:
+    def begin(self, weights: Any, cache: Any, key: Array) -> Compilation | SubprogramsCompilation:
         """Begin to compile the function for a cache, whose arrays may be abstract."""
         return self.function.begin(weights, *self.inputs(cache, key))
 
 
 def readings(
-    first: Programs | Pieces,
-    further: Programs | Pieces,
+    first: Programs | Subprograms,
+    further: Programs | Subprograms,
     prompts: Sequence[Sequence[int]],
     then: Sequence[Sequence[int]] | None,
     chunk: int | None,

@@ -13,7 +13,7 @@ from mukv.core.compute import Compute, settled
 from mukv.core.errors import BadInput
 from mukv.core.linear import look_up
 from mukv.core.params import Param
-from mukv.core.programs import Piece
+from mukv.core.programs import Subprogram
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import ForwardResult, LanguageModel
 from mukv.model.cache_update import compressed
@@ -148,7 +148,7 @@ class Decoder(LanguageModel):
 
         owned: whether the arrays of the cache may be overwritten
 
-        Without layer inputs it can be compiled as `Pieces`.
+        Without layer inputs it can be compiled as `Subprograms`.
         """
         compute = settled(compute)
         outer = {name: value for name, value in weights.items() if name != "layers"}
@@ -191,7 +191,7 @@ class Decoder(LanguageModel):
         return self.read_out(weights, x, compute), cache
 
 
-@partial(Piece, static=2)
+@partial(Subprogram, static=2)
 def _enter(
     model: Decoder, compute: Compute, weights: Weights, length: Int[Array, " batch"], tokens: Tokens
 ) -> tuple[Residual, Inputs | None]:
@@ -199,7 +199,7 @@ def _enter(
     return model.placed(weights, tokens, positions(tokens.shape[1], length), compute)
 
 
-@partial(Piece, static=2)
+@partial(Subprogram, static=2)
 def _leave(
     model: Decoder, compute: Compute, weights: Weights, x: Residual, count: Int[Array, " batch"]
 ) -> Float[Array, "batch vocab"]:

@@ -22,7 +22,7 @@ from mukv.attention.indexer import EntryChoice
 from mukv.core.compute import RESIDUAL, Compute
 from mukv.core.norm import RMSNorm
 from mukv.core.partition import constrain_stream, enter_block, gather, leave_block
-from mukv.core.programs import Piece
+from mukv.core.programs import Subprogram
 from mukv.core.tap import capturing, scope, tap
 from mukv.core.typing import Array, Bool, Int, Residual
 from mukv.model.auxiliary import Auxiliary, together
@@ -284,7 +284,7 @@ def _layer(layer: ResolvedLayer, run: Pass, *inputs: Any) -> Any:
     return run.applied(layer, *inputs)
 
 
-_KEEPING = Piece(_layer, static=1)
+_KEEPING = Subprogram(_layer, static=1)
 """`_layer` as a function that equal layers share."""
-_OWNING = Piece(_layer, static=1, donated=5)
+_OWNING = Subprogram(_layer, static=1, donated=5)
 """The same, which overwrites the memory that it is given."""

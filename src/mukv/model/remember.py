@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mukv.attention import Bag, Queries, Written
 from mukv.cache import Reader, Slot
 from mukv.cache.base import QUERY
-from mukv.core.programs import Piece
+from mukv.core.programs import Subprogram
 from mukv.core.typing import Array, Bool, Float, Int
 from mukv.model.cache_update import LayerMemory
 from mukv.model.passes import Asked
@@ -106,13 +106,13 @@ class One:
         return tuple(parts), LayerMemory(slots, states_of(layer, written))
 
 
-@partial(Piece, static=1)
+@partial(Subprogram, static=1)
 def positions(number: int, length: Int[Array, " batch"]) -> Int[Array, "batch token"]:
     """Return the positions of this number of tokens behind rows of these lengths."""
     return length[:, None] + jnp.arange(number)[None]
 
 
-@Piece
+@Subprogram
 def length_after(length: Int[Array, " batch"], count: Int[Array, " batch"]) -> Array:
     """Return the lengths of rows after `count` more tokens."""
     return length + count
