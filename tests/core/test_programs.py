@@ -9,6 +9,7 @@ import pytest
 
 from mukv.core import programs
 from mukv.core.programs import Subprogram, Subprograms
+from mukv.core.tap import capture, tap
 
 
 @pytest.fixture
@@ -84,3 +85,13 @@ def test_a_program_may_overwrite_what_it_is_given(made):
     made[3](x, y)
     assert x.is_deleted()
     assert not y.is_deleted()
+
+
+def test_what_is_captured_leaves_a_subprogram():
+    @Subprogram
+    def double(x):
+        return tap("doubled", 2 * x)
+
+    with capture() as seen:
+        double(jnp.ones(2))
+    np.testing.assert_array_equal(seen["doubled"], [2, 2])

@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 
+from mukv.core.tap import capturing
 from mukv.core.typing import Array
 
 KEPT = 256
@@ -69,6 +70,8 @@ class Subprogram:
         self.programs: dict[Hashable, Future[Any]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
+        if capturing():
+            return self.function(*arguments)  # what is captured can't leave a program
         leaves = jax.tree.leaves(arguments[self.static :])
         if not any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._begun(arguments).result()(*leaves)
@@ -84,7 +87,8 @@ class Subprogram:
         since JAX describes those of a program by objects that typed classes refuse."""
         static, given = arguments[: self.static], arguments[self.static :]
         leaves, structure = jax.tree.flatten(given)
-        key = static, structure, tuple(map(_signature, leaves))
+        mesh = jax.sharding.get_abstract_mesh()
+        key = static, mesh, structure, tuple(map(_signature, leaves))
         if key not in self.programs:
             if len(self.programs) >= KEPT:
                 self.programs.pop(next(iter(self.programs)))
