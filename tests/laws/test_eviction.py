@@ -131,6 +131,31 @@ def test_prefill_and_steps_read_what_whole_rows_read(case):
 
 
 @pytest.mark.product
+@pytest.mark.parametrize("name", ["dms", "dms+adaptive(floor=0)"])
+def test_chunks_of_a_prompt_read_what_whole_rows_read(name):
+    """Rows of unequal length, in chunks longer than the window; law 2."""
+    model, policy, ids = model_of(), Policy.parse(name), rows()
+    weights, counts = weights_of(model), [jnp.array(each) for each in ([10, 7], [8, 9], [6, 2])]
+    whole = read(model, weights, ids, Evicting())
+
+    @jax.jit
+    def run(weights):
+        apart, found = model.unstack(model.scaled(weights)), []
+        cache = model.empty_cache(ROWS, LENGTH, 4, EXACT.type, policy)
+        for number, count in enumerate(counts):
+            place = jnp.minimum(cache.length[:, None] + jnp.arange(10)[None], LENGTH - 1)
+            now = jnp.take_along_axis(ids, place, axis=1)
+            fresh = number == 0
+            logits, cache = model.prefill(apart, cache, now, count, fresh, compute=EXACT)
+            found.append((logits, cache.length))
+        return found
+
+    for logits, length in run(weights):
+        expected = jnp.take_along_axis(whole, length[:, None, None] - 1, axis=1)[:, 0]
+        np.testing.assert_allclose(logits, expected, atol=3e-5)
+
+
+@pytest.mark.product
 @pytest.mark.parametrize("name", [f"dms(window={LENGTH})", "dms(threshold=1e9)", "dms"])
 def test_a_long_window_or_gates_that_evict_nothing_are_full_attention(name):
     """Law 7. Gates are zero at first, and evict nothing."""
@@ -307,7 +332,7 @@ def test_pieces_of_a_batch_draw_what_the_batch_draws():
 
 
 @pytest.mark.product
-@pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 2, "tensor": 2}, {"context": 2}])
 def test_sharding_is_invisible(mesh):
     """Law 6."""
     model = model_of(window=2)
