@@ -362,7 +362,8 @@ CHANGES = {
     "Hyperball.weight_decay": (ADAMH, f"{OPTIMIZER}.weight_decay=0.5"),
     "Compute.dtype": "train.compute.dtype=bfloat16",
     "Compute.operands": "train.compute.operands=bfloat16",
-    "Compute.platform": "train.compute.platform=tpu",
+    # Kernels of other platforms can't be lowered for a CPU.
+    "Compute.platform": ("train.compute.core=fused", "train.compute.platform=tpu"),
     "MeshShape.data": "mesh.data=2",
     "MeshShape.tensor": "mesh.tensor=2",
     "MeshShape.replica": "mesh.replica=2",
