@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention.entries import Entries, Recall, Retrieved
-from mukv.attention.recalled import Query, Recalled, Whole
+from mukv.attention.recalled import Forwarding, Query
 from mukv.core.counts import require_counts
 from mukv.core.linear import project
 from mukv.core.norm import RMSNorm
@@ -74,31 +74,17 @@ def until(
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Faded(Recalled):
+class Faded(Forwarding):
     """Keys and values with a number per key that is added to its logits beyond a window.
 
     amount: what is added, float32
     window: queries at most this many tokens after a key get its logit unchanged
     """
 
-    recalled: Recalled
     amount: Float[Array, "batch kv_heads key 1"]
     window: int = field(metadata={"static": True})
 
     fades: ClassVar[bool] = True
-
-    def products(self, query: Query) -> Logits:
-        return self.recalled.products(query)
-
-    def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
-        return self.recalled.mixture(weights)
-
-    def dense(self, heads: int) -> tuple[Whole, Whole]:
-        return self.recalled.dense(heads)
-
-    @property
-    def width(self) -> int:
-        return self.recalled.width
 
     def faded(
         self,

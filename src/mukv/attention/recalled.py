@@ -64,6 +64,26 @@ class Recalled:
         return logits
 
 
+@dataclass(frozen=True)
+class Forwarding(Recalled):
+    """Base class of keys and values that are those of `recalled`, with something changed."""
+
+    recalled: Recalled
+
+    def products(self, query: Query) -> Logits:
+        return self.recalled.products(query)
+
+    def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
+        return self.recalled.mixture(weights)
+
+    def dense(self, heads: int) -> tuple[Whole, Whole]:
+        return self.recalled.dense(heads)
+
+    @property
+    def width(self) -> int:
+        return self.recalled.width
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dense(Recalled):

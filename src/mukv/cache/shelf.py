@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mukv.attention import Entries, Query, Recall, Recalled, Retrieved
-from mukv.attention.recalled import Dense, Whole
+from mukv.attention.recalled import Dense, Forwarding, Whole
 from mukv.attention.stored import Coded, StoredForm
 from mukv.cache.store import Parts, Store, Stored, rows, runs
 from mukv.core.typing import Array, Bool, Float, Int
@@ -222,24 +222,10 @@ class InBlocks(Recalled):
 
 
 @dataclass(frozen=True)
-class Gathered(Recalled):
+class Gathered(Forwarding):
     """Keys and values of some runs of slots, gathered; `form` tells where they are stored."""
 
-    recalled: Recalled
     form: Callable[[], StoredForm | str]
-
-    def products(self, query: Query) -> Logits:
-        return self.recalled.products(query)
-
-    def mixture(self, weights: Logits) -> Float[Array, "batch kv_heads group query width"]:
-        return self.recalled.mixture(weights)
-
-    def dense(self, heads: int) -> tuple[Whole, Whole]:
-        return self.recalled.dense(heads)
 
     def stored(self) -> StoredForm | str:
         return self.form()
-
-    @property
-    def width(self) -> int:
-        return self.recalled.width

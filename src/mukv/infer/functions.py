@@ -105,7 +105,6 @@ def begin(
 ) -> list[Compilation | SubprogramsCompilation]:
     """Begin to compile the programs of a generation; return those of `reads`.
 
-    weights: may be abstract
     reads: the prefill calls, in order
     steps: number of decode steps; tail: number of tokens between two folds
     """
