@@ -101,13 +101,13 @@ def test_the_estimate_is_what_the_program_takes(mesh):
 
 @needs_compiler
 def test_a_step_reads_caches_by_one_kernel_per_layer():
-    """Every layer calls one kernel. With a quantised cache a step has at most one kernel per
-    layer more than with the exact cache, and moves fewer bytes."""
+    """Every layer calls one kernel. With a quantised cache a step has no more kernels than with
+    the exact cache, and moves fewer bytes."""
     given = ("--length", "16384", "--batch", "1", *STEP)
     exact, int8, int4 = (counted("--decode", name, *given) for name in ("full", "int8", "int4"))
     for found in (exact, int8, int4):
         assert found["calls"] == {"flash_decode": 3}
-        assert found["kernels"] <= exact["kernels"] + 3
+        assert found["kernels"] <= exact["kernels"]
     body = 3 * 16384 * 2 * 4 * 64
     # Of 2 bytes per number int8 stores about 1.2, and int4 0.7.
     assert exact["moved_bytes"] - int8["moved_bytes"] > 0.7 * body

@@ -42,12 +42,14 @@ class StoredForm:
     runs: the runs of slots that are read, in this order: run i begins at slot i * length; None for
         all slots
     length: slots per run
+    position: of each slot, negative for an empty one; None where slots have no stored position
     """
 
     keys: tuple[Coded, ...]
     value: Coded
     runs: Int[Array, "batch heads run"] | None = None
     length: int = 1
+    position: Int[Array, "batch heads slot"] | None = None
 
     @property
     def places(self) -> int:

@@ -118,7 +118,8 @@ class Shelf:
 
         known = {name: coded(name) for name in found[0]}
         *keys, value = (known[name] for name in found[0])
-        return StoredForm(tuple(keys), value, index, length)
+        position = self.position if index is None and self.owner is None else None
+        return StoredForm(tuple(keys), value, index, length, position)
 
     def runs(self, index: Int[Array, "batch stores run"], length: int = 1) -> Entries:
         """Gather the entries of some runs of `length` slots.

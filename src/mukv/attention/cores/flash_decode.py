@@ -68,9 +68,12 @@ class FlashDecode(KernelCore):
 
         cuts, bags = [], []
         for form, part in zip(forms, parts, strict=True):
-            visible = part.shown(scores.query_position).visible[:, :, 0]
-            # Bytes, which have an address each.
-            visible = visible.astype(jnp.int8)
+            by_position = _by_position(form, part)
+            if by_position:
+                visible = form.position
+            else:
+                # Bytes, which have an address each.
+                visible = part.shown(scores.query_position).visible[:, :, 0].astype(jnp.int8)
             tensors = form.tensors
             widest = max(tensor.width for tensor in tensors)
             cuts.append(
@@ -82,11 +85,14 @@ class FlashDecode(KernelCore):
                     decoders=tuple(tensor.decode for tensor in tensors),
                     keys=tuple(map(tensors.index, form.keys)),
                     value=tensors.index(form.value),
+                    by_position=by_position,
+                    window=part.mask.window,
                 )
             )
             bags.append(BagArrays(visible, form.runs, tuple(tensor.parts for tensor in tensors)))
         width = forms[0].value.width
-        arrays, tree = jax.tree.flatten(([by_head(piece) for piece in query], bags))
+        at = scores.query_position[:, None]
+        arrays, tree = jax.tree.flatten(([by_head(piece) for piece in query], at, bags))
 
         def attend(*arrays: Array) -> tuple[Array, ...]:
             kernel = Kernel(tuple(cuts), tree, power, width, scores.softcap, self.interpret)
@@ -143,6 +149,14 @@ def _form(part: Part) -> StoredForm:
     form = part.recalled.stored()
     assert not isinstance(form, str), form
     return form
+
+
+def _by_position(form: StoredForm, part: Part) -> bool:
+    """Return whether the kernel can compare the stored positions itself, so that no kernel before
+    it computes a mask."""
+    entries, mask = part.entries, part.mask
+    others = entries.segment, entries.until, mask.chosen
+    return entries.position is form.position and all(each is None for each in others)
 
 
 def _heads(forms: Sequence[StoredForm]) -> int:

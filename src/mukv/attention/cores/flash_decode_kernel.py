@@ -19,7 +19,8 @@ from mukv.core.typing import Array
 class BagArrays(NamedTuple):
     """Arrays of one bag, or the kernel's references to those of one head.
 
-    visible: whether the query sees each place that is read, int8 [batch heads place]
+    visible: whether the query sees each place that is read, int8 [batch heads place]; or the
+        position of each, int32, negative for an empty one
     runs: runs of slots that are read, int32 [batch heads run]; None for all slots
     tensors: for each tensor, its arrays [batch heads row width] by part
     """
@@ -38,6 +39,8 @@ class BagBlocks:
     block: places per block, a power of two
     decoders: of each tensor
     keys, value: which tensors are the pieces of the keys, and which are the values
+    by_position: whether the bag has positions in place of what is visible
+    window: tokens that the query sees, by position; None for all
     """
 
     slots: int
@@ -47,6 +50,8 @@ class BagBlocks:
     decoders: tuple[BlockDecoder, ...]
     keys: tuple[int, ...]
     value: int
+    by_position: bool
+    window: int | None
 
     @property
     def number(self) -> int:
@@ -58,9 +63,15 @@ class BagBlocks:
         """Whether the last block is shorter than the others."""
         return self.places % self.block > 0
 
-    def visible(self, bag: BagArrays, j: Array) -> Array:
-        """Return whether the query sees each place of block j."""
-        seen = self._rows(bag.visible, j * self.block, self.block) != 0
+    def visible(self, bag: BagArrays, at: Array, j: Array) -> Array:
+        """Return whether the query sees each place of block j. at: position of the query"""
+        found = self._rows(bag.visible, j * self.block, self.block)
+        if self.by_position:
+            seen = (found >= 0) & (found <= at)
+            if self.window is not None:
+                seen &= at - found < self.window
+        else:
+            seen = found != 0
         if self.ragged:
             seen &= j * self.block + _count(self.block) < self.places
         return seen
@@ -95,7 +106,7 @@ class Kernel:
     """The kernel of one shape.
 
     bags: division of each bag
-    tree: structure of its arguments: the pieces of the queries, and the bags
+    tree: structure of its arguments: the pieces of the queries, their positions, and the bags
     rows: query heads per head, padded
     width: of a value
     softcap: as in `Scores`
@@ -112,8 +123,8 @@ class Kernel:
         """Write the softmax of the query heads of one head over one of the `splits`: the sum of
         values, the largest logit, and the sum of weights relative to it."""
         *given, mixed, top, total = refs
-        pieces, bags = self.tree.unflatten(given)
-        query, split = [piece[...] for piece in pieces], pl.program_id(0)
+        pieces, position, bags = self.tree.unflatten(given)
+        query, at, split = [piece[...] for piece in pieces], position[0], pl.program_id(0)
         state = (
             jnp.full(self.rows, -jnp.inf, jnp.float32),
             jnp.zeros(self.rows, jnp.float32),
@@ -123,11 +134,17 @@ class Kernel:
             each = -(-cut.number // splits)
             start = jnp.minimum(split * each, cut.number)
             stop = jnp.minimum(start + each, cut.number)
-            state = jax.lax.fori_loop(start, stop, partial(self._visit, cut, bag, query), state)
+            state = jax.lax.fori_loop(start, stop, partial(self._visit, cut, bag, query, at), state)
         top[...], total[...], mixed[...] = state
 
     def _visit(
-        self, cut: BagBlocks, bag: BagArrays, query: list[Array], j: Array, state: Any
+        self,
+        cut: BagBlocks,
+        bag: BagArrays,
+        query: list[Array],
+        at: Array,
+        j: Array,
+        state: Any,
     ) -> Any:
         """Add block j of a bag to the online softmax."""
         top, total, mixed = state
@@ -137,7 +154,7 @@ class Kernel:
             products += _product(asked, tensors[place].astype(kind).T)
         if self.softcap is not None:
             products = self.softcap * jnp.tanh(products / self.softcap)
-        masked = jnp.where(cut.visible(bag, j)[None], products, -jnp.inf)
+        masked = jnp.where(cut.visible(bag, at, j)[None], products, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(masked, axis=1))
         safe = jnp.where(higher == -jnp.inf, 0.0, higher)
         weights, shrink = jnp.exp(masked - safe[:, None]), jnp.exp(top - safe)
