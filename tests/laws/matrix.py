@@ -432,8 +432,10 @@ def drawn(declared: Any, seed: int = 0) -> dict:
     random = np.random.default_rng(seed)
 
     def draw(param: params.Param) -> np.ndarray:
-        size = param.fan_in_size**-0.5
-        found = size * random.standard_normal(param.shape) + (param.init == "ones")
+        found = param.fan_in_size**-0.5 * random.standard_normal(param.shape)
+        if param.init == "ones":
+            # A gain near zero would hide what it multiplies.
+            found = 1 + np.clip(found, -0.9, 0.9)
         return found.astype(np.float32)
 
     return params.map_params(draw, declared)
@@ -481,8 +483,9 @@ class Case:
         self.ids = tokens(2)
 
     @cached_property
-    def _rows(self) -> np.ndarray:
-        ids, model = self.ids, self.model
+    def _forward(self) -> Callable[[dict], np.ndarray]:
+        """The training forward pass of all rows: weights -> logits [row token vocab]."""
+        ids = self.ids
         changed = np.repeat(ids[:1], LENGTH, axis=0)
         changed[np.diag_indices(LENGTH)] = (ids[0] + 1) % VOCAB
         alone = np.zeros((len(CUTS) - 1, LENGTH), np.int32)
@@ -493,7 +496,30 @@ class Case:
         lengths = np.diff(CUTS)
         segment[-1] = np.repeat(np.arange(len(lengths)), lengths)
         position[-1] = np.concatenate([np.arange(n) for n in lengths])
-        return np.asarray(logits(model)(self.weights, rows, position, segment))
+        forward = logits(self.model)
+        return lambda tree: np.asarray(forward(tree, rows, position, segment))
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        return self._forward(self.weights)
+
+    @cached_property
+    def tolerance(self) -> float:
+        """Difference of logits that rounding explains: three times what they change when each
+        weight is off by one unit in the last place; at least 2e-5, and at most 1e-3, since a choice
+        of entries or experts may flip. In some of the random models one token magnifies rounding a
+        hundred times."""
+        random = np.random.default_rng(0)
+
+        def rounded(weight: np.ndarray) -> np.ndarray:
+            away = random.choice(np.float32([-np.inf, np.inf]), weight.shape)
+            return np.nextafter(weight, away)
+
+        changes = [
+            np.abs(self._forward(jax.tree.map(rounded, self.weights)) - self._rows).max()
+            for _ in range(4)
+        ]
+        return float(np.clip(3 * max(changes), 2e-5, 1e-3))
 
     @property
     def whole(self) -> np.ndarray:
