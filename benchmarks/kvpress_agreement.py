@@ -159,7 +159,7 @@ def sketch(folder: Path | None) -> list[list[float]]:
     """Return the random projection of keys that leverage scores use here, [head_dim, sketch]."""
     import jax
 
-    from mukv.cache.policy import Leverage
+    from mukv.cache.by_value import Leverage
 
     width = 8
     if folder is not None:

@@ -45,7 +45,7 @@ def test_another_name_is_refused():
 
 
 def test_every_part_that_yaml_names_is_public():
-    from mukv.cache.policy import TABLES as POLICY
+    from mukv.cache.tables import TABLES as POLICY
     from mukv.schema.reference import sections
     from tests.laws.test_matrix import TABLES
 

@@ -28,54 +28,54 @@ if TYPE_CHECKING:
     from mukv.attention import Mixer as Mixer
     from mukv.attention import SharedKV as SharedKV
     from mukv.attention import TensorProduct as TensorProduct
-    from mukv.cache.policy import CUR as CUR
-    from mukv.cache.policy import DMS as DMS
-    from mukv.cache.policy import FP8 as FP8
-    from mukv.cache.policy import H2O as H2O
-    from mukv.cache.policy import TOVA as TOVA
-    from mukv.cache.policy import Adaptive as Adaptive
-    from mukv.cache.policy import All as All
-    from mukv.cache.policy import Clusters as Clusters
-    from mukv.cache.policy import Compactor as Compactor
-    from mukv.cache.policy import Critical as Critical
-    from mukv.cache.policy import Drop as Drop
-    from mukv.cache.policy import Every as Every
-    from mukv.cache.policy import Everything as Everything
-    from mukv.cache.policy import Exact as Exact
-    from mukv.cache.policy import Expected as Expected
-    from mukv.cache.policy import Folds as Folds
-    from mukv.cache.policy import Hold as Hold
-    from mukv.cache.policy import Int4 as Int4
-    from mukv.cache.policy import Int8 as Int8
-    from mukv.cache.policy import Keep as Keep
-    from mukv.cache.policy import KeyDiff as KeyDiff
-    from mukv.cache.policy import KeyNorm as KeyNorm
-    from mukv.cache.policy import KVzap as KVzap
-    from mukv.cache.policy import KVzip as KVzip
-    from mukv.cache.policy import LagKV as LagKV
-    from mukv.cache.policy import Layers as Layers
-    from mukv.cache.policy import Leverage as Leverage
-    from mukv.cache.policy import Merge as Merge
-    from mukv.cache.policy import Nearest as Nearest
-    from mukv.cache.policy import Pages as Pages
     from mukv.cache.policy import Policy as Policy
-    from mukv.cache.policy import Pyramid as Pyramid
-    from mukv.cache.policy import Random as Random
-    from mukv.cache.policy import Refine as Refine
-    from mukv.cache.policy import Rotated as Rotated
-    from mukv.cache.policy import Select as Select
-    from mukv.cache.policy import SnapKV as SnapKV
-    from mukv.cache.policy import SparQ as SparQ
-    from mukv.cache.policy import Spread as Spread
-    from mukv.cache.policy import Store as Store
-    from mukv.cache.policy import Streaming as Streaming
-    from mukv.cache.policy import ThinK as ThinK
-    from mukv.cache.policy import Threshold as Threshold
-    from mukv.cache.policy import TopK as TopK
-    from mukv.cache.policy import TopP as TopP
-    from mukv.cache.policy import Uniform as Uniform
-    from mukv.cache.policy import When as When
-    from mukv.cache.policy import WholeChunks as WholeChunks
+    from mukv.cache.tables import CUR as CUR
+    from mukv.cache.tables import DMS as DMS
+    from mukv.cache.tables import FP8 as FP8
+    from mukv.cache.tables import H2O as H2O
+    from mukv.cache.tables import TOVA as TOVA
+    from mukv.cache.tables import Adaptive as Adaptive
+    from mukv.cache.tables import All as All
+    from mukv.cache.tables import Clusters as Clusters
+    from mukv.cache.tables import Compactor as Compactor
+    from mukv.cache.tables import Critical as Critical
+    from mukv.cache.tables import Drop as Drop
+    from mukv.cache.tables import Every as Every
+    from mukv.cache.tables import Everything as Everything
+    from mukv.cache.tables import Exact as Exact
+    from mukv.cache.tables import Expected as Expected
+    from mukv.cache.tables import Folds as Folds
+    from mukv.cache.tables import Hold as Hold
+    from mukv.cache.tables import Int4 as Int4
+    from mukv.cache.tables import Int8 as Int8
+    from mukv.cache.tables import Keep as Keep
+    from mukv.cache.tables import KeyDiff as KeyDiff
+    from mukv.cache.tables import KeyNorm as KeyNorm
+    from mukv.cache.tables import KVzap as KVzap
+    from mukv.cache.tables import KVzip as KVzip
+    from mukv.cache.tables import LagKV as LagKV
+    from mukv.cache.tables import Layers as Layers
+    from mukv.cache.tables import Leverage as Leverage
+    from mukv.cache.tables import Merge as Merge
+    from mukv.cache.tables import Nearest as Nearest
+    from mukv.cache.tables import Pages as Pages
+    from mukv.cache.tables import Pyramid as Pyramid
+    from mukv.cache.tables import Random as Random
+    from mukv.cache.tables import Refine as Refine
+    from mukv.cache.tables import Rotated as Rotated
+    from mukv.cache.tables import Select as Select
+    from mukv.cache.tables import SnapKV as SnapKV
+    from mukv.cache.tables import SparQ as SparQ
+    from mukv.cache.tables import Spread as Spread
+    from mukv.cache.tables import Store as Store
+    from mukv.cache.tables import Streaming as Streaming
+    from mukv.cache.tables import ThinK as ThinK
+    from mukv.cache.tables import Threshold as Threshold
+    from mukv.cache.tables import TopK as TopK
+    from mukv.cache.tables import TopP as TopP
+    from mukv.cache.tables import Uniform as Uniform
+    from mukv.cache.tables import When as When
+    from mukv.cache.tables import WholeChunks as WholeChunks
     from mukv.conversion import Conversion as Conversion
     from mukv.conversion import ConvertedLayer as ConvertedLayer
     from mukv.conversion import CrossLayer as CrossLayer
@@ -196,10 +196,11 @@ _MODULES = {
         "Attention CSA Eviction GatedDelta Grouped GroupedTied HCA Indexer KimiDelta Latent Mixer "
         "SharedKV TensorProduct"
     ),
-    "mukv.cache.policy": (
+    "mukv.cache.policy": "Policy",
+    "mukv.cache.tables": (
         "Adaptive All Clusters Compactor Critical CUR DMS Drop Every Everything Exact Expected "
         "Folds FP8 H2O Hold Int4 Int8 Keep KeyDiff KeyNorm KVzap KVzip LagKV Layers Leverage Merge "
-        "Nearest Pages Policy Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store "
+        "Nearest Pages Pyramid Random Refine Rotated Select SnapKV SparQ Spread Store "
         "Streaming ThinK Threshold TopK TopP TOVA Uniform When WholeChunks"
     ),
     "mukv.conversion": (

@@ -13,8 +13,8 @@ from mukv.attention import Entries, Grouped, Mask
 from mukv.attention.cores import Demand, FlashDecode, Part, Plain, Scores, choose, unread
 from mukv.attention.recalled import Dense, Recalled
 from mukv.cache import Policy
-from mukv.cache.policy import STORES
 from mukv.cache.shelf import Shelf
+from mukv.cache.tables import STORES
 from mukv.core.compute import Compute
 from mukv.position import POSITIONS, NoPE
 from mukv.runs import config

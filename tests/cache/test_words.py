@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mukv.cache.budget import CacheBudget
-from mukv.cache.policy import (
+from mukv.cache.policy import Policy
+from mukv.cache.tables import (
     KEEPERS,
     MERGES,
     REFINERS,
@@ -19,7 +20,6 @@ from mukv.cache.policy import (
     STORES,
     TABLES,
     WHENS,
-    Policy,
 )
 from mukv.cache.words import PEERS, parameters, split
 from mukv.core.errors import BadInput

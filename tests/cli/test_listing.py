@@ -7,7 +7,8 @@ import json
 import pytest
 
 import mukv as package
-from mukv.cache.policy import NAMES, Policy
+from mukv.cache.policy import Policy
+from mukv.cache.tables import NAMES
 from mukv.cli.app import ORDER, app
 from mukv.runs import config
 

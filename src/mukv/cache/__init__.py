@@ -6,8 +6,9 @@ decides which entries the body keeps, how they are stored and which of them a qu
 
 from mukv.cache.base import Body, Cache, Reader, Ring, Slot
 from mukv.cache.kept import choosing
-from mukv.cache.policy import FULL, NAMES, Calibrated, Policy
+from mukv.cache.policy import FULL, Calibrated, Policy
 from mukv.cache.recorded import RECORD, Recorded
+from mukv.cache.tables import NAMES
 
 __all__ = [
     "FULL",

@@ -17,102 +17,23 @@ import jax.numpy as jnp
 
 from mukv.attention import Attention
 from mukv.attention.mixer import ENTRIES
-from mukv.cache.attended import H2O, TOVA, SnapKV
 from mukv.cache.budget import CacheBudget
-from mukv.cache.by_key import KeyDiff, KeyNorm
-from mukv.cache.by_value import CUR, LagKV, Leverage
-from mukv.cache.chunks import WholeChunks
 from mukv.cache.clusters import Clusters
-from mukv.cache.compactor import Compactor
-from mukv.cache.critical import Critical
-from mukv.cache.dms import DMS
-from mukv.cache.expected import Expected
-from mukv.cache.fp8 import FP8
 from mukv.cache.keep import Everything, Keep
 from mukv.cache.kept import Kept, empty
-from mukv.cache.kvzap import KVzap
-from mukv.cache.layers import PAGE, Layers
-from mukv.cache.merge import Drop, Merge, Nearest
-from mukv.cache.pages import Pages
-from mukv.cache.positional import Random, Streaming
-from mukv.cache.quantised import Int4, Int8
-from mukv.cache.refine import Refine
+from mukv.cache.layers import PAGE
+from mukv.cache.merge import Drop
 from mukv.cache.replay import TWICE, KVzip
-from mukv.cache.rotated import Rotated
 from mukv.cache.select import All, Select
-from mukv.cache.sparq import SparQ
-from mukv.cache.spread import Adaptive, Pyramid, Spread, Uniform
+from mukv.cache.spread import Uniform
 from mukv.cache.store import Exact, Store
-from mukv.cache.think import ThinK
-from mukv.cache.threshold import Threshold
-from mukv.cache.values import TopK, TopP
-from mukv.cache.when import Every, Folds, Hold, When
-from mukv.cache.words import Word, built, read_word, shown, split
-from mukv.core.errors import BadInput, unknown_name
-from mukv.core.table import PartTable, imported
+from mukv.cache.tables import ONCE, REFINERS, TABLES, name_of, part_of, question
+from mukv.cache.values import TopK
+from mukv.cache.when import Every, Folds
+from mukv.cache.words import read_word, shown, split
+from mukv.core.errors import BadInput
 from mukv.core.typing import Array
 
-KEEPERS = PartTable(
-    "keep",
-    Keep,
-    {
-        "full": Everything,
-        "streaming": Streaming,
-        "snapkv": SnapKV,
-        "h2o": H2O,
-        "tova": TOVA,
-        "knorm": KeyNorm,
-        "keydiff": KeyDiff,
-        "expected": Expected,
-        "lagkv": LagKV,
-        "leverage": Leverage,
-        "cur": CUR,
-        "compactor": Compactor,
-        "kvzip": KVzip,
-        "kvzap": KVzap,
-        "dms": DMS,
-        "random": Random,
-    },
-    kinds=False,
-)
-STORES = PartTable(
-    "store",
-    Store,
-    {"exact": Exact, "int8": Int8, "int4": Int4, "fp8": FP8, "rotated": Rotated, "think": ThinK},
-    kinds=False,
-)
-SELECTORS = PartTable(
-    "select",
-    Select,
-    {
-        "all": All,
-        "topk": TopK,
-        "topp": TopP,
-        "sparq": SparQ,
-        "pages": Pages,
-        "clusters": Clusters,
-    },
-    kinds=False,
-)
-SPREADS = PartTable(
-    "spread",
-    Spread,
-    {"uniform": Uniform, "pyramid": Pyramid, "adaptive": Adaptive, "layers": Layers},
-    kinds=False,
-)
-REFINERS = PartTable(
-    "refine",
-    Refine,
-    {"threshold": Threshold, "critical": Critical, "chunk": WholeChunks},
-    kinds=False,
-)
-WHENS = PartTable("when", When, {"folds": Folds, "hold": Hold, "every": Every}, kinds=False)
-MERGES = PartTable("merge", Merge, {"drop": Drop, "merge": Nearest}, kinds=False)
-TABLES: tuple[PartTable[Any], ...] = (KEEPERS, REFINERS, SPREADS, WHENS, MERGES, STORES, SELECTORS)
-"""Parts of a policy, in the order in which its name has them."""
-ONCE = ("spread", "when", "merge")
-"""Parts that are fields of the policy that keeps entries, at most one of each."""
-NAMES = tuple(name for table in TABLES for name in table)
 Calibrated = Mapping[int, Mapping[str, Array]]
 """What is calibrated for a model, centres or predictors: arrays of each writing layer by index."""
 
@@ -142,9 +63,9 @@ class Policy:
         """
         found: dict[str, list[Any]] = {table.part: [] for table in TABLES}
         for word in (read_word(word, where) for word in split(text, "+")):
-            table, part = _part(word, budget, where)
+            table, part = part_of(word, budget, where)
             if found[table.part] and table is not REFINERS:
-                raise BadInput(where, text, f"at most one part that says {_question(table)}")
+                raise BadInput(where, text, f"at most one part that says {question(table)}")
             if type(part) in map(type, found[table.part]):
                 raise BadInput(where, text, f"{word.name} once")
             found[table.part].append(part)
@@ -155,7 +76,7 @@ class Policy:
             usual = Uniform(), Folds(), Drop()
             idle = [part for part in (*refine, *given.values()) if part not in usual]
             if idle:
-                needs = f"{_name(idle[0])} needs a policy that drops entries, like snapkv"
+                needs = f"{name_of(idle[0])} needs a policy that drops entries, like snapkv"
                 raise BadInput(where, text, needs)
             return policy
         return replace(policy, keep=replace(policy.keep, refine=tuple(refine), **given))
@@ -172,7 +93,7 @@ class Policy:
     def _named(self, budgets: bool) -> str:
         def word(part: Any) -> str:
             limit = part.budget.amount if budgets and part.has_budget else 1
-            return shown(_name(part), part, None if limit == 1 else limit)
+            return shown(name_of(part), part, None if limit == 1 else limit)
 
         keep, usual = self.keep, type(self.keep)()
         once = [getattr(keep, step) for step in ONCE if getattr(keep, step) != getattr(usual, step)]
@@ -227,7 +148,7 @@ class Policy:
         if any(step.needs_weights for step in self.keep.refine):
             if self.keep.signed:
                 allowed = (
-                    f"a policy whose scores are at least 0, like snapkv, not {_name(self.keep)}"
+                    f"a policy whose scores are at least 0, like snapkv, not {name_of(self.keep)}"
                 )
                 raise BadInput("policy", self.name, allowed)
             self._check_projection(layer, attention, "critical")
@@ -236,7 +157,7 @@ class Policy:
         self._check_layers()
         self.keep.check(self, layer, attention)
         if self.keep.spread.pools:
-            shared = _name(self.keep.spread)
+            shared = name_of(self.keep.spread)
             if attention.entry_sets == 1:
                 raise BadInput(
                     "policy",
@@ -249,7 +170,7 @@ class Policy:
                 )
             if self.store.needs_queries:
                 allowed = f"the heads of a pool ({shared}) have no channels of their own"
-                raise BadInput("policy", self.name, f"no {_name(self.store)}: {allowed}")
+                raise BadInput("policy", self.name, f"no {name_of(self.store)}: {allowed}")
         calibrated = isinstance(self.select, Clusters) and self.select.calibrated
         if calibrated and attention.entry_sets != attention.key_heads:
             raise BadInput(
@@ -266,7 +187,7 @@ class Policy:
         ):
             if asks and not plain:
                 allowed = f"{layer} does not store one key and one value per head"
-                allowed = f"no {_name(part)}: {allowed} ({attention.kind})"
+                allowed = f"no {name_of(part)}: {allowed} ({attention.kind})"
                 raise BadInput("policy", self.name, allowed)
 
     def _check_projection(self, layer: str, attention: Attention, part: str) -> None:
@@ -281,14 +202,14 @@ class Policy:
         again."""
         keep, allowed = self.keep, None
         if keep.spread.over_layers and not keep.replays:
-            allowed = f"layers with scores that compare layers, those of kvzip, not {_name(keep)}"
+            allowed = f"layers with scores that compare layers, those of kvzip, not {name_of(keep)}"
         elif keep.spread.over_layers and not all(step.before_sharing for step in keep.refine):
             step = next(step for step in keep.refine if not step.before_sharing)
-            allowed = f"layers without {_name(step)}"
+            allowed = f"layers without {name_of(step)}"
         elif isinstance(keep.when, Every) and keep.by_threshold:
             allowed = "threshold without every: it drops entries whatever their number"
         elif keep.replays and not keep.when.holds:
-            allowed = f"{_name(keep)}+hold: what follows the prompt has no scores"
+            allowed = f"{name_of(keep)}+hold: what follows the prompt has no scores"
         if allowed:
             raise BadInput("policy", self.name, allowed)
 
@@ -346,50 +267,6 @@ class Policy:
 
 
 FULL = Policy()
-
-
-def _part(word: Word, budget: float, where: str) -> tuple[PartTable[Any], Any]:
-    """Build the part that a word names; also return its table."""
-    name = _imported(word.name, where)
-    table = next((table for table in TABLES if name in table), None)
-    if table is None:
-        raise unknown_name(where, name, (name for table in TABLES for name in table))
-    part = built(table[name], word, where)
-    if part.has_budget:
-        own = budget if word.budget is None else word.budget
-        try:
-            part = replace(part, budget=CacheBudget(own))
-        except BadInput as error:
-            raise BadInput(f"{where}: budget of {name}", own, error.allowed) from None
-    elif word.budget is not None:
-        raise BadInput(where, word.text, f"{name} has no budget")
-    return table, part
-
-
-def _question(table: PartTable[Any]) -> str:
-    return "when to choose entries" if table is WHENS else f"what to {table.part}"
-
-
-def _name(part: Any) -> str:
-    """Return the name of a part in its table."""
-    return next(name for table in TABLES for name, cls in table.items() if type(part) is cls)
-
-
-def _imported(name: str, where: str) -> str:
-    """Return the registered name of a part. A part of another package may be given by its dotted
-    path, which is then imported.
-
-    Raises BadInput for a path that can't be imported, and for a class that is no part of a policy.
-    """
-    if "." not in name or any(name in table for table in TABLES):
-        return name
-    cls = imported(name, where)
-    for table in TABLES:
-        if isinstance(cls, type) and issubclass(cls, table.base):
-            cls = table.find(name, where)
-            return next(known for known, other in table.items() if other is cls)
-    bases = ", ".join(f"mukv.{table.base.__name__}" for table in TABLES)
-    raise BadInput(where, name, f"a class that extends one of {bases}")
 
 
 def _too_small(policy: str, budget: CacheBudget, entries: int, of: int, least: int) -> BadInput:

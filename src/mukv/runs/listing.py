@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mukv.cache.policy import TABLES
+from mukv.cache.tables import TABLES
 from mukv.cache.words import PEERS, parameters
 from mukv.core.errors import BadInput
 from mukv.core.params import count

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, overload
 
 from mukv.attention import ATTENTIONS
-from mukv.cache.policy import TABLES as POLICY
+from mukv.cache.tables import TABLES as POLICY
 from mukv.conversion import CONVERSIONS
 from mukv.core.errors import BadInput
 from mukv.core.table import PartTable, check_name, path_of
