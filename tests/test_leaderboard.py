@@ -50,22 +50,29 @@ def test_rows_are_compared_on_the_batches_that_all_policies_have():
 @pytest.mark.product
 def test_a_run_is_continued(trained, tmp_path, capsys):
     text, out = tmp_path / "text.txt", tmp_path / "out"
+    replayed = "kvzip+uniform", "kvzip+uniform+int8"
     text.write_text("A line of text, and some more of it.\n" * 200)
     given = ("--model", trained, "--text", text, "--out", out, "--budgets", "0.5")
     given += ("--length", 1408, "--follow", 16, "--rows", 3, "--tasks", "needle", "--samples", 1)
     leaderboard.main([*map(str, given), "--policies", "snapkv"])
     first = (out / "finished.jsonl").read_bytes()
-    leaderboard.main([*map(str, given), "--policies", "snapkv,tova,int8"])
+    leaderboard.main(
+        [*map(str, given), "--policies", "snapkv,tova,int8,kvzip+uniform,kvzip+uniform+int8"]
+    )
     assert (out / "finished.jsonl").read_bytes().startswith(first)
     rows = {row["policy"]: row for row in json.loads((out / "leaderboard.json").read_text())}
-    assert list(rows) == ["full", "snapkv", "tova", "int8"]
+    assert list(rows) == ["full", "snapkv", "tova", "int8", *replayed]
     assert all(row["texts"] == 3 and row["questions"] == 1 for row in rows.values())
     assert rows["full"]["added_loss"] == 0
     assert 0.4 < rows["snapkv"]["cache_bytes_of_full"] < 0.7
     assert 0.4 < rows["tova"]["kept"] < 0.6
     assert abs(rows["int8"]["added_loss"]) < 0.01
+    assert abs(rows[replayed[1]]["added_loss"] - rows[replayed[0]]["added_loss"]) < 0.01
+    assert rows[replayed[1]]["cache_bytes"] < rows[replayed[0]]["cache_bytes"]
     assert (out / "leaderboard.png").stat().st_size > 10_000
     before = capsys.readouterr()
-    leaderboard.main([*map(str, given), "--policies", "snapkv,tova,int8"])
+    leaderboard.main(
+        [*map(str, given), "--policies", "snapkv,tova,int8,kvzip+uniform,kvzip+uniform+int8"]
+    )
     assert "batch" not in capsys.readouterr().out
     assert before.out.count("tova") > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, no_type_check
+from typing import Any, ClassVar, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,11 @@ class KVzip(Sinking):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_counts(self, "chunk", most=1 << 20)
+
+    @property
+    def scoring(self) -> tuple[Any, ...]:
+        """Fields on which scores depend: policies with equal ones can share a second reading."""
+        return self.chunk, self.sinks, self.plus, self.asks
 
     def score(self, seen: Seen) -> tuple[Score, Mapping[str, Array]]:
         if seen.reader.scores is None:

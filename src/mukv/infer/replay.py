@@ -149,7 +149,7 @@ def kept_by_replay(
     assert isinstance(policy.keep, KVzip)
     assert isinstance(model, Decoder)
     layers, compiling = replayed(model, weights, whole, prompts, policy.keep, compute)
-    return _kept(model, weights, whole, layers, policy, room, after, compute), compiling
+    return kept_by_scores(model, weights, whole, layers, policy, room, after, compute), compiling
 
 
 def replayed(
@@ -179,7 +179,7 @@ def replayed(
     return [jnp.concatenate(each, axis=2) for each in zip(*found, strict=True)], compiling
 
 
-def _kept(
+def kept_by_scores(
     model: Decoder,
     weights: Any,
     whole: Any,
@@ -189,7 +189,11 @@ def _kept(
     after: int,
     compute: Compute,
 ) -> Any:
-    """Return a cache of the entries that the policy keeps by these scores."""
+    """Return a cache of the entries that the policy keeps.
+
+    layers: scores from `replayed` for a policy with the same `scoring`. Other arguments as in
+        `kept_by_replay`
+    """
     keep, size = policy.keep, room[1]
     assert isinstance(keep, KVzip)
     layers = [jnp.pad(each, [(0, 0), (0, 0), (0, size)])[:, :, :size] for each in layers]
