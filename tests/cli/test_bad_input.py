@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mukv.core.errors import BadInput
 from mukv.data.tokens import fingerprint
 from mukv.runs import inputs, loaded
+from mukv.storage.weights import load_weights, save_weights
 from tests.conftest import MINUSCULE
 
 pytestmark = pytest.mark.xdist_group("trained")
@@ -164,6 +165,11 @@ BAD = [
     ((*TRAIN, "--out", "a.txt/inside"), ["a.txt/inside", "in the way"]),
     ((*TRAIN, "--out", "tokens"), ["tokens", "a path in use"]),
     ((*TRAIN, "--out", "/proc/new"), ["/proc/new", "can't be written"]),
+    (  # Before data are read.
+        (*TRAIN, "data.path=tokenz", "train.start=run", "model.d_model=64"),
+        ["run: embedding", "(264, 32)", "differ in model.d_model (32 there, 64 here)"],
+    ),
+    ((*TRAIN, "data.path=tokenz", "train.adapter.rank=2"), ["train.start", "None"]),
     (("train", "run", "model.d_model=64"), ["model.d_model: got 64", "run has 32", "--out"]),
     (("train", "run", "model.plan=[{}]"), ["model.plan.0.repeats: got 1", "run has 2"]),
     (("train", "run", "train.seed=9"), ["train.seed", "9", "has 0", "--out"]),
@@ -207,10 +213,11 @@ BAD = [
     (("generate", "run"), ["neither", "--prompt, --token-ids", "exactly one"]),
     (("generate", "tokens", "--prompt", "a"), ["tokens", "a run directory"]),
     ((*IDS, "1,x"), ["--token-ids", "1,x", "1,2,3"]),
-    ((*IDS, ""), ["prompt", "at least one token"]),
-    ((*IDS, "1,264"), ["prompt", "264", "0 to 263"]),
-    ((*IDS, "-1"), ["prompt", "-1", "0 to 263"]),
-    ((*IDS, "1" + "0" * 400), ["prompt", "0 to 263"]),
+    ((*IDS, ""), ["--token-ids", "at least one token"]),
+    ((*IDS, "1,,2"), ["--token-ids", "1,,2", "1,2,3"]),
+    ((*IDS, "1,264"), ["--token-ids", "264", "0 to 263"]),
+    ((*IDS, "-1"), ["--token-ids", "-1", "0 to 263"]),
+    ((*IDS, "1" + "0" * 400), ["--token-ids", "0 to 263"]),
     ((*GENERATE, "--stop", "x"), ["--stop", "x", "1,2,3"]),
     ((*GENERATE, "--max-tokens", str(10**30)), ["--max-tokens", "at most", "32 bits"]),
     ((*GENERATE, "--max-tokens", "0"), ["--max-tokens", "0", "at least 1"]),
@@ -223,6 +230,7 @@ BAD = [
     ((*GENERATE, "--seed", str(2**64)), ["seed", str(2**64), "0 to"]),
     ((*GENERATE, "--copies", "0"), ["--copies", "0", "at least 1"]),
     ((*GENERATE, "--cache", "ful"), ["--cache", "ful", "did you mean 'full'"]),
+    ((*GENERATE, "--cache", "dms"), ["--cache", "dms", "learned gates", "layer 0"]),
     ((*GENERATE, "--cache", "snapkv+h2o"), ["--cache", "one part that says what to keep"]),
     ((*GENERATE, "--cache", "streaming", "--budget", "3"), ["budget", "3", "at least 5 entries"]),
     (COMPRESS[:2], ["neither", "--text, --tokens", "exactly one"]),
@@ -301,6 +309,13 @@ def test_weights_of_another_model(mukv, place):
     path = place / "run" / "config.yaml"
     path.write_text(path.read_text().replace("d_model: 32", "d_model: 16"))
     refused(mukv, place, GENERATE, ["run/weights: embedding", "(264, 32)", "(264, 16)"])
+
+
+def test_initial_weights_that_are_not_finite_leave_no_folder(mukv, place):
+    weights, metadata = load_weights(place / "run" / "weights")
+    weights["embedding"] = np.full_like(weights["embedding"], np.nan)
+    save_weights(place / "run" / "weights", weights, metadata)
+    refused(mukv, place, (*TRAIN, "train.start=run"), ["run: embedding", "finite"])
 
 
 @pytest.mark.parametrize("args", [(*GENERATE,), ("train", "run")])

@@ -174,13 +174,15 @@ UNFIT = {
     "tiny-hybrid": ("position.kind", "nope"),
     "tiny-sinks": ("attention.sinks", "learned"),
     "tiny-reuse": ("plan: reads", "True"),
+    "tiny model.attention.eviction.window=8": ("model.attention.eviction: got", "has None"),
 }
 
 
 @pytest.mark.parametrize("preset", UNFIT)
 def test_models_that_transformers_lacks_are_refused(trained, tmp_path, preset):
     model = package.load(trained)
-    other = replace(model, run=config.load(preset))
+    name, *overrides = preset.split()
+    other = replace(model, run=config.load(name, overrides))
     with pytest.raises(BadInput) as error:
         export_model(other, trained, tmp_path / "out")
     for words in UNFIT[preset]:

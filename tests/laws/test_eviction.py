@@ -396,7 +396,7 @@ def test_a_policy_that_does_not_fit_is_refused():
         (matrix.build("gqa", "rope", "plain"), "dms", "has none; train.adapter of kind eviction"),
         (matrix.build("latent", "rope", "plain"), "dms", r"layer 0 \(latent\) has none"),
         (model_of(), "dms+pages", "dms without a part that chooses what is read"),
-        (model_of(), "dms+every", "threshold without every"),
+        (model_of(), "dms+every", "dms without every"),
     ):
         with pytest.raises(BadInput, match=words):
             model.empty_cache(1, LENGTH, 4, EXACT.type, Policy.parse(name))

@@ -271,11 +271,11 @@ def test_bad_input(mukv, base, tmp_path, change):
     assert not (tmp_path / "run").exists()
 
 
-def test_adapters_have_one_base(mukv, made, tmp_path):
-    """A base with adapters is refused; the error says how to merge them."""
+def test_adapters_have_one_base(mukv, made, base, tmp_path):
+    """A base with adapters is refused; the error names their base and says how to merge them."""
     done = mukv("train", made, f"train.start={made}", *FEW, "--out", tmp_path / "run")
     assert done.returncode == 2
-    assert "`mukv export RUN --out DIR`" in done.stderr
+    assert f"such as the base of this one, {base}; `mukv export RUN --out DIR`" in done.stderr
 
 
 def test_other_adapters_are_another_run(mukv, adapted):
@@ -325,4 +325,4 @@ def test_gates_of_learned_eviction(mukv, base, tmp_path):
         package.load(base).generate("import", policy="dms")
     done = mukv("export", out, "--out", tmp_path / "exported")
     assert done.returncode == 2
-    assert "eviction" in done.stderr
+    assert "model.attention.eviction: got" in done.stderr

@@ -210,6 +210,14 @@ def test_bad_input(mukv, token_file, tmp_path, given, message):
     assert message in done.stderr
 
 
+def test_initial_weights_of_another_model(mukv, token_file, trained, tmp_path):
+    given = f"train.start={trained}", "model.d_model=64", "train.seed=0,1"
+    done = mukv(*arguments(token_file, tmp_path / "s", *given))
+    assert done.returncode == 2
+    assert "embedding: got (264, 32); the configuration asks for (264, 64)" in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.product
 def test_three_workers_of_which_one_is_killed(token_file, tmp_path):
     out = tmp_path / "s"

@@ -207,7 +207,8 @@ class Policy:
             step = next(step for step in keep.refine if not step.before_sharing)
             allowed = f"layers without {name_of(step)}"
         elif isinstance(keep.when, Every) and keep.by_threshold:
-            allowed = "threshold without every: it drops entries whatever their number"
+            part = next((step for step in keep.refine if step.before_sharing), keep)
+            allowed = f"{name_of(part)} without every: it drops entries whatever their number"
         elif keep.replays and not keep.when.holds:
             allowed = f"{name_of(keep)}+hold: what follows the prompt has no scores"
         if allowed:

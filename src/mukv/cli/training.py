@@ -209,14 +209,13 @@ def train(
     """
     from mukv.runs import config, notes
     from mukv.runs.resolve import open_feed, resolve
-    from mukv.runs.teacher import find_teacher
-    from mukv.runs.train import summary, train_run
+    from mukv.runs.train import check_named, summary, train_run
 
     run, folder = resolve(source, overrides or [], out)
     with launch.prepare(run.mesh.size, distributed, output.warn) as watch:
         if watch is not None:
             watch.checkpoints = folder.checkpoints
-        find_teacher(run, folder)  # before data are read for the notes, which can take minutes
+        check_named(run, folder)  # before data are read for the notes, which can take minutes
         if launch.speaks():
             if not folder.exists:
                 tell(notes.of_defaults(config.given_or_empty(source, overrides or []), run))

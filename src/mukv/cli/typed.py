@@ -21,8 +21,16 @@ from mukv.core.errors import BadInput
 
 ALIASES: Mapping[str, Mapping[str, str]] = {
     "": {"preset": "CONFIG", "override": "key=value"},
-    "eval": {"tokens": "--text or --tokens", "stride": "--stride"},
-    "generate": {"prompt": "--prompt or --token-ids", "text": "--prompt"},
+    "eval": {
+        "tokens": "--text or --tokens",
+        "text": "--text or --tokens",
+        "stride": "--stride",
+    },
+    "generate": {
+        "prompt": "--prompt, --prompt-file or --token-ids",
+        "text": "--prompt or --prompt-file",
+        "policy": "--cache",
+    },
     "chat": {"conversation": "conversation", "messages": "message"},
     "compress": {"text": "--text or --tokens", "tokens": "--text or --tokens"},
     "analyze": {"tokens": "--text or --tokens", "text": "--text or --tokens"},
@@ -30,8 +38,8 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "sweep": {"ranges": "key=RANGE"},
     "bench": {"preset": "MODEL or CONFIG"},
 }
-"""Aliases by command ("" for all): options or arguments that set fields of the library for which
-no parameter of the command is named."""
+"""Aliases by command ("" for all): options or arguments that set fields of the library. Of several
+options errors name the one that was typed."""
 OPTIONS_OF_KEYS: Mapping[str, Mapping[str, str]] = {"bench": {"train.steps": "steps"}}
 """Configuration keys that an option sets, by command. Errors name the option if it was given."""
 USE: Mapping[str, str] = {
@@ -119,7 +127,7 @@ def reworded(error: BadInput, command: Command, words: list[str]) -> BadInput:
     be swapped."""
     spelt, name = spellings(command.params), str(command.name)
     aliases = {**ALIASES[""], **ALIASES.get(name, {})}
-    where = spelt.get(error.where) or aliases.get(error.where) or error.where
+    where = _typed(aliases.get(error.where, ""), words) or spelt.get(error.where) or error.where
     option = OPTIONS_OF_KEYS.get(name, {}).get(error.where)
     if option and any(word.split("=")[0] == spelt[option] for word in words):
         where = spelt[option]
@@ -134,6 +142,14 @@ def reworded(error: BadInput, command: Command, words: list[str]) -> BadInput:
     if (where, allowed) == (error.where, error.allowed):
         return error
     return BadInput(where, error.given, allowed, error.nearest)
+
+
+def _typed(options: str, words: list[str]) -> str:
+    """Return the one of several options that is among the words of a command line; all of them if
+    it is not exactly one."""
+    given = {word.split("=")[0] for word in words}
+    found = [option for option in re.findall(r"--[\w-]+", options) if option in given]
+    return found[0] if len(found) == 1 else options
 
 
 def spellings(params: Iterable[Any]) -> dict[str, str]:

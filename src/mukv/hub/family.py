@@ -273,6 +273,7 @@ class Family:
             "attention.norm_over": (first.norm_over, (self.query_norm or "head",)),
             "attention.sinks": (first.sinks, (self.sinks,)),
             "attention.gate": (first.gate, (self.gate,)),
+            "attention.eviction": (first.eviction, (None,)),
             "attention.biases": (set(first.biases), tuple(map(set, some))),
         }
         if len(pairings) > 1:

@@ -221,6 +221,7 @@ class Gemma4(Family):
             biases = tuple(sorted(attention.biases))
             wanted["attention.norm_over"] = (attention.norm_over, ("head",))
             wanted["attention.norm_values"] = (attention.norm_values, (True,))
+            wanted["attention.eviction"] = (attention.eviction, (None,))
             wanted["attention.biases"] = (biases, ((), tuple(sorted((*QKV, "output")))))
         for where, (given, allowed) in wanted.items():
             if given not in allowed:

@@ -26,7 +26,8 @@ def ids(text: str, where: str) -> list[int]:
     Raises BadInput for a text that is not a list of whole numbers.
     """
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        # A comma at the end is allowed.
+        return [int(part) for part in text.strip().removesuffix(",").split(",")] if text else []
     except ValueError:
         raise BadInput(where, text, "whole numbers with commas between, such as 1,2,3") from None
 

@@ -18,13 +18,16 @@ from jax.sharding import Mesh
 
 from mukv.attention.eviction import EVICTION
 from mukv.core import params
-from mukv.core.errors import BadInput
+from mukv.core.errors import BadInput, shown
 from mukv.core.mesh import weight_shardings
 from mukv.data.tokenizer import AnyTokenizer, find_tokenizer
 from mukv.hub import checkpoint
 from mukv.hub.checkpoint import Checkpoint
+from mukv.model import AnyModel
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
+from mukv.schema import schema
+from mukv.schema.numbers import leaves
 from mukv.storage.copies import fetched
 from mukv.storage.files import write_atomic
 from mukv.storage.json_text import to_json
@@ -34,6 +37,8 @@ from mukv.storage.weights import load_weights, require_finite, require_weights, 
 
 FIELD = "train.start"
 FORMAT, VERSION = "mukv-base", 1
+MOST_KEYS = 3
+"""Maximum number of keys that an error about weights of another model names."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,37 @@ class Start:
         require_finite(weights, self.folder.path)
         return weights
 
+    def check(self, run: Run) -> None:
+        """Raise BadInput if the weights do not fit the model of a run, and say in which keys the
+        models differ. Only names, shapes and dtypes are read."""
+        try:
+            self.types(run.model.params())
+        except BadInput as error:
+            keys = self._differences(run.model)
+            if not keys:
+                raise
+            more = [f"{len(keys) - MOST_KEYS} more keys"] if len(keys) > MOST_KEYS else []
+            keys = ", ".join([*keys[:MOST_KEYS], *more])
+            allowed = f"{error.allowed}; that model and this one differ in {keys}"
+            raise BadInput(error.where, error.given, allowed) from None
+
+    def _differences(self, model: AnyModel) -> list[str]:
+        """Return the keys of the configuration in which a model differs from that of the weights,
+        with both values."""
+        own = self.run.model if self.run is not None else self.found and self.found.model
+        if own is None:
+            return []
+        there, here = (leaves(schema.to_mapping(each)) for each in (own, model))
+
+        def value(found: Mapping[str, Any], name: str) -> str:
+            return shown(found[name]) if name in found else "unset"
+
+        return [
+            f"model.{name} ({value(there, name)} there, {value(here, name)} here)"
+            for name in dict.fromkeys([*there, *here])
+            if there.get(name) != here.get(name)
+        ]
+
 
 def _closed_gates(declared: Any, found: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return zeros for gates of learned eviction that weights lack; these gates evict nothing.
@@ -156,12 +192,26 @@ def find_base(start: str, where: str = FIELD) -> Start:
     adapters themselves."""
     found = find_start(start, where)
     if found.adapted:
+        assert found.run is not None
         allowed = (
-            "a model without adapters of its own; `mukv export RUN --out DIR` writes the merged "
-            "weights of this one, from which a run can start"
+            f"a model without adapters of its own, such as the base of this one, "
+            f"{found.run.train.start}; `mukv export RUN --out DIR` merges low-rank adapters with "
+            "their base, so that a run can start from the folder"
         )
         raise BadInput(where, start, allowed)
     return found
+
+
+def check_start(run: Run, begun: bool = False) -> None:
+    """Raise BadInput if `train.start` names no weights, or weights that do not fit the model. Only
+    names, shapes and dtypes are read, so that this can come before data are read.
+
+    begun: whether the run has saved weights, so that only the base of adapters is still needed
+    """
+    start = with_base(run).train.start
+    if start is not None and (run.train.adapter is not None or not begun):
+        find = find_start if run.train.adapter is None else find_base
+        find(start).check(run)
 
 
 def trained_params(run: Run) -> Any:

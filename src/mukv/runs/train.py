@@ -17,6 +17,7 @@ from mukv.runs.folder import RunDirectory
 from mukv.runs.resolve import open_feed
 from mukv.runs.start import (
     FIELD,
+    check_start,
     checksums,
     find_base,
     find_start,
@@ -37,7 +38,6 @@ from mukv.storage.weights import save_weights
 from mukv.train import metrics
 from mukv.train.footprint import require_least, require_room
 from mukv.train.loop import Loop, Outcome
-from mukv.train.state import State
 from mukv.train.step import Trainer
 
 FREE = (
@@ -62,6 +62,7 @@ def train_run(
     step that needs more device memory than is free. All checks but the last come before any
     compilation.
     """
+    check_named(run, folder)
     teacher = find_teacher(run, folder)
     run, feed = open_feed(with_teacher(with_base(run)), folder)
     for name, value in leaves(schema.to_mapping(run)).items():
@@ -72,6 +73,13 @@ def train_run(
         teacher.check_tokenizer(feed.tokenizer)
     with one_job_writes(folder.path):
         return _train(run, feed, teacher, folder, title, ignore_memory)
+
+
+def check_named(run: Run, folder: RunDirectory) -> None:
+    """Raise BadInput for a teacher or initial weights that are missing or do not fit the model.
+    This takes no time, whereas data may take minutes to read. folder: of the run"""
+    find_teacher(run, folder)
+    check_start(run, begun=folder.exists)
 
 
 def _train(
@@ -90,6 +98,7 @@ def _train(
     base = _freeze(run, folder, trainer, ignore_memory) if run.train.adapter else None
     if not ignore_memory:
         require_room(trainer)
+    first = _first_weights(run, folder, trainer)
     notes = teacher.teach(trainer, run, folder) if teacher else None
     training = run.train
     sizes = [(training.seed, *size) for size in training.sizes]
@@ -108,7 +117,7 @@ def _train(
             if base is not None and run.train.start is not None:
                 write_base(folder, run.train.start, base)
         loop = Loop(
-            begin=lambda: _begin(run, trainer),
+            begin=lambda: trainer.state_of(first.pop()) if first else trainer.initial_state(),
             trainer=trainer,
             batches=[feed.source("train", *size) for size in sizes],
             validation=[feed.source("validation", *size) for size in sizes],
@@ -122,13 +131,16 @@ def _train(
     return outcome
 
 
-def _begin(run: Run, trainer: Trainer) -> State:
-    """Return the state before the first step: random weights, or the weights that `train.start`
-    names. Raises BadInput if these are missing or do not fit the model."""
-    if run.train.start is None or run.train.adapter is not None:
-        return trainer.initial_state()
-    start = find_start(run.train.start)
-    return trainer.state_of(start.weights(run.model.params(), trainer.mesh))
+def _first_weights(run: Run, folder: RunDirectory, trainer: Trainer) -> list[Any]:
+    """Read the weights that `train.start` names, before a file of the run is written. Returns them
+    in a list, from which they are taken, so that they are not held during training; an empty list
+    if the first weights are drawn or if a checkpoint has others.
+
+    Raises BadInput if they are missing, damaged or not finite, or do not fit the model.
+    """
+    if run.train.start is None or run.train.adapter is not None or _has_checkpoints(folder):
+        return []
+    return [find_start(run.train.start).weights(run.model.params(), trainer.mesh)]
 
 
 def _freeze(

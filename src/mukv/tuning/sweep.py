@@ -28,7 +28,7 @@ from mukv.runs import config
 from mukv.runs.config import Data, Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.resolve import open_feed
-from mukv.runs.start import checksums, find_base, find_start, with_base, write_base
+from mukv.runs.start import check_start, checksums, find_base, find_start, with_base, write_base
 from mukv.runs.train import describe_run
 from mukv.schema import schema
 from mukv.schema.numbers import leaves
@@ -136,7 +136,9 @@ class Sweep:
     def run_of(self, point: Mapping[str, Any], seed: int) -> Run:
         """Return the configuration of a point with a seed. Raises BadInput if it is not valid."""
         given = [f"{name}={json.dumps(value)}" for name, value in {**point, SEED: seed}.items()]
-        return with_base(config.load(self.source, [*self.overrides, *given]))
+        run = config.load(self.source, [*self.overrides, *given])
+        check_start(run)
+        return with_base(run)
 
     def _opened(self, run: Run) -> tuple[Run, Feed]:
         """Open the data of a run, once for all runs with the same data; see `open_feed`."""
