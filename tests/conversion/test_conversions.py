@@ -343,6 +343,7 @@ def test_impossible_conversions_are_refused_with_the_possible_ones(model, to, me
         ("gqa(by=x):2", "by: got 'x'; allowed: neighbours, similarity"),
         ("shared_kv(x=1)", "shared_kv has no options"),
         ("mla(rope=2:4", "NAME:NUMBER or"),
+        ("gqa:2(by=x)", r"options before the colon; did you mean 'gqa\(by=x\):2'"),
         ("", "NAME:NUMBER or"),
     ],
 )

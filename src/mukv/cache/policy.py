@@ -62,7 +62,10 @@ class Policy:
         parts of one kind.
         """
         found: dict[str, list[Any]] = {table.part: [] for table in TABLES}
-        for word in (read_word(word, where) for word in split(text, "+")):
+        words = split(text, "+")
+        if len(words) > 1 and not all(map(str.strip, words)):
+            raise BadInput(where, text, "the name of a part on each side of +")
+        for word in (read_word(word, where) for word in words):
             table, part = part_of(word, budget, where)
             if found[table.part] and table is not REFINERS:
                 raise BadInput(where, text, f"at most one part that says {question(table)}")

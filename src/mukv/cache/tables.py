@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -113,6 +114,9 @@ def part_of(word: Word, budget: float, where: str) -> tuple[PartTable[Any], Any]
     name = _imported(word.name, where)
     table = next((table for table in TABLES if name in table), None)
     if table is None:
+        several = re.split(r"[\s,;&|/]+", name)
+        if len(several) > 1 and all(part in NAMES for part in several):
+            raise BadInput(where, name, "names of parts with + between them", "+".join(several))
         raise unknown_name(where, name, (name for table in TABLES for name in table))
     part = built(table[name], word, where)
     if part.has_budget:
@@ -122,7 +126,8 @@ def part_of(word: Word, budget: float, where: str) -> tuple[PartTable[Any], Any]
         except BadInput as error:
             raise BadInput(f"{where}: budget of {name}", own, error.allowed) from None
     elif word.budget is not None:
-        raise BadInput(where, word.text, f"{name} has no budget")
+        allowed = f"{name} has no budget; it stands behind a part that has one"
+        raise BadInput(where, word.text, f"{allowed}, as in snapkv:0.25+{name}")
     return table, part
 
 

@@ -88,6 +88,10 @@ def read_word(text: str, where: str) -> Word:
         budget = rest.partition(":")
         if not closed or "(" in inside or ")" in inside or budget[0].strip():
             raise BadInput(where, text, "NAME(FIELD=VALUE,...):BUDGET, such as snapkv(window=64)")
+        first, _, early = name.partition(":")
+        if early[:1].isdigit() or early[:1] == ".":
+            near = f"{peer}{':' * bool(peer)}{first}({inside}):{early}"
+            raise BadInput(where, text, "parameters before the budget", near)
         own = budget[2] if budget[1] else None
     else:
         name, colon, own = rest.partition(":")

@@ -43,6 +43,9 @@ def parse(text: str, where: str = "--to") -> Conversion:
     main, *others = fields(found)
     hints = get_type_hints(found)
     values: dict[str, Any] = {}
+    if number is not None and options is None and number.endswith(")"):
+        number, _, options = number.partition("(")
+        raise BadInput(where, text, "options before the colon", f"{name}({options}:{number}")
     if number is not None:
         values[main.name] = _whole(number, where, text)
     elif main.default is MISSING:
