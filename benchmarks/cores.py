@@ -130,12 +130,12 @@ def error(found: Any, expected: Any) -> float:
 
 
 def on_this_device() -> dict[str, Any]:
-    """Return the cores other than the plain one that this device runs; on a CPU kernels are
-    interpreted."""
+    """Return the cores of whole rows, other than the plain one, that this device runs; on a CPU
+    kernels are interpreted."""
     platform = jax.default_backend()
     found: dict[str, Any] = {}
     for name, core in CORES.items():
-        if core is Plain:
+        if core is Plain or core.steps is True:
             continue
         kernel = issubclass(core, KernelCore)
         if platform == "cpu" and kernel:

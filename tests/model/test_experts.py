@@ -94,7 +94,7 @@ def dense(part: Experts, own: dict, x: Array) -> Array:
     kept = jnp.where(wanted >= jnp.sort(wanted)[..., -part.top_k, None], scores, 0)
     if part.normalise:
         kept = kept / kept.sum(-1, keepdims=True)
-    kept = part.scale * kept * own.get("expert_scale", 1)
+    kept = part.scale * kept * jnp.reshape(own.get("expert_scale", 1), (1, 1, -1))
     act = {
         "silu": jax.nn.silu,
         "gelu": lambda g: jax.nn.gelu(g, approximate=True),

@@ -1,5 +1,5 @@
-"""Layers given as `repeats: 4` or as a pattern of four have bit-equal updates; each expert is
-updated like a weight of its own."""
+"""Layers given as `repeats: 4` or as a pattern of four have equal updates, most of them to the bit;
+each expert is updated like a weight of its own."""
 
 from __future__ import annotations
 
@@ -52,8 +52,19 @@ def drawn(seed: int, scale: float) -> dict[str, Any]:
     }
 
 
-def same(one: Any, other: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+ROUNDED = ("adafactor", "muonh")
+"""Optimizers with sums over a matrix that XLA orders otherwise in a stack."""
+
+
+def same(one: Any, other: Any, exact: bool = True) -> None:
+    """Assert that two trees are equal, or equal up to rounding unless `exact`."""
+
+    def compare(one: Any, other: Any) -> None:
+        within = 0.0 if exact else 3e-7
+        size = max(float(np.abs(other).max()), 1e-30)
+        np.testing.assert_allclose(one, other, rtol=within, atol=within * size)
+
+    jax.tree.map(compare, jax.device_get(one), jax.device_get(other))
 
 
 compiled = partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
@@ -66,6 +77,7 @@ question about the compiler too."""
 @pytest.mark.parametrize("decay", params(["independent", "coupled"], ["coupled"]))
 def test_a_stack_is_its_layers(kind, decay):
     optimizer = OPTIMIZERS[kind](weight_decay=0.1, decay=decay)
+    equal = partial(same, exact=kind not in ROUNDED)
 
     def functions(declared: Any) -> Any:
         resolved = map_params(lambda _: Resolved(1.0, 1.0, 0.5, 0.25, True), declared)
@@ -83,10 +95,10 @@ def test_a_stack_is_its_layers(kind, decay):
         slopes = drawn(step + 1, 0.01)
         moved, one = update(slopes, states[0], weights)
         expected, four = update_each(apart(slopes), states[1], apart(weights))
-        same(apart(moved), expected)
+        equal(apart(moved), expected)
         states, before = (one, four), weights
         weights = applied(before, moved)
-        same(apart(weights), applied_each(apart(before), expected))
+        equal(apart(weights), applied_each(apart(before), expected))
 
 
 @pytest.mark.product
@@ -115,7 +127,8 @@ def test_an_expert_is_a_matrix_of_its_own(kind, fan_in):
     three = updates(apart, split[0], split[1:])
     for moved, expected in zip(one, three, strict=True):
         for i, name in enumerate(apart):
-            np.testing.assert_allclose(moved["e"][i], expected[name], rtol=1e-5, atol=1e-6)
+            size = float(np.abs(expected[name]).max())
+            np.testing.assert_allclose(moved["e"][i], expected[name], rtol=1e-5, atol=2e-6 * size)
 
 
 def test_the_norm_of_a_gradient():

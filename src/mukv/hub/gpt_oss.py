@@ -66,9 +66,10 @@ SCALED = {
 
 
 def read_scaled(given: Given) -> RoPE:
-    """Read the rotation; a missing one is scaled."""
-    keys = ("rope_parameters", "rope_scaling")
-    if all(given.mapping.get(key) is None for key in keys):
+    """Read the rotation; a missing one is scaled. To transformers an empty `rope_scaling` is
+    missing, an empty `rope_parameters` is not."""
+    missing = given.mapping.get("rope_parameters") is None
+    if missing and not given.mapping.get("rope_scaling"):
         given = replace(given, mapping={**given.mapping, "rope_parameters": SCALED})
     return read_rope(given)
 
