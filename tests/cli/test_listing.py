@@ -61,6 +61,15 @@ def test_policies(facts, mukv):
     assert "Xiao et al. 2023" in " ".join(mukv("policies").stdout.split())
 
 
+def test_one_name_is_listed_alone(facts, mukv):
+    (part,) = facts("policies", "snapkv")["policies"]
+    (preset,) = facts("presets", "tiny")["presets"]
+    assert (part["name"], preset["name"]) == ("snapkv", "tiny")
+    shown = " ".join(mukv("policies", "snapkv").stdout.split())
+    meaning = part["parameters"]["window"]["meaning"]
+    assert all(words in shown for words in (part["meaning"], part["source"], meaning))
+
+
 def test_runs(facts, mukv, trained, tmp_path):
     (found,) = facts("runs", trained.parent)["runs"]
     assert found["run"] == str(trained)

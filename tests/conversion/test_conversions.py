@@ -290,12 +290,10 @@ def test_other_weights_of_an_attention(dress):
         assert np.isfinite(logits(made, smaller)).all(), to
 
 
-def test_gates_of_learned_eviction_belong_to_heads():
-    model = source(eviction=Eviction())
-    with pytest.raises(BadInput, match=r"attention\.eviction"):
-        check(model, parse("gqa:2"))
-    made, _ = converted(model, matrix.weights(model), "mla:8")
-    assert "stage0.slot0.write.eviction" not in named(made.params())
+@pytest.mark.parametrize("to", ["gqa:2", "mla:8", "shared_kv:8", "reuse:2"])
+def test_gates_of_learned_eviction_belong_to_a_memory(to):
+    with pytest.raises(BadInput, match=r"layer 0: attention\.eviction: got 'gates'; null"):
+        check(source(eviction=Eviction()), parse(to))
 
 
 def test_heads_that_have_positions_of_their_own_keep_their_order():

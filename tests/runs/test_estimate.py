@@ -119,6 +119,22 @@ def test_what_does_not_fit_and_the_nearest_mesh_that_does():
     assert not any(fits(MeshShape(half // n, n)) for n in (1, 2, 4, 8) if n <= half)
 
 
+def test_the_last_stage_is_estimated():
+    """Of a training with longer and longer rows, the last has the longest."""
+    stages = "train.stages=[{begin: 10, length: 256}, {begin: 20, length: 512}]"
+    found = estimate(config.load("tiny", [stages, "train.batch=8"]), DEVICES["h100"], "h100")
+    alone = config.load("tiny", ["train.batch=2", "train.length=512"])
+    assert found == estimate(alone, DEVICES["h100"], "h100")
+    assert (found["batch"], found["length"]) == (2, 512)
+
+
+def test_rows_that_a_mesh_cannot_divide_are_said(mukv):
+    done = mukv("describe", "tiny", "mesh.data=2", "train.batch=3", "--device", "h100")
+    assert done.returncode == 0
+    assert "3 rows" in done.stderr
+    assert "batch 4 x 128" in done.stdout
+
+
 def test_unknown_devices_are_refused():
     with pytest.raises(BadInput, match="allowed: a100"):
         device("h10")

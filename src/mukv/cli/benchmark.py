@@ -212,8 +212,11 @@ def of_model(
     """
     from mukv.bench.run import test_model
     from mukv.runs import loaded
+    from mukv.runs.located import locate
 
-    model = loaded.load(source, weights=weights)
+    found = locate(source)
+    found.check_policy(settings.policy)
+    model = loaded.load(found, weights=weights)
     trained = model.run.data.task
     in_words = trained is None and settings.form != "text"
     asked = wanted.tasks(trained, in_words)

@@ -106,9 +106,12 @@ def compress(
     Example: `mukv compress runs/demo/tiny-140 --text README.md --policy snapkv,pages --budget 0.25`
     """
     launch.prepare()
+    from mukv.cache import Policy
+    from mukv.cache.words import split
     from mukv.compress import Comparison, CompressSettings
     from mukv.compress import command as work
     from mukv.runs import inputs, loaded, notes
+    from mukv.runs.located import locate
 
     exactly_one("compress", text=text, tokens=tokens)
     budgets, bytes_kept = numbers(budget, "--budget"), numbers(shares, "--bytes")
@@ -117,7 +120,10 @@ def compress(
     note_unused(policy, budget, shares)
     folder = out or beside(model, "compress")
     hold(context, folder)
-    speaker = loaded.load(model, weights=weights).computing(compute, "--compute")
+    found = locate(model)
+    for name in split(policy, ","):
+        found.check_policy(Policy.parse(name, 1.0, "--policy"))
+    speaker = loaded.load(found, weights=weights).computing(compute, "--compute")
     length = inputs.window(speaker, work.usual_length(speaker) if length is None else length)
     tell(notes.of_length(length, speaker.run, "--length"))
     made = work.compress(speaker, Path(model).name, length, settings, folder)

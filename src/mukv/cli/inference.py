@@ -138,6 +138,7 @@ def generate(
     from mukv.infer.sampling import Sampling
     from mukv.infer.stream import TokenStream
     from mukv.runs import inputs, loaded, notes
+    from mukv.runs.located import locate
 
     texts_given = bool(prompt or prompt_file) or None
     exactly_one("generate", prompt=texts_given, token_ids=token_ids)
@@ -152,7 +153,9 @@ def generate(
         if given and token_ids is not None:
             raise BadInput(option, token_ids, "a text, with --prompt or --prompt-file")
     prompts = [*(prompt or ()), *inputs.texts(prompt_file or (), "--prompt-file")]
-    speaker = loaded.load(model, allow_nonfinite=allow_nonfinite, weights=weights)
+    found = locate(model)
+    found.check_policy(policy)
+    speaker = loaded.load(found, allow_nonfinite=allow_nonfinite, weights=weights)
     speaker = speaker.computing(compute, "--compute")
     if token_ids is not None:
         rows = [inputs.ids(token_ids, "--token-ids")]
@@ -242,7 +245,12 @@ def describe(
     run, _ = resolve(source, changes, None)
     facts = facts_of(run)
     if kind is not None and device is not None:
-        step = estimate(run, kind, device)
+        step, rows = estimate(run, kind, device), run.train.sizes[-1][0]
+        if step["batch"] != rows:
+            output.warn(
+                f"{run.mesh} can't divide {rows} rows (train.batch), so that mukv train refuses "
+                f"them; the estimate is of {step['batch']}"
+            )
         facts |= {"step": step, "bytes_per_device": step["bytes_per_device"]}
     if as_json:
         output.print_json(facts)

@@ -45,15 +45,20 @@ def runs(
 
 
 @app.command()
-def presets(as_json: Json = False) -> None:
+def presets(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A preset; default: all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the presets with their meaning and number of parameters.
 
     Example: `mukv presets`
     """
     launch.prepare()
-    from mukv.runs.listing import preset_list
+    from mukv.runs.listing import named, preset_list
 
-    found = preset_list()
+    found = named(name, preset_list())
     if as_json:
         output.print_json({"presets": found})
         return
@@ -64,18 +69,27 @@ def presets(as_json: Json = False) -> None:
 
 
 @app.command()
-def policies(as_json: Json = False) -> None:
+def policies(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A part, shown with all about it; default: all."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the parts of cache policies: what to keep, store or select, parameters, papers.
 
     Example: `mukv policies`
     """
     launch.prepare()
-    from mukv.runs.listing import policy_list
+    from mukv.runs.listing import named, policy_list
     from mukv.schema.reference import short_yaml
 
-    found = policy_list()
+    found = named(name, policy_list())
     if as_json:
         output.print_json({"policies": found})
+        return
+    if name is not None:
+        _show_part(found[0])
         return
     shown = table(("policy", "what to", "meaning", "parameters", "source"), ())
     for each in found:
@@ -90,6 +104,23 @@ def policies(as_json: Json = False) -> None:
         "dim",
     )
     Console().say("the prefix kvpress: gives the defaults of kvpress: kvpress:snapkv:0.25", "dim")
+
+
+def _show_part(part: dict[str, Any]) -> None:
+    """Print all about a part of a cache policy, and each of its parameters."""
+    from mukv.schema.reference import short_yaml
+
+    say = Console().print
+    say(styled((part["name"], "bold"), f" ({part['answers']})"))
+    say(f"  meaning: {part['meaning']}")
+    if part["source"]:
+        say(f"  source:  {part['source']}")
+    say(f"  budget:  {'yes, such as ' + part['name'] + ':0.25' if part['budget'] else 'no'}")
+    shown = table(("parameter", "meaning", "type", "default"), ())
+    for key, value in part["parameters"].items():
+        shown.add_row(key, value["meaning"], value["type"], short_yaml(value["default"]))
+    if part["parameters"]:
+        say(shown)
 
 
 @app.command()
@@ -116,7 +147,7 @@ def docs(
     if markdown:
         Console().file.write(reference.markdown(Run))
         return
-    keys = reference.keys_of(Run) if key is None else reference.find(Run, key)
+    keys = reference.keys_of(Run) if key is None else _found(Run, key)
     inside = [] if key is None else reference.inside(keys)
     if as_json:
         output.print_json({"key": key, **_facts(keys, inside, key is None)})
@@ -130,6 +161,23 @@ def docs(
         Console().say("")
         Console().print(styled((f"kind {kind}: " if kind else "", "bold"), meaning))
         _show_keys(fields)
+
+
+def _found(root: type, key: str) -> list[Key]:
+    """Return the fields at a dotted path. The error for the name of a preset or of a part of a
+    cache policy names the command that describes it."""
+    from mukv.runs.config import presets
+    from mukv.runs.listing import policy_list
+    from mukv.schema.reference import find
+
+    try:
+        return find(root, key)
+    except BadInput as error:
+        commands = {name: f"mukv describe {name}" for name in presets()}
+        commands |= {part["name"]: f"mukv policies {part['name']}" for part in policy_list()}
+        if key not in commands:
+            raise
+        raise BadInput(error.where, key, f"a configuration key; see `{commands[key]}`") from None
 
 
 def _facts(keys: list[Key], inside: list[Any], top: bool) -> dict[str, Any]:

@@ -36,7 +36,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "analyze": {"tokens": "--text or --tokens", "text": "--text or --tokens"},
     "data": {"package": "SOURCE", "hf": "SOURCE", "vocab_size": "--tokenizer"},
     "sweep": {"ranges": "key=RANGE"},
-    "bench": {"preset": "MODEL or CONFIG"},
+    "bench": {"preset": "MODEL or CONFIG", "policy": "--cache or --policy"},
 }
 """Aliases by command ("" for all): options or arguments that set fields of the library. Of several
 options errors name the one that was typed."""

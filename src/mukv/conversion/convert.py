@@ -74,6 +74,9 @@ def check(model: LanguageModel, conversion: Conversion) -> Decoder:
         if type(layer.attention) is not Grouped:
             allowed = "grouped: a conversion begins with grouped-query attention"
             raise BadInput(f"{where}: attention.kind", layer.attention.kind, allowed)
+        if layer.attention.eviction is not None:
+            allowed = "null: learned eviction is trained for the entries of this memory"
+            raise BadInput(f"{where}: attention.eviction", "gates", allowed)
         if layer.attention.norm_over != "head":
             allowed = "head: a norm over all heads depends on their number"
             raise BadInput(f"{where}: attention.norm_over", layer.attention.norm_over, allowed)

@@ -45,8 +45,6 @@ class FewerHeads(Conversion):
         if self.by == "similarity" and attention.position.biases:
             allowed = "rope or nope, or gqa without by=similarity: heads keep their order"
             yield "position", attention.position.kind, allowed
-        if attention.eviction is not None:
-            yield "eviction", "gates", "null: the gates of learned eviction belong to KV heads"
 
     def converted_layer(self, source: SourceLayer) -> ConvertedLayer:
         groups = self.groups(source)

@@ -14,17 +14,24 @@ from mukv.core.compute import Compute
 from mukv.core.errors import BadInput
 from mukv.core.typing import Array, Float, Tokens, Weights
 from mukv.model.evicting import AnyThrough, Evicting
+from mukv.model.stack import Stack
 
 
 class Continued:
     """Methods of a language model that concern cache policies."""
+
+    @property
+    def policy_stack(self) -> Stack:
+        """The stack whose layers a cache policy applies to."""
+        raise NotImplementedError
 
     def check_through(self, through: AnyThrough, tokens: int) -> None:
         """Raise BadInput, with the reason, for a policy that can't be in place in training. tokens:
         of a row
         """
         if isinstance(through, Evicting):
-            raise BadInput("attention.eviction", "gates", "null: only decoders are trained with it")
+            allowed = "decoder, for train.adapter of kind eviction"
+            raise BadInput("kind", getattr(self, "kind", None), allowed)
         allowed = "null: only decoders are trained through a policy"
         raise BadInput("policy", str(through.policy), allowed)
 

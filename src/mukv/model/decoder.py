@@ -115,6 +115,10 @@ class Decoder(LanguageModel):
         x, auxiliary = self.stack.forward(weights, x, *rest)
         return self.result(weights, x, auxiliary, tokens.shape[1])
 
+    @property
+    def policy_stack(self) -> Stack:
+        return self.stack
+
     def check_through(self, through: AnyThrough, tokens: int) -> None:
         through.check(self.stack, tokens)
 

@@ -31,6 +31,7 @@ from mukv.runs.config import Run
 from mukv.runs.start import resolved_params, trained_params
 from mukv.runs.teacher import find_teacher
 from mukv.train import distillation
+from mukv.train.division import require_tokens
 from mukv.train.footprint import LEFT, free_memory
 from mukv.train.state import state_shardings
 
@@ -344,8 +345,15 @@ def _held(shapes: Any, placed: Any) -> int:
 def estimate(run: Run, device: Device, name: str) -> dict[str, Any]:
     """Return the facts that `mukv describe --device` adds, as plain data for `--json`.
 
+    With `train.stages`, they are of the last stage, whose rows are the longest.
+
     name: name of the device
+
+    Raises BadInput for rows whose tokens `mesh.context` can't divide.
     """
+    require_tokens(run.train, run.mesh.sizes)
+    batch, length = run.train.sizes[-1]
+    run = replace(run, train=replace(run.train, batch=batch, length=length, stages=()))
     teacher = find_teacher(run)
     found = Estimate(run, device, teacher and teacher.network)
     policies = {str(policy).lower(): found.bytes(policy) for policy in POLICIES}

@@ -8,7 +8,7 @@ from typing import Any
 
 from mukv.cache.tables import TABLES
 from mukv.cache.words import PEERS, parameters
-from mukv.core.errors import BadInput
+from mukv.core.errors import BadInput, unknown_name
 from mukv.core.params import count
 from mukv.core.table import PartTable
 from mukv.runs import config
@@ -28,6 +28,15 @@ def preset_list() -> list[dict[str, Any]]:
         words = " ".join((comment[0] if comment else "").replace("#", " ").split())
         model = config.load(name).model
         found.append({"name": name, "meaning": words, "parameters": count(model.params())})
+    return found
+
+
+def named(name: str | None, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the object with this name, as a list; all if `name` is None. Raises BadInput if there
+    is none."""
+    found = [each for each in listed if name in (None, each["name"])]
+    if name is not None and not found:
+        raise unknown_name("NAME", name, [each["name"] for each in listed])
     return found
 
 

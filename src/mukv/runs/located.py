@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mukv.cache import Policy
 from mukv.core.errors import BadInput, nearest_name
 from mukv.hub import checkpoint
 from mukv.hub.checkpoint import Checkpoint
+from mukv.model.policy_check import check_policy
 from mukv.runs.config import Run
 from mukv.runs.folder import RunDirectory
 from mukv.runs.resolve import imported_run
@@ -29,6 +31,11 @@ class Located:
     run: Run
     folder: Path
     checkpoint: Checkpoint | None
+
+    def check_policy(self, policy: Policy) -> None:
+        """Raise BadInput, with the reason, for a cache policy that does not fit the model's
+        layers."""
+        check_policy(self.run.model.policy_stack, policy)
 
 
 def locate(source: str | Path) -> Located:

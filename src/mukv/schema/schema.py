@@ -269,8 +269,7 @@ def _instance(hint: Any, given: Mapping[Any, Any], where: str, errors: list[BadI
     for key, item in given.items():
         path = join(where, str(key))
         if key not in hints:
-            allowed = f"no such key; allowed: {', '.join(hints)}"
-            errors.append(BadInput(path, item, allowed, nearest_name(str(key), hints)))
+            errors.append(BadInput(path, item, *_unknown(hint, hints, str(key))))
             continue
         if key == "kind" and item not in kinds_of(cls) and from_outside(cls):
             item = kinds_of(cls)[0]  # it was named by its path
@@ -289,6 +288,18 @@ def _instance(hint: Any, given: Mapping[Any, Any], where: str, errors: list[BadI
         path = join(where, error.where)
         errors.append(BadInput(path, error.given, error.allowed, error.nearest))
         return None
+
+
+def _unknown(hint: Any, hints: Mapping[str, Any], key: str) -> tuple[str, str | None]:
+    """Return what is allowed in place of an unknown key, and the nearest key; the kinds that have
+    such a key, if others do.
+
+    hints: types of the keys of this kind
+    """
+    having = (option for option in classes_of(hint) if key in hints_of(option))
+    others = sorted(kind for option in having for kind in kinds_of(option))
+    there = f" of this kind, but of {', '.join(others)}" if others else ""
+    return f"no such key{there}; allowed: {', '.join(hints)}", nearest_name(key, hints)
 
 
 @cache

@@ -77,8 +77,14 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value:
+        for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else None
+            empty = isinstance(value, yaml.ScalarNode) and not value.value
+            if node.flow_style and name and ":" in name and empty:
+                apart = name.replace(":", ": ", 1)
+                raise yaml.constructor.ConstructorError(
+                    problem=f"write a space after the colon: {apart}", problem_mark=key.start_mark
+                )
             if name is not None and name in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {name!r} is there twice", problem_mark=key.start_mark

@@ -69,7 +69,7 @@ class Trainer:
         if training.teacher is not None and teacher is None:
             allowed = "null here: only `mukv train` learns from a teacher"
             raise BadInput("train.teacher", training.teacher, allowed)
-        require_split(training, mesh)
+        require_split(training, dict(mesh.shape))
         if training.through is not None:
             for _, length in training.sizes:
                 model.check_through(training.through, length)

@@ -41,6 +41,7 @@ from mukv.model.concept.injection import (
 from mukv.model.evicting import AnyThrough
 from mukv.model.policy_check import check_policy
 from mukv.model.rates import Capacity
+from mukv.model.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,10 @@ class Concept(Architecture):
         return smoothed(outputs, chance, chunks.at_ends(chunks.made) == 1, state.output)
 
     # Decoding
+
+    @property
+    def policy_stack(self) -> Stack:
+        return self.global_stack
 
     def empty_cache(
         self,
