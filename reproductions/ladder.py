@@ -19,14 +19,16 @@ import yaml
 from rich.console import Console
 
 from mukv.core.errors import BadInput
+from mukv.core.names import gibibytes
 from mukv.core.params import count
 from mukv.data.build import build_tokens, speed_meter
 from mukv.data.tokens import TokenFile, open_tokens
 from mukv.model import Decoder
 from mukv.runs import config
 from mukv.runs.config import Run
-from mukv.runs.estimate import Estimate, gibibytes, this_machine
+from mukv.runs.estimate import Estimate
 from mukv.scaling.parameterization import sizes
+from mukv.train.footprint import this_machine
 
 PREFIX = "ladder-"
 SIZES = sorted(

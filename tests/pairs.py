@@ -69,13 +69,15 @@ def params(
     quick: Sequence[Row],
     name: Callable[[Row], str] | None = None,
     unpack: bool = False,
+    group: Callable[[Row], str] | None = None,
 ) -> list[Any]:
     """Make the pytest parameters of a test from rows.
 
     rows: all rows
     quick: rows of the quick round; all other rows have the marker `product`
-    name: function that names a row; tests of equal names run in one process
+    name: function that names a row
     unpack: whether a row is a tuple of values for several parameters
+    group: function that names the group of a row, whose tests run in one process; None for `name`
     """
 
     def param(row: Row) -> Any:
@@ -83,7 +85,7 @@ def params(
         values = row if unpack and isinstance(row, tuple) else (row,)
         if name is None:
             return pytest.param(*values, marks=marks)
-        group = pytest.mark.xdist_group(name(row))
-        return pytest.param(*values, id=name(row), marks=[*marks, group])
+        together = pytest.mark.xdist_group((group or name)(row))
+        return pytest.param(*values, id=name(row), marks=[*marks, together])
 
     return [param(row) for row in rows]

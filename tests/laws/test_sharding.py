@@ -20,7 +20,7 @@ import pytest
 from mukv.core.compute import Compute
 from mukv.core.mesh import MeshShape, weight_shardings
 from tests.laws import matrix
-from tests.pairs import params
+from tests.pairs import cover, params
 from tests.training import EXACT, batch, run, trainer
 
 RATE, STEPS = 1e-3, 3
@@ -42,7 +42,19 @@ def build(combination):
     return matrix.build(*combination, vocab_size=32)
 
 
-SPLIT = [*itertools.product(MESHES, matrix.SAMPLE)]
+def axes(row):
+    """Return the axes that a mesh splits, and the parts of a model."""
+    mesh, combination = row
+    return [*((axis, "split") for axis in MESHES[mesh]), *matrix.parts(combination)]
+
+
+def meshes(row):
+    return [("mesh", row[0])]
+
+
+ALL = [*itertools.product(MESHES, matrix.SAMPLE)]
+SPLIT = [*dict.fromkeys([*cover(ALL, axes), *cover(ALL, meshes, size=1)])]
+"""Each axis of a mesh with each part of a model, and each mesh at least once."""
 QUICK = [("both", matrix.SAMPLE[0])]
 """Meshes with both axes that split weights for use."""
 
@@ -62,7 +74,13 @@ def alone(combination):
 
 @pytest.mark.parametrize(
     ("mesh", "combination"),
-    params(sorted(SPLIT, key=lambda row: matrix.SAMPLE.index(row[1])), QUICK, unpack=True),
+    params(
+        sorted(dict.fromkeys([*SPLIT, *QUICK]), key=lambda row: matrix.SAMPLE.index(row[1])),
+        QUICK,
+        name=lambda row: f"{row[0]}-{'-'.join(row[1])}",
+        unpack=True,
+        group=lambda row: "-".join(row[1]),
+    ),
 )
 def test_sharding_is_invisible(mesh, combination):
     model, (state, metrics) = alone(combination)

@@ -85,3 +85,8 @@ def even(
     return [
         missing if value is None or math.isnan(value) else format(value, form) for value in values
     ]
+
+
+def gibibytes(size: float) -> str:
+    """Format a number of bytes in GiB, such as "12.5 GiB", or in MiB if it is below 0.1 GiB."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"

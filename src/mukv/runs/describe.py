@@ -15,10 +15,9 @@ from mukv.attention.indexed import REASON
 from mukv.core import params
 from mukv.core.compute import settled
 from mukv.core.mesh import MeshShape, axes_of, specification
-from mukv.core.names import even
+from mukv.core.names import even, gibibytes
 from mukv.model.counting import cached, entry_bytes, flops_per_token, state_bytes
 from mukv.runs.config import Run
-from mukv.runs.estimate import gibibytes
 from mukv.runs.start import resolved_params, trained_params
 from mukv.show.terminal import Console, styled, table
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ from jax.sharding import AbstractMesh
 
 from mukv.attention import Attention
 from mukv.core import params
-from mukv.core.compute import Compute, Platform
-from mukv.core.device import DEVICES, GIBIBYTE, Device, peak_flops
+from mukv.core.compute import Compute
+from mukv.core.device import Device
 from mukv.core.mesh import STORED, MeshShape, axes_of, size_of, specification, weight_shardings
 from mukv.core.params import LAYER, Param
 from mukv.model.base import LanguageModel
@@ -32,7 +32,7 @@ from mukv.runs.start import resolved_params, trained_params
 from mukv.runs.teacher import find_teacher
 from mukv.train import distillation
 from mukv.train.division import require_tokens
-from mukv.train.footprint import LEFT, free_memory
+from mukv.train.footprint import LEFT
 from mukv.train.state import state_shardings
 
 POLICIES = (False, "products", True, "offload")
@@ -385,22 +385,3 @@ def estimate(run: Run, device: Device, name: str) -> dict[str, Any]:
         "mfu_bound": found.utilisation(overlap=True),
         "mfu_bound_without_overlap": found.utilisation(overlap=False),
     }
-
-
-def this_machine() -> Device:
-    """Return one device of this machine: its free memory and peak speed. On a CPU the speed of a
-    product of matrices is measured, and the traffic to memory takes no time."""
-    found = jax.local_devices()[0]
-    known = next((each for each in DEVICES.values() if each.kind in found.device_kind), None)
-    if known is not None:
-        return replace(known, memory=free_memory())
-    speed = peak_flops(1)
-    platform = cast(Platform, found.platform)
-    return Device(
-        found.device_kind, free_memory(), speed, math.inf, 1, math.inf, math.inf, platform
-    )
-
-
-def gibibytes(size: float) -> str:
-    """Format a number of bytes in GiB, such as "12.5 GiB", or in MiB if it is below 0.1 GiB."""
-    return f"{size / GIBIBYTE:,.1f} GiB" if size >= GIBIBYTE / 10 else f"{size / 2**20:,.1f} MiB"

@@ -7,18 +7,22 @@ which the run then uses.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mukv.core.compute import Platform
+from mukv.core.device import DEVICES, Device, peak_flops
 from mukv.core.errors import BadInput
 from mukv.core.mesh import ROWS, batch_sharding, size_of
+from mukv.core.names import gibibytes
 from mukv.train.step import BATCH_FIELDS, Trainer
 
-GIBIBYTE = 1 << 30
 LEFT = 0.95
 """Fraction of the free memory that a step may take; the rest is for Python and the file system."""
 
@@ -39,6 +43,20 @@ def free_memory() -> int:
         # The group's file cache counts as used, but is released when memory is needed.
         available = min(available, limit - used + _cached())
     return max(available, 0)
+
+
+def this_machine() -> Device:
+    """Return one device of this machine: its free memory and peak speed. On a CPU the speed of a
+    product of matrices is measured, and the traffic to memory takes no time."""
+    found = jax.local_devices()[0]
+    known = next((each for each in DEVICES.values() if each.kind in found.device_kind), None)
+    if known is not None:
+        return replace(known, memory=free_memory())
+    speed = peak_flops(1)
+    platform = cast(Platform, found.platform)
+    return Device(
+        found.device_kind, free_memory(), speed, math.inf, 1, math.inf, math.inf, platform
+    )
 
 
 def _available() -> int:
@@ -153,7 +171,7 @@ def require_least(trainer: Trainer) -> int:
     room = int(LEFT * free_memory())
     least = least_bytes(trainer)
     if least > room:
-        raise _too_large(trainer, f"at least {_shown(least)}", least, room)
+        raise _too_large(trainer, f"at least {gibibytes(least)}", least, room)
     return room
 
 
@@ -166,7 +184,7 @@ def require_bytes(what: str, taken: int, where: str, given: int) -> None:
     """
     room = int(LEFT * free_memory())
     if taken > room:
-        sizes = f"{what} takes {_shown(taken)} of memory, and {_shown(room)} are free"
+        sizes = f"{what} takes {gibibytes(taken)} of memory, and {gibibytes(room)} are free"
         raise BadInput(where, given, f"at most about {int(given * room / taken):,}: {sizes}")
 
 
@@ -179,16 +197,16 @@ def require_room(trainer: Trainer) -> None:
     room = require_least(trainer)
     taken = step_bytes(trainer)
     if taken > room:
-        raise _too_large(trainer, _shown(taken), taken, room)
+        raise _too_large(trainer, gibibytes(taken), taken, room)
 
 
 def _too_large(trainer: Trainer, shown: str, taken: int, room: int) -> BadInput:
     training = trainer.training
     fixed = least_bytes(trainer) - _here(trainer) * _stream(trainer)
     where = f"batch {training.batch:,} x length {training.length:,}"
-    message = f"a step takes {shown} of memory, and {_shown(room)} are free"
+    message = f"a step takes {shown} of memory, and {gibibytes(room)} are free"
     if fixed >= room:
-        message += f"; weights and optimizer alone take {_shown(fixed)}: a smaller model"
+        message += f"; weights and optimizer alone take {gibibytes(fixed)}: a smaller model"
         return BadInput("memory", where, f"{message} (or `ignore_memory`)")
     share = (room - fixed) / (taken - fixed)
     rows = training.batch // training.accumulate
@@ -208,7 +226,3 @@ def _too_large(trainer: Trainer, shown: str, taken: int, room: int) -> BadInput:
     return BadInput(
         "memory", where, f"{message}; about what fits: {' or '.join(ways)} (or `ignore_memory`)"
     )
-
-
-def _shown(count: int) -> str:
-    return f"{count / GIBIBYTE:,.1f} GiB"
