@@ -30,6 +30,7 @@ from mukv.infer.prompts import PROMPT_MULTIPLE, Reading, round_up
 from mukv.model import Decoder
 from mukv.model.base import LanguageModel
 from mukv.model.cache_update import compressed
+from mukv.model.empty_cache import empty_cache
 from mukv.model.policy_check import check_policy
 from mukv.model.replayed import replaying, scores
 
@@ -208,7 +209,8 @@ def kept_by_scores(
         choose = jax.jit(best_of_layers, static_argnums=(3, 4))
         layers, kept = choose(layers, whole.length, number, keep.sinks, keep.recent)
         counts = np.asarray(kept).max(axis=1).tolist()
-    empty = model.stack.empty_cache(*room, compute.type, policy=policy, after=after, kept=counts)
+    sizes = *room, compute.type
+    empty = empty_cache(model.stack, *sizes, policy, after=after, kept=counts)
     reduce = jax.jit(
         lambda weights, *caches: compressed(model.stack.bags, weights["layers"], *caches),
         donate_argnums=2,

@@ -17,6 +17,7 @@ from mukv.core.programs import Subprogram
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.base import ForwardResult, LanguageModel
 from mukv.model.cache_update import compressed
+from mukv.model.empty_cache import empty_cache
 from mukv.model.evicting import AnyThrough
 from mukv.model.layer_inputs import Inputs, LayerInputs
 from mukv.model.plan import ResolvedLayer, Stage
@@ -134,9 +135,7 @@ class Decoder(LanguageModel):
     ) -> Cache:
         dtype = dtype or settled(None).type
         check_policy(self.stack, policy)
-        return self.stack.empty_cache(
-            batch, length, tail, dtype, policy=policy, centres=centres or {}, after=after
-        )
+        return empty_cache(self.stack, batch, length, tail, dtype, policy, centres, after)
 
     def prefill(
         self,

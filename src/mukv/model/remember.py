@@ -1,10 +1,12 @@
-"""Update the memory of a layer in a pass with a cache, and return what its queries read.
+"""Return what the queries of a layer read, and update its memory in a pass with a cache.
 
-Each class is a pytree, because a layer of a pass with a cache is a compiled function of its inputs.
+The classes for passes with a cache are pytrees, because a layer of such a pass is a compiled
+function of its inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, no_type_check
@@ -12,14 +14,51 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import Bag, Queries, Written
+from mukv.attention import Bag, EntryStore, Queries, Written
 from mukv.cache import Reader, Slot
 from mukv.cache.base import QUERY
 from mukv.core.programs import Subprogram
 from mukv.core.typing import Array, Bool, Float, Int
 from mukv.model.cache_update import LayerMemory
+from mukv.model.evicting import AnyThrough
 from mukv.model.passes import Asked
 from mukv.model.plan import ResolvedLayer
+
+
+@dataclass(frozen=True)
+class WholeRows:
+    """Whole rows, without a cache.
+
+    position: place of each token in its document, from 0
+    segment: number of each token's document; None for one document per row
+    through: a cache policy or gates that drop entries between tokens; None for none
+    place: function of a layer and the name of a store; see `Stack.place`
+    later: number of a layer minus its index, which differ if the repeats of a stage are scanned
+    """
+
+    position: Int[Array, "batch token"]
+    segment: Int[Array, "batch token"] | None
+    through: AnyThrough | None
+    place: Callable[[ResolvedLayer, str], tuple[int, int]]
+    later: Int[Array, ""] | int = 0
+
+    def __call__(
+        self,
+        layer: ResolvedLayer,
+        reading: Any,
+        memory: LayerMemory | None,
+        written: Written,
+        query: Asked,
+    ) -> tuple[tuple[Bag, ...], LayerMemory | None]:
+        def read(name: str, bag: EntryStore) -> Bag:
+            entries = bag.entries(written[name], self.position, self.segment)
+            if self.through is None or bag.window is not None:
+                return entries
+            where = self.place(layer, name), name
+            given = reading, query, self.segment, layer.index + self.later
+            return self.through.limited(layer, entries, *where, *given)
+
+        return tuple(read(*bag) for bag in layer.bags.items()), memory
 
 
 @no_type_check

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mukv.attention import AnyAttention, Attention, Bag, EntryStore, Written
-from mukv.cache import FULL, Cache, Calibrated, Policy, Ring, Slot, choosing
+from mukv.attention import AnyAttention, Attention
+from mukv.cache import Cache, Slot, choosing
 from mukv.cache.base import QUERY
 from mukv.core.compact import any_compact, is_compact
 from mukv.core.compute import Compute
@@ -31,8 +31,6 @@ from mukv.model.evicting import AnyThrough
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.layer_inputs import Inputs, LayerInputs
 from mukv.model.passes import (
-    Asked,
-    MemoryOrNone,
     Pass,
     PassedOn,
     Remember,
@@ -41,7 +39,7 @@ from mukv.model.passes import (
     of_layer,
 )
 from mukv.model.plan import ResolvedLayer, Stage, resolve, scannable
-from mukv.model.remember import One, Several, length_after, positions
+from mukv.model.remember import One, Several, WholeRows, length_after, positions
 from mukv.scaling.parameterization import Scaling
 
 
@@ -147,25 +145,7 @@ class Stack:
         Returns the residual stream after the last layer, and the auxiliary numbers over all layers
         (see `over_layers`).
         """
-
-        def remember(
-            layer: ResolvedLayer,
-            reading: Any,
-            memory: MemoryOrNone,
-            written: Written,
-            asked: Asked,
-            later: Any = 0,
-        ) -> tuple[tuple[Bag, ...], MemoryOrNone]:
-            def read(name: str, bag: EntryStore) -> Bag:
-                entries = bag.entries(written[name], position, segment)
-                if through is None or bag.window is not None:
-                    return entries
-                where = self._place(layer, name), name
-                given = reading, asked, segment, layer.index + later
-                return through.limited(layer, entries, *where, *given)
-
-            return tuple(read(*bag) for bag in layer.bags.items()), memory
-
+        remember = WholeRows(position, segment, through, self.place)
         run = self._pass(compute, position, remember, aligned=True, segment=segment)
         run = replace(
             run, counted=jnp.ones_like(position, bool) if segment is None else segment > 0
@@ -189,7 +169,7 @@ class Stack:
                     x: Residual, scanned: Any, first: Any = first
                 ) -> tuple[Residual, list[Auxiliary]]:
                     (weights, given, later), inner, found = scanned, dict(known), []
-                    own_run = replace(run, remember=partial(remember, later=later))
+                    own_run = replace(run, remember=replace(remember, later=later))
                     for layer in first:
                         own = weights[f"slot{layer.slot}"], x, inner, of_layer(given, layer.slot)
                         x, more = own_run.layer(layer, *own)
@@ -201,7 +181,7 @@ class Stack:
                 reported += more
         return x, over_layers(reported)
 
-    def _place(self, layer: ResolvedLayer, name: str) -> tuple[int, int]:
+    def place(self, layer: ResolvedLayer, name: str) -> tuple[int, int]:
         """Return the index of a store among those with a policy, and their number."""
         index = [(each.index, own) for each, own in self.whole].index((layer.index, name))
         return index, len(self.whole)
@@ -222,61 +202,6 @@ class Stack:
         return Pass(*shared, *given, memories=held or {}, added=added, inputs=self.inputs)
 
     # Decoding
-
-    def empty_cache(
-        self,
-        batch: int,
-        length: int,
-        tail: int,
-        dtype: jnp.dtype,
-        policy: Policy = FULL,
-        centres: Calibrated | None = None,
-        after: int | None = None,
-        kept: Sequence[int] | None = None,
-    ) -> Cache:
-        """Allocate an empty cache.
-
-        length: capacity of the bodies, in tokens per row
-        tail: capacity of the tails, in tokens per row
-        policy: cache policy of stores without a window
-        centres: calibrated cluster centres by layer, for policies that use them
-        after: most tokens of a row that follow its prompt; None if that is not known
-        kept: entries that each store without a window keeps of a prompt, if layers share a budget
-        """
-
-        def slot(layer: ResolvedLayer, name: str, bag: EntryStore) -> Slot:
-            def zeros(entries: int) -> dict[str, Array]:
-                tokens = entries * bag.every
-                shapes = layer.attention.written(self.d_model, batch, tokens, dtype)[name]
-                return {part: jnp.zeros(shape.shape, shape.dtype) for part, shape in shapes.items()}
-
-            places = zeros(bag.places(tail))
-            if policy.everything or bag.window is not None:
-                ring = Ring(zeros(bag.room(length)), bag.window is not None)
-                return Slot(ring, places, bag)
-            place = self._place(layer, name)
-            own = (centres or {}).get(layer.index, {})
-            room = batch, bag.room(length), dtype
-            rest = None if after is None else -(-after // bag.every)
-            count = None if kept is None else kept[place[0]]
-            body = policy.body(layer.softmax, self.d_model, *room, place, own, name, rest, count)
-            told = choosing(body, False)
-            number = tail if told.last_queries is None else min(tail, told.last_queries)
-            if told.needs_queries and number:
-                shape = (batch, layer.softmax.heads, number, layer.softmax.query_dim)
-                places[QUERY] = jnp.zeros(shape, dtype)
-            return Slot(body, places, bag)
-
-        return Cache(
-            slots=tuple(slot(*bag) for bag in self.bags),
-            states=tuple(
-                {name: state.zeros(batch) for name, state in layer.attention.states.items()}
-                for layer in self.writers
-            ),
-            length=jnp.zeros(batch, jnp.int32),
-            filled=jnp.zeros((), jnp.int32),
-            tail_size=tail,
-        )
 
     def prefill(
         self,

@@ -38,6 +38,7 @@ from mukv.model.concept.injection import (
     InjectionInputs,
     Lasting,
 )
+from mukv.model.empty_cache import empty_cache
 from mukv.model.evicting import AnyThrough
 from mukv.model.policy_check import check_policy
 from mukv.model.rates import Capacity
@@ -146,7 +147,7 @@ class Concept(Architecture):
 
         def empty(each: Capacity) -> Cache:
             own = applied if each.stack is self.global_stack else {}
-            cache = each.stack.empty_cache(batch, each.length, each.tail, dtype, **own)
+            cache = empty_cache(each.stack, batch, each.length, each.tail, dtype, **own)
             return cache.by_row() if each.by_row else cache
 
         encoder, concepts, cross, decoder = map(empty, self.capacities(length, tail))
