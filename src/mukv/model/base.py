@@ -7,7 +7,7 @@ Training, evaluation, decoding and analysis use a model through this interface o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -18,19 +18,18 @@ from jax.core import Tracer
 from mukv.attention import AnyAttention, Grouped
 from mukv.cache import FULL, Cache, Calibrated, Policy
 from mukv.core.arguments import token_ids
-from mukv.core.compute import Compute, settled
+from mukv.core.compute import Compute
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.linear import look_up, project
 from mukv.core.norm import RMSNorm
-from mukv.core.params import WIDEST, Param, initialise
-from mukv.core.partition import constrain, constrain_stream, gather
+from mukv.core.params import WIDEST, initialise
+from mukv.core.partition import constrain
 from mukv.core.table import Component
-from mukv.core.tap import capturing, tap
 from mukv.core.typing import Array, Float, Int, Residual, Tokens, Weights
 from mukv.model.auxiliary import PENALTY, Auxiliary
 from mukv.model.block import AnyResidual, Gated, PreNorm
 from mukv.model.continued import Continued
+from mukv.model.embeddings import Embeddings
 from mukv.model.evicting import AnyThrough
 from mukv.model.feedforward import AnyFeedforward
 from mukv.model.plan import ResolvedLayer, Stage
@@ -55,7 +54,7 @@ class ForwardResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LanguageModel(Continued, Component):
+class LanguageModel(Continued, Embeddings, Component):
     """Base class of language models; the fields are the YAML keys.
 
     vocab_size: number of token ids; at least the tokenizer's
@@ -250,17 +249,8 @@ class LanguageModel(Continued, Component):
 
     def params(self) -> dict[str, Any]:
         """Declare all weights."""
-        width, vocab = {"embed": self.d_model}, {"vocab": self.vocab_size}
-        tied = self.readout == "tied"
-        # A tied embedding is also contracted over its width, which decides its size.
-        embedding = Param(vocab | width, role="embedding", fan_in=("embed",) if tied else ())
-        declared = {"embedding": embedding, **self.body_params()}
-        declared["final_norm"] = self.norm.params(self.d_model)
-        if not tied:
-            declared["readout"] = Param(
-                width | vocab, role="readout", fan_in=("embed",), tag="readout"
-            )
-        return declared
+        outer = self.outer_params()
+        return {"embedding": outer.pop("embedding"), **self.body_params(), **outer}
 
     def resolved(self, family: UpdateFamily = "adam") -> Any:
         """Return deviation, multiplier and learning rate factors of each weight, from its scaling,
@@ -321,49 +311,6 @@ class LanguageModel(Continued, Component):
         """Return the residual stream after the last layer and norm; arguments as in `forward`."""
         return self.forward(weights, tokens, position, segment, compute).hidden
 
-    def logits(
-        self, weights: Weights, hidden: Residual, compute: Compute | None = None
-    ) -> Float[Array, "batch token vocab"]:
-        """Compute the float32 logits of the next token from the output of `hidden`."""
-        compute = settled(compute)
-        table = weights[self.readout_name]
-        if self.readout == "tied":
-            hidden = hidden * self.scaling.tied_factor(self.params()["embedding"])
-            table = table.T
-        operand = compute.operands or hidden.dtype
-        out = project(hidden, table.astype(operand), out=jnp.dtype("float32"))
-        if self.logit_softcap is not None:
-            out = self.logit_softcap * jnp.tanh(out / self.logit_softcap)
-        return tap("logits", constrain(out, "batch", "token", "vocab"))
-
-    @property
-    def readout_name(self) -> str:
-        """Name of the weight that makes logits."""
-        return "embedding" if self.readout == "tied" else "readout"
-
-    def gathered_readout(self, weights: Weights, compute: Compute) -> Weights:
-        """Return the weight that makes logits, by its name, rounded and gathered over `data`.
-
-        A loop that calls `logits` would otherwise gather the weight in every iteration. It is
-        rounded to the type of operands before it is gathered, which halves the traffic, and then
-        converted to float32, so that the gradients of the iterations are summed in float32.
-        """
-        name = self.readout_name
-        table = weights[name].astype(compute.operands or jnp.float32)
-        return {name: gather(table, self.params()[name]).astype(jnp.float32)}
-
-    def embed(self, weights: Weights, tokens: Tokens, compute: Compute) -> Residual:
-        """Look up the embeddings of tokens, in the compute type."""
-        # The partitioner can exchange one mesh axis at a time; for two it would gather everything.
-        x = constrain(look_up(weights["embedding"], tokens), "batch", None, "embed")
-        x = x.astype(compute.type)
-        if self.embedding_scale is not None:
-            # The base width is used, since initialisation and multipliers account for the ratio of
-            # the model's width to it. The root is rounded to the compute type as in Gemma.
-            width = (self.scaling.base or {}).get("embed", self.d_model)
-            x = x * jnp.asarray(width**0.5, x.dtype)
-        return tap("embedding", constrain_stream(x, compute.platform))
-
     def result(
         self, weights: Weights, x: Residual, auxiliary: Auxiliary, length: int
     ) -> ForwardResult:
@@ -373,28 +320,3 @@ class LanguageModel(Continued, Component):
         counts = {name: length * value for name, value in auxiliary.items() if name != PENALTY}
         hidden = constrain(self.normed(weights, x), "batch", "token", None)
         return ForwardResult(hidden, auxiliary.get(PENALTY), counts)
-
-    def normed(self, weights: Weights, x: Residual) -> Residual:
-        """Apply the norm after the last layer."""
-        return self.norm.apply(weights["final_norm"], x)
-
-    def read_out(
-        self,
-        weights: Weights,
-        x: Residual,
-        compute: Compute,
-        last: Int[Array, " batch"] | None = None,
-    ) -> Float[Array, "batch read vocab"]:
-        """Compute float32 logits from `x`, the residual stream after the last layer: of all tokens,
-        or of index `last` of each row. One program, so that a tied embedding is not transposed.
-        """
-        x = x if last is None else jnp.take_along_axis(x, last[:, None, None], axis=1)
-        if capturing():
-            return self.logits(weights, self.normed(weights, x), compute)
-        own = {name: weights[name] for name in ("final_norm", self.readout_name)}
-        return _read_out(self, compute, own, x)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _read_out(model: LanguageModel, compute: Compute, weights: Weights, x: Residual) -> Array:
-    return model.logits(weights, model.normed(weights, x), compute)
