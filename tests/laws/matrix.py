@@ -347,6 +347,17 @@ SAMPLE = cover(QUICK_BY_PROGRAM["gradient"], parts, size=1)
 are compiled anyway."""
 
 
+def rounded(weights: Any, seed: int) -> Any:
+    """Return weights that are each off by one unit in the last place, up or down at random."""
+    random = np.random.default_rng(seed)
+
+    def one(weight: Any) -> np.ndarray:
+        weight = np.asarray(weight)
+        return np.nextafter(weight, random.choice(np.float32([-np.inf, np.inf]), weight.shape))
+
+    return jax.tree.map(one, weights)
+
+
 def build(attention: str, position: str, plan: str, **changes: object) -> Decoder:
     """Make the model of one combination; its layers have the positions from `position` on."""
     chosen = ATTENTIONS[attention]
@@ -509,15 +520,9 @@ class Case:
         weight is off by one unit in the last place; at least 2e-5, and at most 1e-3, since a choice
         of entries or experts may flip. In some of the random models one token magnifies rounding a
         hundred times."""
-        random = np.random.default_rng(0)
-
-        def rounded(weight: np.ndarray) -> np.ndarray:
-            away = random.choice(np.float32([-np.inf, np.inf]), weight.shape)
-            return np.nextafter(weight, away)
-
         changes = [
-            np.abs(self._forward(jax.tree.map(rounded, self.weights)) - self._rows).max()
-            for _ in range(4)
+            np.abs(self._forward(rounded(self.weights, seed)) - self._rows).max()
+            for seed in range(4)
         ]
         return float(np.clip(3 * max(changes), 2e-5, 1e-3))
 
