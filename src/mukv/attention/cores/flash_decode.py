@@ -68,13 +68,10 @@ class FlashDecode(KernelCore):
 
         cuts, bags = [], []
         for form, part in zip(forms, parts, strict=True):
-            by_position = _by_position(form, part)
-            if by_position:
-                visible = form.position
-            else:
+            position, mask, tensors = _position(form, part), None, form.tensors
+            if position is None:
                 # Bytes, which have an address each.
-                visible = part.shown(scores.query_position).visible[:, :, 0].astype(jnp.int8)
-            tensors = form.tensors
+                mask = part.shown(scores.query_position).visible[:, :, 0].astype(jnp.int8)
             widest = max(tensor.width for tensor in tensors)
             cuts.append(
                 BagBlocks(
@@ -85,11 +82,11 @@ class FlashDecode(KernelCore):
                     decoders=tuple(tensor.decode for tensor in tensors),
                     keys=tuple(map(tensors.index, form.keys)),
                     value=tensors.index(form.value),
-                    by_position=by_position,
                     window=part.mask.window,
                 )
             )
-            bags.append(BagArrays(visible, form.runs, tuple(tensor.parts for tensor in tensors)))
+            stored = tuple(tensor.parts for tensor in tensors)
+            bags.append(BagArrays(position, mask, form.runs, stored))
         width = forms[0].value.width
         at = scores.query_position[:, None]
         arrays, tree = jax.tree.flatten(([by_head(piece) for piece in query], at, bags))
@@ -151,12 +148,13 @@ def _form(part: Part) -> StoredForm:
     return form
 
 
-def _by_position(form: StoredForm, part: Part) -> bool:
-    """Return whether the kernel can compare the stored positions itself, so that no kernel before
-    it computes a mask."""
-    entries, mask = part.entries, part.mask
-    others = entries.segment, entries.until, mask.chosen
-    return entries.position is form.position and all(each is None for each in others)
+def _position(form: StoredForm, part: Part) -> Array | None:
+    """Return the stored positions, if they alone decide what the query sees. The kernel then
+    compares them itself, so that no kernel before it computes a mask."""
+    entries = part.entries
+    others = entries.segment, entries.until, part.mask.chosen
+    alone = entries.position is form.position and all(each is None for each in others)
+    return form.position if alone else None
 
 
 def _heads(forms: Sequence[StoredForm]) -> int:

@@ -19,13 +19,16 @@ from mukv.core.typing import Array
 class BagArrays(NamedTuple):
     """Arrays of one bag, or the kernel's references to those of one head.
 
-    visible: whether the query sees each place that is read, int8 [batch heads place]; or the
-        position of each, int32, negative for an empty one
+    position: position of each place, int32 [batch heads place], negative for an empty one; None if
+        there is a mask
+    mask: whether the query sees each place that is read, int8 [batch heads place]; None if that
+        follows from the positions
     runs: runs of slots that are read, int32 [batch heads run]; None for all slots
     tensors: for each tensor, its arrays [batch heads row width] by part
     """
 
-    visible: Any
+    position: Any
+    mask: Any
     runs: Any
     tensors: tuple[dict[str, Any], ...]
 
@@ -39,8 +42,7 @@ class BagBlocks:
     block: places per block, a power of two
     decoders: of each tensor
     keys, value: which tensors are the pieces of the keys, and which are the values
-    by_position: whether the bag has positions in place of what is visible
-    window: tokens that the query sees, by position; None for all
+    window: tokens that the query sees, of a bag with positions; None for all
     """
 
     slots: int
@@ -50,7 +52,6 @@ class BagBlocks:
     decoders: tuple[BlockDecoder, ...]
     keys: tuple[int, ...]
     value: int
-    by_position: bool
     window: int | None
 
     @property
@@ -65,13 +66,14 @@ class BagBlocks:
 
     def visible(self, bag: BagArrays, at: Array, j: Array) -> Array:
         """Return whether the query sees each place of block j. at: position of the query"""
-        found = self._rows(bag.visible, j * self.block, self.block)
-        if self.by_position:
-            seen = (found >= 0) & (found <= at)
+        rows = j * self.block, self.block
+        if bag.position is not None:
+            place = self._rows(bag.position, *rows)
+            seen = (place >= 0) & (place <= at)
             if self.window is not None:
-                seen &= at - found < self.window
+                seen &= at - place < self.window
         else:
-            seen = found != 0
+            seen = self._rows(bag.mask, *rows) != 0
         if self.ragged:
             seen &= j * self.block + _count(self.block) < self.places
         return seen
