@@ -339,11 +339,7 @@ class LatentFamily(Family):
         if self.pairing_key:
             pairing[self.pairing_key] = attention.position.pairing == "interleaved"
         return {
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-            "vocab_size": model.vocab_size,
-            "hidden_size": model.d_model,
-            "num_hidden_layers": len(model.layers),
+            **self.common_keys(model, context),
             "num_attention_heads": attention.heads,
             "num_key_value_heads": attention.heads,
             "kv_lora_rank": attention.rank,
@@ -352,9 +348,6 @@ class LatentFamily(Family):
             "qk_rope_head_dim": attention.rope_dim,
             "v_head_dim": attention.value_dim,
             "attention_bias": False,
-            "rms_norm_eps": model.norm.epsilon,
-            "max_position_embeddings": model.context or context,
-            "tie_word_embeddings": model.readout == "tied",
             "num_nextn_predict_layers": 0,
             **self.feedforward.write([layer.mlp for layer in model.layers]),
             **pairing,

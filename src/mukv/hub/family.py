@@ -20,6 +20,8 @@ from mukv.hub.rotation import PARTIAL, read_rope, write_rope, write_scaling
 from mukv.hub.settings import Given
 from mukv.model import Decoder, Layer
 from mukv.model.block import AnyResidual, PreNorm
+from mukv.model.feedforward import AnyFeedforward
+from mukv.model.layer_inputs import LayerInputs
 from mukv.model.plan import ResolvedLayer
 from mukv.position import RoPE
 
@@ -141,8 +143,7 @@ class Family:
         given.require("use_bidirectional_attention", False)
         for key in ("quantization_config", "per_layer_config"):
             given.require(key)
-        width = given.whole("hidden_size")
-        attention = self.read_attention(given, width)
+        attention = self.read_attention(given, given.whole("hidden_size"))
         count = given.whole("num_hidden_layers", high=MOST_LAYERS)
         local = self.local(given) if self.local else None
         parts = self.feedforward.read(given, count)
@@ -156,11 +157,23 @@ class Family:
             )
             for window, mixer, part in zip(windows, mixers, parts, strict=True)
         ]
+        return self.decoder(given, attention, parts[-1], layers)
+
+    def decoder(
+        self,
+        given: Given,
+        attention: AnyAttention,
+        mlp: AnyFeedforward,
+        layers: Sequence[Layer],
+        layer_inputs: LayerInputs | None = None,
+    ) -> Decoder:
+        """Return the model with these layers, which have `attention` and `mlp` where they name
+        none."""
         return Decoder(
             vocab_size=given.whole("vocab_size"),
-            d_model=width,
+            d_model=given.whole("hidden_size"),
             attention=attention,
-            mlp=parts[-1],
+            mlp=mlp,
             plan=planned(layers),
             norm=RMSNorm(given.number("rms_norm_eps"), self.norm),
             residual=self.residual,
@@ -168,6 +181,7 @@ class Family:
             readout="tied" if given.flag("tie_word_embeddings") else "linear",
             logit_softcap=self._cap(given, self.logit_softcap),
             context=given.whole("max_position_embeddings"),
+            layer_inputs=layer_inputs,
         )
 
     def read_attention(self, given: Given, width: int) -> Attention:
@@ -317,17 +331,10 @@ class Family:
         place = whole[0].softmax.position
         assert isinstance(place, RoPE)
         config: dict[str, Any] = {
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-            "vocab_size": model.vocab_size,
-            "hidden_size": model.d_model,
-            "num_hidden_layers": len(model.layers),
+            **self.common_keys(model, context),
             "num_attention_heads": attention.heads,
             "num_key_value_heads": attention.kv_heads,
             "head_dim": attention.head_dim,
-            "rms_norm_eps": model.norm.epsilon,
-            "max_position_embeddings": model.context or context,
-            "tie_word_embeddings": model.readout == "tied",
             **self.feedforward.write([layer.mlp for layer in model.layers]),
             **self.windows.write([layer.window for layer in model.layers]),
             **self.mixers.write(states(model)),
@@ -346,6 +353,19 @@ class Family:
             assert isinstance(local, RoPE)
             return config | self.write_ropes(place, local)
         return config | write_rope(place)
+
+    def common_keys(self, model: Decoder, context: int) -> dict[str, Any]:
+        """Return the keys that concern no single layer. context: as in `write`"""
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.d_model,
+            "num_hidden_layers": len(model.layers),
+            "rms_norm_eps": model.norm.epsilon,
+            "max_position_embeddings": model.context or context,
+            "tie_word_embeddings": model.readout == "tied",
+        }
 
 
 def states(model: Decoder) -> list[AnyAttention | None]:

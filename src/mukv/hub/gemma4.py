@@ -30,7 +30,6 @@ from mukv.hub.gemma4_keys import (
     read_sources,
     sources,
 )
-from mukv.hub.layout import planned
 from mukv.hub.llama import BRANCHES, ENDS, LAYER
 from mukv.hub.rotation import GLOBAL, LOCAL, read_proportional_rope, write_proportional_rope
 from mukv.hub.settings import ACTIVATIONS, Given
@@ -114,20 +113,7 @@ class Gemma4(Family):
             )
             for window, source, part in zip(windows, sources, parts, strict=True)
         ]
-        return Decoder(
-            vocab_size=given.whole("vocab_size"),
-            d_model=given.whole("hidden_size"),
-            attention=usual,
-            mlp=parts[0],
-            plan=planned(layers),
-            norm=RMSNorm(given.number("rms_norm_eps"), self.norm),
-            residual=self.residual,
-            embedding_scale=self.embedding_scale,
-            readout="tied" if given.flag("tie_word_embeddings") else "linear",
-            logit_softcap=self._cap(given, self.logit_softcap),
-            context=given.whole("max_position_embeddings"),
-            layer_inputs=self._inputs(given),
-        )
+        return self.decoder(given, usual, parts[0], layers, self._inputs(given))
 
     def _attention(
         self, given: Given, local: bool, kv_heads: int, head_dim: int
@@ -286,16 +272,9 @@ class Gemma4(Family):
 
     def write(self, model: Decoder, context: int) -> dict[str, Any]:
         return {
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-            "vocab_size": model.vocab_size,
+            **self.common_keys(model, context),
             "vocab_size_per_layer_input": model.vocab_size,
-            "hidden_size": model.d_model,
             "hidden_size_per_layer_input": model.layer_inputs.width if model.layer_inputs else 0,
-            "num_hidden_layers": len(model.layers),
-            "rms_norm_eps": model.norm.epsilon,
-            "max_position_embeddings": model.context or context,
-            "tie_word_embeddings": model.readout == "tied",
             "final_logit_softcapping": model.logit_softcap,
             **self._keys_of_layers(model),
         }
