@@ -49,7 +49,7 @@ class Folds(When):
 @dataclass(frozen=True)
 class Hold(When):
     """Choose only while the prompt is prefilled, and keep all entries that are written after it
-    (the protocol of kvpress: Devoto et al. 2025)."""
+    (the protocol of kvpress, Devoto et al. 2025)."""
 
     holds: ClassVar[bool] = True
 
@@ -62,7 +62,7 @@ class Hold(When):
 
 @dataclass(frozen=True)
 class Every(When):
-    """Choose only when a store has `tokens` entries more than its budget (decoding in kvpress:
+    """Choose only when a store has `tokens` entries more than its budget (decoding in kvpress,
     Devoto et al. 2025). A choice at a fold is scored by the queries of the folded tokens.
 
     tokens: number of entries above the budget

@@ -348,7 +348,9 @@ def show(rows: Sequence[dict[str, Any]], out: Path | None, as_json: bool) -> Non
         "cache\nbytes/token": [f"{row['cache_bytes_per_token']:,.0f}" for row in rows],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
-    caption = "shares of correct answers; partial: mean nearness, 1 - edits / length"
+    caption = "fractions of correct answers"
+    if "partial" in columns:
+        caption += "; partial: mean nearness, 1 - edits / length"
     if any(row.get("free_running") is not None for row in rows):
         caption += "; free running: of the answers decoded token by token"
     shown = table(("task",), tuple(columns), caption=caption)

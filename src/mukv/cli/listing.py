@@ -91,11 +91,13 @@ def policies(
     if name is not None:
         _show_part(found[0])
         return
-    shown = table(("policy", "what to", "meaning", "parameters", "source"), ())
+    shown = table(("name", "part", "meaning", "parameters", "source"), ())
     for each in found:
         parameters = (f"{k}={short_yaml(v['default'])}" for k, v in each["parameters"].items())
         words = ", ".join([*(["budget"] if each["budget"] else []), *parameters])
-        shown.add_row(each["name"], each["answers"], each["meaning"], words, each["source"] or "")
+        source = each["source"] or ""
+        meaning = each["meaning"].removesuffix(f" ({source})")  # it has a column of its own
+        shown.add_row(each["name"], each["answers"], meaning, words, source)
     Console().print(shown)
     Console().say(
         "parts are joined by +, at most one for each of keep, spread, when, merge, store and "

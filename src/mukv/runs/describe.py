@@ -120,11 +120,6 @@ def plain(number: Fraction) -> int | float:
     return int(number) if number.denominator == 1 else float(number)
 
 
-def megabytes(size: int) -> str:
-    """Format a number of bytes in MB, such as "12.5 MB", or in kB if it is below 1 MB."""
-    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
-
-
 def shown(number: float) -> str:
     """Format a number with thousands separators; with one decimal if it is not an int."""
     return f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
@@ -180,8 +175,8 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
         )
     )
     held = facts["training_bytes"]
-    parts = ", ".join(f"{megabytes(size)} of {name}" for name, size in held.items() if size)
-    total = (megabytes(sum(held.values())), "bold")
+    parts = ", ".join(f"{gibibytes(size)} of {name}" for name, size in held.items() if size)
+    total = (gibibytes(sum(held.values())), "bold")
     console.print(styled("            ", total, f" besides activations: {parts}"))
     console.print(
         styled(
@@ -213,7 +208,7 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
             str(first["window"] or "all"),
             _reads(group),
             first["core"] or "none",
-            ", ".join(f"{name} {h}x{width}" for name, (h, width) in first["cached"].items()),
+            _cached(first),
             cost,
             f"{fixed:,}" if fixed else "",
         )
@@ -313,6 +308,14 @@ def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
         name = rows[0]["weight"].split(".", 2)[-1] if stages else rows[0]["weight"]
         merged.append((f"{len(rows)} x {name}" if len(rows) > 1 else name, rows[0]))
     return merged
+
+
+def _cached(layer: dict[str, Any]) -> str:
+    """Return the shape, [heads x width], of each tensor that a layer caches of an entry, and the
+    least number of tokens that share an entry, if it is not one."""
+    tensors = ", ".join(f"{name} {h}x{width}" for name, (h, width) in layer["cached"].items())
+    tokens = layer["tokens_per_entry"]
+    return f"{tensors} per {tokens} tokens" if tensors and tokens > 1 else tensors
 
 
 def _reads(layers: list[dict[str, Any]]) -> str:

@@ -44,7 +44,8 @@ def policy_list() -> list[dict[str, Any]]:
     """Return every part that a cache policy can have, as the objects of `mukv policies --json`.
 
     name: name of the part
-    answers: step of the policy that the part implements: keep, refine, spread, when, store, select
+    answers: step of the policy that the part implements: keep, refine, spread, when, merge, store,
+        select
     meaning, source: what the part does, and the paper that describes it
     budget: whether the part has a budget
     parameters: default, type and meaning of each parameter
