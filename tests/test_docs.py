@@ -21,6 +21,7 @@ PAGES = sorted(
     [
         *ROOT.glob("*.md"),
         *(path for folder in ("docs", "reproductions") for path in (ROOT / folder).rglob("*.md")),
+        ROOT / "benchmarks" / "README.md",
     ]
 )
 COMMANDS: Any = typer.main.get_command(app)
