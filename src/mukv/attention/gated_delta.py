@@ -21,8 +21,9 @@ class GatedDelta(DeltaLayer):
 
     key_heads: number of query and key heads, each for heads / key_heads states; None for `heads`
     head_value_dim: width of a value; head_dim if None
-    beta: upper bound of the share of a difference that is written; 2 allows negative eigenvalues
-        of the transition (Grazzi et al. 2024; Olmo Hybrid)
+    beta: upper bound of the update's factor, the share of (value - value that the key reads) that a
+        token writes; 2 allows negative eigenvalues of the transition (Grazzi et al. 2024; Olmo
+        Hybrid)
     """
 
     kind: Literal["gated_delta"] = "gated_delta"

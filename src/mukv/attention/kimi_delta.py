@@ -21,8 +21,8 @@ class KimiDelta(DeltaLayer):
 
     Decays and the output gate are projected through a latent as wide as a head.
 
-    decay_floor: lowest log decay of a token, such as -5, which the decays approach as
-        decay_floor * sigmoid(exp(rate) step); None for -exp(rate) softplus(step), without bound
+    decay_floor: lower bound of the log decay of a token, such as -5: the log decay is decay_floor *
+        sigmoid(exp(rate) step); None for -exp(rate) softplus(step), which has no lower bound
     """
 
     kind: Literal["kimi_delta"] = "kimi_delta"

@@ -35,7 +35,7 @@ INDEX_UNFINISHED, INDEX_FOLLOWING = "index_unfinished", "index_following"
 class CSA(CompressedAttention, IndexedAttention):
     """CSA of DeepSeek V4: a window, and the `top_k` best of overlapping compressed entries.
 
-    every: tokens from one compressed entry to the next, each of which covers twice as many
+    every: distance of neighbouring compressed entries in tokens; each covers twice as many
     indexer: what chooses the compressed entries that a query reads
     """
 

@@ -34,8 +34,8 @@ class Compactor(Sinking):
     recent: number of newest tokens that are always kept
     block: tokens per block
     sketch: width of the random projection of keys
-    seed: of the random projection
-    blend: weight of the leverage; the fraction of entries that is dropped if null
+    seed: seed of the random projection
+    blend: weight of the leverage; None for the fraction of entries that is dropped
     """
 
     sinks: int = 8

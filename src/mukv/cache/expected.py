@@ -23,17 +23,19 @@ from mukv.core.typing import Array, Float
 
 @dataclass(frozen=True)
 class Expected(Sinking):
-    """Score of key j: softmax over j of m'.k / sqrt(d) + k C' k / (2 d), plus epsilon, times
-    |v_j| (Devoto et al. 2025).
+    """Score: expected attention weight under future queries, modelled as Gaussian, times the norm
+    of the value (Devoto et al. 2025).
 
-    m' and C' are mean and covariance of rotated future queries; the softmax is averaged over the
-    heads of a group. kvpress' leaderboard runs `expected(epsilon=0.01)+adaptive`.
+    The score of entry j is (softmax over j of m'.k_j / sqrt(d) + k_j C' k_j / (2 d), plus epsilon)
+    |v_j|, where m' and C' are mean and covariance of rotated future queries and d is the width of
+    a key; the softmax is averaged over the heads of a group. kvpress' leaderboard runs
+    `expected(epsilon=0.01,recent=0)+adaptive`.
 
     future: number of next positions over which rotations are averaged
     sinks: number of first tokens, which are always kept; their queries do not count
     epsilon: number added to the mean softmax
-    covariance: whether the term with C' is included
-    vnorm: whether scores are multiplied by |v_j|
+    covariance: whether the term with the covariance C' is included
+    vnorm: whether scores are multiplied by the norm of the value, |v_j|
     """
 
     future: int = 512

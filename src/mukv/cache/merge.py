@@ -44,7 +44,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Drop(Merge):
-    """Lose what is not kept."""
+    """Delete the entries that are not kept."""
 
     changes: ClassVar[bool] = False
 

@@ -1,7 +1,8 @@
 """Cache policies: which entries are kept, how they are stored, which of them a query reads.
 
-These are three independent parts; by default all entries are kept, stored exactly and read. The
-name of a policy joins its parts by "+", each with its parameters and its budget:
+These are three independent fields; by default all entries are kept, stored exactly and read. The
+choice of what is kept has further parts: `refine`, `spread`, `when` and `merge`. The name of a
+policy joins its parts by "+", each with its parameters and its budget:
 `snapkv(window=64):0.25+int8+topk`. A budget that is given separately applies to every part without
 a budget of its own. Layers with a window are not affected.
 """

@@ -25,9 +25,9 @@ class Rotated(Store):
     The channels of a token are quantised between their minimum and maximum. A token is thus
     encoded by itself, so that a fold that drops other entries does not change it.
 
-    bits: per number
+    bits: number of bits per number, 4 or 3
     group: channels of a token that share a minimum and a step; at most all
-    seed: of the signs
+    seed: seed of the random signs, or of the random matrix
     """
 
     bits: Literal[4, 3] = 4

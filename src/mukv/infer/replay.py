@@ -45,7 +45,8 @@ LAST = 8
 
 
 def asking(policy: Policy, encode: Callable[[str], np.ndarray]) -> Policy:
-    """Return the policy with the instructions that it needs, as token ids. encode: of a text."""
+    """Return the policy with the instructions that it needs, as token ids. encode: function from
+    a text to token ids."""
     if not isinstance(policy.keep, KVzip):
         return policy
     asks = tuple(tuple(encode(text).tolist()) for text in ASKS)
