@@ -72,7 +72,7 @@ def said() -> list[str]:
         f"{reuse_low:+.0f} to {reuse_high:+.0f} %",
         f"at the better of two rates CoPE is wrong in {percent(counting[0.003][0])} at four times the length, RoPE in "
         f"{percent(counting[0.003][1])}; at the other rate in {percent(counting[0.001][0])} and {percent(counting[0.001][1])}",
-        f"drift {mup['drift']:+.2f} and {full['drift']:+.2f} octaves per octave to 512, one rate "
+        f"drift {mup['drift']:+.2f} and {full['drift']:+.2f} octaves per octave to 512, with one rate for all "
         f"{transfer['one rate for all']['drift']:+.2f} to 256; muP's loss falls behind, by {behind:.3f} nats at 512",
         f"{min(ahead):.2f} to {max(ahead):.2f} nats ahead of tuned cosine, but with exponent 0; -0.51 loses "
         f"{published[0]:.2f} to {published[1]:.2f} nats",

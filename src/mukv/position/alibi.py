@@ -28,7 +28,7 @@ def slopes(heads: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ALiBi(Position):
-    """Linear bias of the logits with a fixed slope per head; no trained weights."""
+    """Lower logits linearly with distance, with a fixed slope per head and no trained weights."""
 
     kind: Literal["alibi"] = "alibi"
 

@@ -22,7 +22,7 @@ from mukv.position.base import Logits, Pairs, Position
 
 @dataclass(frozen=True)
 class CoPE(Position):
-    """Contextual position encoding.
+    """Contextual position encoding: positions count gated tokens.
 
     positions: rows of the table; larger counts are clipped
     scaled: true scales the table's products as the logits are scaled (the authors' code); false

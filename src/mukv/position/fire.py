@@ -26,7 +26,7 @@ CURVE = 0.1
 
 @dataclass(frozen=True)
 class FIRE(Position):
-    """Trained function of the normalised distance.
+    """Add to the logits a trained function (an MLP) of the normalised distance.
 
     hidden: hidden width of the MLP
     threshold: initial value of the trained threshold (tokens): query positions below it are

@@ -20,7 +20,8 @@ SMALLEST = 0.01
 
 @dataclass(frozen=True)
 class KERPLE(Position):
-    """Logarithmic bias with two trained scalars per head: `strength` (p) and `rate` (a)."""
+    """Lower logits with the logarithm of distance, by two trained numbers per head: `strength` (p)
+    and `rate` (a)."""
 
     kind: Literal["kerple"] = "kerple"
 

@@ -36,7 +36,7 @@ class EvictionGates(Adapting):
     Training minimises KL(model without gates || model with gates), or with `train.teacher` the
     objective of distillation, plus max(0, target - fraction of evicted entries) per row. In the
     forward pass entries fade by log sigmoid(-l) for queries beyond the window, where l = (logit +
-    Gumbel noise - Gumbel noise) / temperature. Validation evicts without noise.
+    difference of two Gumbel noises) / temperature. Validation evicts without noise.
 
     ratio: compression ratio r at the end of the ramp; the target is 1 - 1 / r
     ramp: number of updates over which the ratio rises linearly from 1; None for all
