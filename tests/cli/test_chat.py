@@ -165,7 +165,7 @@ def test_a_policy_compresses_the_cache(typed):
 @pytest.mark.parametrize(
     ("change", "args", "words"),
     [
-        (None, (), ["--chat", "chat template"]),
+        (None, (), ["MODEL", "chat template"]),
         ("{{ 1 / 0 }}", (), ["chat_template.jinja", "ZeroDivision"]),
         (NO_SYSTEM + TEMPLATE, ("--system", "x"), ["chat_template.jinja", "no system"]),
         (TEMPLATE, ("--policy", "knorm:0.001"), ["budget", "at least"]),

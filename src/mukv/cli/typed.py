@@ -31,7 +31,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
         "text": "--prompt or --prompt-file",
         "policy": "--cache",
     },
-    "chat": {"conversation": "conversation", "messages": "message"},
+    "chat": {"--chat": "MODEL", "conversation": "conversation", "messages": "message"},
     "compress": {"text": "--text or --tokens", "tokens": "--text or --tokens"},
     "analyze": {"tokens": "--text or --tokens", "text": "--text or --tokens"},
     "data": {"package": "SOURCE", "hf": "SOURCE", "vocab_size": "--tokenizer"},

@@ -175,7 +175,7 @@ def show(facts: Mapping[str, Any], run: Run, console: Console) -> None:
         )
     )
     held = facts["training_bytes"]
-    parts = ", ".join(f"{gibibytes(size)} of {name}" for name, size in held.items() if size)
+    parts = ", ".join(_sizes(held))
     total = (gibibytes(sum(held.values())), "bold")
     console.print(styled("            ", total, f" besides activations: {parts}"))
     console.print(
@@ -239,8 +239,7 @@ def show_step(facts: Mapping[str, Any], console: Console) -> None:
             "of one device",
         )
     )
-    parts = [f"{gibibytes(n)} of {name}" for name, n in held.items() if n and name != "total"]
-    room = f" of {gibibytes(facts['memory'])}: {', '.join(parts)}"
+    room = f" of {gibibytes(facts['memory'])}: {', '.join(_sizes(held))}"
     console.print(styled("memory      ", (gibibytes(held["total"]), "bold"), room))
     console.print(f"cache       {gibibytes(facts['cache_bytes_per_device'])} in decoding")
     policies = table(("train.compute.rematerialise",), ("activations", "total", "fits"))
@@ -308,6 +307,13 @@ def _merged(weights: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
         name = rows[0]["weight"].split(".", 2)[-1] if stages else rows[0]["weight"]
         merged.append((f"{len(rows)} x {name}" if len(rows) > 1 else name, rows[0]))
     return merged
+
+
+def _sizes(held: Mapping[str, int]) -> list[str]:
+    """Format the bytes of each part of memory but the total, such as "3.3 MiB of weights"."""
+    words = {"frozen": "frozen weights", "working": "temporary arrays"}
+    sizes = {words.get(name, name): size for name, size in held.items() if name != "total"}
+    return [f"{gibibytes(size)} of {name}" for name, size in sizes.items() if size]
 
 
 def _cached(layer: dict[str, Any]) -> str:
