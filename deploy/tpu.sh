@@ -1,7 +1,7 @@
 #!/bin/bash
 # Train on a TPU VM, and go on after preemption until the run is finished.
 #
-#   deploy/tpu.sh NAME ZONE TYPE small mesh.data=8 --out gs://BUCKET/runs/NAME
+#   deploy/tpu.sh NAME ZONE TYPE small mesh.data=4 --out gs://BUCKET/runs/NAME
 #
 # Runs on any machine with gcloud. NAME, ZONE and TYPE are those of the TPU VM, a single host such
 # as v5p-8; it is made as a spot VM if it is missing, and made again after each preemption. The other
