@@ -156,6 +156,7 @@ def docs(
         return
     if key is None:
         _show_keys(keys)
+        Console().say("mukv docs KEY shows the keys in one of them, such as train.schedule", "dim")
         return
     for each in keys:
         _show_key(each)
@@ -201,7 +202,10 @@ def _facts(keys: list[Key], inside: list[Any], top: bool) -> dict[str, Any]:
 def _show_key(key: Key) -> None:
     of = f" (of kind {', '.join(key.kinds)})" if key.kinds else ""
     Console().print(styled((key.path, "bold"), of))
-    Console().print(f"  meaning: {key.meaning}")
+    meaning, (parent, _, name) = key.meaning, key.path.rpartition(".")
+    if not meaning and name == "kind":
+        meaning = f"name of this kind; `mukv docs {parent}` shows the keys of each kind"
+    Console().print(f"  meaning: {meaning}")
     Console().print(f"  type:    {key.type}")
     Console().print(f"  default: {key.default_text}")
     if key.allowed:
