@@ -378,7 +378,7 @@ def test_validation_evicts_without_noise():
         ("tiny", ["model.attention.eviction.window=256"], "less than the 128 tokens of a row"),
         ("tiny-mla", [], "layer 0 (latent) has none; grouped attention has them"),
         ("tiny-gdn", [], "without a window"),
-        ("tiny-concept", [], "only decoders"),
+        ("tiny-concept", [], "decoder, for train.adapter"),
         ("tiny", ["model.attention.eviction.window=0"], "model.attention.eviction.window"),
         ("tiny", ["train.adapter.ratio=1"], "greater than 1: all entries"),
         ("tiny", ["train.adapter.temperature=0"], "train.adapter.temperature"),
