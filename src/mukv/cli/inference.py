@@ -227,7 +227,8 @@ def describe(
     """Show parameters, FLOPs, cache bytes and shardings of a configuration; allocates no weights.
 
     With --device, also the memory, FLOPs, collectives and largest MFU of a training step on a mesh
-    of such devices, what does not fit, and the nearest mesh on which it does.
+    of such devices, what does not fit, and the nearest mesh on which it does; with train.stages,
+    of a step of the last stage.
 
     Example: `mukv describe llama-3.1-70b mesh.data=64 mesh.tensor=8 --device h100 --length 8192`
     """

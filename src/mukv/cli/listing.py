@@ -56,9 +56,9 @@ def presets(
     Example: `mukv presets`
     """
     launch.prepare()
-    from mukv.runs.listing import named, preset_list
+    from mukv.runs.listing import by_name, preset_list
 
-    found = named(name, preset_list())
+    found = by_name(name, preset_list())
     if as_json:
         output.print_json({"presets": found})
         return
@@ -81,10 +81,10 @@ def policies(
     Example: `mukv policies`
     """
     launch.prepare()
-    from mukv.runs.listing import named, policy_list
+    from mukv.runs.listing import by_name, policy_list
     from mukv.schema.reference import short_yaml
 
-    found = named(name, policy_list())
+    found = by_name(name, policy_list())
     if as_json:
         output.print_json({"policies": found})
         return
@@ -169,15 +169,15 @@ def docs(
 def _found(root: type, key: str) -> list[Key]:
     """Return the fields at a dotted path. The error for the name of a preset or of a part of a
     cache policy names the command that describes it."""
+    from mukv.cache.tables import NAMES
     from mukv.runs.config import presets
-    from mukv.runs.listing import policy_list
     from mukv.schema.reference import find
 
     try:
         return find(root, key)
     except BadInput as error:
         commands = {name: f"mukv describe {name}" for name in presets()}
-        commands |= {part["name"]: f"mukv policies {part['name']}" for part in policy_list()}
+        commands |= {name: f"mukv policies {name}" for name in NAMES}
         if key not in commands:
             raise
         raise BadInput(error.where, key, f"a configuration key; see `{commands[key]}`") from None

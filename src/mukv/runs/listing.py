@@ -31,7 +31,7 @@ def preset_list() -> list[dict[str, Any]]:
     return found
 
 
-def named(name: str | None, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def by_name(name: str | None, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the object with this name, as a list; all if `name` is None. Raises BadInput if there
     is none."""
     found = [each for each in listed if name in (None, each["name"])]
