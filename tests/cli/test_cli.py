@@ -72,7 +72,9 @@ def test_data(facts, mukv, tmp_path):
     assert made["vocab_size"] == 257
     assert Path(made["path"]) == tmp_path / "t"
     again = mukv("data", tmp_path / "a.txt", "--out", tmp_path / "t")
-    assert f"fingerprint: {made['fingerprint']}" in again.stdout
+    printed = again.stdout.splitlines()
+    assert printed[:2] == [f"tokens       {made['tokens']:,}", f"documents    {made['documents']}"]
+    assert printed[-2:] == [f"fingerprint  {made['fingerprint']}", f"token file: {tmp_path / 't'}"]
 
 
 @pytest.mark.product
@@ -84,9 +86,9 @@ def test_eval_of_text_is_eval_of_its_ids(facts, mukv, trained, tmp_path):
     assert of_text.keys() == EVALUATED
     assert of_text == facts("eval", trained, "--tokens", tmp_path / "a.npy")
     assert of_text["tokens"] == len(text.encode())
-    assert f"loss: {of_text['loss']}" in mukv(
-        "eval", trained, "--text", tmp_path / "a.txt"
-    ).stdout.replace("\n", " ")
+    shown = mukv("eval", trained, "--text", tmp_path / "a.txt").stdout.splitlines()
+    assert shown[1] == f"loss           {of_text['loss']:.4f} nats per token"
+    assert shown[-1] == f"bits per byte  {of_text['bits_per_byte']:.4f}"
     short = facts("eval", trained, "--text", tmp_path / "a.txt", "--length", 5)
     assert short["tokens"] == of_text["tokens"]
     assert short["loss"] != of_text["loss"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,12 @@ def latent(mukv, trained, tmp_path) -> Path:
     done = mukv("convert", trained, "--to", "mla:16", "--out", out)
     assert done.returncode == 0, done.stderr
     assert f"mukv train {out} data.path=TEXT --out NEW" in done.stderr
+    *words, where = done.stdout.splitlines()
+    assert [line.split()[0] for line in words] == ["conversion", "parameters", "cache"]
+    assert re.search(
+        r"^cache +256(\.0)? bytes per token and 0 bytes besides, before 256", words[-1]
+    )
+    assert where == f"run: {out}"
     return out
 
 

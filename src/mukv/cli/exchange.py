@@ -39,7 +39,14 @@ def import_(
     from mukv.runs.exchange import import_model
 
     hold_run(context, out)
-    output.print_facts(import_model(source, out, allow_nonfinite), as_json)
+    facts = import_model(source, out, allow_nonfinite)
+    words = facts["tokenizer"]
+    lines = {
+        "architecture": facts["architecture"],
+        "parameters": f"{facts['parameters']:,}, {facts['bytes']:,} bytes",
+        "tokenizer": "none" if words is None else f"{words:,} tokens",
+    }
+    output.print_summary(facts, lines, f"run: {out}", as_json)
 
 
 @app.command()
@@ -67,7 +74,12 @@ def export(
     hold_run(context, out)
     model = loaded.load(run, allow_nonfinite=allow_nonfinite)
     facts = export_model(model, Path(run), out, dtype)
-    output.print_facts(facts, as_json)
+    lines = {
+        "architecture": facts["architecture"],
+        "parameters": f"{facts['parameters']:,}, {facts['dtype']}",
+        "files": f"{facts['files']:,} of weights",
+    }
+    output.print_summary(facts, lines, f"folder: {out}", as_json)
 
 
 @app.command()
@@ -103,9 +115,18 @@ def convert(
     """
     launch.prepare()
     from mukv.runs.convert import convert_model
+    from mukv.runs.describe import shown as number
 
     hold_run(context, out)
     facts = convert_model(model, to, out, text or (), calibration_tokens)
-    output.print_facts(facts, as_json)
+    read = facts["calibration_tokens"]
+    entry, before = (number(facts[f"cache_bytes_per_token{when}"]) for when in ("", "_before"))
+    lines = {
+        "conversion": f"{to}, fitted to {read:,} tokens" if read else to,
+        "parameters": f"{facts['parameters']:,}, before {facts['parameters_before']:,}",
+        "cache": f"{entry} bytes per token and {facts['cache_bytes_constant']:,} bytes besides, "
+        f"before {before} and {facts['cache_bytes_constant_before']:,}",
+    }
+    output.print_summary(facts, lines, f"run: {out}", as_json)
     if not as_json:
         output.warn(f"to train it again: mukv train {out} data.path=TEXT --out NEW")

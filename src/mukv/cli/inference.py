@@ -72,7 +72,16 @@ def evaluate(
     }
     if weights is not None:
         facts["weights_bytes"] = speaker.weights_bytes
-    output.print_facts(facts, as_json)
+    lines = {
+        "tokens": f"{found.tokens:,}",
+        "loss": f"{found.loss:.4f} nats per token",
+        "perplexity": f"{found.perplexity:,.4f}",
+    }
+    if found.bits_per_byte is not None:
+        lines["bits per byte"] = f"{found.bits_per_byte:.4f}"
+    if weights is not None:
+        lines["weights"] = f"{speaker.weights_bytes:,} bytes"
+    output.print_summary(facts, lines, None, as_json)
 
 
 @app.command()

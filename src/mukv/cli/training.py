@@ -182,7 +182,14 @@ def data(
     skipped = sum(map(binary_files, sources))
     if skipped:
         output.warn(f"left out {skipped:,} binary files (a zero byte in their first 8 KiB)")
-    output.print_facts(facts, as_json)
+    lines = {
+        "tokens": f"{facts['tokens']:,}",
+        "documents": f"{facts['documents']:,}",
+        "text": f"{tokens.bytes:,} bytes, read at {facts['megabytes_per_second']:,.1f} MB/s",
+        "vocabulary": f"{tokens.vocab_size:,} tokens",
+        "fingerprint": tokens.fingerprint,
+    }
+    output.print_summary(facts, lines, f"token file: {tokens.path}", as_json)
 
 
 @app.command()

@@ -35,10 +35,20 @@ def print_json(facts: Any) -> None:
     sys.stdout.flush()
 
 
-def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
-    """Print named values, one per line or as one JSON object."""
+def print_summary(
+    facts: Mapping[str, Any], lines: Mapping[str, str], where: str | None, as_json: bool
+) -> None:
+    """Print what a command found or made, as one JSON object or in words.
+
+    facts: the fields of the object
+    lines: what is printed in words: a name and a text for each line
+    where: last line, which says where the result was written, such as "run: runs/NAME"
+    """
     if as_json:
         print_json(facts)
         return
-    for name, value in facts.items():
-        Console().say(f"{name}: {value}")
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        Console().say(f"{name:{width}}  {text}")
+    if where is not None:
+        Console().say(where)
