@@ -17,7 +17,7 @@ from mukv.attention import Attention, Latent
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.hub.base import Rule, TensorRows, blocks
-from mukv.hub.family import MOST_HEADS, Family
+from mukv.hub.family import MOST_HEADS, Family, differences
 from mukv.hub.feedforward import WRITTEN, FeedforwardKeys, alike, chosen, require
 from mukv.hub.llama import ENDS, LAYER
 from mukv.hub.qwen import EXPERTS
@@ -307,7 +307,7 @@ class LatentFamily(Family):
                 write_scaling(place.scaling)
         except BadInput as error:
             yield error
-        wanted: dict[str, tuple[Any, Any]] = {
+        wanted: dict[str, tuple[Any, ...]] = {
             "plan: reads": (any(layer.reads is not None for layer in model.layers), False),
             "plan: attention": ({layer.attention for layer in model.layers}, {first}),
             "attention.position.p": (place.p, 1),
@@ -327,9 +327,7 @@ class LatentFamily(Family):
             "embedding_scale": (model.embedding_scale, None),
             "logit_softcap": (model.logit_softcap, None),
         }
-        for where, (given, allowed) in wanted.items():
-            if given != allowed:
-                yield BadInput(where, given, str(allowed))
+        yield from differences(wanted)
 
     def write(self, model: Decoder, context: int) -> dict[str, Any]:
         attention = model.layers[0].attention

@@ -15,6 +15,7 @@ from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.hub.base import Rule
 from mukv.hub.feedforward import FeedforwardKeys
+from mukv.hub.layer_keys import MixerKeys, WindowKeys, states
 from mukv.hub.layout import planned
 from mukv.hub.rotation import PARTIAL, read_rope, write_rope, write_scaling
 from mukv.hub.settings import Given
@@ -25,47 +26,11 @@ from mukv.model.layer_inputs import LayerInputs
 from mukv.model.plan import ResolvedLayer
 from mukv.position import RoPE
 
-LayerWindows = Sequence[int | None]
 QKV = ("query", "key", "value")
 MOST_HEADS, MOST_LAYERS = 1 << 16, 1 << 10
 """Upper bounds that no real model reaches. Larger numbers are mistakes, which would take long to be
 refused later.
 """
-
-
-@dataclass(frozen=True)
-class WindowKeys:
-    """Keys of a config.json for the windows of layers. In this base class no layer has a window."""
-
-    def read(self, given: Given, layers: int) -> LayerWindows:
-        """Return each layer's window in tokens; None for a layer without one."""
-        given.require("use_sliding_window", False)
-        return [None] * layers
-
-    def write(self, windows: LayerWindows) -> dict[str, Any]:
-        """Return the keys that express these windows. Raises BadInput for windows that the family
-        can't express.
-        """
-        if any(windows):
-            raise BadInput("plan: window", sorted({w for w in windows if w}), "null in all layers")
-        return {}
-
-
-@dataclass(frozen=True)
-class MixerKeys:
-    """Keys of layers without softmax attention. In this base class there are none."""
-
-    def read(self, given: Given, layers: int) -> Sequence[AnyAttention | None]:
-        """Return the mixer of each layer; None for a layer with attention."""
-        return [None] * layers
-
-    def write(self, mixers: Sequence[AnyAttention | None]) -> dict[str, Any]:
-        """Return the keys that express these mixers. Raises BadInput for mixers that the family
-        can't express.
-        """
-        for mixer in filter(None, mixers):
-            raise BadInput("plan: attention", mixer.kind, "grouped")
-        return {}
 
 
 @dataclass(frozen=True)
@@ -268,27 +233,27 @@ class Family:
         norm = RMSNorm(model.norm.epsilon, self.norm)
         some = ((), (*QKV, "output")) if self.biases is None else (self.biases,)
         pairings = {str(getattr(layer.softmax.position, "pairing", None)) for layer in layers}
-        wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
-            "plan: reads": (any(layer.reads is not None for layer in layers), (False,)),
+        wanted: dict[str, tuple[Any, ...]] = {
+            "plan: reads": (any(layer.reads is not None for layer in layers), False),
             "plan: attention": (
                 {replace(layer.attention, position=first.position) for layer in layers},
-                ({first},),
+                {first},
             ),
-            "plan: position": (self._positions(layers), (True,)),
-            "norm.centred": (model.norm.centred, (False,)),
-            "positions": (model.positions, (None,)),
-            "layer_inputs": (model.layer_inputs, (None,)),
-            "residual.layer_scale": (model.residual.layer_scale, (False,)),
-            "attention.norm_values": (first.norm_values, (False,)),
-            "norm.stored": (model.norm.stored, (self.norm,)),
-            "residual.kind": (model.residual.kind, (self.residual.kind,)),
-            "embedding_scale": (model.embedding_scale, (self.embedding_scale,)),
-            "attention.norm": (first.norm, (norm if self.query_norm else None,)),
-            "attention.norm_over": (first.norm_over, (self.query_norm or "head",)),
-            "attention.sinks": (first.sinks, (self.sinks,)),
-            "attention.gate": (first.gate, (self.gate,)),
-            "attention.eviction": (first.eviction, (None,)),
-            "attention.biases": (set(first.biases), tuple(map(set, some))),
+            "plan: position": (self._positions(layers), True),
+            "norm.centred": (model.norm.centred, False),
+            "positions": (model.positions, None),
+            "layer_inputs": (model.layer_inputs, None),
+            "residual.layer_scale": (model.residual.layer_scale, False),
+            "attention.norm_values": (first.norm_values, False),
+            "norm.stored": (model.norm.stored, self.norm),
+            "residual.kind": (model.residual.kind, self.residual.kind),
+            "embedding_scale": (model.embedding_scale, self.embedding_scale),
+            "attention.norm": (first.norm, norm if self.query_norm else None),
+            "attention.norm_over": (first.norm_over, self.query_norm or "head"),
+            "attention.sinks": (first.sinks, self.sinks),
+            "attention.gate": (first.gate, self.gate),
+            "attention.eviction": (first.eviction, None),
+            "attention.biases": (set(first.biases), *map(set, some)),
         }
         if len(pairings) > 1:
             yield BadInput("plan: position.pairing", sorted(pairings), "one in all layers")
@@ -300,10 +265,8 @@ class Family:
             (self.logit_softcap, ("logit_softcap", model.logit_softcap)),
         ):
             if key is None:
-                wanted[cap[0]] = (cap[1], (None,))
-        for where, (given, allowed) in wanted.items():
-            if given not in allowed:
-                yield BadInput(where, given, " or ".join(map(str, allowed)))
+                wanted[cap[0]] = (cap[1], None)
+        yield from differences(wanted)
         try:
             self.windows.write([layer.window for layer in model.layers])
         except BadInput as error:
@@ -368,12 +331,6 @@ class Family:
         }
 
 
-def states(model: Decoder) -> list[AnyAttention | None]:
-    """Return the mixer of each layer without softmax attention; None for the others."""
-    mixers = (layer.attention for layer in model.layers)
-    return [None if isinstance(mixer, Attention) else mixer for mixer in mixers]
-
-
 def whole_scalar(scale: float | None) -> int | None:
     """Return the integer n with scale = 1 / sqrt(n), the only form of a scale in a config.json;
     None if there is none.
@@ -382,3 +339,13 @@ def whole_scalar(scale: float | None) -> int | None:
         return None
     scalar = scale**-2
     return round(scalar) if abs(round(scalar) - scalar) < 1e-9 * scalar else None
+
+
+def differences(wanted: Mapping[str, tuple[Any, ...]]) -> Iterator[BadInput]:
+    """Yield an error for each property whose value is none of those that a family can express.
+
+    wanted: by the property's name, its value, followed by those that are allowed
+    """
+    for where, (given, *allowed) in wanted.items():
+        if given not in allowed:
+            yield BadInput(where, given, " or ".join(map(str, allowed)))

@@ -12,8 +12,9 @@ from typing import Any
 
 from mukv.core.errors import BadInput
 from mukv.hub.base import Rule
-from mukv.hub.family import Family, LayerWindows, WindowKeys
+from mukv.hub.family import Family
 from mukv.hub.feedforward import FeedforwardKeys
+from mukv.hub.layer_keys import LayerWindows, WindowKeys
 from mukv.hub.llama import BRANCHES, ENDS, LAYER
 from mukv.hub.rotation import GLOBAL, LOCAL, read_global_rope, read_local_rope, write_ropes
 from mukv.hub.settings import Given

@@ -17,7 +17,7 @@ from mukv.attention import AnyAttention, Attention, Grouped, SharedKV
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.hub.base import Rule
-from mukv.hub.family import MOST_HEADS, MOST_LAYERS, QKV, Family
+from mukv.hub.family import MOST_HEADS, MOST_LAYERS, QKV, Family, differences
 from mukv.hub.gemma import DEFAULTS
 from mukv.hub.gemma4_keys import (
     EQUAL,
@@ -174,7 +174,7 @@ class Gemma4(Family):
                 yield BadInput("attention.kind", getattr(mixer, "kind", "?"), allowed)
                 return
         norm = RMSNorm(model.norm.epsilon)
-        wanted: dict[str, tuple[Any, Any]] = {
+        wanted: dict[str, tuple[Any, ...]] = {
             "norm": (model.norm, norm),
             "residual": (model.residual, self.residual),
             "positions": (model.positions, None),
@@ -183,9 +183,7 @@ class Gemma4(Family):
         if model.layer_inputs is not None:
             scale = model.layer_inputs.embedding_scale
             wanted["layer_inputs.embedding_scale"] = (scale, "root_width")
-        for where, (given, allowed) in wanted.items():
-            if given != allowed:
-                yield BadInput(where, given, str(allowed))
+        yield from differences(wanted)
         for attention in dict.fromkeys(layer.softmax for layer in model.layers):
             yield from self._misfits_of(attention, norm)
         try:
@@ -197,21 +195,19 @@ class Gemma4(Family):
         """Yield an error for each property of an attention that this family can't express."""
         assert isinstance(attention, Grouped | SharedKV)
         place = attention.position
-        wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
-            "attention.norm": (attention.norm, (norm,)),
-            "attention.softcap": (attention.softcap, (None,)),
-            "attention.sinks": (attention.sinks, (None,)),
-            "attention.gate": (attention.gate, (None,)),
+        wanted: dict[str, tuple[Any, ...]] = {
+            "attention.norm": (attention.norm, norm),
+            "attention.softcap": (attention.softcap, None),
+            "attention.sinks": (attention.sinks, None),
+            "attention.gate": (attention.gate, None),
         }
         if isinstance(attention, Grouped):
             biases = tuple(sorted(attention.biases))
-            wanted["attention.norm_over"] = (attention.norm_over, ("head",))
-            wanted["attention.norm_values"] = (attention.norm_values, (True,))
-            wanted["attention.eviction"] = (attention.eviction, (None,))
-            wanted["attention.biases"] = (biases, ((), tuple(sorted((*QKV, "output")))))
-        for where, (given, allowed) in wanted.items():
-            if given not in allowed:
-                yield BadInput(where, given, " or ".join(map(str, allowed)))
+            wanted["attention.norm_over"] = (attention.norm_over, "head")
+            wanted["attention.norm_values"] = (attention.norm_values, True)
+            wanted["attention.eviction"] = (attention.eviction, None)
+            wanted["attention.biases"] = (biases, (), tuple(sorted((*QKV, "output"))))
+        yield from differences(wanted)
         if not isinstance(place, RoPE):
             yield BadInput("attention.position.kind", place.kind, "rope")
             return

@@ -8,9 +8,10 @@ from typing import Any
 
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
-from mukv.hub.family import MOST_HEADS, LayerWindows
+from mukv.hub.family import MOST_HEADS
 from mukv.hub.feedforward import WRITTEN, FeedforwardKeys, require
 from mukv.hub.gemma import EveryNthGlobal
+from mukv.hub.layer_keys import LayerWindows
 from mukv.hub.rotation import GLOBAL, LOCAL, THETA
 from mukv.hub.settings import ACTIVATIONS, Given, same_number
 from mukv.model import Decoder

@@ -13,7 +13,7 @@ from mukv.attention import Grouped
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.hub.base import Rule
-from mukv.hub.family import MOST_HEADS, MOST_LAYERS, QKV, Family
+from mukv.hub.family import MOST_HEADS, MOST_LAYERS, QKV, Family, differences
 from mukv.hub.settings import ACTIVATIONS, Given
 from mukv.model import Decoder, Stage
 from mukv.model.block import PreNorm, Ungated
@@ -126,7 +126,7 @@ class LearnedPositions(Family):
             scale=first.scale,
             biases=first.biases,
         )
-        wanted: dict[str, tuple[Any, Any]] = {
+        wanted: dict[str, tuple[Any, ...]] = {
             "positions": (model.positions, "learned"),
             "norm.centred": (model.norm.centred, True),
             "norm.stored": (model.norm.stored, "gain"),
@@ -143,9 +143,7 @@ class LearnedPositions(Family):
             "plan: window": ({layer.window for layer in model.layers}, {None}),
             "plan: reads": ({layer.reads for layer in model.layers}, {None}),
         }
-        for where, (given, allowed) in wanted.items():
-            if given != allowed:
-                yield BadInput(where, given, str(allowed))
+        yield from differences(wanted)
 
     def write(self, model: Decoder, context: int) -> dict[str, Any]:
         attention, mlp = model.layers[0].attention, model.layers[0].mlp

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mukv.core.errors import BadInput
-from mukv.hub.family import Family, LayerWindows, WindowKeys
+from mukv.hub.family import Family
+from mukv.hub.layer_keys import LayerWindows, WindowKeys
 from mukv.hub.llama import DEFAULTS, RULES
 from mukv.hub.rotation import GLOBAL, LOCAL
 from mukv.hub.settings import Given

@@ -11,9 +11,10 @@ from typing import Any
 
 from mukv.core.errors import BadInput
 from mukv.hub.base import Rule
-from mukv.hub.family import QKV, Family, LayerWindows
+from mukv.hub.family import QKV, Family
 from mukv.hub.feedforward import SparseExperts
 from mukv.hub.gemma import ByType
+from mukv.hub.layer_keys import LayerWindows
 from mukv.hub.llama import DEFAULTS, ENDS, LAYER, NORMS, PROJECTIONS, RULES
 from mukv.hub.rotation import LOCAL
 from mukv.hub.settings import Given

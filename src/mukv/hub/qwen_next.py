@@ -16,8 +16,9 @@ from mukv.attention import AnyAttention, GatedDelta
 from mukv.core.errors import BadInput
 from mukv.core.norm import RMSNorm
 from mukv.hub.base import Rule, TensorRows, blocks
-from mukv.hub.family import MOST_HEADS, Family, MixerKeys
+from mukv.hub.family import MOST_HEADS, Family
 from mukv.hub.feedforward import SparseExperts
+from mukv.hub.layer_keys import MixerKeys
 from mukv.hub.llama import DEFAULTS, ENDS, LAYER
 from mukv.hub.qwen import EXPERTS
 from mukv.hub.rotation import GLOBAL, read_partial_rope, write_partial_rope
