@@ -14,7 +14,8 @@ import pytest
 
 import mukv as package
 from mukv.compress.measure import measured
-from mukv.data.tokenizer import ByteTokenizer
+from mukv.core.errors import BadInput
+from mukv.data.tokenizer import ByteTokenizer, JsonTokenizer
 
 pytestmark = pytest.mark.xdist_group("trained")
 COMMANDS = ("demo", "data", "train", "eval", "generate", "chat", "compress", "describe")
@@ -107,6 +108,23 @@ def test_generate(facts, trained):
     assert generate(facts, trained, "--token-ids", ids) == made["token_ids"]
     loaded = package.load(trained)
     assert loaded.generate(PROMPT, 6).token_ids == made["token_ids"]
+
+
+def test_an_empty_prompt_begins_a_text(facts, mukv, trained, tmp_path, monkeypatch):
+    (tmp_path / "empty.txt").touch()
+    given = {"--prompt": "", "--prompt-file": tmp_path / "empty.txt"}
+    begun = generate(facts, trained, "--token-ids", "256")
+    assert package.load(trained).generate("", 6).token_ids == begun
+    assert [generate(facts, trained, *each) for each in given.items()] == [begun, begun]
+    noted = mukv("generate", trained, "--prompt-file", tmp_path / "empty.txt").stderr
+    assert "empty.txt: it is empty, so that a new text is begun" in noted
+    monkeypatch.setattr(JsonTokenizer, "start", ())
+    for option, value in given.items():
+        done = mukv("generate", trained, option, value)
+        assert done.returncode == 2
+        assert f"error: {option}: got '{value}'; a text that is not empty" in done.stderr
+    with pytest.raises(BadInput, match="prompts: got ''; a text that is not empty"):
+        package.load(trained).generate(["a", ""], 6)
 
 
 @pytest.mark.product

@@ -88,7 +88,8 @@ def evaluate(
 def generate(
     model: ModelName,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to continue; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Text to continue; an empty one begins a new text; may be repeated."),
     ] = None,
     prompt_file: Annotated[
         list[Path] | None,
@@ -161,7 +162,8 @@ def generate(
     for option, given in {"--chat": chat, "--special": special}.items():
         if given and token_ids is not None:
             raise BadInput(option, token_ids, "a text, with --prompt or --prompt-file")
-    prompts = [*(prompt or ()), *inputs.texts(prompt_file or (), "--prompt-file")]
+    read = inputs.texts(prompt_file or (), "--prompt-file", empty=True)
+    prompts = [*(prompt or ()), *read]
     found = locate(model)
     found.check_policy(policy)
     speaker = loaded.load(found, allow_nonfinite=allow_nonfinite, weights=weights)
@@ -171,6 +173,14 @@ def generate(
     else:
         encode = speaker.encode_marked if special else speaker.encode
         rows = [*map(speaker.encode_chat if chat else encode, prompts)]
+        options = [*(("--prompt", text) for text in prompt or ())]
+        options += [("--prompt-file", str(path)) for path in prompt_file or ()]
+        for (option, given), row in zip(options, rows, strict=True):
+            if not row:
+                raise BadInput(option, given, loaded.NOT_EMPTY)
+        for path, text in zip(prompt_file or (), read, strict=True):
+            if not text:
+                output.warn(f"--prompt-file {path}: it is empty, so that a new text is begun")
     tell(notes.of_stop(ends or (), speaker.network.vocab_size))
     total = max(map(len, rows)) + max_tokens
     tell(notes.of_length(total, speaker.run, "the prompt and --max-tokens"))

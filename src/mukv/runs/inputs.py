@@ -32,21 +32,22 @@ def ids(text: str, where: str) -> list[int]:
         raise BadInput(where, text, "whole numbers with commas between, such as 1,2,3") from None
 
 
-def texts(paths: Iterable[Path], where: str) -> list[str]:
+def texts(paths: Iterable[Path], where: str, empty: bool = False) -> list[str]:
     """Read UTF-8 text files; the path - is standard input.
 
     where: name of the option, for messages
+    empty: whether a text may be empty
 
-    Raises BadInput for files that can't be read, are empty or are not UTF-8, and if - is given
-    twice.
+    Raises BadInput for files that can't be read or are not UTF-8, for a text that is empty and may
+    not be, and if - is given twice.
     """
     paths = list(paths)
     if paths.count(STANDARD_INPUT) > 1:
         raise BadInput(where, "-", "standard input once: it can be read only once")
-    return [_text(path, where) for path in paths]
+    return [_text(path, where, empty) for path in paths]
 
 
-def _text(path: Path, where: str) -> str:
+def _text(path: Path, where: str, empty: bool = False) -> str:
     if path == STANDARD_INPUT:
         found = _standard_input()
     else:
@@ -60,7 +61,7 @@ def _text(path: Path, where: str) -> str:
     except UnicodeDecodeError as error:
         allowed = f"UTF-8 text; byte {error.start} is not part of any"
         raise BadInput(where, str(path), allowed) from None
-    if not text:
+    if not text and not empty:
         raise BadInput(where, str(path), "a text that is not empty")
     return text
 

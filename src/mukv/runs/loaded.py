@@ -40,6 +40,9 @@ from mukv.storage.compact import nbytes
 from mukv.storage.weights import require_finite
 from mukv.train.footprint import require_bytes
 
+NOT_EMPTY = "a text that is not empty: this model has no token that begins a text"
+"""What is allowed as a prompt of a model whose tokenizer has no start tokens."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -264,7 +267,8 @@ class Model:
         stop: texts; a continuation ends before the first of them, or at the model's end token. Its
             token ids include those of the stop text
 
-        Returns a Text, or a list for a list. Raises BadInput for values of another type or range.
+        Returns a Text, or a list for a list. Raises BadInput for values of another type or range,
+        and for an empty text if the model has no token that begins a text.
         """
         texts = strings("prompts", prompts)
         if not texts:
@@ -284,6 +288,8 @@ class Model:
             return any(end in text for end in ends)
 
         ids = [self.encode(text) for text in texts]
+        if not all(ids):
+            raise BadInput("prompts", "", NOT_EMPTY)
         made = self.generate_ids(
             ids,
             max_tokens,
