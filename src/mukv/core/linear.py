@@ -45,10 +45,10 @@ def project(
     matrix, kind = weight.reshape(inner, -1), jnp.dtype(out or x.dtype)
     made: Array
     if partitioned_mesh() is None:
-        made = _product(x.reshape(-1, inner), matrix, kind)
+        made = _product(x.reshape(-1, inner), matrix, kind, False)
     else:
         # A mesh may split several axes of rows, which could not be merged without a gather.
-        made = _apart(x.reshape(*rows, inner), matrix, kind)
+        made = _product(x.reshape(*rows, inner), matrix, kind, True)
     return checkpoint_name(made, PRODUCT).reshape(*rows, *columns)
 
 
@@ -62,7 +62,7 @@ def project_each(
         return project_each(x, weight.base) + project_each(thin, weight.b)
     if isinstance(weight, Compact):
         weight = weight.whole()
-    return checkpoint_name(_product(x, weight, x.dtype), PRODUCT)
+    return checkpoint_name(_product(x, weight, x.dtype, False), PRODUCT)
 
 
 def with_bias(x: Array, weights: Weights, name: str) -> Array:
@@ -77,62 +77,47 @@ def look_up(table: Array | Compact, index: Int[Array, "..."]) -> Float[Array, ".
     return jnp.take(table, index, axis=0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(
     x: Float[Array, "*block rows inner"],
     weight: Float[Array, "*block inner columns"],
     out: jnp.dtype,
+    apart: bool,
 ) -> Float[Array, "*block rows columns"]:
-    """Multiply matrices with operands in the weight's type and a result of type `out`."""
+    """Multiply matrices with operands in the weight's type and a result of type `out`.
+
+    apart: whether all axes of x but the last are rows of one product, whose gradients don't merge
+        them either; the weight is one matrix then
+    """
     return jnp.matmul(x.astype(weight.dtype), weight, preferred_element_type=out)
 
 
-def _forward(x: Array, weight: Array, out: jnp.dtype) -> tuple[Array, tuple[Array, Array, Array]]:
+def _forward(
+    x: Array, weight: Array, out: jnp.dtype, apart: bool
+) -> tuple[Array, tuple[Array, Array, Array]]:
     rounded = x.astype(weight.dtype)
-    return _product(x, weight, out), (rounded, weight, jnp.empty(0, x.dtype))
+    return _product(x, weight, out, apart), (rounded, weight, jnp.empty(0, x.dtype))
 
 
 def _backward(
-    out: jnp.dtype, saved: tuple[Array, Array, Array], gradient: Array
+    out: jnp.dtype, apart: bool, saved: tuple[Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, weight, like = saved
     rounded = gradient.astype(x.dtype)
-    # A float32 product is as fast on a weight that is only marked as transposed.
-    transposed = _transposed(weight) if weight.dtype == jnp.bfloat16 else weight.swapaxes(-1, -2)
-    to_x = jnp.matmul(rounded, transposed, preferred_element_type=like.dtype)
-    to_weight = jnp.matmul(_transposed(x), rounded, preferred_element_type=jnp.float32)
+    if apart:
+        rows = [*range(x.ndim - 1)]
+        to_x = _contracted(rounded, weight, [x.ndim - 1], [1], like.dtype)
+        to_weight = _contracted(x, rounded, rows, rows, jnp.dtype("float32"))
+    else:
+        # A float32 product is as fast on a weight that is only marked as transposed.
+        marked = weight.dtype != jnp.bfloat16
+        transposed = weight.swapaxes(-1, -2) if marked else _transposed(weight)
+        to_x = jnp.matmul(rounded, transposed, preferred_element_type=like.dtype)
+        to_weight = jnp.matmul(_transposed(x), rounded, preferred_element_type=jnp.float32)
     return to_x, to_weight.astype(weight.dtype)
 
 
 _product.defvjp(_forward, _backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _apart(
-    x: Float[Array, "*rows inner"], weight: Float[Array, "inner columns"], out: jnp.dtype
-) -> Float[Array, "*rows columns"]:
-    """Compute `_product` of one matrix without merging the axes of rows."""
-    return _contracted(x.astype(weight.dtype), weight, [x.ndim - 1], [0], out)
-
-
-def _apart_forward(
-    x: Array, weight: Array, out: jnp.dtype
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    rounded = x.astype(weight.dtype)
-    return _apart(x, weight, out), (rounded, weight, jnp.empty(0, x.dtype))
-
-
-def _apart_backward(
-    out: jnp.dtype, saved: tuple[Array, Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    x, weight, like = saved
-    rounded, rows = gradient.astype(x.dtype), [*range(x.ndim - 1)]
-    to_x = _contracted(rounded, weight, [x.ndim - 1], [1], like.dtype)
-    to_weight = _contracted(x, rounded, rows, rows, jnp.dtype("float32"))
-    return to_x, to_weight.astype(weight.dtype)
-
-
-_apart.defvjp(_apart_forward, _apart_backward)
 
 
 def _contracted(x: Array, y: Array, over_x: list[int], over_y: list[int], out: jnp.dtype) -> Array:
