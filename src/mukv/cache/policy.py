@@ -162,7 +162,8 @@ class Policy:
         self.keep.check(self, layer, attention)
         if self.keep.spread.pools:
             shared = name_of(self.keep.spread)
-            if attention.entry_sets == 1:
+            alone = self.keep.spread.over_layers and attention.key_heads == 1
+            if attention.entry_sets == 1 and not alone:
                 raise BadInput(
                     "policy",
                     self.name,

@@ -3,7 +3,7 @@
 Each model is trained on the source code of Python's standard library, which every machine has. A
 variant with fewer attention weights has a wider MLP, so that all models have about the same number
 of parameters. Bits per byte of held-out text, and decoding speed after a long context, are plotted
-against the cache bytes per token.
+against the bytes of the cache after that context.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ PROMPT = "def __init__(self, "
 CONTINUATION = 160
 SAMPLING = Sampling(temperature=0.7, top_p=0.9)
 CONTEXT = 4096
-"""Tokens of context in the cache when the decoding speed is measured."""
+"""Tokens of context in the cache when its bytes and the decoding speed are measured."""
 MEASURED, ROUNDS = 128, 3
 MLP_MULTIPLE = 8
 CAPTION = (
     "Models of equal size with different attention, one run each: quality and decoding speed "
-    "against cache bytes per token."
+    f"against the bytes of the cache after {CONTEXT:,} tokens."
 )
 
 
@@ -56,11 +56,11 @@ class Contestant:
 
 CONTESTANTS = (
     Contestant("MHA", "tiny-mha", "a key and a value per head"),
-    Contestant("GQA", "tiny", "two heads share them"),
-    Contestant("MQA", "tiny-mqa", "all heads share them"),
-    Contestant("shared KV", "tiny-shared-kv", "keys are the rotated values"),
+    Contestant("shared KV", "tiny-shared-kv", "keys are the rotated values; two heads share them"),
+    Contestant("MQA", "tiny-mqa", "all heads share a key and a value"),
     Contestant("MLA", "tiny-mla", "a latent and one rotated key"),
-    Contestant("cross-layer", "tiny-reuse", "every second layer reads the one before it"),
+    Contestant("DeltaNet", "tiny-gdn", "a state of constant size"),
+    Contestant("HCA", "tiny-hca", "a window, and an entry per 8 tokens"),
 )
 
 
@@ -69,11 +69,11 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
 
     fast: whether only every second variant is trained, for fewer steps
     """
-    steps, contestants = (40, CONTESTANTS[::2]) if fast else (140, CONTESTANTS)
+    steps, contestants = (40, CONTESTANTS[::2]) if fast else (120, CONTESTANTS)
     target = count(config.load(CONTESTANTS[0].preset).model.params())
     time = "1 minute" if fast else "5 minutes"
     console.say(f"{len(contestants)} models, {steps} steps each: about {time} of processor time")
-    rows = []
+    rows, models = [], []
     for contestant in contestants:
         run = equal_size(contestant.preset, target, [f"train.steps={steps}"])
         folder = RunDirectory(out / f"{contestant.preset}-{steps}")
@@ -82,19 +82,24 @@ def demonstrate(out: Path, fast: bool, console: Console) -> dict[str, Any]:
         outcome.require_finished(folder.path)
         facts, model = describe(run), loaded.load(folder.path)
         made = model.generate_ids([model.encode(PROMPT)], CONTINUATION, SAMPLING)
+        models.append(model)
+        each, constant = facts["cache_bytes_per_token"], facts["cache_bytes_constant"]
         rows.append(
             {
                 "name": contestant.name,
                 "run": str(folder.path),
                 "parameters": facts["parameters"],
                 "mlp_hidden": hidden_of(run),
-                "cache_bytes_per_token": facts["cache_bytes_per_token"],
+                "cache_bytes_per_token": each,
+                "cache_bytes": round(each * CONTEXT + constant),
                 "bits_per_byte": outcome.validation_bits_per_byte,
                 "decoding_context": CONTEXT,
-                "decoding_tokens_per_second": decoding_speed(run, model),
                 "continuation": model.tokenizer.decode(made.tokens[0]),
             }
         )
+    console.say(f"decoding after {CONTEXT:,} tokens, in {ROUNDS} rounds")
+    for row, speed in zip(rows, decoding_speeds(models), strict=True):
+        row["decoding_tokens_per_second"] = speed
     plot, results = out / "quality-against-memory.png", out / "results.json"
     draw(rows, plot)
     write_atomic(results, to_json(rows, indent=2))
@@ -133,16 +138,23 @@ def hidden_of(run: Run) -> int:
     return run.model.mlp.hidden
 
 
-def decoding_speed(run: Run, model: loaded.Model) -> float:
-    """Measure the decoding speed after CONTEXT tokens of held-out text, in tokens per second. The
-    result is the maximum of ROUNDS measurements, since other load on the machine only lowers it."""
-    text = open_corpus(run).split("validation").tokens[:CONTEXT].tolist()
-    return max(model.generate_ids([text], MEASURED).tokens_per_second for _ in range(ROUNDS))
+def decoding_speeds(models: Sequence[loaded.Model]) -> list[float]:
+    """Measure the decoding speed after CONTEXT tokens of held-out text, in tokens per second.
+
+    Rounds alternate between the models, so that other load on the machine meets all of them. The
+    result is the maximum over rounds, since it only lowers the speed.
+    """
+    text = open_corpus(models[0].run).split("validation").tokens[:CONTEXT].tolist()
+    rounds = [
+        [model.generate_ids([text], MEASURED).tokens_per_second for model in models]
+        for _ in range(ROUNDS)
+    ]
+    return [max(speeds) for speeds in zip(*rounds, strict=True)]
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Print the comparison as a table, and a continuation of PROMPT by each model."""
-    numbers = ("parameters", "MLP width", "cache\nbytes/token", "held-out\nbits/byte")
+    numbers = ("parameters", "cache\nbytes/token", f"bytes at\n{CONTEXT:,}", "held-out\nbits/byte")
     words = f"one run each (one seed); decoding after {CONTEXT:,} tokens"
     shown = table(("variant",), (*numbers, "decoding\ntokens/s"), caption=words)
     for row in rows:
@@ -150,8 +162,8 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         shown.add_row(
             row["name"],
             f"{row['parameters']:,} ({difference:+.1%})",
-            f"{row['mlp_hidden']}",
             f"{row['cache_bytes_per_token']:,.0f}",
+            f"{row['cache_bytes']:,}",
             f"{row['bits_per_byte']:.3f}",
             f"{row['decoding_tokens_per_second']:,.0f}",
         )
@@ -162,7 +174,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot bits per byte and decoding speed against cache bytes per token."""
+    """Plot bits per byte and decoding speed against the bytes of the cache."""
     panels = (
         ("bits_per_byte", "bits per byte, held-out text", "Quality (down and left is better)"),
         (
@@ -177,9 +189,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for axes, (key, label, title) in zip((left, right), panels, strict=True):
             for row, name, style in zip(rows, names, series_styles(len(rows)), strict=True):
                 point = {"color": style["color"], "marker": style["marker"], "label": name}
-                axes.scatter(row["cache_bytes_per_token"], row[key], s=70, zorder=3, **point)
-            powers(axes.xaxis, [row["cache_bytes_per_token"] for row in rows])
+                axes.scatter(row["cache_bytes"] / 1024, row[key], s=70, zorder=3, **point)
+            powers(axes.xaxis, [row["cache_bytes"] / 1024 for row in rows])
             axes.margins(0.2)
             axes.grid(alpha=0.3, zorder=0)
-            axes.set(xlabel="cache bytes per token", ylabel=label, title=title)
+            axes.set(xlabel=f"KiB of cache at {CONTEXT:,} tokens", ylabel=label, title=title)
         legend(figure, left, "one run each (one seed)")
