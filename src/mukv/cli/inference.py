@@ -46,7 +46,7 @@ def evaluate(
 ) -> None:
     """Measure loss, perplexity and bits per byte of a model on a text.
 
-    Example: `mukv eval runs/demo/tiny-140 --text README.md`
+    Example: `mukv eval runs/demo/tiny-mha-120 --text README.md`
     """
     launch.prepare()
     from mukv.runs import inputs, loaded, notes
@@ -141,7 +141,7 @@ def generate(
 ) -> None:
     """Continue a text, or several texts in one batch; reports speed and cache bytes.
 
-    Example: `mukv generate runs/demo/tiny-140 --prompt "def main(" --max-tokens 64`
+    Example: `mukv generate runs/demo/tiny-mha-120 --prompt "def main(" --max-tokens 64`
     """
     launch.prepare()
     from mukv.cache import Policy
