@@ -1,8 +1,9 @@
 """Law 14: training steps compiled for H100 GPUs and TPUs call the attention kernels that `describe`
 names; those for GPUs sum gradients by reduce-scatter.
 
-The compiler is in packages that are not among the development ones; `MUKV_COMPILERS` is the path of
-their folder, and benchmarks/compiled.py documents how to fill it.
+The compilers are in packages of their own folder: `make test` installs that for GPUs in
+.cache/compilers, and `MUKV_COMPILERS` is the path of another folder. benchmarks/compiled.py documents
+how to fill it, also with the compiler for TPUs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,13 +21,12 @@ from mukv.core.device import DEVICES
 from mukv.runs import config
 from mukv.runs.estimate import estimate
 
-PACKAGES = os.environ.get("MUKV_COMPILERS")
+PACKAGES = Path(os.environ.get("MUKV_COMPILERS", ".cache/compilers"))
 needs_compiler = pytest.mark.skipif(
-    PACKAGES is None, reason="MUKV_COMPILERS names no folder with jax-cuda12-pjrt"
+    not (PACKAGES / "jax_cuda12_plugin").is_dir(), reason=f"no jax-cuda12-plugin in {PACKAGES}"
 )
 needs_tpu_compiler = pytest.mark.skipif(
-    PACKAGES is None or not os.path.isdir(os.path.join(PACKAGES, "libtpu")),
-    reason="MUKV_COMPILERS names no folder with libtpu",
+    not (PACKAGES / "libtpu").is_dir(), reason=f"no libtpu in {PACKAGES}"
 )
 WIDE = ("model.d_model=512", "model.plan=[{repeats: 3}]", "model.vocab_size=16384")
 STEP = ("model.attention={kind: grouped, heads: 8, kv_heads: 4, head_dim: 64}",)
@@ -47,14 +48,26 @@ def counted(*given: str, preset: tuple[str, ...] = ("tiny", *WIDE)) -> dict:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
+CAPPED = "{kind: grouped, softcap: 30, sinks: learned}"
+LATENT = "{kind: latent, heads: 4, rank: 64, head_dim: 32, rope_dim: 16}"
+
+
 @needs_compiler
+def test_every_kind_of_attention_is_a_kernel():
+    """Packed rows, windows, soft caps with sinks, and latent attention, in one program."""
+    kinds = f"[{{}}, {{window: 100}}, {{attention: {CAPPED}}}, {{attention: {LATENT}}}]"
+    assert counted(f"model.plan=[{{pattern: {kinds}}}]")["calls"] == {"flash": 3 * 4}
+
+
+@needs_compiler
+@pytest.mark.product
 @pytest.mark.parametrize(
     "changes",
     [
         (),
         ("model.plan=[{pattern: [{window: 100}, {}]}]",),
-        ("model.attention={kind: grouped, softcap: 30, sinks: learned}",),
-        ("model.attention={kind: latent, heads: 4, rank: 64, head_dim: 32, rope_dim: 16}",),
+        (f"model.attention={CAPPED}",),
+        (f"model.attention={LATENT}",),
         ("--length", "40"),
     ],
     ids=["packed", "window", "capped with sinks", "latent", "short"],
@@ -66,6 +79,7 @@ def test_attention_is_a_kernel(changes):
 
 
 @needs_tpu_compiler
+@pytest.mark.product
 @pytest.mark.timeout(1800)  # libtpu compiles slowly
 @pytest.mark.parametrize("mesh", ["1x1", "2x2"])
 def test_attention_is_a_kernel_on_a_tpu(mesh):
@@ -84,6 +98,7 @@ def test_gradients_are_scattered_and_the_readout_is_gathered_once():
 
 
 @needs_compiler
+@pytest.mark.product
 @pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
 def test_the_estimate_is_what_the_program_takes(mesh):
     """Estimated bytes of device memory are within 15 % of the program's; collectives agree except
@@ -115,6 +130,7 @@ def test_a_step_reads_caches_by_one_kernel_per_layer():
 
 
 @needs_compiler
+@pytest.mark.product
 def test_chosen_pages_are_not_copied():
     """A step that reads pages calls the kernel, and stores nothing as large as its pages."""
     found = counted("--decode", "pages:0.25", "--length", "16384", "--batch", "1", *STEP)
