@@ -2,7 +2,7 @@
 names; those for GPUs sum gradients by reduce-scatter.
 
 The compilers are in packages of their own folder: `make test` installs that for GPUs in
-.cache/compilers, and `MUKV_COMPILERS` is the path of another folder. benchmarks/compiled.py documents
+.cache/compilers, and `MUKV_COMPILERS` is the path of another folder. benchmarks/compiled.py says
 how to fill it, also with the compiler for TPUs.
 """
 

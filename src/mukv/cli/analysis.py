@@ -57,7 +57,7 @@ def analyze(
     page. With --calibrate, every second window of a given text calibrates, and the result is tested
     on the others.
 
-    Example: `mukv analyze runs/demo/tiny-mha-120 --text README.md --text CONTRIBUTING.md --length 256`
+    Example: `mukv analyze runs/demo/tiny-mha-120 --text README.md --text LICENSE --length 256`
     """
     launch.prepare()
     from mukv.analysis import command

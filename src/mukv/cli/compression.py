@@ -103,7 +103,7 @@ def compress(
     predicted. Writes a table and a picture. What is measured is stored at once: after a stop, the
     same command continues.
 
-    Example: `mukv compress runs/demo/tiny-mha-120 --text README.md --policy snapkv,pages --budget 0.25`
+    Example: `mukv compress runs/demo/tiny-mha-120 --text README.md --policy snapkv,pages:0.25`
     """
     launch.prepare()
     from mukv.cache import Policy
