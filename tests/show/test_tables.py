@@ -164,8 +164,8 @@ def test_describe(tables):
 def test_demo(tables, tmp_path):
     rows = [
         {"name": name, "parameters": 10**6, "cache_bytes_per_token": size,
-         "cache_bytes": 4096 * size, "bits_per_byte": 2.5, "decoding_tokens_per_second": 99.5,
-         "continuation": "[/b]"}
+         "cache_bytes": round(4096 * size), "bits_per_byte": 2.5,
+         "decoding_tokens_per_second": 99.5, "continuation": "[/b]"}
         for name, size in (("MHA", 4096), ("MQA", 1024.0))
     ]  # fmt: skip
     demo.show(rows, Console())
