@@ -22,7 +22,7 @@ from mukv.attention.mixer import Carried, EntryStore, StateStore
 from mukv.attention.recalled import Dense
 from mukv.core.counts import require_counts
 from mukv.core.errors import BadInput
-from mukv.core.linear import project
+from mukv.core.linear import project, project_groups
 from mukv.core.norm import RMSNorm
 from mukv.core.params import Param
 from mukv.core.typing import Array, Float, Int, Residual, Weights
@@ -166,11 +166,8 @@ class CompressedAttention(Attention):
         """
         back = self.rotated_heads(out[:, 0], -position)[:, None]
         heads = self.gated(weights, by_token(back), x)
-        groups = heads.reshape(*heads.shape[:2], self.groups, -1, self.head_dim)
-        down = weights["output_down"]
-        low = jnp.einsum(
-            "btghd,ghdr->btgr", groups.astype(down.dtype), down, preferred_element_type=jnp.float32
-        )
+        groups, down = heads.reshape(*heads.shape[:2], self.groups, -1), weights["output_down"]
+        low = project_groups(groups, down.reshape(self.groups, -1, self.output_rank))
         return project(low.astype(x.dtype), weights["output_up"], contracted=2)
 
     def memory(self) -> Hashable:
