@@ -166,8 +166,8 @@ class CompressedAttention(Attention):
         """
         back = self.rotated_heads(out[:, 0], -position)[:, None]
         heads = self.gated(weights, by_token(back), x)
-        groups, down = heads.reshape(*heads.shape[:2], self.groups, -1), weights["output_down"]
-        low = project_groups(groups, down.reshape(self.groups, -1, self.output_rank))
+        groups = heads.reshape(*heads.shape[:2], self.groups, -1)
+        low = project_groups(groups, weights["output_down"])
         return project(low.astype(x.dtype), weights["output_up"], contracted=2)
 
     def memory(self) -> Hashable:

@@ -66,9 +66,16 @@ def project_each(
 
 
 def project_groups(
-    x: Float[Array, "batch token groups inner"], weight: Float[Array, "groups inner columns"]
+    x: Float[Array, "batch token groups inner"],
+    weight: Float[Array, "groups ... columns"] | LowRank | Compact,
 ) -> Float[Array, "batch token groups columns"]:
-    """Multiply each group with its own matrix; operands in the weight's type, a float32 result."""
+    """Multiply each group with its own matrix; operands in the weight's type, a float32 result.
+
+    weight: [groups *inner columns]
+    """
+    if isinstance(weight, LowRank | Compact):
+        weight = weight.whole()
+    weight = weight.reshape(len(weight), -1, weight.shape[-1])
     x, out = x.astype(weight.dtype), jnp.float32
 
     def whole(x: Array, weight: Array) -> Array:
