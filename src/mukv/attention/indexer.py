@@ -89,7 +89,7 @@ def scores(products: Logits, weight: Float[Array, "batch index_heads query"]) ->
         exact = jax.lax.Precision.HIGHEST
         return jnp.einsum("bhqk,bhq->bqk", positive, weight, precision=exact)
 
-    # XLA's sum over heads, which are not the last axis, takes a CPU seven times as long.
+    # XLA's sum over an axis that is not the last one is slow on a CPU.
     given = jax.nn.relu(products[:, 0]), weight
     return jax.lax.platform_dependent(*given, cpu=multiplied, default=summed)
 

@@ -86,8 +86,8 @@ def project_groups(
         made = jnp.matmul(rows, weight, preferred_element_type=out)
         return jnp.moveaxis(made.reshape(len(weight), *x.shape[:2], -1), 0, 2)
 
-    # As one product, XLA copies the weight in transposed order on a CPU: a step of decoding takes
-    # twelve times as long.
+    # For one product of all groups, XLA copies the weight in transposed order on a CPU, which takes
+    # most of the time of a decoding step.
     return jax.lax.platform_dependent(x, weight, cpu=by_group, default=whole)
 
 
